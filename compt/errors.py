@@ -1,0 +1,48 @@
+"""Errors that are shown to a person as one message, without a traceback, and the exit codes that go with them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ComptError(Exception):
+    """Something that the user can mend. `str()` of it is the whole message."""
+
+    exit_code = 1
+
+
+class ConfigError(ComptError):
+    """A recipe or an option is wrong. Raised before anything starts."""
+
+    exit_code = 2
+
+
+class DataError(ComptError):
+    """Shards, samples or class files cannot be used."""
+
+    exit_code = 3
+
+
+class ArtefactError(ComptError):
+    """A model folder or a checkpoint is missing, torn, or of another model."""
+
+    exit_code = 4
+
+
+class RunError(ComptError):
+    """A run cannot go on: locked folder, changed recipe, full disk, too many non-finite steps."""
+
+    exit_code = 5
+
+
+class Interrupted(ComptError):
+    """SIGTERM or SIGUSR1 arrived; a checkpoint was saved. Starting again continues (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the closest of `choices`, or an empty string when nothing is close."""
+    match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean '{match[0]}'?)" if match else ""
