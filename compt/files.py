@@ -89,10 +89,12 @@ def new_folder(final: Path) -> Iterator[Path]:
         with disk_errors(final):
             yield temporary
             fsync_tree(temporary)
+            old = temporary.with_name(temporary.name + ".old")
             if final.exists():
-                shutil.rmtree(final)
+                os.rename(final, old)
             os.rename(temporary, final)
             _fsync_folder(final.parent)
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
