@@ -1,0 +1,30 @@
+"""CLIP models: building, initialization, state."""
+
+from compt.models.clip import Block, ClipModel, build, caption_lengths, materialise, shardable_blocks
+from compt.models.init import (
+    LOGIT_SCALE,
+    InitRule,
+    export_state,
+    init_parameters,
+    init_tensor,
+    linear_rule,
+    load_state,
+    rule_for,
+)
+
+__all__ = [
+    "LOGIT_SCALE",
+    "Block",
+    "ClipModel",
+    "InitRule",
+    "build",
+    "caption_lengths",
+    "export_state",
+    "init_parameters",
+    "init_tensor",
+    "linear_rule",
+    "load_state",
+    "materialise",
+    "rule_for",
+    "shardable_blocks",
+]

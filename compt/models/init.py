@@ -1,0 +1,217 @@
+"""Initialization as a pure function of (seed, parameter name, element index), with open_clip's and timm's distributions.
+
+Element i of a parameter depends on nothing but those three, so any slice can be drawn alone: the values are the same
+for every number of ranks and every way of sharding, and an expansion that keeps some rows draws just those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from compt.errors import ArtefactError
+from compt.presets import ModelSpec
+
+LOGIT_SCALE = math.log(1 / 0.07)
+"""Where the logarithm of the inverse temperature starts."""
+
+_CHUNK = 1 << 20
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class InitRule:
+    """A distribution: all `scale` (constant), N(0, scale²), U(-scale, scale), or N(0, scale²) cut to [-bound, bound]."""
+
+    kind: Literal["zeros", "ones", "constant", "normal", "uniform", "trunc_normal"]
+    scale: float = 1.0
+    bound: float = math.inf
+
+
+_ZEROS = InitRule("zeros")
+_ONES = InitRule("ones")
+# timm cuts at ±2 in absolute value, 100 standard deviations away.
+_TIMM = InitRule("trunc_normal", 0.02, 2.0)
+
+
+def linear_rule(fan_in: int) -> InitRule:
+    """torch's default of nn.Linear and nn.Conv2d, weight and bias alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    return InitRule("uniform", fan_in**-0.5)
+
+
+def rule_for(spec: ModelSpec, name: str, shape: Sequence[int]) -> InitRule:
+    """The distribution that open_clip 3.3 (timm 1.0.31 for Swin) gives the parameter `name` of `spec`.
+
+    Raises ValueError for a name that is no parameter of the model.
+    """
+    rule = None
+    if name == "logit_scale":
+        return InitRule("constant", LOGIT_SCALE)
+    if name.startswith("visual.trunk.") or name == "visual.head.proj.weight":
+        rule = _swin_rule(spec, name, shape)
+    elif name.startswith("visual."):
+        rule = _vit_rule(spec, name.removeprefix("visual."), shape)
+    else:
+        rule = _text_rule(spec, name)
+    if rule is None:
+        raise ValueError(f"no initialization is known for parameter {name}")
+    return rule
+
+
+def _norm_rule(name: str) -> InitRule | None:
+    module, _, kind = name.rpartition(".")
+    if module.rpartition(".")[2] in ("ln_1", "ln_2", "ln_pre", "ln_post", "ln_final", "norm", "norm1", "norm2"):
+        return {"weight": _ONES, "bias": _ZEROS}.get(kind)
+    return None
+
+
+def _bias_rule(name: str, width: int, mlp_ratio: float) -> InitRule | None:
+    if name.endswith(("attn.in_proj_bias", "attn.out_proj.bias")):
+        return _ZEROS
+    if name.endswith("mlp.c_fc.bias"):
+        return linear_rule(width)
+    if name.endswith("mlp.c_proj.bias"):
+        return linear_rule(int(width * mlp_ratio))
+    return None
+
+
+def _vit_rule(spec: ModelSpec, name: str, shape: Sequence[int]) -> InitRule | None:
+    if name in ("class_embedding", "positional_embedding", "proj"):
+        return InitRule("normal", spec.width**-0.5)
+    if name.endswith("attn.in_proj_weight"):
+        return InitRule("uniform", math.sqrt(6 / sum(shape)))  # Xavier over the packed [3D, D]
+    if name.endswith(("conv1.weight", "attn.out_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")):
+        return linear_rule(math.prod(shape[1:]))
+    return _norm_rule(name) or _bias_rule(name, spec.width, spec.mlp_ratio)
+
+
+def _text_rule(spec: ModelSpec, name: str) -> InitRule | None:
+    width = spec.text_width
+    into_stream = InitRule("normal", width**-0.5 * (2 * spec.text_depth) ** -0.5)
+    weights = {
+        "token_embedding.weight": InitRule("normal", 0.02),
+        "positional_embedding": InitRule("normal", 0.01),
+        "text_projection": InitRule("normal", width**-0.5),
+        "in_proj_weight": InitRule("normal", width**-0.5),
+        "out_proj.weight": into_stream,
+        "c_fc.weight": InitRule("normal", (2 * width) ** -0.5),
+        "c_proj.weight": into_stream,
+    }
+    if name in weights:
+        return weights[name]
+    if name.startswith("transformer.resblocks."):
+        key = ".".join(name.split(".")[4:])
+        if key in weights:
+            return weights[key]
+    return _norm_rule(name) or _bias_rule(name, width, spec.mlp_ratio)
+
+
+def _swin_rule(spec: ModelSpec, name: str, shape: Sequence[int]) -> InitRule | None:
+    if name.startswith("visual.trunk.patch_embed.proj."):
+        return linear_rule(3 * spec.patch_size**2)
+    if name == "visual.head.proj.weight":
+        return linear_rule(shape[1])
+    norm = _norm_rule(name)
+    if norm is not None:
+        return norm
+    if name.endswith(".relative_position_bias_table"):
+        return _TIMM
+    module, _, kind = name.rpartition(".")
+    if module.rpartition(".")[2] in ("qkv", "proj", "fc1", "fc2", "reduction"):
+        return {"weight": _TIMM, "bias": _ZEROS}.get(kind)
+    return None
+
+
+def _uniform(seed: int, name: str, start: int, count: int) -> Tensor:
+    """Elements `start` .. `start + count` of the parameter's own stream: float64 strictly between 0 and 1."""
+    key = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest(), "little")
+    # Philox gives four 64-bit words for every value of its counter.
+    words = np.random.Philox(key=key, counter=start // 4).random_raw(start % 4 + count)[start % 4 :]
+    # 52 bits and a half: exact in float64, symmetric, and never 0 or 1, where the inverse normal is infinite.
+    return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
+
+
+def init_tensor(
+    rule: InitRule, seed: int, name: str, shape: Sequence[int], start: int = 0, count: int | None = None
+) -> Tensor:
+    """fp32 values of parameter `name`: of `shape`, or flat elements `start` .. `start + count` of it when a count is given.
+
+    Raises ValueError for a range outside the parameter.
+    """
+    total = math.prod(shape)
+    whole = count is None and start == 0
+    count = total - start if count is None else count
+    if start < 0 or count < 0 or start + count > total:
+        raise ValueError(f"{name}: elements {start} to {start + count} of {total}")
+    values = torch.empty(count, dtype=torch.float32)
+    if rule.kind in ("zeros", "ones", "constant"):
+        values.fill_({"zeros": 0.0, "ones": 1.0}.get(rule.kind, rule.scale))
+    else:
+        for at in range(0, count, _CHUNK):
+            size = min(_CHUNK, count - at)
+            values[at : at + size] = _transform(rule, _uniform(seed, name, start + at, size))
+    return values.view(tuple(shape)) if whole else values
+
+
+def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
+    if rule.kind == "uniform":
+        return uniform.mul_(2).sub_(1).mul_(rule.scale)
+    if rule.kind == "trunc_normal":
+        low = 0.5 * math.erfc(rule.bound / rule.scale / math.sqrt(2))
+        uniform = uniform.mul_(1 - 2 * low).add_(low)
+    return torch.special.ndtri(uniform).mul_(rule.scale).clamp_(-rule.bound, rule.bound)
+
+
+@torch.no_grad()
+def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
+    """Fill every parameter of `model` in place, on whatever device it is."""
+    for name, parameter in model.named_parameters():
+        shape = tuple(parameter.shape)
+        parameter.copy_(init_tensor(rule_for(spec, name, shape), seed, name, shape))
+
+
+def export_state(model: nn.Module) -> dict[str, Tensor]:
+    """open_clip's state dict on the CPU: `logit_scale` a scalar, all else as it is."""
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state["logit_scale"] = state["logit_scale"].reshape(())
+    return state
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `model`; nothing may be missing or left over. `logit_scale` may be a scalar or [1].
+
+    Raises ArtefactError naming the missing, the unexpected and the misshapen parameters; the model is then untouched.
+    """
+    own = model.state_dict()
+    problems = _listed("missing", [name for name in own if name not in state])
+    problems += _listed("unexpected", [name for name in state if name not in own])
+    loaded = {name: state[name] for name in own if name in state}
+    if "logit_scale" in loaded and loaded["logit_scale"].numel() == 1:
+        loaded["logit_scale"] = loaded["logit_scale"].reshape(own["logit_scale"].shape)
+    problems += _listed(
+        "of another shape",
+        [
+            f"{name} ({list(tensor.shape)}, the model has {list(own[name].shape)})"
+            for name, tensor in loaded.items()
+            if tensor.shape != own[name].shape
+        ],
+    )
+    if problems:
+        raise ArtefactError("the weights are not those of this model: " + "; ".join(problems))
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            own[name].copy_(tensor)
+
+
+def _listed(what: str, names: list[str]) -> list[str]:
+    if not names:
+        return []
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}"]
