@@ -1,0 +1,207 @@
+"""The few collectives that the rest of the program needs. Without a process group every one of them is the identity."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed import PrefixStore, ReduceOp
+from torch.distributed.rendezvous import rendezvous
+
+from compt.errors import ConfigError, RunError
+
+
+def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float = 60.0) -> torch.device:
+    """Join the process group that the environment describes and return this process's device.
+
+    The environment is torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without RANK and WORLD_SIZE
+    nothing is joined. `device` is "auto", "cpu", "cuda" or "cuda:1". A collective gives up after `timeout_seconds`, the
+    first contact with the master and the wait for the other ranks after `connect_seconds`.
+    Raises ConfigError for an incomplete environment or a missing device, RunError when the master cannot be reached.
+    """
+    chosen = _choose_device(device)
+    if torch_dist.is_initialized() or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return chosen
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise ConfigError(f"RANK and WORLD_SIZE are set but {name} is not: start with torchrun or set it")
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        # The store is opened by itself because init_process_group knows one timeout for both contact and collectives.
+        store, own_rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=connect_seconds)))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no process group at {address} "
+            f"within {connect_seconds:g} s: {str(error).splitlines()[0]}"
+        ) from error
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    store.set_timeout(timeout)
+    torch_dist.init_process_group(
+        "nccl" if chosen.type == "cuda" else "gloo",
+        store=PrefixStore("compt", store),
+        rank=own_rank,
+        world_size=world,
+        timeout=timeout,
+        device_id=chosen if chosen.type == "cuda" else None,
+    )
+    return chosen
+
+
+def _choose_device(device: str) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    chosen = torch.device("cuda" if device == "auto" else device)
+    if chosen.type != "cuda":
+        raise ConfigError(f"device '{device}' is not supported; take auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
+    if chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.index >= torch.cuda.device_count():
+        raise ConfigError(f"device {chosen} does not exist: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Index of this process, 0 when alone."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+def _device() -> torch.device:
+    """Where tensors must lie for the process group's backend."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The `source` rank's picklable `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == source else None]
+    torch_dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch_dist.all_gather_object(values, value)
+    return values
+
+
+def _reduce_scalar(value: float, operation: Any) -> float:
+    if world_size() == 1:
+        return float(value)
+    tensor = torch.tensor(value, dtype=torch.float64, device=_device())
+    torch_dist.all_reduce(tensor, op=operation)
+    return float(tensor.item())
+
+
+def all_reduce_sum(value: float) -> float:
+    """Sum of a number over ranks (exact for integers below 2^53)."""
+    return _reduce_scalar(value, ReduceOp.SUM)
+
+
+def all_reduce_mean(value: float) -> float:
+    """Mean of a number over ranks."""
+    return _reduce_scalar(value, ReduceOp.SUM) / world_size()
+
+
+def all_reduce_max(value: float) -> float:
+    """Maximum of a number over ranks."""
+    return _reduce_scalar(value, ReduceOp.MAX)
+
+
+def any_true(flag: bool) -> bool:
+    """Whether the flag is set on any rank: the same answer on all of them."""
+    return all_reduce_max(float(flag)) > 0.0
+
+
+def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over ranks of named scalar tensors, with one collective and one wait for the device."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
+    if world_size() > 1:
+        stacked = stacked.to(_device())
+        torch_dist.all_reduce(stacked)
+        stacked = stacked / world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks; backward sums what every rank sends back to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        whole = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+        torch_dist.all_gather_into_tensor(whole, local.contiguous())
+        ctx.rows = local.shape[0]
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        local = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
+        torch_dist.reduce_scatter_tensor(local, gradient.contiguous(), op=ReduceOp.SUM)
+        return local
+
+
+def gather_with_grad(local: Tensor) -> Tensor:
+    """[b, ...] on each of W ranks -> [W*b, ...] on all, in the order of ranks; b must be the same everywhere.
+
+    Backward is a reduce-scatter that sums. If every rank's loss is a mean over its own rows, then averaging parameter
+    gradients over ranks (as DDP does) gives the gradient of the mean of the ranks' losses.
+    """
+    if world_size() == 1:
+        return local
+    return _Gather.apply(local)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather(local: Tensor) -> Tensor:
+    """[b_r, ...] on rank r -> [sum of b_r, ...] on all ranks, in the order of ranks, without gradient.
+
+    The sizes may differ, zero included; the other axes and the dtype may not.
+    """
+    local = local.detach()
+    if world_size() == 1:
+        return local
+    home = local.device
+    local = local.to(_device())
+    sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world_size())]
+    torch_dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device))
+    counts = [int(size.item()) for size in sizes]
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in counts]
+    torch_dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(home)
