@@ -1,6 +1,7 @@
 """CLIP models: building, initialization, state."""
 
 from compt.models.clip import Block, ClipModel, build, caption_lengths, materialise, shardable_blocks
+from compt.models.configs import spec_from_open_clip
 from compt.models.init import (
     LOGIT_SCALE,
     InitRule,
@@ -27,4 +28,5 @@ __all__ = [
     "materialise",
     "rule_for",
     "shardable_blocks",
+    "spec_from_open_clip",
 ]

@@ -70,7 +70,7 @@ class Block(nn.Module):
 
 
 def caption_lengths(tokens: Tensor) -> Tensor:
-    """int64 [..., L] -> int64 [...]: tokens up to and including the end of text, which has the highest number."""
+    """Tokens int64 [..., L] -> int64 [...]: each to its end of text, the highest number in it."""
     return tokens.argmax(dim=-1) + 1
 
 
@@ -85,7 +85,7 @@ class ClipModel(open_clip.model.CLIP):
             _use_blocks(self.visual.transformer, causal=False)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """float [N, 3, H, W], already normalised by mean and std -> [N, embed_dim], of any length."""
+        """Images float [N, 3, H, W], already normalised by mean and std -> [N, embed_dim], of any length."""
         if isinstance(self.visual, VisionTransformer):
             features = self._encode_vit(self.visual, image)
         else:
@@ -93,7 +93,7 @@ class ClipModel(open_clip.model.CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False, length: int | None = None) -> Tensor:
-        """int64 [N, L] with L <= context_length -> [N, embed_dim], of any length.
+        """Tokens int64 [N, L] with L <= context_length -> [N, embed_dim], of any length.
 
         `length`, when the caller knows the longest caption, spares the wait for a GPU to tell it.
         """

@@ -1,4 +1,4 @@
-"""Initialization as a pure function of (seed, parameter name, element index), with open_clip's and timm's distributions.
+"""Initialization as a pure function of (seed, parameter name, element index), distributed as open_clip's and timm's.
 
 Element i of a parameter depends on nothing but those three, so any slice can be drawn alone: the values are the same
 for every number of ranks and every way of sharding, and an expansion that keeps some rows draws just those.
@@ -28,7 +28,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class InitRule:
-    """A distribution: all `scale` (constant), N(0, scale²), U(-scale, scale), or N(0, scale²) cut to [-bound, bound]."""
+    """A distribution: `scale` everywhere, N(0, scale²), U(-scale, scale), or N(0, scale²) within [-bound, bound]."""
 
     kind: Literal["zeros", "ones", "constant", "normal", "uniform", "trunc_normal"]
     scale: float = 1.0
@@ -42,7 +42,7 @@ _TIMM = InitRule("trunc_normal", 0.02, 2.0)
 
 
 def linear_rule(fan_in: int) -> InitRule:
-    """torch's default of nn.Linear and nn.Conv2d, weight and bias alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """The default of nn.Linear and nn.Conv2d, weight and bias alike: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     return InitRule("uniform", fan_in**-0.5)
 
 
@@ -141,7 +141,7 @@ def _uniform(seed: int, name: str, start: int, count: int) -> Tensor:
 def init_tensor(
     rule: InitRule, seed: int, name: str, shape: Sequence[int], start: int = 0, count: int | None = None
 ) -> Tensor:
-    """fp32 values of parameter `name`: of `shape`, or flat elements `start` .. `start + count` of it when a count is given.
+    """The fp32 values of parameter `name` in `shape`, or its flat elements `start` .. `start + count`.
 
     Raises ValueError for a range outside the parameter.
     """
@@ -166,7 +166,8 @@ def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
     if rule.kind == "trunc_normal":
         low = 0.5 * math.erfc(rule.bound / rule.scale / math.sqrt(2))
         uniform = uniform.mul_(1 - 2 * low).add_(low)
-    return torch.special.ndtri(uniform).mul_(rule.scale).clamp_(-rule.bound, rule.bound)
+    normal: Tensor = torch.special.ndtri(uniform)
+    return normal.mul_(rule.scale).clamp_(-rule.bound, rule.bound)
 
 
 @torch.no_grad()

@@ -1,0 +1,95 @@
+"""Reading open_clip's model configs: which of them are models that compt has, and which setting stands against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import open_clip.model
+
+from compt.errors import ArtefactError, ConfigError
+from compt.presets import PRESETS, ModelSpec
+
+_TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+_VIT_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre")
+# A pretrained tower is loaded over anyway, and stochastic depth is no part of the function.
+_SWIN_FIELDS = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_drop_path")
+
+
+def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> ModelSpec:
+    """The ModelSpec of an open_clip model config, bare or under "model_cfg".
+
+    Raises ArtefactError naming the first setting that compt's models do not have.
+    """
+    config = config.get("model_cfg", config)
+    try:
+        vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
+        embed_dim = int(config["embed_dim"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtefactError(f"open_clip config of {name}: embed_dim, vision_cfg and text_cfg are needed") from error
+    for key, value in config.items():
+        if key not in ("embed_dim", "vision_cfg", "text_cfg") and value:
+            raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
+    full_text = asdict(open_clip.model.CLIPTextCfg()) | text
+    _refuse_others(name, "text_cfg", text, open_clip.model.CLIPTextCfg, _TEXT_FIELDS)
+    common = {
+        "name": name,
+        "embed_dim": embed_dim,
+        "context_length": full_text["context_length"],
+        "vocab_size": full_text["vocab_size"],
+        "text_width": full_text["width"],
+        "text_depth": full_text["layers"],
+        "text_heads": full_text["heads"],
+        "text_head_width": full_text["width"] // full_text["heads"],
+    }
+    full = asdict(open_clip.model.CLIPVisionCfg()) | vision
+    try:
+        if full["timm_model_name"]:
+            return _swin_spec(name, vision, full, full_text, common)
+        _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, _VIT_FIELDS)
+        if full["mlp_ratio"] != full_text["mlp_ratio"]:
+            raise ArtefactError(f"open_clip config of {name}: towers of different mlp_ratio are not supported")
+        return ModelSpec(
+            arch="vit",
+            width=full["width"],
+            depth=_integer(name, "layers", full["layers"]),
+            heads=full["width"] // full["head_width"],
+            head_width=full["head_width"],
+            image_size=_integer(name, "image_size", full["image_size"]),
+            patch_size=_integer(name, "patch_size", full["patch_size"]),
+            mlp_ratio=float(full["mlp_ratio"]),
+            no_ln_pre=bool(full["no_ln_pre"]),
+            **common,
+        )
+    except (ConfigError, TypeError) as error:
+        raise ArtefactError(f"open_clip config of {name}: {error}") from error
+
+
+def _swin_spec(
+    name: str, vision: dict[str, Any], full: dict[str, Any], full_text: dict[str, Any], common: dict[str, Any]
+) -> ModelSpec:
+    _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, _SWIN_FIELDS)
+    known = {spec.timm_name: spec for spec in PRESETS.values() if spec.arch == "swin"}
+    if full["timm_model_name"] not in known:
+        raise ArtefactError(f"open_clip config of {name}: timm_model_name {full['timm_model_name']} is not supported")
+    preset = known[full["timm_model_name"]]
+    size = _integer(name, "image_size", full["image_size"])
+    if full_text["mlp_ratio"] != preset.mlp_ratio or size != preset.image_size:
+        raise ArtefactError(f"open_clip config of {name}: mlp_ratio or image_size is not that of {preset.timm_name}")
+    return replace(preset, **common)
+
+
+def _refuse_others(name: str, part: str, given: dict[str, Any], defaults: type, supported: tuple[str, ...]) -> None:
+    default = asdict(defaults())
+    for key, value in given.items():
+        if key not in supported and (key not in default or value != default[key]):
+            raise ArtefactError(f"open_clip config of {name}: {part}.{key} = {value} is not supported")
+
+
+def _integer(name: str, key: str, value: Any) -> int:
+    if isinstance(value, (tuple, list)) and len(set(value)) == 1 and key != "layers":
+        value = value[0]
+    if not isinstance(value, int):
+        raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
+    return value
