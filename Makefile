@@ -1,0 +1,72 @@
+# `make help` tells what there is. The environment is .venv, made when it is missing or when what it is made from changes.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint format type fresh-check clean venv
+
+WORKERS ?= 2
+ARGS ?=
+CONSTRAINTS ?= constraints.txt
+
+# The first python on the path that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
+PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(shell $(p) -c \
+	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
+
+# The stamp carries a checksum of what the environment is made from, and of where it stands: a virtual environment cannot be moved.
+MADE_FROM := $(shell { cat pyproject.toml setup.py $(CONSTRAINTS); echo "$(CURDIR)"; } | cksum | tr ' ' '-')
+STAMP := .venv/.made-from-$(MADE_FROM)
+RUN := .venv/bin/python -m
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo "  Variables: PYTHON=python3.12, WORKERS=2 (tests), ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo)"
+
+demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report; FRESH=1 starts over
+	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)
+
+test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+
+test-full: $(STAMP) ## Run every test, the slow ones included
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(STAMP) ## Check the style (ruff)
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+
+format: $(STAMP) ## Mend the style (ruff)
+	@$(RUN) ruff check --fix .
+	@$(RUN) ruff format .
+
+type: $(STAMP) ## Check the types (mypy --strict)
+	@$(RUN) mypy
+
+fresh-check: ## Run demo and test in a fresh clone of the committed state, as a stranger would; KEEP=1 keeps the clone
+	@KEEP=$(KEEP) bash .ci/fresh-check
+
+clean: ## Remove .venv and what the tools leave; runs/ and data/ stay
+	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+venv: $(STAMP) ## Make the environment and stop there
+
+define need
+{ echo "make $(or $(firstword $(MAKECMDGOALS)),help) needs $(1)" >&2; exit 1; }
+endef
+
+$(STAMP):
+	@test -n "$(PYTHON)" || $(call need,python 3.11 to 3.13 with venv: 'apt install python3 python3-venv' or name one with PYTHON=…)
+	@"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
+		|| $(call need,python 3.11 to 3.13 with venv: $(PYTHON) is not such a one; try 'apt install python3-venv')
+	@test -x .venv/bin/python || test "$$(df -Pk . | awk 'NR==2{print int($$4/1048576)}')" -ge 8 \
+		|| $(call need,8 GB of free disk here for PyTorch; $$(df -Ph . | awk 'NR==2{print $$4}') are free)
+	@echo "setting up .venv: about 3 minutes, 5 GB, most of it PyTorch's CUDA libraries (used only where there is a GPU) …"
+	@# A python that still runs and has the same version is brought up to date; anything else is made anew.
+	@version='import sys; print(sys.version_info[:2])'; \
+		test "$$(.venv/bin/python -c "import pip; $$version" 2>/dev/null)" = "$$("$(PYTHON)" -c "$$version")" || "$(PYTHON)" -m venv --clear .venv
+	@rm -f .venv/.made-from-*
+	@start=$$SECONDS; if [ -t 1 ]; then quiet=; else quiet=-q; fi; \
+		$(RUN) pip --log .venv/install.log --disable-pip-version-check install $$quiet \
+		-c $(CONSTRAINTS) -e '.[dev,data]' || { echo "the installation failed; the whole of it is in .venv/install.log" >&2; exit 1; }; \
+		echo "set up .venv in $$((SECONDS - start)) s"
+	@touch $@

@@ -1,0 +1,44 @@
+"""What holds for every test: one thread a process, no network, and a reason for every test that is skipped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# Before torch is imported anywhere: several test processes share few cores, and nothing may ask a model hub.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def has_cuda() -> bool:
+    """Whether torch sees a CUDA device. Asks torch only where there is a driver, as importing it costs seconds."""
+    if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
+        if folder in ("gpu", "dist"):
+            item.add_marker(folder)
+    if any(item.get_closest_marker("gpu") for item in items) and not has_cuda():
+        skip = pytest.mark.skip(reason="no CUDA device on this machine")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's top folder."""
+    return ROOT

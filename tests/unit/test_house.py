@@ -1,0 +1,132 @@
+"""The files around the code: what can be installed, what make offers, what CI runs, what no file may say."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import compt
+
+PINS = re.compile(r"^([A-Za-z0-9._-]+)==([A-Za-z0-9._+]+)$", re.MULTILINE)
+CALLED_BY_PEOPLE = ("help", "demo", "test", "lint", "type", "fresh-check", "clean")
+# Written in parts, so that this file does not contain what it looks for.
+HOSTS = [
+    ("pypi", "org"),
+    ("pythonhosted", "org"),
+    ("npmjs", "org"),
+    ("npmjs", "com"),
+    ("deb.debian", "org"),
+    ("download.pytorch", "org"),
+]
+FORBIDDEN = ["/" + "work/", ".." + "/shared", *(".".join(host) for host in HOSTS)]
+
+
+def pins(path: Path) -> dict[str, str]:
+    return {name.lower().replace("_", "-"): version for name, version in PINS.findall(path.read_text(encoding="utf-8"))}
+
+
+def project(root: Path) -> dict[str, object]:
+    table: dict[str, object] = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return table
+
+
+def make(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("make") is None:
+        pytest.skip("make is not installed")
+    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(["make", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_make_help_lists_the_targets(root: Path) -> None:
+    shown = make(root, "help")
+    assert shown.returncode == 0, shown.stderr
+    for target in CALLED_BY_PEOPLE:
+        assert re.search(rf"^  make {target} +\S", shown.stdout, re.MULTILINE), target
+
+
+def test_make_names_a_missing_python_in_one_line(root: Path) -> None:
+    done = make(root, "venv", "PYTHON=/nowhere/python3", "MADE_FROM=nothing")
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("make:")]
+    assert len(lines) == 1
+    assert lines[0].startswith("make venv needs python 3.11")
+
+
+def test_setup_py_is_thin(root: Path) -> None:
+    lines = [line for line in (root / "setup.py").read_text(encoding="utf-8").splitlines() if line]
+    assert lines[1:] == ["from setuptools import setup", "setup()"]
+
+
+def test_extras_and_console_script(root: Path) -> None:
+    table = project(root)
+    assert set(table["optional-dependencies"]) == {"data", "deepspeed", "accelerate", "dali", "dali-cu12", "dev", "all"}
+    assert table["scripts"] == {"compt": "compt.cli:main"}
+    assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
+
+
+@pytest.mark.parametrize(
+    ("file", "versions"),
+    [
+        (
+            "constraints.txt",
+            {"torch": "2.11.0", "torchvision": "0.26.0", "nvidia-nccl-cu13": None, "nvidia-dali-cuda130": None},
+        ),
+        (
+            "constraints-cu12.txt",
+            {"torch": "2.10.0", "torchvision": "0.25.0", "nvidia-nccl-cu12": None, "nvidia-dali-cuda120": None},
+        ),
+    ],
+)
+def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict[str, str | None]) -> None:
+    pinned = pins(root / file)
+    for name, version in versions.items():
+        assert name in pinned
+        assert version is None or pinned[name] == version
+    lines = [line for line in (root / file).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert len(lines) == len(pinned), "a line is not NAME==VERSION, or stands twice"
+    other = {"constraints.txt": "dali-cu12", "constraints-cu12.txt": "dali"}[file]
+    table = project(root)
+    wanted = list(table["dependencies"])
+    for extra, packages in table["optional-dependencies"].items():
+        if extra not in (other, "all"):
+            wanted += packages
+    names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
+    assert names <= set(pinned)
+
+
+def test_ci_runs_what_people_run(root: Path) -> None:
+    script = (root / ".ci" / "run").read_text(encoding="utf-8")
+    assert "set -euo pipefail" in script
+    assert os.access(root / ".ci" / "run", os.X_OK)
+    for command in ("make lint type", "make test"):
+        assert re.search(rf"^(timeout [^\n]*)?{command}$", script, re.MULTILINE), command
+
+
+def test_precommit_hooks_are_local(root: Path) -> None:
+    import yaml
+
+    config = yaml.safe_load((root / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    assert [repository["repo"] for repository in config["repos"]] == ["local"]
+
+
+def test_no_file_names_a_place_that_only_its_author_has(root: Path) -> None:
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    found = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = root / name
+        if path.is_symlink() or not path.is_file():
+            continue
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue
+        found += [f"{name}: {word}" for word in FORBIDDEN if word in text]
+    assert found == []
