@@ -46,6 +46,8 @@ class Section(BaseModel):
 def _plain(value: Any) -> Any:
     if isinstance(value, Section):
         return value.result_fields()
+    if isinstance(value, BaseModel):
+        return value.model_dump()
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     if isinstance(value, dict):
@@ -202,6 +204,9 @@ class Chain(Section):
     distill: Distill = Distill()
 
 
+Control = Literal["equal_epochs", "equal_macs"]
+
+
 class Baselines(Section):
     """How each member is trained individually for comparison, and the controls of the last link.
 
@@ -212,7 +217,7 @@ class Baselines(Section):
     train: Duration
     warmup: Duration
     seeds: list[int] = Field(default=[], description="seeds of the baselines; empty: the recipe's seed")
-    controls: list[Literal["equal_epochs", "equal_macs"]] = []
+    controls: list[Control] = []
 
 
 class Ema(Section):

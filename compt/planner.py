@@ -1,0 +1,402 @@
+"""From a recipe to its jobs: what is trained, from what, for how many steps, at what cost. No torch in here.
+
+Impossible chains are refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from compt.config import Control, Duration, Link, Recipe
+from compt.errors import ConfigError, nearest
+from compt.files import hash_json, read_json
+from compt.macs import JobCost, Mode, exact_cost, paper_cost, parameters
+from compt.presets import ModelSpec
+
+Kind = Literal["link", "baseline", "control"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model from outside that the first link grows from: its sizes and the hash of its weights."""
+
+    spec: ModelSpec
+    hash: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train.
+
+    `teacher` names the job whose model this one is expanded and distilled from; for the first link with `chain.from`,
+    `start` is that model's folder instead. A job with neither starts from scratch. `samples` are pictures seen,
+    `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
+    `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
+    this very model, which is then not trained twice.
+    """
+
+    name: str
+    kind: Kind
+    spec: ModelSpec
+    teacher: str | None
+    start: Path | None
+    teacher_spec: ModelSpec | None
+    steps: int
+    warmup_steps: int
+    samples: int
+    epochs: float
+    lr: float
+    alpha: float
+    seed: int
+    cost: JobCost = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+    same_as: str | None = None
+
+    @property
+    def hash(self) -> str:
+        """Digest of `result`, which guards a resume."""
+        return hash_json(self.result)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for files and reports."""
+        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha", "seed")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "start": str(self.start) if self.start else None,
+            "same_as": self.same_as,
+            "spec": self.spec.to_dict(),
+            "parameters": parameters(self.spec),
+            "cost": self.cost.to_json(),
+            "hash": self.hash,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a recipe in the order in which they run, and what the same family costs trained individually."""
+
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    images: int
+    individual: tuple[Job, ...]
+    """For each link the same model trained individually (first seed), planned or not; empty without `baselines`."""
+
+    @property
+    def links(self) -> list[Job]:
+        """The chain alone."""
+        return [job for job in self.jobs if job.kind == "link"]
+
+    def job(self, name: str) -> Job:
+        """The job called `name`. Raises ConfigError for an unknown one."""
+        for job in self.jobs:
+            if job.name == name:
+                return job
+        names = [job.name for job in self.jobs]
+        raise ConfigError(f"unknown job '{name}'{nearest(name, names)}; this plan has {', '.join(names)}")
+
+    def cost(self, job: Job, mode: Mode = "exact") -> JobCost:
+        """What `job` costs; `paper` counts images times epochs, `exact` what is left without partial batches."""
+        if mode == "exact":
+            return job.cost
+        teacher = job.teacher_spec if job.alpha else None
+        return paper_cost(job.spec, teacher, samples=job.epochs * self.images, steps=job.steps)
+
+    def total_macs(self, mode: Mode = "exact") -> float:
+        """MACs of everything that is really trained."""
+        return sum(self.cost(job, mode).total_macs for job in self.jobs if job.same_as is None)
+
+    def acceleration(self, mode: Mode = "exact") -> float | None:
+        """How many times cheaper the whole chain is than its models trained individually; None without `baselines`."""
+        value = self.rows(mode)[len(self.links) - 1]["accumulated_speedup"]
+        return None if value is None else float(value)
+
+    def rows(self, mode: Mode = "exact") -> list[dict[str, Any]]:
+        """One flat row a job; links have their speed-up over `baselines` (or None), alone and with the links before."""
+        rows = []
+        chain = alone = 0.0
+        for at, job in enumerate(self.jobs):
+            cost = self.cost(job, mode)
+            row: dict[str, Any] = {
+                "job": job.name,
+                "kind": job.kind,
+                "model": job.spec.name,
+                "parameters": parameters(job.spec),
+                "teacher": job.teacher or (str(job.start) if job.start else None),
+                "epochs": job.epochs,
+                "steps": job.steps,
+                "warmup_steps": job.warmup_steps,
+                "samples": job.samples,
+                "student_forward_macs": cost.student_forward_macs,
+                "student_training_macs": cost.student_training_macs,
+                "teacher_forward_macs": cost.teacher_forward_macs,
+                "total_macs": cost.total_macs,
+                "same_as": job.same_as,
+            }
+            if job.kind == "link":
+                baseline = self.cost(self.individual[at], mode).total_macs if self.individual else None
+                chain += cost.total_macs
+                alone += baseline or 0.0
+                row |= {
+                    "accumulated_macs": chain,
+                    "baseline_macs": baseline,
+                    "speedup": baseline / cost.total_macs if baseline else None,
+                    "accumulated_speedup": alone / chain if baseline else None,
+                }
+            rows.append(row)
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole plan as plain values."""
+        modes: tuple[Mode, ...] = get_args(Mode)
+        return {
+            "recipe": self.recipe.name,
+            "images": self.images,
+            "batch": self.recipe.optimizer.batch,
+            "jobs": [job.to_json() for job in self.jobs],
+            "rows": {mode: self.rows(mode) for mode in modes},
+            "total_macs": {mode: self.total_macs(mode) for mode in modes},
+            "acceleration": {mode: self.acceleration(mode) for mode in modes},
+        }
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    baselines: bool = False,
+    controls: Sequence[str] | None = None,
+    images: int | None = None,
+    world_size: int = 1,
+    start: Start | None = None,
+    source: str = "recipe",
+) -> Plan:
+    """The links of the chain in order, then the individually trained members, then the controls of the last link.
+
+    `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
+    `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
+    at `chain.from`; by default its manifest is read. `source` is the recipe's file, for messages. Raises ConfigError
+    for a chain that cannot be trained.
+    """
+    try:
+        return _Planner(recipe, images, world_size).plan(baselines, controls, start)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+class _Planner:
+    """Makes the jobs of one recipe."""
+
+    def __init__(self, recipe: Recipe, images: int | None, world_size: int) -> None:
+        self.recipe = recipe
+        self.images = recipe.data.images if images is None else images
+        self.batch = recipe.optimizer.batch
+        if self.images < self.batch:
+            raise ConfigError(f"optimizer.batch = {self.batch}: there are only {self.images} images (data.images)")
+        self.specs = recipe.family.specs()
+        micro = recipe.engine.micro_batch
+        self.recompute = micro is not None and micro < self.batch // world_size
+
+    def plan(self, baselines: bool, controls: Sequence[str] | None, start: Start | None) -> Plan:
+        jobs = self.links(start)
+        settings = self.recipe.baselines
+        individual: list[Job] = []
+        if settings:
+            seeds = settings.seeds or [self.recipe.seed]
+            individual = [self.baseline(link.spec, seeds[0]) for link in jobs]
+            if baselines:
+                jobs = jobs + [self.baseline(link.spec, seed) for link in individual for seed in seeds]
+        elif baselines:
+            raise ConfigError("baselines: is missing; it says how the members are trained individually")
+        if controls is None:
+            controls = settings.controls if settings else ()
+        last = len(self.recipe.chain.links) - 1
+        jobs = jobs + [self.control(kind, jobs[last]) for kind in controls]
+        return Plan(self.recipe, _once(jobs), self.images, tuple(individual))
+
+    def links(self, start: Start | None) -> list[Job]:
+        chain = self.recipe.chain
+        jobs: list[Job] = []
+        if chain.from_ is not None:
+            start = start or read_start(Path(chain.from_))
+            self.check(0, start.spec, strictly=False)
+        elif start is not None:
+            raise ConfigError("chain.from: is missing, but a model to start from was given")
+        for at, link in enumerate(chain.links):
+            before = jobs[-1] if jobs else None
+            if before:
+                self.check(at, before.spec)
+            steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup)
+            jobs.append(self.link(f"{at + 1}-{link.model}", link, steps, warmup, before or (None if at else start)))
+        return jobs
+
+    def check(self, at: int, teacher: ModelSpec, *, strictly: bool = True) -> None:
+        model = self.recipe.chain.links[at].model
+        try:
+            check_growth(teacher, self.specs[model], strictly=strictly)
+        except ConfigError as error:
+            raise ConfigError(f"chain.links.{at}.model = '{model}': {error}") from None
+
+    def steps(self, key: str, train: Duration, warmup: Duration) -> tuple[int, int]:
+        steps, warmup_steps = (length.to_steps(self.images, self.batch) for length in (train, warmup))
+        if steps < 1:
+            raise ConfigError(f"{key}.train = {train}: is no step at all, at {self.batch} images a step")
+        if warmup_steps > steps:
+            raise ConfigError(
+                f"{key}.warmup = {warmup}: {warmup_steps} steps are longer than the training, {train} = {steps} steps"
+            )
+        return steps, warmup_steps
+
+    def link(self, name: str, link: Link, steps: int, warmup: int, teacher: Job | Start | None) -> Job:
+        chain = self.recipe.chain
+        alpha = chain.distill.alpha if link.alpha is None else link.alpha
+        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr)
+        if teacher is None:
+            return job
+        return replace(
+            job,
+            teacher=teacher.name if isinstance(teacher, Job) else None,
+            start=None if isinstance(teacher, Job) else Path(str(chain.from_)),
+            teacher_spec=teacher.spec,
+            alpha=alpha,
+            cost=self.cost(job.spec, teacher.spec if alpha else None, steps),
+            result={
+                **job.result,
+                "teacher": teacher.hash,
+                "expand": chain.expand.result_fields(),
+                "distill": {**chain.distill.result_fields(), "alpha": alpha},
+            },
+        )
+
+    def baseline(self, spec: ModelSpec, seed: int) -> Job:
+        settings = self.recipe.baselines
+        assert settings is not None
+        steps, warmup = self.steps("baselines", settings.train, settings.warmup)
+        return self.scratch(f"baseline-{spec.name}-s{seed}", "baseline", spec, steps, warmup, seed)
+
+    def control(self, kind: str, link: Job) -> Job:
+        """The last model from scratch: for as many steps as its link, or for as many MACs, the teacher's included.
+
+        Equal MACs are taken without recomputed micro-batches, so that these change no result.
+        """
+        known = get_args(Control)
+        if kind not in known:
+            raise ConfigError(f"unknown control '{kind}'{nearest(kind, known)}; known: {', '.join(known)}")
+        steps = link.steps
+        if kind == "equal_macs":
+            teacher = link.teacher_spec if link.alpha else None
+            wanted = self.cost(link.spec, teacher, steps, recompute=False).total_macs
+            steps = round(wanted / self.cost(link.spec, None, 1, recompute=False).total_macs)
+        return self.scratch(f"control-{kind}", "control", link.spec, steps, link.warmup_steps, link.seed, link.lr)
+
+    def scratch(
+        self, name: str, kind: Kind, spec: ModelSpec, steps: int, warmup: int, seed: int, lr: float | None = None
+    ) -> Job:
+        recipe = self.recipe
+        lr = recipe.optimizer.lr if lr is None else lr
+        model = spec.to_dict()
+        del model["name"]
+        return Job(
+            name=name,
+            kind=kind,
+            spec=spec,
+            teacher=None,
+            start=None,
+            teacher_spec=None,
+            steps=steps,
+            warmup_steps=warmup,
+            samples=steps * self.batch,
+            epochs=steps / (self.images // self.batch),
+            lr=lr,
+            alpha=0.0,
+            seed=seed,
+            cost=self.cost(spec, None, steps),
+            result={
+                "model": model,
+                "data": {**recipe.data.result_fields(), "images": self.images},
+                "optimizer": {**recipe.optimizer.result_fields(), "lr": lr},
+                "steps": steps,
+                "warmup_steps": warmup,
+                "seed": seed,
+            },
+        )
+
+    def cost(self, spec: ModelSpec, teacher: ModelSpec | None, steps: int, *, recompute: bool = True) -> JobCost:
+        data = self.recipe.data
+        return exact_cost(
+            spec,
+            teacher,
+            steps=steps,
+            batch=self.batch,
+            captions=data.captions,
+            tokens=data.mean_caption_tokens,
+            recompute=recompute and self.recompute,
+        )
+
+
+def _once(jobs: list[Job]) -> tuple[Job, ...]:
+    """Mark each job that would train the same weights as one before it."""
+    first: dict[str, str] = {}
+    marked = []
+    for job in jobs:
+        name = first.setdefault(job.hash, job.name)
+        marked.append(job if name == job.name else replace(job, same_as=name))
+    return tuple(marked)
+
+
+def read_start(folder: Path) -> Start:
+    """The sizes and the weights' hash of a model folder that compt wrote. Raises ConfigError without a manifest."""
+    path = folder / "manifest.json"
+    try:
+        manifest = read_json(path)
+        return Start(ModelSpec.from_dict(manifest["spec"]), str(manifest["hash"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise ConfigError(f"chain.from = '{folder}': cannot read {path} ({cause})") from None
+
+
+_SAME = ("image_size", "vocab_size", "text_head_width")
+_SAME_IMAGE = ("patch_size", "head_width", "window", "no_ln_pre")
+_GROWING = ("text_width", "text_depth", "text_heads", "context_length", "embed_dim")
+_GROWING_IMAGE = ("width", "depth", "heads")
+
+
+def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
+    """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
+
+    Between a ViT and a Swin the image towers have no axis in common; the numbers of parameters are compared instead.
+    `strictly`: a student of its teacher's size is refused too.
+    """
+    alike = teacher.arch == student.arch
+    before, after = parameters(teacher), parameters(student)
+    if after < before or (strictly and after == before):
+        raise ConfigError(
+            f"its {after:,} parameters are not more than the {before:,} of '{teacher.name}', which it grows from; "
+            "a chain goes from small to large"
+        )
+    if alike and len(teacher.depths) != len(student.depths):
+        raise ConfigError(f"has {len(student.depths)} stages, but '{teacher.name}' has {len(teacher.depths)}")
+    for name in (*_SAME, *(_SAME_IMAGE if alike else ())):
+        old, new = getattr(teacher, name), getattr(student, name)
+        if old != new:
+            raise ConfigError(f"its {name} is {new}, but '{teacher.name}', which it grows from, has {old}")
+    for name, old, new in _growing(teacher, student, alike):
+        if new < old:
+            raise ConfigError(f"its {name} {new} is smaller than the {old} of '{teacher.name}', which it grows from")
+        if name.startswith("depths") and new != old and (new % 2 or old % 2):
+            raise ConfigError(
+                f"its {name} grows from {old} to {new}; blocks with and without shifted windows come in pairs"
+            )
+
+
+def _growing(teacher: ModelSpec, student: ModelSpec, alike: bool) -> list[tuple[str, int, int]]:
+    names = (*_GROWING, *(_GROWING_IMAGE if alike else ()))
+    sizes = [(name, getattr(teacher, name), getattr(student, name)) for name in names]
+    for name in ("text_width", *(("width",) if alike else ())):
+        hidden = [int(getattr(spec, name) * spec.mlp_ratio) for spec in (teacher, student)]
+        sizes.append((f"mlp_ratio x {name}", hidden[0], hidden[1]))
+    for name in ("depths", "stage_heads") if alike else ():
+        pairs = zip(getattr(teacher, name), getattr(student, name), strict=True)
+        sizes += [(f"{name}[{stage}]", old, new) for stage, (old, new) in enumerate(pairs)]
+    return sizes
