@@ -42,7 +42,7 @@ def expand_parameter(entry: Entry, read: Read, own: Own) -> Tensor:
 
 
 def expand_state(plan: Plan, teacher_state: Mapping[str, Tensor], own: Own) -> dict[str, Tensor]:
-    """All student parameters, in the plan's order. Raises ArtefactError when the teacher's weights do not fit the plan."""
+    """All student parameters, in the plan's order. Raises ArtefactError when the teacher does not fit the plan."""
 
     def read(name: str) -> Tensor:
         if name not in teacher_state:

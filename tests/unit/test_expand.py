@@ -1,0 +1,230 @@
+"""Which teacher element every student element is: against a slow oracle, by hand, and against deliberate mistakes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from compt.expand import WIDTH, AxisMap, ExpandConfig, expand, expand_state, make_plan
+from compt.expand import axes as axes_module
+from compt.expand.axes import Axis, parameters
+from compt.expand.operators import DEPTH, added_layers, insert, pack, repeat_period
+from compt.models.init import init_tensor, rule_for
+from tests.unit.expand_cases import BIG, HEAD, SMALL, TINY, insertion_oracle, negative, sentinels, sized, source_name
+
+BLOCK = "visual.transformer.resblocks"
+
+
+def refuse(name: str, shape: tuple[int, ...]) -> Tensor:
+    raise AssertionError(f"own initialization of {name} was asked for")
+
+
+def differences(teacher, student) -> list[str]:
+    """The student parameters in which head-aligned insertion differs from the oracle."""
+    old = sentinels(teacher)
+    new = expand_state(make_plan(teacher, student), old, negative)
+    found = []
+    for name, parameter in parameters(student).items():
+        expected = insertion_oracle(name, old[source_name(name, teacher, student)], parameter.shape)
+        if not torch.equal(new[name], expected):
+            found.append(name)
+    assert list(new) == list(parameters(student))
+    return found
+
+
+@pytest.mark.parametrize("pair", [(TINY, SMALL), (SMALL, BIG), (TINY, BIG)], ids=lambda pair: pair[1].name)
+def test_every_parameter_is_the_oracles(pair):
+    assert differences(*pair) == []
+
+
+@pytest.mark.parametrize("role", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("tower", ["visual.", ""], ids=["image", "text"])
+def test_each_head_of_each_role_keeps_role_and_head(role, tower):
+    old = sentinels(SMALL)
+    new = expand_state(make_plan(SMALL, BIG), old, negative)
+    heads, width = (SMALL.heads, BIG.width) if tower else (SMALL.text_heads, BIG.text_width)
+    d = heads * HEAD
+    for layer in range(2):
+        block, source = f"{tower}transformer.resblocks.{layer}.attn", f"{tower}transformer.resblocks.{layer // 2}.attn"
+        weight, bias, out = (new[f"{block}.{leaf}"] for leaf in ("in_proj_weight", "in_proj_bias", "out_proj.weight"))
+        for head in range(width // HEAD):
+            rows = weight[role * width + head * HEAD : role * width + (head + 1) * HEAD]
+            biases = bias[role * width + head * HEAD : role * width + (head + 1) * HEAD]
+            columns = out[:d, head * HEAD : (head + 1) * HEAD]
+            if head >= heads:
+                assert (rows < 0).all()
+                assert (biases < 0).all()
+                assert (columns < 0).all()
+                continue
+            start = role * d + head * HEAD
+            assert torch.equal(rows[:, :d], old[f"{source}.in_proj_weight"][start : start + HEAD])
+            assert (rows[:, d:] < 0).all()
+            assert torch.equal(biases, old[f"{source}.in_proj_bias"][start : start + HEAD])
+            assert torch.equal(columns, old[f"{source}.out_proj.weight"][:, head * HEAD : (head + 1) * HEAD])
+
+
+def test_a_packed_matrix_taken_as_one_block_is_noticed(monkeypatch):
+    def one_block(prefix: str, heads: int, head_width: int, suffix: str = ""):
+        return (Axis(f"{prefix}rows{suffix}", 3 * heads * head_width),), (Axis(f"{prefix}cols", heads * head_width),)
+
+    monkeypatch.setattr(axes_module, "_attention_axes", one_block)
+    wrong = differences(TINY, SMALL)
+    assert len(wrong) == 2 * (SMALL.depth + SMALL.text_depth)
+    assert all("in_proj" in name for name in wrong)
+
+
+def test_duplicate_repeats_heads_whole_and_leaves_positions_alone():
+    student = sized("twice", 5, 2, 1, 1, context_length=7)
+    old = sentinels(TINY)
+    new = expand_state(make_plan(TINY, student, ExpandConfig(width="duplicate")), old, negative)
+    weight, source = new[f"{BLOCK}.1.attn.in_proj_weight"], old[f"{BLOCK}.1.attn.in_proj_weight"]
+    for role in range(3):
+        for head in range(5):
+            for channel in range(HEAD):
+                for column in range(20):
+                    got = weight[role * 20 + head * HEAD + channel, column]
+                    assert got == source[role * 8 + (head % 2) * HEAD + channel, column % 8]
+    c_proj = new[f"{BLOCK}.0.mlp.c_proj.weight"]
+    assert all(c_proj[i, j] == old[f"{BLOCK}.0.mlp.c_proj.weight"][i % 8, j % 32] for i in range(20) for j in range(80))
+    assert torch.equal(new["positional_embedding"][:5], old["positional_embedding"])
+    assert (new["positional_embedding"][5:] < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("operator", "p", "q", "expected"),
+    [
+        ("duplicate", 4, 6, [0, 0, 1, 2, 2, 3]),
+        ("duplicate", 2, 3, [0, 0, 1]),
+        ("duplicate", 12, 24, [k // 2 for k in range(24)]),
+        ("duplicate", 3, 3, [0, 1, 2]),
+        ("stack", 4, 6, [0, 1, 2, 3, 0, 1]),
+        ("stack", 2, 5, [0, 1, 0, 1, 0]),
+        ("constant", 4, 6, [0, 1, 2, 3, -1, -1]),
+        ("interval", 4, 6, [0, -1, -1, 2, -1, -1]),
+        ("interval", 2, 4, [0, -1, 1, -1]),
+    ],
+)
+def test_depth_maps_by_hand(operator, p, q, expected):
+    assert DEPTH[operator](p, q) == expected
+
+
+@pytest.mark.parametrize("operator", DEPTH)
+def test_equal_depth_is_the_identity(operator):
+    assert all(DEPTH[operator](depth, depth) == list(range(depth)) for depth in range(1, 30))
+
+
+def test_pairs_keep_the_parity_of_shifted_windows():
+    assert repeat_period(DEPTH["duplicate"], 2, 6, 2) == [0, 1, 0, 1, 0, 1]
+    assert repeat_period(DEPTH["duplicate"], 6, 8, 2) == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert repeat_period(DEPTH["constant"], 2, 6, 2) == [0, 1, -1, -1, -1, -1]
+    assert repeat_period(DEPTH["duplicate"], 3, 3, 2) == [0, 1, 2]
+
+
+def test_layers_are_added_from_the_second_use_of_a_source_on():
+    assert added_layers([0, 0, 1, 2, 2, 3]) == [False, True, False, False, True, False]
+    assert added_layers([0, -1, 1, -1]) == [False, True, False, True]
+
+
+def test_layer_sources_reach_the_right_tensors():
+    student = sized("deep", 2, 4, 1, 2)
+    old = sentinels(TINY)
+    for operator, image, text in (("stack", [0, 1, 0, 1], [0, 0]), ("interval", [0, -1, 1, -1], [0, -1])):
+        plan = make_plan(TINY, student, ExpandConfig(depth=operator))
+        assert plan.layers == {BLOCK: image, "transformer.resblocks": text}
+        new = expand_state(plan, old, negative)
+        for layer, source in enumerate(image):
+            got = new[f"{BLOCK}.{layer}.mlp.c_fc.bias"]
+            expected = negative("", (32,)) if source < 0 else old[f"{BLOCK}.{source}.mlp.c_fc.bias"]
+            assert torch.equal(got, expected.to(got.dtype))
+
+
+def test_own_size_gives_the_same_bytes_and_new_storage():
+    old = sentinels(BIG)
+    for width in WIDTH:
+        plan = make_plan(BIG, replace(BIG, name="again"), ExpandConfig(width=width))
+        new = expand_state(plan, old, refuse)
+        assert plan.copied == plan.parameters
+        for name, tensor in new.items():
+            assert tensor.numpy().tobytes() == old[name].numpy().tobytes()
+            assert tensor.data_ptr() != old[name].data_ptr()
+
+
+def test_two_links_agree_with_one_on_the_inserted_block():
+    old = sentinels(TINY)
+    direct = expand_state(make_plan(TINY, BIG), old, negative)
+    between = expand_state(make_plan(TINY, SMALL), old, negative)
+    twice = expand_state(make_plan(SMALL, BIG), between, negative)
+    for name, tensor in direct.items():
+        block = tensor >= 0
+        assert block.any()
+        assert torch.equal(tensor[block], twice[name][block]), name
+
+
+def test_the_plan_counts_what_execution_copies():
+    plan = make_plan(TINY, SMALL)
+    new = expand_state(plan, sentinels(TINY), negative)
+    for entry in plan.entries:
+        assert entry.copied == int((new[entry.name] >= 0).sum())
+        assert entry.copied + entry.new + entry.zeroed == entry.size == new[entry.name].numel()
+    by_name = {entry.name: entry for entry in plan.entries}
+    packed = by_name[f"{BLOCK}.3.attn.in_proj_weight"]
+    assert packed.copied / packed.size == pytest.approx((8 / 12) ** 2)
+    assert packed.sources == (f"{BLOCK}.1.attn.in_proj_weight",)
+    assert packed.rule == "insert head 2→3, res 8→12, layer 3 ← 1"
+    assert by_name["logit_scale"].rule == "copy"
+    assert plan.copied + plan.new == plan.parameters == sum(tensor.numel() for tensor in new.values())
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=["exported", "inside"])
+def test_logit_scale_is_inherited_as_a_scalar(shape):
+    old = sentinels(TINY) | {"logit_scale": torch.full(shape, 3.25)}
+    new = expand_state(make_plan(TINY, SMALL), old, negative)
+    assert new["logit_scale"].shape == ()
+    assert new["logit_scale"] == 3.25
+
+
+def test_new_elements_are_those_of_a_scratch_model():
+    plan = make_plan(TINY, SMALL)
+    old = {name: torch.full_like(tensor, 1e6, dtype=torch.float32) for name, tensor in sentinels(TINY).items()}
+    new = expand(plan, old, seed=7)
+    changed = 0
+    for name, tensor in new.items():
+        scratch = init_tensor(rule_for(SMALL, name, tensor.shape), 7, name, tensor.shape)
+        own = tensor != 1e6
+        assert torch.equal(tensor[own], scratch[own])
+        changed += int(own.sum())
+    assert changed == plan.new
+    other = expand(plan, old, seed=8)
+    assert not torch.equal(other[f"{BLOCK}.0.mlp.c_fc.weight"], new[f"{BLOCK}.0.mlp.c_fc.weight"])
+
+
+def test_the_teachers_dtype_is_kept():
+    old = {name: tensor.to(torch.bfloat16) for name, tensor in sentinels(TINY).items()}
+    assert {tensor.dtype for tensor in expand(make_plan(TINY, SMALL), old, 0).values()} == {torch.bfloat16}
+
+
+def test_a_scaling_operator_reaches_single_and_packed_axes(monkeypatch):
+    def halved(teacher: int, student: int) -> AxisMap:
+        plain = insert(teacher, student)
+        return AxisMap(plain.index, teacher, np.where(np.arange(student) == 0, 0.5, 1.0))
+
+    monkeypatch.setitem(WIDTH, "halved", halved)
+    old = sentinels(TINY)
+    new = expand_state(make_plan(TINY, SMALL, ExpandConfig(width="halved")), old, negative)
+    source = old[f"{BLOCK}.0.attn.in_proj_bias"].reshape(3, 2, HEAD)
+    got = new[f"{BLOCK}.0.attn.in_proj_bias"].reshape(3, 3, HEAD)
+    assert torch.equal(got[:, 0], source[:, 0] * 0.5)
+    assert torch.equal(got[:, 1], source[:, 1])
+    projection = new["visual.proj"]
+    assert projection[0, 0] == old["visual.proj"][0, 0] * 0.25
+    assert projection[0, 1] == old["visual.proj"][0, 1] * 0.5
+
+
+def test_packing_is_new_where_any_axis_is():
+    packed = pack([insert(2, 3), insert(2, 3)])
+    assert packed.index.tolist() == [0, 1, -1, 2, 3, -1, -1, -1, -1]
+    assert packed.source_size == 4
