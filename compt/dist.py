@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed import PrefixStore, ReduceOp
+from torch.distributed import ReduceOp
 from torch.distributed.rendezvous import rendezvous
 
 from compt.errors import ConfigError, RunError
@@ -43,7 +43,7 @@ def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_secon
     store.set_timeout(timeout)
     torch_dist.init_process_group(
         "nccl" if chosen.type == "cuda" else "gloo",
-        store=PrefixStore("compt", store),
+        store=store,
         rank=own_rank,
         world_size=world,
         timeout=timeout,
@@ -91,7 +91,9 @@ def is_main() -> bool:
 
 def _device() -> torch.device:
     """Where tensors must lie for the process group's backend."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch_dist.get_backend() == "nccl" else torch.device("cpu")
+    if torch_dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def barrier() -> None:

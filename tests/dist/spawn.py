@@ -23,10 +23,11 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     """`function(*arguments)` on `world` gloo ranks; the results in the order of ranks.
 
     The function is a module's top-level name, and arguments and results can be pickled. Inside, `compt.dist` is
-    initialised on the CPU with one thread. Raises AssertionError with the ranks' tracebacks, or after `timeout` seconds.
+    initialised on the CPU with one thread. Raises AssertionError with the ranks' tracebacks or after `timeout` seconds.
     """
     # The parent holds the store on a port that the system chose, so parallel tests cannot take each other's.
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=datetime.timedelta(seconds=timeout))
+    limit = datetime.timedelta(seconds=timeout)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit)
     workers = []
     for rank in range(world):
         receiver, sender = CONTEXT.Pipe(duplex=False)

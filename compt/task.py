@@ -1,0 +1,235 @@
+"""Tasks: what is trained and by which loss. A new way of pretraining is one class here and one entry in `TASKS`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from compt.dist import mean_of_scalars
+from compt.losses import ImageToText, contrastive_loss, ifd_loss
+from compt.models.clip import ClipModel
+from compt.models.init import init_tensor, linear_rule
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Cap of the learnt logarithm of the inverse temperature."""
+
+SHARED_OUTPUTS = frozenset({"logit_scale"})
+"""Outputs of a module that belong to the whole batch; every other output has a row for each sample."""
+
+Scalars = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """One trainable module and its loss.
+
+    `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` (optional) int64
+    [b, M] on the CPU, the tokens of each caption, spares a GPU the question.
+    """
+
+    name: str
+
+    @property
+    def model(self) -> ClipModel:
+        """The model that is trained, without anything that exists for training only."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that is trained; `forward(images, tokens, lengths)` gives the outputs by name."""
+
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """What the loss needs and nothing is trained by, a row for each sample, without gradient."""
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """This rank's loss (the mean over ranks is the global one) and detached scalars to report."""
+
+    def after_step(self) -> None:
+        """Constraints on parameters, after each step of the optimizer."""
+
+
+class StudentModule(nn.Module):
+    """A CLIP model and, where a teacher's embedding is of another width, a linear projector for each tower.
+
+    State: `model.*` and `projector.image.*`, `projector.text.*`. The projectors are kept for resuming only.
+    """
+
+    def __init__(self, model: ClipModel, projected: int | None = None, text_buckets: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.text_buckets = text_buckets
+        self.projector = nn.ModuleDict()
+        width = model.spec.embed_dim
+        if projected is not None and projected != width:
+            for tower in ("image", "text"):
+                self.projector[tower] = _projector(f"projector.{tower}", width, projected, seed)
+            self.projector.to(model.logit_scale.device)
+
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """`image` [b, D] and `text` [b, M, D], not normalised; `logit_scale` [1], exponentiated; with projectors also
+        `image_projected` [b, D'] and `text_projected` [b, M, D'].
+        """
+        image, text = encode(self.model, images, tokens, lengths, self.text_buckets)
+        outputs = {"image": image, "text": text, "logit_scale": self.model.logit_scale.exp().reshape(1)}
+        for tower, projector in self.projector.items():
+            outputs[f"{tower}_projected"] = projector(outputs[tower])
+        return outputs
+
+
+def _projector(name: str, inputs: int, outputs: int, seed: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    with torch.no_grad():
+        for part, parameter in layer.named_parameters():
+            parameter.copy_(init_tensor(linear_rule(inputs), seed, f"{name}.{part}", parameter.shape))
+    return layer
+
+
+def encode(
+    model: ClipModel, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, buckets: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Un-normalised features: images [b, 3, H, W] -> [b, D], captions [b, M, T] -> [b, M, D]."""
+    samples, captions = tokens.shape[:2]
+    flat = None if lengths is None else lengths.reshape(-1)
+    text = model.encode_captions(tokens.reshape(samples * captions, -1), buckets, flat)
+    return model.encode_image(images), text.reshape(samples, captions, -1)
+
+
+class ClipTask:
+    """Contrastive training of images with several captions each: baselines and the first link of a chain.
+
+    `image_to_text` and `chunk` are `contrastive_loss`'s; `text_buckets` is `ClipModel.encode_captions`'s.
+    """
+
+    name = "clip"
+
+    def __init__(
+        self,
+        model: ClipModel,
+        *,
+        image_to_text: ImageToText = "slot",
+        text_buckets: int = 1,
+        chunk: int | None = None,
+        seed: int = 0,
+        projected: int | None = None,
+    ) -> None:
+        self.module = StudentModule(model, projected, text_buckets, seed)
+        self.image_to_text: ImageToText = image_to_text
+        self.chunk = chunk
+
+    @property
+    def model(self) -> ClipModel:
+        """The model that is trained."""
+        return self.module.model
+
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """Nothing: the batch itself says which caption belongs to which image."""
+        return {}
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """The contrastive loss; reports loss, task, t2v, v2t, logit_scale."""
+        parts = contrastive_loss(
+            outputs["image"],
+            outputs["text"],
+            outputs["logit_scale"],
+            image_to_text=self.image_to_text,
+            chunk=self.chunk,
+        )
+        report = {
+            "loss": parts.task,
+            "task": parts.task,
+            "t2v": parts.text_to_image,
+            "v2t": parts.image_to_text,
+            "logit_scale": outputs["logit_scale"].reshape(()),
+        }
+        return parts.task, _detached(report)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """Cap logit_scale at ln 100."""
+        self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+
+class DistillTask(ClipTask):
+    """Contrastive training plus inverse feature distillation from a frozen predecessor: every later link.
+
+    The teacher is taken over: frozen, put into evaluation mode and cast to `teacher_dtype` (the compute dtype). It is
+    in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in `ifd_loss`. `seed`
+    draws the projectors.
+    """
+
+    name = "clip_distill"
+
+    def __init__(
+        self,
+        model: ClipModel,
+        teacher: ClipModel,
+        *,
+        alpha: float = 500.0,
+        average_towers: bool = True,
+        image_to_text: ImageToText = "slot",
+        text_buckets: int = 1,
+        chunk: int | None = None,
+        seed: int = 0,
+        teacher_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            model,
+            image_to_text=image_to_text,
+            text_buckets=text_buckets,
+            chunk=chunk,
+            seed=seed,
+            projected=teacher.spec.embed_dim,
+        )
+        self.teacher = teacher.requires_grad_(False).eval().to(teacher_dtype)
+        self.teacher_dtype = teacher_dtype
+        self.alpha = alpha
+        self.average_towers = average_towers
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """The teacher's features: image [b, D'], text [b, M, D'], not normalised."""
+        with torch.autocast(images.device.type, enabled=False):
+            image, text = encode(self.teacher, images.to(self.teacher_dtype), tokens, lengths, self.module.text_buckets)
+        return {"image": image, "text": text}
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """Contrastive plus distillation; adds ifd, ifd_image, ifd_text (all times alpha) and r = ifd / task."""
+        task, report = super().loss(outputs, targets)
+        image, text = (outputs.get(f"{tower}_projected", outputs[tower]) for tower in ("image", "text"))
+        ifd = ifd_loss(
+            targets["image"], targets["text"], image, text, alpha=self.alpha, average_towers=self.average_towers
+        )
+        loss = task + ifd.total
+        report |= {"loss": loss, "ifd": ifd.total, "ifd_image": ifd.image, "ifd_text": ifd.text, "r": ifd.total / task}
+        return loss, _detached(report)
+
+
+TASKS: dict[str, type[ClipTask]] = {ClipTask.name: ClipTask, DistillTask.name: DistillTask}
+
+
+def _detached(report: Mapping[str, Tensor]) -> Scalars:
+    return {name: value.detach() for name, value in report.items()}
+
+
+def reduce_report(report: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over ranks of a report, with one collective; r is the ratio of the means, not the mean of ratios."""
+    means = mean_of_scalars(report)
+    if "r" in means:
+        means["r"] = means["ifd"] / means["task"] if means["task"] else math.nan
+    return means
+
+
+def surrogate(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+    """A scalar whose backward puts `gradients` (of the loss by each output) on the parameters behind `outputs`.
+
+    `gradients` has the rows of this micro-batch, and for SHARED_OUTPUTS the whole gradient, of which each of the
+    `micro_batches` carries its share.
+    """
+    terms = []
+    for name, output in outputs.items():
+        gradient = gradients[name]
+        share = micro_batches if name in SHARED_OUTPUTS else 1
+        terms.append((output.to(gradient.dtype) * gradient).sum() / share)
+    return torch.stack(terms).sum()

@@ -1,0 +1,295 @@
+"""The data-parallel engine and accumulation: every way of splitting a batch gives one process's results."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from compt import dist
+from compt.accumulate import cached_backward
+from compt.engines import AdamWSettings, DataParallelEngine, decays
+from compt.engines.base import Precision
+from compt.errors import ArtefactError, ConfigError
+from compt.losses import ImageToText
+from compt.models import build
+from compt.presets import resolve
+from compt.task import ClipTask, DistillTask
+from tests.dist.spawn import run_ranks
+from tests.unit.test_losses import oracle
+from tests.unit.test_task import batch, model
+
+TEACHERS = [None, 16, 24]
+"""No distillation, a teacher of the student's width, one that needs projectors."""
+
+
+def make_task(teacher: int | None, dtype: torch.dtype, **settings: Any) -> ClipTask:
+    student = model().to(dtype)
+    if teacher is None:
+        return ClipTask(student, **settings)
+    task = DistillTask(student, model(teacher, seed=1), teacher_dtype=dtype, **settings)
+    task.module.to(dtype)
+    return task
+
+
+def own_rows(dtype: torch.dtype, samples: int = 8) -> tuple[Tensor, Tensor]:
+    images, tokens = batch(samples)
+    share = samples // dist.world_size()
+    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    return images[own].to(dtype), tokens[own]
+
+
+def run(
+    teacher: int | None, dtype: torch.dtype, micro: int | None, precision: Precision = "fp32", **settings: Any
+) -> dict[str, Any]:
+    """Loss and gradient norm over all ranks, and this rank's gradients."""
+    task = make_task(teacher, dtype, **settings)
+    engine = DataParallelEngine(task.module, precision=precision)
+    if precision == "fp16":
+        engine.load_state_dict(engine.state_dict() | {"scaler.scale": torch.tensor(256.0, dtype=torch.float64)})
+    loss, report = cached_backward(task, engine, *own_rows(dtype), micro)
+    norm = engine.clip_grad_norm(None)
+    return {
+        "loss": dist.all_reduce_mean(loss.item()),
+        "norm": norm.item(),
+        "gradients": {name: cast(Tensor, p.grad).clone() for name, p in task.module.named_parameters()},
+        "report": set(report),
+    }
+
+
+def reference(teacher: int | None, image_to_text: ImageToText = "slot") -> tuple[float, dict[str, Tensor]]:
+    """The whole batch in double precision, the losses as loops, the projectors as matrix products."""
+    images, tokens = batch()
+    images = images.double()
+    task = make_task(teacher, torch.float64)
+    student = task.model
+    image = student.encode_image(images)
+    text = torch.stack([student.encode_text(tokens[:, slot]) for slot in range(2)], dim=1)
+    loss, _, _ = oracle(image, text, student.logit_scale.exp(), image_to_text)
+    parameters = dict(task.module.named_parameters())
+    if isinstance(task, DistillTask):
+        with torch.no_grad():
+            goals = {
+                "image": task.teacher.encode_image(images),
+                "text": torch.stack([task.teacher.encode_text(tokens[:, slot]) for slot in range(2)], dim=1),
+            }
+        for tower, feature in (("image", image), ("text", text)):
+            if teacher != 16:
+                weight, bias = (parameters[f"projector.{tower}.{part}"] for part in ("weight", "bias"))
+                feature = feature @ weight.T + bias
+            goal = goals[tower]
+            difference = functional.normalize(feature, dim=-1) - functional.normalize(goal, dim=-1)
+            width = goal.shape[-1]
+            loss = loss + 0.5 * 500.0 * (width / 512) * (difference**2).sum() / goal.numel()
+    loss.sum().backward()
+    return loss.item(), {name: cast(Tensor, parameter.grad) for name, parameter in parameters.items()}
+
+
+def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Tensor by tensor, relative to its norm; key biases, whose gradient is zero but for noise, absolutely."""
+    assert found.keys() == expected.keys()
+    for name, correct in expected.items():
+        error = found[name].double() - correct.double()
+        if name.endswith("attn.in_proj_bias"):
+            third = len(correct) // 3
+            assert error[third : 2 * third].norm() < tolerance, name
+            error = torch.cat((error[:third], error[2 * third :]))
+        assert error.norm() <= tolerance * correct.norm(), name
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_equal_the_loops(teacher: int | None, world: int) -> None:
+    loss, gradients = reference(teacher)
+    norm = torch.stack([gradient.norm() for gradient in gradients.values()]).norm().item()
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        results = [run(teacher, dtype, None)] if world == 1 else run_ranks(run, world, teacher, dtype, None)
+        for found in results:
+            assert found["loss"] == pytest.approx(loss, rel=tolerance)
+            assert found["norm"] == pytest.approx(norm, rel=tolerance)
+            assert_gradients(found["gradients"], gradients, tolerance)
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize(("world", "micro"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_accumulation_equals_one_large_batch(teacher: int | None, world: int, micro: int) -> None:
+    loss, gradients = reference(teacher)
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        results = [run(teacher, dtype, micro)] if world == 1 else run_ranks(run, world, teacher, dtype, micro)
+        for found in results:
+            assert found["loss"] == pytest.approx(loss, rel=tolerance)
+            assert_gradients(found["gradients"], gradients, tolerance)
+            assert ("r" in found["report"]) == (teacher is not None)
+
+
+def test_accumulation_with_chunks_buckets_and_all_captions() -> None:
+    loss, gradients = reference(24, "all")
+    task = make_task(24, torch.float64, image_to_text="all", chunk=3, text_buckets=2)
+    engine = DataParallelEngine(task.module)
+    images, tokens = own_rows(torch.float64)
+    found, _ = cached_backward(task, engine, images, tokens, 5, tokens.argmax(dim=-1) + 1)
+    assert found.item() == pytest.approx(loss, rel=1e-10)
+    assert_gradients({n: cast(Tensor, p.grad) for n, p in task.module.named_parameters()}, gradients, 1e-10)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_accumulation_in_mixed_precision(precision: Precision) -> None:
+    """Pieces differ from the whole by rounding only, and fp16's scale is taken off once."""
+    whole = run(24, torch.float32, None, precision)
+    pieces = run(24, torch.float32, 3, precision)
+    exact = run(24, torch.float32, None)
+    assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-2)
+    assert pieces["norm"] == pytest.approx(whole["norm"], rel=5e-2)
+    assert whole["norm"] == pytest.approx(exact["norm"], rel=0.1)
+
+
+def trajectory(world_micro: int | None) -> tuple[list[float], dict[str, Tensor]]:
+    """Three steps with a large eps, so that noise in zero gradients does not become steps."""
+    task = make_task(24, torch.float32)
+    engine = DataParallelEngine(task.module, AdamWSettings(eps=1e-4))
+    norms = []
+    for step in range(3):
+        engine.zero_grad()
+        cached_backward(task, engine, *own_rows(torch.float32), world_micro)
+        norms.append(engine.clip_grad_norm(1.0).item())
+        engine.set_lr(1e-3 * (step + 1))
+        engine.step()
+        task.after_step()
+    return norms, engine.state_dict()
+
+
+def test_steps_on_two_ranks_equal_one_process() -> None:
+    norms, state = trajectory(None)
+    (first, first_state), (second, second_state) = run_ranks(trajectory, 2, 3)
+    assert first == second
+    assert first == pytest.approx(norms, rel=1e-5)
+    assert norms[0] != norms[2]
+    for name, value in state.items():
+        assert torch.equal(first_state[name], second_state[name]), name
+        torch.testing.assert_close(first_state[name], value, rtol=1e-4, atol=2e-6)
+
+
+def nonfinite() -> tuple[float, bool, bool]:
+    task = make_task(None, torch.float32)
+    engine = DataParallelEngine(task.module)
+    images, tokens = own_rows(torch.float32)
+    engine.set_lr(1e-3)
+    cached_backward(task, engine, images, tokens)
+    engine.clip_grad_norm(1.0)
+    engine.step()
+    before = engine.state_dict()
+    engine.zero_grad()
+    if dist.rank() == 0:
+        images[0, 0, 0, 0] = float("nan")
+    cached_backward(task, engine, images, tokens)
+    norm = engine.clip_grad_norm(1.0)
+    engine.step()
+    untouched = all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+    engine.zero_grad()
+    cached_backward(task, engine, *own_rows(torch.float32))
+    engine.clip_grad_norm(1.0)
+    engine.step()
+    moved = all(not torch.equal(v, before[n]) for n, v in engine.state_dict().items() if n.endswith(".step"))
+    return norm.item(), untouched, moved
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_nonfinite_gradient_skips_the_step_on_all_ranks(world: int) -> None:
+    for norm, untouched, moved in [nonfinite()] if world == 1 else run_ranks(nonfinite, world):
+        assert norm != norm
+        assert untouched
+        assert moved
+
+
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale() -> None:
+    module = nn.Linear(4, 4)
+    engine = DataParallelEngine(module, precision="fp16")
+    before = engine.state_dict()
+    engine.set_lr(1.0)
+    engine.backward(module(torch.full((2, 4), 1e35)).sum())
+    assert not engine.clip_grad_norm(None).isfinite()
+    engine.step()
+    after = engine.state_dict()
+    assert torch.equal(before["model.weight"], after["model.weight"])
+    assert after["scaler.scale"] == before["scaler.scale"] / 2
+    other = DataParallelEngine(nn.Linear(4, 4), precision="fp16")
+    other.load_state_dict(after)
+    assert other.state_dict()["scaler.scale"] == after["scaler.scale"]
+
+
+def test_weight_decay_follows_open_clip() -> None:
+    for name in ("vit_pico", "swin_t"):
+        parameters = dict(build(resolve(name), device="meta").named_parameters())
+        for key, parameter in parameters.items():
+            excluded = parameter.ndim < 2 or any(part in key for part in ("bn", "ln", "bias", "logit_scale"))
+            assert decays(key, parameter) is not excluded, key
+    assert decays("visual.positional_embedding", torch.ones(4, 4))
+    assert not decays("visual.class_embedding", torch.ones(4))
+    engine = DataParallelEngine(model(), AdamWSettings(weight_decay=0.2))
+    decayed, free = engine.optimizer.param_groups
+    assert (decayed["weight_decay"], free["weight_decay"]) == (0.2, 0.0)
+    assert any(parameter is engine.unwrapped.get_parameter("logit_scale") for parameter in free["params"])
+
+
+def test_state_goes_round_bitwise_and_training_goes_on_equally() -> None:
+    task = make_task(24, torch.float32)
+    engine = DataParallelEngine(task.module, AdamWSettings(weight_decay=0.3))
+    empty = engine.state_dict()
+    images, tokens = own_rows(torch.float32)
+
+    def advance(task: ClipTask, engine: DataParallelEngine) -> None:
+        engine.set_lr(1e-2)
+        engine.zero_grad()
+        cached_backward(task, engine, images, tokens)
+        engine.step()
+
+    advance(task, engine)
+    saved = engine.state_dict()
+    assert saved.keys() == empty.keys()
+    weight = "projector.image.weight"
+    assert {"model.model.logit_scale", f"model.{weight}", f"optim.{weight}.exp_avg"} <= set(saved)
+    assert not any("teacher" in name for name in saved)
+    kept = {name: value.clone() for name, value in saved.items()}
+
+    other = make_task(24, torch.float32, seed=9)
+    fresh = DataParallelEngine(other.module, AdamWSettings(weight_decay=0.3))
+    fresh.load_state_dict(saved)
+    assert all(torch.equal(value, kept[name]) for name, value in fresh.state_dict().items())
+    advance(task, engine)
+    advance(other, fresh)
+    ours, theirs = engine.state_dict(), fresh.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert all(torch.equal(value, kept[name]) for name, value in saved.items()), "a state dict is a copy"
+
+    engine.load_state_dict(empty)
+    assert engine.state_dict()["optim.model.logit_scale.step"] == 0
+
+
+def test_a_foreign_state_is_refused_key_by_key_and_changes_nothing() -> None:
+    engine = DataParallelEngine(nn.Linear(2, 2))
+    state = engine.state_dict()
+    before = engine.state_dict()
+    state["model.weight"] = torch.zeros(3, 2)
+    state["model.other"] = state.pop("model.bias")
+    with pytest.raises(ArtefactError) as error:
+        engine.load_state_dict(state)
+    for part in ("bias is missing", "other is unexpected", "weight has shape [3, 2] instead of [2, 2]"):
+        assert f"model.{part}" in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
+    module = nn.Linear(3, 1)
+    engine = DataParallelEngine(module)
+    engine.backward(10 * module(torch.ones(1, 3)).sum())
+    assert engine.clip_grad_norm(None).item() == pytest.approx(20.0)
+    assert engine.clip_grad_norm(1.0).item() == pytest.approx(20.0)
+    assert engine.clip_grad_norm(None).item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_an_unknown_precision_is_refused() -> None:
+    with pytest.raises(ConfigError, match="bf16"):
+        DataParallelEngine(nn.Linear(2, 2), precision=cast(Precision, "bf61"))

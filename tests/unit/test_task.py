@@ -1,0 +1,165 @@
+"""Tasks on one process: outputs, reports, projectors, the frozen teacher."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from compt.losses import contrastive_loss, ifd_loss
+from compt.models import build
+from compt.models.clip import ClipModel
+from compt.presets import ModelSpec, resolve
+from compt.task import MAX_LOGIT_SCALE, TASKS, ClipTask, DistillTask, StudentModule, reduce_report, surrogate
+
+
+def tiny(embed_dim: int = 16) -> ModelSpec:
+    return resolve(
+        "vit_pico",
+        {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": embed_dim},
+    )
+
+
+def model(embed_dim: int = 16, seed: int = 0) -> ClipModel:
+    return build(tiny(embed_dim), seed=seed)
+
+
+def batch(samples: int = 8, captions: int = 2) -> tuple[Tensor, Tensor]:
+    """Random pictures, and captions of 3 to 10 tokens that end with the highest number."""
+    generator = torch.Generator().manual_seed(5)
+    images = torch.randn(samples, 3, 16, 16, generator=generator)
+    tokens = torch.randint(1, 62, (samples, captions, 10), generator=generator)
+    lengths = torch.randint(3, 11, (samples, captions, 1), generator=generator)
+    positions = torch.arange(10)
+    tokens = tokens.masked_fill(positions >= lengths, 0).masked_fill(positions == lengths - 1, 63)
+    return images, tokens
+
+
+def distill(student: int = 16, teacher: int = 24, **settings: float) -> DistillTask:
+    return DistillTask(model(student), model(teacher, seed=1), **settings)  # type: ignore[arg-type]
+
+
+def test_outputs_and_their_shapes() -> None:
+    images, tokens = batch(4)
+    task = distill()
+    outputs = task.module(images, tokens)
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == {
+        "image": (4, 16),
+        "text": (4, 2, 16),
+        "logit_scale": (1,),
+        "image_projected": (4, 24),
+        "text_projected": (4, 2, 24),
+    }
+    assert outputs["logit_scale"].item() == pytest.approx(1 / 0.07, rel=1e-5)
+    alone = task.model.encode_text(tokens[3, 1:2])
+    torch.testing.assert_close(outputs["text"][3, 1:2], alone)
+
+
+def test_text_buckets_and_known_lengths_change_nothing() -> None:
+    images, tokens = batch()
+    student = model()
+    plain = StudentModule(student)(images, tokens)["text"]
+    lengths = tokens.argmax(dim=-1) + 1
+    for buckets in (2, 3):
+        torch.testing.assert_close(StudentModule(student, text_buckets=buckets)(images, tokens, lengths)["text"], plain)
+
+
+def test_projectors_exist_only_between_different_widths() -> None:
+    same, different = distill(16, 16), distill(16, 24)
+    assert {name.split(".")[0] for name in same.module.state_dict()} == {"model"}
+    added = set(different.module.state_dict()) - set(same.module.state_dict())
+    assert added == {f"projector.{tower}.{part}" for tower in ("image", "text") for part in ("weight", "bias")}
+    assert not any("projector" in name for name in different.model.state_dict())
+
+
+def test_projectors_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = DistillTask(model(), model(24), seed=3).module.projector.state_dict()
+    torch.manual_seed(2)
+    again = DistillTask(model(), model(24), seed=3).module.projector.state_dict()
+    other = DistillTask(model(), model(24), seed=4).module.projector.state_dict()
+    for name, value in first.items():
+        assert torch.equal(value, again[name])
+        assert not torch.equal(value, other[name])
+    assert not torch.equal(first["image.weight"], first["text.weight"])
+
+
+def test_report_of_the_plain_task() -> None:
+    images, tokens = batch()
+    task = ClipTask(model())
+    outputs = task.module(images, tokens)
+    loss, report = task.loss(outputs, task.targets(images, tokens))
+    assert set(report) == {"loss", "task", "t2v", "v2t", "logit_scale"}
+    assert not any(value.requires_grad for value in report.values())
+    torch.testing.assert_close(loss.detach(), (report["t2v"] + report["v2t"]) / 2)
+    expected = contrastive_loss(outputs["image"], outputs["text"], outputs["logit_scale"]).task
+    assert torch.equal(loss, expected)
+
+
+@pytest.mark.parametrize("average", [True, False])
+def test_report_of_distillation(average: bool) -> None:
+    images, tokens = batch()
+    task = distill(average_towers=average)
+    outputs, targets = task.module(images, tokens), task.targets(images, tokens)
+    loss, report = task.loss(outputs, targets)
+    towers = report["ifd_image"] + report["ifd_text"]
+    torch.testing.assert_close(report["ifd"], towers / 2 if average else towers)
+    torch.testing.assert_close(loss.detach(), report["task"] + report["ifd"])
+    torch.testing.assert_close(report["r"], report["ifd"] / report["task"])
+    projected = (outputs["image_projected"], outputs["text_projected"])
+    expected = ifd_loss(targets["image"], targets["text"], *projected, average_towers=average)
+    assert torch.equal(report["ifd"], expected.total.detach())
+    assert reduce_report(report)["r"] == pytest.approx(report["r"].item(), rel=1e-5)
+
+
+def test_a_copy_of_the_teacher_has_no_distance_to_it() -> None:
+    images, tokens = batch()
+    task = DistillTask(model(), model())
+    _, report = task.loss(task.module(images, tokens), task.targets(images, tokens))
+    assert report["ifd"].item() == pytest.approx(0.0, abs=1e-6)
+    assert report["task"].item() > 1.0
+
+
+def test_the_teacher_is_frozen_and_outside() -> None:
+    images, tokens = batch()
+    teacher = model(24)
+    teacher.train()
+    task = DistillTask(model(), teacher, teacher_dtype=torch.bfloat16)
+    loss, _ = task.loss(task.module(images, tokens), task.targets(images, tokens))
+    loss.backward()
+    assert not teacher.training
+    own = {id(parameter) for parameter in task.module.parameters()}
+    for parameter in teacher.parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert parameter.grad is None
+        assert not parameter.requires_grad
+        assert id(parameter) not in own
+    assert all(parameter.grad is not None for parameter in task.module.parameters())
+
+
+def test_logit_scale_is_capped_after_a_step() -> None:
+    task = ClipTask(model())
+    task.after_step()
+    assert task.model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    with torch.no_grad():
+        task.model.logit_scale.fill_(9.0)
+    task.after_step()
+    assert task.model.logit_scale.item() == pytest.approx(MAX_LOGIT_SCALE)
+    assert task.model.logit_scale.exp().item() == pytest.approx(100.0, rel=1e-5)
+
+
+def test_surrogate_shares_the_gradient_of_the_scale() -> None:
+    scale = torch.tensor([2.0], requires_grad=True)
+    image = torch.ones(2, 3, requires_grad=True)
+    gradients = {"image": torch.full((2, 3), 0.5), "logit_scale": torch.tensor([8.0])}
+    surrogate({"image": image, "logit_scale": scale}, gradients, 4).backward()
+    assert scale.grad is not None
+    assert scale.grad.item() == 2.0
+    assert image.grad is not None
+    assert torch.equal(image.grad, gradients["image"])
+
+
+def test_registry() -> None:
+    assert {name: task.name for name, task in TASKS.items()} == {"clip": "clip", "clip_distill": "clip_distill"}
