@@ -1,0 +1,1 @@
+"""Reading, checking, ordering and decoding samples, and the emoji data set."""

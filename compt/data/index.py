@@ -1,0 +1,315 @@
+"""The index of a WebDataset: one small file a shard, read when needed, reused while the shard is unchanged."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import tempfile
+import zipfile
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import braceexpand
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.data.captions import CaptionTable, convert_csv
+from compt.data.scan import COLUMNS, ShardScan, scan_shard
+from compt.errors import DataError
+
+VERSION = 1
+INDEX_FOLDER = ".compt-index"
+Progress = Callable[[int, int], None]
+"""Shards done, shards in all."""
+_LOADED_SHARDS = 256
+
+
+class Entry(NamedTuple):
+    """Where one sample lies: byte positions in its shard. See `scan.COLUMNS`."""
+
+    shard: int
+    key: str
+    image_offset: int
+    image_size: int
+    text_offset: int
+    text_size: int
+    text_kind: int
+    json_offset: int
+    json_size: int
+    captions: int
+    label: int
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One shard's file of the index, without its table."""
+
+    shard: Path
+    file: Path
+    samples: int
+    digest: str
+    dropped: dict[str, int]
+    first: dict[str, str]
+
+    def table(self) -> tuple[NDArray[np.int64], bytes]:
+        """The rows, int64 [samples, len(COLUMNS)], and all keys in one string."""
+        with np.load(self.file, allow_pickle=False) as stored:
+            return stored["rows"], stored["keys"].tobytes()
+
+
+class Index:
+    """All samples of a list of shards, numbered in the order of the shards and of their members.
+
+    sizes: samples a shard, int64 [shards]. fingerprint: identity of the data (names of the shards, keys, sizes), the
+    same in any folder. dropped: members that are no samples, by cause ("tar", "image", "duplicate").
+    """
+
+    def __init__(self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None) -> None:
+        self.shards = tuple(shards)
+        self.captions = captions
+        self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        self.ends = np.cumsum(self.sizes)
+        self.starts = self.ends - self.sizes
+        self.dropped: dict[str, int] = dict(sum((Counter(shard.dropped) for shard in self.shards), Counter()))
+        identity = [[shard.shard.name, shard.digest] for shard in self.shards]
+        text = json.dumps([identity, captions.digest if captions else None])
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self._tables: OrderedDict[int, tuple[NDArray[np.int64], bytes]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
+        """A shard's rows and keys; the tables used last are kept."""
+        found = self._tables.get(shard)
+        if found is None:
+            found = self.shards[shard].table()
+            self._tables[shard] = found
+            if len(self._tables) > _LOADED_SHARDS:
+                self._tables.popitem(last=False)
+        else:
+            self._tables.move_to_end(shard)
+        return found
+
+    def shard_of(self, sample: int) -> int:
+        """The number of the shard that holds a sample."""
+        return int(self.ends.searchsorted(sample, side="right"))
+
+    def entry(self, sample: int) -> Entry:
+        """Where a sample lies."""
+        shard = self.shard_of(sample)
+        rows, keys = self.table(shard)
+        start, size, *where = rows[sample - int(self.starts[shard])].tolist()
+        return Entry(shard, keys[start : start + size].decode("utf-8", "surrogateescape"), *where)
+
+    def key(self, sample: int) -> str:
+        """A sample's key, as webdataset forms it."""
+        return self.entry(sample).key
+
+    def column(self, name: str) -> NDArray[np.int64]:
+        """One column of `scan.COLUMNS` for all samples, [len(self)]; shards are read one at a time."""
+        at = COLUMNS.index(name)
+        parts = [shard.table()[0][:, at] for shard in self.shards]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+    def describe(self, sample: int) -> str:
+        """`shard: key`, for messages."""
+        entry = self.entry(sample)
+        return f"{self.shards[entry.shard].shard.name}: {entry.key}"
+
+
+def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
+    """Shard files for globs, brace ranges and folders, relative ones taken from `base`; each file once.
+
+    Raises DataError that names a pattern or a shard that is not there.
+    """
+    found: dict[Path, None] = {}
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if "://" in pattern or pattern.startswith("pipe:"):
+            raise DataError(f"shards '{pattern}': only files can be read; mount the storage or copy the shards first")
+        try:
+            names = list(braceexpand.braceexpand(pattern))
+        except ValueError as error:  # unbalanced braces
+            raise DataError(f"shards '{pattern}': {error}") from error
+        for name in names:
+            path = base / Path(name).expanduser()
+            if path.is_dir():
+                matches = sorted(path.glob("*.tar"))
+            elif glob.has_magic(name) and not path.exists():
+                matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            else:
+                matches = [path] if path.is_file() else []
+            if not matches:
+                said = "" if name == pattern else f" (from '{pattern}')"
+                kind = "no shard matches" if glob.has_magic(name) or path.is_dir() else "there is no shard"
+                raise DataError(f"{kind} '{path}'{said}")
+            found.update(dict.fromkeys(matches))
+    if not found:
+        raise DataError("no shards are given")
+    return list(found)
+
+
+def _cache_root() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt" / "index"
+
+
+def _short_hash(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
+
+
+def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
+    """The folders that may hold the index of shards in one folder, the preferred one first."""
+    return [out] if out is not None else [shards_folder / INDEX_FOLDER, _cache_root() / _short_hash(shards_folder)]
+
+
+def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
+    """Where to write the index of the shards in one folder, created: `out`, else beside them, else the user's cache."""
+    last: OSError | None = None
+    folders = _folders(shards_folder, out)
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            last = error
+    raise DataError(
+        f"cannot write an index in {folders[-1]}: {last and last.strerror}; name a folder that can be written"
+    )
+
+
+def _file_name(shard: Path, out: Path | None) -> str:
+    # Shards of one name from several folders may share `out`.
+    return f"{shard.name}-{_short_hash(shard.parent)}.npz" if out is not None else f"{shard.name}.npz"
+
+
+def _identity(shard: Path, table: CaptionTable | None) -> dict[str, Any]:
+    stat = shard.stat()
+    return {
+        "version": VERSION,
+        "shard": shard.name,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "captions": table.digest if table else None,
+    }
+
+
+def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | None:
+    """The stored index of a shard, or None when it is missing, torn or of another state of the shard."""
+    try:
+        with np.load(file, allow_pickle=False) as stored:
+            meta = json.loads(stored["meta"].tobytes())
+        if {key: meta[key] for key in identity} != identity:
+            return None
+        return ShardIndex(shard, file, meta["samples"], meta["digest"], meta["dropped"], meta["first"])
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
+    meta = {
+        **identity,
+        "samples": len(scan.rows),
+        "digest": scan.digest(),
+        "dropped": scan.dropped,
+        "first": scan.first,
+    }
+    blob = io.BytesIO()
+    np.savez_compressed(
+        blob,
+        meta=np.frombuffer(json.dumps(meta).encode(), np.uint8),
+        rows=scan.rows,
+        keys=np.frombuffer(scan.keys, np.uint8),
+    )
+    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as target:
+            target.write(blob.getbuffer())
+        os.chmod(name, 0o644)
+        os.replace(name, file)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise DataError(f"cannot write the index {file}: {error.strerror}") from error
+
+
+def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardIndex:
+    identity = _identity(shard, table)
+    _store(file, identity, scan_shard(shard, table))
+    stored = _load(shard, file, identity)
+    if stored is None:
+        raise DataError(f"shard {shard} changed while it was indexed; index it again when nothing writes to it")
+    return stored
+
+
+def _scan_all(shards: list[Path], files: list[Path], table: CaptionTable | None, workers: int) -> Iterator[ShardIndex]:
+    if workers < 2:
+        yield from map(_index_one, shards, files, repeat(table))
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_index_one, shards, files, repeat(table))
+
+
+def build_index(
+    shards: Sequence[Path],
+    out: Path | None = None,
+    progress: Progress | None = None,
+    captions_csv: Path | None = None,
+    workers: int | None = None,
+) -> Index:
+    """Index the shards, scanning only those without a valid stored index.
+
+    `workers` processes scan (default: one a CPU up to 8, none for little data). Raises DataError when a shard is
+    missing, compressed or unreadable, when the index cannot be written, or when there is no sample at all.
+    """
+    table = convert_csv(captions_csv, index_folder(shards[0].parent, out)) if captions_csv and shards else None
+    done: dict[int, ShardIndex] = {}
+    missing: dict[int, Path] = {}
+    for number, shard in enumerate(shards):
+        try:
+            identity = _identity(shard, table)
+        except OSError as error:
+            raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
+        name = _file_name(shard, out)
+        stored = None
+        for folder in _folders(shard.parent, out):
+            stored = stored or _load(shard, folder / name, identity)
+        if stored is None:
+            missing[number] = index_folder(shard.parent, out) / name
+        else:
+            done[number] = stored
+    if workers is None:
+        large = sum(shards[number].stat().st_size for number in missing) > 1 << 28
+        workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
+    scanned = _scan_all([shards[number] for number in missing], list(missing.values()), table, workers)
+    for number, result in zip(missing, scanned, strict=True):
+        done[number] = result
+        if progress:
+            progress(len(done), len(shards))
+    index = Index([done[number] for number in range(len(shards))], table)
+    if not len(index):
+        raise DataError(
+            f"no samples in {len(shards)} shards beginning with {shards[0]}: {index.dropped or 'all empty'}"
+        )
+    return index
+
+
+def open_index(
+    patterns: str | Sequence[str],
+    base: Path,
+    index_dir: Path | None = None,
+    captions_csv: Path | None = None,
+    progress: Progress | None = None,
+) -> Index:
+    """The index of the shards that match, built where it is missing. Raises DataError as its parts do."""
+    return build_index(expand_patterns(patterns, base), index_dir, progress, captions_csv)

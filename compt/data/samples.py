@@ -1,0 +1,181 @@
+"""One sample from its shard: bytes by position, pixels, captions; with a memory of decoded samples for small sets."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from compt.data.captions import CaptionTable, from_json, from_text
+from compt.data.decode import Crop, Decoder, Kept, Pixels, Unusable, evaluation_pixels
+from compt.data.index import Entry, Index
+from compt.data.order import caption_choice, crop_box
+from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT
+from compt.data.tokens import CaptionTokens, Ids
+
+_OPEN_FILES = 128
+
+
+class Files:
+    """Reads by position. A descriptor may pass through a fork: `pread` has no position to share."""
+
+    def __init__(self) -> None:
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def read(self, path: Path, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes. Raises Unusable("tar")."""
+        try:
+            descriptor = self._open.get(path)
+            if descriptor is None:
+                descriptor = self._open[path] = os.open(path, os.O_RDONLY)
+                if len(self._open) > _OPEN_FILES:
+                    os.close(self._open.popitem(last=False)[1])
+            data = os.pread(descriptor, size, offset)
+            while 0 < len(data) < size:  # one call reads at most 2 GiB, or less where it is interrupted
+                more = os.pread(descriptor, size - len(data), offset + len(data))
+                if not more:
+                    break
+                data += more
+        except OSError as error:
+            raise Unusable("tar", f"cannot be read: {error.strerror}") from None
+        if len(data) < size:
+            raise Unusable("tar", f"{path.name} ends before the sample does: it changed after it was indexed")
+        return data
+
+    def close(self) -> None:
+        """Close all files; the next read opens them again."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class SampleReader:
+    """Bytes and captions of the samples of an index."""
+
+    def __init__(self, index: Index) -> None:
+        self.index = index
+        self._files = Files()
+
+    def image(self, entry: Entry) -> bytes:
+        """The image's file. Raises Unusable("tar")."""
+        return self._files.read(self.index.shards[entry.shard].shard, entry.image_offset, entry.image_size)
+
+    def json(self, entry: Entry) -> bytes:
+        """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
+        return self._files.read(self.index.shards[entry.shard].shard, entry.json_offset, entry.json_size)
+
+    def captions(self, entry: Entry) -> list[str]:
+        """All captions, empty ones included. Raises Unusable("tar")."""
+        if entry.text_kind == KIND_TABLE:
+            assert self.index.captions is not None, "only an index with a table has rows of it"
+            line = self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
+            try:
+                return CaptionTable.parse(line, entry.key)
+            except ValueError as error:
+                raise Unusable("caption", str(error)) from None
+        data = self._files.read(self.index.shards[entry.shard].shard, entry.text_offset, entry.text_size)
+        if entry.text_kind == KIND_JSON:
+            return from_json(data)[0]
+        return from_text(data) if entry.text_kind == KIND_TEXT else []
+
+
+class Drawn(NamedTuple):
+    """One image and its captions as a step sees them. few: captions were drawn with replacement."""
+
+    key: str
+    pixels: Pixels
+    tokens: list[Ids]
+    few: bool
+    empty_captions: int
+
+
+@dataclass
+class Kind:
+    """What a drawn sample looks like. fixed: evaluation pixels and evenly spread captions, the same at every epoch."""
+
+    image_size: int
+    captions: int
+    crop_scale: tuple[float, float]
+    seed: int
+    fixed: bool = False
+
+
+class Drawer:
+    """Draws samples. Decoded images and token ids are kept up to `memory` bytes; the result is the same without."""
+
+    def __init__(self, index: Index, kind: Kind, tokens: CaptionTokens, decoder: Decoder, memory: int = 0) -> None:
+        self.reader = SampleReader(index)
+        self._kind, self._tokens, self._decoder = kind, tokens, decoder
+        self._free = memory
+        self._kept: dict[int, tuple[str, Kept | Pixels, list[Ids], int] | Unusable] = {}
+
+    def fill(self) -> None:
+        """Decode into memory now, so that worker processes share it."""
+        for sample in range(len(self.reader.index)):
+            if self._free <= 0:
+                break
+            self._remember(sample)
+
+    def draw(self, sample: int, epoch: int) -> Drawn:
+        """One sample at one epoch. Raises Unusable."""
+        if self._free <= 0 and sample not in self._kept:
+            return self._draw_from_disk(sample, epoch)
+        found = self._kept.get(sample) or self._remember(sample)
+        if isinstance(found, Unusable):
+            raise Unusable(found.cause, str(found))
+        key, image, tokens, empty = found
+        if isinstance(image, Kept):
+            image = self._decoder.cut(image, self._crop(key, epoch), self._kind.image_size)
+        chosen = [tokens[i] for i in self._choose(key, epoch, len(tokens))]
+        return Drawn(key, image, chosen, self._few(len(tokens)), empty)
+
+    def _draw_from_disk(self, sample: int, epoch: int) -> Drawn:
+        entry = self.reader.index.entry(sample)
+        texts, empty = self._texts(entry)
+        data, size = self.reader.image(entry), self._kind.image_size
+        if self._kind.fixed:
+            pixels = evaluation_pixels(data, size)
+        else:
+            pixels = self._decoder.decode(data, self._crop(entry.key, epoch), size)
+        chosen = [self._tokens.ids(texts[i]) for i in self._choose(entry.key, epoch, len(texts))]
+        return Drawn(entry.key, pixels, chosen, self._few(len(texts)), empty)
+
+    def _remember(self, sample: int) -> tuple[str, Kept | Pixels, list[Ids], int] | Unusable:
+        entry = self.reader.index.entry(sample)
+        found: tuple[str, Kept | Pixels, list[Ids], int] | Unusable
+        try:
+            texts, empty = self._texts(entry)
+            data, size = self.reader.image(entry), self._kind.image_size
+            image = evaluation_pixels(data, size) if self._kind.fixed else self._decoder.keep(data, size)
+            tokens = [self._tokens.ids(text) for text in texts]
+            found = (entry.key, image, tokens, empty)
+            self._free -= image.nbytes + sum(ids.nbytes for ids in tokens)
+        except Unusable as error:
+            found = error
+        self._free -= 1024  # the objects around the pixels
+        self._kept[sample] = found
+        return found
+
+    def _texts(self, entry: Entry) -> tuple[list[str], int]:
+        captions = self.reader.captions(entry)
+        texts = [text for text in captions if text.strip()]
+        if not texts:
+            raise Unusable("caption", "it has no caption" if not captions else "all its captions are empty")
+        return texts, len(captions) - len(texts)
+
+    def _few(self, n: int) -> bool:
+        return n < self._kind.captions
+
+    def _choose(self, key: str, epoch: int, n: int) -> list[int]:
+        wanted = self._kind.captions
+        if self._kind.fixed:
+            return [place * n // wanted for place in range(wanted)]
+        return caption_choice(self._kind.seed, epoch, key, n, wanted)
+
+    def _crop(self, key: str, epoch: int) -> Crop:
+        return partial(crop_box, self._kind.seed, epoch, key, scale=self._kind.crop_scale)

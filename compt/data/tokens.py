@@ -1,0 +1,58 @@
+"""Captions to token ids with open_clip's tokenizer, each distinct caption encoded once while it is remembered."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Ids = NDArray[np.int64]
+
+
+class Tokenizer(Protocol):
+    """What is needed of open_clip's `SimpleTokenizer`."""
+
+    sot_token_id: int
+    eot_token_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids without start and end."""
+        ...
+
+
+class CaptionTokens:
+    """Token ids of captions, cut to `context_length` with the end token kept (text towers pool there)."""
+
+    def __init__(self, context_length: int, tokenizer: Tokenizer | None = None, remembered: int = 1 << 17) -> None:
+        if tokenizer is None:
+            from open_clip.tokenizer import SimpleTokenizer
+
+            tokenizer = SimpleTokenizer()
+        self.context_length = context_length
+        self._tokenizer = tokenizer
+        self.ids = lru_cache(maxsize=remembered)(self._encode)
+
+    def _encode(self, text: str) -> Ids:
+        """Start, at most context_length - 2 tokens, end: int64 [length], read-only."""
+        inner = self._tokenizer.encode(text)[: self.context_length - 2]
+        ids = np.array([self._tokenizer.sot_token_id, *inner, self._tokenizer.eot_token_id], dtype=np.int64)
+        ids.setflags(write=False)
+        return ids
+
+    def length(self, text: str) -> int:
+        """Tokens of a caption before any cut, start and end included."""
+        return len(self._tokenizer.encode(text)) + 2
+
+
+def pad(rows: list[Ids], captions: int) -> Tensor:
+    """int64 [len(rows) / captions, captions, T], T the longest row, zeros after each row's end."""
+    lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
+    longest = int(lengths.max()) if len(rows) else 0
+    tokens = np.zeros((len(rows), longest), dtype=np.int64)
+    if rows:
+        tokens[np.arange(longest) < lengths[:, None]] = np.concatenate(rows)
+    return torch.from_numpy(tokens).view(-1, captions, longest)
