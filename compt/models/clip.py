@@ -51,17 +51,18 @@ class Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         n, length, width = x.shape
         packed = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
-        q, k, v = packed.view(n, length, 3, self.attn.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = packed.view(n, length, 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
         return cast(Tensor, self.attn.out_proj(mixed.transpose(1, 2).reshape(n, length, width)))
 
     def _attention_at(self, x: Tensor, read: Tensor) -> Tensor:
         n, length, width = x.shape
         weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
-        heads = self.attn.num_heads
+        heads, size = self.attn.num_heads, self.attn.head_dim
         at = x[torch.arange(n, device=x.device), read]
-        q = F.linear(at, weight[:width], bias[:width]).view(n, heads, 1, -1)
-        k, v = F.linear(x, weight[width:], bias[width:]).view(n, length, 2, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q = F.linear(at, weight[:width], bias[:width]).view(n, heads, 1, size)
+        packed = F.linear(x, weight[width:], bias[width:])
+        k, v = packed.view(n, length, 2, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.causal:
             mask = (torch.arange(length, device=x.device) <= read[:, None])[:, None, None]

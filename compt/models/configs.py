@@ -31,51 +31,55 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
     for key, value in config.items():
         if key not in ("embed_dim", "vision_cfg", "text_cfg") and value:
             raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
-    full_text = asdict(open_clip.model.CLIPTextCfg()) | text
     _refuse_others(name, "text_cfg", text, open_clip.model.CLIPTextCfg, _TEXT_FIELDS)
-    common = {
-        "name": name,
-        "embed_dim": embed_dim,
-        "context_length": full_text["context_length"],
-        "vocab_size": full_text["vocab_size"],
-        "text_width": full_text["width"],
-        "text_depth": full_text["layers"],
-        "text_heads": full_text["heads"],
-        "text_head_width": full_text["width"] // full_text["heads"],
-    }
-    full = asdict(open_clip.model.CLIPVisionCfg()) | vision
+    vision = asdict(open_clip.model.CLIPVisionCfg()) | _supported(name, vision)
+    text = asdict(open_clip.model.CLIPTextCfg()) | text
     try:
-        if full["timm_model_name"]:
-            return _swin_spec(name, vision, full, full_text, common)
-        _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, _VIT_FIELDS)
-        if full["mlp_ratio"] != full_text["mlp_ratio"]:
-            raise ArtefactError(f"open_clip config of {name}: towers of different mlp_ratio are not supported")
-        return ModelSpec(
-            arch="vit",
-            width=full["width"],
-            depth=_integer(name, "layers", full["layers"]),
-            heads=full["width"] // full["head_width"],
-            head_width=full["head_width"],
-            image_size=_integer(name, "image_size", full["image_size"]),
-            patch_size=_integer(name, "patch_size", full["patch_size"]),
-            mlp_ratio=float(full["mlp_ratio"]),
-            no_ln_pre=bool(full["no_ln_pre"]),
-            **common,
-        )
-    except (ConfigError, TypeError) as error:
+        common = {
+            "name": name,
+            "embed_dim": embed_dim,
+            "context_length": text["context_length"],
+            "vocab_size": text["vocab_size"],
+            "text_width": text["width"],
+            "text_depth": text["layers"],
+            "text_heads": text["heads"],
+            "text_head_width": text["width"] // text["heads"],
+        }
+        return (_swin_spec if vision["timm_model_name"] else _vit_spec)(name, vision, text, common)
+    except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ArtefactError(f"open_clip config of {name}: {error}") from error
 
 
-def _swin_spec(
-    name: str, vision: dict[str, Any], full: dict[str, Any], full_text: dict[str, Any], common: dict[str, Any]
-) -> ModelSpec:
-    _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, _SWIN_FIELDS)
+def _supported(name: str, vision: dict[str, Any]) -> dict[str, Any]:
+    fields = _SWIN_FIELDS if vision.get("timm_model_name") else _VIT_FIELDS
+    _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, fields)
+    return vision
+
+
+def _vit_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: dict[str, Any]) -> ModelSpec:
+    if vision["mlp_ratio"] != text["mlp_ratio"]:
+        raise ArtefactError(f"open_clip config of {name}: towers of different mlp_ratio are not supported")
+    return ModelSpec(
+        arch="vit",
+        width=vision["width"],
+        depth=_integer(name, "layers", vision["layers"]),
+        heads=vision["width"] // vision["head_width"],
+        head_width=vision["head_width"],
+        image_size=_integer(name, "image_size", vision["image_size"]),
+        patch_size=_integer(name, "patch_size", vision["patch_size"]),
+        mlp_ratio=float(vision["mlp_ratio"]),
+        no_ln_pre=bool(vision["no_ln_pre"]),
+        **common,
+    )
+
+
+def _swin_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: dict[str, Any]) -> ModelSpec:
     known = {spec.timm_name: spec for spec in PRESETS.values() if spec.arch == "swin"}
-    if full["timm_model_name"] not in known:
-        raise ArtefactError(f"open_clip config of {name}: timm_model_name {full['timm_model_name']} is not supported")
-    preset = known[full["timm_model_name"]]
-    size = _integer(name, "image_size", full["image_size"])
-    if full_text["mlp_ratio"] != preset.mlp_ratio or size != preset.image_size:
+    if vision["timm_model_name"] not in known:
+        raise ArtefactError(f"open_clip config of {name}: timm_model_name {vision['timm_model_name']} is not supported")
+    preset = known[vision["timm_model_name"]]
+    size = _integer(name, "image_size", vision["image_size"])
+    if text["mlp_ratio"] != preset.mlp_ratio or size != preset.image_size:
         raise ArtefactError(f"open_clip config of {name}: mlp_ratio or image_size is not that of {preset.timm_name}")
     return replace(preset, **common)
 
