@@ -106,7 +106,8 @@ class ModelSpec:
         for key in values:
             if key not in known:
                 raise ConfigError(f"model description: unknown field '{key}'{nearest(key, known)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**plain)
 
 
 def _vit(name: str, image: tuple[int, int], text: tuple[int, int], **other: Any) -> ModelSpec:

@@ -1,0 +1,111 @@
+"""What the sections of a recipe are built from: strict sections, counts, durations. No torch in here."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.fields import FieldInfo
+
+
+def execution(default: Any, **constraints: Any) -> Any:
+    """A field that changes how a run is done, not what comes out of it."""
+    if isinstance(default, type):
+        return Field(default_factory=default, json_schema_extra={"kind": "execution"}, **constraints)
+    return Field(default=default, json_schema_extra={"kind": "execution"}, **constraints)
+
+
+def is_execution(field: FieldInfo) -> bool:
+    """Whether a field was declared with `execution()`."""
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "execution"
+
+
+class Section(BaseModel):
+    """A part of a recipe: immutable, unknown keys and wrong types refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True
+    )
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that change the result, as plain JSON values."""
+        return {
+            name: _plain(getattr(self, name))
+            for name, field in type(self).model_fields.items()
+            if not is_execution(field)
+        }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.result_fields()
+    if isinstance(value, BaseModel):
+        return _plain(value.model_dump())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+_SUFFIX = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+
+def _count(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGB]?)", value.replace("_", ""))
+        if not match:
+            raise ValueError("should be a whole number, or one with a suffix: 500k, 5M, 2B")
+        value = float(match[1]) * _SUFFIX[match[2]]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Count = Annotated[int, BeforeValidator(_count)]
+Pair = Annotated[tuple[float, float], Field(strict=False)]
+Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Shards = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+
+
+class Duration(Section):
+    """A length of training with its unit: exactly one of epochs, steps and samples."""
+
+    epochs: float | None = Field(default=None, ge=0)
+    """Passes over the training set, of floor(images / batch) steps each."""
+    steps: Count | None = Field(default=None, ge=0)
+    """Optimizer steps."""
+    samples: Count | None = Field(default=None, ge=0)
+    """Pictures; `5M` is five million. Rounded up to whole steps."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_unit(cls, value: Any) -> Any:
+        if isinstance(value, int | float | str):
+            raise ValueError(f"needs a unit: write {{epochs: {value}}}, {{steps: {value}}} or {{samples: {value}}}")
+        return value
+
+    @model_validator(mode="after")
+    def _one_unit(self) -> Duration:
+        given = [unit for unit in ("epochs", "steps", "samples") if getattr(self, unit) is not None]
+        if len(given) != 1:
+            raise ValueError(f"needs exactly one of epochs, steps, samples; it has {' and '.join(given) or 'none'}")
+        return self
+
+    def to_steps(self, images: int, batch: int) -> int:
+        """Optimizer steps for a set of `images` and a global `batch`; an epoch is floor(images / batch) steps."""
+        if self.steps is not None:
+            return self.steps
+        if self.samples is not None:
+            return math.ceil(self.samples / batch)
+        assert self.epochs is not None
+        return round(self.epochs * (images // batch))
+
+    def __str__(self) -> str:
+        if self.epochs is not None:
+            return f"{self.epochs:g} epochs"
+        return f"{self.steps} steps" if self.steps is not None else f"{self.samples} samples"
