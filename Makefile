@@ -6,22 +6,25 @@ SHELL := /bin/bash
 
 WORKERS ?= 2
 ARGS ?=
+# On a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. More of the package's extras: `export EXTRAS=dev,data,deepspeed`.
 CONSTRAINTS ?= constraints.txt
+EXTRAS ?= dev,data
 
 # The first python on the path that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(shell $(p) -c \
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
 
 # The stamp carries a checksum of what the environment is made from, and of where it stands: a virtual environment cannot be moved.
-MADE_FROM := $(shell { cat pyproject.toml setup.py $(CONSTRAINTS); echo "$(CURDIR)"; } | cksum | tr ' ' '-')
+MADE_FROM := $(shell { cat pyproject.toml setup.py $(CONSTRAINTS); echo "$(CURDIR) $(EXTRAS)"; } | cksum | tr ' ' '-')
 STAMP := .venv/.made-from-$(MADE_FROM)
 RUN := .venv/bin/python -m
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, WORKERS=2 (tests), ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo)"
+	@echo "  Variables: PYTHON=python3.12, WORKERS=2 (tests), ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo),"
+	@echo "  KEEP=1 (fresh-check), EXTRAS=dev,data,deepspeed and CONSTRAINTS=constraints-cu12.txt (the environment)"
 
-demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report; FRESH=1 starts over
+demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report
 	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
@@ -41,14 +44,15 @@ format: $(STAMP) ## Mend the style (ruff)
 type: $(STAMP) ## Check the types (mypy --strict)
 	@$(RUN) mypy
 
-fresh-check: ## Run demo and test in a fresh clone of the committed state, as a stranger would; KEEP=1 keeps the clone
+fresh-check: ## Run demo and test in a fresh clone of the committed state, as a stranger would
 	@KEEP=$(KEEP) bash .ci/fresh-check
 
 clean: ## Remove .venv and what the tools leave; runs/ and data/ stay
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-venv: $(STAMP) ## Make the environment and stop there
+venv: $(STAMP) ## Make the environment, or bring it up to date, and stop there
+	@echo ".venv is up to date"
 
 define need
 { echo "make $(or $(firstword $(MAKECMDGOALS)),help) needs $(1)" >&2; exit 1; }
@@ -65,8 +69,8 @@ $(STAMP):
 	@version='import sys; print(sys.version_info[:2])'; \
 		test "$$(.venv/bin/python -c "import pip; $$version" 2>/dev/null)" = "$$("$(PYTHON)" -c "$$version")" || "$(PYTHON)" -m venv --clear .venv
 	@rm -f .venv/.made-from-*
-	@start=$$SECONDS; if [ -t 1 ]; then quiet=; else quiet=-q; fi; \
+	@start=$$SECONDS; if [ -t 1 ]; then quiet=; else quiet='-q --progress-bar off'; fi; \
 		$(RUN) pip --log .venv/install.log --disable-pip-version-check install $$quiet \
-		-c $(CONSTRAINTS) -e '.[dev,data]' || { echo "the installation failed; the whole of it is in .venv/install.log" >&2; exit 1; }; \
+		-c $(CONSTRAINTS) -e '.[$(EXTRAS)]' || { echo "the installation failed; the whole of it is in .venv/install.log" >&2; exit 1; }; \
 		echo "set up .venv in $$((SECONDS - start)) s"
 	@touch $@
