@@ -1,0 +1,180 @@
+"""Scores of a model on evaluation sets: exact, shared out over the ranks, and tied to what they were measured on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from torch import nn
+
+from compt import dist
+from compt.config import EvalSet
+from compt.data.dataset import eval_loader
+from compt.data.index import expand_patterns, open_index
+from compt.data.records import EvalBatch
+from compt.errors import DataError
+from compt.evaluate.common import Encoder, Tokenize, load_arrays
+from compt.evaluate.folder import FolderLoader, is_class_folders, read_class_folders
+from compt.evaluate.retrieval import RetrievalResult, retrieval
+from compt.evaluate.zeroshot import PLACEHOLDER, ZeroShotResult, classifier, zero_shot
+from compt.files import hash_json
+
+__all__ = [
+    "Encoder",
+    "EvalSettings",
+    "Result",
+    "RetrievalResult",
+    "ZeroShotResult",
+    "evaluate_set",
+    "evaluate_sets",
+    "load_arrays",
+    "read_classnames",
+    "read_templates",
+]
+
+Result = ZeroShotResult | RetrievalResult
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DEFAULT_TEMPLATES = ("a photo of {c}",)
+"""For a set that brings no templates; their hash stands in the result like any others'."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to evaluate. Relative paths of a set start at `base`; `tokenize` defaults to open_clip's tokenizer."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    base: Path = Path()
+    batch: int = 256
+    workers: int = 0
+    dtype: torch.dtype = torch.float32
+    index_dir: Path | None = None
+    tokenize: Tokenize | None = None
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise DataError(f"{what} {path}: is empty")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"{what} {path}: line {number} is empty")
+    return [line.strip() for line in lines]
+
+
+def read_classnames(path: Path) -> list[str]:
+    """One name a line, in the order of the labels. Raises DataError naming file and line."""
+    return _lines(path, "class names")
+
+
+def read_templates(path: Path) -> list[str]:
+    """One template a line, each with {c} or {}. Raises DataError naming file, line and template."""
+    templates = _lines(path, "templates")
+    for number, template in enumerate(templates, 1):
+        if not PLACEHOLDER.search(template):
+            raise DataError(
+                f"templates {path}: line {number} {template!r} has no place for the class name: write {{c}} or {{}}"
+            )
+    return templates
+
+
+def _beside(places: Iterable[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A set that is ready to be read. places: folders in which class names and templates may lie."""
+
+    loader: Iterable[EvalBatch]
+    fingerprint: str
+    places: tuple[Path, ...]
+    classes: tuple[str, ...] | None = None
+
+
+def _open(item: EvalSet, settings: EvalSettings, image_size: int) -> _Opened:
+    shares: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "workers": settings.workers}
+    folders = [settings.base / Path(pattern).expanduser() for pattern in item.data]
+    if len(folders) == 1 and is_class_folders(folders[0]):
+        if item.task != "zeroshot":
+            raise DataError(f"evaluation set '{item.name}': class folders {folders[0]} have no captions to retrieve")
+        data = read_class_folders(folders[0])
+        loader = FolderLoader(data, image_size, settings.batch, **shares)
+        return _Opened(loader, data.fingerprint, (folders[0],), data.classes)
+    # Rank 0 indexes what is new; the others then find it on the disk.
+    dist.on_main(lambda: open_index(item.data, settings.base, settings.index_dir) and None)
+    index = open_index(item.data, settings.base, settings.index_dir)
+    kind: dict[str, Any] = {"label": item.label} if item.task == "zeroshot" else {"captions": True}
+    shards = eval_loader(index, image_size=image_size, batch=settings.batch, **kind, **shares)
+    place = expand_patterns(item.data, settings.base)[0].parent
+    return _Opened(shards, index.fingerprint, (place, place.parent))
+
+
+def _class_names(item: EvalSet, settings: EvalSettings, data: _Opened) -> tuple[list[str], str]:
+    """Names and, for messages, where they come from."""
+    path = settings.base / item.classnames if item.classnames else _beside(data.places, CLASSNAMES)
+    if path is not None:
+        names = read_classnames(path)
+        if data.classes is not None and len(names) != len(data.classes):
+            raise DataError(f"class names {path}: {len(names)} for the {len(data.classes)} folders in {data.places[0]}")
+        return names, str(path)
+    if data.classes is not None:
+        return [name.replace("_", " ") for name in data.classes], f"folder {data.places[0]}"
+    looked = " nor in ".join(str(place) for place in data.places)
+    raise DataError(f"evaluation set '{item.name}': there is no {CLASSNAMES} in {looked}; name one as `classnames`")
+
+
+def _templates(item: EvalSet, settings: EvalSettings, data: _Opened) -> list[str]:
+    path = settings.base / item.templates if item.templates else _beside(data.places, TEMPLATES)
+    if path is not None:
+        return read_templates(path)
+    _log.info("evaluation set '%s' has no templates: using %s", item.name, DEFAULT_TEMPLATES)
+    return list(DEFAULT_TEMPLATES)
+
+
+def _image_size(model: nn.Module) -> int:
+    size: Any = model.visual.image_size  # type: ignore[union-attr]
+    return int(size[0] if isinstance(size, tuple | list) else size)
+
+
+def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Result:
+    """Score a CLIP model (ours or open_clip's own) on one set; all ranks call it and get the same result.
+
+    Raises DataError, on every rank, for data, class names, templates or labels that cannot be used.
+    """
+    encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+    context_length: Any = model.context_length
+    tokenize: Tokenize = settings.tokenize or SimpleTokenizer(context_length=context_length)
+    data = _open(item, settings, _image_size(model))
+    pins = {"data": data.fingerprint}
+    result: Result
+    if item.task == "retrieval":
+        result = retrieval(encoder, data.loader, tokenize, name=item.name, pins=pins)
+    else:
+        names, source = _class_names(item, settings, data)
+        templates = _templates(item, settings, data)
+        pins |= {"classnames": hash_json(names), "templates": hash_json(templates), "label": item.label}
+        weights = classifier(encoder, names, templates, tokenize, settings.batch)
+        result = zero_shot(encoder, data.loader, weights, name=item.name, classes_from=source, pins=pins)
+    if result.skipped:
+        _log.warning("evaluation set '%s': %s not read: %s", item.name, result.skipped, "; ".join(result.examples))
+    return result
+
+
+def evaluate_sets(model: nn.Module, sets: Iterable[EvalSet], settings: EvalSettings) -> dict[str, Result]:
+    """`evaluate_set` of each, by name."""
+    return {item.name: evaluate_set(model, item, settings) for item in sets}

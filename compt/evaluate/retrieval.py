@@ -1,0 +1,157 @@
+"""Image-to-text and text-to-image retrieval with any number of captions an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compt import dist
+from compt.data.records import EvalBatch
+from compt.errors import DataError
+from compt.evaluate.common import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
+
+KS = (1, 5, 10)
+
+
+@dataclass
+class RetrievalResult:
+    """Recall at 1, 5 and 10 in percent, both ways.
+
+    A query's rank is how many wrong candidates score at least as high as its best right one: ties count against the
+    model, two images with the same caption included. image_ranks [images], text_ranks and owners (the image's id)
+    [texts], in ascending order of ids and, within an image, of captions.
+    """
+
+    name: str
+    ids: NDArray[np.int64]
+    image_ranks: NDArray[np.int64]
+    owners: NDArray[np.int64]
+    text_ranks: NDArray[np.int64]
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    pins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Images."""
+        return len(self.ids)
+
+    def headline(self) -> dict[str, float]:
+        """Recalls for a table or a curve: image_to_text_r1 ... text_to_image_r10."""
+        ways = {"image_to_text": self.image_ranks, "text_to_image": self.text_ranks}
+        return {f"{way}_r{k}": 100 * float((ranks < k).mean()) for way, ranks in ways.items() for k in KS}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {
+            "name": self.name,
+            "task": "retrieval",
+            "n": self.n,
+            "texts": len(self.owners),
+            **self.headline(),
+            "skipped": self.skipped,
+            "skipped_examples": self.examples,
+            "pins": self.pins,
+        }
+
+    def arrays(self) -> Arrays:
+        """ids, image_ranks, owners, text_ranks."""
+        return {name: getattr(self, name) for name in ("ids", "image_ranks", "owners", "text_ranks")}
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/<name>.json and .npz. Raises RunError."""
+        save_result(folder, self.name, self.to_dict(), self.arrays())
+
+
+def query_ranks(
+    queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int = 256
+) -> Tensor:
+    """Ranks int64 [Q] of the best right candidate of each query, `chunk` queries' scores in memory at a time.
+
+    queries [Q, D], candidates [K, D]; a candidate is right where candidate_of [K] equals query_of [Q].
+    """
+    ranks = []
+    for start in range(0, len(queries), chunk):
+        own = slice(start, start + chunk)
+        scores = queries[own] @ candidates.T
+        right = candidate_of == query_of[own, None]
+        best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
+        # "Not below" instead of "at least": where a score is no number, the candidate counts against the model.
+        ranks.append((~(scores < best) & ~right).sum(dim=1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=queries.device)
+
+
+def retrieval(
+    encoder: Encoder,
+    loader: Iterable[EvalBatch],
+    tokenize: Tokenize,
+    *,
+    name: str = "retrieval",
+    chunk: int = 256,
+    pins: Mapping[str, str] | None = None,
+) -> RetrievalResult:
+    """Recalls over all ranks' images and captions. Every rank holds all features and scores its own share of queries.
+
+    Memory: (images + texts) * D numbers and `chunk` rows of scores. Raises DataError, on every rank, for an image
+    without a caption or a set without a readable image.
+    """
+    images: list[Tensor] = []
+    texts: list[Tensor] = []
+    ids: list[int] = []
+    owners: list[int] = []
+
+    def encode(batch: EvalBatch) -> None:
+        captions = batch.captions or [[] for _ in batch.ids]
+        for key, own in zip(batch.keys, captions, strict=True):
+            if not own:
+                raise DataError(f"evaluation set '{name}': {key} has no caption")
+        images.append(encoder.images(batch.images))
+        ids.extend(batch.ids)
+        flat = [caption for own in captions for caption in own]
+        texts.extend(encoder.texts(tokenize(flat[at : at + chunk])) for at in range(0, len(flat), chunk))
+        owners.extend(sample for sample, own in zip(batch.ids, captions, strict=True) for _ in own)
+
+    with encoder.frozen():
+        losses = over_batches(loader, encode)
+    skipped, examples = losses.over_ranks()
+    width = int(dist.all_reduce_max(images[0].shape[1] if images else 0))
+    if not width:
+        raise DataError(f"evaluation set '{name}': not one sample can be read{': ' + examples[0] if examples else ''}")
+    nothing = torch.zeros(0, width, device=encoder.device)
+    image, image_of = _everywhere(torch.cat([nothing, *images]), ids)
+    text, text_of = _everywhere(torch.cat([nothing, *texts]), owners)
+    image_ranks = _shared(image, text, image_of, text_of, chunk)
+    text_ranks = _shared(text, image, text_of, image_of, chunk)
+    return RetrievalResult(
+        name,
+        image_of.cpu().numpy(),
+        image_ranks,
+        text_of.cpu().numpy(),
+        text_ranks,
+        skipped,
+        examples,
+        dict(pins or {}),
+    )
+
+
+def _everywhere(features: Tensor, owners: list[int]) -> tuple[Tensor, Tensor]:
+    """All ranks' rows in ascending order of owners; an owner's rows, which lie on one rank, keep their order."""
+    of = dist.gather(torch.tensor(owners, dtype=torch.int64, device=features.device))
+    order = of.argsort(stable=True)
+    return dist.gather(features)[order], of[order]
+
+
+def _shared(
+    queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int
+) -> NDArray[np.int64]:
+    """`query_ranks` with the queries shared out over the ranks."""
+    own = torch.arange(dist.rank(), len(queries), dist.world_size(), device=queries.device)
+    ranks = query_ranks(queries[own], candidates, query_of[own], candidate_of, chunk)
+    return by_id(torch.stack([own, ranks], dim=1))[:, 1].copy()

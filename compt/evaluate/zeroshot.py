@@ -1,0 +1,194 @@
+"""Zero-shot classification as CLIP's authors do it: class names in templates are the classifier."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from compt import dist
+from compt.data.records import EvalBatch
+from compt.errors import DataError
+from compt.evaluate.common import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
+from compt.evaluate.stats import wilson
+
+PLACEHOLDER = re.compile(r"\{c?\}")
+"""Where the class name goes in a template: {c} as clip_benchmark writes it, or {}."""
+
+
+def fill(template: str, classname: str) -> str:
+    """A template with the class name in its place. Raises DataError when there is no place."""
+    if not PLACEHOLDER.search(template):
+        raise DataError(f"template {template!r} has no place for the class name: write {{c}} or {{}}")
+    return PLACEHOLDER.sub(lambda _: classname, template)
+
+
+def classifier(
+    encoder: Encoder, classnames: Sequence[str], templates: Sequence[str], tokenize: Tokenize, batch: int = 256
+) -> Tensor:
+    """[D, classes] in fp32 on the model's device: per class the mean of its templates' unit features, made unit again.
+
+    The same as open_clip's `build_zero_shot_classifier`. Classes are shared out over the ranks; `batch` texts are
+    encoded at a time.
+    """
+    if not classnames or not templates:
+        raise DataError(f"a zero-shot classifier of {len(classnames)} class names and {len(templates)} templates")
+    own = range(dist.rank(), len(classnames), dist.world_size())
+    texts = [fill(template, classnames[at]) for at in own for template in templates]
+    with encoder.frozen():
+        parts = range(0, len(texts), batch)
+        features = [encoder.texts(tokenize(texts[start : start + batch])) for start in parts]
+    width = int(dist.all_reduce_max(features[0].shape[1] if features else 0))
+    stacked = torch.cat(features) if features else torch.zeros(0, width, device=encoder.device)
+    means = functional.normalize(stacked.view(len(own), len(templates), width).mean(dim=1), dim=-1)
+    every = dist.gather(means)
+    place = torch.tensor([at for r in range(dist.world_size()) for at in range(r, len(classnames), dist.world_size())])
+    return every[place.argsort().to(every.device)].T.contiguous()
+
+
+@dataclass
+class ZeroShotResult:
+    """Shares are in percent. top5 is None for five classes or fewer, where it would say nothing.
+
+    ids, labels, predictions, correct: one a sample, in ascending order of ids (positions in the data). A prediction
+    is -1 where the scores were not finite. per_class: None for a class without a sample. pins: hashes of what the
+    numbers depend on beside the model.
+    """
+
+    name: str
+    classes: int
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    predictions: NDArray[np.int64]
+    ranks: NDArray[np.int64]
+    skipped: dict[str, int] = field(default_factory=dict)
+    examples: list[str] = field(default_factory=list)
+    pins: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return len(self.ids)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """Whether each prediction is the label: bool [n]."""
+        return np.equal(self.ranks, 0)
+
+    @property
+    def top1(self) -> float:
+        """Percent whose class has the highest score; among equal scores the lower class number is higher."""
+        return 100 * float(self.correct.mean())
+
+    @property
+    def top5(self) -> float | None:
+        """Percent whose class is among the five highest."""
+        return 100 * float((self.ranks < 5).mean()) if self.classes > 5 else None
+
+    @property
+    def chance(self) -> float:
+        """Percent that guessing gets."""
+        return 100 / self.classes
+
+    @property
+    def per_class(self) -> list[float | None]:
+        """Percent correct of each class, by class number."""
+        counts = np.bincount(self.labels, minlength=self.classes)
+        hits = np.bincount(self.labels, weights=self.correct, minlength=self.classes)
+        return [100 * float(hit / n) if n else None for hit, n in zip(hits, counts, strict=True)]
+
+    def headline(self) -> dict[str, float]:
+        """The numbers for a table or a curve."""
+        return {"top1": self.top1} | ({"top5": self.top5} if self.top5 is not None else {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        present = [share for share in self.per_class if share is not None]
+        return {
+            "name": self.name,
+            "task": "zeroshot",
+            "n": self.n,
+            "classes": self.classes,
+            **self.headline(),
+            "top1_interval": list(wilson(int(self.correct.sum()), self.n)),
+            "mean_per_class": sum(present) / len(present),
+            "chance": self.chance,
+            "per_class": self.per_class,
+            "skipped": self.skipped,
+            "skipped_examples": self.examples,
+            "pins": self.pins,
+        }
+
+    def arrays(self) -> Arrays:
+        """ids, labels, predictions, ranks (0: correct), correct."""
+        names = ("ids", "labels", "predictions", "ranks", "correct")
+        return {name: getattr(self, name) for name in names}
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/<name>.json and .npz. Raises RunError."""
+        save_result(folder, self.name, self.to_dict(), self.arrays())
+
+
+def true_ranks(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores [B, C], labels int64 [B] -> (how many classes stand before the true one, the first class), int64 [B].
+
+    Of equal scores the lower class number stands first, whatever the device. Where a score is not finite all other
+    classes stand before the true one and there is no first (-1): a broken model is never right.
+    """
+    classes = torch.arange(scores.shape[1], device=scores.device)
+    true = scores.gather(1, labels[:, None])
+    before = (scores > true) | ((scores == true) & (classes < labels[:, None]))
+    best = scores == scores.amax(dim=1, keepdim=True)
+    first = torch.where(best, classes, scores.shape[1]).amin(dim=1)
+    broken = ~scores.isfinite().all(dim=1)
+    return before.sum(dim=1).masked_fill(broken, max(1, scores.shape[1] - 1)), first.masked_fill(broken, -1)
+
+
+def zero_shot(
+    encoder: Encoder,
+    loader: Iterable[EvalBatch],
+    weights: Tensor,
+    *,
+    name: str = "zeroshot",
+    classes_from: str = "the class names",
+    pins: Mapping[str, str] | None = None,
+) -> ZeroShotResult:
+    """Score this rank's batches with `weights` [D, classes] and put all ranks' samples together, each once.
+
+    Raises DataError, on every rank, for a batch without labels, a label that `classes_from` has no name for, or a set
+    without a readable sample.
+    """
+    classes = weights.shape[1]
+    parts = [torch.zeros(0, 4, dtype=torch.int64)]
+
+    def score(batch: EvalBatch) -> None:
+        if batch.labels is None:
+            raise DataError(f"evaluation set '{name}': {batch.keys[0]} has no label")
+        for key, label in zip(batch.keys, batch.labels.tolist(), strict=True):
+            if not 0 <= label < classes:
+                raise DataError(
+                    f"evaluation set '{name}': {classes_from} has {classes} class names, but sample {key} has label "
+                    f"{label} (labels count from 0)"
+                )
+        labels = batch.labels.to(weights.device)
+        features = encoder.images(batch.images)
+        with torch.autocast(weights.device.type, enabled=False):
+            rank, first = true_ranks(features @ weights, labels)
+        parts.append(torch.stack([torch.tensor(batch.ids), batch.labels.cpu(), first.cpu(), rank.cpu()], dim=1))
+
+    with encoder.frozen():
+        losses = over_batches(loader, score)
+    rows = by_id(torch.cat(parts))
+    skipped, examples = losses.over_ranks()
+    if not len(rows):
+        raise DataError(f"evaluation set '{name}': not one sample can be read{': ' + examples[0] if examples else ''}")
+    ids, labels, predictions, ranks = rows.T.copy()
+    return ZeroShotResult(name, classes, ids, labels, predictions, ranks, skipped, examples, dict(pins or {}))
