@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-WORDS = "red green blue cat dog house tree river small large old new round square happy quiet".split()
+WORDS = ("red", "green", "blue", "cat", "dog", "house", "tree", "river", "small", "large", "round", "happy", "quiet")
 
 
 def picture(seed: int, width: int, height: int, file_format: str = "PNG", mode: str = "RGB") -> bytes:
