@@ -219,14 +219,11 @@ def _write_shards(
         pending.clear()
 
     for name, tensor in state.items():
-        # A clone where the tensor is a view into a larger buffer: safetensors refuses shared storage.
         whole = tensor.detach().cpu().contiguous()
         whole = whole.reshape(()) if name == "logit_scale" else whole
         if whole.shape != shapes[name]:
             found, wanted = list(whole.shape), list(shapes[name])
             raise ArtefactError(f"the weights to write: {name} is {found} where the model has {wanted}")
-        if whole.untyped_storage().nbytes() != whole.nbytes:
-            whole = whole.clone()
         if pending and size + whole.nbytes > max_shard_bytes:
             flush()
             size = 0

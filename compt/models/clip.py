@@ -102,7 +102,7 @@ class ClipModel(open_clip.model.CLIP):
             length = int(caption_lengths(text).max()) if len(text) else 1
         text = text[:, :length]
         dtype = self.transformer.get_cast_dtype()
-        x = self.token_embedding(text).to(dtype) + self.positional_embedding[:length].to(dtype)
+        x = self.token_embedding(text).to(dtype) + self.positional_embedding[: text.shape[1]].to(dtype)
         x = _run_blocks(self.transformer, x, text.argmax(dim=-1))
         x = self.ln_final(x) @ self.text_projection
         return F.normalize(x, dim=-1) if normalize else x

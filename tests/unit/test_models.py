@@ -92,6 +92,7 @@ def test_cutting_the_padding_changes_neither_features_nor_gradients(kept):
         model.encode_text(tokens[:, :kept]),
         model.encode_text(tokens[:, :kept], length=8),
         model.encode_text(tokens[:, :kept], length=kept),
+        model.encode_text(tokens[:, :kept], length=32),
     ):
         torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-5)
         assert_gradients_equal(gradients(model, features), expected_gradients)
