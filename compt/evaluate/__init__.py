@@ -30,6 +30,8 @@ __all__ = [
     "Result",
     "RetrievalResult",
     "ZeroShotResult",
+    "check_sets",
+    "class_names",
     "evaluate_set",
     "evaluate_sets",
     "load_arrays",
@@ -173,6 +175,20 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     if result.skipped:
         _log.warning("evaluation set '%s': %s not read: %s", item.name, result.skipped, "; ".join(result.examples))
     return result
+
+
+def class_names(item: EvalSet, settings: EvalSettings) -> list[str]:
+    """The names of a zero-shot set's classes, by class number. Raises DataError."""
+    return _class_names(item, settings, _open(item, settings, 1))[0]
+
+
+def check_sets(sets: Iterable[EvalSet], settings: EvalSettings) -> None:
+    """Open every set and its class names and templates. Raises DataError for the first that cannot be used."""
+    for item in sets:
+        data = _open(item, settings, 1)
+        if item.task == "zeroshot":
+            _class_names(item, settings, data)
+            _templates(item, settings, data)
 
 
 def evaluate_sets(model: nn.Module, sets: Iterable[EvalSet], settings: EvalSettings) -> dict[str, Result]:

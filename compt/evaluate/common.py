@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -119,7 +120,11 @@ def by_id(rows: Tensor) -> NDArray[np.int64]:
 
 
 def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write FOLDER/NAME.npz (plain arrays), then FOLDER/NAME.json, each atomically. Raises RunError."""
+    """Write FOLDER/NAME.npz (plain arrays), then FOLDER/NAME.json, each atomically. Raises RunError.
+
+    A slash and the like in NAME are written as in a URL.
+    """
+    name = quote(name, safe=" ()")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     path = folder / f"{name}.npz"

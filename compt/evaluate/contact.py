@@ -1,0 +1,35 @@
+"""Pictures of an evaluation set, kept with a run so that its report can show what the models said of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from compt.config import EvalSet
+from compt.data.decode import evaluation_pixels
+from compt.data.index import open_index
+from compt.data.samples import SampleReader
+from compt.evaluate.common import save_result
+
+PICTURES = 40
+
+
+def save_contact_sheet(
+    folder: Path, item: EvalSet, base: Path, names: list[str], ids: np.ndarray, labels: np.ndarray, image_size: int
+) -> None:
+    """Write FOLDER/contact.npz: images uint8 [n, 3, H, W], their sample ids and labels, and all class names.
+
+    `ids` and `labels` are those of a scored set; `PICTURES` of them are taken, evenly spread. Raises RunError.
+    """
+    index = open_index(item.data, base)
+    chosen = np.unique(np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int))
+    reader = SampleReader(index)
+    images = [evaluation_pixels(reader.image(index.entry(int(ids[at]))), image_size) for at in chosen]
+    arrays = {
+        "images": np.stack([np.asarray(image) for image in images]),
+        "ids": ids[chosen],
+        "labels": labels[chosen],
+        "classnames": np.array(names),
+    }
+    save_result(folder, "contact", {"set": item.name, "pictures": len(chosen)}, arrays)

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict, wilson
+
+
+@pytest.mark.parametrize("successes, n", [(5, 10), (1, 100), (0, 10), (10, 10), (230, 1000)])
+def test_wilson_bounds_are_where_the_normal_test_tips(successes, n) -> None:
+    """(share - p)^2 = z^2 p (1 - p) / n, solved for p."""
+    share, c = successes / n, 1.959964**2 / n
+    roots = sorted(np.roots([1 + c, -(2 * share + c), share**2]).real)
+    assert wilson(successes, n) == pytest.approx([100 * root for root in roots], abs=1e-4)
+
+
+def test_wilson_at_the_ends() -> None:
+    assert wilson(0, 7)[0] == 0.0
+    assert wilson(7, 7)[1] == 100.0
+    assert wilson(0, 0) == (0.0, 100.0)
+    with pytest.raises(ValueError, match="3 successes of 2"):
+        wilson(3, 2)
+
+
+def test_wilson_covers_the_truth_about_95_times_in_100() -> None:
+    draws = np.random.default_rng(0).binomial(200, 0.1, size=2000)
+    bounds = np.array([wilson(int(x), 200) for x in draws])
+    assert 0.93 < ((bounds[:, 0] <= 10) & (bounds[:, 1] >= 10)).mean() < 0.97
+
+
+def _results(n: int, shift: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    b = rng.random(n) < 0.3
+    flips = rng.random(n)
+    return np.where(flips < 0.1 + shift, True, np.where(flips > 0.9, False, b)), b
+
+
+def test_bootstrap_agrees_with_the_normal_interval() -> None:
+    a, b = _results(5000, 0.05)
+    difference, low, high = paired_bootstrap(a, b)
+    gains = a.astype(float) - b
+    error = 1.96 * gains.std() / math.sqrt(len(gains)) * 100
+    assert difference == pytest.approx(100 * gains.mean(), abs=1e-9)
+    assert low == pytest.approx(difference - error, abs=0.1)
+    assert high == pytest.approx(difference + error, abs=0.1)
+
+
+def test_bootstrap_is_signed_paired_and_repeatable() -> None:
+    a, b = _results(500, 0.1)
+    assert paired_bootstrap(a, b)[0] == -paired_bootstrap(b, a)[0]
+    assert paired_bootstrap(a, a) == (0.0, 0.0, 0.0)
+    assert paired_bootstrap(a, b, seed=3) == paired_bootstrap(a, b, seed=3)
+    assert paired_bootstrap(a, b, samples=99, seed=3) != paired_bootstrap(a, b, samples=99, seed=4)
+    shuffled = np.random.default_rng(0).permutation(b)
+    width = np.subtract(*paired_bootstrap(a, b)[:0:-1])
+    assert width < np.subtract(*paired_bootstrap(a, shuffled)[:0:-1])
+
+
+def test_clusters_widen_the_interval_as_much_as_they_should() -> None:
+    a, b = _results(400, 0.1)
+    copies = 9
+    ids = np.repeat(np.arange(400), copies)
+    difference, low, high = paired_bootstrap(a, b)
+    as_single = paired_bootstrap(np.repeat(a, copies), np.repeat(b, copies))
+    clustered = paired_bootstrap(np.repeat(a, copies), np.repeat(b, copies), clusters=ids)
+    assert clustered[0] == pytest.approx(difference)
+    assert clustered[2] - clustered[1] == pytest.approx(high - low, rel=0.05)
+    assert as_single[2] - as_single[1] == pytest.approx((high - low) / 3, rel=0.1)
+
+
+def test_clusters_of_unequal_size_and_any_name() -> None:
+    a, b = _results(300, 0.1)
+    names = np.array([f"u{i**2 // 900}" for i in range(300)])
+    difference, low, high = paired_bootstrap(a, b, clusters=names)
+    rng = np.random.default_rng(1)
+    groups = [np.flatnonzero(names == name) for name in sorted(set(names))]
+    gains = a.astype(float) - b
+    drawn = []
+    for _ in range(3000):
+        chosen = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
+        drawn.append(100 * gains[chosen].mean())
+    assert difference == pytest.approx(100 * gains.mean())
+    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.5)
+
+
+def test_bootstrap_refuses_what_is_not_paired() -> None:
+    with pytest.raises(ValueError, match=r"\[2\] and \[3\]"):
+        paired_bootstrap([1, 0], [1, 0, 1])
+    with pytest.raises(ValueError, match="3 clusters for 2"):
+        paired_bootstrap([1, 0], [1, 0], clusters=[1, 2, 3])
+    with pytest.raises(ValueError, match="over 1 clusters says nothing"):
+        paired_bootstrap([1, 0], [1, 1], clusters=[4, 4])
+    with pytest.raises(ValueError, match="over 1 samples says nothing"):
+        paired_bootstrap([1], [1])
+
+
+@pytest.mark.parametrize(
+    "low, high, expected",
+    [
+        (0.1, 2.0, "lossless"),
+        (-0.4, 0.3, "lossless"),
+        (-0.6, 0.3, "undecided"),
+        (-0.5, 0.3, "undecided"),
+        (-2.0, -0.4, "undecided"),
+        (-2.0, -0.6, "not lossless"),
+        (math.nan, 1.0, "undecided"),
+    ],
+)
+def test_verdict(low, high, expected) -> None:
+    assert verdict((low + high) / 2, low, high) == expected
+
+
+def test_verdict_with_another_margin() -> None:
+    assert verdict(-0.9, -1.2, -0.6, margin=2.0) == "lossless"
+
+
+def test_mean_and_spread() -> None:
+    assert mean_and_spread([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0))
+    assert mean_and_spread([4.0]) == (4.0, None)
+    with pytest.raises(ValueError, match="no values"):
+        mean_and_spread([])
