@@ -71,7 +71,7 @@ class Member(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    name: str
+    name: str = execution(...)
     """What the model is called here, in links, jobs and reports."""
     preset: str | None = None
     """The preset it starts from; without it, the one called `name`."""
@@ -81,11 +81,12 @@ _BOTH_SIZES = ("text_width", "text_depth", "text_heads", "text_head_width", "con
 _VIT_SIZES = ("width", "depth", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
 
 
-def _check_sizes(preset: str, sizes: dict[str, Any]) -> None:
-    """Raise ConfigError for a size that is unknown, of a wrong type, or without an effect on the preset's model."""
+def _checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
+    """The sizes in their own types. Raises ConfigError for one that is unknown, of a wrong type, or without effect."""
     spec = PRESETS.get(preset)
     if spec is None:
-        return  # resolve() says so
+        return sizes  # resolve() says so
+    checked = {}
     known = (*_VIT_SIZES, *_BOTH_SIZES)
     for key, value in sizes.items():
         if key not in known:
@@ -104,6 +105,8 @@ def _check_sizes(preset: str, sizes: dict[str, Any]) -> None:
             raise ConfigError(f"{key} = {value!r}: should be {kind}")
         if key == "vocab_size" and value < VOCAB_SIZE:
             raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")
+        checked[key] = wanted(value)
+    return checked
 
 
 def _member(value: Any) -> Any:
@@ -125,8 +128,7 @@ class Family(Section):
             preset = member.preset or member.name
             own = {**self.common, **(member.model_extra or {})}
             try:
-                _check_sizes(preset, own)
-                spec = resolve(preset, own)
+                spec = resolve(preset, _checked_sizes(preset, own))
                 if member.name in specs:
                     raise ConfigError(f"the name '{member.name}' stands there twice")
             except ConfigError as error:
@@ -139,7 +141,7 @@ class Link(Section):
     """One model of the chain and how long it trains."""
 
     model: str
-    """The name of a family member."""
+    """The name of a family member. Its sizes belong to the result, its name does not."""
     train: Duration
     """Length of its training."""
     warmup: Duration

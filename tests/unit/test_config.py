@@ -1,0 +1,265 @@
+"""Recipes are strict: whatever is wrong is one line with file, key, value and the nearest thing that would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from compt.config import Duration, load_recipe, parse_recipe, split_batch
+from compt.config_docs import reference
+from compt.config_schema import DEPTH_OPERATORS, WIDTH_OPERATORS
+from compt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+RECIPE = """
+name: small
+data: {train: shards/*.tar, images: 2_000}
+family: {members: [vit_nano, {name: wide, preset: vit_micro, width: 128}]}
+chain:
+  links:
+    - {model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}}
+    - {model: wide, train: {steps: 50}, warmup: {steps: 5}, lr: 5e-4}
+baselines: {train: {epochs: 4}, warmup: {steps: 10}}
+optimizer: {batch: 64, lr: 1e-3}
+evaluation:
+  sets: [{name: val_style, data: val/*.tar}]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str = RECIPE) -> Path:
+        path = tmp_path / "small.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def test_a_whole_recipe(write) -> None:
+    recipe = load_recipe(write())
+    assert recipe.data.train == ["shards/*.tar"]
+    assert recipe.data.images == 2000
+    assert recipe.optimizer.lr == 1e-3
+    assert recipe.chain.links[1].lr == 5e-4
+    assert recipe.chain.links[1].train.to_steps(2000, 64) == 50
+    assert recipe.chain.links[0].train.to_steps(2000, 64) == 4 * 31
+    specs = recipe.family.specs()
+    assert list(specs) == ["vit_nano", "wide"]
+    assert (specs["wide"].name, specs["wide"].width, specs["wide"].heads, specs["wide"].text_width) == (
+        "wide",
+        128,
+        4,
+        96,
+    )
+
+
+WRONG = {
+    "typo": ("optimizer: {batch", "optimizer: {batsh", "optimizer.batsh = 64: unknown key (did you mean 'batch'?)"),
+    "typo of a required key": (
+        "{steps: 50}, warmup",
+        "{steps: 50}, warmpu",
+        "chain.links.1.warmpu: unknown key (did you mean 'warmup'?)",
+    ),
+    "typo in a duration": ("{steps: 50}", "{step: 50}", "chain.links.1.train.step = 50: unknown key (did you mean"),
+    "wrong type": ("batch: 64", "batch: many", "optimizer.batch = 'many': should be a valid integer"),
+    "a truth value for a number": ("batch: 64", "batch: true", "optimizer.batch = True: should be a valid integer"),
+    "out of range": ("lr: 1e-3", "lr: -1e-3", "optimizer.lr = -0.001: should be greater than 0"),
+    "missing unit": (
+        "{epochs: 4}, warmup: {steps: 10}}\nopt",
+        "4, warmup: {steps: 10}}\nopt",
+        "baselines.train = 4: needs",
+    ),
+    "two units": (
+        "{steps: 50}",
+        "{steps: 50, epochs: 2}",
+        "train: needs exactly one of epochs, steps, samples; it has",
+    ),
+    "no unit": ("{steps: 50}", "{}", "chain.links.1.train: needs exactly one of epochs, steps, samples; it has none"),
+    "unknown model": ("[vit_nano,", "[vit_nono,", "no member of the family (did you mean 'vit_nono'?)"),
+    "unknown preset": (
+        "preset: vit_micro",
+        "preset: vit_mirco",
+        "family.members.1: unknown model 'vit_mirco' (did you mea",
+    ),
+    "unknown size": ("width: 128", "widht: 128", "family.members.1: widht: unknown key (did you mean 'width'?)"),
+    "size of a wrong type": ("width: 128", "width: big", "family.members.1: width = 'big': should be a whole number"),
+    "width no multiple": ("width: 128", "width: 100", "width 100 is not a multiple of the head width 32"),
+    "a name twice": ("[vit_nano,", "[vit_nano, vit_nano,", "family.members.1: the name 'vit_nano' stands there twice"),
+    "link without model": (
+        "model: wide",
+        "model: wider",
+        "chain.links: 'wider' is no member of the family (did you mean",
+    ),
+    "link twice": ("model: wide", "model: vit_nano", "chain.links: a model stands there twice"),
+    "duplicate key": ("name: small", "name: small\nname: large", "line 3: the key 'name' stands twice"),
+    "a key that is a list": ("name: small", "[a]: small", "line 2: a key should be a plain word"),
+    "no YAML": ("members: [", "members: [[", "is not YAML:"),
+    "missing section": ("data: {train: shards/*.tar, images: 2_000}", "", "data: is missing"),
+    "value for a section": (
+        "optimizer: {batch: 64, lr: 1e-3}",
+        "optimizer: 5",
+        "optimizer = 5: should be a section with the",
+    ),
+    "unknown choice": (
+        "lr: 1e-3}",
+        "precision: bf61}",
+        "optimizer.precision = 'bf61': should be 'bf16', 'fp16' or 'fp32'",
+    ),
+    "nearest choice": ("lr: 1e-3}", "precision: bf61}", "(did you mean 'bf16'?)"),
+    "unknown operator": (
+        "chain:",
+        "chain:\n  expand: {width: insret}",
+        "chain.expand.width = 'insret': unknown operator (did you mean 'insert'?); known: insert, duplicate",
+    ),
+    "no evaluation set": (
+        "sets:",
+        "primary: val_stile\n  sets:",
+        "primary 'val_stile' is no evaluation set (did you mean",
+    ),
+    "batch above images": ("batch: 64", "batch: 4096", "optimizer.batch 4096 is larger than data.images 2000"),
+    "impossible crop": ("images: 2_000", "images: 2_000, crop_scale: [0.9, 0.5]", "crop_scale 0.9, 0.5 is not a range"),
+    "count with a wrong suffix": (
+        "images: 2_000",
+        "images: 2T",
+        "data.images = '2T': should be a whole number, or one with",
+    ),
+    "a member changed that has no such part": (
+        "preset: vit_micro, width",
+        "preset: swin_t, width",
+        "family.members.1: width = 128: the image tower of swin_t is timm's swin_tiny_patch4_window7_224 as it is",
+    ),
+    "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_recipe_is_one_clear_line(case: str, write) -> None:
+    old, new, message = WRONG[case]
+    assert RECIPE.count(old) >= 1
+    path = write(RECIPE.replace(old, new))
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ")
+    assert message in text
+    assert "\n" not in text
+    assert "pydantic" not in text
+
+
+def test_several_errors_are_counted(write) -> None:
+    with pytest.raises(ConfigError, match=r"\(and 1 more error\)"):
+        load_recipe(write(RECIPE.replace("batch: 64", "batch: x").replace("lr: 1e-3", "lr: y")))
+
+
+@pytest.mark.parametrize("content", ["", "- a", "just text"])
+def test_a_file_that_is_no_mapping(content: str, write) -> None:
+    with pytest.raises(ConfigError, match="should be a mapping with the keys name, seed, data"):
+        load_recipe(write(content))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: cannot be read"):
+        load_recipe(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-3", 1e-3), ("1.5e-3", 1.5e-3), ("0.001", 1e-3), ("1E-3", 1e-3), ("2", 2.0), ("1e+0", 1.0)]
+)
+def test_numbers(text: str, value: float, write) -> None:
+    assert load_recipe(write(RECIPE.replace("lr: 1e-3", f"lr: {text}"))).optimizer.lr == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("5M", 5_000_000), ("2.5k", 2500), ("1e6", 1_000_000), ("3_000", 3000), ("1B", 10**9)]
+)
+def test_counts(text: str, value: int, write) -> None:
+    assert load_recipe(write(RECIPE.replace("2_000", text))).data.images == value
+
+
+def test_overrides(write) -> None:
+    recipe = load_recipe(
+        write(),
+        [
+            "optimizer.lr=5e-4",
+            "chain.links.1.train.epochs=30",
+            "chain.links.0.alpha=0",
+            "evaluation.sets.0.data=[a.tar, b.tar]",
+            "engine.micro_batch=16",
+            "family.members.0=vit_pico",
+            "chain.links.0.model=vit_pico",
+            "baselines.warmup={samples: 1k}",
+        ],
+    )
+    assert recipe.optimizer.lr == 5e-4
+    assert recipe.chain.links[1].train == Duration(epochs=30)
+    assert recipe.chain.links[0].alpha == 0
+    assert recipe.evaluation.sets[0].data == ["a.tar", "b.tar"]
+    assert recipe.engine.micro_batch == 16
+    assert list(recipe.family.specs()) == ["vit_pico", "wide"]
+    assert recipe.baselines is not None
+    assert recipe.baselines.warmup.to_steps(2000, 64) == 16
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lr", "--set optimizer.lr: should be KEY=VALUE"),
+        ("chain.links.7.lr=1", "'chain.links' has the items 0 to 1, not '7'"),
+        ("chain.links.first.lr=1", "'chain.links' has the items 0 to 1, not 'first'"),
+        ("evaluation.sets.4=1", "'evaluation.sets' has the items 0 to 0, not '4'"),
+        ("name.first=1", "'name' is the value 'small', not a section"),
+        ("optimizer.betas=[0.9", "--set optimizer.betas=[0.9: is not YAML"),
+        ("optimizer.ir=1", "small.yaml: optimizer.ir = 1: unknown key (did you mean 'lr'?)"),
+    ],
+)
+def test_wrong_overrides(override: str, message: str, write) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(write(), [override])
+    assert message in str(caught.value)
+
+
+def test_result_fields_are_plain_and_leave_execution_out(write) -> None:
+    recipe = load_recipe(write())
+    fields = recipe.result_fields()
+    assert set(fields) == {"seed", "data", "family", "chain", "baselines", "optimizer"}
+    assert "train" not in fields["data"]
+    assert "max_nonfinite" not in fields["optimizer"]
+    assert fields["family"]["members"][1] == {"name": "wide", "preset": "vit_micro", "width": 128}
+    assert fields["data"]["crop_scale"] == [0.9, 1.0]
+
+
+def test_the_operators_are_those_of_the_expansion() -> None:
+    operators = pytest.importorskip("compt.expand.operators")
+    assert tuple(operators.WIDTH) == WIDTH_OPERATORS
+    assert tuple(operators.DEPTH) == DEPTH_OPERATORS
+
+
+def test_the_reference_of_fields_is_current() -> None:
+    path = ROOT / "docs" / "recipes.md"
+    assert path.read_text(encoding="utf-8") == reference(), "write it anew: python -m compt.config_docs docs/recipes.md"
+    assert "|  |" not in reference(), "a field has no docstring"
+
+
+@pytest.mark.parametrize(
+    ("batch", "world", "micro", "split"), [(64, 1, None, (64, 64)), (64, 2, 8, (32, 8)), (64, 4, 100, (16, 16))]
+)
+def test_split_batch(batch: int, world: int, micro: int | None, split: tuple[int, int]) -> None:
+    assert split_batch(batch, world, micro) == split
+
+
+def test_batches_that_do_not_divide() -> None:
+    with pytest.raises(ConfigError, match=r"optimizer\.batch 64 cannot be shared evenly by 3 processes"):
+        split_batch(64, 3, None)
+    with pytest.raises(ConfigError, match=r"engine\.micro_batch 24 does not divide the 64 images"):
+        split_batch(64, 1, 24)
+
+
+def test_plain_values_are_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"^somewhere: name: is missing"):
+        parse_recipe({}, "somewhere")

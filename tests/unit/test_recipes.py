@@ -1,0 +1,92 @@
+"""Every recipe in the repository is read and planned, quickly and without torch; the paper's give its figures."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from compt.config import load_recipe
+from compt.planner import Plan, make_plan
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+
+# CoM-PT (arXiv 2604.12391), Table 2 and Figure 7: accumulated acceleration in MACs.
+ACCELERATION = {
+    "cc3m_vit": 5.68,
+    "cc3m_swin": 5.22,
+    "merged15m_vit": 2.84,
+    "cc3m_vit_3": 4.13,
+    "cc3m_vit_7": 7.09,
+}
+# Table 2, for each link: total MACs in 1e19, speed-up of the model, accumulated speed-up.
+TABLE_2 = {
+    "cc3m_vit": [(0.62, 1.00, 1.00), (0.32, 4.81, 2.30), (0.59, 6.36, 3.86), (1.41, 7.65, 5.68)],
+    "cc3m_swin": [(0.94, 1.00, 1.00), (0.43, 4.58, 2.12), (0.52, 6.69, 3.38), (0.84, 9.35, 5.22)],
+    "merged15m_vit": [(3.61, 1.00, 1.00), (2.19, 2.52, 1.57), (2.82, 3.12, 2.08), (6.62, 3.83, 2.84)],
+}
+
+
+def plan(name: str) -> Plan:
+    path = ROOT / "recipes" / f"{name}.yaml"
+    return make_plan(load_recipe(path), baselines=True, source=str(path))
+
+
+def test_the_recipes_are_there() -> None:
+    assert {path.stem for path in RECIPES} >= {*ACCELERATION, "emoji"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_planned_quickly(path: Path) -> None:
+    started = time.perf_counter()
+    recipe = load_recipe(path)
+    found = make_plan(recipe, baselines=recipe.baselines is not None, source=str(path))
+    assert time.perf_counter() - started < 2
+    assert recipe.name == path.stem
+    assert found.jobs
+    assert all(job.steps > job.warmup_steps for job in found.jobs)
+    assert recipe.evaluation.primary is not None
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from compt.config import load_recipe; from compt.planner import make_plan\n"
+        "for path in sys.argv[1:]: make_plan(load_recipe(Path(path)))\n"
+        "assert not {'torch', 'open_clip', 'timm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *map(str, RECIPES)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", ACCELERATION)
+def test_the_published_acceleration(name: str) -> None:
+    assert plan(name).acceleration("paper") == pytest.approx(ACCELERATION[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", TABLE_2)
+def test_table_2(name: str) -> None:
+    rows = [row for row in plan(name).rows("paper") if row["kind"] == "link"]
+    for row, (macs, speedup, accumulated) in zip(rows, TABLE_2[name], strict=True):
+        # Half a digit of the table, and what our counts of Table G differ by.
+        assert row["total_macs"] / 1e19 == pytest.approx(macs, rel=0, abs=0.005 + 0.025 * macs), row["job"]
+        assert row["speedup"] == pytest.approx(speedup, rel=0.03), row["job"]
+        assert row["accumulated_speedup"] == pytest.approx(accumulated, rel=0.02), row["job"]
+
+
+@pytest.mark.parametrize("name", ACCELERATION)
+def test_the_paper_s_settings(name: str) -> None:
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    optimizer = recipe.optimizer
+    assert (optimizer.batch, optimizer.lr, optimizer.betas, optimizer.eps) == (1024, 1e-3, (0.9, 0.98), 1e-8)
+    assert (optimizer.weight_decay, optimizer.precision, recipe.data.captions) == (0.1, "bf16", 4)
+    assert recipe.data.images == (12_927_058 if name.startswith("merged") else 2_753_427)
+    assert [link.warmup.steps for link in recipe.chain.links] == [8000] + [1000] * (len(recipe.chain.links) - 1)
+    epochs = [link.train.epochs or 0 for link in recipe.chain.links]
+    assert epochs == sorted(epochs, reverse=True)
+    assert {spec.image_size for spec in recipe.family.specs().values()} == {224}
+    assert {spec.context_length for spec in recipe.family.specs().values()} == {77}
+    assert plan(name).jobs[len(epochs)].same_as == f"1-{recipe.chain.links[0].model}"
