@@ -156,8 +156,14 @@ def _message(source: str, error: ValidationError) -> str:
         text = f"unknown key{nearest(str(location[-1]), known)}; known here: {', '.join(known)}"
     elif first["type"] == "missing":
         text = "is missing"
-    elif first["type"] in ("model_type", "dict_type"):
+    elif first["type"] == "dict_type":
+        text = "should be a mapping"
+    elif first["type"] == "model_type":
         text = f"should be a section with the keys {', '.join(_keys(_section_at(location)))}"
+    elif first["type"] == "too_short":
+        text = "should not be empty"
+    elif first["type"] == "tuple_type":
+        text = "should be a list of numbers"
     else:
         text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if first["type"] == "literal_error" and isinstance(value, str):

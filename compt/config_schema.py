@@ -103,6 +103,8 @@ def _checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
         if not fits:
             kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
             raise ConfigError(f"{key} = {value!r}: should be {kind}")
+        if wanted is not bool and not value > 0:
+            raise ConfigError(f"{key} = {value!r}: should be greater than 0")
         if key == "vocab_size" and value < VOCAB_SIZE:
             raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")
         checked[key] = wanted(value)

@@ -26,7 +26,11 @@ class Section(BaseModel):
     """A part of a recipe: immutable, unknown keys and wrong types refused."""
 
     model_config = ConfigDict(
-        extra="forbid", strict=True, frozen=True, populate_by_name=True, use_attribute_docstrings=True
+        extra="forbid",
+        strict=True,
+        frozen=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     def result_fields(self) -> dict[str, Any]:

@@ -170,16 +170,19 @@ def make_plan(
     images: int | None = None,
     world_size: int = 1,
     start: Start | None = None,
+    base: Path = Path(),
     source: str = "recipe",
 ) -> Plan:
     """The links of the chain in order, then the individually trained members, then the controls of the last link.
 
     `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
     `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
-    at `chain.from`; by default its manifest is read. `source` is the recipe's file, for messages. Raises ConfigError
-    for a chain that cannot be trained.
+    at `chain.from`; by default its manifest is read, relative to `base`. `source` is the recipe's file, for messages.
+    Raises ConfigError for a chain that cannot be trained.
     """
     try:
+        if recipe.chain.from_ is not None and start is None:
+            start = read_start(base / recipe.chain.from_)
         return _Planner(recipe, images, world_size).plan(baselines, controls, start)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -218,11 +221,10 @@ class _Planner:
     def links(self, start: Start | None) -> list[Job]:
         chain = self.recipe.chain
         jobs: list[Job] = []
-        if chain.from_ is not None:
-            start = start or read_start(Path(chain.from_))
+        if start is not None:
+            if chain.from_ is None:
+                raise ConfigError("chain.from: is missing, but a model to start from was given")
             self.check(0, start.spec, strictly=False)
-        elif start is not None:
-            raise ConfigError("chain.from: is missing, but a model to start from was given")
         for at, link in enumerate(chain.links):
             before = jobs[-1] if jobs else None
             if before:

@@ -131,6 +131,11 @@ WRONG = {
         "preset: swin_t, width",
         "family.members.1: width = 128: the image tower of swin_t is timm's swin_tiny_patch4_window7_224 as it is",
     ),
+    "a negative size": ("width: 128", "width: -128", "family.members.1: width = -128: should be greater than 0"),
+    "not a finite number": ("lr: 1e-3", "lr: .inf", "optimizer.lr = inf: should be a finite number"),
+    "no shards": ("train: shards/*.tar", "train: []", "data.train: should not be empty"),
+    "one number for two": ("lr: 1e-3", "betas: 0.9", "optimizer.betas = 0.9: should be a list of numbers"),
+    "a list for a mapping": ("{members: [", "{common: [a], members: [", "family.common: should be a mapping"),
     "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
 }
 

@@ -301,6 +301,8 @@ def test_an_existing_model_is_known_by_its_weights(tmp_path: Path) -> None:
     assert first[0].hash != other[0].hash
     given = make_plan(changed("chain.from", "anywhere"), start=Start(pico, "1"), controls=())
     assert given.jobs[0].hash == first[0].hash
+    near = make_plan(changed("chain.from", "a"), base=tmp_path, controls=())
+    assert (near.jobs[0].hash, near.jobs[0].start) == (first[0].hash, Path("a"))
     same_size = write_model(tmp_path / "d", PRESETS["vit_nano"], "3")
     assert plan(changed("chain.from", same_size)).jobs[0].teacher_spec == PRESETS["vit_nano"]
 
