@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 from torch.distributed.rendezvous import rendezvous
 
-from compt.errors import ConfigError, RunError
+from compt.errors import ComptError, ConfigError, RunError
 
 
 def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float = 60.0) -> torch.device:
@@ -31,9 +31,11 @@ def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_secon
         if name not in os.environ:
             raise ConfigError(f"RANK and WORLD_SIZE are set but {name} is not: start with torchrun or set it")
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    # torch's client tries twice, each time this long, with a pause between; the hosting rank waits for clients once.
+    attempt = connect_seconds * (0.45 if int(os.environ["RANK"]) else 1.0)
     try:
         # The store is opened by itself because init_process_group knows one timeout for both contact and collectives.
-        store, own_rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=connect_seconds)))
+        store, own_rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=attempt)))
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(
             f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no process group at {address} "
@@ -55,9 +57,9 @@ def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_secon
 def _choose_device(device: str) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    chosen = torch.device("cuda" if device == "auto" else device)
-    if chosen.type != "cuda":
+    if device != "auto" and device.partition(":")[0] != "cuda":
         raise ConfigError(f"device '{device}' is not supported; take auto, cpu or cuda")
+    chosen = torch.device("cuda" if device == "auto" else device)
     if not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
     if chosen.index is None:
@@ -118,6 +120,19 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     torch_dist.all_gather_object(values, value)
     return values
+
+
+def on_main(action: Callable[[], Any]) -> None:
+    """Run `action` on rank 0 while the others wait; a ComptError in there is raised on every rank."""
+    error: ComptError | None = None
+    if is_main():
+        try:
+            action()
+        except ComptError as raised:
+            error = raised
+    error = broadcast_object(error)
+    if error is not None:
+        raise error
 
 
 def _reduce_scalar(value: float, operation: Any) -> float:

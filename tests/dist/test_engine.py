@@ -172,6 +172,22 @@ def test_steps_on_two_ranks_equal_one_process() -> None:
         torch.testing.assert_close(first_state[name], value, rtol=1e-4, atol=2e-6)
 
 
+def two_pieces() -> list[float]:
+    """The gradient after each of two backwards, the first without averaging; this rank's inputs are rank + 1."""
+    module = nn.Linear(1, 1, bias=False)
+    engine = DataParallelEngine(module)
+    found = []
+    for last in (False, True):
+        output = cast(Tensor, engine.forward(torch.full((1, 1), dist.rank() + 1.0), last=last))
+        engine.backward(output.sum(), last=last)
+        found.append(cast(Tensor, module.weight.grad).item())
+    return found
+
+
+def test_only_the_last_backward_talks_to_other_ranks() -> None:
+    assert run_ranks(two_pieces, 2) == [[1.0, 3.0], [2.0, 3.0]]
+
+
 def nonfinite() -> tuple[float, bool, bool]:
     task = make_task(None, torch.float32)
     engine = DataParallelEngine(task.module)
@@ -288,6 +304,31 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
     assert engine.clip_grad_norm(None).item() == pytest.approx(20.0)
     assert engine.clip_grad_norm(1.0).item() == pytest.approx(20.0)
     assert engine.clip_grad_norm(None).item() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_compiling_leaves_names_alone() -> None:
+    plain, compiled = DataParallelEngine(model()), DataParallelEngine(model(), compile=True)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_gradients_at_any_length() -> None:
+    images, tokens = own_rows(torch.float32)
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        task = make_task(24, torch.float32)
+        engine = DataParallelEngine(task.module, compile=compiled)
+        for cut in (10, 9, 8, 7):
+            shorter = tokens.masked_fill(torch.arange(10) >= cut, 0)
+            shorter[..., cut - 1] = 63
+            loss, _ = cached_backward(task, engine, images, shorter, 4)
+            results.append(loss.item())
+            if cut == 8:
+                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        results.append(engine.clip_grad_norm(None).item())
+    assert results[:5] == pytest.approx(results[5:], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for another length"
 
 
 def test_an_unknown_precision_is_refused() -> None:
