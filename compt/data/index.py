@@ -31,7 +31,8 @@ VERSION = 1
 INDEX_FOLDER = ".compt-index"
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
-_LOADED_SHARDS = 256
+_HELD_ROWS = 1 << 20
+"""Rows of shards' tables that one process keeps in memory (about 100 MB)."""
 
 
 class Entry(NamedTuple):
@@ -85,20 +86,21 @@ class Index:
         text = json.dumps([identity, captions.digest if captions else None])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self._tables: OrderedDict[int, tuple[NDArray[np.int64], bytes]] = OrderedDict()
+        self._held = 0
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
-        """A shard's rows and keys; the tables used last are kept."""
+        """A shard's rows and keys; the tables used last are kept, up to `_HELD_ROWS`."""
         found = self._tables.get(shard)
-        if found is None:
-            found = self.shards[shard].table()
-            self._tables[shard] = found
-            if len(self._tables) > _LOADED_SHARDS:
-                self._tables.popitem(last=False)
-        else:
+        if found is not None:
             self._tables.move_to_end(shard)
+            return found
+        found = self._tables[shard] = self.shards[shard].table()
+        self._held += len(found[0])
+        while self._held > _HELD_ROWS and len(self._tables) > 1:
+            self._held -= len(self._tables.popitem(last=False)[1][0])
         return found
 
     def shard_of(self, sample: int) -> int:

@@ -278,6 +278,7 @@ def test_reduced_decoding_stays_near_the_full_one() -> None:
     assert np.abs(full.astype(int) - ours).max() <= 4
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_bombs_and_broken_images_are_unusable() -> None:
     wide = io.BytesIO()
     Image.new("1", (MAX_PIXELS // 9000 + 1, 9000)).save(wide, "PNG")

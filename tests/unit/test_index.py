@@ -218,7 +218,7 @@ def test_scanning_in_processes_gives_the_same(tmp_path: Path) -> None:
 
 
 def test_tables_are_held_for_a_bounded_number_of_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index_module, "_LOADED_SHARDS", 2)
+    monkeypatch.setattr(index_module, "_HELD_ROWS", 5)
     make_shards(tmp_path, n=10, shards=5)
     index = open_index("*.tar", tmp_path)
     keys = [index.key(i) for i in (*range(10), *range(10))]
