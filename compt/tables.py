@@ -1,0 +1,225 @@
+"""The same numbers as tables for a terminal (rich) and for Markdown and HTML (rows of text)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from compt.macs import Mode
+from compt.planner import Plan
+from compt.summary import Comparison, Row, Summary, accumulated
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as plain text: first column to the left, the others to the right."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+
+    def rich(self) -> RenderableType:
+        """For a terminal; notes stand below. Where words would have to be broken, each row becomes a block."""
+        return _Fitting(self)
+
+    def markdown(self) -> str:
+        """As GitHub renders it."""
+        lines = [f"### {escape_markdown(self.title)}", "", _markdown_row(self.header)]
+        lines.append("|" + "|".join(":--" if not at else "--:" for at in range(len(self.header))) + "|")
+        lines += [_markdown_row(row) for row in self.rows]
+        return "\n".join([*lines, "", *(f"{escape_markdown(note)}\n" for note in self.notes)])
+
+
+def escape_markdown(text: str) -> str:
+    """Text that Markdown shows as it is: on one line, no markup, no cell ends."""
+    return (
+        re.sub(r"([\\`*|~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+        .replace("&", "&amp;")
+        .replace("<", "&lt;")
+    )
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """A table where the terminal is wide enough for its longest words, else a block of lines for each row."""
+
+    table: TextTable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        wide = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for at, name in enumerate(self.table.header):
+            wide.add_column(name, justify="right" if at else "left", no_wrap=at == 0)
+        for row in self.table.rows:
+            wide.add_row(*map(Text, row))
+        yield Text(self.table.title, style="bold")
+        if Measurement.get(console, options.update(max_width=10_000), wide).minimum <= options.max_width:
+            yield wide
+        else:
+            yield from self._blocks()
+        yield from (Text(note, style="dim") for note in self.table.notes)
+
+    def _blocks(self) -> Iterator[RenderableType]:
+        for row in self.table.rows:
+            yield Text(f"\n{row[0]}", style="cyan")
+            block = Table.grid(padding=(0, 2))
+            block.add_column(no_wrap=True)
+            block.add_column()
+            for name, cell in zip(self.table.header[1:], row[1:], strict=True):
+                if cell:
+                    block.add_row(Text(f"  {name}"), Text(cell))
+            yield block
+        yield Text("")
+
+
+def _prefixed(value: float, prefixes: Sequence[tuple[float, str]]) -> str:
+    """Three digits and the largest prefix that leaves a one before the point after rounding."""
+    for size, prefix in prefixes:
+        if float(f"{value / size:.3g}") >= 1:
+            digits = f"{value / size:.3g}"
+            return f"{float(digits):,.0f}{prefix}" if "e" in digits else f"{digits}{prefix}"
+    return f"{value:.3g}"
+
+
+def macs(value: float) -> str:
+    """1.234e15 -> "1.23 P": multiply-accumulates with a decimal prefix."""
+    return _prefixed(value, ((1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")))
+
+
+def count(value: float) -> str:
+    """12_345_678 -> "12.3 M"."""
+    return _prefixed(value, ((1e9, " G"), (1e6, " M"), (1e3, " k")))
+
+
+def hours(value: float | None) -> str:
+    """Device-hours, or minutes where they are few."""
+    if value is None:
+        return "-"
+    return f"{value:.2f} h" if value >= 1 else f"{value * 60:.1f} min"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f" ({value:.2f}x)"
+
+
+def _score(row: Row) -> str:
+    if row.top1 is None:
+        return "-" if row.state in ("done", "evaluated") else row.state
+    return f"{row.top1:.2f} [{row.low:.1f}, {row.high:.1f}]"
+
+
+def plan_table(plan: Plan, mode: Mode = "exact") -> RenderableType:
+    """What a recipe would train and its cost in MACs."""
+    rows = []
+    for row in plan.rows(mode):
+        speedup = row.get("speedup")
+        rows.append(
+            [
+                row["job"],
+                count(row["parameters"]),
+                f"{row['epochs']:.3g}",
+                f"{row['steps']:,}",
+                macs(row["student_training_macs"]),
+                macs(row["teacher_forward_macs"]) if row["teacher_forward_macs"] else "-",
+                (f"as {row['same_as']}" if row["same_as"] else macs(row["total_macs"])) + _ratio(speedup),
+                macs(row["accumulated_macs"]) + _ratio(row["accumulated_speedup"]) if "accumulated_macs" in row else "",
+            ]
+        )
+    recipe = plan.recipe
+    note = (
+        f"{plan.images:,} images, batch {recipe.optimizer.batch}, {recipe.data.captions} captions an image. "
+        f"MACs are multiply-accumulates, counted in mode '{mode}'; (x): acceleration over the individual training."
+    )
+    header = ["Model", "Params", "Epochs", "Steps", "MACs/sample", "Teacher", "MACs", "Accumulated"]
+    return TextTable(f"Plan of {recipe.name}", header, rows, [note]).rich()
+
+
+def cost_table(summary: Summary) -> TextTable:
+    """In the shape of the paper's Table 2: baseline, then chain; individual and accumulated cost; speed-ups."""
+    by_link = {item.link: item for item in summary.comparisons}
+    rows = []
+    one = len(summary.individual) == 1
+    chains = [("Baseline" if one else f"Baseline, seed {seed},", own) for seed, own in summary.individual.items()]
+    # A first link alone is its own baseline: nothing was trained individually yet.
+    chains = [(label, own) for label, own in chains if any(row.kind == "baseline" for row in own)]
+    chains.append(("CoM-PT", summary.links))
+    order = [row.model for row in summary.links]
+    for label, members in chains:
+        # Sums with a member missing are those of another family.
+        whole = [row.model for row in members] == order[: len(members)]
+        total_macs = accumulated([row.macs if whole else None for row in members])
+        total_hours = accumulated([row.device_hours if whole else None for row in members])
+        for at, row in enumerate(members):
+            found = by_link.get(row.job) if label == "CoM-PT" else None
+            running = total_macs[at]
+            rows.append(
+                [
+                    f"{label} {row.model}",
+                    f"{row.epochs:.3g}",
+                    _score(row),
+                    macs(row.macs) + _ratio(found.macs_speedup if found else None),
+                    (macs(running) if running is not None else "-")
+                    + _ratio(found.macs_speedup_accumulated if found else None),
+                    hours(row.device_hours) + _ratio(found.hours_speedup if found else None),
+                    hours(total_hours[at]) + _ratio(found.hours_speedup_accumulated if found else None),
+                ]
+            )
+    rows += [
+        [row.job, f"{row.epochs:.3g}", _score(row), macs(row.macs), "", hours(row.device_hours), ""]
+        for row in summary.controls
+    ]
+    top = next((row for row in summary.rows if row.classes), None)
+    about = (
+        f"Top-1 in percent on {summary.primary}: {top.images:,} pictures, {top.classes:,} names, chance "
+        f"{100 / top.classes:.2f}; in brackets the 95 % interval (Wilson). "
+        if top
+        else ""
+    )
+    notes = [f"{about}MACs and device time of training, the teacher's forward passes included; (x) over the baseline."]
+    header = ["Model", "Epochs", "Top-1", "MACs", "accumulated", "Device time", "accumulated"]
+    return TextTable(f"Results of {summary.run}", header, rows, notes)
+
+
+def comparison_table(summary: Summary) -> TextTable | None:
+    """Each link against its baseline and the last one against its controls, with interval and verdict."""
+    rows = [_comparison(item, item.verdict) for item in summary.comparisons]
+    for item in summary.control_comparisons:
+        better = "better" if item.low > 0 else "worse" if item.high < 0 else "undecided"
+        rows.append(_comparison(item, better))
+    if not rows:
+        return None
+    about = (
+        "Points of top-1, chain minus the other, on the same pictures, with the 95 % interval (paired bootstrap over "
+        "pictures). Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
+    )
+    notes = [
+        about,
+        *(
+            f"Standard deviation of the baselines of {item.link} over seeds: {item.seed_spread:.2f} points."
+            for item in summary.comparisons
+            if item.seed_spread is not None
+        ),
+    ]
+    return TextTable("Differences", ["Chain's model", "against", "points", "95 % interval", "verdict"], rows, notes)
+
+
+def _comparison(item: Comparison, verdict: str) -> list[str]:
+    other = item.others[0] if len(item.others) == 1 else f"{item.others[0]} and {len(item.others) - 1} more seeds"
+    return [item.link, other, f"{item.difference:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", verdict]
+
+
+def summary_table(summary: Summary) -> RenderableType:
+    """All that a terminal shows at the end of a run."""
+    tables = [cost_table(summary), comparison_table(summary)]
+    return Group(*(table.rich() for table in tables if table is not None))
