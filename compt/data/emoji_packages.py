@@ -82,7 +82,7 @@ def _read_member(archive: tarfile.TarFile, name: str) -> Any:
         return None
     file = archive.extractfile(member)
     if file is None or member.size > MEMBER_LIMIT:
-        raise DataError(f"{archive.name}: {name} is not a plain file of sensible size")
+        raise DataError(f"{archive.name!r}: {name} is not a plain file of sensible size")
     return json.load(file)
 
 

@@ -201,7 +201,10 @@ def choose_captions(entry: Entry, frequency: Mapping[str, int]) -> tuple[str, ..
     keywords = [word for word in entry.keywords if matching_key(word) not in names]
     keywords.sort(key=lambda word: (frequency[word], word))
     phrases = entry.phrases[:PHRASES]
-    captions = _distinct([*phrases, *keywords[: HUMAN_CAPTIONS - len(phrases)]])
+    own = matching_key(entry.name)
+    others = _distinct([*phrases, *keywords[: HUMAN_CAPTIONS - len(phrases)]])
+    # The name stands even where it is shorter than the other texts may be: 'ox'.
+    captions = [entry.name, *(text for text in others if matching_key(text) != own)]
     taken = {caption.casefold() for caption in captions}
     values = {"name": entry.name, "subgroup": subgroup_text(entry.subgroup)}
     if len(keywords) >= 2:
