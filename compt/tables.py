@@ -200,8 +200,8 @@ def comparison_table(summary: Summary) -> TextTable | None:
     if not rows:
         return None
     about = (
-        "Points of top-1, chain minus the other, on the same pictures, with the 95 % interval (paired bootstrap over "
-        "pictures). Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
+        "Points of top-1, chain minus the other, on the same pictures; 95 % interval by paired bootstrap over them. "
+        "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
     )
     notes = [
         about,

@@ -1,0 +1,207 @@
+"""A run: the links of a chain one after another, then baselines and controls. Everything it knows lies on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from compt import dist
+from compt.artefact import read_any
+from compt.config import Recipe, split_batch
+from compt.data.index import Index, open_index
+from compt.errors import RunError
+from compt.evaluate import EvalSettings, check_sets
+from compt.files import disk_errors, read_json, write_json, write_text
+from compt.jobs import JobRun, RunContext, now, read_manifest
+from compt.planner import Job, Plan, Start, make_plan
+
+Say = Callable[[str], None]
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that two recipes can be compared field by field."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each field that is not the same: "optimizer.lr: 0.001 -> 0.002"."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
+    """Refuse a recipe or data under which something already begun in `folder` would not have come out the same.
+
+    Jobs that were not begun may change freely. Raises RunError with the fields that differ.
+    """
+    begun = []
+    for job in plan.jobs:
+        manifest = read_manifest(folder / "jobs" / job.name)
+        if manifest["state"] == "planned":
+            continue
+        begun.append(job.name)
+        if manifest["hash"] != job.hash:
+            lines = "\n  ".join(difference(manifest["result"], job.result))
+            raise RunError(
+                f"{folder}: the recipe has changed since {job.name} was begun:\n  {lines}\n"
+                f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
+                "built on it) to train it anew."
+            )
+    state = folder / "run.json"
+    if begun and state.exists() and read_json(state)["data_fingerprint"] != fingerprint:
+        raise RunError(
+            f"{folder}: the training shards are not those that {begun[0]} was begun on; "
+            "take another run folder, or the same shards"
+        )
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the run folder against a second process, on rank 0. Raises RunError when another one holds it."""
+    lock = FileLock(folder / "lock")
+
+    def acquire() -> None:
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                raise RunError(f"{folder} is in use by another process; wait for it, or take another folder") from None
+
+    dist.on_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def open_data(recipe: Recipe, base: Path) -> Index:
+    """The index of the training shards; rank 0 builds what is missing. Raises DataError."""
+    index: list[Index] = []
+
+    def open_it() -> None:
+        data = recipe.data
+        folder = base / data.index_dir if data.index_dir else None
+        csv = base / data.captions_csv if data.captions_csv else None
+        index.append(open_index(data.train, base, folder, csv))
+
+    dist.on_main(open_it)
+    if not index:
+        open_it()
+    return index[0]
+
+
+def _write_state(context: RunContext, plan: Plan) -> None:
+    path = context.folder / "run.json"
+    old: dict[str, Any] = read_json(path) if path.exists() else {"started": now(), "jobs": []}
+    planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
+    names = {job["name"] for job in planned}
+    kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
+    recipe = context.recipe
+    write_json(
+        path,
+        {
+            "name": recipe.name,
+            "started": old["started"],
+            "command": " ".join(sys.argv),
+            "primary": recipe.evaluation.primary,
+            "contact_sheet": recipe.evaluation.contact_sheet,
+            "images": len(context.index),
+            "batch": recipe.optimizer.batch,
+            "captions": recipe.data.captions,
+            "data_fingerprint": context.index.fingerprint,
+            "jobs": [*planned, *kept],
+        },
+    )
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    write_text(context.folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    base: Path,
+    baselines: bool = False,
+    controls: Sequence[str] | None = (),
+    source: str = "recipe",
+) -> tuple[RunContext, Plan]:
+    """Join the process group, open the data, and check everything that can be checked before anything is trained.
+
+    Raises ConfigError, DataError, ArtefactError or RunError.
+    """
+    device = dist.init(recipe.engine.device)
+    split_batch(recipe.optimizer.batch, dist.world_size(), recipe.engine.micro_batch)
+    start = None
+    if recipe.chain.from_ is not None:
+        found = read_any(base / recipe.chain.from_)
+        start = Start(found.spec, found.hash)
+    index = open_data(recipe, base)
+    plan = make_plan(
+        recipe,
+        baselines=baselines,
+        controls=controls,
+        images=len(index),
+        world_size=dist.world_size(),
+        start=start,
+        source=source,
+    )
+    context = RunContext(folder, recipe, index, device, base)
+    check_sets(recipe.evaluation.sets, EvalSettings(recipe.data.mean, recipe.data.std, base))
+    if recipe.evaluation.validation:
+        dist.on_main(lambda: open_index(recipe.evaluation.validation, base) and None)
+    dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
+    return context, plan
+
+
+def waiting(plan: Plan, folder: Path) -> list[Job]:
+    """The jobs that are not done, in their order."""
+    return [
+        job for job in plan.jobs if job.same_as is None and read_manifest(folder / "jobs" / job.name)["state"] != "done"
+    ]
+
+
+def run_chain(context: RunContext, plan: Plan, say: Say, after_job: Callable[[], None] | None = None) -> None:
+    """Carry every job of the plan to its end, from wherever the folder stands.
+
+    `after_job` is called on rank 0 when a job is done. Raises what training raises; whatever was finished stays.
+    """
+    with locked(context.folder):
+        dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+        dist.on_main(lambda: _write_state(context, plan))
+        for job in plan.jobs:
+            if job.same_as is not None:
+                continue
+            JobRun(job, context, say).run()
+            if after_job is not None:
+                dist.on_main(after_job)
+
+
+def start_anew(folder: Path) -> None:
+    """Remove a run folder, unless a process is using it or it is no run folder. Raises RunError."""
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "run.json").exists():
+        raise RunError(f"{folder} holds other files than a run's; it is not removed")
+    with locked(folder), disk_errors(folder):
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != "lock":
+                path.unlink()

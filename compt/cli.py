@@ -1,0 +1,193 @@
+"""The command line. Every command works on files and can be run alone."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from compt import __version__
+from compt.config import Recipe, load_recipe
+from compt.errors import ComptError, ConfigError
+from compt.planner import make_plan
+
+if TYPE_CHECKING:
+    from compt.chain import Say
+
+app = typer.Typer(
+    help="Chain-of-Models Pre-Training: train a family of CLIP models, each from its smaller predecessor.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a field: --set optimizer.lr=5e-4")
+]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder; default runs/NAME of the recipe")]
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _say() -> Say:
+    """Prints on rank 0 only."""
+    from compt import dist
+
+    console = _console()
+    return lambda text: console.print(text, markup=False, soft_wrap=True) if dist.is_main() else None
+
+
+def _load(path: Path, overrides: list[str] | None) -> Recipe:
+    return load_recipe(path, overrides or [])
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    baselines: Annotated[bool, typer.Option(help="also the individually trained members")] = False,
+    mode: Annotated[str, typer.Option(help="how MACs are counted: exact (this program) or paper")] = "exact",
+    as_json: Annotated[bool, typer.Option("--json", help="print the whole plan as JSON")] = False,
+) -> None:
+    """Show what a recipe would train, for how long, and what it costs; starts nothing."""
+    if mode not in ("exact", "paper"):
+        raise ConfigError(f"--mode {mode}: should be exact or paper")
+    made = make_plan(_load(recipe, set_), baselines=baselines, source=str(recipe))
+    if as_json:
+        typer.echo(json.dumps(made.to_json(), indent=2))
+    else:
+        from compt.tables import plan_table
+
+        _console().print(plan_table(made, "paper" if mode == "paper" else "exact"))
+
+
+@app.command()
+def chain(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    baselines: Annotated[bool, typer.Option(help="also train every member individually, to measure the gain")] = False,
+    controls: Annotated[bool, typer.Option(help="also train the recipe's controls of the last link")] = False,
+    estimate: Annotated[bool, typer.Option(help="time a few steps first and say how long it will take")] = False,
+) -> None:
+    """Train a chain, from the start or from where the run folder stands.
+
+    Runs in one process, or on every process that torchrun starts. SIGTERM, SIGUSR1 and Ctrl-C save and exit with code
+    75; the same command goes on from there.
+    """
+    loaded = _load(recipe, set_)
+    wanted = None if controls or baselines else ()
+    _run(loaded, run or Path("runs") / loaded.name, str(recipe), baselines, wanted, estimate)
+
+
+def _run(
+    recipe: Recipe, folder: Path, source: str, baselines: bool, controls: tuple[str, ...] | None, estimate: bool
+) -> None:
+    from compt import dist
+    from compt.chain import prepare, run_chain, waiting
+
+    say = _say()
+    try:
+        context, made = prepare(recipe, folder, base=Path.cwd(), baselines=baselines, controls=controls, source=source)
+        left = waiting(made, folder)
+        if left:
+            done = len([job for job in made.jobs if job.same_as is None]) - len(left)
+            if done:
+                say(f"{folder}: {done} of {done + len(left)} models are done; going on with {left[0].name}.")
+            if estimate:
+                _say_estimate(context, left, say)
+            run_chain(context, made, say)
+        else:
+            say(f"{folder}: everything in it is done.")
+        if dist.is_main():
+            report(folder)
+    finally:
+        dist.shutdown()
+
+
+def _say_estimate(context: Any, left: list[Any], say: Say) -> None:
+    from compt.checkpoint import find_latest
+    from compt.estimate import seconds_of
+
+    steps = []
+    for job in left:
+        latest = find_latest(context.job_folder(job.name) / "checkpoints")
+        done = int(latest.name.rpartition("-")[2]) if latest else 0
+        steps.append((job, job.steps - done))
+    seconds = seconds_of(steps, context.recipe, context.device)
+    say(
+        f"About {max(1, round(seconds / 60))} min of training on this machine: {len(left)} models, "
+        f"{sum(count for _, count in steps):,} steps of {context.recipe.optimizer.batch} images."
+    )
+
+
+@app.command()
+def demo(
+    fresh: Annotated[bool, typer.Option(help="forget an earlier run and start anew")] = False,
+    run: Annotated[Path, typer.Option(help="the run folder")] = Path("runs/demo"),
+    recipe: Annotated[Path, typer.Option(help="the recipe")] = Path("recipes/demo.yaml"),
+    set_: Overrides = None,
+) -> None:
+    """Train a chain of small CLIP models on emoji pictures, on a CPU, and show what came of it."""
+    from compt.chain import start_anew
+    from compt.data import emoji
+
+    say = _say()
+    loaded = _load(recipe, set_)
+    if fresh:
+        start_anew(run)
+    data = Path("data/emoji")
+    if not (data / "manifest.json").exists():
+        say(f"Laying out the emoji sample in {data} …")
+        emoji.build(data)
+    _run(loaded, run, str(recipe), False, None, True)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or not", show_default=False)]) -> None:
+    """Write RUN/report.html and RUN/report.md."""
+    from compt.report import write_report
+    from compt.summary import summarise
+    from compt.tables import summary_table
+
+    _console().print(summary_table(summarise(run)))
+    _console().print(f"Report: {write_report(run)}", soft_wrap=True, markup=False)
+
+
+def main() -> None:
+    """Entry point: one line for an error that the user can mend, with its own exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        app()
+    except ComptError as error:
+        if int(os.environ.get("RANK", "0")) == 0:
+            Console(stderr=True, highlight=False).print(f"[bold red]compt:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"compt {__version__}")
+        raise typer.Exit

@@ -1,0 +1,344 @@
+"""One model of a run, from plan to numbers: expand, train, evaluate. Each state is on disk before the next begins."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compt import dist
+from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
+from compt.config import Recipe, split_batch
+from compt.data.dataset import fixed_caption_batches, train_loader
+from compt.data.index import Index, open_index
+from compt.data.records import Batch
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
+from compt.engines.ddp import DataParallelEngine
+from compt.evaluate import Encoder, EvalSettings, ZeroShotResult, class_names, evaluate_set
+from compt.evaluate.contact import save_contact_sheet
+from compt.evaluate.validation import validation_loss
+from compt.expand import ExpandConfig, expand
+from compt.expand import make_plan as make_expansion
+from compt.files import read_json, write_json
+from compt.models import ClipModel, build, export_state, init_parameters
+from compt.planner import Job
+from compt.task import ClipTask, DistillTask
+from compt.trainer import TrainSettings, train
+
+STATES = ("planned", "expanded", "training", "evaluated", "done")
+"""expanded: `initial/` is there. training: a checkpoint may be there. evaluated: `model/` and its scores are there."""
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all jobs of a run share. `base` is the folder that relative paths of the recipe start from."""
+
+    folder: Path
+    recipe: Recipe
+    index: Index
+    device: torch.device
+    base: Path
+
+    def job_folder(self, name: str) -> Path:
+        """Where the job `name` keeps its files."""
+        return self.folder / "jobs" / name
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A job's manifest; {"state": "planned"} where nothing was begun."""
+    path = folder / MANIFEST
+    return dict(read_json(path)) if path.exists() else {"state": "planned"}
+
+
+def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
+    """What scores depend on beside the model; when it changes, models are scored again."""
+    return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Versions, and the processor or GPU that computes."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif (cpu := Path("/proc/cpuinfo")).exists():
+        lines = cpu.read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return {**versions(), "device": name, "threads": str(torch.get_num_threads())}
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class JobRun:
+    """Carries one job from the state on disk to done. All ranks take every step together; rank 0 writes."""
+
+    def __init__(self, job: Job, context: RunContext, say: Callable[[str], None]) -> None:
+        self.job = job
+        self.context = context
+        self.say = say
+        self.folder = context.job_folder(job.name)
+        self.manifest: dict[str, Any] = dist.broadcast_object(read_manifest(self.folder) if dist.is_main() else None)
+
+    def run(self) -> None:
+        """Go on from where the manifest stands. Raises what training and evaluation raise."""
+        steps = {
+            "planned": self._begin,
+            "expanded": lambda: self._enter("training"),
+            "training": self._train,
+            "evaluated": self._finish,
+        }
+        known = self.manifest.get("sets")
+        if known is not None and known != evaluation_identity(self.context.recipe):
+            self._enter("training")
+        while self.manifest["state"] != "done":
+            steps[self.manifest["state"]]()
+
+    def _enter(self, state: str, **values: Any) -> None:
+        self.manifest = {**self.manifest, **values, "state": state}
+        dist.on_main(lambda: write_json(self.folder / MANIFEST, self.manifest))
+
+    def _teacher(self) -> Artefact | None:
+        if self.job.teacher is not None:
+            return read_artefact(self.context.job_folder(self.job.teacher) / "model")
+        if self.job.start is not None:
+            return read_any(self.context.base / self.job.start)
+        return None
+
+    def _begin(self) -> None:
+        teacher = self._teacher()
+        if teacher is not None:
+            options = self.context.recipe.chain.expand
+            config = ExpandConfig(options.width, options.depth, options.zero_new_outputs)
+            plan = make_expansion(teacher.spec, self.job.spec, config)
+            self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
+
+            def write() -> None:
+                fields = {"parent": str(teacher.path.name), "parent_hash": teacher.hash, "expansion": plan.to_json()}
+                state = expand(plan, teacher.state, self.job.seed)
+                self._write_artefact("initial", state, {**fields, "step": 0, "samples": 0, "epochs": 0.0})
+
+            dist.on_main(write)
+        self._enter(
+            "expanded",
+            **self.job.to_json(),
+            result=self.job.result,
+            parent_hash=teacher.hash if teacher else None,
+            started=now(),
+            machine=machine(self.context.device),
+            processes=dist.world_size(),
+        )
+
+    def _write_artefact(
+        self,
+        name: str,
+        state: Mapping[str, Tensor],
+        fields: Mapping[str, Any],
+        extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        data = self.context.recipe.data
+        write_artefact(
+            self.folder / name,
+            state,
+            self.job.spec,
+            {"job": self.job.name, "recipe_hash": self.job.hash, "seed": self.job.seed, **fields},
+            mean=data.mean,
+            std=data.std,
+            extra_states=extra,
+        )
+
+    def _student(self) -> ClipModel:
+        """The model before its first step: expanded where there is a teacher, else drawn from the seed."""
+        initial = self.folder / "initial"
+        if self.job.teacher is not None or self.job.start is not None:
+            return read_artefact(initial).load_model(self.context.device)
+        model = build(self.job.spec)
+        init_parameters(model, self.job.spec, self.job.seed)
+        model.to(self.context.device)
+        return model
+
+    def _task(self, student: ClipModel) -> ClipTask:
+        recipe = self.context.recipe
+        teacher = self._teacher()
+        options: dict[str, Any] = {
+            "image_to_text": recipe.optimizer.image_to_text,
+            "text_buckets": recipe.engine.text_buckets,
+            "chunk": recipe.engine.loss_chunk,
+            "seed": self.job.seed,
+        }
+        if teacher is None or self.job.alpha == 0:
+            return ClipTask(student, **options)
+        return DistillTask(
+            student,
+            teacher.load_model(self.context.device),
+            alpha=self.job.alpha,
+            average_towers=not recipe.chain.distill.reference_compatible,
+            teacher_dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+            **options,
+        )
+
+    def _settings(self) -> TrainSettings:
+        recipe, job, images = self.context.recipe, self.job, len(self.context.index)
+        optimizer, engine = recipe.optimizer, recipe.engine
+        _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
+        every = recipe.evaluation.every
+        return TrainSettings(
+            total_steps=job.steps,
+            warmup_steps=job.warmup_steps,
+            batch=optimizer.batch,
+            micro_batch=micro,
+            steps_per_epoch=images // optimizer.batch,
+            lr=job.lr,
+            clip_grad_norm=optimizer.clip_grad_norm,
+            ema_decay=optimizer.ema.decay if optimizer.ema else None,
+            max_nonfinite=optimizer.max_nonfinite,
+            log_every=max(1, engine.log_every.to_steps(images, optimizer.batch)),
+            checkpoint_every=max(1, engine.checkpoint_every.to_steps(images, optimizer.batch)),
+            evaluate_every=max(1, every.to_steps(images, optimizer.batch)) if every else None,
+            keep_checkpoints=engine.keep_checkpoints,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            identity={"recipe": job.hash, "data": self.context.index.fingerprint},
+            macs_per_step=job.cost.total_macs / job.steps,
+        )
+
+    def _loader(self, start_step: int) -> Iterable[Batch]:
+        recipe = self.context.recipe
+        return train_loader(
+            self.context.index,
+            seed=self.job.seed,
+            batch=recipe.optimizer.batch,
+            image_size=self.job.spec.image_size,
+            captions=recipe.data.captions,
+            context_length=self.job.spec.context_length,
+            crop_scale=recipe.data.crop_scale,
+            window=recipe.data.shuffle_shards,
+            start_step=start_step,
+            total_steps=self.job.steps,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=recipe.engine.workers,
+            max_bad_share=recipe.data.max_bad_share,
+            cache=recipe.engine.cache,
+        )
+
+    def _fit(self) -> None:
+        """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
+        student = self._student()
+        task = self._task(student)
+        optimizer = self.context.recipe.optimizer
+        engine = DataParallelEngine(
+            task.module,
+            AdamWSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay),
+            precision=optimizer.precision,
+            device=self.context.device,
+            compile=self.context.recipe.engine.compile,
+        )
+        settings = self._settings()
+        result, averaged = train(
+            task, engine, settings, self.folder, self._loader, lambda: self._select(task.model), self.job.name
+        )
+        numbers = asdict(result)
+
+        def write() -> None:
+            fields = {
+                "parent": self.job.teacher or (str(self.job.start) if self.job.start else None),
+                "parent_hash": self.manifest["parent_hash"],
+                "step": result.steps,
+                "samples": result.samples,
+                "epochs": self.job.epochs,
+                "trained": numbers,
+                "data_fingerprint": self.context.index.fingerprint,
+            }
+            extra = {"ema": export_state(averaged)} if averaged is not None else None
+            self._write_artefact("model", export_state(task.model), fields, extra)
+
+        dist.on_main(write)
+
+    def _train(self) -> None:
+        """Train unless `model/` is there already, then score it."""
+        if not dist.any_true((self.folder / "model").exists()):
+            self._fit()
+        artefact = read_artefact(self.folder / "model")
+        self.say(f"{self.job.name}: evaluating")
+        scores = self._score(artefact.load_model(self.context.device))
+        self._enter(
+            "evaluated",
+            trained=artefact.manifest["trained"],
+            model_hash=artefact.hash,
+            scores=scores,
+            sets=evaluation_identity(self.context.recipe),
+        )
+
+    def _evaluation(self) -> EvalSettings:
+        recipe = self.context.recipe
+        return EvalSettings(
+            recipe.data.mean,
+            recipe.data.std,
+            base=self.context.base,
+            batch=recipe.evaluation.batch,
+            workers=recipe.engine.workers,
+            dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+        )
+
+    def _select(self, model: ClipModel) -> dict[str, float]:
+        """Scores that may be looked at during training: validation loss and the `select` sets."""
+        recipe, settings = self.context.recipe, self._evaluation()
+        scores: dict[str, float] = {}
+        if recipe.evaluation.validation:
+            batches = fixed_caption_batches(
+                open_index(recipe.evaluation.validation, self.context.base),
+                batch=recipe.optimizer.batch,
+                image_size=self.job.spec.image_size,
+                captions=recipe.data.captions,
+                context_length=self.job.spec.context_length,
+                rank=dist.rank(),
+                world_size=dist.world_size(),
+            )
+            encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+            scores["validation_loss"] = validation_loss(encoder, batches, recipe.optimizer.image_to_text)
+        for item in recipe.evaluation.sets:
+            if item.role == "select":
+                result = evaluate_set(model, item, settings)
+                scores |= {f"{item.name}/{key}": value for key, value in result.headline().items()}
+        return scores
+
+    def _score(self, model: ClipModel) -> dict[str, Any]:
+        """Score every set and keep the answers to single samples beside the numbers."""
+        evaluation, settings = self.context.recipe.evaluation, self._evaluation()
+        scores: dict[str, Any] = {}
+        for item in evaluation.sets:
+            result = evaluate_set(model, item, settings)
+            dist.on_main(functools.partial(result.save, self.folder / "scores"))
+            scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
+            if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
+                names = class_names(item, settings)
+                size = self.job.spec.image_size
+                dist.on_main(
+                    functools.partial(
+                        save_contact_sheet,
+                        self.folder / "scores",
+                        item,
+                        self.context.base,
+                        names,
+                        result.ids,
+                        result.labels,
+                        size,
+                    )
+                )
+        return scores
+
+    def _finish(self) -> None:
+        self._enter("done", finished=now())
+        dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
