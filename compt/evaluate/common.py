@@ -84,7 +84,7 @@ class Losses:
         """Counts by cause and a few of the samples, the same on every rank."""
         counts: Counter[str] = Counter()
         examples: list[str] = []
-        for other, named in [(dict(self._counts), self._examples)]:
+        for other, named in dist.gather_objects((dict(self._counts), self._examples)):
             counts.update(other)
             examples += named
         return dict(counts), sorted(examples)[:EXAMPLES]

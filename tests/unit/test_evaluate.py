@@ -28,6 +28,7 @@ from compt.evaluate.common import Encoder
 from compt.evaluate.retrieval import query_ranks, retrieval
 from compt.evaluate.validation import local_contrastive_loss, validation_loss
 from compt.evaluate.zeroshot import classifier, fill, true_ranks, zero_shot
+from compt.files import hash_json
 from compt.losses import contrastive_loss
 from compt.models import build
 from compt.pixels import to_input
@@ -168,6 +169,10 @@ def test_the_models_mode_comes_back(model, tokenizer) -> None:
     weights = classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
     assert model.training
     assert not weights.requires_grad
+    with Encoder(model, MEAN, STD).frozen():
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
     model.eval()
     classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
     assert not model.training
@@ -401,6 +406,7 @@ def test_class_folders_are_a_set(tmp_path: Path, model, tokenizer) -> None:
     result = evaluate_set(model, item, _settings(tmp_path))
     reference = ImageFolder(str(folder))
     assert result.labels.tolist() == [label for _, label in reference.samples]
+    assert result.pins["classnames"] == hash_json(["ant", "blue dog", "cat"])
     encoder = Encoder(model, MEAN, STD)
     transform = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD)
     weights = classifier(encoder, ["ant", "blue dog", "cat"], ["a photo of {c}"], tokenizer)
