@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from compt import __version__
+from compt.cli_tools import data_app, evaluate, expand, export
 from compt.config import Recipe, load_recipe
 from compt.errors import ComptError, ConfigError
 from compt.planner import make_plan
@@ -26,7 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
@@ -163,6 +163,11 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or n
 
     _console().print(summary_table(summarise(run)))
     _console().print(f"Report: {write_report(run)}", soft_wrap=True, markup=False)
+
+
+app.command("eval")(evaluate)
+app.command()(expand)
+app.command()(export)
 
 
 def main() -> None:
