@@ -87,7 +87,7 @@ def _prefixed(value: float, prefixes: Sequence[tuple[float, str]]) -> str:
     """Three digits and the largest prefix that leaves a one before the point after rounding."""
     for size, prefix in prefixes:
         if float(f"{value / size:.3g}") >= 1:
-            digits = f"{value / size:.3g}"
+            digits = f"{value / size:#.3g}".removesuffix(".")
             return f"{float(digits):,.0f}{prefix}" if "e" in digits else f"{digits}{prefix}"
     return f"{value:.3g}"
 
@@ -187,7 +187,7 @@ def cost_table(summary: Summary) -> TextTable:
         else ""
     )
     notes = [f"{about}MACs and device time of training, the teacher's forward passes included; (x) over the baseline."]
-    header = ["Model", "Epochs", "Top-1", "MACs", "accumulated", "Device time", "accumulated"]
+    header = ["Model", "Epochs", "Top-1", "MACs", "MACs accumulated", "Device time", "Time accumulated"]
     return TextTable(f"Results of {summary.run}", header, rows, notes)
 
 
