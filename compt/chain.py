@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,8 @@ from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, read_json, write_json, write_text
 from compt.jobs import JobRun, RunContext, now, read_manifest
 from compt.planner import Job, Plan, Start, make_plan
+
+_log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
 
@@ -153,6 +156,8 @@ def prepare(
         found = read_any(base / recipe.chain.from_)
         start = Start(found.spec, found.hash)
     index = open_data(recipe, base)
+    if len(index) != recipe.data.images:
+        _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
     plan = make_plan(
         recipe,
         baselines=baselines,
