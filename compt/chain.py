@@ -20,8 +20,9 @@ from compt.data.index import Index, open_index
 from compt.errors import RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, read_json, write_json, write_text
-from compt.jobs import JobRun, RunContext, now, read_manifest
+from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest
 from compt.planner import Job, Plan, Start, make_plan
+from compt.trainer import StopSignal
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +54,16 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
 
     Jobs that were not begun may change freely. Raises RunError with the fields that differ.
     """
-    begun = []
-    for job in plan.jobs:
-        manifest = read_manifest(folder / "jobs" / job.name)
-        if manifest["state"] == "planned":
-            continue
-        begun.append(job.name)
+    manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
+    begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
+    state = folder / "run.json"
+    if begun and state.exists() and read_json(state)["data_fingerprint"] != fingerprint:
+        raise RunError(
+            f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
+            "take another run folder, or the same shards"
+        )
+    for job in begun:
+        manifest = manifests[job.name]
         if manifest["hash"] != job.hash:
             lines = "\n  ".join(difference(manifest["result"], job.result))
             raise RunError(
@@ -66,12 +71,10 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
                 f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
                 "built on it) to train it anew."
             )
-    state = folder / "run.json"
-    if begun and state.exists() and read_json(state)["data_fingerprint"] != fingerprint:
-        raise RunError(
-            f"{folder}: the training shards are not those that {begun[0]} was begun on; "
-            "take another run folder, or the same shards"
-        )
+
+
+LOCK_SECONDS = 7.0
+"""How long a lock is waited for: the loaders' processes of a killed run hold it until they notice, after 5 seconds."""
 
 
 @contextlib.contextmanager
@@ -83,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(timeout=LOCK_SECONDS)
             except Timeout:
                 raise RunError(f"{folder} is in use by another process; wait for it, or take another folder") from None
 
@@ -176,18 +179,21 @@ def prepare(
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:
-    """The jobs that are not done, in their order."""
+    """The jobs that are still to be trained or scored, in their order."""
     return [
-        job for job in plan.jobs if job.same_as is None and read_manifest(folder / "jobs" / job.name)["state"] != "done"
+        job
+        for job in plan.jobs
+        if job.same_as is None and not is_finished(read_manifest(folder / "jobs" / job.name), plan.recipe)
     ]
 
 
 def run_chain(context: RunContext, plan: Plan, say: Say, after_job: Callable[[], None] | None = None) -> None:
     """Carry every job of the plan to its end, from wherever the folder stands.
 
-    `after_job` is called on rank 0 when a job is done. Raises what training raises; whatever was finished stays.
+    `after_job` is called on rank 0 when a job is done. Raises what training raises, and Interrupted on SIGTERM, SIGUSR1
+    and Ctrl-C; whatever was finished stays.
     """
-    with locked(context.folder):
+    with locked(context.folder), StopSignal(at_once=True):
         dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
         dist.on_main(lambda: _write_state(context, plan))
         for job in plan.jobs:
@@ -202,11 +208,14 @@ def start_anew(folder: Path) -> None:
     """Remove a run folder, unless a process is using it or it is no run folder. Raises RunError."""
     if not folder.exists():
         return
-    if any(folder.iterdir()) and not (folder / "run.json").exists():
+    state = folder / "run.json"
+    if not state.exists() and any(path.name != "lock" for path in folder.iterdir()):
         raise RunError(f"{folder} holds other files than a run's; it is not removed")
     with locked(folder), disk_errors(folder):
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != "lock":
+            elif path.name not in ("lock", state.name):
                 path.unlink()
+        # Last: as long as it is there, this can be done again.
+        state.unlink(missing_ok=True)

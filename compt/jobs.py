@@ -16,12 +16,14 @@ from torch import Tensor
 
 from compt import dist
 from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
+from compt.checkpoint import find_latest
 from compt.config import Recipe, split_batch
 from compt.data.dataset import fixed_caption_batches, train_loader
 from compt.data.index import Index, open_index
 from compt.data.records import Batch
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
 from compt.engines.ddp import DataParallelEngine
+from compt.errors import RunError
 from compt.evaluate import Encoder, EvalSettings, ZeroShotResult, class_names, evaluate_set
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.validation import validation_loss
@@ -57,12 +59,30 @@ class RunContext:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """A job's manifest; {"state": "planned"} where nothing was begun."""
     path = folder / MANIFEST
-    return dict(read_json(path)) if path.exists() else {"state": "planned"}
+    if not path.exists():
+        return {"state": "planned"}
+    try:
+        return dict(read_json(path))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}; restore it, or remove {folder} to train it anew") from None
 
 
 def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
     """What scores depend on beside the model; when it changes, models are scored again."""
     return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+
+
+def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a job is trained, and scored as the recipe says."""
+    return bool(manifest["state"] == "done" and manifest["sets"] == evaluation_identity(recipe))
+
+
+def steps_left(job: Job, folder: Path) -> int:
+    """Steps that `job` has still to train, given its folder."""
+    if (folder / "model").exists():
+        return 0
+    latest = find_latest(folder / "checkpoints")
+    return job.steps - (int(latest.name.rpartition("-")[2]) if latest else 0)
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -99,8 +119,8 @@ class JobRun:
             "training": self._train,
             "evaluated": self._finish,
         }
-        known = self.manifest.get("sets")
-        if known is not None and known != evaluation_identity(self.context.recipe):
+        self._check_teacher()
+        if self.manifest.get("sets") not in (None, evaluation_identity(self.context.recipe)):
             self._enter("training")
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()
@@ -108,6 +128,17 @@ class JobRun:
     def _enter(self, state: str, **values: Any) -> None:
         self.manifest = {**self.manifest, **values, "state": state}
         dist.on_main(lambda: write_json(self.folder / MANIFEST, self.manifest))
+
+    def _check_teacher(self) -> None:
+        """Raise RunError when the teacher was trained anew after this job had grown from it."""
+        if self.job.teacher is None or self.manifest["state"] == "planned":
+            return
+        teacher = read_manifest(self.context.job_folder(self.job.teacher))
+        if teacher["model_hash"] != self.manifest["parent_hash"]:
+            raise RunError(
+                f"{self.folder}: grew from another {self.job.teacher} than the one that is there now; "
+                f"remove {self.folder} to train it anew"
+            )
 
     def _teacher(self) -> Artefact | None:
         if self.job.teacher is not None:
@@ -125,9 +156,9 @@ class JobRun:
             self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
 
             def write() -> None:
-                fields = {"parent": str(teacher.path.name), "parent_hash": teacher.hash, "expansion": plan.to_json()}
+                fields = {"expansion": plan.to_json(), "step": 0, "samples": 0, "epochs": 0.0}
                 state = expand(plan, teacher.state, self.job.seed)
-                self._write_artefact("initial", state, {**fields, "step": 0, "samples": 0, "epochs": 0.0})
+                self._write_artefact("initial", state, teacher.hash, fields)
 
             dist.on_main(write)
         self._enter(
@@ -144,15 +175,25 @@ class JobRun:
         self,
         name: str,
         state: Mapping[str, Tensor],
+        parent_hash: str | None,
         fields: Mapping[str, Any],
         extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        data = self.context.recipe.data
+        for torn in self.folder.glob(f".{name}.tmp-*"):
+            shutil.rmtree(torn, ignore_errors=True)
+        job, data = self.job, self.context.recipe.data
+        own = {
+            "job": job.name,
+            "recipe_hash": job.hash,
+            "seed": job.seed,
+            "parent": job.teacher or (str(job.start) if job.start else None),
+            "parent_hash": parent_hash,
+        }
         write_artefact(
             self.folder / name,
             state,
-            self.job.spec,
-            {"job": self.job.name, "recipe_hash": self.job.hash, "seed": self.job.seed, **fields},
+            job.spec,
+            {**own, **fields},
             mean=data.mean,
             std=data.std,
             extra_states=extra,
@@ -253,8 +294,6 @@ class JobRun:
 
         def write() -> None:
             fields = {
-                "parent": self.job.teacher or (str(self.job.start) if self.job.start else None),
-                "parent_hash": self.manifest["parent_hash"],
                 "step": result.steps,
                 "samples": result.samples,
                 "epochs": self.job.epochs,
@@ -262,7 +301,7 @@ class JobRun:
                 "data_fingerprint": self.context.index.fingerprint,
             }
             extra = {"ema": export_state(averaged)} if averaged is not None else None
-            self._write_artefact("model", export_state(task.model), fields, extra)
+            self._write_artefact("model", export_state(task.model), self.manifest["parent_hash"], fields, extra)
 
         dist.on_main(write)
 
@@ -340,5 +379,5 @@ class JobRun:
         return scores
 
     def _finish(self) -> None:
-        self._enter("done", finished=now())
         dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
+        self._enter("done", finished=now())

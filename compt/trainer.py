@@ -6,8 +6,8 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -20,7 +20,7 @@ from compt import checkpoint, dist
 from compt.accumulate import cached_backward
 from compt.data.records import Batch
 from compt.engines.base import Engine
-from compt.errors import Interrupted, RunError
+from compt.errors import DataError, Interrupted, RunError
 from compt.metrics import MetricsWriter
 from compt.models import caption_lengths
 from compt.pixels import to_input
@@ -58,7 +58,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training used: device-hours are processes times hours in the loop, without evaluation."""
+    """What a finished training used: device-hours are those of its steps, over all processes, without evaluations."""
 
     steps: int
     samples: int
@@ -69,7 +69,7 @@ class TrainResult:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine to zero at the last step (Table C of the paper); `step` counts from 0."""
+    """Linear warm-up, then a cosine that is zero after the last step (Table C of the paper); `step` counts from 0."""
     if step < settings.warmup_steps:
         return settings.lr * (step + 1) / settings.warmup_steps
     done = (step - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps)
@@ -77,19 +77,27 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 
 class StopSignal:
-    """Remembers SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save at the end of its step.
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into Interrupted: `at_once`, or when the loop asks at the end of its step.
 
-    A second Ctrl-C ends the process at once.
+    A second Ctrl-C ends the process. What comes within a second of the first is the same request: torchrun passes on
+    what the terminal has already sent to everyone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: bool = False) -> None:
         self.name = ""
+        self._at_once = at_once
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        self.name = signal.Signals(number).name
-        if number == signal.SIGINT:
-            signal.signal(number, self._previous[number])
+        again = bool(self.name)
+        if again and time.monotonic() - self._since < 1.0:
+            return
+        self.name, self._since = signal.Signals(number).name, time.monotonic()
+        if self._at_once:
+            raise Interrupted(f"stopped by {self.name}. Start the same command again to go on.")
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -100,43 +108,53 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def raised(self, step: int) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks."""
+    def raised(self, step: int, last: bool) -> bool:
+        """Whether any rank was asked to stop: the same answer on all ranks, who ask each other now and then only."""
         if dist.world_size() == 1:
             return bool(self.name)
-        return step % SIGNAL_EVERY == 0 and dist.any_true(bool(self.name))
+        return (last or step % SIGNAL_EVERY == 0) and dist.any_true(bool(self.name))
 
 
 @dataclass
 class _Counts:
-    """What accumulates over a run and lives through a resume."""
+    """What accumulates over a run and lives through a resume. `skipped` and `few_captions` are this rank's."""
 
     step: int = 0
-    seconds: float = 0.0
+    device_seconds: float = 0.0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     few_captions: int = 0
-
-    def __post_init__(self) -> None:
-        self.skipped: Counter[str] = Counter()
+    skipped: Counter[str] = field(default_factory=Counter)
 
     def to_state(self) -> dict[str, Any]:
-        return {**self.__dict__, "skipped": dict(self.skipped)}
+        """Plain values over all ranks."""
+        few = int(dist.all_reduce_sum(self.few_captions))
+        return {**self.__dict__, "few_captions": few, "skipped": _over_ranks(self.skipped)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Counts:
-        counts = cls(**{key: state[key] for key in cls.__dataclass_fields__})
-        counts.skipped.update(state["skipped"])
+        """The inverse; rank 0 takes over what is summed over ranks."""
+        counts = cls(**{**state, "skipped": Counter(state["skipped"])})
+        if not dist.is_main():
+            counts.few_captions = 0
+            counts.skipped.clear()
         return counts
 
 
-def _restore(
-    folder: Path, engine: Engine, ema: AveragedModel | None, settings: TrainSettings
-) -> tuple[_Counts, dict[str, Any]]:
+@dataclass
+class _Window:
+    """Steps since the last log line, their seconds, and how many of these went by in waiting for data."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+
+def _restore(folder: Path, engine: Engine, ema: AveragedModel | None, settings: TrainSettings) -> _Counts:
     """Load the newest whole checkpoint, if there is one. Raises RunError when it belongs to another run."""
-    path = checkpoint.find_latest(folder)
+    path: Path | None = dist.broadcast_object(checkpoint.find_latest(folder) if dist.is_main() else None)
     if path is None:
-        return _Counts(), {}
+        return _Counts()
     tensors, state = checkpoint.load(path)
     if state["identity"] != dict(settings.identity):
         changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
@@ -144,7 +162,7 @@ def _restore(
     if ema is not None:
         ema.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
     engine.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("ema.")})
-    return _Counts.from_state(state["counts"]), state
+    return _Counts.from_state(state["counts"])
 
 
 def _save(folder: Path, engine: Engine, ema: AveragedModel | None, counts: _Counts, settings: TrainSettings) -> None:
@@ -179,111 +197,117 @@ def train(
     `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores and is called
     on all ranks. Returns the result and the averaged student (None without an EMA).
 
-    Raises Interrupted after a save when SIGTERM or SIGUSR1 arrived, RunError on too many non-finite steps in a row or
-    a checkpoint that cannot be written.
+    Raises Interrupted after a save when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data that
+    cannot be used; RunError on too many non-finite steps in a row or a checkpoint that cannot be written.
     """
     ema = None
     if settings.ema_decay is not None:
         ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    counts, _ = _restore(folder / "checkpoints", engine, ema, settings)
-    writer = MetricsWriter(
-        folder,
-        total_steps=settings.total_steps,
-        batch=settings.batch,
-        start_step=counts.step,
-        title=title,
-    )
-    if counts.step >= settings.total_steps:
-        return _result(counts, settings), ema.module if ema else None
-    task.module.train()
-    with writer, StopSignal() as stop:
-        loader = iter(open_loader(counts.step))
-        waited = 0.0
-        window_start, window_step = time.perf_counter(), counts.step
-        while counts.step < settings.total_steps:
-            started = time.perf_counter()
-            batch = next(loader)
-            waited += time.perf_counter() - started
-            lr = learning_rate(counts.step, settings)
-            report, norm = _step(task, engine, ema, batch, lr, settings, counts)
-            counts.step += 1
-            counts.skipped.update(batch.skipped)
-            counts.few_captions += batch.few_captions
-            if counts.nonfinite_in_a_row >= settings.max_nonfinite:
-                raise RunError(
-                    f"{title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, the last "
-                    f"at step {counts.step}; lower optimizer.lr, or look at the data of that step"
-                )
-            if _is_due(counts.step, settings.log_every, settings.total_steps):
-                now = time.perf_counter()
-                counts.seconds += now - window_start
-                steps = counts.step - window_step
-                writer.log(
-                    counts.step,
-                    {
-                        "epoch": counts.step / settings.steps_per_epoch,
-                        **reduce_report(report),
-                        "lr": lr,
-                        "grad_norm": float(norm),
-                        "samples_per_s": steps * settings.batch / (now - window_start),
-                        "data_wait": waited / (now - window_start),
-                        "device_hours": counts.seconds * dist.world_size() / 3600,
-                        "nonfinite_steps": counts.nonfinite,
-                        **{f"skipped_{cause}": n for cause, n in _over_ranks(counts.skipped).items()},
-                        "memory_gib": _memory_gib(engine.device),
-                        "macs": counts.step * settings.macs_per_step,
-                    },
-                )
-                waited, window_start, window_step = 0.0, now, counts.step
-            else:
-                writer.advance(counts.step)
-            if evaluate is not None and _is_due(counts.step, settings.evaluate_every, settings.total_steps):
-                paused = time.perf_counter()
-                task.module.eval()
-                writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **evaluate()})
-                task.module.train()
-                window_start += time.perf_counter() - paused
-            stopping = stop.raised(counts.step)
-            if stopping or _is_due(counts.step, settings.checkpoint_every, settings.total_steps):
-                now = time.perf_counter()
-                state = _Counts.from_state(counts.to_state())
-                state.seconds += now - window_start
-                _save(folder / "checkpoints", engine, ema, state, settings)
-            if stopping and counts.step < settings.total_steps:
-                raise Interrupted(
-                    f"{title}: stopped by {stop.name or 'another rank'} at step {counts.step} of "
-                    f"{settings.total_steps}; saved. Start the same command again to go on."
-                )
+    counts = _restore(folder / "checkpoints", engine, ema, settings)
+    total = settings.total_steps
+    if counts.step < total:
+        writer = MetricsWriter(folder, total_steps=total, batch=settings.batch, start_step=counts.step, title=title)
+        task.module.train()
+        if engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(engine.device)
+        with writer, StopSignal() as stop:
+            batches = iter(open_loader(counts.step))
+            window = _Window()
+            while counts.step < total:
+                started = time.perf_counter()
+                batch = _next(batches)
+                window.waited += time.perf_counter() - started
+                lr = learning_rate(counts.step, settings)
+                report, norm = _step(task, engine, ema, batch, lr, settings)
+                _count(counts, window, batch, norm, time.perf_counter() - started)
+                _check_finite(counts, settings, title)
+                if _is_due(counts.step, settings.log_every, total):
+                    line = {**reduce_report(report), "lr": lr, "grad_norm": norm}
+                    writer.log(counts.step, line | _numbers(counts, window, settings, engine.device))
+                    window = _Window()
+                else:
+                    writer.advance(counts.step)
+                if evaluate is not None and _is_due(counts.step, settings.evaluate_every, total):
+                    task.module.eval()
+                    writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **evaluate()})
+                    task.module.train()
+                stopping = stop.raised(counts.step, last=counts.step == total)
+                if stopping or _is_due(counts.step, settings.checkpoint_every, total):
+                    _save(folder / "checkpoints", engine, ema, counts, settings)
+                if stopping:
+                    raise Interrupted(
+                        f"{title}: stopped by {stop.name or 'another rank'} at step {counts.step} of {total}; saved. "
+                        "Start the same command again to go on."
+                    )
     return _result(counts, settings), ema.module if ema else None
 
 
+def _next(batches: Iterator[Batch]) -> Batch:
+    """The next batch. A DataError of one rank is raised on all, as none could finish the step without the others."""
+    batch, fault = None, ""
+    try:
+        batch = next(batches)
+    except DataError as error:
+        fault = str(error)
+    if dist.any_true(bool(fault)):
+        raise DataError(next(text for text in dist.gather_objects(fault) if text))
+    assert batch is not None
+    return batch
+
+
 def _step(
-    task: Task,
-    engine: Engine,
-    ema: AveragedModel | None,
-    batch: Batch,
-    lr: float,
-    settings: TrainSettings,
-    counts: _Counts,
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and update for one global batch; the engine leaves out an update that is not finite."""
+    task: Task, engine: Engine, ema: AveragedModel | None, batch: Batch, lr: float, settings: TrainSettings
+) -> tuple[dict[str, Tensor], float]:
+    """Forward, backward and update for one global batch; returns the report and the norm of the gradient.
+
+    A norm that is not finite means that the engine left the update out: on all ranks, as they have the same gradients.
+    """
     engine.set_lr(lr)
     images = to_input(batch.images.to(engine.device, non_blocking=True), settings.mean, settings.std)
     tokens = batch.tokens.to(engine.device, non_blocking=True)
     _, report = cached_backward(task, engine, images, tokens, settings.micro_batch, caption_lengths(batch.tokens))
-    norm = engine.clip_grad_norm(settings.clip_grad_norm)
+    norm = float(engine.clip_grad_norm(settings.clip_grad_norm))
     engine.step()
     engine.zero_grad()
-    # Gradients are the same on all ranks, so is their norm: the engine left the step out everywhere, or nowhere.
-    if math.isfinite(float(norm)):
-        counts.nonfinite_in_a_row = 0
+    if math.isfinite(norm):
         task.after_step()
         if ema is not None:
             ema.update_parameters(task.model)
-    else:
-        counts.nonfinite += 1
-        counts.nonfinite_in_a_row += 1
     return report, norm
+
+
+def _count(counts: _Counts, window: _Window, batch: Batch, norm: float, seconds: float) -> None:
+    finite = math.isfinite(norm)
+    counts.step += 1
+    counts.device_seconds += seconds * dist.world_size()
+    counts.nonfinite += not finite
+    counts.nonfinite_in_a_row = 0 if finite else counts.nonfinite_in_a_row + 1
+    counts.skipped.update(batch.skipped)
+    counts.few_captions += batch.few_captions
+    window.steps += 1
+    window.seconds += seconds
+
+
+def _check_finite(counts: _Counts, settings: TrainSettings, title: str) -> None:
+    if counts.nonfinite_in_a_row >= settings.max_nonfinite:
+        raise RunError(
+            f"{title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, the last "
+            f"at step {counts.step}; lower optimizer.lr, or look at the data of that step"
+        )
+
+
+def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
+    """What a log line says beside losses."""
+    return {
+        "epoch": counts.step / settings.steps_per_epoch,
+        "samples_per_s": window.steps * settings.batch / window.seconds,
+        "data_wait": window.waited / window.seconds,
+        "device_hours": counts.device_seconds / 3600,
+        "nonfinite_steps": counts.nonfinite,
+        **{f"skipped_{cause}": n for cause, n in _over_ranks(counts.skipped).items()},
+        "memory_gib": _memory_gib(device),
+        "macs": counts.step * settings.macs_per_step,
+    }
 
 
 def _over_ranks(counts: Counter[str]) -> dict[str, int]:
@@ -291,7 +315,7 @@ def _over_ranks(counts: Counter[str]) -> dict[str, int]:
 
 
 def _memory_gib(device: torch.device) -> float:
-    """Peak memory: allocated on the device, or the process's resident set on a CPU."""
+    """Peak memory: what this training allocated on the device, or this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource
@@ -303,7 +327,7 @@ def _result(counts: _Counts, settings: TrainSettings) -> TrainResult:
     return TrainResult(
         steps=counts.step,
         samples=counts.step * settings.batch,
-        device_hours=counts.seconds * dist.world_size() / 3600,
+        device_hours=counts.device_seconds / 3600,
         nonfinite_steps=counts.nonfinite,
         skipped_samples=_over_ranks(counts.skipped),
         few_captions=int(dist.all_reduce_sum(counts.few_captions)),
