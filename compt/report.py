@@ -12,8 +12,6 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compt import report_figures as figures
 from compt.artefact import versions
-from compt.errors import DataError
-from compt.evaluate.common import load_arrays
 from compt.files import new_folder, write_text
 from compt.jobs import now
 from compt.report_content import (
@@ -27,7 +25,7 @@ from compt.report_content import (
     tiles,
     unfinished,
 )
-from compt.summary import Row, Summary, read_state, score_file, summarise
+from compt.summary import Row, Summary, read_state, score_file, stored_arrays, summarise
 from compt.tables import TextTable, comparison_table, cost_table, escape_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -55,7 +53,11 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
     before = sum(row.macs for row in summary.links[:-1])
     controls = [
         figures.Point(
-            row.job.removeprefix("control-").replace("_", " "), before + row.macs, row.top1, row.low, row.high
+            row.job.removeprefix("control-").replace("_", " ").replace("macs", "MACs"),
+            before + row.macs,
+            row.top1,
+            row.low,
+            row.high,
         )
         for row in summary.controls
         if row.top1 is not None and row.low is not None and row.high is not None
@@ -125,16 +127,12 @@ def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet |
     """Of the last link that has one, else of the last model that has one."""
     name = state.get("contact_sheet")
     for row in [*reversed(summary.links), *reversed(summary.baselines + summary.controls)]:
-        try:
-            stored = load_arrays(score_file(run, row.job, "contact"))
-            images, ids, labels, names = (stored[key] for key in ("images", "ids", "labels", "classnames"))
-        except (DataError, KeyError):
+        stored = stored_arrays(score_file(run, row.job, "contact"))
+        if not stored:
             continue
-        try:
-            scored = load_arrays(score_file(run, row.job, str(name)))
-            answers = dict(zip(scored["ids"].tolist(), scored["predictions"].tolist(), strict=True))
-        except (DataError, KeyError):
-            answers = {}
+        images, ids, labels, names = (stored[key] for key in ("images", "ids", "labels", "classnames"))
+        scored = stored_arrays(score_file(run, row.job, str(name)))
+        answers = dict(zip(scored["ids"].tolist(), scored["predictions"].tolist(), strict=True)) if scored else {}
         pictures = []
         for image, sample, label in zip(images, ids.tolist(), labels.tolist(), strict=True):
             answer = answers.get(sample)

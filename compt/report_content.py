@@ -105,7 +105,8 @@ _CONTROLS = {
 
 def _against(item: Comparison) -> str:
     what = _CONTROLS.get(item.others[0], "the same model trained individually")
-    return f"{item.difference:+.1f} points against {what} [95 %: {item.low:+.1f} to {item.high:+.1f}]"
+    verdict = f": {item.verdict}" if item.others[0] not in _CONTROLS else ""
+    return f"{item.difference:+.1f} points against {what}{verdict} [95 %: {item.low:+.1f} to {item.high:+.1f}]"
 
 
 def _last(summary: Summary) -> Row | None:
@@ -131,8 +132,8 @@ def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> st
         parts.append(", ".join([result, *map(_against, _comparisons(summary, row))]))
     faster = acceleration(state)
     if faster:
-        # Without a finished training it is a plan, not a result.
-        verb = "costs" if any(job.trained for job in own) else "will cost"
+        done = all(job.trained for job in own if job.plan["kind"] == "link")
+        verb = "costs" if done else "will cost"
         ratio = f"{faster:.1f}x fewer" if faster >= 1 else f"{1 / faster:.1f}x more"
         parts.append(f"the chain {verb} {ratio} MACs than its members trained individually")
     return "; ".join(parts) + "."
@@ -227,8 +228,8 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
     header = ["Job", "state", "parameters", "steps", "seed", "device time"]
     header += ["non-finite steps", "skipped samples", "few captions"]
     note = (
-        "Non-finite steps had a loss or gradient that is not finite and changed no weight. Skipped samples were replaced "
-        "by others. Few captions: samples with fewer than asked for, drawn with replacement."
+        "Non-finite steps had a loss or gradient that is not finite and changed no weight. Skipped samples were "
+        "replaced by others. Few captions: samples with fewer than asked for, drawn with replacement."
     )
     return TextTable("Jobs", header, rows, [note])
 

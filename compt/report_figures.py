@@ -153,7 +153,7 @@ def _new(narrow: bool, height: float) -> Canvas:
 
 def _clean(axes: Axes) -> None:
     axes.set_facecolor("none")
-    axes.tick_params(length=0)
+    axes.tick_params(which="both", length=0)
 
 
 def _cost_axis(axes: Axes, values: Sequence[float], narrow: bool) -> None:
@@ -207,24 +207,22 @@ def accuracy_figure(
             _line(axes, chain, COLOURS["chain"], "s", "-", "chain")
         if controls:
             _line(axes, controls, COLOURS["control"], "D", "none", "last model from scratch")
-        for points, (x, y), side, colour in (
-            (chain, (-7, 7), "right", "chain"),
-            (individual[0] if individual else (), (0, -15), "center", "alone"),
-            (controls, (8, -3), "left", "control"),
-        ):
-            known = {(point.macs, point.top1) for point in chain} if points is not chain else set()
-            for point in points:
-                if (point.macs, point.top1) not in known:
-                    place = (point.macs, point.low if colour == "alone" else point.top1)
-                    axes.annotate(
-                        point.label,
-                        place,
-                        (x, y),
-                        textcoords="offset points",
-                        ha=side,
-                        color=COLOURS[colour],
-                        fontsize=8.5,
-                    )
+        own = [(point, point.high, (0, 5), "center", "chain") for point in chain]
+        met = {(point.macs, point.top1) for point in chain}
+        own += [
+            (point, point.low, (0, -15), "center", "alone")
+            for point in (individual[0] if individual else ())
+            if (point.macs, point.top1) not in met
+        ]
+        cheapest = min((point.macs for point in controls), default=0.0)
+        for point in controls:
+            left = len(controls) > 1 and point.macs == cheapest
+            own.append((point, point.top1, (-8 if left else 8, -3), "right" if left else "left", "control"))
+        for point, height, offset, side, colour in own:
+            place = (point.macs, height)
+            axes.annotate(
+                point.label, place, offset, textcoords="offset points", ha=side, color=COLOURS[colour], fontsize=8.5
+            )
         axes.set_title(f"Top-1 on {primary}, %")
         axes.set_xlabel("accumulated training MACs")
         axes.margins(y=0.14)
@@ -262,14 +260,14 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
             _clean(axes)
             for curve in curves:
                 x, y = _thin(curve.values.get(key, ()))
-                alone = "." if len(x) == 1 else "o" if key.endswith("/top1") else ""
+                dots = "o" if len(x) == 1 or (key.endswith("/top1") and len(x) <= 20) else ""
                 axes.plot(
                     x,
                     y,
                     color=MODEL_COLOURS[curve.model % len(MODEL_COLOURS)],
                     linestyle=styles[curve.kind],
                     linewidth=2 if curve.kind == "link" else 1.4,
-                    marker=alone,
+                    marker=dots,
                     markersize=3,
                 )
             axes.set_title(title)
@@ -310,7 +308,8 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
         _clean(axes)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        places = range(len(bars))
+        # A training of its own stands close under the chain's bar that it is compared with.
+        places = np.cumsum([0.0 if not at else 0.78 if not bar.label else 1.15 for at, bar in enumerate(bars)])
         start = np.zeros(len(bars))
         for part, (name, colour) in enumerate(PARTS):
             widths = np.array([bar.parts[part] for bar in bars])
@@ -367,8 +366,10 @@ def contact_png(pictures: Sequence[Picture], columns: int = 8) -> bytes:
             x, y = at % columns * 1.3 + 0.2, (rows - 1 - at // columns) * 1.62 + 0.62
             smooth = "nearest" if picture.image.shape[-1] <= 64 else "antialiased"
             axes.imshow(picture.image.transpose(1, 2, 0), extent=(x, x + 0.9, y, y + 0.9), interpolation=smooth)
-            axes.text(x + 0.45, y - 0.06, _fold(picture.name), ha="center", va="top", fontsize=6, weight="bold")
-            axes.text(x + 0.45, y - 0.32, _fold(f"{picture.mark} {picture.answer}"), ha="center", va="top", fontsize=6)
+            axes.text(x + 0.45, y - 0.06, _fold(picture.name), ha="center", va="top", fontsize=6.5, weight="bold")
+            axes.text(
+                x + 0.45, y - 0.32, _fold(f"{picture.mark} {picture.answer}"), ha="center", va="top", fontsize=6.5
+            )
         axes.set_xlim(0, 1.3 * columns)
         axes.set_ylim(0, 1.62 * rows)
         buffer = io.BytesIO()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,15 +135,20 @@ def score_file(run: Path, job: str, name: str, suffix: str = ".npz") -> Path:
     return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}{suffix}"
 
 
+def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a result; {} where the file is missing or torn."""
+    try:
+        return load_arrays(path)
+    except (DataError, BadZipFile):
+        return {}
+
+
 Answers = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
 def _answers(run: Path, job: str, primary: str) -> Answers | None:
     """Ids of the pictures and whether each was right; None where they are missing or unreadable."""
-    try:
-        arrays = load_arrays(score_file(run, job, primary))
-    except DataError:
-        return None
+    arrays = stored_arrays(score_file(run, job, primary))
     return (arrays["ids"], arrays["correct"].astype(bool)) if {"ids", "correct"} <= arrays.keys() else None
 
 

@@ -106,7 +106,9 @@ def hours(value: float | None) -> str:
     """Device-hours, or minutes where they are few."""
     if value is None:
         return "-"
-    return f"{value:.2f} h" if value >= 1 else f"{value * 60:.1f} min"
+    if value < 1:
+        return f"{value * 60:.1f} min"
+    return f"{value:.2f} h" if value < 100 else f"{value:,.0f} h"
 
 
 def _ratio(value: float | None) -> str:
@@ -203,19 +205,15 @@ def comparison_table(summary: Summary) -> TextTable | None:
         "Points of top-1, chain minus the other, on the same pictures; 95 % interval by paired bootstrap over them. "
         "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
     )
-    notes = [
-        about,
-        *(
-            f"Standard deviation of the baselines of {item.link} over seeds: {item.seed_spread:.2f} points."
-            for item in summary.comparisons
-            if item.seed_spread is not None
-        ),
-    ]
+    notes = [about]
+    spreads = [f"{i.link} {i.seed_spread:.2f}" for i in summary.comparisons if i.seed_spread is not None]
+    if spreads:
+        notes.append(f"Standard deviation over seeds of what is compared with, in points: {', '.join(spreads)}.")
     return TextTable("Differences", ["Chain's model", "against", "points", "95 % interval", "verdict"], rows, notes)
 
 
 def _comparison(item: Comparison, verdict: str) -> list[str]:
-    other = item.others[0] if len(item.others) == 1 else f"{item.others[0]} and {len(item.others) - 1} more seeds"
+    other = item.others[0] if len(item.others) == 1 else f"{item.others[0]} and {len(item.others) - 1} more"
     return [item.link, other, f"{item.difference:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", verdict]
 
 

@@ -131,7 +131,7 @@ def metrics_lines(job: Job, batch: int, until: int, share: float, every: int = 4
     rng = np.random.default_rng(job.steps)
     per_step = job.cost.total_macs / job.steps
     lines: list[dict[str, Any]] = []
-    for step in range(every, until + 1, every):
+    for step in sorted({*range(every, until + 1, every), *([until] if until == job.steps else [])}):
         done = step / job.steps
         start = 1.6 if job.teacher else 4.8
         task = 0.6 + (start - 0.6) * np.exp(-3 * done) + 0.05 * rng.standard_normal()
@@ -144,7 +144,7 @@ def metrics_lines(job: Job, batch: int, until: int, share: float, every: int = 4
         row |= {"nonfinite_steps": 0, "skipped_image": 0, "skipped_caption": 0, "skipped_tar": 0}
         row |= {"macs": step * per_step}
         lines.append(row)
-        if step % (every * 7) == 0 or step == until // every * every:
+        if step % (every * 7) == 0 or step + every > until:
             top1 = 100 * share * (1 - np.exp(-4 * done)) * (0.5 if not job.teacher else 0.9 + 0.1 * done)
             lines.append({"kind": "eval", "step": step, "samples": step * batch, "val_style/top1": top1})
     return lines

@@ -1,0 +1,174 @@
+"""Tables for terminals, Markdown and HTML: the same cells everywhere, readable where it is narrow."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from compt.summary import Summary, summarise
+from compt.tables import (
+    TextTable,
+    comparison_table,
+    cost_table,
+    count,
+    escape_markdown,
+    hours,
+    macs,
+    plan_table,
+    summary_table,
+)
+from tests.helpers_run import RECIPE, make_run, recipe
+
+
+def shown(what: RenderableType, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    console.print(what)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    folder = tmp_path_factory.mktemp("runs") / "shapes"
+    make_run(folder)
+    return summarise(folder)
+
+
+def rows_of(table: TextTable) -> dict[str, dict[str, str]]:
+    return {row[0]: dict(zip(table.header, row, strict=True)) for row in table.rows}
+
+
+def test_numbers() -> None:
+    assert [macs(value) for value in (1.234e15, 999.6e12, 3e13, 1.5e8, 5e3, 2.5e21)] == [
+        "1.23 P",
+        "1.00 P",
+        "30.0 T",
+        "150 M",
+        "5.00 k",
+        "2,500 E",
+    ]
+    assert [count(value) for value in (0, 12, 999, 12_345_678)] == ["0", "12", "999", "12.3 M"]
+    assert [hours(value) for value in (None, 0.055, 1, 12.345, 2091.6)] == [
+        "-",
+        "3.3 min",
+        "1.00 h",
+        "12.35 h",
+        "2,092 h",
+    ]
+
+
+def test_costs_in_the_shape_of_the_papers_table(summary: Summary) -> None:
+    table = cost_table(summary)
+    rows = rows_of(table)
+    assert list(rows) == [
+        *(f"Baseline vit_{size}" for size in ("nano", "micro", "mini")),
+        *(f"CoM-PT vit_{size}" for size in ("nano", "micro", "mini")),
+        "control-equal_epochs",
+        "control-equal_macs",
+    ]
+    alone, chain = rows["Baseline vit_mini"], rows["CoM-PT vit_mini"]
+    assert alone["Top-1"] == "24.00 [20.1, 28.4]"
+    assert (alone["Epochs"], chain["Epochs"]) == ("60", "12")
+    item = summary.comparisons[-1]
+    assert chain["MACs"] == f"{macs(summary.links[2].macs)} ({item.macs_speedup:.2f}x)"
+    total = sum(row.macs for row in summary.links)
+    assert chain["MACs accumulated"] == f"{macs(total)} ({item.macs_speedup_accumulated:.2f}x)"
+    assert chain["Time accumulated"].endswith(f"({item.hours_speedup_accumulated:.2f}x)")
+    assert "(" not in alone["MACs"] + rows["CoM-PT vit_nano"]["MACs"]
+    assert "400 pictures, 200 names, chance 0.50" in table.notes[0]
+
+
+def test_seeds_have_rows_of_their_own(tmp_path: Path) -> None:
+    several = recipe(baselines={**RECIPE["baselines"], "seeds": [0, 3]})
+    make_run(tmp_path, use=several)
+    found = summarise(tmp_path)
+    names = [row[0] for row in cost_table(found).rows]
+    assert names[:6] == [f"Baseline, seed {seed}, vit_{size}" for seed in (0, 3) for size in ("nano", "micro", "mini")]
+    compared = comparison_table(found)
+    assert compared is not None
+    assert compared.rows[-3][1] == "baseline-vit_mini-s0 and 1 more"
+    assert "over seeds" in compared.notes[-1]
+
+
+def test_sums_without_a_member_are_left_out(tmp_path: Path) -> None:
+    make_run(tmp_path, states={"baseline-vit_micro-s0": "planned"})
+    row = rows_of(cost_table(summarise(tmp_path)))["Baseline vit_mini"]
+    assert (row["MACs accumulated"], row["Time accumulated"]) == ("-", "-")
+    assert row["MACs"] != "-"
+
+
+def test_a_chain_that_has_just_begun(tmp_path: Path) -> None:
+    rest = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")
+    planned = dict.fromkeys(("2-vit_micro", "3-vit_mini", *rest), "planned")
+    make_run(tmp_path, states={"1-vit_nano": "training", **planned})
+    table = cost_table(summarise(tmp_path))
+    assert [row[:3] for row in table.rows] == [["CoM-PT vit_nano", "60", "training"]]
+    assert comparison_table(summarise(tmp_path)) is None
+
+
+def test_differences(summary: Summary) -> None:
+    table = comparison_table(summary)
+    assert table is not None
+    assert [row[0] for row in table.rows] == ["2-vit_micro", "3-vit_mini", "3-vit_mini", "3-vit_mini"]
+    assert [row[1] for row in table.rows[2:]] == ["control-equal_epochs", "control-equal_macs"]
+    assert table.rows[2][2] == "+15.00"
+    assert table.rows[2][4] == "better"
+    assert re.fullmatch(r"[+-]\d+\.\d\d to [+-]\d+\.\d\d", table.rows[2][3])
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+def test_every_cell_is_whole_at_any_width(summary: Summary, width: int) -> None:
+    text = shown(summary_table(summary), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    table = cost_table(summary)
+    words = {word for row in table.rows for cell in row for word in cell.split()}
+    assert words <= set(text.split())
+
+
+def test_a_narrow_terminal_has_blocks_and_a_wide_one_a_table(summary: Summary) -> None:
+    narrow, wide = (shown(cost_table(summary).rich(), width) for width in (60, 130))
+    assert re.search(r"^CoM-PT vit_mini\n  Epochs +12 *\n  Top-1 +26\.00 \[21\.9, 30\.5\] *$", narrow, re.MULTILINE)
+    assert re.search(r"^ ?CoM-PT vit_mini +12 +26\.00 \[21\.9, 30\.5\] ", wide, re.MULTILINE)
+    block = narrow[narrow.index("control-equal_macs") :].split("\n\n")[0]
+    assert "accumulated" not in block, "empty cells take no line"
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_plans(tmp_path: Path, width: int) -> None:
+    made = make_run(tmp_path)
+    text = shown(plan_table(made), width)
+    assert "Plan of shapes" in text
+    assert "as 1-vit_nano" in " ".join(text.split())
+    assert max(map(len, text.splitlines())) <= width
+
+
+def test_cells_are_no_markup() -> None:
+    text = shown(TextTable("[bold]", ["a", "b"], [["[red]x", "[/]"]], ["[dim]"]).rich(), 60)
+    assert all(cell in text for cell in ("[bold]", "[red]x", "[/]", "[dim]"))
+
+
+def test_markdown_has_as_many_cells_in_every_row(summary: Summary) -> None:
+    text = cost_table(summary).markdown()
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {8}
+    assert lines[1] == "|:--|" + "--:|" * 6
+    assert text.startswith("### Results of shapes\n\n|")
+    assert "|\n\nTop-1 in percent" in text
+
+
+def test_markdown_of_odd_names() -> None:
+    table = TextTable("T", ["a|b", "c"], [["x|y\nz", "<b> & *d* _e_ f_g `h`"]], ["n_1 <i>"])
+    lines = table.markdown().splitlines()
+    assert lines[2] == r"| a\|b | c |"
+    assert lines[4] == r"| x\|y z | &lt;b> &amp; \*d\* \_e\_ f_g \`h\` |"
+    assert lines[6] == "n_1 &lt;i>"
+
+
+@pytest.mark.parametrize("text", ["plain text", "vit_mini", "95 %: [1.0, 2.0]"])
+def test_plain_text_stays_as_it_is(text: Any) -> None:
+    assert escape_markdown(text) == text
