@@ -103,11 +103,11 @@ def count(value: float) -> str:
 
 
 def hours(value: float | None) -> str:
-    """Device-hours, or minutes where they are few."""
+    """Device-hours, or minutes or seconds where they are few."""
     if value is None:
         return "-"
     if value < 1:
-        return f"{value * 60:.1f} min"
+        return f"{value * 60:.1f} min" if value * 60 >= 1 else f"{value * 3600:.1f} s"
     return f"{value:.2f} h" if value < 100 else f"{value:,.0f} h"
 
 

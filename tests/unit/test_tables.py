@@ -52,8 +52,9 @@ def test_numbers() -> None:
         "2,500 E",
     ]
     assert [count(value) for value in (0, 12, 999, 12_345_678)] == ["0", "12", "999", "12.3 M"]
-    assert [hours(value) for value in (None, 0.055, 1, 12.345, 2091.6)] == [
+    assert [hours(value) for value in (None, 0.001, 0.055, 1, 12.345, 2091.6)] == [
         "-",
+        "3.6 s",
         "3.3 min",
         "1.00 h",
         "12.35 h",
