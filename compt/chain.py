@@ -159,7 +159,7 @@ def prepare(
         found = read_any(base / recipe.chain.from_)
         start = Start(found.spec, found.hash)
     index = open_data(recipe, base)
-    if len(index) != recipe.data.images:
+    if len(index) != recipe.data.images and dist.is_main():
         _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
     plan = make_plan(
         recipe,

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from torch import Tensor
 
+from compt import trainer
 from compt.chain import prepare, run_chain
 from compt.config import Recipe, parse_recipe
+from compt.errors import Interrupted
 from compt.files import sha256_file
 from compt.metrics import read_metrics
 from compt.planner import Plan
@@ -119,8 +125,6 @@ def manifest(run: Path, job: str) -> dict[str, Any]:
 
 
 def weights(run: Path, job: str, kind: str = "model") -> dict[str, Tensor]:
-    from safetensors.torch import load_file
-
     (file,) = (run / "jobs" / job / kind).glob("*.safetensors")
     return load_file(file)
 
@@ -143,3 +147,23 @@ def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
+    """Run `action` in every training as its step number `step`, counted from 1, begins."""
+    original = trainer.learning_rate
+
+    def learning_rate(done: int, settings: trainer.TrainSettings) -> float:
+        if done + 1 == step:
+            action()
+        return original(done, settings)
+
+    monkeypatch.setattr(trainer, "learning_rate", learning_rate)
+
+
+def stopped_at(base: Path, run: Path, step: int, *changes: str, **options: Any) -> Interrupted:
+    """Run a chain that gets SIGTERM in the step number `step` of the training it is in."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
+        at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
+        chain(base, run, *changes, **options)
+    return caught.value
