@@ -20,13 +20,15 @@ from compt.data.index import Index, open_index
 from compt.errors import RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, read_json, write_json, write_text
-from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest
+from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, remove_leftovers
 from compt.planner import Job, Plan, Start, make_plan
 from compt.trainer import StopSignal
 
 _log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+
+STATE, RECIPE = "run.json", "recipe.yaml"
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -56,7 +58,7 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
     """
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
-    state = folder / "run.json"
+    state = folder / STATE
     if begun and state.exists() and read_json(state)["data_fingerprint"] != fingerprint:
         raise RunError(
             f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
@@ -114,7 +116,7 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
 
 def _write_state(context: RunContext, plan: Plan) -> None:
-    path = context.folder / "run.json"
+    path = context.folder / STATE
     old: dict[str, Any] = read_json(path) if path.exists() else {"started": now(), "jobs": []}
     planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
     names = {job["name"] for job in planned}
@@ -136,7 +138,7 @@ def _write_state(context: RunContext, plan: Plan) -> None:
         },
     )
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    write_text(context.folder / "recipe.yaml", yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 def prepare(
@@ -195,6 +197,7 @@ def run_chain(context: RunContext, plan: Plan, say: Say, after_job: Callable[[],
     """
     with locked(context.folder), StopSignal(at_once=True):
         dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+        dist.on_main(lambda: remove_leftovers(context.folder, STATE, RECIPE))
         dist.on_main(lambda: _write_state(context, plan))
         for job in plan.jobs:
             if job.same_as is not None:
@@ -208,7 +211,7 @@ def start_anew(folder: Path) -> None:
     """Remove a run folder, unless a process is using it or it is no run folder. Raises RunError."""
     if not folder.exists():
         return
-    state = folder / "run.json"
+    state = folder / STATE
     if not state.exists() and any(path.name != "lock" for path in folder.iterdir()):
         raise RunError(f"{folder} holds other files than a run's; it is not removed")
     with locked(folder), disk_errors(folder):

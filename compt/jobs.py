@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import platform
@@ -85,6 +86,16 @@ def steps_left(job: Job, folder: Path) -> int:
     return job.steps - (int(latest.name.rpartition("-")[2]) if latest else 0)
 
 
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete the temporary forms of these files and folders, left by a process that was killed while it wrote them."""
+    for path in [path for name in names for path in folder.glob(f".{name}.*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 def machine(device: torch.device) -> dict[str, str]:
     """Versions, and the processor or GPU that computes."""
     name = platform.processor() or platform.machine()
@@ -122,6 +133,9 @@ class JobRun:
         self._check_teacher()
         if self.manifest.get("sets") not in (None, evaluation_identity(self.context.recipe)):
             self._enter("training")
+        if self.manifest["state"] != "done":
+            dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
+            dist.on_main(lambda: remove_leftovers(self.folder / "scores", "*"))
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()
 
@@ -179,8 +193,6 @@ class JobRun:
         fields: Mapping[str, Any],
         extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> None:
-        for torn in self.folder.glob(f".{name}.tmp-*"):
-            shutil.rmtree(torn, ignore_errors=True)
         job, data = self.job, self.context.recipe.data
         own = {
             "job": job.name,

@@ -6,6 +6,9 @@ step opens without replaying those before it, and the number of workers and rank
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -181,6 +184,21 @@ def _same(value: Any) -> Any:
     return value
 
 
+def _shield(_: int) -> None:
+    """In a worker: leave signals that go to all processes of a run to the one that trains, and obey only that one.
+
+    Batch systems and terminals signal every process. A worker that dies of it takes down the step and the save.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
     return DataLoader(
         dataset,
@@ -190,6 +208,7 @@ def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Data
         num_workers=workers,
         # Forked workers share the memory of decoded samples and the tables of the index.
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=_shield,
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

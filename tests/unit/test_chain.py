@@ -1,0 +1,506 @@
+"""A chain is a state machine on the disk: killed anywhere it goes on, and nothing that is finished is done again."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from compt import chain as chain_module
+from compt.artefact import export_open_clip, read_artefact
+from compt.chain import difference, locked, prepare, start_anew, waiting
+from compt.config import load_recipe
+from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
+from compt.files import read_json
+from compt.jobs import STATES, JobRun, steps_left
+from compt.metrics import read_metrics
+from tests.dist.spawn import CONTEXT
+from tests.helpers_process import (
+    KILLED,
+    chain_dying_at,
+    chain_dying_at_write,
+    chain_with_workers,
+    finish,
+    hold,
+    start,
+)
+from tests.helpers_recipe import (
+    FIRST,
+    SECOND,
+    chain,
+    equal,
+    lines,
+    make_data,
+    manifest,
+    plan_of,
+    recipe_of,
+    stopped_at,
+    weights,
+    write_recipe,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path) -> Path:
+    """A finished chain that nobody changes."""
+    chain(base, base / "whole")
+    return base / "whole"
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of the finished chain."""
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+@pytest.fixture
+def half(whole: Path, tmp_path: Path) -> Path:
+    """The chain with its first link finished and the second not begun."""
+    run = shutil.copytree(whole, tmp_path / "half")
+    shutil.rmtree(run / "jobs" / SECOND)
+    return run
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file below a folder with its size and time of writing."""
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns) for path in paths}
+
+
+def assert_same(whole: Path, other: Path) -> None:
+    for job in (FIRST, SECOND):
+        assert equal(weights(whole, job), weights(other, job))
+        assert lines(whole, job) == lines(other, job)
+        assert manifest(whole, job)["scores"] == manifest(other, job)["scores"]
+        assert manifest(other, job)["state"] == "done"
+    assert list(other.rglob(".*")) == [], "no rubbish"
+
+
+# --- from the start to the end
+
+
+def test_a_finished_chain(base: Path, whole: Path) -> None:
+    state = read_json(whole / "run.json")
+    assert [job["name"] for job in state["jobs"]] == [FIRST, SECOND]
+    assert load_recipe(whole / "recipe.yaml") == recipe_of()
+    first, second = (manifest(whole, job) for job in (FIRST, SECOND))
+    assert first["state"] == second["state"] == STATES[-1]
+    assert first["parent_hash"] is None
+    assert second["parent_hash"] == first["model_hash"]
+    initial, model = (read_artefact(whole / "jobs" / SECOND / name).manifest for name in ("initial", "model"))
+    assert (initial["parent"], initial["parent_hash"], initial["step"]) == (FIRST, first["model_hash"], 0)
+    assert (model["parent"], model["parent_hash"], model["step"]) == (FIRST, first["model_hash"], 5)
+    assert model["samples"] == 60
+    assert set(first["scores"]) == {"held_out", "choose"}
+    assert not (whole / "jobs" / FIRST / "initial").exists(), "the first link starts from scratch"
+    assert not (whole / "jobs" / SECOND / "checkpoints").exists()
+    assert waiting(plan_of(base, whole), whole) == []
+    row = read_metrics(whole / "jobs" / SECOND / "metrics.jsonl", "train")[-1]
+    assert {"loss", "task", "t2v", "v2t", "ifd", "r", "logit_scale", "grad_norm", "memory_gib"} <= row.keys()
+
+
+def test_a_finished_chain_is_left_alone(base: Path, run: Path) -> None:
+    before = files_of(run / "jobs")
+    assert chain(base, run) == []
+    assert files_of(run / "jobs") == before
+
+
+# --- killed anywhere
+
+
+def test_killed_at_each_state_in_turn(base: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    places = [
+        place
+        for job in (FIRST, SECOND)
+        for place in (
+            f"before expanded of {job}",  # initial/ is there
+            f"after expanded of {job}",
+            f"after training of {job}",
+            f"step 4 of {job}",  # a checkpoint of step 2 is there
+            f"scoring {job}",  # model/ is there
+            f"before evaluated of {job}",  # scores/ are there
+            f"after evaluated of {job}",
+            f"before done of {job}",  # checkpoints/ are gone
+            f"after done of {job}",
+        )
+    ]
+    finished: dict[str, Any] = {}
+    for place in places:
+        assert finish(start(chain_dying_at, place, base, run)) == KILLED, place
+        if finished:
+            assert files_of(run / "jobs" / FIRST) == finished, f"{place}: the finished link was touched"
+        elif manifest(run, FIRST)["state"] == "done" if (run / "jobs" / FIRST / "manifest.json").exists() else False:
+            finished = files_of(run / "jobs" / FIRST)
+    assert finished
+    chain(base, run)
+    assert files_of(run / "jobs" / FIRST) == finished
+    assert_same(whole, run)
+
+
+def test_killed_before_one_write_after_another(base: Path, whole: Path, tmp_path: Path) -> None:
+    run, killed = tmp_path / "run", 0
+    while finish(start(chain_dying_at_write, 3 + 2 * killed, base, run)) == KILLED:
+        killed += 1
+        assert killed < 30, "it does not get ahead"
+    assert killed >= 4
+    assert_same(whole, run)
+
+
+@pytest.mark.slow
+def test_killed_before_each_write(base: Path, whole: Path, tmp_path: Path) -> None:
+    number, codes = 1, [KILLED]
+    while codes[-1] == KILLED:
+        run = tmp_path / f"run{number}"
+        codes.append(finish(start(chain_dying_at_write, number, base, run)))
+        if codes[-1] == KILLED:
+            chain(base, run)
+        assert_same(whole, run)
+        shutil.rmtree(run)
+        number += 1
+    assert codes[-1] == 0
+    assert number > 40
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(40, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(kills: int, base: Path, whole: Path, tmp_path: Path) -> None:
+    rng, run, codes = random.Random(1), tmp_path / "run", []
+    for _ in range(kills):
+        process = start(chain_with_workers, base, run, "engine.checkpoint_every={steps: 1}")
+        time.sleep(rng.uniform(0.3, 2.0))
+        process.kill()
+        codes.append(finish(process))
+        if codes[-1] == 0:
+            assert_same(whole, run)
+            run = tmp_path / f"run{len(codes)}"
+    assert KILLED in codes
+    chain(base, run)
+    assert_same(whole, run)
+
+
+def test_the_workers_of_a_killed_run_do_not_keep_the_folder(base: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(chain_with_workers, base, run, "chain.links.0.train={steps: 5000}")
+    while not (run / "jobs" / FIRST / "checkpoints" / "latest").exists():
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    assert finish(process) == KILLED
+    stopped_at(base, run, 3 + latest_step(run, FIRST), "chain.links.0.train={steps: 5000}")
+
+
+def latest_step(run: Path, job: str) -> int:
+    return int((run / "jobs" / job / "checkpoints" / "latest").read_text().rpartition("-")[2])
+
+
+# --- signals
+
+
+def command(base: Path, run: Path, *changes: str, **options: Any) -> subprocess.Popen[str]:
+    recipe = write_recipe(base / f"{run.parent.name}.yaml", *changes)
+    return subprocess.Popen(
+        [sys.executable, "-m", "compt", "chain", str(recipe), "--run", str(run)],
+        cwd=base,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+@pytest.fixture
+def processes() -> Iterator[list[subprocess.Popen[str]]]:
+    started: list[subprocess.Popen[str]] = []
+    yield started
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, f"no {path} after {seconds:g} s"
+        time.sleep(0.05)
+
+
+def test_the_command_exits_with_75_on_signals_to_all_its_processes(
+    base: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
+) -> None:
+    run, changes = tmp_path / "run", ["chain.links.0.train={steps: 100000}", "engine.workers=2", "evaluation.every="]
+    changes += ["engine.checkpoint_every={steps: 100000}"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = latest_step(run, FIRST) if run.exists() else 0
+        metrics = run / "jobs" / FIRST / "metrics.jsonl"
+        metrics.unlink(missing_ok=True)
+        process = command(base, run, *changes)
+        processes.append(process)
+        wait_for(metrics, process)
+        time.sleep(0.5)
+        os.killpg(process.pid, number)  # as a terminal, a batch system and `timeout` do: the loader's processes too
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 75, output
+        assert f"stopped by {number.name} at step" in output
+        assert "Traceback" not in output
+        assert latest_step(run, FIRST) > before
+
+
+def test_a_signal_between_trainings_exits_at_once_and_loses_nothing(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score = JobRun._score
+
+    def stopped(self: JobRun, model: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return score(self, model)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRun, "_score", stopped)
+        with pytest.raises(Interrupted, match="stopped by SIGTERM. Start the same command again"):
+            chain(base, tmp_path / "run")
+    assert manifest(tmp_path / "run", FIRST)["state"] == "training"
+    chain(base, tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
+
+
+# --- what may change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.lr=0.002", "optimizer.lr: 0.001 -> 0.002"),
+        ("seed=4", "seed: 3 -> 4"),
+        ("chain.links.0.train={steps: 7}", "steps: 6 -> 7"),
+        ("family.members.0.depth=2", "model.depth: 1 -> 2"),
+        ("data.captions=3", "data.captions: 2 -> 3"),
+        ("optimizer.ema={decay: 0.5}", "optimizer.ema.decay: (absent) -> 0.5"),
+    ],
+)
+def test_a_changed_recipe_is_refused_with_what_changed(change: str, message: str, base: Path, half: Path) -> None:
+    before = files_of(half)
+    with pytest.raises(RunError) as caught:
+        chain(base, half, change)
+    assert f"the recipe has changed since {FIRST} was begun" in str(caught.value)
+    assert f"  {message}\n" in str(caught.value)
+    assert files_of(half) == before
+
+
+def test_later_links_baselines_and_execution_fields_may_change(base: Path, half: Path) -> None:
+    before = files_of(half / "jobs" / FIRST / "model")
+    changes = [
+        "chain.links.1.train={steps: 3}",
+        "chain.links.1.alpha=10.0",
+        "baselines.train={steps: 9}",
+        "engine.workers=1",
+        "engine.micro_batch=4",
+        "engine.log_every={steps: 2}",
+        "optimizer.max_nonfinite=2",
+        "evaluation.every=",
+        "name=other",
+    ]
+    chain(base, half, *changes)
+    assert files_of(half / "jobs" / FIRST / "model") == before
+    assert manifest(half, SECOND)["steps"] == 3
+    with pytest.raises(RunError, match=r"alpha: 10\.0 -> 500\.0"):
+        chain(base, half, "chain.links.1.train={steps: 3}")
+
+
+def test_a_longer_chain_goes_on_from_a_finished_one(base: Path, run: Path) -> None:
+    before = files_of(run / "jobs")
+    changes = [
+        "family.members.1={name: large, preset: vit_pico, depth: 2, embed_dim: 48}",
+        "chain.links.1={model: large, train: {steps: 5}, warmup: {steps: 1}}",
+    ]
+    recipe = recipe_of(*changes).model_dump(mode="json", by_alias=True)
+    recipe["family"]["members"].append({"name": "third", "preset": "vit_pico", "depth": 3, "embed_dim": 48})
+    recipe["chain"]["links"].append({"model": "third", "train": {"steps": 2}, "warmup": {"steps": 0}})
+    context, plan = prepare(type(recipe_of()).model_validate(recipe), run, base=base)
+    assert [job.name for job in waiting(plan, run)] == ["3-third"]
+    chain_module.run_chain(context, plan, lambda _: None)
+    after = files_of(run / "jobs")
+    assert {name: after[name] for name in before} == before
+    assert manifest(run, "3-third")["parent_hash"] == manifest(run, SECOND)["model_hash"]
+
+
+def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> None:
+    other = make_data(tmp_path / "other", 60)
+    with pytest.raises(RunError, match=f"the training shards are not those that {FIRST} was begun on"):
+        chain(other, half)
+    # The same shards in another place are the same data.
+    moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
+    chain(moved, half)
+
+
+def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
+    shutil.rmtree(run / "jobs" / FIRST)
+    chain(base, run)  # on the same machine it comes out the same, and the second link stays
+    shutil.rmtree(run / "jobs" / FIRST)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"grew from another {FIRST}"):
+        patch.setattr("compt.jobs.init_parameters", lambda model, spec, seed: None)
+        chain(base, run)
+
+
+def test_difference() -> None:
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": {}}
+    assert difference(old, {"a": {"b": 2, "c": [1, 2]}, "d": 3, "e": {}}) == ["a.b: 1 -> 2", "d: None -> 3"]
+    assert difference(old, old) == []
+    assert difference({}, {"x": 1}) == ["x: (absent) -> 1"]
+
+
+# --- scoring again
+
+
+def test_changed_evaluation_sets_are_scored_and_nothing_is_trained(base: Path, run: Path) -> None:
+    models = {job: files_of(run / "jobs" / job / "model") for job in (FIRST, SECOND)}
+    change = "evaluation.sets.1={name: texts, task: retrieval, data: val/*.tar}"
+    plan = plan_of(base, run, change)
+    assert [job.name for job in waiting(plan, run)] == [FIRST, SECOND]
+    assert [steps_left(job, run / "jobs" / job.name) for job in plan.jobs] == [0, 0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JobRun, "_fit", lambda _: pytest.fail("it is trained again"))
+        assert chain(base, run, change) == [f"{FIRST}: evaluating", f"{SECOND}: evaluating"]
+    for job in (FIRST, SECOND):
+        assert set(manifest(run, job)["scores"]) == {"held_out", "texts"}
+        assert manifest(run, job)["state"] == "done"
+        assert files_of(run / "jobs" / job / "model") == models[job]
+    assert waiting(plan, run) == []
+
+
+def test_steps_left(base: Path, half: Path) -> None:
+    first, second = plan_of(base, half).jobs
+    assert (steps_left(first, half / "jobs" / FIRST), steps_left(second, half / "jobs" / SECOND)) == (0, 5)
+    stopped_at(base, half, 3)
+    assert steps_left(second, half / "jobs" / SECOND) == 2
+
+
+# --- baselines and controls
+
+
+def test_baselines_controls_and_what_is_trained_once(base: Path, whole: Path, half: Path) -> None:
+    changes = ["baselines.train={steps: 6}", "baselines.warmup={steps: 2}", "baselines.seeds=[3, 4]"]
+    changes += ["baselines.controls=[equal_epochs, equal_macs]", "evaluation.every="]
+    chain(base, half, *changes, baselines=True, controls=None)
+    names = {path.name for path in (half / "jobs").iterdir()}
+    baselines = {"baseline-small-s4", "baseline-large-s3", "baseline-large-s4"}
+    assert names == {FIRST, SECOND, *baselines, "control-equal_epochs", "control-equal_macs"}
+    listed = {job["name"]: job for job in read_json(half / "run.json")["jobs"]}
+    assert listed["baseline-small-s3"]["same_as"] == FIRST, "the first link is its own baseline"
+    assert manifest(half, "control-equal_epochs")["steps"] == 5
+    assert manifest(half, "control-equal_macs")["steps"] > 5
+    assert all(manifest(half, name)["state"] == "done" for name in names)
+    assert equal(weights(whole, SECOND), weights(half, SECOND))
+    assert not equal(weights(half, "baseline-large-s3"), weights(half, "baseline-large-s4"))
+    # Without --baselines they stay on the record.
+    chain(base, half, "evaluation.every=")
+    assert {job["name"] for job in read_json(half / "run.json")["jobs"]} == {*listed}
+
+
+# --- a model from outside
+
+
+def test_a_chain_from_an_existing_model(base: Path, whole: Path, tmp_path: Path) -> None:
+    given = whole / "jobs" / FIRST / "model"
+    export_open_clip(read_artefact(given), tmp_path / "stock")
+    links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
+    for name, start_from in (("a", given), ("b", tmp_path / "stock")):
+        chain(base, tmp_path / name, links, f"chain.from={start_from}")
+        assert equal(weights(whole, SECOND), weights(tmp_path / name, "1-large"))
+        found = read_artefact(tmp_path / name / "jobs" / "1-large" / "model").manifest
+        assert found["parent"] == str(start_from)
+    # Other weights in the same place are another recipe.
+    shutil.rmtree(tmp_path / "stock")
+    export_open_clip(read_artefact(whole / "jobs" / SECOND / "model"), tmp_path / "stock")
+    deeper = 'family.members.1={"name": "large", "preset": "vit_pico", "depth": 2, "embed_dim": 48}'
+    with pytest.raises(RunError, match="teacher: "):
+        chain(base, tmp_path / "b", deeper, links, f"chain.from={tmp_path / 'stock'}")
+
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_starts(base: Path, whole: Path, tmp_path: Path) -> None:
+    run, large = tmp_path / "run", whole / "jobs" / SECOND / "model"
+    with pytest.raises(ConfigError, match=r"chain\.links\.0\.model = 'small': its [\d,]+ parameters are not more than"):
+        chain(base, run, f"chain.from={large}")
+    links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
+    with pytest.raises(ConfigError, match="its image_size is 64, but 'small', which it grows from, has 32"):
+        chain(base, run, links, f"chain.from={whole / 'jobs' / FIRST / 'model'}", "family.common.image_size=64")
+    with pytest.raises(ArtefactError, match="no such model"):
+        chain(base, run, "chain.from=nowhere")
+    with pytest.raises(ArtefactError, match="no model folder"):
+        chain(base, run, f"chain.from={base / 'train'}")
+    assert not run.exists()
+
+
+# --- options of a link
+
+
+def test_a_link_without_distillation_and_with_its_own_rate(base: Path, half: Path) -> None:
+    chain(base, half, "chain.links.1.alpha=0.0", "chain.links.1.lr=0.0003")
+    rows = [row for row in lines(half, SECOND) if row["kind"] == "train"]
+    assert not {"ifd", "r"} & rows[0].keys()
+    assert max(row["lr"] for row in rows) == 0.0003
+    assert (half / "jobs" / SECOND / "initial").exists(), "it is expanded all the same"
+
+
+def test_alpha_of_a_link(base: Path, whole: Path, half: Path) -> None:
+    chain(base, half, "chain.links.1.alpha=250.0")
+    assert lines(half, SECOND)[0]["ifd"] == pytest.approx(lines(whole, SECOND)[0]["ifd"] / 2, rel=1e-5)
+
+
+# --- the folder
+
+
+def test_a_second_process_is_refused(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.2)
+    ready, release = CONTEXT.Event(), CONTEXT.Event()
+    process = start(hold, half, ready, release)
+    try:
+        assert ready.wait(60)
+        for action in (lambda: chain(base, half), lambda: start_anew(half)):
+            with pytest.raises(RunError, match="is in use by another process"):
+                action()
+    finally:
+        release.set()
+    assert finish(process) == 0
+    assert not (half / "jobs" / SECOND).exists()
+    chain(base, half)
+
+
+def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), locked(tmp_path):
+        raise KeyError
+    with FileLock(tmp_path / "lock").acquire(timeout=0):
+        pass
+
+
+def test_starting_anew(run: Path, tmp_path: Path) -> None:
+    start_anew(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    start_anew(run)
+    assert [path.name for path in run.iterdir()] == ["lock"]
+    start_anew(run)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    with pytest.raises(RunError, match="holds other files than a run's"):
+        start_anew(tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.tex").exists()
