@@ -1,0 +1,231 @@
+"""Trainings and chains on two processes: the same as on one, from one to two, and ended together when one fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compt import dist, trainer
+from compt.data.records import Batch
+from compt.errors import DataError, Interrupted
+from compt.metrics import read_metrics
+from tests.dist.spawn import run_ranks
+from tests.helpers_recipe import (
+    FIRST,
+    SECOND,
+    chain,
+    largest_difference,
+    lines,
+    make_data,
+    manifest,
+    weights,
+    write_recipe,
+)
+from tests.helpers_shards import sample, write_tar
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TOLERANCE = 2e-5
+"""Of weights after a link: a step of AdamW at eps 1e-4 carries the rounding of another order of summation on."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path) -> Path:
+    """A chain on one process."""
+    chain(base, base / "whole", "optimizer.ema={decay: 0.9}")
+    return base / "whole"
+
+
+def run_chain(base: Path, run: Path, changes: list[str], stop: tuple[int, int] | None = None) -> str:
+    """A chain on this rank; the step at which rank `stop[0]` gets SIGTERM is `stop[1]`. Returns what stopped it."""
+    with pytest.MonkeyPatch.context() as patch:
+        if stop is not None:
+            rate = trainer.learning_rate
+
+            def learning_rate(step: int, settings: trainer.TrainSettings) -> float:
+                if (dist.rank(), step + 1) == stop:
+                    signal.raise_signal(signal.SIGTERM)
+                return rate(step, settings)
+
+            patch.setattr(trainer, "learning_rate", learning_rate)
+            patch.setattr(trainer, "SIGNAL_EVERY", 2)
+        try:
+            chain(base, run, *changes)
+        except (Interrupted, DataError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def assert_close(whole: Path, other: Path) -> None:
+    for job in (FIRST, SECOND):
+        for kind in ("model", "model/ema"):
+            assert largest_difference(weights(whole, job, kind), weights(other, job, kind)) < TOLERANCE
+        for one, two in zip(lines(whole, job), lines(other, job), strict=True):
+            assert one.pop("kind") == two.pop("kind")
+            assert one.pop("macs", 0) <= two.pop("macs", 0)  # accumulation computes features twice
+            assert one == pytest.approx(two, rel=2e-4, abs=1e-6)
+        assert {**manifest(whole, job)["trained"], "device_hours": 0} == {
+            **manifest(other, job)["trained"],
+            "device_hours": 0,
+        }
+
+
+@pytest.mark.parametrize("changes", [[], ["engine.micro_batch=2", "engine.text_buckets=2"]])
+def test_two_processes_are_one(changes: list[str], base: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert run_ranks(run_chain, 2, base, run, ["optimizer.ema={decay: 0.9}", *changes]) == ["", ""]
+    assert_close(whole, run)
+    assert manifest(run, FIRST)["processes"] == 2
+
+
+def test_from_one_process_to_two_and_back(base: Path, whole: Path, tmp_path: Path) -> None:
+    run, changes = tmp_path / "run", ["optimizer.ema={decay: 0.9}"]
+    assert f"Interrupted: {FIRST}: stopped by SIGTERM at step 1 of 6" in run_chain(base, run, changes, (0, 1))
+    first, second = run_ranks(run_chain, 2, base, run, changes, (1, 3))
+    assert "stopped by another rank at step 4 of 6; saved" in first
+    assert "stopped by SIGTERM at step 4 of 6" in second
+    assert "at step 2 of 5" in run_chain(base, run, changes, (0, 2))
+    assert run_ranks(run_chain, 2, base, run, changes) == ["", ""]
+    assert_close(whole, run)
+    hours = [line["device_hours"] for line in read_metrics(run / "jobs" / FIRST / "metrics.jsonl", "train")]
+    assert hours == sorted(hours)
+
+
+def test_skipped_samples_are_counted_once_through_a_resume(base: Path, tmp_path: Path) -> None:
+    for name in ("train", "val", "eval"):
+        shutil.copytree(base / name, tmp_path / name)
+    bad = [(name, b"no picture" if name.endswith(".png") else data) for name, data in sample("bad", 5)]
+    write_tar(tmp_path / "train" / "000004.tar", bad + sample("good", 6))
+    changes = ["data.images=50", "chain.links.0.train={steps: 8}"]
+    chain(tmp_path, tmp_path / "whole", *changes)
+    assert manifest(tmp_path / "whole", FIRST)["trained"]["skipped_samples"]["image"] == 2
+    run = tmp_path / "run"
+    for step in (4, 6):
+        assert "SIGTERM" in run_ranks(run_chain, 2, tmp_path, run, changes, (0, step))[0]
+    run_ranks(run_chain, 2, tmp_path, run, changes)
+    for key in ("skipped_image", "skipped_caption", "nonfinite_steps"):
+        found, wanted = ([line.get(key) for line in lines(path, FIRST)] for path in (run, tmp_path / "whole"))
+        assert found == wanted
+    assert manifest(run, FIRST)["trained"]["skipped_samples"] == {"image": 2, "caption": 0, "tar": 0}
+
+
+def failing_on_one(base: Path, run: Path, step: int) -> str:
+    from compt import jobs
+
+    open_loader = jobs.train_loader
+
+    def train_loader(*arguments: Any, **options: Any) -> Iterable[Batch]:
+        for at, batch in enumerate(open_loader(*arguments, **options), 1):
+            if (dist.rank(), at) == (1, step):
+                raise DataError("000007.tar: key 8: image: is no picture")
+            yield batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "train_loader", train_loader)
+        return run_chain(base, run, [])
+
+
+def test_data_that_one_rank_cannot_use_end_the_run_on_all(base: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found = run_ranks(failing_on_one, 2, base, run, 4, timeout=60.0)
+    assert found == ["DataError: 000007.tar: key 8: image: is no picture"] * 2
+    assert not (run / "jobs" / FIRST / "model").exists()
+    assert run_ranks(run_chain, 2, base, run, []) == ["", ""]
+    assert largest_difference(weights(whole, SECOND), weights(run, SECOND)) < TOLERANCE
+
+
+# --- with torchrun
+
+
+@pytest.fixture
+def torchrun(base: Path, tmp_path: Path) -> Iterator[Any]:
+    started: list[subprocess.Popen[str]] = []
+
+    def start(script: Path, run: Path, *changes: str, processes: int = 2) -> subprocess.Popen[str]:
+        recipe = write_recipe(tmp_path / "tiny.yaml", *changes)
+        words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(script)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", *words, "--recipe", str(recipe), "--run", str(run)],
+                cwd=base,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+
+
+LAUNCHER = ROOT / "launchers" / "train.py"
+
+
+def test_torchrun_stopped_and_resumed(torchrun: Any, base: Path, whole: Path, tmp_path: Path) -> None:
+    run, changes = tmp_path / "run", ["optimizer.ema={decay: 0.9}"]
+    assert run_chain(base, run, changes, (0, 3)), "it is begun on one process"
+    process = torchrun(LAUNCHER, run, *changes)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert_close(whole, run)
+    assert (run / "report.html").exists()
+    assert output.count(f"{FIRST}: evaluating") == 1, "one process speaks"
+
+
+def test_a_signal_to_torchrun_saves(torchrun: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    changes = ["chain.links.0.train={steps: 100000}", "engine.checkpoint_every={steps: 100000}", "engine.workers=1"]
+    process = torchrun(LAUNCHER, run, *changes)
+    metrics, deadline = run / "jobs" / FIRST / "metrics.jsonl", time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C reaches torchrun and all it started
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode != 0
+    assert output.count("saved. Start the same command again to go on.") == 1, output
+    assert (run / "jobs" / FIRST / "checkpoints" / "latest").exists()
+
+
+FAILING = """
+import os, sys
+from compt.data import dataset
+from compt.errors import DataError
+if os.environ["RANK"] == "1":
+    def add(self, read):
+        raise DataError("shard 000007.tar, key 8 is no picture")
+    dataset._Watch.add = add
+sys.argv[0] = {launcher!r}
+exec(open({launcher!r}).read())
+"""
+
+
+def test_a_failing_rank_ends_torchrun_with_its_cause(torchrun: Any, tmp_path: Path) -> None:
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(launcher=str(LAUNCHER)))
+    started = time.monotonic()
+    process = torchrun(script, tmp_path / "run")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert output.count("shard 000007.tar, key 8 is no picture") == 1, output
+    assert time.monotonic() - started < 90
