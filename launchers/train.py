@@ -1,14 +1,16 @@
-"""`compt chain` on every process of torchrun: it takes that command's options, and the recipe also as `--recipe`.
+"""`compt chain` on every process of torchrun: its options, with the recipe as `--recipe` and `--run` as `--run-folder`.
 
-torchrun --nproc_per_node 8 -- launchers/train.py --recipe recipes/cc3m_vit.yaml --run runs/cc3m
+torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml --run-folder runs/cc3m
 
-Without the `--` torchrun takes `--run` for an abbreviation of an option of its own.
+torchrun reads all options before it hands on its script's: it takes `--run` for an abbreviation of one of its own.
 """
 
+import re
 import sys
 
 from compt.cli import main
 
 if __name__ == "__main__":
-    sys.argv[1:] = ["chain", *(word.removeprefix("--recipe=") for word in sys.argv[1:] if word != "--recipe")]
+    words = [re.sub(r"^--recipe=|(?<=^--run)-folder(?==|$)", "", word) for word in sys.argv[1:] if word != "--recipe"]
+    sys.argv[1:] = ["chain", *words]
     main()

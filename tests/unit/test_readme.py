@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +38,41 @@ def test_commands_recipes_and_files_exist() -> None:
             assert name in known, name
         for path in re.findall(r"(?:recipes|launchers)/[\w.]+", block):
             assert (ROOT / path).is_file(), path
+
+
+TORCHRUN = [
+    shlex.split(line)
+    for _, block in MARKED.findall(README)
+    for line in block.replace("\\\n", "").splitlines()
+    if line.startswith("torchrun ")
+]
+
+
+@pytest.mark.parametrize("words", TORCHRUN, ids=" ".join)
+def test_torchrun_hands_on_what_belongs_to_its_script(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.run import get_args_parser
+
+    at = words.index("launchers/train.py")
+    read = get_args_parser().parse_args(words[1:])
+    assert (read.training_script, read.training_script_args) == (words[at], words[at + 1 :])
+    given: list[str] = []
+    monkeypatch.setattr("compt.cli.main", lambda: given.extend(sys.argv[1:]))
+    monkeypatch.setattr("sys.argv", words[at:])
+    runpy.run_path(str(ROOT / words[at]), run_name="__main__")
+    assert given == ["chain", "recipes/cc3m_vit.yaml", "--run", "/shared/runs/cc3m"]
+
+
+@pytest.mark.parametrize("options", ["--recipe=a.yaml --run-folder=b", "a.yaml --run=b"])
+def test_the_launcher_s_other_spellings(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("compt.cli.main", lambda: given.extend(sys.argv[1:]))
+    monkeypatch.setattr("sys.argv", ["train.py", *options.split(), "--set", "name=c"])
+    runpy.run_path(str(ROOT / "launchers/train.py"), run_name="__main__")
+    assert given == ["chain", "a.yaml", "--run=b", "--set", "name=c"]
+
+
+def test_there_are_commands_for_torchrun() -> None:
+    assert len(TORCHRUN) == 2
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((docs/[\w./-]+)\)", README))))
