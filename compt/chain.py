@@ -19,8 +19,8 @@ from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
 from compt.errors import RunError
 from compt.evaluate import EvalSettings, check_sets
-from compt.files import disk_errors, read_json, write_json, write_text
-from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, remove_leftovers
+from compt.files import disk_errors, write_json, write_text
+from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
 from compt.planner import Job, Plan, Start, make_plan
 from compt.trainer import StopSignal
 
@@ -51,6 +51,14 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     ]
 
 
+def _read_state(folder: Path) -> dict[str, Any]:
+    """run.json; {} without one. Raises RunError for one that was damaged."""
+    path = folder / STATE
+    if not path.exists():
+        return {}
+    return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written anew")
+
+
 def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
     """Refuse a recipe or data under which something already begun in `folder` would not have come out the same.
 
@@ -58,8 +66,7 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
     """
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
-    state = folder / STATE
-    if begun and state.exists() and read_json(state)["data_fingerprint"] != fingerprint:
+    if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
         raise RunError(
             f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
             "take another run folder, or the same shards"
@@ -116,14 +123,13 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
 
 def _write_state(context: RunContext, plan: Plan) -> None:
-    path = context.folder / STATE
-    old: dict[str, Any] = read_json(path) if path.exists() else {"started": now(), "jobs": []}
+    old = {"started": now(), "jobs": [], **_read_state(context.folder)}
     planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
     names = {job["name"] for job in planned}
     kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
     recipe = context.recipe
     write_json(
-        path,
+        context.folder / STATE,
         {
             "name": recipe.name,
             "started": old["started"],

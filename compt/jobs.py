@@ -57,15 +57,27 @@ class RunContext:
         return self.folder / "jobs" / name
 
 
+def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict[str, Any]:
+    """A JSON object that has `keys`. Raises RunError, which ends in `remedy`, for a file that was damaged."""
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}; {remedy}") from None
+    if not isinstance(record, dict) or not set(keys) <= record.keys():
+        raise RunError(f"{path} is damaged: it lacks {' or '.join(keys)}; {remedy}")
+    return record
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A job's manifest; {"state": "planned"} where nothing was begun."""
+    """A job's manifest; {"state": "planned"} where nothing was begun. Raises RunError for one that was damaged."""
     path = folder / MANIFEST
     if not path.exists():
         return {"state": "planned"}
-    try:
-        return dict(read_json(path))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}; restore it, or remove {folder} to train it anew") from None
+    remedy = f"restore it, or remove {folder} to train it anew"
+    manifest = read_record(path, ("state", "hash", "result"), remedy)
+    if manifest["state"] not in STATES:
+        raise RunError(f"{path} is damaged: '{manifest['state']}' is no state; {remedy}")
+    return manifest
 
 
 def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:

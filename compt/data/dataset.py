@@ -144,8 +144,10 @@ class _Watch:
 
     def add(self, read: Read) -> None:
         """Count one batch. Raises DataError naming shard, key and cause of a sample of it."""
-        self._recent.append((len(read.batch), read.replaced))
-        self._seen += len(read.batch)
+        # A substitute that cannot be used either was a sample tried as well.
+        tried = len(read.batch) + read.replaced
+        self._recent.append((tried, read.replaced))
+        self._seen += tried
         self._bad += read.replaced
         while self._seen - self._recent[0][0] >= WATCHED_SAMPLES:
             seen, bad = self._recent.popleft()
@@ -153,7 +155,7 @@ class _Watch:
             self._bad -= bad
         if read.replaced and self._seen >= WATCHED_SAMPLES and self._bad > self._max_share * self._seen:
             raise DataError(
-                f"{self._bad} of the last {self._seen} samples cannot be used, more than max_bad_share "
+                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than max_bad_share "
                 f"{self._max_share:g} allows; for example {read.offender}"
             )
 
