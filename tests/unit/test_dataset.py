@@ -184,7 +184,8 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
     assert len(load(index, max_bad_share=0.1, **settings)) == 40
     seen = 0
     with pytest.raises(
-        DataError, match=r"of the last 1021 samples that were tried.*max_bad_share 0\.01.*f\.tar: 00000000[13]: image: not an image"
+        DataError,
+        match=r"of the last 1021 samples that.*max_bad_share 0\.01.*f\.tar: 00000000[13]: image: not an image",
     ):
         for batch in train_loader(
             index,
