@@ -96,6 +96,19 @@ def encode(
     return model.encode_image(images), text.reshape(samples, captions, -1)
 
 
+def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[Tensor, Tensor | None]:
+    """Captions as the tokenizer would have cut them to `context` tokens: the last one kept becomes the end of text.
+
+    tokens int64 [b, M, T] -> [b, M, min(T, context)]; `lengths` as in `Task`.
+    """
+    if tokens.shape[-1] <= context:
+        return tokens, lengths
+    end, at = tokens.max(dim=-1)
+    cut = tokens[..., :context].clone()
+    cut[..., -1] = torch.where(at >= context, end, cut[..., -1])
+    return cut, None if lengths is None else lengths.clamp(max=context)
+
+
 class ClipTask:
     """Contrastive training of images with several captions each: baselines and the first link of a chain.
 
@@ -189,7 +202,8 @@ class DistillTask(ClipTask):
 
     @torch.no_grad()
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """The teacher's features: image [b, D'], text [b, M, D'], not normalised."""
+        """The teacher's features: image [b, D'], text [b, M, D'], not normalised; captions are cut to its context."""
+        tokens, lengths = cut_captions(tokens, lengths, self.teacher.spec.context_length)
         with torch.autocast(images.device.type, enabled=False):
             image, text = encode(self.teacher, images.to(self.teacher_dtype), tokens, lengths, self.module.text_buckets)
         return {"image": image, "text": text}

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
+from compt.data.tokens import CaptionTokens, pad
 from compt.losses import contrastive_loss, ifd_loss
 from compt.models import build
-from compt.models.clip import ClipModel
+from compt.models.clip import ClipModel, caption_lengths
 from compt.presets import ModelSpec, resolve
-from compt.task import MAX_LOGIT_SCALE, TASKS, ClipTask, DistillTask, StudentModule, reduce_report, surrogate
+from compt.task import (
+    MAX_LOGIT_SCALE,
+    TASKS,
+    ClipTask,
+    DistillTask,
+    StudentModule,
+    cut_captions,
+    reduce_report,
+    surrogate,
+)
 
 
 def tiny(embed_dim: int = 16) -> ModelSpec:
@@ -137,6 +148,40 @@ def test_the_teacher_is_frozen_and_outside() -> None:
         assert not parameter.requires_grad
         assert id(parameter) not in own
     assert all(parameter.grad is not None for parameter in task.module.parameters())
+
+
+class Letters:
+    """One token a letter."""
+
+    sot_token_id, eot_token_id = 62, 63
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") + 1 for letter in text]
+
+
+def test_captions_are_cut_as_the_tokenizer_cuts_them() -> None:
+    texts = ["abcdefgh", "abc", "zzzzzz", "xyzxy", "", "abcd"]
+    rows = {length: [CaptionTokens(length, Letters()).ids(text) for text in texts] for length in (10, 6)}
+    whole, short = (pad(rows[length], 2) for length in (10, 6))
+    cut, lengths = cut_captions(whole, caption_lengths(whole), 6)
+    assert torch.equal(cut, short)
+    assert lengths is not None
+    assert torch.equal(lengths, caption_lengths(short))
+    assert int(whole.max(dim=-1).values.min()) == 63, "the batch itself is left as it was"
+    assert cut_captions(short, None, 6) == (short, None)
+
+
+def test_a_teacher_of_a_shorter_context_reads_what_fits() -> None:
+    images, tokens = batch()
+    teacher = build(replace(tiny(24), context_length=6), seed=1)
+    alone = teacher.encode_text(cut_captions(tokens, None, 6)[0].reshape(-1, 6))
+    for buckets, lengths in ((1, None), (2, caption_lengths(tokens))):
+        task = DistillTask(model(), teacher, text_buckets=buckets)
+        targets = task.targets(images, tokens, lengths)
+        torch.testing.assert_close(targets["text"].reshape(len(alone), -1), alone)
+    loss, report = task.loss(task.module(images, tokens), targets)
+    assert loss.isfinite()
+    assert report["ifd"] > 0
 
 
 def test_logit_scale_is_capped_after_a_step() -> None:
