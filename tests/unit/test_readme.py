@@ -27,7 +27,8 @@ def test_every_block_of_commands_says_where_it_is_run() -> None:
 
 def test_ci_runs_the_blocks_that_are_marked_for_it() -> None:
     script = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    assert ".ci/readme" in script and "make test" in script
+    assert ".ci/readme" in script
+    assert "make test" in script
 
 
 def test_commands_recipes_and_files_exist() -> None:
