@@ -21,7 +21,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 WIDTH_OPERATORS = ("insert", "duplicate")
 DEPTH_OPERATORS = ("duplicate", "stack", "constant", "interval")
 
-Control = Literal["equal_epochs", "equal_macs"]
+Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
 
 
 class Data(Section):
@@ -208,8 +208,9 @@ class Baselines(Section):
     seeds: list[int] = Field(default_factory=list)
     """Seeds to train each member with; empty: the recipe's seed."""
     controls: list[Control] = Field(default_factory=list)
-    """Further trainings of the last model from scratch: `equal_epochs` for as many steps as its link, `equal_macs` for
-    as many MACs as its link cost with the teacher's forward passes."""
+    """Further trainings of the last model from scratch, with the baselines' warm-up: `equal_epochs` for as many steps as
+    its link, `equal_macs` for as many MACs as its link cost with the teacher's forward passes, `equal_chain_macs` for as
+    many as the whole chain up to it."""
 
 
 class Ema(Section):

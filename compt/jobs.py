@@ -31,6 +31,7 @@ from compt.evaluate.validation import validation_loss
 from compt.expand import ExpandConfig, expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
+from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
 from compt.planner import Job
 from compt.task import ClipTask, DistillTask
@@ -275,6 +276,8 @@ class JobRun:
             mean=recipe.data.mean,
             std=recipe.data.std,
             identity={"recipe": job.hash, "data": self.context.index.fingerprint},
+            captions=recipe.data.captions,
+            text_buckets=engine.text_buckets,
             macs_per_step=job.cost.total_macs / job.steps,
         )
 
@@ -282,7 +285,7 @@ class JobRun:
         recipe = self.context.recipe
         return train_loader(
             self.context.index,
-            seed=self.job.seed,
+            seed=self.job.order_seed,
             batch=recipe.optimizer.batch,
             image_size=self.job.spec.image_size,
             captions=recipe.data.captions,
@@ -339,9 +342,24 @@ class JobRun:
         self._enter(
             "evaluated",
             trained=artefact.manifest["trained"],
+            cost=self._cost(artefact.manifest["trained"]["tokens_per_caption"]).to_json(),
             model_hash=artefact.hash,
             scores=scores,
             sets=evaluation_identity(self.context.recipe),
+        )
+
+    def _cost(self, tokens: float) -> JobCost:
+        """The cost of this job with the caption length that was really computed."""
+        recipe, job = self.context.recipe, self.job
+        per_rank, micro = split_batch(recipe.optimizer.batch, dist.world_size(), recipe.engine.micro_batch)
+        return exact_cost(
+            job.spec,
+            job.teacher_spec if job.alpha else None,
+            steps=job.steps,
+            batch=recipe.optimizer.batch,
+            captions=recipe.data.captions,
+            tokens=tokens,
+            recompute=micro < per_rank,
         )
 
     def _evaluation(self) -> EvalSettings:

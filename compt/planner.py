@@ -18,6 +18,9 @@ from compt.presets import ModelSpec
 
 Kind = Literal["link", "baseline", "control"]
 
+ORDER_SEEDS = 1000
+"""Seeds of order that each seed of a recipe has, one for each position in a chain."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -35,7 +38,8 @@ class Job:
     `start` is that model's folder instead. A job with neither starts from scratch. `samples` are pictures seen,
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
-    this very model, which is then not trained twice.
+    this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
+    link, so that none sees its predecessor's draws again.
     """
 
     name: str
@@ -51,6 +55,7 @@ class Job:
     lr: float
     alpha: float
     seed: int
+    order_seed: int
     cost: JobCost = field(repr=False)
     result: dict[str, Any] = field(repr=False)
     same_as: str | None = None
@@ -62,9 +67,11 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for files and reports."""
-        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha", "seed")
+        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha")
         return {
             **{name: getattr(self, name) for name in names},
+            "seed": self.seed,
+            "order_seed": self.order_seed,
             "start": str(self.start) if self.start else None,
             "same_as": self.same_as,
             "spec": self.spec.to_dict(),
@@ -214,8 +221,10 @@ class _Planner:
             raise ConfigError("baselines: is missing; it says how the members are trained individually")
         if controls is None:
             controls = settings.controls if settings else ()
+        elif controls and not settings:
+            raise ConfigError("baselines: is missing; controls take their warm-up from it")
         last = len(self.recipe.chain.links) - 1
-        jobs = jobs + [self.control(kind, jobs[last]) for kind in controls]
+        jobs = jobs + [self.control(kind, jobs[: last + 1]) for kind in controls]
         return Plan(self.recipe, _once(jobs), self.images, tuple(individual))
 
     def links(self, start: Start | None) -> list[Job]:
@@ -230,7 +239,7 @@ class _Planner:
             if before:
                 self.check(at, before.spec)
             steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup)
-            jobs.append(self.link(f"{at + 1}-{link.model}", link, steps, warmup, before or (None if at else start)))
+            jobs.append(self.link(at, link, steps, warmup, before or (None if at else start)))
         return jobs
 
     def check(self, at: int, teacher: ModelSpec, *, strictly: bool = True) -> None:
@@ -250,10 +259,11 @@ class _Planner:
             )
         return steps, warmup_steps
 
-    def link(self, name: str, link: Link, steps: int, warmup: int, teacher: Job | Start | None) -> Job:
+    def link(self, at: int, link: Link, steps: int, warmup: int, teacher: Job | Start | None) -> Job:
+        name = f"{at + 1}-{link.model}"
         chain = self.recipe.chain
         alpha = chain.distill.alpha if link.alpha is None else link.alpha
-        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr)
+        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr, at)
         if teacher is None:
             return job
         return replace(
@@ -277,23 +287,39 @@ class _Planner:
         steps, warmup = self.steps("baselines", settings.train, settings.warmup)
         return self.scratch(f"baseline-{spec.name}-s{seed}", "baseline", spec, steps, warmup, seed)
 
-    def control(self, kind: str, link: Job) -> Job:
-        """The last model from scratch: for as many steps as its link, or for as many MACs, the teacher's included.
+    def control(self, kind: str, links: Sequence[Job]) -> Job:
+        """The last model from scratch: for as many steps as its link, or for the MACs of its link or of all links.
 
-        Equal MACs are taken without recomputed micro-batches, so that these change no result.
+        MACs include the teachers' forward passes. They are taken without recomputed micro-batches, so that these change
+        no result. Warm-up and learning rate are those of a training from scratch.
         """
         known = get_args(Control)
         if kind not in known:
             raise ConfigError(f"unknown control '{kind}'{nearest(kind, known)}; known: {', '.join(known)}")
+        settings = self.recipe.baselines
+        assert settings is not None
+        link = links[-1]
         steps = link.steps
-        if kind == "equal_macs":
-            teacher = link.teacher_spec if link.alpha else None
-            wanted = self.cost(link.spec, teacher, steps, recompute=False).total_macs
+        if kind != "equal_epochs":
+            paid = links if kind == "equal_chain_macs" else links[-1:]
+            wanted = sum(
+                self.cost(job.spec, job.teacher_spec if job.alpha else None, job.steps, recompute=False).total_macs
+                for job in paid
+            )
             steps = round(wanted / self.cost(link.spec, None, 1, recompute=False).total_macs)
-        return self.scratch(f"control-{kind}", "control", link.spec, steps, link.warmup_steps, link.seed, link.lr)
+        warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
+        return self.scratch(f"control-{kind}", "control", link.spec, steps, warmup, link.seed)
 
     def scratch(
-        self, name: str, kind: Kind, spec: ModelSpec, steps: int, warmup: int, seed: int, lr: float | None = None
+        self,
+        name: str,
+        kind: Kind,
+        spec: ModelSpec,
+        steps: int,
+        warmup: int,
+        seed: int,
+        lr: float | None = None,
+        position: int = 0,
     ) -> Job:
         recipe = self.recipe
         lr = recipe.optimizer.lr if lr is None else lr
@@ -313,6 +339,7 @@ class _Planner:
             lr=lr,
             alpha=0.0,
             seed=seed,
+            order_seed=seed * ORDER_SEEDS + position,
             cost=self.cost(spec, None, steps),
             result={
                 "model": model,
@@ -321,6 +348,7 @@ class _Planner:
                 "steps": steps,
                 "warmup_steps": warmup,
                 "seed": seed,
+                "order_seed": seed * ORDER_SEEDS + position,
             },
         )
 

@@ -22,7 +22,7 @@ from compt.data.records import Batch
 from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
 from compt.metrics import MetricsWriter
-from compt.models import caption_lengths
+from compt.models import caption_lengths, padded_tokens
 from compt.pixels import to_input
 from compt.task import Task, reduce_report
 
@@ -53,6 +53,8 @@ class TrainSettings:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     identity: Mapping[str, str]
+    captions: int = 1
+    text_buckets: int = 1
     macs_per_step: float = 0.0
 
 
@@ -66,6 +68,8 @@ class TrainResult:
     nonfinite_steps: int
     skipped_samples: dict[str, int]
     few_captions: int
+    tokens_per_caption: float
+    """Mean token positions that were computed for a caption, padding to the longest of its group included."""
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -117,26 +121,28 @@ class StopSignal:
 
 @dataclass
 class _Counts:
-    """What accumulates over a run and lives through a resume. `skipped` and `few_captions` are this rank's."""
+    """What accumulates over a run and lives through a resume; the last three are this rank's own."""
 
     step: int = 0
     device_seconds: float = 0.0
     nonfinite: int = 0
     nonfinite_in_a_row: int = 0
     few_captions: int = 0
+    text_tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values over all ranks."""
-        few = int(dist.all_reduce_sum(self.few_captions))
-        return {**self.__dict__, "few_captions": few, "skipped": _over_ranks(self.skipped)}
+        few, tokens = (int(dist.all_reduce_sum(value)) for value in (self.few_captions, self.text_tokens))
+        sums = {"few_captions": few, "text_tokens": tokens, "skipped": _over_ranks(self.skipped)}
+        return {**self.__dict__, **sums}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Counts:
         """The inverse; rank 0 takes over what is summed over ranks."""
         counts = cls(**{**state, "skipped": Counter(state["skipped"])})
         if not dist.is_main():
-            counts.few_captions = 0
+            counts.few_captions = counts.text_tokens = 0
             counts.skipped.clear()
         return counts
 
@@ -219,7 +225,7 @@ def train(
                 window.waited += time.perf_counter() - started
                 lr = learning_rate(counts.step, settings)
                 report, norm = _step(task, engine, ema, batch, lr, settings)
-                _count(counts, window, batch, norm, time.perf_counter() - started)
+                _count(counts, window, settings, batch, norm, time.perf_counter() - started)
                 _check_finite(counts, settings, title)
                 if _is_due(counts.step, settings.log_every, total):
                     line = {**reduce_report(report), "lr": lr, "grad_norm": norm}
@@ -276,7 +282,9 @@ def _step(
     return report, norm
 
 
-def _count(counts: _Counts, window: _Window, batch: Batch, norm: float, seconds: float) -> None:
+def _count(
+    counts: _Counts, window: _Window, settings: TrainSettings, batch: Batch, norm: float, seconds: float
+) -> None:
     finite = math.isfinite(norm)
     counts.step += 1
     counts.device_seconds += seconds * dist.world_size()
@@ -284,6 +292,8 @@ def _count(counts: _Counts, window: _Window, batch: Batch, norm: float, seconds:
     counts.nonfinite_in_a_row = 0 if finite else counts.nonfinite_in_a_row + 1
     counts.skipped.update(batch.skipped)
     counts.few_captions += batch.few_captions
+    pieces = caption_lengths(batch.tokens).split(settings.micro_batch)
+    counts.text_tokens += sum(padded_tokens(piece.flatten(), settings.text_buckets) for piece in pieces)
     window.steps += 1
     window.seconds += seconds
 
@@ -331,4 +341,5 @@ def _result(counts: _Counts, settings: TrainSettings) -> TrainResult:
         nonfinite_steps=counts.nonfinite,
         skipped_samples=_over_ranks(counts.skipped),
         few_captions=int(dist.all_reduce_sum(counts.few_captions)),
+        tokens_per_caption=dist.all_reduce_sum(counts.text_tokens) / (counts.step * settings.batch * settings.captions),
     )

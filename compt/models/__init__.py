@@ -1,6 +1,6 @@
 """CLIP models: building, initialization, state."""
 
-from compt.models.clip import Block, ClipModel, build, caption_lengths, materialise, shardable_blocks
+from compt.models.clip import Block, ClipModel, build, caption_lengths, materialise, padded_tokens, shardable_blocks
 from compt.models.configs import spec_from_open_clip
 from compt.models.init import (
     LOGIT_SCALE,
@@ -26,6 +26,7 @@ __all__ = [
     "linear_rule",
     "load_state",
     "materialise",
+    "padded_tokens",
     "rule_for",
     "shardable_blocks",
     "spec_from_open_clip",

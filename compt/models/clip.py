@@ -75,6 +75,15 @@ def caption_lengths(tokens: Tensor) -> Tensor:
     return tokens.argmax(dim=-1) + 1
 
 
+def _length_groups(lengths: Tensor, buckets: int) -> tuple[Tensor, ...]:
+    return lengths.argsort(stable=True).chunk(buckets)
+
+
+def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
+    """How many token positions `encode_captions` computes for captions of these lengths (int64 [N], on the CPU)."""
+    return sum(len(group) * int(lengths[group[-1]]) for group in _length_groups(lengths, buckets))
+
+
 class ClipModel(open_clip.model.CLIP):
     """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. logit_scale has shape [1]."""
 
@@ -120,12 +129,9 @@ class ClipModel(open_clip.model.CLIP):
         lengths = lengths.cpu()
         if buckets == 1 or len(tokens) < 2:
             return self.encode_text(tokens, length=int(lengths.max()) if len(tokens) else 1)
-        order = lengths.argsort(stable=True)
-        inverse = order.argsort().to(tokens.device)
-        parts = [
-            self.encode_text(tokens[group.to(tokens.device)], length=int(lengths[group[-1]]))
-            for group in order.chunk(buckets)
-        ]
+        groups = _length_groups(lengths, buckets)
+        inverse = torch.cat(groups).argsort().to(tokens.device)
+        parts = [self.encode_text(tokens[group.to(tokens.device)], length=int(lengths[group[-1]])) for group in groups]
         return torch.cat(parts)[inverse]
 
     @staticmethod

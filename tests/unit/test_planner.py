@@ -57,7 +57,7 @@ def hashes(recipe: Recipe, **options: Any) -> list[str]:
 
 
 def test_the_jobs_of_a_recipe() -> None:
-    jobs = plan(controls=["equal_epochs", "equal_macs"]).jobs
+    jobs = plan(controls=["equal_epochs", "equal_macs", "equal_chain_macs"]).jobs
     assert [job.name for job in jobs] == [
         "1-vit_nano",
         "2-wide",
@@ -65,8 +65,9 @@ def test_the_jobs_of_a_recipe() -> None:
         "baseline-wide-s0",
         "control-equal_epochs",
         "control-equal_macs",
+        "control-equal_chain_macs",
     ]
-    first, second, same, baseline, epochs, macs = jobs
+    first, second, same, baseline, epochs, macs, chain = jobs
     assert (first.steps, first.warmup_steps, first.samples, first.epochs) == (248, 10, 248 * 64, 8.0)
     assert (first.teacher, first.alpha, first.teacher_spec) == (None, 0.0, None)
     assert (second.teacher, second.alpha, second.steps) == ("1-vit_nano", 500.0, 62)
@@ -74,10 +75,18 @@ def test_the_jobs_of_a_recipe() -> None:
     assert same.same_as == "1-vit_nano"
     assert [job.same_as for job in (first, second, baseline, epochs, macs)] == [None] * 5
     assert (baseline.kind, baseline.steps, baseline.teacher) == ("baseline", 248, None)
-    assert (epochs.kind, epochs.steps, epochs.warmup_steps, epochs.spec) == ("control", 62, 5, second.spec)
+    assert (epochs.kind, epochs.steps, epochs.warmup_steps, epochs.spec) == ("control", 62, 10, second.spec)
     assert macs.steps > epochs.steps
     one_step = macs.cost.total_macs / macs.steps
     assert abs(macs.cost.total_macs - second.cost.total_macs) <= one_step / 2
+    spent = first.cost.total_macs + second.cost.total_macs
+    assert abs(chain.cost.total_macs - spent) <= one_step / 2
+
+
+def test_no_link_draws_what_its_predecessor_saw() -> None:
+    jobs = plan(changed("seed", 2)).jobs
+    assert [job.order_seed for job in jobs[:2]] == [2000, 2001]
+    assert {job.order_seed for job in jobs[2:]} == {0, 2000}
 
 
 def test_what_is_planned_can_be_chosen() -> None:
