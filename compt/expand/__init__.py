@@ -1,6 +1,6 @@
 """Inverse weight initialization: a larger model's first weights, gathered from a smaller trained one."""
 
-from compt.expand.execute import expand, expand_parameter, expand_state
+from compt.expand.execute import ExpandedState, expand, expand_parameter, expand_state
 from compt.expand.operators import DEPTH, WIDTH, AxisMap
 from compt.expand.plan import Entry, ExpandConfig, Plan, make_plan
 
@@ -10,6 +10,7 @@ __all__ = [
     "AxisMap",
     "Entry",
     "ExpandConfig",
+    "ExpandedState",
     "Plan",
     "expand",
     "expand_parameter",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -41,25 +41,46 @@ def expand_parameter(entry: Entry, read: Read, own: Own) -> Tensor:
     return result
 
 
+class ExpandedState(Mapping[str, Tensor]):
+    """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
+
+    Raises ArtefactError, at the parameter, when the teacher does not fit the plan.
+    """
+
+    def __init__(self, plan: Plan, teacher_state: Mapping[str, Tensor], own: Own) -> None:
+        self._entries = {entry.name: entry for entry in plan.entries}
+        self._teacher, self._teacher_state = plan.teacher.name, teacher_state
+        self._own = own
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        with torch.no_grad():
+            return expand_parameter(entry, self._read, self._own)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def _read(self, name: str) -> Tensor:
+        if name not in self._teacher_state:
+            raise ArtefactError(f"the weights of {self._teacher} have no parameter {name}")
+        return self._teacher_state[name]
+
+
 def expand_state(plan: Plan, teacher_state: Mapping[str, Tensor], own: Own) -> dict[str, Tensor]:
-    """All student parameters, in the plan's order. Raises ArtefactError when the teacher does not fit the plan."""
-
-    def read(name: str) -> Tensor:
-        if name not in teacher_state:
-            raise ArtefactError(f"the weights of {plan.teacher.name} have no parameter {name}")
-        return teacher_state[name]
-
-    with torch.no_grad():
-        return {entry.name: expand_parameter(entry, read, own) for entry in plan.entries}
+    """All student parameters in memory. Raises ArtefactError when the teacher does not fit the plan."""
+    return dict(ExpandedState(plan, teacher_state, own))
 
 
-def expand(plan: Plan, teacher_state: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """`expand_state` whose new elements are those that the student initialized from scratch with `seed` would have."""
+def expand(plan: Plan, teacher_state: Mapping[str, Tensor], seed: int) -> ExpandedState:
+    """The student whose new elements are those that it would have, initialized from scratch with `seed`."""
 
     def own(name: str, shape: tuple[int, ...]) -> Tensor:
         return init_tensor(rule_for(plan.student, name, shape), seed, name, shape)
 
-    return expand_state(plan, teacher_state, own)
+    return ExpandedState(plan, teacher_state, own)
 
 
 def _planned(tensor: Tensor, entry: Entry) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -200,6 +201,35 @@ def test_new_elements_are_those_of_a_scratch_model():
     assert changed == plan.new
     other = expand(plan, old, seed=8)
     assert not torch.equal(other[f"{BLOCK}.0.mlp.c_fc.weight"], new[f"{BLOCK}.0.mlp.c_fc.weight"])
+
+
+def test_each_parameter_is_made_when_it_is_asked_for():
+    """So that neither model need be in memory whole: no tensor is read before its turn, and none is kept."""
+    plan, old = make_plan(TINY, SMALL), {name: tensor.float() for name, tensor in sentinels(TINY).items()}
+    reads: list[str] = []
+
+    class Teacher(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            return super().__getitem__(name)
+
+    state = expand(plan, Teacher(old), seed=7)
+    assert list(state) == [entry.name for entry in plan.entries]
+    assert len(state) == len(plan.entries)
+    assert reads == []
+    assert torch.equal(state["visual.proj"], expand_state(plan, old, scratch(SMALL, 7))["visual.proj"])
+    assert state["visual.proj"] is not state["visual.proj"]
+    assert reads == ["visual.proj"] * 3
+    made = []
+    for tensor in state.values():
+        made.append(weakref.ref(tensor))
+        assert sum(one() is not None for one in made) == 1
+    with pytest.raises(KeyError):
+        state["visual.none"]
+
+
+def scratch(spec, seed):
+    return lambda name, shape: init_tensor(rule_for(spec, name, shape), seed, name, shape)
 
 
 def test_the_teachers_dtype_is_kept():
