@@ -11,6 +11,11 @@ from compt.errors import ConfigError, nearest
 VOCAB_SIZE = 49_408
 """Size of OpenAI CLIP's byte-pair vocabulary."""
 
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+"""Mean of red, green and blue that OpenAI's CLIP subtracts, of values between 0 and 1."""
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Standard deviation that it divides by."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -203,3 +208,42 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
                 raise ConfigError(f"model {name}: {width} {size} is not a multiple of the head width {of}")
             values[heads] = size // of
     return replace(spec, **values)
+
+
+_SAME = ("image_size", "vocab_size", "text_head_width")
+_SAME_IMAGE = ("patch_size", "head_width", "window", "no_ln_pre")
+_GROWING = ("text_width", "text_depth", "text_heads", "context_length", "embed_dim")
+_GROWING_IMAGE = ("width", "depth", "heads")
+
+
+def check_sizes(teacher: ModelSpec, student: ModelSpec) -> None:
+    """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
+
+    Between a ViT and a Swin the image towers have no axis in common.
+    """
+    alike = teacher.arch == student.arch
+    if alike and len(teacher.depths) != len(student.depths):
+        raise ConfigError(f"has {len(student.depths)} stages, but '{teacher.name}' has {len(teacher.depths)}")
+    for name in (*_SAME, *(_SAME_IMAGE if alike else ())):
+        old, new = getattr(teacher, name), getattr(student, name)
+        if old != new:
+            raise ConfigError(f"its {name} is {new}, but '{teacher.name}', which it grows from, has {old}")
+    for name, old, new in _growing(teacher, student, alike):
+        if new < old:
+            raise ConfigError(f"its {name} {new} is smaller than the {old} of '{teacher.name}', which it grows from")
+        if name.startswith("depths") and new != old and (new % 2 or old % 2):
+            raise ConfigError(
+                f"its {name} grows from {old} to {new}; blocks with and without shifted windows come in pairs"
+            )
+
+
+def _growing(teacher: ModelSpec, student: ModelSpec, alike: bool) -> list[tuple[str, int, int]]:
+    names = (*_GROWING, *(_GROWING_IMAGE if alike else ()))
+    sizes = [(name, getattr(teacher, name), getattr(student, name)) for name in names]
+    for name in ("text_width", *(("width",) if alike else ())):
+        hidden = [int(getattr(spec, name) * spec.mlp_ratio) for spec in (teacher, student)]
+        sizes.append((f"mlp_ratio x {name}", hidden[0], hidden[1]))
+    for name in ("depths", "stage_heads") if alike else ():
+        pairs = zip(getattr(teacher, name), getattr(student, name), strict=True)
+        sizes += [(f"{name}[{stage}]", old, new) for stage, (old, new) in enumerate(pairs)]
+    return sizes

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from compt import macs
 from compt.errors import ArtefactError, ConfigError, nearest
 from compt.expand import axes, operators
 from compt.expand.axes import Axis, Dim, Parameter
 from compt.expand.operators import AxisMap
-from compt.presets import ModelSpec
+from compt.presets import ModelSpec, check_sizes
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | Non
     config = config or ExpandConfig()
     for spec in (teacher, student):
         axes.check_parameters(spec)
-    _check_sizes(teacher, student)
+    _check(teacher, student)
     layers = _layer_sources(teacher, student, config)
     planner = _Planner(teacher, student, config, layers)
     entries = tuple(planner.entry(parameter) for parameter in axes.parameters(student).values())
@@ -229,60 +230,16 @@ def _layer_sources(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig)
         if stack.prefix not in old_depths:
             continue  # the image tower of another architecture
         old = old_depths[stack.prefix]
-        if old != stack.depth and (old % stack.period or stack.depth % stack.period):
-            raise ConfigError(
-                f"cannot expand {teacher.name} to {student.name}: {stack.prefix} grows from {old} to {stack.depth} "
-                f"layers; shifted windows need multiples of {stack.period}"
-            )
         operator = operators.DEPTH[config.depth]
         found[stack.prefix] = operators.repeat_period(operator, old, stack.depth, stack.period)
     return found
 
 
-_SAME = ("image_size", "vocab_size", "text_head_width")
-_SAME_IMAGE = ("patch_size", "head_width", "window", "no_ln_pre")
-_GROW = ("text_width", "text_depth", "text_heads", "context_length", "embed_dim")
-_GROW_IMAGE = ("width", "depth", "heads")
-
-
-def _check_sizes(teacher: ModelSpec, student: ModelSpec) -> None:
-    alike = teacher.arch == student.arch
-    same = {
-        name: (getattr(teacher, name), getattr(student, name)) for name in (*_SAME, *(_SAME_IMAGE if alike else ()))
-    }
-    if alike:
-        same["number of stages"] = (len(teacher.depths), len(student.depths))
-    for name, (old, new) in same.items():
-        if old != new:
-            raise ConfigError(
-                f"cannot expand {teacher.name} to {student.name}: {name} must be the same, "
-                f"but is {old} in {teacher.name} and {new} in {student.name}"
-            )
-    for name, (old, new) in _growing(teacher, student, alike).items():
-        if new < old:
-            raise ConfigError(
-                f"cannot expand {teacher.name} to {student.name}: {name} would shrink "
-                f"from {old} in {teacher.name} to {new} in {student.name}"
-            )
-
-
-def _growing(teacher: ModelSpec, student: ModelSpec, alike: bool) -> dict[str, tuple[int, int]]:
-    """What must not shrink, as (teacher, student). Image towers of two architectures have no axis in common."""
-    names = (*_GROW, *(_GROW_IMAGE if alike else ()))
-    found = {name: (getattr(teacher, name), getattr(student, name)) for name in names}
-    found["mlp_ratio × text_width"] = _mlp(teacher, teacher.text_width), _mlp(student, student.text_width)
-    if not alike:
-        return found | {"number of parameters": (_parameters(teacher), _parameters(student))}
-    found["mlp_ratio × width"] = _mlp(teacher, teacher.width), _mlp(student, student.width)
-    for name in ("depths", "stage_heads"):
-        sizes = zip(getattr(teacher, name), getattr(student, name), strict=True)
-        found |= {f"{name}[{stage}]": pair for stage, pair in enumerate(sizes)}
-    return found
-
-
-def _mlp(spec: ModelSpec, width: int) -> int:
-    return int(width * spec.mlp_ratio)
-
-
-def _parameters(spec: ModelSpec) -> int:
-    return sum(math.prod(parameter.shape) for parameter in axes.parameters(spec).values())
+def _check(teacher: ModelSpec, student: ModelSpec) -> None:
+    try:
+        check_sizes(teacher, student)
+        before, after = macs.parameters(teacher), macs.parameters(student)
+        if after < before:  # possible between two architectures alone
+            raise ConfigError(f"its {after:,} parameters are fewer than the {before:,} of '{teacher.name}'")
+    except ConfigError as error:
+        raise ConfigError(f"cannot expand {teacher.name} to {student.name}: {error}") from None

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compt import presets
 from compt.errors import ArtefactError, ConfigError
 from compt.expand import ExpandConfig, Plan, expand_state, make_plan
 from compt.expand import axes as axes_module
@@ -72,12 +73,12 @@ def test_a_plan_that_rebuilds_otherwise_is_refused():
         ({"text_depth": 1}, "text_depth", 2, 1),
         ({"context_length": 4}, "context_length", 6, 4),
         ({"embed_dim": 3}, "embed_dim", 7, 3),
-        ({"mlp_ratio": 2.0}, "mlp_ratio × text_width", 32, 16),
+        ({"mlp_ratio": 2.0}, "mlp_ratio x text_width", 32, 16),
     ],
 )
 def test_shrinking_is_refused_with_both_models_field_and_values(changes, field, old, new):
     student = replace(SMALL, name="lesser", **changes)
-    message = f"cannot expand small to lesser: {field} would shrink from {old} in small to {new} in lesser"
+    message = f"cannot expand small to lesser: its {field} {new} is smaller than the {old} of 'small'"
     with pytest.raises(ConfigError, match=message):
         make_plan(SMALL, student)
 
@@ -94,8 +95,14 @@ def test_shrinking_is_refused_with_both_models_field_and_values(changes, field, 
 )
 def test_sizes_that_must_agree(changes, field, old, new):
     student = replace(SMALL, name="other", **changes)
-    with pytest.raises(ConfigError, match=f"{field} must be the same, but is {old} in small and {new} in other"):
+    with pytest.raises(ConfigError, match=f"small to other: its {field} is {new}, but 'small', .* has {old}"):
         make_plan(SMALL, student)
+
+
+def test_one_table_says_what_must_agree(monkeypatch):
+    monkeypatch.setattr(presets, "_SAME", ("embed_dim",))
+    with pytest.raises(ConfigError, match="its embed_dim is 10"):
+        make_plan(SMALL, BIG)
 
 
 def test_unknown_operators_are_named_with_the_nearest():
@@ -141,7 +148,7 @@ def test_another_architecture_keeps_text_and_starts_a_fresh_image_tower():
 
 def test_another_architecture_must_not_have_fewer_parameters():
     student = resolve("vit_t16", {"text_width": 512})
-    with pytest.raises(ConfigError, match=r"number of parameters would shrink from \d+ in swin_b to \d+ in vit_t16"):
+    with pytest.raises(ConfigError, match=r"to vit_t16: its [\d,]+ parameters are fewer than the [\d,]+ of 'swin_b'"):
         make_plan(PRESETS["swin_b"], student)
 
 
@@ -154,9 +161,9 @@ def test_swin_depth_grows_in_pairs_stage_by_stage():
 def test_an_odd_swin_stage_cannot_grow(monkeypatch):
     monkeypatch.setattr(axes_module, "check_parameters", lambda spec: None)
     student = replace(PRESETS["swin_t"], name="odd", depths=(2, 2, 7, 2), depth=13)
-    with pytest.raises(ConfigError, match=r"layers\.2\.blocks grows from 6 to 7 layers; .* multiples of 2"):
+    with pytest.raises(ConfigError, match=r"its depths\[2\] grows from 6 to 7; .* come in pairs"):
         make_plan(PRESETS["swin_t"], student)
-    with pytest.raises(ConfigError, match=r"depths\[2\] would shrink from 6 in swin_t to 4 in less"):
+    with pytest.raises(ConfigError, match=r"to less: its depths\[2\] 4 is smaller than the 6 of 'swin_t'"):
         make_plan(PRESETS["swin_t"], replace(student, name="less", depths=(2, 2, 4, 6), depth=14))
 
 
