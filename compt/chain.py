@@ -82,10 +82,6 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
             )
 
 
-LOCK_SECONDS = 7.0
-"""How long a lock is waited for: the loaders' processes of a killed run hold it until they notice, after 5 seconds."""
-
-
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold the run folder against a second process, on rank 0. Raises RunError when another one holds it."""
@@ -95,7 +91,7 @@ def locked(folder: Path) -> Iterator[None]:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=LOCK_SECONDS)
+                lock.acquire(timeout=0)
             except Timeout:
                 raise RunError(f"{folder} is in use by another process; wait for it, or take another folder") from None
 
@@ -107,19 +103,20 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def open_data(recipe: Recipe, base: Path) -> Index:
-    """The index of the training shards; rank 0 builds what is missing. Raises DataError."""
-    index: list[Index] = []
+    """The index of the training shards. Raises DataError.
 
-    def open_it() -> None:
-        data = recipe.data
-        folder = base / data.index_dir if data.index_dir else None
-        csv = base / data.captions_csv if data.captions_csv else None
-        index.append(open_index(data.train, base, folder, csv))
+    Rank 0 builds what is missing, then one process of each machine, which may have a cache folder of its own.
+    """
+    data = recipe.data
+    folder = base / data.index_dir if data.index_dir else None
+    csv = base / data.captions_csv if data.captions_csv else None
+
+    def open_it() -> Index:
+        return open_index(data.train, base, folder, csv)
 
     dist.on_main(open_it)
-    if not index:
-        open_it()
-    return index[0]
+    dist.on_all(lambda: open_it() if dist.local_rank() == 0 else None)
+    return dist.on_all(open_it)
 
 
 def _write_state(context: RunContext, plan: Plan) -> None:

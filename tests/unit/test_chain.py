@@ -470,8 +470,7 @@ def test_alpha_of_a_link(base: Path, whole: Path, half: Path) -> None:
 # --- the folder
 
 
-def test_a_second_process_is_refused(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chain_module, "LOCK_SECONDS", 0.2)
+def test_a_second_process_is_refused(base: Path, half: Path) -> None:
     ready, release = CONTEXT.Event(), CONTEXT.Event()
     process = start(hold, half, ready, release)
     try:
