@@ -14,7 +14,7 @@ from compt.config import Control, Duration, Link, Recipe
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json, read_json
 from compt.macs import JobCost, Mode, exact_cost, paper_cost, parameters
-from compt.presets import ModelSpec
+from compt.presets import ModelSpec, check_sizes
 
 Kind = Literal["link", "baseline", "control"]
 
@@ -386,47 +386,16 @@ def read_start(folder: Path) -> Start:
         raise ConfigError(f"chain.from = '{folder}': cannot read {path} ({cause})") from None
 
 
-_SAME = ("image_size", "vocab_size", "text_head_width")
-_SAME_IMAGE = ("patch_size", "head_width", "window", "no_ln_pre")
-_GROWING = ("text_width", "text_depth", "text_heads", "context_length", "embed_dim")
-_GROWING_IMAGE = ("width", "depth", "heads")
-
-
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
     """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
 
     Between a ViT and a Swin the image towers have no axis in common; the numbers of parameters are compared instead.
     `strictly`: a student of its teacher's size is refused too.
     """
-    alike = teacher.arch == student.arch
     before, after = parameters(teacher), parameters(student)
     if after < before or (strictly and after == before):
         raise ConfigError(
             f"its {after:,} parameters are not more than the {before:,} of '{teacher.name}', which it grows from; "
             "a chain goes from small to large"
         )
-    if alike and len(teacher.depths) != len(student.depths):
-        raise ConfigError(f"has {len(student.depths)} stages, but '{teacher.name}' has {len(teacher.depths)}")
-    for name in (*_SAME, *(_SAME_IMAGE if alike else ())):
-        old, new = getattr(teacher, name), getattr(student, name)
-        if old != new:
-            raise ConfigError(f"its {name} is {new}, but '{teacher.name}', which it grows from, has {old}")
-    for name, old, new in _growing(teacher, student, alike):
-        if new < old:
-            raise ConfigError(f"its {name} {new} is smaller than the {old} of '{teacher.name}', which it grows from")
-        if name.startswith("depths") and new != old and (new % 2 or old % 2):
-            raise ConfigError(
-                f"its {name} grows from {old} to {new}; blocks with and without shifted windows come in pairs"
-            )
-
-
-def _growing(teacher: ModelSpec, student: ModelSpec, alike: bool) -> list[tuple[str, int, int]]:
-    names = (*_GROWING, *(_GROWING_IMAGE if alike else ()))
-    sizes = [(name, getattr(teacher, name), getattr(student, name)) for name in names]
-    for name in ("text_width", *(("width",) if alike else ())):
-        hidden = [int(getattr(spec, name) * spec.mlp_ratio) for spec in (teacher, student)]
-        sizes.append((f"mlp_ratio x {name}", hidden[0], hidden[1]))
-    for name in ("depths", "stage_heads") if alike else ():
-        pairs = zip(getattr(teacher, name), getattr(student, name), strict=True)
-        sizes += [(f"{name}[{stage}]", old, new) for stage, (old, new) in enumerate(pairs)]
-    return sizes
+    check_sizes(teacher, student)

@@ -14,6 +14,7 @@ from compt.errors import ArtefactError, ConfigError
 from compt.expand import ExpandConfig, Plan, expand_state, make_plan
 from compt.expand import axes as axes_module
 from compt.expand.axes import check_parameters, parameters
+from compt.planner import check_growth
 from compt.presets import PRESETS, resolve
 from tests.unit.expand_cases import BIG, SMALL, TINY, negative, sentinels, sized
 
@@ -103,6 +104,8 @@ def test_one_table_says_what_must_agree(monkeypatch):
     monkeypatch.setattr(presets, "_SAME", ("embed_dim",))
     with pytest.raises(ConfigError, match="its embed_dim is 10"):
         make_plan(SMALL, BIG)
+    with pytest.raises(ConfigError, match="its embed_dim is 10"):
+        check_growth(SMALL, BIG)
 
 
 def test_unknown_operators_are_named_with_the_nearest():
