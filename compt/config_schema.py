@@ -11,12 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from compt.config_types import Count, Duration, Pair, Section, Shards, Triple, execution
+from compt.config_types import Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
 from compt.errors import ConfigError, nearest
-from compt.presets import PRESETS, VOCAB_SIZE, ModelSpec, resolve
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
 
 WIDTH_OPERATORS = ("insert", "duplicate")
 DEPTH_OPERATORS = ("duplicate", "stack", "constant", "interval")
@@ -34,8 +31,9 @@ class Data(Section):
     captions: int = Field(default=4, gt=0)
     """Captions drawn for each picture and step, without replacement, afresh every epoch."""
     mean_caption_tokens: float | None = execution(None, gt=0)
-    """Mean tokens of a caption after trimming, for the cost alone; without it the whole context is counted. It enters
-    the number of steps of an `equal_macs` control, and nothing else that is trained."""
+    """Mean number of tokens that are really computed for a caption: its batch's or bucket's longest, padding included.
+    Runs measure and report it. It is for the planned cost alone (without it the whole context is counted), enters the
+    number of steps of the controls of equal MACs, and nothing else that is trained."""
     crop_scale: Pair = (0.9, 1.0)
     """Smallest and largest share of a picture's area that a random crop keeps."""
     mean: Triple = OPENAI_MEAN
@@ -71,7 +69,7 @@ class Member(BaseModel):
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
-    name: str = execution(...)
+    name: Name = execution(...)
     """What the model is called here, in links, jobs and reports."""
     preset: str | None = None
     """The preset it starts from; without it, the one called `name`."""
@@ -188,10 +186,12 @@ class Chain(Section):
     """The chain, smallest model first."""
 
     links: list[Link] = Field(min_length=1)
-    """The models in the order of training."""
+    """The models in the order of training; with `from`, the first is the first student of the model there."""
     from_: str | None = Field(default=None, alias="from", json_schema_extra={"kind": "execution"})
-    """Folder of an existing model that the first link grows from; without it the first link starts from scratch. Its
-    weights, not its path, belong to the result."""
+    """Folder of an existing model that the first link grows from, as every other link grows from the one before; without
+    it the first link starts from scratch. What that model's own training cost is in no speed-up, neither a link's nor the
+    accumulated one: set against individual trainings, they flatter the chain by it. Its weights, not its path, belong to
+    the result."""
     expand: Expand = Expand()
     """Inverse weight initialization."""
     distill: Distill = Distill()
@@ -252,10 +252,8 @@ class Optimizer(Section):
 
 
 class EngineConfig(Section):
-    """How and where to run."""
+    """How and where to run. Several processes share the work data-parallel."""
 
-    name: Literal["ddp"] = execution("ddp")
-    """How work is shared by processes: data parallel."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` takes a GPU where there is one."""
     micro_batch: int | None = execution(None, gt=0)
@@ -281,7 +279,7 @@ class EngineConfig(Section):
 class EvalSet(Section):
     """A zero-shot or retrieval task, on WebDataset shards in clip_benchmark's layout or a folder of class folders."""
 
-    name: str
+    name: Name
     """What the set is called in reports."""
     task: Literal["zeroshot", "retrieval"] = "zeroshot"
     """Classification by class names, or finding texts by pictures and pictures by texts."""
@@ -302,8 +300,8 @@ class Evaluation(Section):
 
     every: Duration | None = execution(None)
     """Distance of evaluations on the `select` sets during training; without it only at the end."""
-    validation: list[str] = execution(list)
-    """Shards of held-out pictures and captions, for the loss on them."""
+    validation: Paths = execution(list)
+    """Shards of held-out pictures and captions, as in `data.train`, for the loss on them."""
     sets: list[EvalSet] = execution(list)
     """Zero-shot and retrieval sets."""
     primary: str | None = execution(None)
@@ -328,7 +326,7 @@ class Evaluation(Section):
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str = execution(...)
+    name: Name = execution(...)
     """What the run is called."""
     seed: int = Field(default=0, ge=0)
     """Seed of fresh weights, order, captions and crops."""
@@ -345,7 +343,12 @@ class Recipe(Section):
     engine: EngineConfig = execution(EngineConfig())
     """How and where to run."""
     evaluation: Evaluation = execution(Evaluation())
-    """What is measured."""
+    """What is measured; null: nothing."""
+
+    @field_validator("optimizer", "engine", "evaluation", mode="before")
+    @classmethod
+    def _empty(cls, value: Any) -> Any:
+        return {} if value is None else value
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

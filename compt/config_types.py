@@ -6,7 +6,7 @@ import math
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -70,9 +70,19 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _named(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
+        raise ValueError(
+            "becomes a file's name: should be of letters, digits, '_', '.' and '-', a letter or digit first"
+        )
+    return value
+
+
+Name = Annotated[str, AfterValidator(_named)]
 Count = Annotated[int, BeforeValidator(_count)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
+Paths = Annotated[list[str], BeforeValidator(_listed)]
 Shards = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 

@@ -136,6 +136,16 @@ WRONG = {
     "no shards": ("train: shards/*.tar", "train: []", "data.train: should not be empty"),
     "one number for two": ("lr: 1e-3", "betas: 0.9", "optimizer.betas = 0.9: should be a list of numbers"),
     "a list for a mapping": ("{members: [", "{common: [a], members: [", "family.common: should be a mapping"),
+    "a member's name that is a path": (
+        "{name: wide,",
+        "{name: ../wide,",
+        "family.members.1.name = '../wide': becomes a file's name: should be of letters, digits,",
+    ),
+    "a recipe's name that is a path": ("name: small", "name: a/b", "name = 'a/b': becomes a file's name"),
+    "a name with a space": ("name: val_style", "name: val style", "evaluation.sets.0.name = 'val style': becomes a fil"),
+    "a hidden name": ("name: small", "name: .small", "name = '.small': becomes a file's name"),
+    "an empty name": ("name: small", "name: ''", "name = '': becomes a file's name"),
+    "an engine's name": ("chain:", "engine: {name: ddp}\nchain:", "engine.name = 'ddp': unknown key"),
     "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
 }
 
@@ -209,6 +219,19 @@ def test_overrides(write) -> None:
     assert list(recipe.family.specs()) == ["vit_pico", "wide"]
     assert recipe.baselines is not None
     assert recipe.baselines.warmup.to_steps(2000, 64) == 16
+
+
+def test_validation_shards_may_be_one_path(write) -> None:
+    assert load_recipe(write(), ["evaluation.validation=held/*.tar"]).evaluation.validation == ["held/*.tar"]
+    assert load_recipe(write(), ["evaluation.validation=[a.tar, b.tar]"]).evaluation.validation == ["a.tar", "b.tar"]
+
+
+@pytest.mark.parametrize("section", ["evaluation", "engine", "optimizer"])
+def test_an_empty_section_is_its_defaults(section: str, write) -> None:
+    recipe = load_recipe(write(), [f"{section}=null"])
+    assert getattr(recipe, section) == type(getattr(recipe, section))()
+    text = "\n".join(line for line in RECIPE.splitlines() if not line.startswith((section, "  sets")))
+    assert load_recipe(write(f"{text}\n{section}:\n")) == load_recipe(write(text))
 
 
 @pytest.mark.parametrize(

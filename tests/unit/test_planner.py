@@ -195,7 +195,6 @@ OTHER: dict[str, Any] = {
     "optimizer.ema.decay": 0.99,
     "optimizer.image_to_text": "all",
     "optimizer.max_nonfinite": 3,
-    "engine.name": "ddp",
     "engine.device": "cpu",
     "engine.micro_batch": 16,
     "engine.text_buckets": 3,
