@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -139,7 +138,7 @@ def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a result; {} where the file is missing or torn."""
     try:
         return load_arrays(path)
-    except (DataError, BadZipFile):
+    except DataError:
         return {}
 
 

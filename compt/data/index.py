@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import glob
 import hashlib
 import io
@@ -25,7 +24,8 @@ from numpy.typing import NDArray
 
 from compt.data.captions import CaptionTable, convert_csv
 from compt.data.scan import COLUMNS, ShardScan, scan_shard
-from compt.errors import DataError
+from compt.errors import DataError, RunError
+from compt.files import write_bytes
 
 VERSION = 1
 INDEX_FOLDER = ".compt-index"
@@ -233,16 +233,10 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         rows=scan.rows,
         keys=np.frombuffer(scan.keys, np.uint8),
     )
-    descriptor, name = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
     try:
-        with os.fdopen(descriptor, "wb") as target:
-            target.write(blob.getbuffer())
-        os.chmod(name, 0o644)
-        os.replace(name, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise DataError(f"cannot write the index {file}: {error.strerror}") from error
+        write_bytes(file, blob.getbuffer())
+    except RunError as error:
+        raise DataError(f"the index: {error}") from error
 
 
 def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardIndex:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional
 from compt import dist
 from compt.data.records import EvalBatch
 from compt.errors import DataError
-from compt.files import disk_errors, write_json
+from compt.files import write_bytes, write_json
 from compt.pixels import to_input
 
 Tokenize = Callable[[list[str]], Tensor]
@@ -127,21 +127,7 @@ def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapp
     name = quote(name, safe=" ()")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    path = folder / f"{name}.npz"
-    with disk_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=folder)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(buffer.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+    write_bytes(folder / f"{name}.npz", buffer.getbuffer())
     write_json(folder / f"{name}.json", record)
 
 
@@ -150,5 +136,5 @@ def load_arrays(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
