@@ -121,6 +121,43 @@ def versions() -> dict[str, str]:
     return found
 
 
+def check_free(folder: Path, source: Path | None = None) -> None:
+    """Raise ArtefactError unless a model may be written to `folder`: nothing is there, or only a model of ours.
+
+    One that holds other files as well would lose them, and so would a `source` that is read at the same time.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if source is not None and Path(source).exists() and folder.samefile(source):
+        raise ArtefactError(f"{folder}: would be replaced by what is made of it; name another folder")
+    if not (_holds_only_ours(folder) or _holds_only_an_export(folder)):
+        raise ArtefactError(
+            f"{folder}: exists and is not a model folder that compt wrote, or holds other files too; "
+            "it is not replaced: name another folder, or remove it"
+        )
+
+
+def _holds_only_ours(folder: Path) -> bool:
+    try:
+        manifest = _read_object(folder / MANIFEST)
+        extra = set(manifest["extra"])
+        listed = {MANIFEST, *manifest["files"], *extra}
+        ours = manifest["format"] == FORMAT and {path.name for path in folder.iterdir()} <= listed
+        return ours and all(_holds_only_ours(folder / name) for name in extra)
+    except (ArtefactError, KeyError, TypeError, OSError):
+        return False
+
+
+def _holds_only_an_export(folder: Path) -> bool:
+    try:
+        with safe_open(folder / OPEN_CLIP_WEIGHTS, framework="pt", device="cpu") as weights:
+            written_by = (weights.metadata() or {}).get("written_by")
+        return written_by == "compt" and {path.name for path in folder.iterdir()} == {OPEN_CLIP_WEIGHTS, CONFIG}
+    except (OSError, SafetensorError):
+        return False
+
+
 def write_artefact(
     folder: Path,
     state: Mapping[str, Tensor],
@@ -133,12 +170,14 @@ def write_artefact(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_states: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Write a model folder; it appears whole or not at all, and replaces an older one.
+    """Write a model folder; it appears whole or not at all, and replaces an older one, but nothing else.
 
     `state` is read one tensor at a time and at most one file of `max_shard_bytes` is held. `manifest` takes the
     caller's own fields (JSON). `extra_states` ({"ema": state}) become sub-folders that are model folders themselves.
-    Raises ArtefactError for weights of another model, ValueError for a manifest field that is not the caller's to set.
+    Raises ArtefactError for weights of another model or a folder in use (`check_free`), ValueError for a manifest field
+    that is not the caller's to set.
     """
+    check_free(folder)
     preprocess = {
         "size": spec.image_size,
         "mode": "RGB",
@@ -240,9 +279,9 @@ def _write_shards(
         write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
+def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt", **metadata})
     except SafetensorError as error:  # a full disk, among others: safetensors raises no OSError
         raise RunError(f"cannot write {path}: {error}") from error
 
@@ -354,11 +393,15 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def export_open_clip(source: Artefact, folder: Path) -> None:
-    """Write a model as stock open_clip's own folder: one weight file and its config. Holds the weights in memory."""
+    """Write a model as stock open_clip's own folder: one weight file and its config. Holds the weights in memory.
+
+    Raises ArtefactError for a folder in use (`check_free`).
+    """
+    check_free(folder, source.path)
     with new_folder(Path(folder)) as temporary:
         state = {name: tensor.contiguous() for name, tensor in source.state.items()}
         state["logit_scale"] = state["logit_scale"].reshape(())
-        _save(state, temporary / OPEN_CLIP_WEIGHTS)
+        _save(state, temporary / OPEN_CLIP_WEIGHTS, written_by="compt")
         config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess}
         write_json(temporary / CONFIG, config)
 

@@ -109,8 +109,8 @@ def evaluate(
     templates: Annotated[
         Path | None, typer.Option(help="one a line with {c}; default: the file beside the data")
     ] = None,
-    batch: Annotated[int, typer.Option(help="images a step")] = 256,
-    workers: Annotated[int, typer.Option(help="processes that decode")] = 0,
+    batch: Annotated[int, typer.Option(help="images a step", min=1)] = 256,
+    workers: Annotated[int, typer.Option(help="processes that decode", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     out: Annotated[Path | None, typer.Option(help="also write NAME.json and NAME.npz to this folder")] = None,
@@ -183,12 +183,14 @@ def expand(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the plan, parameter by parameter")] = False,
 ) -> None:
     """Inverse weight initialization: make a larger model from a smaller one."""
-    from compt.artefact import read_any, write_artefact
+    from compt.artefact import check_free, read_any, write_artefact
     from compt.expand import ExpandConfig, Plan, make_plan
     from compt.expand import expand as run_expand
 
     if out is None and not dry_run:
         raise ConfigError("name the folder to write, or add --dry-run")
+    if out is not None and not dry_run:
+        check_free(out, teacher)
     found = read_any(teacher)
     changes = {}
     for change in set_ or []:

@@ -9,17 +9,20 @@ import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from compt.artefact import (
     CONFIG,
     INDEX,
     MANIFEST,
     OPEN_CLIP_WEIGHTS,
+    check_free,
     export_open_clip,
     read_any,
     read_artefact,
     write_artefact,
 )
+from compt.cli import app
 from compt.errors import ArtefactError, RunError
 from compt.models import ClipModel, build, export_state, spec_from_open_clip
 from compt.presets import PRESETS, ModelSpec, resolve
@@ -343,3 +346,86 @@ def test_open_clips_own_configs_are_read_or_refused_by_name():
         config[part][key] = value
         with pytest.raises(ArtefactError, match="open_clip config of model"):
             spec_from_open_clip(config)
+
+
+def _own_folder(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+
+
+def _others_model(folder: Path) -> None:
+    folder.mkdir()
+    (folder / CONFIG).write_text("{}")
+    save_file({"a": torch.zeros(1)}, folder / OPEN_CLIP_WEIGHTS, metadata={"format": "pt"})
+
+
+def _model_and_more(folder: Path) -> None:
+    write(folder)
+    (folder / "thesis.txt").write_text("mine")
+
+
+def _ema_and_more(folder: Path) -> None:
+    write(folder, extra_states={"ema": export_state(build(PICO, seed=9))})
+    (folder / "ema" / "thesis.txt").write_text("mine")
+
+
+def _export_and_more(folder: Path) -> None:
+    write(folder.with_name("before"))
+    export_open_clip(read_artefact(folder.with_name("before")), folder)
+    (folder / "thesis.txt").write_text("mine")
+
+
+def _other_manifest(folder: Path) -> None:
+    folder.mkdir()
+    (folder / MANIFEST).write_text('{"format": "another", "files": {}, "extra": {}}')
+
+
+IN_USE = [
+    _own_folder,
+    _others_model,
+    _model_and_more,
+    _ema_and_more,
+    _export_and_more,
+    _other_manifest,
+    lambda path: path.write_text("a file"),
+]
+
+
+@pytest.mark.parametrize("fill", IN_USE)
+def test_a_folder_with_other_files_is_never_replaced(tmp_path, fill):
+    write(tmp_path / "model")
+    out = tmp_path / "out"
+    fill(out)
+    before = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
+    with pytest.raises(ArtefactError, match=rf"{out}: exists and is not a model folder that compt wrote"):
+        export_open_clip(read_artefact(tmp_path / "model"), out)
+    with pytest.raises(ArtefactError, match=r"name another folder, or remove it"):
+        write(out)
+    for command in (["export", "model", "out"], ["expand", "model", "vit_nano", "out"]):
+        words = [str(tmp_path / word) if word in ("model", "out") else word for word in command]
+        assert isinstance(CliRunner().invoke(app, words).exception, ArtefactError)
+    assert {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()} == before
+
+
+def test_models_of_ours_and_empty_folders_are_replaced(tmp_path):
+    model = write(tmp_path / "model", extra_states={"ema": export_state(build(PICO, seed=9))})
+    source = read_artefact(tmp_path / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    export_open_clip(source, out)
+    export_open_clip(source, out)
+    write(out, extra_states={"ema": export_state(build(PICO, seed=9))})
+    export_open_clip(source, out)
+    assert_same_state(read_any(out).load_model(), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path):
+    write(tmp_path / "model")
+    for words in (["export", "model", "model"], ["expand", "model", "vit_nano", "model"]):
+        paths = [str(tmp_path / word) if word == "model" else word for word in words]
+        found = CliRunner().invoke(app, paths).exception
+        assert isinstance(found, ArtefactError)
+        assert "would be replaced by what is made of it" in str(found)
+    check_free(tmp_path / "model")
+    check_free(tmp_path / "nothing" / "there")
