@@ -54,6 +54,7 @@ def contrastive_loss(
     *,
     image_to_text: ImageToText = "slot",
     chunk: int | None = None,
+    gather: bool = True,
 ) -> ContrastiveLoss:
     """Symmetric contrastive loss of N images with M captions each (CoM-PT, section 3.2, with the mean over N*M).
 
@@ -65,7 +66,8 @@ def contrastive_loss(
     mean over (i, j) of -log softmax_kl(s v_i·t_kl)[i, j].
 
     `chunk`: how many images of this rank to treat at a time. Their logits are computed again in backward, so that
-    memory is chunk * M * N instead of b * M * N numbers. Raises ValueError on mismatching shapes.
+    memory is chunk * M * N instead of b * M * N numbers. Without `gather` this rank's samples are the whole batch and
+    no other rank takes part. Raises ValueError on mismatching shapes.
     """
     if image.ndim != 2 or text.ndim != 3 or image.shape[0] != text.shape[0] or image.shape[1] != text.shape[2]:
         raise ValueError(f"expected image [b, D] and text [b, M, D], got {list(image.shape)} and {list(text.shape)}")
@@ -76,8 +78,8 @@ def contrastive_loss(
     rows = image.shape[0]
     with torch.autocast(image.device.type, enabled=False):
         image, text, scale = unit(image), unit(text), _wide(scale).reshape(())
-        every_image, every_text = gather_with_grad(image), gather_with_grad(text)
-        first = rank() * rows
+        every_image, every_text = (gather_with_grad(image), gather_with_grad(text)) if gather else (image, text)
+        first = rank() * rows if gather else 0
         if chunk is None or chunk >= rows:
             sums = _sums(image, text, every_image, every_text, scale, first, image_to_text)
         else:

@@ -128,3 +128,20 @@ def test_the_teacher_gets_no_gradient() -> None:
     feature_distance(teacher, student, 1.0).backward()
     assert teacher.grad is None
     assert student.grad is not None
+
+
+@pytest.mark.parametrize("image_to_text", ["slot", "all"])
+def test_without_gathering_a_rank_is_alone(monkeypatch, image_to_text):
+    generator = torch.Generator().manual_seed(0)
+    image, text = torch.randn(9, 5, generator=generator), torch.randn(9, 3, 5, generator=generator)
+    alone = contrastive_loss(image, text, torch.tensor(14.0), image_to_text=image_to_text)
+
+    def refuse(_):
+        raise AssertionError("a collective")
+
+    monkeypatch.setattr("compt.losses.gather_with_grad", refuse)
+    monkeypatch.setattr("compt.losses.rank", lambda: 3)
+    found = contrastive_loss(image, text, torch.tensor(14.0), image_to_text=image_to_text, gather=False)
+    assert [float(value) for value in found] == [float(value) for value in alone]
+    with pytest.raises(AssertionError, match="a collective"):
+        contrastive_loss(image, text, torch.tensor(14.0))
