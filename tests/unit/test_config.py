@@ -142,7 +142,11 @@ WRONG = {
         "family.members.1.name = '../wide': becomes a file's name: should be of letters, digits,",
     ),
     "a recipe's name that is a path": ("name: small", "name: a/b", "name = 'a/b': becomes a file's name"),
-    "a name with a space": ("name: val_style", "name: val style", "evaluation.sets.0.name = 'val style': becomes a fil"),
+    "a name with a space": (
+        "name: val_style",
+        "name: val style",
+        "evaluation.sets.0.name = 'val style': becomes a fil",
+    ),
     "a hidden name": ("name: small", "name: .small", "name = '.small': becomes a file's name"),
     "an empty name": ("name: small", "name: ''", "name = '': becomes a file's name"),
     "an engine's name": ("chain:", "engine: {name: ddp}\nchain:", "engine.name = 'ddp': unknown key"),
