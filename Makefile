@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 WORKERS ?= 2
 ARGS ?=
-# On a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. More of the package's extras: `export EXTRAS=dev,data,deepspeed`.
+# On a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. Fewer of the package's extras: `export EXTRAS=dev`.
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,data
 
@@ -22,7 +22,7 @@ RUN := .venv/bin/python -m
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 	@echo "  Variables: PYTHON=python3.12, WORKERS=2 (tests), ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo),"
-	@echo "  KEEP=1 (fresh-check), EXTRAS=dev,data,deepspeed and CONSTRAINTS=constraints-cu12.txt (the environment)"
+	@echo "  KEEP=1 (fresh-check), EXTRAS=dev and CONSTRAINTS=constraints-cu12.txt (the environment)"
 
 demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report
 	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)

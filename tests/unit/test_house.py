@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,12 @@ import compt
 
 PINS = re.compile(r"^([A-Za-z0-9._-]+)==([A-Za-z0-9._+]+)$", re.MULTILINE)
 CALLED_BY_PEOPLE = ("help", "demo", "test", "lint", "type", "fresh-check", "clean")
+# What is imported by a package that is imported here.
+BEHIND = {
+    "tensorboard": "torch.utils.tensorboard",
+    "timm": "open_clip, for the Swins",
+    "torchvision": "open_clip and timm; it has to fit torch",
+}
 # Written in parts, so that this file does not contain what it looks for.
 HOSTS = [
     ("pypi", "org"),
@@ -65,7 +74,7 @@ def test_setup_py_is_thin(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    assert set(table["optional-dependencies"]) == {"data", "deepspeed", "accelerate", "dali", "dali-cu12", "dev", "all"}
+    assert set(table["optional-dependencies"]) == {"data", "dev"}
     assert table["scripts"] == {"compt": "compt.cli:main"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 
@@ -73,14 +82,8 @@ def test_extras_and_console_script(root: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "versions"),
     [
-        (
-            "constraints.txt",
-            {"torch": "2.11.0", "torchvision": "0.26.0", "nvidia-nccl-cu13": None, "nvidia-dali-cuda130": None},
-        ),
-        (
-            "constraints-cu12.txt",
-            {"torch": "2.10.0", "torchvision": "0.25.0", "nvidia-nccl-cu12": None, "nvidia-dali-cuda120": None},
-        ),
+        ("constraints.txt", {"torch": "2.11.0", "torchvision": "0.26.0", "nvidia-nccl-cu13": None}),
+        ("constraints-cu12.txt", {"torch": "2.10.0", "torchvision": "0.25.0", "nvidia-nccl-cu12": None}),
     ],
 )
 def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict[str, str | None]) -> None:
@@ -90,14 +93,30 @@ def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict
         assert version is None or pinned[name] == version
     lines = [line for line in (root / file).read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
     assert len(lines) == len(pinned), "a line is not NAME==VERSION, or stands twice"
-    other = {"constraints.txt": "dali-cu12", "constraints-cu12.txt": "dali"}[file]
     table = project(root)
-    wanted = list(table["dependencies"])
-    for extra, packages in table["optional-dependencies"].items():
-        if extra not in (other, "all"):
-            wanted += packages
+    wanted = [*table["dependencies"], *itertools.chain(*table["optional-dependencies"].values())]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
     assert names <= set(pinned)
+
+
+def test_every_dependency_is_imported(root: Path) -> None:
+    table = project(root)
+    imported = set()
+    for path in (root / "compt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.split(".")[0])
+    providers = {
+        name.lower().replace("_", "-")
+        for module, names in packages_distributions().items()
+        if module in imported
+        for name in names
+    }
+    for requirement in (*table["dependencies"], *table["optional-dependencies"]["data"]):
+        name = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
+        assert name in providers or name in BEHIND, f"{name} is installed, but imported nowhere"
 
 
 def test_ci_runs_what_people_run(root: Path) -> None:
