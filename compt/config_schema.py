@@ -188,10 +188,10 @@ class Chain(Section):
     links: list[Link] = Field(min_length=1)
     """The models in the order of training; with `from`, the first is the first student of the model there."""
     from_: str | None = Field(default=None, alias="from", json_schema_extra={"kind": "execution"})
-    """Folder of an existing model that the first link grows from, as every other link grows from the one before; without
-    it the first link starts from scratch. What that model's own training cost is in no speed-up, neither a link's nor the
-    accumulated one: set against individual trainings, they flatter the chain by it. Its weights, not its path, belong to
-    the result."""
+    """Folder of an existing model that the first link grows from, as every other link grows from the one before;
+    without it the first link starts from scratch. What that model's own training cost is in no speed-up, neither a
+    link's nor the accumulated one: set against individual trainings, they flatter the chain by it. Its weights, not
+    its path, belong to the result."""
     expand: Expand = Expand()
     """Inverse weight initialization."""
     distill: Distill = Distill()
@@ -208,9 +208,9 @@ class Baselines(Section):
     seeds: list[int] = Field(default_factory=list)
     """Seeds to train each member with; empty: the recipe's seed."""
     controls: list[Control] = Field(default_factory=list)
-    """Further trainings of the last model from scratch, with the baselines' warm-up: `equal_epochs` for as many steps as
-    its link, `equal_macs` for as many MACs as its link cost with the teacher's forward passes, `equal_chain_macs` for as
-    many as the whole chain up to it."""
+    """Further trainings of the last model from scratch, with the baselines' warm-up: `equal_epochs` for as many steps
+    as its link, `equal_macs` for as many MACs as its link cost with the teacher's forward passes, `equal_chain_macs`
+    for as many as the whole chain up to it. `--controls` trains them, and so does `--baselines`."""
 
 
 class Ema(Section):
