@@ -108,6 +108,8 @@ def test_every_dependency_is_imported(root: Path) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":  # compt.data.emoji_text's
+                imported |= {word.value.split(".")[0] for word in node.args[:1] if isinstance(word, ast.Constant)}
     providers = {
         name.lower().replace("_", "-")
         for module, names in packages_distributions().items()
