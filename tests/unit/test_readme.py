@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from compt.cli import app
-from compt.config import parse_recipe
+from compt.config import load_recipe, parse_recipe
+from compt.planner import Start, make_plan
+from compt.presets import PRESETS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -81,8 +83,24 @@ def test_linked_pages_exist(path: str) -> None:
     assert (ROOT / path).is_file()
 
 
-def test_the_recipe_fragment_is_valid() -> None:
-    (fragment,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+def test_the_recipe_fragments_are_valid() -> None:
+    """The second one changes the first into a chain that starts from a model of its first link's size."""
+    first, second = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     rest = {"name": "mine", "data": {"train": "shards/*.tar", "images": 100_000}}
-    recipe = parse_recipe({**rest, **yaml.safe_load(fragment)})
-    assert recipe.chain.from_ == "models/my-vit-t16"
+    whole = parse_recipe({**rest, **first})
+    assert whole.chain.from_ is None
+    begun = parse_recipe({**rest, **first, **second})
+    assert begun.chain.from_ == "models/my-vit-t16"
+    given = Start(PRESETS["vit_t16"], "hash")
+    (only,) = make_plan(begun, start=given).links
+    assert (only.spec.name, only.teacher_spec) == ("vit_wide", given.spec)
+    assert only.spec == make_plan(whole).links[1].spec
+
+
+@pytest.mark.parametrize("path", re.findall(r"^compt chain (recipes/\S+)", README, re.MULTILINE))
+def test_a_recipe_of_the_readme_can_do_without_its_evaluation_sets(path: str) -> None:
+    assert "--set evaluation=null" in README
+    recipe = load_recipe(ROOT / path, ["evaluation=null"])
+    assert (recipe.evaluation.sets, recipe.evaluation.primary) == ([], None)
+    moved = load_recipe(ROOT / path, ["evaluation.sets.0.data=/data/in1k/*.tar"])
+    assert moved.evaluation.sets[0].data == ["/data/in1k/*.tar"]
