@@ -17,9 +17,9 @@ from compt.config import EvalSet
 from compt.data.dataset import eval_loader
 from compt.data.index import expand_patterns, open_index
 from compt.data.records import EvalBatch
-from compt.errors import DataError
+from compt.errors import ConfigError, DataError
 from compt.evaluate.common import Encoder, Tokenize, load_arrays
-from compt.evaluate.folder import FolderLoader, is_class_folders, read_class_folders
+from compt.evaluate.folder import FolderLoader, class_folders_of, read_class_folders
 from compt.evaluate.retrieval import RetrievalResult, retrieval
 from compt.evaluate.zeroshot import PLACEHOLDER, ZeroShotResult, classifier, zero_shot
 from compt.files import hash_json
@@ -37,6 +37,7 @@ __all__ = [
     "load_arrays",
     "read_classnames",
     "read_templates",
+    "set_pins",
 ]
 
 Result = ZeroShotResult | RetrievalResult
@@ -108,17 +109,18 @@ class _Opened:
     classes: tuple[str, ...] | None = None
 
 
-def _open(item: EvalSet, settings: EvalSettings, image_size: int) -> _Opened:
+def _open(item: EvalSet, settings: EvalSettings, image_size: int = 1, *, together: bool = False) -> _Opened:
+    """`together`: all ranks call this, and those after the first wait for what it has to index."""
     shares: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "workers": settings.workers}
-    folders = [settings.base / Path(pattern).expanduser() for pattern in item.data]
-    if len(folders) == 1 and is_class_folders(folders[0]):
+    folder = class_folders_of(item.data, settings.base)
+    if folder is not None:
         if item.task != "zeroshot":
-            raise DataError(f"evaluation set '{item.name}': class folders {folders[0]} have no captions to retrieve")
-        data = read_class_folders(folders[0])
+            raise DataError(f"evaluation set '{item.name}': class folders {folder} have no captions to retrieve")
+        data = read_class_folders(folder)
         loader = FolderLoader(data, image_size, settings.batch, **shares)
-        return _Opened(loader, data.fingerprint, (folders[0],), data.classes)
-    # Rank 0 indexes what is new; the others then find it on the disk.
-    dist.on_main(lambda: open_index(item.data, settings.base, settings.index_dir) and None)
+        return _Opened(loader, data.fingerprint, (folder,), data.classes)
+    if together:
+        dist.on_main(lambda: open_index(item.data, settings.base, settings.index_dir) and None)
     index = open_index(item.data, settings.base, settings.index_dir)
     kind: dict[str, Any] = {"label": item.label} if item.task == "zeroshot" else {"captions": True}
     shards = eval_loader(index, image_size=image_size, batch=settings.batch, **kind, **shares)
@@ -161,15 +163,14 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
     context_length: Any = model.context_length
     tokenize: Tokenize = settings.tokenize or SimpleTokenizer(context_length=context_length)
-    data = _open(item, settings, _image_size(model))
-    pins = {"data": data.fingerprint}
+    data = _open(item, settings, _image_size(model), together=True)
+    pins = _pins(item, settings, data)
     result: Result
     if item.task == "retrieval":
         result = retrieval(encoder, data.loader, tokenize, name=item.name, pins=pins)
     else:
         names, source = _class_names(item, settings, data)
         templates = _templates(item, settings, data)
-        pins |= {"classnames": hash_json(names), "templates": hash_json(templates), "label": item.label}
         weights = classifier(encoder, names, templates, tokenize, settings.batch)
         result = zero_shot(encoder, data.loader, weights, name=item.name, classes_from=source, pins=pins)
     if result.skipped:
@@ -177,15 +178,40 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     return result
 
 
+def _pins(item: EvalSet, settings: EvalSettings, data: _Opened) -> dict[str, str]:
+    pins = {"data": data.fingerprint}
+    if item.task == "zeroshot":
+        pins["classnames"] = hash_json(_class_names(item, settings, data)[0])
+        pins["templates"] = hash_json(_templates(item, settings, data))
+        pins["label"] = item.label
+    return pins
+
+
+def set_pins(item: EvalSet, settings: EvalSettings) -> dict[str, str]:
+    """Hashes of what scores on a set depend on beside the model, as they stand in results; images are not read.
+
+    Any rank may call this alone. Shards that are new or changed are indexed first. Raises DataError.
+    """
+    return _pins(item, settings, _open(item, settings))
+
+
 def class_names(item: EvalSet, settings: EvalSettings) -> list[str]:
-    """The names of a zero-shot set's classes, by class number. Raises DataError."""
-    return _class_names(item, settings, _open(item, settings, 1))[0]
+    """The names of a zero-shot set's classes, by class number; any rank may call this alone. Raises DataError."""
+    return _class_names(item, settings, _open(item, settings))[0]
 
 
-def check_sets(sets: Iterable[EvalSet], settings: EvalSettings) -> None:
-    """Open every set and its class names and templates. Raises DataError for the first that cannot be used."""
+def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: str | None = None) -> None:
+    """Open every set and its class names and templates; all ranks call this.
+
+    Raises DataError for the first that cannot be used, ConfigError where `contact_sheet` names a set without classes.
+    """
     for item in sets:
-        data = _open(item, settings, 1)
+        if item.name == contact_sheet and item.task != "zeroshot":
+            raise ConfigError(
+                f"evaluation.contact_sheet = '{item.name}' is a {item.task} set; pictures are shown with the class "
+                "that a model says they are: name a zero-shot set"
+            )
+        data = _open(item, settings, together=True)
         if item.task == "zeroshot":
             _class_names(item, settings, data)
             _templates(item, settings, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,20 @@ from compt.data.decode import evaluation_pixels
 from compt.data.index import open_index
 from compt.data.samples import SampleReader
 from compt.evaluate.common import save_result
+from compt.evaluate.folder import class_folders_of, read_class_folders
 
 PICTURES = 40
+
+
+def _reader(item: EvalSet, base: Path) -> Callable[[int], bytes]:
+    """Sample id -> the image's file."""
+    folder = class_folders_of(item.data, base)
+    if folder is not None:
+        files = read_class_folders(folder).files
+        return lambda sample: files[sample].read_bytes()
+    index = open_index(item.data, base)
+    reader = SampleReader(index)
+    return lambda sample: reader.image(index.entry(sample))
 
 
 def save_contact_sheet(
@@ -22,10 +35,9 @@ def save_contact_sheet(
 
     `ids` and `labels` are those of a scored set; `PICTURES` of them are taken, evenly spread. Raises RunError.
     """
-    index = open_index(item.data, base)
     chosen = np.unique(np.linspace(0, len(ids) - 1, min(PICTURES, len(ids))).round().astype(int))
-    reader = SampleReader(index)
-    images = [evaluation_pixels(reader.image(index.entry(int(ids[at]))), image_size) for at in chosen]
+    read = _reader(item, base)
+    images = [evaluation_pixels(read(int(ids[at])), image_size) for at in chosen]
     arrays = {
         "images": np.stack([np.asarray(image) for image in images]),
         "ids": ids[chosen],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,12 @@ class ClassFolders:
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     fingerprint: str
+
+
+def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
+    """The folder of class folders that the `data` of an evaluation set names; None where it names shards."""
+    path = base / Path(data[0]).expanduser()
+    return path if len(data) == 1 and is_class_folders(path) else None
 
 
 def is_class_folders(path: Path) -> bool:

@@ -10,21 +10,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from typer.testing import CliRunner
 
+from compt.cli import app
 from compt.config import EvalSet
 from compt.data.dataset import fixed_caption_batches
+from compt.data.decode import evaluation_pixels
 from compt.data.index import open_index
 from compt.data.records import EvalBatch
-from compt.errors import DataError
+from compt.errors import ConfigError, DataError
 from compt.evaluate import (
     EvalSettings,
+    check_sets,
+    class_names,
     evaluate_set,
     evaluate_sets,
     load_arrays,
     read_classnames,
     read_templates,
+    set_pins,
 )
 from compt.evaluate.common import Encoder
+from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.retrieval import query_ranks, retrieval
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import classifier, fill, true_ranks, zero_shot
@@ -326,6 +333,61 @@ def test_pins_change_with_what_they_pin(tmp_path: Path, model) -> None:
     (tmp_path / "data" / "zeroshot_classification_templates.txt").write_text("a photo of the {c}\n")
     other = evaluate_set(model, item, _settings(tmp_path)).pins
     assert {key for key in pins if pins[key] != other[key]} == {"templates"}
+
+
+def test_pins_without_a_model(tmp_path: Path, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, settings = _set(tmp_path / "data"), _settings(tmp_path)
+    find = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])
+    _folders(tmp_path / "pictures")
+    folders = EvalSet(name="pictures", data=["pictures"])
+    results = evaluate_sets(model, [item, find, folders], settings)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a collective: one rank could not call it alone")
+
+    monkeypatch.setattr("compt.dist.on_main", refuse)
+    for each in (item, find, folders):
+        assert set_pins(each, settings) == results[each.name].pins
+    assert class_names(item, settings)[:2] == ["thing 0", "thing 1"]
+    first = set_pins(item, settings)
+    (tmp_path / "data" / "classnames.txt").write_text("".join(f"{i}\n" for i in range(7)))
+    assert {key for key, value in set_pins(item, settings).items() if value != first[key]} == {"classnames"}
+    make_shards(tmp_path / "data" / "test", n=20, classes=7)
+    assert set_pins(item, settings)["data"] != first["data"]
+
+
+@pytest.mark.parametrize("name", ["things", "pictures"])
+def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, name: str) -> None:
+    _folders(tmp_path / "pictures")
+    item, settings = _set(tmp_path / "data"), _settings(tmp_path)
+    if name == "pictures":
+        item = EvalSet(name="pictures", data=["pictures"])
+    check_sets([item], settings, contact_sheet=name)
+    result = evaluate_set(model, item, settings)
+    names = class_names(item, settings)
+    save_contact_sheet(tmp_path / "scores", item, tmp_path, names, result.ids, result.labels, 32)
+    stored = load_arrays(tmp_path / "scores" / "contact.npz")
+    assert stored["images"].shape == (result.n, 3, 32, 32)
+    assert stored["ids"].tolist() == result.ids.tolist()
+    assert stored["labels"].tolist() == result.labels.tolist()
+    assert stored["classnames"].tolist() == names
+    # Ids of the folders go by the class: ant, blue_dog, cat, made of pictures 10.., 0.., 20...
+    source = picture(3, 40, 36) if name == "things" else picture(0, 40, 50)
+    assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
+
+
+def test_a_contact_sheet_of_a_retrieval_set_is_refused_early(tmp_path: Path) -> None:
+    find = EvalSet(name="find", task="retrieval", data=["nowhere"])
+    with pytest.raises(ConfigError, match=r"evaluation\.contact_sheet = 'find' is a retrieval set"):
+        check_sets([find], _settings(tmp_path), contact_sheet="find")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--batch", "0"), ("--workers", "-1")])
+def test_the_command_refuses_sizes_that_cannot_be(option: str, value: str) -> None:
+    result = CliRunner().invoke(app, ["eval", "model", "--data", "data", option, value])
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert f"Invalid value for '{option}'" in result.output
 
 
 def test_a_label_in_the_json(tmp_path: Path, model) -> None:
