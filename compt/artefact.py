@@ -26,7 +26,7 @@ from torch import Tensor
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 from compt.models import ClipModel, build, load_state, materialise, spec_from_open_clip
-from compt.presets import ModelSpec
+from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 
 FORMAT = "compt-model"
 FORMAT_VERSION = 1
@@ -35,9 +35,6 @@ CONFIG = "open_clip_config.json"
 INDEX = "model.safetensors.index.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
-
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 _TOKENIZER = "open_clip.SimpleTokenizer"
 

@@ -99,6 +99,12 @@ def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict
     assert names <= set(pinned)
 
 
+@pytest.mark.parametrize("number", ["0.48145466", "0.26862954"])
+def test_the_statistics_of_openai_stand_in_one_place(root: Path, number: str) -> None:
+    found = [path.name for path in (root / "compt").rglob("*.py") if number in path.read_text(encoding="utf-8")]
+    assert found == ["presets.py"]
+
+
 def test_every_dependency_is_imported(root: Path) -> None:
     table = project(root)
     imported = set()
