@@ -1,4 +1,4 @@
-"""Tasks: what is trained and by which loss. A new way of pretraining is one class here and one entry in `TASKS`."""
+"""Tasks: what is trained and by which loss. A new way of pretraining is one class here, chosen in `jobs`."""
 
 from __future__ import annotations
 
@@ -218,9 +218,6 @@ class DistillTask(ClipTask):
         loss = task + ifd.total
         report |= {"loss": loss, "ifd": ifd.total, "ifd_image": ifd.image, "ifd_text": ifd.text, "r": ifd.total / task}
         return loss, _detached(report)
-
-
-TASKS: dict[str, type[ClipTask]] = {ClipTask.name: ClipTask, DistillTask.name: DistillTask}
 
 
 def _detached(report: Mapping[str, Tensor]) -> Scalars:

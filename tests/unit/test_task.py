@@ -16,7 +16,6 @@ from compt.models.clip import ClipModel, caption_lengths
 from compt.presets import ModelSpec, resolve
 from compt.task import (
     MAX_LOGIT_SCALE,
-    TASKS,
     ClipTask,
     DistillTask,
     StudentModule,
@@ -204,7 +203,3 @@ def test_surrogate_shares_the_gradient_of_the_scale() -> None:
     assert scale.grad.item() == 2.0
     assert image.grad is not None
     assert torch.equal(image.grad, gradients["image"])
-
-
-def test_registry() -> None:
-    assert {name: task.name for name, task in TASKS.items()} == {"clip": "clip", "clip_distill": "clip_distill"}
