@@ -25,7 +25,7 @@ from compt.report_content import (
     tiles,
     unfinished,
 )
-from compt.summary import Row, Summary, read_state, score_file, stored_arrays, summarise
+from compt.summary import CONTROLS, Row, Summary, read_state, score_file, stored_arrays, summarise
 from compt.tables import TextTable, comparison_table, cost_table, escape_markdown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -50,11 +50,10 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
     # A sum over other members than the chain's would stand at the wrong place.
     whole = [rows for rows in summary.individual.values() if [row.model for row in rows] == order[: len(rows)]]
     alone = [points for rows in whole if len(points := _points(rows)) and any(r.kind == "baseline" for r in rows)]
-    before = sum(row.macs for row in summary.links[:-1])
     controls = [
         figures.Point(
-            row.job.removeprefix("control-").replace("_", " ").replace("macs", "MACs"),
-            before + row.macs,
+            CONTROLS.get(row.job, row.job).removeprefix("from scratch, "),
+            row.macs,
             row.top1,
             row.low,
             row.high,
@@ -187,7 +186,7 @@ def _html(content: dict[str, Any]) -> str:
 
 CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
-    "line; a model from scratch at those of the chain with it in the last link's place.",
+    "line; a control, the last model from scratch, at its own MACs alone.",
     "curves": "Solid: chain; dashed: trained individually; dotted: controls. r is the weighted feature loss over the "
     "contrastive loss.",
     "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",

@@ -12,7 +12,7 @@ import yaml
 
 from compt.metrics import FILE as METRICS
 from compt.metrics import read_metrics
-from compt.summary import Comparison, Row, Summary, read_state
+from compt.summary import CONTROLS, Comparison, Row, Summary, read_state
 from compt.tables import TextTable, count, hours
 
 
@@ -97,15 +97,14 @@ def acceleration(state: dict[str, Any]) -> float | None:
     return float(sum(alone[job["spec"]["name"]] for job in links) / own) if own else None
 
 
-_CONTROLS = {
-    "control-equal_epochs": "the same model from scratch for the same epochs",
-    "control-equal_macs": "the same model from scratch for the same MACs",
-}
+def _scratch(job: str) -> str:
+    return CONTROLS[job].replace(", ", " for ")
 
 
 def _against(item: Comparison) -> str:
-    what = _CONTROLS.get(item.others[0], "the same model trained individually")
-    verdict = f": {item.verdict}" if item.others[0] not in _CONTROLS else ""
+    control = item.others[0] in CONTROLS
+    what = f"the same model {_scratch(item.others[0])}" if control else "the same model trained individually"
+    verdict = "" if control else f": {item.verdict}"
     return f"{item.difference:+.1f} points against {what}{verdict} [95 %: {item.low:+.1f} to {item.high:+.1f}]"
 
 
@@ -118,7 +117,7 @@ def _comparisons(summary: Summary, row: Row) -> Iterator[Comparison]:
     """Those of `row` that say most: with training individually, then with as many epochs from scratch, or MACs."""
     yield from (item for item in summary.comparisons if item.link == row.job)
     controls = {item.others[0]: item for item in summary.control_comparisons if item.link == row.job}
-    yield from [controls[name] for name in _CONTROLS if name in controls][:1]
+    yield from [controls[name] for name in CONTROLS if name in controls][:1]
 
 
 def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> str:
@@ -147,8 +146,8 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
         shown.append((percent(row.top1), "%", f"top-1 of {row.model} on {summary.primary}"))
         for item in _comparisons(summary, row):
             what = "against training it individually"
-            if item.others[0] in _CONTROLS:
-                what = f"against scratch for as many {'epochs' if 'epochs' in item.others[0] else 'MACs'}"
+            if item.others[0] in CONTROLS:
+                what = f"against the model {_scratch(item.others[0])}"
             shown.append((f"{item.difference:+.1f}", "points", f"{what}, 95 %: {item.low:+.1f} to {item.high:+.1f}"))
     faster = acceleration(state)
     if faster:
@@ -214,7 +213,7 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         few = trained.get("few_captions")
         rows.append(
             [
-                job.name,
+                f"{job.name} ({CONTROLS[job.name]})" if job.name in CONTROLS else job.name,
                 job.progress(),
                 count(job.plan["parameters"]),
                 f"{job.plan['steps']:,}",

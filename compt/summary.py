@@ -16,6 +16,15 @@ from compt.evaluate.common import load_arrays
 from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict
 from compt.files import read_json
 
+CONTROLS = {
+    "control-equal_epochs": "from scratch, the link's epochs",
+    "control-equal_macs": "from scratch, the link's MACs",
+    "control-equal_chain_macs": "from scratch, the whole chain's MACs",
+}
+"""What each control is: the last link's model, trained from scratch at that cost."""
+
+_PINS = {"data": "pictures", "classnames": "class names", "templates": "templates", "label": "labels"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -62,6 +71,15 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class NotCompared:
+    """A link and others that are all scored, but whose scores do not go together, and why."""
+
+    link: str
+    others: list[str]
+    reason: str
+
+
+@dataclass(frozen=True)
 class Summary:
     """All rows of a run, and its comparisons with baselines and controls.
 
@@ -77,6 +95,7 @@ class Summary:
     individual: dict[int, list[Row]]
     comparisons: list[Comparison]
     control_comparisons: list[Comparison]
+    not_compared: list[NotCompared] = field(default_factory=list)
 
     @property
     def rows(self) -> list[Row]:
@@ -151,20 +170,35 @@ def _answers(run: Path, job: str, primary: str) -> Answers | None:
     return (arrays["ids"], arrays["correct"].astype(bool)) if {"ids", "correct"} <= arrays.keys() else None
 
 
+def _mismatch(link: Row, other: Row, primary: str) -> str | None:
+    """What `other` was scored with that is not what `link` was scored with."""
+    own, theirs = (row.scores[primary].get("pins", {}) for row in (link, other))
+    differ = [key for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
+    if not differ:
+        return None
+    return f"{other.job} was scored with other {' and '.join(_PINS.get(key, key) for key in differ)}"
+
+
 def _compare(
     run: Path, primary: str, link: Row, others: list[Row], links_to_here: list[Row], others_to_here: list[Row] | None
-) -> Comparison | None:
-    """`link` against the mean of `others` (the same model over seeds).
-
-    None while something is not scored yet, or was scored on other pictures.
-    """
-    own = _answers(run, link.job, primary)
-    theirs = [_answers(run, other.job, primary) for other in others]
-    if own is None or len(own[0]) < 2:
+) -> Comparison | NotCompared | None:
+    """`link` against the mean of `others` (the same model over seeds); None while something is not scored yet."""
+    if any(row.top1 is None for row in (link, *others)) or link.images < 2:
         return None
-    found = [item[1] for item in theirs if item is not None and np.array_equal(item[0], own[0])]
-    if not found or len(found) < len(theirs):
-        return None
+    own, theirs = _answers(run, link.job, primary), [_answers(run, other.job, primary) for other in others]
+    found, reasons = [], [f"the answers of {link.job} are missing"] if own is None else []
+    for other, answers in zip(others, theirs, strict=True):
+        reason = _mismatch(link, other, primary)
+        if reason is None and answers is None:
+            reason = f"the answers of {other.job} are missing"
+        elif reason is None and own is not None and answers is not None and not np.array_equal(answers[0], own[0]):
+            reason = f"{other.job} was scored on other pictures"
+        if reason is not None:
+            reasons.append(reason)
+        elif answers is not None:
+            found.append(answers[1])
+    if reasons or own is None:
+        return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
     # Averaged over seeds, a picture's correctness of the baseline is a share.
     difference, low, high = paired_bootstrap(own[1], np.mean(found, axis=0))
     ours_macs, ours_hours = [row.macs for row in links_to_here], [row.device_hours for row in links_to_here]
@@ -224,6 +258,8 @@ def summarise(run: Path) -> Summary:
             individual.setdefault(job["seed"], {})[row.model] = row
     order = [job["spec"]["name"] for job in state["jobs"] if job["kind"] == "link"]
     controls = [row for row in rows.values() if row.kind == "control"]
+    compared = _with_baselines(run, primary, links, by_model) if primary else []
+    with_controls = _with_controls(run, primary, links, controls) if primary else []
     return Summary(
         run=run.resolve().name,
         primary=primary,
@@ -231,12 +267,15 @@ def summarise(run: Path) -> Summary:
         baselines=[row for row in rows.values() if row.kind == "baseline"],
         controls=controls,
         individual={seed: [own[model] for model in order if model in own] for seed, own in individual.items()},
-        comparisons=_with_baselines(run, primary, links, by_model) if primary else [],
-        control_comparisons=_with_controls(run, primary, links, controls) if primary else [],
+        comparisons=[item for item in compared if isinstance(item, Comparison)],
+        control_comparisons=[item for item in with_controls if isinstance(item, Comparison)],
+        not_compared=[item for item in (*compared, *with_controls) if isinstance(item, NotCompared)],
     )
 
 
-def _with_baselines(run: Path, primary: str, links: list[Row], by_model: dict[str, list[Row]]) -> list[Comparison]:
+def _with_baselines(
+    run: Path, primary: str, links: list[Row], by_model: dict[str, list[Row]]
+) -> list[Comparison | NotCompared]:
     """Each link against its model trained individually, unless that is the same training."""
     comparisons = []
     for at, link in enumerate(links):
@@ -252,7 +291,7 @@ def _with_baselines(run: Path, primary: str, links: list[Row], by_model: dict[st
     return comparisons
 
 
-def _with_controls(run: Path, primary: str, links: list[Row], controls: list[Row]) -> list[Comparison]:
+def _with_controls(run: Path, primary: str, links: list[Row], controls: list[Row]) -> list[Comparison | NotCompared]:
     comparisons = []
     for control in controls:
         link = next((link for link in links if link.model == control.model), None)

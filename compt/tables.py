@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from rich import box
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.measure import Measurement
 from rich.table import Table
@@ -14,7 +16,10 @@ from rich.text import Text
 
 from compt.macs import Mode
 from compt.planner import Plan
-from compt.summary import Comparison, Row, Summary, accumulated
+from compt.summary import CONTROLS, Comparison, NotCompared, Row, Summary, accumulated
+
+_GAP = 2
+"""Columns of a terminal between those of a tight table."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +56,65 @@ def _markdown_row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(map(escape_markdown, cells)) + " |"
 
 
+def _width(cells: Iterable[str]) -> int:
+    return max((cell_len(line) for cell in cells for line in cell.split("\n")), default=0)
+
+
 @dataclass(frozen=True)
 class _Fitting:
-    """A table where the terminal is wide enough for its longest words, else a block of lines for each row."""
+    """The widest form that the terminal has room for.
+
+    A table; one with names on several lines; with numbers too, as in 1.41 P over (7.65x); one broken at any word; a
+    block of lines for each row.
+    """
 
     table: TextTable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         wide = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for at, name in enumerate(self.table.header):
-            wide.add_column(name, justify="right" if at else "left", no_wrap=at == 0)
+            least = None if at else _width([name, *(row[0] for row in self.table.rows)])
+            wide.add_column(name, justify="right" if at else "left", no_wrap=at == 0, min_width=least)
         for row in self.table.rows:
             wide.add_row(*map(Text, row))
         yield Text(self.table.title, style="bold")
-        if Measurement.get(console, options.update(max_width=10_000), wide).minimum <= options.max_width:
+        needed = Measurement.get(console, options.update(max_width=10_000), wide)
+        tight = self._tight(options.max_width, fold=False) or self._tight(options.max_width, fold=True)
+        if needed.maximum <= options.max_width:
+            yield wide
+        elif tight is not None:
+            yield from (Text(""), tight, Text(""))
+        elif needed.minimum <= options.max_width:
             yield wide
         else:
             yield from self._blocks()
         yield from (Text(note, style="dim") for note in self.table.notes)
+
+    def _tight(self, width: int, fold: bool) -> Table | None:
+        """Headers on several lines, with `fold` cells too; of the first two columns the wider one takes what is left.
+
+        None where `width` is not enough.
+        """
+        table = self.table
+        rows = [[re.sub(r" (?=[(\[+])", "\n", cell) if fold else cell for cell in row] for row in table.rows]
+        header = []
+        for at, name in enumerate(table.header):
+            words = name.replace("/", "/ ").split()
+            widest = max(map(cell_len, (*words, *(line for row in rows for line in row[at].split("\n")))), default=1)
+            header.append("\n".join(textwrap.wrap(" ".join(words), max(1, widest))).replace("/ ", "/"))
+        widths = [_width(column) for column in zip(header, *rows, strict=True)]
+        names = max(range(min(2, len(widths))), key=lambda at: widths[at])
+        room = width - sum(widths) + widths[names] - _GAP * (len(widths) - 1)
+        for row, whole in zip(rows, table.rows, strict=True):
+            row[names] = "\n".join(textwrap.wrap(whole[names], max(1, room), break_long_words=False))
+        if _width([header[names], *(row[names] for row in rows)]) > room:
+            return None
+        tight = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, _GAP - 1, 0, 0), pad_edge=False)
+        for at, name in enumerate(header):
+            tight.add_column(name, justify="right" if at else "left", no_wrap=True)
+        for row in rows:
+            tight.add_row(*map(Text, row))
+        return tight
 
     def _blocks(self) -> Iterator[RenderableType]:
         for row in self.table.rows:
@@ -132,8 +178,8 @@ def plan_table(plan: Plan, mode: Mode = "exact") -> RenderableType:
                 count(row["parameters"]),
                 f"{row['epochs']:.3g}",
                 f"{row['steps']:,}",
-                macs(row["student_training_macs"]),
-                macs(row["teacher_forward_macs"]) if row["teacher_forward_macs"] else "-",
+                macs(row["student_training_macs"])
+                + (f" + {macs(row['teacher_forward_macs'])}" if row["teacher_forward_macs"] else ""),
                 (f"as {row['same_as']}" if row["same_as"] else macs(row["total_macs"])) + _ratio(speedup),
                 macs(row["accumulated_macs"]) + _ratio(row["accumulated_speedup"]) if "accumulated_macs" in row else "",
             ]
@@ -141,9 +187,10 @@ def plan_table(plan: Plan, mode: Mode = "exact") -> RenderableType:
     recipe = plan.recipe
     note = (
         f"{plan.images:,} images, batch {recipe.optimizer.batch}, {recipe.data.captions} captions an image. "
-        f"MACs are multiply-accumulates, counted in mode '{mode}'; (x): acceleration over the individual training."
+        f"MACs are multiply-accumulates, counted in mode '{mode}'; a sample's: the student's training + the teacher's "
+        "forward pass. (x): acceleration over the individual training."
     )
-    header = ["Model", "Params", "Epochs", "Steps", "MACs/sample", "Teacher", "MACs", "Accumulated"]
+    header = ["Model", "Params", "Epochs", "Steps", "MACs/sample", "MACs", "Chain so far"]
     return TextTable(f"Plan of {recipe.name}", header, rows, [note]).rich()
 
 
@@ -178,7 +225,7 @@ def cost_table(summary: Summary) -> TextTable:
                 ]
             )
     rows += [
-        [row.job, f"{row.epochs:.3g}", _score(row), macs(row.macs), "", hours(row.device_hours), ""]
+        [_control(row), f"{row.epochs:.3g}", _score(row), macs(row.macs), "", hours(row.device_hours), ""]
         for row in summary.controls
     ]
     top = next((row for row in summary.rows if row.classes), None)
@@ -195,26 +242,43 @@ def cost_table(summary: Summary) -> TextTable:
 
 def comparison_table(summary: Summary) -> TextTable | None:
     """Each link against its baseline and the last one against its controls, with interval and verdict."""
-    rows = [_comparison(item, item.verdict) for item in summary.comparisons]
-    for item in summary.control_comparisons:
-        better = "better" if item.low > 0 else "worse" if item.high < 0 else "undecided"
-        rows.append(_comparison(item, better))
-    if not rows:
+    items: list[Comparison | NotCompared] = [*summary.comparisons, *summary.control_comparisons, *summary.not_compared]
+    if not items:
         return None
+    seeds = any(isinstance(item, Comparison) and item.seed_spread is not None for item in items)
+    rows = [_difference(item, seeds) for item in items]
     about = (
         "Points of top-1, chain minus the other, on the same pictures; 95 % interval by paired bootstrap over them. "
         "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
     )
-    notes = [about]
-    spreads = [f"{i.link} {i.seed_spread:.2f}" for i in summary.comparisons if i.seed_spread is not None]
-    if spreads:
-        notes.append(f"Standard deviation over seeds of what is compared with, in points: {', '.join(spreads)}.")
-    return TextTable("Differences", ["Chain's model", "against", "points", "95 % interval", "verdict"], rows, notes)
+    scope = "Interval and verdict cover the choice of pictures, not of training seeds: another seed moves results too."
+    notes = [about, scope] if summary.comparisons or summary.control_comparisons else []
+    notes += [f"Not compared: {item.link}, as {item.reason}." for item in summary.not_compared]
+    header = ["Chain's model", "against", "points", "95 % interval", "verdict"]
+    if seeds:
+        header.append("SD over seeds")
+        notes.append(
+            "SD over seeds: standard deviation of the top-1 of the trainings that are compared with, in points."
+        )
+    return TextTable("Differences", header, rows, notes)
 
 
-def _comparison(item: Comparison, verdict: str) -> list[str]:
-    other = item.others[0] if len(item.others) == 1 else f"{item.others[0]} and {len(item.others) - 1} more"
-    return [item.link, other, f"{item.difference:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", verdict]
+def _control(row: Row) -> str:
+    return f"{row.model} {CONTROLS[row.job]}" if row.job in CONTROLS else row.job
+
+
+def _difference(item: Comparison | NotCompared, seeds: bool) -> list[str]:
+    other = CONTROLS.get(item.others[0], item.others[0])
+    other += f" and {len(item.others) - 1} more" if len(item.others) > 1 else ""
+    if isinstance(item, NotCompared):
+        return [item.link, other, "-", "-", "not compared", *(["-"] if seeds else [])]
+    verdict: str = item.verdict
+    if item.others[0] in CONTROLS:
+        verdict = "better" if item.low > 0 else "worse" if item.high < 0 else "undecided"
+    cells = [item.link, other, f"{item.difference:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", verdict]
+    if seeds:
+        cells.append("-" if item.seed_spread is None else f"{item.seed_spread:.2f}")
+    return cells
 
 
 def summary_table(summary: Summary) -> RenderableType:

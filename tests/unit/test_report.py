@@ -16,7 +16,7 @@ from compt.errors import RunError
 from compt.files import read_json, write_json
 from compt.report import contact_sheet, write_report
 from compt.report_content import acceleration, read_job, sentence, tiles, unfinished
-from compt.report_figures import COLOURS
+from compt.report_figures import COLOURS, Point
 from compt.summary import score_file, summarise
 from tests.helpers_run import RECIPE, make_run, recipe
 
@@ -105,6 +105,8 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "name: shapes",
     ):
         assert text in page.text, text
+    assert "a control, the last model from scratch, at its own MACs alone" in page.text
+    assert "control-equal_macs (from scratch, the link's MACs)" in page.text
     assert "Not finished" not in page.text
     assert page.tags.count("svg") == 6
     assert page.tags.count("img") == 40
@@ -119,7 +121,7 @@ def test_the_sentence_says_what_is_there(tmp_path: Path) -> None:
     make_run(tmp_path / "whole")
     said = headline(tmp_path / "whole")
     assert "+2.0 points against the same model trained individually: lossless [95 %: " in said
-    assert "+15.0 points against the same model from scratch for the same epochs [95 %: +11" in said
+    assert "+15.0 points against the same model from scratch for the link's epochs [95 %: +11" in said
     assert "equal_macs" not in said
     assert said.endswith("the chain costs 3.0x fewer MACs than its members trained individually.")
     make_run(tmp_path / "chain", baselines=False)
@@ -130,6 +132,21 @@ def test_the_sentence_says_what_is_there(tmp_path: Path) -> None:
     assert "the chain will cost 3.0x fewer" in headline(tmp_path / "open")
     make_run(tmp_path / "none", use=recipe(evaluation=None), baselines=False)
     assert headline(tmp_path / "none") == "3 of 3 models trained."
+
+
+def test_a_control_is_drawn_at_its_own_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, float] = {}
+
+    def note(primary: str, chain: object, alone: object, controls: list[Point]) -> None:
+        drawn.update({point.label: point.macs for point in controls})
+
+    made = make_run(tmp_path)
+    monkeypatch.setattr("compt.report.figures.accuracy_figure", note)
+    write_report(tmp_path)
+    assert drawn == {
+        "the link's epochs": made.job("control-equal_epochs").cost.total_macs,
+        "the link's MACs": made.job("control-equal_macs").cost.total_macs,
+    }
 
 
 def test_tiles_and_acceleration(tmp_path: Path) -> None:
@@ -249,9 +266,11 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
-    sets = [{"name": "<b>x</b>|y$a$", "data": "a.tar", "role": "select"}]
-    use = recipe(name="<script>alert(1)</script>", evaluation={"primary": sets[0]["name"], "sets": sets})
-    make_run(tmp_path, use=use)
+    sets = [{"name": "SET", "data": "a.tar", "role": "select"}]
+    make_run(tmp_path, use=recipe(name="NAME", evaluation={"primary": "SET", "sets": sets}))
+    for path in [*tmp_path.rglob("*.json*"), tmp_path / "recipe.yaml"]:
+        odd = path.read_text().replace("NAME", "<script>alert(1)</script>").replace("SET", "<b>x</b>|y$a$")
+        path.write_text(odd)
     page, markdown = report(tmp_path)
     assert "<script>alert(1)</script>" in page.text
     assert "<script>" not in markdown.split("### Recipe")[0]

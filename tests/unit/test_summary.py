@@ -11,8 +11,9 @@ import pytest
 
 from compt.errors import RunError
 from compt.evaluate.stats import wilson
+from compt.files import read_json, write_json
 from compt.planner import Plan
-from compt.summary import Row, accumulated, score_file, summarise
+from compt.summary import Row, accumulated, score_file, stored_arrays, summarise
 from tests.helpers_run import RECIPE, SHARES, answers, make_run, recipe
 
 REST = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")
@@ -150,14 +151,39 @@ def test_missing_torn_or_other_answers_give_no_comparison(tmp_path: Path) -> Non
     assert len(summarise(tmp_path).comparisons) == 1
     answers(0.2, 0, n=200).save(path.parent)
     assert len(summarise(tmp_path).comparisons) == 1
+    assert summarise(tmp_path).not_compared[0].reason == "baseline-vit_mini-s0 was scored on other pictures"
     answers(0.2, 0).save(path.parent)
     assert len(summarise(tmp_path).comparisons) == 2
+    assert summarise(tmp_path).not_compared == []
+    score_file(tmp_path, "3-vit_mini", "test_style").unlink()
+    assert {item.reason for item in summarise(tmp_path).not_compared} == {"the answers of 3-vit_mini are missing"}
+
+
+@pytest.mark.parametrize(
+    ("pin", "what"),
+    [("data", "pictures"), ("classnames", "class names"), ("templates", "templates"), ("label", "labels")],
+)
+def test_scores_of_another_set_are_not_compared(tmp_path: Path, pin: str, what: str) -> None:
+    make_run(tmp_path)
+    for job in ("baseline-vit_mini-s0", "control-equal_epochs"):
+        path = tmp_path / "jobs" / job / "manifest.json"
+        manifest = read_json(path)
+        manifest["scores"]["test_style"]["pins"][pin] = "0000"
+        write_json(path, manifest)
+    found = summarise(tmp_path)
+    assert [item.link for item in found.comparisons] == ["2-vit_micro"]
+    assert [item.others for item in found.control_comparisons] == [["control-equal_macs"]]
+    assert [(item.link, item.others, item.reason) for item in found.not_compared] == [
+        ("3-vit_mini", [job], f"{job} was scored with other {what}")
+        for job in ("baseline-vit_mini-s0", "control-equal_epochs")
+    ]
 
 
 def test_names_of_sets_that_are_no_file_names(tmp_path: Path) -> None:
-    sets = [{"name": "wds/imagenet", "data": "a.tar"}]
-    make_run(tmp_path, use=recipe(evaluation={"primary": "wds/imagenet", "sets": sets}))
-    assert len(summarise(tmp_path).comparisons) == 2
+    found = answers(0.2, 0, name="wds/imagenet")
+    path = score_file(tmp_path, "1-vit_nano", found.name)
+    found.save(path.parent)
+    assert stored_arrays(path)["ids"].tolist() == found.ids.tolist()
 
 
 def test_what_is_no_run_folder(tmp_path: Path) -> None:

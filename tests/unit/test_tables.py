@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from rich.console import Console, RenderableType
 
-from compt.summary import Summary, summarise
+from compt.config_schema import Control
+from compt.files import read_json, write_json
+from compt.summary import CONTROLS, Summary, summarise
 from compt.tables import (
     TextTable,
     comparison_table,
@@ -68,8 +70,8 @@ def test_costs_in_the_shape_of_the_papers_table(summary: Summary) -> None:
     assert list(rows) == [
         *(f"Baseline vit_{size}" for size in ("nano", "micro", "mini")),
         *(f"CoM-PT vit_{size}" for size in ("nano", "micro", "mini")),
-        "control-equal_epochs",
-        "control-equal_macs",
+        "vit_mini from scratch, the link's epochs",
+        "vit_mini from scratch, the link's MACs",
     ]
     alone, chain = rows["Baseline vit_mini"], rows["CoM-PT vit_mini"]
     assert alone["Top-1"] == "24.00 [20.1, 28.4]"
@@ -92,6 +94,9 @@ def test_seeds_have_rows_of_their_own(tmp_path: Path) -> None:
     compared = comparison_table(found)
     assert compared is not None
     assert compared.rows[-3][1] == "baseline-vit_mini-s0 and 1 more"
+    assert compared.header[-1] == "SD over seeds"
+    assert compared.rows[-3][-1] == f"{found.comparisons[-1].seed_spread:.2f}"
+    assert compared.rows[-1][-1] == "-"
     assert "over seeds" in compared.notes[-1]
 
 
@@ -115,10 +120,31 @@ def test_differences(summary: Summary) -> None:
     table = comparison_table(summary)
     assert table is not None
     assert [row[0] for row in table.rows] == ["2-vit_micro", "3-vit_mini", "3-vit_mini", "3-vit_mini"]
-    assert [row[1] for row in table.rows[2:]] == ["control-equal_epochs", "control-equal_macs"]
+    assert [row[1] for row in table.rows[2:]] == ["from scratch, the link's epochs", "from scratch, the link's MACs"]
+    assert "not of training seeds" in table.notes[1]
+    assert "SD over seeds" not in table.header
     assert table.rows[2][2] == "+15.00"
     assert table.rows[2][4] == "better"
     assert re.fullmatch(r"[+-]\d+\.\d\d to [+-]\d+\.\d\d", table.rows[2][3])
+
+
+def test_what_does_not_go_together_is_said(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    for job in ("2-vit_micro", "3-vit_mini"):
+        path = tmp_path / "jobs" / job / "manifest.json"
+        manifest = read_json(path)
+        manifest["scores"]["test_style"]["pins"]["templates"] = "0000"
+        write_json(path, manifest)
+    table = comparison_table(summarise(tmp_path))
+    assert table is not None
+    assert [row[0::4] for row in table.rows] == [[job, "not compared"] for job in ("2-vit_micro", *["3-vit_mini"] * 3)]
+    assert table.notes[0] == ("Not compared: 2-vit_micro, as baseline-vit_micro-s0 was scored with other templates.")
+
+
+def test_every_control_is_described_in_words() -> None:
+    for kind in get_args(Control):
+        assert CONTROLS[f"control-{kind}"].startswith("from scratch, the ")
+    assert len(set(CONTROLS.values())) == 3
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 160])
@@ -132,10 +158,10 @@ def test_every_cell_is_whole_at_any_width(summary: Summary, width: int) -> None:
 
 
 def test_a_narrow_terminal_has_blocks_and_a_wide_one_a_table(summary: Summary) -> None:
-    narrow, wide = (shown(cost_table(summary).rich(), width) for width in (60, 130))
+    narrow, wide = (shown(cost_table(summary).rich(), width) for width in (60, 150))
     assert re.search(r"^CoM-PT vit_mini\n  Epochs +12 *\n  Top-1 +26\.00 \[21\.9, 30\.5\] *$", narrow, re.MULTILINE)
     assert re.search(r"^ ?CoM-PT vit_mini +12 +26\.00 \[21\.9, 30\.5\] ", wide, re.MULTILINE)
-    block = narrow[narrow.index("control-equal_macs") :].split("\n\n")[0]
+    block = narrow[narrow.index("vit_mini from scratch, the link's MACs") :].split("\n\n")[0]
     assert "accumulated" not in block, "empty cells take no line"
 
 
@@ -146,6 +172,31 @@ def test_plans(tmp_path: Path, width: int) -> None:
     assert "Plan of shapes" in text
     assert "as 1-vit_nano" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
+
+
+@pytest.mark.parametrize("width", [76, 80])
+def test_plans_and_results_are_tables_in_a_usual_terminal(tmp_path: Path, summary: Summary, width: int) -> None:
+    plan = shown(plan_table(make_run(tmp_path, use=recipe(name="x"))), width)
+    lines = plan.splitlines()
+    assert re.search(r"^Model +Params +Epochs +Steps +\S*sample +MACs +so far$", plan, re.MULTILINE)
+    at = next(i for i, line in enumerate(lines) if line.startswith("3-vit_mini"))
+    assert re.search(r" \+ [\d.]+ [GMk] +\([\d.]+x\) +\([\d.]+x\)$", lines[at + 1])
+    assert re.search(r"^baseline-(vit_mini-s0)? ", plan, re.MULTILINE)
+    assert max(map(len, lines)) <= width
+    costs = shown(cost_table(summary).rich(), width)
+    assert re.search(r"^CoM-PT +12 +26\.00 ", costs, re.MULTILINE)
+    assert re.search(r"^vit_mini +\[21\.9, 30\.5\] +\(", costs, re.MULTILINE)
+    assert max(map(len, costs.splitlines())) <= width
+
+
+def test_differences_over_seeds_in_a_usual_terminal(tmp_path: Path) -> None:
+    make_run(tmp_path, use=recipe(baselines={**RECIPE["baselines"], "seeds": [0, 3]}))
+    table = comparison_table(summarise(tmp_path))
+    assert table is not None
+    text = shown(table.rich(), 80)
+    assert re.search(r"^3-vit_mini +baseline-vit_mini-s0( and)? +[+-]", text, re.MULTILINE)
+    assert re.search(r"^ +(and )?1 more *$", text, re.MULTILINE)
+    assert "…" not in text
 
 
 def test_cells_are_no_markup() -> None:
