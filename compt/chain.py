@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from compt import dist
 from compt.artefact import read_any
 from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
-from compt.errors import RunError
+from compt.errors import ArtefactError, ConfigError, DataError, RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
@@ -71,6 +72,14 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
             f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
             "take another run folder, or the same shards"
         )
+    names = {job.name for job in plan.jobs}
+    for old in _read_state(folder).get("jobs", []):
+        gone = old["kind"] == "link" and old["name"] not in names
+        if gone and read_manifest(folder / "jobs" / old["name"])["state"] != "planned":
+            raise RunError(
+                f"{folder}: the chain no longer has {old['name']}, which was begun; take another run folder, "
+                f"undo the change, or remove {folder / 'jobs' / old['name']}"
+            )
     for job in begun:
         manifest = manifests[job.name]
         if manifest["hash"] != job.hash:
@@ -130,7 +139,7 @@ def _write_state(context: RunContext, plan: Plan) -> None:
         {
             "name": recipe.name,
             "started": old["started"],
-            "command": " ".join(sys.argv),
+            "command": shlex.join(sys.argv),
             "primary": recipe.evaluation.primary,
             "contact_sheet": recipe.evaluation.contact_sheet,
             "images": len(context.index),
@@ -142,6 +151,32 @@ def _write_state(context: RunContext, plan: Plan) -> None:
     )
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
     write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+@contextlib.contextmanager
+def named(source: str, key: str) -> Iterator[None]:
+    """Put the recipe's file and the key in front of the message of an error about what the key names."""
+    try:
+        yield
+    except (DataError, ArtefactError) as error:
+        error.args = (f"{source}: {key}: {error}",)
+        raise
+
+
+def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
+    """The model that the first link grows from, if the recipe names one. Raises ArtefactError or ConfigError."""
+    if recipe.chain.from_ is None:
+        return None
+    path = base / recipe.chain.from_
+    with named(source, "chain.from"):
+        found = dist.on_all(lambda: read_any(path))
+    for key, wanted in (("mean", recipe.data.mean), ("std", recipe.data.std)):
+        if [round(value, 4) for value in found.preprocess[key]] != [round(value, 4) for value in wanted]:
+            raise ConfigError(
+                f"{source}: data.{key} = {list(wanted)}: the model at chain.from was trained with "
+                f"{list(found.preprocess[key])}, and would be shown other colours"
+            )
+    return Start(found.spec, found.hash)
 
 
 def prepare(
@@ -159,11 +194,9 @@ def prepare(
     """
     device = dist.init(recipe.engine.device)
     split_batch(recipe.optimizer.batch, dist.world_size(), recipe.engine.micro_batch)
-    start = None
-    if recipe.chain.from_ is not None:
-        found = read_any(base / recipe.chain.from_)
-        start = Start(found.spec, found.hash)
-    index = open_data(recipe, base)
+    start = read_start(recipe, base, source)
+    with named(source, "data.train"):
+        index = open_data(recipe, base)
     if len(index) != recipe.data.images and dist.is_main():
         _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
     plan = make_plan(
@@ -176,27 +209,29 @@ def prepare(
         source=source,
     )
     context = RunContext(folder, recipe, index, device, base)
-    check_sets(recipe.evaluation.sets, EvalSettings(recipe.data.mean, recipe.data.std, base))
+    with named(source, "evaluation.sets"):
+        check_sets(recipe.evaluation.sets, EvalSettings(recipe.data.mean, recipe.data.std, base))
     if recipe.evaluation.validation:
-        dist.on_main(lambda: open_index(recipe.evaluation.validation, base) and None)
+        with named(source, "evaluation.validation"):
+            dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
     dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
     return context, plan
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:
-    """The jobs that are still to be trained or scored, in their order."""
-    return [
+    """The jobs that are still to be trained or scored, in their order: the same on every rank."""
+    left = [
         job
         for job in plan.jobs
         if job.same_as is None and not is_finished(read_manifest(folder / "jobs" / job.name), plan.recipe)
     ]
+    return [plan.job(name) for name in dist.broadcast_object([job.name for job in left])]
 
 
-def run_chain(context: RunContext, plan: Plan, say: Say, after_job: Callable[[], None] | None = None) -> None:
+def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
     """Carry every job of the plan to its end, from wherever the folder stands.
 
-    `after_job` is called on rank 0 when a job is done. Raises what training raises, and Interrupted on SIGTERM, SIGUSR1
-    and Ctrl-C; whatever was finished stays.
+    Raises what training raises, and Interrupted on SIGTERM, SIGUSR1 and Ctrl-C; whatever was finished stays.
     """
     with locked(context.folder), StopSignal(at_once=True):
         dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
@@ -206,8 +241,6 @@ def run_chain(context: RunContext, plan: Plan, say: Say, after_job: Callable[[],
             if job.same_as is not None:
                 continue
             JobRun(job, context, say).run()
-            if after_job is not None:
-                dist.on_main(after_job)
 
 
 def start_anew(folder: Path) -> None:

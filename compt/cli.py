@@ -63,7 +63,13 @@ def plan(
     """Show what a recipe would train, for how long, and what it costs; starts nothing."""
     if mode not in ("exact", "paper"):
         raise ConfigError(f"--mode {mode}: should be exact or paper")
-    made = make_plan(_load(recipe, set_), baselines=baselines, source=str(recipe))
+    loaded = _load(recipe, set_)
+    start = None
+    if loaded.chain.from_ is not None:
+        from compt.chain import read_start
+
+        start = read_start(loaded, Path.cwd(), str(recipe))
+    made = make_plan(loaded, baselines=baselines, start=start, source=str(recipe))
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
     else:
@@ -117,15 +123,12 @@ def _run(
 
 
 def _say_estimate(context: Any, left: list[Any], say: Say) -> None:
-    from compt.checkpoint import find_latest
+    from compt import dist
     from compt.estimate import seconds_of
+    from compt.jobs import steps_left
 
-    steps = []
-    for job in left:
-        latest = find_latest(context.job_folder(job.name) / "checkpoints")
-        done = int(latest.name.rpartition("-")[2]) if latest else 0
-        steps.append((job, job.steps - done))
-    seconds = seconds_of(steps, context.recipe, context.device)
+    steps = [(job, steps_left(job, context.job_folder(job.name))) for job in left]
+    seconds = seconds_of(steps, context.recipe, context.device, dist.world_size())
     say(
         f"About {max(1, round(seconds / 60))} min of training on this machine: {len(left)} models, "
         f"{sum(count for _, count in steps):,} steps of {context.recipe.optimizer.batch} images."
@@ -176,8 +179,10 @@ def main() -> None:
     try:
         app()
     except ComptError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            Console(stderr=True, highlight=False).print(f"[bold red]compt:[/] {_escape(str(error))}", soft_wrap=True)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.everywhere:
+            name = "compt" if rank == "0" else f"compt, rank {rank}"
+            Console(stderr=True, highlight=False).print(f"[bold red]{name}:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

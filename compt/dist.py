@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -14,6 +14,8 @@ from torch.distributed import ReduceOp
 from torch.distributed.rendezvous import rendezvous
 
 from compt.errors import ComptError, ConfigError, RunError
+
+T = TypeVar("T")
 
 
 def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float = 60.0) -> torch.device:
@@ -122,17 +124,33 @@ def gather_objects(value: Any) -> list[Any]:
     return values
 
 
-def on_main(action: Callable[[], Any]) -> None:
+def local_rank() -> int:
+    """Index of this process on its machine, 0 when alone."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if torch_dist.is_initialized() else 0
+
+
+def agree(error: ComptError | None) -> None:
+    """Raise the first rank's error on every rank; return where there is none. All ranks call it."""
+    found = [other for other in gather_objects(error) if other is not None]
+    if found:
+        found[0].everywhere = True
+        raise found[0]
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; a ComptError on one rank is raised on every rank."""
+    try:
+        result = action()
+    except ComptError as error:
+        agree(error)
+        raise
+    agree(None)
+    return result
+
+
+def on_main(action: Callable[[], object]) -> None:
     """Run `action` on rank 0 while the others wait; a ComptError in there is raised on every rank."""
-    error: ComptError | None = None
-    if is_main():
-        try:
-            action()
-        except ComptError as raised:
-            error = raised
-    error = broadcast_object(error)
-    if error is not None:
-        raise error
+    on_all(lambda: action() if is_main() else None)
 
 
 def _reduce_scalar(value: float, operation: Any) -> float:

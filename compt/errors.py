@@ -10,6 +10,8 @@ class ComptError(Exception):
     """Something that the user can mend. `str()` of it is the whole message."""
 
     exit_code = 1
+    everywhere = False
+    """Whether every rank raises it, so that one of them may speak for all."""
 
 
 class ConfigError(ComptError):

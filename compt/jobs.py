@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -19,21 +18,19 @@ from compt import dist
 from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
 from compt.checkpoint import find_latest
 from compt.config import Recipe, split_batch
-from compt.data.dataset import fixed_caption_batches, train_loader
-from compt.data.index import Index, open_index
+from compt.data.dataset import train_loader
+from compt.data.index import Index
 from compt.data.records import Batch
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import RunError
-from compt.evaluate import Encoder, EvalSettings, ZeroShotResult, class_names, evaluate_set
-from compt.evaluate.contact import save_contact_sheet
-from compt.evaluate.validation import validation_loss
 from compt.expand import ExpandConfig, expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
 from compt.planner import Job
+from compt.scoring import Scorer
 from compt.task import ClipTask, DistillTask
 from compt.trainer import TrainSettings, train
 
@@ -132,6 +129,7 @@ class JobRun:
         self.job = job
         self.context = context
         self.say = say
+        self.scorer = Scorer(context.recipe, context.base)
         self.folder = context.job_folder(job.name)
         self.manifest: dict[str, Any] = dist.broadcast_object(read_manifest(self.folder) if dist.is_main() else None)
 
@@ -149,8 +147,14 @@ class JobRun:
         if self.manifest["state"] != "done":
             dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
             dist.on_main(lambda: remove_leftovers(self.folder / "scores", "*"))
+            self._note_start()
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()
+
+    def _note_start(self) -> None:
+        """Where each part of the work was done: a resumed job may have moved to another machine."""
+        here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
+        self.manifest["starts"] = [*self.manifest.get("starts", []), dist.broadcast_object(here)]
 
     def _enter(self, state: str, **values: Any) -> None:
         self.manifest = {**self.manifest, **values, "state": state}
@@ -160,18 +164,24 @@ class JobRun:
         """Raise RunError when the teacher was trained anew after this job had grown from it."""
         if self.job.teacher is None or self.manifest["state"] == "planned":
             return
-        teacher = read_manifest(self.context.job_folder(self.job.teacher))
-        if teacher["model_hash"] != self.manifest["parent_hash"]:
-            raise RunError(
-                f"{self.folder}: grew from another {self.job.teacher} than the one that is there now; "
-                f"remove {self.folder} to train it anew"
-            )
+        teacher = self.context.job_folder(self.job.teacher)
+
+        def compare() -> None:
+            if read_manifest(teacher).get("model_hash") != self.manifest["parent_hash"]:
+                raise RunError(
+                    f"{self.folder}: grew from another {self.job.teacher} than the one that is there now; "
+                    f"remove {self.folder} to train it anew"
+                )
+
+        dist.on_main(compare)
 
     def _teacher(self) -> Artefact | None:
         if self.job.teacher is not None:
-            return read_artefact(self.context.job_folder(self.job.teacher) / "model")
+            folder = self.context.job_folder(self.job.teacher) / "model"
+            return dist.on_all(lambda: read_artefact(folder))
         if self.job.start is not None:
-            return read_any(self.context.base / self.job.start)
+            path = self.context.base / self.job.start
+            return dist.on_all(lambda: read_any(path))
         return None
 
     def _begin(self) -> None:
@@ -315,7 +325,13 @@ class JobRun:
         )
         settings = self._settings()
         result, averaged = train(
-            task, engine, settings, self.folder, self._loader, lambda: self._select(task.model), self.job.name
+            task,
+            engine,
+            settings,
+            self.folder,
+            self._loader,
+            lambda: self.scorer.during_training(task.model),
+            self.job.name,
         )
         numbers = asdict(result)
 
@@ -336,17 +352,29 @@ class JobRun:
         """Train unless `model/` is there already, then score it."""
         if not dist.any_true((self.folder / "model").exists()):
             self._fit()
-        artefact = read_artefact(self.folder / "model")
+        artefact = dist.on_all(self._trained)
         self.say(f"{self.job.name}: evaluating")
-        scores = self._score(artefact.load_model(self.context.device))
+        model = artefact.load_model(self.context.device)
+        scores = self._score(model)
         self._enter(
             "evaluated",
             trained=artefact.manifest["trained"],
             cost=self._cost(artefact.manifest["trained"]["tokens_per_caption"]).to_json(),
             model_hash=artefact.hash,
             scores=scores,
+            **self.scorer.held_out_loss(model),
             sets=evaluation_identity(self.context.recipe),
         )
+
+    def _trained(self) -> Artefact:
+        """This job's model. Raises RunError for one that was trained otherwise or on other data."""
+        artefact = read_artefact(self.folder / "model")
+        made = (artefact.manifest.get("recipe_hash"), artefact.manifest.get("data_fingerprint"))
+        if made != (self.job.hash, self.context.index.fingerprint):
+            raise RunError(
+                f"{artefact.path}: comes from another recipe or other data; remove {self.folder} to train it anew"
+            )
+        return artefact
 
     def _cost(self, tokens: float) -> JobCost:
         """The cost of this job with the caption length that was really computed."""
@@ -362,63 +390,8 @@ class JobRun:
             recompute=micro < per_rank,
         )
 
-    def _evaluation(self) -> EvalSettings:
-        recipe = self.context.recipe
-        return EvalSettings(
-            recipe.data.mean,
-            recipe.data.std,
-            base=self.context.base,
-            batch=recipe.evaluation.batch,
-            workers=recipe.engine.workers,
-            dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
-        )
-
-    def _select(self, model: ClipModel) -> dict[str, float]:
-        """Scores that may be looked at during training: validation loss and the `select` sets."""
-        recipe, settings = self.context.recipe, self._evaluation()
-        scores: dict[str, float] = {}
-        if recipe.evaluation.validation:
-            batches = fixed_caption_batches(
-                open_index(recipe.evaluation.validation, self.context.base),
-                batch=recipe.optimizer.batch,
-                image_size=self.job.spec.image_size,
-                captions=recipe.data.captions,
-                context_length=self.job.spec.context_length,
-                rank=dist.rank(),
-                world_size=dist.world_size(),
-            )
-            encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
-            scores["validation_loss"] = validation_loss(encoder, batches, recipe.optimizer.image_to_text)
-        for item in recipe.evaluation.sets:
-            if item.role == "select":
-                result = evaluate_set(model, item, settings)
-                scores |= {f"{item.name}/{key}": value for key, value in result.headline().items()}
-        return scores
-
     def _score(self, model: ClipModel) -> dict[str, Any]:
-        """Score every set and keep the answers to single samples beside the numbers."""
-        evaluation, settings = self.context.recipe.evaluation, self._evaluation()
-        scores: dict[str, Any] = {}
-        for item in evaluation.sets:
-            result = evaluate_set(model, item, settings)
-            dist.on_main(functools.partial(result.save, self.folder / "scores"))
-            scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
-            if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
-                names = class_names(item, settings)
-                size = self.job.spec.image_size
-                dist.on_main(
-                    functools.partial(
-                        save_contact_sheet,
-                        self.folder / "scores",
-                        item,
-                        self.context.base,
-                        names,
-                        result.ids,
-                        result.labels,
-                        size,
-                    )
-                )
-        return scores
+        return self.scorer.at_the_end(model, self.folder / "scores")
 
     def _finish(self) -> None:
         dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))

@@ -250,13 +250,13 @@ def train(
 
 def _next(batches: Iterator[Batch]) -> Batch:
     """The next batch. A DataError of one rank is raised on all, as none could finish the step without the others."""
-    batch, fault = None, ""
+    batch, fault = None, None
     try:
         batch = next(batches)
     except DataError as error:
-        fault = str(error)
-    if dist.any_true(bool(fault)):
-        raise DataError(next(text for text in dist.gather_objects(fault) if text))
+        fault = error
+    if dist.any_true(fault is not None):
+        dist.agree(fault)
     assert batch is not None
     return batch
 

@@ -38,6 +38,7 @@ LAYERS = (
     "compt.trainer",
     "compt.estimate",
     "compt.evaluate",
+    "compt.scoring",
     "compt.jobs",
     "compt.chain",
     "compt.summary",
