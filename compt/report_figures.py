@@ -216,8 +216,10 @@ def accuracy_figure(
         ]
         cheapest = min((point.macs for point in controls), default=0.0)
         for point in controls:
-            left = len(controls) > 1 and point.macs == cheapest
-            own.append((point, point.top1, (-8 if left else 8, -3), "right" if left else "left", "control"))
+            # Controls of nearly the same cost stand close together: the first is named below its bar.
+            below = len(controls) > 1 and point.macs == cheapest
+            height, offset = (point.low, (-4, -13)) if below else (point.top1, (8, -3))
+            own.append((point, height, offset, "left", "control"))
         for point, height, offset, side, colour in own:
             place = (point.macs, height)
             axes.annotate(
