@@ -161,10 +161,10 @@ def _restore(folder: Path, engine: Engine, ema: AveragedModel | None, settings: 
     path: Path | None = dist.broadcast_object(checkpoint.find_latest(folder) if dist.is_main() else None)
     if path is None:
         return _Counts()
-    tensors, state = checkpoint.load(path)
-    if state["identity"] != dict(settings.identity):
-        changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
-        raise RunError(f"{path} belongs to another training: its {' and '.join(changed)} differs from this run's")
+    tensors, state = dist.on_all(lambda: checkpoint.load(path))
+    changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
+    if changed:
+        dist.agree(RunError(f"{path} belongs to another training: its {' and '.join(changed)} differs from this run's"))
     if ema is not None:
         ema.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
     engine.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("ema.")})
@@ -241,10 +241,8 @@ def train(
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
                     _save(folder / "checkpoints", engine, ema, counts, settings)
                 if stopping:
-                    raise Interrupted(
-                        f"{title}: stopped by {stop.name or 'another rank'} at step {counts.step} of {total}; saved. "
-                        "Start the same command again to go on."
-                    )
+                    text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
+                    dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
     return _result(counts, settings), ema.module if ema else None
 
 
@@ -300,10 +298,10 @@ def _count(
 
 def _check_finite(counts: _Counts, settings: TrainSettings, title: str) -> None:
     if counts.nonfinite_in_a_row >= settings.max_nonfinite:
-        raise RunError(
-            f"{title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, the last "
-            f"at step {counts.step}; lower optimizer.lr, or look at the data of that step"
+        text = (
+            f"{title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, the last at step "
         )
+        dist.agree(RunError(f"{text}{counts.step}; lower optimizer.lr, or look at the data of that step"))
 
 
 def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
