@@ -210,7 +210,8 @@ def prepare(
     )
     context = RunContext(folder, recipe, index, device, base)
     with named(source, "evaluation.sets"):
-        check_sets(recipe.evaluation.sets, EvalSettings(recipe.data.mean, recipe.data.std, base))
+        settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
+        check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
     if recipe.evaluation.validation:
         with named(source, "evaluation.validation"):
             dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
