@@ -263,7 +263,9 @@ class _Planner:
         name = f"{at + 1}-{link.model}"
         chain = self.recipe.chain
         alpha = chain.distill.alpha if link.alpha is None else link.alpha
-        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr, at)
+        # A model from outside stands before the first link, as if it were one.
+        position = at + (self.recipe.chain.from_ is not None)
+        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr, position)
         if teacher is None:
             return job
         return replace(
