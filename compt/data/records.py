@@ -25,10 +25,6 @@ class Batch:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def micro(self, start: int, stop: int) -> Batch:
-        """Images `start` to `stop` with their captions. The counts stay with the whole batch."""
-        return Batch(self.images[start:stop], self.tokens[start:stop], self.keys[start:stop])
-
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""
         return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())

@@ -110,15 +110,6 @@ def test_epochs_draw_new_crops_captions_and_order(index: Index) -> None:
     assert not torch.equal(load(index, seed=6)[0].images, batches[0].images)
 
 
-def test_micro_batches_and_pieces_of_a_batch(index: Index) -> None:
-    batch = load(index, total_steps=1)[0]
-    part = batch.micro(2, 5)
-    assert len(part) == 3
-    assert part.keys == batch.keys[2:5]
-    assert torch.equal(part.images, batch.images[2:5])
-    assert torch.equal(part.tokens, batch.tokens[2:5])
-
-
 def test_too_small_sets_and_uneven_ranks_are_refused_at_once(index: Index) -> None:
     with pytest.raises(DataError, match="22 samples are fewer than one batch of 23"):
         load(index, batch=23)
