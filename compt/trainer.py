@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -216,8 +217,8 @@ def train(
         task.module.train()
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
-        with writer, StopSignal() as stop:
-            batches = iter(open_loader(counts.step))
+        # Closed at once: the loader's processes would else wait for the garbage collector, seconds each.
+        with writer, StopSignal() as stop, contextlib.closing(_batches(open_loader, counts.step)) as batches:
             window = _Window()
             while counts.step < total:
                 started = time.perf_counter()
@@ -244,6 +245,10 @@ def train(
                     text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
                     dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
     return _result(counts, settings), ema.module if ema else None
+
+
+def _batches(open_loader: Callable[[int], Iterable[Batch]], step: int) -> Generator[Batch, None, None]:
+    yield from open_loader(step)
 
 
 def _next(batches: Iterator[Batch]) -> Batch:

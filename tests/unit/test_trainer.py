@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -427,6 +428,12 @@ def test_a_chain_stopped_in_every_training_is_uninterrupted(
         assert f"2-large: stopped by SIGTERM at step {step} of 5" in str(stopped_at(base, run, step, *every))
     chain(base, run, *every)
     assert_same_run(whole, run)
+
+
+def test_the_processes_of_the_loader_end_with_the_training(base: Path, tmp_path: Path) -> None:
+    error = stopped_at(base, tmp_path / "run", 2, "engine.workers=2")
+    assert error.__traceback__ is not None, "the training's frames are still alive"
+    assert multiprocessing.active_children() == []
 
 
 def test_an_accumulating_chain_stopped_is_uninterrupted(base: Path, tmp_path: Path) -> None:
