@@ -12,6 +12,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,16 +187,19 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _shield(_: int) -> None:
-    """In a worker: leave signals that go to all processes of a run to the one that trains, and obey only that one.
+def _shield(parent: int, _worker: int) -> None:
+    """In a worker: leave signals that go to all processes of a run to `parent`, which trains, and end when it ends.
 
-    Batch systems and terminals signal every process. A worker that dies of it takes down the step and the save.
+    Batch systems and terminals signal every process; a worker that dies of it takes down the step and the save. torch's
+    own watch over the parent begins too late for one that is killed while its workers start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
     def wait() -> None:
-        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-            pass
+        while os.getppid() == parent:
+            received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+            if received is not None and received.si_pid == parent:
+                break
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -210,7 +214,7 @@ def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Data
         num_workers=workers,
         # Forked workers share the memory of decoded samples and the tables of the index.
         multiprocessing_context="fork" if workers else None,
-        worker_init_fn=_shield,
+        worker_init_fn=partial(_shield, os.getpid()),
         prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )

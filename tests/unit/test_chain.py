@@ -20,6 +20,7 @@ from compt import chain as chain_module
 from compt.artefact import export_open_clip, read_artefact
 from compt.chain import difference, locked, prepare, start_anew, waiting
 from compt.config import load_recipe
+from compt.data.dataset import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.files import read_json
 from compt.jobs import STATES, JobRun, steps_left
@@ -30,6 +31,7 @@ from tests.helpers_process import (
     chain_dying_at,
     chain_dying_at_write,
     chain_with_workers,
+    die,
     finish,
     hold,
     start,
@@ -204,6 +206,45 @@ def test_the_workers_of_a_killed_run_do_not_keep_the_folder(base: Path, tmp_path
     process.kill()
     assert finish(process) == KILLED
     stopped_at(base, run, 3 + latest_step(run, FIRST), "chain.links.0.train={steps: 5000}")
+
+
+def orphan(ready: Any) -> None:
+    """A worker whose parent dies before torch begins to watch it."""
+    if os.fork():
+        ready.wait(60)
+        die()
+    _shield(os.getppid(), 0)
+    ready.set()
+    time.sleep(120)
+
+
+def test_a_worker_ends_with_its_parent() -> None:
+    ready = CONTEXT.Event()
+    process = start(orphan, ready)
+    children: set[int] = set()
+    while process.is_alive():
+        children |= children_of(process.pid or 0)
+        time.sleep(0.01)
+    assert finish(process) == KILLED
+    assert len(children) == 1
+    deadline = time.monotonic() + 30
+    while any(is_running(child) for child in children):
+        assert time.monotonic() < deadline, "the worker outlives its parent"
+        time.sleep(0.1)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children_of(pid: int) -> set[int]:
+    try:
+        return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
+    except OSError:
+        return set()
 
 
 def latest_step(run: Path, job: str) -> int:
