@@ -283,5 +283,6 @@ def _difference(item: Comparison | NotCompared, seeds: bool) -> list[str]:
 
 def summary_table(summary: Summary) -> RenderableType:
     """All that a terminal shows at the end of a run."""
-    tables = [cost_table(summary), comparison_table(summary)]
-    return Group(*(table.rich() for table in tables if table is not None))
+    differences = comparison_table(summary)
+    parts = [cost_table(summary).rich()] + ([Text(), differences.rich()] if differences is not None else [])
+    return Group(*parts)
