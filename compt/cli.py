@@ -73,7 +73,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(made.to_json(), indent=2))
     else:
-        from compt.tables import plan_table
+        from compt.plan_tables import plan_table
 
         _console().print(plan_table(made, "paper" if mode == "paper" else "exact"))
 

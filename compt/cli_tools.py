@@ -15,8 +15,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compt.config import EvalSet
 from compt.errors import ConfigError, nearest
+from compt.formats import TextTable
 from compt.presets import resolve
-from compt.tables import TextTable
 
 data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from compt import report_figures as figures
 from compt.artefact import versions
 from compt.files import new_folder, write_text
+from compt.formats import TextTable, escape_markdown
 from compt.jobs import now
 from compt.report_content import (
     JobView,
@@ -26,7 +27,7 @@ from compt.report_content import (
     unfinished,
 )
 from compt.summary import CONTROLS, Row, Summary, read_state, score_file, stored_arrays, summarise
-from compt.tables import TextTable, comparison_table, cost_table, escape_markdown
+from compt.tables import comparison_table, cost_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURES = "report"

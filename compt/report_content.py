@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from compt.formats import TextTable, count, hours
 from compt.metrics import FILE as METRICS
 from compt.metrics import read_metrics
 from compt.summary import CONTROLS, Comparison, Row, Summary, read_state
-from compt.tables import TextTable, count, hours
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from PIL import Image
 
-from compt.tables import count, macs
+from compt.formats import count, macs
 
 # Colours that people with colour-blindness tell apart. In the page each is a variable of that name, so that a dark
 # page has its own; the PNGs have these.

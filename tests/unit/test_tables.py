@@ -12,18 +12,10 @@ from rich.console import Console, RenderableType
 
 from compt.config_schema import Control
 from compt.files import read_json, write_json
+from compt.formats import TextTable, count, escape_markdown, hours, macs
+from compt.plan_tables import plan_table
 from compt.summary import CONTROLS, Summary, summarise
-from compt.tables import (
-    TextTable,
-    comparison_table,
-    cost_table,
-    count,
-    escape_markdown,
-    hours,
-    macs,
-    plan_table,
-    summary_table,
-)
+from compt.tables import comparison_table, cost_table, summary_table
 from tests.helpers_run import RECIPE, make_run, recipe
 
 

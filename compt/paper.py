@@ -1,0 +1,197 @@
+"""Numbers published with Chain-of-Models Pre-Training (arXiv 2604.12391): what tables and fits are held against.
+
+MACs are multiply-accumulates; a sample is one picture of 224 pixels with its captions of 77 tokens. Accelerations are
+baseline over chain. What the paper does not print is not here: inferred values stand where they are inferred.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """A row of Table G: parameters in millions, GMACs a sample. A Swin's width is that of its last stage."""
+
+    width: int
+    depth: int
+    image_millions: float
+    text_width: int
+    text_depth: int
+    text_millions: float
+    total_millions: float
+    forward_gmacs: float
+    training_gmacs: float
+
+
+TABLE_G = {
+    "vit_t16": ModelRow(192, 12, 5.62, 256, 12, 9.48, 15.10, 5.82, 17.57),
+    "vit_c16": ModelRow(256, 12, 9.86, 320, 12, 14.80, 24.66, 9.23, 27.87),
+    "vit_s16": ModelRow(384, 12, 21.81, 384, 12, 21.29, 43.10, 14.44, 43.65),
+    "vit_m16": ModelRow(512, 12, 38.59, 448, 12, 28.97, 67.56, 21.88, 66.17),
+    "vit_b16": ModelRow(768, 12, 86.19, 512, 12, 37.83, 124.02, 35.09, 106.27),
+    "vit_xb16": ModelRow(1024, 12, 171.36, 512, 12, 37.83, 209.19, 48.76, 148.05),
+    "vit_l16": ModelRow(1024, 24, 304.09, 768, 12, 85.05, 389.14, 100.92, 306.11),
+    "swin_t": ModelRow(768, 12, 27.91, 256, 12, 9.48, 37.39, 8.76, 26.60),
+    "swin_s": ModelRow(768, 24, 49.23, 384, 12, 21.29, 70.52, 18.40, 55.82),
+    "swin_b": ModelRow(1024, 24, 87.27, 512, 12, 37.83, 125.10, 32.71, 98.84),
+    "swin_l": ModelRow(1536, 24, 195.78, 768, 12, 85.05, 280.83, 73.48, 222.94),
+}
+
+IMAGES = {"cc3m": 2_753_427, "cc12m": 10_173_631, "merged15m": 12_927_058}
+CAPTIONS_PER_IMAGE = 16
+"""Pairs are images times this many captions."""
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Four cells of Table 2: training MACs in units of 1e19 (1e10 G) and A100 hours in hundreds.
+
+    Each stands alone (`individual`) and summed up to this model (`accumulated`).
+    """
+
+    macs: float
+    accumulated_macs: float
+    hours: float
+    accumulated_hours: float
+
+
+@dataclass(frozen=True)
+class Family:
+    """One block of Table 2. `speedup` has the same four cells as ratios; accuracies are zero-shot top-1, in percent.
+
+    `chain_epochs` are printed (Table D) for Merged-15M alone; `published_epochs` tells the two kinds apart. The others
+    follow from the published MACs.
+    """
+
+    dataset: str
+    models: tuple[str, ...]
+    baseline_epochs: int
+    chain_epochs: tuple[int, ...]
+    published_epochs: bool
+    baseline: tuple[Efficiency, ...]
+    chain: tuple[Efficiency, ...]
+    speedup: tuple[Efficiency, ...]
+    baseline_top1: tuple[float, ...]
+    chain_top1: tuple[float, ...]
+
+
+def _rows(*rows: tuple[float, float, float, float]) -> tuple[Efficiency, ...]:
+    return tuple(Efficiency(*row) for row in rows)
+
+
+TABLE_2 = {
+    "cc3m_vit": Family(
+        dataset="cc3m",
+        models=("vit_t16", "vit_s16", "vit_b16", "vit_l16"),
+        baseline_epochs=128,
+        chain_epochs=(128, 24, 18, 15),
+        published_epochs=False,
+        baseline=_rows(
+            (0.62, 0.62, 1.54, 1.54), (1.54, 2.16, 2.40, 3.94), (3.75, 5.91, 3.45, 7.39), (10.79, 16.70, 7.56, 14.95)
+        ),
+        chain=_rows(
+            (0.62, 0.62, 1.54, 1.54), (0.32, 0.94, 0.52, 2.06), (0.59, 1.53, 0.54, 2.62), (1.41, 2.94, 1.02, 3.64)
+        ),
+        speedup=_rows(
+            (1.00, 1.00, 1.00, 1.00), (4.81, 2.30, 4.62, 1.91), (6.36, 3.86, 6.16, 2.82), (7.65, 5.68, 7.41, 4.10)
+        ),
+        baseline_top1=(26.16, 30.16, 31.80, 33.77),
+        chain_top1=(26.16, 30.24, 31.83, 34.27),
+    ),
+    "cc3m_swin": Family(
+        dataset="cc3m",
+        models=("swin_t", "swin_s", "swin_b", "swin_l"),
+        baseline_epochs=128,
+        chain_epochs=(128, 24, 16, 12),
+        published_epochs=False,
+        baseline=_rows(
+            (0.94, 0.94, 2.22, 2.22), (1.97, 2.91, 3.29, 5.51), (3.48, 6.39, 3.73, 9.24), (7.86, 14.25, 6.76, 16.00)
+        ),
+        chain=_rows(
+            (0.94, 0.94, 2.22, 2.22), (0.43, 1.37, 0.68, 2.90), (0.52, 1.89, 0.58, 3.48), (0.84, 2.73, 0.73, 4.21)
+        ),
+        speedup=_rows(
+            (1.00, 1.00, 1.00, 1.00), (4.58, 2.12, 4.83, 1.90), (6.69, 3.38, 6.43, 2.66), (9.35, 5.22, 9.26, 3.80)
+        ),
+        baseline_top1=(33.84, 35.88, 36.13, 36.77),
+        chain_top1=(33.84, 36.19, 36.71, 37.06),
+    ),
+    "merged15m_vit": Family(
+        dataset="merged15m",
+        models=("vit_s16", "vit_m16", "vit_b16", "vit_l16"),
+        baseline_epochs=64,
+        chain_epochs=(64, 21, 17, 15),
+        published_epochs=True,
+        baseline=_rows(
+            (3.61, 3.61, 5.10, 5.10),
+            (5.52, 9.13, 6.20, 11.30),
+            (8.79, 17.92, 7.94, 19.24),
+            (25.33, 43.25, 16.28, 35.52),
+        ),
+        chain=_rows(
+            (3.61, 3.61, 5.10, 5.10), (2.19, 5.80, 2.60, 7.70), (2.82, 8.62, 2.75, 10.45), (6.62, 15.24, 4.52, 14.97)
+        ),
+        speedup=_rows(
+            (1.00, 1.00, 1.00, 1.00), (2.52, 1.57, 2.38, 1.46), (3.12, 2.08, 2.89, 1.84), (3.83, 2.84, 3.60, 2.37)
+        ),
+        baseline_top1=(43.97, 45.89, 47.13, 48.88),
+        chain_top1=(43.97, 45.85, 47.15, 49.03),
+    ),
+}
+
+FIGURE_6_REDUCTION = 0.72
+"""Largest saving of a chain on CC3M against ViT-L trained individually (section 5.3.1)."""
+FIGURE_6_BEST_START = {"cc3m": "vit_t16", "merged15m": "vit_s16"}
+"""Smallest model of the cheapest chain that ends in ViT-L (section 5.3.1)."""
+FULL_CHAIN_SAVES_OVER_LAST_PAIR = 0.20
+"""CC3M: T to S to B to L costs this much less than B to L (introduction), as a share."""
+
+
+@dataclass(frozen=True)
+class RatioChain:
+    """A chain of Figure 7: CC3M, from ViT-T to ViT-L in steps of `ratio`; acceleration over the whole family."""
+
+    ratio: int
+    models: tuple[str, ...]
+    speedup: float
+
+
+FIGURE_7 = (
+    RatioChain(8, ("vit_t16", "vit_m16", "vit_l16"), 4.13),
+    RatioChain(4, ("vit_t16", "vit_s16", "vit_b16", "vit_l16"), 5.68),
+    RatioChain(2, ("vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16", "vit_xb16", "vit_l16"), 7.09),
+)
+FIGURE_7_SAVING_OF_4_OVER_8 = 0.073
+"""Share by which the chain of ratio 4 is said to cost less than that of ratio 8 (section 5.3.1)."""
+
+FIGURE_8_EPOCHS = {"vit_s16": 23.45, "vit_b16": 18.28, "vit_l16": 12.34}
+"""Fewest epochs, by interpolation, for which each link of T, S, B, L matches its 128-epoch baseline on CC3M."""
+
+FIGURE_9A_LEAST_SPEEDUP = 4.0
+"""CC3M, ViT family, baselines of 32, 64 and 128 epochs: the acceleration stays above this."""
+FIGURE_9A_EPOCHS = (32, 64, 128)
+FIGURE_9B_SPEEDUP = {103_400_000: 2.8, 206_800_000: 2.8}
+"""Acceleration by number of pairs, 64 baseline epochs, four models; "around 2.8 from 103.4M to 206.8M"."""
+FIGURE_9B_EXTRAPOLATED = {2_000_000_000: 2.3}
+"""The paper's own extrapolation: "maintains above 2.3"."""
+
+
+@dataclass(frozen=True)
+class AblationRow:
+    """A row of Table 4(a), CC3M: the epochs that bring `model` to its 128-epoch baseline's accuracy."""
+
+    model: str
+    method: str
+    start: str
+    epochs: int
+
+
+TABLE_4A = (
+    AblationRow("vit_s16", "IWI", "vit_t16", 32),
+    AblationRow("vit_s16", "CoM-PT", "vit_t16", 24),
+    AblationRow("vit_b16", "IWI", "vit_t16", 92),
+    AblationRow("vit_b16", "CoM-PT", "vit_s16", 18),
+)
+LOSSLESS_POINTS = 0.5
+"""A model is lossless less than this many points of accuracy below its individually trained baseline."""
