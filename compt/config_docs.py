@@ -75,7 +75,7 @@ def _type(annotation: Any, field: FieldInfo) -> str:
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
-        return _type(next(part for part in arguments if part is not type(None)), field)
+        return " or ".join(_type(part, field) for part in arguments if part is not type(None))
     if origin is tuple:
         return f"{len(arguments)} numbers"
     if origin is list:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from compt.config_types import Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
+from compt.config_types import CaptionTokens, Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
 from compt.errors import ConfigError, nearest
 from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
 
@@ -30,9 +30,10 @@ class Data(Section):
     """Number of pictures. The plan counts with it; it is checked against the shards when they are at hand."""
     captions: int = Field(default=4, gt=0)
     """Captions drawn for each picture and step, without replacement, afresh every epoch."""
-    mean_caption_tokens: float | None = execution(None, gt=0)
-    """Mean number of tokens that are really computed for a caption: its batch's or bucket's longest, padding included.
-    Runs measure and report it. It is for the planned cost alone (without it the whole context is counted), enters the
+    caption_tokens: CaptionTokens | None = execution(None)
+    """Tokens that are really computed for a caption, up to its batch's or bucket's longest, padding included: their
+    mean, which runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`, whose attention is
+    counted exactly. It is for the planned cost alone (without it the whole context is counted), enters the
     number of steps of the controls of equal MACs, and nothing else that is trained."""
     crop_scale: Pair = (0.9, 1.0)
     """Smallest and largest share of a picture's area that a random crop keeps."""

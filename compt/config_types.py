@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -84,6 +85,32 @@ Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Paths = Annotated[list[str], BeforeValidator(_listed)]
 Shards = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+
+
+def checked_caption_tokens(value: Any) -> Any:
+    """A mean number of tokens, or {length: share of captions} as int and float. Raises ValueError otherwise.
+
+    Shares are weights of any sum above 0; zeros are allowed among them.
+    """
+    if not isinstance(value, Mapping):
+        if not _positive(value):
+            raise ValueError(f"should be a number above 0, or a mapping of lengths to shares, not {value!r}")
+        return float(value)
+    for length, share in value.items():
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(f"the length {length!r} should be a whole number of tokens, at least 1")
+        if share != 0 and not _positive(share):
+            raise ValueError(f"the share {share!r} of length {length} should be a number, at least 0")
+    if not any(value.values()):
+        raise ValueError("a mapping of lengths to shares needs a share above 0")
+    return {length: float(share) for length, share in value.items()}
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+CaptionTokens = Annotated[float | dict[int, float], BeforeValidator(checked_caption_tokens)]
 
 
 class Duration(Section):

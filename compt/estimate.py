@@ -12,6 +12,7 @@ from compt.accumulate import cached_backward
 from compt.config import Recipe, split_batch
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
 from compt.engines.ddp import DataParallelEngine
+from compt.macs import token_moments
 from compt.models import build
 from compt.planner import Job
 from compt.task import ClipTask, DistillTask
@@ -36,7 +37,7 @@ def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size:
     engine = DataParallelEngine(task.module, AdamWSettings(), precision=recipe.optimizer.precision, device=device)
     generator = torch.Generator().manual_seed(0)
     spec, captions = job.spec, recipe.data.captions
-    length = min(spec.context_length, round(recipe.data.mean_caption_tokens or spec.context_length))
+    length = max(1, round(token_moments(recipe.data.caption_tokens, spec.context_length)[0]))
     images = torch.randn(per_rank, 3, spec.image_size, spec.image_size, generator=generator).to(device)
     tokens = torch.randint(1, spec.vocab_size - 2, (per_rank, captions, length), generator=generator)
     tokens[..., -1] = spec.vocab_size - 1

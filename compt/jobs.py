@@ -27,9 +27,9 @@ from compt.errors import RunError
 from compt.expand import ExpandConfig, expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
-from compt.macs import JobCost, exact_cost
+from compt.macs import JobCost
 from compt.models import ClipModel, build, export_state, init_parameters
-from compt.planner import Job
+from compt.planner import Job, recipe_cost
 from compt.scoring import Scorer
 from compt.task import ClipTask, DistillTask
 from compt.trainer import TrainSettings, train
@@ -378,17 +378,8 @@ class JobRun:
 
     def _cost(self, tokens: float) -> JobCost:
         """The cost of this job with the caption length that was really computed."""
-        recipe, job = self.context.recipe, self.job
-        per_rank, micro = split_batch(recipe.optimizer.batch, dist.world_size(), recipe.engine.micro_batch)
-        return exact_cost(
-            job.spec,
-            job.teacher_spec if job.alpha else None,
-            steps=job.steps,
-            batch=recipe.optimizer.batch,
-            captions=recipe.data.captions,
-            tokens=tokens,
-            recompute=micro < per_rank,
-        )
+        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
+        return recipe_cost(self.context.recipe, job.spec, teacher, job.steps, dist.world_size(), tokens)
 
     def _score(self, model: ClipModel) -> dict[str, Any]:
         return self.scorer.at_the_end(model, self.folder / "scores")

@@ -11,13 +11,20 @@ are not counted, as in torch's own counter. Two ways of adding up the cost of tr
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from compt.config_types import checked_caption_tokens
+from compt.errors import ConfigError
 from compt.presets import ModelSpec
 
 Mode = Literal["exact", "paper"]
+
+Tokens = float | Mapping[int, float] | None
+"""Tokens that are computed for a caption, padding included: a mean, or the share of captions of each length (any
+non-negative weights, normalised here); None for the whole context. Attention grows with the square of a length, so
+that a mean's cost is slightly below the mean cost; a distribution is counted exactly."""
 
 PAPER_TEXT_PASSES = 6
 """Captions a sample in Table G's forward MACs (the paper's text says 4; one raw and five generated fit the table)."""
@@ -53,9 +60,31 @@ def linear(inputs: int, outputs: int, positions: float, *, bias: bool = True) ->
     return Count(inputs * outputs + bias * outputs, positions * inputs * outputs)
 
 
-def attention_matmuls(width: int, queries: float, keys: float) -> Count:
-    """The two products of attention: scores of each query with each key, and the values weighted by them."""
-    return Count(0, 2 * queries * keys * width)
+def attention_matmuls(width: int, pairs: float) -> Count:
+    """The two products of attention over `pairs` of query and key: their scores, and the values weighted by them."""
+    return Count(0, 2 * pairs * width)
+
+
+def token_moments(tokens: Tokens, context: int) -> tuple[float, float]:
+    """The mean of a caption's computed tokens and the mean of their square, each length cut to `context`.
+
+    A mean stands for captions of that one length. Raises ConfigError for lengths or shares that cannot be.
+    """
+    if tokens is None:
+        return context, context**2
+    try:
+        checked = checked_caption_tokens(tokens)
+    except ValueError as error:
+        raise ConfigError(f"caption tokens: {error}") from None
+    if not isinstance(checked, Mapping):
+        mean = min(checked, context)
+        return mean, mean**2
+    whole = math.fsum(checked.values())
+    first, second = (
+        math.fsum(share * min(length, context) ** power for length, share in checked.items()) / whole
+        for power in (1, 2)
+    )
+    return first, second
 
 
 def _norm(width: int) -> Count:
@@ -69,20 +98,24 @@ def _sum_by_name(parts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
     return table
 
 
-def _blocks(width: int, depth: int, mlp_ratio: float, positions: float, readout: bool) -> list[tuple[str, Count]]:
+def _blocks(
+    width: int, depth: int, mlp_ratio: float, positions: float, squared: float, readout: bool
+) -> list[tuple[str, Count]]:
     """Pre-norm transformer blocks with full attention, the same in both towers.
 
-    With `readout` the last block has all positions as keys and values, but only one as query: the one that is read.
+    `positions` is the (mean) length of a sequence and `squared` the (mean) square of it. With `readout` the last block
+    has all positions as keys and values, but only one as query: the one that is read.
     """
     hidden = int(width * mlp_ratio)
     parts = [("norms", _norm(width) * 2 * depth)]
-    for layers, queries in ((depth - 1, positions), (1, 1 if readout else positions)):
+    last = (1, positions) if readout else (positions, squared)
+    for layers, (queries, pairs) in ((depth - 1, (positions, squared)), (1, last)):
         keys_values = linear(width, 2 * width, positions)
         query_and_output = linear(width, width, queries) * 2
         mlp = linear(width, hidden, queries) + linear(hidden, width, queries)
         parts += [
             ("attention_projections", (keys_values + query_and_output) * layers),
-            ("attention_matmuls", attention_matmuls(width, queries, positions) * layers),
+            ("attention_matmuls", attention_matmuls(width, pairs) * layers),
             ("mlp", mlp * layers),
         ]
     return parts
@@ -94,7 +127,7 @@ def _vit(spec: ModelSpec, readout: bool) -> list[tuple[str, Count]]:
     return [
         ("patch_embedding", linear(3 * spec.patch_size**2, spec.width, patches, bias=False)),
         ("embeddings", Count((1 + positions) * spec.width)),
-        *_blocks(spec.width, spec.depth, spec.mlp_ratio, positions, readout),
+        *_blocks(spec.width, spec.depth, spec.mlp_ratio, positions, positions**2, readout),
         ("norms", _norm(spec.width) * (1 if spec.no_ln_pre else 2)),
         ("projection", linear(spec.final_width, spec.embed_dim, 1, bias=False)),
     ]
@@ -118,7 +151,7 @@ def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
         hidden = int(width * spec.mlp_ratio)
         parts += [
             ("attention_projections", (linear(width, 3 * width, tokens) + linear(width, width, tokens)) * depth),
-            ("attention_matmuls", attention_matmuls(width, tokens, window**2) * depth),
+            ("attention_matmuls", attention_matmuls(width, tokens * window**2) * depth),
             ("position_biases", Count((2 * window - 1) ** 2 * heads) * depth),
             ("mlp", (linear(width, hidden, side**2) + linear(hidden, width, side**2)) * depth),
             ("norms", _norm(width) * 2 * depth),
@@ -135,17 +168,20 @@ def image_tower(spec: ModelSpec, *, readout: bool = True) -> dict[str, Count]:
     return _sum_by_name(_swin(spec) if spec.arch == "swin" else _vit(spec, readout))
 
 
-def text_tower(spec: ModelSpec, tokens: float | None = None, *, readout: bool = True) -> dict[str, Count]:
+def text_tower(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) -> dict[str, Count]:
     """Parameters and MACs a caption of the text tower, by kind of module; `readout` as in `image_tower`.
 
-    `tokens` is the length that is computed, after trimming (default: the whole context). A mean may be given: attention
-    grows with the square, so that the mean's cost is slightly below the mean cost.
+    `tokens` are those that are computed, after trimming; no length counts beyond the context. Raises ConfigError for
+    lengths that cannot be.
     """
-    positions = spec.context_length if tokens is None else tokens
+    return _text(spec, *token_moments(tokens, spec.context_length), readout)
+
+
+def _text(spec: ModelSpec, positions: float, squared: float, readout: bool) -> dict[str, Count]:
     return _sum_by_name(
         [
             ("embeddings", Count((spec.vocab_size + spec.context_length) * spec.text_width)),
-            *_blocks(spec.text_width, spec.text_depth, spec.mlp_ratio, positions, readout),
+            *_blocks(spec.text_width, spec.text_depth, spec.mlp_ratio, positions, squared, readout),
             ("norms", _norm(spec.text_width)),
             ("projection", linear(spec.text_width, spec.embed_dim, 1, bias=False)),
         ]
@@ -157,10 +193,23 @@ def parameters(spec: ModelSpec) -> int:
     return total(image_tower(spec).values()).parameters + total(text_tower(spec).values()).parameters + 1
 
 
-def forward_macs(spec: ModelSpec, captions: int, tokens: float | None = None, *, readout: bool = True) -> float:
+def forward_macs(spec: ModelSpec, captions: int, tokens: Tokens = None, *, readout: bool = True) -> float:
     """MACs of one forward pass of one picture with `captions` captions of `tokens` tokens (default: the context)."""
     image = total(image_tower(spec, readout=readout).values()).macs
     return image + captions * total(text_tower(spec, tokens, readout=readout).values()).macs
+
+
+def block_recompute_macs(spec: ModelSpec, captions: int, tokens: Tokens = None) -> float:
+    """MACs a sample of running all blocks of both towers forward once more, as activation checkpointing does.
+
+    torch stops a block's recomputation when the last tensor that its backward needs is there again, which spares the
+    second product of each MLP.
+    """
+    towers = (image_tower(spec), 1), (text_tower(spec, tokens), captions)
+    return sum(
+        times * (tower["attention_projections"].macs + tower["attention_matmuls"].macs + tower["mlp"].macs / 2)
+        for tower, times in towers
+    )
 
 
 def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
@@ -191,7 +240,7 @@ def paper_forward_macs(spec: ModelSpec) -> float:
     """Forward MACs a sample as in Table G: six captions of 77 tokens, Swin without its attention's two products."""
     image = image_tower(spec, readout=False)
     windows = image["attention_matmuls"].macs if spec.arch == "swin" else 0.0
-    text = total(text_tower(spec, PAPER_TOKENS, readout=False).values()).macs
+    text = total(_text(spec, PAPER_TOKENS, PAPER_TOKENS**2, readout=False).values()).macs
     return total(image.values()).macs - windows + PAPER_TEXT_PASSES * text
 
 
@@ -242,31 +291,37 @@ def exact_cost(
     steps: int,
     batch: int,
     captions: int,
-    tokens: float | None = None,
+    tokens: Tokens = None,
     recompute: bool = False,
+    checkpointing: bool = False,
+    chunked_loss: bool = False,
 ) -> JobCost:
     """The cost of `steps` steps of this program. `teacher` is the model whose features are distilled, if any.
 
-    `tokens` is the mean computed length of a caption (default: the context; capped at each model's own).
-    `recompute` is on where the batch of a process is split into micro-batches: each is then run forward twice.
+    `tokens` are the computed ones of a caption (default: the context; each length capped at each model's own). What is
+    computed again is in `recompute_macs`: with `recompute`, where the batch of a process is split into micro-batches,
+    the student's whole forward pass; with `checkpointing` that of its blocks, in backward; with `chunked_loss`, where
+    the rows of a process are more than the chunk, the similarities. Raises ConfigError for lengths that cannot be.
     """
     projectors = projector(spec, teacher, captions) if teacher else Count()
-    forward = forward_macs(spec, captions, _capped(spec, tokens)) + projectors.macs
+    forward = forward_macs(spec, captions, tokens) + projectors.macs
+    similarities = contrastive_macs(batch, captions, spec.embed_dim) / batch
+    again = (
+        (recompute, forward),
+        (checkpointing, block_recompute_macs(spec, captions, tokens)),
+        (chunked_loss, similarities),
+    )
     return JobCost(
         mode="exact",
         student_forward_macs=forward,
         student_training_macs=3 * forward - image_tower(spec)["patch_embedding"].macs,
-        teacher_forward_macs=forward_macs(teacher, captions, _capped(teacher, tokens)) if teacher else 0.0,
-        recompute_macs=forward if recompute else 0.0,
-        loss_macs=3 * contrastive_macs(batch, captions, spec.embed_dim) / batch,
+        teacher_forward_macs=forward_macs(teacher, captions, tokens) if teacher else 0.0,
+        recompute_macs=math.fsum(macs for wanted, macs in again if wanted),
+        loss_macs=3 * similarities,
         optimizer_step_macs=OPTIMIZER_PARAMETER_MACS * (parameters(spec) + projectors.parameters),
         samples=steps * batch,
         steps=steps,
     )
-
-
-def _capped(spec: ModelSpec, tokens: float | None) -> float:
-    return spec.context_length if tokens is None else min(tokens, spec.context_length)
 
 
 def paper_cost(spec: ModelSpec, teacher: ModelSpec | None, *, samples: float, steps: int) -> JobCost:

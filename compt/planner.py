@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from compt.config import Control, Duration, Link, Recipe
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json, read_json
-from compt.macs import JobCost, Mode, exact_cost, paper_cost, parameters
+from compt.macs import JobCost, Mode, Tokens, exact_cost, paper_cost, parameters
 from compt.presets import ModelSpec, check_sizes
 
 Kind = Literal["link", "baseline", "control"]
@@ -205,8 +205,7 @@ class _Planner:
         if self.images < self.batch:
             raise ConfigError(f"optimizer.batch = {self.batch}: there are only {self.images} images (data.images)")
         self.specs = recipe.family.specs()
-        micro = recipe.engine.micro_batch
-        self.recompute = micro is not None and micro < self.batch // world_size
+        self.world_size = world_size
 
     def plan(self, baselines: bool, controls: Sequence[str] | None, start: Start | None) -> Plan:
         jobs = self.links(start)
@@ -292,8 +291,8 @@ class _Planner:
     def control(self, kind: str, links: Sequence[Job]) -> Job:
         """The last model from scratch: for as many steps as its link, or for the MACs of its link or of all links.
 
-        MACs include the teachers' forward passes. They are taken without recomputed micro-batches, so that these change
-        no result. Warm-up and learning rate are those of a training from scratch.
+        MACs include the teachers' forward passes. They are taken without what is computed again to save memory, so that
+        this changes no result. Warm-up and learning rate are those of a training from scratch.
         """
         known = get_args(Control)
         if kind not in known:
@@ -305,10 +304,10 @@ class _Planner:
         if kind != "equal_epochs":
             paid = links if kind == "equal_chain_macs" else links[-1:]
             wanted = sum(
-                self.cost(job.spec, job.teacher_spec if job.alpha else None, job.steps, recompute=False).total_macs
+                self.cost(job.spec, job.teacher_spec if job.alpha else None, job.steps, again=False).total_macs
                 for job in paid
             )
-            steps = round(wanted / self.cost(link.spec, None, 1, recompute=False).total_macs)
+            steps = round(wanted / self.cost(link.spec, None, 1, again=False).total_macs)
         warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
         return self.scratch(f"control-{kind}", "control", link.spec, steps, warmup, link.seed)
 
@@ -354,17 +353,39 @@ class _Planner:
             },
         )
 
-    def cost(self, spec: ModelSpec, teacher: ModelSpec | None, steps: int, *, recompute: bool = True) -> JobCost:
-        data = self.recipe.data
-        return exact_cost(
-            spec,
-            teacher,
-            steps=steps,
-            batch=self.batch,
-            captions=data.captions,
-            tokens=data.mean_caption_tokens,
-            recompute=recompute and self.recompute,
+    def cost(self, spec: ModelSpec, teacher: ModelSpec | None, steps: int, *, again: bool = True) -> JobCost:
+        return recipe_cost(
+            self.recipe, spec, teacher, steps, self.world_size, self.recipe.data.caption_tokens, again=again
         )
+
+
+def recipe_cost(
+    recipe: Recipe,
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    steps: int,
+    world_size: int,
+    tokens: Tokens,
+    *,
+    again: bool = True,
+) -> JobCost:
+    """What `steps` steps of a recipe cost with captions of `tokens` on `world_size` processes.
+
+    `again` charges what is computed twice to save memory: micro-batches and chunks of the loss, where the share of a
+    process is larger than one of them.
+    """
+    rows = recipe.optimizer.batch // world_size
+    micro, chunk = recipe.engine.micro_batch, recipe.engine.loss_chunk
+    return exact_cost(
+        spec,
+        teacher,
+        steps=steps,
+        batch=recipe.optimizer.batch,
+        captions=recipe.data.captions,
+        tokens=tokens,
+        recompute=again and micro is not None and micro < rows,
+        chunked_loss=again and chunk is not None and chunk < rows,
+    )
 
 
 def _once(jobs: list[Job]) -> tuple[Job, ...]:

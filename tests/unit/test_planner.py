@@ -133,7 +133,7 @@ def test_costs_know_captions_trimming_recomputation_and_the_teacher() -> None:
 
     whole = cost(parse_recipe(BASE))
     assert cost(changed("data.captions", 3)) > whole
-    assert cost(changed("data.mean_caption_tokens", 9.5)) < whole
+    assert cost(changed("data.caption_tokens", 9.5)) < whole
     assert cost(changed("chain.links.1.alpha", 0)) < whole
     micro = changed("engine.micro_batch", 16)
     assert cost(micro) > whole
@@ -159,7 +159,7 @@ OTHER: dict[str, Any] = {
     "data.train": "elsewhere/*.tar",
     "data.images": 1990,
     "data.captions": 3,
-    "data.mean_caption_tokens": 9.0,
+    "data.caption_tokens": 9.0,
     "data.crop_scale": [0.5, 1.0],
     "data.mean": [0.5, 0.5, 0.5],
     "data.std": [0.5, 0.5, 0.5],
@@ -262,7 +262,7 @@ def test_result_fields_change_the_hashes_and_execution_fields_do_not(path: str) 
 def test_only_an_equal_macs_control_depends_on_the_length_of_captions() -> None:
     before, after = (
         plan(recipe, controls=["equal_macs"]).jobs
-        for recipe in (parse_recipe(BASE), changed("data.mean_caption_tokens", 4.0))
+        for recipe in (parse_recipe(BASE), changed("data.caption_tokens", 4.0))
     )
     different = [a.name for a, b in zip(before, after, strict=True) if a.hash != b.hash]
     assert different == ["control-equal_macs"]
