@@ -16,7 +16,7 @@ from compt.files import hash_json, read_json
 from compt.macs import JobCost, Mode, Tokens, exact_cost, paper_cost, parameters
 from compt.presets import ModelSpec, check_sizes
 
-Kind = Literal["link", "baseline", "control"]
+Kind = Literal["link", "baseline", "control", "try"]
 
 ORDER_SEEDS = 1000
 """Seeds of order that each seed of a recipe has, one for each position in a chain."""
@@ -39,7 +39,7 @@ class Job:
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
     this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
-    link, so that none sees its predecessor's draws again.
+    link, so that none sees its predecessor's draws again. A try is a link of a first-pair test that was not lossless.
     """
 
     name: str
@@ -177,6 +177,7 @@ def make_plan(
     images: int | None = None,
     world_size: int = 1,
     start: Start | None = None,
+    scales: Sequence[float] = (),
     base: Path = Path(),
     source: str = "recipe",
 ) -> Plan:
@@ -184,13 +185,15 @@ def make_plan(
 
     `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
     `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
-    at `chain.from`; by default its manifest is read, relative to `base`. `source` is the recipe's file, for messages.
+    at `chain.from`; by default its manifest is read, relative to `base`. `scales` are those of a first-pair test: each
+    multiplies the lengths of all links that grow from another model; the last one holds, those before it were tried.
+    With them the baseline of the first such link is always planned. `source` is the recipe's file, for messages.
     Raises ConfigError for a chain that cannot be trained.
     """
     try:
         if recipe.chain.from_ is not None and start is None:
             start = read_start(base / recipe.chain.from_)
-        return _Planner(recipe, images, world_size).plan(baselines, controls, start)
+        return _Planner(recipe, images, world_size).plan(baselines, controls, start, scales)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
 
@@ -207,8 +210,10 @@ class _Planner:
         self.specs = recipe.family.specs()
         self.world_size = world_size
 
-    def plan(self, baselines: bool, controls: Sequence[str] | None, start: Start | None) -> Plan:
-        jobs = self.links(start)
+    def plan(
+        self, baselines: bool, controls: Sequence[str] | None, start: Start | None, scales: Sequence[float]
+    ) -> Plan:
+        jobs = self.links(start, scales[-1] if scales else 1.0)
         settings = self.recipe.baselines
         individual: list[Job] = []
         if settings:
@@ -216,7 +221,9 @@ class _Planner:
             individual = [self.baseline(link.spec, seeds[0]) for link in jobs]
             if baselines:
                 jobs = jobs + [self.baseline(link.spec, seed) for link in individual for seed in seeds]
-        elif baselines:
+            elif scales:
+                jobs = [*jobs, individual[first_student(self.recipe)]]
+        elif baselines or scales:
             raise ConfigError("baselines: is missing; it says how the members are trained individually")
         if controls is None:
             controls = settings.controls if settings else ()
@@ -224,9 +231,10 @@ class _Planner:
             raise ConfigError("baselines: is missing; controls take their warm-up from it")
         last = len(self.recipe.chain.links) - 1
         jobs = jobs + [self.control(kind, jobs[: last + 1]) for kind in controls]
+        jobs = jobs + [self.tried(number, scale, start) for number, scale in enumerate(scales[:-1], 1)]
         return Plan(self.recipe, _once(jobs), self.images, tuple(individual))
 
-    def links(self, start: Start | None) -> list[Job]:
+    def links(self, start: Start | None, scale: float) -> list[Job]:
         chain = self.recipe.chain
         jobs: list[Job] = []
         if start is not None:
@@ -237,7 +245,8 @@ class _Planner:
             before = jobs[-1] if jobs else None
             if before:
                 self.check(at, before.spec)
-            steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup)
+            own = scale if at >= first_student(self.recipe) else 1.0
+            steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup, own)
             jobs.append(self.link(at, link, steps, warmup, before or (None if at else start)))
         return jobs
 
@@ -248,10 +257,15 @@ class _Planner:
         except ConfigError as error:
             raise ConfigError(f"chain.links.{at}.model = '{model}': {error}") from None
 
-    def steps(self, key: str, train: Duration, warmup: Duration) -> tuple[int, int]:
-        steps, warmup_steps = (length.to_steps(self.images, self.batch) for length in (train, warmup))
+    def tried(self, number: int, scale: float, start: Start | None) -> Job:
+        link = self.links(start, scale)[first_student(self.recipe)]
+        return replace(link, name=try_name(number, link.spec.name), kind="try")
+
+    def steps(self, key: str, train: Duration, warmup: Duration, scale: float = 1.0) -> tuple[int, int]:
+        steps, warmup_steps = (round(scale * length.to_steps(self.images, self.batch)) for length in (train, warmup))
         if steps < 1:
-            raise ConfigError(f"{key}.train = {train}: is no step at all, at {self.batch} images a step")
+            times = "" if scale == 1 else f" x {scale:.3g}"
+            raise ConfigError(f"{key}.train = {train}{times}: is no step at all, at {self.batch} images a step")
         if warmup_steps > steps:
             raise ConfigError(
                 f"{key}.warmup = {warmup}: {warmup_steps} steps are longer than the training, {train} = {steps} steps"
@@ -396,6 +410,16 @@ def _once(jobs: list[Job]) -> tuple[Job, ...]:
         name = first.setdefault(job.hash, job.name)
         marked.append(job if name == job.name else replace(job, same_as=name))
     return tuple(marked)
+
+
+def first_student(recipe: Recipe) -> int:
+    """Which link is the first that grows from another model, counted from 0; the chain may have none such."""
+    return 0 if recipe.chain.from_ is not None else 1
+
+
+def try_name(number: int, model: str) -> str:
+    """The job of a first-pair test's try, counted from 1, that was not lossless."""
+    return f"try-{number}-{model}"
 
 
 def read_start(folder: Path) -> Start:
