@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from compt import __version__
+from compt.cli_curves import curves
 from compt.cli_tools import data_app, evaluate, expand, export
 from compt.config import Recipe, load_recipe
 from compt.errors import ComptError, ConfigError
@@ -168,6 +169,7 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or n
     _console().print(f"Report: {write_report(run)}", soft_wrap=True, markup=False)
 
 
+app.command()(curves)
 app.command("eval")(evaluate)
 app.command()(expand)
 app.command()(export)

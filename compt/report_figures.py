@@ -47,7 +47,7 @@ LOG_FROM = 12.0
 POINTS = 240
 """Points of a curve; more are averaged in groups."""
 
-_STYLE: Any = {
+STYLE: Any = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
@@ -122,7 +122,7 @@ PARTS = (
 
 
 def _render(name: str, text: str, draw: Callable[[bool], Canvas]) -> Figure:
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         drawings = []
         for narrow in (False, True):
             # Ids within the page differ from figure to figure.
@@ -360,7 +360,7 @@ class Picture:
 def contact_png(pictures: Sequence[Picture], columns: int = 8) -> bytes:
     """All pictures in one, each with its true name and the answer."""
     rows = math.ceil(len(pictures) / columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(1.3 * columns, 1.62 * rows))
         axes = canvas.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
