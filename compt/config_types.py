@@ -94,7 +94,7 @@ def checked_caption_tokens(value: Any) -> Any:
     """
     if not isinstance(value, Mapping):
         if not _positive(value):
-            raise ValueError(f"should be a number above 0, or a mapping of lengths to shares, not {value!r}")
+            raise ValueError("should be a number above 0, or a mapping of lengths to shares")
         return float(value)
     for length, share in value.items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
