@@ -18,11 +18,12 @@ from compt import dist
 from compt.artefact import read_any
 from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
-from compt.errors import ArtefactError, ConfigError, DataError, RunError
+from compt.errors import ArtefactError, DataError, RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
-from compt.planner import Job, Plan, Start, make_plan
+from compt.planner import Job, Plan, make_plan
+from compt.planner_start import Start
 from compt.trainer import StopSignal
 
 _log = logging.getLogger(__name__)
@@ -164,19 +165,13 @@ def named(source: str, key: str) -> Iterator[None]:
 
 
 def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
-    """The model that the first link grows from, if the recipe names one. Raises ArtefactError or ConfigError."""
+    """The model that the first link grows from, if the recipe names one. Raises ArtefactError."""
     if recipe.chain.from_ is None:
         return None
     path = base / recipe.chain.from_
     with named(source, "chain.from"):
         found = dist.on_all(lambda: read_any(path))
-    for key, wanted in (("mean", recipe.data.mean), ("std", recipe.data.std)):
-        if [round(value, 4) for value in found.preprocess[key]] != [round(value, 4) for value in wanted]:
-            raise ConfigError(
-                f"{source}: data.{key} = {list(wanted)}: the model at chain.from was trained with "
-                f"{list(found.preprocess[key])}, and would be shown other colours"
-            )
-    return Start(found.spec, found.hash)
+    return Start(found.spec, found.hash, found.preprocess["mean"], found.preprocess["std"])
 
 
 def prepare(

@@ -12,22 +12,15 @@ from typing import Any, Literal, get_args
 
 from compt.config import Control, Duration, Link, Recipe
 from compt.errors import ConfigError, nearest
-from compt.files import hash_json, read_json
+from compt.files import hash_json
 from compt.macs import JobCost, Mode, Tokens, exact_cost, paper_cost, parameters
+from compt.planner_start import Start, read_start
 from compt.presets import ModelSpec, check_sizes
 
 Kind = Literal["link", "baseline", "control", "try"]
 
 ORDER_SEEDS = 1000
 """Seeds of order that each seed of a recipe has, one for each position in a chain."""
-
-
-@dataclass(frozen=True)
-class Start:
-    """A model from outside that the first link grows from: its sizes and the hash of its weights."""
-
-    spec: ModelSpec
-    hash: str
 
 
 @dataclass(frozen=True)
@@ -139,6 +132,7 @@ class Plan:
                 "student_forward_macs": cost.student_forward_macs,
                 "student_training_macs": cost.student_training_macs,
                 "teacher_forward_macs": cost.teacher_forward_macs,
+                "teacher_share": cost.samples * cost.teacher_forward_macs / cost.total_macs,
                 "total_macs": cost.total_macs,
                 "same_as": job.same_as,
             }
@@ -241,6 +235,7 @@ class _Planner:
             if chain.from_ is None:
                 raise ConfigError("chain.from: is missing, but a model to start from was given")
             self.check(0, start.spec, strictly=False)
+            self.check_colours(start)
         for at, link in enumerate(chain.links):
             before = jobs[-1] if jobs else None
             if before:
@@ -256,6 +251,15 @@ class _Planner:
             check_growth(teacher, self.specs[model], strictly=strictly)
         except ConfigError as error:
             raise ConfigError(f"chain.links.{at}.model = '{model}': {error}") from None
+
+    def check_colours(self, start: Start) -> None:
+        data = self.recipe.data
+        for key, wanted, found in (("mean", data.mean, start.mean), ("std", data.std, start.std)):
+            if found is not None and [round(value, 4) for value in found] != [round(value, 4) for value in wanted]:
+                raise ConfigError(
+                    f"data.{key} = {list(wanted)}: the model at chain.from was trained with {list(found)}, "
+                    "and would be shown other colours"
+                )
 
     def tried(self, number: int, scale: float, start: Start | None) -> Job:
         link = self.links(start, scale)[first_student(self.recipe)]
@@ -420,17 +424,6 @@ def first_student(recipe: Recipe) -> int:
 def try_name(number: int, model: str) -> str:
     """The job of a first-pair test's try, counted from 1, that was not lossless."""
     return f"try-{number}-{model}"
-
-
-def read_start(folder: Path) -> Start:
-    """The sizes and the weights' hash of a model folder that compt wrote. Raises ConfigError without a manifest."""
-    path = folder / "manifest.json"
-    try:
-        manifest = read_json(path)
-        return Start(ModelSpec.from_dict(manifest["spec"]), str(manifest["hash"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        cause = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        raise ConfigError(f"chain.from = '{folder}': cannot read {path} ({cause})") from None
 
 
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:

@@ -15,8 +15,9 @@ from compt.config import Member, Recipe, load_recipe, parse_recipe
 from compt.config_types import Duration, is_execution
 from compt.errors import ConfigError
 from compt.macs import exact_cost, parameters
-from compt.planner import Job, Plan, Start, check_growth, make_plan
-from compt.presets import PRESETS, ModelSpec, resolve
+from compt.planner import Job, Plan, check_growth, make_plan
+from compt.planner_start import MODEL_FORMAT, Start
+from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
 
 BASE: dict[str, Any] = {
     "name": "small",
@@ -292,9 +293,19 @@ def test_the_hash_is_that_of_the_model_however_it_is_written() -> None:
     assert hashes(parse_recipe(written)) == hashes(parse_recipe(BASE))
 
 
-def write_model(folder: Path, spec: ModelSpec, digest: str) -> str:
+def write_model(folder: Path, spec: ModelSpec, digest: str, **changes: Any) -> str:
+    """The manifest of a model folder; None takes a key out."""
+    values = {
+        "format": "compt-model",
+        "format_version": 1,
+        "spec": spec.to_dict(),
+        "hash": digest,
+        "preprocess": {"mean": OPENAI_MEAN, "std": OPENAI_STD},
+        **changes,
+    }
     folder.mkdir()
-    (folder / "manifest.json").write_text(json.dumps({"spec": spec.to_dict(), "hash": digest}))
+    kept = {key: value for key, value in values.items() if value is not None}
+    (folder / "manifest.json").write_text(json.dumps(kept))
     return str(folder)
 
 
@@ -325,6 +336,28 @@ def test_an_existing_model_that_cannot_be_used(tmp_path: Path) -> None:
         plan(changed("chain.from", large))
     with pytest.raises(ConfigError, match=r"chain\.from: is missing"):
         make_plan(parse_recipe(BASE), start=Start(PRESETS["vit_pico"], "1"))
+    job = write_model(tmp_path / "job", PRESETS["vit_pico"], "1", format=None)
+    with pytest.raises(ConfigError, match=r"job/manifest\.json \(format is missing in it; .* RUN/jobs/NAME/model\)$"):
+        plan(changed("chain.from", job))
+    newer = write_model(tmp_path / "newer", PRESETS["vit_pico"], "1", format_version=2)
+    with pytest.raises(ConfigError, match="of another format or version"):
+        plan(changed("chain.from", newer))
+
+
+def test_an_existing_model_has_to_know_the_recipe_s_colours(tmp_path: Path) -> None:
+    grey = {"mean": [0.5, 0.5, 0.5], "std": OPENAI_STD}
+    folder = write_model(tmp_path / "grey", PRESETS["vit_pico"], "1", preprocess=grey)
+    with pytest.raises(ConfigError, match=r"^recipe: data\.mean = \[0\.48.* was trained with \[0\.5, 0\.5, 0\.5\]"):
+        plan(changed("chain.from", folder))
+    values = copy.deepcopy(BASE)
+    values["data"]["mean"] = grey["mean"]
+    values["chain"]["from"] = folder
+    assert plan(parse_recipe(values)).jobs[0].teacher_spec == PRESETS["vit_pico"]
+
+
+def test_a_manifest_as_it_is_written_is_read_without_torch() -> None:
+    artefact = pytest.importorskip("compt.artefact")
+    assert (artefact.FORMAT, artefact.FORMAT_VERSION) == MODEL_FORMAT
 
 
 @pytest.mark.parametrize(
