@@ -44,8 +44,9 @@ class Cell:
     """One published number and what the same number comes to here; None where there is no such figure.
 
     `from_inputs` is computed from the paper's own published inputs, `from_counters` from `compt.macs` in its paper
-    mode (or from a model of hardware, where `projected`), `exact` is what this program itself executes. `digits` are
-    those printed after the point. `tolerance` is the share by which the counters may differ; None: not judged.
+    mode (or from a model of hardware, where `projected`), `from_printed` from other printed cells of the same table
+    (sums and ratios), `exact` is what this program itself executes. `digits` are those printed after the point.
+    `tolerance` is the share by which the counters may differ; None: not judged.
     """
 
     row: str
@@ -53,6 +54,7 @@ class Cell:
     published: float | None
     from_inputs: float | None = None
     from_counters: float | None = None
+    from_printed: float | None = None
     exact: float | None = None
     unit: str = ""
     digits: int = 2
@@ -104,6 +106,7 @@ class Cell:
             "from_inputs": self.from_inputs,
             "from_inputs_difference_percent": percent["from_inputs_difference_percent"],
             "equal_to_rounding": self.equal,
+            "from_printed_cells": self.from_printed,
             "from_counters": self.from_counters,
             "from_counters_difference_percent": percent["from_counters_difference_percent"],
             "within_tolerance": self.close,
@@ -169,6 +172,7 @@ def cell_table(cells: Sequence[Cell]) -> TextTable:
         ("From the paper's inputs", [number(cell.from_inputs, cell.digits + 1) for cell in cells]),
         ("Difference", [percent(cell.difference(cell.from_inputs)) for cell in cells]),
         ("Equal", ["-" if cell.equal is None else "yes" if cell.equal else "no" for cell in cells]),
+        ("From printed cells", [number(cell.from_printed, cell.digits + 2) for cell in cells]),
         (counters, [number(cell.from_counters, cell.digits + 1) for cell in cells]),
         ("Difference", [percent(cell.difference(cell.from_counters)) for cell in cells]),
         ("This program", [number(cell.exact, cell.digits + 1) for cell in cells]),
