@@ -1,0 +1,249 @@
+"""Memory of a GPU, and disk space, for training one model, from shapes alone. No torch in here.
+
+What is counted, what is assumed and what was checked is in docs/memory.md. The engines' tables of bytes per parameter
+(P parameters, c bytes of the compute type, n GPUs), in half precision:
+
+| engine | weights          | gradients | optimizer |
+|--------|------------------|-----------|-----------|
+| ddp    | 4P + autocast's copies (c each) | 4P | 8P |
+| fsdp2  | 4P/n + gathered units (c each)  | 4P/n | 8P/n |
+| zero0  | cP | cP | 12P (fp32 weights among them) |
+| zero1  | cP | cP | 12P/n |
+| zero2  | cP | cP/n | 12P/n |
+| zero3  | cP/n + gathered units (c each) | cP/n | 12P/n |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, get_args
+
+from compt.errors import ConfigError, nearest
+from compt.macs import Tokens, parameters, projector
+from compt.memory_activations import (
+    FP32,
+    Block,
+    Formats,
+    contrastive_bytes,
+    distillation_bytes,
+    image_tower,
+    kept_by_towers,
+    text_tower,
+    working_of_towers,
+)
+from compt.presets import ModelSpec
+
+Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a number that is computed with."""
+
+ZERO_BUCKET = 500_000_000
+"""Numbers in the buffer that DeepSpeed reduces gradients in, unless told otherwise (`reduce_bucket_size`)."""
+
+_MOMENTS = 2 * FP32
+_TOKEN = 8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU during a training step, by what they are for.
+
+    `weights`: the student's parameters and those of its projectors, copies in the compute type, gathered shards, the
+    moving average. `gradients`, `optimizer` (moments, and fp32 weights where the engine keeps them there).
+    `activations`: what the towers keep for backward. `teacher`: its weights and features. `loss`: features, and all
+    that the two losses hold. `buffers`: the batch, masks, the engine's communication, gradients between layers.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    teacher: float
+    loss: float
+    buffers: float
+
+    @property
+    def total_bytes(self) -> float:
+        """The sum. Not all parts are at their greatest at once, so that it is an upper estimate."""
+        return math.fsum(asdict(self).values())
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters of what is trained: all, those in `copied` matrices, the largest block, those outside the blocks."""
+
+    all: int
+    copied: int
+    block: int
+    root: int
+    embedding: int
+    tensors: int
+
+
+def _blocks(spec: ModelSpec) -> list[Block]:
+    formats = Formats.of("fp32", autocast=False)
+    return [*image_tower(spec, formats).blocks, *text_tower(spec).blocks]
+
+
+def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
+    projectors = projector(spec, teacher, 1).parameters if teacher else 0
+    matrices = 2 * spec.embed_dim * teacher.embed_dim if teacher and projectors else 0
+    towers = [image_tower(spec, Formats.of("fp32", autocast=False)), text_tower(spec)]
+    whole = parameters(spec) + projectors
+    blocks = [block.parameters for block in _blocks(spec)]
+    return _Sizes(
+        all=whole,
+        copied=sum(tower.copied() for tower in towers) + matrices,
+        block=max(blocks),
+        root=whole - sum(blocks),
+        embedding=spec.vocab_size * spec.text_width,
+        tensors=sum(tower.tensors for tower in towers) + 1 + (4 if projectors else 0),
+    )
+
+
+def _weights(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
+    if engine == "ddp":
+        return FP32 * sizes.all + (compute * sizes.copied if compute != FP32 else 0)
+    if engine == "fsdp2":
+        return FP32 * sizes.all / n + compute * min(sizes.root + 2 * sizes.block, sizes.all)
+    if engine == "zero3":
+        gathered = max(sizes.block, sizes.embedding) + sizes.block
+        return compute * (sizes.all / n + min(gathered, sizes.all * (1 - 1 / n)))
+    return compute * sizes.all
+
+
+def _gradients(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
+    number = FP32 if engine in ("ddp", "fsdp2") else compute
+    return number * sizes.all / (n if engine in ("fsdp2", "zero2", "zero3") else 1)
+
+
+def _optimizer(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
+    if engine in ("ddp", "fsdp2"):
+        return _MOMENTS * sizes.all / (n if engine == "fsdp2" else 1) + FP32 * sizes.tensors
+    # Of fp32 weights DeepSpeed makes a second copy in stages 1 and 2 only.
+    master = 0 if compute == FP32 and engine in ("zero0", "zero3") else FP32
+    return (_MOMENTS + master) * sizes.all / (1 if engine == "zero0" else n)
+
+
+def _communication(engine: Engine, sizes: _Sizes, compute: int) -> float:
+    if engine == "fsdp2":
+        reduced = max(sizes.block, sizes.root)
+        return compute * sizes.block + (compute + FP32) * reduced
+    if engine in ("zero1", "zero2", "zero3"):
+        return compute * min(ZERO_BUCKET, sizes.all)
+    return 0.0  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
+
+
+def _masks(spec: ModelSpec, number: int) -> int:
+    """Bytes of a model's buffers: the causal mask and those of shifted windows."""
+    return number * spec.context_length**2 + sum(block.mask_bytes(number) for block in _blocks(spec))
+
+
+def memory_per_gpu(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    *,
+    engine: Engine,
+    world_size: int,
+    batch: int,
+    captions: int,
+    tokens: Tokens = None,
+    precision: str = "bf16",
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    loss_chunk: int | None = None,
+    ema: bool = False,
+) -> Memory:
+    """Bytes that each of `world_size` GPUs needs to train `spec` with `engine`, distilling from `teacher`, if any.
+
+    `batch` is global, `micro_batch` of one GPU; `tokens` is the computed length of captions, a mean or shares by length
+    (default: the context). `recompute`: blocks keep their input and are computed again in backward. `loss_chunk`:
+    pictures of this GPU whose similarities are held at once. `ema`: a moving average of the weights is kept.
+
+    Raises ConfigError for an unknown engine or precision, and for sizes below 1.
+    """
+    _check(engine, precision, world_size=world_size, batch=batch, captions=captions)
+    given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
+    _check(engine, precision, **{name: value for name, value in given.items() if value is not None})
+    compute = PRECISION_BYTES[precision]
+    formats = Formats.of(precision, autocast=engine == "ddp")
+    sizes = _sizes(spec, teacher)
+    rows = math.ceil(batch / world_size)
+    piece = min(micro_batch or rows, rows)
+    weights = _weights(engine, sizes, world_size, compute)
+    if ema:
+        average = FP32 * parameters(spec) / (world_size if engine in ("fsdp2", "zero3") else 1)
+        weights += average + _masks(spec, FP32)
+    working = piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
+    inputs = rows * (FP32 * 3 * spec.image_size**2 + _TOKEN * captions * spec.context_length)
+    return Memory(
+        weights=weights,
+        gradients=_gradients(engine, sizes, world_size, compute),
+        optimizer=_optimizer(engine, sizes, world_size, compute),
+        activations=piece * kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute),
+        teacher=_teacher(teacher, rows, captions, compute) if teacher else 0.0,
+        loss=_loss(spec, teacher, rows, piece, world_size, captions, compute, loss_chunk),
+        buffers=inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
+    )
+
+
+def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int) -> float:
+    """The frozen teacher in the compute type, whole on every GPU, and its features."""
+    features = rows * (1 + captions) * teacher.embed_dim
+    return compute * (parameters(teacher) + features) + _masks(teacher, compute)
+
+
+def _loss(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    rows: int,
+    piece: int,
+    world_size: int,
+    captions: int,
+    compute: int,
+    chunk: int | None,
+) -> float:
+    vectors = rows * (1 + captions)
+    distilled = teacher.embed_dim if teacher else 0
+    width = spec.embed_dim + (distilled if distilled != spec.embed_dim else 0)
+    # Several micro-batches: features in fp32 and the gradient of each. One: features in the compute type.
+    kind, times = (FP32, 2) if piece < rows else (compute, 1)
+    total = float(times * kind * vectors * width)
+    total += contrastive_bytes(
+        rows=rows, world_size=world_size, captions=captions, width=spec.embed_dim, compute=kind, chunk=chunk
+    )
+    return total + (distillation_bytes(vectors=vectors, width=distilled, compute=kind) if teacher else 0.0)
+
+
+def _check(engine: str, precision: str, **sizes: int) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
+    if precision not in PRECISION_BYTES:
+        known = ", ".join(PRECISION_BYTES)
+        raise ConfigError(f"unknown precision '{precision}'{nearest(precision, PRECISION_BYTES)}; known: {known}")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:
+    """Bytes of the tensors of a model folder in fp32, twice with a moving average. Headers and JSON are not counted."""
+    return FP32 * parameters(spec) * (2 if ema else 1)
+
+
+def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = False, precision: str = "bf16") -> int:
+    """Bytes of the tensors of one checkpoint to resume from: weights, both moments, steps, projectors, the average.
+
+    The teacher is not in it, but decides on the projectors. Headers and JSON are not counted. Raises ConfigError for an
+    unknown precision.
+    """
+    _check("ddp", precision)
+    sizes = _sizes(spec, teacher)
+    scaler = 16 if precision == "fp16" else 0
+    average = FP32 * parameters(spec) + _TOKEN if ema else 0  # and the number of averaged steps
+    return (FP32 + _MOMENTS) * sizes.all + FP32 * sizes.tensors + scaler + average

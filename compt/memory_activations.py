@@ -1,0 +1,237 @@
+"""Bytes that a training step keeps for its backward pass, tensor by tensor, from shapes alone. No torch in here.
+
+The formulas follow the forward passes of `compt.models`, `compt.task` and `compt.losses` on a GPU with fused attention
+(flash attention in half precision, the memory-efficient kernel in fp32); timm's windows keep their scores.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from compt.macs import Tokens, token_moments
+from compt.presets import ModelSpec
+
+FP32 = 4
+_INDEX = 8
+_STATISTICS = 2 * FP32
+"""Mean and inverse deviation that a norm keeps of each position."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """Bytes of a number, by what it is.
+
+    `compute`: inputs of matrix products. `norm`: the input that a norm keeps. `stream`: the residual stream of text and
+    Swin blocks. `scores`: all that is kept of a softmax's output.
+    """
+
+    compute: int
+    norm: int
+    stream: int
+    scores: int
+
+    @classmethod
+    def of(cls, precision: str, autocast: bool) -> Formats:
+        """`autocast`: parameters in fp32, norms and softmax too (what `ddp` does); else all is of the one type."""
+        if precision == "fp32":
+            return cls(FP32, FP32, FP32, FP32)
+        return cls(2, FP32, FP32, FP32 + 2) if autocast else cls(2, 2, 2, 2)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block on a picture or a caption of `positions` tokens.
+
+    `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `masked`: its windows are
+    shifted. `queries`: None for all positions, or the one that alone is computed, `causal` if the mask is.
+    `stream` says whether the block's input is of the stream's type, or of the compute type.
+    """
+
+    width: int
+    hidden: int
+    heads: int
+    positions: float
+    keys: int = 0
+    masked: bool = False
+    readout: bool = False
+    causal: bool = False
+    wide_stream: bool = True
+
+    @cached_property
+    def matrices(self) -> int:
+        """Parameters of the matrix products, without biases."""
+        return 4 * self.width**2 + 2 * self.width * self.hidden
+
+    @cached_property
+    def parameters(self) -> int:
+        """All parameters, a window's table of position biases among them."""
+        table = (2 * math.isqrt(self.keys) - 1) ** 2 * self.heads if self.keys else 0
+        return self.matrices + 9 * self.width + self.hidden + table
+
+    def kept(self, formats: Formats) -> float:
+        """Bytes that the block keeps for its backward pass."""
+        c, width = formats.compute, self.width
+        norm = formats.norm * width + _STATISTICS
+        mlp = norm + c * (width + 2 * self.hidden)  # the second norm's output, before and after the activation
+        attention = formats.scores * self.heads * self.keys if self.keys else FP32 * self.heads
+        if not self.readout:
+            return self.positions * (norm + c * 5 * width + attention + mlp)  # normed, q, k, v, mixed
+        read = c * 3 * width + attention + mlp + 3 * _INDEX  # normed, q, mixed
+        return self.positions * (norm + c * 3 * width + c * self.causal) + read
+
+    def entered(self, formats: Formats) -> float:
+        """Bytes of the block's input: all that is kept where the block is computed again in backward."""
+        return self.positions * self.width * (formats.stream if self.wide_stream else formats.compute)
+
+    def working(self, formats: Formats) -> float:
+        """Largest gradients that the backward pass holds at once: those before and after the activation."""
+        return 2 * formats.compute * self.hidden * (1 if self.readout else self.positions)
+
+    def mask_bytes(self, number: int) -> int:
+        """Buffers of the block: the mask of shifted windows in numbers of `number` bytes, and the table's index."""
+        masks = number * int(self.positions) * self.keys if self.masked else 0
+        return masks + _INDEX * self.keys**2
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower on one picture or caption: its blocks, and what stands around them.
+
+    `outside` holds pairs (numbers kept in the compute type, widths of normed positions). `matrices` counts the weights
+    outside the blocks that a product needs in the compute type, `tensors` all parameters' tensors.
+    """
+
+    blocks: tuple[Block, ...]
+    products: float
+    norms: tuple[tuple[float, int], ...]
+    matrices: int
+    tensors: int
+
+    def kept(self, formats: Formats, recompute: bool) -> float:
+        """Bytes kept for one picture or caption; with `recompute` only the inputs of blocks."""
+        outside = formats.compute * self.products
+        outside += sum(positions * (formats.norm * width + _STATISTICS) for positions, width in self.norms)
+        return outside + sum(block.entered(formats) if recompute else block.kept(formats) for block in self.blocks)
+
+    def copied(self) -> int:
+        """Weights of which autocast keeps a copy."""
+        return self.matrices + sum(block.matrices for block in self.blocks)
+
+
+def _vit(spec: ModelSpec, images_kept: bool) -> Tower:
+    patches = (spec.image_size // spec.patch_size) ** 2
+    positions, hidden = patches + 1, int(spec.width * spec.mlp_ratio)
+    block = Block(spec.width, hidden, spec.heads, positions, wide_stream=False)
+    read = Block(spec.width, hidden, spec.heads, positions, wide_stream=False, readout=True)
+    first = () if spec.no_ln_pre else ((positions, spec.width),)
+    return Tower(
+        blocks=(*[block] * (spec.depth - 1), read),
+        products=patches * 3 * spec.patch_size**2 + spec.width,
+        norms=(*first, (1, spec.width)),
+        matrices=spec.width * spec.embed_dim,
+        tensors=12 * spec.depth + 6 + 2 * len(first),
+    )
+
+
+def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
+    side, width = spec.image_size // spec.patch_size, spec.width
+    blocks: list[Block] = []
+    norms: list[tuple[float, int]] = [(side**2, width)]
+    products: float = 3 * spec.image_size**2 if images_kept else 0
+    matrices = 3 * spec.patch_size**2 * width
+    for stage, (depth, heads) in enumerate(zip(spec.depths, spec.stage_heads, strict=True)):
+        if stage:
+            side = math.ceil(side / 2)
+            norms.append((side**2, 4 * width))
+            products += side**2 * 4 * width
+            matrices += 8 * width**2
+            width *= 2
+        window = min(spec.window, side)
+        for at in range(depth):
+            shifted = at % 2 == 1 and side > window
+            hidden = int(width * spec.mlp_ratio)
+            blocks.append(Block(width, hidden, heads, side**2, keys=window**2, masked=shifted))
+    return Tower(
+        blocks=tuple(blocks),
+        products=products + width,
+        norms=(*norms, (side**2, width)),
+        matrices=matrices + width * spec.embed_dim,
+        tensors=13 * spec.depth + 4 + 3 * (len(spec.depths) - 1) + 3,
+    )
+
+
+def image_tower(spec: ModelSpec, formats: Formats) -> Tower:
+    """The image tower on one picture."""
+    # A picture in fp32 is the input itself; in half precision the first convolution keeps a copy.
+    return (_swin if spec.arch == "swin" else _vit)(spec, formats.compute != FP32)
+
+
+def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
+    """The text tower on one caption of `tokens` computed tokens on average (default: the context)."""
+    positions, _ = token_moments(tokens, spec.context_length)
+    width, hidden = spec.text_width, int(spec.text_width * spec.mlp_ratio)
+    block = Block(width, hidden, spec.text_heads, positions)
+    read = Block(width, hidden, spec.text_heads, positions, readout=True, causal=True)
+    return Tower(
+        blocks=(*[block] * (spec.text_depth - 1), read),
+        products=width,
+        norms=((1, width),),
+        matrices=width * spec.embed_dim,
+        tensors=12 * spec.text_depth + 5,
+    )
+
+
+def towers(spec: ModelSpec, formats: Formats, captions: int, tokens: Tokens = None) -> Iterator[tuple[int, Tower]]:
+    """How often each tower runs for one picture with its captions, and the tower."""
+    yield 1, image_tower(spec, formats)
+    yield captions, text_tower(spec, tokens)
+
+
+def kept_by_towers(
+    spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None, recompute: bool = False
+) -> float:
+    """Bytes for one picture with its captions, and with `recompute` those of the one block that is computed again."""
+    parts = list(towers(spec, formats, captions, tokens))
+    kept = sum(times * tower.kept(formats, recompute) for times, tower in parts)
+    again = max(times * block.kept(formats) for times, tower in parts for block in tower.blocks)
+    return kept + (again if recompute else 0.0)
+
+
+def working_of_towers(spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None) -> float:
+    """Bytes for one picture with its captions of the largest gradients between two layers."""
+    parts = towers(spec, formats, captions, tokens)
+    return max(times * block.working(formats) for times, tower in parts for block in tower.blocks)
+
+
+def contrastive_bytes(
+    *, rows: int, world_size: int, captions: int, width: int, compute: int, chunk: int | None = None
+) -> float:
+    """Bytes of `compt.losses.contrastive_loss` at their greatest: kept for backward, and the gradients of one matrix.
+
+    `rows` pictures of this GPU, `width` of the joint embedding, `compute` bytes of a number in the features.
+    """
+    vectors = rows * (1 + captions)
+    kept = _unit_bytes(vectors, width, compute)
+    if world_size > 1:
+        kept += FP32 * world_size * vectors * width
+    treated = min(chunk or rows, rows)
+    if treated < rows and world_size > 1:
+        kept += FP32 * world_size * vectors * width  # the gradient of the gathered features, over all chunks
+    matrix = FP32 * treated * captions * world_size * rows
+    scaled = FP32 * treated * (1 + captions) * width
+    labels = 2 * _INDEX * treated * captions
+    return kept + scaled + labels + 4 * matrix  # two kept, and the gradient of one on both sides of its softmax
+
+
+def distillation_bytes(*, vectors: int, width: int, compute: int) -> float:
+    """Bytes that `compt.losses.ifd_loss` keeps of `vectors` features of the teacher's `width`."""
+    return _unit_bytes(vectors, width, compute) + FP32 * vectors * width  # and the teacher's own, of length one
+
+
+def _unit_bytes(vectors: int, width: int, compute: int) -> float:
+    """The features scaled to length one, with their norms; the features themselves where they had to be widened."""
+    widened = FP32 * vectors * width if compute != FP32 else 0
+    return widened + FP32 * vectors * width + 2 * FP32 * vectors
