@@ -23,11 +23,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compt.errors import ConfigError, nearest
-from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, JobCost, paper_cost
+from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, JobCost, Tokens, paper_cost, token_moments
 from compt.paper import IMAGES, TABLE_2
 from compt.presets import PRESETS, ModelSpec
-
-Tokens = float | Mapping[int, float] | None
 
 
 @dataclass(frozen=True)
@@ -102,8 +100,9 @@ def _peak(device: Device, precision: str) -> float:
 class Measurement(BaseModel):
     """What a device did with one training job: a model alone, or with the forward pass of its teacher.
 
-    `tokens` is the mean length of the captions that was asked for. Times are the median, least and greatest of
-    `repeats` steps. `failure` says why there are no numbers, where the model does not fit.
+    `tokens` is the mean length of the captions that was asked for, `computed_tokens` what came of it with padding. The
+    times of a sample are the median, least and greatest of `repeats` steps of `batch` samples. `failure` says why there
+    are no numbers, where the model does not fit.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -111,6 +110,8 @@ class Measurement(BaseModel):
     teacher: ModelSpec | None = None
     captions: int = Field(ge=1)
     tokens: float = Field(gt=0)
+    text_buckets: int = Field(1, ge=1)
+    computed_tokens: float | None = Field(None, gt=0)
     batch: int | None = Field(None, ge=1)
     repeats: int = Field(0, ge=0)
     seconds_per_sample: float | None = Field(None, gt=0)
@@ -120,27 +121,28 @@ class Measurement(BaseModel):
     mfu: float | None = Field(None, gt=0)
     failure: str | None = None
 
-    def is_of(self, student: ModelSpec, teacher: ModelSpec | None, captions: int, tokens: Tokens) -> bool:
-        """Whether this is that very job: the same sizes whatever their names, and captions as long within 2 %."""
-        asked = mean_tokens(student, tokens)
+    def same_job(self, other: Measurement) -> bool:
+        """Whether both are of one job: the same sizes whatever their names, and captions as long within 2 %."""
         return (
-            _nameless(self.student) == _nameless(student)
-            and (self.teacher and _nameless(self.teacher)) == (teacher and _nameless(teacher))
-            and self.captions == captions
-            and abs(self.tokens - asked) <= 0.02 * asked
+            _nameless(self.student) == _nameless(other.student)
+            and (self.teacher and _nameless(self.teacher)) == (other.teacher and _nameless(other.teacher))
+            and self.captions == other.captions
+            and abs(self.tokens - other.tokens) <= 0.02 * other.tokens
         )
 
 
 class Throughput(BaseModel):
     """The file of `compt bench throughput`: one device, one precision, and every job that was measured on it.
 
-    `device` is the name that the system gives; `kind` its key in `DEVICES`, or None where its peak is not known.
+    `device` is the name that the system gives, `kind` its key in `DEVICES`, or None where its peak is not known;
+    `threads` are those that torch uses on a CPU.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     format: Literal[1] = 1
     device: str
     kind: str | None = None
+    threads: int | None = None
     precision: str
     compiled: bool = False
     seed: int
@@ -169,10 +171,9 @@ class Throughput(BaseModel):
         self, student: ModelSpec, teacher: ModelSpec | None, captions: int, tokens: Tokens = None
     ) -> Measurement | None:
         """The measurement of that very job, if it was made; one that failed is none."""
-        for entry in self.entries:
-            if entry.seconds_per_sample is not None and entry.is_of(student, teacher, captions, tokens):
-                return entry
-        return None
+        asked = Measurement(student=student, teacher=teacher, captions=captions, tokens=mean_tokens(student, tokens))
+        done = (entry for entry in self.entries if entry.seconds_per_sample is not None)
+        return next((entry for entry in done if entry.same_job(asked)), None)
 
 
 def _first(error: ValidationError | ConfigError) -> str:
@@ -190,16 +191,8 @@ def _nameless(spec: ModelSpec) -> ModelSpec:
 
 
 def mean_tokens(spec: ModelSpec, tokens: Tokens) -> float:
-    """The mean computed length of a caption: `tokens`, or the mean of a mapping length -> share; capped at the context.
-
-    Default: the whole context.
-    """
-    if tokens is None:
-        return spec.context_length
-    if isinstance(tokens, Mapping):
-        shares = sum(tokens.values())
-        return sum(min(length, spec.context_length) * share for length, share in tokens.items()) / shares
-    return min(tokens, spec.context_length)
+    """The mean computed length of a caption, none longer than the context (which is the default)."""
+    return token_moments(tokens, spec.context_length)[0]
 
 
 def channels(spec: ModelSpec, captions: int, tokens: Tokens = None) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import platform
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -27,11 +26,12 @@ from compt.errors import RunError
 from compt.expand import ExpandConfig, expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
-from compt.macs import JobCost
+from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
 from compt.planner import Job, recipe_cost
 from compt.scoring import Scorer
 from compt.task import ClipTask, DistillTask
+from compt.throughput import device_name, peak_flops
 from compt.trainer import TrainSettings, train
 
 STATES = ("planned", "expanded", "training", "evaluated", "done")
@@ -108,13 +108,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Versions, and the processor or GPU that computes."""
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    elif (cpu := Path("/proc/cpuinfo")).exists():
-        lines = cpu.read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {**versions(), "device": name, "threads": str(torch.get_num_threads())}
+    return {**versions(), "device": device_name(device), "threads": str(torch.get_num_threads())}
 
 
 def now() -> str:
@@ -289,6 +283,8 @@ class JobRun:
             captions=recipe.data.captions,
             text_buckets=engine.text_buckets,
             macs_per_step=job.cost.total_macs / job.steps,
+            peak_flops=peak_flops(self.context.device, optimizer.precision),
+            useful_macs=self._useful_macs,
         )
 
     def _loader(self, start_step: int) -> Iterable[Batch]:
@@ -380,6 +376,12 @@ class JobRun:
         """The cost of this job with the caption length that was really computed."""
         job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
         return recipe_cost(self.context.recipe, job.spec, teacher, job.steps, dist.world_size(), tokens)
+
+    def _useful_macs(self, tokens: float) -> float:
+        """MACs a sample that the result needs, with captions of `tokens` computed tokens."""
+        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
+        batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
+        return exact_cost(job.spec, teacher, steps=1, batch=batch, captions=captions, tokens=tokens).sample_macs
 
     def _score(self, model: ClipModel) -> dict[str, Any]:
         return self.scorer.at_the_end(model, self.folder / "scores")

@@ -7,7 +7,7 @@ import math
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -57,6 +57,10 @@ class TrainSettings:
     captions: int = 1
     text_buckets: int = 1
     macs_per_step: float = 0.0
+    peak_flops: float | None = None
+    """Dense peak of the device of one process, in FLOP/s; without it no MFU is reported."""
+    useful_macs: Callable[[float], float] | None = None
+    """MACs a sample for a mean number of computed tokens a caption, without what is computed twice to save memory."""
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,15 @@ class _Counts:
 
 @dataclass
 class _Window:
-    """Steps since the last log line, their seconds, and how many of these went by in waiting for data."""
+    """Steps since the last log line, their seconds, how many of these went by in waiting for data, and the token
+    positions that this rank computed for its captions.
+    """
 
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    captions: int = 0
+    text_tokens: int = 0
 
 
 def _restore(folder: Path, engine: Engine, ema: AveragedModel | None, settings: TrainSettings) -> _Counts:
@@ -271,17 +279,43 @@ def _step(
 
     A norm that is not finite means that the engine left the update out: on all ranks, as they have the same gradients.
     """
-    engine.set_lr(lr)
-    images = to_input(batch.images.to(engine.device, non_blocking=True), settings.mean, settings.std)
-    tokens = batch.tokens.to(engine.device, non_blocking=True)
-    _, report = cached_backward(task, engine, images, tokens, settings.micro_batch, caption_lengths(batch.tokens))
-    norm = float(engine.clip_grad_norm(settings.clip_grad_norm))
-    engine.step()
-    engine.zero_grad()
+    report, total = training_step(
+        task,
+        engine,
+        batch,
+        lr=lr,
+        micro_batch=settings.micro_batch,
+        clip_grad_norm=settings.clip_grad_norm,
+        mean=settings.mean,
+        std=settings.std,
+    )
+    norm = float(total)
     if math.isfinite(norm):
         task.after_step()
         if ema is not None:
             ema.update_parameters(task.model)
+    return report, norm
+
+
+def training_step(
+    task: Task,
+    engine: Engine,
+    batch: Batch,
+    *,
+    lr: float,
+    micro_batch: int,
+    clip_grad_norm: float | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward, backward and update of one process's `batch`; the report and the gradient's norm are not waited for."""
+    engine.set_lr(lr)
+    images = to_input(batch.images.to(engine.device, non_blocking=True), mean, std)
+    tokens = batch.tokens.to(engine.device, non_blocking=True)
+    _, report = cached_backward(task, engine, images, tokens, micro_batch, caption_lengths(batch.tokens))
+    norm = engine.clip_grad_norm(clip_grad_norm)
+    engine.step()
+    engine.zero_grad()
     return report, norm
 
 
@@ -295,8 +329,12 @@ def _count(
     counts.nonfinite_in_a_row = 0 if finite else counts.nonfinite_in_a_row + 1
     counts.skipped.update(batch.skipped)
     counts.few_captions += batch.few_captions
-    pieces = caption_lengths(batch.tokens).split(settings.micro_batch)
-    counts.text_tokens += sum(padded_tokens(piece.flatten(), settings.text_buckets) for piece in pieces)
+    lengths = caption_lengths(batch.tokens)
+    pieces = lengths.split(settings.micro_batch)
+    computed = sum(padded_tokens(piece.flatten(), settings.text_buckets) for piece in pieces)
+    counts.text_tokens += computed
+    window.text_tokens += computed
+    window.captions += lengths.numel()
     window.steps += 1
     window.seconds += seconds
 
@@ -320,7 +358,19 @@ def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: 
         **{f"skipped_{cause}": n for cause, n in _over_ranks(counts.skipped).items()},
         "memory_gib": _memory_gib(device),
         "macs": counts.step * settings.macs_per_step,
+        **_mfu(window, settings),
     }
+
+
+def _mfu(window: _Window, settings: TrainSettings) -> dict[str, float]:
+    """Model FLOPs utilisation: two FLOPs a useful MAC, over what the devices could have done, waits for data included.
+
+    Nothing where the peak of the device is not known.
+    """
+    if settings.peak_flops is None or settings.useful_macs is None:
+        return {}
+    flops = 2 * settings.useful_macs(window.text_tokens / window.captions) * settings.batch * window.steps
+    return {"mfu": flops / (settings.peak_flops * dist.world_size() * window.seconds)}
 
 
 def _over_ranks(counts: Counter[str]) -> dict[str, int]:
