@@ -78,8 +78,8 @@ def curves_table(found: Curves) -> TextTable:
     if "independent" in hows:
         who = [name for name, link in zip(labels, found.links, strict=True) if link.interval == "independent"]
         notes.append(
-            f"Interval of {'; '.join(who)}: from each accuracy's own interval, as stored answers are missing or are not "
-            "on the same pictures; wider than a paired one, and without training seeds."
+            f"Interval of {'; '.join(who)}: from each accuracy's own interval, as stored answers are missing or not on "
+            "the same pictures; wider than a paired one, and without training seeds."
         )
     notes += [f"{name}: {link.reason}." for name, link in zip(labels, found.links, strict=True) if link.reason]
     notes += [f"Left out: {item.job} {item.reason}." for item in found.skipped]

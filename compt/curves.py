@@ -219,7 +219,7 @@ class _Reader:
             **training.settings,
             "teacher": self.lineage.teacher(training, seeds=self.seeds),
             "shards": training.data,
-            "scored with": training.scores[self.name].pins,
+            "evaluation": training.scores[self.name].pins,
             **({"seed": training.seed} if self.seeds else {}),
         }
 
