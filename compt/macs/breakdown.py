@@ -178,11 +178,12 @@ def exact_breakdown(
     if teacher is not None:
         records += frozen("image", image_tower(teacher), 1)
         records += frozen("text", text_tower(teacher, tokens), captions)
+        records += frozen("both", {"logit_scale": Count(1)}, 1)
     return Breakdown("exact", batch, tuple(records))
 
 
 def frozen(tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:
-    """A tower of a teacher: forward passes alone."""
+    """What a teacher has in `tower`: forward passes alone."""
     for module, count in counts.items():
         yield Record("teacher", tower, module, count.parameters, forward_macs=times * count.macs)
 
