@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
@@ -29,8 +30,17 @@ from compt.trainer import StopSignal
 _log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 STATE, RECIPE = "run.json", "recipe.yaml"
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its picklable result on all; a ComptError in there is raised on all."""
+    found: list[T] = []
+    dist.on_main(lambda: found.append(action()))
+    result: T = dist.broadcast_object(found[0] if found else None)
+    return result
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -59,6 +69,45 @@ def _read_state(folder: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written anew")
+
+
+def read_calibration(folder: Path) -> dict[str, Any] | None:
+    """What a first-pair test was begun with, and its finished tries in their order; None where none was begun.
+
+    Tries stand in the manifests, run.json has a copy of those whose folders were removed. Raises RunError.
+    """
+    record = _read_state(folder).get("calibration")
+    tries = {item["number"]: item for item in (record or {"tries": []})["tries"]}
+    for path in sorted((folder / "jobs").glob("*")):
+        found = read_manifest(path).get("calibration")
+        # One that failed counts when its folder has been set aside.
+        if found is not None and path.name == found["job"]:
+            tries[found["number"]] = found
+    ordered = [tries[number] for number in sorted(tries)]
+    if record is None and not ordered:
+        return None
+    record = record or {"dataset": ordered[0]["dataset"], "target": ordered[0]["target"], "outcome": "open"}
+    decided = bool(ordered) and ordered[-1]["lossless"]
+    return {**record, "tries": ordered, "outcome": "lossless" if decided else record["outcome"]}
+
+
+def accepted_scales(folder: Path) -> tuple[float, ...]:
+    """The lengths that a first-pair test tried and then accepted; () where none was begun.
+
+    Raises RunError for one that did not come to an end.
+    """
+    record = read_calibration(folder)
+    if record is None:
+        return ()
+    if record["outcome"] == "not lossless":
+        raise RunError(f"{folder}: its first-pair test found no lossless length; take another run folder")
+    if record["outcome"] != "lossless":
+        target = "" if record["target"] is None else f" --target {record['target']:g}"
+        raise RunError(
+            f"{folder}: its first-pair test is not decided yet; go on with --calibrate{target} "
+            f"--calibrate-on {record['dataset']}, or take another run folder"
+        )
+    return tuple(item["factor"] for item in record["tries"])
 
 
 def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
@@ -129,12 +178,13 @@ def open_data(recipe: Recipe, base: Path) -> Index:
     return dist.on_all(open_it)
 
 
-def _write_state(context: RunContext, plan: Plan) -> None:
+def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> None:
     old = {"started": now(), "jobs": [], **_read_state(context.folder)}
     planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
     names = {job["name"] for job in planned}
     kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
     recipe = context.recipe
+    tested = calibration or read_calibration(context.folder)
     write_json(
         context.folder / STATE,
         {
@@ -148,6 +198,7 @@ def _write_state(context: RunContext, plan: Plan) -> None:
             "captions": recipe.data.captions,
             "data_fingerprint": context.index.fingerprint,
             "jobs": [*planned, *kept],
+            **({"calibration": tested} if tested else {}),
         },
     )
     values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -174,6 +225,27 @@ def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
     return Start(found.spec, found.hash, found.preprocess["mean"], found.preprocess["std"])
 
 
+def plan_run(
+    context: RunContext,
+    *,
+    baselines: bool = False,
+    controls: Sequence[str] | None = (),
+    source: str = "recipe",
+    scales: Sequence[float] = (),
+) -> Plan:
+    """`make_plan` for the data and the model to start from that were found. Raises ConfigError."""
+    return make_plan(
+        context.recipe,
+        baselines=baselines,
+        controls=controls,
+        images=len(context.index),
+        world_size=dist.world_size(),
+        start=context.start,
+        scales=scales,
+        source=source,
+    )
+
+
 def prepare(
     recipe: Recipe,
     folder: Path,
@@ -182,9 +254,11 @@ def prepare(
     baselines: bool = False,
     controls: Sequence[str] | None = (),
     source: str = "recipe",
+    scales: Callable[[Plan], Sequence[float]] | None = None,
 ) -> tuple[RunContext, Plan]:
     """Join the process group, open the data, and check everything that can be checked before anything is trained.
 
+    `scales` are those of `make_plan`, from the plan without them; by default what the folder's first-pair test found.
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
     device = dist.init(recipe.engine.device)
@@ -194,16 +268,12 @@ def prepare(
         index = open_data(recipe, base)
     if len(index) != recipe.data.images and dist.is_main():
         _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
-    plan = make_plan(
-        recipe,
-        baselines=baselines,
-        controls=controls,
-        images=len(index),
-        world_size=dist.world_size(),
-        start=start,
-        source=source,
-    )
-    context = RunContext(folder, recipe, index, device, base)
+    context = RunContext(folder, recipe, index, device, base, start)
+    planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
+    plan = planned()
+    found = from_main(lambda: accepted_scales(folder)) if scales is None else scales(plan)
+    if found:
+        plan = planned(scales=found)
     with named(source, "evaluation.sets"):
         settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
         check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
@@ -224,19 +294,35 @@ def waiting(plan: Plan, folder: Path) -> list[Job]:
     return [plan.job(name) for name in dist.broadcast_object([job.name for job in left])]
 
 
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Hold the run folder, and end in Interrupted on SIGTERM, SIGUSR1 and Ctrl-C. Raises RunError."""
+    with locked(folder), StopSignal(at_once=True):
+        yield
+
+
+def run_jobs(
+    context: RunContext, plan: Plan, jobs: Iterable[Job], say: Say, calibration: dict[str, Any] | None = None
+) -> None:
+    """Carry some jobs of the plan to their end; call this within `running`. Raises what training raises.
+
+    `calibration` replaces the record of the first-pair test in run.json.
+    """
+    dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+    dist.on_main(lambda: remove_leftovers(context.folder, STATE, RECIPE))
+    dist.on_main(lambda: _write_state(context, plan, calibration))
+    for job in jobs:
+        if job.same_as is None:
+            JobRun(job, context, say).run()
+
+
 def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
     """Carry every job of the plan to its end, from wherever the folder stands.
 
     Raises what training raises, and Interrupted on SIGTERM, SIGUSR1 and Ctrl-C; whatever was finished stays.
     """
-    with locked(context.folder), StopSignal(at_once=True):
-        dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
-        dist.on_main(lambda: remove_leftovers(context.folder, STATE, RECIPE))
-        dist.on_main(lambda: _write_state(context, plan))
-        for job in plan.jobs:
-            if job.same_as is not None:
-                continue
-            JobRun(job, context, say).run()
+    with running(context.folder):
+        run_jobs(context, plan, plan.jobs, say)
 
 
 def start_anew(folder: Path) -> None:

@@ -20,6 +20,7 @@ from compt.errors import ComptError, ConfigError
 from compt.planner import make_plan
 
 if TYPE_CHECKING:
+    from compt.calibrate import FirstPair
     from compt.chain import Say
 
 app = typer.Typer(
@@ -87,6 +88,15 @@ def chain(
     baselines: Annotated[bool, typer.Option(help="also train every member individually, to measure the gain")] = False,
     controls: Annotated[bool, typer.Option(help="also train the recipe's controls of the last link")] = False,
     estimate: Annotated[bool, typer.Option(help="time a few steps first and say how long it will take")] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="lengthen the links until the first pair is lossless, then go on")
+    ] = False,
+    target: Annotated[
+        float | None, typer.Option(metavar="X", help="with --calibrate: try an X-fold acceleration first")
+    ] = None,
+    calibrate_on: Annotated[
+        str | None, typer.Option(metavar="SET", help="with --calibrate: the evaluation set to compare on")
+    ] = None,
 ) -> None:
     """Train a chain, from the start or from where the run folder stands.
 
@@ -94,31 +104,56 @@ def chain(
     75; the same command goes on from there.
     """
     loaded = _load(recipe, set_)
+    test = None
+    if calibrate:
+        from compt.calibrate import FirstPair
+
+        test = FirstPair.of(loaded, target, calibrate_on, str(recipe))
+    elif target is not None or calibrate_on is not None:
+        raise ConfigError(
+            f"{'--target' if target is not None else '--calibrate-on'}: is a part of --calibrate; add that"
+        )
     wanted = None if controls or baselines else ()
-    _run(loaded, run or Path("runs") / loaded.name, str(recipe), baselines, wanted, estimate)
+    _run(loaded, run or Path("runs") / loaded.name, str(recipe), baselines, wanted, estimate, test)
 
 
 def _run(
-    recipe: Recipe, folder: Path, source: str, baselines: bool, controls: tuple[str, ...] | None, estimate: bool
+    recipe: Recipe,
+    folder: Path,
+    source: str,
+    baselines: bool,
+    controls: tuple[str, ...] | None,
+    estimate: bool,
+    test: FirstPair | None = None,
 ) -> None:
     from compt import dist
+    from compt.calibrate import NotLossless, hopeless, run_calibrated
     from compt.chain import prepare, run_chain, waiting
 
     say = _say()
+    wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
     try:
-        context, made = prepare(recipe, folder, base=Path.cwd(), baselines=baselines, controls=controls, source=source)
+        scales = test.next_scales(folder) if test else None
+        context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, **wanted)
         left = waiting(made, folder)
         if left:
             done = len([job for job in made.jobs if job.same_as is None]) - len(left)
-            if done:
+            if done and not (test and hopeless(made)):
                 say(f"{folder}: {done} of {done + len(left)} models are done; going on with {left[0].name}.")
             if estimate:
                 _say_estimate(context, left, say)
-            run_chain(context, made, say)
+            if test:
+                run_calibrated(context, test, say, **wanted)
+            else:
+                run_chain(context, made, say)
         else:
             say(f"{folder}: everything in it is done.")
         if dist.is_main():
             report(folder)
+    except NotLossless:
+        if dist.is_main():
+            report(folder)
+        raise
     finally:
         dist.shutdown()
 

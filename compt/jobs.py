@@ -28,7 +28,7 @@ from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
-from compt.planner import Job, recipe_cost
+from compt.planner import Job, Start, recipe_cost
 from compt.scoring import Scorer
 from compt.task import ClipTask, DistillTask
 from compt.throughput import device_name, peak_flops
@@ -42,13 +42,17 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class RunContext:
-    """What all jobs of a run share. `base` is the folder that relative paths of the recipe start from."""
+    """What all jobs of a run share.
+
+    `base` is the folder that relative paths of the recipe start from, `start` describes the model at `chain.from`.
+    """
 
     folder: Path
     recipe: Recipe
     index: Index
     device: torch.device
     base: Path
+    start: Start | None = None
 
     def job_folder(self, name: str) -> Path:
         """Where the job `name` keeps its files."""
