@@ -37,8 +37,8 @@ REASONS = {
     ),
     key_of("vit_xb16", TOTAL): "It contains the image parameters above.",
     key_of("vit_xb16", TRAINING): (
-        "The formula gives 148.05 with the patch embedding of a model 768 wide (0.116 G instead of 0.154 G); that this "
-        "is the cause is a guess."
+        "The formula gives 148.05 with the patch embedding of a model 768 wide (0.116 G instead of 0.154 G); that "
+        "this is the cause is a guess."
     ),
     key_of("swin_b", TRAINING): (
         "3 Cf - C1 + 9 P is 99.24. 98.84 would take 5.8 P, or a forward pass of 32.58 G. Nothing that is published "
@@ -136,6 +136,23 @@ def draw(axis: Axes) -> None:
     axis.legend(loc="upper right")
 
 
+FINDINGS = (
+    (
+        f"Training MACs are 3 Cf - C1 + {PAPER_PARAMETER_MACS} P, where the paper's text says 3 P, and per sample, "
+        "though an optimizer steps once a batch. Cf is the forward pass, C1 the patch embedding, P the parameters "
+        "(without the text tower's embeddings)."
+    ),
+    (
+        f"Forward MACs agree with {PAPER_TEXT_PASSES} captions a sample, where the text says 4; with the products of "
+        "a ViT's attention and without those of a Swin's windows."
+    ),
+    (
+        "The widths of the joint embedding (384 for vit_s16, 768 for vit_l16, else 512) are inferred from the image "
+        "parameters. Our presets have 512 throughout; the counters are theirs."
+    ),
+)
+
+
 def make() -> Result:
     """Table G recomputed."""
     rows = implied()
@@ -158,15 +175,7 @@ def make() -> Result:
         cells=explain(cells(), REASONS),
         tables=(table,),
         records={"implied": rows},
-        findings=(
-            f"Training MACs are 3 Cf - C1 + {PAPER_PARAMETER_MACS} P, where the paper's text says 3 P, and per sample, "
-            "though an optimizer steps once a batch. Cf is the forward pass, C1 the patch embedding, P the parameters "
-            "(without the text tower's embeddings).",
-            f"Forward MACs agree with {PAPER_TEXT_PASSES} captions a sample, where the text says 4; with the products "
-            "of a ViT's attention and without those of a Swin's windows.",
-            "The widths of the joint embedding (384 for vit_s16, 768 for vit_l16, else 512) are inferred from the "
-            "image parameters. Our presets have 512 throughout; the counters are theirs.",
-        ),
+        findings=FINDINGS,
         plots={"training_macs": draw},
     )
 
