@@ -9,13 +9,13 @@ from typing import Annotated, get_args
 import typer
 from rich.console import Console
 
-from compt.curves import Curves, LinkCurve, Target, names, read_curves
+from compt.curves import Curves, LinkCurve, Point, Target, names, read_curves
 from compt.errors import ConfigError, nearest
 from compt.files import disk_errors, write_json, write_text
 from compt.formats import TextTable
 from compt.paper import LOSSLESS_POINTS
 
-_HEADER = ["Link", "Epochs: top-1", "Baseline", "Epochs to match", "95 % interval", "Speed-up in MACs"]
+_HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval", "Speed-up in MACs"]
 
 
 def curves(
@@ -83,20 +83,23 @@ def curves_table(found: Curves) -> TextTable:
         )
     notes += [f"{name}: {link.reason}." for name, link in zip(labels, found.links, strict=True) if link.reason]
     notes += [f"Left out: {item.job} {item.reason}." for item in found.skipped]
+    if any(point.spread is not None for link in found.links for point in (*link.points, link.baseline) if point):
+        notes.append("±: standard deviation of top-1 over trainings.")
     if not rows:
         notes.insert(0, "No link is trained to its end in these runs.")
     return TextTable(f"Epochs to match, on {found.evaluation_set}", _HEADER, rows, notes)
 
 
 def _row(name: str, link: LinkCurve) -> list[str]:
-    points = ", ".join(f"{point.epochs:.4g}: {point.top1:.2f}{_spread(point.spread)}" for point in link.points)
-    baseline = link.baseline
-    alone = f"{baseline.epochs:.4g}: {baseline.top1:.2f}{_spread(baseline.spread)}" if baseline else "-"
-    return [name, points, alone, _epochs(link), _between(link.low, link.high, ""), _speed(link)]
+    points = ", ".join(map(_point, link.points))
+    baseline = "-" if link.baseline is None else _point(link.baseline)
+    return [name, points, baseline, _epochs(link), _interval(link), _speed(link)]
 
 
-def _spread(spread: float | None) -> str:
-    return "" if spread is None else f" ± {spread:.2f}"
+def _point(point: Point) -> str:
+    # Without a space in it, so that a narrow table does not break it.
+    spread = "" if point.spread is None else f"±{point.spread:.2f}"
+    return f"{point.epochs:.4g}:{point.top1:.2f}{spread}"
 
 
 def _epochs(link: LinkCurve) -> str:
@@ -107,17 +110,17 @@ def _epochs(link: LinkCurve) -> str:
     return "-" if link.more_than is None else f"> {link.more_than:.4g}"
 
 
-def _between(low: float | None, high: float | None, unit: str) -> str:
-    if low is None or high is None:
-        ends = (f"≥ {low:.2f}" if low is not None else "", f"≤ {high:.2f}" if high is not None else "")
-        return f"{''.join(ends)}{unit}" if any(ends) else "-"
-    return f"{low:.2f}{unit} to {high:.2f}{unit}"
+def _interval(link: LinkCurve) -> str:
+    if link.low is not None and link.high is not None:
+        return f"{link.low:.2f} to {link.high:.2f}"
+    if link.low is not None:
+        return f"≥ {link.low:.2f}"
+    return "-" if link.high is None else f"≤ {link.high:.2f}"
 
 
 def _speed(link: LinkCurve) -> str:
     if link.match is not None:
-        low, high = (None if at is None else link.acceleration(at) for at in (link.high, link.low))
-        return f"{link.acceleration(link.match.epochs):.2f}x ({_between(low, high, 'x')})"
+        return f"{link.acceleration(link.match.epochs):.2f}x"
     if link.at_most is not None:
         return f"≥ {link.acceleration(link.at_most):.2f}x"
     return "-" if link.more_than is None else f"< {link.acceleration(link.more_than):.2f}x"

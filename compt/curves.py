@@ -313,7 +313,7 @@ class _Reader:
         if found == np.inf:
             reason = f"its longest schedule, {epochs[-1]:.4g} epochs, is not enough"
             return _with(link, more_than=epochs[-1], reason=reason)
-        runs = sorted({job.partition("/")[0] for point in lone.points for job in point.jobs})
+        runs = sorted({job.rpartition("/")[0] for point in lone.points for job in point.jobs})
         match = Match(
             student=lone.student,
             teacher=lone.teacher,

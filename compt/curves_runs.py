@@ -67,8 +67,8 @@ class Training:
 
     @property
     def label(self) -> str:
-        """The run's folder and the job's name."""
-        return f"{self.run.name}/{self.job}"
+        """The run's folder, as it was given, and the job's name."""
+        return f"{self.run}/{self.job}"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def read_run(folder: Path) -> Run:
         if isinstance(found, Training):
             trainings.append(found)
         else:
-            skipped.append(Skipped(f"{folder.resolve().name}/{name}", found))
+            skipped.append(Skipped(f"{folder}/{name}", found))
     return Run(state["primary"], trainings, skipped)
 
 
@@ -151,7 +151,7 @@ def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Train
             return f"was trained for {done} of {steps} steps: that is not the end of its schedule"
         parent = manifest["parent_hash"]
         training = Training(
-            run=folder.resolve(),
+            run=folder,
             job=name,
             kinds=frozenset({str(manifest["kind"]), *kinds}),
             spec=ModelSpec.from_dict(manifest["spec"]),

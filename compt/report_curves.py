@@ -57,7 +57,7 @@ def _panel(axes: Axes, name: str, link: LinkCurve) -> None:
     axes.set_xlabel("epochs, each training a complete schedule")
     axes.set_ylabel(f"top-1 on {link.evaluation_set}, %")
     axes.tick_params(which="both", length=0)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=COLOURS["paper"], edgecolor="none")
 
 
 def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:

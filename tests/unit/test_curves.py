@@ -130,7 +130,7 @@ def test_sides_of_an_interval_outside_the_points_are_open() -> None:
 def test_a_crossing_by_hand(tmp_path: Path) -> None:
     found = only(matches(lengths(tmp_path, POINTS)))
     assert [(point.epochs, point.top1) for point in found.points] == [(5, 20), (10, 24), (20, 28)]
-    assert found.points[0].jobs == ("e5/2-vit_micro",)
+    assert found.points[0].jobs == (f"{tmp_path}/e5/2-vit_micro",)
     assert found.baseline is not None
     assert (found.baseline.epochs, found.baseline.top1, found.target) == (60, 25, 25)
     match = found.match
@@ -140,7 +140,7 @@ def test_a_crossing_by_hand(tmp_path: Path) -> None:
     assert found.acceleration(match.epochs) == pytest.approx(120 / 37.5)
     assert (match.student.name, match.teacher.name, match.position) == ("vit_micro", "vit_nano", 1)
     assert (match.images, match.baseline_epochs, match.distilled) == (5000, 60, True)
-    assert match.source == f"measured on {SET}: e10, e20, e5"
+    assert match.source == f"measured on {SET}: {tmp_path}/e10, {tmp_path}/e20, {tmp_path}/e5"
     assert found.interval == "paired"
     assert match.low is not None
     assert match.high is not None
@@ -197,8 +197,8 @@ def test_values_in_the_middle_of_a_schedule_are_no_points(tmp_path: Path) -> Non
     found = read_curves([*runs, going, cut])
     assert [point.top1 for point in only(found.links).points] == [20, 24, 28]
     assert [(item.job, item.reason) for item in found.skipped] == [
-        ("going/2-vit_micro", "is not finished (training)"),
-        ("cut/2-vit_micro", "was trained for 120 of 300 steps: that is not the end of its schedule"),
+        (f"{tmp_path}/going/2-vit_micro", "is not finished (training)"),
+        (f"{tmp_path}/cut/2-vit_micro", "was trained for 120 of 300 steps: that is not the end of its schedule"),
     ]
 
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path: Path) -> None
     (other / "jobs" / "2-vit_micro" / "manifest.json").write_text(json.dumps(manifest))
     found = read_curves([*runs, bad, other])
     assert [point.epochs for point in only(found.links).points] == [5, 10, 20]
-    reasons = {item.job: item.reason for item in found.skipped}
+    reasons = {item.job.removeprefix(f"{tmp_path}/"): item.reason for item in found.skipped}
     assert set(reasons) == {*(f"bad/{name}" for name in "abcdefgh"), "other/2-vit_micro"}
     assert "cannot be read" in reasons["bad/a"]
     assert reasons["bad/b"] == "its manifest is damaged: 'wrong' is no state"
@@ -257,7 +257,9 @@ def test_models_scored_with_other_pins_are_not_joined(tmp_path: Path) -> None:
     assert first.match is not None
     assert [point.epochs for point in second.points] == [40]
     assert second.match is second.baseline is None
-    assert second.reason == "e5/baseline-vit_micro-s0 is no baseline to it: it was scored with other templates"
+    assert (
+        second.reason == f"{tmp_path}/e5/baseline-vit_micro-s0 is no baseline to it: it was scored with other templates"
+    )
     assert names([first, second])[1] == "vit_nano → vit_micro, evaluation.templates templates-2"
 
 
@@ -284,7 +286,7 @@ def test_other_shards_are_another_curve_without_this_baseline(tmp_path: Path) ->
     first, second = matches([*lengths(tmp_path, POINTS), other])
     assert len(first.points) == 3
     assert second.baseline is None
-    assert second.reason == "e5/baseline-vit_micro-s0 is no baseline to it: it was trained on other data"
+    assert second.reason == f"{tmp_path}/e5/baseline-vit_micro-s0 is no baseline to it: it was trained on other data"
 
 
 def test_without_a_baseline_there_is_no_target(tmp_path: Path) -> None:
@@ -399,8 +401,8 @@ def test_two_warmups_of_one_length_are_not_averaged(tmp_path: Path) -> None:
     assert [point.top1 for point in only(found.links).points] == [20, 24, 28]
     (item,) = found.skipped
     assert (item.job, item.reason) == (
-        "other/2-vit_micro",
-        "has the length and the seed of e10/2-vit_micro, but another warm-up",
+        f"{tmp_path}/other/2-vit_micro",
+        f"has the length and the seed of {tmp_path}/e10/2-vit_micro, but another warm-up",
     )
 
 
@@ -423,7 +425,7 @@ def test_a_link_that_is_its_own_baseline_is_one(tmp_path: Path) -> None:
     assert only(matches([grow, write_run(tmp_path / "without", [NANO])])).match is None
     found = only(matches([grow, write_run(tmp_path / "with", [NANO], listed=[alias])]))
     assert found.baseline is not None
-    assert found.baseline.jobs == ("with/1-vit_nano",)
+    assert found.baseline.jobs == (f"{tmp_path}/with/1-vit_nano",)
     assert met(found) == pytest.approx(15)
 
 
@@ -512,9 +514,9 @@ def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     curve = only(found.links)
     assert found.skipped == []
     assert [(point.epochs, point.jobs) for point in curve.points] == [
-        (5 / 4, (f"whole/{second}",)),
-        (9 / 4, (f"copy/{second}",)),
-        (13 / 4, ("apart/1-large",)),
+        (5 / 4, (f"{whole}/{second}",)),
+        (9 / 4, (f"{copy}/{second}",)),
+        (13 / 4, (f"{apart}/1-large",)),
     ]
     scores = [
         helpers_recipe.manifest(run, name)["scores"]["held_out"]["top1"]
@@ -522,7 +524,7 @@ def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     ]
     assert [point.top1 for point in curve.points] == scores
     assert curve.baseline is not None
-    assert curve.baseline.jobs == ("whole/baseline-large-s3",)
+    assert curve.baseline.jobs == (f"{whole}/baseline-large-s3",)
     assert curve.position == 1
     assert curve.interval == "paired"
     # Without the run that trained the teacher, the weights' hash and the expansion's record say who it was.
