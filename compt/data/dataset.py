@@ -216,7 +216,8 @@ def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Data
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=partial(_shield, os.getpid()),
         prefetch_factor=4 if workers else None,
-        pin_memory=torch.cuda.is_available(),
+        # A process that computes on a GPU has begun to use it by now; one that was told to take the CPU never does.
+        pin_memory=torch.cuda.is_initialized(),
     )
 
 

@@ -1,0 +1,339 @@
+"""`compt bench …`: how fast this machine trains, and what a recipe takes in GPU-hours."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+
+import typer
+from rich.console import Console
+
+from compt.cli_tools import show
+from compt.config import Recipe, load_recipe
+from compt.config_types import checked_caption_tokens
+from compt.errors import ConfigError, nearest
+from compt.formats import TextTable, hours, ratio
+from compt.hardware import Device, Measurement, Throughput, find_device, fitted
+from compt.hardware_hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
+from compt.macs import PAPER_TEXT_PASSES, Mode, Tokens
+from compt.planner import make_plan
+from compt.presets import PRESETS, ModelSpec, resolve
+
+if TYPE_CHECKING:
+    from compt.throughput import Setup
+
+bench_app = typer.Typer(
+    help="Measure how fast this machine trains, and turn speeds into GPU-hours.", no_args_is_help=True
+)
+
+CHAINS = (
+    ("vit_pico", "vit_nano", "vit_micro", "vit_mini", "vit_midi", "vit_maxi"),
+    ("vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16", "vit_xb16", "vit_l16"),
+    ("swin_t", "swin_s", "swin_b", "swin_l"),
+)
+"""Chains that presets are measured in without a recipe: each model's teacher is the one before it."""
+TEXT_BUCKETS = 4
+"""As in the recipes of the paper's chains."""
+MOST = {"cuda": 8192, "cpu": 8}
+"""Largest batch that is tried, by type of device; a CPU is as fast with few samples at a time."""
+
+
+@dataclass(frozen=True)
+class _Jobs:
+    """Pairs of a model and its teacher (None for the first of a chain), and how a recipe trains them."""
+
+    pairs: list[tuple[ModelSpec, ModelSpec | None]]
+    recipe: Recipe | None = None
+
+
+def _jobs(models: list[str], family: Path | None) -> _Jobs:
+    """The jobs asked for, in the order of their chains. Raises ConfigError for an unknown model."""
+    if family is not None:
+        recipe = load_recipe(family, [])
+        plan = make_plan(recipe, source=str(family))
+        pairs = [(job.spec, job.teacher_spec if job.alpha else None) for job in plan.links]
+        names = [spec.name for spec, _ in pairs]
+        for name in models:
+            if name not in names:
+                raise ConfigError(f"{family}: no link '{name}'{nearest(name, names)}; its chain has {', '.join(names)}")
+        return _Jobs([pair for pair in pairs if not models or pair[0].name in models], recipe)
+    for name in models:
+        resolve(name)
+    chains = [zip(chain, (None, *chain[:-1]), strict=True) for chain in CHAINS]
+    return _Jobs(
+        [
+            (PRESETS[name], PRESETS[teacher] if teacher else None)
+            for chain in chains
+            for name, teacher in chain
+            if not models or name in models
+        ]
+    )
+
+
+def _captions(text: str | None, recipe: Recipe | None) -> list[int]:
+    """Without a wish: the recipe's number (or the paper's text's), and what the published MACs imply."""
+    if text is None:
+        return sorted({recipe.data.captions if recipe else 4, PAPER_TEXT_PASSES})
+    numbers = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    if len(numbers) != len(text.split(",")) or min(numbers) < 1:
+        raise ConfigError(f"--captions {text}: should be numbers from 1, as in 4,6")
+    return numbers
+
+
+def _tokens(text: str | None, recipe: Recipe | None) -> Tokens:
+    if text is None:
+        return recipe.data.caption_tokens if recipe else None
+    if text == "context":
+        return None
+    try:
+        if ":" not in text:
+            return cast(float, checked_caption_tokens(float(text)))
+        pairs = [part.split(":") for part in text.split(",")]
+        return cast(dict[int, float], checked_caption_tokens({int(length): float(share) for length, share in pairs}))
+    except ValueError as error:
+        raise ConfigError(
+            f"--tokens {text}: should be a length, lengths with shares as in 20:0.7,40:0.3, or context ({error})"
+        ) from None
+
+
+def _batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"--batch {text}: should be auto or a number from 1")
+    return int(text)
+
+
+def _precision(text: str | None, recipe: Recipe | None) -> Any:
+    from compt.engines.base import COMPUTE_DTYPES
+
+    name = text or (recipe.optimizer.precision if recipe else "bf16")
+    if name not in COMPUTE_DTYPES:
+        raise ConfigError(f"--precision {name}{nearest(name, COMPUTE_DTYPES)}: should be {', '.join(COMPUTE_DTYPES)}")
+    return name
+
+
+def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
+    """Each model alone and, in a chain, with its teacher; for each number of captions."""
+    from compt.throughput import Setup
+
+    recipe = jobs.recipe
+    if recipe is not None:
+        other |= {
+            "loss_chunk": recipe.engine.loss_chunk,
+            "image_to_text": recipe.optimizer.image_to_text,
+            "clip_grad_norm": recipe.optimizer.clip_grad_norm,
+        }
+    buckets = recipe.engine.text_buckets if recipe else TEXT_BUCKETS
+    return [
+        Setup(spec, before, captions=number, text_buckets=buckets, **other)
+        for spec, teacher in jobs.pairs
+        for before in ((None, teacher) if teacher else (None,))
+        for number in captions
+    ]
+
+
+@bench_app.command()
+def throughput(
+    models: Annotated[list[str] | None, typer.Argument(help="presets, or links of --family; default all")] = None,
+    family: Annotated[
+        Path | None, typer.Option(metavar="RECIPE", help="measure the jobs of this recipe, as it trains them")
+    ] = None,
+    captions: Annotated[str | None, typer.Option(help="captions a picture; default the recipe's (4) and 6")] = None,
+    tokens: Annotated[
+        str | None, typer.Option(help="their length: 30, or 20:0.7,40:0.3, or context; default the recipe's or context")
+    ] = None,
+    batch: Annotated[str, typer.Option(help="samples a step, or auto for the most that fit")] = "auto",
+    max_batch: Annotated[
+        int | None, typer.Option(help="the most that auto tries; default 8192, on a CPU 8", min=1)
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default the recipe's or bf16")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    seconds: Annotated[
+        float, typer.Option(help="time each job for so long at least, three steps or more", min=0)
+    ] = 2.0,
+    compile_: Annotated[bool, typer.Option("--compile", help="let torch compile the blocks")] = False,
+    seed: Annotated[int, typer.Option(help="of weights, pixels and captions")] = 0,
+    out: Annotated[Path, typer.Option(help="the file of results; a rerun goes on there")] = Path("throughput.json"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="forget what the file has")] = False,
+) -> None:
+    """Time the real training step of each model, alone and as a link of a chain with its teacher's forward pass.
+
+    Pixels and captions are random. Every finished measurement is written at once; a model that does not fit into
+    memory is noted as such. MFU is the share of the device's dense peak, where that is known, at two FLOPs a MAC.
+    """
+    jobs, size = _jobs(models or [], family), _batch(batch)
+    numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
+
+    from compt import dist
+    from compt.throughput import run
+
+    chosen = dist.init(device)
+    if dist.world_size() > 1:
+        raise ConfigError("compt bench throughput measures one device: start it without torchrun")
+    setups = _setups(
+        jobs, numbers, tokens=lengths, precision=_precision(precision, jobs.recipe), compile=compile_, seed=seed
+    )
+    console = Console(highlight=False)
+
+    def say(entry: Measurement, kept: bool) -> None:
+        line = ", ".join(filter(None, [*_cells(entry), "from an earlier run" if kept else ""]))
+        console.print(f"{len(shown) + 1}/{len(setups)} {line}", markup=False, soft_wrap=True)
+        shown.append(entry)
+
+    shown: list[Measurement] = []
+    command = shlex.join(["compt", *sys.argv[1:]])
+    most = max_batch or MOST[chosen.type]
+    made = run(setups, chosen, out, command=command, batch=size, most=most, seconds=seconds, fresh=fresh, show=say)
+    show(_throughput_table(made, shown, size is None, most))
+    console.print(f"Written: {out}", markup=False, soft_wrap=True)
+
+
+def _cells(entry: Measurement) -> list[str]:
+    with_teacher = f" with {entry.teacher.name}" if entry.teacher else ""
+    cells = [f"{entry.student.name}{with_teacher}", f"{entry.captions} captions of {entry.tokens:.3g}"]
+    if entry.seconds_per_sample is None:
+        return [*cells, str(entry.failure)]
+    return [*cells, f"batch {entry.batch}", f"{1 / entry.seconds_per_sample:,.4g} samples/s"]
+
+
+def _throughput_table(made: Throughput, entries: list[Measurement], searched: bool, most: int) -> TextTable:
+    rows = []
+    for entry in entries:
+        names = [entry.student.name, entry.teacher.name if entry.teacher else "-"]
+        lengths = [str(entry.captions), f"{entry.tokens:.3g}"]
+        if entry.seconds_per_sample is None or entry.low is None or entry.high is None:
+            rows.append([*names, *lengths, "-", str(entry.failure), "-", "-"])
+            continue
+        rates = [1 / value for value in (entry.seconds_per_sample, entry.high, entry.low)]
+        rows.append(
+            [
+                *names,
+                *lengths,
+                str(entry.batch),
+                f"{rates[0]:,.4g} [{rates[1]:,.3g}-{rates[2]:,.3g}]",
+                "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
+                "-" if entry.mfu is None else f"{entry.mfu:.1%}",
+            ]
+        )
+    notes = ["Measured. Samples a second: median [slowest-fastest step]; a teacher's forward pass is included."]
+    if searched:
+        notes.append(f"Batches are the largest that fit, {most} at most.")
+    if made.kind is None:
+        notes.append("No MFU: the peak of this device is not known. Memory is what the process grew by.")
+    title = f"Throughput of {made.device}, {made.precision}"
+    header = ["Model", "Teacher", "Captions", "Tokens", "Batch", "Samples/s", "Peak memory", "MFU"]
+    return TextTable(title, header, rows, notes)
+
+
+@bench_app.command("gpu-hours")
+def gpu_hours(
+    recipe: Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)],
+    throughput: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="what `compt bench throughput` measured")
+    ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="GPU: a100-40, a100-80, h100, h200; default that of FILE, else a100-80")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs that share the work, for the wall time", min=1)] = 1,
+    mode: Annotated[str, typer.Option(help="how MACs are counted: exact (this program) or paper")] = "exact",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a field: --set optimizer.lr=5e-4")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Show the GPU-hours of a recipe's chain and of its models trained individually, as Table 2 of the paper does.
+
+    What FILE has is measured; everything else is projected (docs/hardware.md) and says so.
+    """
+    modes: tuple[Mode, ...] = get_args(Mode)
+    counted = next((known for known in modes if known == mode), None)
+    if counted is None:
+        raise ConfigError(f"--mode {mode}{nearest(mode, modes)}: should be {' or '.join(modes)}")
+    device, file = _device(kind, throughput)
+    plan = make_plan(load_recipe(recipe, set_ or []), source=str(recipe))
+    rows, paper = family_hours(plan, counted, device, file), published_rows(plan)
+    title = device.title if device else str(file and file.device)
+    if as_json:
+        made = {
+            "recipe": plan.recipe.name,
+            "mode": mode,
+            "device": title,
+            "kind": device.name if device else None,
+            "throughput": str(throughput) if throughput else None,
+            "gpus": gpus,
+            "rows": [row.to_json() for row in rows],
+            "paper": [row.to_json() for row in paper],
+        }
+        typer.echo(json.dumps(made, indent=2))
+        return
+    show(_hours_table(rows, f"GPU-hours of {plan.recipe.name} on {title}, mode '{mode}'", gpus))
+    if paper:
+        show(_published_table(paper))
+
+
+def _device(kind: str | None, path: Path | None) -> tuple[Device | None, Throughput | None]:
+    """The device to project for (None: one whose peak is not known) and what was measured."""
+    device = find_device(kind) if kind is not None else None
+    file = Throughput.read(path, device) if path else None
+    if device is None and (file is None or file.kind is not None):
+        device = find_device(str(file.kind) if file else "a100-80")
+    return device, file
+
+
+def _cell(value: Hours | None, speedup: float | None = None) -> str:
+    if value is None:
+        return "not measured"
+    low, high = hours(value.low).split(" "), hours(value.high).split(" ")
+    span = f"{low[0]}-{high[0]}" if low[1] == high[1] else f"{' '.join(low)} - {' '.join(high)}"
+    return f"{hours(value.hours)}{ratio(speedup)} [{value.kind} {span}]"
+
+
+def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
+    compared = rows[0].individual_epochs is not None
+    body = []
+    for row in rows:
+        cells = [row.model, f"{row.epochs:.3g}"]
+        if row.individual_epochs is not None:
+            cells[1] += f"/{row.individual_epochs:.3g}"
+            cells += [_cell(row.individual), _cell(row.individual_accumulated)]
+        cells += [_cell(row.chain, row.speedup), _cell(row.chain_accumulated, row.accumulated_speedup)]
+        if gpus > 1:
+            cells.append("-" if row.chain_accumulated is None else hours(row.chain_accumulated.hours / gpus))
+        body.append(cells)
+    header = ["Model", "Epochs", *(["Individual", "Accumulated"] if compared else []), "Chain", "Accumulated"]
+    notes = ["[projected least-most]: by the model of docs/hardware.md, not measured."]
+    if compared:
+        notes.insert(0, "Epochs: in the chain/individually. (x): acceleration over the individual training.")
+    if gpus > 1:
+        header.append(f"Wall time, {gpus} GPUs")
+        notes.append("Wall time is that of the chain so far, as if the GPUs lost nothing to one another.")
+    return TextTable(title, header, body, notes)
+
+
+def _published_table(rows: list[PublishedRow]) -> TextTable:
+    body = [
+        [
+            row.model,
+            f"{row.individual_hours:,.0f} h",
+            f"{row.individual_utilisation:.1%}",
+            f"{row.individual_error:+.1%}",
+            f"{row.individual_accumulated_hours:,.0f} h",
+            f"{row.chain_hours:,.0f} h{ratio(row.speedup)}",
+            f"{row.chain_utilisation:.1%}",
+            f"{row.chain_error:+.1%}",
+            f"{row.chain_accumulated_hours:,.0f} h{ratio(row.accumulated_speedup)}",
+        ]
+        for row in rows
+    ]
+    part = ["Use", "Model error"]
+    header = ["Model", "Individual", *part, "Accumulated", "Chain", *part, "Accumulated"]
+    note = (
+        "Use: share of an A100's dense bf16 peak that the published MACs make in the published hours. Model error: "
+        f"projected over published hours, less 1; a row held out of the fit is off by {fitted().error:.1%} at most."
+    )
+    return TextTable("The paper's A100 hours (Table 2)", header, body, [note])
