@@ -11,7 +11,7 @@ from rich.console import Console
 
 from compt.curves import Curves, LinkCurve, Point, Target, names, read_curves
 from compt.errors import ConfigError, nearest
-from compt.files import disk_errors, write_json, write_text
+from compt.files import write_bytes, write_json, write_text
 from compt.formats import TextTable
 from compt.paper import LOSSLESS_POINTS
 
@@ -52,14 +52,11 @@ def curves(
 def _write(found: Curves, out: Path) -> None:
     from compt.report_curves import curves_figure
 
-    with disk_errors(out):
-        out.mkdir(parents=True, exist_ok=True)
     write_json(out / "curves.json", found.to_json())
     if found.links:
         svg, png = curves_figure(found)
         write_text(out / "curves.svg", svg)
-        with disk_errors(out):
-            (out / "curves.png").write_bytes(png)
+        write_bytes(out / "curves.png", png)
 
 
 def curves_table(found: Curves) -> TextTable:
