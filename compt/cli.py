@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from compt import __version__
+from compt.cli_bench import bench_app
 from compt.cli_curves import curves
 from compt.cli_tools import data_app, evaluate, expand, export
 from compt.config import Recipe, load_recipe
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
