@@ -38,8 +38,8 @@ CHAINS = (
 """Chains that presets are measured in without a recipe: each model's teacher is the one before it."""
 TEXT_BUCKETS = 4
 """As in the recipes of the paper's chains."""
-MOST = {"cuda": 8192, "cpu": 8}
-"""Largest batch that is tried, by type of device; a CPU is as fast with few samples at a time."""
+MOST = {"cuda": 8192, "cpu": 256}
+"""Largest batch that is tried, by type of device."""
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def throughput(
     ] = None,
     batch: Annotated[str, typer.Option(help="samples a step, or auto for the most that fit")] = "auto",
     max_batch: Annotated[
-        int | None, typer.Option(help="the most that auto tries; default 8192, on a CPU 8", min=1)
+        int | None, typer.Option(help="the most that auto tries; default 8192, on a CPU 256", min=1)
     ] = None,
     precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default the recipe's or bf16")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
@@ -202,6 +202,8 @@ def _cells(entry: Measurement) -> list[str]:
 
 
 def _throughput_table(made: Throughput, entries: list[Measurement], searched: bool, most: int) -> TextTable:
+    from compt.throughput import CPU_STEP_SECONDS
+
     rows = []
     for entry in entries:
         names = [entry.student.name, entry.teacher.name if entry.teacher else "-"]
@@ -222,7 +224,8 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
         )
     notes = ["Measured. Samples a second: median [slowest-fastest step]; a teacher's forward pass is included."]
     if searched:
-        notes.append(f"Batches are the largest that fit, {most} at most.")
+        limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s a step"
+        notes.append(f"Batches are the largest that {limit}, {most} at most.")
     if made.kind is None:
         notes.append("No MFU: the peak of this device is not known. Memory is what the process grew by.")
     title = f"Throughput of {made.device}, {made.precision}"
@@ -309,6 +312,8 @@ def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
     notes = ["[projected least-most]: by the model of docs/hardware.md, not measured."]
     if compared:
         notes.insert(0, "Epochs: in the chain/individually. (x): acceleration over the individual training.")
+    if any(row.chain is None or (compared and row.individual is None) for row in rows):
+        notes.append("Nothing is projected for this device, whose peak is not known: measure with --family RECIPE.")
     if gpus > 1:
         header.append(f"Wall time, {gpus} GPUs")
         notes.append("Wall time is that of the chain so far, as if the GPUs lost nothing to one another.")

@@ -34,6 +34,9 @@ from compt.trainer import training_step
 LEARNING_RATE = 1e-5
 """Of the timed steps: small enough that random pixels lead nowhere."""
 
+CPU_STEP_SECONDS = 5.0
+"""The longest step that a search for a batch goes up to on a CPU, whose memory is seldom what ends it."""
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -171,30 +174,49 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _Search:
-    """Asks by trial whether a batch fits; after a failure the next trial starts from an empty device."""
+    """Asks by trial whether a batch fits; after a failure the next trial starts from an empty device.
+
+    On a CPU a trial is not begun for which the memory that is left would not do, or whose step would take longer than
+    `CPU_STEP_SECONDS`, as the trials before it tell.
+    """
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
         self.setup, self.device = setup, device
         self.step: TrainingStep | None = None
-        self.available = _available_bytes() if device.type == "cpu" else None
-        self.used_per_sample = 0.0
+        self.first_peak = self.last_peak = self.last_batch = 0
+        self.last_seconds = 0.0
 
     def fits(self, batch: int) -> bool:
-        """Whether a step with `batch` samples runs. On a CPU a trial that memory would not hold is not begun."""
-        if self.available is not None and self.used_per_sample * batch > 0.9 * self.available:
+        """Whether a step with `batch` samples runs."""
+        if self.device.type == "cpu" and self._is_too_much(batch):
             return False
         try:
             if self.step is None:
                 self.step = TrainingStep(self.setup, self.device)
                 self.step(self.step.data(1))  # AdamW's moments exist from the first step on
-            self.step(self.step.data(batch))
+                self.first_peak = _peak_bytes(self.device) or 0
+            data = self.step.data(batch)
+            started = time.perf_counter()
+            self.step(data)
+            self.last_seconds = time.perf_counter() - started
         except torch.OutOfMemoryError:
             self.step = None
             gc.collect()
             torch.cuda.empty_cache()
             return False
-        self.used_per_sample = (_peak_bytes(self.device) or 0) / batch
+        self.last_peak, self.last_batch = _peak_bytes(self.device) or 0, batch
         return True
+
+    def _is_too_much(self, batch: int) -> bool:
+        if not self.last_batch:
+            return False
+        if self.last_seconds * batch / self.last_batch > CPU_STEP_SECONDS:
+            return True
+        available, held = _available_bytes(), _resident_bytes("VmRSS")
+        if available is None or held is None or self.last_batch == 1:
+            return False
+        each = (self.last_peak - self.first_peak) / (self.last_batch - 1)
+        return self.last_peak + each * (batch - self.last_batch) - held > 0.9 * available
 
 
 def measure(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:
