@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -15,10 +14,11 @@ from rich.console import Console
 from compt import __version__
 from compt.cli_bench import bench_app
 from compt.cli_curves import curves
+from compt.cli_options import Overrides, RecipePath
+from compt.cli_plan import plan
 from compt.cli_tools import data_app, evaluate, expand, export
 from compt.config import Recipe, load_recipe
 from compt.errors import ComptError, ConfigError
-from compt.planner import make_plan
 
 if TYPE_CHECKING:
     from compt.calibrate import FirstPair
@@ -33,10 +33,6 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 
-RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a field: --set optimizer.lr=5e-4")
-]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder; default runs/NAME of the recipe")]
 
 
@@ -56,30 +52,7 @@ def _load(path: Path, overrides: list[str] | None) -> Recipe:
     return load_recipe(path, overrides or [])
 
 
-@app.command()
-def plan(
-    recipe: RecipePath,
-    set_: Overrides = None,
-    baselines: Annotated[bool, typer.Option(help="also the individually trained members")] = False,
-    mode: Annotated[str, typer.Option(help="how MACs are counted: exact (this program) or paper")] = "exact",
-    as_json: Annotated[bool, typer.Option("--json", help="print the whole plan as JSON")] = False,
-) -> None:
-    """Show what a recipe would train, for how long, and what it costs; starts nothing."""
-    if mode not in ("exact", "paper"):
-        raise ConfigError(f"--mode {mode}: should be exact or paper")
-    loaded = _load(recipe, set_)
-    start = None
-    if loaded.chain.from_ is not None:
-        from compt.chain import read_start
-
-        start = read_start(loaded, Path.cwd(), str(recipe))
-    made = make_plan(loaded, baselines=baselines, start=start, source=str(recipe))
-    if as_json:
-        typer.echo(json.dumps(made.to_json(), indent=2))
-    else:
-        from compt.plan_tables import plan_table
-
-        _console().print(plan_table(made, "paper" if mode == "paper" else "exact"))
+app.command()(plan)
 
 
 @app.command()

@@ -1,36 +1,224 @@
-"""Tables of plans. No torch in here."""
+"""Tables of plans: what is trained and its cost, what it saves, memory of a GPU, disk. No torch in here."""
 
 from __future__ import annotations
 
-from rich.console import RenderableType
+from collections.abc import Mapping
 
-from compt.formats import TextTable, count, macs, ratio
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from compt.forecast import ENGINE, Estimate, Fit, Forecast, Hours, Totals
+from compt.formats import TextTable, count, hours, macs, ratio
 from compt.macs import Mode
-from compt.planner import Plan
+from compt.memory import ENGINES, Engine
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "loss", "buffers")
 
 
-def plan_table(plan: Plan, mode: Mode = "exact") -> RenderableType:
-    """What a recipe would train and its cost in MACs."""
+def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: Engine | None = None) -> RenderableType:
+    """All that a terminal shows of a plan; `parts_of` is the engine whose memory is shown part by part."""
+    tables = [plan_table(forecast, mode), speedup_table(forecast, mode), memory_table(forecast)]
+    shown: list[RenderableType] = []
+    for table in tables:
+        if table is not None:
+            shown += [table.rich(), Text()]
+    if forecast.machine is not None:
+        if parts_of is not None:
+            shown += [parts_table(forecast, parts_of).rich(), Text()]
+        warned = warning(forecast)
+        shown += [Text(warned, style="yellow"), Text()] if warned else []
+    return Group(*shown, disk_table(forecast).rich())
+
+
+def plan_table(forecast: Forecast, mode: Mode = "exact") -> TextTable:
+    """A row for each job, then sums: the chain, its members trained individually, and all that a run trains."""
+    plan, machine = forecast.plan, forecast.machine
     rows = []
-    for row in plan.rows(mode):
-        speedup = row.get("speedup")
-        rows.append(
-            [
-                row["job"],
-                count(row["parameters"]),
-                f"{row['epochs']:.3g}",
-                f"{row['steps']:,}",
-                macs(row["student_training_macs"])
-                + (f" + {macs(row['teacher_forward_macs'])}" if row["teacher_forward_macs"] else ""),
-                (f"as {row['same_as']}" if row["same_as"] else macs(row["total_macs"])) + ratio(speedup),
-                macs(row["accumulated_macs"]) + ratio(row["accumulated_speedup"]) if "accumulated_macs" in row else "",
-            ]
-        )
-    recipe = plan.recipe
-    note = (
-        f"{plan.images:,} images, batch {recipe.optimizer.batch}, {recipe.data.captions} captions an image. "
-        f"MACs are multiply-accumulates, counted in mode '{mode}'; a sample's: the student's training + the teacher's "
-        "forward pass. (x): acceleration over the individual training."
+    for row, item in zip(plan.rows(mode), forecast.estimates, strict=True):
+        again = row["same_as"]
+        cells = [
+            row["job"],
+            count(row["parameters"]),
+            f"{row['epochs']:.3g}",
+            count(row["samples"]),
+            f"{row['steps']:,}",
+            f"as {again}" if again else macs(row["total_macs"]),
+            f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
+        ]
+        rows.append(cells + ([] if machine is None else ["", ""] if again else _hours(item.hours)))
+    sums = [("Chain", forecast.links), ("Individually", list(forecast.individual))]
+    if len(forecast.trained) > len(forecast.links):
+        sums.append(("Whole run", forecast.trained))
+    rows += [_sum(name, forecast.totals(items), mode, forecast) for name, items in sums if items]
+    header = ["Model", "Params", "Epochs", "Samples", "Steps", "MACs", "Teacher"]
+    header += [] if machine is None else ["GPU-hours", "Wall time"]
+    return TextTable(f"Plan of {plan.recipe.name}", header, rows, _notes(forecast, mode))
+
+
+def _sum(name: str, total: Totals, mode: Mode, forecast: Forecast) -> list[str]:
+    cells = [name, count(total.parameters), f"{total.epochs:.3g}", count(total.samples), f"{total.steps:,}"]
+    cells += [macs(total.macs[mode]), ""]
+    return cells + ([] if forecast.machine is None else _hours(total.hours))
+
+
+def _hours(found: Hours | None) -> list[str]:
+    if found is None:
+        return ["", ""]
+    about = "" if found.kind == "measured" else "~"
+    return [f"{about}{_number(found.gpu_hours)} ({_number(found.low)}-{_number(found.high)})", hours(found.wall_hours)]
+
+
+def _number(value: float) -> str:
+    """Three digits, whole above a thousand."""
+    return f"{value:,.0f}" if value >= 999.5 or not value else f"{value:#.3g}".removesuffix(".")
+
+
+def _notes(forecast: Forecast, mode: Mode) -> list[str]:
+    plan, machine = forecast.plan, forecast.machine
+    data, precision = plan.recipe.data, plan.recipe.optimizer.precision
+    counted = "as this program computes" if mode == "exact" else "as the paper counts"
+    about = (
+        f"{plan.images:,} images, batch {plan.recipe.optimizer.batch}, {data.captions} captions an image, each"
+        f"{_length(data.caption_tokens)}. MACs are multiply-accumulates, {counted} (mode '{mode}'). Teacher: share of "
+        "the MACs in its forward passes."
     )
-    header = ["Model", "Params", "Epochs", "Steps", "MACs/sample", "MACs", "Chain so far"]
-    return TextTable(f"Plan of {recipe.name}", header, rows, [note]).rich()
+    notes = [about]
+    if machine is None:
+        notes.append(
+            "engine.device is cpu: GPU-hours and memory are shown with --kind, as in --kind a100-80; "
+            "`compt chain --estimate` times this machine."
+        )
+        return notes
+    found = forecast.totals([*forecast.trained, *forecast.individual]).hours
+    assert found is not None
+    notes.append(
+        f"GPU-hours on {machine.device.title}, {precision}, with their range: {'; '.join(found.sources)}"
+        f"{'' if found.kind == 'measured' else '; ~ marks what is projected, or a sum with such a part'}. "
+        f"{'' if mode == 'exact' else 'They are of what this program computes, in either mode. '}"
+        f"Wall time: GPU-hours over {machine.gpus} GPUs, as if none waited for another or for data."
+    )
+    if machine.throughput is not None and found.kind != "measured":
+        missing = [item.job.name for item in forecast.trained if item.hours and item.hours.kind != "measured"]
+        if missing:
+            notes.append(
+                f"The throughput file has no measurement in {precision} with {data.captions} captions"
+                f"{_length(data.caption_tokens)} of {', '.join(missing)}."
+            )
+    return notes
+
+
+def _length(tokens: float | Mapping[int, float] | None) -> str:
+    if tokens is None:
+        return " of the whole context"
+    if isinstance(tokens, Mapping):
+        return f" of {min(tokens)} to {max(tokens)} tokens"
+    return f" of {tokens:g} tokens"
+
+
+def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
+    """How many times less each link costs than its individual training; None where the recipe has no baselines."""
+    if not forecast.individual:
+        return None
+    rows = []
+    for row, found in zip(forecast.plan.rows(mode), forecast.speedups(), strict=False):
+        ratios = [row["speedup"], row["accumulated_speedup"], *(found or ())]
+        rows.append([row["job"], *(ratio(value).strip(" ()") for value in ratios)])
+    header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
+    epochs = forecast.individual[0].job.epochs
+    notes = [f"Over individual trainings of {epochs:.3g} epochs; so far: over all models up to this one."]
+    start = forecast.plan.recipe.chain.from_
+    if start is not None:
+        notes.append(f"What the training of {start} cost is in no figure.")
+    return TextTable("Acceleration", header, rows, notes)
+
+
+def memory_table(forecast: Forecast) -> TextTable | None:
+    """GB of each GPU for every engine; None without a machine."""
+    machine = forecast.machine
+    if machine is None:
+        return None
+    rows = [[item.job.name, *(_fit(item.memory[engine], None) for engine in ENGINES)] for item in forecast.trained]
+    recipe = forecast.plan.recipe
+    share = recipe.optimizer.batch // machine.gpus
+    micro = min(recipe.engine.micro_batch or share, share)
+    pieces = f" in pieces of {micro}" if micro < share else ""
+    room = f"{_gb(machine.room_bytes)} of {_gb(machine.device.memory_bytes)} GB"
+    note = (
+        f"{share} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
+        f"recomputed; ! does not fit. This program trains with {ENGINE} and keeps activations; the other engines keep "
+        "weights, gradients or optimizer in shards. Parts: --memory ENGINE."
+    )
+    return TextTable(f"Memory of each of {machine.gpus} GPUs, in GB", ["Model", *ENGINES], rows, [note])
+
+
+def parts_table(forecast: Forecast, engine: Engine) -> TextTable:
+    """GB of each GPU with one engine, part by part. The forecast has to have a machine."""
+    rows = [
+        [item.job.name, *(_fit(item.memory[engine], part) for part in PARTS), _fit(item.memory[engine], None)]
+        for item in forecast.trained
+    ]
+    header = ["Model", *(part.capitalize() for part in PARTS), "Total"]
+    return TextTable(f"Memory with {engine}, in GB", header, rows, ["In brackets with recomputed activations."])
+
+
+def _fit(fit: Fit, part: str | None) -> str:
+    """Bytes with and without recomputed activations: of a part, or of all, where ! marks too many."""
+    if part is not None:
+        stored, again = (getattr(memory, part) for memory in (fit.stored, fit.recomputed))
+        return _gb(stored) + (f" ({_gb(again)})" if again != stored else "")
+    marks = ["" if fits else "!" for fits in (fit.stored_fits, fit.recomputed_fits)]
+    return f"{_gb(fit.stored.total_bytes)}{marks[0]} ({_gb(fit.recomputed.total_bytes)}{marks[1]})"
+
+
+def _gb(size: float) -> str:
+    return _number(size / 1e9)
+
+
+def warning(forecast: Forecast) -> str | None:
+    """Which jobs do not fit, and what would let all of them fit; None where all fit."""
+    found, machine = forecast.remedy, forecast.machine
+    if found is None or machine is None:
+        return None
+    needs = {item.job.name: item.memory[ENGINE].stored.total_bytes for item in forecast.trained if item.memory}
+    ways = [
+        f"engine.micro_batch: {found.micro_batch}" if found.micro_batch else "",
+        "recomputed activations" if found.recompute else "",
+        found.engine or "",
+        f"{found.engine_recomputed} with recomputed activations" if not (found.engine or found.recompute) else "",
+    ]
+    if found.engine_recomputed is None:
+        ways[-1] = ""
+    remedies = "; or ".join(way for way in ways if way) or "only more GPUs, or larger ones"
+    jobs = ", ".join(f"{name} ({_gb(needs[name])} GB)" for name in found.jobs)
+    return (
+        f"Warning: does not fit the {_gb(machine.room_bytes)} GB that {machine.device.title} has for it, with "
+        f"{ENGINE}: {jobs}. What would let {'them all' if len(found.jobs) > 1 else 'it'} fit: {remedies}."
+    )
+
+
+def disk_table(forecast: Forecast) -> TextTable:
+    """What each job keeps in its folder, and the run folder as a whole."""
+    rows = [_disk(item) for item in forecast.trained]
+    rows.append(["Run folder", "", "", "", _bytes(forecast.disk_peak_bytes()), _bytes(forecast.disk_end_bytes())])
+    every = forecast.plan.recipe.engine.checkpoint_every
+    note = (
+        f"A checkpoint every {every}; one more than are kept while the next is written, none after the end. "
+        "Metrics, scores and the training set are not in it."
+    )
+    return TextTable("Disk", ["Model", "Expanded", "Checkpoints", "Model, final", "At most", "Stays"], rows, [note])
+
+
+def _disk(item: Estimate) -> list[str]:
+    disk = item.disk
+    return [
+        item.job.name,
+        _bytes(disk.initial_bytes) if disk.initial_bytes else "",
+        f"{disk.checkpoints} x {_bytes(disk.checkpoint_bytes)}",
+        _bytes(disk.model_bytes),
+        _bytes(disk.peak_bytes),
+        _bytes(disk.end_bytes),
+    ]
+
+
+def _bytes(size: float) -> str:
+    return f"{count(size)}B"

@@ -1,0 +1,174 @@
+"""`compt plan`: what a recipe would train and what it costs, and which chain to train. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+from rich.console import Console
+
+from compt.cli_options import Overrides, RecipePath
+from compt.config import Recipe, load_recipe
+from compt.errors import ConfigError, nearest
+from compt.forecast import MODES, Machine, default_gpus, make_forecast
+from compt.hardware import Device, Throughput, find_device
+from compt.macs import Mode
+from compt.memory import ENGINES, Engine
+from compt.plan_tables import plan_tables
+from compt.planner_start import Start
+
+KIND = "a100-80"
+"""The GPU that is planned with unless one is named: the paper's."""
+OBJECTIVES = ("cost", "acceleration", "budget")
+
+Kind = Annotated[str | None, typer.Option(help=f"kind of GPU: a100-40, a100-80, h100 or h200; default {KIND}")]
+Gpus = Annotated[int | None, typer.Option(help="GPUs that share a training; default 8, or fewer that share the batch")]
+ThroughputFile = Annotated[
+    Path | None,
+    typer.Option("--throughput", metavar="FILE", help="speeds that `compt bench throughput` measured"),
+]
+
+
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    kind: Kind = None,
+    gpus: Gpus = None,
+    throughput: ThroughputFile = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="also plan the members' individual trainings")] = False,
+    mode: Annotated[str | None, typer.Option(help="how MACs are counted: exact (default) or paper")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="ENGINE", help="show this engine's memory part by part")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="find the chain instead of showing the recipe's")] = False,
+    objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
+    members: Annotated[int | None, typer.Option(help="with --auto: how many models the family has")] = None,
+    budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
+) -> None:
+    """Show what a recipe would train, for how long, and what it costs; starts nothing.
+
+    GPU-hours, wall time and memory are those of GPUs of one kind; where engine.device is cpu they are shown when
+    --kind, --gpus, --throughput or --memory is given.
+    """
+    found, engine = _mode(mode), _engine(memory)
+    own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
+    searched = {"--objective": objective, "--members": members, "--budget": budget, "--runs": runs, "--out": out}
+    _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
+    loaded = load_recipe(recipe, set_ or [])
+    asked = MachineOptions(kind, gpus, throughput)
+    if auto:
+        from compt.cli_design import run_auto
+
+        machine = asked.machine(loaded, str(recipe))
+        run_auto(
+            loaded,
+            recipe,
+            objective=_objective(objective),
+            size=members,
+            budget_gpu_hours=budget,
+            device=machine.device,
+            gpus=machine.gpus,
+            throughput=machine.throughput,
+            runs=runs or (),
+            out=out,
+            as_json=as_json,
+        )
+        return
+    wanted = asked.given or memory is not None or loaded.engine.device != "cpu"
+    forecast = make_forecast(
+        loaded,
+        asked.machine(loaded, str(recipe)) if wanted else None,
+        baselines=baselines,
+        start=_start(loaded, str(recipe)),
+        source=str(recipe),
+    )
+    if as_json:
+        typer.echo(json.dumps(forecast.to_json(), indent=2))
+    else:
+        Console(highlight=False).print(plan_tables(forecast, found, engine))
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """The options that say what GPUs to plan for."""
+
+    kind: str | None
+    gpus: int | None
+    throughput: Path | None
+
+    @property
+    def given(self) -> bool:
+        """Whether any of them is."""
+        return (self.kind, self.gpus, self.throughput) != (None, None, None)
+
+    def machine(self, recipe: Recipe, source: str) -> Machine:
+        """The GPUs with what was measured on them. Raises ConfigError, which names the option."""
+        device, speeds = self._device()
+        batch = recipe.optimizer.batch
+        if self.gpus is not None and not 1 <= self.gpus <= batch:
+            raise ConfigError(f"--gpus {self.gpus}: should be from 1 to the {batch} of optimizer.batch in {source}")
+        return Machine(device, self.gpus or default_gpus(batch), speeds)
+
+    def _device(self) -> tuple[Device, Throughput | None]:
+        try:
+            device = find_device(self.kind) if self.kind is not None else None
+        except ConfigError as error:
+            raise ConfigError(f"--kind {self.kind}: {error}") from None
+        if self.throughput is None:
+            return device or find_device(KIND), None
+        try:
+            speeds = Throughput.read(self.throughput, device)
+        except ConfigError as error:
+            raise ConfigError(f"--throughput: {error}") from None
+        if device is None and speeds.kind is None:
+            raise ConfigError(
+                f"--throughput {self.throughput}: was measured on {speeds.device}, which is no kind of GPU known here"
+            )
+        return device or find_device(str(speeds.kind)), speeds
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            raise ConfigError(f"{name}{shown}: {why}")
+
+
+def _mode(name: str | None) -> Mode:
+    return cast(Mode, _one_of("--mode", name or "exact", MODES))
+
+
+def _engine(name: str | None) -> Engine | None:
+    return None if name is None else cast(Engine, _one_of("--memory", name, ENGINES))
+
+
+def _objective(name: str | None) -> str:
+    return _one_of("--objective", name or "cost", OBJECTIVES)
+
+
+def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ConfigError(f"{option} {name}: should be one of {', '.join(known)}{nearest(name, known)}")
+    return name
+
+
+def _start(recipe: Recipe, source: str) -> Start | None:
+    """The model at `chain.from` where compt did not write it: open_clip has to read its config, which takes torch.
+
+    None where the planner reads the folder's manifest itself.
+    """
+    if recipe.chain.from_ is None:
+        return None
+    folder = Path(recipe.chain.from_)
+    if (folder / "manifest.json").exists() or not folder.exists():
+        return None
+    from compt.chain import read_start
+
+    return read_start(recipe, Path(), source)

@@ -1,0 +1,405 @@
+"""What a plan asks of machines: GPU-hours, memory of a GPU, disk, and what a chain saves. No torch in here.
+
+Joins the jobs of `compt.planner` with the speeds of `compt.hardware` and the memory of `compt.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from compt.config import Recipe
+from compt.errors import ConfigError
+from compt.hardware import Device, Throughput, speed
+from compt.macs import Mode, parameters
+from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
+from compt.planner import Job, Plan, make_plan
+from compt.planner_start import Start
+
+ENGINE: Engine = "ddp"
+"""What this program trains with; the others are what the same step takes with its state in shards."""
+MOST_GPUS = 8
+"""GPUs that are planned with unless a number is given: those of a node."""
+RESERVED_BYTES = 2e9
+"""Memory of a GPU that CUDA's context, its libraries and the collectives take, in no estimate of a training."""
+MODES: tuple[Mode, ...] = ("exact", "paper")
+
+_MACS = (
+    "student_forward_macs",
+    "student_training_macs",
+    "teacher_forward_macs",
+    "teacher_share",
+    "total_macs",
+    "accumulated_macs",
+    "baseline_macs",
+    "speedup",
+    "accumulated_speedup",
+)
+_SPEEDUPS = ("hours_speedup", "hours_accumulated_speedup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind that share a training; `throughput` holds what was measured on them."""
+
+    device: Device
+    gpus: int
+    throughput: Throughput | None = None
+
+    @property
+    def room_bytes(self) -> float:
+        """Memory of a GPU that is left for a training."""
+        return self.device.memory_bytes - RESERVED_BYTES
+
+
+@dataclass(frozen=True)
+class Hours:
+    """GPU-hours of training, with a range: those of one GPU, or the sum over all.
+
+    `wall_hours` are GPU-hours over GPUs, as if none waited for another. `sources` say what they come from.
+    """
+
+    gpu_hours: float
+    low: float
+    high: float
+    wall_hours: float
+    kind: Literal["measured", "projected", "measured and projected"]
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes of a GPU with one engine: `stored` keeps every activation, `recomputed` computes those of blocks again."""
+
+    stored: Memory
+    recomputed: Memory
+    stored_fits: bool
+    recomputed_fits: bool
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Jobs too large for the machine, and changes of which each alone lets all of them fit.
+
+    `micro_batch`: the largest `engine.micro_batch` that does. `recompute`: whether recomputed activations do. `engine`:
+    the first other engine that does, `engine_recomputed` the first that does with recomputed activations. None where
+    nothing of that kind does.
+    """
+
+    jobs: tuple[str, ...]
+    micro_batch: int | None
+    recompute: bool
+    engine: Engine | None
+    engine_recomputed: Engine | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a job's folder, logs and scores left out.
+
+    `peak_bytes` is reached while a checkpoint is written before the oldest one goes, or while the model is written with
+    the checkpoints still there; `end_bytes` stay.
+    """
+
+    initial_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+    model_bytes: int
+    peak_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one job asks for. Without a machine there are neither hours nor memory."""
+
+    job: Job
+    hours: Hours | None
+    memory: Mapping[Engine, Fit]
+    disk: Disk
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over several trainings; `parameters` of all their models together."""
+
+    models: int
+    parameters: int
+    epochs: float
+    samples: int
+    steps: int
+    macs: Mapping[Mode, float]
+    hours: Hours | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan with what it asks for. `individual` are the members of the chain trained individually, planned or not."""
+
+    plan: Plan
+    machine: Machine | None
+    estimates: tuple[Estimate, ...]
+    individual: tuple[Estimate, ...]
+    remedy: Remedy | None = None
+
+    @property
+    def links(self) -> list[Estimate]:
+        """The chain alone."""
+        return [item for item in self.estimates if item.job.kind == "link"]
+
+    @property
+    def trained(self) -> list[Estimate]:
+        """All that is really trained: without jobs whose model an earlier one has."""
+        return [item for item in self.estimates if item.job.same_as is None]
+
+    def totals(self, items: Sequence[Estimate]) -> Totals:
+        """The sums over `items`."""
+        return Totals(
+            models=len(items),
+            parameters=sum(parameters(item.job.spec) for item in items),
+            epochs=sum(item.job.epochs for item in items),
+            samples=sum(item.job.samples for item in items),
+            steps=sum(item.job.steps for item in items),
+            macs={mode: sum(self.plan.cost(item.job, mode).total_macs for item in items) for mode in MODES},
+            hours=_sum_hours([item.hours for item in items], self.machine),
+        )
+
+    def speedups(self) -> list[tuple[float, float] | None]:
+        """For each link GPU-hours of its individual training over its own, alone and with the links before it.
+
+        None without a machine, and where the recipe does not say how members are trained individually.
+        """
+        found: list[tuple[float, float] | None] = []
+        chain = alone = 0.0
+        for at, link in enumerate(self.links):
+            other = self.individual[at].hours if self.individual else None
+            if link.hours is None or other is None:
+                found.append(None)
+                continue
+            chain += link.hours.gpu_hours
+            alone += other.gpu_hours
+            found.append((other.gpu_hours / link.hours.gpu_hours, alone / chain))
+        return found
+
+    def disk_peak_bytes(self) -> int:
+        """The most bytes that the run folder holds at any time, logs and scores left out."""
+        peak = kept = 0
+        for item in self.trained:
+            peak = max(peak, kept + item.disk.peak_bytes)
+            kept += item.disk.end_bytes
+        return peak
+
+    def disk_end_bytes(self) -> int:
+        """What stays in the run folder."""
+        return sum(item.disk.end_bytes for item in self.trained)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values; docs/planning.md says what stands under each key."""
+        recipe, machine, speedups = self.plan.recipe, self.machine, self.speedups()
+        rows = {mode: self.plan.rows(mode) for mode in MODES}
+        groups = {"chain": self.links, "individual": list(self.individual), "run": self.trained}
+        return {
+            "recipe": recipe.name,
+            "images": self.plan.images,
+            "batch": recipe.optimizer.batch,
+            "captions": recipe.data.captions,
+            "caption_tokens": recipe.data.caption_tokens,
+            "precision": recipe.optimizer.precision,
+            "machine": machine
+            and {
+                "kind": machine.device.name,
+                "title": machine.device.title,
+                "gpus": machine.gpus,
+                "memory_bytes": machine.device.memory_bytes,
+                "room_bytes": machine.room_bytes,
+                "engine": ENGINE,
+            },
+            "jobs": [
+                {
+                    **item.job.to_json(),
+                    "macs": {mode: {key: rows[mode][at].get(key) for key in _MACS} for mode in MODES},
+                    "hours": item.hours and asdict(item.hours),
+                    **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
+                    "memory": {engine: _fit_json(fit) for engine, fit in item.memory.items()} or None,
+                    "disk": asdict(item.disk),
+                }
+                for at, item in enumerate(self.estimates)
+            ],
+            "totals": {name: asdict(self.totals(items)) if items else None for name, items in groups.items()},
+            "acceleration": {
+                **{f"{mode}_macs": self.plan.acceleration(mode) for mode in MODES},
+                "gpu_hours": speedups[-1] and speedups[-1][1],
+            },
+            "too_large": self.remedy and asdict(self.remedy),
+            "disk": {"peak_bytes": self.disk_peak_bytes(), "end_bytes": self.disk_end_bytes()},
+        }
+
+
+def default_gpus(batch: int) -> int:
+    """The GPUs of a node, or the most below them that share `batch` evenly."""
+    return next(gpus for gpus in range(MOST_GPUS, 0, -1) if batch % gpus == 0)
+
+
+def make_forecast(
+    recipe: Recipe,
+    machine: Machine | None,
+    *,
+    baselines: bool = False,
+    start: Start | None = None,
+    source: str = "recipe",
+) -> Forecast:
+    """Plan `recipe` and say what it asks of `machine`; None: of one process, with neither hours nor memory.
+
+    Raises ConfigError for what `make_plan` refuses, and for GPUs or micro-batches that do not divide the batch.
+    """
+    gpus = machine.gpus if machine else 1
+    check_shares(recipe, gpus, source)
+    plan = make_plan(recipe, baselines=baselines, world_size=gpus, start=start, source=source)
+    estimates, individual = (
+        tuple(_estimate(recipe, job, machine) for job in jobs) for jobs in (plan.jobs, plan.individual)
+    )
+    remedy = _remedy(recipe, estimates, machine) if machine else None
+    return Forecast(plan, machine, estimates, individual, remedy)
+
+
+def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
+    """Raise ConfigError unless the batch is shared evenly by `gpus`, and each share by the micro-batch."""
+    batch, micro = recipe.optimizer.batch, recipe.engine.micro_batch
+    if batch % gpus:
+        fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
+        more = next((n for n in range(gpus, batch + 1) if batch % n == 0), fewer)
+        numbers = " or ".join(map(str, dict.fromkeys((fewer, more))))
+        raise ConfigError(
+            f"{source}: optimizer.batch = {batch}: is not shared evenly by {gpus} GPUs; --gpus {numbers} would do"
+        )
+    share = batch // gpus
+    if micro is not None and micro < share and share % micro:
+        raise ConfigError(
+            f"{source}: engine.micro_batch = {micro}: does not divide the {share} images of a process, "
+            f"{batch} over {gpus}; take {_divisor(share, micro)}"
+        )
+
+
+def _divisor(share: int, most: int) -> int:
+    return next(n for n in range(most, 0, -1) if share % n == 0)
+
+
+def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
+    disk = _disk(recipe, job)
+    if machine is None:
+        return Estimate(job, None, {}, disk)
+    most = machine.room_bytes
+    memory = {}
+    for engine in ENGINES:
+        stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
+        memory[engine] = Fit(stored, again, stored.total_bytes <= most, again.total_bytes <= most)
+    return Estimate(job, _hours(recipe, job, machine), memory, disk)
+
+
+def memory_of(
+    recipe: Recipe, job: Job, engine: Engine, gpus: int, *, micro_batch: int | None = None, recompute: bool = False
+) -> Memory:
+    """Bytes of each of `gpus` GPUs that train `job`; `micro_batch` replaces the recipe's."""
+    return memory_per_gpu(
+        job.spec,
+        job.teacher_spec if job.alpha else None,
+        engine=engine,
+        world_size=gpus,
+        batch=recipe.optimizer.batch,
+        captions=recipe.data.captions,
+        tokens=recipe.data.caption_tokens,
+        precision=recipe.optimizer.precision,
+        micro_batch=micro_batch or recipe.engine.micro_batch,
+        recompute=recompute,
+        loss_chunk=recipe.engine.loss_chunk,
+        ema=recipe.optimizer.ema is not None,
+    )
+
+
+def _hours(recipe: Recipe, job: Job, machine: Machine) -> Hours:
+    found = speed(
+        job.spec,
+        job.teacher_spec if job.alpha else None,
+        job.cost,
+        machine.device,
+        captions=recipe.data.captions,
+        tokens=recipe.data.caption_tokens,
+        precision=recipe.optimizer.precision,
+        throughput=machine.throughput,
+    )
+    hours, low, high = (job.samples * s / 3600 for s in (found.seconds_per_sample, found.low, found.high))
+    return Hours(hours, low, high, hours / machine.gpus, found.kind, (f"{found.kind} {found.source}",))
+
+
+def _sum_hours(items: Iterable[Hours | None], machine: Machine | None) -> Hours | None:
+    known = [item for item in items if item is not None]
+    if machine is None or not known:
+        return None
+    kinds = sorted({item.kind for item in known})
+    return Hours(
+        gpu_hours=sum(item.gpu_hours for item in known),
+        low=sum(item.low for item in known),
+        high=sum(item.high for item in known),
+        wall_hours=sum(item.wall_hours for item in known),
+        kind=kinds[0] if len(kinds) == 1 else "measured and projected",
+        sources=tuple(dict.fromkeys(source for item in known for source in item.sources)),
+    )
+
+
+def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:
+    large = [item for item in estimates if item.job.same_as is None and not item.memory[ENGINE].stored_fits]
+    if not large:
+        return None
+    others = [engine for engine in ENGINES if engine != ENGINE]
+    micro = [_micro_batch(recipe, item.job, machine) for item in large]
+    known = [size for size in micro if size is not None]
+    return Remedy(
+        jobs=tuple(item.job.name for item in large),
+        micro_batch=min(known) if len(known) == len(micro) else None,
+        recompute=all(item.memory[ENGINE].recomputed_fits for item in large),
+        engine=next((name for name in others if all(item.memory[name].stored_fits for item in large)), None),
+        engine_recomputed=next(
+            (name for name in others if all(item.memory[name].recomputed_fits for item in large)), None
+        ),
+    )
+
+
+def _micro_batch(recipe: Recipe, job: Job, machine: Machine) -> int | None:
+    """The largest micro-batch below the recipe's with which a job fits."""
+    share = recipe.optimizer.batch // machine.gpus
+    now = min(recipe.engine.micro_batch or share, share)
+    for size in range(now - 1, 0, -1):
+        if share % size == 0:
+            needed = memory_of(recipe, job, ENGINE, machine.gpus, micro_batch=size).total_bytes
+            if needed <= machine.room_bytes:
+                return size
+    return None
+
+
+def _disk(recipe: Recipe, job: Job) -> Disk:
+    precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
+    teacher = job.teacher_spec if job.alpha else None
+    one = checkpoint_bytes(job.spec, teacher, ema=averaged, precision=precision)
+    every = max(1, recipe.engine.checkpoint_every.to_steps(recipe.data.images, recipe.optimizer.batch))
+    written, keep = -(-job.steps // every), recipe.engine.keep_checkpoints
+    initial = artefact_bytes(job.spec) if job.teacher_spec is not None else 0
+    model = artefact_bytes(job.spec, ema=averaged)
+    return Disk(
+        initial_bytes=initial,
+        checkpoint_bytes=one,
+        checkpoints=min(written, keep),
+        model_bytes=model,
+        peak_bytes=initial + max(min(written, keep + 1) * one, min(written, keep) * one + model),
+        end_bytes=initial + model,
+    )
+
+
+def _fit_json(fit: Fit) -> dict[str, Any]:
+    return {
+        name: {**asdict(memory), "total_bytes": memory.total_bytes, "fits": fits}
+        for name, memory, fits in (
+            ("stored", fit.stored, fit.stored_fits),
+            ("recomputed", fit.recomputed, fit.recomputed_fits),
+        )
+    }
