@@ -80,7 +80,7 @@ _BOTH_SIZES = ("text_width", "text_depth", "text_heads", "text_head_width", "con
 _VIT_SIZES = ("width", "depth", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
 
 
-def _checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
+def checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes in their own types. Raises ConfigError for one that is unknown, of a wrong type, or without effect."""
     spec = PRESETS.get(preset)
     if spec is None:
@@ -129,7 +129,7 @@ class Family(Section):
             preset = member.preset or member.name
             own = {**self.common, **(member.model_extra or {})}
             try:
-                spec = resolve(preset, _checked_sizes(preset, own))
+                spec = resolve(preset, checked_sizes(preset, own))
                 if member.name in specs:
                     raise ConfigError(f"the name '{member.name}' stands there twice")
             except ConfigError as error:
