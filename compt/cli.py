@@ -14,6 +14,7 @@ from rich.console import Console
 from compt import __version__
 from compt.cli_bench import bench_app
 from compt.cli_curves import curves
+from compt.cli_macs import macs_command
 from compt.cli_options import Overrides, RecipePath
 from compt.cli_plan import plan
 from compt.cli_tools import data_app, evaluate, expand, export
@@ -180,6 +181,7 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or n
 
 
 app.command()(curves)
+app.command("macs")(macs_command)
 app.command("eval")(evaluate)
 app.command()(expand)
 app.command()(export)
