@@ -28,7 +28,8 @@ from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
-from compt.planner import Job, Start, recipe_cost
+from compt.planner import Job, recipe_cost
+from compt.planner_start import Start
 from compt.scoring import Scorer
 from compt.task import ClipTask, DistillTask
 from compt.throughput import device_name, peak_flops

@@ -149,19 +149,6 @@ class Plan:
             rows.append(row)
         return rows
 
-    def to_json(self) -> dict[str, Any]:
-        """The whole plan as plain values."""
-        modes: tuple[Mode, ...] = get_args(Mode)
-        return {
-            "recipe": self.recipe.name,
-            "images": self.images,
-            "batch": self.recipe.optimizer.batch,
-            "jobs": [job.to_json() for job in self.jobs],
-            "rows": {mode: self.rows(mode) for mode in modes},
-            "total_macs": {mode: self.total_macs(mode) for mode in modes},
-            "acceleration": {mode: self.acceleration(mode) for mode in modes},
-        }
-
 
 def make_plan(
     recipe: Recipe,

@@ -143,12 +143,12 @@ def test_costs_know_captions_trimming_recomputation_and_the_teacher() -> None:
     assert job.cost == exact_cost(job.spec, job.teacher_spec, steps=62, batch=64, captions=2)
 
 
-def test_a_plan_is_plain_data() -> None:
-    text = json.dumps(plan().to_json())
-    values = json.loads(text)
-    assert values["jobs"][1]["teacher"] == "1-vit_nano"
-    assert ModelSpec.from_dict(values["jobs"][1]["spec"]).width == 128
-    assert values["jobs"][1]["parameters"] == parameters(plan().jobs[1].spec)
+def test_a_job_is_plain_data() -> None:
+    job = plan().jobs[1]
+    values = json.loads(json.dumps(job.to_json()))
+    assert values["teacher"] == "1-vit_nano"
+    assert ModelSpec.from_dict(values["spec"]).width == 128
+    assert values["parameters"] == parameters(job.spec)
     with pytest.raises(ConfigError, match=r"unknown job '2-wid' \(did you mean '2-wide'\?\)"):
         plan().job("2-wid")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +13,10 @@ from rich.console import Console, RenderableType
 
 from compt.config_schema import Control
 from compt.files import read_json, write_json
+from compt.forecast import Forecast, Machine, make_forecast
 from compt.formats import TextTable, count, escape_markdown, hours, macs
-from compt.plan_tables import plan_table
+from compt.hardware import DEVICES
+from compt.plan_tables import memory_table, parts_table, plan_table, plan_tables, speedup_table, warning
 from compt.summary import CONTROLS, Summary, summarise
 from compt.tables import comparison_table, cost_table, summary_table
 from tests.helpers_run import RECIPE, make_run, recipe
@@ -157,24 +160,106 @@ def test_a_narrow_terminal_has_blocks_and_a_wide_one_a_table(summary: Summary) -
     assert "accumulated" not in block, "empty cells take no line"
 
 
-@pytest.mark.parametrize("width", [60, 120])
-def test_plans(tmp_path: Path, width: int) -> None:
-    made = make_run(tmp_path)
-    text = shown(plan_table(made), width)
+def forecast(kind: str | None = "a100-80", gpus: int = 8, baselines: bool = True, **changes: Any) -> Forecast:
+    machine = Machine(DEVICES[kind], gpus) if kind else None
+    return make_forecast(recipe(**changes), machine, baselines=baselines)
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+@pytest.mark.parametrize("kind", [None, "a100-80"])
+def test_plans_are_whole_at_any_width(kind: str | None, width: int) -> None:
+    found = forecast(kind)
+    text = shown(plan_tables(found, "exact", "fsdp2" if kind else None), width)
     assert "Plan of shapes" in text
     assert "as 1-vit_nano" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    words = {word for row in plan_table(found).rows for cell in row for word in cell.split() if "-" not in word}
+    assert words <= set(text.split())
+
+
+@pytest.mark.parametrize("width", [95, 100])
+def test_the_plan_is_one_table_in_a_terminal_of_100(width: int) -> None:
+    text = shown(plan_table(forecast(baselines=False)).rich(), width)
+    assert re.search(r"^3-vit_mini +[\d.]+ M +12 +[\d.]+ k +[\d,]+ +[\d.]+ T +\d+ % +~[\d.]+ ", text, re.MULTILINE)
+    assert re.search(r"^Chain +[\d.]+ M +82 ", text, re.MULTILINE)
+
+
+def test_a_plan_s_numbers() -> None:
+    found = forecast()
+    rows = rows_of(plan_table(found))
+    assert list(rows)[-3:] == ["Chain", "Individually", "Whole run"]
+    first, last, total = (rows[name] for name in ("1-vit_nano", "3-vit_mini", "Chain"))
+    hours = found.links[2].hours
+    assert hours is not None
+    assert last["GPU-hours"] == f"~{hours.gpu_hours:#.3g} ({hours.low:#.3g}-{hours.high:#.3g})"
+    assert (first["Teacher"], total["Epochs"]) == ("", "82")
+    share = found.plan.rows()[2]["teacher_share"]
+    assert last["Teacher"] == f"{100 * share:.0f} %"
+    assert total["MACs"] == macs(sum(item.job.cost.total_macs for item in found.links))
+    assert rows["baseline-vit_nano-s0"]["GPU-hours"] == ""
+    assert plan_table(found, "paper").rows[2][5] == macs(found.plan.rows("paper")[2]["total_macs"])
+    notes = " ".join(plan_table(found).notes)
+    assert "projected for A100 80 GB from the A100 hours of Table 2; ~ marks" in notes
+    assert "as the paper counts" in plan_table(found, "paper").notes[0]
+
+
+def test_a_plan_for_a_cpu_has_no_gpus_in_it() -> None:
+    found = forecast(None)
+    text = shown(plan_tables(found), 120)
+    assert "GPU-hours and memory are shown with --kind" in text
+    assert "Wall time" not in text
+    assert memory_table(found) is None
+    assert speedup_table(found).header == ["Model", "MACs", "MACs so far"]  # type: ignore[union-attr]
+
+
+def test_accelerations_of_macs_and_of_hours() -> None:
+    found = forecast()
+    table = speedup_table(found)
+    assert table is not None
+    assert table.rows[0] == ["1-vit_nano", "1.00x", "1.00x", "1.00x", "1.00x"]
+    row, hours = found.plan.rows()[2], found.speedups()[2]
+    assert hours is not None
+    ratios = (row["speedup"], row["accumulated_speedup"], *hours)
+    assert table.rows[2][1:] == [f"{value:.2f}x" for value in ratios]
+    without = make_forecast(recipe(baselines=None), None)
+    assert speedup_table(without) is None
+
+
+def test_memory_is_marked_where_it_does_not_fit() -> None:
+    small = Machine(replace(DEVICES["a100-40"], memory_bytes=2.3e9), 1)
+    found = make_forecast(recipe(optimizer={"batch": 512, "precision": "fp32"}), small)
+    table = memory_table(found)
+    assert table is not None
+    for item, row in zip(found.trained, table.rows, strict=True):
+        for engine, cell in zip(table.header[1:], row[1:], strict=True):
+            fit = item.memory[engine]  # type: ignore[index]
+            kept, again = cell.split(" ")
+            assert kept.endswith("!") is not fit.stored_fits
+            assert again.endswith("!)") is not fit.recomputed_fits
+            assert float(kept.rstrip("!")) == pytest.approx(fit.stored.total_bytes / 1e9, rel=0.01)
+    said = warning(found)
+    assert said is not None
+    assert found.remedy is not None
+    assert f"engine.micro_batch: {found.remedy.micro_batch}" in said
+    assert all(name in said for name in found.remedy.jobs)
+    assert said.replace("\n", " ") in " ".join(shown(plan_tables(found), 100).split())
+    assert warning(forecast()) is None
+
+
+def test_the_parts_of_memory() -> None:
+    found = forecast()
+    table = parts_table(found, "zero1")
+    fit = found.links[0].memory["zero1"]
+    row = dict(zip(table.header, table.rows[0], strict=True))
+    assert float(row["Optimizer"]) == pytest.approx(fit.stored.optimizer / 1e9, rel=0.01)
+    kept, again = row["Activations"].split(" ")
+    assert float(again.strip("()")) == pytest.approx(fit.recomputed.activations / 1e9, rel=0.01)
+    assert float(kept) > float(again.strip("()"))
 
 
 @pytest.mark.parametrize("width", [76, 80])
-def test_plans_and_results_are_tables_in_a_usual_terminal(tmp_path: Path, summary: Summary, width: int) -> None:
-    plan = shown(plan_table(make_run(tmp_path, use=recipe(name="x"))), width)
-    lines = plan.splitlines()
-    assert re.search(r"^Model +Params +Epochs +Steps +\S*sample +MACs +so far$", plan, re.MULTILINE)
-    at = next(i for i, line in enumerate(lines) if line.startswith("3-vit_mini"))
-    assert re.search(r" \+ [\d.]+ [GMk] +\([\d.]+x\) +\([\d.]+x\)$", lines[at + 1])
-    assert re.search(r"^baseline-(vit_mini-s0)? ", plan, re.MULTILINE)
-    assert max(map(len, lines)) <= width
+def test_results_are_tables_in_a_usual_terminal(summary: Summary, width: int) -> None:
     costs = shown(cost_table(summary).rich(), width)
     assert re.search(r"^CoM-PT +12 +26\.00 ", costs, re.MULTILINE)
     assert re.search(r"^vit_mini +\[21\.9, 30\.5\] +\(", costs, re.MULTILINE)
