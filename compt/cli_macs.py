@@ -166,17 +166,18 @@ def macs_table(breakdown: Breakdown, title: str, sample: str) -> TextTable:
     rows += [row(f"{record.part}, all", record) for record in parts]
     if len(parts) > 1:
         rows.append(row("all", _sum(breakdown, *(record.part for record in parts))))
+    again = ", again (to save memory)" if "Again" in columns else ""
+    per = "a step" if exact else "a sample too"
     note = (
         f"MACs are multiply-accumulates of matrix products and convolutions. Of a sample, a picture with {sample}: "
-        f"fwd, bwd{', again' if 'Again' in columns else ''}. Of {'a step' if exact else 'a sample too'}: update. "
-        f"Step: all of {breakdown.batch:,} samples. {_ASSUMPTIONS[breakdown.mode]}"
+        f"fwd, bwd{again}. Of {per}: update. Step: all of {breakdown.batch:,} samples. {_ASSUMPTIONS[breakdown.mode]}"
     )
     return TextTable(f"MACs of {title}, mode {breakdown.mode}", ["Module", "Params", *columns], rows, [note])
 
 
 _ASSUMPTIONS: dict[Mode, str] = {
-    "exact": "That is what this program computes; again: to save memory. Norms, biases, activations, softmax and "
-    "embedding lookups are not counted.",
+    "exact": "That is what this program computes. Norms, biases, activations, softmax and embedding lookups are not "
+    "counted.",
     "paper": f"That is the published accounting: 3 forward - patch embedding + {PAPER_PARAMETER_MACS} parameters, no "
     "loss, no projectors; Swin without its attention's two products; of the text tower the blocks' parameters alone.",
 }
