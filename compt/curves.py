@@ -205,7 +205,8 @@ class _Reader:
     def curves(self) -> Curves:
         links = []
         for members in _grouped(self.grown, self._kind_of):
-            spec = self.lineage.teacher_spec(members[0])
+            specs = map(self.lineage.teacher_spec, members)
+            spec = next((spec for spec in specs if spec is not None), None)
             if spec is None:
                 reason = "its teacher's sizes are not known: give the run that trained the teacher too"
                 self.skipped += [Skipped(member.label, reason) for member in members]

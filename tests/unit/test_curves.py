@@ -371,6 +371,24 @@ def test_a_teacher_from_outside_needs_its_run_or_the_record_of_the_expansion(tmp
     assert only(matches([run, write_run(tmp_path / "nano", [NANO])])).match is not None
 
 
+def test_a_teacher_whose_manifest_is_lost_is_still_the_same_one(tmp_path: Path) -> None:
+    inside = write_run(tmp_path / "inside", [NANO, BASELINE, link(10, 24.0)])
+    (inside / "jobs" / "1-vit_nano" / "manifest.json").write_text("{")
+    outside = write_run(tmp_path / "outside", [link(20, 28.0, "1-vit_micro", outside=True)])
+    record = outside / "jobs" / "1-vit_micro" / "initial" / "manifest.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps({"expansion": {"teacher": NANO["spec"]}}))
+    assert met(only(matches([inside, outside]))) == pytest.approx(12.5)
+
+
+def test_jobs_that_the_run_no_longer_lists_count(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [NANO, BASELINE, link(10, 24.0), link(20, 28.0, "try-1-vit_micro")])
+    state = json.loads((run / "run.json").read_text())
+    state["jobs"] = [item for item in state["jobs"] if not item["name"].startswith("try")]
+    (run / "run.json").write_text(json.dumps(state))
+    assert met(only(matches([run]))) == pytest.approx(12.5)
+
+
 def test_positions_count_the_models_before(tmp_path: Path) -> None:
     micro = link(10, 24.0)
     mini = job("3-vit_mini", 10, 30.0, model="vit_mini", teacher=micro)
