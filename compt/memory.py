@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
 from compt.errors import ConfigError, nearest
@@ -26,7 +26,10 @@ from compt.memory_activations import (
     FP32,
     Block,
     Formats,
-    contrastive_bytes,
+    Shape,
+    backward_bytes,
+    contrastive_kept,
+    contrastive_working,
     distillation_bytes,
     image_tower,
     kept_by_towers,
@@ -57,6 +60,9 @@ class Memory:
     moving average. `gradients`, `optimizer` (moments, and fp32 weights where the engine keeps them there).
     `activations`: what the towers keep for backward. `teacher`: its weights and features. `loss`: features, and all
     that the two losses hold. `buffers`: the batch, masks, the engine's communication, gradients between layers.
+
+    Each is what the part needs at most. `overlap` are bytes that are counted in two of them and never needed by both at
+    the same time, as gradients come while activations go.
     """
 
     weights: float
@@ -66,11 +72,12 @@ class Memory:
     teacher: float
     loss: float
     buffers: float
+    overlap: float = 0.0
 
     @property
     def total_bytes(self) -> float:
-        """The sum. Not all parts are at their greatest at once, so that it is an upper estimate."""
-        return math.fsum(asdict(self).values())
+        """What is needed at once: the sum of the parts without their overlap."""
+        return math.fsum(asdict(self).values()) - 2 * self.overlap
 
 
 @dataclass(frozen=True)
@@ -167,57 +174,118 @@ def memory_per_gpu(
 
     Raises ConfigError for an unknown engine or precision, and for sizes below 1.
     """
-    _check(engine, precision, world_size=world_size, batch=batch, captions=captions)
     given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
-    _check(engine, precision, **{name: value for name, value in given.items() if value is not None})
-    compute = PRECISION_BYTES[precision]
-    formats = Formats.of(precision, autocast=engine == "ddp")
-    sizes = _sizes(spec, teacher)
+    numbers = {name: value for name, value in given.items() if value is not None}
+    _check(engine, precision, world_size=world_size, batch=batch, captions=captions, **numbers)
     rows = math.ceil(batch / world_size)
-    piece = min(micro_batch or rows, rows)
+    step = _Step(spec, teacher, engine, world_size, rows, min(micro_batch or rows, rows), captions, tokens, precision)
+    compute, formats, sizes = step.compute, step.formats, step.sizes
     weights = _weights(engine, sizes, world_size, compute)
     if ema:
         average = FP32 * parameters(spec) / (world_size if engine in ("fsdp2", "zero3") else 1)
         weights += average + _masks(spec, FP32)
-    working = piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
-    inputs = rows * (FP32 * 3 * spec.image_size**2 + _TOKEN * captions * spec.context_length)
-    return Memory(
+    working = step.added_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
+    kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
+    parts = Memory(
         weights=weights,
         gradients=_gradients(engine, sizes, world_size, compute),
         optimizer=_optimizer(engine, sizes, world_size, compute),
-        activations=piece * kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute),
+        activations=step.piece * kept,
         teacher=_teacher(teacher, rows, captions, compute) if teacher else 0.0,
-        loss=_loss(spec, teacher, rows, piece, world_size, captions, compute, loss_chunk),
-        buffers=inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
+        loss=sum(step.loss(loss_chunk)),
+        buffers=step.inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
     )
+    alive = step.most_alive(parts.gradients, recompute, loss_chunk)
+    copies = compute * sizes.copied if step.copies else 0
+    return replace(parts, overlap=parts.activations + parts.gradients + parts.loss + working + copies - alive)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one GPU: `rows` pictures, `piece` of them at a time."""
+
+    spec: ModelSpec
+    teacher: ModelSpec | None
+    engine: Engine
+    world_size: int
+    rows: int
+    piece: int
+    captions: int
+    tokens: Tokens
+    precision: str
+
+    @property
+    def compute(self) -> int:
+        return PRECISION_BYTES[self.precision]
+
+    @property
+    def formats(self) -> Formats:
+        return Formats.of(self.precision, autocast=self.engine == "ddp")
+
+    @property
+    def sizes(self) -> _Sizes:
+        return _sizes(self.spec, self.teacher)
+
+    @property
+    def copies(self) -> bool:
+        """Whether autocast copies weights, and lets them go with the activations."""
+        return self.engine == "ddp" and self.compute != FP32
+
+    @property
+    def inputs(self) -> int:
+        """The batch: images in fp32 and tokens."""
+        return self.rows * (FP32 * 3 * self.spec.image_size**2 + _TOKEN * self.captions * self.spec.context_length)
+
+    @property
+    def lasting_gradients(self) -> bool:
+        """Whether the memory of the gradients is there throughout: in DDP's and DeepSpeed's buffers, and between
+        micro-batches.
+        """
+        return self.piece < self.rows or (self.engine != "fsdp2" and (self.engine != "ddp" or self.world_size > 1))
+
+    @property
+    def added_gradient(self) -> int:
+        """The gradient of the largest parameter, before it is added to what is there."""
+        return (FP32 if self.engine == "ddp" else self.compute) * self.sizes.embedding if self.lasting_gradients else 0
+
+    def loss(self, chunk: int | None) -> tuple[float, float]:
+        """What the losses keep, features included, and what their backward adds at most."""
+        vectors = self.rows * (1 + self.captions)
+        width = self.spec.embed_dim
+        distilled = self.teacher.embed_dim if self.teacher else 0
+        # Several micro-batches: features in fp32 and the gradient of each. One: features in the compute type.
+        kind, times = (FP32, 2) if self.piece < self.rows else (self.compute, 1)
+        kept = float(times * kind * vectors * (width + (distilled if distilled != width else 0)))
+        if self.teacher:
+            kept += distillation_bytes(vectors=vectors, width=distilled, compute=kind)
+        shape = Shape(self.rows, self.world_size, self.captions, width, chunk)
+        return kept + contrastive_kept(shape, kind), contrastive_working(shape)
+
+    def most_alive(self, gradients: float, recompute: bool, chunk: int | None) -> float:
+        """Bytes of activations, losses, gradients and what is between them, at their greatest together."""
+        kept, working = self.loss(chunk)
+        lasting = gradients if self.lasting_gradients else 0.0
+        several = self.piece < self.rows
+        backward = backward_bytes(
+            self.spec,
+            self.formats,
+            rows=self.piece,
+            captions=self.captions,
+            tokens=self.tokens,
+            recompute=recompute,
+            loss=0.0 if several else kept + working,
+            gradient=0 if self.lasting_gradients else FP32,
+            copied=self.compute if self.copies else 0,
+        )
+        if several:  # the losses are over before a micro-batch is run again; the features' gradients remain
+            backward = max(backward + FP32 * self.rows * (1 + self.captions) * self.spec.embed_dim, kept + working)
+        return max(lasting + max(backward, self.added_gradient), gradients)
 
 
 def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int) -> float:
     """The frozen teacher in the compute type, whole on every GPU, and its features."""
     features = rows * (1 + captions) * teacher.embed_dim
     return compute * (parameters(teacher) + features) + _masks(teacher, compute)
-
-
-def _loss(
-    spec: ModelSpec,
-    teacher: ModelSpec | None,
-    rows: int,
-    piece: int,
-    world_size: int,
-    captions: int,
-    compute: int,
-    chunk: int | None,
-) -> float:
-    vectors = rows * (1 + captions)
-    distilled = teacher.embed_dim if teacher else 0
-    width = spec.embed_dim + (distilled if distilled != spec.embed_dim else 0)
-    # Several micro-batches: features in fp32 and the gradient of each. One: features in the compute type.
-    kind, times = (FP32, 2) if piece < rows else (compute, 1)
-    total = float(times * kind * vectors * width)
-    total += contrastive_bytes(
-        rows=rows, world_size=world_size, captions=captions, width=spec.embed_dim, compute=kind, chunk=chunk
-    )
-    return total + (distillation_bytes(vectors=vectors, width=distilled, compute=kind) if teacher else 0.0)
 
 
 def _check(engine: str, precision: str, **sizes: int) -> None:

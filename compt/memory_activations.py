@@ -24,8 +24,8 @@ _STATISTICS = 2 * FP32
 class Formats:
     """Bytes of a number, by what it is.
 
-    `compute`: inputs of matrix products. `norm`: the input that a norm keeps. `stream`: the residual stream of text and
-    Swin blocks. `scores`: all that is kept of a softmax's output.
+    `compute`: inputs of matrix products. `norm`: the input that a norm keeps. `stream`: the residual stream where it
+    begins in fp32 (text, and Swin's first stage). `scores`: all that is kept of a softmax's output.
     """
 
     compute: int
@@ -87,8 +87,12 @@ class Block:
         return self.positions * self.width * (formats.stream if self.wide_stream else formats.compute)
 
     def working(self, formats: Formats) -> float:
-        """Largest gradients that the backward pass holds at once: those before and after the activation."""
-        return 2 * formats.compute * self.hidden * (1 if self.readout else self.positions)
+        """Most that the backward pass adds: a gradient as wide as the hidden layer, and that of the block's output.
+
+        (The gradient before the activation function comes when what was kept behind it is gone.)
+        """
+        hidden = formats.compute * self.hidden * (1 if self.readout else self.positions)
+        return hidden + self.entered(formats) * (1 / self.positions if self.readout else 1)
 
     def mask_bytes(self, number: int) -> int:
         """Buffers of the block: the mask of shifted windows in numbers of `number` bytes, and the table's index."""
@@ -153,7 +157,7 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
         for at in range(depth):
             shifted = at % 2 == 1 and side > window
             hidden = int(width * spec.mlp_ratio)
-            blocks.append(Block(width, hidden, heads, side**2, keys=window**2, masked=shifted))
+            blocks.append(Block(width, hidden, heads, side**2, window**2, masked=shifted, wide_stream=not stage))
     return Tower(
         blocks=tuple(blocks),
         products=products + width,
@@ -200,30 +204,94 @@ def kept_by_towers(
     return kept + (again if recompute else 0.0)
 
 
+def backward_bytes(
+    spec: ModelSpec,
+    formats: Formats,
+    *,
+    rows: int,
+    captions: int,
+    tokens: Tokens = None,
+    recompute: bool = False,
+    loss: float = 0.0,
+    gradient: int = 0,
+    copied: int = 0,
+) -> float:
+    """The most bytes that are alive at once from the end of a forward pass to the end of its backward pass.
+
+    Blocks give back what they kept one after another, the image tower's last one first, and a block's gradients come
+    in its place: `gradient` bytes for each of its parameters, 0 where the memory of all gradients is there from the
+    start. `loss`: what the loss holds while all is still kept. `copied`: bytes of a number in autocast's copies.
+    """
+    order = [(rows * times, tower) for times, tower in towers(spec, formats, captions, tokens)]
+    alive = sum(times * tower.kept(formats, recompute) + copied * tower.copied() for times, tower in order)
+    most = alive + loss
+    for times, tower in order:
+        for block in reversed(tower.blocks):
+            again = times * block.kept(formats) if recompute else 0.0
+            most = max(most, alive + again + times * block.working(formats))
+            alive -= times * (block.entered(formats) if recompute else block.kept(formats))
+            alive += gradient * block.parameters - copied * block.matrices
+    return most
+
+
 def working_of_towers(spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None) -> float:
     """Bytes for one picture with its captions of the largest gradients between two layers."""
     parts = towers(spec, formats, captions, tokens)
     return max(times * block.working(formats) for times, tower in parts for block in tower.blocks)
 
 
-def contrastive_bytes(
-    *, rows: int, world_size: int, captions: int, width: int, compute: int, chunk: int | None = None
-) -> float:
-    """Bytes of `compt.losses.contrastive_loss` at their greatest: kept for backward, and the gradients of one matrix.
+@dataclass(frozen=True)
+class Shape:
+    """What the contrastive loss compares: `rows` pictures of this GPU with `captions` each, on `world_size` GPUs.
 
-    `rows` pictures of this GPU, `width` of the joint embedding, `compute` bytes of a number in the features.
+    `width` of the joint embedding; `chunk` pictures at a time, None for all.
     """
-    vectors = rows * (1 + captions)
-    kept = _unit_bytes(vectors, width, compute)
-    if world_size > 1:
-        kept += FP32 * world_size * vectors * width
-    treated = min(chunk or rows, rows)
-    if treated < rows and world_size > 1:
-        kept += FP32 * world_size * vectors * width  # the gradient of the gathered features, over all chunks
-    matrix = FP32 * treated * captions * world_size * rows
-    scaled = FP32 * treated * (1 + captions) * width
-    labels = 2 * _INDEX * treated * captions
-    return kept + scaled + labels + 4 * matrix  # two kept, and the gradient of one on both sides of its softmax
+
+    rows: int
+    world_size: int
+    captions: int
+    width: int
+    chunk: int | None = None
+
+    @property
+    def treated(self) -> int:
+        """Pictures whose similarities are held at once."""
+        return min(self.chunk or self.rows, self.rows)
+
+    @property
+    def gathered(self) -> int:
+        """Bytes of the features of all GPUs in fp32."""
+        return FP32 * self.world_size * self.rows * (1 + self.captions) * self.width
+
+    @property
+    def matrix(self) -> int:
+        """Bytes of the similarities of one direction."""
+        return FP32 * self.treated * self.captions * self.rows * self.world_size
+
+    @property
+    def similarities(self) -> int:
+        """Bytes of both directions: the scaled features, the labels, a matrix each."""
+        scaled = FP32 * self.treated * (1 + self.captions) * self.width
+        return scaled + 2 * _INDEX * self.treated * self.captions + 2 * self.matrix
+
+
+def contrastive_kept(shape: Shape, compute: int) -> float:
+    """Bytes that `compt.losses.contrastive_loss` keeps for backward: features of length one, and both similarities.
+
+    `compute` bytes of a number in the features. In chunks the similarities are computed again, and are not in here.
+    """
+    whole = _unit_bytes(shape.rows * (1 + shape.captions), shape.width, compute)
+    whole += shape.gathered if shape.world_size > 1 else 0
+    return whole + (shape.similarities if shape.treated == shape.rows else 0)
+
+
+def contrastive_working(shape: Shape) -> float:
+    """Bytes that its backward pass adds at most: the gradients of one direction before and after its softmax.
+
+    In chunks also a chunk's similarities, and the gradient of the features of all GPUs, to which every chunk adds.
+    """
+    gradients = 2 * shape.matrix
+    return gradients if shape.treated == shape.rows else gradients + shape.gathered + shape.similarities
 
 
 def distillation_bytes(*, vectors: int, width: int, compute: int) -> float:
