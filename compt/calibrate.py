@@ -245,7 +245,7 @@ def _judge(folder: Path, test: FirstPair, plan: Plan, scales: Sequence[float], s
 
 
 def _record(test: FirstPair, plan: Plan, scales: Sequence[float], tries: Sequence[Try], outcome: str) -> dict[str, Any]:
-    """What stands in run.json. `factor` is accepted, or being tried; `individual_macs` are planned."""
+    """What stands in run.json. `factor` is accepted, or being tried; the sums of MACs are planned."""
     link, baseline = pair(plan)
     return {
         "dataset": test.dataset,
@@ -256,6 +256,8 @@ def _record(test: FirstPair, plan: Plan, scales: Sequence[float], tries: Sequenc
         "growth": GROWTH,
         "outcome": outcome,
         "factor": scales[-1],
+        "chain_macs": sum(job.cost.total_macs for job in plan.links),
+        "failed_macs": sum(job.cost.total_macs for job in plan.jobs if job.kind == "try"),
         "individual_macs": sum(job.cost.total_macs for job in plan.individual),
         "tries": [asdict(found) for found in tries],
     }

@@ -27,7 +27,7 @@ from compt.report_content import (
     unfinished,
 )
 from compt.summary import CONTROLS, Row, Summary, read_state, score_file, stored_arrays, summarise
-from compt.tables import comparison_table, cost_table
+from compt.tables import calibration_table, comparison_table, cost_table
 
 TEMPLATES = Path(__file__).parent / "templates"
 PICTURES = "report"
@@ -35,11 +35,11 @@ PICTURES = "report"
 
 
 def _points(rows: list[Row]) -> list[figures.Point]:
-    """Scored models at the MACs spent up to each, unscored ones included in the cost."""
+    """Scored models at the MACs spent up to each, unscored ones and failed tries included in the cost."""
     points, total = [], 0.0
     for row in rows:
         total += row.macs
-        if row.top1 is not None and row.low is not None and row.high is not None:
+        if row.kind != "try" and row.top1 is not None and row.low is not None and row.high is not None:
             points.append(figures.Point(row.model, total, row.top1, row.low, row.high))
     return points
 
@@ -62,7 +62,7 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
         for row in summary.controls
         if row.top1 is not None and row.low is not None and row.high is not None
     ]
-    return figures.accuracy_figure(summary.primary, _points(summary.links), alone, controls)
+    return figures.accuracy_figure(summary.primary, _points(summary.paid), alone, controls)
 
 
 def _pairs(rows: list[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
@@ -87,18 +87,19 @@ def _curves(jobs: list[JobView]) -> figures.Figure | None:
 
 def _costs(state: dict[str, Any]) -> figures.Figure | None:
     links = [job for job in state["jobs"] if job["kind"] == "link"]
+    tries = [job for job in state["jobs"] if job["kind"] == "try"]
     alone: dict[str, float] = {}
     for job in state["jobs"]:
         if job["kind"] == "baseline":
             alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
     bars, chain, rest = [], [0.0, 0.0, 0.0], 0.0
-    for job in links:
+    for job in (*tries, *links):
         cost, name = job["cost"], job["spec"]["name"]
         parts = [cost["student_training_macs"] * cost["samples"], cost["teacher_forward_macs"] * cost["samples"]]
         parts.append(max(0.0, cost["total_macs"] - sum(parts)))
         chain = [total + part for total, part in zip(chain, parts, strict=True)]
-        bars.append(figures.Bar(name, [*parts, 0.0]))
-        if name in alone:
+        bars.append(figures.Bar(job["name"] if job in tries else name, [*parts, 0.0]))
+        if name in alone and job not in tries:
             rest += alone[name]
             bars.append(figures.Bar("", [0.0, 0.0, 0.0, alone[name]]))
     if len(links) > 1:
@@ -151,14 +152,14 @@ def _gather(run: Path) -> dict[str, Any]:
     path = run / "recipe.yaml"
     recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     tables = [cost_table(summary)] if summary.rows else []
-    compared = comparison_table(summary)
+    further = [comparison_table(summary), calibration_table(summary)]
     return {
         "title": str(state.get("name") or summary.run),
         "run": summary.run,
         "sentence": sentence(summary, state, jobs),
         "tiles": tiles(summary, state),
         "unfinished": unfinished(jobs),
-        "results": [*tables, *([compared] if compared else [])],
+        "results": [*tables, *(table for table in further if table)],
         "accuracy": _accuracy(summary),
         "curves": _curves(jobs),
         "costs": _costs(state),
@@ -188,8 +189,8 @@ def _html(content: dict[str, Any]) -> str:
 CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
     "line; a control, the last model from scratch, at its own MACs alone.",
-    "curves": "Solid: chain; dashed: trained individually; dotted: controls. r is the weighted feature loss over the "
-    "contrastive loss.",
+    "curves": "Solid: chain; dashed: trained individually; dotted: controls; dash-dotted: failed tries. r is the "
+    "weighted feature loss over the contrastive loss.",
     "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
 }
 

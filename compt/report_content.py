@@ -85,7 +85,10 @@ def percent(value: float) -> str:
 
 
 def acceleration(state: dict[str, Any]) -> float | None:
-    """MACs of the chain's members trained individually over those of the chain; None where not all are planned."""
+    """MACs of the chain's members trained individually over those of the chain; None where not all are planned.
+
+    Failed tries of a first-pair test are a cost of the chain.
+    """
     links = [job for job in state["jobs"] if job["kind"] == "link"]
     alone: dict[str, float] = {}
     for job in state["jobs"]:
@@ -93,7 +96,7 @@ def acceleration(state: dict[str, Any]) -> float | None:
             alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
     if not links or any(job["spec"]["name"] not in alone for job in links):
         return None
-    own = sum(job["cost"]["total_macs"] for job in links)
+    own = sum(job["cost"]["total_macs"] for job in state["jobs"] if job["kind"] in ("link", "try"))
     return float(sum(alone[job["spec"]["name"]] for job in links) / own) if own else None
 
 
@@ -134,7 +137,8 @@ def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> st
         done = all(job.trained for job in own if job.plan["kind"] == "link")
         verb = "costs" if done else "will cost"
         ratio = f"{faster:.1f}x fewer" if faster >= 1 else f"{1 / faster:.1f}x more"
-        parts.append(f"the chain {verb} {ratio} MACs than its members trained individually")
+        tried = ", failed tries included" if summary.tries else ""
+        parts.append(f"the chain {verb} {ratio} MACs than its members trained individually{tried}")
     return "; ".join(parts) + "."
 
 
@@ -152,7 +156,7 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
     faster = acceleration(state)
     if faster:
         shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all members individually"))
-    used = [row.device_hours for row in summary.links if row.device_hours is not None]
+    used = [row.device_hours for row in summary.paid if row.device_hours is not None]
     if used:
         value, _, unit = hours(sum(used)).partition(" ")
         shown.append((value, unit, "of device time for the chain"))

@@ -250,7 +250,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
     shown = [(key, title) for key, title in panels.items() if any(curve.values.get(key) for curve in curves)]
     if not shown:
         return None
-    styles: dict[str, Any] = {"link": "-", "baseline": (0, (4, 2)), "control": (0, (1, 1.4))}
+    styles: dict[str, Any] = {"link": "-", "baseline": (0, (4, 2)), "control": (0, (1, 1.4)), "try": "-."}
 
     def draw(narrow: bool) -> Canvas:
         columns = 1 if narrow else min(2, len(shown))

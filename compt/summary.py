@@ -54,7 +54,8 @@ class Comparison:
     """A link against models trained from scratch, on the same pictures.
 
     `difference` (link minus other) and its 95 % interval (paired bootstrap over pictures) are in points. Accelerations
-    are the other's cost divided by the link's; accumulated ones take all links up to this one.
+    are the other's cost divided by the link's; accumulated ones take all links up to this one, and the tries of a
+    first-pair test that failed on the way.
     """
 
     link: str
@@ -84,7 +85,8 @@ class Summary:
     """All rows of a run, and its comparisons with baselines and controls.
 
     `individual` holds, for each seed, the chain's members trained individually in the chain's order; where a baseline
-    is the very training of a link, that link's row. Members that were not begun are missing.
+    is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
+    first-pair test found not to be lossless, `calibration` is its record in run.json (`compt.calibrate`).
     """
 
     run: str
@@ -96,11 +98,18 @@ class Summary:
     comparisons: list[Comparison]
     control_comparisons: list[Comparison]
     not_compared: list[NotCompared] = field(default_factory=list)
+    tries: list[Row] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
 
     @property
     def rows(self) -> list[Row]:
-        """Links, then baselines, then controls."""
-        return [*self.links, *self.baselines, *self.controls]
+        """Links, then failed tries, baselines and controls."""
+        return [*self.links, *self.tries, *self.baselines, *self.controls]
+
+    @property
+    def paid(self) -> list[Row]:
+        """What the chain cost, in the order of training: each failed try stands before the link that it tried."""
+        return paid_for(self.links, self.tries)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for files."""
@@ -117,7 +126,14 @@ def accumulated(values: Sequence[float | None]) -> list[float | None]:
     return sums
 
 
-def _row(manifest: dict[str, Any], primary: str | None) -> Row:
+def paid_for(links: Sequence[Row], tries: Sequence[Row]) -> list[Row]:
+    """`links`, with the failed tries of each before it; tries of a link that is not there yet come last."""
+    models = {link.model for link in links}
+    rows = [row for link in links for row in (*(row for row in tries if row.model == link.model), link)]
+    return rows + [row for row in tries if row.model not in models]
+
+
+def _row(job: dict[str, Any], manifest: dict[str, Any], primary: str | None) -> Row:
     scores = manifest.get("scores", {})
     row: dict[str, Any] = {}
     score = scores.get(primary, {})
@@ -132,8 +148,8 @@ def _row(manifest: dict[str, Any], primary: str | None) -> Row:
     cost = manifest["cost"]
     trained = manifest.get("trained")
     return Row(
-        job=manifest["name"],
-        kind=manifest["kind"],
+        job=job["name"],
+        kind=job["kind"],
         model=manifest["spec"]["name"],
         state=manifest["state"],
         seed=manifest["seed"],
@@ -180,7 +196,7 @@ def _mismatch(link: Row, other: Row, primary: str) -> str | None:
 
 
 def _compare(
-    run: Path, primary: str, link: Row, others: list[Row], links_to_here: list[Row], others_to_here: list[Row] | None
+    run: Path, primary: str, link: Row, others: list[Row], paid_to_here: list[Row], others_to_here: list[Row] | None
 ) -> Comparison | NotCompared | None:
     """`link` against the mean of `others` (the same model over seeds); None while something is not scored yet."""
     if any(row.top1 is None for row in (link, *others)) or link.images < 2:
@@ -201,7 +217,7 @@ def _compare(
         return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
     # Averaged over seeds, a picture's correctness of the baseline is a share.
     difference, low, high = paired_bootstrap(own[1], np.mean(found, axis=0))
-    ours_macs, ours_hours = [row.macs for row in links_to_here], [row.device_hours for row in links_to_here]
+    ours_macs, ours_hours = [row.macs for row in paid_to_here], [row.device_hours for row in paid_to_here]
     macs_total = hours_total = None
     if others_to_here is not None:
         macs_total = sum(row.macs for row in others_to_here) / sum(ours_macs)
@@ -247,7 +263,7 @@ def summarise(run: Path) -> Summary:
             continue
         path = run / "jobs" / job["name"] / "manifest.json"
         if path.exists() and (manifest := read_state(path))["state"] != "planned":
-            rows[job["name"]] = _row(manifest, primary)
+            rows[job["name"]] = _row(job, manifest, primary)
     links = [row for row in rows.values() if row.kind == "link"]
     by_model: dict[str, list[Row]] = {}
     individual: dict[int, dict[str, Row]] = {}
@@ -258,7 +274,8 @@ def summarise(run: Path) -> Summary:
             individual.setdefault(job["seed"], {})[row.model] = row
     order = [job["spec"]["name"] for job in state["jobs"] if job["kind"] == "link"]
     controls = [row for row in rows.values() if row.kind == "control"]
-    compared = _with_baselines(run, primary, links, by_model) if primary else []
+    tries = [row for row in rows.values() if row.kind == "try"]
+    compared = _with_baselines(run, primary, links, tries, by_model) if primary else []
     with_controls = _with_controls(run, primary, links, controls) if primary else []
     return Summary(
         run=run.resolve().name,
@@ -270,11 +287,13 @@ def summarise(run: Path) -> Summary:
         comparisons=[item for item in compared if isinstance(item, Comparison)],
         control_comparisons=[item for item in with_controls if isinstance(item, Comparison)],
         not_compared=[item for item in (*compared, *with_controls) if isinstance(item, NotCompared)],
+        tries=tries,
+        calibration=state.get("calibration"),
     )
 
 
 def _with_baselines(
-    run: Path, primary: str, links: list[Row], by_model: dict[str, list[Row]]
+    run: Path, primary: str, links: list[Row], tries: list[Row], by_model: dict[str, list[Row]]
 ) -> list[Comparison | NotCompared]:
     """Each link against its model trained individually, unless that is the same training."""
     comparisons = []
@@ -285,7 +304,9 @@ def _with_baselines(
         before = links[: at + 1]
         whole = all(other.model in by_model for other in before)
         firsts = [by_model[other.model][0] for other in before] if whole else None
-        found = _compare(run, primary, link, others, before, firsts)
+        models = {other.model for other in before}
+        paid = paid_for(before, [row for row in tries if row.model in models])
+        found = _compare(run, primary, link, others, paid, firsts)
         if found is not None:
             comparisons.append(found)
     return comparisons
