@@ -96,14 +96,16 @@ def checked_caption_tokens(value: Any) -> Any:
         if not _positive(value):
             raise ValueError("should be a number above 0, or a mapping of lengths to shares")
         return float(value)
-    for length, share in value.items():
+    # JSON knows keys of text alone, and a recipe has to come back from it.
+    shares = {int(at) if isinstance(at, str) and at.isdecimal() else at: share for at, share in value.items()}
+    for length, share in shares.items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"the length {length!r} should be a whole number of tokens, at least 1")
         if share != 0 and not _positive(share):
             raise ValueError(f"the share {share!r} of length {length} should be a number, at least 0")
-    if not any(value.values()):
+    if not any(shares.values()):
         raise ValueError("a mapping of lengths to shares needs a share above 0")
-    return {length: float(share) for length, share in value.items()}
+    return {length: float(share) for length, share in shares.items()}
 
 
 def _positive(value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compt.config import Duration, load_recipe, parse_recipe, split_batch
 from compt.config_docs import reference
@@ -36,6 +37,16 @@ def write(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("7.4", 7.4), ("7", 7.0), ("{7: 1, 9: 0.5}", {7: 1.0, 9: 0.5}), ("null", None)]
+)
+def test_the_lengths_of_captions(write, text: str, tokens: object) -> None:
+    recipe = load_recipe(write(), [f"data.caption_tokens={text}"])
+    assert recipe.data.caption_tokens == tokens
+    assert "caption_tokens" not in recipe.data.result_fields()
+    assert parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json")))) == recipe
 
 
 def test_a_whole_recipe(write) -> None:
@@ -133,6 +144,22 @@ WRONG = {
     ),
     "a negative size": ("width: 128", "width: -128", "family.members.1: width = -128: should be greater than 0"),
     "not a finite number": ("lr: 1e-3", "lr: .inf", "optimizer.lr = inf: should be a finite number"),
+    "captions of no length": (
+        "images: 2_000",
+        "images: 2_000, caption_tokens: 0",
+        "data.caption_tokens = 0: should be a",
+    ),
+    "captions of a length in words": (
+        "images: 2_000",
+        "images: 2_000, caption_tokens: {long: 1}",
+        "data.caption_tokens: the length 'long' should be a whole number of tokens, at least 1",
+    ),
+    "a negative share of captions": (
+        "images: 2_000",
+        "images: 2_000, caption_tokens: {7: 0.5, 9: -1}",
+        "data.caption_tokens: the share -1 of length 9 should be a number, at least 0",
+    ),
+    "no share of captions": ("images: 2_000", "images: 2_000, caption_tokens: {7: 0}", "needs a share above 0"),
     "no shards": ("train: shards/*.tar", "train: []", "data.train: should not be empty"),
     "one number for two": ("lr: 1e-3", "betas: 0.9", "optimizer.betas = 0.9: should be a list of numbers"),
     "a list for a mapping": ("{members: [", "{common: [a], members: [", "family.common: should be a mapping"),

@@ -134,11 +134,15 @@ def test_costs_know_captions_trimming_recomputation_and_the_teacher() -> None:
 
     whole = cost(parse_recipe(BASE))
     assert cost(changed("data.captions", 3)) > whole
-    assert cost(changed("data.caption_tokens", 9.5)) < whole
+    mean, shares = (cost(changed("data.caption_tokens", tokens)) for tokens in (9.5, {2: 1, 17: 1}))
+    assert mean < shares < whole
     assert cost(changed("chain.links.1.alpha", 0)) < whole
     micro = changed("engine.micro_batch", 16)
     assert cost(micro) > whole
     assert cost(micro, world_size=4) == whole
+    chunked = changed("engine.loss_chunk", 16)
+    assert cost(chunked) - whole == pytest.approx(62 * 2 * 64 * 64 * 2 * 128)
+    assert cost(chunked, world_size=4) == whole
     job = make_plan(parse_recipe(BASE)).job("2-wide")
     assert job.cost == exact_cost(job.spec, job.teacher_spec, steps=62, batch=64, captions=2)
 
@@ -267,8 +271,8 @@ def test_only_an_equal_macs_control_depends_on_the_length_of_captions() -> None:
     )
     different = [a.name for a, b in zip(before, after, strict=True) if a.hash != b.hash]
     assert different == ["control-equal_macs"]
-    micro = changed("engine.micro_batch", 16)
-    assert hashes(micro, controls=["equal_macs"]) == [job.hash for job in before]
+    for memory in ("engine.micro_batch", "engine.loss_chunk"):
+        assert hashes(changed(memory, 16), controls=["equal_macs"]) == [job.hash for job in before]
 
 
 def test_a_changed_link_changes_what_grows_from_it_and_nothing_else() -> None:
