@@ -1,0 +1,193 @@
+"""Models that may stand in an automatically designed chain: the wanted ones, presets, and sizes between. No torch here.
+
+ViTs: every width that is a multiple of the head width and every depth, in the proportions of the presets. The text
+tower follows from the image tower: its width and depth are interpolated over the presets, in the logarithm of
+width^2 * depth, so that every preset has its own. Swins: timm's presets only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.design.epochs import log2_size
+from compt.errors import ConfigError
+from compt.macs import parameters
+from compt.planner import check_growth
+from compt.presets import PRESETS, ModelSpec
+
+SMALLEST = 16
+"""A candidate has at least one part in so many of the smallest preset's parameters, as Table G counts them."""
+
+_COMMON = ("context_length", "vocab_size", "embed_dim", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Models in rising order of parameters. `wanted` are the places of those that have to be in the chain.
+
+    `grows` [n, n]: whether the model of the column can be expanded from the model of the row. `presets` are the places
+    of the wanted ones and of presets.
+    """
+
+    specs: tuple[ModelSpec, ...]
+    wanted: tuple[int, ...]
+    presets: frozenset[int]
+    grows: NDArray[np.bool_]
+
+    def only(self, places: Sequence[int] | frozenset[int]) -> Candidates:
+        """The same with fewer models; the wanted ones have to be among them."""
+        kept = sorted(places)
+        renamed = {old: new for new, old in enumerate(kept)}
+        return Candidates(
+            tuple(self.specs[at] for at in kept),
+            tuple(renamed[at] for at in self.wanted),
+            frozenset(renamed[at] for at in self.presets if at in renamed),
+            self.grows[np.ix_(kept, kept)],
+        )
+
+
+def ladder(like: ModelSpec) -> tuple[ModelSpec, ...]:
+    """The presets of the family that `like` belongs to, by rising parameters: same kind of image tower and heads.
+
+    A ViT with heads of another width than any preset's is taken for one of the paper's.
+    """
+    same = [spec for spec in PRESETS.values() if spec.arch == like.arch]
+    family = [spec for spec in same if spec.head_width == like.head_width] or [
+        spec for spec in same if spec.head_width == PRESETS["vit_t16"].head_width
+    ]
+    return tuple(sorted(family, key=parameters))
+
+
+def text_shape(width: int, depth: int, presets: Sequence[ModelSpec], head_width: int) -> tuple[int, int]:
+    """Width and depth of the text tower that goes with an image tower of `width` and `depth`.
+
+    Logarithms are interpolated over `presets`; below the smallest and above the largest the last slope goes on. The
+    width is the nearest multiple of `head_width`, the depth the nearest whole number, each at least one.
+    """
+    size = [math.log2(spec.width**2 * spec.depth) for spec in presets]
+    at = math.log2(width**2 * depth)
+    place = int(np.clip(np.searchsorted(size, at) - 1, 0, len(size) - 2))
+    share = (at - size[place]) / (size[place + 1] - size[place])
+    found = []
+    for key in ("text_width", "text_depth"):
+        low, high = (math.log2(getattr(presets[place + step], key)) for step in (0, 1))
+        found.append(2.0 ** (low + share * (high - low)))
+    return max(1, round(found[0] / head_width)) * head_width, max(1, round(found[1]))
+
+
+def check_wanted(wanted: Sequence[ModelSpec]) -> tuple[ModelSpec, ...]:
+    """The wanted models by rising parameters. Raises ConfigError where they cannot stand in one designed chain."""
+    rising = tuple(sorted(wanted, key=parameters))
+    if len({spec.arch for spec in rising}) > 1:
+        raise ConfigError("family.members: ViTs and Swins are not designed into one chain; name one kind of them")
+    for before, after in pairwise(rising):
+        try:
+            check_growth(before, after)
+        except ConfigError as error:
+            raise ConfigError(
+                f"family.members: '{before.name}' and '{after.name}' cannot be in one chain: '{after.name}': {error}"
+            ) from None
+    return rising
+
+
+def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
+    """The wanted models and all that may stand before or between them; none has more parameters than the largest.
+
+    A candidate takes joint embedding, context, picture and the like from the next larger wanted model. Raises
+    ConfigError for wanted models that cannot stand in one chain.
+    """
+    rising = check_wanted(list(wanted.values()))
+    names = {_shape(spec): spec.name for spec in PRESETS.values()}
+    found = {_nameless(spec): spec for spec in rising}
+    shapes = _vit_shapes(rising) if rising[-1].arch == "vit" else ladder(rising[-1])
+    for shape in shapes:
+        place = next((at for at, spec in enumerate(rising) if log2_size(shape) < log2_size(spec)), None)
+        if place is not None:
+            above = rising[place]
+            spec = replace(shape, **{key: getattr(above, key) for key in _COMMON})
+            name = names.get(_shape(spec), spec.name)
+            found.setdefault(_nameless(spec), replace(spec, name=_free(name, wanted)))
+    specs = sorted(found.values(), key=parameters)
+    same = {_shape(spec) for spec in PRESETS.values()}
+    places = tuple(specs.index(spec) for spec in rising)
+    named = {at for at, spec in enumerate(specs) if _shape(spec) in same} | set(places)
+    return Candidates(tuple(specs), places, frozenset(named), _grows(specs))
+
+
+def _nameless(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, name="")
+
+
+def _shape(spec: ModelSpec) -> tuple[object, ...]:
+    """What makes a preset of a model, whatever its pictures, captions and joint embedding are."""
+    return (spec.arch, spec.width, spec.depth, spec.depths, spec.text_width, spec.text_depth, spec.head_width)
+
+
+def _free(name: str, taken: Mapping[str, ModelSpec]) -> str:
+    while name in taken:
+        name += "_auto"
+    return name
+
+
+def _vit_shapes(wanted: Sequence[ModelSpec]) -> list[ModelSpec]:
+    """Every width and depth in the proportions of the presets, with its text tower; the presets' own come first."""
+    largest = wanted[-1]
+    family = ladder(largest)
+    shares = [spec.width / spec.depth for spec in family]
+    least = log2_size(family[0]) - math.log2(SMALLEST)
+    shapes = list(family)
+    for heads in range(1, largest.heads + 1):
+        width = heads * largest.head_width
+        for depth in range(1, largest.depth + 1):
+            if not min(shares) <= width / depth <= max(shares):
+                continue
+            text_width, text_depth = text_shape(width, depth, family, largest.text_head_width)
+            shape = replace(
+                largest,
+                name=f"vit_{width}x{depth}",
+                width=width,
+                depth=depth,
+                heads=heads,
+                text_width=text_width,
+                text_depth=text_depth,
+                text_heads=text_width // largest.text_head_width,
+            )
+            if log2_size(shape) >= least:
+                shapes.append(shape)
+    return shapes
+
+
+def _can_grow(teacher: ModelSpec, student: ModelSpec) -> bool:
+    try:
+        check_growth(teacher, student)
+    except ConfigError:
+        return False
+    return True
+
+
+_AXES = ("width", "depth", "text_width", "text_depth", "embed_dim", "context_length")
+
+
+def _grows(specs: Sequence[ModelSpec]) -> NDArray[np.bool_]:
+    """[n, n]: whether parameters rise and no axis shrinks from row to column.
+
+    Axes are compared all at once; for Swins, few and with stages, `check_growth` is asked.
+    """
+    sizes = np.array(
+        [
+            [parameters(spec), spec.width * spec.mlp_ratio, spec.text_width * spec.mlp_ratio]
+            + [getattr(spec, axis) for axis in _AXES]
+            for spec in specs
+        ]
+    )
+    rises = (sizes[:, None] <= sizes[None]).all(axis=-1) & (sizes[:, None, 0] < sizes[None, :, 0])
+    if specs[-1].arch == "swin":
+        for row, column in np.argwhere(rises):
+            rises[row, column] = _can_grow(specs[row], specs[column])
+    return np.asarray(rises)

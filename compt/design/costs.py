@@ -1,0 +1,120 @@
+"""What an epoch of each possible link costs, for all pairs of candidates at once. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.config import Recipe
+from compt.hardware import Device, Throughput, speed
+from compt.planner import recipe_cost
+from compt.presets import ModelSpec
+
+Floats = NDArray[np.float64]
+Cost = Callable[[ModelSpec, ModelSpec | None], float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of an epoch, in MACs or GPU-hours: `alone` [n] of a model from scratch, `links` [n, n] of a link.
+
+    Rows are teachers, whose forward passes are in it; columns are students.
+    """
+
+    unit: Literal["macs", "gpu_hours"]
+    alone: Floats
+    links: Floats
+
+    def only(self, places: Sequence[int]) -> Costs:
+        """The same for fewer models."""
+        kept = list(places)
+        return Costs(self.unit, self.alone[kept], self.links[np.ix_(kept, kept)])
+
+
+def epoch_steps(recipe: Recipe) -> int:
+    """Steps of one epoch; what is left of a batch is not trained on."""
+    return recipe.data.images // recipe.optimizer.batch
+
+
+def distils(recipe: Recipe) -> bool:
+    """Whether features are distilled along the chain, and not only weights passed on."""
+    return recipe.chain.distill.alpha > 0
+
+
+def macs_costs(recipe: Recipe, specs: Sequence[ModelSpec], *, gpus: int = 1) -> Costs:
+    """MACs of an epoch on `gpus` processes, as a plan of `recipe` counts them in mode `exact`."""
+
+    def macs(student: ModelSpec, teacher: ModelSpec | None) -> float:
+        return recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, recipe.data.caption_tokens).total_macs
+
+    return Costs("macs", *_tables(specs, macs, distils(recipe)))
+
+
+def hours_costs(
+    recipe: Recipe,
+    specs: Sequence[ModelSpec],
+    device: Device,
+    *,
+    gpus: int = 1,
+    throughput: Throughput | None = None,
+) -> Costs:
+    """GPU-hours of an epoch on `gpus` `device`s, as a plan of `recipe` counts them.
+
+    Measured where `throughput` has the very job, else projected. Raises ConfigError for a precision that the device
+    does not have.
+    """
+    samples = epoch_steps(recipe) * recipe.optimizer.batch
+    tokens, captions = recipe.data.caption_tokens, recipe.data.captions
+
+    def hours(student: ModelSpec, teacher: ModelSpec | None, file: Throughput | None = None) -> float:
+        cost = recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, tokens)
+        found = speed(
+            student,
+            teacher,
+            cost,
+            device,
+            captions=captions,
+            tokens=tokens,
+            precision=recipe.optimizer.precision,
+            throughput=file,
+        )
+        return samples * found.seconds_per_sample / 3600
+
+    alone, links = _tables(specs, hours, distils(recipe))
+    places = {replace(spec, name="", timm_name=""): at for at, spec in enumerate(specs)}
+    for entry in throughput.entries if throughput else ():
+        student = places.get(replace(entry.student, name="", timm_name=""))
+        if student is None:
+            continue
+        if entry.teacher is None:
+            alone[student] = hours(specs[student], None, throughput)
+            if not distils(recipe):
+                links[:, student] = alone[student]
+        elif distils(recipe):
+            teacher = places.get(replace(entry.teacher, name="", timm_name=""))
+            if teacher is not None:
+                links[teacher, student] = hours(specs[student], specs[teacher], throughput)
+    return Costs("gpu_hours", alone, links)
+
+
+def _tables(specs: Sequence[ModelSpec], cost: Cost, distilled: bool) -> tuple[Floats, Floats]:
+    """`alone` [n] and `links` [n, n] from some 2 n calls of `cost` instead of n^2.
+
+    A teacher costs the same whatever its student; a student's cost depends on its teacher through the width of the
+    joint embedding alone, which is that of the projectors' output.
+    """
+    alone = np.array([cost(spec, None) for spec in specs])
+    if not distilled:
+        return alone, np.tile(alone, (len(specs), 1))
+    links = np.empty((len(specs), len(specs)))
+    for width in {spec.embed_dim for spec in specs}:
+        rows = [at for at, spec in enumerate(specs) if spec.embed_dim == width]
+        one = specs[rows[0]]
+        students = np.array([cost(spec, one) for spec in specs])
+        teachers = np.array([cost(one, specs[at]) for at in rows])
+        links[rows] = students[None, :] + (teachers - teachers[0])[:, None]
+    return alone, links
