@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format type fresh-check clean venv
+.PHONY: help demo test test-full benchmarks lint format type fresh-check clean venv
 
 WORKERS ?= 2
 ARGS ?=
@@ -32,6 +32,9 @@ test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without on
 
 test-full: $(STAMP) ## Run every test, the slow ones included
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/results
+	@$(RUN) benchmarks.all
 
 lint: $(STAMP) ## Check the style (ruff)
 	@$(RUN) ruff check .

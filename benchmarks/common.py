@@ -30,6 +30,7 @@ TOLERANCE = 0.025
 SIGNIFICANT = 6
 """Digits that are kept in JSON and CSV: fewer than two machines could disagree on."""
 UNEXPLAINED = "Nothing that is published explains it."
+"""Part of the note of each cell whose difference has no known cause."""
 
 Record = Mapping[str, Any]
 

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.accounting import SOURCES, chain, individual
-from benchmarks.common import COLOUR, Cell, Result, explain, key_of, main, number
+from benchmarks.common import COLOUR, UNEXPLAINED, Cell, Result, explain, key_of, main, number
 from compt.formats import TextTable
 from compt.hardware import PAPER_DEVICE, fitted, published_times
 from compt.paper import TABLE_2, Family
@@ -28,8 +28,8 @@ CUT_COST = (
 )
 CUT_RATIO = "It is the ratio of the printed cells, cut off after two digits instead of rounded."
 M16 = (
-    "64 epochs of the printed 66.17 G a sample make 5.47; 5.52 would take 66.72 G. Nothing that is published "
-    "explains it; the printed sums and speed-ups contain the 5.52."
+    "64 epochs of the printed 66.17 G a sample make 5.47; 5.52 would take 66.72 G. The printed sums and speed-ups "
+    f"contain the 5.52. {UNEXPLAINED}"
 )
 MISPRINT = (
     "With 0.56 for the printed 0.54 hundred hours of vit_b16's link this ratio and both sums come out as printed: "

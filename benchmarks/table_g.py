@@ -33,7 +33,7 @@ EMBEDDING = {"vit_s16": 384, "vit_l16": 768}
 REASONS = {
     key_of("vit_xb16", IMAGE): (
         "Width 1024 and depth 12, as printed beside it, make 152.67 M: a patch embedding of 0.79 M, twelve blocks of "
-        "12.60 M, 0.2 M of embeddings and norms, a projection of 0.52 M. Nothing that is published explains 171.36 M."
+        "12.60 M, 0.2 M of embeddings and norms, a projection of 0.52 M. Nothing that is published explains it."
     ),
     key_of("vit_xb16", TOTAL): "It contains the image parameters above.",
     key_of("vit_xb16", TRAINING): (
@@ -42,7 +42,7 @@ REASONS = {
     ),
     key_of("swin_b", TRAINING): (
         "3 Cf - C1 + 9 P is 99.24. 98.84 would take 5.8 P, or a forward pass of 32.58 G. Nothing that is published "
-        "explains it; Table 2's costs of swin_b follow from 98.84."
+        "explains it. Table 2's costs of swin_b follow from 98.84."
     ),
 }
 
