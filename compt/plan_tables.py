@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -10,9 +11,9 @@ from rich.text import Text
 from compt.forecast import ENGINE, Estimate, Fit, Forecast, Hours, Totals
 from compt.formats import TextTable, count, hours, macs, ratio
 from compt.macs import Mode
-from compt.memory import ENGINES, Engine
+from compt.memory import ENGINES, Engine, Memory
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "teacher", "loss", "buffers")
+PARTS = tuple(field.name for field in fields(Memory))
 
 
 def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: Engine | None = None) -> RenderableType:
@@ -95,7 +96,8 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         f"GPU-hours on {machine.device.title}, {precision}, with their range: {'; '.join(found.sources)}"
         f"{'' if found.kind == 'measured' else '; ~ marks what is projected, or a sum with such a part'}. "
         f"{'' if mode == 'exact' else 'They are of what this program computes, in either mode. '}"
-        f"Wall time: GPU-hours over {machine.gpus} GPUs, as if none waited for another or for data."
+        f"Wall time: GPU-hours over {machine.gpus} GPU{'s' * (machine.gpus > 1)}, as if none waited for another "
+        "or for data."
     )
     if machine.throughput is not None and found.kind != "measured":
         missing = [item.job.name for item in forecast.trained if item.hours and item.hours.kind != "measured"]
@@ -141,14 +143,14 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     recipe = forecast.plan.recipe
     share = recipe.optimizer.batch // machine.gpus
     micro = min(recipe.engine.micro_batch or share, share)
-    pieces = f" in pieces of {micro}" if micro < share else ""
+    pieces = f" in pieces of {micro:,}" if micro < share else ""
     room = f"{_gb(machine.room_bytes)} of {_gb(machine.device.memory_bytes)} GB"
     note = (
-        f"{share} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
+        f"{share:,} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
         f"recomputed; ! does not fit. This program trains with {ENGINE} and keeps activations; the other engines keep "
         "weights, gradients or optimizer in shards. Parts: --memory ENGINE."
     )
-    return TextTable(f"Memory of each of {machine.gpus} GPUs, in GB", ["Model", *ENGINES], rows, [note])
+    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [note])
 
 
 def parts_table(forecast: Forecast, engine: Engine) -> TextTable:
@@ -158,7 +160,8 @@ def parts_table(forecast: Forecast, engine: Engine) -> TextTable:
         for item in forecast.trained
     ]
     header = ["Model", *(part.capitalize() for part in PARTS), "Total"]
-    return TextTable(f"Memory with {engine}, in GB", header, rows, ["In brackets with recomputed activations."])
+    note = "In brackets with recomputed activations. Overlap: what two parts need, but not at the same time."
+    return TextTable(f"Memory with {engine}, in GB", header, rows, [note])
 
 
 def _fit(fit: Fit, part: str | None) -> str:
