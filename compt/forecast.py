@@ -6,7 +6,7 @@ Joins the jobs of `compt.planner` with the speeds of `compt.hardware` and the me
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from compt.config import Recipe
@@ -135,7 +135,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan with what it asks for. `individual` are the members of the chain trained individually, planned or not."""
+    """A plan with what it asks for.
+
+    `individual` are the members of the chain trained individually, planned or not; their memory is left out.
+    """
 
     plan: Plan
     machine: Machine | None
@@ -256,8 +259,9 @@ def make_forecast(
     gpus = machine.gpus if machine else 1
     check_shares(recipe, gpus, source)
     plan = make_plan(recipe, baselines=baselines, world_size=gpus, start=start, source=source)
-    estimates, individual = (
-        tuple(_estimate(recipe, job, machine) for job in jobs) for jobs in (plan.jobs, plan.individual)
+    estimates = tuple(_estimate(recipe, job, machine) for job in plan.jobs)
+    individual = tuple(
+        replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine)) for job in plan.individual
     )
     remedy = _remedy(recipe, estimates, machine) if machine else None
     return Forecast(plan, machine, estimates, individual, remedy)
@@ -317,7 +321,9 @@ def memory_of(
     )
 
 
-def _hours(recipe: Recipe, job: Job, machine: Machine) -> Hours:
+def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
+    if machine is None:
+        return None
     found = speed(
         job.spec,
         job.teacher_spec if job.alpha else None,

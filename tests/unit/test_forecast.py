@@ -290,7 +290,7 @@ def test_recomputed_micro_batches_cost_hours() -> None:
 
 
 LENGTHS = st.lists(st.integers(1, 12), min_size=3, max_size=3)
-FEW = settings(max_examples=25, deadline=None)
+FEW = settings(max_examples=15, deadline=None)
 
 
 def with_epochs(epochs: list[int], **changes: Any) -> dict[str, Any]:
