@@ -199,13 +199,31 @@ class _Search:
             started = time.perf_counter()
             self.step(data)
             self.last_seconds = time.perf_counter() - started
+            self.last_peak, self.last_batch = _peak_bytes(self.device) or 0, batch
+            return True
         except torch.OutOfMemoryError:
-            self.step = None
-            gc.collect()
-            torch.cuda.empty_cache()
-            return False
-        self.last_peak, self.last_batch = _peak_bytes(self.device) or 0, batch
-        return True
+            pass  # until here the error's frames hold tensors
+        self._clear()
+        return False
+
+    def time(self, batch: int, seconds: float) -> tuple[Batch, list[float]] | None:
+        """The data and the seconds of each timed step, with the peak of memory counted anew; None without memory."""
+        try:
+            self.step = self.step or TrainingStep(self.setup, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)
+            data = self.step.data(batch)
+            return data, self.step.seconds(data, warm_up=2 if self.device.type == "cuda" else 1, seconds=seconds)
+        except torch.OutOfMemoryError:
+            pass
+        self._clear()
+        return None
+
+    def _clear(self) -> None:
+        self.step = None
+        gc.collect()
+        torch.cuda.empty_cache()
 
     def _is_too_much(self, batch: int) -> bool:
         if not self.last_batch:
@@ -227,19 +245,18 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     """
     torch.manual_seed(setup.seed)
     before = 0 if device.type == "cuda" else _resident_bytes("VmRSS")
-    try:
-        search = _Search(setup, device)
-        size = batch or largest_batch(search.fits, most)
-        if size == 0:
-            return _failed(setup, None, "a batch of 1 does not fit into memory")
-        step = search.step or TrainingStep(setup, device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        data = step.data(size)
-        times = step.seconds(data, warm_up=2 if device.type == "cuda" else 1, seconds=seconds)
-    except torch.OutOfMemoryError:
-        return _failed(setup, batch, f"a batch of {batch} does not fit into memory")
+    search = _Search(setup, device)
+    size = batch or largest_batch(search.fits, most)
+    timed = None
+    while size and timed is None:
+        timed = search.time(size, seconds)
+        if timed is None and batch is not None:
+            return _failed(setup, batch, f"a batch of {batch} does not fit into memory")
+        if timed is None:  # seen to fit once, but not again and again
+            size -= max(1, size // 16)
+    if timed is None:
+        return _failed(setup, None, "a batch of 1 does not fit into memory")
+    data, times = timed
     peak = _peak_bytes(device)
     computed = padded_tokens(caption_lengths(data.tokens).flatten(), setup.text_buckets) / data.tokens[..., 0].numel()
     middle = median(times) / size

@@ -29,7 +29,7 @@ BATCH = 12
 STEPS_PER_EPOCH = IMAGES // BATCH
 FIRST, SECOND = "1-small", "2-large"
 
-TIMES = {"samples_per_s", "data_wait", "device_hours", "memory_gib"}
+TIMES = {"samples_per_s", "data_wait", "device_hours", "memory_gib", "mfu"}
 """What a metrics line says of the machine, not of the model."""
 
 RECIPE: dict[str, Any] = {

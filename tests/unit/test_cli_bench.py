@@ -1,0 +1,236 @@
+"""`compt bench`: really run on small models, and its tables held against the paper."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compt import cli_bench
+from compt.cli import app
+from compt.errors import ConfigError
+from compt.hardware import Measurement, Throughput
+from compt.paper import TABLE_2
+from compt.presets import PRESETS
+
+PICO, NANO = PRESETS["vit_pico"], PRESETS["vit_nano"]
+QUICK = [
+    "--captions",
+    "2",
+    "--tokens",
+    "6",
+    "--max-batch",
+    "2",
+    "--seconds",
+    "0",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+]
+
+
+def compt(*words: str, width: int = 120) -> str:
+    done = CliRunner(env={"COLUMNS": str(width)}).invoke(app, ["bench", *words])
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout
+
+
+def hours(root: Path, name: str, *words: str) -> dict[str, Any]:
+    made: dict[str, Any] = json.loads(compt("gpu-hours", str(root / "recipes" / f"{name}.yaml"), "--json", *words))
+    return made
+
+
+@pytest.mark.parametrize("name", list(TABLE_2))
+def test_gpu_hours_stand_beside_the_papers(root: Path, name: str) -> None:
+    made = hours(root, name, "--mode", "paper")
+    table = TABLE_2[name]
+    assert (made["recipe"], made["device"], made["kind"], made["gpus"]) == (name, "A100 80 GB", "a100-80", 1)
+    for at, row in enumerate(made["rows"]):
+        paper = made["paper"][at]
+        assert row["model"] == paper["model"] == table.models[at]
+        assert row["individual"]["kind"] == row["chain_accumulated"]["kind"] == "projected"
+        assert row["individual"]["low"] < 100 * table.baseline[at].hours < row["individual"]["high"]
+        assert row["chain"]["low"] < 100 * table.chain[at].hours < row["chain"]["high"]
+        assert row["accumulated_speedup"] == pytest.approx(table.speedup[at].accumulated_hours, rel=0.06)
+        assert (paper["speedup"], paper["chain_hours"]) == (table.speedup[at].hours, 100 * table.chain[at].hours)
+
+
+def test_hardware_changes_hours_and_says_so(root: Path) -> None:
+    recipe = str(root / "recipes" / "cc3m_vit.yaml")
+    by_kind = {kind: hours(root, "cc3m_vit", "--kind", kind) for kind in ("a100-40", "a100", "h100", "h200")}
+    totals = [made["rows"][-1]["chain_accumulated"]["hours"] for made in by_kind.values()]
+    assert totals == sorted(totals, reverse=True)
+    assert by_kind["h100"]["device"] == "H100 80 GB SXM"
+    text = compt("gpu-hours", recipe, "--kind", "h100", "--gpus", "8", width=60)
+    assert "on H100 80 GB SXM, mode 'exact'" in text
+    assert "Wall time, 8 GPUs" in text
+    assert text.count("[projected ") == 4 * 4 + 1  # each cell, and the note
+    assert "The paper's A100 hours (Table 2)" in text
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_tables_fit_the_terminal(root: Path, width: int) -> None:
+    for name in ("merged15m_vit", "emoji"):
+        text = compt("gpu-hours", str(root / "recipes" / f"{name}.yaml"), "--gpus", "8", width=width)
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_gpu_hours_need_no_torch(root: Path) -> None:
+    code = (
+        "import sys; from compt.cli import app\n"
+        "try: app(['bench', 'gpu-hours', 'recipes/cc3m_vit.yaml'])\n"
+        "except SystemExit as stop: assert not stop.code\n"
+        "assert not {'torch', 'open_clip', 'timm', 'matplotlib'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def entry(student: str, teacher: str | None, seconds: float) -> Measurement:
+    return Measurement(
+        student=PRESETS[student],
+        teacher=PRESETS[teacher] if teacher else None,
+        captions=4,
+        tokens=77,
+        batch=8,
+        repeats=3,
+        seconds_per_sample=seconds,
+        low=seconds,
+        high=seconds,
+    )
+
+
+def file_of(path: Path, kind: str | None, *entries: Measurement) -> Path:
+    header = {"precision": "bf16", "seed": 0, "date": "2026-01-02T03:04:05Z", "command": "", "versions": {}}
+    made = Throughput(device="A machine", kind=kind, entries=entries, **header)
+    path.write_text(made.model_dump_json())
+    return path
+
+
+def test_measured_hours_by_hand(root: Path, tmp_path: Path) -> None:
+    file = file_of(tmp_path / "t.json", "h200", entry("vit_t16", None, 1e-3), entry("vit_s16", "vit_t16", 2e-3))
+    made = hours(root, "cc3m_vit", "--throughput", str(file))
+    assert (made["device"], made["kind"]) == ("H200 141 GB SXM", "h200")
+    first, second, third, _ = made["rows"]
+    seen = 1024 * (2_753_427 // 1024)  # of each epoch, in whole batches
+    assert first["chain"] == {**first["individual"], "kind": "measured"}
+    assert first["chain"]["hours"] == pytest.approx(128 * seen * 1e-3 / 3600)
+    assert second["chain_accumulated"]["hours"] == pytest.approx(seen * (128 * 1e-3 + 24 * 2e-3) / 3600)
+    assert second["chain_accumulated"]["kind"] == "measured"
+    assert [second["individual"]["kind"], third["chain"]["kind"]] == ["projected"] * 2
+    text = compt("gpu-hours", str(root / "recipes" / "cc3m_vit.yaml"), "--throughput", str(file), width=60)
+    assert text.count("[measured ") == 6
+    assert text.count("[projected ") == 10 + 1
+
+
+def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Path) -> None:
+    file = str(file_of(tmp_path / "t.json", None, entry("vit_t16", None, 1e-3)))
+    recipe = str(root / "recipes" / "cc3m_vit.yaml")
+    text = compt("gpu-hours", recipe, "--throughput", file, width=60)
+    assert "on A machine" in text
+    assert "measure with --family" in text
+    assert "[projected" not in text.replace("[projected least-most]", "")
+    made = hours(root, "cc3m_vit", "--throughput", file)
+    assert made["kind"] is None
+    assert [row["chain"] is None for row in made["rows"]] == [False, True, True, True]
+    with pytest.raises(ConfigError, match=r"measured on A machine, not on H100 80 GB SXM \(h100\)"):
+        compt("gpu-hours", recipe, "--throughput", file, "--kind", "h100")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["gpu-hours", "{recipe}", "--kind", "a10"], r"unknown GPU 'a10' \(did you mean 'a100'\?\)"),
+        (
+            ["gpu-hours", "{recipe}", "--mode", "papre"],
+            r"--mode papre \(did you mean 'paper'\?\): should be exact or paper",
+        ),
+        (["gpu-hours", "{recipe}", "--throughput", "none.json"], "cannot read none.json"),
+        (["throughput", "vit_l"], r"unknown model 'vit_l' \(did you mean"),
+        (
+            ["throughput", "vit_c16", "--family", "{recipe}"],
+            r"cc3m_vit\.yaml: no link 'vit_c16' .* has vit_t16, vit_s16",
+        ),
+        (["throughput", "vit_pico", "--captions", "4,x"], "--captions 4,x: should be numbers from 1, as in 4,6"),
+        (["throughput", "vit_pico", "--captions", "0"], "--captions 0"),
+        (["throughput", "vit_pico", "--tokens", "20:0.7,40"], "--tokens 20:0.7,40: should be a length"),
+        (["throughput", "vit_pico", "--tokens", "-3"], "--tokens -3: should be a length"),
+        (["throughput", "vit_pico", "--batch", "0"], "--batch 0: should be auto or a number from 1"),
+        (["throughput", "vit_pico", "--precision", "fp8"], r"--precision fp8 .*: should be fp32, bf16, fp16"),
+        (["throughput", "vit_pico", "--device", "tpu"], "device 'tpu' is not supported"),
+    ],
+)
+def test_bad_options_get_one_clear_error(root: Path, words: list[str], message: str) -> None:
+    recipe = str(root / "recipes" / "cc3m_vit.yaml")
+    with pytest.raises(ConfigError, match=message) as error:
+        compt(*(word.format(recipe=recipe) for word in words))
+    assert "\n" not in str(error.value)
+
+
+def test_the_chains_are_those_of_the_presets() -> None:
+    assert [name for chain in cli_bench.CHAINS for name in chain] != []
+    assert {name for chain in cli_bench.CHAINS for name in chain} == set(PRESETS)
+    pairs = [(spec.name, teacher and teacher.name) for spec, teacher in cli_bench._jobs([], None).pairs]
+    assert len(pairs) == len(PRESETS)
+    assert {("vit_t16", None), ("vit_s16", "vit_c16"), ("vit_l16", "vit_xb16"), ("swin_l", "swin_b")} <= set(pairs)
+
+
+def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
+    jobs = cli_bench._jobs(["vit_b16"], root / "recipes" / "cc3m_vit.yaml")
+    recipe = jobs.recipe
+    assert recipe is not None
+    assert cli_bench._captions(None, recipe) == [4, 6]
+    assert cli_bench._captions(
+        None, recipe.model_copy(update={"data": recipe.data.model_copy(update={"captions": 6})})
+    ) == [6]
+    assert cli_bench._tokens("context", recipe) is cli_bench._tokens(None, recipe) is None
+    assert cli_bench._tokens("20:0.7,40:0.3", recipe) == {20: 0.7, 40: 0.3}
+    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16")
+    assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
+        ("vit_b16", None, 4),
+        ("vit_b16", None, 6),
+        ("vit_b16", "vit_s16", 4),
+        ("vit_b16", "vit_s16", 6),
+    ]
+    assert {setup.text_buckets for setup in setups} == {recipe.engine.text_buckets}
+
+
+def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    words = ["throughput", "vit_pico", "vit_nano", *QUICK, "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "compt", "bench", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not out.exists() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    before = Throughput.read(out)
+    assert 1 <= len(before.entries) < 3
+    text = compt(*words)
+    assert text.count("from an earlier run") == len(before.entries)
+    made = Throughput.read(out)
+    assert made.entries[: len(before.entries)] == before.entries
+    jobs = [(entry.student, entry.teacher, entry.captions, entry.tokens, entry.batch) for entry in made.entries]
+    assert jobs == [(PICO, None, 2, 6.0, 2), (NANO, None, 2, 6.0, 2), (NANO, PICO, 2, 6.0, 2)]
+    for entry in made.entries:
+        assert entry.failure is None
+        assert entry.mfu is None
+        assert 0 < entry.low <= entry.seconds_per_sample <= entry.high
+    assert made.kind is None
+    assert "No MFU: the peak of this device is not known" in text
+    assert "2 at most" in text
+    table = compt(*words, width=60).split("Throughput of")[1].split("Written:")[0]
+    assert max(map(len, table.splitlines())) <= 60
