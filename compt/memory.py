@@ -49,7 +49,8 @@ ZERO_BUCKET = 500_000_000
 """Numbers in the buffer that DeepSpeed reduces gradients in, unless told otherwise (`reduce_bucket_size`)."""
 
 _MOMENTS = 2 * FP32
-_TOKEN = 8
+_TOKEN = _COUNT = 8
+"""Bytes of a token's number, and of the number of steps in an average."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def memory_per_gpu(
     weights = _weights(engine, sizes, world_size, compute)
     if ema:
         average = FP32 * parameters(spec) / (world_size if engine in ("fsdp2", "zero3") else 1)
-        weights += average + _masks(spec, FP32)
+        weights += average + _masks(spec, FP32) + _COUNT
     working = step.added_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
@@ -237,35 +238,41 @@ class _Step:
         return self.rows * (FP32 * 3 * self.spec.image_size**2 + _TOKEN * self.captions * self.spec.context_length)
 
     @property
-    def lasting_gradients(self) -> bool:
-        """Whether the memory of the gradients is there throughout: in DDP's and DeepSpeed's buffers, and between
-        micro-batches.
-        """
-        return self.piece < self.rows or (self.engine != "fsdp2" and (self.engine != "ddp" or self.world_size > 1))
+    def several(self) -> bool:
+        """Whether the features of several micro-batches are cached."""
+        return self.piece < self.rows
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the memory of the gradients is there throughout: in the buffers of DDP and of DeepSpeed."""
+        return self.world_size > 1 if self.engine == "ddp" else self.engine != "fsdp2"
 
     @property
     def added_gradient(self) -> int:
         """The gradient of the largest parameter, before it is added to what is there."""
-        return (FP32 if self.engine == "ddp" else self.compute) * self.sizes.embedding if self.lasting_gradients else 0
+        number = FP32 if self.engine == "ddp" else self.compute
+        return number * self.sizes.embedding if self.reserved or self.several else 0
+
+    @property
+    def features(self) -> int:
+        """Numbers in the student's features, and in the projected ones."""
+        widths = {self.spec.embed_dim, *([self.teacher.embed_dim] if self.teacher else [])}
+        return self.rows * (1 + self.captions) * sum(widths)
 
     def loss(self, chunk: int | None) -> tuple[float, float]:
         """What the losses keep, features included, and what their backward adds at most."""
-        vectors = self.rows * (1 + self.captions)
-        width = self.spec.embed_dim
-        distilled = self.teacher.embed_dim if self.teacher else 0
         # Several micro-batches: features in fp32 and the gradient of each. One: features in the compute type.
-        kind, times = (FP32, 2) if self.piece < self.rows else (self.compute, 1)
-        kept = float(times * kind * vectors * (width + (distilled if distilled != width else 0)))
+        kind, times = (FP32, 2) if self.several else (self.compute, 1)
+        kept = float(times * kind * self.features)
         if self.teacher:
-            kept += distillation_bytes(vectors=vectors, width=distilled, compute=kind)
-        shape = Shape(self.rows, self.world_size, self.captions, width, chunk)
+            vectors = self.rows * (1 + self.captions)
+            kept += distillation_bytes(vectors=vectors, width=self.teacher.embed_dim, compute=kind)
+        shape = Shape(self.rows, self.world_size, self.captions, self.spec.embed_dim, chunk)
         return kept + contrastive_kept(shape, kind), contrastive_working(shape)
 
     def most_alive(self, gradients: float, recompute: bool, chunk: int | None) -> float:
         """Bytes of activations, losses, gradients and what is between them, at their greatest together."""
         kept, working = self.loss(chunk)
-        lasting = gradients if self.lasting_gradients else 0.0
-        several = self.piece < self.rows
         backward = backward_bytes(
             self.spec,
             self.formats,
@@ -273,13 +280,15 @@ class _Step:
             captions=self.captions,
             tokens=self.tokens,
             recompute=recompute,
-            loss=0.0 if several else kept + working,
-            gradient=0 if self.lasting_gradients else FP32,
+            loss=0.0 if self.several else kept + working,
+            gradient=0 if self.reserved or self.several else FP32,
             copied=self.compute if self.copies else 0,
         )
-        if several:  # the losses are over before a micro-batch is run again; the features' gradients remain
-            backward = max(backward + FP32 * self.rows * (1 + self.captions) * self.spec.embed_dim, kept + working)
-        return max(lasting + max(backward, self.added_gradient), gradients)
+        backward = max(backward, self.added_gradient)
+        if not self.several:
+            return max(gradients, backward + (gradients if self.reserved else 0))
+        # The losses are over before a micro-batch is run again; of them the gradients of all features remain.
+        return max(gradients + FP32 * self.features + backward, kept + working + (gradients if self.reserved else 0))
 
 
 def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int) -> float:
@@ -313,5 +322,5 @@ def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = 
     _check("ddp", precision)
     sizes = _sizes(spec, teacher)
     scaler = 16 if precision == "fp16" else 0
-    average = FP32 * parameters(spec) + _TOKEN if ema else 0  # and the number of averaged steps
+    average = FP32 * parameters(spec) + _COUNT if ema else 0
     return (FP32 + _MOMENTS) * sizes.all + FP32 * sizes.tensors + scaler + average
