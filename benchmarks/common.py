@@ -124,7 +124,7 @@ def rounds_to(value: float, printed: float, digits: int) -> bool:
 
 
 def _percent(share: float | None) -> float | None:
-    return None if share is None else 100 * share
+    return None if share is None else round(100 * share, 4) + 0.0
 
 
 def explain(cells: Iterable[Cell], reasons: Mapping[str, str]) -> tuple[Cell, ...]:

@@ -220,8 +220,8 @@ def make() -> Result:
             (
                 "Each chain against the baselines of its own models, the printed speed-ups make the chains cost "
                 f"{eight['chain_1e19_macs']:.2f}, {four['chain_1e19_macs']:.2f} and {two['chain_1e19_macs']:.2f}: 4x "
-                f"is the cheapest, and 2x costs {two['chain_1e19_macs'] / four['chain_1e19_macs'] - 1:.0%} more, for "
-                "three more models."
+                f"is the cheapest, and 2x costs {100 * (two['chain_1e19_macs'] / four['chain_1e19_macs'] - 1):.0f} % "
+                "more, for three more models."
             ),
             (
                 f"The text's saving of 4x over 8x, {saving['printed_percent']:.1f} %, does not follow: it is "
