@@ -74,6 +74,10 @@ def test_how_an_interval_was_made_is_said(tmp_path: Path) -> None:
     assert "20:28.50±0.71" in paired.rows[0][1]
     assert not any("bootstrap over pictures" in note or "standard deviation" in note for note in alone.notes)
     assert any("seed 0; vit_nano → vit_micro, seed 1: from each accuracy's own" in note for note in alone.notes)
+    (tmp_path / "a" / "jobs" / "c" / "scores" / f"{SET}.npz").unlink()
+    notes = curves_table(read_curves([tmp_path / "a"])).notes
+    assert any("bootstrap over pictures" in note for note in notes)
+    assert any(note.startswith("Interval of vit_nano → vit_micro, seed 1: from each") for note in notes)
 
 
 @pytest.mark.parametrize("width", [60, 120])
