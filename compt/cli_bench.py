@@ -337,8 +337,13 @@ def _published_table(rows: list[PublishedRow]) -> TextTable:
     ]
     part = ["Use", "Model error"]
     header = ["Model", "Individual", *part, "Accumulated", "Chain", *part, "Accumulated"]
-    note = (
-        "Use: share of an A100's dense bf16 peak that the published MACs make in the published hours. Model error: "
-        f"projected over published hours, less 1; a row held out of the fit is off by {fitted().error:.1%} at most."
-    )
-    return TextTable("The paper's A100 hours (Table 2)", header, body, [note])
+    model = fitted()
+    notes = [
+        "Use: share of an A100's dense bf16 peak that the published MACs make in the published hours.",
+        (
+            "Model error: projected over published hours, less 1. Model: seconds a sample = FLOPs / "
+            f"({model.efficiency:.1%} of the peak) + channels x {model.bytes_per_channel:.0f} bytes / bandwidth + "
+            f"{1e3 * model.fixed_seconds:.3f} ms; a row held out of its fit is off by {model.error:.1%} at most."
+        ),
+    ]
+    return TextTable("The paper's A100 hours (Table 2)", header, body, notes)

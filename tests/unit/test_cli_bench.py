@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from compt import cli_bench
 from compt.cli import app
 from compt.errors import ConfigError
-from compt.hardware import Measurement, Throughput
+from compt.hardware import DEVICES, Measurement, Throughput
 from compt.paper import TABLE_2
 from compt.presets import PRESETS
 
@@ -234,3 +235,17 @@ def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None
     assert "2 at most" in text
     table = compt(*words, width=60).split("Throughput of")[1].split("Written:")[0]
     assert max(map(len, table.splitlines())) <= 60
+
+
+def test_the_document_shows_what_the_command_prints(root: Path) -> None:
+    text = (root / "docs" / "hardware.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```console\n\$ compt bench (gpu-hours [^\n]*)\n…\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 3
+    for command, shown in blocks:
+        words = [str(root / word) if word.startswith("recipes/") else word for word in command.split()]
+        printed = "\n".join(line.rstrip() for line in compt(*words).splitlines())
+        assert shown.strip() in printed, command
+    for device in DEVICES.values():
+        peaks = rf"{device.peak_flops['bf16'] / 1e12:g} TFLOP/s \| {device.peak_flops['fp32'] / 1e12:g} TFLOP/s"
+        sizes = rf"{device.bandwidth_bytes / 1e12:g} TB/s \| {device.memory_bytes / 1e9:g} GB"
+        assert re.search(rf"\| `{device.name}`.* \| {peaks} \| {sizes} \|", text), device.name

@@ -181,6 +181,34 @@ def test_the_error_is_that_of_rows_held_out() -> None:
         assert max(abs(relative_error(model, row)) for row in rows if row.family == family) < fitted().error
 
 
+def test_simpler_forms_hold_less_well(root: Path) -> None:
+    rows = published_times()
+    seconds = np.array([row.seconds_per_sample for row in rows])
+    columns = {
+        "fixed": np.ones(len(rows)),
+        "flops": np.array([row.work.flops for row in rows]),
+        "channels": np.array([row.work.channels for row in rows]),
+    }
+
+    def worst(*names: str) -> float:
+        design = np.stack([columns[name] for name in names], axis=1) / seconds[:, None]
+        constants = np.linalg.pinv(design) @ np.ones(len(rows))
+        return float(np.abs(design @ constants - 1).max())
+
+    blocks = max(
+        abs(relative_error(fit(tuple(row for row in rows if row.family != family)), row))
+        for family in TABLE_2
+        for row in rows
+        if row.family == family
+    )
+    text = (root / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert f"FLOPs with a fixed part are off by up to {100 * worst('fixed', 'flops'):.0f} %" in text
+    assert f"FLOPs with traffic by up to {100 * worst('flops', 'channels'):.0f} %" in text
+    assert f"is off by {100 * fitted().error:.1f} % at most" in text
+    assert f"foretold by the two others within {100 * blocks:.1f} %" in text
+    assert worst("fixed", "flops", "channels") < 0.1 < worst("flops", "channels")
+
+
 def a_file(*entries: Measurement, **other: object) -> Throughput:
     values = {
         "device": "NVIDIA H200",
