@@ -140,8 +140,7 @@ def _optimizer(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
 
 def _communication(engine: Engine, sizes: _Sizes, compute: int) -> float:
     if engine == "fsdp2":
-        reduced = max(sizes.block, sizes.root)
-        return compute * sizes.block + (compute + FP32) * reduced
+        return (compute + compute + FP32) * sizes.block  # gathered in one piece, and its gradient sent off in fp32
     if engine in ("zero1", "zero2", "zero3"):
         return compute * min(ZERO_BUCKET, sizes.all)
     return 0.0  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
@@ -185,7 +184,7 @@ def memory_per_gpu(
     if ema:
         average = FP32 * parameters(spec) / (world_size if engine in ("fsdp2", "zero3") else 1)
         weights += average + _masks(spec, FP32) + _COUNT
-    working = step.added_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
+    working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
         weights=weights,
@@ -248,8 +247,12 @@ class _Step:
         return self.world_size > 1 if self.engine == "ddp" else self.engine != "fsdp2"
 
     @property
-    def added_gradient(self) -> int:
-        """The gradient of the largest parameter, before it is added to what is there."""
+    def last_gradient(self) -> int:
+        """What the end of a backward pass holds beside all gradients: that of the embeddings before it is added to
+        what is there, or, to be sent off, that of all parameters outside the blocks.
+        """
+        if self.engine == "fsdp2":
+            return (self.compute + FP32) * self.sizes.root
         number = FP32 if self.engine == "ddp" else self.compute
         return number * self.sizes.embedding if self.reserved or self.several else 0
 
@@ -281,14 +284,17 @@ class _Step:
             tokens=self.tokens,
             recompute=recompute,
             loss=0.0 if self.several else kept + working,
-            gradient=0 if self.reserved or self.several else FP32,
+            gradient=0.0 if self.reserved or self.several else gradients / self.sizes.all,
             copied=self.compute if self.copies else 0,
         )
-        backward = max(backward, self.added_gradient)
+        if self.reserved or self.several:
+            backward = gradients + max(backward, self.last_gradient)
+        else:
+            backward = max(backward, gradients + self.last_gradient)
         if not self.several:
-            return max(gradients, backward + (gradients if self.reserved else 0))
+            return backward
         # The losses are over before a micro-batch is run again; of them the gradients of all features remain.
-        return max(gradients + FP32 * self.features + backward, kept + working + (gradients if self.reserved else 0))
+        return max(backward + FP32 * self.features, kept + working + (gradients if self.reserved else 0))
 
 
 def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int) -> float:

@@ -213,7 +213,7 @@ def backward_bytes(
     tokens: Tokens = None,
     recompute: bool = False,
     loss: float = 0.0,
-    gradient: int = 0,
+    gradient: float = 0.0,
     copied: int = 0,
 ) -> float:
     """The most bytes that are alive at once from the end of a forward pass to the end of its backward pass.
