@@ -116,10 +116,11 @@ def calibration_table(summary: Summary) -> TextTable | None:
     about = (
         f"{record['link']} against {record['baseline']} on {record['dataset']}: top-1 and its difference on the same "
         "pictures in points, in brackets the 95 % interval by paired bootstrap. The difference alone decides: lossless "
-        f"from -{record['margin']:g} on, else all lengths grow by {record['growth']:g}. Verdict: what the interval says."
+        f"from -{record['margin']:g} on, else lengths grow by {record['growth']:g}. Verdict: what the interval says."
     )
     if tries:
-        about += f" The baseline's top-1 is {tries[-1]['baseline_accuracy']:.2f}."
+        cost = macs(tries[-1]["speedup"] * tries[-1]["macs"])
+        about += f" The baseline's top-1 is {tries[-1]['baseline_accuracy']:.2f}; its {cost} MACs count in no chain."
     notes = [_decision(record), *_paid(record), about]
     header = ["Try", "lengths", "epochs", "MACs", "device time", "top-1", "points", "verdict"]
     return TextTable("Calibration", header, rows, notes)

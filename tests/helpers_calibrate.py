@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +18,26 @@ from compt.chain import prepare
 from compt.evaluate import ZeroShotResult
 from compt.files import read_json
 from compt.jobs import JobRun
-from compt.planner import Plan
 from compt.scoring import Scorer
+from tests.helpers_process import chain_dying_at, chain_dying_at_write
 from tests.helpers_recipe import recipe_of
 
 PICTURES = 400
-BASELINE = "baseline-large-s3"
-LONG = ("baselines.train={steps: 12}", "evaluation.every=")
-"""The baseline is 12 steps long, the link that is tried 5 by its recipe: 5, 6, 8, 10 are shorter."""
+BASELINE, LAST = "baseline-large-s3", "3-third"
+MEMBERS = (("small", 1, 32), ("large", 2, 48), ("third", 3, 48))
+LENGTHS = (("small", 6, 2), ("large", 5, 1), ("third", 4, 1))
+CHANGES = (
+    f"family.members={[{'name': name, 'preset': 'vit_pico', 'depth': n, 'embed_dim': d} for name, n, d in MEMBERS]}",
+    f"chain.links={[{'model': name, 'train': {'steps': n}, 'warmup': {'steps': warm}} for name, n, warm in LENGTHS]}",
+    "baselines.train={steps: 12}",
+    "evaluation.every=",
+)
+"""Three links. The one that is tried is 5 steps long by its recipe and its baseline 12: 5, 6, 8, 10 are shorter."""
+AT_THIRD = {5: 0.38, 6: 0.39, 8: 0.396}
+"""The baseline is right on 40 %: 2 and 1 points below it, then 0.5 points, which is just lossless."""
 
-Shares = Mapping[str, Mapping[int, float]]
-"""By model and steps: the share of each set's pictures that is right, of `choose`; `held_out` has `SECRET`."""
-SECRET = 0.5
 
-
-def answers(name: str, share: float, pins: str = "ab12") -> ZeroShotResult:
+def answers(name: str, share: float, pin: str = "ab12") -> ZeroShotResult:
     """The rounded share of the pictures is right, the first ones: pictures are as hard for every model."""
     labels = np.arange(PICTURES) % 4
     right = np.arange(PICTURES) < round(share * PICTURES)
@@ -41,27 +48,27 @@ def answers(name: str, share: float, pins: str = "ab12") -> ZeroShotResult:
         labels=labels,
         predictions=np.where(right, labels, (labels + 1) % 4),
         ranks=np.where(right, 0, 1),
-        pins={"data": pins},
+        pins={"data": pin},
     )
 
 
 @contextlib.contextmanager
 def scored(
-    shares: Mapping[int, float], baseline: float = 0.40, on: str = "choose", other: float = 0.40
+    shares: Mapping[int, float], *, baseline: float = 0.40, on: str = "choose", pins: Mapping[str, str] | None = None
 ) -> Iterator[None]:
-    """Scores on the set `on` by the steps that the large model was a link for; its baseline's is `baseline`.
+    """Every model is right on `baseline` of each set, but links of these steps on these shares of the set `on`.
 
-    Every model is right on the share `other` of all other sets.
+    `pins` are by job what it was scored with.
     """
 
-    def at_the_end(self: Scorer, model: Any, folder: Path) -> dict[str, Any]:
+    def at_the_end(self: Scorer, _: Any, folder: Path) -> dict[str, Any]:
         job = read_json(folder.parent / "manifest.json")
-        link = job["teacher"] is not None
-        share = shares.get(job["steps"], baseline) if link else baseline
         scores = {}
         for item in self.recipe.evaluation.sets:
-            result = answers(item.name, share if item.name == on else other)
-            dist.on_main(lambda result=result: result.save(folder))  # type: ignore[misc]
+            tried = item.name == on and job["teacher"] is not None
+            share = shares.get(job["steps"], baseline) if tried else baseline
+            result = answers(item.name, share, (pins or {}).get(job["name"], "ab12"))
+            dist.on_main(functools.partial(result.save, folder))
             scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
         return scores
 
@@ -70,26 +77,9 @@ def scored(
         yield
 
 
-def calibrate(
-    base: Path,
-    run: Path,
-    *changes: str,
-    target: float | None = None,
-    on: str | None = None,
-    **options: Any,
-) -> tuple[Plan, list[str]]:
-    """Carry a first-pair test and its chain to the end; the plan that it began with, and what it said."""
-    said: list[str] = []
-    recipe = recipe_of(*LONG, *changes)
-    test = FirstPair.of(recipe, target, on, "tiny.yaml")
-    context, plan = prepare(recipe, run, base=base, scales=test.next_scales(run), **options)
-    run_calibrated(context, test, said.append, **options)
-    return plan, said
-
-
 @contextlib.contextmanager
 def trained() -> Iterator[list[str]]:
-    """The jobs that are really trained in here, each as often as it is."""
+    """The jobs that are really trained in here, with their steps."""
     names: list[str] = []
     fit = JobRun._fit
 
@@ -100,3 +90,48 @@ def trained() -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JobRun, "_fit", note)
         yield names
+
+
+def calibrate(
+    base: Path, run: Path, *changes: str, target: float | None = None, on: str | None = None, **options: Any
+) -> list[str]:
+    """Carry a first-pair test and its chain to the end in this process; returns what it said."""
+    said: list[str] = []
+    test = FirstPair.of(recipe_of(*CHANGES, *changes), target, on, "tiny.yaml")
+    context, _ = prepare(recipe_of(*CHANGES, *changes), run, base=base, scales=test.next_scales(run), **options)
+    run_calibrated(context, test, said.append, **options)
+    return said
+
+
+def calibrate_scored(base: Path, run: Path) -> list[str]:
+    """`calibrate`, lossless at the third try; for processes of their own."""
+    with scored(AT_THIRD):
+        return calibrate(base, run)
+
+
+def _instead_of_chain(function: Callable[..., None], first: Any, base: Path, run: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.helpers_process.chain", calibrate_scored)
+        function(first, base, run)
+
+
+def calibrate_dying_at(place: str, base: Path, run: Path) -> None:
+    """As `chain_dying_at`; and `between deciding`, when a try's manifest is written, its folder not yet set aside."""
+    if place == "between deciding":
+        os.rename = _dying_when_set_aside(os.rename)
+        calibrate_scored(base, run)
+    _instead_of_chain(chain_dying_at, place, base, run)
+
+
+def _dying_when_set_aside(rename: Callable[..., None]) -> Callable[..., None]:
+    def call(old: Any, new: Any, **options: Any) -> None:
+        if "/try-" in str(new):
+            os.kill(os.getpid(), 9)
+        rename(old, new, **options)
+
+    return call
+
+
+def calibrate_dying_at_write(number: int, base: Path, run: Path) -> None:
+    """As `chain_dying_at_write`."""
+    _instead_of_chain(chain_dying_at_write, number, base, run)
