@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, table_2, table_4a, table_g
+from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, findings, table_2, table_4a, table_g
 from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, number, write
 from compt.files import write_text
 from compt.formats import TextTable
@@ -22,20 +22,24 @@ MAKERS: tuple[Callable[[], Result], ...] = (
     figure_8.make,
     figure_9.make,
     table_4a.make,
+    findings.make,
 )
 
 
 def summary(results: Sequence[Result]) -> TextTable:
-    """How many published cells each result compares, and how many of them agree."""
+    """How many published cells each result compares, and how many agree; results without any are left out."""
     rows = []
     for result in results:
+        published = sum(cell.published is not None for cell in result.cells)
+        if not published:
+            continue
         inputs = [cell for cell in result.cells if cell.equal is not None]
         counters = [cell for cell in result.cells if cell.close is not None]
         misses = [cell for cell in result.cells if cell.misses]
         rows.append(
             (
                 result.name,
-                str(sum(cell.published is not None for cell in result.cells)),
+                str(published),
                 f"{sum(bool(cell.equal) for cell in inputs)} of {len(inputs)}",
                 f"{sum(bool(cell.close) for cell in counters)} of {len(counters)}",
                 str(len(misses)),

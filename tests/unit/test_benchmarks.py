@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -217,6 +218,18 @@ def test_ratios_of_this_program_are_near_those_of_the_paper() -> None:
             assert cell.exact == pytest.approx(cell.from_counters, rel=0.04)
 
 
+def test_each_chain_costs_less_than_its_largest_model() -> None:
+    found = {cell.key: cell.from_inputs or 0.0 for cell in table_2.cells()}
+    claims = []
+    for name, family in TABLE_2.items():
+        row = table_2.row_of(name, family.models[-1])
+        chain = found[common.key_of(row, table_2.CHAIN + table_2.SUMMED)]
+        alone = found[common.key_of(row, table_2.BASELINE)]
+        assert chain < alone
+        claims.append(f"{chain:.2f} against {alone:.2f}")
+    assert any(finding.endswith(f"{', '.join(claims)}.") for finding in table_2.FINDINGS)
+
+
 def test_hours_imply_the_known_utilisation() -> None:
     rows = {(row["family"], row["model"], row["teacher"]): row for row in table_2.speeds()}
     assert rows["cc3m_vit", "vit_t16", ""]["samples_per_gpu_second"] == pytest.approx(2_753_427 * 128 / (154 * 3600))
@@ -258,7 +271,9 @@ def test_figure_6_by_hand() -> None:
     assert pair["as_points_least_epochs"] < 15 < pair["as_points_most_epochs"]
     assert pair["as_share_epochs_of_vit_l16"] < 0, "a share cannot be meant: it leaves less than ViT-B's own training"
     # The introduction: the first three models together cost less than ViT-B alone.
-    assert unit * (128 * 17.57 + 24 * (43.65 + 5.82) + 18 * (106.27 + 14.44)) < first
+    three = unit * (128 * 17.57 + 24 * (43.65 + 5.82) + 18 * (106.27 + 14.44))
+    assert f"{three:.2f} against {first:.2f}" in figure_6.make().findings[0]
+    assert three < first
 
 
 def test_figure_6_chains_with_other_starts() -> None:
@@ -435,12 +450,21 @@ def test_results_are_as_committed(make: Callable[[], Result], tmp_path: Path) ->
             assert (place / name).read_bytes() == (committed / name).read_bytes(), f"{result.name}/{name}"
 
 
-def test_every_result_belongs_to_a_command(root: Path) -> None:
-    made = {make.__module__.rpartition(".")[2] for make in MAKERS}
-    assert {"table_g", "table_2", "figure_1", "figure_6", "figure_7", "figure_8", "figure_9", "table_4a"} <= made
+def test_the_page_of_the_papers_tables(root: Path) -> None:
+    paper = ("table_g", "table_2", "figure_1", "figure_6", "figure_7", "figure_8", "figure_9", "table_4a")
+    assert set(paper) <= {make.__module__.rpartition(".")[2] for make in MAKERS}
     page = (root / "docs" / "paper-tables.md").read_text(encoding="utf-8")
-    for name in made:
+    for name in paper:
         assert f"benchmarks/results/{name}/table.md" in page, name
+    of_printed = sum(reason == table_2.OF_PRINTED for reason in table_2.REASONS.values())
+    assert f"{of_printed} follow from the printed cells" in page
+    for cells, reasons in COMPARED.values():
+        for cell in cells():
+            if cell.key in reasons:
+                model = cell.row.rpartition(" ")[2]
+                assert model in page or cell.row in page or model == "MACs", cell.key
+    for link in re.findall(r"\]\(([^)]+)\)", page):
+        assert (root / "docs" / link).exists(), link
 
 
 def test_the_commands_run(root: Path, tmp_path: Path) -> None:
