@@ -114,6 +114,10 @@ class StartPrior:
         power = math.log(sizes[1] / sizes[0]) / math.log(IMAGES["merged15m"] / IMAGES["cc3m"])
         return float(sizes[0] * (images / IMAGES["cc3m"]) ** power)
 
+    def fits(self, log2_sizes: ArrayLike, images: float) -> NDArray[np.bool_]:
+        """Whether models of 2 ** `log2_sizes` parameters are large enough for `images` pictures."""
+        return self.halvings(log2_sizes, images) < 1e-6
+
     def halvings(self, log2_teacher: ArrayLike, images: float) -> Floats:
         """How far predecessors of 2 ** `log2_teacher` parameters are below the smallest that fits, in halvings."""
         return np.maximum(0.0, math.log2(self.smallest(images)) - np.asarray(log2_teacher, dtype=np.float64))
@@ -306,6 +310,17 @@ class EpochModel:
         if self.start is not None:
             middle = middle + math.log(self.start.factor) * self.start.halvings(log2_teacher, images)
         return np.asarray(middle)
+
+    def links(
+        self, specs: Sequence[ModelSpec], *, images: int, baseline_epochs: float, distilled: bool = True
+    ) -> list[Link]:
+        """The links of a chain. A position counts the models before it that fit the data, and is at least 1."""
+        sizes = [log2_size(spec) for spec in specs]
+        fits = np.ones(len(specs)) if self.start is None else self.start.fits(sizes, images)
+        return [
+            Link(specs[at], specs[at - 1], max(1, int(fits[:at].sum())), images, baseline_epochs, distilled)
+            for at in range(1, len(specs))
+        ]
 
     def measured(self, link: Link) -> Match | None:
         """The own match of this very link, the latest given; position counts only where several differ in it."""

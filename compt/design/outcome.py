@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -33,19 +32,10 @@ class Setting:
     gpus: int = 1
     throughput: Throughput | None = None
 
-    def position(self, before: Sequence[ModelSpec]) -> int:
-        """Position of a link after the models `before`: how many of them fit the data, at least 1."""
-        start, images = self.epochs.start, self.recipe.data.images
-        fitting = [spec for spec in before if start is None or start.halvings(log2_size(spec), images) < 1e-6]
-        return max(1, len(fitting))
-
     def links(self, specs: Sequence[ModelSpec]) -> list[Link]:
         """The links of a chain of `specs`."""
-        images = self.recipe.data.images
-        return [
-            Link(student, teacher, self.position(specs[:at]), images, self.baseline_epochs, distils(self.recipe))
-            for at, (teacher, student) in enumerate(pairwise(specs), start=1)
-        ]
+        images, distilled = self.recipe.data.images, distils(self.recipe)
+        return self.epochs.links(specs, images=images, baseline_epochs=self.baseline_epochs, distilled=distilled)
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def problem(
     links = np.where(allowed, needed * costs.links, np.inf)
     fits = np.ones(n, dtype=bool)
     if epochs.start is not None:
-        fits = epochs.start.halvings(sizes, images) < 1e-6
+        fits = epochs.start.fits(sizes, images)
     return Problem(costs.alone * baseline_epochs, links, needed, baseline_epochs, models.wanted, fits)
 
 
@@ -252,6 +252,6 @@ def within_budget(task: Problem, budget: float, size: int | None = None) -> Foun
         cheap += chains
     least = min(cheap, key=lambda one: one.cost)
     raise ConfigError(
-        f"--budget {budget:g}: the cheapest family, {len(least.chain)} model{'s' * (len(least.chain) > 1)} up to the "
-        f"smallest that is wanted, takes {least.cost:.4g} GPU-hours"
+        f"--budget {budget:g}: even the cheapest family, {len(least.chain)} model{'s' * (len(least.chain) > 1)}, takes "
+        f"{least.cost:.4g} GPU-hours"
     )
