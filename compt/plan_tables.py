@@ -99,6 +99,11 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         f"Wall time: GPU-hours over {machine.gpus} GPU{'s' * (machine.gpus > 1)}, as if none waited for another "
         "or for data."
     )
+    timed = [item for item in forecast.trained if item.hours and item.hours.kind == "measured"]
+    if any(item.job.cost.recompute_macs for item in timed):
+        notes.append(
+            "Speeds were measured without engine.micro_batch, which runs each forward pass twice: it takes longer."
+        )
     if machine.throughput is not None and found.kind != "measured":
         missing = [item.job.name for item in forecast.trained if item.hours and item.hours.kind != "measured"]
         if missing:

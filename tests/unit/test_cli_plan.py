@@ -91,6 +91,8 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     assert values["jobs"][1]["hours"]["kind"] == "measured"
     text = plan("--throughput", str(path))[1]
     assert re.search(r"2-two .* 25\.6 \(23\.0-30\.7\) ", text)
+    assert "without engine.micro_batch" not in text
+    assert "without engine.micro_batch" in plan("--throughput", str(path), "--set", "engine.micro_batch=40")[1]
     path.write_text(measured({"one": 1e-3}, kind="h100").model_dump_json())
     assert as_json(plan, "--throughput", str(path))["machine"]["kind"] == "h100"
     text = plan("--throughput", str(path))[1]

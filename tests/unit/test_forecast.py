@@ -417,4 +417,5 @@ def test_checkpoints_of_a_short_training_are_few() -> None:
     assert disk(checkpoint_every={"steps": steps}).checkpoints == 1
     assert disk(checkpoint_every={"steps": steps}).peak_bytes == initial + one + model
     assert disk(checkpoint_every={"steps": steps - 1}).checkpoints == 2
+    assert disk(checkpoint_every={"steps": steps - 1}).peak_bytes == initial + 2 * one + model
     assert disk(checkpoint_every={"steps": 1}, keep_checkpoints=3).peak_bytes == initial + max(4 * one, 3 * one + model)
