@@ -123,9 +123,9 @@ def _tokens(text: str | None) -> Tokens:
 
 
 def _shown(tokens: Tokens, spec: ModelSpec) -> str:
-    if tokens is None:
-        return str(spec.context_length)
-    return f"{min(tokens)} to {max(tokens)}" if isinstance(tokens, Mapping) else f"{tokens:g}"
+    lengths = tokens if isinstance(tokens, Mapping) else [spec.context_length if tokens is None else tokens]
+    computed = [f"{min(length, spec.context_length):g}" for length in (min(lengths), max(lengths))]
+    return " to ".join(dict.fromkeys(computed))
 
 
 def sums(breakdown: Breakdown) -> Iterator[Record]:

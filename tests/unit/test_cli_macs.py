@@ -72,6 +72,15 @@ def test_every_option_counts(arguments: list[str], options: dict[str, Any]) -> N
     assert bool(options) == (wanted.total_macs != values("vit_s16")["step_macs"])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [("7.5", "7.5"), ("500", "77"), ("{7: 1, 9: 3}", "7 to 9"), ("{7: 1, 90: 3}", "7 to 77"), ("{90: 1}", "77")],
+)
+def test_the_lengths_that_are_computed_are_shown(tokens: str, shown: str) -> None:
+    assert values("vit_s16", "--tokens", tokens)["sample"] == f"4 captions of {shown} tokens"
+    assert values("vit_s16")["sample"] == "4 captions of 77 tokens"
+
+
 def test_the_sizes_of_model_and_teacher_change() -> None:
     sizes = ("--set", "width=448", "--set", "depth=13", "--teacher", "vit_t16", "--teacher-set", "depth=11")
     changed = values("vit_s16", *sizes)
