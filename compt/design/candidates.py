@@ -113,11 +113,12 @@ def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
             spec = replace(shape, **{key: getattr(above, key) for key in _COMMON})
             name = names.get(_shape(spec), spec.name)
             found.setdefault(_nameless(spec), replace(spec, name=_free(name, wanted)))
-    specs = sorted(found.values(), key=parameters)
+    counted = sorted(((parameters(spec), at, spec) for at, spec in enumerate(found.values())), key=lambda one: one[:2])
+    specs = [spec for _, _, spec in counted]
     same = {_shape(spec) for spec in PRESETS.values()}
     places = tuple(specs.index(spec) for spec in rising)
     named = {at for at, spec in enumerate(specs) if _shape(spec) in same} | set(places)
-    return Candidates(tuple(specs), places, frozenset(named), _grows(specs))
+    return Candidates(tuple(specs), places, frozenset(named), _grows(specs, [size for size, _, _ in counted]))
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:
@@ -174,16 +175,16 @@ def _can_grow(teacher: ModelSpec, student: ModelSpec) -> bool:
 _AXES = ("width", "depth", "text_width", "text_depth", "embed_dim", "context_length")
 
 
-def _grows(specs: Sequence[ModelSpec]) -> NDArray[np.bool_]:
-    """[n, n]: whether parameters rise and no axis shrinks from row to column.
+def _grows(specs: Sequence[ModelSpec], counts: Sequence[int]) -> NDArray[np.bool_]:
+    """[n, n]: whether parameters, `counts`, rise and no axis shrinks from row to column.
 
     Axes are compared all at once; for Swins, few and with stages, `check_growth` is asked.
     """
     sizes = np.array(
         [
-            [parameters(spec), spec.width * spec.mlp_ratio, spec.text_width * spec.mlp_ratio]
+            [size, spec.width * spec.mlp_ratio, spec.text_width * spec.mlp_ratio]
             + [getattr(spec, axis) for axis in _AXES]
-            for spec in specs
+            for size, spec in zip(counts, specs, strict=True)
         ]
     )
     rises = (sizes[:, None] <= sizes[None]).all(axis=-1) & (sizes[:, None, 0] < sizes[None, :, 0])

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -123,6 +124,7 @@ class StartPrior:
         return np.maximum(0.0, math.log2(self.smallest(images)) - np.asarray(log2_teacher, dtype=np.float64))
 
 
+@lru_cache(maxsize=4096)
 def log2_size(spec: ModelSpec) -> float:
     """Base-2 logarithm of the parameters as Table G counts them."""
     return math.log2(paper_parameters(spec))
