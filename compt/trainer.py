@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,6 +198,12 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
     return every is not None and (step % every == 0 or step == total)
 
 
+def _is_read(step: int, settings: TrainSettings) -> bool:
+    """Whether something looks at the state after `step`."""
+    every = (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
+    return any(_is_due(step, each, settings.total_steps) for each in every)
+
+
 def train(
     task: Task,
     engine: Engine,
@@ -228,16 +234,18 @@ def train(
         # Closed at once: the loader's processes would else wait for the garbage collector, seconds each.
         with writer, StopSignal() as stop, contextlib.closing(_batches(open_loader, counts.step)) as batches:
             window = _Window()
+            norms = _Norms(settings.max_nonfinite, title)
             while counts.step < total:
                 started = time.perf_counter()
                 batch = _next(batches)
                 window.waited += time.perf_counter() - started
                 lr = learning_rate(counts.step, settings)
                 report, norm = _step(task, engine, ema, batch, lr, settings)
-                _count(counts, window, settings, batch, norm, time.perf_counter() - started)
-                _check_finite(counts, settings, title)
+                norms.put(counts.step + 1, norm)
+                norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
+                _count(counts, window, settings, batch, time.perf_counter() - started)
                 if _is_due(counts.step, settings.log_every, total):
-                    line = {**reduce_report(report), "lr": lr, "grad_norm": norm}
+                    line = {**reduce_report(report), "lr": lr, "grad_norm": float(norm)}
                     writer.log(counts.step, line | _numbers(counts, window, settings, engine.device))
                     window = _Window()
                 else:
@@ -248,6 +256,7 @@ def train(
                     task.module.train()
                 stopping = stop.raised(counts.step, last=counts.step == total)
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
+                    norms.read(counts)
                     _save(folder / "checkpoints", engine, ema, counts, settings)
                 if stopping:
                     text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
@@ -274,12 +283,12 @@ def _next(batches: Iterator[Batch]) -> Batch:
 
 def _step(
     task: Task, engine: Engine, ema: AveragedModel | None, batch: Batch, lr: float, settings: TrainSettings
-) -> tuple[dict[str, Tensor], float]:
-    """Forward, backward and update for one global batch; returns the report and the norm of the gradient.
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Forward, backward and update for one global batch; returns the report and the norm of the gradient, unread.
 
     A norm that is not finite means that the engine left the update out: on all ranks, as they have the same gradients.
     """
-    report, total = training_step(
+    report, norm = training_step(
         task,
         engine,
         batch,
@@ -289,12 +298,40 @@ def _step(
         mean=settings.mean,
         std=settings.std,
     )
-    norm = float(total)
-    if math.isfinite(norm):
-        task.after_step()
-        if ema is not None:
-            ema.update_parameters(task.model)
+    task.after_step()
+    if ema is not None and math.isfinite(float(norm)):
+        ema.update_parameters(task.model)
     return report, norm
+
+
+class _Norms:
+    """Norms of gradients that were not read yet, as reading one waits for its step.
+
+    The loop reads them one step late, so that the next step is already on its way, and all of them before anything is
+    logged, evaluated or saved. A run that has to stop takes at most one step more, of which nothing is kept.
+    """
+
+    def __init__(self, most_in_a_row: int, title: str) -> None:
+        self._most, self._title = most_in_a_row, title
+        self._unread: deque[tuple[int, Tensor]] = deque()
+
+    def put(self, step: int, norm: Tensor) -> None:
+        """The norm of `step`, which has only been begun."""
+        self._unread.append((step, norm))
+
+    def read(self, counts: _Counts, leave: int = 0) -> None:
+        """Count the steps that were not finite, all but the newest `leave`. Raises RunError for too many in a row."""
+        while len(self._unread) > leave:
+            step, norm = self._unread.popleft()
+            finite = math.isfinite(float(norm))
+            counts.nonfinite += not finite
+            counts.nonfinite_in_a_row = 0 if finite else counts.nonfinite_in_a_row + 1
+            if counts.nonfinite_in_a_row >= self._most:
+                text = (
+                    f"{self._title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, "
+                    f"the last at step {step}; lower optimizer.lr, or look at the data of that step"
+                )
+                dist.agree(RunError(text))
 
 
 def training_step(
@@ -319,14 +356,9 @@ def training_step(
     return report, norm
 
 
-def _count(
-    counts: _Counts, window: _Window, settings: TrainSettings, batch: Batch, norm: float, seconds: float
-) -> None:
-    finite = math.isfinite(norm)
+def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Batch, seconds: float) -> None:
     counts.step += 1
     counts.device_seconds += seconds * dist.world_size()
-    counts.nonfinite += not finite
-    counts.nonfinite_in_a_row = 0 if finite else counts.nonfinite_in_a_row + 1
     counts.skipped.update(batch.skipped)
     counts.few_captions += batch.few_captions
     lengths = caption_lengths(batch.tokens)
@@ -337,14 +369,6 @@ def _count(
     window.captions += lengths.numel()
     window.steps += 1
     window.seconds += seconds
-
-
-def _check_finite(counts: _Counts, settings: TrainSettings, title: str) -> None:
-    if counts.nonfinite_in_a_row >= settings.max_nonfinite:
-        text = (
-            f"{title}: {counts.nonfinite_in_a_row} steps in a row had a non-finite loss or gradient, the last at step "
-        )
-        dist.agree(RunError(f"{text}{counts.step}; lower optimizer.lr, or look at the data of that step"))
 
 
 def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:

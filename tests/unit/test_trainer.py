@@ -341,12 +341,53 @@ def test_too_many_in_a_row_stop_the_run_and_others_do_not(tmp_path: Path) -> Non
     bench = Bench(tmp_path / "b", checkpoint_every=1)
     with pytest.raises(RunError, match="3 steps in a row had a non-finite loss or gradient, the last at step 4"):
         bench.train(Poison(bench, {2, 3, 4}))
+    late = Bench(tmp_path / "late", log_every=100)
+    with pytest.raises(RunError, match="3 steps in a row had a non-finite loss or gradient, the last at step 4"):
+        late.train(Poison(late, {2, 3, 4}))
     # The count goes through a resume: two of the three lie before it.
     bench = Bench(tmp_path / "b")
     with pytest.raises(RunError, match="at step 4"):
         bench.train(Poison(bench, {4}))
     # With the cause mended the same folder goes on.
     assert Bench(tmp_path / "b").train()[0].nonfinite_steps == 2
+
+
+def test_norms_are_read_one_step_late_or_where_something_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+    read: list[tuple[int, int]] = []
+
+    class Norm:
+        def __init__(self, value: Tensor) -> None:
+            begun.append(len(begun) + 1)
+            self.step, self.value = begun[-1], value
+
+        def __float__(self) -> float:
+            read.append((self.step, begun[-1]))
+            return float(self.value)
+
+    clip = DataParallelEngine.clip_grad_norm
+    monkeypatch.setattr(DataParallelEngine, "clip_grad_norm", lambda self, most: Norm(clip(self, most)))
+    Bench(tmp_path / "a", total_steps=9, log_every=4, checkpoint_every=6).train()
+    assert dict(reversed(read)) == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 9}
+    begun.clear()
+    read.clear()
+    Bench(tmp_path / "b", total_steps=3, log_every=100, ema_decay=0.9).train()
+    assert dict(reversed(read)) == {1: 1, 2: 2, 3: 3}, "an average needs it at once"
+
+
+def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, total_steps=9, log_every=100)
+
+    def loader(start: int) -> Iterator[Batch]:
+        for at, batch in enumerate(Poison(bench, {2, 3})(start), start + 1):
+            if at == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with pytest.raises(Interrupted):
+        bench.train(loader)
+    _, state = checkpoint.load(tmp_path / "checkpoints" / "step-00000003")
+    assert (state["counts"]["nonfinite"], state["counts"]["nonfinite_in_a_row"]) == (2, 2)
 
 
 # --- average, accumulation
