@@ -60,7 +60,6 @@ class Training:
     hash: str
     model_hash: str
     parent_hash: str | None
-    in_chain: bool
     data: str
     result: Mapping[str, Any] = field(repr=False)
     scores: Mapping[str, Score] = field(repr=False)
@@ -162,7 +161,6 @@ def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Train
             hash=str(manifest["hash"]),
             model_hash=str(manifest["model_hash"]),
             parent_hash=None if parent is None else str(parent),
-            in_chain=manifest["teacher"] is not None,
             data=str(data),
             result=dict(manifest["result"]),
             scores={key: _score(score) for key, score in manifest["scores"].items() if "top1" in score},
@@ -170,7 +168,7 @@ def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Train
         # What the fit looks up later: missing here, it is this manifest that is damaged.
         int(training.result["data"]["images"]), float(training.result["optimizer"]["lr"])
         if training.parent_hash is not None:
-            float(training.result["distill"]["alpha"]), str(training.result["teacher"])
+            float(training.result["distill"]["alpha"])
         return training
     except FileNotFoundError:
         return "was not begun"
@@ -202,9 +200,6 @@ class Lineage:
     def __init__(self, trainings: Sequence[Training]) -> None:
         self._by_hash = {training.model_hash: training for training in reversed(trainings)}
         self._names = {training.model_hash: [training.hash, training.data] for training in trainings}
-        for training in trainings:
-            if training.parent_hash is not None and training.in_chain:
-                self._names.setdefault(training.parent_hash, [training.result["teacher"], training.data])
 
     def ancestors(self, training: Training) -> list[Training]:
         """Teacher, the teacher's teacher and so on, as far as the runs show them."""
