@@ -15,7 +15,7 @@ from compt.config import Member, Recipe, load_recipe, parse_recipe
 from compt.config_types import Duration, is_execution
 from compt.errors import ConfigError
 from compt.macs import exact_cost, parameters
-from compt.planner import Job, Plan, check_growth, make_plan
+from compt.planner import Job, Plan, check_growth, make_plan, recipe_cost
 from compt.planner_start import MODEL_FORMAT, Start
 from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
 
@@ -273,6 +273,9 @@ def test_only_an_equal_macs_control_depends_on_the_length_of_captions() -> None:
     assert different == ["control-equal_macs"]
     for memory in ("engine.micro_batch", "engine.loss_chunk"):
         assert hashes(changed(memory, 16), controls=["equal_macs"]) == [job.hash for job in before]
+        for again in (True, False):
+            cost = recipe_cost(changed(memory, 16), before[0].spec, None, 1, 1, None, again=again)
+            assert bool(cost.recompute_macs) == again
 
 
 def test_a_changed_link_changes_what_grows_from_it_and_nothing_else() -> None:
