@@ -222,6 +222,10 @@ def test_accelerations_of_macs_and_of_hours() -> None:
     assert hours is not None
     ratios = (row["speedup"], row["accumulated_speedup"], *hours)
     assert table.rows[2][1:] == [f"{value:.2f}x" for value in ratios]
+    paper = speedup_table(found, "paper")
+    assert paper is not None
+    assert paper.rows[2][2] == f"{found.plan.acceleration('paper'):.2f}x" != table.rows[2][2]
+    assert paper.rows[2][2] in shown(plan_tables(found, "paper"), 100)
     without = make_forecast(recipe(baselines=None), None)
     assert speedup_table(without) is None
 
