@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from benchmarks.common import COLOUR, Result, main
+from benchmarks.common import Result, main
+from benchmarks.findings_tables import Finding, Prediction, coefficient_table, family_table, finding_table, plot
 from compt.curves import Match
 from compt.design.candidates import candidates
 from compt.design.epochs import (
@@ -28,7 +28,6 @@ from compt.design.epochs import (
     log2_size,
     paper_matches,
 )
-from compt.formats import TextTable
 from compt.macs import paper_cost
 from compt.paper import (
     CAPTIONS_PER_IMAGE,
@@ -48,21 +47,6 @@ CC3M, MERGED = IMAGES["cc3m"], IMAGES["merged15m"]
 LADDER = ("vit_t16", "vit_s16", "vit_b16", "vit_l16")
 MERGED_LADDER = ("vit_s16", "vit_m16", "vit_b16", "vit_l16")
 START, NO_START = StartPrior(), None
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One statement of the paper and what the model says of it. `share` is that of the draws that agree."""
-
-    figure: str
-    statement: str
-    held_out: str
-    published: str
-    predicted: str
-    low: float | None
-    high: float | None
-    share: float | None
-    hit: bool
 
 
 Points = Callable[[Match], bool]
@@ -187,14 +171,19 @@ def figure_6(held_out: str, start: StartPrior | None) -> list[Finding]:
     saving = Range.of(1 - full.macs / pair.macs, 1 - full.draws / pair.draws)
     reduction = Range.of(1 - full.macs / full.last_alone, 1 - full.draws / full.last_alone)
     points = Range.of((pair.macs - full.macs) / full.last_alone, (pair.draws - full.draws) / full.last_alone)
+    put_in = start is not None
+    rows = [
+        Finding(name, "cheapest start at no end", held_out, "yes", costs, None, None, share_inside, inside, put_in),
+        Finding(name, "cheapest start", held_out, "vit_t16", best, None, None, share_t, best == "vit_t16", put_in),
+    ]
+    if start is None:
+        return rows  # the others are the same: all chains in them begin with ViT-T or larger models
+    last_pair = FULL_CHAIN_SAVES_OVER_LAST_PAIR
     return [
-        Finding(name, "the cheapest start is at no end", held_out, "yes", costs, None, None, share_inside, inside),
-        Finding(name, "the cheapest start", held_out, "vit_t16", best, None, None, share_t, best == "vit_t16"),
+        *rows,
         _number(name, "from ViT-T, less than ViT-L alone", held_out, FIGURE_6_REDUCTION, reduction, percent),
-        _number(
-            name, "T to L, less than B to L (share of it)", held_out, FULL_CHAIN_SAVES_OVER_LAST_PAIR, saving, percent
-        ),
-        _number(name, "the same in points of ViT-L alone", held_out, FULL_CHAIN_SAVES_OVER_LAST_PAIR, points, percent),
+        _number(name, "T to L, less than B to L (share of it)", held_out, last_pair, saving, percent),
+        _number(name, "the same in points of ViT-L alone", held_out, last_pair, points, percent),
     ]
 
 
@@ -203,9 +192,9 @@ def figure_6_merged(start: StartPrior | None) -> list[Finding]:
     found = starts(model_without("Merged-15M", start), MERGED, 64)
     best = min(found, key=lambda name: found[name].macs)
     costs = ", ".join(f"{key} {percent(one.macs / one.last_alone)}" for key, one in found.items())
-    name = "6, Merged-15M" + (", start prior (put in)" if start else ", no start prior")
+    name, hit, put_in = "6, Merged-15M" + ("" if start else ", no start prior"), best == "vit_s16", start is not None
     words = f"{best}: {costs}"
-    return [Finding(name, "the cheapest start", "Merged-15M", "vit_s16", words, None, None, None, best == "vit_s16")]
+    return [Finding(name, "cheapest start", "Merged-15M", "vit_s16", words, None, None, None, hit, put_in)]
 
 
 def figure_7(held_out: str) -> list[Finding]:
@@ -272,20 +261,6 @@ FAMILIES: dict[str, Points] = {
 }
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """A published number of epochs and what the other families predict. `inside`: whether the range holds it."""
-
-    family: str
-    link: str
-    source: str
-    published: float
-    predicted: float
-    low: float
-    high: float
-    inside: bool
-
-
 def families() -> list[Prediction]:
     """Each family's epochs from the others. A range of an allotted number spans how much more than needed it may be."""
     rows = []
@@ -325,78 +300,6 @@ def coefficients() -> list[dict[str, float | str]]:
     return [*rows, {"feature": "noise", "prior": 0.0, "prior_spread": PRIOR.noise, "fit": 0.0, "spread": found.noise}]
 
 
-def finding_table(title: str, found: Sequence[Finding]) -> TextTable:
-    rows = [
-        [
-            f"{one.figure}: {one.statement}",
-            one.published,
-            one.predicted,
-            "" if one.share is None else f"{100 * one.share:.0f} %",
-            "HIT" if one.hit else "MISS",
-        ]
-        for one in found
-    ]
-    hits = sum(one.hit for one in found)
-    note = f"{hits} of {len(found)}. Brackets: range of {100 * LEVEL:.0f} %. Draws: share of them that agree."
-    return TextTable(title, ["Figure", "Published", "Predicted", "Draws", ""], rows, [note])
-
-
-def family_table(found: Sequence[Prediction]) -> TextTable:
-    rows = [
-        [
-            f"{one.family}: {one.link}",
-            f"{one.published:g}",
-            f"{one.predicted:.1f} ({one.low:.1f} to {one.high:.1f})",
-            f"{100 * (one.predicted / one.published - 1):+.0f} %",
-            "HIT" if one.inside else "MISS",
-        ]
-        for one in found
-    ]
-    inside = sum(one.inside for one in found)
-    note = (
-        f"{inside} of {len(found)} inside their range of {100 * LEVEL:.0f} %. Each family is predicted from the "
-        "others; of an allotted number the range also spans how much more than needed it may be."
-    )
-    return TextTable(
-        "Epochs of each family, from the others", ["Link", "Published", "Predicted", "Off", ""], rows, [note]
-    )
-
-
-def coefficient_table(rows: Sequence[dict[str, float | str]]) -> TextTable:
-    shown = []
-    for row in rows:
-        before, after = (f"{row[key]:.2f}" for key in ("prior_spread", "spread"))
-        if row["feature"] != "noise":
-            before, after = f"{row['prior']:+.2f} ± {before}", f"{row['fit']:+.2f} ± {after}"
-        shown.append([str(row["feature"]), before, after])
-    note = "In natural logarithms of epochs / baseline epochs; ± one standard deviation. Noise: its standard deviation."
-    return TextTable("Coefficients", ["Feature", "Prior", "Fit to all points"], shown, [note])
-
-
-def plot(found: Sequence[Prediction]) -> Callable[[Axes], None]:
-    def draw(axes: Axes) -> None:
-        places = np.arange(len(found))
-        middle = np.array([one.predicted for one in found])
-        low, high = (np.array([getattr(one, key) for one in found]) for key in ("low", "high"))
-        axes.errorbar(
-            middle,
-            places,
-            xerr=[middle - low, high - middle],
-            fmt="o",
-            color=COLOUR["chain"],
-            capsize=3,
-            label="predicted",
-        )
-        axes.plot([one.published for one in found], places, "x", color=COLOUR["ink"], label="published")
-        axes.set_yticks(places, [f"{one.family}: {one.link}" for one in found], fontsize=7)
-        axes.invert_yaxis()
-        axes.set_xscale("log")
-        axes.set_xlabel("epochs, each family predicted from the others")
-        axes.legend()
-
-    return draw
-
-
 def make() -> Result:
     """Every finding with its own points held out, and each family's epochs predicted from the others."""
     held_out = {
@@ -428,8 +331,9 @@ def make() -> Result:
     epochs, weights = families(), coefficients()
     inside = sum(one.inside for one in epochs)
     tests = [one for title, rows in held_out.items() if "no test" not in title for one in rows]
+    hits, misses = (sum(one.verdict == verdict for one in tests) for verdict in ("HIT", "MISS"))
     agree = (
-        f"{sum(one.hit for one in tests)} of {len(tests)} tests of findings agree with their points held out; {inside} "
+        f"{hits} of {hits + misses} tests of findings agree with their points held out; {inside} "
         f"of {len(epochs)} published epochs lie in the range of {100 * LEVEL:.0f} % that the other families give. "
         "Misses are not tuned away."
     )
