@@ -66,7 +66,7 @@ def _address(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-class _Storages:
+class Storages:
     """Distinct storages that are met, each counted once; `known` ones never."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
@@ -228,9 +228,9 @@ def kept(case: Case, device: Device) -> Kept:
 
 
 @contextlib.contextmanager
-def _keeping(known: Iterable[Tensor]) -> Iterator[_Storages]:
+def _keeping(known: Iterable[Tensor]) -> Iterator[Storages]:
     """Count what autograd saves meanwhile. A checkpoint holds its arguments itself, past autograd's hooks."""
-    storages = _Storages(known)
+    storages = Storages(known)
     original = torch.utils.checkpoint.checkpoint
 
     def noted(function: Any, *arguments: Any, **options: Any) -> Any:
@@ -246,28 +246,26 @@ def _keeping(known: Iterable[Tensor]) -> Iterator[_Storages]:
         yield storages
 
 
-class _Alive(TorchDispatchMode):
-    """The bytes of storages that operators made and nobody has let go of yet, and their maximum."""
+class Alive(TorchDispatchMode):
+    """The most bytes that storages hold at once which operators made and nobody has let go of; `known` ones aside."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._sizes = {_address(tensor): 0 for tensor in known}
-        self.now: int = 0
-        self.most: int = 0
+        self._known = {_address(tensor) for tensor in known}
+        self._storages: dict[int, weakref.ref[Any]] = {}
+        self.most = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and _address(leaf) not in self._sizes:
+            if isinstance(leaf, Tensor) and _address(leaf) not in self._known:
                 storage = leaf.untyped_storage()
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._free, storage._cdata)
-        self.most = max(self.most, self.now)
+                self._storages[storage._cdata] = weakref.ref(storage)
+        # Sizes are asked for each time: FSDP2 empties storages and fills them again.
+        living: dict[int, Any] = {at: alive for at, ref in self._storages.items() if (alive := ref()) is not None}
+        self._storages = {at: self._storages[at] for at in living}
+        self.most = max(self.most, sum(storage.nbytes() for storage in living.values()))
         return result
-
-    def _free(self, address: int) -> None:
-        self.now -= self._sizes.pop(address, 0)
 
 
 def engine_and_task(case: Case, device: Device = "cpu") -> tuple[DataParallelEngine, ClipTask]:
@@ -290,10 +288,10 @@ def most_alive(case: Case) -> int:
     batch = make_batch(case, "cpu")
     step(engine, task, case, batch)
     engine.zero_grad()
-    held = _Storages(())
+    held = Storages(())
     for tensor in (*static_tensors(engine, task), *batch):
         held.add(tensor)
-    with _Alive(held.tensors) as alive:
+    with Alive(held.tensors) as alive:
         step(engine, task, case, batch)
     return int(held.bytes + alive.most)
 

@@ -247,12 +247,14 @@ class _Step:
         return self.world_size > 1 if self.engine == "ddp" else self.engine != "fsdp2"
 
     @property
-    def last_gradient(self) -> int:
+    def last_gradient(self) -> float:
         """What the end of a backward pass holds beside all gradients: that of the embeddings before it is added to
         what is there, or, to be sent off, that of all parameters outside the blocks.
         """
         if self.engine == "fsdp2":
-            return (self.compute + FP32) * self.sizes.root
+            # A copy in fp32; the gradient itself comes in place of the weights, and blocks are gathered no more.
+            blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
+            return max(0.0, FP32 * self.sizes.root * (1 - 1 / self.world_size) - blocks)
         number = FP32 if self.engine == "ddp" else self.compute
         return number * self.sizes.embedding if self.reserved or self.several else 0
 
