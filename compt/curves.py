@@ -157,13 +157,8 @@ def read_curves(
 def matches(
     runs: Sequence[Path], *, on: str | None = None, target: Target = "baseline", average_seeds: bool = False
 ) -> list[LinkCurve]:
-    """The links of `read_curves`."""
+    """The links of `read_curves`, for the planner."""
     return read_curves(runs, on=on, target=target, average_seeds=average_seeds).links
-
-
-def found_matches(runs: Sequence[Path]) -> list[Match]:
-    """The links of `runs` whose curve crosses their baseline, for the planner. Raises what `read_curves` raises."""
-    return [link.match for link in matches(runs) if link.match is not None]
 
 
 def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: Iterable[str | None]) -> str:
@@ -172,7 +167,10 @@ def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: It
         named = sorted({name for name in primaries if name is not None})
         if len(named) != 1:
             reported = f"report on {' and '.join(named)}" if named else "name no set that they report on"
-            raise ConfigError(f"--set: is needed, as the runs {reported}; scored were: {', '.join(known) or 'none'}")
+            raise ConfigError(
+                f"the runs {reported}: give runs that report on one, or name it (compt curves --set NAME); "
+                f"scored were: {', '.join(known) or 'none'}"
+            )
         on = named[0]
     if trainings and on not in known:
         raise ConfigError(

@@ -102,6 +102,8 @@ def test_the_command_prints_and_writes(tmp_path: Path) -> None:
     # The link, the crossing and its baseline are drawn in their colours.
     for colour in ((0x0B, 0x62, 0xC4), (0x00, 0x9E, 0x73), (0x7A, 0x85, 0x91)):
         assert (pixels == colour).all(axis=-1).sum() > 50, colour
+    # The line goes from the first point to the last.
+    assert (pixels == (0x0B, 0x62, 0xC4)).all(axis=-1).any(axis=0).sum() > 200
     svg = (out / "curves.svg").read_text()
     assert svg.startswith("<?xml")
     assert "var(--" not in svg
