@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compt.forecast import ENGINE, Estimate, Fit, Forecast, Hours, Totals
 from compt.formats import TextTable, count, hours, macs, ratio
-from compt.macs import Mode
+from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, Mode
 from compt.memory import ENGINES, Engine, Memory
 
 PARTS = tuple(field.name for field in fields(Memory))
@@ -77,10 +77,12 @@ def _number(value: float) -> str:
 def _notes(forecast: Forecast, mode: Mode) -> list[str]:
     plan, machine = forecast.plan, forecast.machine
     data, precision = plan.recipe.data, plan.recipe.optimizer.precision
-    counted = "as this program computes" if mode == "exact" else "as the paper counts"
+    counted = "as this program computes (mode 'exact')"
+    if mode == "paper":
+        counted = f"as the paper counts: {PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens (mode 'paper')"
     about = (
         f"{plan.images:,} images, batch {plan.recipe.optimizer.batch}, {data.captions} captions an image, each"
-        f"{_length(data.caption_tokens)}. MACs are multiply-accumulates, {counted} (mode '{mode}'). Teacher: share of "
+        f"{_length(data.caption_tokens)}. MACs are multiply-accumulates, {counted}. Teacher: share of "
         "the MACs in its forward passes."
     )
     notes = [about]
@@ -105,12 +107,12 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
             "Speeds were measured without engine.micro_batch, which runs each forward pass twice: it takes longer."
         )
     if machine.throughput is not None and found.kind != "measured":
-        missing = [item.job.name for item in forecast.trained if item.hours and item.hours.kind != "measured"]
-        if missing:
-            notes.append(
-                f"The throughput file has no measurement in {precision} with {data.captions} captions"
-                f"{_length(data.caption_tokens)} of {', '.join(missing)}."
-            )
+        both = [*forecast.trained, *forecast.individual]
+        missing = dict.fromkeys(item.job.name for item in both if item.hours and item.hours.kind != "measured")
+        notes.append(
+            f"The throughput file has no measurement in {precision} with {data.captions} captions"
+            f"{_length(data.caption_tokens)} of {', '.join(missing)}."
+        )
     return notes
 
 
