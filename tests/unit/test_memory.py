@@ -2,21 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.counting import Case, engine_and_task, kept, make_batch, most_alive, static_tensors, step
+from benchmarks.counting import (
+    Alive,
+    Case,
+    Storages,
+    engine_and_task,
+    kept,
+    make_batch,
+    most_alive,
+    static_tensors,
+    step,
+)
 from compt.artefact import write_artefact
 from compt.errors import ConfigError
+from compt.losses import contrastive_loss
 from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
 from compt.memory_activations import Formats, Shape, contrastive_working, image_tower, text_tower
-from compt.models import build, export_state
+from compt.models import build, export_state, shardable_blocks
 from compt.presets import PRESETS, ModelSpec, resolve
-from compt.task import DistillTask
+from compt.task import DistillTask, StudentModule
 
 NANO, PICO, MICRO = (PRESETS[f"vit_{size}"] for size in ("nano", "pico", "micro"))
 WIDE = resolve("vit_nano", {"embed_dim": 96})  # its features need projectors to meet a teacher's
@@ -190,6 +206,72 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
 def test_the_most_that_is_alive_in_a_step(case: Case) -> None:
     case = replace(case, precision="fp32")
     assert of(case).total_bytes == pytest.approx(most_alive(case), rel=0.05)
+
+
+# FSDP2: one rank of a process group whose collectives do nothing
+
+
+@pytest.fixture
+def ranks() -> Iterator[Callable[[int], DeviceMesh]]:
+    def join(count: int) -> DeviceMesh:
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+        return init_device_mesh("cpu", (count,))
+
+    yield join
+    torch.distributed.destroy_process_group()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "precision", "rows"),
+    [("vit_nano", 8, "fp32", 4), ("vit_nano", 8, "bf16", 4), ("vit_micro", 4, "bf16", 64), ("vit_nano", 2, "bf16", 8)],
+)
+def test_fsdp2_shards_and_gathers_so_much(
+    ranks: Callable[[int], DeviceMesh], name: str, world_size: int, precision: str, rows: int
+) -> None:
+    """States within 0.1 % (shards are padded), the most that is alive in a step within 5 %."""
+    mesh, spec = ranks(world_size), PRESETS[name]
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = half if precision == "bf16" else MixedPrecisionPolicy()
+    module = StudentModule(build(spec, seed=0))
+    for part in (*shardable_blocks(module.model), module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.AdamW(module.parameters(), fused=True)
+    batch = make_batch(Case(spec, rows=rows, captions=2, tokens=10), "cpu")
+
+    def step() -> None:
+        outputs = module(*batch)
+        contrastive_loss(outputs["image"], outputs["text"], outputs["logit_scale"], gather=False).task.backward()
+        optimizer.step()
+
+    step()
+    memory = memory_per_gpu(
+        spec,
+        None,
+        engine="fsdp2",
+        world_size=world_size,
+        batch=rows * world_size,
+        captions=2,
+        tokens=10,
+        precision=precision,
+    )
+    parameters = list(map(local, module.parameters()))
+    moments = [local(value) for state in optimizer.state.values() for value in state.values()]
+    gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
+    assert memory.gradients == pytest.approx(nbytes(parameters), rel=1e-3)
+    assert memory.gradients == pytest.approx(nbytes(gradients), rel=1e-3)
+    assert memory.optimizer == pytest.approx(nbytes(moments), rel=1e-3)
+    del gradients
+    optimizer.zero_grad()
+    held = Storages(())
+    for tensor in (*parameters, *moments, *module.buffers(), *batch):
+        held.add(tensor)
+    with Alive(held.tensors) as alive:
+        step()
+    assert memory.total_bytes == pytest.approx(held.bytes + alive.most, rel=0.05)
 
 
 # Sharded engines, and what has to hold whatever the numbers are
