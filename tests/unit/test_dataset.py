@@ -322,6 +322,18 @@ def test_memory_bounds_the_cache_not_the_result(index: Index, monkeypatch: pytes
     assert 1 < len(loader.reads._drawer._kept) < 10
 
 
+def test_memory_is_pinned_only_where_a_gpu_is_used(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[bool] = []
+    monkeypatch.setattr("compt.data.dataset.DataLoader", lambda *_, pin_memory, **__: pinned.append(pin_memory) or [])
+    # A machine with a GPU, on which a run was told to take the CPU, and one that has put its model there.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        load(index)
+        list(eval_loader(index, image_size=8, batch=2))
+    assert pinned == [False, False, True, True]
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_evaluation_sees_every_sample_once(tmp_path: Path, workers: int, world: int) -> None:
