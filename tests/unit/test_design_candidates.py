@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from compt.config import Recipe, load_recipe
-from compt.design.candidates import candidates, ladder, text_shape
+from compt.design.candidates import _grows, candidates, ladder, text_shape
 from compt.design.costs import epoch_steps, hours_costs, macs_costs
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
@@ -198,3 +198,28 @@ def test_fewer_candidates() -> None:
     assert kept.alone == pytest.approx(macs_costs(recipe(), few.specs).alone)
     assert kept.links == pytest.approx(macs_costs(recipe(), few.specs).links)
     assert few.grows.shape == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"embed_dim": 256},
+        {"context_length": 32},
+        {"mlp_ratio": 2.0, "width": 320, "heads": 5, "text_width": 512, "text_heads": 8},
+        {"mlp_ratio": 2.0, "width": 512, "heads": 8, "text_width": 320, "text_heads": 5},
+        {"depth": 8},
+        {"text_depth": 6},
+        {"text_width": 192, "text_heads": 3},
+        {"width": 128, "heads": 2, "depth": 60},
+    ],
+)
+def test_no_axis_shrinks(sizes: dict[str, int]) -> None:
+    small, large = PRESETS["vit_t16"], PRESETS["vit_s16"]
+    smaller = replace(large, **sizes)  # type: ignore[arg-type]
+    family = [small, smaller]
+    with pytest.raises(ConfigError):
+        check_growth(*family)
+    counts = [1, 2]
+    assert not _grows(family, counts).any()
+    assert _grows([small, large], counts).tolist() == [[False, True], [False, False]]
+    assert not _grows([small, large], [2, 1]).any()
