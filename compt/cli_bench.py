@@ -269,7 +269,7 @@ def gpu_hours(
             "kind": device.name if device else None,
             "throughput": str(throughput) if throughput else None,
             "gpus": gpus,
-            "rows": [row.to_json() for row in rows],
+            "rows": [{**row.to_json(), "wall_hours": _wall(row, gpus)} for row in rows],
             "paper": [row.to_json() for row in paper],
         }
         typer.echo(json.dumps(made, indent=2))
@@ -296,6 +296,11 @@ def _cell(value: Hours | None, speedup: float | None = None) -> str:
     return f"{hours(value.hours)}{ratio(speedup)} [{value.kind} {span}]"
 
 
+def _wall(row: HoursRow, gpus: int) -> float | None:
+    """Hours that the chain up to this link takes on `gpus` GPUs, as if none waited for another."""
+    return row.chain_accumulated.hours / gpus if row.chain_accumulated else None
+
+
 def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
     compared = rows[0].individual_epochs is not None
     body = []
@@ -306,7 +311,7 @@ def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
             cells += [_cell(row.individual), _cell(row.individual_accumulated)]
         cells += [_cell(row.chain, row.speedup), _cell(row.chain_accumulated, row.accumulated_speedup)]
         if gpus > 1:
-            cells.append("-" if row.chain_accumulated is None else hours(row.chain_accumulated.hours / gpus))
+            cells.append(hours(_wall(row, gpus)))
         body.append(cells)
     header = ["Model", "Epochs", *(["Individual", "Accumulated"] if compared else []), "Chain", "Accumulated"]
     notes = ["[projected least-most]: by the model of docs/hardware.md, not measured."]

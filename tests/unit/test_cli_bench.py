@@ -77,6 +77,10 @@ def test_hardware_changes_hours_and_says_so(root: Path) -> None:
     assert text.count("[projected ") == 4 * 4 + 1  # each cell, and the note
     assert "The paper's A100 hours (Table 2)" in text
     walls = re.findall(r"Wall time, 8 GPUs +([\d.]+) h", text)
+    eight = hours(root, "cc3m_vit", "--kind", "h100", "--gpus", "8")
+    assert [row["wall_hours"] for row in eight["rows"]] == pytest.approx(
+        [row["chain_accumulated"]["hours"] / 8 for row in by_kind["h100"]["rows"]]
+    )
     accumulated = [row["chain_accumulated"]["hours"] for row in by_kind["h100"]["rows"]]
     assert [float(wall) for wall in walls] == pytest.approx([hours / 8 for hours in accumulated], abs=0.006)
 
