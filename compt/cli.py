@@ -118,12 +118,12 @@ def _run(
                 say(f"{folder}: {done} of {done + len(left)} models are done; going on with {left[0].name}.")
             if estimate:
                 _say_estimate(context, left, say)
-            if test:
-                run_calibrated(context, test, say, **wanted)
-            else:
+            if not test:
                 run_chain(context, made, say)
         else:
             say(f"{folder}: everything in it is done.")
+        if test:
+            run_calibrated(context, test, say, **wanted)
         if dist.is_main():
             report(folder)
     except NotLossless:

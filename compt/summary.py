@@ -11,6 +11,7 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
+from compt.chain import read_calibration
 from compt.errors import DataError, RunError
 from compt.evaluate.common import load_arrays
 from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict
@@ -86,7 +87,7 @@ class Summary:
 
     `individual` holds, for each seed, the chain's members trained individually in the chain's order; where a baseline
     is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
-    first-pair test found not to be lossless, `calibration` is its record in run.json (`compt.calibrate`).
+    first-pair test found not to be lossless, `calibration` is its record (`compt.chain.read_calibration`).
     """
 
     run: str
@@ -288,7 +289,7 @@ def summarise(run: Path) -> Summary:
         control_comparisons=[item for item in with_controls if isinstance(item, Comparison)],
         not_compared=[item for item in (*compared, *with_controls) if isinstance(item, NotCompared)],
         tries=tries,
-        calibration=state.get("calibration"),
+        calibration=read_calibration(run),
     )
 
 

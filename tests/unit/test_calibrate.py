@@ -377,12 +377,11 @@ def test_the_report_says_what_was_decided(third: Path, run: Path) -> None:
     assert "| -2.00 [-3.50, -0.75] | not lossless |" in (run / "report.md").read_text()
 
 
-def test_the_table_of_a_test_that_goes_on(run: Path) -> None:
-    state = read_json(run / "run.json")
-    state["calibration"] |= {"outcome": "open", "factor": 1.25, "target": 4.0}
-    state["calibration"]["tries"] = state["calibration"]["tries"][:1]
-    write_json(run / "run.json", state)
-    table = calibration_table(summarise(run))
+def test_the_table_of_a_test_that_goes_on(open_run: Path) -> None:
+    state = read_json(open_run / "run.json")
+    state["calibration"] |= {"factor": 1.25, "target": 4.0}
+    write_json(open_run / "run.json", state)
+    table = calibration_table(summarise(open_run))
     assert isinstance(table, TextTable)
     assert table.notes[0] == (
         "The first try was as long as a 4x acceleration of 2-large leaves. Not decided yet: try 2, 1.25 times as long "
@@ -390,12 +389,11 @@ def test_the_table_of_a_test_that_goes_on(run: Path) -> None:
     )
     assert table.notes[1].startswith("1 failed try: ")
     assert "acceleration" not in table.notes[1]
-    state["calibration"]["tries"] = []
-    write_json(run / "run.json", state)
-    table = calibration_table(summarise(run))
+    shutil.rmtree(open_run / "jobs" / TRY_1)
+    table = calibration_table(summarise(open_run))
     assert table is not None
     assert (list(table.rows), len(table.notes)) == ([], 2)
-    write_report(run)
+    write_report(open_run)
 
 
 # --- afterwards
@@ -416,6 +414,19 @@ def test_controls_have_the_accepted_lengths(base: Path, run: Path) -> None:
     with scored(AT_THIRD), trained() as names:
         chain(base, run, *CHANGES, controls=["equal_epochs"])
     assert names == ["control-equal_epochs 6"]
+
+
+def test_a_record_older_than_the_decision_is_brought_up_to_date(
+    base: Path, third: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = read_json(run / "run.json")
+    state["calibration"] |= {"outcome": "open", "tries": state["calibration"]["tries"][:2]}
+    write_json(run / "run.json", state)
+    assert summarise(run).calibration == record(third), "what is shown is what was decided"
+    with scored(AT_THIRD):
+        output, error = command(base, monkeypatch, "--run", str(run), "--calibrate")
+    assert (error, record(run)) == (None, record(third))
+    assert "everything in it is done" in output
 
 
 def test_without_its_record_a_run_goes_on_from_the_manifests(base: Path, third: Path, run: Path) -> None:
