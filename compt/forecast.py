@@ -21,8 +21,10 @@ ENGINE: Engine = "ddp"
 """What this program trains with; the others are what the same step takes with its state in shards."""
 MOST_GPUS = 8
 """GPUs that are planned with unless a number is given: those of a node."""
-RESERVED_BYTES = 2e9
-"""Memory of a GPU that CUDA's context, its libraries and the collectives take, in no estimate of a training."""
+RESERVED_BYTES = 1e9
+"""Memory of a GPU for CUDA's context, its libraries and the collectives, in no estimate of a training."""
+FRAGMENTED = 0.05
+"""Share of a GPU's memory that the allocator may lose to fragments."""
 MODES: tuple[Mode, ...] = ("exact", "paper")
 
 _MACS = (
@@ -50,7 +52,7 @@ class Machine:
     @property
     def room_bytes(self) -> float:
         """Memory of a GPU that is left for a training."""
-        return self.device.memory_bytes - RESERVED_BYTES
+        return self.device.memory_bytes * (1 - FRAGMENTED) - RESERVED_BYTES
 
 
 @dataclass(frozen=True)

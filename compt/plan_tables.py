@@ -190,15 +190,15 @@ def warning(forecast: Forecast) -> str | None:
     if found is None or machine is None:
         return None
     needs = {item.job.name: item.memory[ENGINE].stored.total_bytes for item in forecast.trained if item.memory}
-    ways = [
-        f"engine.micro_batch: {found.micro_batch}" if found.micro_batch else "",
-        "recomputed activations" if found.recompute else "",
-        found.engine or "",
-        f"{found.engine_recomputed} with recomputed activations" if not (found.engine or found.recompute) else "",
-    ]
-    if found.engine_recomputed is None:
-        ways[-1] = ""
-    remedies = "; or ".join(way for way in ways if way) or "only more GPUs, or larger ones"
+    ways = [f"engine.micro_batch: {found.micro_batch}"] if found.micro_batch else []
+    others = ["recomputed activations"] if found.recompute else []
+    if found.engine:
+        others.append(found.engine)
+    elif found.engine_recomputed and not found.recompute:
+        others.append(f"{found.engine_recomputed} with recomputed activations")
+    if others:
+        ways.append(f"beyond this program: {', '.join(others)}")
+    remedies = "; or, ".join(ways) or "only more GPUs, or larger ones"
     jobs = ", ".join(f"{name} ({_gb(needs[name])} GB)" for name in found.jobs)
     return (
         f"Warning: does not fit the {_gb(machine.room_bytes)} GB that {machine.device.title} has for it, with "

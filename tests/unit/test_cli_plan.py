@@ -106,9 +106,12 @@ def test_warnings_say_what_would_fit(plan: Plan) -> None:
     code, text, _ = plan(*words)
     assert code == 0
     text = " ".join(text.split())
-    found = re.search(r"Warning: does not fit the 38\.0 GB .*3-three \([\d,.]+ GB\).*engine\.micro_batch: (\d+)", text)
+    found = re.search(r"Warning: does not fit the 37\.0 GB .*3-three \([\d,.]+ GB\).*engine\.micro_batch: (\d+)", text)
     assert found is not None
     assert as_json(plan, *words)["too_large"]["micro_batch"] == int(found[1])
+    assert "beyond this program" not in text
+    few = " ".join(plan(*words[:4], "--set", "optimizer.batch=640")[1].split())
+    assert re.search(r"engine\.micro_batch: \d+; or, beyond this program: recomputed activations\.", few)
     assert "Warning" not in plan(*words, "--set", f"engine.micro_batch={found[1]}")[1]
 
 

@@ -15,7 +15,6 @@ from compt.config import Recipe, parse_recipe
 from compt.errors import ConfigError
 from compt.forecast import (
     ENGINE,
-    RESERVED_BYTES,
     Forecast,
     Machine,
     check_shares,
@@ -201,7 +200,7 @@ def test_a_recipe_without_baselines() -> None:
 
 def small(gigabytes: float) -> Machine:
     """A GPU that has so many GB for a training."""
-    return Machine(Device("x", "X", A100.peak_flops, 2e12, gigabytes * 1e9 + RESERVED_BYTES, "test"), 8)
+    return Machine(Device("x", "X", A100.peak_flops, 2e12, (gigabytes * (1 + 1e-9) + 1) * 1e9 / 0.95, "test"), 8)
 
 
 def test_what_fits_depends_on_the_room_of_the_gpu() -> None:

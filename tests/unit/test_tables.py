@@ -231,7 +231,7 @@ def test_accelerations_of_macs_and_of_hours() -> None:
 
 
 def test_memory_is_marked_where_it_does_not_fit() -> None:
-    small = Machine(replace(DEVICES["a100-40"], memory_bytes=2.3e9), 1)
+    small = Machine(replace(DEVICES["a100-40"], memory_bytes=1.3e9 / 0.95), 1)
     found = make_forecast(recipe(optimizer={"batch": 512, "precision": "fp32"}), small)
     table = memory_table(found)
     assert table is not None
