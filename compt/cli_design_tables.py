@@ -78,6 +78,8 @@ def design_notes(setting: Setting, chosen: Outcome, budget: float | None, runs: 
     for what, models in beyond.items():
         which = "every link" if len(models) == len(links) else ", ".join(models)
         notes.append(f"Extrapolated, beyond the points of the fit: the {what} of {which}.")
+    if chosen.acceleration.middle <= 1:
+        notes.append("By this model a chain saves nothing here: individual training is no dearer.")
     device = setting.device.title
     notes.append(f"GPU-hours on {device}, {chosen.gpu_hours.kind}; their range also spans the bounds of its speed.")
     if budget is not None:
@@ -107,9 +109,9 @@ def _chain_table(design: Design, forecast: Forecast) -> TextTable:
                 spec.name,
                 f"{spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
                 count(row["parameters"]),
-                f"{chosen.epochs[at]:g}" + (f" ({_ends(chosen.needed[at])})" if at else ""),
+                f"{chosen.epochs[at]:.4g}" + (f" ({_ends(chosen.needed[at])})" if at else ""),
                 macs(row["total_macs"]),
-                f"{100 * row['teacher_share']:.0f} %" if at else "",
+                f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
                 macs(row["accumulated_macs"]),
                 _hours(item.hours.gpu_hours, item.hours.kind),
                 _times(so_far.acceleration) if at else "",

@@ -2,7 +2,8 @@
 
 ViTs: every width that is a multiple of the head width and every depth, in the proportions of the presets. The text
 tower follows from the image tower: its width and depth are interpolated over the presets, in the logarithm of
-width^2 * depth, so that every preset has its own. Swins: timm's presets only.
+width^2 * depth, so that every preset has its own; where the next larger wanted model has another text tower than that,
+its candidates' are wider and deeper in proportion. Swins: timm's presets only.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Candidates:
     """Models in rising order of parameters. `wanted` are the places of those that have to be in the chain.
 
     `grows` [n, n]: whether the model of the column can be expanded from the model of the row. `presets` are the places
-    of the wanted ones and of presets.
+    of the wanted ones and of image towers that are presets.
     """
 
     specs: tuple[ModelSpec, ...]
@@ -64,21 +65,41 @@ def ladder(like: ModelSpec) -> tuple[ModelSpec, ...]:
     return tuple(sorted(family, key=parameters))
 
 
-def text_shape(width: int, depth: int, presets: Sequence[ModelSpec], head_width: int) -> tuple[int, int]:
-    """Width and depth of the text tower that goes with an image tower of `width` and `depth`.
+def text_shape(spec: ModelSpec, presets: Sequence[ModelSpec]) -> tuple[float, float]:
+    """Width and depth of the text tower that goes with the image tower of `spec`, not rounded.
 
-    Logarithms are interpolated over `presets`; below the smallest and above the largest the last slope goes on. The
-    width is the nearest multiple of `head_width`, the depth the nearest whole number, each at least one.
+    Logarithms are interpolated over `presets`; below the smallest and above the largest the last slope goes on. A Swin
+    has that of its preset.
     """
-    size = [math.log2(spec.width**2 * spec.depth) for spec in presets]
-    at = math.log2(width**2 * depth)
+    if spec.arch == "swin":
+        same = next(preset for preset in presets if preset.timm_name == spec.timm_name)
+        return float(same.text_width), float(same.text_depth)
+    size = [math.log2(preset.width**2 * preset.depth) for preset in presets]
+    at = math.log2(spec.width**2 * spec.depth)
     place = int(np.clip(np.searchsorted(size, at) - 1, 0, len(size) - 2))
     share = (at - size[place]) / (size[place + 1] - size[place])
     found = []
     for key in ("text_width", "text_depth"):
         low, high = (math.log2(getattr(presets[place + step], key)) for step in (0, 1))
         found.append(2.0 ** (low + share * (high - low)))
-    return max(1, round(found[0] / head_width)) * head_width, max(1, round(found[1]))
+    return found[0], found[1]
+
+
+def _below(spec: ModelSpec, above: ModelSpec, presets: Sequence[ModelSpec]) -> ModelSpec:
+    """The image tower of `spec` with what goes with it where `above` is the next larger wanted model.
+
+    The text tower's width is the nearest multiple of its head width, the depth the nearest whole number.
+    """
+    own, usual = text_shape(spec, presets), text_shape(above, presets)
+    heads = max(1, round(own[0] / usual[0] * above.text_width / above.text_head_width))
+    return replace(
+        spec,
+        text_width=heads * above.text_head_width,
+        text_heads=heads,
+        text_head_width=above.text_head_width,
+        text_depth=max(1, round(own[1] / usual[1] * above.text_depth)),
+        **{key: getattr(above, key) for key in _COMMON},
+    )
 
 
 def check_wanted(wanted: Sequence[ModelSpec]) -> tuple[ModelSpec, ...]:
@@ -103,31 +124,26 @@ def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
     ConfigError for wanted models that cannot stand in one chain.
     """
     rising = check_wanted(list(wanted.values()))
-    names = {_shape(spec): spec.name for spec in PRESETS.values()}
+    family = ladder(rising[-1])
     found = {_nameless(spec): spec for spec in rising}
-    shapes = _vit_shapes(rising) if rising[-1].arch == "vit" else ladder(rising[-1])
-    for shape in shapes:
-        place = next((at for at, spec in enumerate(rising) if log2_size(shape) < log2_size(spec)), None)
-        if place is not None:
-            above = rising[place]
-            spec = replace(shape, **{key: getattr(above, key) for key in _COMMON})
-            name = names.get(_shape(spec), spec.name)
-            found.setdefault(_nameless(spec), replace(spec, name=_free(name, wanted)))
+    named = set(found)
+    for shape in (*family, *_vit_shapes(rising[-1], family)):
+        # By its usual text tower; what that is in the end depends on the wanted model above.
+        above = next((spec for spec in rising if log2_size(shape) < log2_size(spec)), None)
+        if above is not None:
+            spec = _below(shape, above, family)
+            found.setdefault(_nameless(spec), replace(spec, name=_free(shape.name, wanted)))
+            if shape in family:
+                named.add(_nameless(spec))
     counted = sorted(((parameters(spec), at, spec) for at, spec in enumerate(found.values())), key=lambda one: one[:2])
     specs = [spec for _, _, spec in counted]
-    same = {_shape(spec) for spec in PRESETS.values()}
     places = tuple(specs.index(spec) for spec in rising)
-    named = {at for at, spec in enumerate(specs) if _shape(spec) in same} | set(places)
-    return Candidates(tuple(specs), places, frozenset(named), _grows(specs, [size for size, _, _ in counted]))
+    presets = frozenset(at for at, spec in enumerate(specs) if _nameless(spec) in named)
+    return Candidates(tuple(specs), places, presets, _grows(specs, [size for size, _, _ in counted]))
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:
     return replace(spec, name="")
-
-
-def _shape(spec: ModelSpec) -> tuple[object, ...]:
-    """What makes a preset of a model, whatever its pictures, captions and joint embedding are."""
-    return (spec.arch, spec.width, spec.depth, spec.depths, spec.text_width, spec.text_depth, spec.head_width)
 
 
 def _free(name: str, taken: Mapping[str, ModelSpec]) -> str:
@@ -136,31 +152,21 @@ def _free(name: str, taken: Mapping[str, ModelSpec]) -> str:
     return name
 
 
-def _vit_shapes(wanted: Sequence[ModelSpec]) -> list[ModelSpec]:
-    """Every width and depth in the proportions of the presets, with its text tower; the presets' own come first."""
-    largest = wanted[-1]
-    family = ladder(largest)
+def _vit_shapes(largest: ModelSpec, family: Sequence[ModelSpec]) -> list[ModelSpec]:
+    """Every width and depth up to the largest model's, in the proportions of the presets; none for a Swin."""
+    if largest.arch == "swin":
+        return []
     shares = [spec.width / spec.depth for spec in family]
     least = log2_size(family[0]) - math.log2(SMALLEST)
-    shapes = list(family)
+    shapes = []
     for heads in range(1, largest.heads + 1):
         width = heads * largest.head_width
         for depth in range(1, largest.depth + 1):
-            if not min(shares) <= width / depth <= max(shares):
-                continue
-            text_width, text_depth = text_shape(width, depth, family, largest.text_head_width)
-            shape = replace(
-                largest,
-                name=f"vit_{width}x{depth}",
-                width=width,
-                depth=depth,
-                heads=heads,
-                text_width=text_width,
-                text_depth=text_depth,
-                text_heads=text_width // largest.text_head_width,
-            )
-            if log2_size(shape) >= least:
-                shapes.append(shape)
+            if min(shares) <= width / depth <= max(shares):
+                shape = replace(largest, name=f"vit_{width}x{depth}", width=width, depth=depth, heads=heads)
+                shape = _below(shape, largest, family)
+                if log2_size(shape) >= least:
+                    shapes.append(shape)
     return shapes
 
 

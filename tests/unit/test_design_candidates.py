@@ -36,18 +36,33 @@ def changed(name: str, preset: str, **sizes: int) -> dict[str, ModelSpec]:
 
 @pytest.mark.parametrize("spec", VITS, ids=lambda spec: spec.name)
 def test_the_text_tower_of_every_preset(spec: ModelSpec) -> None:
-    shape = text_shape(spec.width, spec.depth, ladder(spec), spec.text_head_width)
-    assert shape == (spec.text_width, spec.text_depth)
+    assert text_shape(spec, ladder(spec)) == pytest.approx((spec.text_width, spec.text_depth))
 
 
 def test_text_towers_grow_with_image_towers() -> None:
-    family = ladder(PRESETS["vit_t16"])
-    shapes = [text_shape(64 * heads, 2 * heads, family, 64) for heads in range(1, 20)]
+    family, largest = ladder(PRESETS["vit_t16"]), PRESETS["vit_l16"]
+    specs = [replace(largest, width=64 * n, heads=n, depth=2 * n) for n in range(1, 25)]
+    shapes = [text_shape(spec, family) for spec in specs]
     widths = [width for width, _ in shapes]
     assert widths == sorted(widths)
-    assert all(width % 64 == 0 and width >= 64 and depth == 12 for width, depth in shapes)
-    assert text_shape(64, 1, family, 64)[0] < 256
-    assert text_shape(1536, 24, family, 64)[0] > 768
+    assert widths[0] < 256 < 768 < widths[-1]
+    assert [depth for _, depth in shapes] == pytest.approx([12] * 24)
+
+
+def test_text_towers_follow_those_of_the_wanted_models() -> None:
+    """Half as deep a text tower in the wanted model, half as deep in its candidates; the same for Swins."""
+    for names in (("vit_b16",), ("swin_b",)):
+        usual = candidates(wanted(*names))
+        family = {name: resolve(name, {"text_depth": 6, "text_width": 1024}) for name in names}
+        found = candidates(family)
+        before = {(spec.width, spec.depth, spec.depths): spec.text_width for spec in usual.specs}
+        assert len(found.specs) >= len(usual.specs)
+        for spec in found.specs:
+            width = before.get((spec.width, spec.depth, spec.depths))
+            assert spec.text_depth == 6
+            assert width is None or spec.text_width == pytest.approx(2 * width, abs=64)
+        assert found.grows[:-1, -1].all()
+        assert {found.specs[at].name for at in found.presets} >= {names[0], names[0].replace("b", "s")}
 
 
 def test_candidates_for_a_family() -> None:
