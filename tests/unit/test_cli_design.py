@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def test_the_recipe_that_is_written_trains_what_was_shown(
     assert after.name == f"{before.name}_auto"
     assert [job.spec.to_dict() for job in plan.links] == chosen["specs"]
     assert [job.epochs for job in plan.links] == pytest.approx(chosen["epochs"], rel=0.02)
+    needed = [one["middle"] for one in chosen["needed"]]
+    assert chosen["epochs"] == [needed[0], *(min(needed[0], math.ceil(2 * value - 1e-9) / 2) for value in needed[1:])]
     assert sum(job.cost.total_macs for job in plan.links) == pytest.approx(chosen["macs"]["middle"], rel=0.01)
     assert plan.acceleration() == pytest.approx(chosen["acceleration"]["middle"], rel=0.01)
     assert plan.links[0].steps == plan.individual[0].steps
