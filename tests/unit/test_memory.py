@@ -137,8 +137,8 @@ GPU_CASES = [
 
 
 def name_of(case: Case) -> str:
-    shown = {key: value for key, value in vars(case).items() if value not in (None, False, 1) and key != "tokens"}
-    return "-".join(str(getattr(value, "name", value)) for value in shown.values())
+    shown = [key if value is True else value for key, value in vars(case).items() if value and key != "tokens"]
+    return "-".join(str(getattr(value, "name", value)) for value in shown if value != 1)
 
 
 def check_kept(case: Case, device: str) -> None:
@@ -196,6 +196,7 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
         Case(NANO, PICO, rows=64, captions=4, tokens=32, short=8),
         Case(WIDE, NANO, rows=64, captions=4, tokens=20),
         Case(WIDE, NANO, rows=64, captions=4, tokens=20, micro_batch=16),
+        Case(NANO, rows=16, captions=2, tokens=8, micro_batch=2),  # mostly states
         Case(MICRO, rows=64, captions=4, tokens=20, recompute=True),
         Case(PICO, rows=1024, captions=8, tokens=3),  # mostly similarities
         Case(PICO, rows=1024, captions=8, tokens=3, chunk=64),
