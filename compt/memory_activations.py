@@ -46,8 +46,8 @@ class Block:
     """One transformer block on a picture or a caption of `positions` tokens.
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `masked`: its windows are
-    shifted. `queries`: None for all positions, or the one that alone is computed, `causal` if the mask is.
-    `stream` says whether the block's input is of the stream's type, or of the compute type.
+    shifted. `readout`: one position alone is computed, from the keys and values of all; `causal`: with a mask.
+    `wide_stream`: the block's input is of the stream's type, else of the compute type.
     """
 
     width: int
@@ -104,8 +104,8 @@ class Block:
 class Tower:
     """A tower on one picture or caption: its blocks, and what stands around them.
 
-    `outside` holds pairs (numbers kept in the compute type, widths of normed positions). `matrices` counts the weights
-    outside the blocks that a product needs in the compute type, `tensors` all parameters' tensors.
+    Outside the blocks: `products`, numbers kept in the compute type as inputs of matrix products; `norms`, pairs of
+    positions and width; `matrices`, weights of which autocast keeps a copy. `tensors`: how many parameters it has.
     """
 
     blocks: tuple[Block, ...]
@@ -125,7 +125,7 @@ class Tower:
         return self.matrices + sum(block.matrices for block in self.blocks)
 
 
-def _vit(spec: ModelSpec, images_kept: bool) -> Tower:
+def _vit(spec: ModelSpec) -> Tower:
     patches = (spec.image_size // spec.patch_size) ** 2
     positions, hidden = patches + 1, int(spec.width * spec.mlp_ratio)
     block = Block(spec.width, hidden, spec.heads, positions, wide_stream=False)
@@ -170,7 +170,7 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
 def image_tower(spec: ModelSpec, formats: Formats) -> Tower:
     """The image tower on one picture."""
     # A picture in fp32 is the input itself; in half precision the first convolution keeps a copy.
-    return (_swin if spec.arch == "swin" else _vit)(spec, formats.compute != FP32)
+    return _swin(spec, formats.compute != FP32) if spec.arch == "swin" else _vit(spec)
 
 
 def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:

@@ -119,7 +119,7 @@ def test_a_model_folder_is_its_weights_and_little_else(tmp_path: Path) -> None:
     assert artefact_bytes(NANO, ema=True) < on_disk < 1.01 * artefact_bytes(NANO, ema=True)
 
 
-# What is kept for backward: within 1 %
+# What is kept for backward: within 1 %, and 0.05 % on a CPU (losses 0.1 %)
 
 GPU_CASES = [
     Case(NANO, rows=2, captions=3, tokens=11),
@@ -141,7 +141,7 @@ def name_of(case: Case) -> str:
     return "-".join(str(getattr(value, "name", value)) for value in shown if value != 1)
 
 
-def check_kept(case: Case, device: str) -> None:
+def check_kept(case: Case, device: str, rel: float) -> None:
     counted = kept(case, device)  # type: ignore[arg-type]
     formats, memory = Formats.of(case.precision, autocast=True), of(case)
     mean = (case.tokens + (case.short or case.tokens)) / 2
@@ -149,8 +149,8 @@ def check_kept(case: Case, device: str) -> None:
     text = case.rows * case.captions * text_tower(case.student, mean).kept(formats, case.recompute)
     shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk)
 
-    assert (image, text) == (pytest.approx(counted.image, rel=0.01), pytest.approx(counted.text, rel=0.01))
-    assert memory.loss - contrastive_working(shape) == pytest.approx(counted.loss, rel=0.01)
+    assert (image, text) == (pytest.approx(counted.image, rel=rel), pytest.approx(counted.text, rel=rel))
+    assert memory.loss - contrastive_working(shape) == pytest.approx(counted.loss, rel=max(rel, 1e-3))
     if not case.recompute:
         assert memory.activations == pytest.approx(image + text)
         whole = of(replace(case, precision="fp32"))
@@ -159,22 +159,22 @@ def check_kept(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("case", GPU_CASES, ids=name_of)
 def test_what_a_gpu_would_keep_for_backward(case: Case) -> None:
-    check_kept(case, "cuda")
+    check_kept(case, "cuda", 0.01)
 
 
 @pytest.mark.parametrize(
     "case",
     [
         Case(NANO, rows=2, captions=3, tokens=11, precision="fp32"),
-        Case(WIDE, PICO, rows=8, captions=3, tokens=16, precision="fp32", world_size=4, recompute=True),
+        Case(WIDE, PICO, rows=8, captions=3, tokens=16, precision="fp32", world_size=4),
         Case(NANO, rows=4, captions=4, tokens=30, short=6, precision="fp32"),
         Case(PRESETS["vit_t16"], rows=1, captions=2, tokens=30, precision="fp32"),
-        Case(PRESETS["swin_t"], rows=1, captions=1, tokens=12, precision="fp32"),
+        Case(PRESETS["swin_t"], rows=2, captions=1, tokens=12, precision="fp32"),
     ],
     ids=name_of,
 )
 def test_what_a_cpu_keeps_for_backward_in_fp32(case: Case) -> None:
-    check_kept(case, "cpu")
+    check_kept(case, "cpu", 0.01 if case.short else 5e-4)  # groups of lengths are put back in order
 
 
 def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
@@ -198,6 +198,7 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
         Case(WIDE, NANO, rows=64, captions=4, tokens=20, micro_batch=16),
         Case(NANO, rows=16, captions=2, tokens=8, micro_batch=2),  # mostly states
         Case(MICRO, rows=64, captions=4, tokens=20, recompute=True),
+        Case(PRESETS["swin_t"], rows=2, captions=1, tokens=20),  # its last stage has the gradients, its first the rest
         Case(PICO, rows=1024, captions=8, tokens=3),  # mostly similarities
         Case(PICO, rows=1024, captions=8, tokens=3, chunk=64),
         Case(PICO, rows=1024, captions=8, tokens=3, micro_batch=128),
