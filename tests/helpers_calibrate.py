@@ -19,7 +19,7 @@ from compt.evaluate import ZeroShotResult
 from compt.files import read_json
 from compt.jobs import JobRun
 from compt.scoring import Scorer
-from tests.helpers_process import chain_dying_at, chain_dying_at_write
+from tests.helpers_process import chain_dying_at, chain_dying_at_write, die
 from tests.helpers_recipe import recipe_of
 
 PICTURES = 400
@@ -116,18 +116,21 @@ def _instead_of_chain(function: Callable[..., None], first: Any, base: Path, run
 
 
 def calibrate_dying_at(place: str, base: Path, run: Path) -> None:
-    """As `chain_dying_at`; and `between deciding`, when a try's manifest is written, its folder not yet set aside."""
-    if place == "between deciding":
-        os.rename = _dying_when_set_aside(os.rename)
+    """As `chain_dying_at`; `between deciding`: a try's manifest is written, its folder not yet set aside; and after."""
+    if place in ("between deciding", "after setting aside"):
+        os.rename = _dying_when_set_aside(os.rename, place.startswith("after"))
         calibrate_scored(base, run)
     _instead_of_chain(chain_dying_at, place, base, run)
 
 
-def _dying_when_set_aside(rename: Callable[..., None]) -> Callable[..., None]:
+def _dying_when_set_aside(rename: Callable[..., None], after: bool) -> Callable[..., None]:
     def call(old: Any, new: Any, **options: Any) -> None:
-        if "/try-" in str(new):
-            os.kill(os.getpid(), 9)
+        aside = Path(new).name.startswith("try-")
+        if aside and not after:
+            die()
         rename(old, new, **options)
+        if aside:
+            die()
 
     return call
 

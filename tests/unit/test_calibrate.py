@@ -518,7 +518,7 @@ def test_killed_at_each_place_in_turn(base: Path, third: Path, tmp_path: Path) -
         f"before expanded of {SECOND}",  # of the second try
         f"step 5 of {SECOND}",
         f"before evaluated of {SECOND}",
-        "between deciding",
+        "after setting aside",
         f"step 7 of {SECOND}",  # of the third
         f"after done of {SECOND}",
         f"step 3 of {LAST}",
@@ -527,7 +527,7 @@ def test_killed_at_each_place_in_turn(base: Path, third: Path, tmp_path: Path) -
     for place in places:
         assert finish(start(calibrate_dying_at, place, base, run)) == KILLED, place
         tries.append(sum(name.startswith("try-") for name in jobs(run)))
-    assert tries == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert tries == [0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2]
     with scored(AT_THIRD), trained() as names:
         calibrate(base, run)
     assert names == [f"{LAST} 6"], "what was finished is not trained again"
