@@ -292,7 +292,7 @@ def _compare(folder: Path, test: FirstPair, plan: Plan, number: int, factor: flo
         raise RunError(f"{folder}: {test.dataset} has {len(right)} pictures: too few to compare on")
     difference, low, high = paired_bootstrap(right, theirs)
     manifest, cost = read_manifest(own), read_manifest(other)["cost"]["total_macs"]
-    lossless = difference >= -LOSSLESS_POINTS
+    lossless = difference > -LOSSLESS_POINTS
     return Try(
         number=number,
         job=link.name if lossless else try_name(number, link.spec.name),

@@ -33,8 +33,8 @@ CHANGES = (
     "evaluation.every=",
 )
 """Three links. The one that is tried is 5 steps long by its recipe and its baseline 12: 5, 6, 8, 10 are shorter."""
-AT_THIRD = {5: 0.38, 6: 0.39, 8: 0.396}
-"""The baseline is right on 40 %: 2 and 1 points below it, then 0.5 points, which is just lossless."""
+AT_THIRD = {5: 0.38, 6: 0.395, 8: 0.3975}
+"""The baseline is right on 40 %: 2 points below it, then 0.5 points, which is just not lossless, then 0.25."""
 
 
 def answers(name: str, share: float, pin: str = "ab12") -> ZeroShotResult:

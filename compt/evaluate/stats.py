@@ -9,10 +9,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Verdict = Literal["lossless", "not lossless", "undecided"]
+from compt.paper import LOSSLESS_POINTS
 
-LOSSLESS_MARGIN = 0.5
-"""Points that a model of a chain may lie below its baseline (CoM-PT, section 4)."""
+Verdict = Literal["lossless", "not lossless", "undecided"]
 
 _Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
 _CELLS = 10_000_000  # numbers of a bootstrap that are in memory at a time
@@ -89,7 +88,7 @@ def _draw_clusters(
     return np.concatenate(means)
 
 
-def verdict(difference: float, low: float, high: float, margin: float = LOSSLESS_MARGIN) -> Verdict:
+def verdict(difference: float, low: float, high: float, margin: float = LOSSLESS_POINTS) -> Verdict:
     """What the interval of (chain - baseline) in points says.
 
     "lossless": all of it above -margin. "not lossless": all of it below. "undecided": it spans -margin, or a number
