@@ -57,7 +57,7 @@ def _panel(axes: Axes, name: str, link: LinkCurve) -> None:
     axes.set_xlabel("epochs, each training a complete schedule")
     axes.set_ylabel(f"top-1 on {link.evaluation_set}, %")
     axes.tick_params(which="both", length=0)
-    axes.legend(loc="lower right", fontsize=8, frameon=True, facecolor=COLOURS["paper"], edgecolor="none")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
 
 
 def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:
