@@ -6,12 +6,10 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, findings, table_2, table_4a, table_g
 from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, number, write
 from compt.files import write_text
-from compt.formats import TextTable
+from compt.formats import TextTable, terminal
 
 MAKERS: tuple[Callable[[], Result], ...] = (
     table_g.make,
@@ -89,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tables = (summary(results).markdown().strip(), exceptions(results).markdown().strip())
     page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
     write_text(options.out / "summary.md", page + "\n")
-    Console(highlight=False).print(summary(results).rich())
+    terminal().print(summary(results).rich())
     print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.table_2`")
 
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from compt.files import write_text
-from compt.formats import TextTable
+from compt.formats import TextTable, terminal
 from compt.report_figures import COLOURS, MODEL_COLOURS
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -257,7 +257,7 @@ def write(result: Result, folder: Path = RESULTS) -> Path:
 
 def show(result: Result, console: Console | None = None) -> None:
     """Print a result to a terminal."""
-    console = console or Console(highlight=False)
+    console = console or terminal()
     console.print(f"\n{result.title}\n", style="bold", markup=False)
     for finding in result.findings:
         console.print(finding, markup=False)

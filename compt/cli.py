@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 
 from compt import __version__
 from compt.cli_bench import bench_app
@@ -20,6 +20,7 @@ from compt.cli_plan import plan
 from compt.cli_tools import data_app, evaluate, expand, export
 from compt.config import Recipe, load_recipe
 from compt.errors import ComptError, ConfigError
+from compt.formats import terminal
 
 if TYPE_CHECKING:
     from compt.calibrate import FirstPair
@@ -37,15 +38,11 @@ app.add_typer(data_app, name="data")
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder; default runs/NAME of the recipe")]
 
 
-def _console() -> Console:
-    return Console(highlight=False)
-
-
 def _say() -> Say:
     """Prints on rank 0 only."""
     from compt import dist
 
-    console = _console()
+    console = terminal()
     return lambda text: console.print(text, markup=False, soft_wrap=True) if dist.is_main() else None
 
 
@@ -176,8 +173,9 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or n
     from compt.summary import summarise
     from compt.tables import summary_table
 
-    _console().print(summary_table(summarise(run)))
-    _console().print(f"Report: {write_report(run)}", soft_wrap=True, markup=False)
+    console = terminal()
+    console.print(summary_table(summarise(run)))
+    console.print(f"Report: {write_report(run)}", soft_wrap=True, markup=False)
 
 
 app.command()(curves)
@@ -196,16 +194,10 @@ def main() -> None:
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not error.everywhere:
             name = "compt" if rank == "0" else f"compt, rank {rank}"
-            Console(stderr=True, highlight=False).print(f"[bold red]{name}:[/] {_escape(str(error))}", soft_wrap=True)
+            terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 @app.callback(invoke_without_command=True)

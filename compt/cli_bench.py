@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from rich.console import Console
 
 from compt.cli_tools import show
 from compt.config import Recipe, load_recipe
 from compt.config_types import checked_caption_tokens
 from compt.errors import ConfigError, nearest
-from compt.formats import TextTable, hours, ratio
+from compt.formats import TextTable, hours, ratio, terminal
 from compt.hardware import Device, Measurement, Throughput, find_device, fitted
 from compt.hardware_hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.macs import PAPER_TEXT_PASSES, Mode, Tokens
@@ -178,7 +177,7 @@ def throughput(
     setups = _setups(
         jobs, numbers, tokens=lengths, precision=_precision(precision, jobs.recipe), compile=compile_, seed=seed
     )
-    console = Console(highlight=False)
+    console = terminal()
 
     def say(entry: Measurement, kept: bool) -> None:
         line = ", ".join(filter(None, [*_cells(entry), "from an earlier run" if kept else ""]))

@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from compt.curves import Curves, LinkCurve, Point, Target, names, read_curves
 from compt.errors import ConfigError, nearest
 from compt.files import write_bytes, write_json, write_text
-from compt.formats import TextTable
+from compt.formats import TextTable, terminal
 from compt.paper import LOSSLESS_POINTS
 
 _HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval", "Speed-up in MACs"]
@@ -43,7 +42,7 @@ def curves(
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
         return
-    console = Console(highlight=False)
+    console = terminal()
     console.print(curves_table(found).rich())
     if out is not None:
         console.print(f"Written: {out}", soft_wrap=True, markup=False)

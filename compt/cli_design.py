@@ -10,7 +10,6 @@ from pathlib import Path
 
 import typer
 import yaml
-from rich.console import Console
 
 from compt.cli_design_tables import Design, design_json, design_notes, design_tables
 from compt.config import Recipe, parse_recipe
@@ -33,6 +32,7 @@ from compt.design.search import (
 from compt.errors import ConfigError
 from compt.files import write_text
 from compt.forecast import Machine, check_shares, make_forecast
+from compt.formats import terminal
 from compt.hardware import Device, Throughput
 from compt.planner import make_plan
 
@@ -73,7 +73,7 @@ def run_auto(
     if as_json:
         typer.echo(json.dumps({**design_json(design), "forecast": forecast.to_json()}, indent=2))
         return
-    console = Console(highlight=False)
+    console = terminal()
     console.print(design_tables(design, forecast))
     if out is not None:
         console.print(f"Recipe: {out}", soft_wrap=True, markup=False)

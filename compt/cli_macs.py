@@ -8,12 +8,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 import yaml
-from rich.console import Console
 
 from compt.config_schema import checked_sizes
 from compt.config_types import checked_caption_tokens
 from compt.errors import ConfigError, nearest
-from compt.formats import TextTable, count, macs
+from compt.formats import TextTable, count, macs, terminal
 from compt.macs import (
     PAPER_PARAMETER_MACS,
     PAPER_TEXT_PASSES,
@@ -88,7 +87,7 @@ def macs_command(
         typer.echo(json.dumps({**asked, **to_json(breakdown)}, indent=2))
     else:
         title = student.name + (f" from {source.name}" if source else "")
-        Console(highlight=False).print(macs_table(breakdown, title, sample).rich())
+        terminal().print(macs_table(breakdown, title, sample).rich())
 
 
 def _model(option: str, name: str, sizes: list[str] | None) -> ModelSpec:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Annotated, cast
 
 import typer
-from rich.console import Console
 
 from compt.cli_options import Overrides, RecipePath
 from compt.config import Recipe, load_recipe
 from compt.errors import ConfigError, nearest
 from compt.forecast import MODES, Machine, default_gpus, make_forecast
+from compt.formats import terminal
 from compt.hardware import Device, Throughput, find_device
 from compt.macs import Mode
 from compt.memory import ENGINES, Engine
@@ -92,7 +92,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(forecast.to_json(), indent=2))
     else:
-        Console(highlight=False).print(plan_tables(forecast, found, engine))
+        terminal().print(plan_tables(forecast, found, engine))
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from compt.config import EvalSet
 from compt.errors import ConfigError, nearest
-from compt.formats import TextTable
+from compt.formats import TextTable, terminal
 from compt.presets import resolve
 
 data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
@@ -30,15 +29,15 @@ IndexDir = Annotated[Path | None, typer.Option(help="where the index lies; defau
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error; yields a function of (done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal(stderr=True), transient=True) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def show(table: TextTable) -> None:
     """Print a table to the terminal."""
-    Console(highlight=False).print(table.rich())
+    terminal().print(table.rich())
 
 
 @data_app.command()

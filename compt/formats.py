@@ -39,6 +39,11 @@ class TextTable:
         return "\n".join([*lines, "", *(f"{escape_markdown(note)}\n" for note in self.notes)])
 
 
+def terminal(*, stderr: bool = False) -> Console:
+    """Where text is shown to a person: standard output, or standard error. Text stays as it is: `:x:` is no emoji."""
+    return Console(stderr=stderr, highlight=False, emoji=False)
+
+
 def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is: on one line, no markup, no cell ends."""
     return (
@@ -70,7 +75,7 @@ class _Fitting:
         wide = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for at, name in enumerate(self.table.header):
             least = None if at else _width([name, *(row[0] for row in self.table.rows)])
-            wide.add_column(name, justify="right" if at else "left", no_wrap=at == 0, min_width=least)
+            wide.add_column(Text(name), justify="right" if at else "left", no_wrap=at == 0, min_width=least)
         for row in self.table.rows:
             wide.add_row(*map(Text, row))
         yield Text(self.table.title, style="bold")
@@ -107,7 +112,7 @@ class _Fitting:
             return None
         tight = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, _GAP - 1, 0, 0), pad_edge=False)
         for at, name in enumerate(header):
-            tight.add_column(name, justify="right" if at else "left", no_wrap=True)
+            tight.add_column(Text(name), justify="right" if at else "left", no_wrap=True)
         for row in rows:
             tight.add_row(*map(Text, row))
         return tight

@@ -19,6 +19,7 @@ from rich.table import Column
 
 from compt import dist
 from compt.files import disk_errors, write_text
+from compt.formats import terminal
 
 FILE = "metrics.jsonl"
 TENSORBOARD = "tb"
@@ -84,7 +85,7 @@ class MetricsWriter:
         self._batch = batch
         self._start = start_step
         self._title = title
-        self._console = console or Console(stderr=True)
+        self._console = console or terminal(stderr=True)
         self._active = dist.is_main()
         self._file: TextIO | None = None
         self._board: Any = None

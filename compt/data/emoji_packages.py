@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
 from compt.data.emoji_aliases import ALIASES, unicode_name
@@ -32,6 +31,7 @@ from compt.data.emoji_text import (
     to_concepts,
 )
 from compt.errors import DataError
+from compt.formats import terminal
 
 NPM_SECONDS = 300
 MEMBER_LIMIT = 64 * 2**20
@@ -208,7 +208,7 @@ def read_packages(
         drawings: dict[str, Pixels] = {}
         steps = _draw(chosen, icons, concepts, size)
         for identity, pixels, cause in track(
-            steps, f"rendering {name}", total=len(chosen), disable=not progress, console=Console(stderr=True)
+            steps, f"rendering {name}", total=len(chosen), disable=not progress, console=terminal(stderr=True)
         ):
             if pixels is None:
                 result.dropped[f"{name}: {cause}"] += 1
