@@ -24,10 +24,10 @@ from compt.design.epochs import (
     Floats,
     Link,
     Range,
-    StartPrior,
     log2_size,
     paper_matches,
 )
+from compt.design.start import StartPrior
 from compt.macs import paper_cost
 from compt.paper import (
     CAPTIONS_PER_IMAGE,

@@ -8,7 +8,9 @@ The coefficients and the variance of the noise have a normal-inverse-gamma prior
 the same form (Bishop, Pattern Recognition and Machine Learning, 3.3; Murphy, Machine Learning, 7.6.3). Its predictive
 is a Student t. `start` is a separate term, a stated prior that no published number pins down: `StartPrior`.
 
-That f does not depend on the baseline's epochs is an assumption; figure 9(a) of the paper (CoM-PT) supports it.
+The predecessor's quality, which the paper's third rule is about, stands in the form as its size and its position in the
+chain: a plan knows no accuracies of models that are not trained yet. That f does not depend on the baseline's epochs is
+an assumption; figure 9(a) of the paper (CoM-PT) supports it.
 """
 
 from __future__ import annotations
@@ -22,18 +24,23 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compt.curves import Match
+from compt.design.regression import Posterior, truncated_t
+from compt.design.start import StartPrior
 from compt.errors import ConfigError
 from compt.macs import paper_parameters
-from compt.paper import FIGURE_8_EPOCHS, IMAGES, TABLE_2, TABLE_4A
+from compt.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTRAPOLATED, IMAGES, TABLE_2, TABLE_4A
 from compt.presets import PRESETS, ModelSpec
 
 Floats = NDArray[np.float64]
 
 FEATURES = ("intercept", "log2 size ratio", "position - 1", "log2 images", "log2 predecessor", "weights only")
-"""Sizes are parameters as Table G counts them; images are in units of CC3M, the predecessor's size in ViT-T's."""
+"""Sizes are parameters as Table G counts them; images are in units of CC3M, the predecessor's size in ViT-T's: it
+stands for the predecessor's quality."""
 
+IMAGES_AT = FEATURES.index("log2 images")
 REFERENCE_IMAGES = IMAGES["cc3m"]
 REFERENCE_SIZE = paper_parameters(PRESETS["vit_t16"])
+START = StartPrior()
 
 PRIOR_MEANS = np.array([math.log(0.25), 0.2, -0.1, 0.0, -0.1, 0.4])
 PRIOR_SPREADS = np.array([1.0, 0.2, 0.15, 0.25, 0.15, 0.4])
@@ -51,6 +58,12 @@ WIDENING = 3.0
 """How many times wider the paper's fit becomes as a prior for a lab's own matches."""
 OTHER_RECIPE = 0.7
 """Standard deviation of the intercept that is added then: another recipe may need twice or half the epochs."""
+OPEN_END = math.log(4.0)
+"""How far an open end of a lab's own interval counts to be away, in logarithms of epochs; at least twice as far as the
+known end. With neither known both are half as far again. A known end counts as no further than this."""
+GROWTH_SPREAD = 1.0
+"""Beyond the images of the points, what each further doubling adds is uncertain by a factor around 1 of this standard
+deviation, never below 0: nothing that was published says whether it goes on, levels off or becomes steeper."""
 DRAWS = 4000
 LEVEL = 0.8
 """Probability that a range holds."""
@@ -72,7 +85,7 @@ class Link:
 class Bound:
     """What runs show of a link that no length of theirs just matches: more than the longest, or at most the least.
 
-    No point of the fit; it bounds the epochs of this very link alone.
+    No point of the fit; what the fit says of the epochs of this very link is conditioned on it. Both are in epochs.
     """
 
     link: Link
@@ -94,34 +107,6 @@ class Range:
         """`middle` with the central quantiles of `draws`, widened to hold it."""
         low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
         return cls(float(middle), float(min(low, middle)), float(max(high, middle)))
-
-
-@dataclass(frozen=True)
-class StartPrior:
-    """How the best first model depends on the number of images: stated, not fitted.
-
-    The smallest model that fits the data has `smallest` parameters: a power law through ViT-T at CC3M and ViT-S at
-    Merged-15M, the best starts that the paper names (figure 6). Each halving of a predecessor below that multiplies its
-    student's epochs by `factor`, uncertain by a factor of `spread` in either direction (one standard deviation; never
-    below 1).
-    """
-
-    factor: float = 2.0
-    spread: float = math.sqrt(2.0)
-
-    def smallest(self, images: float) -> float:
-        """Parameters (as Table G counts them) of the smallest model that fits `images` pictures."""
-        sizes = [paper_parameters(PRESETS[name]) for name in ("vit_t16", "vit_s16")]
-        power = math.log(sizes[1] / sizes[0]) / math.log(IMAGES["merged15m"] / IMAGES["cc3m"])
-        return float(sizes[0] * (images / IMAGES["cc3m"]) ** power)
-
-    def fits(self, log2_sizes: ArrayLike, images: float) -> NDArray[np.bool_]:
-        """Whether models of 2 ** `log2_sizes` parameters are large enough for `images` pictures."""
-        return self.halvings(log2_sizes, images) < 1e-6
-
-    def halvings(self, log2_teacher: ArrayLike, images: float) -> Floats:
-        """How far predecessors of 2 ** `log2_teacher` parameters are below the smallest that fits, in halvings."""
-        return np.maximum(0.0, math.log2(self.smallest(images)) - np.asarray(log2_teacher, dtype=np.float64))
 
 
 @lru_cache(maxsize=4096)
@@ -170,6 +155,11 @@ def features(
     return np.stack(np.broadcast_arrays(*columns), axis=-1)
 
 
+def allotted(match: Match) -> bool:
+    """Whether the epochs of a published match were enough, perhaps more than needed: what `paper_matches` says."""
+    return match.low is None and match.high == match.epochs
+
+
 def _row(link: Link | Match) -> Floats:
     return features(log2_size(link.student), log2_size(link.teacher), link.position, link.images, not link.distilled)
 
@@ -194,38 +184,14 @@ class Edges:
             held[..., at] = np.minimum(rows[..., at], self.high[at])
         return held
 
+    def further(self, rows: Floats) -> Floats:
+        """By how many doublings `rows` [..., 6] have more images than any point."""
+        return np.asarray(np.maximum(0.0, rows[..., IMAGES_AT] - self.high[IMAGES_AT]))
+
     def outside(self, row: Floats) -> list[str]:
         """Names of the features of one link that no point comes up to."""
         beyond = (row < self.low - 1e-6) | (row > self.high + 1e-6)
         return [name for name, out in zip(FEATURES, beyond, strict=True) if out]
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """Normal-inverse-gamma: variance ~ IG(shape, rate), coefficients ~ N(mean [6], variance * scale [6, 6])."""
-
-    mean: Floats
-    scale: Floats
-    shape: float
-    rate: float
-
-    def updated(self, rows: Floats, values: Floats, weights: Floats) -> Posterior:
-        """After `values` [n] at `rows` [n, 6], with noise of variance / `weights` [n]. The textbook update."""
-        before = np.linalg.inv(self.scale)
-        precision = before + rows.T @ (weights[:, None] * rows)
-        scale: Floats = np.asarray(np.linalg.inv(precision), dtype=np.float64)
-        mean = scale @ (before @ self.mean + rows.T @ (weights * values))
-        rest = weights @ values**2 + self.mean @ before @ self.mean - mean @ precision @ mean
-        return Posterior(mean, scale, self.shape + len(values) / 2, float(self.rate + rest / 2))
-
-    @property
-    def noise(self) -> float:
-        """Standard deviation of the noise: root of the mean variance."""
-        return math.sqrt(self.rate / (self.shape - 1))
-
-    def spreads(self) -> Floats:
-        """Standard deviations of the coefficients [6]."""
-        return np.asarray(np.sqrt(np.diag(self.scale)) * self.noise)
 
 
 PRIOR = Posterior(
@@ -236,20 +202,36 @@ PRIOR = Posterior(
 )
 
 
-def _observed(matches: Sequence[Match], start: StartPrior | None, noise: float) -> tuple[Floats, Floats, Floats]:
+def half_widths(match: Match) -> tuple[float, float]:
+    """How far the 95 % interval of a match reaches down and up, in logarithms of epochs; open ends by `OPEN_END`."""
+    ends = (match.low and match.epochs / match.low, match.high and match.high / match.epochs)
+    down, up = (None if end is None else min(OPEN_END, max(0.0, math.log(end))) for end in ends)
+    if down is None and up is None:
+        return 1.5 * OPEN_END, 1.5 * OPEN_END
+    if down is None or up is None:
+        known = down if up is None else up
+        open_end = max(OPEN_END, 2 * (known or 0.0))
+        return (open_end, up) if up is not None else (down or 0.0, open_end)
+    return down, up
+
+
+def _observed(
+    matches: Sequence[Match], start: StartPrior | None, noise: float, published: bool = False
+) -> tuple[Floats, Floats, Floats]:
     """Rows, values log f and weights of matches; what the start prior adds is taken off.
 
-    An allotted number of epochs stands for a least one that is smaller by `OVERSHOOT`. A `low` and a `high` are taken
-    as the ends of a 95 % interval, whose variance adds to the noise.
+    Among `published` ones an allotted number of epochs stands for a least one that is smaller by `OVERSHOOT`, and one
+    without an interval is as exact as the noise lets it be. A `low` and a `high` are taken as the ends of a 95 %
+    interval, whose variance adds to the noise.
     """
     rows = np.array([_row(match) for match in matches]).reshape(len(matches), len(FEATURES))
     values, weights = np.empty(len(matches)), np.empty(len(matches))
     for at, match in enumerate(matches):
         value, extra = math.log(match.epochs / match.baseline_epochs), 0.0
-        if match.low is None and match.high == match.epochs:
+        if published and allotted(match):
             value, extra = value - OVERSHOOT[0], OVERSHOOT[1]
-        elif match.low and match.high:
-            extra = math.log(match.high / match.low) / 4
+        elif not published or match.low or match.high:
+            extra = sum(half_widths(match)) / 4
         if start is not None:
             value -= math.log(start.factor) * float(start.halvings(log2_size(match.teacher), match.images))
         values[at], weights[at] = value, noise**2 / (noise**2 + extra**2)
@@ -261,7 +243,7 @@ class EpochModel:
     """The fitted model. `points` are the matches it is fitted to; `own` those of them that were measured here.
 
     A link that was measured itself (same sizes, images and baseline epochs) takes its measured epochs; one that
-    `bounds` are known of stays within them.
+    `bounds` are known of takes those of the fit conditioned on them.
     """
 
     posterior: Posterior
@@ -278,7 +260,7 @@ class EpochModel:
         *,
         own: Sequence[Match] = (),
         bounds: Sequence[Bound] = (),
-        start: StartPrior | None = StartPrior(),
+        start: StartPrior | None = START,
     ) -> EpochModel:
         """Fit to published `matches`, then to a lab's `own`.
 
@@ -292,7 +274,7 @@ class EpochModel:
                     f"{match.source}: {match.teacher.name} to {match.student.name}: {match.epochs:g} of "
                     f"{match.baseline_epochs:g} epochs on {match.images} images: each has to be above 0"
                 )
-        posterior = PRIOR.updated(*_observed(matches, start, NOISE)) if matches else PRIOR
+        posterior = PRIOR.updated(*_observed(matches, start, NOISE, published=True)) if matches else PRIOR
         if own:
             noise = posterior.noise
             scale = posterior.scale * WIDENING**2
@@ -332,13 +314,15 @@ class EpochModel:
 
     def epochs(self, link: Link) -> float:
         """Epochs that `link` needs: measured, or the median of the fit; at most those of the baseline."""
-        match = self.measured(link)
+        match, bound = self.measured(link), self.bound(link)
         if match is not None:
             return min(match.epochs, link.baseline_epochs)
-        middle = self.log_fraction(
-            log2_size(link.student), log2_size(link.teacher), link.position, link.images, link.distilled
-        )
-        return float(self._bounded(link, link.baseline_epochs * np.exp(middle)))
+        if bound is not None:
+            logs = self._conditioned(link, bound, 0.5)
+        else:
+            sizes = (log2_size(link.student), log2_size(link.teacher))
+            logs = self.log_fraction(*sizes, link.position, link.images, link.distilled)
+        return float(link.baseline_epochs * np.exp(np.minimum(0.0, logs)))
 
     def bound(self, link: Link) -> Bound | None:
         """What is known of the epochs of this very link, where it was not measured, the latest given."""
@@ -348,47 +332,77 @@ class EpochModel:
         """The links whose epochs do not follow from their features alone."""
         return [*self.own, *(bound.link for bound in self.bounds)]
 
-    def _bounded(self, link: Link, epochs: Floats) -> Floats:
-        """`epochs` within the link's own bounds, and at most those of the baseline."""
-        bound = self.bound(link)
-        least = 0.0 if bound is None or bound.more_than is None else bound.more_than
-        most = link.baseline_epochs if bound is None or bound.at_most is None else bound.at_most
-        return np.asarray(np.minimum(np.clip(epochs, least, max(least, most)), link.baseline_epochs))
+    def _conditioned(self, link: Link, bound: Bound, shares: ArrayLike) -> Floats:
+        """Quantiles, at `shares`, of log f of `link`, not capped at 0, given that its epochs lie within `bound`.
+
+        The predictive is taken for a Student t to which the start prior and `GROWTH_SPREAD` add their variances.
+        """
+        row, post = self.edges.held(_row(link)), self.posterior
+        middle, variance = float(row @ post.mean), post.width(row) ** 2
+        growth = float(post.mean[IMAGES_AT] * self.edges.further(row))
+        if self.start is not None:
+            teacher, factor = log2_size(link.teacher), math.log(self.start.factor)
+            below, level = (float(self.start.halvings(teacher, link.images, trend)) for trend in (1.0, 0.0))
+            middle += factor * below
+            variance += (math.log(self.start.spread) * below) ** 2
+            growth += factor * (below - level)
+        scale = math.sqrt(variance + (GROWTH_SPREAD * growth) ** 2)
+        ends = [bound.more_than or 0.0, bound.at_most or math.inf]
+        low, high = (
+            (math.log(end / link.baseline_epochs) - middle) / scale
+            if 0 < end < math.inf
+            else math.copysign(math.inf, at)
+            for at, end in zip((-1, 1), ends, strict=True)
+        )
+        return middle + scale * truncated_t(shares, 2 * post.shape, low, max(low, high))
 
     def draws(self, links: Sequence[Link], *, count: int = DRAWS, seed: int = 0) -> Floats:
         """Joint draws [count, n] of the epochs of `links` from the posterior predictive; the same seed, the same draws.
 
-        Coefficients, noise variance and start factor are common to a draw, the noise itself is each link's own.
+        Coefficients, noise variance, start factor and growth beyond the points are common to a draw, the noise itself
+        is each link's own. A link within bounds keeps its ranks among the draws.
         """
         generator = np.random.default_rng(seed)
         post, n = self.posterior, len(links)
         deviation = np.sqrt(post.rate / generator.gamma(post.shape, size=(count, 1)))
         normal = generator.standard_normal((count, len(FEATURES))) @ np.linalg.cholesky(post.scale).T
-        noise = deviation * generator.standard_normal((count, n))
+        standard = generator.standard_normal((count, n))
         steep = generator.standard_normal((count, 1))
+        growth = np.maximum(0.0, 1.0 + GROWTH_SPREAD * generator.standard_normal((count, 1)))
         rows = np.array([self.edges.held(_row(link)) for link in links]).reshape(n, len(FEATURES))
-        logs = (post.mean + deviation * normal) @ rows.T + noise
+        coefficients = post.mean + deviation * normal
+        logs = coefficients @ rows.T + deviation * standard
+        logs += (growth - 1) * coefficients[:, [IMAGES_AT]] * self.edges.further(rows)
         if self.start is not None:
             each = np.maximum(0.0, math.log(self.start.factor) + math.log(self.start.spread) * steep)
-            below = [float(self.start.halvings(log2_size(link.teacher), link.images)) for link in links]
-            logs += each * np.array(below).reshape(1, n)
+            teachers = np.array([log2_size(link.teacher) for link in links])
+            logs += each * self.start.halvings(teachers, np.array([link.images for link in links]), growth)
         for at, link in enumerate(links):
-            match = self.measured(link)
+            match, bound = self.measured(link), self.bound(link)
             if match is not None:
-                middle = math.log(match.epochs / link.baseline_epochs)
-                known = math.log(match.high / match.low) / 4 if match.low and match.high else None
-                logs[:, at] = middle + (noise[:, at] if known is None else known * noise[:, at] / deviation[:, 0])
-        columns = [
-            np.minimum(link.baseline_epochs, link.baseline_epochs * np.exp(logs[:, at]))
-            if self.measured(link)
-            else self._bounded(link, link.baseline_epochs * np.exp(logs[:, at]))
-            for at, link in enumerate(links)
-        ]
-        return np.stack(columns, axis=1) if links else np.empty((count, 0))
+                down, up = half_widths(match)
+                reach = np.where(standard[:, at] < 0, down, up) / 2
+                logs[:, at] = math.log(match.epochs / link.baseline_epochs) + reach * standard[:, at]
+            elif bound is not None:
+                ranks = logs[:, at].argsort().argsort()
+                logs[:, at] = self._conditioned(link, bound, (ranks + 0.5) / count)
+        return np.asarray(np.array([link.baseline_epochs for link in links]) * np.exp(np.minimum(0.0, logs)))
 
     def predict(self, link: Link) -> Range:
         """The epochs of one link with their range."""
         return Range.of(self.epochs(link), self.draws([link])[:, 0])
+
+    def caution(self, images: int) -> str | None:
+        """What to know about plans for more images than any point has; None for no more."""
+        most = REFERENCE_IMAGES * 2.0 ** float(self.edges.high[IMAGES_AT])
+        if images <= most * (1 + 1e-6):
+            return None
+        pairs, speedup = next(iter(FIGURE_9B_EXTRAPOLATED.items()))
+        return (
+            f"{images:,} images are beyond the {most:,.0f} of the largest data set in the fit. There such plans are "
+            f"far too pessimistic: at {pairs / CAPTIONS_PER_IMAGE:,.0f} images ({pairs / 1e9:g} billion pairs) the "
+            f"paper extrapolates {speedup:g}x, where the fit to its points gives no saving: train a pair, use --runs."
+        )
 
     def outside(self, link: Link) -> list[str]:
         """Names of the features of `link` that lie outside those of the points."""

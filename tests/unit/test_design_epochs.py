@@ -14,17 +14,19 @@ from compt.curves import Match
 from compt.design.epochs import (
     FEATURES,
     LEVEL,
+    OPEN_END,
     OVERSHOOT,
     PRIOR,
     Bound,
     EpochModel,
     Link,
     Range,
-    StartPrior,
     features,
     log2_size,
     paper_matches,
 )
+from compt.design.regression import truncated_t
+from compt.design.start import StartPrior
 from compt.errors import ConfigError
 from compt.macs import paper_parameters
 from compt.paper import IMAGES
@@ -169,6 +171,43 @@ def test_the_start_prior() -> None:
     assert spread[0] > spread[1]
 
 
+@pytest.mark.parametrize("images", [MERGED * 3, 125_000_000, 2_000_000_000])
+def test_beyond_the_points_a_range_spans_a_trend_that_levels_off(images: int) -> None:
+    """Nothing published is that large: from what holds at the largest published data set to twice the trend."""
+    far, known = link("vit_l16", "vit_b16", 3, images), link("vit_l16", "vit_b16", 3, MERGED)
+    model = fitted()
+    found = model.predict(far)
+    assert found.middle > model.epochs(known)
+    assert found.low < 1.3 * model.predict(known).high
+    assert found.high > 1.8 * found.low
+    levelled = model.draws([far, known])
+    assert 0.1 < (levelled[:, 0] < 1.3 * model.epochs(known)).mean() < 0.35
+
+
+def test_inside_the_points_the_trend_is_that_of_the_points() -> None:
+    start = StartPrior()
+    for images in (CC3M, 5_000_000, MERGED):
+        assert start.log2_smallest(images, [0.0, 1.0, 3.0]) == pytest.approx(math.log2(start.smallest(images)))
+    doublings = np.diff([float(start.log2_smallest(images)) for images in (CC3M, MERGED, MERGED**2 // CC3M)])
+    assert doublings[0] == pytest.approx(doublings[1], rel=1e-3)
+    assert start.log2_smallest(4 * MERGED, 0.0) == pytest.approx(math.log2(start.smallest(MERGED)))
+    halved = start.log2_smallest(4 * MERGED, 0.5) - start.log2_smallest(MERGED)
+    assert halved == pytest.approx((start.log2_smallest(4 * MERGED) - start.log2_smallest(MERGED)) / 2)
+    assert start.log2_smallest(CC3M // 4, 2.0) < start.log2_smallest(CC3M // 4)
+
+
+def test_plans_beyond_the_points_carry_a_caution() -> None:
+    model = fitted()
+    assert model.caution(CC3M) is None
+    assert model.caution(MERGED) is None
+    text = model.caution(2_000_000_000)
+    assert text is not None
+    for part in ("2,000,000,000 images", "2.3x", "pessimistic"):
+        assert part in text
+    large = Match(S, T, 1, 3_000_000_000, 64.0, 30.0, "here")
+    assert fitted(own=[large]).caution(2_000_000_000) is None
+
+
 def test_positions_count_the_models_that_fit() -> None:
     specs = [PRESETS[f"vit_{size}16"] for size in ("t", "c", "s", "m", "b")]
 
@@ -188,6 +227,21 @@ def test_an_allotted_number_counts_as_more_than_needed() -> None:
     assert math.exp(-OVERSHOOT[0]) < ratio < 0.97
 
 
+@given(st.floats(0.02, 1.0), st.floats(1.0, 50.0))
+@settings(max_examples=60, deadline=None)
+def test_a_match_never_weighs_more_without_an_end(low: float, high: float) -> None:
+    def spread(**ends: float | None) -> float:
+        own = Match(S, T, 1, CC3M, 128.0, 25.0, "here", **ends)
+        return float(EpochModel.fit(paper_matches(), own=[own]).posterior.scale[0, 0])
+
+    below, above = 25 * low, 25 * high
+    both, neither = spread(low=below, high=above), spread()
+    for one in (spread(low=below), spread(high=above)):
+        assert both * (1 - 1e-9) <= one <= neither * (1 + 1e-9)
+    assert spread(low=24.0, high=26.0) < spread(low=24.0) < neither
+    assert spread(low=24.0, high=26.0) < spread(high=26.0) < neither
+
+
 def test_a_wider_interval_weighs_less() -> None:
     close = [replace(match, low=match.epochs * 0.99, high=match.epochs * 1.01) for match in paper_matches()[:3]]
     wide = [replace(match, low=match.epochs / 3, high=match.epochs * 3) for match in close]
@@ -204,7 +258,8 @@ def own_matches(factor: float, count: int) -> list[Match]:
     for teacher, student in pairs:
         one = link(student, teacher)
         epochs = factor * model.epochs(one)
-        found.append(Match(one.student, one.teacher, 1, CC3M, 128.0, epochs, "measured in a test"))
+        ends = {"low": 0.99 * epochs, "high": 1.01 * epochs}
+        found.append(Match(one.student, one.teacher, 1, CC3M, 128.0, epochs, "measured in a test", **ends))
     return found
 
 
@@ -241,17 +296,86 @@ def test_a_measured_link_takes_its_measurement() -> None:
     assert [both.epochs(link(position=position)) for position in (1, 2, 3)] == [40.0, 30.0, 30.0]
 
 
-def test_bounds_hold_for_their_own_link() -> None:
+def test_an_open_end_shows_in_the_range_of_a_measured_link() -> None:
+    def found(**ends: float | None) -> Range:
+        return fitted(own=[Match(S, T, 1, CC3M, 128.0, 40.0, "here", **ends)]).predict(link())
+
+    closed, above, below = found(low=36.0, high=44.0), found(low=36.0), found(high=44.0)
+    neither = found()
+    assert closed.middle == above.middle == below.middle == neither.middle == 40
+    assert 36 < closed.low == pytest.approx(above.low)
+    assert 44 > closed.high == pytest.approx(below.high)
+    quantile = 1.2816 / 2  # of a normal distribution at 90 %, in units of the half-width of 95 %
+    assert above.high == pytest.approx(40 * math.exp(quantile * OPEN_END), rel=0.03)
+    assert below.low == pytest.approx(40 * math.exp(-quantile * OPEN_END), rel=0.03)
+    assert neither.low < below.low < above.high < neither.high
+    assert found(low=15.0).high > above.high, "at least twice as far as the known end"
+
+
+@given(st.floats(-30, 30), st.floats(0.01, 20), st.floats(0.01, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_quantiles_of_a_truncated_t_of_two_degrees(low: float, width: float, share: float) -> None:
+    """Two degrees of freedom have their distribution in closed form, 1/2 + t / (2 root(2 + t^2))."""
+
+    def below(t: float) -> float:
+        return 0.5 + t / (2 * math.sqrt(2 + t * t))
+
+    high = low + width
+    for ends in ((low, high), (low, math.inf), (-math.inf, high)):
+        found = float(truncated_t(share, 2.0, *ends))
+        least, most = (below(end) if math.isfinite(end) else float(end > 0) for end in ends)
+        assert ends[0] < found < ends[1]
+        assert (below(found) - least) / (most - least) == pytest.approx(share, abs=2e-3)
+
+
+def test_a_bound_conditions_the_prediction() -> None:
+    """Against the draws that keep to the bound: those that do not are thrown away."""
+    one, free = link(), fitted().draws([link()], count=400_000)[:, 0]
+    for bound, kept in (
+        (Bound(one, "here", more_than=27.0), free[free > 27]),
+        (Bound(one, "here", at_most=26.0), free[free <= 26]),
+    ):
+        found = fitted(bounds=[bound]).predict(one)
+        expected = np.quantile(kept, [0.5, (1 - LEVEL) / 2, (1 + LEVEL) / 2])
+        assert [found.middle, found.low, found.high] == pytest.approx(expected, rel=0.01)
+
+
+@given(st.floats(1.0, 120.0))
+@settings(max_examples=30, deadline=None)
+def test_a_bound_is_never_the_prediction_itself(epochs: float) -> None:
     one = link()
-    longest = Bound(one, "here", more_than=50.0)
-    shortest = Bound(one, "here", at_most=10.0)
-    assert fitted(bounds=[longest]).epochs(one) == 50.0
-    assert fitted(bounds=[shortest]).epochs(one) == 10.0
-    assert fitted(bounds=[longest]).draws([one]).min() == 50.0
-    assert fitted(bounds=[shortest]).draws([one]).max() == 10.0
-    assert fitted(bounds=[Bound(one, "here", more_than=300.0)]).epochs(one) == 128.0
-    elsewhere = link("vit_b16", "vit_s16", 2)
-    assert fitted(bounds=[longest]).epochs(elsewhere) == fitted().epochs(elsewhere)
+    for bound in (Bound(one, "here", more_than=epochs), Bound(one, "here", at_most=epochs)):
+        model = fitted(bounds=[bound])
+        found, drawn = model.predict(one), model.draws([one])
+        assert found.low < found.middle < found.high or found.middle == 128
+        assert found.low < found.high
+        if bound.at_most is None:
+            assert model.epochs(one) > epochs < drawn.min()
+        else:
+            assert model.epochs(one) < epochs > drawn.max()
+
+
+def test_bounds_hold_for_their_own_link() -> None:
+    one, elsewhere = link(), link("vit_b16", "vit_s16", 2)
+    longest = fitted(bounds=[Bound(one, "here", more_than=50.0)])
+    assert longest.epochs(elsewhere) == fitted().epochs(elsewhere)
+    assert longest.predict(elsewhere) == fitted().predict(elsewhere)
+    assert fitted(bounds=[Bound(one, "here", more_than=300.0)]).predict(one) == Range(128, 128, 128)
+    nothing_new = fitted(bounds=[Bound(one, "here", more_than=1.0)]).predict(one)
+    assert nothing_new.middle == pytest.approx(fitted().epochs(one))
+    assert nothing_new.high == pytest.approx(fitted().predict(one).high, rel=0.01)
+    links = [one, elsewhere]
+    assert np.corrcoef(np.log(longest.draws(links).T))[0, 1] > 0.05, "draws stay joint"
+
+
+def test_bounds_of_a_start_that_may_be_too_small() -> None:
+    """The start prior widens what a bound leaves."""
+    below = link("vit_s16", "vit_c16", images=MERGED)
+    narrow, wide = (
+        fitted(start=start, bounds=[Bound(below, "here", more_than=100.0)]).epochs(below)
+        for start in (None, StartPrior())
+    )
+    assert 100 < narrow < wide
 
 
 @pytest.mark.parametrize("change", [{"epochs": 0.0}, {"baseline_epochs": -1.0}, {"images": 0}])

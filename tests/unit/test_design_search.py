@@ -201,7 +201,8 @@ def test_a_bounded_link_enters_the_search() -> None:
     costs = macs_costs(recipe, models.specs)
     model = EpochModel.fit(paper_matches(), bounds=[Bound(replace(pair, position=7), "here", more_than=60.0)])
     task = problem(models, costs, model, images=CC3M, baseline_epochs=128.0)
-    assert task.epochs[:, models.wanted[0], models.wanted[1]].tolist() == [60.0] * 7
+    planned = task.epochs[:, models.wanted[0], models.wanted[1]]
+    assert 60 < planned.min() <= planned.max() < 128, "more than what was not enough"
     found = least_cost(task)
     assert len(found.chain) > 2, "a detour is cheaper than the link that is known to be slow"
 
