@@ -5,7 +5,9 @@ A training that was stopped, or is still under way, is no end of a schedule and 
 
 from __future__ import annotations
 
+import json
 import math
+import textwrap
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +21,7 @@ from numpy.typing import NDArray
 
 from compt.errors import ComptError, RunError
 from compt.files import hash_json, read_json
-from compt.presets import ModelSpec
+from compt.presets import PRESETS, ModelSpec
 
 _FINISHED = ("evaluated", "done")
 _UNFINISHED = ("planned", "expanded", "training")
@@ -102,12 +104,14 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read FOLDER/run.json and every manifest below FOLDER/jobs. Raises RunError where there is no run."""
+    """Read FOLDER/run.json and every manifest below FOLDER/jobs.
+
+    Raises RunError where there is no run, or run.json is damaged. What is wrong with a manifest stands in `skipped`.
+    """
     state = _state(folder)
-    names = {job["name"]: {job["kind"]} for job in state["jobs"] if not job.get("same_as")}
-    for job in state["jobs"]:
-        if job.get("same_as"):
-            names.setdefault(job["same_as"], set()).add(job["kind"])
+    names: dict[str, set[str]] = {}
+    for job in sorted(state["jobs"], key=lambda job: job.get("same_as") is not None):
+        names.setdefault(job.get("same_as") or job["name"], set()).add(job["kind"])
     begun = sorted(path.parent.name for path in folder.glob("jobs/*/manifest.json"))
     trainings, skipped = [], []
     for name in [*names, *(name for name in begun if name not in names)]:
@@ -119,27 +123,49 @@ def read_run(folder: Path) -> Run:
     return Run(state["primary"], trainings, skipped)
 
 
+def _read(path: Path) -> Any:
+    """JSON without lone surrogates, which no terminal and no file takes."""
+    value = read_json(path)
+    json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def _state(folder: Path) -> dict[str, Any]:
     path = folder / "run.json"
     try:
-        state = read_json(path)
+        state = _read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} is no run folder: there is no {path.name} in it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
+    _check_state(path, state)
+    return dict(state)
+
+
+def _check_state(path: Path, state: Any) -> None:
     if not isinstance(state, dict) or not {"jobs", "data_fingerprint", "primary"} <= state.keys():
         raise RunError(f"{path} is damaged: it lacks jobs or data_fingerprint or primary")
+    _check_text(path, "data_fingerprint", state["data_fingerprint"])
+    _check_text(path, "primary", state["primary"], none=True)
     jobs = state["jobs"]
     if not isinstance(jobs, list) or not all(isinstance(job, dict) and {"name", "kind"} <= job.keys() for job in jobs):
         raise RunError(f"{path} is damaged: each of its jobs should have a name and a kind")
-    return state
+    for at, job in enumerate(jobs):
+        for key in ("name", "kind", "same_as"):
+            _check_text(path, f"jobs.{at}.{key}", job.get(key), none=key == "same_as")
+
+
+def _check_text(path: Path, key: str, value: Any, *, none: bool = False) -> None:
+    if not (isinstance(value, str) or (none and value is None)):
+        wanted = "a text or null" if none else "a text"
+        raise RunError(f"{path} is damaged: {key} = {textwrap.shorten(ascii(value), 60)}: should be {wanted}")
 
 
 def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Training | str:
     """A complete training, or why there is none."""
     path = folder / "jobs" / name / "manifest.json"
     try:
-        manifest = read_json(path)
+        manifest = _read(path)
         state = manifest["state"]
         if state in _UNFINISHED:
             return f"is not finished ({state})"
@@ -153,7 +179,7 @@ def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Train
             run=folder,
             job=name,
             kinds=frozenset({str(manifest["kind"]), *kinds}),
-            spec=ModelSpec.from_dict(manifest["spec"]),
+            spec=_spec(manifest["spec"]),
             epochs=_positive(manifest, "epochs"),
             steps=steps,
             seed=int(manifest["seed"]),
@@ -169,13 +195,32 @@ def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Train
         int(training.result["data"]["images"]), float(training.result["optimizer"]["lr"])
         if training.parent_hash is not None:
             float(training.result["distill"]["alpha"])
+        json.dumps([training.result, manifest["scores"]], allow_nan=False)
         return training
     except FileNotFoundError:
         return "was not begun"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, OverflowError, RecursionError, AttributeError) as error:
         return f"its manifest cannot be read: {error}"
     except (KeyError, TypeError, ComptError) as error:
         return f"its manifest is damaged: {type(error).__name__}: {error}"
+
+
+def _spec(values: Mapping[str, Any]) -> ModelSpec:
+    spec = ModelSpec.from_dict(values)
+    for key, like in vars(PRESETS["swin_t"]).items():
+        if not _is_like(getattr(spec, key), like):
+            raise TypeError(f"spec.{key} = {getattr(spec, key)!r}")
+    return spec
+
+
+def _is_like(value: Any, like: Any) -> bool:
+    """Whether `value` is of the kind of `like`, and a number no larger than any model has."""
+    if isinstance(like, tuple):
+        return isinstance(value, tuple) and all(_is_like(item, 1) for item in value)
+    if isinstance(like, int | float) and not isinstance(like, bool):
+        kinds = (int,) if isinstance(like, int) else (int, float)
+        return type(value) in kinds and abs(value) < 1e9
+    return type(value) is type(like)
 
 
 def _positive(values: Mapping[str, Any], key: str) -> float:
@@ -186,8 +231,11 @@ def _positive(values: Mapping[str, Any], key: str) -> float:
 
 
 def _score(score: Mapping[str, Any]) -> Score:
-    low, high = score["top1_interval"]
-    return Score(float(score["top1"]), float(low), float(high), int(score["n"]), dict(score.get("pins", {})))
+    low, high = map(float, score["top1_interval"])
+    top1 = float(score["top1"])
+    if not (0 <= top1 <= 100 and -math.inf < low <= high < math.inf):
+        raise ValueError(f"top1 = {top1}, top1_interval = {[low, high]}")
+    return Score(top1, low, high, int(score["n"]), dict(score.get("pins", {})))
 
 
 class Lineage:
@@ -233,7 +281,7 @@ class Lineage:
         if line:
             return line[0].spec
         try:
-            record = read_json(training.run / "jobs" / training.job / "initial" / "manifest.json")
-            return ModelSpec.from_dict(record["expansion"]["teacher"])
-        except (OSError, ValueError, KeyError, TypeError, ComptError):
+            record = _read(training.run / "jobs" / training.job / "initial" / "manifest.json")
+            return _spec(record["expansion"]["teacher"])
+        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, ComptError):
             return None
