@@ -1,18 +1,20 @@
 """The paper's findings about chain design, predicted by `compt.design` with their own points held out of the fit.
 
 A finding is a HIT where the prediction agrees with it, or its range of 80 % holds the published number; else a MISS.
+A range that spans more than a factor of 3 says nothing when it holds it.
 MACs are counted as the paper counts them, epochs are not rounded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from benchmarks.common import Result, main
-from benchmarks.findings_tables import Finding, Prediction, coefficient_table, family_table, finding_table, plot
+from benchmarks.findings_tables import Finding, Prediction, coefficient_table, family_table, finding_table, plot, tally
 from compt.curves import Match
 from compt.design.candidates import candidates
 from compt.design.epochs import (
@@ -24,6 +26,7 @@ from compt.design.epochs import (
     Floats,
     Link,
     Range,
+    allotted,
     log2_size,
     paper_matches,
 )
@@ -171,7 +174,7 @@ def figure_6(held_out: str, start: StartPrior | None) -> list[Finding]:
     saving = Range.of(1 - full.macs / pair.macs, 1 - full.draws / pair.draws)
     reduction = Range.of(1 - full.macs / full.last_alone, 1 - full.draws / full.last_alone)
     points = Range.of((pair.macs - full.macs) / full.last_alone, (pair.draws - full.draws) / full.last_alone)
-    put_in = start is not None
+    put_in: Literal["", "put in"] = "put in" if start else ""
     rows = [
         Finding(name, "cheapest start at no end", held_out, "yes", costs, None, None, share_inside, inside, put_in),
         Finding(name, "cheapest start", held_out, "vit_t16", best, None, None, share_t, best == "vit_t16", put_in),
@@ -187,12 +190,35 @@ def figure_6(held_out: str, start: StartPrior | None) -> list[Finding]:
     ]
 
 
+def figure_6_of_all(held_out: str, start: StartPrior | None) -> list[Finding]:
+    """The cheapest start on CC3M among all candidates of the search, presets or not, before the presets above it."""
+    model, ladder = model_without(held_out, start), presets(LADDER)
+    models = candidates({spec.name: spec for spec in ladder})
+    found = {}
+    for at, spec in enumerate(models.specs):
+        above = [place for place in models.wanted if place > at]
+        if not above or models.grows[at, above[0]]:
+            chain = [spec, *(models.specs[place] for place in above)]
+            found[spec.name] = predict(model, chain, CC3M, 128)
+    costs = {name: one.macs for name, one in found.items()}
+    best = min(costs, key=lambda name: costs[name])
+    alone = found["vit_l16"].last_alone
+    words = f"{best} {percent(costs[best] / alone)}, vit_t16 {percent(costs['vit_t16'] / alone)}"
+    share = float((found["vit_t16"].draws <= found[best].draws).mean())
+    name = "6, CC3M" + ("" if start else ", no start prior")
+    statement = f"cheapest start of all {len(found)} candidates"
+    hit = best == "vit_t16"
+    put_in: Literal["", "put in"] = "put in" if start else ""
+    return [Finding(name, statement, held_out, "vit_t16", words, None, None, share, hit, put_in)]
+
+
 def figure_6_merged(start: StartPrior | None) -> list[Finding]:
     """The cheapest start on Merged-15M. With the start prior this only shows what was put in."""
     found = starts(model_without("Merged-15M", start), MERGED, 64)
     best = min(found, key=lambda name: found[name].macs)
     costs = ", ".join(f"{key} {percent(one.macs / one.last_alone)}" for key, one in found.items())
-    name, hit, put_in = "6, Merged-15M" + ("" if start else ", no start prior"), best == "vit_s16", start is not None
+    put_in: Literal["", "put in"] = "put in" if start else ""
+    name, hit = "6, Merged-15M" + ("" if start else ", no start prior"), best == "vit_s16"
     words = f"{best}: {costs}"
     return [Finding(name, "cheapest start", "Merged-15M", "vit_s16", words, None, None, None, hit, put_in)]
 
@@ -231,22 +257,23 @@ def figure_7(held_out: str) -> list[Finding]:
 
 
 def figure_9a(held_out: str) -> list[Finding]:
-    """Acceleration of the four ViTs on CC3M with other numbers of baseline epochs."""
+    """Acceleration of the four ViTs on CC3M with other numbers of baseline epochs: one test, f knows none of them."""
     model = model_without(held_out)
-    rows = []
-    for epochs in FIGURE_9A_EPOCHS:
-        found = predict(model, presets(LADDER), CC3M, epochs).speedup
-        statement = f"{epochs} baseline epochs"
-        rows.append(_number("9a", statement, held_out, FIGURE_9A_LEAST_SPEEDUP, found, times, least=True))
-    return rows
+    found = [predict(model, presets(LADDER), CC3M, epochs).speedup for epochs in FIGURE_9A_EPOCHS]
+    least = min(found, key=lambda one: one.middle)
+    statement = f"{', '.join(map(str, FIGURE_9A_EPOCHS))} baseline epochs"
+    row = _number("9a", statement, held_out, FIGURE_9A_LEAST_SPEEDUP, least, times, least=True)
+    return [replace(row, given="by construction")]
 
 
 def figure_9b(held_out: str, start: StartPrior | None) -> list[Finding]:
     """Acceleration of four ViTs (S, M, B, L) over the number of pairs, at 64 baseline epochs."""
     model, rows = model_without(held_out, start), []
     for pairs, speedup in {**FIGURE_9B_SPEEDUP, **FIGURE_9B_EXTRAPOLATED}.items():
-        found = predict(model, presets(MERGED_LADDER), round(pairs / CAPTIONS_PER_IMAGE), 64).speedup
         far = pairs in FIGURE_9B_EXTRAPOLATED
+        if start is None and not far:
+            continue  # the same as with it: ViT-S fits the data
+        found = predict(model, presets(MERGED_LADDER), round(pairs / CAPTIONS_PER_IMAGE), 64).speedup
         statement = f"{pairs / 1e6:,.0f} M pairs" + (", the paper's extrapolation" if far else "")
         name = "9b" + ("" if start else ", no start prior")
         rows.append(_number(name, statement, held_out, speedup, found, times))
@@ -271,7 +298,7 @@ def families() -> list[Prediction]:
                 match.student, match.teacher, match.position, match.images, match.baseline_epochs, match.distilled
             )
             drawn, middle = model.draws([link])[:, 0], model.epochs(link)
-            if match.high == match.epochs:
+            if allotted(match):
                 drawn = drawn * np.exp(np.random.default_rng(1).uniform(0, 2 * OVERSHOOT[0], size=len(drawn)))
                 middle *= float(np.exp(OVERSHOOT[0]))
             found = Range.of(middle, drawn)
@@ -322,6 +349,7 @@ def make() -> Result:
         ],
         "With the fit that plans use, nothing held out (no test)": [
             *figure_6("none", START),
+            *figure_6_of_all("none", START),
             *figure_7("none"),
             *figure_9a("none"),
             *figure_9b("none", START),
@@ -329,13 +357,13 @@ def make() -> Result:
         ],
     }
     epochs, weights = families(), coefficients()
-    inside = sum(one.inside for one in epochs)
+    inside, of_epochs = tally([one.verdict for one in epochs])
     tests = [one for title, rows in held_out.items() if "no test" not in title for one in rows]
-    hits, misses = (sum(one.verdict == verdict for one in tests) for verdict in ("HIT", "MISS"))
+    hits, counted = tally([one.verdict for one in tests])
     agree = (
-        f"{hits} of {hits + misses} tests of findings agree with their points held out; {inside} "
-        f"of {len(epochs)} published epochs lie in the range of {100 * LEVEL:.0f} % that the other families give. "
-        "Misses are not tuned away."
+        f"{hits} of {counted} tests of findings that can fail agree with their points held out; {inside} of "
+        f"{of_epochs} published epochs lie in the range of {100 * LEVEL:.0f} % that the other families give, where "
+        "that says anything. Misses are not tuned away."
     )
     return Result(
         name="findings",

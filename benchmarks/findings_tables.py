@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,12 +13,28 @@ from benchmarks.common import COLOUR
 from compt.design.epochs import LEVEL
 from compt.formats import TextTable
 
+WIDEST = 3.0
+"""A range whose ends are further apart than this factor says nothing where it holds the published number."""
+
+
+def agreement(hit: bool, low: float | None, high: float | None) -> str:
+    """MISS, HIT, or `says nothing` for a hit of a range too wide to miss."""
+    if hit and low is not None and high is not None and (low <= 0 or high > WIDEST * low):
+        return "says nothing"
+    return "HIT" if hit else "MISS"
+
+
+def tally(verdicts: Sequence[str]) -> tuple[int, int]:
+    """(hits, hits and misses): all other verdicts count neither way."""
+    hits = verdicts.count("HIT")
+    return hits, hits + verdicts.count("MISS")
+
 
 @dataclass(frozen=True)
 class Finding:
     """One statement of the paper and what the model says of it. `share` is that of the draws that agree.
 
-    `put_in`: the start prior says so itself, so that agreement is no evidence.
+    `given` names why agreement is no evidence: the start prior says so itself, or no fit of this form can miss.
     """
 
     figure: str
@@ -29,11 +46,11 @@ class Finding:
     high: float | None
     share: float | None
     hit: bool
-    put_in: bool = False
+    given: Literal["", "put in", "by construction"] = ""
 
     @property
     def verdict(self) -> str:
-        return "MISS" if not self.hit else "put in" if self.put_in else "HIT"
+        return self.given if self.given and self.hit else agreement(self.hit, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,10 @@ class Prediction:
     high: float
     inside: bool
 
+    @property
+    def verdict(self) -> str:
+        return agreement(self.inside, self.low, self.high)
+
 
 def finding_table(title: str, found: Sequence[Finding]) -> TextTable:
     rows = [
@@ -61,10 +82,11 @@ def finding_table(title: str, found: Sequence[Finding]) -> TextTable:
         ]
         for one in found
     ]
-    hits, misses = (sum(one.verdict == verdict for one in found) for verdict in ("HIT", "MISS"))
+    hits, counted = tally([one.verdict for one in found])
     note = (
-        f"{hits} of {hits + misses}. Brackets: range of {100 * LEVEL:.0f} %. Draws: share of them that agree. Put in: "
-        "by the start prior, which is no evidence."
+        f"{hits} of {counted}. Brackets: range of {100 * LEVEL:.0f} %. Draws: share of them that agree. Not counted: "
+        "what the start prior puts in, what no fit of this form can miss, and ranges that span more than a factor of "
+        f"{WIDEST:g}, which say nothing."
     )
     return TextTable(title, ["Figure", "Published", "Predicted", "Draws", ""], rows, [note])
 
@@ -76,14 +98,15 @@ def family_table(found: Sequence[Prediction]) -> TextTable:
             f"{one.published:g}",
             f"{one.predicted:.1f} ({one.low:.1f} to {one.high:.1f})",
             f"{100 * (one.predicted / one.published - 1):+.0f} %",
-            "HIT" if one.inside else "MISS",
+            one.verdict,
         ]
         for one in found
     ]
-    inside = sum(one.inside for one in found)
+    hits, counted = tally([one.verdict for one in found])
     note = (
-        f"{inside} of {len(found)} inside their range of {100 * LEVEL:.0f} %. Each family is predicted from the "
-        "others; of an allotted number the range also spans how much more than needed it may be."
+        f"{hits} of {counted} inside their range of {100 * LEVEL:.0f} %; ranges that span more than a factor of "
+        f"{WIDEST:g} say nothing and are not counted. Each family is predicted from the others; of an allotted number "
+        "the range also spans how much more than needed it may be."
     )
     return TextTable(
         "Epochs of each family, from the others", ["Link", "Published", "Predicted", "Off", ""], rows, [note]

@@ -62,8 +62,9 @@ OPEN_END = math.log(4.0)
 """How far an open end of a lab's own interval counts to be away, in logarithms of epochs; at least twice as far as the
 known end. With neither known both are half as far again. A known end counts as no further than this."""
 GROWTH_SPREAD = 1.0
-"""Beyond the images of the points, what each further doubling adds is uncertain by a factor around 1 of this standard
-deviation, never below 0: nothing that was published says whether it goes on, levels off or becomes steeper."""
+"""Beyond the images of the points, what each further doubling adds in the median is uncertain by a factor around 1 of
+this standard deviation, never below 0: no published number says whether it goes on, levels off or becomes steeper. The
+same factor holds for how the start prior's threshold grows beyond the two data sets that it is stated for."""
 DRAWS = 4000
 LEVEL = 0.8
 """Probability that a range holds."""
@@ -370,9 +371,8 @@ class EpochModel:
         steep = generator.standard_normal((count, 1))
         growth = np.maximum(0.0, 1.0 + GROWTH_SPREAD * generator.standard_normal((count, 1)))
         rows = np.array([self.edges.held(_row(link)) for link in links]).reshape(n, len(FEATURES))
-        coefficients = post.mean + deviation * normal
-        logs = coefficients @ rows.T + deviation * standard
-        logs += (growth - 1) * coefficients[:, [IMAGES_AT]] * self.edges.further(rows)
+        logs = (post.mean + deviation * normal) @ rows.T + deviation * standard
+        logs += (growth - 1) * post.mean[IMAGES_AT] * self.edges.further(rows)
         if self.start is not None:
             each = np.maximum(0.0, math.log(self.start.factor) + math.log(self.start.spread) * steep)
             teachers = np.array([log2_size(link.teacher) for link in links])

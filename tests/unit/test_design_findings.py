@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ import pytest
 from benchmarks import findings
 from benchmarks.accounting import MACS_UNIT, chain, counters, individual
 from benchmarks.common import RESULTS
-from benchmarks.findings_tables import Finding, finding_table
+from benchmarks.findings_tables import Finding, Prediction, family_table, finding_table
 from compt.design.epochs import Range
 from compt.paper import IMAGES
 from compt.presets import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("held_out", "left"), [("ViTs on CC3M", 6), ("figure 8", 8), ("Merged-15M", 8), ("none", 11)])
@@ -54,17 +57,50 @@ def test_chains_of_figure_6() -> None:
     assert 2.5 < PRESETS["vit_t16"].width ** 2 * 12 / (small.width**2 * small.depth) < 4.5
 
 
-def verdict(published: float, least: bool = False, put_in: bool = False) -> str:
+def verdict(published: float, least: bool = False, given: str = "") -> str:
     found = findings._number("1", "x", "none", published, Range(2.0, 1.0, 3.0), findings.times, least)
-    return Finding(**{**vars(found), "put_in": put_in}).verdict
+    return Finding(**{**vars(found), "given": given}).verdict
 
 
 def test_verdicts() -> None:
     assert [verdict(value) for value in (0.9, 1.0, 2.9, 3.1)] == ["MISS", "HIT", "HIT", "MISS"]
     assert [verdict(value, least=True) for value in (1.9, 2.1)] == ["HIT", "MISS"]
-    assert [verdict(value, put_in=True) for value in (2.0, 9.0)] == ["put in", "MISS"]
+    assert [verdict(value, given="put in") for value in (2.0, 9.0)] == ["put in", "MISS"]
+    assert verdict(3.9, least=True, given="by construction") == "MISS"
     rows = [findings._number("1", "x", "none", value, Range(2.0, 1.0, 3.0), findings.times) for value in (2.0, 9.0)]
     assert "1 of 2." in finding_table("t", rows).notes[0]
+
+
+def test_a_wide_range_says_nothing_and_counts_neither_way() -> None:
+    def rows(low: float, high: float) -> list[Finding]:
+        found = Range(2.0, low, high)
+        return [findings._number("1", "x", "none", value, found, findings.times) for value in (2.0, 90.0)]
+
+    assert [row.verdict for row in rows(1.0, 3.1)] == ["says nothing", "MISS"]
+    assert [row.verdict for row in rows(-0.1, 2.1)] == ["says nothing", "MISS"]
+    assert [row.verdict for row in rows(1.0, 3.0)] == ["HIT", "MISS"]
+    assert "0 of 2." in finding_table("t", [*rows(1.0, 3.1), rows(1.0, 3.0)[1]]).notes[0]
+    wide = Prediction("f", "l", "s", 2.0, 2.0, 0.5, 3.0, True)
+    assert wide.verdict == "says nothing"
+    assert "1 of 2 inside" in family_table([wide, replace(wide, low=1.0), replace(wide, inside=False)]).notes[0]
+
+
+def test_figure_9a_is_one_row_that_cannot_miss() -> None:
+    (row,) = findings.figure_9a("ViTs on CC3M")
+    assert row.verdict == "by construction"
+    assert "32, 64, 128" in row.statement
+
+
+def test_the_cheapest_start_of_all_candidates() -> None:
+    """Never dearer than the cheapest of figure 6's starts, and what the search of a plan begins with."""
+    (row,) = findings.figure_6_of_all("none", findings.START)
+    assert row.published == "vit_t16"
+    best = row.predicted.split()[0]
+    assert row.hit == (best == "vit_t16")
+    paid = [float(part.split()[1]) for part in row.predicted.split(", ")]
+    assert paid[0] <= paid[1]
+    design = ROOT / "docs" / "design.md"
+    assert f"\n{best}" in design.read_text(encoding="utf-8"), "the first model of the plan that the page shows"
 
 
 def test_the_page_shows_what_was_printed(root: Path) -> None:
