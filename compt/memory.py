@@ -252,9 +252,12 @@ class _Step:
         what is there, or, to be sent off, that of all parameters outside the blocks.
         """
         if self.engine == "fsdp2":
-            # A copy in fp32; the gradient itself comes in place of the weights, and blocks are gathered no more.
+            # A copy in fp32; the gradient itself comes in place of the weights, and blocks are gathered no more. On one
+            # GPU the copy is the whole gradient, which is counted, and the one in half precision comes besides.
+            alone = self.compute if self.compute != FP32 else 0
+            number = FP32 * (1 - 1 / self.world_size) if self.world_size > 1 else alone
             blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
-            return max(0.0, FP32 * self.sizes.root * (1 - 1 / self.world_size) - blocks)
+            return max(0.0, number * self.sizes.root - blocks)
         number = FP32 if self.engine == "ddp" else self.compute
         return number * self.sizes.embedding if self.reserved or self.several else 0
 

@@ -229,7 +229,15 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("name", "world_size", "precision", "rows"),
-    [("vit_nano", 8, "fp32", 4), ("vit_nano", 8, "bf16", 4), ("vit_micro", 4, "bf16", 64), ("vit_nano", 2, "bf16", 8)],
+    [
+        ("vit_nano", 8, "fp32", 4),
+        ("vit_nano", 8, "bf16", 4),
+        ("vit_micro", 4, "bf16", 64),
+        ("vit_nano", 2, "bf16", 8),
+        ("vit_nano", 1, "bf16", 2),
+        ("vit_mini", 1, "bf16", 64),
+        ("vit_micro", 1, "fp32", 64),
+    ],
 )
 def test_fsdp2_shards_and_gathers_so_much(
     ranks: Callable[[int], DeviceMesh], name: str, world_size: int, precision: str, rows: int
@@ -302,6 +310,31 @@ def test_bytes_per_parameter_of_the_engines(engine: Engine, precision: str, byte
     gathered = {"fsdp2": 4 * (12.6e6 * 2 + 40.6e6), "zero3": (2 if precision == "bf16" else 4) * (37.9e6 + 12.6e6)}
     found = memory.weights + memory.gradients + memory.optimizer - gathered.get(engine, 0)
     assert found / count == pytest.approx(bytes_per_parameter, rel=0.01)
+
+
+@pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4)])
+def test_bytes_of_communication_by_hand(precision: str, size: int) -> None:
+    def buffers(spec: ModelSpec, engine: Engine, world_size: int = 8) -> float:
+        return memory_per_gpu(
+            spec, None, engine=engine, world_size=world_size, batch=8, captions=1, precision=precision
+        ).buffers
+
+    large = PRESETS["vit_l16"]
+    count = sum(p.numel() for p in build(large, device="meta").parameters())
+    assert count < 500_000_000
+    huge = resolve("vit_l16", {"vocab_size": 1_000_000})  # 768 M parameters in its embeddings alone
+    for engine in ("zero1", "zero2", "zero3"):
+        assert buffers(large, engine) - buffers(large, "zero0") == size * count, "all gradients in one bucket"
+        assert buffers(huge, engine) - buffers(huge, "zero0") == size * 500_000_000, "a bucket of DeepSpeed's size"
+
+    # A block of width 1024: q, k, v and output, an MLP of four times the width, with biases, and two norms. It is
+    # gathered in one piece, its gradient is put together and sent off in fp32.
+    block = 4 * (1024 * 1024 + 1024) + 2 * 1024 * 4096 + 5 * 1024 + 2 * 2 * 1024
+    assert block == 12_596_224
+    small = resolve("vit_l16", {"vocab_size": 64, "context_length": 7})
+    # So few embeddings that the last gradient of FSDP2 is smaller than a block; that of ZeRO is the embeddings'.
+    found = buffers(small, "fsdp2") - (buffers(small, "zero0") - size * 64 * 768)
+    assert found == (size + size + 4) * block
 
 
 def states(memory: Memory) -> float:
