@@ -117,6 +117,11 @@ class FirstPair:
             factor *= GROWTH
         return (*factors, factor)
 
+    def most_tries(self, plan: Plan) -> int:
+        """How many lengths there can be before that of the baseline. `plan` is that of the recipe's own lengths."""
+        link, baseline = pair(plan)
+        return math.ceil(math.log(baseline.steps / (self._first(plan) * link.steps), GROWTH))
+
     def _tries(self, folder: Path, plan: Plan) -> list[Try]:
         record = read_calibration(folder)
         if record is not None and (record["dataset"], record["target"]) != (self.dataset, self.target):
@@ -214,8 +219,9 @@ def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: An
     raises.
     """
     plain = plan_run(context, **options)
+    most = test.most_tries(plain)
     with running(context.folder):
-        while True:
+        for _ in range(most + 2):
             scales = test.scales(context.folder, plain)
             plan = plan_run(context, **options, scales=scales)
             tries = from_main(lambda: _tries_of(context.folder))
@@ -228,6 +234,11 @@ def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: An
             jobs = (*plan.links[: first_student(plan.recipe)], baseline, link)
             run_jobs(context, plan, jobs, say, _record(test, plan, scales, tries, "open"))
             _judge(context.folder, test, plan, scales, say)
+        else:
+            raise RunError(
+                f"{context.folder}: its first-pair test does not end: no more than {most} lengths are below the "
+                f"baseline's, and as many were tried; {try_name(1, link.spec.name)} should be the first of them"
+            )
         run_jobs(context, plan, plan.jobs, say, _record(test, plan, scales, tries, "lossless"))
 
 

@@ -209,6 +209,14 @@ def test_never_lossless(base: Path, tmp_path: Path) -> None:
     assert "| CoM-PT large, try 4 | 2.5 |" in text
 
 
+def test_a_test_whose_tries_are_not_kept_ends(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    monkeypatch.setattr("compt.calibrate._decide", lambda *values: compared.append(values))
+    with scored(AT_THIRD), trained() as names, pytest.raises(RunError, match=r"does not end: no more than 4 lengths"):
+        calibrate(base, open_run)
+    assert (names, len(compared)) == ([f"{SECOND} 6"], 6)
+
+
 def test_few_steps_are_not_tried_twice(base: Path, tmp_path: Path) -> None:
     change = "chain.links.1={model: large, train: {steps: 1}, warmup: {steps: 0}}"
     with scored({1: 0.1, 2: 0.2, 3: 0.5}), trained() as names:
