@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -28,12 +28,8 @@ class CaptionTokens:
     """Token ids of captions, cut to `context_length` with the end token kept (text towers pool there)."""
 
     def __init__(self, context_length: int, tokenizer: Tokenizer | None = None, remembered: int = 1 << 17) -> None:
-        if tokenizer is None:
-            from open_clip.tokenizer import SimpleTokenizer
-
-            tokenizer = SimpleTokenizer()
         self.context_length = context_length
-        self._tokenizer = tokenizer
+        self._tokenizer = tokenizer or _of_clip()
         self.ids = lru_cache(maxsize=remembered)(self._encode)
 
     def _encode(self, text: str) -> Ids:
@@ -46,6 +42,15 @@ class CaptionTokens:
     def length(self, text: str) -> int:
         """Tokens of a caption before any cut, start and end included."""
         return len(self._tokenizer.encode(text)) + 2
+
+
+@cache
+def _of_clip() -> Tokenizer:
+    """OpenAI CLIP's byte pairs, whose table is read once."""
+    from open_clip.tokenizer import SimpleTokenizer
+
+    tokenizer: Tokenizer = SimpleTokenizer()
+    return tokenizer
 
 
 def pad(rows: list[Ids], captions: int) -> Tensor:
