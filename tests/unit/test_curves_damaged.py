@@ -65,7 +65,7 @@ values = st.recursive(
 
 
 @pytest.mark.parametrize("file", FILES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_any_value_anywhere(run: Path, file: str, data: st.DataObject) -> None:
     kept = read_json(run / file)
@@ -96,7 +96,7 @@ WRONG: tuple[Any, ...] = (
 )
 
 
-@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("file", FILES[:2])
 def test_each_wrong_value_at_each_place(run: Path, file: str) -> None:
     kept, wrong = read_json(run / file), []
     for path in keys(kept):
