@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +10,93 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from compt.curves import Match
+from compt.design.confidence import MEDIAN
 from compt.design.epochs import FEATURES, LEVEL, Range
 from compt.design.outcome import Outcome, Setting, outcome
+from compt.design.search import SIMPLER, Found
 from compt.forecast import Forecast
 from compt.formats import TextTable, count, macs
+from compt.hardware import OF_THE_AUTHORS
 from compt.plan_tables import warning
 
 
 @dataclass(frozen=True)
-class Design:
-    """What a search found: the chosen chain, others to compare it with, and the recipe that trains it."""
+class Asked:
+    """What a chain is searched for: the options of the command, already checked.
+
+    `objective`: cost, acceleration or budget. Costs are GPU-hours where `in_hours`, MACs else.
+    """
 
     objective: str
+    in_hours: bool
+    size: int | None
+    budget_gpu_hours: float | None
+    confidence: float
+    runs: tuple[Path, ...]
+
+    @property
+    def limit(self) -> float:
+        """GPU-hours of the budget."""
+        return self.budget_gpu_hours or 0.0
+
+    @property
+    def unit(self) -> str:
+        """What is counted, as it is shown."""
+        return "GPU-hours" if self.in_hours else "MACs"
+
+    @property
+    def best(self) -> str:
+        """What the best chain has."""
+        return f"greatest acceleration in {self.unit}" if self.objective == "acceleration" else f"least {self.unit}"
+
+    def loss(self, one: Found) -> float:
+        """What the best of several chains has the least of."""
+        return 1 / one.acceleration if self.objective == "acceleration" else one.cost
+
+    def value(self, one: Outcome, other: bool = False) -> Range:
+        """What the objective counts of a chain, with its range; in the `other` unit if asked."""
+        hours = self.in_hours != other
+        if self.objective == "acceleration":
+            found = one.gpu_hours_acceleration if hours else one.acceleration
+        elif hours:
+            found = one.gpu_hours.hours if one.gpu_hours else None
+        else:
+            found = one.macs
+        assert found is not None
+        return found
+
+    def loses(self, one: Range, other: Range) -> float:
+        """The share by which the value `one` is worse than `other`; below zero where it is better."""
+        gained = other.middle / one.middle if self.objective == "acceleration" else one.middle / other.middle
+        return gained - 1
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a search found: the chosen chain, the best one, others to compare with, and the recipe that trains it."""
+
+    asked: Asked
     setting: Setting
     chosen: Outcome
+    best: Outcome
     others: tuple[Outcome, ...]
     individually: Outcome
     values: dict[str, Any]
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def missing(self) -> list[str]:
+        """Wanted models that are not in the chosen chain."""
+        names = {spec.name for spec in self.chosen.specs}
+        return [name for name in self.setting.recipe.family.specs() if name not in names]
+
+    @property
+    def goal(self) -> str:
+        """The objective in words, and what it does not reach."""
+        if self.asked.objective != "budget":
+            return self.asked.best
+        without = f", without {', '.join(self.missing)}, which it does not reach" if self.missing else ""
+        return f"best family for {self.asked.limit:g} GPU-hours{without}"
 
 
 _WORDS = dict(
@@ -40,54 +108,138 @@ _WORDS = dict(
 )
 
 
-def design_notes(setting: Setting, chosen: Outcome, budget: float | None, runs: Sequence[Path]) -> list[str]:
+def design_notes(design: Design) -> list[str]:
     """What a reader has to know to judge the numbers."""
-    model, recipe = setting.epochs, setting.recipe
-    published = len(model.points) - len(model.own)
-    share = f"{100 * LEVEL:.0f} %"
+    notes = [*_on_choice(design), *_on_epochs(design), *_on_start(design)]
+    setting, hours = design.setting, design.chosen.gpu_hours
+    if design.chosen.acceleration.middle <= 1 and len(design.chosen.specs) > 1:
+        notes.append("By this model a chain saves nothing here: individual training is no dearer.")
+    if hours is not None and setting.device is not None:
+        notes.append(
+            f"GPU-hours on {setting.device.title}, {hours.kind}; their range also spans the bounds of its speed."
+        )
+        if hours.kind != "measured":
+            notes.append(OF_THE_AUTHORS)
+    if design.asked.objective == "budget":
+        notes.append(f"Budget {design.asked.limit:g} GPU-hours: kept by the planned epochs, not by the whole range.")
+    return notes
+
+
+def _on_choice(design: Design) -> list[str]:
+    """Where another chain of the table is as good as the chosen one, in any sense."""
+    asked, chosen, best = design.asked, design.chosen, design.best
+    ours = asked.value(chosen)
+    notes = []
+    if chosen is not best:
+        notes.append(
+            f"Simpler chains are preferred within {100 * SIMPLER:g} %: fewer models, then presets. "
+            f"{asked.best[0].upper() + asked.best[1:]}: {_called(best)}, "
+            f"{_shown(asked, asked.value(best))}, {100 * asked.loses(ours, asked.value(best)):.1f} % better than the "
+            "chosen chain."
+        )
+    rivals = [one for one in design.others if one.predicted and one is not chosen and one is not best]
+    rivals = [one for one in rivals if one.specs[-1] == chosen.specs[-1]]
+    simpler = [one for one in rivals if len(one.specs) < len(chosen.specs) and _inside(asked, asked.value(one), ours)]
+    if simpler and asked.objective != "budget":
+        near = min(simpler, key=lambda one: asked.loses(asked.value(one), ours))
+        notes.append(
+            f"{_called(near)} are {100 * asked.loses(asked.value(near), ours):.1f} % "
+            "worse, which lies inside the range: the numbers do not decide between them."
+        )
+    if chosen.gpu_hours is not None and asked.objective != "budget" and not asked.in_hours:
+        better = [
+            one for one in (*rivals, best) if asked.loses(asked.value(chosen, True), asked.value(one, True)) > 5e-3
+        ]
+        if better:
+            most = max(better, key=lambda one: asked.loses(asked.value(chosen, True), asked.value(one, True)))
+            notes.append(
+                f"In GPU-hours {_called(most)} are better: "
+                f"{_shown_hours(asked, most)} against {_shown_hours(asked, chosen)}. --in hours searches by those."
+            )
+    return notes
+
+
+def _on_epochs(design: Design) -> list[str]:
+    """How likely the epochs are enough, what they rest on, and which were measured."""
+    setting, chosen, asked = design.setting, design.chosen, design.asked
+    model, links = setting.epochs, setting.links(chosen.specs)
+    notes = []
+    if links:
+        planned = "medians" if asked.confidence == MEDIAN else f"enough for each link with {_percent(asked.confidence)}"
+        notes.append(
+            f"All links long enough: {_percent(chosen.all_long_enough)}. Epochs are {planned}; --confidence P plans "
+            "those that are enough for each link with probability P, and `compt chain --calibrate` tests the first "
+            "pair and lengthens all links until it is lossless."
+        )
+    named = ", ".join(map(str, asked.runs))
+    many = len(model.own)
     basis = (
-        f"fitted to {len(model.own)} measured links of {', '.join(map(str, runs))}; the paper's {published} published "
-        "numbers are no more than their wide prior"
+        f"fitted to {many} measured link{'s' * (many > 1)} of {named}; the paper's {len(model.points) - many} "
+        "published numbers are no more than their wide prior"
         if model.own
-        else f"fitted to the paper's {published} published numbers"
-        + (f"; no link of {', '.join(map(str, runs))} crosses its baseline" if runs else "")
+        else f"fitted to the paper's {len(model.points)} published numbers"
+        + (f"; no link of {named} crosses its baseline" if asked.runs else "")
     )
-    notes = [
-        f"Epochs are those of a regression {basis} (docs/design.md). Ranges hold with {share} if its form is right."
-    ]
-    links = setting.links(chosen.specs)
+    notes.append(
+        f"Epochs are those of a regression {basis} (docs/design.md). Behind them what may be needed, with "
+        f"{_percent(LEVEL)} if its form is right. Behind costs and accelerations the bound that holds with "
+        f"{_percent((1 + LEVEL) / 2)} where links that are too short go on until they are long enough."
+    )
     for link in links:
-        match = model.measured(link)
+        match, bound = model.measured(link), model.bound(link)
         if match is not None:
             notes.append(f"{link.teacher.name} to {link.student.name} is not predicted but {match.source}.")
-        bound = model.bound(link)
-        if match is None and bound is not None:
+        elif bound is not None:
             known = f"more than {bound.more_than:g}" if bound.more_than is not None else f"at most {bound.at_most:g}"
             notes.append(f"{link.teacher.name} to {link.student.name}: {known} epochs, measured {bound.source}.")
+    return notes
+
+
+def _on_start(design: Design) -> list[str]:
+    """The start prior, and what lies beyond the points of the fit."""
+    model, images, notes = design.setting.epochs, design.setting.recipe.data.images, []
+    links = design.setting.links(design.chosen.specs)
     if model.start is not None:
-        least = model.start.smallest(recipe.data.images)
         notes.append(
-            f"Start: for {recipe.data.images:,} images the smallest model that fits has {count(least)} parameters (as "
-            f"the paper's table G counts); each halving below multiplies the next link's epochs by "
+            f"Start: for {images:,} images the smallest model that fits has {count(model.start.smallest(images))} "
+            f"parameters (as the paper's table G counts); each halving below multiplies the next link's epochs by "
             f"{model.start.factor:g}. That is a prior, not a fit."
         )
     beyond: dict[str, list[str]] = {}
     for link in links:
         for name in model.outside(link):
             beyond.setdefault(_WORDS[name], []).append(link.student.name)
-    for what, models in beyond.items():
-        which = "every link" if len(models) == len(links) else ", ".join(models)
-        notes.append(f"Extrapolated, beyond the points of the fit: the {what} of {which}.")
-    if chosen.acceleration.middle <= 1:
-        notes.append("By this model a chain saves nothing here: individual training is no dearer.")
-    device = setting.device.title
-    notes.append(f"GPU-hours on {device}, {chosen.gpu_hours.kind}; their range also spans the bounds of its speed.")
-    if budget is not None:
-        notes.append(f"Budget {budget:g} GPU-hours, kept by the middle of the range.")
-    left = [spec.name for spec in recipe.family.specs().values() if spec.name not in [one.name for one in chosen.specs]]
-    if left:
-        notes.append(f"Wanted but not within the budget: {', '.join(left)}.")
-    return notes
+    if beyond:
+        told = [
+            f"the {what} of {'every link' if len(models) == len(links) else ', '.join(models)}"
+            for what, models in beyond.items()
+        ]
+        notes.append(f"Extrapolated, beyond the points of the fit: {'; '.join(told)}.")
+    caution = model.caution(images)
+    return [*notes, caution] if caution else notes
+
+
+def _inside(asked: Asked, value: Range, ours: Range) -> bool:
+    return value.middle >= ours.low if asked.objective == "acceleration" else value.middle <= ours.high
+
+
+def _names(one: Outcome) -> str:
+    return ", ".join(spec.name for spec in one.specs)
+
+
+def _called(one: Outcome) -> str:
+    return f"{len(one.specs)} model{'s' * (len(one.specs) > 1)} ({_names(one)})"
+
+
+def _shown(asked: Asked, value: Range) -> str:
+    if asked.objective == "acceleration":
+        return f"{value.middle:.2f}x"
+    return f"~{_number(value.middle)}" if asked.in_hours else macs(value.middle)
+
+
+def _shown_hours(asked: Asked, one: Outcome) -> str:
+    value = asked.value(one, other=True).middle
+    return f"{value:.2f}x" if asked.objective == "acceleration" else f"~{_number(value)}"
 
 
 def design_tables(design: Design, forecast: Forecast) -> RenderableType:
@@ -98,71 +250,49 @@ def design_tables(design: Design, forecast: Forecast) -> RenderableType:
 
 
 def _chain_table(design: Design, forecast: Forecast) -> TextTable:
-    """A row for each model, as the recipe that is written would train it."""
+    """A row for each model, as the recipe that is written would train it; accelerations are up to that model."""
     chosen, setting = design.chosen, design.setting
     rows, links = [], forecast.plan.rows()[: len(chosen.specs)]
     for at, (spec, row, item) in enumerate(zip(chosen.specs, links, forecast.links, strict=True)):
-        assert item.hours is not None
         so_far = outcome(setting, "", chosen.specs[: at + 1], chosen.epochs[: at + 1])
-        rows.append(
-            [
-                spec.name,
-                f"{spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
-                count(row["parameters"]),
-                f"{chosen.epochs[at]:.4g}" + (f" ({_ends(chosen.needed[at])})" if at else ""),
-                macs(row["total_macs"]),
-                f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
-                macs(row["accumulated_macs"]),
-                _hours(item.hours.gpu_hours, item.hours.kind),
-                _times(so_far.acceleration) if at else "",
-            ]
-        )
-    header = [
-        "Model",
-        "Image and text",
-        "Params",
-        "Epochs",
-        "MACs",
-        "Teacher",
-        "MACs so far",
-        "GPU-hours",
-        "Acceleration",
-    ]
-    title = f"Chain for {setting.recipe.name}, objective {design.objective}"
-    return TextTable(title, header, rows, design.notes)
+        longer = max(1.0, chosen.needed[at].high / chosen.epochs[at])
+        total, found = row["total_macs"], item.hours
+        cells = [
+            f"{spec.name} {spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
+            count(row["parameters"]),
+            f"{chosen.epochs[at]:.4g}" + (f" ({_ends(chosen.needed[at])})" if at else ""),
+            _percent(chosen.long_enough[at - 1]) if at else "",
+            _most(Range(total, total, total * longer)) if at else macs(total),
+        ]
+        if found is not None:
+            cells.append(_hours(Range(found.gpu_hours, found.low, found.high * longer), found.kind))
+        rows.append([*cells, _times(design.asked, so_far) if at else ""])
+    header = ["Model", "Params", "Epochs", "Long enough", "MACs"]
+    header += [*(["GPU-hours"] if setting.device else []), "Acceleration"]
+    return TextTable(f"Chain for {setting.recipe.name}: {design.goal}", header, rows, design.notes)
 
 
 def _others_table(design: Design) -> TextTable:
     """The chosen chain among others, and the wanted models without a chain."""
-    rows = [
-        [
-            one.label,
-            ", ".join(spec.name for spec in one.specs),
-            macs(one.macs.middle) + (f" ({macs(one.macs.low)}-{macs(one.macs.high)})" if one.predicted else ""),
-            _hours(one.gpu_hours.hours.middle, one.gpu_hours.kind)
-            + (f" ({_ends(one.gpu_hours.hours)})" if one.predicted else ""),
-            _times(one.acceleration) if one.predicted else f"{one.acceleration.middle:.2f}",
+    alone, rows = design.individually, []
+    for one in (*design.others, alone):
+        chain, hours = one is not alone, one.gpu_hours if one is not alone else one.baseline_gpu_hours
+        cells = [
+            f"{one.label}: {_names(one)}",
+            _percent(one.all_long_enough) if chain and one.long_enough else "",
+            _most(one.macs) if chain else macs(one.baseline_macs),
+            *([_hours(hours.hours, hours.kind)] if hours else []),
+            _times(design.asked, one) if chain else "1",
         ]
-        for one in design.others
-    ]
-    alone = design.individually
-    alone = design.individually
-    hours = alone.baseline_gpu_hours
-    rows.append(
-        [
-            alone.label,
-            ", ".join(spec.name for spec in alone.specs),
-            macs(alone.baseline_macs),
-            f"{_hours(hours.hours.middle, hours.kind)} ({_ends(hours.hours)})",
-            "1",
-        ]
-    )
+        rows.append(cells)
     note = (
-        "~ is projected, not measured. Acceleration: MACs of the same models trained individually for "
-        f"{design.setting.baseline_epochs:g} epochs over those of the chain. In brackets the range of "
-        f"{100 * LEVEL:.0f} %; chains share most of what is uncertain, so that they differ by less than it."
+        f"{'~ is projected, not measured. ' if design.setting.device else ''}Long enough: all links at once. "
+        f"Acceleration: {design.asked.unit} of the same models trained individually for "
+        f"{design.setting.baseline_epochs:g} epochs over those of the chain. Chains share most of what is uncertain, "
+        "so that they differ by less than their ranges."
     )
-    return TextTable("Alternatives", ["Chain", "Models", "MACs", "GPU-hours", "Acceleration"], rows, [note])
+    header = ["Chain", "Long enough", "MACs", *(["GPU-hours"] if design.setting.device else []), "Acceleration"]
+    return TextTable("Alternatives", header, rows, [note])
 
 
 def _ends(found: Range) -> str:
@@ -174,28 +304,47 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
-def _hours(value: float, kind: str) -> str:
-    return ("" if kind == "measured" else "~") + _number(value)
+def _percent(share: float) -> str:
+    """Whole percents; what draws have shown to be near 0 or 100 is not said to be that."""
+    if share < 0.005:
+        return "<1 %"
+    return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
 
 
-def _times(found: Range) -> str:
-    return f"{found.middle:.2f} ({found.low:.2f}-{found.high:.2f})"
+def _most(found: Range) -> str:
+    middle, high = macs(found.middle), macs(found.high)
+    return middle if middle == high else f"{middle} (<{high})"
+
+
+def _hours(found: Range, kind: str) -> str:
+    return f"{'' if kind == 'measured' else '~'}{_number(found.middle)} ({_ends(found)})"
+
+
+def _times(asked: Asked, one: Outcome) -> str:
+    found = one.gpu_hours_acceleration if asked.in_hours else one.acceleration
+    assert found is not None
+    middle, low = f"{found.middle:.2f}", f"{found.low:.2f}"
+    return middle if middle == low else f"{middle} (>{low})"
 
 
 def design_json(design: Design) -> dict[str, Any]:
     """Everything: the chain and its alternatives with ranges, the model of epochs and its points, the recipe."""
-    setting, model = design.setting, design.setting.epochs
+    setting, model, alone = design.setting, design.setting.epochs, design.individually.baseline_gpu_hours
     return {
-        "objective": design.objective,
+        "objective": design.asked.objective,
+        "unit": "gpu_hours" if design.asked.in_hours else "macs",
+        "confidence": design.asked.confidence,
+        "preferred_within": SIMPLER,
         "images": setting.recipe.data.images,
         "baseline_epochs": setting.baseline_epochs,
         "range_level": LEVEL,
         "chosen": design.chosen.to_json(),
+        "best": design.best.to_json(),
         "alternatives": [one.to_json() for one in design.others],
         "individually": {
             "models": [spec.name for spec in design.individually.specs],
             "macs": design.individually.baseline_macs,
-            "gpu_hours": asdict(design.individually.baseline_gpu_hours),
+            "gpu_hours": alone and asdict(alone),
         },
         "epochs_model": {
             "features": list(FEATURES),

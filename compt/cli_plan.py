@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, cast
 
 import typer
 
-from compt.cli_options import Overrides, RecipePath
+from compt.cli_options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile
 from compt.config import Recipe, load_recipe
 from compt.errors import ConfigError, nearest
-from compt.forecast import MODES, Machine, default_gpus, make_forecast
+from compt.forecast import MODES, make_forecast
 from compt.formats import terminal
-from compt.hardware import Device, Throughput, find_device
 from compt.macs import Mode
 from compt.memory import ENGINES, Engine
 from compt.plan_tables import plan_tables
 from compt.planner_start import Start
 
-KIND = "a100-80"
-"""The GPU that is planned with unless one is named: the paper's."""
 OBJECTIVES = ("cost", "acceleration", "budget")
-
-Kind = Annotated[str | None, typer.Option(help=f"kind of GPU: a100-40, a100-80, h100 or h200; default {KIND}")]
-Gpus = Annotated[int | None, typer.Option(help="GPUs that share a training; default 8, or fewer that share the batch")]
-ThroughputFile = Annotated[
-    Path | None,
-    typer.Option("--throughput", metavar="FILE", help="speeds that `compt bench throughput` measured"),
-]
 
 
 def plan(
@@ -45,11 +34,23 @@ def plan(
     auto: Annotated[bool, typer.Option("--auto", help="find the chain instead of showing the recipe's")] = False,
     objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
     members: Annotated[int | None, typer.Option(help="with --auto: how many models the family has")] = None,
+    in_: Annotated[
+        str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
+    ] = None,
     budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="with --auto: probability that a link is long enough; default 0.5, the median"),
+    ] = None,
     runs: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe")] = None,
+    runs_on: Annotated[
+        str | None, typer.Option(metavar="SET", help="with --runs: the evaluation set that decides; default theirs")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe, to a new file")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
 ) -> None:
     """Show what a recipe would train, for how long, and what it costs; starts nothing.
@@ -59,24 +60,32 @@ def plan(
     """
     found, engine = _mode(mode), _engine(memory)
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
-    searched = {"--objective": objective, "--members": members, "--budget": budget, "--runs": runs, "--out": out}
+    searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
+    searched |= {"--confidence": confidence, "--runs": runs, "--runs-on": runs_on, "--out": out}
     _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
+    if as_json:
+        _refuse({"--mode": mode}, "is for tables; --json has the MACs of both modes")
+        _refuse({"--memory": memory}, "is for tables; --json has the parts of memory of every engine")
     loaded = load_recipe(recipe, set_ or [])
     asked = MachineOptions(kind, gpus, throughput)
     if auto:
         from compt.cli_design import run_auto
 
-        machine = asked.machine(loaded, str(recipe))
+        if runs_on is not None and not runs:
+            raise ConfigError(f"--runs-on {runs_on}: is for --runs, which is missing")
+        goal = _objective(objective)
+        counted = asked.given or goal == "budget" or in_ == "hours" or loaded.engine.device != "cpu"
         run_auto(
             loaded,
             recipe,
-            objective=_objective(objective),
+            objective=goal,
+            unit=in_,
             size=members,
             budget_gpu_hours=budget,
-            device=machine.device,
-            gpus=machine.gpus,
-            throughput=machine.throughput,
+            confidence=confidence,
+            machine=asked.machine(loaded, str(recipe)) if counted else None,
             runs=runs or (),
+            on=runs_on,
             out=out,
             as_json=as_json,
         )
@@ -93,45 +102,6 @@ def plan(
         typer.echo(json.dumps(forecast.to_json(), indent=2))
     else:
         terminal().print(plan_tables(forecast, found, engine))
-
-
-@dataclass(frozen=True)
-class MachineOptions:
-    """The options that say what GPUs to plan for."""
-
-    kind: str | None
-    gpus: int | None
-    throughput: Path | None
-
-    @property
-    def given(self) -> bool:
-        """Whether any of them is."""
-        return (self.kind, self.gpus, self.throughput) != (None, None, None)
-
-    def machine(self, recipe: Recipe, source: str) -> Machine:
-        """The GPUs with what was measured on them. Raises ConfigError, which names the option."""
-        device, speeds = self._device()
-        batch = recipe.optimizer.batch
-        if self.gpus is not None and not 1 <= self.gpus <= batch:
-            raise ConfigError(f"--gpus {self.gpus}: should be from 1 to the {batch} of optimizer.batch in {source}")
-        return Machine(device, self.gpus or default_gpus(batch), speeds)
-
-    def _device(self) -> tuple[Device, Throughput | None]:
-        try:
-            device = find_device(self.kind) if self.kind is not None else None
-        except ConfigError as error:
-            raise ConfigError(f"--kind {self.kind}: {error}") from None
-        if self.throughput is None:
-            return device or find_device(KIND), None
-        try:
-            speeds = Throughput.read(self.throughput, device)
-        except ConfigError as error:
-            raise ConfigError(f"--throughput: {error}") from None
-        if device is None and speeds.kind is None:
-            raise ConfigError(
-                f"--throughput {self.throughput}: was measured on {speeds.device}, which is no kind of GPU known here"
-            )
-        return device or find_device(str(speeds.kind)), speeds
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

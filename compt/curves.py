@@ -130,18 +130,24 @@ class Curves:
 
 
 def read_curves(
-    runs: Sequence[Path], *, on: str | None = None, target: Target = "baseline", average_seeds: bool = False
+    runs: Sequence[Path],
+    *,
+    on: str | None = None,
+    target: Target = "baseline",
+    average_seeds: bool = False,
+    option: str = "--set",
 ) -> Curves:
     """Every kind of link that `runs` hold, against every length of its baseline, in the order of their chain.
 
     `on` names the evaluation set; by default the one that all runs report on. Links that differ in more than their
     length and warm-up are different kinds; with `average_seeds`, seeds are taken together. Baselines always are.
+    `option` is how the caller's command takes `on`, for messages.
     Raises RunError for a folder that is no run, ConfigError for a set that no training was scored on.
     """
     found = [read_run(folder) for folder in runs]
     trainings = [training for run in found for training in run.trainings]
     skipped = [item for run in found for item in run.skipped]
-    name = _evaluation_set(on, trainings, [run.primary for run in found])
+    name = _evaluation_set(on, trainings, [run.primary for run in found], option)
     lineage = Lineage(trainings)
     scored: dict[str, Training] = {}
     for training in trainings:
@@ -155,26 +161,31 @@ def read_curves(
 
 
 def matches(
-    runs: Sequence[Path], *, on: str | None = None, target: Target = "baseline", average_seeds: bool = False
+    runs: Sequence[Path],
+    *,
+    on: str | None = None,
+    target: Target = "baseline",
+    average_seeds: bool = False,
+    option: str = "--set",
 ) -> list[LinkCurve]:
     """The links of `read_curves`, for the planner."""
-    return read_curves(runs, on=on, target=target, average_seeds=average_seeds).links
+    return read_curves(runs, on=on, target=target, average_seeds=average_seeds, option=option).links
 
 
-def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: Iterable[str | None]) -> str:
+def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: Iterable[str | None], option: str) -> str:
     known = sorted({name for training in trainings for name in training.scores})
     if on is None:
         named = sorted({name for name in primaries if name is not None})
         if len(named) != 1:
             reported = f"report on {' and '.join(named)}" if named else "name no set that they report on"
             raise ConfigError(
-                f"the runs {reported}: give runs that report on one, or name it (compt curves --set NAME); "
+                f"the runs {reported}: give runs that report on one, or name it ({option} NAME); "
                 f"scored were: {', '.join(known) or 'none'}"
             )
         on = named[0]
     if trainings and on not in known:
         raise ConfigError(
-            f"--set {on}: no training was scored on it by top-1{nearest(on, known)}; scored were: "
+            f"{option} {on}: no training was scored on it by top-1{nearest(on, known)}; scored were: "
             f"{', '.join(known) or 'none'}"
         )
     return on

@@ -1,7 +1,8 @@
 """The best chain among many, by dynamic programming over its length and its last model. No torch in here.
 
 What a link costs depends on its position, its teacher and its student alone, so that the cheapest chain of k models
-that ends in model j is found from those of k - 1 models: exact, in k^2 n^2 steps. Costs are those of the median epochs.
+that ends in model j is found from those of k - 1 models: exact, in k^2 n^2 steps. Costs are those of the
+epochs that are enough for each link with one probability, by default the median.
 
 A position counts the predecessors that fit the data (`StartPrior.smallest`); those too small for it hand on no more
 than the first. Without that, a few tiny models in front would make every later link cheap.
@@ -9,22 +10,20 @@ than the first. Without that, a few tiny models in front would make every later 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compt.design.candidates import Candidates
+from compt.design.confidence import MEDIAN, known_epochs, log_fraction
 from compt.design.costs import Costs
 from compt.design.epochs import EpochModel, Link, log2_size
 from compt.errors import ConfigError
 
 Floats = NDArray[np.float64]
-Objective = Literal["cost", "acceleration", "budget"]
-OBJECTIVES: tuple[Objective, ...] = ("cost", "acceleration", "budget")
 
 LEAST_STEP = 1.5
 """A model that is not wanted has at least so many times the parameters of its predecessor, and so has its student.
@@ -35,6 +34,8 @@ WHOLE = 0.5
 """Epochs of a link are rounded up to multiples of this."""
 MOST_MEMBERS = 8
 """Longest chain that is looked for, unless more are wanted."""
+SIMPLER = 0.03
+"""A simpler chain is preferred to the best one where it is worse by no more than this share."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,17 @@ def problem(
     distilled: bool = True,
     most: int = MOST_MEMBERS,
     least_step: float = LEAST_STEP,
+    confidence: float = MEDIAN,
 ) -> Problem:
-    """All links that may be, with their epochs and costs. `most` bounds the members of a chain."""
+    """All links that may be, with their epochs and costs. `most` bounds the members of a chain.
+
+    `confidence` is the probability with which the epochs of each link are enough.
+    """
     n, sizes = len(models.specs), np.array([log2_size(spec) for spec in models.specs])
     steps = max(1, most - 1)
     positions = np.arange(1, steps + 1)[:, None, None]
-    logs = epochs.log_fraction(sizes[None, None, :], sizes[None, :, None], positions, images, distilled)
+    students, teachers = sizes[None, None, :], sizes[None, :, None]
+    logs = log_fraction(epochs, students, teachers, positions, images, distilled, confidence)
     needed = np.broadcast_to(baseline_epochs * np.exp(np.minimum(0.0, logs)), (steps, n, n)).copy()
     places = {replace(spec, name=""): at for at, spec in enumerate(models.specs)}
     for one in epochs.known():
@@ -119,7 +125,7 @@ def problem(
         if teacher is not None and student is not None:
             for at in range(steps):
                 link = Link(one.student, one.teacher, at + 1, images, baseline_epochs, distilled)
-                needed[at, teacher, student] = epochs.epochs(link)
+                needed[at, teacher, student] = known_epochs(epochs, link, confidence)
     needed = whole_epochs(needed, baseline_epochs)
     wanted = np.zeros(n, dtype=bool)
     wanted[list(models.wanted)] = True
@@ -255,3 +261,15 @@ def within_budget(task: Problem, budget: float, size: int | None = None) -> Foun
         f"--budget {budget:g}: even the cheapest family, {len(least.chain)} model{'s' * (len(least.chain) > 1)}, takes "
         f"{least.cost:.4g} GPU-hours"
     )
+
+
+def simplest(chains: Iterable[Found], presets: frozenset[int], loss: Callable[[Found], float]) -> Found:
+    """The simplest of `chains` whose `loss` is at most `SIMPLER` above the least.
+
+    Simpler: fewer models; then fewer that are not among `presets`; then less loss. What such a chain loses is far less
+    than is known of any.
+    """
+    known = list(chains)
+    most = (1 + SIMPLER) * min(map(loss, known))
+    near = [one for one in known if loss(one) <= most]
+    return min(near, key=lambda one: (len(one.chain), len(set(one.chain) - presets), loss(one)))

@@ -19,12 +19,15 @@ from compt.design.costs import macs_costs
 from compt.design.epochs import Bound, EpochModel, Link, log2_size, paper_matches
 from compt.design.search import (
     LEAST_STEP,
+    SIMPLER,
     Found,
     Problem,
     by_size,
+    found,
     least_cost,
     most_acceleration,
     problem,
+    simplest,
     whole_epochs,
     within_budget,
 )
@@ -126,6 +129,22 @@ def test_a_budget_buys_the_best_family_and_more_never_a_worse_one(task: Problem,
     assert rank(found) == pytest.approx(expected)
     assert found.cost <= budget
     assert rank(within_budget(task, budget + more)) >= rank(found)
+
+
+@given(tasks(), st.sets(st.integers(0, 5)))
+@settings(max_examples=100, deadline=None)
+def test_a_simpler_chain_is_preferred_where_it_is_hardly_worse(task: Problem, presets: set[int]) -> None:
+    chains = [found(task, chain) for _, _, chain in every_chain(task, task.wanted[-1])]
+    if not chains:
+        return
+    chosen = simplest(chains, frozenset(presets), lambda one: one.cost)
+    least = min(one.cost for one in chains)
+    assert chosen.cost <= least * (1 + SIMPLER)
+    strange = sum(place not in presets for place in chosen.chain)
+    for one in chains:
+        if one.cost <= least * (1 + SIMPLER):
+            others = sum(place not in presets for place in one.chain)
+            assert (len(chosen.chain), strange, chosen.cost) <= (len(one.chain), others, one.cost)
 
 
 @lru_cache
