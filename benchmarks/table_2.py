@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 from benchmarks.accounting import SOURCES, chain, individual
 from benchmarks.common import COLOUR, UNEXPLAINED, Cell, Result, explain, key_of, main, number
 from compt.formats import TextTable
-from compt.hardware import PAPER_DEVICE, fitted, published_times
+from compt.hardware import fitted, published_times
+from compt.hardware_devices import PAPER_DEVICE
 from compt.paper import TABLE_2, Family
 
 TITLES = {"cc3m_vit": "CC3M ViT", "cc3m_swin": "CC3M Swin", "merged15m_vit": "Merged-15M ViT"}

@@ -5,25 +5,27 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from compt.cli_options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile, read_tokens
 from compt.cli_tools import show
 from compt.config import Recipe, load_recipe
-from compt.config_types import checked_caption_tokens
 from compt.errors import ConfigError, nearest
+from compt.forecast import check_shares, default_gpus
 from compt.formats import TextTable, hours, ratio, terminal
-from compt.hardware import Device, Measurement, Throughput, find_device, fitted
+from compt.hardware import OF_THE_AUTHORS, Measurement, Throughput, fitted
 from compt.hardware_hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.macs import PAPER_TEXT_PASSES, Mode, Tokens
+from compt.plan_tables import unmeasured
 from compt.planner import make_plan
 from compt.presets import PRESETS, ModelSpec, resolve
 
 if TYPE_CHECKING:
-    from compt.throughput import Setup
+    from compt.throughput_step import Setup
 
 bench_app = typer.Typer(
     help="Measure how fast this machine trains, and turn speeds into GPU-hours.", no_args_is_help=True
@@ -86,21 +88,24 @@ def _captions(text: str | None, recipe: Recipe | None) -> list[int]:
 def _tokens(text: str | None, recipe: Recipe | None) -> Tokens:
     if text is None:
         return recipe.data.caption_tokens if recipe else None
-    if text == "context":
-        return None
-    try:
-        if ":" not in text:
-            return cast(float, checked_caption_tokens(float(text)))
-        pairs = [part.split(":") for part in text.split(",")]
-        return cast(dict[int, float], checked_caption_tokens({int(length): float(share) for length, share in pairs}))
-    except ValueError as error:
-        raise ConfigError(
-            f"--tokens {text}: should be a length, lengths with shares as in 20:0.7,40:0.3, or context ({error})"
-        ) from None
+    return read_tokens(text)
 
 
-def _batch(text: str) -> int | None:
-    if text == "auto":
+def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device: str) -> int | None:
+    """Samples a step, None for the most that fit; without a wish a GPU's share of the recipe's batch.
+
+    `device` is the type of that at hand: of CPUs only one is meant, unless `gpus` are given.
+    """
+    if gpus is not None and (jobs.recipe is None or text is not None):
+        raise ConfigError(f"--gpus {gpus}: says what the batch of --family is shared by, without --batch")
+    if text is None and jobs.recipe is not None:
+        batch = jobs.recipe.optimizer.batch
+        number = MachineOptions(None, gpus, None).number(
+            jobs.recipe, source, default_gpus(batch) if device == "cuda" else 1
+        )
+        check_shares(jobs.recipe, number, source)
+        return batch // number
+    if text is None or text == "auto":
         return None
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"--batch {text}: should be auto or a number from 1")
@@ -118,14 +123,16 @@ def _precision(text: str | None, recipe: Recipe | None) -> Any:
 
 def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
     """Each model alone and, in a chain, with its teacher; for each number of captions."""
-    from compt.throughput import Setup
+    from compt.throughput_step import Setup
 
     recipe = jobs.recipe
     if recipe is not None:
         other |= {
+            "micro_batch": recipe.engine.micro_batch,
             "loss_chunk": recipe.engine.loss_chunk,
             "image_to_text": recipe.optimizer.image_to_text,
             "clip_grad_norm": recipe.optimizer.clip_grad_norm,
+            "compile": other["compile"] or recipe.engine.compile,
         }
     buckets = recipe.engine.text_buckets if recipe else TEXT_BUCKETS
     return [
@@ -144,9 +151,18 @@ def throughput(
     ] = None,
     captions: Annotated[str | None, typer.Option(help="captions a picture; default the recipe's (4) and 6")] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="their length: 30, or 20:0.7,40:0.3, or context; default the recipe's or context")
+        str | None,
+        typer.Option(help="their computed length: 30, or 20:0.7,40:0.3, or context; default the recipe's or context"),
     ] = None,
-    batch: Annotated[str, typer.Option(help="samples a step, or auto for the most that fit")] = "auto",
+    batch: Annotated[
+        str | None,
+        typer.Option(
+            help="samples a step, or auto (default without --family) for the most that fit; else a GPU's share"
+        ),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(help="GPUs that are to share the recipe's batch; default as of plan, on a CPU 1")
+    ] = None,
     max_batch: Annotated[
         int | None, typer.Option(help="the most that auto tries; default 8192, on a CPU 256", min=1)
     ] = None,
@@ -165,7 +181,7 @@ def throughput(
     Pixels and captions are random. Every finished measurement is written at once; a model that does not fit into
     memory is noted as such. MFU is the share of the device's dense peak, where that is known, at two FLOPs a MAC.
     """
-    jobs, size = _jobs(models or [], family), _batch(batch)
+    jobs = _jobs(models or [], family)
     numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
 
     from compt import dist
@@ -174,6 +190,7 @@ def throughput(
     chosen = dist.init(device)
     if dist.world_size() > 1:
         raise ConfigError("compt bench throughput measures one device: start it without torchrun")
+    size = _batch(batch, gpus, jobs, str(family), chosen.type)
     setups = _setups(
         jobs, numbers, tokens=lengths, precision=_precision(precision, jobs.recipe), compile=compile_, seed=seed
     )
@@ -234,31 +251,29 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
 
 @bench_app.command("gpu-hours")
 def gpu_hours(
-    recipe: Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)],
-    throughput: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="what `compt bench throughput` measured")
-    ] = None,
-    kind: Annotated[
-        str | None, typer.Option(help="GPU: a100-40, a100-80, h100, h200; default that of FILE, else a100-80")
-    ] = None,
-    gpus: Annotated[int, typer.Option(help="GPUs that share the work, for the wall time", min=1)] = 1,
+    recipe: RecipePath,
+    throughput: ThroughputFile = None,
+    kind: Kind = None,
+    gpus: Gpus = None,
     mode: Annotated[str, typer.Option(help="how MACs are counted: exact (this program) or paper")] = "exact",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a field: --set optimizer.lr=5e-4")
-    ] = None,
+    set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Show the GPU-hours of a recipe's chain and of its models trained individually, as Table 2 of the paper does.
 
-    What FILE has is measured; everything else is projected (docs/hardware.md) and says so.
+    What FILE has is measured; everything else is projected (docs/hardware.md) and says so. For a device whose peak is
+    not known nothing is projected, and --gpus is 1 unless given.
     """
     modes: tuple[Mode, ...] = get_args(Mode)
     counted = next((known for known in modes if known == mode), None)
     if counted is None:
         raise ConfigError(f"--mode {mode}{nearest(mode, modes)}: should be {' or '.join(modes)}")
-    device, file = _device(kind, throughput)
-    plan = make_plan(load_recipe(recipe, set_ or []), source=str(recipe))
-    rows, paper = family_hours(plan, counted, device, file), published_rows(plan)
+    loaded, asked = load_recipe(recipe, set_ or []), MachineOptions(kind, gpus, throughput)
+    device, file = asked.device()
+    number = asked.number(loaded, str(recipe), default_gpus(loaded.optimizer.batch) if device else 1)
+    check_shares(loaded, number, str(recipe))
+    plan = make_plan(loaded, source=str(recipe), world_size=number)
+    rows, paper = family_hours(plan, counted, device, file, number), published_rows(plan)
     title = device.title if device else str(file and file.device)
     if as_json:
         made = {
@@ -267,24 +282,18 @@ def gpu_hours(
             "device": title,
             "kind": device.name if device else None,
             "throughput": str(throughput) if throughput else None,
-            "gpus": gpus,
-            "rows": [{**row.to_json(), "wall_hours": _wall(row, gpus)} for row in rows],
+            "gpus": number,
+            "rows": [row.to_json() for row in rows],
             "paper": [row.to_json() for row in paper],
         }
         typer.echo(json.dumps(made, indent=2))
         return
-    show(_hours_table(rows, f"GPU-hours of {plan.recipe.name} on {title}, mode '{mode}'", gpus))
+    table = _hours_table(rows, f"GPU-hours of {plan.recipe.name} on {title}, mode '{mode}'", number)
+    notes = [*table.notes, *_hours_notes(rows, loaded, counted, number, file)]
+    show(replace(table, notes=notes))
     if paper:
+        typer.echo()
         show(_published_table(paper))
-
-
-def _device(kind: str | None, path: Path | None) -> tuple[Device | None, Throughput | None]:
-    """The device to project for (None: one whose peak is not known) and what was measured."""
-    device = find_device(kind) if kind is not None else None
-    file = Throughput.read(path, device) if path else None
-    if device is None and (file is None or file.kind is not None):
-        device = find_device(str(file.kind) if file else "a100-80")
-    return device, file
 
 
 def _cell(value: Hours | None, speedup: float | None = None) -> str:
@@ -292,12 +301,8 @@ def _cell(value: Hours | None, speedup: float | None = None) -> str:
         return "not measured"
     low, high = hours(value.low).split(" "), hours(value.high).split(" ")
     span = f"{low[0]}-{high[0]}" if low[1] == high[1] else f"{' '.join(low)} - {' '.join(high)}"
-    return f"{hours(value.hours)}{ratio(speedup)} [{value.kind} {span}]"
-
-
-def _wall(row: HoursRow, gpus: int) -> float | None:
-    """Hours that the chain up to this link takes on `gpus` GPUs, as if none waited for another."""
-    return row.chain_accumulated.hours / gpus if row.chain_accumulated else None
+    kind = "part projected" if value.kind == "measured and projected" else value.kind
+    return f"{hours(value.gpu_hours)}{ratio(speedup)} [{kind} {span}]"
 
 
 def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
@@ -310,18 +315,34 @@ def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
             cells += [_cell(row.individual), _cell(row.individual_accumulated)]
         cells += [_cell(row.chain, row.speedup), _cell(row.chain_accumulated, row.accumulated_speedup)]
         if gpus > 1:
-            cells.append(hours(_wall(row, gpus)))
+            cells.append(hours(row.chain_accumulated.wall_hours if row.chain_accumulated else None))
         body.append(cells)
     header = ["Model", "Epochs", *(["Individual", "Accumulated"] if compared else []), "Chain", "Accumulated"]
     notes = ["[projected least-most]: by the model of docs/hardware.md, not measured."]
     if compared:
         notes.insert(0, "Epochs: in the chain/individually. (x): acceleration over the individual training.")
-    if any(row.chain is None or (compared and row.individual is None) for row in rows):
-        notes.append("Nothing is projected for this device, whose peak is not known: measure with --family RECIPE.")
     if gpus > 1:
         header.append(f"Wall time, {gpus} GPUs")
         notes.append("Wall time is that of the chain so far, as if the GPUs lost nothing to one another.")
     return TextTable(title, header, body, notes)
+
+
+def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, file: Throughput | None) -> list[str]:
+    """What the hours come from, and what was not measured."""
+    jobs: list[tuple[str, Hours | None]] = [(row.model, row.chain) for row in rows]
+    if rows[0].individual_epochs is not None:
+        jobs += [(f"{row.model} alone", row.individual) for row in rows]
+    known = [hours for _, hours in jobs if hours is not None]
+    sources = dict.fromkeys(source for hours in known for source in hours.sources)
+    notes = [f"Hours are {'; '.join(sources)}."] if sources else []
+    if any(hours.kind == "projected" for hours in known):
+        notes.append(OF_THE_AUTHORS)
+    missing = [name for name, hours in jobs if hours is None or hours.kind == "projected"]
+    if file is not None and missing:
+        notes.append(unmeasured(file, recipe, gpus, missing, mode))
+    if len(known) < len(jobs):
+        notes.append("Nothing is projected for this device, whose peak is not known: measure with --family RECIPE.")
+    return notes
 
 
 def _published_table(rows: list[PublishedRow]) -> TextTable:

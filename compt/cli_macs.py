@@ -9,8 +9,8 @@ from typing import Annotated, Any, get_args
 import typer
 import yaml
 
+from compt.cli_options import read_tokens
 from compt.config_schema import checked_sizes
-from compt.config_types import checked_caption_tokens
 from compt.errors import ConfigError, nearest
 from compt.formats import TextTable, count, macs, terminal
 from compt.macs import (
@@ -45,7 +45,7 @@ def macs_command(
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option(show_default="the context", help="computed tokens of a caption: a mean, or '{7: 0.8, 9: 0.2}'"),
+        typer.Option(show_default="the context", help="computed tokens of a caption: 30, or 20:0.7,40:0.3, or context"),
     ] = None,
     mode: Annotated[
         str, typer.Option(help="exact: what this program computes; paper: the published accounting")
@@ -67,7 +67,7 @@ def macs_command(
             raise ConfigError(f"{model} with --teacher {teacher}: {error}") from None
     if mode not in get_args(Mode):
         raise ConfigError(f"--mode {mode}: should be exact or paper{nearest(mode, get_args(Mode))}")
-    length = _tokens(tokens)
+    length = None if tokens is None else read_tokens(tokens)
     options = {"recompute": recompute, "checkpointing": checkpointing, "chunked_loss": chunked_loss}
     if mode == "paper":
         given = [name for name, value in {"captions": captions, "tokens": tokens, **options}.items() if value]
@@ -109,16 +109,6 @@ def _yaml(source: str, text: str) -> Any:
         return yaml.safe_load(text)
     except yaml.YAMLError:
         raise ConfigError(f"{source}: cannot be read as a value") from None
-
-
-def _tokens(text: str | None) -> Tokens:
-    if text is None:
-        return None
-    try:
-        tokens: Tokens = checked_caption_tokens(_yaml(f"--tokens {text}", text))
-    except ValueError as error:
-        raise ConfigError(f"--tokens {text}: {error}") from None
-    return tokens
 
 
 def _shown(tokens: Tokens, spec: ModelSpec) -> str:

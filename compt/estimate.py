@@ -9,7 +9,7 @@ import torch
 
 from compt.config import Recipe, split_batch
 from compt.planner import Job
-from compt.throughput import Setup, TrainingStep
+from compt.throughput_step import Setup, TrainingStep
 
 
 def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size: int = 1) -> float:
@@ -23,6 +23,7 @@ def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size:
             tokens=recipe.data.caption_tokens,
             precision=recipe.optimizer.precision,
             text_buckets=recipe.engine.text_buckets,
+            micro_batch=micro,
             loss_chunk=recipe.engine.loss_chunk,
             image_to_text=recipe.optimizer.image_to_text,
             clip_grad_norm=recipe.optimizer.clip_grad_norm,
@@ -30,7 +31,7 @@ def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size:
         ),
         device,
     )
-    return median(step.seconds(step.data(per_rank), micro))
+    return median(step.seconds(step.data(per_rank)))
 
 
 def seconds_of(jobs: Sequence[tuple[Job, int]], recipe: Recipe, device: torch.device, world_size: int = 1) -> float:

@@ -5,13 +5,15 @@ Joins the jobs of `compt.planner` with the speeds of `compt.hardware` and the me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from compt.config import Recipe
 from compt.errors import ConfigError
-from compt.hardware import Device, Throughput, speed
+from compt.hardware import Throughput
+from compt.hardware_devices import Device
+from compt.hardware_hours import Hours, job_hours, sum_hours
 from compt.macs import Mode, parameters
 from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
 from compt.planner import Job, Plan, make_plan
@@ -53,21 +55,6 @@ class Machine:
     def room_bytes(self) -> float:
         """Memory of a GPU that is left for a training."""
         return self.device.memory_bytes * (1 - FRAGMENTED) - RESERVED_BYTES
-
-
-@dataclass(frozen=True)
-class Hours:
-    """GPU-hours of training, with a range: those of one GPU, or the sum over all.
-
-    `wall_hours` are GPU-hours over GPUs, as if none waited for another. `sources` say what they come from.
-    """
-
-    gpu_hours: float
-    low: float
-    high: float
-    wall_hours: float
-    kind: Literal["measured", "projected", "measured and projected"]
-    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -167,7 +154,7 @@ class Forecast:
             samples=sum(item.job.samples for item in items),
             steps=sum(item.job.steps for item in items),
             macs={mode: sum(self.plan.cost(item.job, mode).total_macs for item in items) for mode in MODES},
-            hours=_sum_hours([item.hours for item in items], self.machine),
+            hours=sum_hours(known) if (known := [item.hours for item in items if item.hours]) else None,
         )
 
     def speedups(self) -> list[tuple[float, float] | None]:
@@ -326,33 +313,7 @@ def memory_of(
 def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
     if machine is None:
         return None
-    found = speed(
-        job.spec,
-        job.teacher_spec if job.alpha else None,
-        job.cost,
-        machine.device,
-        captions=recipe.data.captions,
-        tokens=recipe.data.caption_tokens,
-        precision=recipe.optimizer.precision,
-        throughput=machine.throughput,
-    )
-    hours, low, high = (job.samples * s / 3600 for s in (found.seconds_per_sample, found.low, found.high))
-    return Hours(hours, low, high, hours / machine.gpus, found.kind, (f"{found.kind} {found.source}",))
-
-
-def _sum_hours(items: Iterable[Hours | None], machine: Machine | None) -> Hours | None:
-    known = [item for item in items if item is not None]
-    if machine is None or not known:
-        return None
-    kinds = sorted({item.kind for item in known})
-    return Hours(
-        gpu_hours=sum(item.gpu_hours for item in known),
-        low=sum(item.low for item in known),
-        high=sum(item.high for item in known),
-        wall_hours=sum(item.wall_hours for item in known),
-        kind=kinds[0] if len(kinds) == 1 else "measured and projected",
-        sources=tuple(dict.fromkeys(source for item in known for source in item.sources)),
-    )
+    return job_hours(recipe, job, job.cost, machine.device, machine.gpus, machine.throughput)
 
 
 def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:

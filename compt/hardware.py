@@ -12,107 +12,90 @@ constants are fitted to the A100 hours of Table 2 of the paper (`fitted`), in th
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from compt.config import Recipe
 from compt.errors import ConfigError, nearest
+from compt.hardware_devices import DEVICES, PAPER_DEVICE, Device, peak, utilisation
 from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, JobCost, Tokens, paper_cost, token_moments
 from compt.paper import IMAGES, TABLE_2
 from compt.presets import PRESETS, ModelSpec
 
 
 @dataclass(frozen=True)
-class Device:
-    """A GPU by its datasheet: dense peak in FLOP/s by precision, memory in bytes, its bandwidth in bytes per second.
+class Conditions:
+    """How one process trains, as far as its speed depends on it; `batch` is its own share of a step's pictures.
 
-    `fp32` runs without tensor cores, as this program's engines do; `tf32` is there for comparison.
+    `tokens` as in `compt.macs`. `micro_batch` and `loss_chunk` are None where one takes the whole share.
     """
 
-    name: str
-    title: str
-    peak_flops: Mapping[str, float]
-    bandwidth_bytes: float
-    memory_bytes: float
-    source: str
+    captions: int = 4
+    tokens: Tokens = None
+    precision: str = "bf16"
+    batch: int = 128
+    micro_batch: int | None = None
+    loss_chunk: int | None = None
+    compile: bool = False
+    text_buckets: int = 1
+
+    @classmethod
+    def of(cls, recipe: Recipe, gpus: int) -> Conditions:
+        """Those of each of `gpus` processes that train `recipe`; `gpus` divides the batch."""
+        data, engine, batch = recipe.data, recipe.engine, recipe.optimizer.batch // gpus
+        return cls(
+            data.captions,
+            data.caption_tokens,
+            recipe.optimizer.precision,
+            batch,
+            smaller(engine.micro_batch, batch),
+            smaller(engine.loss_chunk, batch),
+            engine.compile,
+            engine.text_buckets,
+        )
+
+    def differences(self, found: Measurement) -> str:
+        """How `found` was measured otherwise, in brackets behind a blank; empty where it was not."""
+        pairs = [
+            (f"batch {found.batch:,}", f"{self.batch:,} a GPU", found.batch == self.batch),
+            (f"{found.text_buckets} text buckets", f"{self.text_buckets}", found.text_buckets == self.text_buckets),
+        ]
+        return "".join(f" (measured at {had}; this plan has {has})" for had, has, same in pairs if not same)
 
 
-_AMPERE = {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}
-_HOPPER = {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
-
-DEVICES: dict[str, Device] = {
-    device.name: device
-    for device in (
-        Device("a100-40", "A100 40 GB", _AMPERE, 1.555e12, 40e9, "NVIDIA A100 datasheet, SXM"),
-        Device("a100-80", "A100 80 GB", _AMPERE, 2.039e12, 80e9, "NVIDIA A100 datasheet, SXM"),
-        Device("h100", "H100 80 GB SXM", _HOPPER, 3.35e12, 80e9, "NVIDIA H100 datasheet, SXM5"),
-        Device("h200", "H200 141 GB SXM", _HOPPER, 4.8e12, 141e9, "NVIDIA H200 datasheet, SXM5"),
-    )
-}
-ALIASES = {"a100": "a100-80"}
-PAPER_DEVICE = DEVICES["a100-80"]
-"""What the paper's hours were measured on (its section 4 and Table C)."""
+def smaller(size: int | None, batch: int) -> int | None:
+    """A piece's `size`, or None where the whole `batch` is one piece."""
+    return size if size is not None and size < batch else None
 
 
-def find_device(name: str) -> Device:
-    """The device called `name`. Raises ConfigError for an unknown one."""
-    known = name.lower()
-    known = ALIASES.get(known, known)
-    if known not in DEVICES:
-        names = [*DEVICES, *ALIASES]
-        raise ConfigError(f"unknown GPU '{name}'{nearest(known, names)}; known: {', '.join(names)}")
-    return DEVICES[known]
-
-
-def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
-    """The datasheet of what CUDA calls `cuda_name`; None for other GPUs, other forms (PCIe Hopper) and parts of one."""
-    words = set(re.split(r"[\s_-]+", cuda_name.upper()))
-    if "MIG" in words:
-        return None
-    if "A100" in words:
-        return DEVICES["a100-40" if memory_bytes < 60e9 else "a100-80"]
-    if not words & {"PCIE", "NVL"}:
-        for name in ("h100", "h200"):
-            if name.upper() in words:
-                return DEVICES[name]
-    return None
-
-
-def utilisation(macs: float, seconds: float, device: Device, precision: str = "bf16") -> float:
-    """The share of the device's dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` make."""
-    return 2 * macs / seconds / _peak(device, precision)
-
-
-def _peak(device: Device, precision: str) -> float:
-    if precision not in device.peak_flops:
-        known = device.peak_flops
-        hint = nearest(precision, known)
-        raise ConfigError(f"unknown precision '{precision}'{hint} for {device.title}; known: {', '.join(known)}")
-    return device.peak_flops[precision]
+_STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Measurement(BaseModel):
     """What a device did with one training job: a model alone, or with the forward pass of its teacher.
 
-    `tokens` is the mean length of the captions that was asked for, `computed_tokens` what came of it with padding. The
+    `tokens` is the mean of a caption's computed tokens that was asked for, `computed_tokens` what was computed. The
     times of a sample are the median, least and greatest of `repeats` steps of `batch` samples. `failure` says why there
     are no numbers, where the model does not fit.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
     student: ModelSpec
     teacher: ModelSpec | None = None
     captions: int = Field(ge=1)
     tokens: float = Field(gt=0)
-    text_buckets: int = Field(1, ge=1)
     computed_tokens: float | None = Field(None, gt=0)
+    text_buckets: int = Field(1, ge=1)
     batch: int | None = Field(None, ge=1)
+    micro_batch: int | None = Field(None, ge=1)
+    loss_chunk: int | None = Field(None, ge=1)
+    compile: bool = False
     repeats: int = Field(0, ge=0)
     seconds_per_sample: float | None = Field(None, gt=0)
     low: float | None = Field(None, gt=0)
@@ -121,13 +104,19 @@ class Measurement(BaseModel):
     mfu: float | None = Field(None, gt=0)
     failure: str | None = None
 
-    def same_job(self, other: Measurement) -> bool:
-        """Whether both are of one job: the same sizes whatever their names, and captions as long within 2 %."""
-        return (
-            _nameless(self.student) == _nameless(other.student)
-            and (self.teacher and _nameless(self.teacher)) == (other.teacher and _nameless(other.teacher))
-            and self.captions == other.captions
-            and abs(self.tokens - other.tokens) <= 0.02 * other.tokens
+    @model_validator(mode="after")
+    def _in_order(self) -> Measurement:
+        if self.seconds_per_sample is not None and self.batch is None:
+            raise ValueError("batch is missing beside seconds_per_sample")
+        times = [time for time in (self.low, self.seconds_per_sample, self.high) if time is not None]
+        if sorted(times) != times:
+            raise ValueError("low, seconds_per_sample and high have to be in this order")
+        return self
+
+    def same_models(self, other: Measurement) -> bool:
+        """Whether both are of the same sizes, whatever their names."""
+        return _nameless(self.student) == _nameless(other.student) and (
+            (self.teacher and _nameless(self.teacher)) == (other.teacher and _nameless(other.teacher))
         )
 
 
@@ -138,18 +127,24 @@ class Throughput(BaseModel):
     `threads` are those that torch uses on a CPU.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = _STRICT
     format: Literal[1] = 1
     device: str
     kind: str | None = None
     threads: int | None = None
     precision: str
-    compiled: bool = False
     seed: int
     date: str
     command: str
     versions: dict[str, str]
     entries: tuple[Measurement, ...] = ()
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str | None) -> str | None:
+        if value is not None and value not in DEVICES:
+            raise ValueError(f"should be null or one of {', '.join(DEVICES)}{nearest(value, DEVICES)}")
+        return value
 
     @classmethod
     def read(cls, path: Path, device: Device | None = None) -> Throughput:
@@ -167,13 +162,30 @@ class Throughput(BaseModel):
             )
         return found
 
-    def find(
-        self, student: ModelSpec, teacher: ModelSpec | None, captions: int, tokens: Tokens = None
-    ) -> Measurement | None:
-        """The measurement of that very job, if it was made; one that failed is none."""
-        asked = Measurement(student=student, teacher=teacher, captions=captions, tokens=mean_tokens(student, tokens))
-        done = (entry for entry in self.entries if entry.seconds_per_sample is not None)
-        return next((entry for entry in done if entry.same_job(asked)), None)
+    def find(self, student: ModelSpec, teacher: ModelSpec | None, conditions: Conditions) -> Measurement | None:
+        """The measurement of that very job, at the batch nearest to its own; one that failed is none.
+
+        Models, captions, precision, micro-batch, chunks of the loss and compilation are the same; the computed tokens
+        of a caption are, within 2 % or the half that a whole number of them may be off.
+        """
+        if self.precision != conditions.precision:
+            return None
+        mean = mean_tokens(student, conditions.tokens)
+        asked = Measurement(student=student, teacher=teacher, captions=conditions.captions, tokens=mean)
+        same = ("captions", "micro_batch", "loss_chunk", "compile")
+
+        def distance(entry: Measurement) -> tuple[float, bool]:
+            return abs(math.log((entry.batch or 1) / conditions.batch)), entry.text_buckets != conditions.text_buckets
+
+        fitting = [
+            entry
+            for entry in self.entries
+            if entry.seconds_per_sample is not None
+            and entry.same_models(asked)
+            and all(getattr(entry, key) == getattr(conditions, key) for key in same)
+            and abs((entry.computed_tokens or entry.tokens) - mean) <= max(0.02 * mean, 0.5)
+        ]
+        return min(fitting, key=distance, default=None)
 
 
 def _first(error: ValidationError | ConfigError) -> str:
@@ -182,8 +194,8 @@ def _first(error: ValidationError | ConfigError) -> str:
     fault = error.errors()[0]
     place = ".".join(map(str, fault["loc"]))
     given = json.dumps(fault["input"], default=str)
-    shown = "" if fault["type"] in ("missing", "json_invalid") else f", not {given[:60]}"
-    return f"{place + ': ' if place else ''}{fault['msg']}{shown}"
+    shown = "" if fault["type"] in ("missing", "json_invalid") or given[0] == "{" else f", not {given[:60]}"
+    return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:
@@ -283,7 +295,7 @@ class Projection:
         """Seconds of computing, of memory traffic, and fixed ones, of one sample on `device`."""
         wide = 2.0 if precision in ("fp32", "tf32") else 1.0
         return (
-            asked.flops / (self.efficiency * _peak(device, precision)),
+            asked.flops / (self.efficiency * peak(device, precision)),
             asked.channels * wide * self.bytes_per_channel / device.bandwidth_bytes,
             self.fixed_seconds,
         )
@@ -301,7 +313,7 @@ class Projection:
         """
         computing, traffic, fixed = self.parts(asked, device, precision)
         faster = device.bandwidth_bytes / PAPER_DEVICE.bandwidth_bytes
-        gained = _peak(device, precision) / _peak(PAPER_DEVICE, precision)
+        gained = peak(device, precision) / peak(PAPER_DEVICE, precision)
         slow = computing * max(1.0, gained / max(1.0, faster)) + traffic + fixed
         smallest = min(row.work.flops for row in published_times())
         own = fixed / max(1.0, faster) * min(1.0, asked.flops / smallest)
@@ -315,7 +327,7 @@ def fit(rows: tuple[PublishedTime, ...]) -> Projection:
     fixed, per_flop, per_channel = np.linalg.lstsq(design / seconds[:, None], np.ones(len(rows)), rcond=None)[0]
     return Projection(
         fixed_seconds=float(fixed),
-        efficiency=float(1 / per_flop / _peak(PAPER_DEVICE, "bf16")),
+        efficiency=float(1 / per_flop / peak(PAPER_DEVICE, "bf16")),
         bytes_per_channel=float(per_channel * PAPER_DEVICE.bandwidth_bytes),
         error=0.0,
     )
@@ -345,47 +357,46 @@ class Speed:
     source: str
 
 
+OF_THE_AUTHORS = (
+    "Projections and their ranges are of the authors' program, host and loaders included; this one may be faster or "
+    "slower: measure with `compt bench throughput`."
+)
+"""What has to stand beside every projection."""
+
+
 def speed(
     student: ModelSpec,
     teacher: ModelSpec | None,
     cost: JobCost,
     device: Device,
-    *,
-    captions: int,
-    tokens: Tokens = None,
-    precision: str = "bf16",
+    conditions: Conditions,
     throughput: Throughput | None = None,
 ) -> Speed:
     """How fast one `device` trains `student`, with the forward pass of `teacher` if there is one.
 
-    Measured where `throughput` has this very job in this precision. `paper` costs stand for the captions of the
-    published accounting, not for those given. Raises ConfigError for a precision without a peak.
+    Measured where `throughput` has this very job, else projected. `paper` costs stand for the captions of the published
+    accounting, not for those given. Raises ConfigError for a precision without a peak.
     """
-    if throughput is not None:
-        found = measured(student, teacher, cost, captions=captions, tokens=tokens, precision=precision, file=throughput)
-        if found is not None:
-            return found
-    model, asked = fitted(), work(student, teacher, cost, captions, tokens)
-    seconds, (low, high) = model.seconds(asked, device, precision), model.bounds(asked, device, precision)
-    return Speed(seconds, low, high, "projected", f"for {device.title} from the A100 hours of Table 2")
+    found = None if throughput is None else measured(student, teacher, cost, conditions, throughput)
+    if found is not None:
+        return found
+    model, asked = fitted(), work(student, teacher, cost, conditions.captions, conditions.tokens)
+    seconds = model.seconds(asked, device, conditions.precision)
+    low, high = model.bounds(asked, device, conditions.precision)
+    return Speed(seconds, low, high, "projected", f"for {device.title} from the A100 hours of the paper's Table 2")
 
 
 def measured(
-    student: ModelSpec,
-    teacher: ModelSpec | None,
-    cost: JobCost,
-    *,
-    captions: int,
-    tokens: Tokens,
-    precision: str,
-    file: Throughput,
+    student: ModelSpec, teacher: ModelSpec | None, cost: JobCost, conditions: Conditions, file: Throughput
 ) -> Speed | None:
-    """What `file` says of this very job; None where it says nothing. A teacher that costs nothing is none."""
+    """What `file` says of this very job; None where it says nothing. A teacher that costs nothing is none.
+
+    `source` says where batch or text buckets were others.
+    """
     if cost.mode == "paper":
-        captions, tokens = PAPER_TEXT_PASSES, PAPER_TOKENS
-    teacher = teacher if cost.teacher_forward_macs else None
-    found = file.find(student, teacher, captions, tokens) if precision == file.precision else None
+        conditions = replace(conditions, captions=PAPER_TEXT_PASSES, tokens=PAPER_TOKENS)
+    found = file.find(student, teacher if cost.teacher_forward_macs else None, conditions)
     if found is None or found.seconds_per_sample is None:
         return None
-    middle = found.seconds_per_sample
-    return Speed(middle, found.low or middle, found.high or middle, "measured", f"{file.device}, {file.date[:10]}")
+    middle, source = found.seconds_per_sample, f"{file.device}, {file.date[:10]}{conditions.differences(found)}"
+    return Speed(middle, found.low or middle, found.high or middle, "measured", source)

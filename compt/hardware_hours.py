@@ -6,20 +6,65 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from compt.hardware import Device, PublishedTime, Throughput, fitted, measured, published_times, relative_error, speed
-from compt.macs import Mode
+from compt.config import Recipe
+from compt.hardware import (
+    Conditions,
+    PublishedTime,
+    Throughput,
+    fitted,
+    measured,
+    published_times,
+    relative_error,
+    speed,
+)
+from compt.hardware_devices import Device
+from compt.macs import JobCost, Mode
 from compt.paper import IMAGES, TABLE_2
 from compt.planner import Job, Plan
 
 
 @dataclass(frozen=True)
 class Hours:
-    """GPU-hours with their bounds. A sum is `projected` as soon as one of its terms is."""
+    """GPU-hours of training, with a range: those of one GPU, or the sum over all.
 
-    hours: float
+    `wall_hours` are GPU-hours over GPUs, as if none waited for another. `sources` say what they come from.
+    """
+
+    gpu_hours: float
     low: float
     high: float
-    kind: Literal["measured", "projected"]
+    wall_hours: float
+    kind: Literal["measured", "projected", "measured and projected"]
+    sources: tuple[str, ...]
+
+
+def job_hours(
+    recipe: Recipe, job: Job, cost: JobCost, device: Device | None, gpus: int, throughput: Throughput | None
+) -> Hours | None:
+    """What `job` takes on `gpus` GPUs: measured, else projected for `device`; None where there is no device either."""
+    teacher, conditions = job.teacher_spec if job.alpha else None, Conditions.of(recipe, gpus)
+    if device is not None:
+        found = speed(job.spec, teacher, cost, device, conditions, throughput)
+    else:
+        known = throughput and measured(job.spec, teacher, cost, conditions, throughput)
+        if not known:
+            return None
+        found = known
+    hours, low, high = (cost.samples * s / 3600 for s in (found.seconds_per_sample, found.low, found.high))
+    return Hours(hours, low, high, hours / gpus, found.kind, (f"{found.kind} {found.source}",))
+
+
+def sum_hours(items: Sequence[Hours]) -> Hours:
+    """One training after another, of one at least."""
+    kinds = {item.kind for item in items}
+    return Hours(
+        gpu_hours=sum(item.gpu_hours for item in items),
+        low=sum(item.low for item in items),
+        high=sum(item.high for item in items),
+        wall_hours=sum(item.wall_hours for item in items),
+        kind=kinds.pop() if len(kinds) == 1 else "measured and projected",
+        sources=tuple(dict.fromkeys(source for item in items for source in item.sources)),
+    )
 
 
 @dataclass(frozen=True)
@@ -45,52 +90,39 @@ class HoursRow:
         return _ratio(self.individual_accumulated, self.chain_accumulated)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, hours on one GPU."""
+        """Plain values."""
         return {**asdict(self), "speedup": self.speedup, "accumulated_speedup": self.accumulated_speedup}
 
 
 def _ratio(individual: Hours | None, chain: Hours | None) -> float | None:
-    return individual.hours / chain.hours if individual and chain else None
+    return individual.gpu_hours / chain.gpu_hours if individual and chain else None
 
 
-def _sum(before: Hours | None, more: Hours | None) -> Hours | None:
-    if before is None or more is None:
-        return None
-    kind: Literal["measured", "projected"] = "measured" if before.kind == more.kind == "measured" else "projected"
-    return Hours(before.hours + more.hours, before.low + more.low, before.high + more.high, kind)
+def _so_far(items: Sequence[Hours | None]) -> Hours | None:
+    known = [item for item in items if item is not None]
+    return sum_hours(known) if len(known) == len(items) else None
 
 
-def gpu_hours(plan: Plan, job: Job, mode: Mode, device: Device | None, throughput: Throughput | None) -> Hours | None:
-    """What `job` takes on one GPU: measured, else projected for `device`; None where there is no device either."""
-    cost = plan.cost(job, mode)
-    data, precision = plan.recipe.data, plan.recipe.optimizer.precision
-    asked: dict[str, Any] = {"captions": data.captions, "tokens": data.caption_tokens, "precision": precision}
-    if device is not None:
-        found = speed(job.spec, job.teacher_spec, cost, device, throughput=throughput, **asked)
-    else:
-        known = throughput and measured(job.spec, job.teacher_spec, cost, file=throughput, **asked)
-        if not known:
-            return None
-        found = known
-    hours = cost.samples / 3600
-    return Hours(found.seconds_per_sample * hours, found.low * hours, found.high * hours, found.kind)
-
-
-def family_hours(plan: Plan, mode: Mode, device: Device | None, throughput: Throughput | None = None) -> list[HoursRow]:
+def family_hours(
+    plan: Plan, mode: Mode, device: Device | None, throughput: Throughput | None = None, gpus: int = 1
+) -> list[HoursRow]:
     """One row a link, smallest model first; without `baselines` in the recipe nothing is known of the individual ones.
 
-    `device` is what unmeasured jobs are projected for; None leaves them open.
+    `plan` is one for `gpus` processes. `device` is what unmeasured jobs are projected for; None leaves them open.
     """
-    rows = []
-    alone: Hours | None = Hours(0.0, 0.0, 0.0, "measured")
-    together: Hours | None = Hours(0.0, 0.0, 0.0, "measured")
+
+    def hours(job: Job) -> Hours | None:
+        return job_hours(plan.recipe, job, plan.cost(job, mode), device, gpus, throughput)
+
+    rows: list[HoursRow] = []
+    alone: list[Hours | None] = []
+    chain: list[Hours | None] = []
     for at, link in enumerate(plan.links):
         baseline = plan.individual[at] if plan.individual else None
-        individual = gpu_hours(plan, baseline, mode, device, throughput) if baseline else None
-        chain = gpu_hours(plan, link, mode, device, throughput)
-        alone, together = _sum(alone, individual), _sum(together, chain)
+        alone.append(hours(baseline) if baseline else None)
+        chain.append(hours(link))
         epochs = baseline.epochs if baseline else None
-        rows.append(HoursRow(link.spec.name, link.epochs, epochs, individual, alone, chain, together))
+        rows.append(HoursRow(link.spec.name, link.epochs, epochs, alone[-1], _so_far(alone), chain[-1], _so_far(chain)))
     return rows
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from compt.forecast import ENGINE, Estimate, Fit, Forecast, Hours, Totals
+from compt.config import Recipe
+from compt.forecast import ENGINE, Estimate, Fit, Forecast, Totals
 from compt.formats import TextTable, count, hours, macs, ratio
+from compt.hardware import OF_THE_AUTHORS, Conditions, Throughput
+from compt.hardware_hours import Hours
 from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, Mode
 from compt.memory import ENGINES, Engine, Memory
 
@@ -101,19 +104,27 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         f"Wall time: GPU-hours over {machine.gpus} GPU{'s' * (machine.gpus > 1)}, as if none waited for another "
         "or for data."
     )
-    timed = [item for item in forecast.trained if item.hours and item.hours.kind == "measured"]
-    if any(item.job.cost.recompute_macs for item in timed):
-        notes.append(
-            "Speeds were measured without engine.micro_batch, which runs each forward pass twice: it takes longer."
-        )
+    if found.kind != "measured":
+        notes.append(OF_THE_AUTHORS)
     if machine.throughput is not None and found.kind != "measured":
         both = [*forecast.trained, *forecast.individual]
         missing = dict.fromkeys(item.job.name for item in both if item.hours and item.hours.kind != "measured")
-        notes.append(
-            f"The throughput file has no measurement in {precision} with {data.captions} captions"
-            f"{_length(data.caption_tokens)} of {', '.join(missing)}."
-        )
+        notes.append(unmeasured(machine.throughput, plan.recipe, machine.gpus, missing))
     return notes
+
+
+def unmeasured(file: Throughput, recipe: Recipe, gpus: int, names: Iterable[str], mode: Mode = "exact") -> str:
+    """Says that `file` has no measurement of jobs as `gpus` processes train them."""
+    asked = Conditions.of(recipe, gpus)
+    captions = f"{asked.captions} captions{_length(asked.tokens)}"
+    if mode == "paper":
+        captions = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
+    ways = [f"micro-batches of {asked.micro_batch}" if asked.micro_batch else ""]
+    ways += [f"chunks of the loss of {asked.loss_chunk}" if asked.loss_chunk else ""]
+    ways += ["compiled blocks" if asked.compile else ""]
+    has = "" if file.precision == asked.precision else f", which is of {file.precision},"
+    setting = ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])
+    return f"The throughput file{has} has no measurement in {setting} of {', '.join(names)}."
 
 
 def _length(tokens: float | Mapping[int, float] | None) -> str:

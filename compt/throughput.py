@@ -7,144 +7,26 @@ import multiprocessing
 import platform
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from compt.artefact import versions
 from compt.data.records import Batch
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Precision
-from compt.engines.ddp import DataParallelEngine
 from compt.errors import ComptError, ConfigError, RunError
 from compt.files import write_json
-from compt.hardware import Device, Measurement, Throughput, match_device, mean_tokens
-from compt.losses import ImageToText
-from compt.macs import Tokens, exact_cost
-from compt.models import build, caption_lengths, padded_tokens
-from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
-from compt.task import ClipTask, DistillTask
-from compt.trainer import training_step
-
-LEARNING_RATE = 1e-5
-"""Of the timed steps: small enough that random pixels lead nowhere."""
+from compt.hardware import Measurement, Throughput, mean_tokens, smaller
+from compt.hardware_devices import Device, match_device
+from compt.macs import exact_cost
+from compt.models import caption_lengths, padded_tokens
+from compt.throughput_step import Setup, TrainingStep
 
 CPU_STEP_SECONDS = 5.0
 """The longest step that a search for a batch goes up to on a CPU, whose memory is seldom what ends it."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A training job as far as its speed depends on it; `tokens` as in `compt.macs`, the other fields as in a recipe.
-
-    `teacher` is the model whose forward pass is computed too, None for a baseline.
-    """
-
-    student: ModelSpec
-    teacher: ModelSpec | None = None
-    captions: int = 4
-    tokens: Tokens = None
-    precision: Precision = "bf16"
-    text_buckets: int = 1
-    loss_chunk: int | None = None
-    image_to_text: ImageToText = "slot"
-    clip_grad_norm: float | None = None
-    compile: bool = False
-    seed: int = 0
-
-
-def random_captions(setup: Setup, batch: int, generator: torch.Generator) -> Tensor:
-    """Tokens int64 [batch, captions, T], each with its end of text and zeros behind it.
-
-    A mean length is that of every caption, rounded; of a distribution each length has its share.
-    """
-    spec = setup.student
-    shape = (batch, setup.captions)
-    if isinstance(setup.tokens, Mapping):
-        count = batch * setup.captions
-        choices = torch.tensor([min(length, spec.context_length) for length in setup.tokens])
-        ends = torch.tensor(list(setup.tokens.values()), dtype=torch.float64).cumsum(0)
-        at = torch.searchsorted(ends / ends[-1], (torch.arange(count, dtype=torch.float64) + 0.5) / count)
-        lengths = choices[at][torch.randperm(count, generator=generator)].view(shape)
-    else:
-        lengths = torch.full(shape, max(1, round(mean_tokens(spec, setup.tokens))))
-    longest = int(lengths.max())
-    tokens = torch.randint(1, spec.vocab_size - 2, (*shape, longest), generator=generator)
-    places = torch.arange(longest)
-    end = lengths[..., None] - 1
-    return torch.where(places == end, spec.vocab_size - 1, torch.where(places < end, tokens, 0))
-
-
-class TrainingStep:
-    """A model, its engine and, in a chain, its teacher, all with random weights; each call is one step of training."""
-
-    def __init__(self, setup: Setup, device: torch.device) -> None:
-        self.setup, self.device = setup, device
-        student = build(setup.student, device=device)
-        if setup.teacher is None:
-            self.task = ClipTask(
-                student, image_to_text=setup.image_to_text, text_buckets=setup.text_buckets, chunk=setup.loss_chunk
-            )
-        else:
-            self.task = DistillTask(
-                student,
-                build(setup.teacher, device=device),
-                image_to_text=setup.image_to_text,
-                text_buckets=setup.text_buckets,
-                chunk=setup.loss_chunk,
-                teacher_dtype=COMPUTE_DTYPES[setup.precision],
-            )
-        self.task.module.train()
-        self.engine = DataParallelEngine(
-            self.task.module, AdamWSettings(), precision=setup.precision, device=device, compile=setup.compile
-        )
-
-    def data(self, batch: int) -> Batch:
-        """Random uint8 pixels and captions of `batch` samples, as a loader hands them over."""
-        generator = torch.Generator().manual_seed(self.setup.seed)
-        size = self.setup.student.image_size
-        images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
-        made = Batch(images, random_captions(self.setup, batch, generator), [""] * batch)
-        return made.pin_memory() if self.device.type == "cuda" else made
-
-    def __call__(self, batch: Batch, micro_batch: int | None = None) -> None:
-        """Forward, backward and update, waited for."""
-        training_step(
-            self.task,
-            self.engine,
-            batch,
-            lr=LEARNING_RATE,
-            micro_batch=micro_batch or len(batch),
-            clip_grad_norm=self.setup.clip_grad_norm,
-            mean=OPENAI_MEAN,
-            std=OPENAI_STD,
-        )
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def seconds(
-        self,
-        batch: Batch,
-        micro_batch: int | None = None,
-        *,
-        warm_up: int = 1,
-        repeats: int = 3,
-        seconds: float = 0.0,
-    ) -> list[float]:
-        """Seconds of each of at least `repeats` steps after `warm_up` others, until they are `seconds` together."""
-        for _ in range(warm_up):
-            self(batch, micro_batch)
-        times: list[float] = []
-        while len(times) < repeats or sum(times) < seconds:
-            started = time.perf_counter()
-            self(batch, micro_batch)
-            times.append(time.perf_counter() - started)
-        return times
 
 
 def largest_batch(fits: Callable[[int], bool], most: int) -> int:
@@ -258,12 +140,12 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
         return _failed(setup, None, "a batch of 1 does not fit into memory")
     data, times = timed
     peak = _peak_bytes(device)
-    computed = padded_tokens(caption_lengths(data.tokens).flatten(), setup.text_buckets) / data.tokens[..., 0].numel()
+    pieces = caption_lengths(data.tokens).split(setup.micro_batch or size)
+    computed = sum(padded_tokens(piece.flatten(), setup.text_buckets) for piece in pieces) / (size * setup.captions)
     middle = median(times) / size
-    return _asked(setup).model_copy(
+    return _asked(setup, size).model_copy(
         update={
             "computed_tokens": computed,
-            "batch": size,
             "repeats": len(times),
             "seconds_per_sample": middle,
             "low": min(times) / size,
@@ -274,18 +156,33 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     )
 
 
-def _asked(setup: Setup) -> Measurement:
+def _asked(setup: Setup, batch: int | None) -> Measurement:
+    micro, chunk = setup.micro_batch, setup.loss_chunk
     return Measurement(
         student=setup.student,
         teacher=setup.teacher,
         captions=setup.captions,
         tokens=mean_tokens(setup.student, setup.tokens),
         text_buckets=setup.text_buckets,
+        batch=batch,
+        micro_batch=micro if batch is None else smaller(micro, batch),
+        loss_chunk=chunk if batch is None else smaller(chunk, batch),
+        compile=setup.compile,
     )
 
 
+_ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile")
+
+
+def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
+    """Whether `entry` is of that very job, with `batch` samples a step where that is given."""
+    asked = _asked(setup, entry.batch)
+    same = all(getattr(entry, key) == getattr(asked, key) for key in _ASKED)
+    return same and entry.same_models(asked) and (batch is None or entry.batch == batch)
+
+
 def _failed(setup: Setup, batch: int | None, why: str) -> Measurement:
-    return _asked(setup).model_copy(update={"batch": batch, "failure": why})
+    return _asked(setup, batch).model_copy(update={"failure": why})
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
@@ -381,7 +278,6 @@ def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:
         kind=known.name if known else None,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         precision=setup.precision,
-        compiled=setup.compile,
         seed=setup.seed,
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=command,
@@ -389,7 +285,7 @@ def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:
     )
 
 
-_SAME_MACHINE = ("device", "threads", "precision", "compiled", "seed", "versions")
+_SAME_MACHINE = ("device", "threads", "precision", "seed", "versions")
 
 
 def run(
@@ -407,34 +303,30 @@ def run(
 ) -> Throughput:
     """Measure each of `setups`, all of one precision, and write `out` after every one, so that a rerun goes on there.
 
-    What `out` has already is not measured again, unless it was with another `batch` than is now asked for, or `fresh`.
+    What `out` has already is not measured again, unless `fresh`; what it has of another `batch` or setting stays too.
     `show` is called with each entry and whether it was there before. Raises ConfigError where `out` is damaged or of
     another machine, other versions or another precision.
     """
-    made = new_file(device, setups[0], command)
+    made = held = new_file(device, setups[0], command)
     if out is not None and out.exists() and not fresh:
-        before = Throughput.read(out)
+        held = Throughput.read(out)
         for key in _SAME_MACHINE:
-            old, new = getattr(before, key), getattr(made, key)
+            old, new = getattr(held, key), getattr(made, key)
             if old != new:
                 raise ConfigError(
                     f"{out} holds measurements with {key} {_shown(old)}, this one has {_shown(new)}; "
                     "write to another file, or start it anew with --fresh"
                 )
-        made = made.model_copy(update={"entries": before.entries})
     for setup in setups:
-        asked = _asked(setup)
-        found = next((entry for entry in made.entries if entry.same_job(asked)), None)
-        kept = found is not None and (batch is None or found.batch == batch)
-        if found is None or not kept:
-            entry = measure(setup, device, batch, most, seconds)
-            others = tuple(entry for entry in made.entries if entry is not found)
-            made = made.model_copy(update={"entries": (*others, entry)})
+        found = next((entry for entry in held.entries if _answers(entry, setup, batch)), None)
+        kept = found is not None
+        if found is None:
+            found = measure(setup, device, batch, most, seconds)
+            held = made.model_copy(update={"entries": (*held.entries, found)})
             if out is not None:
-                write_json(out, made.model_dump(mode="json"))
-            found = entry
+                write_json(out, held.model_dump(mode="json"))
         show(found, kept)
-    return made
+    return held
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.config import Recipe
-from compt.hardware import Device, Throughput, speed
+from compt.hardware import Conditions, Throughput, speed
+from compt.hardware_devices import Device
 from compt.planner import recipe_cost
 from compt.presets import ModelSpec
 
@@ -68,20 +69,11 @@ def hours_costs(
     does not have.
     """
     samples = epoch_steps(recipe) * recipe.optimizer.batch
-    tokens, captions = recipe.data.caption_tokens, recipe.data.captions
+    conditions = Conditions.of(recipe, gpus)
 
     def hours(student: ModelSpec, teacher: ModelSpec | None, file: Throughput | None = None) -> float:
-        cost = recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, tokens)
-        found = speed(
-            student,
-            teacher,
-            cost,
-            device,
-            captions=captions,
-            tokens=tokens,
-            precision=recipe.optimizer.precision,
-            throughput=file,
-        )
+        cost = recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, conditions.tokens)
+        found = speed(student, teacher, cost, device, conditions, file)
         return samples * found.seconds_per_sample / 3600
 
     alone, links = _tables(specs, hours, distils(recipe))

@@ -8,16 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from compt import cli_bench
 from compt.cli import app
 from compt.errors import ConfigError
-from compt.hardware import DEVICES, Measurement, Throughput
+from compt.hardware import Measurement, Throughput
+from compt.hardware_devices import DEVICES
 from compt.paper import TABLE_2
 from compt.presets import PRESETS
 
@@ -54,7 +57,7 @@ def hours(root: Path, name: str, *words: str) -> dict[str, Any]:
 def test_gpu_hours_stand_beside_the_papers(root: Path, name: str) -> None:
     made = hours(root, name, "--mode", "paper")
     table = TABLE_2[name]
-    assert (made["recipe"], made["device"], made["kind"], made["gpus"]) == (name, "A100 80 GB", "a100-80", 1)
+    assert (made["recipe"], made["device"], made["kind"], made["gpus"]) == (name, "A100 80 GB", "a100-80", 8)
     for at, row in enumerate(made["rows"]):
         paper = made["paper"][at]
         assert row["model"] == paper["model"] == table.models[at]
@@ -68,7 +71,7 @@ def test_gpu_hours_stand_beside_the_papers(root: Path, name: str) -> None:
 def test_hardware_changes_hours_and_says_so(root: Path) -> None:
     recipe = str(root / "recipes" / "cc3m_vit.yaml")
     by_kind = {kind: hours(root, "cc3m_vit", "--kind", kind) for kind in ("a100-40", "a100", "h100", "h200")}
-    totals = [made["rows"][-1]["chain_accumulated"]["hours"] for made in by_kind.values()]
+    totals = [made["rows"][-1]["chain_accumulated"]["gpu_hours"] for made in by_kind.values()]
     assert totals == sorted(totals, reverse=True)
     assert by_kind["h100"]["device"] == "H100 80 GB SXM"
     text = compt("gpu-hours", recipe, "--kind", "h100", "--gpus", "8", width=60)
@@ -78,10 +81,10 @@ def test_hardware_changes_hours_and_says_so(root: Path) -> None:
     assert "The paper's A100 hours (Table 2)" in text
     walls = re.findall(r"Wall time, 8 GPUs +([\d.]+) h", text)
     eight = hours(root, "cc3m_vit", "--kind", "h100", "--gpus", "8")
-    assert [row["wall_hours"] for row in eight["rows"]] == pytest.approx(
-        [row["chain_accumulated"]["hours"] / 8 for row in by_kind["h100"]["rows"]]
+    assert [row["chain_accumulated"]["wall_hours"] for row in eight["rows"]] == pytest.approx(
+        [row["chain_accumulated"]["gpu_hours"] / 8 for row in by_kind["h100"]["rows"]]
     )
-    accumulated = [row["chain_accumulated"]["hours"] for row in by_kind["h100"]["rows"]]
+    accumulated = [row["chain_accumulated"]["gpu_hours"] for row in by_kind["h100"]["rows"]]
     assert [float(wall) for wall in walls] == pytest.approx([hours / 8 for hours in accumulated], abs=0.006)
 
 
@@ -109,7 +112,8 @@ def entry(student: str, teacher: str | None, seconds: float) -> Measurement:
         teacher=PRESETS[teacher] if teacher else None,
         captions=4,
         tokens=77,
-        batch=8,
+        batch=128,
+        text_buckets=4,
         repeats=3,
         seconds_per_sample=seconds,
         low=seconds,
@@ -130,14 +134,57 @@ def test_measured_hours_by_hand(root: Path, tmp_path: Path) -> None:
     assert (made["device"], made["kind"]) == ("H200 141 GB SXM", "h200")
     first, second, third, _ = made["rows"]
     seen = 1024 * (2_753_427 // 1024)  # of each epoch, in whole batches
-    assert first["chain"] == {**first["individual"], "kind": "measured"}
-    assert first["chain"]["hours"] == pytest.approx(128 * seen * 1e-3 / 3600)
-    assert second["chain_accumulated"]["hours"] == pytest.approx(seen * (128 * 1e-3 + 24 * 2e-3) / 3600)
+    assert first["chain"] == first["individual"]
+    assert (first["chain"]["kind"], first["chain"]["sources"]) == ("measured", ["measured A machine, 2026-01-02"])
+    assert first["chain"]["wall_hours"] == pytest.approx(first["chain"]["gpu_hours"] / 8)
+    assert first["chain"]["gpu_hours"] == pytest.approx(128 * seen * 1e-3 / 3600)
+    assert second["chain_accumulated"]["gpu_hours"] == pytest.approx(seen * (128 * 1e-3 + 24 * 2e-3) / 3600)
     assert second["chain_accumulated"]["kind"] == "measured"
     assert [second["individual"]["kind"], third["chain"]["kind"]] == ["projected"] * 2
     text = compt("gpu-hours", str(root / "recipes" / "cc3m_vit.yaml"), "--throughput", str(file), width=60)
     assert text.count("[measured ") == 6
-    assert text.count("[projected ") == 10 + 1
+    assert text.count("[part projected ") == 5
+    assert text.count("[projected ") == 5 + 1
+    flat = " ".join(text.split())
+    assert "Hours are measured A machine, 2026-01-02; projected for H200" in flat
+    assert "of the authors' program, host and loaders included; this one may be faster or slower" in flat
+    assert "has no measurement in bf16 with 4 captions of the whole context of vit_b16, vit_l16, vit_s16 alone" in flat
+
+
+def test_what_the_file_does_not_have_is_said(root: Path, tmp_path: Path) -> None:
+    file = str(file_of(tmp_path / "t.json", "h200", entry("vit_t16", None, 1e-3), entry("vit_s16", "vit_t16", 2e-3)))
+    recipe = str(root / "recipes" / "cc3m_vit.yaml")
+
+    def told(*words: str) -> str:
+        return " ".join(compt("gpu-hours", recipe, "--throughput", file, *words).split())
+
+    assert "Hours are measured A machine, 2026-01-02;" in told()
+    assert "2026-01-02 (measured at batch 128; this plan has 256 a GPU);" in told("--gpus", "4")
+    assert "(measured at 4 text buckets; this plan has 2)" in told("--set", "engine.text_buckets=2")
+    for change, said in (
+        ("optimizer.precision=fp16", "The throughput file, which is of bf16, has no measurement in fp16 with 4"),
+        (
+            "engine.micro_batch=32",
+            "in bf16 with 4 captions of the whole context, micro-batches of 32 of vit_t16,",
+        ),
+        ("engine.loss_chunk=32", "captions of the whole context, chunks of the loss of 32 of vit_t16,"),
+        ("engine.compile=true", "captions of the whole context, compiled blocks of vit_t16,"),
+        ("data.caption_tokens=20", "in bf16 with 4 captions of 20 tokens of vit_t16,"),
+    ):
+        text = told("--set", change)
+        assert said in text, change
+        assert "[measured" not in text, change
+    assert "in bf16 with 6 captions of 77 tokens of vit_t16," in told("--mode", "paper")
+
+
+@pytest.mark.parametrize("gpus", ["1", "4", "8"])
+def test_gpu_hours_are_those_of_the_plan(root: Path, gpus: str) -> None:
+    words = ["--gpus", gpus, "--set", "engine.micro_batch=128", "--set", "engine.loss_chunk=256"]
+    accumulated = hours(root, "cc3m_vit", *words)["rows"][-1]["chain_accumulated"]
+    recipe = str(root / "recipes" / "cc3m_vit.yaml")
+    done = CliRunner().invoke(app, ["plan", recipe, "--json", *words])
+    total = json.loads(done.stdout)["totals"]["chain"]["hours"]
+    assert accumulated == total
 
 
 def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Path) -> None:
@@ -157,12 +204,26 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpu-hours", "{recipe}", "--kind", "a10"], r"unknown GPU 'a10' \(did you mean 'a100'\?\)"),
+        (["gpu-hours", "{recipe}", "--kind", "a10"], r"--kind a10: unknown GPU 'a10' \(did you mean 'a100'\?\)"),
         (
             ["gpu-hours", "{recipe}", "--mode", "papre"],
             r"--mode papre \(did you mean 'paper'\?\): should be exact or paper",
         ),
-        (["gpu-hours", "{recipe}", "--throughput", "none.json"], "cannot read none.json"),
+        (["gpu-hours", "{recipe}", "--throughput", "none.json"], "--throughput: cannot read none.json"),
+        (
+            ["gpu-hours", "{recipe}", "--gpus", "3"],
+            r"cc3m_vit\.yaml: optimizer\.batch = 1024: is not shared evenly by 3 GPUs; --gpus 2 or 4 would do",
+        ),
+        (["gpu-hours", "{recipe}", "--gpus", "5000"], "--gpus 5000: should be from 1 to the 1024"),
+        (["gpu-hours", "{recipe}", "--gpus", "0"], "--gpus 0: should be from 1 to the 1024"),
+        (["throughput", "--family", "{recipe}", "--gpus", "3"], "is not shared evenly by 3 GPUs"),
+        (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: says what the batch of"),
+        (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: says what the batch of --family is shared by"),
+        (
+            ["throughput", "vit_pico", "--tokens", "{{7: 0.8}}"],
+            r"--tokens \{7: 0\.8\}: should be a length, lengths",
+        ),
+        (["throughput", "vit_pico", "--tokens", "7:1,7:2"], "--tokens 7:1,7:2: names a length twice"),
         (["throughput", "vit_l"], r"unknown model 'vit_l' \(did you mean"),
         (
             ["throughput", "vit_c16", "--family", "{recipe}"],
@@ -202,7 +263,7 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     ) == [6]
     assert cli_bench._tokens("context", recipe) is cli_bench._tokens(None, recipe) is None
     assert cli_bench._tokens("20:0.7,40:0.3", recipe) == {20: 0.7, 40: 0.3}
-    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16")
+    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16", compile=False)
     assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
         ("vit_b16", None, 4),
         ("vit_b16", None, 6),
@@ -210,6 +271,40 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
         ("vit_b16", "vit_s16", 6),
     ]
     assert {setup.text_buckets for setup in setups} == {recipe.engine.text_buckets}
+    for device, gpus, batch in (("cuda", None, 128), ("cuda", 4, 256), ("cpu", None, 1024), ("cpu", 2, 512)):
+        assert cli_bench._batch(None, gpus, jobs, "r.yaml", device) == batch
+    assert cli_bench._batch("auto", None, jobs, "r.yaml", "cuda") is None
+    assert cli_bench._batch("9", None, jobs, "r.yaml", "cuda") == 9
+    assert cli_bench._batch(None, None, cli_bench._jobs([], None), "", "cuda") is None
+    ways = {"micro_batch": 64, "loss_chunk": 128, "compile": True}
+    engine = recipe.engine.model_copy(update=ways)
+    setups = cli_bench._setups(
+        replace(jobs, recipe=recipe.model_copy(update={"engine": engine})), [4], tokens=None, compile=False
+    )
+    assert [{key: getattr(setup, key) for key in ways} for setup in setups] == [ways] * 2
+
+
+def test_a_plan_takes_what_was_measured_of_its_recipe(tmp_path: Path) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "t.json"
+    link = {"train": {"epochs": 2}, "warmup": {"steps": 1}}
+    values = {
+        "name": "small",
+        "data": {"train": "x.tar", "images": 64, "captions": 2, "caption_tokens": {7: 0.8, 9: 0.2}},
+        "family": {"members": ["vit_pico", "vit_nano"]},
+        "chain": {"links": [{"model": "vit_pico", **link}, {"model": "vit_nano", **link}]},
+        "optimizer": {"batch": 8, "precision": "fp32"},
+        "engine": {"micro_batch": 2, "loss_chunk": 2, "text_buckets": 2, "device": "cpu"},
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    words = ["--family", str(recipe), "--gpus", "2", "--captions", "2", "--seconds", "0", "--device", "cpu"]
+    compt("throughput", *words, "--out", str(out))
+    entries = Throughput.read(out).entries
+    assert [(entry.batch, entry.micro_batch, entry.loss_chunk) for entry in entries] == [(4, 2, 2)] * 3
+    assert all(entry.computed_tokens == pytest.approx(7.4, abs=0.26) for entry in entries)
+    made = json.loads(compt("gpu-hours", str(recipe), "--throughput", str(out), "--gpus", "2", "--json"))
+    for row, found in zip(made["rows"], (entries[0], entries[2]), strict=True):
+        assert row["chain"]["sources"] == [f"measured {made['device']}, {Throughput.read(out).date[:10]}"]
+        assert row["chain"]["gpu_hours"] == pytest.approx(2 * 64 * found.seconds_per_sample / 3600)
 
 
 def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None:
@@ -254,5 +349,5 @@ def test_the_document_shows_what_the_command_prints(root: Path) -> None:
         assert shown.strip() in printed, command
     for device in DEVICES.values():
         peaks = rf"{device.peak_flops['bf16'] / 1e12:g} TFLOP/s \| {device.peak_flops['fp32'] / 1e12:g} TFLOP/s"
-        sizes = rf"{device.bandwidth_bytes / 1e12:g} TB/s \| {device.memory_bytes / 1e9:g} GB"
+        sizes = rf"{device.bandwidth_bytes / 1e12:g} TB/s \| {device.memory_bytes / 2**30:.2f} GiB"
         assert re.search(rf"\| `{device.name}`.* \| {peaks} \| {sizes} \|", text), device.name

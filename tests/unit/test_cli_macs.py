@@ -58,7 +58,7 @@ def test_json_has_the_records_and_their_sums() -> None:
     [
         ([], {}),
         (["--captions", "6"], {"captions": 6}),
-        (["--tokens", "{7: 3, 30: 1}"], {"tokens": {7: 3, 30: 1}}),
+        (["--tokens", "7:3,30:1"], {"tokens": {7: 3, 30: 1}}),
         (["--recompute"], {"recompute": True}),
         (["--checkpointing"], {"checkpointing": True}),
         (["--chunked-loss"], {"chunked_loss": True}),
@@ -74,7 +74,7 @@ def test_every_option_counts(arguments: list[str], options: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     ("tokens", "shown"),
-    [("7.5", "7.5"), ("500", "77"), ("{7: 1, 9: 3}", "7 to 9"), ("{7: 1, 90: 3}", "7 to 77"), ("{90: 1}", "77")],
+    [("7.5", "7.5"), ("500", "77"), ("7:1,9:3", "7 to 9"), ("7:1,90:3", "7 to 77"), ("90:1", "77"), ("context", "77")],
 )
 def test_the_lengths_that_are_computed_are_shown(tokens: str, shown: str) -> None:
     assert values("vit_s16", "--tokens", tokens)["sample"] == f"4 captions of {shown} tokens"
@@ -143,8 +143,12 @@ def test_the_rows_of_the_table() -> None:
         (["vit_s16", "--mode", "papr"], "--mode papr: should be exact or paper (did you mean 'paper'?)"),
         (["vit_s16", "--mode", "paper", "--captions", "4"], "--captions: mode paper has its own 6 captions of 77"),
         (["vit_s16", "--mode", "paper", "--chunked-loss"], "--chunked-loss: mode paper has its own"),
-        (["vit_s16", "--tokens", "many"], "--tokens many: should be a number above 0, or a mapping of lengths"),
-        (["vit_s16", "--tokens", "{7: -1}"], "--tokens {7: -1}: the share -1 of length 7 should be a number"),
+        (
+            ["vit_s16", "--tokens", "many"],
+            "--tokens many: should be a length, lengths with shares as in 20:0.7,40:0.3",
+        ),
+        (["vit_s16", "--tokens", "7:-1"], "or context (the share -1.0 of length 7 should be a number"),
+        (["vit_s16", "--tokens", "{7: 0.8}"], "--tokens {7: 0.8}: should be a length, lengths with shares"),
     ],
 )
 def test_bad_input_is_one_clear_error(arguments: list[str], message: str) -> None:
@@ -168,6 +172,6 @@ def test_the_page_on_costs_shows_what_is_printed() -> None:
     command, shown = re.search(r"```text\n\$ compt macs (.*?)\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
     printed = CliRunner().invoke(app, ["macs", *command.split()], env={"COLUMNS": "90"}).output
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
-    for tokens in ("17.5", "{7: 0.5, 28: 0.5}"):
+    for tokens in ("17.5", "7:0.5,28:0.5"):
         found = values("vit_s16", "--tokens", tokens)["sample_macs"]
-        assert re.search(rf"{found:,.0f}[^`]*`--tokens '?{re.escape(tokens)}'?`", " ".join(page.split())), tokens
+        assert re.search(rf"{found:,.0f}[^`]*`--tokens {re.escape(tokens)}`", " ".join(page.split())), tokens

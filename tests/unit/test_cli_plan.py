@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from compt.cli import main
+from compt.forecast import Machine
 from compt.hardware import DEVICES
 from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec
 from tests.unit.test_forecast import SECONDS, VALUES, measured
@@ -91,14 +92,22 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     assert values["jobs"][1]["hours"]["kind"] == "measured"
     text = plan("--throughput", str(path))[1]
     assert re.search(r"2-two .* 25\.6 \(23\.0-30\.7\) ", text)
-    assert "without engine.micro_batch" not in text
-    assert "without engine.micro_batch" in plan("--throughput", str(path), "--set", "engine.micro_batch=40")[1]
+    assert "measured NVIDIA A100-SXM4-80GB, 2026-01-02. Wall" in text
+    assert (
+        "2026-01-02 (measured at batch 80; this plan has 160 a GPU)"
+        in plan("--throughput", str(path), "--gpus", "4")[1]
+    )
+    pieces = plan("--throughput", str(path), "--set", "engine.micro_batch=40")[1]
+    assert "captions of the whole context, micro-batches of 40 of 1-one, 2-two," in pieces
+    assert "measured NVIDIA" not in pieces
     path.write_text(measured({"one": 1e-3}, kind="h100").model_dump_json())
     assert as_json(plan, "--throughput", str(path))["machine"]["kind"] == "h100"
     text = plan("--throughput", str(path))[1]
     assert "no measurement in bf16 with 2 captions of the whole context of 2-two, 3-three, control-" in text
     assert "baseline-two-s0, baseline-three-s0." in text
     assert "~ marks what is projected" in text
+    assert "of the authors' program, host and loaders included; this one may be faster or slower" in text
+    assert "of the authors' program" not in plan("--set", "engine.device=cpu")[1]
 
 
 def test_warnings_say_what_would_fit(plan: Plan) -> None:
@@ -106,7 +115,7 @@ def test_warnings_say_what_would_fit(plan: Plan) -> None:
     code, text, _ = plan(*words)
     assert code == 0
     text = " ".join(text.split())
-    found = re.search(r"Warning: does not fit the 37\.0 GB .*3-three \([\d,.]+ GB\).*engine\.micro_batch: (\d+)", text)
+    found = re.search(r"Warning: does not fit the 39\.2 GB .*3-three \([\d,.]+ GB\).*engine\.micro_batch: (\d+)", text)
     assert found is not None
     assert as_json(plan, *words)["too_large"]["micro_batch"] == int(found[1])
     assert "beyond this program" not in text
@@ -183,9 +192,20 @@ REFUSED = {
             ("--members", "4"),
             ("--budget", r"50\.0"),
             ("--runs", "runs/a"),
+            ("--in", "hours"),
+            ("--confidence", "0.9"),
+            ("--runs-on", "val"),
             ("--out", "best"),
         )
     },
+    "--mode with --json": (
+        ["--json", "--mode", "paper"],
+        r"--mode paper: is for tables; --json has the MACs of both modes$",
+    ),
+    "--memory with --json": (
+        ["--json", "--memory", "zero3"],
+        r"--memory zero3: is for tables; --json has the parts of memory of every engine$",
+    ),
     "--baselines with --auto": (["--auto", "--baselines"], r"--baselines: does not go with --auto"),
     "--mode with --auto": (["--auto", "--mode", "paper"], r"--mode paper: does not go with --auto"),
     "--memory with --auto": (["--auto", "--memory", "ddp"], r"--memory ddp: does not go with --auto"),
@@ -223,29 +243,32 @@ def test_auto_hands_on_what_was_asked(
     assert (recipe.name, source) == ("three", Path("r.yaml"))
     assert options == {
         "objective": "cost",
+        "unit": None,
         "size": None,
         "budget_gpu_hours": None,
-        "device": DEVICES["a100-80"],
-        "gpus": 8,
-        "throughput": None,
+        "confidence": None,
+        "machine": Machine(DEVICES["a100-80"], 8),
         "runs": (),
+        "on": None,
         "out": None,
         "as_json": False,
     }
     speeds = measured({"one": 1e-3}, kind="h100")
     (tmp_path / "h100.json").write_text(speeds.model_dump_json())
     words = "--auto --objective budget --members 3 --budget 120 --runs a --runs b --out best.yaml --json --gpus 4"
+    words += " --in hours --confidence 0.9 --runs-on val"
     assert plan(*words.split(), "--throughput", "h100.json", "--set", "name=other")[0] == 0
     (recipe, _), options = calls.pop()
     assert recipe.name == "other"
     assert options == {
         "objective": "budget",
+        "unit": "hours",
         "size": 3,
         "budget_gpu_hours": 120.0,
-        "device": DEVICES["h100"],
-        "gpus": 4,
-        "throughput": speeds,
+        "confidence": 0.9,
+        "machine": Machine(DEVICES["h100"], 4, speeds),
         "runs": [Path("a"), Path("b")],
+        "on": "val",
         "out": Path("best.yaml"),
         "as_json": True,
     }

@@ -13,7 +13,8 @@ from compt.design.candidates import _grows, candidates, ladder, text_shape
 from compt.design.costs import epoch_steps, hours_costs, macs_costs
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
-from compt.hardware import Throughput, find_device, speed
+from compt.hardware import Conditions, Throughput, speed
+from compt.hardware_devices import find_device
 from compt.macs import parameters
 from compt.planner import check_growth, recipe_cost
 from compt.presets import PRESETS, ModelSpec, resolve
@@ -163,7 +164,7 @@ def test_costs_of_pairs_are_the_planner_s(overrides: tuple[str, ...]) -> None:
         before = specs[teacher] if plan.chain.distill.alpha else None
         for given, at in ((before, (teacher, student)), (None, None)):
             cost = recipe_cost(plan, specs[student], given, epoch_steps(plan), 8, None)
-            found = speed(specs[student], given, cost, device, captions=4)
+            found = speed(specs[student], given, cost, device, Conditions.of(plan, 8))
             expected = cost.total_macs, samples * found.seconds_per_sample / 3600
             shown = (macs.links[at], hours.links[at]) if at else (macs.alone[student], hours.alone[student])
             assert shown == pytest.approx(expected, rel=1e-9)

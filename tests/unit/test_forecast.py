@@ -22,7 +22,8 @@ from compt.forecast import (
     make_forecast,
     memory_of,
 )
-from compt.hardware import DEVICES, Device, Measurement, Throughput
+from compt.hardware import Measurement, Throughput
+from compt.hardware_devices import DEVICES, Device
 from compt.macs import parameters
 from compt.memory import ENGINES
 from compt.planner import make_plan
@@ -85,7 +86,7 @@ def measured(seconds: dict[str, float], kind: str = "a100-80", **changes: Any) -
                 teacher=None if alone or not at else specs[names[at - 1]],
                 captions=2,
                 tokens=77,
-                batch=64,
+                batch=80,
                 repeats=3,
                 seconds_per_sample=value,
                 low=value * 0.9,
@@ -112,13 +113,14 @@ SAMPLES = {"1-one": 8 * 64_000, "2-two": 4 * 64_000, "3-three": 2 * 64_000}
 def test_measured_hours_are_samples_times_seconds() -> None:
     found = forecast(Machine(A100, 4, measured(SECONDS)))
     hours = {item.job.name: item.hours for item in found.links}
+    told = " (measured at batch 80; this plan has 160 a GPU)"
     for name, seconds in (("1-one", 1e-3), ("2-two", 2.5e-3), ("3-three", 6e-3)):
         one = hours[name]
         assert one is not None
         assert one.gpu_hours == pytest.approx(SAMPLES[name] * seconds / 3600)
         assert (one.low, one.high) == pytest.approx((0.9 * one.gpu_hours, 1.2 * one.gpu_hours))
         assert one.wall_hours == pytest.approx(one.gpu_hours / 4)
-        assert (one.kind, one.sources) == ("measured", ("measured NVIDIA A100-SXM4-80GB, 2026-01-02",))
+        assert (one.kind, one.sources) == ("measured", (f"measured NVIDIA A100-SXM4-80GB, 2026-01-02{told}",))
     chain = [512 * 1.0, 256 * 2.5, 128 * 6.0]  # in thousands of milliseconds: what the links take
     alone = [512 * 1.0, 512 * 2.0, 512 * 5.0]
     wanted = [(alone[at] / chain[at], sum(alone[: at + 1]) / sum(chain[: at + 1])) for at in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,23 +13,21 @@ import pytest
 from compt.config import load_recipe
 from compt.errors import ConfigError
 from compt.hardware import (
-    DEVICES,
-    PAPER_DEVICE,
+    Conditions,
     Measurement,
     Projection,
+    Speed,
     Throughput,
     Work,
     channels,
-    find_device,
     fit,
     fitted,
-    match_device,
     published_times,
     relative_error,
     speed,
-    utilisation,
     work,
 )
+from compt.hardware_devices import DEVICES, PAPER_DEVICE, find_device, match_device, utilisation
 from compt.hardware_hours import family_hours, published_rows
 from compt.macs import exact_cost, paper_cost
 from compt.paper import TABLE_2, TABLE_G
@@ -40,14 +39,25 @@ MODEL = Projection(fixed_seconds=1e-3, efficiency=0.5, bytes_per_channel=100.0, 
 WORK = Work(flops=312e9, channels=2.039e6)  # on an A100 80 GB: 2 ms of computing, 0.1 ms of traffic, 1 ms fixed
 
 
-def test_peaks_are_dense() -> None:
-    # The datasheets print Hopper's peaks with sparsity, at twice the dense rate: 1979 and 989 TFLOP/s.
-    for name in ("h100", "h200"):
-        assert DEVICES[name].peak_flops["bf16"] * 2 == pytest.approx(1979e12, rel=1e-3)
-        assert DEVICES[name].peak_flops["tf32"] * 2 == pytest.approx(989e12, rel=1e-3)
-    assert [DEVICES[name].peak_flops["fp16"] for name in ("a100-40", "a100-80")] == [312e12] * 2
-    assert [device.memory_bytes for device in DEVICES.values()] == [40e9, 80e9, 80e9, 141e9]
-    assert all("datasheet" in device.source for device in DEVICES.values())
+DATASHEETS = {  # TFLOP/s of bf16, tf32 and fp32 (Hopper's are printed with sparsity, at twice that), TB/s
+    "a100-40": (312, 156, 19.5, 1.555),
+    "a100-80": (312, 156, 19.5, 2.039),
+    "h100": (989.4, 494.7, 66.9, 3.35),
+    "h200": (989.4, 494.7, 66.9, 4.8),
+}
+CAPACITIES = {"a100-40": 39.39, "a100-80": 79.15, "h100": 79.10, "h200": 139.80}  # GiB, as PyTorch's messages have it
+
+
+@pytest.mark.parametrize("name", list(DEVICES))
+def test_devices_are_those_of_the_datasheets(name: str) -> None:
+    device, (half, tf32, fp32, bandwidth) = DEVICES[name], DATASHEETS[name]
+    assert device.name == name
+    assert {key: value / 1e12 for key, value in device.peak_flops.items()} == pytest.approx(
+        {"bf16": half, "fp16": half, "tf32": tf32, "fp32": fp32}
+    )
+    assert device.bandwidth_bytes / 1e12 == pytest.approx(bandwidth)
+    assert device.memory_bytes / 2**30 == pytest.approx(CAPACITIES[name], abs=1e-6)
+    assert "datasheet" in device.source
 
 
 def test_devices_are_found_by_name() -> None:
@@ -238,26 +248,25 @@ def entry(**other: object) -> Measurement:
     return Measurement(**{**values, **other})
 
 
-def kind_of(file: Throughput, teacher=T, captions=4, tokens=30.0, precision="bf16", student=S, distilled=True) -> str:
-    cost = exact_cost(student, teacher if distilled else None, steps=1, batch=8, captions=captions, tokens=tokens)
-    found = speed(
-        student,
-        teacher,
-        cost,
-        DEVICES["h200"],
-        captions=captions,
-        tokens=tokens,
-        precision=precision,
-        throughput=file,
-    )
+AS_MEASURED = Conditions(captions=4, tokens=30.0, batch=8)
+
+
+def found_in(file: Throughput, student=S, teacher=T, distilled=True, **other: object) -> Speed:
+    asked = replace(AS_MEASURED, **other)
+    given = {"captions": asked.captions, "tokens": asked.tokens}
+    cost = exact_cost(student, teacher if distilled else None, steps=1, batch=8, **given)
+    found = speed(student, teacher, cost, DEVICES["h200"], asked, file)
     assert found.low <= found.seconds_per_sample <= found.high
-    return found.kind
+    return found
+
+
+def kind_of(file: Throughput, **other: object) -> str:
+    return found_in(file, **other).kind
 
 
 def test_measured_only_for_the_very_job() -> None:
     file = a_file(entry())
-    cost = exact_cost(S, T, steps=1, batch=8, captions=4, tokens=30)
-    found = speed(S, T, cost, DEVICES["h200"], captions=4, tokens=30, throughput=file)
+    found = found_in(file)
     assert (found.seconds_per_sample, found.low, found.high, found.kind) == (2e-3, 1e-3, 3e-3, "measured")
     assert found.source == "NVIDIA H200, 2026-01-02"
     assert kind_of(file, student=replace(S, name="mine")) == "measured"
@@ -268,26 +277,70 @@ def test_measured_only_for_the_very_job() -> None:
     assert kind_of(file, captions=6) == "projected"
     assert kind_of(file, tokens=40) == "projected"
     assert kind_of(file, precision="fp16") == "projected"
-    assert kind_of(a_file(entry(seconds_per_sample=None, failure="does not fit"))) == "projected"
+    assert kind_of(file, micro_batch=4) == "projected"
+    assert kind_of(file, loss_chunk=4) == "projected"
+    assert kind_of(file, compile=True) == "projected"
+    assert kind_of(a_file(entry(seconds_per_sample=None, low=None, high=None, failure="no"))) == "projected"
     # A predecessor whose features are not distilled is no teacher to the clock.
     assert kind_of(file, distilled=False) == "projected"
     assert kind_of(a_file(entry(teacher=None)), distilled=False) == "measured"
+
+
+def test_measured_with_the_settings_of_the_plan() -> None:
+    for key, value in (("micro_batch", 4), ("loss_chunk", 4), ("compile", True)):
+        file = a_file(entry(**{key: value}), entry(seconds_per_sample=1.5e-3))
+        assert found_in(file, **{key: value}).seconds_per_sample == 2e-3
+        assert found_in(file).seconds_per_sample == 1.5e-3
+
+
+def test_what_counts_is_what_was_computed() -> None:
+    file = a_file(entry(tokens=25.0, computed_tokens=30.0))
+    assert kind_of(file) == "measured"
+    assert kind_of(file, tokens=25.0) == "projected"
+    # Captions of one bucket have a whole number of tokens, which is off by a half at most.
+    file = a_file(entry(tokens=7.4, computed_tokens=7.0))
+    assert kind_of(file, tokens=7.4) == kind_of(file, tokens=7.5) == "measured"
+    assert kind_of(file, tokens=7.6) == "projected"
+
+
+def test_another_batch_is_said() -> None:
+    file = a_file(entry())
+    found = found_in(file, batch=1280)
+    assert found.kind == "measured"
+    assert found.source == "NVIDIA H200, 2026-01-02 (measured at batch 8; this plan has 1,280 a GPU)"
+    buckets = found_in(file, text_buckets=4).source
+    assert buckets.endswith(" (measured at 1 text buckets; this plan has 4)")
+    # Of several the very batch, or the nearest.
+    file = a_file(entry(), entry(batch=64, seconds_per_sample=1.5e-3), entry(batch=256, seconds_per_sample=1.2e-3))
+    assert found_in(file, batch=64).seconds_per_sample == 1.5e-3
+    assert found_in(file, batch=160).seconds_per_sample == 1.2e-3
+    assert found_in(file, batch=100).seconds_per_sample == 1.5e-3
+    both = a_file(entry(), entry(text_buckets=4, seconds_per_sample=1.5e-3))
+    assert found_in(both, text_buckets=4).seconds_per_sample == 1.5e-3
+
+
+def test_conditions_are_those_of_a_process(root: Path) -> None:
+    changes = ["engine.micro_batch=64", "engine.loss_chunk=128", "engine.compile=true", "data.caption_tokens=20"]
+    recipe = load_recipe(root / "recipes" / "cc3m_vit.yaml", changes)
+    assert Conditions.of(recipe, 4) == Conditions(4, 20.0, "bf16", 256, 64, 128, True, 4)
+    assert Conditions.of(recipe, 8) == Conditions(4, 20.0, "bf16", 128, 64, None, True, 4)
+    assert Conditions.of(recipe, 16) == Conditions(4, 20.0, "bf16", 64, None, None, True, 4)
 
 
 def test_published_accounting_is_measured_with_its_own_captions() -> None:
     cost = paper_cost(S, T, samples=1, steps=1)
     for captions, tokens, kind in ((6, 77.0, "measured"), (4, 77.0, "projected"), (6, 30.0, "projected")):
         file = a_file(entry(captions=captions, tokens=tokens))
-        found = speed(S, T, cost, DEVICES["h200"], captions=captions, tokens=tokens, throughput=file)
+        found = speed(S, T, cost, DEVICES["h200"], Conditions(captions, tokens, batch=8), file)
         assert found.kind == kind
 
 
 def test_a_projection_names_its_device() -> None:
     cost = paper_cost(L, None, samples=1, steps=1)
-    found = speed(L, None, cost, PAPER_DEVICE, captions=4)
+    found = speed(L, None, cost, PAPER_DEVICE, Conditions())
     row = next(row for row in published_times() if row.family == "cc3m_vit" and row.model == "vit_l16")
     assert found.kind == "projected"
-    assert "A100 80 GB" in found.source
+    assert found.source == "for A100 80 GB from the A100 hours of the paper's Table 2"
     assert found.low < row.seconds_per_sample < found.high
 
 
@@ -297,7 +350,7 @@ def write(path: Path, file: Throughput) -> Path:
 
 
 def test_files_come_back_as_they_were(tmp_path: Path) -> None:
-    file = a_file(entry(), entry(teacher=None, failure="a batch of 1 does not fit into memory"))
+    file = a_file(entry(), entry(teacher=None, seconds_per_sample=None, low=None, high=None, failure="does not fit"))
     path = write(tmp_path / "t.json", file)
     assert Throughput.read(path) == Throughput.read(path, DEVICES["h200"]) == file
 
@@ -330,6 +383,12 @@ def _changed(path: Path, **changes: object) -> None:
         ({"captions": 0}, r"entries\.0\.captions: .* greater than or equal to 1, not 0"),
         ({"seconds_per_sample": -1.0}, r"entries\.0\.seconds_per_sample: .* greater than 0, not -1"),
         ({"seconds_per_sample": "fast"}, 'a valid number, .*not "fast"'),
+        ({"seconds_per_sample": math.inf}, r"entries\.0\.seconds_per_sample: .* a finite number"),
+        ({"high": math.nan}, r"entries\.0\.high: .* a finite number"),
+        ({"low": 2.5e-3}, r"entries\.0: low, seconds_per_sample and high have to be in this order"),
+        ({"high": 1.5e-3}, r"entries\.0: low, seconds_per_sample and high have to be in this order"),
+        ({"batch": None}, r"entries\.0: batch is missing beside seconds_per_sample"),
+        ({"kind": "v100"}, r"kind: should be null or one of a100-40, a100-80, h100, h200.*, not \"v100\""),
         ({"wings": 2}, "wings: Extra inputs are not permitted, not 2"),
         ({"student": {}}, "entries.0.student"),
         ({"student": {**T.to_dict(), "width": 190}}, "width 190 is not 3 heads of 64"),
@@ -364,13 +423,13 @@ def test_the_published_table_comes_back(root: Path, name: str) -> None:
         assert published.chain_accumulated_hours == pytest.approx(100 * table.chain[at].accumulated_hours)
         assert row.individual is not None
         assert row.individual.kind == "projected"
-        assert row.individual.hours == pytest.approx(
+        assert row.individual.gpu_hours == pytest.approx(
             published.individual_hours * (1 + published.individual_error), rel=1e-9
         )
         assert row.chain_accumulated is not None
-        assert row.chain_accumulated.hours == pytest.approx(published.chain_accumulated_hours, rel=0.1)
+        assert row.chain_accumulated.gpu_hours == pytest.approx(published.chain_accumulated_hours, rel=0.1)
         assert row.accumulated_speedup == pytest.approx(published.accumulated_speedup, rel=0.06)
-    assert sum(row.individual.hours for row in rows) == pytest.approx(rows[-1].individual_accumulated.hours)
+    assert sum(row.individual.gpu_hours for row in rows) == pytest.approx(rows[-1].individual_accumulated.gpu_hours)
 
 
 def test_other_chains_have_no_published_rows(root: Path) -> None:
@@ -379,16 +438,26 @@ def test_other_chains_have_no_published_rows(root: Path) -> None:
     assert published_rows(make_plan(load_recipe(recipe, ["data.images=3000000"]))) == []
 
 
-def test_a_sum_is_as_good_as_its_worst_term(root: Path) -> None:
-    plan = make_plan(load_recipe(root / "recipes" / "cc3m_vit.yaml", []))
-    file = a_file(entry(student=T, teacher=None, tokens=77.0), entry(tokens=77.0))
-    first, second, third, _ = family_hours(plan, "exact", DEVICES["h200"], file)
+def test_sums_say_what_their_terms_are(root: Path) -> None:
+    plan = make_plan(load_recipe(root / "recipes" / "cc3m_vit.yaml", []), world_size=4)
+    as_planned = {"tokens": 77.0, "batch": 256, "text_buckets": 4}
+    file = a_file(entry(student=T, teacher=None, **as_planned), entry(**as_planned))
+    first, second, third, _ = family_hours(plan, "exact", DEVICES["h200"], file, 4)
     assert first.chain.kind == first.individual.kind == second.chain_accumulated.kind == "measured"
-    assert second.individual.kind == second.individual_accumulated.kind == third.chain_accumulated.kind == "projected"
-    assert first.chain.hours == pytest.approx(2e-3 * plan.links[0].samples / 3600)
-    assert (first.chain.low, first.chain.high) == pytest.approx((first.chain.hours / 2, first.chain.hours * 1.5))
+    assert second.individual.kind == "projected"
+    assert second.individual_accumulated.kind == third.chain_accumulated.kind == "measured and projected"
+    assert first.chain.gpu_hours == pytest.approx(2e-3 * plan.links[0].samples / 3600)
+    assert (first.chain.low, first.chain.high) == pytest.approx(
+        (first.chain.gpu_hours / 2, first.chain.gpu_hours * 1.5)
+    )
+    for end in ("low", "gpu_hours", "high", "wall_hours"):
+        terms = (first.chain, second.chain, third.chain)
+        assert getattr(third.chain_accumulated, end) == pytest.approx(sum(getattr(term, end) for term in terms))
+    assert third.chain_accumulated.wall_hours == pytest.approx(third.chain_accumulated.gpu_hours / 4)
+    assert first.chain.sources == ("measured NVIDIA H200, 2026-01-02",)
+    assert [source.partition(" ")[0] for source in third.chain_accumulated.sources] == ["measured", "projected"]
     # Where nothing is known of the device, nothing is projected.
-    first, second, third, _ = family_hours(plan, "exact", None, file)
+    first, second, third, _ = family_hours(plan, "exact", None, file, 4)
     assert first.speedup == 1.0
     assert second.chain_accumulated is not None
     assert (second.individual, second.individual_accumulated, second.speedup, third.chain) == (None, None, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,20 +15,14 @@ from hypothesis import strategies as st
 
 from compt import throughput
 from compt.errors import ConfigError, RunError
-from compt.hardware import DEVICES, Measurement, Throughput
+from compt.hardware import Measurement, Throughput
+from compt.hardware_devices import DEVICES
 from compt.macs import exact_cost
 from compt.metrics import read_metrics
-from compt.models import caption_lengths
+from compt.models import caption_lengths, padded_tokens
 from compt.presets import PRESETS
-from compt.throughput import (
-    Setup,
-    TrainingStep,
-    largest_batch,
-    measure,
-    measure_apart,
-    random_captions,
-    run,
-)
+from compt.throughput import largest_batch, measure, measure_apart, run
+from compt.throughput_step import Setup, TrainingStep, random_captions
 from tests.helpers_recipe import FIRST, SECOND, chain, make_data, manifest
 
 CPU = torch.device("cpu")
@@ -53,18 +48,41 @@ def test_the_largest_batch_is_found(limit: int, most: int) -> None:
     assert len(tried) == len(set(tried)) <= 20
 
 
-def test_captions_have_the_lengths_that_were_asked_for() -> None:
-    generator = torch.Generator().manual_seed(0)
-    tokens = random_captions(replace(LINK, tokens={5: 3.0, 9: 1.0}), 10, generator)
+def lengths_of(batch: int, **changes: Any) -> torch.Tensor:
+    return caption_lengths(random_captions(replace(LINK, **changes), batch, torch.Generator().manual_seed(0)))
+
+
+def test_captions_are_as_long_as_is_to_be_computed() -> None:
+    tokens = random_captions(replace(LINK, tokens={9: 1.0, 5: 3.0}, text_buckets=4), 10, torch.Generator())
     lengths = caption_lengths(tokens)
     assert tokens.shape == (10, 2, 9)
     assert sorted(lengths.flatten().tolist()) == [5] * 15 + [9] * 5
+    assert lengths.flatten().tolist() != sorted(lengths.flatten().tolist())
     assert ((tokens == NANO.vocab_size - 1).sum(-1) == 1).all()
     assert all((caption[length:] == 0).all() for caption, length in zip(tokens[0], lengths[0], strict=True))
     assert (tokens[..., :4] > 0).all()
-    assert caption_lengths(random_captions(replace(LINK, tokens=6.4), 3, generator)).unique().tolist() == [6]
-    assert caption_lengths(random_captions(replace(LINK, tokens=None), 3, generator)).unique().tolist() == [32]
-    assert caption_lengths(random_captions(replace(LINK, tokens={99: 1.0}), 3, generator)).unique().tolist() == [32]
+    assert lengths_of(3, tokens=6.4).unique().tolist() == [6]
+    assert lengths_of(3, tokens=None).unique().tolist() == [32]
+    assert lengths_of(3, tokens={99: 1.0}).unique().tolist() == [32]
+    # In one bucket all are computed as long as the longest: no other lengths come to the mean.
+    assert lengths_of(10, tokens={5: 3.0, 9: 1.0}).unique().tolist() == [6]
+    assert sorted(lengths_of(8, tokens=7.4, text_buckets=4).flatten().tolist()) == [7] * 8 + [8] * 8
+    assert sorted(lengths_of(10, tokens=7.4, micro_batch=2)[::2, 0].tolist()) == [7, 7, 7, 8, 8]
+
+
+@given(
+    st.dictionaries(st.integers(1, 32), st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 12),
+)
+def test_what_is_computed_is_what_was_asked_for(shares: dict[int, int], batch: int, buckets: int, micro: int) -> None:
+    made = lengths_of(batch, tokens=shares, text_buckets=buckets, micro_batch=micro)
+    computed = sum(padded_tokens(piece.flatten(), buckets) for piece in made.split(micro))
+    mean = sum(length * share for length, share in shares.items()) / sum(shares.values())
+    bucket = -(-2 * min(micro, batch) // buckets)
+    # Half a token of a bucket is left by rounding; ends of the range and a last, smaller bucket take a little more.
+    assert abs(computed - 2 * batch * mean) <= 0.5 * bucket + batch * 0.5
 
 
 def test_a_step_trains_the_student_and_runs_the_teacher() -> None:
@@ -91,17 +109,23 @@ def test_options_of_the_setup_arrive() -> None:
     step = TrainingStep(replace(ALONE, text_buckets=3, loss_chunk=2, image_to_text="all", precision="bf16"), CPU)
     assert (step.task.module.text_buckets, step.task.chunk, step.task.image_to_text) == (3, 2, "all")
     assert step.engine.precision == "bf16"
+    pieces: list[int] = []
+    step = TrainingStep(replace(LINK, micro_batch=3), CPU)
+    forward = step.engine.forward
+    step.engine.forward = lambda images, *more, **how: pieces.append(len(images)) or forward(images, *more, **how)
+    step(step.data(7))
+    assert pieces == [3, 3, 1] * 2
     assert TrainingStep(replace(LINK, precision="bf16"), CPU).task.teacher_dtype == torch.bfloat16
 
 
 def test_seconds_are_those_of_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 10.0, 13.0, 20.0, 22.0, 30.0, 39.0])
     step = TrainingStep(ALONE, CPU)
-    calls: list[int | None] = []
-    monkeypatch.setattr(TrainingStep, "__call__", lambda self, batch, micro=None: calls.append(micro))
+    calls: list[int] = []
+    monkeypatch.setattr(TrainingStep, "__call__", lambda self, batch: calls.append(len(batch)))
     monkeypatch.setattr("compt.throughput.time.perf_counter", lambda: next(clock))
-    assert step.seconds(step.data(2), 7, warm_up=2, repeats=2, seconds=5.5) == [1.0, 3.0, 2.0]
-    assert calls == [7] * 5
+    assert step.seconds(step.data(2), warm_up=2, repeats=2, seconds=5.5) == [1.0, 3.0, 2.0]
+    assert calls == [2] * 5
 
 
 def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -109,11 +133,11 @@ def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int
     original = TrainingStep.__call__
     tried: list[int] = []
 
-    def limited(self: TrainingStep, batch: Any, micro_batch: int | None = None) -> None:
+    def limited(self: TrainingStep, batch: Any) -> None:
         tried.append(len(batch))
         if len(batch) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        original(self, batch, micro_batch)
+        original(self, batch)
 
     monkeypatch.setattr(TrainingStep, "__call__", limited)
     monkeypatch.setattr(throughput, "CPU_STEP_SECONDS", 1e6)
@@ -178,8 +202,22 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     useful = cost.student_training_macs + cost.teacher_forward_macs + cost.loss_macs
     assert found.mfu == pytest.approx(2 * useful * 8 / 0.2 / 66.9e12)
     one_bucket = measure(replace(setup, text_buckets=1), CPU, 8, 32, 0.0)
-    assert (one_bucket.tokens, one_bucket.computed_tokens) == (6.0, 8.0)
-    assert one_bucket.mfu > found.mfu
+    assert (one_bucket.tokens, one_bucket.computed_tokens) == (6.0, 6.0)
+    half = measure(replace(setup, tokens=6.5, text_buckets=2), CPU, 8, 32, 0.0)
+    assert (half.tokens, half.computed_tokens) == (6.5, 6.5)
+    ways = {"micro_batch": 4, "loss_chunk": 4}
+    with_ways = measure(replace(setup, **ways), CPU, 8, 32, 0.0)
+    assert {key: getattr(with_ways, key) for key in (*ways, "text_buckets", "compile")} == {
+        **ways,
+        "text_buckets": 2,
+        "compile": False,
+    }
+    in_one = measure(replace(setup, **ways), CPU, 4, 32, 0.0)
+    assert (in_one.micro_batch, in_one.loss_chunk) == (None, None)
+    monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
+    monkeypatch.setattr(TrainingStep, "data", lambda self, batch: found_data)
+    found_data = SimpleNamespace(tokens=random_captions(setup, 8, torch.Generator()))
+    assert measure(replace(setup, compile=True), CPU, 8, 32, 0.0).compile
     monkeypatch.undo()
     assert throughput.known_device(CPU) is None
     assert throughput.peak_flops(CPU, "bf16") is None
@@ -228,6 +266,7 @@ class Meter:
         self.seen.append(setup)
         done = {"failure": self.failure} if self.failure else {"seconds_per_sample": 0.5, "low": 0.25, "high": 1.0}
         asked = {"captions": setup.captions, "tokens": setup.tokens, "batch": batch or most, "repeats": 3}
+        asked |= {key: getattr(setup, key) for key in ("text_buckets", "micro_batch", "loss_chunk", "compile")}
         return Measurement(student=setup.student, teacher=setup.teacher, **asked, **done)
 
 
@@ -272,14 +311,20 @@ def test_a_model_that_does_not_fit_is_not_tried_again(tmp_path: Path) -> None:
     assert [entry.failure is None for entry in made.entries] == [False, False, True, True]
 
 
-def test_another_batch_is_measured_anew(tmp_path: Path) -> None:
+def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
     bench(out, Meter(), batch=4)
     assert bench(out, Meter(), batch=4)[1] == [True] * 4
     made, kept = bench(out, Meter(), SETUPS[:1], batch=6)
     assert kept == [False]
-    assert sorted(entry.batch for entry in made.entries) == [4, 4, 4, 6]
+    assert sorted(entry.batch for entry in made.entries) == [4, 4, 4, 4, 6]
     assert bench(out, Meter(), SETUPS[:1])[1] == [True]
+    for changes in ({"micro_batch": 2}, {"loss_chunk": 2}, {"compile": True}, {"text_buckets": 2}, {"tokens": 8.0}):
+        other = [replace(SETUPS[0], **changes)]
+        assert bench(out, Meter(), other, batch=4)[1] == [False], changes
+        assert bench(out, Meter(), other, batch=4)[1] == [True], changes
+    # Pieces larger than the batch are none.
+    assert bench(out, Meter(), [replace(SETUPS[0], micro_batch=4, loss_chunk=9)], batch=4)[1] == [True]
 
 
 @pytest.mark.parametrize(
@@ -288,7 +333,6 @@ def test_another_batch_is_measured_anew(tmp_path: Path) -> None:
         ({"device": "NVIDIA H200"}, "device NVIDIA H200, this one has "),
         ({"precision": "bf16"}, "precision bf16, this one has fp32"),
         ({"seed": 7}, "seed 7, this one has 0"),
-        ({"compiled": True}, "compiled True, this one has False"),
         ({"versions": {"torch": "1.0"}}, "versions torch 1.0, this one has python"),
     ],
 )

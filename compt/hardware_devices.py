@@ -1,0 +1,86 @@
+"""GPUs by their datasheets. No torch in here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from compt.errors import ConfigError, nearest
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU by its datasheet: dense peak in FLOP/s by precision, memory's bandwidth in bytes per second.
+
+    `fp32` runs without tensor cores, as this program's engines do; `tf32` is there for comparison. `memory_bytes` are
+    not the datasheet's round number but what CUDA leaves to programs, as PyTorch's messages report it ("total capacity
+    of 79.15 GiB"); between drivers that differs by some 0.1 GiB.
+    """
+
+    name: str
+    title: str
+    peak_flops: Mapping[str, float]
+    bandwidth_bytes: float
+    memory_bytes: float
+    source: str
+
+
+_AMPERE = {"bf16": 312e12, "fp16": 312e12, "tf32": 156e12, "fp32": 19.5e12}
+_HOPPER = {"bf16": 989.4e12, "fp16": 989.4e12, "tf32": 494.7e12, "fp32": 66.9e12}
+
+
+def _gib(size: float) -> int:
+    return round(size * 2**30)
+
+
+DEVICES: dict[str, Device] = {
+    device.name: device
+    for device in (
+        Device("a100-40", "A100 40 GB", _AMPERE, 1.555e12, _gib(39.39), "NVIDIA A100 datasheet, SXM"),
+        Device("a100-80", "A100 80 GB", _AMPERE, 2.039e12, _gib(79.15), "NVIDIA A100 datasheet, SXM"),
+        Device("h100", "H100 80 GB SXM", _HOPPER, 3.35e12, _gib(79.10), "NVIDIA H100 datasheet, SXM5"),
+        Device("h200", "H200 141 GB SXM", _HOPPER, 4.8e12, _gib(139.80), "NVIDIA H200 datasheet, SXM5"),
+    )
+}
+ALIASES = {"a100": "a100-80"}
+PAPER_DEVICE = DEVICES["a100-80"]
+"""What the paper's hours were measured on (its section 4 and Table C)."""
+
+
+def find_device(name: str) -> Device:
+    """The device called `name`. Raises ConfigError for an unknown one."""
+    known = name.lower()
+    known = ALIASES.get(known, known)
+    if known not in DEVICES:
+        names = [*DEVICES, *ALIASES]
+        raise ConfigError(f"unknown GPU '{name}'{nearest(known, names)}; known: {', '.join(names)}")
+    return DEVICES[known]
+
+
+def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
+    """The datasheet of what CUDA calls `cuda_name`; None for other GPUs, other forms (PCIe Hopper) and parts of one."""
+    words = set(re.split(r"[\s_-]+", cuda_name.upper()))
+    if "MIG" in words:
+        return None
+    if "A100" in words:
+        return DEVICES["a100-40" if memory_bytes < 60e9 else "a100-80"]
+    if not words & {"PCIE", "NVL"}:
+        for name in ("h100", "h200"):
+            if name.upper() in words:
+                return DEVICES[name]
+    return None
+
+
+def utilisation(macs: float, seconds: float, device: Device, precision: str = "bf16") -> float:
+    """The share of the device's dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` make."""
+    return 2 * macs / seconds / peak(device, precision)
+
+
+def peak(device: Device, precision: str) -> float:
+    """The dense peak in FLOP/s. Raises ConfigError for a precision without one."""
+    if precision not in device.peak_flops:
+        known = device.peak_flops
+        hint = nearest(precision, known)
+        raise ConfigError(f"unknown precision '{precision}'{hint} for {device.title}; known: {', '.join(known)}")
+    return device.peak_flops[precision]
