@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import typer
 import yaml
 
-from compt.cli_design_tables import Design, design_json, design_notes, design_tables
+from compt.cli_design_tables import Asked, Design, design_json, design_notes, design_tables
 from compt.config import Recipe, parse_recipe
 from compt.curves import LinkCurve, matches
 from compt.design.candidates import Candidates, candidates
+from compt.design.confidence import MEDIAN
 from compt.design.costs import Costs, distils, epoch_steps, hours_costs, macs_costs
 from compt.design.epochs import Bound, EpochModel, Link, paper_matches
 from compt.design.outcome import Outcome, Setting, designed_recipe, outcome
@@ -23,19 +24,20 @@ from compt.design.search import (
     Found,
     Problem,
     by_size,
+    found,
     least_cost,
     most_acceleration,
     problem,
-    whole_epochs,
+    simplest,
     within_budget,
 )
-from compt.errors import ConfigError
+from compt.errors import ConfigError, nearest
 from compt.files import write_text
 from compt.forecast import Machine, check_shares, make_forecast
 from compt.formats import terminal
-from compt.hardware import Throughput
-from compt.hardware_devices import Device
 from compt.planner import make_plan
+
+UNITS = ("macs", "hours")
 
 
 def run_auto(
@@ -43,32 +45,40 @@ def run_auto(
     source: Path,
     *,
     objective: str,
+    unit: str | None,
     size: int | None,
     budget_gpu_hours: float | None,
-    device: Device,
-    gpus: int,
-    throughput: Throughput | None,
+    confidence: float | None,
+    machine: Machine | None,
     runs: Sequence[Path],
+    on: str | None,
     out: Path | None,
     as_json: bool,
 ) -> None:
     """Find the best chain for the family of `recipe`, all of whose members are wanted, and print it.
 
-    `objective`: cost, acceleration or budget. `size` is how many models the chain has (for `budget` at most). `runs`
-    are folders whose measured links replace the paper's numbers. `out` takes the whole recipe. Raises ConfigError with
-    one message for what cannot be designed.
+    `objective`: cost, acceleration or budget; the first two count `unit`, macs (default) or hours. `size` is how many
+    models the chain has (for `budget` at most). `confidence` is the probability with which the epochs of each link are
+    enough, by default the median's. Without a `machine`, which hours need, no GPU-hours are shown. `runs` are folders
+    whose links, measured on the evaluation set `on`, replace the paper's numbers. `out` takes the whole recipe. Raises
+    ConfigError with one message for what cannot be designed, and for an `out` that exists.
     """
+    _check_out(out, source)
+    gpus = machine.gpus if machine else 1
     check_shares(recipe, gpus, str(source))
     try:
-        _check(recipe, objective, size, budget_gpu_hours)
-        setting = _setting(recipe, device, gpus, throughput, runs)
-        design = _design(setting, str(source), objective, size, budget_gpu_hours, runs)
+        asked = _asked(objective, unit, size, budget_gpu_hours, confidence, runs)
+        _check(recipe, asked)
+        design = _design(_setting(recipe, machine, asked, on), str(source), asked)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     made = parse_recipe(design.values, f"the chain designed from {source}")
-    forecast = make_forecast(made, Machine(device, gpus, throughput), source=f"the chain designed from {source}")
+    forecast = make_forecast(made, machine, source=f"the chain designed from {source}")
     if out is not None:
-        head = f"# Designed by `compt plan --auto` from {source}, objective {objective}. Its epochs are predicted.\n"
+        head = (
+            f"# Designed by `compt plan --auto` from {source}: {design.goal}.\n"
+            f"# Its epochs are predicted; all links long enough with {100 * design.chosen.all_long_enough:.0f} %.\n"
+        )
         text = yaml.safe_dump(design.values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
         write_text(out, head + text)
     if as_json:
@@ -80,68 +90,76 @@ def run_auto(
         console.print(f"Recipe: {out}", soft_wrap=True, markup=False)
 
 
-def _check(recipe: Recipe, objective: str, size: int | None, budget: float | None) -> None:
-    """Raise ConfigError for options and recipes that no chain can be designed for."""
-    wanted = len(recipe.family.members)
-    if recipe.baselines is None:
-        raise ConfigError("baselines: is missing; --auto takes the epochs of an individual training from it")
-    if recipe.chain.from_ is not None:
-        raise ConfigError(
-            f"chain.from = '{recipe.chain.from_}': --auto designs chains whose first model is trained from scratch; "
-            "leave it out"
-        )
-    if size is not None and size < wanted:
-        raise ConfigError(
-            f"--members {size}: family.members names {wanted} models, all of which are wanted; take {wanted} or more"
-        )
+def _check_out(out: Path | None, source: Path) -> None:
+    if out is not None and out.exists():
+        what = "is the recipe that is read" if source.exists() and out.samefile(source) else "exists already"
+        raise ConfigError(f"--out {out}: {what}; name a file that does not exist")
+
+
+def _asked(
+    objective: str,
+    unit: str | None,
+    size: int | None,
+    budget: float | None,
+    confidence: float | None,
+    runs: Sequence[Path],
+) -> Asked:
+    """The options, checked against each other."""
+    if unit is not None and unit not in UNITS:
+        raise ConfigError(f"--in {unit}: should be macs or hours{nearest(unit, UNITS)}")
     if objective == "budget":
+        if unit is not None:
+            raise ConfigError(f"--in {unit}: is for the objectives cost and acceleration; a budget is of GPU-hours")
         if budget is None:
             raise ConfigError("--objective budget: needs --budget GPU_HOURS")
         if not (budget > 0 and math.isfinite(budget)):
             raise ConfigError(f"--budget {budget:g}: should be a number of GPU-hours above 0")
     elif budget is not None:
         raise ConfigError(f"--budget {budget:g}: is for --objective budget, not {objective}")
+    if confidence is not None and not 0 < confidence < 1:
+        raise ConfigError(f"--confidence {confidence:g}: should be a probability between 0 and 1, such as 0.9")
+    in_hours = unit == "hours" or objective == "budget"
+    return Asked(objective, in_hours, size, budget, MEDIAN if confidence is None else confidence, tuple(runs))
 
 
-def _design(
-    setting: Setting, source: str, objective: str, size: int | None, budget: float | None, runs: Sequence[Path]
-) -> Design:
-    recipe = setting.recipe
-    models = candidates(recipe.family.specs())
-    if objective == "budget":
-        costs = hours_costs(recipe, models.specs, setting.device, gpus=setting.gpus, throughput=setting.throughput)
-    else:
-        costs = macs_costs(recipe, models.specs, gpus=setting.gpus)
-    most = max(MOST_MEMBERS, size or 0, len(models.wanted))
-    task = _problem(setting, models, costs, most)
-    search = _search(objective, budget)
-    best = search(task, size)
-    chosen = _outcome(setting, models, best, f"{len(best.chain)} models, chosen")
-    few = models.only(models.presets)
-    try:
-        task_few = _problem(setting, few, costs.only(sorted(models.presets)), most)
-        presets = [_outcome(setting, few, search(task_few, size), "presets only")]
-    except ConfigError:
-        presets = []  # the presets do not give a chain of that size, or within the budget
-    others = [*_sizes(setting, models, task, objective, best, chosen), *presets, *_by_hand(setting)]
-    wanted = [models.specs[at] for at in models.wanted]
-    alone = outcome(setting, "individually", wanted, [setting.baseline_epochs] * len(wanted))
-    values = designed_recipe(recipe, chosen.specs, chosen.epochs, source)
-    notes = tuple(design_notes(setting, chosen, budget, runs))
-    return Design(objective, setting, chosen, tuple(others), alone, values, notes)
+def _check(recipe: Recipe, asked: Asked) -> None:
+    """Raise ConfigError for recipes that no chain can be designed for."""
+    settings, images, batch = recipe.baselines, recipe.data.images, recipe.optimizer.batch
+    if settings is None:
+        raise ConfigError("baselines: is missing; --auto takes the epochs of an individual training from it")
+    if recipe.chain.from_ is not None:
+        raise ConfigError(
+            f"chain.from = '{recipe.chain.from_}': --auto designs chains whose first model is trained from scratch; "
+            "leave it out"
+        )
+    wanted = len(recipe.family.members)
+    if asked.size is not None and asked.size < wanted:
+        raise ConfigError(
+            f"--members {asked.size}: family.members names {wanted} models, all of which are wanted; take {wanted} or "
+            "more"
+        )
+    steps, warmup = (length.to_steps(images, batch) for length in (settings.train, settings.warmup))
+    if steps < 1:
+        raise ConfigError(f"baselines.train = {settings.train}: is no step at all")
+    if warmup > steps:
+        raise ConfigError(
+            f"baselines.warmup = {settings.warmup}: {warmup} steps are longer than the training, baselines.train = "
+            f"{settings.train} = {steps} steps of {batch} of the {images} images"
+        )
 
 
-def _setting(recipe: Recipe, device: Device, gpus: int, throughput: Throughput | None, runs: Sequence[Path]) -> Setting:
+def _setting(recipe: Recipe, machine: Machine | None, asked: Asked, on: str | None) -> Setting:
     settings = recipe.baselines
     assert settings is not None
     steps = settings.train.to_steps(recipe.data.images, recipe.optimizer.batch)
-    if steps < 1:
-        raise ConfigError(f"baselines.train = {settings.train}: is no step at all")
-    curves = matches(runs) if runs else []
+    curves = matches(asked.runs, on=on, average_seeds=True, option="--runs-on") if asked.runs else []
     own = [curve.match for curve in curves if curve.match is not None]
     bounds = [bound for curve in curves if (bound := _bound(curve)) is not None]
     model = EpochModel.fit(paper_matches(), own=own, bounds=bounds)
-    return Setting(recipe, model, steps / epoch_steps(recipe), device, gpus, throughput)
+    setting = Setting(recipe, model, steps / epoch_steps(recipe), confidence=asked.confidence)
+    if machine is None:
+        return setting
+    return replace(setting, device=machine.device, gpus=machine.gpus, throughput=machine.throughput)
 
 
 def _bound(curve: LinkCurve) -> Bound | None:
@@ -154,58 +172,112 @@ def _bound(curve: LinkCurve) -> Bound | None:
     return Bound(link, f"on {curve.evaluation_set}: {', '.join(runs)}", curve.more_than, curve.at_most)
 
 
-Search = Callable[[Problem, int | None], Found]
+def _design(setting: Setting, source: str, asked: Asked) -> Design:
+    """The chosen chain among others; chains that several of them come to stand once."""
+    search = _Search(setting, asked)
+    best = search.best(search.task)
+    chosen = search.simplest(best)
+    tags: dict[Found, list[str]] = {chosen: ["chosen"]}
+    if best != chosen:
+        tags[best] = [asked.best]
+    for one in search.of_each_length(search.task, best.chain[-1]):
+        tags.setdefault(one, [])
+    presets, by_hand = search.presets(), search.by_hand()
+    if presets is not None:
+        tags.setdefault(presets, []).append("presets only")
+    if by_hand is not None:
+        tags.setdefault(by_hand, []).append("the recipe's")
+    rows = {one: search.outcome(one, tags[one]) for one in sorted(tags, key=lambda one: len(one.chain))}
+    own = search.as_given(by_hand)
+    specs = [search.models.specs[at] for at in search.models.wanted]
+    alone = outcome(setting, "individually", specs, [setting.baseline_epochs] * len(specs))
+    values = designed_recipe(setting.recipe, rows[chosen].specs, rows[chosen].epochs, source)
+    design = Design(asked, setting, rows[chosen], rows[best], (*rows.values(), *own), alone, values)
+    return replace(design, notes=tuple(design_notes(design)))
 
 
-def _search(objective: str, budget: float | None) -> Search:
-    if objective == "budget":
-        limit = budget or 0.0
-        return lambda task, size: within_budget(task, limit, size)
-    return least_cost if objective == "cost" else most_acceleration
+class _Search:
+    """The searches that one design takes."""
 
-
-def _problem(setting: Setting, models: Candidates, costs: Costs, most: int) -> Problem:
-    return problem(
-        models,
-        costs,
-        setting.epochs,
-        images=setting.recipe.data.images,
-        baseline_epochs=setting.baseline_epochs,
-        distilled=distils(setting.recipe),
-        most=most,
-    )
-
-
-def _outcome(setting: Setting, models: Candidates, found: Found, label: str) -> Outcome:
-    return outcome(setting, label, [models.specs[at] for at in found.chain], found.epochs)
-
-
-def _sizes(
-    setting: Setting, models: Candidates, task: Problem, objective: str, best: Found, chosen: Outcome
-) -> list[Outcome]:
-    """The best chain of each number of members that ends where the chosen one does, which is among them."""
-    last = best.chain[-1]
-    cheapest = by_size(task.of_fitting() if objective == "budget" else task, last)
-    rows = []
-    for length, found in sorted(cheapest.items()):
-        if length == len(best.chain):
-            rows.append(chosen)
+    def __init__(self, setting: Setting, asked: Asked) -> None:
+        self.setting, self.asked = setting, asked
+        recipe = setting.recipe
+        self.models = candidates(recipe.family.specs())
+        self.kept = sorted(self.models.presets)
+        specs = self.models.specs
+        if asked.in_hours:
+            assert setting.device is not None
+            costs = hours_costs(recipe, specs, setting.device, gpus=setting.gpus, throughput=setting.throughput)
         else:
-            other = most_acceleration(task, length) if objective == "acceleration" else found
-            rows.append(_outcome(setting, models, other, f"{length} model{'s' * (length > 1)}"))
-    return rows
+            costs = macs_costs(recipe, specs, gpus=setting.gpus)
+        self.task = self._problem(self.models, costs)
+        self.few = self._problem(self.models.only(self.models.presets), costs.only(self.kept))
 
+    def _problem(self, models: Candidates, costs: Costs) -> Problem:
+        return problem(
+            models,
+            costs,
+            self.setting.epochs,
+            images=self.setting.recipe.data.images,
+            baseline_epochs=self.setting.baseline_epochs,
+            distilled=distils(self.setting.recipe),
+            most=max(MOST_MEMBERS, self.asked.size or 0, len(models.wanted)),
+            confidence=self.asked.confidence,
+        )
 
-def _by_hand(setting: Setting) -> list[Outcome]:
-    """The recipe's own chain, with the model's epochs and with its own; nothing where a link is no growth."""
-    recipe = setting.recipe
-    specs = recipe.family.specs()
-    try:
-        jobs = make_plan(recipe, world_size=setting.gpus).links
-    except ConfigError:
-        return []
-    chain = [specs[link.model] for link in recipe.chain.links]
-    predicted = [setting.baseline_epochs, *(setting.epochs.epochs(link) for link in setting.links(chain))]
-    whole = list(whole_epochs(predicted, setting.baseline_epochs))
-    own = outcome(setting, "the recipe's chain, its own epochs", chain, [job.epochs for job in jobs])
-    return [outcome(setting, "the recipe's chain", chain, whole), replace(own, predicted=False)]
+    def best(self, task: Problem) -> Found:
+        """The optimum. Raises ConfigError where there is no such chain."""
+        if self.asked.objective == "budget":
+            return within_budget(task, self.asked.limit, self.asked.size)
+        return (least_cost if self.asked.objective == "cost" else most_acceleration)(task, self.asked.size)
+
+    def of_each_length(self, task: Problem, last: int) -> list[Found]:
+        """The best chain of each possible number of models that ends in `last`."""
+        cheapest = by_size(task.of_fitting() if self.asked.objective == "budget" else task, last)
+        if self.asked.objective == "acceleration":
+            return [most_acceleration(task, length) for length in cheapest]
+        return list(cheapest.values())
+
+    def simplest(self, best: Found) -> Found:
+        """`best`, or a simpler chain that is hardly worse: as good a family within the same budget."""
+        last = best.chain[-1]
+        presets = [self._placed(one) for one in self.of_each_length(self.few, self.kept.index(last))]
+        others = [*self.of_each_length(self.task, last), *presets]
+        if self.asked.objective == "budget":
+            others = [one for one in others if len(one.chain) == len(best.chain) and one.cost <= self.asked.limit]
+        elif self.asked.size is not None:
+            others = [one for one in others if len(one.chain) == self.asked.size]
+        return simplest([best, *others], self.models.presets, self.asked.loss)
+
+    def presets(self) -> Found | None:
+        """The best chain of presets; None where they give none of that size, or within the budget."""
+        try:
+            return self._placed(self.best(self.few))
+        except ConfigError:
+            return None
+
+    def _placed(self, one: Found) -> Found:
+        """A chain of presets by its places among all candidates."""
+        return replace(one, chain=tuple(self.kept[at] for at in one.chain))
+
+    def by_hand(self) -> Found | None:
+        """The recipe's own chain with the model's epochs; None where one of its links is no growth."""
+        try:
+            make_plan(self.setting.recipe, world_size=self.setting.gpus)
+        except ConfigError:
+            return None
+        places = {self.models.specs[at].name: at for at in self.models.wanted}
+        return found(self.task, [places[link.model] for link in self.setting.recipe.chain.links])
+
+    def outcome(self, one: Found, tags: Sequence[str]) -> Outcome:
+        """What a chain is expected to come to; `tags` follow its number of models."""
+        label = ", ".join([f"{len(one.chain)} model{'s' * (len(one.chain) > 1)}", *tags])
+        return outcome(self.setting, label, [self.models.specs[at] for at in one.chain], one.epochs)
+
+    def as_given(self, by_hand: Found | None) -> list[Outcome]:
+        """The recipe's own chain with its own epochs."""
+        if by_hand is None:
+            return []
+        jobs = make_plan(self.setting.recipe, world_size=self.setting.gpus).links
+        given = replace(by_hand, epochs=tuple(job.epochs for job in jobs))
+        return [replace(self.outcome(given, ["the recipe's, its own epochs"]), predicted=False)]

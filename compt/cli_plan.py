@@ -34,11 +34,23 @@ def plan(
     auto: Annotated[bool, typer.Option("--auto", help="find the chain instead of showing the recipe's")] = False,
     objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
     members: Annotated[int | None, typer.Option(help="with --auto: how many models the family has")] = None,
+    in_: Annotated[
+        str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
+    ] = None,
     budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="with --auto: probability that a link is long enough; default 0.5, the median"),
+    ] = None,
     runs: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
     ] = None,
-    out: Annotated[Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe")] = None,
+    runs_on: Annotated[
+        str | None, typer.Option(metavar="SET", help="with --runs: the evaluation set that decides; default theirs")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe, to a new file")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
 ) -> None:
     """Show what a recipe would train, for how long, and what it costs; starts nothing.
@@ -48,7 +60,8 @@ def plan(
     """
     found, engine = _mode(mode), _engine(memory)
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
-    searched = {"--objective": objective, "--members": members, "--budget": budget, "--runs": runs, "--out": out}
+    searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
+    searched |= {"--confidence": confidence, "--runs": runs, "--runs-on": runs_on, "--out": out}
     _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
     if as_json:
         _refuse({"--mode": mode}, "is for tables; --json has the MACs of both modes")
@@ -58,17 +71,21 @@ def plan(
     if auto:
         from compt.cli_design import run_auto
 
-        machine = asked.machine(loaded, str(recipe))
+        if runs_on is not None and not runs:
+            raise ConfigError(f"--runs-on {runs_on}: is for --runs, which is missing")
+        goal = _objective(objective)
+        counted = asked.given or goal == "budget" or in_ == "hours" or loaded.engine.device != "cpu"
         run_auto(
             loaded,
             recipe,
-            objective=_objective(objective),
+            objective=goal,
+            unit=in_,
             size=members,
             budget_gpu_hours=budget,
-            device=machine.device,
-            gpus=machine.gpus,
-            throughput=machine.throughput,
+            confidence=confidence,
+            machine=asked.machine(loaded, str(recipe)) if counted else None,
             runs=runs or (),
+            on=runs_on,
             out=out,
             as_json=as_json,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -12,10 +12,12 @@ from pydantic import BaseModel
 from compt.config import Duration, Recipe, parse_recipe
 from compt.config import Link as RecipeLink
 from compt.design.candidates import ladder
+from compt.design.confidence import MEDIAN
 from compt.design.costs import distils, epoch_steps
 from compt.design.epochs import EpochModel, Floats, Link, Range, log2_size
 from compt.hardware import Conditions, Throughput, speed
 from compt.hardware_devices import Device
+from compt.macs import JobCost
 from compt.planner import recipe_cost
 from compt.presets import ModelSpec, resolve
 
@@ -24,14 +26,18 @@ Kind = Literal["measured", "projected", "measured and projected"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a chain is judged by: recipe, epochs model, machine."""
+    """What a chain is judged by: recipe, epochs model, machine; without a device there are no GPU-hours.
+
+    `confidence` is the probability with which the planned epochs of each link are enough.
+    """
 
     recipe: Recipe
     epochs: EpochModel
     baseline_epochs: float
-    device: Device
+    device: Device | None = None
     gpus: int = 1
     throughput: Throughput | None = None
+    confidence: float = MEDIAN
 
     def links(self, specs: Sequence[ModelSpec]) -> list[Link]:
         """The links of a chain of `specs`."""
@@ -51,8 +57,11 @@ class Hours:
 class Outcome:
     """One chain. `epochs` are those that are trained, `needed` what the model says of each (a point for the first).
 
-    Ranges hold with probability `LEVEL` as far as epochs go; those of GPU-hours also span the bounds of the speeds.
-    Accelerations are over the same models trained individually. `positions` are those of the links after the first.
+    `long_enough` is for each link the probability that its epochs are enough, `all_long_enough` that all are at once.
+    The middle of every other range is what `epochs` cost. Its ends are central quantiles (`LEVEL`) of what it comes to
+    where links that turn out too short go on until they are long enough; so no cost lies below its middle, but for
+    GPU-hours, which also span the bounds of the speeds. Accelerations are over the same models trained individually.
+    `positions` are those of the links after the first. GPU-hours are None without a device.
     """
 
     label: str
@@ -60,14 +69,16 @@ class Outcome:
     epochs: tuple[float, ...]
     needed: tuple[Range, ...]
     positions: tuple[int, ...]
+    long_enough: tuple[float, ...]
+    all_long_enough: float
     macs: Range
     baseline_macs: float
     acceleration: Range
-    gpu_hours: Hours
-    baseline_gpu_hours: Hours
-    gpu_hours_acceleration: Range
+    gpu_hours: Hours | None
+    baseline_gpu_hours: Hours | None
+    gpu_hours_acceleration: Range | None
     predicted: bool = True
-    """Whether `epochs` are the model's; where they are given, ranges are still those of what may be needed."""
+    """Whether `epochs` are the model's, and not given."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values; models by name and sizes."""
@@ -75,54 +86,72 @@ class Outcome:
 
 
 def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Sequence[float]) -> Outcome:
-    """What the chain of `specs`, trained for `epochs`, costs; ranges are those of the epochs that it may need.
+    """What the chain of `specs`, trained for `epochs`, costs, and what it may come to.
 
     Draws are joint and have one seed, so that outcomes differ by their chains alone.
     """
     links = setting.links(specs)
-    drawn = setting.epochs.draws(links)
-    needed = [Range.of(setting.epochs.epochs(link), drawn[:, at]) for at, link in enumerate(links)]
+    drawn, own = setting.epochs.draws(links), np.array(epochs, dtype=np.float64)
+    enough = drawn <= own[1:] * (1 + 1e-9)
+    spent = np.concatenate([np.full((len(drawn), 1), own[0]), np.maximum(drawn, own[1:])], axis=1)
     e = setting.baseline_epochs
     teachers: list[ModelSpec | None] = [None, *specs[:-1]] if distils(setting.recipe) else [None] * len(specs)
-    macs, low, middle, high, kind = _epoch_costs(setting, list(zip(specs, teachers, strict=True)))
-    alone, alone_low, alone_middle, alone_high, alone_kind = _epoch_costs(setting, [(spec, None) for spec in specs])
-    whole = np.concatenate([np.full((len(drawn), 1), epochs[0]), drawn], axis=1)
-    own = np.array(epochs)
-    total, time = float(own @ macs), float(own @ middle)
-    least, most = Range.of(time, whole @ low).low, Range.of(time, whole @ high).high
-    individual, individual_time = float(e * alone.sum()), float(e * alone_middle.sum())
-    return Outcome(
+    jobs = list(zip(specs, teachers, strict=True))
+    costs = np.array([_epoch_cost(setting, *job).total_macs for job in jobs])
+    individual = float(e * sum(_epoch_cost(setting, spec, None).total_macs for spec in specs))
+    total = float(own @ costs)
+    found = Outcome(
         label=label,
         specs=tuple(specs),
         epochs=tuple(map(float, epochs)),
-        needed=(Range(e, e, e), *needed),
+        needed=(
+            Range(e, e, e),
+            *(Range.of(setting.epochs.epochs(link), drawn[:, at]) for at, link in enumerate(links)),
+        ),
         positions=tuple(link.position for link in links),
-        macs=Range.of(total, whole @ macs),
+        long_enough=tuple(map(float, enough.mean(axis=0))),
+        all_long_enough=float(enough.all(axis=1).mean()),
+        macs=Range.of(total, spent @ costs),
         baseline_macs=individual,
-        acceleration=Range.of(individual / total, individual / (whole @ macs)),
+        acceleration=Range.of(individual / total, individual / (spent @ costs)),
+        gpu_hours=None,
+        baseline_gpu_hours=None,
+        gpu_hours_acceleration=None,
+    )
+    if setting.device is None:
+        return found
+    (low, middle, high), kind = _epoch_hours(setting, setting.device, jobs)
+    alone, alone_kind = _epoch_hours(setting, setting.device, [(spec, None) for spec in specs])
+    time, individual_times = float(own @ middle), e * alone.sum(axis=1)
+    least, most = Range.of(time, spent @ low).low, Range.of(time, spent @ high).high
+    return replace(
+        found,
         gpu_hours=Hours(Range(time, least, most), kind),
         baseline_gpu_hours=Hours(
-            Range(individual_time, float(e * alone_low.sum()), float(e * alone_high.sum())), alone_kind
+            Range(float(individual_times[1]), float(individual_times[0]), float(individual_times[2])), alone_kind
         ),
-        gpu_hours_acceleration=Range.of(individual_time / time, individual_time / (whole @ middle)),
+        gpu_hours_acceleration=Range.of(individual_times[1] / time, individual_times[1] / (spent @ middle)),
     )
 
 
-def _epoch_costs(
-    setting: Setting, jobs: Sequence[tuple[ModelSpec, ModelSpec | None]]
-) -> tuple[Floats, Floats, Floats, Floats, Kind]:
-    """MACs [n] of an epoch of each job, its GPU-hours at the least, the middle and the most, and what those are."""
-    recipe, kinds = setting.recipe, set()
-    conditions, steps = Conditions.of(recipe, setting.gpus), epoch_steps(recipe)
-    rows = []
+def _epoch_cost(setting: Setting, student: ModelSpec, teacher: ModelSpec | None) -> JobCost:
+    recipe = setting.recipe
+    return recipe_cost(recipe, student, teacher, epoch_steps(recipe), setting.gpus, recipe.data.caption_tokens)
+
+
+def _epoch_hours(
+    setting: Setting, device: Device, jobs: Sequence[tuple[ModelSpec, ModelSpec | None]]
+) -> tuple[Floats, Kind]:
+    """GPU-hours [3, n] of an epoch of each job, at the least, the middle and the most, and what those are."""
+    recipe, kinds, rows = setting.recipe, set(), []
+    conditions = Conditions.of(recipe, setting.gpus)
     for student, teacher in jobs:
-        cost = recipe_cost(recipe, student, teacher, steps, setting.gpus, conditions.tokens)
-        found = speed(student, teacher, cost, setting.device, conditions, setting.throughput)
-        hours = steps * recipe.optimizer.batch / 3600
-        rows.append([cost.total_macs, *(hours * s for s in (found.low, found.seconds_per_sample, found.high))])
+        cost = _epoch_cost(setting, student, teacher)
+        found = speed(student, teacher, cost, device, conditions, setting.throughput)
+        rows.append([found.low, found.seconds_per_sample, found.high])
         kinds.add(found.kind)
-    macs, low, middle, high = np.array(rows).T
-    return macs, low, middle, high, kinds.pop() if len(kinds) == 1 else "measured and projected"
+    samples = epoch_steps(recipe) * recipe.optimizer.batch
+    return np.array(rows).T * samples / 3600, kinds.pop() if len(kinds) == 1 else "measured and projected"
 
 
 def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence[float], source: str) -> dict[str, Any]:
