@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, findings, table_2, table_4a, table_g
-from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, number, write
+from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, findings, memory, table_2, table_4a, table_g
+from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, number, one_line, write
 from compt.files import write_text
 from compt.formats import TextTable, terminal
 
@@ -21,6 +21,7 @@ MAKERS: tuple[Callable[[], Result], ...] = (
     figure_9.make,
     table_4a.make,
     findings.make,
+    memory.make,
 )
 
 
@@ -81,12 +82,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: the committed one)")
     options = parser.parse_args(argv)
-    results = [make() for make in MAKERS]
-    for result in results:
-        write(result, options.out)
-    tables = (summary(results).markdown().strip(), exceptions(results).markdown().strip())
-    page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
-    write_text(options.out / "summary.md", page + "\n")
+    with one_line():
+        results = []
+        for make in MAKERS:
+            results.append(make())
+            write(results[-1], options.out)
+        tables = (summary(results).markdown().strip(), exceptions(results).markdown().strip())
+        page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
+        write_text(options.out / "summary.md", page + "\n")
     terminal().print(summary(results).rich())
     print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.table_2`")
 

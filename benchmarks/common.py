@@ -7,10 +7,12 @@ A `Result` is a folder below `benchmarks/results`: `result.json`, `cells.csv`, a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 
+from compt.errors import ComptError
 from compt.files import write_text
 from compt.formats import TextTable, terminal
 from compt.report_figures import COLOURS, MODEL_COLOURS
@@ -272,9 +275,21 @@ def main(make: Callable[[], Result], argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(make.__doc__ or "").strip())
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: the committed one)")
     options = parser.parse_args(argv)
-    result = make()
-    show(result)
-    print(f"written: {write(result, options.out)}")
+    with one_line():
+        result = make()
+        place = write(result, options.out)
+        show(result)
+    print(f"written: {place}")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """End the program with an error that a person can mend, without a traceback, and with its exit code."""
+    try:
+        yield
+    except ComptError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
 
 
 COLOUR = COLOURS

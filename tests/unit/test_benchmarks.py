@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import itertools
 import re
 import subprocess
@@ -12,9 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import accounting, common, figure_1, figure_6, figure_7, figure_8, figure_9, table_2, table_4a, table_g
+from benchmarks import (
+    accounting,
+    common,
+    figure_1,
+    figure_6,
+    figure_7,
+    figure_8,
+    figure_9,
+    memory,
+    table_2,
+    table_4a,
+    table_g,
+)
 from benchmarks.all import MAKERS
+from benchmarks.all import main as run_all
 from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, explain, rounds_to
+from compt.errors import RunError
 from compt.formats import TextTable
 from compt.paper import TABLE_2, TABLE_G
 
@@ -438,7 +453,11 @@ def test_a_result_is_written_whole(tmp_path: Path) -> None:
     assert "<dc:date>" not in first
 
 
-@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__module__.rpartition(".")[2])
+@pytest.mark.parametrize(
+    "make",
+    [pytest.param(make, marks=pytest.mark.slow) if make is memory.make else make for make in MAKERS],
+    ids=[make.__module__.rpartition(".")[2] for make in MAKERS],
+)
 def test_results_are_as_committed(make: Callable[[], Result], tmp_path: Path) -> None:
     result = make()
     assert make.__module__ == f"benchmarks.{result.name}"
@@ -467,14 +486,41 @@ def test_the_page_of_the_papers_tables(root: Path) -> None:
         assert (root / "docs" / link).exists(), link
 
 
-def test_the_commands_run(root: Path, tmp_path: Path) -> None:
-    for module in ("benchmarks.table_4a", "benchmarks.all"):
-        done = subprocess.run(
-            [sys.executable, "-m", module, "--out", tmp_path], cwd=root, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
-        assert "written:" in done.stdout
-        assert (tmp_path / "table_4a" / "table.md").exists()
+def command(root: Path, module: str, *words: object) -> subprocess.CompletedProcess[str]:
+    given = [sys.executable, "-m", module, *map(str, words)]
+    return subprocess.run(given, cwd=root, capture_output=True, text=True, check=False)
+
+
+def test_a_command_runs(root: Path, tmp_path: Path) -> None:
+    done = command(root, "benchmarks.table_4a", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "written:" in done.stdout
+    assert (tmp_path / "table_4a" / "table.md").exists()
+
+
+def test_one_error_where_nothing_can_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "below"
+    monkeypatch.setattr("benchmarks.all.MAKERS", (table_4a.make,))
+    for run in (functools.partial(common.main, table_4a.make), run_all):
+        with pytest.raises(SystemExit) as ended:
+            run(["--out", str(out)])
+        assert ended.value.code == RunError.exit_code
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert shown.err.startswith(f"cannot write {out}")
+        assert shown.err.count("\n") == 1
+
+
+def test_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("benchmarks.all.MAKERS", [make for make in MAKERS if make is not memory.make])
+    run_all(["--out", str(tmp_path)])
+    assert "written:" in capsys.readouterr().out
+    assert {make.__module__.rpartition(".")[2] for make in MAKERS} == {
+        path.name for path in RESULTS.iterdir() if path.is_dir()
+    }
     page = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert page == (RESULTS / "summary.md").read_text(encoding="utf-8")
     for _, reasons in COMPARED.values():
