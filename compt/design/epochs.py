@@ -58,9 +58,11 @@ WIDENING = 3.0
 """How many times wider the paper's fit becomes as a prior for a lab's own matches."""
 OTHER_RECIPE = 0.7
 """Standard deviation of the intercept that is added then: another recipe may need twice or half the epochs."""
-OPEN_END = math.log(4.0)
-"""How far an open end of a lab's own interval counts to be away, in logarithms of epochs; at least twice as far as the
-known end. With neither known both are half as far again. A known end counts as no further than this."""
+OPEN_END = math.log(2.0)
+"""An end of a lab's own interval counts as twice as far away as the other end, and as this in logarithms of epochs where
+that is more; unless it is known to be nearer."""
+FURTHEST = math.log(8.0)
+"""An end counts as no further away than this: both do where neither is known."""
 GROWTH_SPREAD = 1.0
 """Beyond the images of the points, what each further doubling adds in the median is uncertain by a factor around 1 of
 this standard deviation, never below 0: no published number says whether it goes on, levels off or becomes steeper. The
@@ -204,16 +206,10 @@ PRIOR = Posterior(
 
 
 def half_widths(match: Match) -> tuple[float, float]:
-    """How far the 95 % interval of a match reaches down and up, in logarithms of epochs; open ends by `OPEN_END`."""
+    """How far the 95 % interval of a match reaches down and up, in logarithms of epochs, an open end by `OPEN_END`."""
     ends = (match.low and match.epochs / match.low, match.high and match.high / match.epochs)
-    down, up = (None if end is None else min(OPEN_END, max(0.0, math.log(end))) for end in ends)
-    if down is None and up is None:
-        return 1.5 * OPEN_END, 1.5 * OPEN_END
-    if down is None or up is None:
-        known = down if up is None else up
-        open_end = max(OPEN_END, 2 * (known or 0.0))
-        return (open_end, up) if up is not None else (down or 0.0, open_end)
-    return down, up
+    down, up = (max(0.0, math.log(end)) if end else math.inf for end in ends)
+    return min(down, max(OPEN_END, 2 * up), FURTHEST), min(up, max(OPEN_END, 2 * down), FURTHEST)
 
 
 def _observed(
