@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -59,14 +60,15 @@ WIDENING = 3.0
 OTHER_RECIPE = 0.7
 """Standard deviation of the intercept that is added then: another recipe may need twice or half the epochs."""
 OPEN_END = math.log(2.0)
-"""An end of a lab's own interval counts as twice as far away as the other end, and as this in logarithms of epochs where
-that is more; unless it is known to be nearer."""
+"""An open end of a lab's own interval counts as twice as far away as the other end, in logarithms of epochs, and at least
+as far as this; a known end counts as no further than an open one would."""
 FURTHEST = math.log(8.0)
 """An end counts as no further away than this: both do where neither is known."""
 GROWTH_SPREAD = 1.0
 """Beyond the images of the points, what each further doubling adds in the median is uncertain by a factor around 1 of
 this standard deviation, never below 0: no published number says whether it goes on, levels off or becomes steeper. The
 same factor holds for how the start prior's threshold grows beyond the two data sets that it is stated for."""
+_NORMAL = np.array([NormalDist().inv_cdf((at + 0.5) / 33) for at in range(33)])
 DRAWS = 4000
 LEVEL = 0.8
 """Probability that a range holds."""
@@ -332,26 +334,20 @@ class EpochModel:
     def _conditioned(self, link: Link, bound: Bound, shares: ArrayLike) -> Floats:
         """Quantiles, at `shares`, of log f of `link`, not capped at 0, given that its epochs lie within `bound`.
 
-        The predictive is taken for a Student t to which the start prior and `GROWTH_SPREAD` add their variances.
+        The predictive is taken for a mixture of Student t's over the factor of `GROWTH_SPREAD`, to each of which the
+        start prior adds its variance.
         """
         row, post = self.edges.held(_row(link)), self.posterior
-        middle, variance = float(row @ post.mean), post.width(row) ** 2
-        growth = float(post.mean[IMAGES_AT] * self.edges.further(row))
+        growth = np.maximum(0.0, 1.0 + GROWTH_SPREAD * _NORMAL)
+        middles = row @ post.mean + (growth - 1) * post.mean[IMAGES_AT] * self.edges.further(row)
+        variances = np.full(len(growth), post.width(row) ** 2)
         if self.start is not None:
-            teacher, factor = log2_size(link.teacher), math.log(self.start.factor)
-            below, level = (float(self.start.halvings(teacher, link.images, trend)) for trend in (1.0, 0.0))
-            middle += factor * below
-            variance += (math.log(self.start.spread) * below) ** 2
-            growth += factor * (below - level)
-        scale = math.sqrt(variance + (GROWTH_SPREAD * growth) ** 2)
-        ends = [bound.more_than or 0.0, bound.at_most or math.inf]
-        low, high = (
-            (math.log(end / link.baseline_epochs) - middle) / scale
-            if 0 < end < math.inf
-            else math.copysign(math.inf, at)
-            for at, end in zip((-1, 1), ends, strict=True)
-        )
-        return middle + scale * truncated_t(shares, 2 * post.shape, low, max(low, high))
+            below = self.start.halvings(log2_size(link.teacher), link.images, growth)
+            middles = middles + math.log(self.start.factor) * below
+            variances += (math.log(self.start.spread) * below) ** 2
+        low = math.log(bound.more_than / link.baseline_epochs) if bound.more_than else -math.inf
+        high = math.log(bound.at_most / link.baseline_epochs) if bound.at_most else math.inf
+        return truncated_t(shares, 2 * post.shape, middles, np.sqrt(variances), low, max(low, high))
 
     def draws(self, links: Sequence[Link], *, count: int = DRAWS, seed: int = 0) -> Floats:
         """Joint draws [count, n] of the epochs of `links` from the posterior predictive; the same seed, the same draws.

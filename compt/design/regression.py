@@ -45,15 +45,26 @@ class Posterior:
         return math.sqrt(self.rate / self.shape * (1 + float(row @ self.scale @ row)))
 
 
-def truncated_t(shares: ArrayLike, degrees: float, low: float = -math.inf, high: float = math.inf) -> Floats:
-    """Quantiles, at `shares` from 0 to 1, of a standard Student t variable of which `low` < it < `high` is known.
+def truncated_t(
+    shares: ArrayLike,
+    degrees: float,
+    middles: ArrayLike = 0.0,
+    scales: ArrayLike = 1.0,
+    low: float = -math.inf,
+    high: float = math.inf,
+) -> Floats:
+    """Quantiles, at `shares` from 0 to 1, of a Student t variable of which `low` < it < `high` is known.
 
-    Both may lie far in a tail. `high` has to be above `low`.
+    With several `middles` and `scales` [k] it is any of these with the same probability. The ends may lie far in a
+    tail. `high` has to be above `low`.
     """
-    # With t = root(degrees) tan(angle), the density over the angle is cos(angle) ** (degrees - 1): a finite interval.
-    root = math.sqrt(degrees)
-    angles = np.linspace(math.atan(low / root), math.atan(high / root), _GRID)
-    logs = (degrees - 1) * np.log(np.cos(angles))
-    density = np.exp(logs - logs.max())
+    middle, scale = np.broadcast_arrays(np.atleast_1d(middles), np.atleast_1d(scales))
+    # With x = centre + width tan(angle) a density over the angle is that over x by 1 / cos(angle)^2: a finite interval.
+    centre, width = float(middle.mean()), float(scale.max()) * math.sqrt(degrees)
+    angles = np.linspace(math.atan((low - centre) / width), math.atan((high - centre) / width), _GRID)
+    z = (centre + width * np.tan(angles)[:, None] - middle) / scale
+    logs = -(degrees + 1) / 2 * np.log1p(z**2 / degrees) - np.log(scale) - 2 * np.log(np.cos(angles))[:, None]
+    density = np.exp(logs - logs.max()).sum(axis=1)
     area = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    return np.asarray(root * np.tan(np.interp(np.asarray(shares, dtype=np.float64) * area[-1], area, angles)))
+    found = np.interp(np.asarray(shares, dtype=np.float64) * area[-1], area, angles)
+    return np.asarray(centre + width * np.tan(found))

@@ -322,22 +322,44 @@ def test_quantiles_of_a_truncated_t_of_two_degrees(low: float, width: float, sha
 
     high = low + width
     for ends in ((low, high), (low, math.inf), (-math.inf, high)):
-        found = float(truncated_t(share, 2.0, *ends))
+        found = float(truncated_t(share, 2.0, 0.0, 1.0, *ends))
         least, most = (below(end) if math.isfinite(end) else float(end > 0) for end in ends)
         assert ends[0] < found < ends[1]
         assert (below(found) - least) / (most - least) == pytest.approx(share, abs=2e-3)
 
 
-def test_a_bound_conditions_the_prediction() -> None:
+FAR = 30_000_000
+
+
+@pytest.mark.parametrize(
+    ("one", "ends", "close"),
+    [
+        (link(), {"more_than": 27.0}, 0.01),
+        (link(), {"at_most": 26.0}, 0.01),
+        (link("vit_l16", "vit_b16", 3, FAR), {"more_than": 40.0}, 0.03),
+        (link("vit_l16", "vit_b16", 3, FAR), {"at_most": 60.0}, 0.03),
+        (link("vit_l16", "vit_s16", 1, FAR), {"at_most": 100.0}, 0.03),
+    ],
+)
+def test_a_bound_conditions_the_prediction(one: Link, ends: dict[str, float], close: float) -> None:
     """Against the draws that keep to the bound: those that do not are thrown away."""
-    one, free = link(), fitted().draws([link()], count=400_000)[:, 0]
-    for bound, kept in (
-        (Bound(one, "here", more_than=27.0), free[free > 27]),
-        (Bound(one, "here", at_most=26.0), free[free <= 26]),
-    ):
-        found = fitted(bounds=[bound]).predict(one)
-        expected = np.quantile(kept, [0.5, (1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        assert [found.middle, found.low, found.high] == pytest.approx(expected, rel=0.01)
+    free = fitted().draws([one], count=400_000)[:, 0]
+    kept = free[free > ends["more_than"]] if "more_than" in ends else free[free <= ends["at_most"]]
+    found = fitted(bounds=[Bound(one, "here", **ends)]).predict(one)
+    expected = np.quantile(kept, [0.5, (1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    assert [found.middle, found.low, found.high] == pytest.approx(expected, rel=close)
+
+
+def test_quantiles_of_a_mixture_of_t() -> None:
+    rng = np.random.default_rng(5)
+    middles, scales = np.array([-3.0, 0.0, 4.0]), np.array([0.3, 1.0, 0.5])
+    picked = rng.integers(0, 3, size=400_000)
+    drawn = middles[picked] + scales[picked] * rng.standard_t(8.0, size=len(picked))
+    for low, high in ((-math.inf, math.inf), (-2.9, 4.1), (0.5, math.inf)):
+        kept, shares = drawn[(drawn > low) & (drawn < high)], np.array([0.1, 0.25, 0.6, 0.9])
+        assert truncated_t(shares, 8.0, middles, scales, low, high) == pytest.approx(
+            np.quantile(kept, shares), abs=0.02
+        )
 
 
 @given(st.floats(1.0, 120.0))
