@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import runpy
 import shlex
@@ -104,3 +105,17 @@ def test_a_recipe_of_the_readme_can_do_without_its_evaluation_sets(path: str) ->
     assert (recipe.evaluation.sets, recipe.evaluation.primary) == ([], None)
     moved = load_recipe(ROOT / path, ["evaluation.sets.0.data=/data/in1k/*.tar"])
     assert moved.evaluation.sets[0].data == ["/data/in1k/*.tar"]
+
+
+def test_the_recomputed_accelerations_are_those_of_the_results() -> None:
+    with (ROOT / "benchmarks/results/table_2/cells.csv").open(encoding="utf-8") as file:
+        cells = {(row["row"], row["quantity"]): row for row in csv.DictReader(file)}
+    for name, last in (
+        ("CC3M, ViT", "CC3M ViT vit_l16"),
+        ("CC3M, Swin", "CC3M Swin swin_l"),
+        ("Merged", "Merged-15M ViT vit_l16"),
+    ):
+        (line,) = [line for line in README.splitlines() if line.startswith(f"| {name}")]
+        cell = cells[last, "Speed-up in MACs, accumulated"]
+        values = [float(cell[key]) for key in ("published", "from_inputs", "from_counters", "exact_mode")]
+        assert re.findall(r"[\d.]+x", line) == [f"{value:.2f}x" for value in values], name
