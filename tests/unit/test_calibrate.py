@@ -49,6 +49,10 @@ from tests.helpers_recipe import (
 )
 
 TRY_1, TRY_2 = "try-1-large", "try-2-large"
+SHORT = (
+    "chain.links=[{model: small, train: {steps: 6}, warmup: {steps: 2}},"
+    " {model: large, train: {steps: 5}, warmup: {steps: 1}}]"
+)
 ALL = [FIRST, SECOND, LAST, BASELINE, TRY_1, TRY_2]
 
 
@@ -64,6 +68,29 @@ def third(base: Path) -> Path:
         calibrate(base, base / "third")
     assert names == [f"{FIRST} 6", f"{BASELINE} 12", f"{SECOND} 5", f"{SECOND} 6", f"{SECOND} 8", f"{LAST} 6"]
     return base / "third"
+
+
+@pytest.fixture(scope="module")
+def with_baselines(base: Path, third: Path) -> Path:
+    """A copy of it whose other baselines were trained afterwards; nobody changes it."""
+    folder = shutil.copytree(third, base / "with baselines")
+    with scored(AT_THIRD), trained() as names:
+        chain(base, folder, *CHANGES, baselines=True)
+    assert names == ["baseline-small-s3 12", "baseline-third-s3 12"]
+    return folder
+
+
+def copied(third: Path, folder: Path, *names: str) -> Path:
+    """A run folder in which nothing but these jobs of another one is begun."""
+    for name in names:
+        shutil.copytree(third / "jobs" / name, folder / "jobs" / name)
+    return folder
+
+
+@pytest.fixture
+def begun(third: Path, tmp_path: Path) -> Path:
+    """A run whose first link and whose baseline are done, and no more is known of it."""
+    return copied(third, tmp_path / "begun", FIRST, BASELINE)
 
 
 @pytest.fixture
@@ -114,12 +141,12 @@ def assert_same(third: Path, other: Path) -> None:
 # --- when it stops
 
 
-def test_lossless_at_the_first_try(base: Path, tmp_path: Path) -> None:
+def test_lossless_at_the_first_try(base: Path, begun: Path) -> None:
     with scored({5: 0.40}), trained() as names:
-        said = calibrate(base, tmp_path / "run")
-    assert names == [f"{FIRST} 6", f"{BASELINE} 12", f"{SECOND} 5", f"{LAST} 4"]
-    assert jobs(tmp_path / "run") == sorted([FIRST, SECOND, LAST, BASELINE])
-    found = record(tmp_path / "run")
+        said = calibrate(base, begun)
+    assert names == [f"{SECOND} 5", f"{LAST} 4"]
+    assert jobs(begun) == sorted([FIRST, SECOND, LAST, BASELINE])
+    found = record(begun)
     assert (found["outcome"], found["factor"], len(found["tries"])) == ("lossless", 1.0, 1)
     (line,) = [text for text in said if "try 1" in text]
     assert line.startswith(
@@ -180,12 +207,16 @@ def test_all_links_after_the_first_are_lengthened_and_the_recipe_is_kept(third: 
 
 
 def test_the_accepted_try_is_the_link_of_that_length(base: Path, third: Path, tmp_path: Path) -> None:
-    chain(base, tmp_path / "plain", *CHANGES, "chain.links.1.train={steps: 8}", "chain.links.1.warmup={steps: 2}")
-    assert equal(weights(third, SECOND), weights(tmp_path / "plain", SECOND))
+    plain = copied(third, tmp_path / "plain", FIRST)
+    links = (
+        "{model: small, train: {steps: 6}, warmup: {steps: 2}}, {model: large, train: {steps: 8}, warmup: {steps: 2}}"
+    )
+    chain(base, plain, *CHANGES, f"chain.links=[{links}]")
+    assert equal(weights(third, SECOND), weights(plain, SECOND))
 
 
-def test_never_lossless(base: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = begun
     with scored({}, baseline=0.40) as _, scored(dict.fromkeys((5, 6, 8, 10, 12), 0.30)), trained() as names:
         message = (
             r"large is not lossless at any acceleration: its last try gave -10\.00 points on choose .* at 2\.5 epochs "
@@ -203,7 +234,18 @@ def test_never_lossless(base: Path, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="its first-pair test found no lossless length; take another run folder"):
             chain(base, run, *CHANGES)
         assert names == []
-    write_report(run)
+        # The last try once more, by the command; and then nothing.
+        shutil.rmtree(run / "jobs" / "try-4-large")
+        state = read_json(run / "run.json")
+        write_json(run / "run.json", {**state, "calibration": {**state["calibration"], "outcome": "open", "tries": []}})
+        for trainings in (1, 0):
+            output, error = command(base, monkeypatch, "--run", str(run), "--calibrate")
+            assert isinstance(error, NotLossless)
+            assert "2-large was not lossless in 4 tries" in " ".join(output.split())
+            assert ("going on with" in output) == bool(trainings)
+            assert names == [f"{SECOND} 10"] * trainings
+            names.clear()
+            assert (run / "report.html").exists()
     text = (run / "report.md").read_text()
     assert "2-large was not lossless in 4 tries, and the next would have been no shorter than its baseline" in text
     assert "| CoM-PT large, try 4 | 2.5 |" in text
@@ -217,12 +259,12 @@ def test_a_test_whose_tries_are_not_kept_ends(base: Path, open_run: Path, monkey
     assert (names, len(compared)) == ([f"{SECOND} 6"], 6)
 
 
-def test_few_steps_are_not_tried_twice(base: Path, tmp_path: Path) -> None:
+def test_few_steps_are_not_tried_twice(base: Path, begun: Path) -> None:
     change = "chain.links.1={model: large, train: {steps: 1}, warmup: {steps: 0}}"
     with scored({1: 0.1, 2: 0.2, 3: 0.5}), trained() as names:
-        calibrate(base, tmp_path / "run", change)
+        calibrate(base, begun, change)
     assert [name for name in names if SECOND in name] == [f"{SECOND} {steps}" for steps in (1, 2, 3)]
-    assert [item["factor"] for item in record(tmp_path / "run")["tries"]] == [1.0, 1.25**2, 1.25**5]
+    assert [item["factor"] for item in record(begun)["tries"]] == [1.0, 1.25**2, 1.25**5]
 
 
 def test_real_scores_decide_as_they_stand_on_disk(base: Path, tmp_path: Path) -> None:
@@ -242,10 +284,10 @@ def test_real_scores_decide_as_they_stand_on_disk(base: Path, tmp_path: Path) ->
     assert not any(item["lossless"] for item in tries[:-1])
 
 
-def test_scores_on_other_pictures_are_no_comparison(base: Path, tmp_path: Path) -> None:
+def test_scores_on_other_pictures_are_no_comparison(base: Path, begun: Path) -> None:
     message = f"{SECOND} and {BASELINE} were not scored on the same choose; restore the set"
-    with scored({5: 0.40}, pins={BASELINE: "cd34"}), pytest.raises(RunError, match=message):
-        calibrate(base, tmp_path / "run")
+    with scored({5: 0.40}, pins={SECOND: "cd34"}), pytest.raises(RunError, match=message):
+        calibrate(base, begun)
 
 
 # --- where it compares
@@ -261,11 +303,11 @@ def test_the_set_to_compare_on() -> None:
     assert of("evaluation.sets.1={name: t, task: retrieval, data: x, role: select}") == "held_out"
 
 
-def test_it_compares_there(base: Path, tmp_path: Path) -> None:
-    with scored(AT_THIRD, on="held_out"):
-        calibrate(base, tmp_path / "choose", "chain.links.2.train={steps: 1}", "chain.links.2.warmup={steps: 0}")
-        calibrate(base, tmp_path / "held_out", "chain.links.2.train={steps: 1}", on="held_out", target=None)
-    assert [len(record(tmp_path / name)["tries"]) for name in ("choose", "held_out")] == [1, 3]
+@pytest.mark.parametrize(("on", "tries"), [(None, 1), ("held_out", 2)])
+def test_it_compares_there(base: Path, begun: Path, on: str | None, tries: int) -> None:
+    with scored({5: 0.38}, on="held_out"):
+        calibrate(base, begun, SHORT, on=on)
+    assert len(record(begun)["tries"]) == tries
 
 
 # --- the first length
@@ -278,13 +320,13 @@ def macs(steps: int, *, teacher: bool) -> float:
     ).total_macs
 
 
-def test_a_target_sets_the_first_length(base: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
+def test_a_target_sets_the_first_length(base: Path, begun: Path) -> None:
+    run = begun
     wanted = macs(12, teacher=False) / (1.5 * macs(1, teacher=True))
     assert 6.5 < wanted < 7.4, "neither the recipe's 5 nor, without the teacher, 8"
     with scored({7: 0.30}), trained() as names:
         calibrate(base, run, target=1.5)
-    assert names[2:] == [f"{SECOND} 7", f"{SECOND} {round(1.25 * wanted)}", f"{LAST} {round(4 * 1.25 * wanted / 5)}"]
+    assert names == [f"{SECOND} 7", f"{SECOND} {round(1.25 * wanted)}", f"{LAST} {round(4 * 1.25 * wanted / 5)}"]
     first, second = record(run)["tries"]
     assert first["factor"] == pytest.approx(wanted / 5)
     assert second["factor"] == pytest.approx(1.25 * wanted / 5)
@@ -312,6 +354,7 @@ def test_micro_batches_change_no_length(base: Path, tmp_path: Path) -> None:
 def test_a_model_from_outside_makes_the_first_link_the_one_that_is_tried(
     base: Path, third: Path, tmp_path: Path
 ) -> None:
+    run = copied(third, tmp_path / "run", BASELINE)
     links = "chain.links=[{model: large, train: {steps: 5}, warmup: {steps: 1}}]"
     start = f"chain.from={third / 'jobs' / FIRST / 'model'}"
 
@@ -319,17 +362,16 @@ def test_a_model_from_outside_makes_the_first_link_the_one_that_is_tried(
         # A link from outside has a parent, but no teacher among the jobs.
         read = read_json
         patch.setattr("tests.helpers_calibrate.read_json", lambda path: {**read(path), "teacher": read(path)["start"]})
-        calibrate(base, tmp_path / "run", links, start)
-    assert names == [f"{BASELINE} 12", "1-large 5", "1-large 6"]
-    assert jobs(tmp_path / "run") == ["1-large", BASELINE, TRY_1]
+        calibrate(base, run, links, start)
+    assert names == ["1-large 5", "1-large 6"]
+    assert jobs(run) == ["1-large", BASELINE, TRY_1]
 
 
 # --- what it costs
 
 
-def test_costs_by_hand(base: Path, run: Path) -> None:
-    with scored(AT_THIRD):
-        chain(base, run, *CHANGES, baselines=True)
+def test_costs_by_hand(with_baselines: Path) -> None:
+    run = with_baselines
     rest = ["baseline-small-s3", "baseline-third-s3"]
     cost = {name: manifest(run, name)["cost"]["total_macs"] for name in [*ALL, *rest]}
     time = {name: manifest(run, name)["trained"]["device_hours"] for name in [*ALL, *rest]}
@@ -407,14 +449,13 @@ def test_the_table_of_a_test_that_goes_on(open_run: Path) -> None:
 # --- afterwards
 
 
-def test_baselines_afterwards_train_only_what_is_missing(base: Path, run: Path) -> None:
+def test_baselines_afterwards_train_only_what_is_missing(base: Path, with_baselines: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(with_baselines, tmp_path / "run")
     with scored(AT_THIRD), trained() as names:
-        chain(base, run, *CHANGES, baselines=True)
-        assert names == ["baseline-small-s3 12", "baseline-third-s3 12"]
         chain(base, run, *CHANGES)
         calibrate(base, run)
         calibrate(base, run, baselines=True)
-    assert len(names) == 2
+    assert names == []
     assert len(record(run)["tries"]) == 3
 
 
@@ -496,13 +537,9 @@ def test_an_open_test_goes_on(base: Path, third: Path, open_run: Path) -> None:
 def test_a_chain_that_was_begun_can_be_tested_until_a_later_link_has_begun(
     base: Path, third: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    links = (
-        "{model: small, train: {steps: 6}, warmup: {steps: 2}}, {model: large, train: {steps: 5}, warmup: {steps: 1}}"
-    )
-    short = [*CHANGES, f"chain.links=[{links}]"]
+    run = copied(third, tmp_path / "run", FIRST)
     with scored(AT_THIRD):
-        chain(base, run, *short)
+        chain(base, run, *CHANGES, SHORT)
         whole = Path(shutil.copytree(run, tmp_path / "whole"))
         with trained() as names:
             calibrate(base, run)
@@ -542,6 +579,7 @@ def test_killed_at_each_place_in_turn(base: Path, third: Path, tmp_path: Path) -
     assert_same(third, run)
 
 
+@pytest.mark.slow
 def test_killed_before_one_write_after_another(base: Path, third: Path, tmp_path: Path) -> None:
     run, killed = tmp_path / "run", 0
     while finish(start(calibrate_dying_at_write, 7 + 5 * killed, base, run)) == KILLED:
@@ -639,21 +677,7 @@ def test_the_command(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch
         assert "2-large, try 3: -0.25 points on choose" in output
         assert "Calibration" in output
         assert "2-large was lossless at try 3: it and the links after it train 1.56 times" in " ".join(output.split())
-        output, error = command(base, monkeypatch, "--run", str(open_run))
-        assert "everything in it is done" in output
     assert json.loads((open_run / "run.json").read_text())["calibration"]["outcome"] == "lossless"
-
-
-def test_the_command_reports_what_was_never_lossless(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with scored(dict.fromkeys((5, 6, 8, 10), 0.1)):
-        for _ in range(2):
-            output, error = command(base, monkeypatch, "--run", str(tmp_path / "run"), "--calibrate")
-            assert isinstance(error, NotLossless)
-            assert "2-large was not lossless in 4 tries" in " ".join(output.split())
-            assert "going on with" not in output
-    assert (tmp_path / "run" / "report.html").exists()
 
 
 @pytest.mark.parametrize("words", [["--target", "4"], ["--calibrate-on", "choose"]])
