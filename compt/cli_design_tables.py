@@ -116,7 +116,8 @@ def design_notes(design: Design) -> list[str]:
         notes.append("By this model a chain saves nothing here: individual training is no dearer.")
     if hours is not None and setting.device is not None:
         notes.append(
-            f"GPU-hours on {setting.device.title}, {hours.kind}; their range also spans the bounds of its speed."
+            f"GPU-hours on {setting.device.title}: {'; '.join(hours.sources)}. Their range also spans the bounds of its "
+            "speed."
         )
         if hours.kind != "measured":
             notes.append(OF_THE_AUTHORS)
@@ -165,7 +166,11 @@ def _on_epochs(design: Design) -> list[str]:
     model, links = setting.epochs, setting.links(chosen.specs)
     notes = []
     if links:
-        planned = "medians" if asked.confidence == MEDIAN else f"enough for each link with {_percent(asked.confidence)}"
+        planned = (
+            "the medians of the fit"
+            if asked.confidence == MEDIAN
+            else f"enough for each link with {_percent(asked.confidence)}"
+        )
         notes.append(
             f"All links long enough: {_percent(chosen.all_long_enough)}. Epochs are {planned}; --confidence P plans "
             "those that are enough for each link with probability P, and `compt chain --calibrate` tests the first "

@@ -194,7 +194,7 @@ def test_a_confidence_plans_longer_links(auto: Auto) -> None:
     text = " ".join(auto("--confidence", "0.95")[1].split())
     assert f"All links long enough: {100 * found[2]['all_long_enough']:.0f} %. Epochs are enough for each" in text
     assert "compt chain --calibrate" in text
-    assert "Epochs are medians" in " ".join(auto()[1].split())
+    assert "Epochs are the medians of the fit" in " ".join(auto()[1].split())
 
 
 def test_a_budget(auto: Auto) -> None:
@@ -373,3 +373,10 @@ def test_it_takes_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_page_shows_what_is_printed(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "108")
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    shown = "\n".join(line.rstrip() for line in auto()[1].splitlines()).rstrip()
+    assert f"```text\n{shown}\n```" in page

@@ -18,7 +18,7 @@ from compt.design.search import found, problem
 from compt.forecast import Machine, make_forecast
 from compt.hardware_devices import find_device
 from compt.paper import IMAGES
-from compt.presets import PRESETS, ModelSpec
+from compt.presets import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]
 CC3M = IMAGES["cc3m"]
@@ -92,24 +92,25 @@ def test_the_probability_belongs_to_the_epochs() -> None:
     assert outcome(setting, "", specs, [128.0] * 4).gpu_hours is None
 
 
-@pytest.mark.parametrize("confidence", [0.2, 0.5, 0.8, 0.95])
-@pytest.mark.parametrize(
-    ("teacher", "student", "position"),
-    [
-        (PRESETS["vit_t16"], "vit_s16", 1),
-        (PRESETS["vit_b16"], "vit_l16", 3),
-        (replace(PRESETS["vit_t16"], depth=8, text_depth=8), "vit_t16", 1),
-        (replace(PRESETS["vit_t16"], depth=6, text_depth=6), "vit_s16", 2),
-    ],
-)
-def test_a_quantile_is_that_of_the_draws(confidence: float, teacher: ModelSpec, student: str, position: int) -> None:
-    """Also of predecessors that are too small for the data, whose prior adds to the spread."""
-    link = Link(PRESETS[student], teacher, position, CC3M, 1e6)
-    sizes = (log2_size(link.student), log2_size(link.teacher))
-    fraction = float(np.exp(log_fraction(MODEL, *sizes, position, CC3M, True, confidence)))
-    draws = MODEL.draws([link], count=40_000, seed=7)[:, 0] / 1e6
-    assert fraction < 1
-    assert (draws <= fraction).mean() == pytest.approx(confidence, abs=0.012)
+SMALL = replace(PRESETS["vit_t16"], depth=6, text_depth=6)
+
+
+@pytest.mark.parametrize("images", [CC3M // 2, CC3M, 2 * IMAGES["merged15m"]])
+def test_a_quantile_is_that_of_the_draws(images: int) -> None:
+    """Also where the start prior or the growth beyond the points adds to the spread; all pairs at once."""
+    pairs = [("vit_s16", PRESETS["vit_t16"], 1), ("vit_l16", PRESETS["vit_b16"], 3), ("vit_t16", SMALL, 2)]
+    students = np.array([log2_size(PRESETS[student]) for student, _, _ in pairs])
+    teachers = np.array([log2_size(teacher) for _, teacher, _ in pairs])
+    positions = np.array([position for _, _, position in pairs])
+    links = [Link(PRESETS[student], teacher, position, images, 1e9) for student, teacher, position in pairs]
+    draws = MODEL.draws(links, count=40_000, seed=7) / 1e9
+    for confidence in (0.2, 0.4, 0.6, 0.8, 0.95):
+        fraction = np.exp(log_fraction(MODEL, students, teachers, positions, images, True, confidence))
+        shares = (draws <= np.minimum(1, fraction)).mean(axis=0)
+        assert shares[fraction < 1] == pytest.approx(confidence, abs=0.015)
+        assert (fraction < 1).any()
+    middle = log_fraction(MODEL, students, teachers, positions, images, True)
+    assert middle == pytest.approx(MODEL.log_fraction(students, teachers, positions, images, True))
 
 
 def test_the_search_plans_with_that_confidence() -> None:
