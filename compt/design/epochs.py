@@ -60,8 +60,8 @@ WIDENING = 3.0
 OTHER_RECIPE = 0.7
 """Standard deviation of the intercept that is added then: another recipe may need twice or half the epochs."""
 OPEN_END = math.log(2.0)
-"""An open end of a lab's own interval counts as twice as far away as the other end, in logarithms of epochs, and at least
-as far as this; a known end counts as no further than an open one would."""
+"""An open end of a lab's own interval counts as twice as far away as the other end, in logarithms of epochs, and at
+least as this; a known end counts as no further than an open one would."""
 FURTHEST = math.log(8.0)
 """An end counts as no further away than this: both do where neither is known."""
 GROWTH_SPREAD = 1.0
