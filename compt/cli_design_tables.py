@@ -116,8 +116,8 @@ def design_notes(design: Design) -> list[str]:
         notes.append("By this model a chain saves nothing here: individual training is no dearer.")
     if hours is not None and setting.device is not None:
         notes.append(
-            f"GPU-hours on {setting.device.title}: {'; '.join(hours.sources)}. Their range also spans the bounds of its "
-            "speed."
+            f"GPU-hours on {setting.device.title}: {'; '.join(hours.sources)}. "
+            "Their range also spans the bounds of its speed."
         )
         if hours.kind != "measured":
             notes.append(OF_THE_AUTHORS)

@@ -47,10 +47,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Hours:
-    """GPU-hours with a range, and whether every speed, none or some were measured."""
+    """GPU-hours with a range; whether every speed, none or some were measured, and what they come from."""
 
     hours: Range
     kind: Kind
+    sources: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -120,15 +121,17 @@ def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Se
     )
     if setting.device is None:
         return found
-    (low, middle, high), kind = _epoch_hours(setting, setting.device, jobs)
-    alone, alone_kind = _epoch_hours(setting, setting.device, [(spec, None) for spec in specs])
+    (low, middle, high), kind, sources = _epoch_hours(setting, setting.device, jobs)
+    alone, alone_kind, alone_sources = _epoch_hours(setting, setting.device, [(spec, None) for spec in specs])
     time, individual_times = float(own @ middle), e * alone.sum(axis=1)
     least, most = Range.of(time, spent @ low).low, Range.of(time, spent @ high).high
     return replace(
         found,
-        gpu_hours=Hours(Range(time, least, most), kind),
+        gpu_hours=Hours(Range(time, least, most), kind, sources),
         baseline_gpu_hours=Hours(
-            Range(float(individual_times[1]), float(individual_times[0]), float(individual_times[2])), alone_kind
+            Range(float(individual_times[1]), float(individual_times[0]), float(individual_times[2])),
+            alone_kind,
+            alone_sources,
         ),
         gpu_hours_acceleration=Range.of(individual_times[1] / time, individual_times[1] / (spent @ middle)),
     )
@@ -141,17 +144,20 @@ def _epoch_cost(setting: Setting, student: ModelSpec, teacher: ModelSpec | None)
 
 def _epoch_hours(
     setting: Setting, device: Device, jobs: Sequence[tuple[ModelSpec, ModelSpec | None]]
-) -> tuple[Floats, Kind]:
-    """GPU-hours [3, n] of an epoch of each job, at the least, the middle and the most, and what those are."""
+) -> tuple[Floats, Kind, tuple[str, ...]]:
+    """GPU-hours [3, n] of an epoch of each job, at the least, the middle and the most; what those are, and whence."""
     recipe, kinds, rows = setting.recipe, set(), []
+    sources: dict[str, None] = {}
     conditions = Conditions.of(recipe, setting.gpus)
     for student, teacher in jobs:
         cost = _epoch_cost(setting, student, teacher)
         found = speed(student, teacher, cost, device, conditions, setting.throughput)
         rows.append([found.low, found.seconds_per_sample, found.high])
         kinds.add(found.kind)
+        sources[f"{found.kind} {found.source}"] = None
     samples = epoch_steps(recipe) * recipe.optimizer.batch
-    return np.array(rows).T * samples / 3600, kinds.pop() if len(kinds) == 1 else "measured and projected"
+    kind: Kind = kinds.pop() if len(kinds) == 1 else "measured and projected"
+    return np.array(rows).T * samples / 3600, kind, tuple(sources)
 
 
 def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence[float], source: str) -> dict[str, Any]:

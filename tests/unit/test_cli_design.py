@@ -118,7 +118,7 @@ def test_what_a_person_sees(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None
         row = next(line for line in text.splitlines() if line.strip().startswith(spec["name"]))
         assert f"{epochs:g}" in row
         assert needed["low"] == needed["high"] or f"({needed['low']:.3g}-{needed['high']:.3g})" in row
-    for words in ("11 published numbers", "prior, not a fit", "Extrapolated", "A100 80 GB, projected", "compt bench"):
+    for words in ("11 published numbers", "prior, not a fit", "Extrapolated", "A100 80 GB: projected", "compt bench"):
         assert words in text
     for label in ("5 models, chosen, presets only: vit_t16, vit_c16", "4 models, the recipe's: ", "its own epochs"):
         assert label in text
@@ -253,6 +253,8 @@ def test_measured_speeds_are_used(auto: Auto, tmp_path: Path) -> None:
     last = values["forecast"]["jobs"][-1]
     assert last["hours"]["kind"] == "measured"
     assert last["hours"]["gpu_hours"] == pytest.approx(0.5 * last["samples"] / 3600)
+    told = " ".join(auto("--throughput", str(tmp_path / "t.json"))[1].split())
+    assert "measured an A100, 2026-01-01 (measured at batch 256; this plan has 128 a GPU)" in told
     slow = ("--objective", "budget", "--budget", "900", "--throughput", str(tmp_path / "t.json"))
     assert values["chosen"]["gpu_hours"]["hours"]["middle"] > 5000
     found = as_json(auto, *slow)["chosen"]["specs"]
