@@ -147,6 +147,25 @@ def test_a_simpler_chain_is_preferred_where_it_is_hardly_worse(task: Problem, pr
             assert (len(chosen.chain), strange, chosen.cost) <= (len(one.chain), others, one.cost)
 
 
+def test_what_is_simpler() -> None:
+    """Fewer models, then fewer that are no presets, then less cost; each only within 3 % of the least."""
+    chains = {
+        "best": Found((0, 1, 2, 9), (), 100.0, 500.0),
+        "shorter": Found((1, 3, 9), (), 102.9, 500.0),
+        "of presets": Found((2, 4, 9), (), 102.95, 500.0),
+        "too dear": Found((2, 9), (), 103.1, 500.0),
+    }
+
+    def chosen(*names: str) -> str:
+        found = simplest([chains[name] for name in names], frozenset({2, 4, 9}), lambda one: one.cost)
+        return next(name for name, one in chains.items() if one == found)
+
+    assert chosen("best", "too dear") == "best"
+    assert chosen("best", "shorter", "too dear") == "shorter"
+    assert chosen("best", "shorter", "of presets", "too dear") == "of presets"
+    assert chosen("shorter", "of presets", "too dear") == "too dear"
+
+
 @lru_cache
 def real(names: tuple[str, ...], baseline: float = 128.0, most: int = 8, images: int = CC3M) -> Problem:
     recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml")
