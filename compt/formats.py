@@ -72,7 +72,7 @@ class _Fitting:
     table: TextTable
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        wide = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        wide = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for at, name in enumerate(self.table.header):
             least = None if at else _width([name, *(row[0] for row in self.table.rows)])
             wide.add_column(Text(name), justify="right" if at else "left", no_wrap=at == 0, min_width=least)
@@ -82,11 +82,11 @@ class _Fitting:
         needed = Measurement.get(console, options.update(max_width=10_000), wide)
         tight = self._tight(options.max_width, fold=False) or self._tight(options.max_width, fold=True)
         if needed.maximum <= options.max_width:
-            yield wide
+            yield from (Text(""), wide, Text(""))
         elif tight is not None:
             yield from (Text(""), tight, Text(""))
         elif needed.minimum <= options.max_width:
-            yield wide
+            yield from (Text(""), wide, Text(""))
         else:
             yield from self._blocks()
         yield from (Text(note, style="dim") for note in self.table.notes)

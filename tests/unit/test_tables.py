@@ -15,7 +15,7 @@ from compt.config_schema import Control
 from compt.files import read_json, write_json
 from compt.forecast import Forecast, Machine, make_forecast
 from compt.formats import TextTable, count, escape_markdown, hours, macs
-from compt.hardware import DEVICES
+from compt.hardware_devices import DEVICES
 from compt.plan_tables import memory_table, parts_table, plan_table, plan_tables, speedup_table, warning
 from compt.summary import CONTROLS, Summary, summarise
 from compt.tables import comparison_table, cost_table, summary_table
@@ -200,7 +200,7 @@ def test_a_plan_s_numbers() -> None:
     assert rows["baseline-vit_nano-s0"]["GPU-hours"] == ""
     assert plan_table(found, "paper").rows[2][5] == macs(found.plan.rows("paper")[2]["total_macs"])
     notes = " ".join(plan_table(found).notes)
-    assert "projected for A100 80 GB from the A100 hours of Table 2; ~ marks" in notes
+    assert "projected for A100 80 GB from the A100 hours of the paper's Table 2; ~ marks" in notes
     assert "as the paper counts" in plan_table(found, "paper").notes[0]
 
 
@@ -305,3 +305,15 @@ def test_markdown_of_odd_names() -> None:
 @pytest.mark.parametrize("text", ["plain text", "vit_mini", "95 %: [1.0, 2.0]"])
 def test_plain_text_stays_as_it_is(text: Any) -> None:
     assert escape_markdown(text) == text
+
+
+@pytest.mark.parametrize("width", [60, 32, 28])
+def test_tables_of_any_form_look_alike(width: int) -> None:
+    row = ["vit_t16", "1.00 M", "2.00 G (1.00x)"]
+    table = TextTable("A title", ["Model", "Params", "MACs so far"], [row], ["A note."])
+    lines = [line.rstrip() for line in shown(table.rich(), width).splitlines()]
+    assert (lines[0], lines[1], lines[-2], lines[-1]) == ("A title", "", "", "A note.")
+    assert all(lines[2:-2])
+    assert any(line.startswith("Model") for line in lines)
+    assert any(line.startswith("─") for line in lines)
+    assert any(line.startswith("vit_t16") for line in lines)
