@@ -425,3 +425,15 @@ def test_checkpoints_of_a_short_training_are_few() -> None:
     assert disk(checkpoint_every={"steps": steps - 1}).checkpoints == 2
     assert disk(checkpoint_every={"steps": steps - 1}).peak_bytes == initial + 2 * one + model
     assert disk(checkpoint_every={"steps": 1}, keep_checkpoints=3).peak_bytes == initial + max(4 * one, 3 * one + model)
+
+
+def test_projectors_are_in_the_checkpoints_alone() -> None:
+    def disk(**changes: Any) -> Any:
+        return forecast(None, **changes).links[1].disk
+
+    wider = {"family__members__0__embed_dim": 512, "family__members__1__embed_dim": 640}
+    distilled, plain = disk(**wider), disk(**wider, chain__links__1__alpha=0)
+    # Two linear layers from 640 to 512 with a bias: weights and two moments in fp32, and a count of steps a tensor.
+    assert distilled.checkpoint_bytes - plain.checkpoint_bytes == 12 * 2 * (640 * 512 + 512) + 4 * 4
+    assert (distilled.model_bytes, distilled.initial_bytes) == (plain.model_bytes, plain.initial_bytes)
+    assert disk() == disk(chain__links__1__alpha=0)
