@@ -382,3 +382,22 @@ def test_the_page_shows_what_is_printed(auto: Auto, monkeypatch: pytest.MonkeyPa
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     shown = "\n".join(line.rstrip() for line in auto()[1].splitlines()).rstrip()
     assert f"```text\n{shown}\n```" in page
+
+
+def test_a_simpler_chain_keeps_the_budget(auto: Auto) -> None:
+    """With 300 GPU-hours one of presets is preferred; where only the best chain is affordable, that is taken."""
+    words = ("--objective", "budget", "--budget")
+    values = as_json(auto, *words, "300")
+    best, chosen = (values[key]["gpu_hours"]["hours"]["middle"] for key in ("best", "chosen"))
+    assert best < chosen <= 300
+    assert {spec["name"] for spec in values["chosen"]["specs"]} < PRESETS.keys()
+    between = as_json(auto, *words, str((best + chosen) / 2))
+    assert between["chosen"] == between["best"]
+    assert between["chosen"]["specs"] == values["best"]["specs"]
+
+
+def test_more_images_than_were_published(auto: Auto) -> None:
+    merged = "recipes/merged15m_vit.yaml"
+    words = "are beyond the 12,927,058 of the largest data set in the fit"
+    assert words in auto("--set", "data.images=13000000", recipe=merged)[1]
+    assert words not in auto(recipe=merged)[1]
