@@ -431,7 +431,11 @@ def test_projectors_are_in_the_checkpoints_alone() -> None:
     def disk(**changes: Any) -> Any:
         return forecast(None, **changes).links[1].disk
 
-    wider = {"family__members__0__embed_dim": 512, "family__members__1__embed_dim": 640}
+    wider = {
+        "family__members__0__embed_dim": 512,
+        "family__members__1__embed_dim": 640,
+        "family__members__2__embed_dim": 640,
+    }
     distilled, plain = disk(**wider), disk(**wider, chain__links__1__alpha=0)
     # Two linear layers from 640 to 512 with a bias: weights and two moments in fp32, and a count of steps a tensor.
     assert distilled.checkpoint_bytes - plain.checkpoint_bytes == 12 * 2 * (640 * 512 + 512) + 4 * 4
