@@ -258,7 +258,7 @@ class _Search:
 
     def _placed(self, one: Found) -> Found:
         """A chain of presets by its places among all candidates."""
-        return replace(one, chain=tuple(self.kept[at] for at in one.chain))
+        return found(self.task, [self.kept[at] for at in one.chain])
 
     def by_hand(self) -> Found | None:
         """The recipe's own chain with the model's epochs; None where one of its links is no growth."""

@@ -99,6 +99,8 @@ class Design:
         return f"best family for {self.asked.limit:g} GPU-hours{without}"
 
 
+_EVEN = 0.005
+"""Chains that differ by no more than this share are as good as each other."""
 _WORDS = dict(
     zip(
         FEATURES[1:5],
@@ -144,18 +146,16 @@ def _on_choice(design: Design) -> list[str]:
     if simpler and asked.objective != "budget":
         near = min(simpler, key=lambda one: asked.loses(asked.value(one), ours))
         notes.append(
-            f"{_called(near)} are {100 * asked.loses(asked.value(near), ours):.1f} % "
-            "worse, which lies inside the range: the numbers do not decide between them."
+            f"Inside the range: {_called(near)}, {100 * asked.loses(asked.value(near), ours):.1f} % worse. The numbers "
+            "do not decide between them."
         )
     if chosen.gpu_hours is not None and asked.objective != "budget" and not asked.in_hours:
-        better = [
-            one for one in (*rivals, best) if asked.loses(asked.value(chosen, True), asked.value(one, True)) > 5e-3
-        ]
-        if better:
-            most = max(better, key=lambda one: asked.loses(asked.value(chosen, True), asked.value(one, True)))
+        hours = asked.value(chosen, other=True)
+        most = max((*rivals, best), key=lambda one: asked.loses(hours, asked.value(one, other=True)))
+        if asked.loses(hours, asked.value(most, other=True)) > _EVEN:
             notes.append(
-                f"In GPU-hours {_called(most)} are better: "
-                f"{_shown_hours(asked, most)} against {_shown_hours(asked, chosen)}. --in hours searches by those."
+                f"Better in GPU-hours: {_called(most)}, {_shown_hours(asked, most)} against "
+                f"{_shown_hours(asked, chosen)}; --in hours searches by those."
             )
     return notes
 
