@@ -507,10 +507,13 @@ def test_a_committed_run(root: Path) -> None:
 # Real trainings, tiny ones.
 
 
+QUICK = ("evaluation.validation=[]", "evaluation.every=", "engine.checkpoint_every={steps: 100}")
+
+
 def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     base = helpers_recipe.make_data(tmp_path)
     whole = tmp_path / "whole"
-    helpers_recipe.chain(base, whole, baselines=True)
+    helpers_recipe.chain(base, whole, *QUICK, baselines=True)
     first, second = helpers_recipe.FIRST, helpers_recipe.SECOND
 
     # Another length in a copy of the run folder: its first link is done and is not trained again.
@@ -518,13 +521,13 @@ def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     shutil.copytree(whole, copy)
     shutil.rmtree(copy / "jobs" / second)
     before = helpers_recipe.weights_hash(whole, first)
-    helpers_recipe.chain(base, copy, "chain.links.1.train={steps: 9}")
+    helpers_recipe.chain(base, copy, *QUICK, "chain.links.1.train={steps: 9}")
     assert helpers_recipe.weights_hash(copy, first) == before
 
     # And in a run that starts from the first link's model.
     apart = tmp_path / "apart"
     links = "chain.links=[{model: large, train: {steps: 13}, warmup: {steps: 1}}]"
-    helpers_recipe.chain(base, apart, f"chain.from={whole / 'jobs' / first / 'model'}", links)
+    helpers_recipe.chain(base, apart, *QUICK, f"chain.from={whole / 'jobs' / first / 'model'}", links)
 
     found = read_curves([whole, copy, apart])
     curve = only(found.links)
