@@ -403,9 +403,8 @@ def test_more_images_than_were_published(auto: Auto) -> None:
     assert words not in auto(recipe=merged)[1]
 
 
-@pytest.mark.parametrize("confidence", ["0.5", "0.7", "0.85"])
-def test_no_chain_stands_twice(auto: Auto, confidence: str) -> None:
+def test_no_chain_stands_twice(auto: Auto) -> None:
     for words in (("--objective", "acceleration"), ("--in", "hours"), ("--objective", "budget", "--budget", "400")):
-        found = as_json(auto, *words, "--confidence", confidence)["alternatives"]
+        found = as_json(auto, *words, "--confidence", "0.7")["alternatives"]
         chains = [tuple(spec["name"] for spec in one["specs"]) for one in found if one["predicted"]]
         assert len(set(chains)) == len(chains)
