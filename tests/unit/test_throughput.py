@@ -14,17 +14,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compt import throughput
+from compt.config import load_recipe
 from compt.errors import ConfigError, RunError
+from compt.estimate import seconds_of
 from compt.hardware import Measurement, Throughput
 from compt.hardware_devices import DEVICES
 from compt.macs import exact_cost
 from compt.metrics import read_metrics
 from compt.models import caption_lengths, padded_tokens
+from compt.planner import make_plan
 from compt.presets import PRESETS
 from compt.throughput import largest_batch, measure, measure_apart, run
 from compt.throughput_step import Setup, TrainingStep, random_captions
 from tests.helpers_recipe import FIRST, SECOND, chain, make_data, manifest
 
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 PICO, NANO = PRESETS["vit_pico"], PRESETS["vit_nano"]
 LINK = Setup(NANO, PICO, captions=2, tokens=6, precision="fp32")
@@ -372,3 +376,18 @@ def test_metrics_have_the_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatc
         for row in rows:
             assert row["mfu"] == pytest.approx(2 * useful * row["samples_per_s"] / 1e12, rel=0.1)
         assert cost["recompute_macs"] > 0.1 * useful
+
+
+def test_an_estimate_times_the_step_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Setup, int]] = []
+    monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
+    monkeypatch.setattr(TrainingStep, "data", lambda self, batch: batch)
+    monkeypatch.setattr(
+        TrainingStep, "seconds", lambda self, batch: seen.append((self.setup, batch)) or [3.0, 1.0, 2.0]
+    )
+    recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["engine.micro_batch=16", "engine.loss_chunk=8"])
+    jobs = make_plan(recipe, world_size=2).links
+    assert seconds_of([(job, 10) for job in jobs], recipe, CPU, 2) == 10 * 2.0 * len(jobs)
+    assert [(setup.micro_batch, setup.loss_chunk, setup.tokens, batch) for setup, batch in seen] == [
+        (16, 8, 7.4, 64)
+    ] * len(jobs)
