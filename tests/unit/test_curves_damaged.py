@@ -79,21 +79,7 @@ def test_any_value_anywhere(run: Path, file: str, data: st.DataObject) -> None:
         write_json(run / file, kept)
 
 
-WRONG: tuple[Any, ...] = (
-    2,
-    True,
-    0.5,
-    ["a"],
-    [],
-    {},
-    {"a": 1},
-    "",
-    "\ud800",
-    None,
-    float("nan"),
-    float("inf"),
-    10**400,
-)
+WRONG: tuple[Any, ...] = (2, ["a"], {}, "", "\ud800", None, float("nan"), 10**400)
 
 
 @pytest.mark.parametrize("file", FILES[:2])
