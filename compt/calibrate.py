@@ -235,9 +235,10 @@ def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: An
             run_jobs(context, plan, jobs, say, _record(test, plan, scales, tries, "open"))
             _judge(context.folder, test, plan, scales, say)
         else:
+            first = try_name(1, pair(plain)[0].spec.name)
             raise RunError(
                 f"{context.folder}: its first-pair test does not end: no more than {most} lengths are below the "
-                f"baseline's, and as many were tried; {try_name(1, pair(plain)[0].spec.name)} should be the first of them"
+                f"baseline's, and as many were tried; {first} should be the first of them"
             )
         run_jobs(context, plan, plan.jobs, say, _record(test, plan, scales, tries, "lossless"))
 
