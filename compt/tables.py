@@ -116,7 +116,7 @@ def calibration_table(summary: Summary) -> TextTable | None:
     about = (
         f"{record['link']} against {record['baseline']} on {record['dataset']}: top-1 and its difference on the same "
         "pictures in points, in brackets the 95 % interval by paired bootstrap. The difference alone decides: lossless "
-        f"from -{record['margin']:g} on, else lengths grow by {record['growth']:g}. Verdict: what the interval says."
+        f"above -{record['margin']:g}, else lengths grow by {record['growth']:g}. Verdict: what the interval says."
     )
     if tries:
         cost = macs(tries[-1]["speedup"] * tries[-1]["macs"])
