@@ -247,7 +247,12 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send_measurement, args=(sender, setup, device, batch, most, seconds), daemon=True)
-    process.start()
+    # Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one instead.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
     sender.close()
     try:
         found = receiver.recv()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -351,3 +352,22 @@ def test_the_document_shows_what_the_command_prints(root: Path) -> None:
         peaks = rf"{device.peak_flops['bf16'] / 1e12:g} TFLOP/s \| {device.peak_flops['fp32'] / 1e12:g} TFLOP/s"
         sizes = rf"{device.bandwidth_bytes / 1e12:g} TB/s \| {device.memory_bytes / 2**30:.2f} GiB"
         assert re.search(rf"\| `{device.name}`.* \| {peaks} \| {sizes} \|", text), device.name
+
+
+def test_ctrl_c_ends_a_measurement_without_a_trace(tmp_path: Path) -> None:
+    words = ["bench", "throughput", "vit_pico", "--batch", "2", "--seconds", "600", "--device", "cpu"]
+    words += ["--precision", "fp32", "--out", str(tmp_path / "speeds.json")]
+    with subprocess.Popen(
+        [sys.executable, "-m", "compt", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        # The resource tracker, then the process that measures; a moment later it is importing torch, or timing.
+        while process.poll() is None and len(children.read_text().split()) < 2:
+            time.sleep(0.05)
+        measuring = children.read_text().split()[-1]
+        time.sleep(1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert not Path(f"/proc/{measuring}").exists()
