@@ -25,7 +25,7 @@ from compt.errors import ConfigError, RunError, nearest
 from compt.evaluate.common import load_arrays
 from compt.evaluate.stats import paired_bootstrap, verdict
 from compt.files import disk_errors, write_json
-from compt.jobs import MANIFEST, RunContext, read_manifest
+from compt.jobs import MANIFEST, RunContext, read_manifest, remove_leftovers
 from compt.paper import LOSSLESS_POINTS
 from compt.planner import Job, Plan, first_student, recipe_cost, try_name
 
@@ -334,6 +334,7 @@ def _decide(folder: Path, link: Job, found: Try) -> None:
     """
     own = folder / "jobs" / link.name
     kind = link.kind if found.lossless else "try"
+    remove_leftovers(own, MANIFEST)
     write_json(own / MANIFEST, {**read_manifest(own), "name": found.job, "kind": kind, "calibration": asdict(found)})
     if not found.lossless:
         aside = folder / "jobs" / found.job
