@@ -13,9 +13,10 @@ from typing import Any, Literal, get_args
 from compt.config import Control, Duration, Link, Recipe
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json
+from compt.growth import check_sizes
 from compt.macs import JobCost, Mode, Tokens, exact_cost, paper_cost, parameters
 from compt.planner_start import Start, read_start
-from compt.presets import ModelSpec, check_sizes
+from compt.presets import ModelSpec
 
 Kind = Literal["link", "baseline", "control", "try"]
 

@@ -17,12 +17,20 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 """Standard deviation that it divides by."""
 
 
+NORM_EPS = 1e-5
+"""What a LayerNorm adds to the variance, unless an expansion changed it."""
+
+# Left out of written descriptions where they have their default, so that the hash of a model without them stays.
+_OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps")
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """The full description of one CLIP model: image tower, text tower, joint embedding.
 
     For a Swin, `width` is that of the first stage, `depth` the sum of `depths`, and `heads` those of the first stage.
-    Widths are in channels; `image_size` and `patch_size` in pixels; `context_length` in tokens.
+    Widths are in channels; `image_size` and `patch_size` in pixels; `context_length` in tokens. `quick_gelu`: the
+    activation of OpenAI's own models instead of GELU. `norm_eps`: what the LayerNorms of a ViT add to the variance.
     """
 
     name: str
@@ -46,6 +54,9 @@ class ModelSpec:
     window: int = 7
     timm_name: str = ""
     no_ln_pre: bool = False
+    quick_gelu: bool = False
+    norm_eps: float = NORM_EPS
+    text_norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
         for tower, width, heads, head_width in (
@@ -90,7 +101,9 @@ class ModelSpec:
                 "mlp_ratio": self.mlp_ratio,
                 "no_ln_pre": self.no_ln_pre,
             }
-        text = {
+            if self.norm_eps != NORM_EPS:
+                vision["norm_kwargs"] = {"eps": self.norm_eps}
+        text: dict[str, Any] = {
             "context_length": self.context_length,
             "vocab_size": self.vocab_size,
             "width": self.text_width,
@@ -98,11 +111,19 @@ class ModelSpec:
             "layers": self.text_depth,
             "mlp_ratio": self.mlp_ratio,
         }
-        return {"embed_dim": self.embed_dim, "vision_cfg": vision, "text_cfg": text}
+        if self.text_norm_eps != NORM_EPS:
+            text["norm_kwargs"] = {"eps": self.text_norm_eps}
+        activation = {"quick_gelu": True} if self.quick_gelu else {}
+        return {"embed_dim": self.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for manifests; `from_dict` reads them back."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        default = {field.name: field.default for field in fields(self)}
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+            if key not in _OPTIONAL or value != default[key]
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
@@ -208,42 +229,3 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
                 raise ConfigError(f"model {name}: {width} {size} is not a multiple of the head width {of}")
             values[heads] = size // of
     return replace(spec, **values)
-
-
-_SAME = ("image_size", "vocab_size", "text_head_width")
-_SAME_IMAGE = ("patch_size", "head_width", "window", "no_ln_pre")
-_GROWING = ("text_width", "text_depth", "text_heads", "context_length", "embed_dim")
-_GROWING_IMAGE = ("width", "depth", "heads")
-
-
-def check_sizes(teacher: ModelSpec, student: ModelSpec) -> None:
-    """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
-
-    Between a ViT and a Swin the image towers have no axis in common.
-    """
-    alike = teacher.arch == student.arch
-    if alike and len(teacher.depths) != len(student.depths):
-        raise ConfigError(f"has {len(student.depths)} stages, but '{teacher.name}' has {len(teacher.depths)}")
-    for name in (*_SAME, *(_SAME_IMAGE if alike else ())):
-        old, new = getattr(teacher, name), getattr(student, name)
-        if old != new:
-            raise ConfigError(f"its {name} is {new}, but '{teacher.name}', which it grows from, has {old}")
-    for name, old, new in _growing(teacher, student, alike):
-        if new < old:
-            raise ConfigError(f"its {name} {new} is smaller than the {old} of '{teacher.name}', which it grows from")
-        if name.startswith("depths") and new != old and (new % 2 or old % 2):
-            raise ConfigError(
-                f"its {name} grows from {old} to {new}; blocks with and without shifted windows come in pairs"
-            )
-
-
-def _growing(teacher: ModelSpec, student: ModelSpec, alike: bool) -> list[tuple[str, int, int]]:
-    names = (*_GROWING, *(_GROWING_IMAGE if alike else ()))
-    sizes = [(name, getattr(teacher, name), getattr(student, name)) for name in names]
-    for name in ("text_width", *(("width",) if alike else ())):
-        hidden = [int(getattr(spec, name) * spec.mlp_ratio) for spec in (teacher, student)]
-        sizes.append((f"mlp_ratio x {name}", hidden[0], hidden[1]))
-    for name in ("depths", "stage_heads") if alike else ():
-        pairs = zip(getattr(teacher, name), getattr(student, name), strict=True)
-        sizes += [(f"{name}[{stage}]", old, new) for stage, (old, new) in enumerate(pairs)]
-    return sizes

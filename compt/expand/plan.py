@@ -12,7 +12,8 @@ from compt.errors import ArtefactError, ConfigError, nearest
 from compt.expand import axes, operators
 from compt.expand.axes import Axis, Dim, Parameter
 from compt.expand.operators import AxisMap
-from compt.presets import ModelSpec, check_sizes
+from compt.growth import check_sizes
+from compt.presets import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ LAYERS = (
     "compt.errors",
     "compt.files",
     "compt.presets",
+    "compt.growth",
     "compt.paper",
     "compt.config",
     "compt.macs",
