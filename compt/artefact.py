@@ -9,24 +9,28 @@ ema/                                further weights of the same model, a model f
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from compt import dist
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 from compt.models import ClipModel, build, load_state, materialise, spec_from_open_clip
 from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
+from compt.tensorfile import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
+
+T = TypeVar("T")
 
 FORMAT = "compt-model"
 FORMAT_VERSION = 1
@@ -35,57 +39,13 @@ CONFIG = "open_clip_config.json"
 INDEX = "model.safetensors.index.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
+WRITER = "compt"
+
+_OWN_FIELDS = frozenset(
+    ("format", "format_version", "spec", "preprocess", "tokenizer", "versions", "hash", "extra", "files")
+)
 
 _TOKENIZER = "open_clip.SimpleTokenizer"
-
-
-class LazyState(Mapping[str, Tensor]):
-    """Parameter name -> tensor, read from its safetensors file only when asked for."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self._folder = folder
-        self._open: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        for file in names:
-            try:
-                handle: Any = safe_open(folder / file, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise ArtefactError(f"{folder / file}: not a readable safetensors file ({error})") from error
-            self._open[file] = handle
-            keys: list[str] = list(handle.keys())
-            for key in keys:
-                if key in self._file_of:
-                    raise ArtefactError(f"{folder}: {key} is in {self._file_of[key]} and in {file}")
-                self._file_of[key] = file
-
-    def __getitem__(self, name: str) -> Tensor:
-        file = self._file_of[name]
-        try:
-            tensor: Tensor = self._open[file].get_tensor(name)
-        except SafetensorError as error:
-            raise ArtefactError(f"{self._folder / file}: cannot read {name} ({error})") from error
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
-
-    def __len__(self) -> int:
-        return len(self._file_of)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._file_of
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading it."""
-        return tuple(self._open[self._file_of[name]].get_slice(name).get_shape())
-
-    def slice(self, name: str) -> Any:
-        """A safetensors slice: index it to read a part of a parameter."""
-        return self._open[self._file_of[name]].get_slice(name)
-
-    def file_of(self, name: str) -> str:
-        """The file that holds a parameter."""
-        return self._file_of[name]
 
 
 @dataclass(frozen=True)
@@ -96,7 +56,7 @@ class Artefact:
     spec: ModelSpec
     manifest: dict[str, Any]
     preprocess: dict[str, Any]
-    state: LazyState
+    state: Mapping[str, Tensor]
     hash: str
 
     def load_model(self, device: torch.device | str = "cpu") -> ClipModel:
@@ -148,10 +108,9 @@ def _holds_only_ours(folder: Path) -> bool:
 
 def _holds_only_an_export(folder: Path) -> bool:
     try:
-        with safe_open(folder / OPEN_CLIP_WEIGHTS, framework="pt", device="cpu") as weights:
-            written_by = (weights.metadata() or {}).get("written_by")
-        return written_by == "compt" and {path.name for path in folder.iterdir()} == {OPEN_CLIP_WEIGHTS, CONFIG}
-    except (OSError, SafetensorError):
+        ours = TensorFile(folder / OPEN_CLIP_WEIGHTS).metadata.get("written_by") == WRITER
+        return ours and {path.name for path in folder.iterdir()} == {OPEN_CLIP_WEIGHTS, CONFIG}
+    except (ArtefactError, OSError):
         return False
 
 
@@ -166,15 +125,22 @@ def write_artefact(
     interpolation: str = "bicubic",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_states: Mapping[str, Mapping[str, Tensor]] | None = None,
+    together: bool = False,
 ) -> None:
     """Write a model folder; it appears whole or not at all, and replaces an older one, but nothing else.
 
-    `state` is read one tensor at a time and at most one file of `max_shard_bytes` is held. `manifest` takes the
-    caller's own fields (JSON). `extra_states` ({"ema": state}) become sub-folders that are model folders themselves.
-    Raises ArtefactError for weights of another model or a folder in use (`check_free`), ValueError for a manifest field
-    that is not the caller's to set.
+    `state` is asked for one tensor at a time, and none is kept. `manifest` takes the caller's own fields (JSON).
+    `extra_states` ({"ema": state}) become sub-folders that are model folders themselves. A file holds the parameters
+    that take `max_shard_bytes` in float32. `together`: every rank calls this with the same arguments, and each writes
+    its share of the files, on a file system that all of them see; otherwise one process writes. The folder is the same
+    byte by byte for any number of ranks; what one of them raises, all raise.
+    Raises ArtefactError for weights of another model or a folder in use (`check_free`), RunError when it cannot be
+    written, ValueError for a manifest field that is not the caller's to set.
     """
-    check_free(folder)
+    folder = Path(folder)
+    taken = sorted(_OWN_FIELDS & set(manifest))
+    if taken:
+        raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
     preprocess = {
         "size": spec.image_size,
         "mode": "RGB",
@@ -183,34 +149,118 @@ def write_artefact(
         "interpolation": interpolation,
         "resize_mode": "shortest",
     }
-    extra = dict(extra_states or {})
-    for name in extra:
-        _plain_name(Path(folder), name)
-    with new_folder(Path(folder)) as temporary:
-        hashes = {
-            name: _write_model(temporary / name, values, spec, manifest, preprocess, max_shard_bytes, {})
-            for name, values in extra.items()
-        }
-        _write_model(temporary, state, spec, manifest, preprocess, max_shard_bytes, hashes)
+    states = {_plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
+    writers = _Writers(together)
+    parts = writers.all(lambda: _parts(states, spec, max_shard_bytes))
+    with contextlib.ExitStack() as undo:
+        temporary = writers.main(lambda: _begin(folder, list(states), undo))
+        shares = writers.gather(writers.all(lambda: _write_own(temporary, states, parts, writers)))
+        written = {part: entry for share in shares for part, entry in share.items()}
+
+        def finish() -> None:
+            hashes: dict[str, str] = {}
+            for name in states:  # the model itself comes last: its manifest names the others
+                files = [(part, written[part]) for part in parts if part.model == name]
+                extra = {} if name else hashes
+                hashes[name] = _describe(temporary / name, files, spec, manifest, preprocess, extra)
+            undo.close()
+
+        writers.main(finish)
 
 
-def _write_model(
+@dataclass(frozen=True)
+class _Writers:
+    """The processes that write a folder: all ranks together, or this one alone."""
+
+    together: bool
+
+    @property
+    def rank(self) -> int:
+        return dist.rank() if self.together else 0
+
+    @property
+    def number(self) -> int:
+        return dist.world_size() if self.together else 1
+
+    def all(self, action: Callable[[], T]) -> T:
+        return dist.on_all(action) if self.together else action()
+
+    def main(self, action: Callable[[], T]) -> T:
+        """What the first of them does, and its result in all of them."""
+        result: Any = self.all(lambda: action() if self.rank == 0 else None)
+        return dist.broadcast_object(result) if self.together else result  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        return dist.gather_objects(value) if self.together else [value]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of weights: of which model ("" for the one that the folder is of), and what is in it."""
+
+    model: str
+    file: str
+    shapes: Mapping[str, Shape] = field(hash=False)
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+_Written = tuple[str, int]
+"""SHA-256 of a file, and how many bytes its tensors take."""
+
+
+def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Part]:
+    parts = []
+    for model, state in states.items():
+        shapes = _expected_shapes(state, spec)
+        files = split_files(shapes, max_shard_bytes)
+        for number, names in enumerate(files):
+            file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            parts.append(_Part(model, file, {name: shapes[name] for name in names}))
+    return parts
+
+
+def _begin(folder: Path, models: Iterable[str], undo: contextlib.ExitStack) -> Path:
+    check_free(folder)
+    temporary = undo.enter_context(new_folder(folder))
+    for name in models:
+        (temporary / name).mkdir(exist_ok=True)
+    return temporary
+
+
+def _write_own(
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Part], writers: _Writers
+) -> dict[_Part, _Written]:
+    """Write the files that fall to this process."""
+    if not folder.is_dir():
+        raise RunError(f"cannot write {folder}: rank {writers.rank} does not see it; all ranks need one file system")
+    written = {}
+    for part, owner in zip(parts, share_out([part.elements for part in parts], writers.number), strict=True):
+        if owner == writers.rank:
+            path = folder / part.model / part.file
+            tensor_bytes = write_tensors(path, states[part.model], part.shapes, {"format": "pt"})
+            written[part] = (sha256_file(path), tensor_bytes)
+    return written
+
+
+def _describe(
     folder: Path,
-    state: Mapping[str, Tensor],
+    files: Sequence[tuple[_Part, _Written]],
     spec: ModelSpec,
     manifest: Mapping[str, Any],
     preprocess: dict[str, Any],
-    max_shard_bytes: int,
     extra: dict[str, str],
 ) -> str:
-    folder.mkdir(exist_ok=True)
-    _write_shards(folder, state, _expected_shapes(state, spec), max_shard_bytes)
+    """Write all but the weights of one model; returns the hash of its weights."""
+    if len(files) > 1:
+        total = sum(size for _, (_, size) in files)
+        weight_map = {name: part.file for part, _ in files for name in part.shapes}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     write_json(folder / CONFIG, {"model_cfg": spec.open_clip_config(), "preprocess_cfg": preprocess})
-    files = {
-        path.name: {"sha256": sha256_file(path), "bytes": path.stat().st_size}
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-    }
+    digests = {part.file: digest for part, (digest, _) in files}
+    digests |= {path.name: sha256_file(path) for path in folder.glob("*.json")}
     own: dict[str, Any] = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -222,65 +272,21 @@ def _write_model(
             "vocab_size": spec.vocab_size,
         },
         "versions": versions(),
-        "hash": _weights_hash({name: str(entry["sha256"]) for name, entry in files.items()}),
+        "hash": _weights_hash(digests),
         "extra": extra,
-        "files": files,
+        "files": {name: {"sha256": digests[name], "bytes": (folder / name).stat().st_size} for name in sorted(digests)},
     }
-    taken = sorted(set(own) & set(manifest))
-    if taken:
-        raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
     write_json(folder / MANIFEST, own | dict(manifest))
     return str(own["hash"])
 
 
-def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, torch.Size]:
-    shapes = {name: tensor.shape for name, tensor in build(spec, device="meta").state_dict().items()}
+def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
     odd = sorted(set(state) ^ set(shapes))
     if odd:
         more = " …" if len(odd) > 8 else ""
         raise ArtefactError(f"the weights to write are not those of model {spec.name}: {', '.join(odd[:8])}{more}")
-    return shapes | {"logit_scale": torch.Size()}
-
-
-def _write_shards(
-    folder: Path, state: Mapping[str, Tensor], shapes: dict[str, torch.Size], max_shard_bytes: int
-) -> None:
-    shards: list[list[str]] = []
-    pending: dict[str, Tensor] = {}
-    size = total = 0
-
-    def flush() -> None:
-        _save(pending, folder / f"part-{len(shards)}")
-        shards.append(list(pending))
-        pending.clear()
-
-    for name, tensor in state.items():
-        whole = tensor.detach().cpu().contiguous()
-        whole = whole.reshape(()) if name == "logit_scale" else whole
-        if whole.shape != shapes[name]:
-            found, wanted = list(whole.shape), list(shapes[name])
-            raise ArtefactError(f"the weights to write: {name} is {found} where the model has {wanted}")
-        if pending and size + whole.nbytes > max_shard_bytes:
-            flush()
-            size = 0
-        pending[name] = whole
-        size += whole.nbytes
-        total += whole.nbytes
-    flush()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _save(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt", **metadata})
-    except SafetensorError as error:  # a full disk, among others: safetensors raises no OSError
-        raise RunError(f"cannot write {path}: {error}") from error
+    return shapes | {"logit_scale": ()}
 
 
 def read_artefact(folder: Path, verify: bool = True) -> Artefact:
@@ -390,15 +396,15 @@ def _weight_map(folder: Path, index: str) -> dict[str, str]:
 
 
 def export_open_clip(source: Artefact, folder: Path) -> None:
-    """Write a model as stock open_clip's own folder: one weight file and its config. Holds the weights in memory.
+    """Write a model as stock open_clip's own folder: one weight file and its config, one tensor at a time.
 
     Raises ArtefactError for a folder in use (`check_free`).
     """
     check_free(folder, source.path)
     with new_folder(Path(folder)) as temporary:
-        state = {name: tensor.contiguous() for name, tensor in source.state.items()}
-        state["logit_scale"] = state["logit_scale"].reshape(())
-        _save(state, temporary / OPEN_CLIP_WEIGHTS, written_by="compt")
+        shapes = _expected_shapes(source.state, source.spec)
+        metadata = {"format": "pt", "written_by": WRITER}
+        write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
         config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess}
         write_json(temporary / CONFIG, config)
 

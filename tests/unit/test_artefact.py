@@ -121,7 +121,6 @@ def test_what_is_written_comes_back(tmp_path):
     assert set(found.manifest["versions"]) == {"python", "compt", "torch", "open_clip", "timm"}
     assert found.state["logit_scale"].shape == ()
     assert found.state.shape("visual.proj") == (32, 128)
-    assert torch.equal(found.state.slice("visual.proj")[3:5], model.visual.proj[3:5])
     assert "nothing" not in found.state
     assert len(found.state) == len(model.state_dict())
     assert_same_state(found.load_model(), model)
@@ -174,10 +173,10 @@ def test_weights_of_another_model_are_not_written(tmp_path):
 def test_a_failed_write_leaves_the_old_folder(tmp_path, monkeypatch):
     model = write(tmp_path / "model")
 
-    def full(*args, **kwargs):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compt.artefact.save_file", full)
+    monkeypatch.setattr("compt.tensorfile.os.fsync", full)
     with pytest.raises(RunError, match="No space left"):
         write(tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -5,6 +5,7 @@ that was finished is lost, and the same command finishes once it is mended.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -285,12 +286,20 @@ def test_a_full_disk_without_a_disk(
 ) -> None:
     from safetensors import SafetensorError
 
+    where, error = {
+        "checkpoint": (
+            "compt.checkpoint.save_file",
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+        ),
+        "artefact": ("compt.tensorfile._append", OSError(errno.ENOSPC, "No space left on device")),
+    }[place]
+
     def full(*_: Any, **__: Any) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise error
 
     before = [path.name for path in checkpoints(half)]
     with monkeypatch.context() as patch:
-        patch.setattr(f"compt.{place}.save_file", full)
+        patch.setattr(where, full)
         with pytest.raises(RunError, match=r"cannot write .*No space left on device"):
             chain(base, half)
     assert set(before) <= {path.name for path in checkpoints(half)} or place == "artefact"
