@@ -35,6 +35,7 @@ CHAINS = (
     ("vit_pico", "vit_nano", "vit_micro", "vit_mini", "vit_midi", "vit_maxi"),
     ("vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16", "vit_xb16", "vit_l16"),
     ("swin_t", "swin_s", "swin_b", "swin_l"),
+    ("swin_b384", "swin_l384"),
 )
 """Chains that presets are measured in without a recipe: each model's teacher is the one before it."""
 TEXT_BUCKETS = 4

@@ -12,6 +12,7 @@ from compt.models.init import (
     load_state,
     rule_for,
 )
+from compt.models.swin import register_swin
 
 __all__ = [
     "LOGIT_SCALE",
@@ -27,6 +28,7 @@ __all__ = [
     "load_state",
     "materialise",
     "padded_tokens",
+    "register_swin",
     "rule_for",
     "shardable_blocks",
     "spec_from_open_clip",

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from compt.errors import ConfigError
 from compt.models.init import init_parameters
+from compt.models.swin import register_swin
 from compt.presets import ModelSpec
 
 
@@ -88,6 +89,8 @@ class ClipModel(open_clip.model.CLIP):
     """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. logit_scale has shape [1]."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        if spec.arch == "swin":
+            register_swin(spec.timm_name)
         super().__init__(**spec.open_clip_config(), nonscalar_logit_scale=True)
         self.spec = spec
         _use_blocks(self.transformer, causal=True)
@@ -173,7 +176,7 @@ def _check_swin(spec: ModelSpec, visual: Any) -> None:
         "width": trunk.embed_dim,
         "depths": tuple(stage.depth for stage in trunk.layers),
         "stage_heads": tuple(stage.blocks[0].attn.num_heads for stage in trunk.layers),
-        "window": trunk.layers[0].blocks[0].attn.window_size[0],
+        "stage_windows": tuple(stage.blocks[0].attn.window_size[0] for stage in trunk.layers),
         "mlp_ratio": trunk.layers[0].blocks[0].mlp_ratio,
     }
     for field, value in found.items():

@@ -22,6 +22,7 @@ LADDERS = (
     ("vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16", "vit_xb16", "vit_l16"),
     ("vit_pico", "vit_nano", "vit_micro", "vit_mini", "vit_midi", "vit_maxi"),
     ("swin_t", "swin_s", "swin_b", "swin_l"),
+    ("swin_b384", "swin_l384"),
 )
 PAIRS = [pair for ladder in LADDERS for pair in itertools.pairwise(ladder)]
 
