@@ -312,15 +312,19 @@ PRESETS: dict[str, ModelSpec] = {
 
 
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The preset `name` with fields replaced. Raises ConfigError for an unknown name or field, or an impossible size.
+    """The preset `name` with fields replaced, as by `resized`. Raises ConfigError for an unknown name too."""
+    if name not in PRESETS:
+        raise ConfigError(f"unknown model '{name}'{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
+    return resized(PRESETS[name], overrides or {})
+
+
+def resized(spec: ModelSpec, overrides: Mapping[str, Any]) -> ModelSpec:
+    """A model with fields replaced. Raises ConfigError for an unknown field or an impossible size.
 
     A changed width changes the number of heads with it, unless the heads are given too. A Swin's depth is given stage
     by stage, as `depths`; what follows from its sizes (heads of each stage, name in timm's registry) changes with them.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"unknown model '{name}'{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
-    spec = PRESETS[name]
-    values = dict(overrides or {})
+    name, values = spec.name, dict(overrides)
     known = {field.name for field in fields(ModelSpec)}
     for key in values:
         if key not in known:
