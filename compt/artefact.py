@@ -41,7 +41,7 @@ OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 MAX_SHARD_BYTES = 5_000_000_000
 WRITER = "compt"
 
-_OWN_FIELDS = frozenset(
+OWN_FIELDS = frozenset(
     ("format", "format_version", "spec", "preprocess", "tokenizer", "versions", "hash", "extra", "files")
 )
 
@@ -138,7 +138,7 @@ def write_artefact(
     written, ValueError for a manifest field that is not the caller's to set.
     """
     folder = Path(folder)
-    taken = sorted(_OWN_FIELDS & set(manifest))
+    taken = sorted(OWN_FIELDS & set(manifest))
     if taken:
         raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
     preprocess = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compt import dist
 from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
+from compt.artefact_origin import Origin, expansion_fields
 from compt.checkpoint import find_latest
 from compt.config import Recipe, split_batch
 from compt.data.dataset import train_loader
@@ -39,6 +40,9 @@ STATES = ("planned", "expanded", "training", "evaluated", "done")
 """expanded: `initial/` is there. training: a checkpoint may be there. evaluated: `model/` and its scores are there."""
 
 MANIFEST = "manifest.json"
+
+INITIAL_SHARD_BYTES = 200_000_000
+"""The size of a file of `initial/`, in bytes of float32: small enough for several ranks to have something to write."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,11 @@ class JobRun:
 
         dist.on_main(compare)
 
+    @property
+    def _parent(self) -> str | None:
+        """The job or the path that this model starts from."""
+        return self.job.teacher or (str(self.job.start) if self.job.start else None)
+
     def _teacher(self) -> Artefact | None:
         if self.job.teacher is not None:
             folder = self.context.job_folder(self.job.teacher) / "model"
@@ -189,14 +198,16 @@ class JobRun:
             options = self.context.recipe.chain.expand
             config = ExpandConfig(options.width, options.depth, options.zero_new_outputs)
             plan = make_expansion(teacher.spec, self.job.spec, config)
+            origin = Origin(plan, self.job.seed, self._parent, teacher.hash, INITIAL_SHARD_BYTES)
             self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
-
-            def write() -> None:
-                fields = {"expansion": plan.to_json(), "step": 0, "samples": 0, "epochs": 0.0}
-                state = expand(plan, teacher.state, self.job.seed)
-                self._write_artefact("initial", state, teacher.hash, fields)
-
-            dist.on_main(write)
+            self._write_artefact(
+                "initial",
+                expand(plan, teacher.state, self.job.seed),
+                teacher.hash,
+                {**origin.fields(), "step": 0, "samples": 0, "epochs": 0.0},
+                max_shard_bytes=INITIAL_SHARD_BYTES,
+                together=True,
+            )
         self._enter(
             "expanded",
             **self.job.to_json(),
@@ -213,14 +224,14 @@ class JobRun:
         state: Mapping[str, Tensor],
         parent_hash: str | None,
         fields: Mapping[str, Any],
-        extra: Mapping[str, Mapping[str, Tensor]] | None = None,
+        **options: Any,
     ) -> None:
         job, data = self.job, self.context.recipe.data
         own = {
             "job": job.name,
             "recipe_hash": job.hash,
             "seed": job.seed,
-            "parent": job.teacher or (str(job.start) if job.start else None),
+            "parent": self._parent,
             "parent_hash": parent_hash,
         }
         write_artefact(
@@ -230,18 +241,23 @@ class JobRun:
             {**own, **fields},
             mean=data.mean,
             std=data.std,
-            extra_states=extra,
+            **options,
         )
 
     def _student(self) -> ClipModel:
         """The model before its first step: expanded where there is a teacher, else drawn from the seed."""
-        initial = self.folder / "initial"
-        if self.job.teacher is not None or self.job.start is not None:
-            return read_artefact(initial).load_model(self.context.device)
+        if self._parent is not None:
+            return read_artefact(self.folder / "initial").load_model(self.context.device)
         model = build(self.job.spec)
         init_parameters(model, self.job.spec, self.job.seed)
         model.to(self.context.device)
         return model
+
+    def _origin(self) -> dict[str, Any]:
+        """How the weights that training began with were expanded, for the manifest of the trained model."""
+        if self._parent is None:
+            return {}
+        return expansion_fields(dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False)).manifest)
 
     def _task(self, student: ClipModel) -> ClipTask:
         recipe = self.context.recipe
@@ -314,8 +330,8 @@ class JobRun:
 
     def _fit(self) -> None:
         """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
-        student = self._student()
-        task = self._task(student)
+        origin = self._origin()
+        task = self._task(self._student())
         optimizer = self.context.recipe.optimizer
         engine = DataParallelEngine(
             task.module,
@@ -338,6 +354,7 @@ class JobRun:
 
         def write() -> None:
             fields = {
+                **origin,
                 "step": result.steps,
                 "samples": result.samples,
                 "epochs": self.job.epochs,
@@ -345,7 +362,8 @@ class JobRun:
                 "data_fingerprint": self.context.index.fingerprint,
             }
             extra = {"ema": export_state(averaged)} if averaged is not None else None
-            self._write_artefact("model", export_state(task.model), self.manifest["parent_hash"], fields, extra)
+            state = export_state(task.model)
+            self._write_artefact("model", state, self.manifest["parent_hash"], fields, extra_states=extra)
 
         dist.on_main(write)
 
