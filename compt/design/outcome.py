@@ -203,8 +203,11 @@ def _warmup(recipe: Recipe, epochs: float, like: RecipeLink | None) -> dict[str,
     return dict(_plain(wanted))
 
 
-_IMAGE_SIZES = ("width", "depth", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
-_TEXT_SIZES = ("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim")
+_SIZES = (
+    *("width", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre", "depths", "window"),
+    *("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim"),
+    "quick_gelu",
+)
 
 
 def _member(spec: ModelSpec, common: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,8 +216,9 @@ def _member(spec: ModelSpec, common: Mapping[str, Any]) -> dict[str, Any]:
     preset = next((one for one in family if one.name == spec.name), None)
     preset = preset or min(family, key=lambda one: abs(log2_size(one) - log2_size(spec)))
     usual = resolve(preset.name, common)
-    known = _TEXT_SIZES if spec.arch == "swin" else (*_IMAGE_SIZES, *_TEXT_SIZES)
-    sizes = {key: getattr(spec, key) for key in known if getattr(spec, key) != getattr(usual, key)}
+    # A Swin's depth is the sum of its depths.
+    known = _SIZES if spec.arch == "swin" else (*_SIZES, "depth")
+    sizes = {key: _plain(getattr(spec, key)) for key in known if getattr(spec, key) != getattr(usual, key)}
     for width, heads in (("width", "heads"), ("text_width", "text_heads")):
         if width in sizes and heads not in common:
             sizes.pop(heads, None)  # follow from the width

@@ -13,7 +13,7 @@ from compt.design.candidates import candidates
 from compt.design.confidence import known_epochs, log_fraction
 from compt.design.costs import macs_costs
 from compt.design.epochs import Bound, EpochModel, Link, log2_size, paper_matches
-from compt.design.outcome import Setting, outcome
+from compt.design.outcome import Setting, designed_recipe, outcome
 from compt.design.search import found, problem
 from compt.forecast import Machine, make_forecast
 from compt.hardware_devices import find_device
@@ -126,3 +126,29 @@ def test_the_search_plans_with_that_confidence() -> None:
     shown = outcome(setting, "", [PRESETS[name] for name in names], chain.epochs)
     assert all(0.89 <= share <= 0.95 for share in shown.long_enough), shown.long_enough
     assert chain.epochs[1] == np.ceil(2 * known_epochs(model, pair, 0.9)) / 2 > 30
+
+
+def test_a_designed_chain_of_swins_in_another_resolution_comes_out_as_a_recipe() -> None:
+    changes = [
+        "family.members=[{name: wide, preset: swin_l384, width: 256, depths: [2, 2, 20, 2]}]",
+        "chain.links=[{model: wide, train: {epochs: 24}, warmup: {steps: 10}}]",
+    ]
+    recipe = load_recipe(ROOT / "recipes" / "cc3m_swin.yaml", changes)
+    chain = candidates(recipe.family.specs()).specs
+    made = designed_recipe(recipe, chain, [128.0, 20.0, 20.0, 20.0, 20.0], "here")
+    first, *_, wide = made["family"]["members"]
+    assert {key: first[key] for key in first if "text" not in key} == {
+        "name": "swin_t",
+        "image_size": 384,
+        "window": 12,
+    }
+    assert wide == {"name": "wide", "preset": "swin_l384", "width": 256, "depths": [2, 2, 20, 2]}
+    odd = candidates({"odd": replace(chain[-1], name="odd", timm_name="")}).specs
+    assert designed_recipe(recipe, odd, [128.0] * 5, "here")["family"]["members"][-1] == {
+        "name": "odd",
+        "preset": "swin_l",
+        "width": 256,
+        "depths": [2, 2, 20, 2],
+        "image_size": 384,
+        "window": 12,
+    }
