@@ -15,7 +15,6 @@ from torch import Tensor
 
 from compt import dist
 from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
-from compt.artefact_origin import Origin, expansion_fields
 from compt.checkpoint import find_latest
 from compt.config import Recipe, split_batch
 from compt.data.dataset import train_loader
@@ -198,13 +197,13 @@ class JobRun:
             options = self.context.recipe.chain.expand
             config = ExpandConfig(options.width, options.depth, options.zero_new_outputs)
             plan = make_expansion(teacher.spec, self.job.spec, config)
-            origin = Origin(plan, self.job.seed, self._parent, teacher.hash, INITIAL_SHARD_BYTES)
+            how = {"expansion": plan.to_json(), "shard_bytes": INITIAL_SHARD_BYTES}
             self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
             self._write_artefact(
                 "initial",
                 expand(plan, teacher.state, self.job.seed),
                 teacher.hash,
-                {**origin.fields(), "step": 0, "samples": 0, "epochs": 0.0},
+                {**how, "step": 0, "samples": 0, "epochs": 0.0},
                 max_shard_bytes=INITIAL_SHARD_BYTES,
                 together=True,
             )
@@ -257,7 +256,9 @@ class JobRun:
         """How the weights that training began with were expanded, for the manifest of the trained model."""
         if self._parent is None:
             return {}
-        return expansion_fields(dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False)).manifest)
+        initial = dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False))
+        kept = {key: initial.manifest[key] for key in ("expansion", "shard_bytes") if key in initial.manifest}
+        return {**kept, "initial_hash": initial.hash}
 
     def _task(self, student: ClipModel) -> ClipTask:
         recipe = self.context.recipe
