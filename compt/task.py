@@ -8,11 +8,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from compt.dist import mean_of_scalars
+from compt.errors import ConfigError
 from compt.losses import ImageToText, contrastive_loss, ifd_loss
 from compt.models.clip import ClipModel
 from compt.models.init import init_tensor, linear_rule
+from compt.presets import VOCAB_SIZE
 
 MAX_LOGIT_SCALE = math.log(100)
 """Cap of the learnt logarithm of the inverse temperature."""
@@ -109,6 +112,17 @@ def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[
     return cut, None if lengths is None else lengths.clamp(max=context)
 
 
+def fit_images(images: Tensor, size: int) -> Tensor:
+    """Pictures [b, 3, H, W] as float [b, 3, size, size], resized as wholes: bicubic, antialiased where they shrink.
+
+    Weights of a resize sum to one, so that it does not matter that the colours are normalised already; as nothing is
+    rounded or clipped to 256 levels, values differ slightly from those of a picture decoded at `size`.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bicubic", align_corners=False, antialias=True)
+
+
 class ClipTask:
     """Contrastive training of images with several captions each: baselines and the first link of a chain.
 
@@ -169,7 +183,8 @@ class DistillTask(ClipTask):
 
     The teacher is taken over: frozen, put into evaluation mode and cast to `teacher_dtype` (the compute dtype). It is
     in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in `ifd_loss`. `seed`
-    draws the projectors.
+    draws the projectors. A teacher for pictures of another size or a shorter context sees the same ones fitted to it;
+    its vocabulary has to hold all tokens that the student's data has. Raises ConfigError where it cannot.
     """
 
     name = "clip_distill"
@@ -195,6 +210,11 @@ class DistillTask(ClipTask):
             seed=seed,
             projected=teacher.spec.embed_dim,
         )
+        if teacher.spec.vocab_size < min(model.spec.vocab_size, VOCAB_SIZE):
+            raise ConfigError(
+                f"'{teacher.spec.name}' knows {teacher.spec.vocab_size} tokens, too few to teach "
+                f"'{model.spec.name}' of {model.spec.vocab_size}"
+            )
         self.teacher = teacher.requires_grad_(False).eval().to(teacher_dtype)
         self.teacher_dtype = teacher_dtype
         self.alpha = alpha
@@ -202,10 +222,14 @@ class DistillTask(ClipTask):
 
     @torch.no_grad()
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """The teacher's features: image [b, D'], text [b, M, D'], not normalised; captions are cut to its context."""
+        """The teacher's features: image [b, D'], text [b, M, D'], not normalised.
+
+        Pictures are resized to its image size (`fit_images`), captions cut to its context (`cut_captions`).
+        """
         tokens, lengths = cut_captions(tokens, lengths, self.teacher.spec.context_length)
         with torch.autocast(images.device.type, enabled=False):
-            image, text = encode(self.teacher, images.to(self.teacher_dtype), tokens, lengths, self.module.text_buckets)
+            fitted = fit_images(images, self.teacher.spec.image_size).to(self.teacher_dtype)
+            image, text = encode(self.teacher, fitted, tokens, lengths, self.module.text_buckets)
         return {"image": image, "text": text}
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:

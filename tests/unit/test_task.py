@@ -5,24 +5,30 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from compt.data.tokens import CaptionTokens, pad
+from compt.errors import ConfigError
 from compt.losses import contrastive_loss, ifd_loss
 from compt.models import build
 from compt.models.clip import ClipModel, caption_lengths
-from compt.presets import ModelSpec, resolve
+from compt.presets import VOCAB_SIZE, ModelSpec, resolve
 from compt.task import (
     MAX_LOGIT_SCALE,
     ClipTask,
     DistillTask,
     StudentModule,
     cut_captions,
+    fit_images,
     reduce_report,
     surrogate,
 )
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def tiny(embed_dim: int = 16) -> ModelSpec:
@@ -181,6 +187,51 @@ def test_a_teacher_of_a_shorter_context_reads_what_fits() -> None:
     loss, report = task.loss(task.module(images, tokens), targets)
     assert loss.isfinite()
     assert report["ifd"] > 0
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Pillow's own resize, in fp32, of every channel."""
+    planes = [
+        np.asarray(Image.fromarray(plane.numpy(), mode="F").resize((size, size), Image.Resampling.BICUBIC))
+        for plane in images.flatten(0, 1)
+    ]
+    return torch.from_numpy(np.stack(planes)).unflatten(0, images.shape[:2])
+
+
+@pytest.mark.parametrize("size", [8, 12, 24, 40])
+def test_pictures_fit_a_teacher_as_pillow_would_resize_them(size: int) -> None:
+    images, _ = batch(2)
+    fitted = fit_images(images, size)
+    # Pillow takes -0.5 for the free constant of the bicubic kernel; without antialiasing torch takes -0.75.
+    torch.testing.assert_close(fitted, resized(images, size), rtol=0, atol=2e-5)
+    assert fit_images(images, 16) is images
+    assert fit_images(images.bfloat16(), size).dtype == torch.float32
+
+
+def test_fitting_pictures_does_not_mind_normalised_colours() -> None:
+    mean, std = torch.rand(3, 1, 1), torch.rand(3, 1, 1) + 0.5
+    images, _ = batch(2)
+    torch.testing.assert_close(fit_images((images - mean) / std, 12), (fit_images(images, 12) - mean) / std)
+
+
+@pytest.mark.parametrize("sizes", [{"image_size": 8}, {"image_size": 32, "patch_size": 16}, {"image_size": 24}])
+def test_a_teacher_for_pictures_of_another_size_sees_the_same_ones(sizes: dict[str, int]) -> None:
+    images, tokens = batch()
+    teacher = build(replace(tiny(24), **sizes), seed=1)
+    task = DistillTask(model(), teacher)
+    targets = task.targets(images, tokens)
+    torch.testing.assert_close(targets["image"], teacher.encode_image(resized(images, sizes["image_size"])), **CLOSE)
+    assert torch.equal(targets["text"], DistillTask(model(), build(tiny(24), seed=1)).targets(images, tokens)["text"])
+    loss, report = task.loss(task.module(images, tokens), targets)
+    loss.backward()
+    assert report["ifd"] > 0
+
+
+def test_a_teacher_of_a_smaller_vocabulary_is_fed_the_tokenizer_s_tokens_alone() -> None:
+    grown, _ = build(replace(tiny(), vocab_size=VOCAB_SIZE + 8)), batch()
+    DistillTask(grown, build(replace(tiny(), vocab_size=VOCAB_SIZE)))
+    with pytest.raises(ConfigError, match=f"'vit_pico' knows 64 tokens, too few to teach .* of {VOCAB_SIZE + 8}"):
+        DistillTask(grown, model())
 
 
 def test_logit_scale_is_capped_after_a_step() -> None:
