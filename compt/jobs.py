@@ -257,7 +257,9 @@ class JobRun:
         if self._parent is None:
             return {}
         initial = dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False))
-        kept = {key: initial.manifest[key] for key in ("expansion", "shard_bytes") if key in initial.manifest}
+        kept: dict[str, Any] = {
+            key: initial.manifest[key] for key in ("expansion", "shard_bytes") if key in initial.manifest
+        }
         return {**kept, "initial_hash": initial.hash}
 
     def _task(self, student: ClipModel) -> ClipTask:
