@@ -1,0 +1,153 @@
+"""Every pair of neighbours in the recipes of this repository, under every operator."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compt.config import load_recipe
+from compt.expand import expand, make_plan
+from compt.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, grown_spec
+from compt.planner import make_plan as plan_recipe
+from compt.presets import PRESETS, ModelSpec
+from tests.unit.expand_oracle import build, differences, random_weights, samples, shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = 8_000_000
+EXPANDED = 40  # parameters of one element a test may draw
+
+
+def recipe_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
+    """Each link of a recipe with the one before it, by `recipe: teacher student`."""
+    found = {}
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        links = plan_recipe(load_recipe(path), source=str(path)).links
+        for before, link in itertools.pairwise(links):
+            assert link.teacher == before.name
+            found[f"{path.stem}: {before.spec.name} {link.spec.name}"] = (before.spec, link.spec)
+    return found
+
+
+PAIRS = recipe_pairs()
+# Two recipes may have a pair in common.
+DISTINCT = {pair: name for name, pair in reversed(PAIRS.items())}
+
+
+def size(spec: ModelSpec) -> int:
+    return sum(math.prod(shape) for shape in shapes(spec).values())
+
+
+def small_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
+    return {name: pair for pair, name in DISTINCT.items() if size(pair[1]) < SMALL}
+
+
+def large_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
+    return {name: pair for pair, name in DISTINCT.items() if size(pair[1]) >= SMALL}
+
+
+class Lazy(Mapping[str, Tensor]):
+    """A teacher whose parameters are drawn when they are asked for, so that none stays in memory."""
+
+    def __init__(self, spec: ModelSpec, offset: int = 0) -> None:
+        self.sizes = shapes(spec)
+        self.offset = offset
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self.sizes[name]
+        draw = torch.Generator().manual_seed(self.offset + sum(name.encode()))
+        scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 1.0
+        return torch.randn(shape, generator=draw) * scale
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.sizes)
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+
+def test_the_recipes_have_pairs():
+    assert len(PAIRS) >= 15
+    assert {name.split(":")[0] for name in PAIRS} >= {"cc3m_vit", "cc3m_swin", "merged15m_vit", "emoji", "demo"}
+    assert small_pairs()
+    assert large_pairs()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_pair_plans_under_every_operator(name):
+    teacher, student = PAIRS[name]
+    sizes = shapes(student)
+    for width in WIDTH_OPERATORS:
+        plan = make_plan(teacher, student, ExpandConfig.both(width))
+        assert {entry.name: entry.shape for entry in plan.entries} == sizes
+        assert plan.copied + plan.new + plan.zeroed == plan.parameters == sum(map(math.prod, sizes.values()))
+        assert plan.copied > plan.parameters // 8
+        assert plan.student == grown_spec(teacher, student, plan.config)
+        assert plan.rows()
+        assert set(plan.inexact) == {"image", "text"}
+    for depth in DEPTH:
+        for zero in (False, True):
+            assert make_plan(teacher, student, ExpandConfig.both(depth=depth, zero_new_outputs=zero)).copied
+    assert make_plan(teacher, student, ExpandConfig.both("insert_packed", reference_compatible=True)).copied
+
+
+def check_expanded(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> None:
+    plan = make_plan(teacher, student, config)
+    sizes = shapes(student)
+    average = Lazy(teacher, 1) if plan.needs_average else None
+    seen = set()
+    for name, tensor in expand(plan, Lazy(teacher), 5, average).items():
+        assert tuple(tensor.shape) == sizes[name], name
+        assert tensor.dtype == torch.float32
+        assert bool(torch.isfinite(tensor).all()), name
+        seen.add(name)
+    assert seen == set(sizes)
+
+
+@pytest.mark.parametrize("name", small_pairs())
+@pytest.mark.parametrize("width", WIDTH_OPERATORS)
+def test_small_pairs_expand(width, name):
+    depth = "duplicate" if width == "insert" else list(DEPTH)[WIDTH_OPERATORS.index(width) % len(DEPTH)]
+    check_expanded(*small_pairs()[name], ExpandConfig.both(width, depth, zero_new_outputs=width == "lemon"))
+
+
+@pytest.mark.parametrize("name", small_pairs())
+def test_the_text_towers_of_small_pairs_keep_their_function_under_exact_operators(name):
+    teacher, student = small_pairs()[name]
+    state = random_weights(teacher)
+    for width in ("lemon", "insert_exact"):
+        plan = make_plan(teacher, student, ExpandConfig.both(width, zero_new_outputs=True))
+        assert plan.inexact["text"] == ()
+        assert differences(teacher, state, plan.student, dict(expand(plan, state, 2)))["text"] < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", large_pairs())
+@pytest.mark.parametrize("width", ["insert", "lemon"])
+def test_large_pairs_expand(width, name):
+    check_expanded(*large_pairs()[name], ExpandConfig.both(width))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", ["net2net", "lemon"])
+def test_a_real_swin_keeps_its_function(width):
+    small = {"vocab_size": 500, "text_depth": 1}
+    teacher, student = (replace(PRESETS[name], **small) for name in ("swin_t", "swin_l"))
+    student = replace(student, text_width=2 * teacher.text_width, text_heads=2 * teacher.text_heads)
+    plan = make_plan(teacher, student, ExpandConfig.both(width, zero_new_outputs=True))
+    assert not any(plan.inexact.values())
+    state = random_weights(teacher)
+    images, tokens = samples(teacher, 1)
+    found = []
+    with torch.no_grad():
+        for spec, weights in ((teacher, state), (plan.student, expand(plan, state, 3))):
+            model = build(spec, weights)
+            found.append((model.encode_image(images), model.encode_text(tokens)))
+    for before, after in zip(*found, strict=True):
+        torch.testing.assert_close(after, before, rtol=0, atol=1e-10)
