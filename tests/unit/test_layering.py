@@ -43,6 +43,7 @@ LAYERS = (
     "compt.accumulate",
     "compt.tensorfile",
     "compt.artefact",
+    "compt.sources",
     "compt.checkpoint",
     "compt.metrics",
     "compt.trainer",
@@ -67,6 +68,9 @@ ONLY_IN = {
     "nvidia.dali": ("compt/data/dali.py",),
     "matplotlib": ("compt/report*.py", "compt/report/*.py"),
 }
+
+# The one module that may unpickle, and only with torch's own restricted unpickler.
+PICKLES = "compt/sources/pickles.py"
 
 PRINTING = ("compt/cli*.py", "compt/cli/*.py", "compt/report*.py", "compt/__main__.py")
 
@@ -126,13 +130,24 @@ def wrong_imports(path: str, tree: ast.AST) -> Iterator[str]:
                 yield f"{path}:{line}: {package} is imported only in {', '.join(places)}"
         if name in ("torch.load", "torch.serialization.load"):
             yield f"{path}:{line}: torch.load unpickles: use safetensors"
+        if name.split(".")[0] in ("pickle", "_pickle", "dill", "joblib", "cloudpickle") and path != PICKLES:
+            yield f"{path}:{line}: {name} unpickles: use compt.sources.pickles"
+
+
+def weights_only(call: ast.Call) -> bool:
+    given = [word.value for word in call.keywords if word.arg == "weights_only"]
+    return len(given) == 1 and isinstance(given[0], ast.Constant) and given[0].value is True
 
 
 def wrong_calls(path: str, tree: ast.AST) -> Iterator[str]:
     prints = any(fnmatch.fnmatch(path, place) for place in PRINTING)
+    restricted = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and weights_only(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.serialization.load"):
-            yield f"{path}:{node.lineno}: torch.load unpickles: use safetensors"
+            if path != PICKLES or id(node) not in restricted:
+                yield f"{path}:{node.lineno}: torch.load unpickles: use safetensors"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads"):
+            yield f"{path}:{node.lineno}: {ast.unparse(node)} runs what the file says"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print" and not prints:
             yield f"{path}:{node.lineno}: print() in library code"
         raised = node.exc if isinstance(node, ast.Raise) else None
@@ -229,6 +244,14 @@ def test_exceptions_exist_and_have_reasons() -> None:
         ("compt/checkpoint.py", "import torch\ntorch.load('x', weights_only=True)", "torch.load"),
         ("compt/checkpoint.py", "from torch import load", "torch.load"),
         ("compt/checkpoint.py", "from torch.serialization import load", "torch.load"),
+        ("compt/sources/pickles.py", "import torch\ntorch.load('x')", "torch.load"),
+        ("compt/sources/pickles.py", "import torch\ntorch.load('x', weights_only=False)", "torch.load"),
+        ("compt/sources/pickles.py", "import torch\ntorch.load('x', weights_only=bool(1))", "torch.load"),
+        ("compt/sources/pickles.py", "import torch\nread = torch.load\nread('x')", "torch.load"),
+        ("compt/sources/pickles.py", "from torch import load", "torch.load"),
+        ("compt/sources/pickles.py", "import pickle\npickle.load(open('x', 'rb'))", "runs what the file says"),
+        ("compt/sources/dcp.py", "import torch\ntorch.load('x', weights_only=True)", "torch.load"),
+        ("compt/sources/dcp.py", "import pickle", "unpickles"),
         ("compt/trainer.py", "print('x')", "print()"),
         ("compt/trainer.py", "def f():\n    raise NotImplementedError", "NotImplementedError"),
         ("compt/trainer.py", "x = 1\n" * (FILE_LINES + 1), "lines"),
@@ -247,6 +270,7 @@ def test_the_checker_reports(path: str, source: str, message: str) -> None:
         ("compt/chain.py", "import compt.jobs\nfrom compt import __version__"),
         ("compt/models/clip.py", "from compt.models.init import init_parameters"),
         ("compt/engines/zero.py", "import deepspeed"),
+        ("compt/sources/pickles.py", "import pickle, torch\ntorch.load('x', mmap=True, weights_only=True)"),
         ("compt/report_figures.py", "import matplotlib.pyplot as plt\nprint('x')"),
         ("compt/losses.py", "import torch\nimport deepspeed_like\ntorch.save({}, 'x')"),
     ],

@@ -1,0 +1,185 @@
+"""Weights in single files, and in folders of open_clip and Hugging Face, where a config says what the model is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from compt.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS
+from compt.errors import ArtefactError, ConfigError
+from compt.files import read_json
+from compt.models import spec_from_open_clip
+from compt.presets import NORM_EPS, OPENAI_MEAN, OPENAI_STD, VOCAB_SIZE, ModelSpec
+from compt.sources.pickles import load_torch_file, tensors_in
+from compt.sources.weights import Found, Tensors, inside
+from compt.tensorfile import LazyState
+
+HF_CONFIG = "config.json"
+HF_PIXELS = "preprocessor_config.json"
+HF_WEIGHTS = "model.safetensors"
+HF_PICKLE = "pytorch_model.bin"
+PICKLES = (".pt", ".pth", ".bin")
+
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+# What a config of Hugging Face leaves out has these values.
+_HF_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": NORM_EPS,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+_HF_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": NORM_EPS,
+}
+_HF_EMBEDDING = 512
+# transformers reads this number as "the highest token", whatever the vocabulary.
+_HF_HIGHEST = 2
+
+
+def read_file(path: Path) -> Found:
+    """A file of weights: .safetensors, or what torch.save wrote. Raises ArtefactError."""
+    if path.suffix == ".safetensors":
+        return Found(LazyState(path.parent, [path.name]), [path])
+    if path.suffix not in PICKLES:
+        raise ArtefactError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)} files and from folders")
+    return Found(Tensors(dict(tensors_in(load_torch_file(path)))), [path])
+
+
+def read_open_clip(folder: Path) -> Found:
+    """A folder with open_clip's config and its weights in one or several .safetensors files. Raises ArtefactError."""
+    config = read_object(inside(folder, CONFIG))
+    spec = spec_from_open_clip(config, name=folder.name)
+    names = [path.name for path in sorted(folder.glob("*.safetensors"))]
+    if (folder / INDEX).exists():
+        weights = _sharded(folder)
+    else:
+        names = [OPEN_CLIP_WEIGHTS] if OPEN_CLIP_WEIGHTS in names else names
+        if len(names) != 1:
+            raise ArtefactError(
+                f"{folder}: {len(names)} .safetensors files and no {INDEX}; expected {OPEN_CLIP_WEIGHTS}"
+            )
+        weights = LazyState(folder, [inside(folder, names[0]).name])
+    files = sorted({folder / weights.file_of(name) for name in weights})
+    return Found(weights, files, spec, dict(config.get("preprocess_cfg") or {}))
+
+
+def read_hugging_face(folder: Path) -> Found:
+    """A folder of transformers' CLIPModel: config.json and weights, in one file or several. Raises ArtefactError."""
+    spec = spec_from_hugging_face(read_object(inside(folder, HF_CONFIG)), folder.name)
+    pixels = read_object(inside(folder, HF_PIXELS)) if (folder / HF_PIXELS).exists() else {}
+    preprocess = {
+        ours: pixels[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels
+    }
+    if pixels.get("resample") in _RESAMPLING:
+        preprocess["interpolation"] = _RESAMPLING[pixels["resample"]]
+    if (folder / INDEX).exists():
+        weights = _sharded(folder)
+        return Found(weights, sorted({folder / weights.file_of(name) for name in weights}), spec, preprocess)
+    for name in (HF_WEIGHTS, HF_PICKLE):
+        if (folder / name).exists():
+            found = read_file(inside(folder, name))
+            return Found(found.weights, found.files, spec, preprocess)
+    raise ArtefactError(f"{folder}: no weights in it: neither {INDEX}, {HF_WEIGHTS} nor {HF_PICKLE}")
+
+
+def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """The ModelSpec of a config.json of transformers' CLIPModel. Raises ArtefactError naming what does not fit."""
+    if config.get("model_type") != "clip":
+        raise ArtefactError(
+            f"{HF_CONFIG} of {name}: model_type is {config.get('model_type')!r}; only models of type 'clip' are read"
+        )
+    try:
+        text, vision = (
+            default | dict(config.get(f"{part}_config") or {}) | dict(config.get(f"{part}_config_dict") or {})
+            for part, default in (("text", _HF_TEXT), ("vision", _HF_VISION))
+        )
+        _check_hugging_face(name, text, vision)
+        return ModelSpec(
+            name=name,
+            arch="vit",
+            width=vision["hidden_size"],
+            depth=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            head_width=vision["hidden_size"] // vision["num_attention_heads"],
+            text_width=text["hidden_size"],
+            text_depth=text["num_hidden_layers"],
+            text_heads=text["num_attention_heads"],
+            text_head_width=text["hidden_size"] // text["num_attention_heads"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            context_length=text["max_position_embeddings"],
+            vocab_size=text["vocab_size"],
+            embed_dim=config.get("projection_dim", _HF_EMBEDDING),
+            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+            quick_gelu=text["hidden_act"] == "quick_gelu",
+            norm_eps=float(vision["layer_norm_eps"]),
+            text_norm_eps=float(text["layer_norm_eps"]),
+        )
+    except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
+        raise ArtefactError(f"{HF_CONFIG} of {name}: {error}") from error
+
+
+def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    ratios = {part["intermediate_size"] / part["hidden_size"] for part in (text, vision)}
+    acts = {part["hidden_act"] for part in (text, vision)}
+    wrong = None
+    if vision["num_channels"] != 3:
+        wrong = f"vision_config.num_channels is {vision['num_channels']}; it must be 3"
+    elif len(ratios) != 1:
+        wrong = f"towers of different intermediate_size / hidden_size ({sorted(ratios)}) are not supported"
+    elif len(acts) != 1 or not acts <= {"gelu", "quick_gelu"}:
+        wrong = f"hidden_act is {' and '.join(sorted(map(str, acts)))}; it must be gelu or quick_gelu in both towers"
+    elif text["eos_token_id"] not in (_HF_HIGHEST, text["vocab_size"] - 1):
+        wrong = f"text_config.eos_token_id is {text['eos_token_id']}; text is read at the highest token here"
+    if wrong:
+        raise ArtefactError(f"{HF_CONFIG} of {name}: {wrong}")
+
+
+def pixels_of(found: Found, spec: ModelSpec) -> dict[str, Any]:
+    """How pictures are prepared: what the source says, else as OpenAI's models have it."""
+    return {
+        "mean": list(OPENAI_MEAN),
+        "std": list(OPENAI_STD),
+        "interpolation": "bicubic",
+        **found.preprocess,
+        "size": spec.image_size,
+    }
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ArtefactError."""
+    try:
+        value = read_json(path)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtefactError(f"{path}: not JSON ({error})") from error
+    except OSError as error:
+        raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path}: not a JSON object")
+    return value
+
+
+def _sharded(folder: Path) -> LazyState:
+    index = inside(folder, INDEX)
+    listed = read_object(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
+        raise ArtefactError(f"{index}: no weight_map in it")
+    weights = LazyState(folder, [inside(folder, name).name for name in sorted(set(listed.values()))])
+    if listed != {name: weights.file_of(name) for name in weights}:
+        raise ArtefactError(f"{index}: does not list what the files hold")
+    return weights

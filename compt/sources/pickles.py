@@ -1,0 +1,189 @@
+"""Reading pickles of others without running what they ask for: only listed names are ever looked up.
+
+Files of `torch.save` go through torch's own restricted unpickler (`weights_only=True`), everything else through one
+with a list of its own. Classes that a checkpoint mentions but no weight needs are replaced by `Inert`.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import filesystem, metadata
+
+from compt.errors import ArtefactError
+
+_INERT_PACKAGES = ("deepspeed.",)
+_INERT_NAMES = (
+    "argparse.Namespace",
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+)
+_METADATA_NAMES = {
+    **{
+        (module.__name__, name): getattr(module, name)
+        for module, names in (
+            (
+                metadata,
+                (
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorStorageMetadata",
+                    "BytesStorageMetadata",
+                    "ChunkStorageMetadata",
+                    "TensorProperties",
+                    "_MEM_FORMAT_ENCODING",
+                ),
+            ),
+            (filesystem, ("_StorageInfo", "_StoragePrefix")),
+        )
+        for name in names
+    },
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
+    ("collections", "OrderedDict"): OrderedDict,
+}
+
+
+class Inert:
+    """Stands for an object of a class that is not looked up: takes any arguments and any state, and does nothing."""
+
+    arguments: tuple[Any, ...]
+
+    def __new__(cls, *arguments: Any) -> Inert:  # noqa: D102
+        made = super().__new__(cls)
+        made.arguments = arguments
+        return made
+
+    def __init__(self, *arguments: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def value_of(found: Any) -> Any:
+    """What an enumeration's member was made of, when it was read as `Inert`; anything else as it is."""
+    return found.arguments[0] if isinstance(found, Inert) and len(found.arguments) == 1 else found
+
+
+def load_torch_file(path: Path) -> Any:
+    """What `torch.save` wrote to `path`: dicts, lists, numbers, strings, and tensors that stay on the disk until used.
+
+    Files of torch before 1.6 are read too, into memory. Raises ArtefactError for anything that asks for other classes
+    or functions than those of weights (nothing of it is called), for a torn file, and for a TorchScript archive.
+    """
+    zipped = _check_archive(path)
+    try:
+        inert = _inert_names(path) if zipped else list(_INERT_NAMES)
+        stand_ins: list[Any] = [(_stand_in(name), name) for name in inert]
+        with torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except OSError as error:
+        raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # a torn or forged file raises whatever its bytes lead to
+        name = _asked_for(error)
+        if name:
+            raise ArtefactError(
+                f"{path}: refused: it asks for {name}, which no weights need and could run code"
+            ) from error
+        raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_first_line(error)})") from error
+
+
+def tensors_in(values: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every plain tensor in nested dicts, under its keys joined by dots. Lists and keys that are no text are passed by:
+    that is where optimizers keep theirs.
+    """
+    for key, value in values.items() if isinstance(values, Mapping) else ():
+        if not isinstance(key, str):
+            continue
+        if isinstance(value, Mapping):
+            yield from tensors_in(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
+            if not plain or value.is_quantized or value.is_meta:
+                raise ArtefactError(f"{prefix}{key}: a {type(value).__name__} of {value.layout}, not a plain tensor")
+            yield prefix + key, value.detach()
+
+
+def load_dcp_metadata(path: Path) -> metadata.Metadata:
+    """The `.metadata` of a torch.distributed.checkpoint folder. Raises ArtefactError for anything else in it."""
+    try:
+        with path.open("rb") as file:
+            found = _MetadataUnpickler(file).load()
+    except pickle.UnpicklingError as error:
+        raise ArtefactError(f"{path}: refused: {_first_line(error)}") from error
+    except OSError as error:
+        raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # as above
+        raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint ({_first_line(error)})") from error
+    if type(found) is not metadata.Metadata or not isinstance(found.state_dict_metadata, dict):
+        raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint")
+    return found
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _METADATA_NAMES:
+            return _METADATA_NAMES[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if f"{module}.{name}" in _INERT_NAMES:
+            return Inert
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
+
+
+def _check_archive(path: Path) -> bool:
+    """Whether `path` is a zip archive as torch.save writes it; False for one of the format before."""
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
+    for name in names:
+        if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
+            raise ArtefactError(f"{path}: refused: it holds a file named {name!r}, which leads out of the archive")
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ArtefactError(
+            f"{path}: a TorchScript archive, as OpenAI publishes them: a program, which is not run here; where you "
+            "trust it, make weights of it: python -c \"import torch; m = torch.jit.load('FILE', 'cpu'); "
+            "torch.save(m.state_dict(), 'weights.pt')\""
+        )
+    return True
+
+
+def _inert_names(path: Path) -> list[str]:
+    asked = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+    return [name for name in asked if name in _INERT_NAMES or name.startswith(_INERT_PACKAGES)]
+
+
+def _stand_in(name: str) -> type[Inert]:
+    # torch keeps its list by value, so that each name needs a class of its own.
+    return type(name.rpartition(".")[2], (Inert,), {})
+
+
+def _asked_for(error: Exception) -> str | None:
+    """The name that torch's unpickler refused, out of its message."""
+    found = re.search(r"(?:Unsupported global|unsupported|Trying to load unsupported)[: ]+GLOBAL (\S+)", str(error))
+    return found[1] if found else None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

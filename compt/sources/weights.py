@@ -1,0 +1,120 @@
+"""Weights as sources give them: names and shapes known, tensors read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compt.errors import ArtefactError
+from compt.files import sha256_file
+from compt.presets import ModelSpec
+from compt.tensorfile import LazyState
+
+
+class Weights(Mapping[str, Tensor]):
+    """Parameter name -> tensor on the CPU, read when asked for; shapes are known without reading."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path holds before anything is decided: its weights under the names they have there, its files, and what
+    a config beside them says.
+    """
+
+    weights: Weights | LazyState
+    files: Sequence[Path]
+    spec: ModelSpec | None = None
+    preprocess: dict[str, Any] = field(default_factory=dict)
+
+
+class Tensors(Weights):
+    """Tensors of an open file. They are views of the file: each is copied when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+        return tuple(self._tensors[name].shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter made of one or several of a source: taken as it is, transposed, or stacked along dimension 0."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    change: Literal["same", "transpose", "stack", "reshape"] = "same"
+
+
+class View(Weights):
+    """Weights under other names, each made of the source's when it is asked for."""
+
+    def __init__(self, weights: Weights | LazyState, parts: Mapping[str, Part]) -> None:
+        self._weights = weights
+        self._parts = dict(parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self._parts[name]
+        if part.change == "stack":
+            return torch.cat([self._weights[source] for source in part.names])
+        tensor = self._weights[part.names[0]]
+        if part.change == "transpose":
+            return tensor.T.contiguous()
+        return tensor.reshape(part.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+        return self._parts[name].shape
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises ArtefactError where it is missing or is (or leads) elsewhere.
+
+    A snapshot in Hugging Face's cache is a folder of links into `blobs` beside it: those are followed.
+    """
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
+    path, home = folder / name, folder.resolve()
+    real = path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
+        raise ArtefactError(f"{path}: a link out of its folder, to {real}; it is not followed")
+    if not real.is_file():
+        raise ArtefactError(f"{path}: missing")
+    return path
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """One SHA-256 for the contents of `files`, in the order of their names."""
+    lines = [sha256_file(path) for path in sorted(files, key=lambda path: path.name)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
