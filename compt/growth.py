@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal
 
@@ -134,6 +134,27 @@ class ExpandConfig:
         return cls(TowerGrowth(**values["image"]), TowerGrowth(**values["text"]), **others)
 
 
+@dataclass(frozen=True)
+class Stack:
+    """A column of equal layers, named `prefix.<layer>`; layers `k` and `k + period` do the same job."""
+
+    prefix: str
+    depth: int
+    period: int = 1
+    tower: Tower = "text"
+
+
+def stacks(spec: ModelSpec) -> tuple[Stack, ...]:
+    """The layer columns of a model, text last. A Swin has one a stage, where every second layer shifts its windows."""
+    text = Stack("transformer.resblocks", spec.text_depth)
+    if spec.arch == "vit":
+        return (Stack("visual.transformer.resblocks", spec.depth, tower="image"), text)
+    stages = (
+        Stack(f"visual.trunk.layers.{stage}.blocks", depth, 2, "image") for stage, depth in enumerate(spec.depths)
+    )
+    return (*stages, text)
+
+
 def layer_sources(operator: str, teacher: int, student: int, period: int = 1) -> list[int]:
     """The source of each student layer; operators act on groups of `period` layers, which keep their place in them.
 
@@ -148,6 +169,22 @@ def layer_sources(operator: str, teacher: int, student: int, period: int = 1) ->
 def added_layers(sources: list[int]) -> list[bool]:
     """For each student layer, whether it has no source or repeats the source of an earlier one."""
     return [source < 0 or source in sources[:layer] for layer, source in enumerate(sources)]
+
+
+def stack_sources(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> dict[str, list[int]]:
+    """For each layer stack that both models have, by prefix, the source of each student layer (-1: none)."""
+    before = {stack.prefix: stack for stack in stacks(teacher)}
+    found = {}
+    for stack in stacks(student):
+        if stack.prefix not in before:
+            continue  # the image tower of another architecture
+        old = before[stack.prefix].depth
+        operator, period = config.tower(stack.tower).depth, stack.period
+        if config.reference_compatible:
+            doubled = stack.tower == "image" and student.arch == "vit" and stack.depth == 2 * old
+            operator, period = "duplicate" if doubled else "constant", 1
+        found[stack.prefix] = layer_sources(operator, old, stack.depth, period)
+    return found
 
 
 _SAME = ("text_head_width", "quick_gelu")
@@ -198,6 +235,12 @@ def check_config(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -
             raise ConfigError(
                 f"its {name}[{stage}] grows from {old} to {new}; blocks with and without shifted windows come in pairs"
             )
+    for name in ("image_size", "patch_size", "window") if alike and config.reference_compatible else ():
+        old, new = getattr(teacher, name), getattr(student, name)
+        if old != new:
+            raise ConfigError(
+                f"its {name} is {new}, but '{teacher.name}' has {old}; reference_compatible resizes nothing"
+            )
     widths = {config.image.width, config.text.width}
     if (
         alike
@@ -230,3 +273,119 @@ def grown_spec(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> 
         image = norm_factor(config.image.width, teacher.width, student.width)
         changed = replace(changed, norm_eps=teacher.norm_eps * image)
     return changed
+
+
+def inexact(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> dict[Tower, tuple[str, ...]]:
+    """Why the function of a tower is not preserved, each reason behind the name of a parameter; none: it is, exactly.
+
+    Then the features of student and teacher are equal but for rounding, for the same pictures and for captions that fit
+    both; where the joint embedding grows, their norms and their products are.
+    """
+    layers = stack_sources(teacher, student, config)
+    found: dict[Tower, tuple[str, ...]] = {}
+    for tower in TOWERS:
+        if tower == "image" and teacher.arch != student.arch:
+            first = "conv1" if student.arch == "vit" else "trunk.patch_embed.proj"
+            found[tower] = (f"visual.{first}.weight: the image tower of another architecture starts fresh",)
+            continue
+        growth = config.tower(tower)
+        names = _names(student, tower)
+        reasons = [*_width_reasons(growth.width, teacher, student, tower, names)]
+        if tower == "image":
+            reasons += _resizing_reasons(teacher, student)
+        for stack in stacks(student):
+            if stack.tower == tower:
+                old = max(1, next(each.depth for each in stacks(teacher) if each.prefix == stack.prefix))
+                reasons += _depth_reasons(stack.prefix, layers[stack.prefix], old, growth.zero_new_outputs, names)
+        found[tower] = tuple(reasons)
+    return found
+
+
+@dataclass(frozen=True)
+class _Names:
+    """The parameters that reasons speak of; `mixing`: norms whose output, or input, is not one residual stream."""
+
+    norm: str
+    reader: str
+    out: str
+    down: str
+    projection: str
+    mixing: tuple[tuple[str, str], ...] = ()
+
+
+def _names(spec: ModelSpec, tower: Tower) -> _Names:
+    if tower == "image" and spec.arch == "swin":
+        trunk, block = "visual.trunk", "visual.trunk.layers.0.blocks.0"
+        stream = (f"{trunk}.patch_embed.norm.weight", "its output is the residual stream, whose mean is not zero")
+        merging = (
+            (f"{trunk}.layers.{stage}.downsample.norm.weight", "it mixes four neighbours, each with a mean of its own")
+            for stage in range(1, len(spec.depths))
+        )
+        eps = (f"{trunk}.norm.weight", "its eps cannot be changed")
+        return _Names(
+            f"{block}.norm1.weight",
+            f"{block}.attn.qkv.weight",
+            "attn.proj.weight",
+            "mlp.fc2.weight",
+            "visual.head.proj.weight",
+            (stream, *merging, eps),
+        )
+    prefix = "visual." if tower == "image" else ""
+    block = f"{prefix}transformer.resblocks.0"
+    first = ("visual.ln_pre.weight", "its output is the residual stream, whose mean is not zero")
+    return _Names(
+        f"{block}.ln_1.weight",
+        f"{block}.attn.in_proj_weight",
+        "attn.out_proj.weight",
+        "mlp.c_proj.weight",
+        "visual.proj" if tower == "image" else "text_projection",
+        (first,) if tower == "image" and not spec.no_ln_pre else (),
+    )
+
+
+def _width_reasons(operator: str, teacher: ModelSpec, student: ModelSpec, tower: Tower, names: _Names) -> Iterator[str]:
+    field_name = "width" if tower == "image" else "text_width"
+    old, new = getattr(teacher, field_name), getattr(student, field_name)
+    hidden = [int(getattr(spec, field_name) * spec.mlp_ratio) for spec in (teacher, student)]
+    exact = operator in {"net2net", "lemon", "insert_exact"}
+    if new != old:
+        if operator == "net2net" and new % old:
+            yield f"{names.norm}: {new} channels are no whole number of copies of {old}"
+        elif operator == "insert_exact" or (operator == "lemon" and new % old):
+            yield from (f"{name}: {reason}" for name, reason in names.mixing)
+        elif operator == "duplicate":
+            yield f"{names.reader}: it reads copies without dividing by their number"
+        elif not exact:
+            yield f"{names.norm}: it takes its statistics over {new} channels that are not copies of {old}"
+    if hidden[0] != hidden[1] and not exact:
+        block = names.norm.rpartition(".")[0].rpartition(".")[0]
+        yield f"{block}.{names.down}: new hidden units write into the residual stream"
+    if teacher.embed_dim != student.embed_dim and not exact:
+        yield f"{names.projection}: the new part of the joint embedding changes norms and products"
+
+
+def _resizing_reasons(teacher: ModelSpec, student: ModelSpec) -> Iterator[str]:
+    vit = student.arch == "vit"
+    sides = [spec.image_size // spec.patch_size for spec in (teacher, student)]
+    first = "visual.conv1.weight" if vit else "visual.trunk.patch_embed.proj.weight"
+    if teacher.patch_size != student.patch_size:
+        yield f"{first}: its patches change from {teacher.patch_size} to {student.patch_size} pixels"
+    if vit and sides[0] != sides[1]:
+        yield f"visual.positional_embedding: its grid is resized from {sides[0]} to {sides[1]}"
+    if not vit and teacher.window != student.window:
+        table = "visual.trunk.layers.0.blocks.0.attn.relative_position_bias_table"
+        yield f"{table}: its windows grow from {teacher.window} to {student.window}"
+    elif not vit and sides[0] != sides[1]:
+        yield f"{first}: its patches are {student.image_size // student.patch_size} a side instead of {sides[0]}"
+
+
+def _depth_reasons(prefix: str, sources: list[int], teacher: int, zeroed: bool, names: _Names) -> Iterator[str]:
+    added = added_layers(sources)
+    kept = [source for source, new in zip(sources, added, strict=True) if not new]
+    if kept != list(range(teacher)):
+        lost = next((layer for layer in range(teacher) if layer not in kept), None)
+        what = "the teacher's layers change their order" if lost is None else f"the teacher's layer {lost} is left out"
+        yield f"{prefix}.{0 if lost is None else lost}.{names.out}: {what}"
+    if any(added) and not zeroed:
+        first = added.index(True)
+        yield f"{prefix}.{first}.{names.out}: layer {first} is added and writes into the residual stream"

@@ -16,38 +16,40 @@ import open_clip.model
 import torch
 
 from compt.errors import ConfigError
+from compt.growth import Stack, stacks
 from compt.presets import ModelSpec
 
-Kind = Literal["width", "extent", "fixed"]
+Kind = Literal["res", "hidden", "emb", "fixed", "prefix", "grid", "offsets", "pixels"]
+"""What an axis is. `res`: a residual stream; `hidden`: MLP units or heads; `emb`: the joint embedding; `fixed` never
+changes. Whatever the width operator, `prefix` (texts' positions, vocabulary) keeps its beginning, and `grid` (a ViT's
+positions, class token first), `offsets` (relative positions in a window), `pixels` (a side of a patch) are resized."""
+
+Use = Literal["write", "read", "gain", "shift"]
+"""What a parameter does along a dimension: makes what is there, consumes it, or is a LayerNorm's weight or bias."""
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: `width` follows the width operator, `extent` (positions) keeps its prefix, `fixed` does not change."""
+    """One named axis of a dimension."""
 
     name: str
     size: int
-    kind: Kind = "width"
+    kind: Kind = "fixed"
 
 
 Dim = tuple[Axis, ...]
 
 
 @dataclass(frozen=True)
-class Stack:
-    """A column of equal layers, named `prefix.<layer>`; layers `k` and `k + period` do the same job."""
-
-    prefix: str
-    depth: int
-    period: int = 1
-
-
-@dataclass(frozen=True)
 class Parameter:
-    """One parameter: its dimensions and, inside a stack, its layer. `closes_branch`: a residual branch ends in it."""
+    """One parameter: its dimensions, what it does along each and, inside a stack, its layer.
+
+    `closes_branch`: a residual branch ends in it.
+    """
 
     name: str
     dims: tuple[Dim, ...]
+    uses: tuple[Use, ...] = ()
     stack: str = ""
     layer: int = 0
     closes_branch: bool = False
@@ -62,19 +64,21 @@ class Parameter:
         """Whether it belongs to the image tower."""
         return self.name.startswith("visual.")
 
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it maps inputs to outputs: matrices and the convolution over patches, not embeddings or tables."""
+        inputs = any(axis.kind == "pixels" for dim in self.dims for axis in dim)
+        return "write" in self.uses and ("read" in self.uses or inputs) and len(self.dims) > 1
+
+    @property
+    def roles(self) -> int:
+        """How many matrices stand one above the other: three in packed attention, else one."""
+        return math.prod(axis.size for axis in self.dims[0] if axis.name == "qkv") if self.dims else 1
+
     def name_in_layer(self, layer: int) -> str:
         """The name of the same parameter in another layer of its stack."""
         leaf = self.name.removeprefix(f"{self.stack}.{self.layer}.")
         return f"{self.stack}.{layer}.{leaf}"
-
-
-def stacks(spec: ModelSpec) -> tuple[Stack, ...]:
-    """The layer columns of a model, text last. A Swin has one a stage, where every second layer shifts its windows."""
-    text = Stack("transformer.resblocks", spec.text_depth)
-    if spec.arch == "vit":
-        return (Stack("visual.transformer.resblocks", spec.depth), text)
-    stages = (Stack(f"visual.trunk.layers.{stage}.blocks", depth, 2) for stage, depth in enumerate(spec.depths))
-    return (*stages, text)
 
 
 def parameters(spec: ModelSpec) -> dict[str, Parameter]:
@@ -108,19 +112,19 @@ def check_parameters(spec: ModelSpec) -> None:
 
 
 def _norm(name: str, dim: Dim, **layer: Any) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (dim,), **layer)
-    yield Parameter(f"{name}.bias", (dim,), **layer)
+    yield Parameter(f"{name}.weight", (dim,), ("gain",), **layer)
+    yield Parameter(f"{name}.bias", (dim,), ("shift",), **layer)
 
 
 def _linear(name: str, out: Dim, into: Dim, **layer: Any) -> Iterator[Parameter]:
-    yield Parameter(f"{name}.weight", (out, into), **layer)
-    yield Parameter(f"{name}.bias", (out,), **layer)
+    yield Parameter(f"{name}.weight", (out, into), ("write", "read"), **layer)
+    yield Parameter(f"{name}.bias", (out,), ("write",), **layer)
 
 
 def _attention_axes(prefix: str, heads: int, head_width: int, suffix: str = "") -> tuple[Dim, Dim]:
     """The dimensions of the packed input projection's rows and of the output projection's columns."""
-    per_head = (Axis(f"{prefix}head{suffix}", heads), Axis(f"{prefix}hd", head_width, "fixed"))
-    return (Axis("qkv", 3, "fixed"), *per_head), per_head
+    per_head = (Axis(f"{prefix}head{suffix}", heads, "hidden"), Axis(f"{prefix}hd", head_width))
+    return (Axis("qkv", 3), *per_head), per_head
 
 
 def _resblocks(stack: Stack, res: Dim, ff: Dim, attention: tuple[Dim, Dim]) -> Iterator[Parameter]:
@@ -129,8 +133,8 @@ def _resblocks(stack: Stack, res: Dim, ff: Dim, attention: tuple[Dim, Dim]) -> I
         block = f"{stack.prefix}.{layer}"
         where: dict[str, Any] = {"stack": stack.prefix, "layer": layer}
         yield from _norm(f"{block}.ln_1", res, **where)
-        yield Parameter(f"{block}.attn.in_proj_weight", (qkv, res), **where)
-        yield Parameter(f"{block}.attn.in_proj_bias", (qkv,), **where)
+        yield Parameter(f"{block}.attn.in_proj_weight", (qkv, res), ("write", "read"), **where)
+        yield Parameter(f"{block}.attn.in_proj_bias", (qkv,), ("write",), **where)
         yield from _linear(f"{block}.attn.out_proj", res, heads, closes_branch=True, **where)
         yield from _norm(f"{block}.ln_2", res, **where)
         yield from _linear(f"{block}.mlp.c_fc", ff, res, **where)
@@ -138,14 +142,14 @@ def _resblocks(stack: Stack, res: Dim, ff: Dim, attention: tuple[Dim, Dim]) -> I
 
 
 def _vit_tower(spec: ModelSpec) -> Iterator[Parameter]:
-    res, emb = (Axis("res", spec.width),), (Axis("emb", spec.embed_dim),)
-    ff = (Axis("ff", int(spec.width * spec.mlp_ratio)),)
+    res, emb = (Axis("res", spec.width, "res"),), (Axis("emb", spec.embed_dim, "emb"),)
+    ff = (Axis("ff", int(spec.width * spec.mlp_ratio), "hidden"),)
     # The class token has the first position.
-    pos = (Axis("pos", (spec.image_size // spec.patch_size) ** 2 + 1, "fixed"),)
-    yield Parameter("visual.class_embedding", (res,))
-    yield Parameter("visual.positional_embedding", (pos, res))
-    yield Parameter("visual.proj", (res, emb))
-    yield Parameter("visual.conv1.weight", (res, *_pixels(spec)))
+    pos = (Axis("pos", (spec.image_size // spec.patch_size) ** 2 + 1, "grid"),)
+    yield Parameter("visual.class_embedding", (res,), ("write",))
+    yield Parameter("visual.positional_embedding", (pos, res), ("read", "write"))
+    yield Parameter("visual.proj", (res, emb), ("read", "write"))
+    yield _patches("visual.conv1.weight", spec, res)
     if not spec.no_ln_pre:
         yield from _norm("visual.ln_pre", res)
     yield from _resblocks(stacks(spec)[0], res, ff, _attention_axes("", spec.heads, spec.head_width))
@@ -153,47 +157,58 @@ def _vit_tower(spec: ModelSpec) -> Iterator[Parameter]:
 
 
 def _text_tower(spec: ModelSpec) -> Iterator[Parameter]:
-    res = (Axis("text_res", spec.text_width),)
-    ff = (Axis("text_ff", int(spec.text_width * spec.mlp_ratio)),)
-    yield Parameter("token_embedding.weight", ((Axis("vocab", spec.vocab_size, "fixed"),), res))
-    yield Parameter("positional_embedding", ((Axis("context", spec.context_length, "extent"),), res))
+    res = (Axis("text_res", spec.text_width, "res"),)
+    ff = (Axis("text_ff", int(spec.text_width * spec.mlp_ratio), "hidden"),)
+    vocab, context = (Axis("vocab", spec.vocab_size, "prefix"),), (Axis("context", spec.context_length, "prefix"),)
+    yield Parameter("token_embedding.weight", (vocab, res), ("read", "write"))
+    yield Parameter("positional_embedding", (context, res), ("read", "write"))
     yield from _resblocks(stacks(spec)[-1], res, ff, _attention_axes("text_", spec.text_heads, spec.text_head_width))
     yield from _norm("ln_final", res)
-    yield Parameter("text_projection", (res, (Axis("emb", spec.embed_dim),)))
+    yield Parameter("text_projection", (res, (Axis("emb", spec.embed_dim, "emb"),)), ("read", "write"))
 
 
-def _pixels(spec: ModelSpec) -> tuple[Dim, Dim, Dim]:
+def _patches(name: str, spec: ModelSpec, res: Dim) -> Parameter:
     patch = spec.patch_size
-    return (Axis("rgb", 3, "fixed"),), (Axis("patch_y", patch, "fixed"),), (Axis("patch_x", patch, "fixed"),)
+    pixels = (Axis("patch_y", patch, "pixels"),), (Axis("patch_x", patch, "pixels"),)
+    return Parameter(name, (res, (Axis("rgb", 3),), *pixels), ("write", "read", "read", "read"))
 
 
 def _swin_tower(spec: ModelSpec) -> Iterator[Parameter]:
     """The Swin of timm >= 0.9 behind open_clip's adapter: stages 1, 2, 3 begin with the patch merging."""
     trunk = "visual.trunk"
-    table = (Axis("offset", (2 * spec.window - 1) ** 2, "fixed"),)
-    res: Dim = (Axis("res.0", spec.width),)
-    yield Parameter(f"{trunk}.patch_embed.proj.weight", (res, *_pixels(spec)))
-    yield Parameter(f"{trunk}.patch_embed.proj.bias", (res,))
+    res: Dim = (Axis("res.0", spec.width, "res"),)
+    yield _patches(f"{trunk}.patch_embed.proj.weight", spec, res)
+    yield Parameter(f"{trunk}.patch_embed.proj.bias", (res,), ("write",))
     yield from _norm(f"{trunk}.patch_embed.norm", res)
     for stage, stack in enumerate(stacks(spec)[:-1]):
         width = spec.width * 2**stage
         if stage:
             # Four neighbours are concatenated, each with all its channels.
-            merged: Dim = (Axis("nbr", 4, "fixed"), *res)
-            res = (Axis(f"res.{stage}", width),)
+            merged: Dim = (Axis("nbr", 4), *res)
+            res = (Axis(f"res.{stage}", width, "res"),)
             yield from _norm(f"{trunk}.layers.{stage}.downsample.norm", merged)
-            yield Parameter(f"{trunk}.layers.{stage}.downsample.reduction.weight", (res, merged))
-        ff = (Axis(f"ff.{stage}", int(width * spec.mlp_ratio)),)
+            reduction = f"{trunk}.layers.{stage}.downsample.reduction.weight"
+            yield Parameter(reduction, (res, merged), ("write", "read"))
+        table = (Axis(f"offset.{stage}", (2 * _window(spec, stage) - 1) ** 2, "offsets"),)
+        ff = (Axis(f"ff.{stage}", int(width * spec.mlp_ratio), "hidden"),)
         qkv, heads = _attention_axes("", spec.stage_heads[stage], spec.head_width, f".{stage}")
         for layer in range(stack.depth):
             block = f"{stack.prefix}.{layer}"
             where: dict[str, Any] = {"stack": stack.prefix, "layer": layer}
             yield from _norm(f"{block}.norm1", res, **where)
-            yield Parameter(f"{block}.attn.relative_position_bias_table", (table, heads[:1]), **where)
+            bias = f"{block}.attn.relative_position_bias_table"
+            yield Parameter(bias, (table, heads[:1]), ("read", "write"), **where)
             yield from _linear(f"{block}.attn.qkv", qkv, res, **where)
             yield from _linear(f"{block}.attn.proj", res, heads, closes_branch=True, **where)
             yield from _norm(f"{block}.norm2", res, **where)
             yield from _linear(f"{block}.mlp.fc1", ff, res, **where)
             yield from _linear(f"{block}.mlp.fc2", res, ff, closes_branch=True, **where)
     yield from _norm(f"{trunk}.norm", res)
-    yield Parameter("visual.head.proj.weight", ((Axis("emb", spec.embed_dim),), res))
+    yield Parameter("visual.head.proj.weight", ((Axis("emb", spec.embed_dim, "emb"),), res), ("write", "read"))
+
+
+def _window(spec: ModelSpec, stage: int) -> int:
+    """timm's windows are no larger than what is there to see: patches a side, halved with every merging."""
+    side = spec.image_size // spec.patch_size
+    halvings: int = 2**stage
+    return min(spec.window, -(-side // halvings))

@@ -1,61 +1,105 @@
-"""Carrying out an expansion plan, one parameter at a time."""
+"""Carrying out an expansion plan, one parameter at a time.
+
+Copies stay in the teacher's dtype, bit for bit. Whatever is computed is computed in float64, some rows at a time, by
+operations whose results do not depend on the number of threads: element by element, sums by numpy or one tap after
+another, linear algebra on one thread.
+"""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from compt.errors import ArtefactError
-from compt.expand.operators import AxisMap
+from compt.expand.linalg import complete
+from compt.expand.operators import MEAN, AxisMap, Floats, Indices
 from compt.expand.plan import Entry, Plan
-from compt.models.init import init_tensor, rule_for
+from compt.models.init import InitRule, init_tensor, rule_for
+from compt.presets import ModelSpec
 
-Read = Callable[[str], Tensor]
-"""Teacher parameter name -> its tensor."""
+Read = Callable[[str, bool], Tensor]
+"""(teacher parameter name, whether its moving average is meant) -> its tensor."""
 
-Own = Callable[[str, tuple[int, ...]], Tensor]
-"""Student parameter name and shape -> the initialization the student would have from scratch."""
+_CHUNK = 1 << 20
+"""Elements that are computed at a time."""
 
 
-def expand_parameter(entry: Entry, read: Read, own: Own) -> Tensor:
+class Draw(Protocol):
+    """Where a student's random numbers come from."""
+
+    def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The fp32 initialization that the student's parameter would have from scratch."""
+
+    def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform in [-1, 1], float64: by how much copies differ."""
+
+
+class SeededDraw:
+    """Random numbers as a function of (seed, parameter name, element) alone; `own` as for a model from scratch."""
+
+    def __init__(self, spec: ModelSpec, seed: int) -> None:
+        self.spec = spec
+        self.seed = seed
+
+    def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """The fp32 initialization of the parameter in `shape`."""
+        return init_tensor(rule_for(self.spec, name, shape), self.seed, name, shape)
+
+    def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Uniform in [-1, 1], float64, from a stream apart from that of `own`."""
+        return init_tensor(InitRule("uniform"), self.seed, f"{name} (noise)", shape).double()
+
+
+def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
     """One student parameter, a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
 
-    `own` is called only where the plan keeps some of the student's own initialization. Raises ArtefactError when the
-    teacher's tensor has not the planned shape.
+    `draw` is called only where the plan keeps some of the student's own initialization or makes copies that differ.
+    Raises ArtefactError when the teacher's tensor has not the planned shape.
     """
     if entry.action == "zero":
         return torch.zeros(entry.shape)
     if entry.action == "own":
-        return own(entry.name, entry.shape).reshape(entry.shape).to(torch.float32, copy=True)
-    source = _planned(read(entry.sources[0]), entry)
-    block = source
-    for dim, axis in enumerate(entry.maps):
-        block = _gather(block, dim, axis)
-    if not entry.new:
-        return block.clone() if block is source else block
-    result = own(entry.name, entry.shape).to(source.dtype, copy=True)
-    known = tuple(torch.from_numpy(axis.known) for axis in entry.maps)
-    result[torch.meshgrid(*known, indexing="ij")] = block
+        return draw.own(entry.name, entry.shape).reshape(entry.shape).to(torch.float32, copy=True)
+    source = _planned(read(entry.sources[0], entry.average), entry)
+    if entry.roles:
+        return _completed(entry, source, draw)
+    if all(axis.plain for axis in entry.maps):
+        return _copied(entry, source, draw)
+    result = _ground(entry, source.dtype, draw)
+    for where, values in _computed(entry, source, draw):
+        _place(result, values, where)
     return result
 
 
 class ExpandedState(Mapping[str, Tensor]):
     """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
 
-    Raises ArtefactError, at the parameter, when the teacher does not fit the plan.
+    Raises ArtefactError: here when the plan needs a moving average and there is none, at the parameter when the teacher
+    does not fit the plan.
     """
 
-    def __init__(self, plan: Plan, teacher_state: Mapping[str, Tensor], own: Own) -> None:
+    def __init__(
+        self, plan: Plan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
+    ) -> None:
+        if plan.needs_average and average is None:
+            raise ArtefactError(
+                f"depth operator netexpand takes added layers from the moving average of {plan.teacher.name}, "
+                "but there is none beside them; train the teacher with optimizer.ema, or choose another depth operator"
+            )
         self._entries = {entry.name: entry for entry in plan.entries}
-        self._teacher, self._teacher_state = plan.teacher.name, teacher_state
-        self._own = own
+        self._teacher, self._state, self._average = plan.teacher.name, state, average
+        self._draw = draw
 
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         with torch.no_grad():
-            return expand_parameter(entry, self._read, self._own)
+            return expand_parameter(entry, self._read, self._draw)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -63,24 +107,29 @@ class ExpandedState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    def _read(self, name: str) -> Tensor:
-        if name not in self._teacher_state:
-            raise ArtefactError(f"the weights of {self._teacher} have no parameter {name}")
-        return self._teacher_state[name]
+    def _read(self, name: str, average: bool) -> Tensor:
+        state = self._average if average and self._average is not None else self._state
+        if name not in state:
+            what = "moving average" if average else "weights"
+            raise ArtefactError(f"the {what} of {self._teacher} have no parameter {name}")
+        return state[name]
 
 
-def expand_state(plan: Plan, teacher_state: Mapping[str, Tensor], own: Own) -> dict[str, Tensor]:
+def expand_state(
+    plan: Plan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
     """All student parameters in memory. Raises ArtefactError when the teacher does not fit the plan."""
-    return dict(ExpandedState(plan, teacher_state, own))
+    return dict(ExpandedState(plan, state, draw, average))
 
 
-def expand(plan: Plan, teacher_state: Mapping[str, Tensor], seed: int) -> ExpandedState:
-    """The student whose new elements are those that it would have, initialized from scratch with `seed`."""
+def expand(
+    plan: Plan, state: Mapping[str, Tensor], seed: int, average: Mapping[str, Tensor] | None = None
+) -> ExpandedState:
+    """The student whose new elements are those that it would have, initialized from scratch with `seed`.
 
-    def own(name: str, shape: tuple[int, ...]) -> Tensor:
-        return init_tensor(rule_for(plan.student, name, shape), seed, name, shape)
-
-    return ExpandedState(plan, teacher_state, own)
+    `average` is the moving average of the teacher's weights, for plans that need it. Raises as `ExpandedState`.
+    """
+    return ExpandedState(plan, state, SeededDraw(plan.student, seed), average)
 
 
 def _planned(tensor: Tensor, entry: Entry) -> Tensor:
@@ -94,14 +143,186 @@ def _planned(tensor: Tensor, entry: Entry) -> Tensor:
     return tensor.detach()
 
 
-def _gather(tensor: Tensor, dim: int, axis: AxisMap) -> Tensor:
-    """Take the known elements of one dimension, scaled; [.., source size, ..] -> [.., known, ..]."""
-    if axis.identity:
-        return tensor
-    known = axis.known
-    tensor = tensor.index_select(dim, torch.from_numpy(axis.index[known]))
-    if axis.scale is None:
-        return tensor
-    shape = [1] * tensor.ndim
+def _ground(entry: Entry, dtype: torch.dtype, draw: Draw) -> Tensor:
+    """What stands where nothing is known of the teacher: own initialization and zeros."""
+    if not entry.new:
+        return torch.zeros(entry.shape, dtype=dtype) if entry.zeroed else torch.empty(entry.shape, dtype=dtype)
+    result = draw.own(entry.name, entry.shape).to(dtype, copy=True)
+    for dim, axis in enumerate(entry.maps):
+        if len(axis.zero):
+            result.index_fill_(dim, torch.from_numpy(axis.zero), 0.0)
+    return result
+
+
+def _runs(positions: Indices) -> list[slice]:
+    """Ascending positions as runs without gaps."""
+    if not len(positions):
+        return []
+    ends = np.flatnonzero(np.diff(positions) != 1)
+    first, last = positions[np.r_[0, ends + 1]], positions[np.r_[ends, len(positions) - 1]]
+    return [slice(int(a), int(b) + 1) for a, b in zip(first, last, strict=True)]
+
+
+def _place(result: Tensor, values: Tensor, where: tuple[list[slice], ...]) -> None:
+    """Copy `values` to the product of runs `where`, one list a dimension; by slices, which need no index tensors."""
+    for runs in itertools.product(*([*_offsets(each)] for each in where)):
+        result[tuple(to for to, _ in runs)] = values[tuple(of for _, of in runs)]
+
+
+def _offsets(runs: list[slice]) -> Iterator[tuple[slice, slice]]:
+    """Each run, and where its elements are when all runs stand one behind the other."""
+    at = 0
+    for run in runs:
+        size = run.stop - run.start
+        yield run, slice(at, at + size)
+        at += size
+
+
+def _copied(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
+    block = source
+    for dim, axis in enumerate(entry.maps):
+        index = axis.index[axis.known, 0]
+        if len(index) != axis.source_size or (index != np.arange(len(index))).any():
+            block = block.index_select(dim, torch.from_numpy(index))
+    if not entry.new and not entry.zeroed:
+        return block.clone(memory_format=torch.contiguous_format) if block is source else block
+    result = _ground(entry, source.dtype, draw)
+    _place(result, block, tuple(_runs(axis.known) for axis in entry.maps))
+    return result
+
+
+def _computed(entry: Entry, source: Tensor, draw: Draw) -> Iterator[tuple[tuple[list[slice], ...], Tensor]]:
+    """The known elements in float64, some rows at a time, and where they belong."""
+    maps = [_scaled(axis, draw) if axis.shared and axis.noise else axis for axis in entry.maps]
+    rows, *others = maps
+    factors = _Factors(entry, maps, draw)
+    mean = _mean_of_rows(source) if rows.centre or (rows.index == MEAN).any() else None
+    places = [_runs(axis.known) for axis in others]
+    width = max(source[:1].numel(), int(np.prod(entry.shape[1:])), 1)
+    step = max(1, _CHUNK // width)
+    for run in _runs(rows.known):
+        for start in range(run.start, run.stop, step):
+            part = np.arange(start, min(start + step, run.stop))
+            values = _take(source, 0, rows, part, mean)
+            for dim, axis in enumerate(others, start=1):
+                if not axis.identity:
+                    values = _take(values, dim, axis, axis.known, _mean_along(values, dim, axis))
+            yield ([slice(start, int(part[-1]) + 1)], *places), factors.apply(values, part)
+
+
+def _take(block: Tensor, dim: int, axis: AxisMap, positions: Indices, mean: Tensor | None) -> Tensor:
+    """The student's `positions` along one dimension in float64: tap after tap, so that no sum is reordered."""
+    index = axis.index[positions]
+    shape = [1] * block.ndim
     shape[dim] = -1
-    return tensor * torch.from_numpy(axis.scale[known]).to(tensor.dtype).reshape(shape)
+    means = torch.from_numpy(index[:, 0] == MEAN)
+    total = None
+    for tap in range(index.shape[1]):
+        part = block.index_select(dim, torch.from_numpy(np.maximum(index[:, tap], 0))).double()
+        if mean is not None and bool(means.any()):
+            part = torch.where(means.reshape(shape), mean, part)
+        if axis.weight is not None:
+            part = part * torch.from_numpy(axis.weight[positions, tap]).reshape(shape)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return total - mean if axis.centre and mean is not None else total
+
+
+def _mean_along(block: Tensor, dim: int, axis: AxisMap) -> Tensor | None:
+    """float64 [.., 1, ..], where the map asks for it; by numpy, whose sums do not depend on threads."""
+    if not axis.centre and not (axis.index == MEAN).any():
+        return None
+    total = np.add.reduce(block.contiguous().numpy(), axis=dim, keepdims=True)
+    return torch.from_numpy(np.asarray(total / block.shape[dim]))
+
+
+def _mean_of_rows(source: Tensor) -> Tensor:
+    """float64 [1, ..]."""
+    step = max(1, _CHUNK // max(1, source[:1].numel()))
+    total: Floats = np.zeros((1, *source.shape[1:]))
+    for start in range(0, len(source), step):
+        part = source[start : start + step].double().contiguous()
+        total += np.add.reduce(part.numpy(), axis=0, keepdims=True)
+    return torch.from_numpy(total / len(source))
+
+
+def _centred(noise: Tensor, dim: int, axis: AxisMap) -> Tensor:
+    """The noise of the known positions, with the mean over the copies of each teacher element taken off."""
+    known = axis.index[axis.known, 0]
+    values = noise.index_select(dim, torch.from_numpy(axis.known))
+    counts = axis.copies()
+    shape = list(values.shape)
+    shape[dim] = axis.source_size
+    sums = torch.zeros(shape, dtype=torch.float64)
+    rank = _ranks(known)
+    for copy in range(int(counts.max(initial=0))):
+        of = np.flatnonzero(rank == copy)
+        # One copy after another: no two of a round go to the same sum.
+        sums.index_add_(dim, torch.from_numpy(known[of]), values.index_select(dim, torch.from_numpy(of)))
+    shape = [1] * values.ndim
+    shape[dim] = -1
+    sums /= torch.from_numpy(np.maximum(counts, 1).astype(np.float64)).reshape(shape)
+    return values - sums.index_select(dim, torch.from_numpy(known))
+
+
+def _ranks(sources: Indices) -> Indices:
+    """For each position, how many earlier ones have the same source."""
+    order = np.argsort(sources, kind="stable")
+    ordered = sources[order]
+    first = np.searchsorted(ordered, ordered, side="left")
+    ranks = np.empty_like(sources)
+    ranks[order] = np.arange(len(sources)) - first
+    return ranks
+
+
+def _scaled(axis: AxisMap, draw: Draw) -> AxisMap:
+    """Shared noise as weights. Both towers draw it under the same name, so that products of embeddings stay."""
+    size = len(axis.index)
+    noise = _centred(draw.noise("emb", (size,)).double(), 0, axis).numpy()
+    counts = axis.copies()[axis.index[:, 0]]
+    # Centred over three or more copies it can leave [-1, 1]; the root needs it inside.
+    inside = np.minimum(1.0, counts / np.maximum(2.0 * (counts - 1), 1.0))
+    weight = np.ones((size, 1)) if axis.weight is None else axis.weight
+    return replace(axis, weight=weight * np.sqrt(1 + axis.noise * inside * noise)[:, None], noise=0.0)
+
+
+class _Factors:
+    """By what the weights that read copies are multiplied, so that copies learn apart and their sum stays."""
+
+    def __init__(self, entry: Entry, maps: list[AxisMap], draw: Draw) -> None:
+        self.maps = maps
+        self.dim = next((dim for dim, axis in enumerate(maps) if axis.noise), None)
+        if self.dim is None:
+            return
+        self.noise = draw.noise(entry.name, entry.shape).double()
+        if self.dim == 0:
+            self.noise = _centred(self.noise, 0, maps[0])
+
+    def apply(self, values: Tensor, rows: Indices) -> Tensor:
+        """`values` of the student's `rows`, multiplied."""
+        if self.dim is None:
+            return values
+        if self.dim == 0:
+            rows = np.searchsorted(self.maps[0].known, rows)
+        noise = self.noise[int(rows[0]) : int(rows[-1]) + 1]
+        for dim, axis in enumerate(self.maps):
+            if dim and dim == self.dim:
+                noise = _centred(noise, dim, axis)
+            elif dim and len(axis.known) != len(axis.index):
+                noise = noise.index_select(dim, torch.from_numpy(axis.known))
+        return values * (1 + self.maps[self.dim].noise * noise)
+
+
+def _completed(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
+    """Where a matrix grows under `netexpand`: an orthonormal complement instead of the student's own numbers."""
+    block = torch.cat([values for _, values in _computed(entry, source, draw)]).flatten(1)
+    own = draw.own(entry.name, entry.shape).double().flatten(1)
+    rows, *others = entry.maps
+    inputs = others[0].known if len(others) == 1 else np.arange(own.shape[1])
+    columns = torch.from_numpy(inputs)
+    height, old_height = len(own) // entry.roles, len(block) // entry.roles
+    known = torch.from_numpy(rows.known[:old_height])
+    for role in range(entry.roles):
+        old, new = slice(role * old_height, (role + 1) * old_height), slice(role * height, (role + 1) * height)
+        own[new] = complete(block[old], own[new], known, columns)
+    return own.reshape(entry.shape).to(source.dtype)

@@ -1,114 +1,235 @@
-"""Expansion operators: where along an axis, and in which layer, a student's weights come from.
+"""Expansion operators: which teacher elements, with which weights, make each student element along an axis.
 
-A width operator maps axis sizes `(teacher, student)` to an `AxisMap`; a depth operator maps layer counts to the source
-layer of each student layer, -1 for none. Adding one is a function and its entry in `WIDTH` or `DEPTH`.
+A width operator is a function of the axis's kind, its use, the two sizes and the share of noise, and gives an
+`AxisMap`. Adding one is a function, its entry in `WIDTH`, and its name in `compt.growth.WIDTH_OPERATORS`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
+from compt.expand.axes import Kind, Use
+from compt.expand.resize import grid_weights, offset_weights, pixel_weights
+from compt.growth import norm_factor
+
+Indices = NDArray[np.int64]
+Floats = NDArray[np.float64]
+
+OWN = -1
+"""In `AxisMap.index`: the student's own initialization."""
+ZERO = -2
+"""In `AxisMap.index`: zero, also where another dimension says `OWN`."""
+MEAN = -3
+"""In `AxisMap.index`: the mean of all the teacher's elements along the axis."""
+
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """A gather along one axis: student element k is teacher element `index[k]` times `scale[k]`.
+    """A linear map along one dimension: student element k is the sum over j of `weight[k, j]` teacher[`index[k, j]`].
 
-    `index` is int64 [student size]; -1 keeps the student's own initialization. `scale` is float64 [student size], or
-    None for 1.
+    `index` is int64 [student size, taps]; its first column may hold `OWN`, `ZERO` or `MEAN` instead. `weight` is
+    float64 of the same shape, or None for 1. `centre`: the teacher's mean along the dimension is subtracted first.
+    `noise`: by which share copies of one teacher element differ, so that the sum over them stays: every element of a
+    tensor by itself, or, where `shared`, one number a position, whose squares' mean over the copies stays 1.
     """
 
-    index: NDArray[np.int64]
+    index: Indices
     source_size: int
-    scale: NDArray[np.float64] | None = None
+    weight: Floats | None = None
+    centre: bool = False
+    noise: float = 0.0
+    shared: bool = False
 
-    @property
-    def known(self) -> NDArray[np.int64]:
+    @cached_property
+    def known(self) -> Indices:
         """The student positions that come from the teacher."""
-        return np.flatnonzero(self.index >= 0)
+        return np.flatnonzero((self.index[:, 0] >= 0) | (self.index[:, 0] == MEAN))
+
+    @cached_property
+    def zero(self) -> Indices:
+        """The student positions that are zero."""
+        return np.flatnonzero(self.index[:, 0] == ZERO)
 
     @property
     def identity(self) -> bool:
-        """Whether the axis passes through unchanged."""
-        same = len(self.index) == self.source_size and bool((self.index == np.arange(self.source_size)).all())
-        return same and self.scale is None
+        """Whether the dimension passes through unchanged."""
+        same = self.index.shape == (self.source_size, 1) and self.plain
+        return same and bool((self.index[:, 0] == np.arange(self.source_size)).all())
+
+    @property
+    def plain(self) -> bool:
+        """Whether known elements are copies, bit for bit."""
+        simple = self.weight is None and not self.centre and not self.noise and self.index.shape[1] == 1
+        return simple and not bool((self.index == MEAN).any())
+
+    def copies(self) -> Indices:
+        """How many student positions each teacher element goes to: int64 [source size]."""
+        taken = self.index[self.index[:, 0] >= 0, 0]
+        return np.bincount(taken, minlength=self.source_size).astype(np.int64)
 
 
-WidthOperator = Callable[[int, int], AxisMap]
-DepthOperator = Callable[[int, int], list[int]]
+Operator = Callable[[Kind, Use, int, int, float], AxisMap]
 
 
-def insert(teacher: int, student: int) -> AxisMap:
+def prefix(old: int, new: int, rest: int = OWN) -> AxisMap:
+    """The teacher's elements first, `rest` behind them."""
+    index = np.full((new, 1), rest, dtype=np.int64)
+    index[:old, 0] = np.arange(old)
+    return AxisMap(index, old)
+
+
+def _repeated(old: int, new: int) -> AxisMap:
+    return AxisMap(np.arange(new, dtype=np.int64)[:, None] % old, old)
+
+
+def insert(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
     """The teacher's elements first, the student's own initialization behind them."""
-    index = np.full(student, -1, dtype=np.int64)
-    index[:teacher] = np.arange(teacher)
-    return AxisMap(index, teacher)
+    return prefix(old, new)
 
 
-def duplicate(teacher: int, student: int) -> AxisMap:
-    """The teacher's elements again and again: element k from k mod teacher."""
-    return AxisMap(np.arange(student, dtype=np.int64) % teacher, teacher)
+def duplicate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
+    """Element k from k mod old, nothing divided (figure A a)."""
+    axis = _repeated(old, new)
+    if kind == "emb":
+        return replace(axis, noise=noise, shared=True)
+    return replace(axis, noise=noise) if use == "read" else axis
 
 
-def depth_duplicate(teacher: int, student: int) -> list[int]:
-    """Layer k from layer floor(k teacher / student): each layer repeated in place."""
-    return [layer * teacher // student for layer in range(student)]
+def interpolate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
+    """Linear resize with half-pixel centres, as torch's `F.interpolate(mode="linear", align_corners=False)`."""
+    at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
+    low = np.minimum(at.astype(np.int64), old - 1)
+    upper = at - low
+    index = np.stack([low, np.minimum(low + 1, old - 1)], axis=1)
+    return AxisMap(index, old, np.stack([1 - upper, upper], axis=1))
 
 
-def depth_stack(teacher: int, student: int) -> list[int]:
-    """The teacher whole, then again from its first layer."""
-    return [layer % teacher for layer in range(student)]
+def net2net(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
+    """Element k from k mod old; what reads copies divided by their number, the joint embedding by its root."""
+    axis = duplicate(kind, use, old, new, noise)
+    count = axis.copies()[axis.index].astype(np.float64)
+    if kind == "emb":
+        return replace(axis, weight=1 / np.sqrt(count))
+    return replace(axis, weight=1 / count) if use == "read" else axis
 
 
-def depth_constant(teacher: int, student: int) -> list[int]:
-    """The teacher's layers first, own initialization above them."""
-    return [layer if layer < teacher else -1 for layer in range(student)]
+def lemon(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
+    """Along the residual stream whole copies and, behind them, the stream's mean; elsewhere `net2net` (LEMON, 4)."""
+    if kind != "res":
+        return net2net(kind, use, old, new, noise)
+    times = new // old
+    rest = {"write": MEAN, "shift": ZERO}.get(use, OWN)
+    index = np.full((new, 1), rest, dtype=np.int64)
+    index[: times * old, 0] = np.arange(times * old) % old
+    if use == "read":
+        return AxisMap(index, old, np.full((new, 1), 1 / times), noise=noise) if times > 1 else AxisMap(index, old)
+    return AxisMap(index, old, _gain("lemon", old, new) if use == "gain" else None)
 
 
-def depth_interval(teacher: int, student: int) -> list[int]:
-    """Layer k from layer k teacher / student where that is whole, own initialization elsewhere."""
-    return [-1 if layer * teacher % student else layer * teacher // student for layer in range(student)]
+def insert_exact(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
+    """Insertion into a stream of mean zero whose new channels are zero; new hidden units are not read yet."""
+    if kind == "emb":
+        return net2net(kind, use, old, new, noise)
+    if kind == "hidden":
+        return prefix(old, new, ZERO if use == "read" else OWN)
+    axis = prefix(old, new, ZERO if use in {"write", "shift"} else OWN)
+    if use == "write":
+        return replace(axis, centre=True)
+    return replace(axis, weight=_gain("insert_exact", old, new)) if use == "gain" else axis
 
 
-WIDTH: dict[str, WidthOperator] = {"insert": insert, "duplicate": duplicate}
+def _gain(operator: str, old: int, new: int) -> Floats | None:
+    factor = norm_factor(operator, old, new)
+    return None if factor == 1 else np.full((new, 1), math.sqrt(factor))
 
-DEPTH: dict[str, DepthOperator] = {
-    "duplicate": depth_duplicate,
-    "stack": depth_stack,
-    "constant": depth_constant,
-    "interval": depth_interval,
+
+WIDTH: dict[str, Operator] = {
+    "insert": insert,
+    "duplicate": duplicate,
+    "interpolate": interpolate,
+    "net2net": net2net,
+    "lemon": lemon,
+    "insert_exact": insert_exact,
+    # These differ from `insert` in what an axis alone does not show: see `complement` and `axis_map`'s callers.
+    "netexpand": insert,
+    "insert_packed": insert,
 }
 
 
+def _dense(weight: Floats) -> AxisMap:
+    """The map of a matrix [student size, teacher size], as few taps as hold all that is not zero."""
+    taps = max(1, int((weight != 0).sum(axis=1).max()))
+    index = np.sort(np.argsort(weight == 0, axis=1, kind="stable")[:, :taps], axis=1)
+    return AxisMap(index.astype(np.int64), weight.shape[1], np.take_along_axis(weight, index, axis=1))
+
+
+def _grid(old: int, new: int) -> AxisMap:
+    """Positions of a ViT: the class token, then a square of patches, row by row."""
+    sides = math.isqrt(old - 1), math.isqrt(new - 1)
+    side = _dense(grid_weights(*sides))
+    square = pack([side, side])
+    index = np.zeros((new, square.index.shape[1]), dtype=np.int64)
+    weight = np.zeros(index.shape, dtype=np.float64)
+    weight[0, 0] = 1.0
+    index[1:] = square.index + 1
+    weight[1:] = square.weight
+    return AxisMap(index, old, weight)
+
+
+def _offsets(old: int, new: int) -> AxisMap:
+    """Relative positions of a Swin's window: a square of 2 window - 1 a side."""
+    side = _dense(offset_weights(math.isqrt(old), math.isqrt(new)))
+    return pack([side, side])
+
+
+def axis_map(operator: str, kind: Kind, use: Use, old: int, new: int, noise: float = 0.0) -> AxisMap:
+    """The map of one axis; positions and pixels do not ask for the operator. Equal sizes: the identity.
+
+    Raises ConfigError where no map is known.
+    """
+    if old == new or kind == "fixed":
+        return _repeated(old, new)
+    if kind == "prefix":
+        return prefix(old, new)
+    if kind == "grid":
+        return _grid(old, new)
+    if kind == "offsets":
+        return _offsets(old, new)
+    if kind == "pixels":
+        return _dense(pixel_weights(old, new))
+    return WIDTH[operator](kind, use, old, new, noise)
+
+
 def pack(maps: Iterable[AxisMap]) -> AxisMap:
-    """The map of a packed dimension from the maps of its axes, outermost first. New along any axis is new."""
+    """The map of a packed dimension from the maps of its axes, outermost first.
+
+    Zero along any axis is zero; else own along any axis is own. Means and centring act on whole dimensions alone.
+    """
     packed, *inner = maps
     for axis in inner:
-        index = packed.index[:, None] * axis.source_size + axis.index[None, :]
-        index[(packed.index < 0)[:, None] | (axis.index < 0)[None, :]] = -1
-        scale = None
-        if packed.scale is not None or axis.scale is not None:
-            outer_scale = np.ones(len(packed.index)) if packed.scale is None else packed.scale
-            inner_scale = np.ones(len(axis.index)) if axis.scale is None else axis.scale
-            scale = np.outer(outer_scale, inner_scale).ravel()
-        packed = AxisMap(index.ravel(), packed.source_size * axis.source_size, scale)
+        packed = _pair(packed, axis)
     return packed
 
 
-def repeat_period(operator: DepthOperator, teacher: int, student: int, period: int) -> list[int]:
-    """Apply a depth operator to groups of `period` layers, so that layer k keeps its place k mod period in its group.
-
-    Both depths must be multiples of `period`, or equal (then every layer is its own source).
-    """
-    if teacher == student:
-        return list(range(student))
-    groups = operator(teacher // period, student // period)
-    return [-1 if group < 0 else group * period + place for group in groups for place in range(period)]
-
-
-def added_layers(sources: list[int]) -> list[bool]:
-    """For each student layer, whether it has no source or repeats the source of an earlier one."""
-    return [source < 0 or source in sources[:layer] for layer, source in enumerate(sources)]
+def _pair(outer: AxisMap, inner: AxisMap) -> AxisMap:
+    a, b = outer.index, inner.index
+    if outer.centre or inner.centre or (a == MEAN).any() or (b == MEAN).any():
+        raise ValueError("a mean cannot be taken along one axis of a packed dimension")
+    index = a[:, None, :, None] * inner.source_size + b[None, :, None, :]
+    first, second = a[:, None, 0], b[None, :, 0]
+    index[(first < 0) | (second < 0)] = OWN
+    index[(first == ZERO) | (second == ZERO)] = ZERO
+    shape = (len(a) * len(b), a.shape[1] * b.shape[1])
+    weight = None
+    if outer.weight is not None or inner.weight is not None:
+        sides = (np.ones(each.index.shape) if each.weight is None else each.weight for each in (outer, inner))
+        left, right = sides
+        weight = (left[:, None, :, None] * right[None, :, None, :]).reshape(shape)
+    size = outer.source_size * inner.source_size
+    return AxisMap(index.reshape(shape), size, weight, noise=max(outer.noise, inner.noise))

@@ -4,43 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
-from compt import macs
-from compt.errors import ArtefactError, ConfigError, nearest
+from compt import growth, macs
+from compt.errors import ArtefactError, ConfigError
 from compt.expand import axes, operators
-from compt.expand.axes import Axis, Dim, Parameter
+from compt.expand.axes import Axis, Dim, Parameter, Use
 from compt.expand.operators import AxisMap
-from compt.growth import check_sizes
+from compt.growth import ExpandConfig, Tower
 from compt.presets import ModelSpec
 
 
 @dataclass(frozen=True)
-class ExpandConfig:
-    """Which operators expand a teacher. Raises ConfigError for an unknown one.
-
-    `zero_new_outputs` sets to zero what the residual branches of added layers end in (attention output projection and
-    second MLP matrix, with their biases), so that added layers start as the identity.
-    """
-
-    width: str = "insert"
-    depth: str = "duplicate"
-    zero_new_outputs: bool = False
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("width", self.width, list(operators.WIDTH)),
-            ("depth", self.depth, list(operators.DEPTH)),
-        ):
-            if value not in known:
-                hint = nearest(value, known)
-                raise ConfigError(f"unknown {name} operator '{value}'{hint}; known: {', '.join(known)}")
-
-
-@dataclass(frozen=True)
 class Entry:
-    """One student parameter. `gather` takes `sources[0]` through `maps`, one a dimension; the others need no source."""
+    """One student parameter. `gather` takes `sources[0]` through `maps`, one a dimension; the others need no source.
+
+    `average`: the source is the teacher's moving average. `roles`: of how many matrices, one above the other, each is
+    filled with an orthonormal complement instead of own initialization; 0: none.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -49,6 +32,8 @@ class Entry:
     sources: tuple[str, ...] = ()
     source_shape: tuple[int, ...] = ()
     maps: tuple[AxisMap, ...] = field(default=(), compare=False)
+    average: bool = False
+    roles: int = 0
 
     @property
     def size(self) -> int:
@@ -57,25 +42,32 @@ class Entry:
 
     @property
     def copied(self) -> int:
-        """How many elements come from the teacher."""
+        """How many elements come from the teacher, scaled, blended or as they are."""
         return math.prod(len(m.known) for m in self.maps) if self.action == "gather" else 0
 
     @property
     def new(self) -> int:
-        """How many elements keep the student's own initialization."""
-        return 0 if self.action == "zero" else self.size - self.copied
+        """How many elements are drawn: the student's own initialization, or an orthonormal complement."""
+        return self.size - self.copied - self.zeroed
 
     @property
     def zeroed(self) -> int:
         """How many elements are set to zero."""
-        return self.size if self.action == "zero" else 0
+        if self.action != "gather":
+            return self.size if self.action == "zero" else 0
+        if self.roles:
+            rows, *others = (len(m.known) for m in self.maps)
+            # Old rows are zero in new columns where there are new rows; where columns alone grow, they are drawn.
+            return 0 if rows == self.shape[0] else rows * (math.prod(self.shape[1:]) - math.prod(others))
+        return self.size - math.prod(len(m.index) - len(m.zero) for m in self.maps)
 
 
 @dataclass(frozen=True)
 class Plan:
     """How `student` starts from `teacher`. `layers`: for each layer stack, the source of each layer (-1: none).
 
-    A plan is a function of the two descriptions and the config; two plans of the same three are equal.
+    `student` has the eps of norms that the operators give it. A plan is a function of the two descriptions and the
+    config; two plans of the same three are equal.
     """
 
     teacher: ModelSpec
@@ -84,7 +76,17 @@ class Plan:
     layers: dict[str, list[int]]
     entries: tuple[Entry, ...]
 
-    HEADER = ("parameter", "shape", "rule", "source", "copied", "new")
+    HEADER = ("parameter", "shape", "rule", "source", "copied", "new", "zero")
+
+    @cached_property
+    def inexact(self) -> dict[Tower, tuple[str, ...]]:
+        """For each tower, why its function is not preserved; nothing where it is, exactly. See `growth.inexact`."""
+        return growth.inexact(self.teacher, self.student, self.config)
+
+    @property
+    def needs_average(self) -> bool:
+        """Whether some layers come from the moving average of the teacher's weights."""
+        return any(entry.average for entry in self.entries)
 
     @property
     def parameters(self) -> int:
@@ -118,21 +120,43 @@ class Plan:
             )
             for entry in self.entries
         ]
-        how = f"width {self.config.width}, depth {self.config.depth}"
-        return [*rows, ("total", f"{self.parameters:,}", how, self.teacher.name, *_shares(self))]
+        return [*rows, ("total", f"{self.parameters:,}", _operators(self.config), self.teacher.name, *_shares(self))]
 
     def to_json(self) -> dict[str, Any]:
         """A small description that `from_json` rebuilds the plan from: operators, models, layer sources and totals."""
         return {
-            "config": asdict(self.config),
+            "config": self.config.to_dict(),
             "teacher": self.teacher.to_dict(),
             "student": self.student.to_dict(),
             "layers": self.layers,
-            "parameters": self.parameters,
-            "copied": self.copied,
-            "new": self.new,
-            "zeroed": self.zeroed,
+            **self._totals(),
         }
+
+    def table_json(self) -> dict[str, Any]:
+        """Everything there is to read about the plan, parameter by parameter, in plain values."""
+        return {
+            "teacher": self.teacher.to_dict(),
+            "student": self.student.to_dict(),
+            "config": self.config.to_dict(),
+            "inexact": {tower: list(reasons) for tower, reasons in self.inexact.items()},
+            "totals": self._totals(),
+            "parameters": [
+                {
+                    "name": entry.name,
+                    "shape": list(entry.shape),
+                    "rule": entry.rule,
+                    "sources": list(entry.sources),
+                    "source_shape": list(entry.source_shape) if entry.sources else None,
+                    "copied": entry.copied,
+                    "new": entry.new,
+                    "zeroed": entry.zeroed,
+                }
+                for entry in self.entries
+            ],
+        }
+
+    def _totals(self) -> dict[str, int]:
+        return {"parameters": self.parameters, "copied": self.copied, "new": self.new, "zeroed": self.zeroed}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Plan:
@@ -141,9 +165,9 @@ class Plan:
             plan = make_plan(
                 ModelSpec.from_dict(values["teacher"]),
                 ModelSpec.from_dict(values["student"]),
-                ExpandConfig(**values["config"]),
+                ExpandConfig.from_dict(values["config"]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ConfigError) as error:
             raise ArtefactError(f"expansion plan: unreadable ({error})") from error
         rebuilt = plan.to_json()
         for key in ("layers", "parameters", "copied", "new", "zeroed"):
@@ -156,16 +180,21 @@ def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | Non
     """Plan the expansion of `teacher` into `student`; no weights are read or allocated.
 
     Between a ViT and a Swin the image tower keeps its own initialization and the rest is expanded. Raises ConfigError
-    when an axis would shrink, sizes that must agree do not, or a parameter has no known axes.
+    when an axis would shrink, sizes or operators that must agree do not, or a parameter has no known axes.
     """
     config = config or ExpandConfig()
+    _check(teacher, student, config)
+    student = growth.grown_spec(teacher, student, config)
     for spec in (teacher, student):
         axes.check_parameters(spec)
-    _check(teacher, student)
-    layers = _layer_sources(teacher, student, config)
+    layers = growth.stack_sources(teacher, student, config)
     planner = _Planner(teacher, student, config, layers)
     entries = tuple(planner.entry(parameter) for parameter in axes.parameters(student).values())
     return Plan(teacher, student, config, layers, entries)
+
+
+# What resizes the axes that do not follow the width operator.
+_OTHER_AXES = {"prefix": "insert", "grid": "bicubic", "offsets": "bicubic", "pixels": "pseudo-inverse"}
 
 
 class _Planner:
@@ -176,69 +205,87 @@ class _Planner:
     ) -> None:
         self.config = config
         self.layers = layers
-        self.added = {stack: operators.added_layers(sources) for stack, sources in layers.items()}
+        self.added = {stack: growth.added_layers(sources) for stack, sources in layers.items()}
         self.cross = teacher.arch != student.arch
         self.teacher = axes.parameters(teacher)
-        self.maps: dict[tuple[Dim, Dim], AxisMap] = {}
+        self.maps: dict[tuple[str, Use, Dim, Dim], AxisMap] = {}
 
     def entry(self, parameter: Parameter) -> Entry:
         name, shape = parameter.name, parameter.shape
+        tower = self.config.image if parameter.in_image_tower else self.config.text
         if self.cross and parameter.in_image_tower:
             return Entry(name, shape, "own", "own: image tower of another architecture")
-        source_name, where = name, ""
+        source_name, where, average = name, "", False
         if parameter.stack:
             layer = self.layers[parameter.stack][parameter.layer]
             added = self.added[parameter.stack][parameter.layer]
-            if added and self.config.zero_new_outputs and parameter.closes_branch:
+            if added and tower.zero_new_outputs and parameter.closes_branch:
                 return Entry(name, shape, "zero", f"zero: layer {parameter.layer} is added")
             if layer < 0:
                 return Entry(name, shape, "own", f"own: layer {parameter.layer} has no source")
-            source_name, where = parameter.name_in_layer(layer), f"layer {parameter.layer} ← {layer}"
+            average = added and tower.depth == "netexpand" and not self.config.reference_compatible
+            of = "average of " if average else ""
+            source_name, where = parameter.name_in_layer(layer), f"layer {parameter.layer} ← {of}{layer}"
         source = self.teacher[source_name]
-        maps = tuple(self._map(old, new) for old, new in zip(source.dims, parameter.dims, strict=True))
-        grown = self._grown(source, parameter)
+        dims = zip(parameter.uses, source.dims, parameter.dims, strict=True)
+        maps = tuple(self._map(tower.width, use, old, new) for use, old, new in dims)
+        grown = _grown(tower.width, source, parameter)
         rule = ", ".join(part for part in (grown or "copy", where) if part)
-        return Entry(name, shape, "gather", rule, (source_name,), source.shape, maps)
+        completed = (
+            tower.width == "netexpand" and parameter.is_matrix and any(len(m.known) < len(m.index) for m in maps)
+        )
+        roles = parameter.roles if completed else 0
+        return Entry(name, shape, "gather", rule, (source_name,), source.shape, maps, average, roles)
 
-    def _map(self, old: Dim, new: Dim) -> AxisMap:
-        if (old, new) not in self.maps:
-            pairs = zip(old, new, strict=True)
-            self.maps[old, new] = operators.pack(operators.WIDTH[self._operator(a)](a.size, b.size) for a, b in pairs)
-        return self.maps[old, new]
-
-    def _operator(self, axis: Axis) -> str:
-        return self.config.width if axis.kind == "width" else "insert"
-
-    def _grown(self, source: Parameter, parameter: Parameter) -> str:
-        """`insert res 64→96, ff 256→384`: the axes that grow, by operator."""
-        by_operator: dict[str, list[str]] = {}
-        for old, new in zip(source.dims, parameter.dims, strict=True):
-            for a, b in zip(old, new, strict=True):
-                if a.size != b.size:
-                    by_operator.setdefault(self._operator(a), []).append(f"{a.name} {a.size}→{b.size}")
-        return "; ".join(f"{operator} {', '.join(grown)}" for operator, grown in by_operator.items())
+    def _map(self, operator: str, use: Use, old: Dim, new: Dim) -> AxisMap:
+        key = (operator, use, old, new)
+        if key not in self.maps:
+            if operator == "insert_packed" and len(old) > 1:
+                sizes = (math.prod(axis.size for axis in dim) for dim in (old, new))
+                self.maps[key] = operators.prefix(*sizes)
+            else:
+                pairs = zip(old, new, strict=True)
+                noise = self.config.noise
+                self.maps[key] = operators.pack(
+                    operators.axis_map(operator, a.kind, use, a.size, b.size, noise) for a, b in pairs
+                )
+        return self.maps[key]
 
 
-def _shares(part: Entry | Plan) -> tuple[str, str]:
+def _grown(operator: str, source: Parameter, parameter: Parameter) -> str:
+    """`insert res 64→96, ff 256→384`: the axes that grow, by operator."""
+    by_operator: dict[str, list[str]] = {}
+    for old, new in zip(source.dims, parameter.dims, strict=True):
+        for a, b in zip(old, new, strict=True):
+            if a.size != b.size:
+                by_operator.setdefault(_rule(operator, a), []).append(f"{a.name} {a.size}→{b.size}")
+    return "; ".join(f"{rule} {', '.join(grown)}" for rule, grown in by_operator.items())
+
+
+def _rule(operator: str, axis: Axis) -> str:
+    return _OTHER_AXES.get(axis.kind, operator)
+
+
+def _operators(config: ExpandConfig) -> str:
+    towers = {name: config.tower(name) for name in growth.TOWERS}
+    texts = {
+        name: f"width {each.width}, depth {each.depth}" + (", new outputs zero" if each.zero_new_outputs else "")
+        for name, each in towers.items()
+    }
+    if config.image == config.text:
+        return texts["image"]
+    return "; ".join(f"{name}: {text}" for name, text in texts.items())
+
+
+def _shares(part: Entry | Plan) -> tuple[str, str, str]:
     size = part.size if isinstance(part, Entry) else part.parameters
-    return f"{part.copied / size:.1%}", f"{part.new / size:.1%}"
+    return f"{part.copied / size:.1%}", f"{part.new / size:.1%}", f"{part.zeroed / size:.1%}"
 
 
-def _layer_sources(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> dict[str, list[int]]:
-    found = {}
-    old_depths = {stack.prefix: stack.depth for stack in axes.stacks(teacher)}
-    for stack in axes.stacks(student):
-        if stack.prefix not in old_depths:
-            continue  # the image tower of another architecture
-        old = old_depths[stack.prefix]
-        operator = operators.DEPTH[config.depth]
-        found[stack.prefix] = operators.repeat_period(operator, old, stack.depth, stack.period)
-    return found
-
-
-def _check(teacher: ModelSpec, student: ModelSpec) -> None:
+def _check(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> None:
     try:
-        check_sizes(teacher, student)
+        growth.check_sizes(teacher, student)
+        growth.check_config(teacher, student, config)
         before, after = macs.parameters(teacher), macs.parameters(student)
         if after < before:  # possible between two architectures alone
             raise ConfigError(f"its {after:,} parameters are fewer than the {before:,} of '{teacher.name}'")
