@@ -76,10 +76,9 @@ def run_study(
     *,
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
-    after: Callable[[], None] = lambda: None,
 ) -> list[str]:
-    """Train what is missing, and call `after` on rank 0 after each training that was; returns what could not be
-    trained, a line each: where an operator or a model folder does not allow it, the others go on.
+    """Train what is missing; returns what could not be trained, a line each: where an operator or a model folder does
+    not allow one, the others go on.
 
     Relative paths start at the working directory. Raises what training raises, and RunError for a folder that was begun
     otherwise.
@@ -90,15 +89,12 @@ def run_study(
     for at, training in enumerate(todo, 1):
         title = f"[{at}/{len(todo)}] {training.folder}"
         try:
-            trained = _train(setting, training, run, changes, functools.partial(_titled, say, title))
+            _train(setting, training, run, changes, functools.partial(_titled, say, title))
         except (ArtefactError, ConfigError) as error:
             if training.variant is None:
                 raise
             refused.append(f"{training.folder}: {error}")
             say(f"{title}: left out: {error}")
-            continue
-        if trained:
-            dist.on_main(after)
     return refused
 
 
@@ -106,8 +102,8 @@ def _titled(say: Say, title: str, text: str) -> None:
     say(f"{title}: {text}")
 
 
-def _train(setting: Setting, training: Training, run: Path, changes: Sequence[str], say: Say) -> bool:
-    """Carry one training to its end; False where it was there already."""
+def _train(setting: Setting, training: Training, run: Path, changes: Sequence[str], say: Say) -> None:
+    """Carry one training to its end, from wherever it stands."""
     folder = run / training.folder
     recipe = recipe_of(setting, training, run, changes)
     context, plan = prepare(recipe, folder, base=Path.cwd())
@@ -122,7 +118,6 @@ def _train(setting: Setting, training: Training, run: Path, changes: Sequence[st
             own.run()
     if training.variant is not None:
         dist.on_main(lambda: _tidy(place))
-    return not done
 
 
 def _tidy(place: Path) -> None:
