@@ -14,23 +14,21 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from compt import dist
+from compt.artefact_writers import Writers
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 from compt.models import ClipModel, build, load_state, materialise, spec_from_open_clip
 from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.tensorfile import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
-
-T = TypeVar("T")
 
 FORMAT = "compt-model"
 FORMAT_VERSION = 1
@@ -150,7 +148,7 @@ def write_artefact(
         "resize_mode": "shortest",
     }
     states = {_plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
-    writers = _Writers(together)
+    writers = Writers(folder, together)
     parts = writers.all(lambda: _parts(states, spec, max_shard_bytes))
     with contextlib.ExitStack() as undo:
         temporary = writers.main(lambda: _begin(folder, list(states), undo))
@@ -166,32 +164,6 @@ def write_artefact(
             undo.close()
 
         writers.main(finish)
-
-
-@dataclass(frozen=True)
-class _Writers:
-    """The processes that write a folder: all ranks together, or this one alone."""
-
-    together: bool
-
-    @property
-    def rank(self) -> int:
-        return dist.rank() if self.together else 0
-
-    @property
-    def number(self) -> int:
-        return dist.world_size() if self.together else 1
-
-    def all(self, action: Callable[[], T]) -> T:
-        return dist.on_all(action) if self.together else action()
-
-    def main(self, action: Callable[[], T]) -> T:
-        """What the first of them does, and its result in all of them."""
-        result: Any = self.all(lambda: action() if self.rank == 0 else None)
-        return dist.broadcast_object(result) if self.together else result  # type: ignore[no-any-return]
-
-    def gather(self, value: T) -> list[T]:
-        return dist.gather_objects(value) if self.together else [value]
 
 
 @dataclass(frozen=True)
@@ -231,7 +203,7 @@ def _begin(folder: Path, models: Iterable[str], undo: contextlib.ExitStack) -> P
 
 
 def _write_own(
-    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Part], writers: _Writers
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Part], writers: Writers
 ) -> dict[_Part, _Written]:
     """Write the files that fall to this process."""
     if not folder.is_dir():
