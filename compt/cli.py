@@ -14,10 +14,11 @@ from rich.markup import escape
 from compt import __version__
 from compt.cli_bench import bench_app
 from compt.cli_curves import curves
+from compt.cli_expand import expand
 from compt.cli_macs import macs_command
 from compt.cli_options import Overrides, RecipePath
 from compt.cli_plan import plan
-from compt.cli_tools import data_app, evaluate, expand, export
+from compt.cli_tools import data_app, evaluate, export
 from compt.config import Recipe, load_recipe
 from compt.errors import ComptError, ConfigError
 from compt.formats import terminal

@@ -1,4 +1,4 @@
-"""Commands on data sets and on single models: `compt data …`, `compt eval`, `compt expand`, `compt export`."""
+"""Commands on data sets and on single models: `compt data …`, `compt eval`, `compt export`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compt.config import EvalSet
 from compt.errors import ConfigError, nearest
 from compt.formats import TextTable, terminal
-from compt.presets import resolve
+
+if TYPE_CHECKING:
+    from compt.artefact import Artefact
 
 data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
 
@@ -24,6 +26,25 @@ Shards = Annotated[
 ]
 CaptionsCsv = Annotated[Path | None, typer.Option(help="captions by sample key, as DreamLIP publishes them")]
 IndexDir = Annotated[Path | None, typer.Option(help="where the index lies; default .compt-index beside the shards")]
+
+Source = Annotated[
+    str, typer.Argument(help="a model: folder, file, checkpoint, or ARCH:TAG of open_clip's", show_default=False)
+]
+SourceModel = Annotated[
+    str | None,
+    typer.Option("--model", "--teacher-model", metavar="NAME", help="what MODEL is, where it does not say so"),
+]
+SourcePrefix = Annotated[
+    str | None,
+    typer.Option("--prefix", "--teacher-prefix", metavar="P", help="of its parameters' names, as module.student."),
+]
+
+
+def open_source(path: str, name: str | None, prefix: str | None) -> Artefact:
+    """The model of a command's arguments. Raises ConfigError or ArtefactError."""
+    from compt.sources import model_spec, open_model
+
+    return open_model(path, model_spec(name) if name else None, prefix)
 
 
 @contextlib.contextmanager
@@ -99,8 +120,23 @@ def index(
     show(TextTable("Indexed", ("", "found"), rows))
 
 
+def evaluation_set(data: list[str], task: str, label: str, classnames: Path | None, templates: Path | None) -> EvalSet:
+    """The options that say what to score on. Raises ConfigError for an unknown task."""
+    kind: Literal["zeroshot", "retrieval"] = "zeroshot" if task == "zeroshot" else "retrieval"
+    if task not in ("zeroshot", "retrieval"):
+        raise ConfigError(f"--task {task}: should be zeroshot or retrieval{nearest(task, ('zeroshot', 'retrieval'))}")
+    return EvalSet(
+        name=Path(data[0]).parent.name if data[0].endswith(".tar") else Path(data[0]).name,
+        task=kind,
+        data=data,
+        label=label,
+        classnames=str(classnames) if classnames else None,
+        templates=str(templates) if templates else None,
+    )
+
+
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="a compt or open_clip model folder", show_default=False)],
+    model: Source,
     data: Annotated[list[str], typer.Option(help="shards (may be repeated), or a folder of class folders")],
     task: Annotated[str, typer.Option(help="zeroshot or retrieval")] = "zeroshot",
     label: Annotated[str, typer.Option(help="cls, or the name of a whole number in each sample's .json")] = "cls",
@@ -115,29 +151,20 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="also write NAME.json and NAME.npz to this folder")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="also the accuracy of each class")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    name: SourceModel = None,
+    prefix: SourcePrefix = None,
 ) -> None:
     """Score a model: zero-shot top-1 and top-5, or retrieval R@1, 5, 10 both ways. Runs under torchrun too."""
     from compt import dist
-    from compt.artefact import read_any
     from compt.engines.base import COMPUTE_DTYPES
     from compt.evaluate import EvalSettings, ZeroShotResult, class_names, evaluate_set
 
-    kind: Literal["zeroshot", "retrieval"] = "zeroshot" if task == "zeroshot" else "retrieval"
-    if task not in ("zeroshot", "retrieval"):
-        raise ConfigError(f"--task {task}: should be zeroshot or retrieval{nearest(task, ('zeroshot', 'retrieval'))}")
     if precision not in COMPUTE_DTYPES:
         raise ConfigError(f"--precision {precision}: should be one of {', '.join(COMPUTE_DTYPES)}")
-    item = EvalSet(
-        name=Path(data[0]).parent.name if data[0].endswith(".tar") else Path(data[0]).name,
-        task=kind,
-        data=data,
-        label=label,
-        classnames=str(classnames) if classnames else None,
-        templates=str(templates) if templates else None,
-    )
+    item = evaluation_set(data, task, label, classnames, templates)
     try:
         place = dist.init(device)
-        found = read_any(model)
+        found = dist.on_all(lambda: open_source(model, name, prefix))
         pixels = found.preprocess
         settings = EvalSettings(
             pixels["mean"], pixels["std"], Path.cwd(), batch, workers, dtype=COMPUTE_DTYPES[precision]
@@ -168,54 +195,14 @@ def evaluate(
         dist.shutdown()
 
 
-def expand(
-    teacher: Annotated[Path, typer.Argument(help="a compt or open_clip model folder", show_default=False)],
-    student: Annotated[str, typer.Argument(help="the larger model: a preset", show_default=False)],
-    out: Annotated[Path | None, typer.Argument(help="the folder to write", show_default=False)] = None,
-    width: Annotated[str, typer.Option(help="operator for widths")] = "insert",
-    depth: Annotated[str, typer.Option(help="operator for layers")] = "duplicate",
-    zero_new_outputs: Annotated[
-        bool, typer.Option("--zero-new-outputs", help="added layers start as identity")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="draws what is new")] = 0,
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="FIELD=N", help="change the preset")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only show the plan, parameter by parameter")] = False,
-) -> None:
-    """Inverse weight initialization: make a larger model from a smaller one."""
-    from compt.artefact import check_free, read_any, write_artefact
-    from compt.expand import ExpandConfig, Plan, make_plan
-    from compt.expand import expand as run_expand
-
-    if out is None and not dry_run:
-        raise ConfigError("name the folder to write, or add --dry-run")
-    if out is not None and not dry_run:
-        check_free(out, teacher)
-    found = read_any(teacher)
-    changes = {}
-    for change in set_ or []:
-        name, _, value = change.partition("=")
-        if not value.isdigit():
-            raise ConfigError(f"--set {change}: should be FIELD=N, as in --set width=128")
-        changes[name] = int(value)
-    if student == found.spec.name:
-        changes = {**found.spec.to_dict(), **changes}
-    spec = resolve(student, changes)
-    plan = make_plan(found.spec, spec, ExpandConfig(width, depth, zero_new_outputs))
-    rows = plan.rows()
-    show(TextTable(f"{found.spec.name} to {spec.name}", Plan.HEADER, rows if dry_run else rows[-1:]))
-    if out is not None and not dry_run:
-        fields = {"parent": str(teacher.name), "parent_hash": found.hash, "expansion": plan.to_json(), "seed": seed}
-        state = run_expand(plan, found.state, seed)
-        write_artefact(out, state, spec, fields, mean=found.preprocess["mean"], std=found.preprocess["std"])
-        typer.echo(f"Wrote {out}")
-
-
 def export(
-    model: Annotated[Path, typer.Argument(help="a compt model folder", show_default=False)],
+    model: Source,
     out: Annotated[Path, typer.Argument(help="the folder to write", show_default=False)],
+    name: SourceModel = None,
+    prefix: SourcePrefix = None,
 ) -> None:
     """Write a model as one file for stock open_clip: create_model("local-dir:OUT") loads it."""
-    from compt.artefact import export_open_clip, read_any
+    from compt.artefact import export_open_clip
 
-    export_open_clip(read_any(model), out)
+    export_open_clip(open_source(model, name, prefix), out)
     typer.echo(f"Wrote {out}")

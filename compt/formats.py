@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -20,12 +21,13 @@ _GAP = 2
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table as plain text: first column to the left, the others to the right."""
+    """A table as plain text: the first `left` columns to the left, the others to the right."""
 
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
     notes: Sequence[str] = ()
+    left: int = 1
 
     def rich(self) -> RenderableType:
         """For a terminal; notes stand below. Where words would have to be broken, each row becomes a block."""
@@ -34,7 +36,7 @@ class TextTable:
     def markdown(self) -> str:
         """As GitHub renders it."""
         lines = [f"### {escape_markdown(self.title)}", "", _markdown_row(self.header)]
-        lines.append("|" + "|".join(":--" if not at else "--:" for at in range(len(self.header))) + "|")
+        lines.append("|" + "|".join(":--" if at < self.left else "--:" for at in range(len(self.header))) + "|")
         lines += [_markdown_row(row) for row in self.rows]
         return "\n".join([*lines, "", *(f"{escape_markdown(note)}\n" for note in self.notes)])
 
@@ -75,7 +77,7 @@ class _Fitting:
         wide = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
         for at, name in enumerate(self.table.header):
             least = None if at else _width([name, *(row[0] for row in self.table.rows)])
-            wide.add_column(Text(name), justify="right" if at else "left", no_wrap=at == 0, min_width=least)
+            wide.add_column(Text(name), justify=self._side(at), no_wrap=at == 0, min_width=least)
         for row in self.table.rows:
             wide.add_row(*map(Text, row))
         yield Text(self.table.title, style="bold")
@@ -90,6 +92,9 @@ class _Fitting:
         else:
             yield from self._blocks()
         yield from (Text(note, style="dim") for note in self.table.notes)
+
+    def _side(self, at: int) -> Literal["left", "right"]:
+        return "left" if at < self.table.left else "right"
 
     def _tight(self, width: int, fold: bool) -> Table | None:
         """Headers on several lines, with `fold` cells too; of the first two columns the wider one takes what is left.
@@ -112,7 +117,7 @@ class _Fitting:
             return None
         tight = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, _GAP - 1, 0, 0), pad_edge=False)
         for at, name in enumerate(header):
-            tight.add_column(Text(name), justify="right" if at else "left", no_wrap=True)
+            tight.add_column(Text(name), justify=self._side(at), no_wrap=True)
         for row in rows:
             tight.add_row(*map(Text, row))
         return tight

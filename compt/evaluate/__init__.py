@@ -34,6 +34,7 @@ __all__ = [
     "class_names",
     "evaluate_set",
     "evaluate_sets",
+    "labelled",
     "load_arrays",
     "read_classnames",
     "read_templates",
@@ -215,6 +216,14 @@ def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: s
         if item.task == "zeroshot":
             _class_names(item, settings, data)
             _templates(item, settings, data)
+
+
+def labelled(
+    item: EvalSet, settings: EvalSettings, image_size: int
+) -> tuple[Iterable[EvalBatch], list[str], list[str]]:
+    """This rank's batches of a zero-shot set, the names of its classes, its templates. Raises DataError."""
+    data = _open(item, settings, image_size)
+    return data.loader, _class_names(item, settings, data)[0], _templates(item, settings, data)
 
 
 def evaluate_sets(model: nn.Module, sets: Iterable[EvalSet], settings: EvalSettings) -> dict[str, Result]:
