@@ -16,15 +16,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from compt import dist
-from compt.artefact import read_any
 from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
-from compt.errors import ArtefactError, DataError, RunError
+from compt.errors import ArtefactError, ConfigError, DataError, RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
+from compt.jobs_start import open_start
 from compt.planner import Job, Plan, make_plan
-from compt.planner_start import Start
+from compt.planner_start import AVERAGE, Start
 from compt.trainer import StopSignal
 
 _log = logging.getLogger(__name__)
@@ -216,13 +216,16 @@ def named(source: str, key: str) -> Iterator[None]:
 
 
 def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
-    """The model that the first link grows from, if the recipe names one. Raises ArtefactError."""
+    """The model that the first link grows from, if the recipe names one. Raises ArtefactError or ConfigError."""
     if recipe.chain.from_ is None:
         return None
-    path = base / recipe.chain.from_
-    with named(source, "chain.from"):
-        found = dist.on_all(lambda: read_any(path))
-    return Start(found.spec, found.hash, found.preprocess["mean"], found.preprocess["std"])
+    try:
+        with named(source, "chain.from"):
+            found = dist.on_all(lambda: open_start(recipe.chain, base))
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    averaged = AVERAGE in found.manifest.get("extra", {})
+    return Start(found.spec, found.hash, found.preprocess["mean"], found.preprocess["std"], averaged)
 
 
 def plan_run(

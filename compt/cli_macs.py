@@ -25,7 +25,7 @@ from compt.macs import (
     exact_breakdown,
     paper_breakdown,
 )
-from compt.planner import check_growth
+from compt.planner_growth import check_growth
 from compt.presets import ModelSpec, resolve
 
 BATCH, CAPTIONS = 1024, 4

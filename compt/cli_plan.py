@@ -17,7 +17,7 @@ from compt.formats import terminal
 from compt.macs import Mode
 from compt.memory import ENGINES, Engine
 from compt.plan_tables import plan_tables
-from compt.planner_start import Start
+from compt.planner_start import Start, is_described
 
 OBJECTIVES = ("cost", "acceleration", "budget")
 
@@ -130,15 +130,17 @@ def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
 
 
 def _start(recipe: Recipe, source: str) -> Start | None:
-    """The model at `chain.from` where compt did not write it: open_clip has to read its config, which takes torch.
-
-    None where the planner reads the folder's manifest itself.
-    """
-    if recipe.chain.from_ is None:
+    """The model at `chain.from` where its sizes are not known without torch; None where the planner finds them."""
+    chain = recipe.chain
+    if chain.from_ is None or is_described(chain, Path()):
         return None
-    folder = Path(recipe.chain.from_)
-    if (folder / "manifest.json").exists() or not folder.exists():
+    if chain.from_model is None and ":" not in chain.from_ and not Path(chain.from_).exists():
         return None
-    from compt.chain import read_start
-
+    try:
+        from compt.chain import read_start
+    except ImportError as error:
+        raise ConfigError(
+            f"{source}: chain.from = '{chain.from_}': reading a model that compt did not write takes {error.name}, "
+            "which is not installed; where it is of a preset's sizes, name that in chain.from_model"
+        ) from None
     return read_start(recipe, Path(), source)

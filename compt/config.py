@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from compt.config_expand import Expand
 from compt.config_schema import (
     Baselines,
     Chain,
@@ -23,7 +24,6 @@ from compt.config_schema import (
     EngineConfig,
     EvalSet,
     Evaluation,
-    Expand,
     Family,
     Link,
     Member,

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from compt.config_expand import DEPTH_MEANING, WIDTH_MEANING, Expand
 from compt.config_schema import Recipe
 from compt.config_types import Duration, is_execution
 from compt.files import write_text
@@ -27,6 +28,16 @@ command line, list items by their number: `--set optimizer.lr=5e-4 --set chain.l
 
 This page is written by `python -m compt.config_docs docs/recipes.md`.
 """
+
+EXPANSION_EXAMPLE = """\
+chain:
+  expand: {width: insert, depth: duplicate}       # every link, both towers
+  links:
+    - {model: vit_nano, train: {epochs: 4}, warmup: {steps: 9}}
+    - {model: vit_micro, train: {epochs: 2}, warmup: {steps: 9}, expand: {text: {width: lemon}, zero_new_outputs: true}}
+    - {model: vit_mini, train: {epochs: 2}, warmup: {steps: 9}, expand: {width: net2net, noise: 0.05}}
+"""
+"""A chain whose links grow in different ways."""
 
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
@@ -52,8 +63,20 @@ def _section(path: str, section: type[BaseModel], execution: bool | None) -> Ite
         meaning = " ".join((field.description or "").split()).replace("|", "\\|")
         yield f"| `{key}` | {_type(field.annotation, field)} | {_default(field)} | {kind} | {meaning} |"
     yield ""
+    if section is Expand:
+        yield from _operators()
     for inner_path, inner, own in below:
         yield from _section(inner_path, inner, own)
+
+
+def _operators() -> Iterator[str]:
+    """The operators of widths and depths, and how they are chosen for one link or one tower."""
+    for what, meaning in (("width", WIDTH_MEANING), ("depth", DEPTH_MEANING)):
+        yield f"| {what} operator | what it does |\n|---|---|"
+        yield from (f"| `{name}` | {text} |" for name, text in meaning.items())
+        yield ""
+    yield "What is not said for a tower is as for both, what is not said for a link is as for the chain:\n"
+    yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"
 
 
 def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:

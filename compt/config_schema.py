@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from compt.config_expand import Expand, LinkExpand
 from compt.config_types import CaptionTokens, Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
 from compt.errors import ConfigError, nearest
 from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
-
-WIDTH_OPERATORS = ("insert", "duplicate")
-DEPTH_OPERATORS = ("duplicate", "stack", "constant", "interval")
 
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
 
@@ -63,9 +61,11 @@ class Data(Section):
 class Member(BaseModel):
     """A model of the family: a preset, with any of its sizes changed. A bare name stands for the preset itself.
 
-    Sizes of all models: `text_width`, `text_depth`, `text_heads`, `text_head_width`, `context_length`, `vocab_size`,
-    `embed_dim`. Sizes of a ViT: `width`, `depth`, `heads`, `head_width`, `image_size`, `patch_size`, `mlp_ratio`,
-    `no_ln_pre`. A width changes the number of heads with it.
+    Of all models: `text_width`, `text_depth`, `text_heads`, `text_head_width`, `context_length`, `vocab_size`,
+    `embed_dim`, `quick_gelu` (the activation of OpenAI's own models), `width`, `heads`, `head_width`, `image_size`,
+    `patch_size`, `mlp_ratio`. Of a ViT: `depth`, `no_ln_pre`. Of a Swin: `depths` (the blocks of each stage) and
+    `window`. A width changes the number of heads with it. Along a chain no size shrinks; a picture may, as long as it
+    has no fewer patches. `quick_gelu`, `no_ln_pre` and the widths of heads stay.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
@@ -76,8 +76,14 @@ class Member(BaseModel):
     """The preset it starts from; without it, the one called `name`."""
 
 
-_BOTH_SIZES = ("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim")
-_VIT_SIZES = ("width", "depth", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
+_BOTH_SIZES = (
+    *("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim"),
+    "quick_gelu",
+)
+_IMAGE_SIZES: dict[str, tuple[str, ...]] = {
+    "vit": ("width", "depth", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre"),
+    "swin": ("width", "depths", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "window"),
+}
 
 
 def checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
@@ -85,29 +91,34 @@ def checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
     spec = PRESETS.get(preset)
     if spec is None:
         return sizes  # resolve() says so
+    known = (*_IMAGE_SIZES[spec.arch], *_BOTH_SIZES)
     checked = {}
-    known = (*_VIT_SIZES, *_BOTH_SIZES)
     for key, value in sizes.items():
         if key not in known:
-            raise ConfigError(f"{key}: unknown key{nearest(key, known)}; known here: {', '.join(known)}")
-        if spec.arch == "swin" and key in _VIT_SIZES:
-            raise ConfigError(
-                f"{key} = {value!r}: the image tower of {preset} is timm's {spec.timm_name} as it is; "
-                f"what can be changed: {', '.join(_BOTH_SIZES)}"
-            )
-        wanted = type(getattr(spec, key))
-        fits = isinstance(value, int | float if wanted is float else wanted) and (
-            wanted is bool or not isinstance(value, bool)
-        )
-        if not fits:
-            kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
-            raise ConfigError(f"{key} = {value!r}: should be {kind}")
-        if wanted is not bool and not value > 0:
-            raise ConfigError(f"{key} = {value!r}: should be greater than 0")
-        if key == "vocab_size" and value < VOCAB_SIZE:
-            raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")
-        checked[key] = wanted(value)
+            others = {size for arch in _IMAGE_SIZES.values() for size in arch}
+            kind = {"vit": "ViT", "swin": "Swin"}[spec.arch]
+            wrong = f"a {kind} has none" if key in others else f"unknown key{nearest(key, known)}"
+            raise ConfigError(f"{key}: {wrong}; known here: {', '.join(known)}")
+        checked[key] = _checked_size(key, value, type(getattr(spec, key)))
     return checked
+
+
+def _checked_size(key: str, value: Any, wanted: type) -> Any:
+    if wanted is tuple:
+        if not isinstance(value, list | tuple) or not all(type(item) is int and item > 0 for item in value):
+            raise ConfigError(f"{key} = {value!r}: should be a list of whole numbers above 0")
+        return tuple(value)
+    fits = isinstance(value, int | float if wanted is float else wanted) and (
+        wanted is bool or not isinstance(value, bool)
+    )
+    if not fits:
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
+        raise ConfigError(f"{key} = {value!r}: should be {kind}")
+    if wanted is not bool and not value > 0:
+        raise ConfigError(f"{key} = {value!r}: should be greater than 0")
+    if key == "vocab_size" and value < VOCAB_SIZE:
+        raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")
+    return wanted(value)
 
 
 def _member(value: Any) -> Any:
@@ -151,31 +162,16 @@ class Link(Section):
     """Peak learning rate of this link; without it `optimizer.lr`."""
     alpha: float | None = Field(default=None, ge=0)
     """Weight of distillation for this link; without it `chain.distill.alpha`."""
-
-
-class Expand(Section):
-    """Inverse weight initialization: how a model's weights come from its predecessor's."""
-
-    width: str = "insert"
-    """Operator for widths: `insert` (the predecessor's channels first, fresh ones behind them) or `duplicate` (the
-    predecessor's again and again)."""
-    depth: str = "duplicate"
-    """Operator for depths: `duplicate` (each layer repeated in place), `stack` (all layers, then again), `constant`
-    (fresh layers on top) or `interval` (fresh layers between)."""
-    zero_new_outputs: bool = False
-    """Whether added layers start with zero outputs, so that they change nothing at first."""
-
-    @field_validator("width", "depth")
-    @classmethod
-    def _known(cls, value: str, info: ValidationInfo) -> str:
-        known = WIDTH_OPERATORS if info.field_name == "width" else DEPTH_OPERATORS
-        if value not in known:
-            raise ValueError(f"unknown operator{nearest(value, known)}; known: {', '.join(known)}")
-        return value
+    expand: LinkExpand | None = None
+    """What of `chain.expand` is otherwise for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
 
 
 class Distill(Section):
-    """Inverse feature distillation: a model also learns to reproduce its predecessor's features."""
+    """Inverse feature distillation: a model also learns to reproduce its predecessor's features.
+
+    A predecessor for pictures of another size sees the same pictures resized (bicubic, antialiased), one of a shorter
+    context the same captions cut to it, the end token kept.
+    """
 
     alpha: float = Field(default=500.0, ge=0)
     """Weight of the feature loss, quoted for 512 features; 0 leaves it out."""
@@ -189,10 +185,15 @@ class Chain(Section):
     links: list[Link] = Field(min_length=1)
     """The models in the order of training; with `from`, the first is the first student of the model there."""
     from_: str | None = Field(default=None, alias="from", json_schema_extra={"kind": "execution"})
-    """Folder of an existing model that the first link grows from, as every other link grows from the one before;
-    without it the first link starts from scratch. What that model's own training cost is in no speed-up, neither a
-    link's nor the accumulated one: set against individual trainings, they flatter the chain by it. Its weights, not
-    its path, belong to the result."""
+    """An existing model that the first link grows from, as every other link grows from the one before; without it the
+    first link starts from scratch. A model folder of a run, a folder or file of open_clip, a Hugging Face CLIP folder,
+    a checkpoint folder of torch or DeepSpeed, or `ARCHITECTURE:TAG` for weights that open_clip has on this disk. What
+    that model's own training cost is in no speed-up, neither a link's nor the accumulated one: set against individual
+    trainings, they flatter the chain by it. Its weights, not its path, belong to the result."""
+    from_model: str | None = execution(None)
+    """Which model that is, where `from` does not say so itself: a preset, or a model name of open_clip."""
+    from_prefix: str | None = None
+    """What the names of its parameters begin with there, where that is not found by itself: `module.student.`"""
     expand: Expand = Expand()
     """Inverse weight initialization."""
     distill: Distill = Distill()
@@ -359,6 +360,12 @@ class Recipe(Section):
                 raise ValueError(f"chain.links: '{link.model}' is no member of the family{nearest(link.model, names)}")
         if len({link.model for link in self.chain.links}) != len(self.chain.links):
             raise ValueError("chain.links: a model stands there twice")
+        if self.chain.from_ is None:
+            for key in ("from_model", "from_prefix"):
+                if getattr(self.chain, key) is not None:
+                    raise ValueError(f"chain.{key}: is for a model at chain.from, which is missing")
+            if self.chain.links[0].expand is not None:
+                raise ValueError("chain.links.0.expand: this link starts from scratch; leave it out")
         if self.data.images < self.optimizer.batch:
             raise ValueError(f"optimizer.batch {self.optimizer.batch} is larger than data.images {self.data.images}")
         return self

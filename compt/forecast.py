@@ -17,6 +17,7 @@ from compt.hardware_hours import Hours, job_hours, sum_hours
 from compt.macs import Mode, parameters
 from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
 from compt.planner import Job, Plan, make_plan
+from compt.planner_growth import broken_promises
 from compt.planner_start import Start
 
 ENGINE: Engine = "ddp"
@@ -210,6 +211,7 @@ class Forecast:
             "jobs": [
                 {
                     **item.job.to_json(),
+                    "inexact": _inexact(item.job),
                     "macs": {mode: {key: rows[mode][at].get(key) for key in _MACS} for mode in MODES},
                     "hours": item.hours and asdict(item.hours),
                     **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
@@ -362,6 +364,13 @@ def _disk(recipe: Recipe, job: Job) -> Disk:
         peak_bytes=initial + max(min(written, keep + 1) * one, min(written, keep) * one + model),
         end_bytes=initial + model,
     )
+
+
+def _inexact(job: Job) -> dict[str, list[str]] | None:
+    if job.expand is None or job.teacher_spec is None:
+        return None
+    found = broken_promises(job.teacher_spec, job.spec, job.expand)
+    return {tower: list(reasons) for tower, reasons in found.items()}
 
 
 def _fit_json(fit: Fit) -> dict[str, Any]:

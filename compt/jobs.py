@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compt import dist
-from compt.artefact import Artefact, read_any, read_artefact, versions, write_artefact
+from compt.artefact import Artefact, read_artefact, versions, write_artefact
 from compt.checkpoint import find_latest
 from compt.config import Recipe, split_batch
 from compt.data.dataset import train_loader
@@ -23,14 +23,16 @@ from compt.data.records import Batch
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import RunError
-from compt.expand import ExpandConfig, expand
+from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
+from compt.jobs_start import open_start
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
 from compt.planner import Job, recipe_cost
 from compt.planner_start import Start
 from compt.scoring import Scorer
+from compt.sources import average_of
 from compt.task import ClipTask, DistillTask
 from compt.throughput import device_name, peak_flops
 from compt.trainer import TrainSettings, train
@@ -187,21 +189,19 @@ class JobRun:
             folder = self.context.job_folder(self.job.teacher) / "model"
             return dist.on_all(lambda: read_artefact(folder))
         if self.job.start is not None:
-            path = self.context.base / self.job.start
-            return dist.on_all(lambda: read_any(path))
+            return dist.on_all(lambda: open_start(self.context.recipe.chain, self.context.base))
         return None
 
     def _begin(self) -> None:
         teacher = self._teacher()
         if teacher is not None:
-            options = self.context.recipe.chain.expand
-            config = ExpandConfig(options.width, options.depth, options.zero_new_outputs)
-            plan = make_expansion(teacher.spec, self.job.spec, config)
+            plan = make_expansion(teacher.spec, self.job.spec, self.job.expand)
+            average = dist.on_all(lambda: average_of(teacher)) if plan.needs_average else None
             how = {"expansion": plan.to_json(), "shard_bytes": INITIAL_SHARD_BYTES}
             self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
             self._write_artefact(
                 "initial",
-                expand(plan, teacher.state, self.job.seed),
+                expand(plan, teacher.state, self.job.seed, average),
                 teacher.hash,
                 {**how, "step": 0, "samples": 0, "epochs": 0.0},
                 max_shard_bytes=INITIAL_SHARD_BYTES,

@@ -9,12 +9,15 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from compt.config import Recipe
+from compt.config_expand import expand_words
 from compt.forecast import ENGINE, Estimate, Fit, Forecast, Totals
 from compt.formats import TextTable, count, hours, macs, ratio
+from compt.growth import ExpandConfig
 from compt.hardware import OF_THE_AUTHORS, Conditions, Throughput
 from compt.hardware_hours import Hours
 from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, Mode
 from compt.memory import ENGINES, Engine, Memory
+from compt.planner_growth import broken_promises
 
 PARTS = tuple(field.name for field in fields(Memory))
 
@@ -88,7 +91,7 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         f"{_length(data.caption_tokens)}. MACs are multiply-accumulates, {counted}. Teacher: share of "
         "the MACs in its forward passes."
     )
-    notes = [about]
+    notes = [about, *_expansions(forecast)]
     if machine is None:
         notes.append(
             "engine.device is cpu: GPU-hours and memory are shown with --kind, as in --kind a100-80; "
@@ -111,6 +114,31 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         missing = dict.fromkeys(item.job.name for item in both if item.hours and item.hours.kind != "measured")
         notes.append(unmeasured(machine.throughput, plan.recipe, machine.gpus, missing))
     return notes
+
+
+def _expansions(forecast: Forecast) -> list[str]:
+    """What is not as by default about how links grow, and what an operator cannot keep of its promise."""
+    usual = expand_words(ExpandConfig())
+    links: dict[str, list[str]] = {}
+    broken = []
+    for job in forecast.plan.links:
+        if job.expand is None or job.teacher_spec is None or (words := expand_words(job.expand)) == usual:
+            continue
+        links.setdefault(words, []).append(job.name)
+        for tower, reasons in broken_promises(job.teacher_spec, job.spec, job.expand).items():
+            operator = job.expand.tower(tower).width
+            broken.append(
+                f"Inexact: in {job.name}, {operator} changes what the {tower} tower computes. {_all(reasons)}."
+            )
+    return [f"Expansion of {', '.join(names)}: {words}." for words, names in links.items()] + broken
+
+
+def _all(reasons: Iterable[str]) -> str:
+    """Reasons in one line; of equal ones, which begin with other parameters, the first."""
+    first: dict[str, str] = {}
+    for reason in reasons:
+        first.setdefault(reason.partition(": ")[2], reason)
+    return "; ".join(first.values())
 
 
 def unmeasured(file: Throughput, recipe: Recipe, gpus: int, names: Iterable[str], mode: Mode = "exact") -> str:

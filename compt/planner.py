@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from compt.config import Control, Duration, Link, Recipe
+from compt.config_expand import expand_result, expansion
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json
-from compt.growth import check_sizes
+from compt.growth import ExpandConfig, check_config, grown_spec
 from compt.macs import JobCost, Mode, Tokens, exact_cost, paper_cost, parameters
-from compt.planner_start import Start, read_start
+from compt.planner_growth import averaging, check_growth, check_start
+from compt.planner_start import Start, planned_start
 from compt.presets import ModelSpec
 
 Kind = Literal["link", "baseline", "control", "try"]
@@ -29,7 +31,8 @@ class Job:
     """One model to train.
 
     `teacher` names the job whose model this one is expanded and distilled from; for the first link with `chain.from`,
-    `start` is that model's folder instead. A job with neither starts from scratch. `samples` are pictures seen,
+    `start` is where that model is instead. A job with neither starts from scratch; one with either has `expand`, and
+    the eps of norms that go with it in `spec`. `samples` are pictures seen,
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
     this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
@@ -53,6 +56,7 @@ class Job:
     cost: JobCost = field(repr=False)
     result: dict[str, Any] = field(repr=False)
     same_as: str | None = None
+    expand: ExpandConfig | None = None
 
     @property
     def hash(self) -> str:
@@ -69,6 +73,7 @@ class Job:
             "start": str(self.start) if self.start else None,
             "same_as": self.same_as,
             "spec": self.spec.to_dict(),
+            "expand": self.expand and self.expand.to_dict(),
             "parameters": parameters(self.spec),
             "cost": self.cost.to_json(),
             "hash": self.hash,
@@ -174,7 +179,7 @@ def make_plan(
     """
     try:
         if recipe.chain.from_ is not None and start is None:
-            start = read_start(base / recipe.chain.from_)
+            start = planned_start(recipe.chain, base)
         return _Planner(recipe, images, world_size).plan(baselines, controls, start, scales)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -200,9 +205,9 @@ class _Planner:
         individual: list[Job] = []
         if settings:
             seeds = settings.seeds or [self.recipe.seed]
-            individual = [self.baseline(link.spec, seeds[0]) for link in jobs]
+            individual = [self.baseline(self.specs[link.spec.name], seeds[0]) for link in jobs]
             if baselines:
-                jobs = jobs + [self.baseline(link.spec, seed) for link in individual for seed in seeds]
+                jobs = jobs + [self.baseline(one.spec, seed) for one in individual for seed in seeds]
             elif scales:
                 jobs = [*jobs, individual[first_student(self.recipe)]]
         elif baselines or scales:
@@ -222,23 +227,35 @@ class _Planner:
         if start is not None:
             if chain.from_ is None:
                 raise ConfigError("chain.from: is missing, but a model to start from was given")
-            self.check(0, start.spec, strictly=False)
             self.check_colours(start)
         for at, link in enumerate(chain.links):
-            before = jobs[-1] if jobs else None
-            if before:
-                self.check(at, before.spec)
             own = scale if at >= first_student(self.recipe) else 1.0
             steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup, own)
-            jobs.append(self.link(at, link, steps, warmup, before or (None if at else start)))
+            jobs.append(self.link(at, link, steps, warmup, jobs[-1] if jobs else start))
         return jobs
 
-    def check(self, at: int, teacher: ModelSpec, *, strictly: bool = True) -> None:
-        model = self.recipe.chain.links[at].model
+    def expansion(self, at: int, teacher: Job | Start) -> ExpandConfig:
+        """How a link grows from its teacher. Raises ConfigError where it cannot."""
+        chain = self.recipe.chain
+        link = chain.links[at]
+        student, config = self.specs[link.model], expansion(chain.expand, link.expand)
         try:
-            check_growth(teacher, self.specs[model], strictly=strictly)
+            (check_start if isinstance(teacher, Start) else check_growth)(teacher.spec, student)
+            check_config(teacher.spec, student, config)
         except ConfigError as error:
-            raise ConfigError(f"chain.links.{at}.model = '{model}': {error}") from None
+            raise ConfigError(f"chain.links.{at}.model = '{link.model}': {error}") from None
+        averaged = teacher.averaged if isinstance(teacher, Start) else self.recipe.optimizer.ema is not None
+        towers = averaging(teacher.spec, student, config)
+        if towers and averaged is False:
+            key = f"chain.links.{at}.expand" if link.expand else "chain.expand"
+            lacks = "set optimizer.ema"
+            if isinstance(teacher, Start):
+                lacks = f"there is none at chain.from = '{chain.from_}'"
+            raise ConfigError(
+                f"{key}: depth netexpand fills the layers that '{link.model}' adds to its {towers[0]} tower from the "
+                f"moving average of the weights that it grows from; {lacks}"
+            )
+        return config
 
     def check_colours(self, start: Start) -> None:
         data = self.recipe.data
@@ -273,19 +290,26 @@ class _Planner:
         job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr, position)
         if teacher is None:
             return job
+        config = self.expansion(at, teacher)
+        result = {
+            **job.result,
+            "teacher": teacher.hash,
+            "expand": expand_result(config),
+            "distill": {**chain.distill.result_fields(), "alpha": alpha},
+        }
+        if isinstance(teacher, Start) and chain.from_prefix is not None:
+            result["from_prefix"] = chain.from_prefix
         return replace(
             job,
+            # The eps of its norms follows from teacher and expansion: `result` has the model as it is asked for.
+            spec=grown_spec(teacher.spec, job.spec, config),
             teacher=teacher.name if isinstance(teacher, Job) else None,
             start=None if isinstance(teacher, Job) else Path(str(chain.from_)),
             teacher_spec=teacher.spec,
             alpha=alpha,
             cost=self.cost(job.spec, teacher.spec if alpha else None, steps),
-            result={
-                **job.result,
-                "teacher": teacher.hash,
-                "expand": chain.expand.result_fields(),
-                "distill": {**chain.distill.result_fields(), "alpha": alpha},
-            },
+            result=result,
+            expand=config,
         )
 
     def baseline(self, spec: ModelSpec, seed: int) -> Job:
@@ -315,7 +339,7 @@ class _Planner:
             )
             steps = round(wanted / self.cost(link.spec, None, 1, again=False).total_macs)
         warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
-        return self.scratch(f"control-{kind}", "control", link.spec, steps, warmup, link.seed)
+        return self.scratch(f"control-{kind}", "control", self.specs[link.spec.name], steps, warmup, link.seed)
 
     def scratch(
         self,
@@ -412,18 +436,3 @@ def first_student(recipe: Recipe) -> int:
 def try_name(number: int, model: str) -> str:
     """The job of a first-pair test's try, counted from 1, that was not lossless."""
     return f"try-{number}-{model}"
-
-
-def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
-    """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
-
-    Between a ViT and a Swin the image towers have no axis in common; the numbers of parameters are compared instead.
-    `strictly`: a student of its teacher's size is refused too.
-    """
-    before, after = parameters(teacher), parameters(student)
-    if after < before or (strictly and after == before):
-        raise ConfigError(
-            f"its {after:,} parameters are not more than the {before:,} of '{teacher.name}', which it grows from; "
-            "a chain goes from small to large"
-        )
-    check_sizes(teacher, student)

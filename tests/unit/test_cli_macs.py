@@ -131,7 +131,7 @@ def test_the_rows_of_the_table() -> None:
         (["vit_s16", "--teacher", "vit_l16"], "vit_s16 with --teacher vit_l16: its 62,355,841 parameters are not more"),
         (
             ["vit_s16", "--teacher", "vit_nano"],
-            "vit_s16 with --teacher vit_nano: its image_size is 224, but 'vit_nano'",
+            "vit_s16 with --teacher vit_nano: its text_head_width is 64, but 'vit_nano'",
         ),
         (["vit_s16", "--teacher-set", "depth=3"], "--teacher-set: there is no --teacher"),
         (["vit_s16", "--set", "width"], "--set width: should be SIZE=VALUE, as in --set width=448"),
@@ -139,7 +139,7 @@ def test_the_rows_of_the_table() -> None:
         (["vit_s16", "--set", "width=-64"], "--set: width = -64: should be greater than 0"),
         (["vit_s16", "--set", "width=["], "--set width=[: cannot be read as a value"),
         (["vit_s16", "--set", "widht=64"], "--set: widht: unknown key (did you mean 'width'?)"),
-        (["swin_t", "--set", "width=64"], "--set: width = 64: the image tower of swin_t is timm's"),
+        (["swin_t", "--set", "depth=64"], "--set: depth: a Swin has none; known here: width, depths, heads"),
         (["vit_s16", "--mode", "papr"], "--mode papr: should be exact or paper (did you mean 'paper'?)"),
         (["vit_s16", "--mode", "paper", "--captions", "4"], "--captions: mode paper has its own 6 captions of 77"),
         (["vit_s16", "--mode", "paper", "--chunked-loss"], "--chunked-loss: mode paper has its own"),

@@ -372,7 +372,9 @@ def keys(value: Any, path: str = "") -> set[str]:
     for name, item in value.items():
         shown = "MODE" if name in ("exact", "paper") else "ENGINE" if path.endswith(".memory") else name
         here = f"{path}.{shown}" if path else shown
-        found |= {here} | (set() if shown in ("spec", "cost", "caption_tokens") else keys(item, here))
+        found |= {here} | (
+            set() if shown in ("spec", "expand", "inexact", "cost", "caption_tokens") else keys(item, here)
+        )
     return found
 
 

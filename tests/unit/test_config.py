@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from compt.config import Duration, load_recipe, parse_recipe, split_batch
-from compt.config_docs import reference
-from compt.config_schema import DEPTH_OPERATORS, WIDTH_OPERATORS
+from compt.config_docs import EXPANSION_EXAMPLE, reference
+from compt.config_expand import DEPTH_MEANING, WIDTH_MEANING, expand_result, expand_words, expansion
 from compt.errors import ConfigError
+from compt.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,6 +126,42 @@ WRONG = {
         "chain:\n  expand: {width: insret}",
         "chain.expand.width = 'insret': unknown operator (did you mean 'insert'?); known: insert, duplicate",
     ),
+    "unknown operator of a link's tower": (
+        "lr: 5e-4}",
+        "lr: 5e-4, expand: {text: {depth: dupliate}}}",
+        "chain.links.1.expand.text.depth = 'dupliate': unknown operator (did you mean 'duplicate'?); known: dupl",
+    ),
+    "a depth operator for widths": (
+        "lr: 5e-4}",
+        "lr: 5e-4, expand: {width: stack}}",
+        "chain.links.1.expand.width = 'stack': unknown operator",
+    ),
+    "a misspelt tower": (
+        "lr: 5e-4}",
+        "lr: 5e-4, expand: {txt: {width: lemon}}}",
+        "chain.links.1.expand.txt: unknown key (did you mean 'text'?); known here: width, depth, zero",
+    ),
+    "noise that is no share": (
+        "chain:",
+        "chain:\n  expand: {noise: 1}",
+        "chain.expand.noise = 1: should be less than 1",
+    ),
+    "noise of one tower": (
+        "chain:",
+        "chain:\n  expand: {image: {noise: 0.1}}",
+        "chain.expand.image.noise = 0.1: unknown key; known here: width, depth, zero_new_outputs",
+    ),
+    "an expansion from scratch": (
+        "{model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}}",
+        "{model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}, expand: {width: lemon}}",
+        "chain.links.0.expand: this link starts from scratch; leave it out",
+    ),
+    "a model of nothing": (
+        "chain:",
+        "chain:\n  from_model: vit_b16",
+        "chain.from_model: is for a model at chain.from, ",
+    ),
+    "a prefix of nothing": ("chain:", "chain:\n  from_prefix: module.", "chain.from_prefix: is for a model at chain.f"),
     "no evaluation set": (
         "sets:",
         "primary: val_stile\n  sets:",
@@ -139,9 +176,16 @@ WRONG = {
     ),
     "a member changed that has no such part": (
         "preset: vit_micro, width",
-        "preset: swin_t, width",
-        "family.members.1: width = 128: the image tower of swin_t is timm's swin_tiny_patch4_window7_224 as it is",
+        "preset: swin_t, no_ln_pre: true, width",
+        "family.members.1: no_ln_pre: a Swin has none; known here: width, depths, heads",
     ),
+    "depths of a ViT": ("width: 128", "depths: [2, 2]", "family.members.1: depths: a ViT has none; known here: width,"),
+    "depths that are none": (
+        "preset: vit_micro, width: 128",
+        "preset: swin_t, depths: [2, 0]",
+        "family.members.1: depths = [2, 0]: should be a list of whole numbers above 0",
+    ),
+    "a truth value of a number": ("width: 128", "quick_gelu: 1", "quick_gelu = 1: should be true or false"),
     "a negative size": ("width: 128", "width: -128", "family.members.1: width = -128: should be greater than 0"),
     "not a finite number": ("lr: 1e-3", "lr: .inf", "optimizer.lr = inf: should be a finite number"),
     "captions of no length": (
@@ -293,10 +337,71 @@ def test_result_fields_are_plain_and_leave_execution_out(write) -> None:
     assert fields["data"]["crop_scale"] == [0.9, 1.0]
 
 
-def test_the_operators_are_those_of_the_expansion() -> None:
-    operators = pytest.importorskip("compt.expand.operators")
-    assert tuple(operators.WIDTH) == WIDTH_OPERATORS
-    assert tuple(operators.DEPTH) == DEPTH_OPERATORS
+def test_every_operator_of_the_expansion_is_explained() -> None:
+    assert tuple(WIDTH_MEANING) == WIDTH_OPERATORS
+    assert tuple(DEPTH_MEANING) == tuple(DEPTH)
+
+
+def expanded(chain: dict[str, object], link: dict[str, object] | None = None) -> ExpandConfig:
+    """What these two sections come to, through a recipe."""
+    values = yaml.safe_load(RECIPE)
+    values["optimizer"]["lr"] = 1e-3
+    values["chain"]["links"][1] |= {"lr": 5e-4, "expand": link}
+    values["chain"]["expand"] = chain
+    recipe = parse_recipe(values)
+    return expansion(recipe.chain.expand, recipe.chain.links[1].expand)
+
+
+def test_the_first_that_says_something_of_a_tower_holds() -> None:
+    assert expanded({}) == expanded({}, {}) == ExpandConfig()
+    assert expanded({"width": "lemon"}) == ExpandConfig.both("lemon")
+    assert expanded({"width": "lemon", "noise": 0.3}, {"depth": "stack"}) == ExpandConfig.both(
+        "lemon", "stack", noise=0.3
+    )
+    inner = {"width": "lemon", "image": {"width": "net2net", "depth": "constant"}}
+    assert expanded(inner) == ExpandConfig(TowerGrowth("net2net", "constant"), TowerGrowth("lemon"))
+    # The order: the link's tower, the link, the chain's tower, the chain.
+    assert expanded(inner, {"width": "duplicate"}).image == TowerGrowth("duplicate", "constant")
+    assert expanded(inner, {"width": "duplicate"}).text == TowerGrowth("duplicate")
+    link = {"depth": "interval", "zero_new_outputs": True, "text": {"depth": "stack"}}
+    assert expanded(inner, link).image == TowerGrowth("net2net", "interval", True)
+    assert expanded(inner, link).text == TowerGrowth("lemon", "stack", True)
+    off = {"noise": 0.0, "reference_compatible": False, "zero_new_outputs": False}
+    on = {"noise": 0.5, "reference_compatible": True, "zero_new_outputs": True}
+    assert expanded(on, off) == ExpandConfig(noise=0.0)
+    assert expanded(off, on) == ExpandConfig.both(zero_new_outputs=True, noise=0.5, reference_compatible=True)
+
+
+def test_what_of_an_expansion_belongs_to_the_result() -> None:
+    plain = {"width": "insert", "depth": "duplicate", "zero_new_outputs": False}
+    assert expand_result(ExpandConfig()) == expand_result(ExpandConfig(noise=0.7)) == plain
+    assert expand_result(ExpandConfig.both("lemon")) == {**plain, "width": "lemon", "noise": 0.1}
+    assert expand_result(ExpandConfig.both("lemon", noise=0.0)) == {**plain, "width": "lemon"}
+    assert expand_result(ExpandConfig(reference_compatible=True)) == {**plain, "reference_compatible": True}
+    towers = ExpandConfig(TowerGrowth("interpolate"), TowerGrowth("duplicate"), noise=0.2)
+    assert expand_result(towers) == {
+        "image": {**plain, "width": "interpolate"},
+        "text": {**plain, "width": "duplicate"},
+        "noise": 0.2,
+    }
+
+
+def test_operators_in_words() -> None:
+    assert expand_words(ExpandConfig(noise=0.7)) == "width insert, depth duplicate"
+    assert expand_words(ExpandConfig(TowerGrowth("lemon", "stack", True), noise=0.2, reference_compatible=True)) == (
+        "image tower: width lemon, depth stack, outputs of new layers zero; text tower: width insert, depth duplicate; "
+        "noise 0.2; layers as the authors' code"
+    )
+
+
+def test_the_example_of_growth_is_a_chain(write) -> None:
+    before, _, after = RECIPE.partition("chain:")
+    family = before.replace("{name: wide, preset: vit_micro, width: 128}", "vit_micro, vit_mini")
+    recipe = load_recipe(write(family + EXPANSION_EXAMPLE + after[after.index("baselines:") :]))
+    first, second, third = (expansion(recipe.chain.expand, link.expand) for link in recipe.chain.links)
+    assert first == ExpandConfig()
+    assert second == ExpandConfig(TowerGrowth(zero_new_outputs=True), TowerGrowth("lemon", zero_new_outputs=True))
+    assert third == ExpandConfig.both("net2net", noise=0.05)
 
 
 def test_the_reference_of_fields_is_current() -> None:

@@ -15,7 +15,8 @@ from compt.config import Member, Recipe, load_recipe, parse_recipe
 from compt.config_types import Duration, is_execution
 from compt.errors import ConfigError
 from compt.macs import exact_cost, parameters
-from compt.planner import Job, Plan, check_growth, make_plan, recipe_cost
+from compt.planner import Job, Plan, make_plan, recipe_cost
+from compt.planner_growth import check_growth
 from compt.planner_start import MODEL_FORMAT, Start
 from compt.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
 
@@ -44,7 +45,7 @@ def changed(path: str, value: Any, base: dict[str, Any] = BASE) -> Recipe:
     place: Any = values
     *parents, last = path.split(".")
     for key in parents:
-        place = place[int(key)] if isinstance(place, list) else place[key]
+        place = place[int(key)] if isinstance(place, list) else place.setdefault(key, {})
     place[int(last) if isinstance(place, list) else last] = value
     return parse_recipe(values)
 
@@ -176,14 +177,29 @@ OTHER: dict[str, Any] = {
     "family.members.N.preset": "vit_mini",
     "family.common": {"text_depth": 3},
     "chain.from": None,  # see test_an_existing_model_is_known_by_its_weights
+    "chain.from_model": None,  # see test_a_model_that_compt_did_not_write
+    "chain.from_prefix": None,
     "chain.links.N.model": "vit_midi",
     "chain.links.N.train": {"epochs": 3},
     "chain.links.N.warmup": {"steps": 6},
     "chain.links.N.lr": 2e-3,
     "chain.links.N.alpha": 100.0,
+    "chain.links.N.expand.width": "lemon",
+    "chain.links.N.expand.depth": "constant",
+    "chain.links.N.expand.zero_new_outputs": True,
+    "chain.links.N.expand.noise": None,
+    "chain.links.N.expand.reference_compatible": True,
+    **{
+        f"chain.{place}.{tower}.{name}": value
+        for place in ("expand", "links.N.expand")
+        for tower in ("image", "text")
+        for name, value in (("width", "insert_packed"), ("depth", "netexpand"), ("zero_new_outputs", True))
+    },
     "chain.expand.width": "duplicate",
     "chain.expand.depth": "stack",
     "chain.expand.zero_new_outputs": True,
+    "chain.expand.noise": None,  # see test_noise_is_a_result_where_there_are_copies
+    "chain.expand.reference_compatible": True,
     "chain.distill.alpha": 0,
     "chain.distill.reference_compatible": True,
     "baselines.train": {"epochs": 9},
@@ -425,8 +441,14 @@ PAIRS = {
         "mlp_ratio x text_width 192 is smaller than the 256",
     ),
     "other head width": (NANO, resolve("vit_midi", {"head_width": 64}), "head_width is 64, but 'vit_nano'"),
-    "other patches": (NANO, resolve("vit_midi", {"patch_size": 4}), "patch_size is 4"),
-    "other pictures": (NANO, resolve("vit_midi", {"image_size": 64}), "image_size is 64"),
+    "smaller patches": (NANO, resolve("vit_midi", {"patch_size": 4}), None),
+    "larger pictures": (NANO, resolve("vit_midi", {"image_size": 64}), None),
+    "smaller pictures of smaller patches": (NANO, resolve("vit_midi", {"image_size": 20, "patch_size": 4}), None),
+    "more context and words": (NANO, resolve("vit_midi", {"context_length": 40, "vocab_size": 50_000}), None),
+    "wider windows": (PRESETS["swin_t"], PRESETS["swin_b384"], None),
+    "a Swin of its own": (PRESETS["swin_t"], resolve("swin_t", {"width": 128, "depths": [2, 2, 8, 2]}), None),
+    "fewer patches": (NANO, resolve("vit_midi", {"patch_size": 16}), "image_size / patch_size 2 is smaller than the 4"),
+    "another activation": (NANO, resolve("vit_midi", {"quick_gelu": True}), "quick_gelu is True, but 'vit_nano'"),
     "other norms": (NANO, resolve("vit_midi", {"no_ln_pre": True}), "no_ln_pre is True"),
     "other architecture, smaller": (PRESETS["swin_l"], PRESETS["vit_t16"], "parameters are not more than"),
 }

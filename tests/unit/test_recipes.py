@@ -30,6 +30,31 @@ TABLE_2 = {
     "merged15m_vit": [(3.61, 1.00, 1.00), (2.19, 2.52, 1.57), (2.82, 3.12, 2.08), (6.62, 3.83, 2.84)],
 }
 
+# Digests under which runs of these recipes have been trained: those have to go on.
+HASHES = {
+    "cc3m_vit": {
+        "1-vit_t16": "9d4653933678fc949e2ba327a4a7c0eed7f9352a2ca2e0c830800a168ff077a6",
+        "2-vit_s16": "02f129a0fb78a6a20d0ad9fb08b82dc363ead792504ef67a59c1af7acfd93850",
+        "3-vit_b16": "d90e8ac338513b181e2bdbcb441299e838d814d3c553eb810ddc2fe7b5914330",
+        "4-vit_l16": "f5c974c624146e4a7ccfd4f7d250e33c6a79459feac1b14bfb0ef19d99299948",
+        "baseline-vit_t16-s0": "9d4653933678fc949e2ba327a4a7c0eed7f9352a2ca2e0c830800a168ff077a6",
+        "baseline-vit_s16-s0": "934295c8ed225aba695ed60bbe600561d84bdc6674f5103921d7882dc27d6303",
+        "baseline-vit_b16-s0": "53715b15ff41c6d20ad355130da2f4fc504a95dae6f0e40fe08d59329cc06aba",
+        "baseline-vit_l16-s0": "77b4218ddb3982d22ec9417220e132acb772eb1abde390ee533c8d8b528abeda",
+    },
+    "emoji": {
+        "1-vit_nano": "2632ad01de75c01a7720e5587c466e6c9f4a196eafafe06860be4febc0035cd1",
+        "2-vit_micro": "e76d2d094b621697a03ca342791cde228a0897344aa2f836004bf9327672560f",
+        "3-vit_mini": "caf9ecab26213ba1e751b5daea2b3488fd6415de5b2588e8d2ecfcf298fff4fe",
+        "baseline-vit_nano-s0": "2632ad01de75c01a7720e5587c466e6c9f4a196eafafe06860be4febc0035cd1",
+        "baseline-vit_micro-s0": "cd3e5a740fa711b851f2f84b9fa7b09b078ff12260ccd7ae4c62b34013a99ee8",
+        "baseline-vit_mini-s0": "eca849ffc53141d80a5b756ee47c6171ca4265bb2cf92fe945fc978f4756f558",
+        "control-equal_epochs": "ed6e42adb9f1029f929a7dc0f2f809a8b128e6415bbeecfbc1a65d440c5aa12c",
+        "control-equal_macs": "49db69dc14f87fcc996ad2850a30c26bc37190b7a9bc2d345d9e04d64f292246",
+        "control-equal_chain_macs": "11345f58069dad2b381c2e0ef1fbdd2113de21ecbf1e6727b2b2c0f1b2d07e64",
+    },
+}
+
 
 def plan(name: str) -> Plan:
     path = ROOT / "recipes" / f"{name}.yaml"
@@ -60,6 +85,11 @@ def test_planning_needs_no_torch() -> None:
         "assert not {'torch', 'open_clip', 'timm'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, *map(str, RECIPES)], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("name", HASHES)
+def test_hashes_stay(name: str) -> None:
+    assert {job.name: job.hash for job in plan(name).jobs} == HASHES[name]
 
 
 @pytest.mark.parametrize("name", ACCELERATION)
