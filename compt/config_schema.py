@@ -193,7 +193,7 @@ class Chain(Section):
     from_model: str | None = execution(None)
     """Which model that is, where `from` does not say so itself: a preset, or a model name of open_clip."""
     from_prefix: str | None = None
-    """What the names of its parameters begin with there, where that is not found by itself: `module.student.`"""
+    """Which of several models there it is, by what its parameters' names begin with: `student`, `module.ema`."""
     expand: Expand = Expand()
     """Inverse weight initialization."""
     distill: Distill = Distill()

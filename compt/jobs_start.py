@@ -25,5 +25,5 @@ def open_start(chain: Chain, base: Path) -> Artefact:
         return open_model(base / chain.from_, spec, chain.from_prefix)
     except ArtefactError as error:
         # Options of the command line have keys of recipes for counterparts.
-        text = str(error).replace(MODEL_OPTION, "chain.from_model:").replace(PREFIX_OPTION, "chain.from_prefix:")
+        text = str(error).replace(MODEL_OPTION, "chain.from_model").replace(PREFIX_OPTION, "chain.from_prefix")
         raise ArtefactError(text) from error

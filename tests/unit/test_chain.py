@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from filelock import FileLock
 
 from compt import chain as chain_module
@@ -22,9 +24,13 @@ from compt.chain import difference, locked, prepare, start_anew, waiting
 from compt.config import load_recipe
 from compt.data.dataset import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
+from compt.expand import SeededDraw, expand_state, make_plan
 from compt.files import read_json
+from compt.growth import ExpandConfig, TowerGrowth
 from compt.jobs import STATES, JobRun, steps_left
 from compt.metrics import read_metrics
+from compt.models import build, export_state
+from compt.presets import NORM_EPS, PRESETS
 from tests.dist.spawn import CONTEXT
 from tests.helpers_process import (
     KILLED,
@@ -485,13 +491,74 @@ def test_a_model_that_does_not_fit_is_refused_before_anything_starts(base: Path,
     with pytest.raises(ConfigError, match=r"chain\.links\.0\.model = 'small': its [\d,]+ parameters are not more than"):
         chain(base, run, f"chain.from={large}")
     links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
-    with pytest.raises(ConfigError, match="its image_size is 64, but 'small', which it grows from, has 32"):
-        chain(base, run, links, f"chain.from={whole / 'jobs' / FIRST / 'model'}", "family.common.image_size=64")
+    with pytest.raises(ConfigError, match=r"quick_gelu is true, .* write family\.common: \{quick_gelu: false\}"):
+        chain(base, run, links, f"chain.from={whole / 'jobs' / FIRST / 'model'}", "family.common.quick_gelu=true")
     with pytest.raises(ArtefactError, match="no such model"):
         chain(base, run, "chain.from=nowhere")
     with pytest.raises(ArtefactError, match="no model folder"):
         chain(base, run, f"chain.from={base / 'train'}")
+    checkpoint = authors_checkpoint(tmp_path)
+    with pytest.raises(ArtefactError, match=r"chain\.from: .* name the model with chain\.from_model"):
+        chain(base, run, f"chain.from={checkpoint}")
+    with pytest.raises(ArtefactError, match=r"chain\.from: .*the weights are not those of this model, vit_nano"):
+        chain(base, run, f"chain.from={checkpoint}", "chain.from_model=vit_nano")
+    with pytest.raises(ConfigError, match=r"^recipe: chain\.from_model: unknown model 'vit_pika' \(did you mean"):
+        chain(base, run, f"chain.from={checkpoint}", "chain.from_model=vit_pika")
     assert not run.exists()
+
+
+def authors_checkpoint(folder: Path) -> Path:
+    """A vit_pico in a file as the authors' code writes it."""
+    state = {f"module.{name}": value for name, value in export_state(build(PRESETS["vit_pico"], seed=1)).items()}
+    torch.save({"epoch": 3, "name": "theirs", "state_dict": state}, folder / "theirs.pt")
+    return folder / "theirs.pt"
+
+
+def test_a_chain_from_a_file_that_does_not_say_what_it_is(base: Path, tmp_path: Path) -> None:
+    path = authors_checkpoint(tmp_path)
+    members = 'family={"members": [{"name": "large", "preset": "vit_pico", "depth": 3, "embed_dim": 160}]}'
+    links = 'chain.links=[{"model": "large", "train": {"steps": 2}, "warmup": {"steps": 1}}]'
+    chain(base, tmp_path / "run", members, links, f"chain.from={path}", "chain.from_model=vit_pico")
+    theirs = export_state(build(PRESETS["vit_pico"], seed=1))
+    grown = weights(tmp_path / "run", "1-large", "initial")
+    assert torch.equal(grown["visual.conv1.weight"], theirs["visual.conv1.weight"])
+    assert torch.equal(grown["visual.proj"][:, :128], theirs["visual.proj"])
+    assert manifest(tmp_path / "run", "1-large")["state"] == "done"
+
+
+# --- how links grow
+
+
+def test_pictures_context_and_each_tower_grow_in_a_way_of_their_own(base: Path, half: Path) -> None:
+    large = {"name": "large", "preset": "vit_pico", "depth": 2, "embed_dim": 48, "width": 64, "text_width": 96}
+    large |= {"image_size": 48, "patch_size": 12, "context_length": 20}
+    expand = {"text": {"width": "insert_exact", "zero_new_outputs": True}, "image": {"width": "net2net"}}
+    chain(base, half, f"family.members.1={json.dumps(large)}", f"chain.links.1.expand={json.dumps(expand)}")
+    teacher, initial = (
+        read_artefact(half / "jobs" / job / kind) for job, kind in ((FIRST, "model"), (SECOND, "initial"))
+    )
+    config = ExpandConfig(TowerGrowth("net2net"), TowerGrowth("insert_exact", zero_new_outputs=True))
+    assert (initial.spec.image_size, initial.spec.context_length) == (48, 20)
+    assert initial.spec.text_norm_eps == pytest.approx(NORM_EPS / 3)
+    assert ExpandConfig.from_dict(manifest(half, SECOND)["expand"]) == config
+    wanted = expand_state(make_plan(teacher.spec, initial.spec, config), teacher.state, SeededDraw(initial.spec, 3))
+    assert equal(weights(half, SECOND, "initial"), wanted)
+    rows = [row for row in lines(half, SECOND) if row["kind"] == "train"]
+    assert all(row["ifd"] > 0 for row in rows)
+    assert manifest(half, SECOND)["state"] == "done"
+
+
+def test_netexpand_takes_added_layers_from_the_moving_average(base: Path, tmp_path: Path) -> None:
+    expand = 'chain.expand={"depth": "netexpand"}'
+    with pytest.raises(ConfigError, match=r"^recipe: chain\.expand: depth netexpand .*; set optimizer\.ema$"):
+        chain(base, tmp_path / "run", expand)
+    chain(base, tmp_path / "run", expand, 'optimizer.ema={"decay": 0.5}')
+    model, average = (weights(tmp_path / "run", FIRST, kind) for kind in ("model", "model/ema"))
+    grown = weights(tmp_path / "run", SECOND, "initial")
+    name = "visual.transformer.resblocks.{}.mlp.c_fc.weight"
+    assert torch.equal(grown[name.format(0)], model[name.format(0)])
+    assert torch.equal(grown[name.format(1)], average[name.format(0)])
+    assert not torch.equal(model[name.format(0)], average[name.format(0)])
 
 
 # --- options of a link

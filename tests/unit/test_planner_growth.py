@@ -192,8 +192,8 @@ def test_a_plan_says_where_an_exact_operator_is_not() -> None:
     found = notes(recipe("vit_nano", "vit_micro", chain={"expand": {"width": "lemon"}}))
     assert found[1:] == [
         (
-            "Inexact: in 2-vit_micro, lemon changes what the image tower computes. visual.ln_pre.weight: its output is the "
-            "residual stream, whose mean is not zero."
+            "Inexact: in 2-vit_micro, lemon changes what the image tower computes. visual.ln_pre.weight: its output is "
+            "the residual stream, whose mean is not zero."
         )
     ]
     pair = PRESETS["vit_nano"], PRESETS["vit_micro"]
