@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -56,14 +56,40 @@ def loss_of(outputs: dict[str, Tensor]) -> Tensor:
     return sum(features, nn.functional.cross_entropy(logits, torch.arange(len(logits))))
 
 
-def write_zero(folder: str, stage: int, bf16: bool, frozen: bool) -> str:
-    """Train a few steps under DeepSpeed and save; the weights gathered live lie beside, in ORACLE."""
+class Zero(NamedTuple):
+    """How DeepSpeed trains: ZeRO stage, in bfloat16, with FROZEN frozen, with gradients dealt out in turns."""
+
+    stage: int
+    bf16: bool = False
+    frozen: bool = False
+    round_robin: bool = False
+
+
+ZEROS = {
+    "zero0": Zero(0),
+    "zero1": Zero(1),
+    "zero2": Zero(2, bf16=True, frozen=True),
+    "zero2-robin": Zero(2, round_robin=True),
+    "zero3": Zero(3, bf16=True, frozen=True),
+}
+
+
+def write_zeros(folder: str) -> None:
+    """For each of ZEROS, train a few steps under DeepSpeed and save; the weights gathered live lie there in ORACLE."""
     os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed.comm.torch
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile for half a minute
+    for name, zero in ZEROS.items():
+        _write_zero(Path(folder) / name, zero)
+
+
+def _write_zero(folder: Path, zero: Zero) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
     module = student()
-    if frozen:
+    if zero.frozen:
         module.get_parameter(FROZEN).requires_grad_(False)
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -74,27 +100,34 @@ def write_zero(folder: str, stage: int, bf16: bool, frozen: bool) -> str:
         "train_micro_batch_size_per_gpu": 2,
         "train_batch_size": 2 * dist.world_size(),
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 20},
-        "bf16": {"enabled": bf16},
-        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": zero.stage,
+            "reduce_bucket_size": 1000,
+            "stage3_param_persistence_threshold": 20,
+            "sub_group_size": 3000,
+            "round_robin_gradients": zero.round_robin,
+        },
+        "bf16": {"enabled": zero.bf16},
     }
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
-    dtype = torch.bfloat16 if bf16 else torch.float32
+    dtype = torch.bfloat16 if zero.bf16 else torch.float32
     for step in range(STEPS):
         images, tokens = pairs(step)
         engine.backward(loss_of(engine(images.to(dtype), tokens)))
         engine.step()
-    engine.save_checkpoint(folder)
+    engine.save_checkpoint(str(folder))
     live = {}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if parameter.requires_grad and stage else None
-        if full is None:
-            with deepspeed.zero.GatheredParameters([parameter], enabled=stage == 3):
-                full = parameter.detach()
+        # Without bfloat16 the module holds what the optimizer does. DeepSpeed's own question for it answers with other
+        # parameters' values where gradients are dealt out in turns (0.19.8).
+        if zero.bf16 and parameter.requires_grad:
+            full = safe_get_full_fp32_param(parameter)
+        else:
+            with deepspeed.zero.GatheredParameters([parameter], enabled=zero.stage == 3):
+                full = parameter.detach().clone()
         live[name] = full.detach().float().clone()
     if dist.is_main():
-        save_file(live, Path(folder) / ORACLE)
-    return str(engine.global_steps)
+        save_file(live, folder / ORACLE)
 
 
 def write_dcp(folder: str) -> None:
