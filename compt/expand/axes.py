@@ -17,6 +17,7 @@ import torch
 
 from compt.errors import ConfigError
 from compt.growth import Stack, stacks
+from compt.models import register_swin
 from compt.presets import ModelSpec
 
 Kind = Literal["res", "hidden", "emb", "fixed", "prefix", "grid", "offsets", "pixels"]
@@ -94,6 +95,8 @@ def check_parameters(spec: ModelSpec) -> None:
 
     Raises ConfigError when a parameter has no axes here, is not in the model, or has another shape there.
     """
+    if spec.arch == "swin":
+        register_swin(spec.timm_name)
     with torch.device("meta"):
         config: dict[str, Any] = spec.open_clip_config()
         model = open_clip.model.CLIP(**config, nonscalar_logit_scale=False)
