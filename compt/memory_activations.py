@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from compt.macs import Tokens, token_moments
@@ -47,7 +47,8 @@ class Block:
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `masked`: its windows are
     shifted. `readout`: one position alone is computed, from the keys and values of all; `causal`: with a mask.
-    `wide_stream`: the block's input is of the stream's type, else of the compute type.
+    `wide_stream`: the block's input is of the stream's type, else of the compute type. `quick_gelu`: its activation is
+    no single kernel, and keeps the sigmoid too.
     """
 
     width: int
@@ -59,6 +60,7 @@ class Block:
     readout: bool = False
     causal: bool = False
     wide_stream: bool = True
+    quick_gelu: bool = False
 
     @cached_property
     def matrices(self) -> int:
@@ -75,7 +77,8 @@ class Block:
         """Bytes that the block keeps for its backward pass."""
         c, width = formats.compute, self.width
         norm = formats.norm * width + _STATISTICS
-        mlp = norm + c * (width + 2 * self.hidden)  # the second norm's output, before and after the activation
+        inner = (3 if self.quick_gelu else 2) * self.hidden  # before and after the activation
+        mlp = norm + c * (width + inner)  # the second norm's output among them
         attention = formats.scores * self.heads * self.keys if self.keys else FP32 * self.heads
         if not self.readout:
             return self.positions * (norm + c * 5 * width + attention + mlp)  # normed, q, k, v, mixed
@@ -128,8 +131,8 @@ class Tower:
 def _vit(spec: ModelSpec) -> Tower:
     patches = (spec.image_size // spec.patch_size) ** 2
     positions, hidden = patches + 1, int(spec.width * spec.mlp_ratio)
-    block = Block(spec.width, hidden, spec.heads, positions, wide_stream=False)
-    read = Block(spec.width, hidden, spec.heads, positions, wide_stream=False, readout=True)
+    block = Block(spec.width, hidden, spec.heads, positions, wide_stream=False, quick_gelu=spec.quick_gelu)
+    read = replace(block, readout=True)
     first = () if spec.no_ln_pre else ((positions, spec.width),)
     return Tower(
         blocks=(*[block] * (spec.depth - 1), read),
@@ -177,8 +180,8 @@ def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
     """The text tower on one caption of `tokens` computed tokens on average (default: the context)."""
     positions, _ = token_moments(tokens, spec.context_length)
     width, hidden = spec.text_width, int(spec.text_width * spec.mlp_ratio)
-    block = Block(width, hidden, spec.text_heads, positions)
-    read = Block(width, hidden, spec.text_heads, positions, readout=True, causal=True)
+    block = Block(width, hidden, spec.text_heads, positions, quick_gelu=spec.quick_gelu)
+    read = replace(block, readout=True, causal=True)
     return Tower(
         blocks=(*[block] * (spec.text_depth - 1), read),
         products=width,

@@ -24,6 +24,11 @@ NORM_EPS = 1e-5
 
 # Left out of written descriptions where they have their default, so that the hash of a model without them stays.
 _OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps")
+# Fields that count something.
+_COUNTS = (
+    *("width", "head_width", "depth", "text_width", "text_head_width", "text_depth"),
+    *("image_size", "patch_size", "context_length", "vocab_size", "embed_dim"),
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,9 @@ class ModelSpec:
     text_norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
+        for name in _COUNTS:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model {self.name}: {name} is {getattr(self, name)}; it must be at least 1")
         for tower, width, heads, head_width in (
             ("width", self.width, self.heads, self.head_width),
             ("text_width", self.text_width, self.text_heads, self.text_head_width),
@@ -74,9 +82,6 @@ class ModelSpec:
                     f"model {self.name}: {tower} {width} is not {heads} heads of {head_width}; "
                     f"take a multiple of the head width {head_width}"
                 )
-        for name in ("image_size", "patch_size", "depth", "text_depth", "context_length", "vocab_size", "embed_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model {self.name}: {name} is {getattr(self, name)}; it must be at least 1")
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"model {self.name}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
@@ -84,9 +89,9 @@ class ModelSpec:
         for name in ("norm_eps", "text_norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ConfigError(f"model {self.name}: {name} is {getattr(self, name)}; it must be a number above 0")
-        least = 1 / min(self.width, self.text_width)
-        if not least <= self.mlp_ratio < math.inf:
-            raise ConfigError(f"model {self.name}: mlp_ratio is {self.mlp_ratio}; it must be at least {least:g}")
+        least = min(self.width, self.text_width)
+        if not (math.isfinite(self.mlp_ratio) and least * self.mlp_ratio >= 1):
+            raise ConfigError(f"model {self.name}: mlp_ratio is {self.mlp_ratio}; it must be at least 1 / {least}")
         if self.arch == "swin":
             self._check_swin()
             if not self.timm_name:

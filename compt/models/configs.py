@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import open_clip.model
 
 from compt.errors import ArtefactError, ConfigError
-from compt.presets import PRESETS, ModelSpec
+from compt.models.swin import register_swin
+from compt.presets import NORM_EPS, ModelSpec, swin_sizes
 
-_TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
-_VIT_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre")
+_TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs")
+_VIT_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs")
 # A pretrained tower is loaded over anyway, and stochastic depth is no part of the function.
 _SWIN_FIELDS = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_drop_path")
 
@@ -20,7 +21,8 @@ _SWIN_FIELDS = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_
 def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> ModelSpec:
     """The ModelSpec of an open_clip model config, bare or under "model_cfg".
 
-    Raises ArtefactError naming the first setting that compt's models do not have.
+    timm then knows the Swin of a config that compt has written, so that stock open_clip can build it too. Raises
+    ArtefactError naming the first setting that compt's models do not have.
     """
     config = config.get("model_cfg", config)
     try:
@@ -29,7 +31,7 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"open_clip config of {name}: embed_dim, vision_cfg and text_cfg are needed") from error
     for key, value in config.items():
-        if key not in ("embed_dim", "vision_cfg", "text_cfg") and value:
+        if key not in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu") and value:
             raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
     _refuse_others(name, "text_cfg", text, open_clip.model.CLIPTextCfg, _TEXT_FIELDS)
     vision = asdict(open_clip.model.CLIPVisionCfg()) | _supported(name, vision)
@@ -44,6 +46,8 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
             "text_depth": text["layers"],
             "text_heads": text["heads"],
             "text_head_width": text["width"] // text["heads"],
+            "text_norm_eps": _norm_eps(name, "text_cfg", text),
+            "quick_gelu": bool(config.get("quick_gelu")),
         }
         return (_swin_spec if vision["timm_model_name"] else _vit_spec)(name, vision, text, common)
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
@@ -69,19 +73,18 @@ def _vit_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: d
         patch_size=_integer(name, "patch_size", vision["patch_size"]),
         mlp_ratio=float(vision["mlp_ratio"]),
         no_ln_pre=bool(vision["no_ln_pre"]),
+        norm_eps=_norm_eps(name, "vision_cfg", vision),
         **common,
     )
 
 
 def _swin_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: dict[str, Any]) -> ModelSpec:
-    known = {spec.timm_name: spec for spec in PRESETS.values() if spec.arch == "swin"}
-    if vision["timm_model_name"] not in known:
-        raise ArtefactError(f"open_clip config of {name}: timm_model_name {vision['timm_model_name']} is not supported")
-    preset = known[vision["timm_model_name"]]
+    sizes = swin_sizes(vision["timm_model_name"])
     size = _integer(name, "image_size", vision["image_size"])
-    if text["mlp_ratio"] != preset.mlp_ratio or size != preset.image_size:
-        raise ArtefactError(f"open_clip config of {name}: mlp_ratio or image_size is not that of {preset.timm_name}")
-    return replace(preset, **common)
+    if text["mlp_ratio"] != sizes["mlp_ratio"] or size != sizes["image_size"]:
+        raise ArtefactError(f"open_clip config of {name}: mlp_ratio or image_size is not that of {sizes['timm_name']}")
+    register_swin(sizes["timm_name"])
+    return ModelSpec(**common, **sizes)
 
 
 def _refuse_others(name: str, part: str, given: dict[str, Any], defaults: type, supported: tuple[str, ...]) -> None:
@@ -89,6 +92,15 @@ def _refuse_others(name: str, part: str, given: dict[str, Any], defaults: type, 
     for key, value in given.items():
         if key not in supported and (key not in default or value != default[key]):
             raise ArtefactError(f"open_clip config of {name}: {part}.{key} = {value} is not supported")
+
+
+def _norm_eps(name: str, part: str, given: dict[str, Any]) -> float:
+    """The eps among a tower's keyword arguments of LayerNorm."""
+    arguments = given["norm_kwargs"] or {}
+    eps = arguments.get("eps", NORM_EPS) if isinstance(arguments, dict) else None
+    if not isinstance(eps, int | float) or isinstance(eps, bool) or set(arguments) - {"eps"}:
+        raise ArtefactError(f"open_clip config of {name}: of {part}.norm_kwargs = {arguments} only eps is supported")
+    return float(eps)
 
 
 def _integer(name: str, key: str, value: Any) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -193,22 +193,24 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     problems = _listed("missing", [name for name in own if name not in state])
     problems += _listed("unexpected", [name for name in state if name not in own])
-    loaded = {name: state[name] for name in own if name in state}
-    if "logit_scale" in loaded and loaded["logit_scale"].numel() == 1:
-        loaded["logit_scale"] = loaded["logit_scale"].reshape(own["logit_scale"].shape)
+    # States that are read from files know shapes without reading; none is read whole.
+    shape_of: Callable[[str], Sequence[int]] = getattr(state, "shape", lambda name: state[name].shape)
+    found = {name: tuple(shape_of(name)) for name in own if name in state}
+    if math.prod(found.get("logit_scale", ())) == 1:
+        found["logit_scale"] = tuple(own["logit_scale"].shape)
     problems += _listed(
         "of another shape",
         [
-            f"{name} ({list(tensor.shape)}, the model has {list(own[name].shape)})"
-            for name, tensor in loaded.items()
-            if tensor.shape != own[name].shape
+            f"{name} ({list(shape)}, the model has {list(own[name].shape)})"
+            for name, shape in found.items()
+            if shape != tuple(own[name].shape)
         ],
     )
     if problems:
         raise ArtefactError("the weights are not those of this model: " + "; ".join(problems))
     with torch.no_grad():
-        for name, tensor in loaded.items():
-            own[name].copy_(tensor)
+        for name, parameter in own.items():
+            parameter.copy_(state[name].reshape(parameter.shape))
 
 
 def _listed(what: str, names: list[str]) -> list[str]:

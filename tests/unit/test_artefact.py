@@ -323,8 +323,9 @@ def test_every_preset_survives_open_clips_config(name):
 def test_open_clips_own_configs_are_read_or_refused_by_name():
     spec = spec_from_open_clip(open_clip.get_model_config("ViT-B-16"), "vit_b16")
     assert spec == PRESETS["vit_b16"]
+    quick = spec_from_open_clip(open_clip.get_model_config("ViT-B-16-quickgelu"), "quick")
+    assert quick == resolve("vit_b16", {"quick_gelu": True, "name": "quick"})
     for name, message in (
-        ("ViT-B-16-quickgelu", "quick_gelu = True"),
         ("RN50", "layers = "),
         ("ViT-B-16-SigLIP", "not supported"),
         ("convnext_base", "not supported"),

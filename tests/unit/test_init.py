@@ -99,6 +99,7 @@ FAMILY = {
     "vit_t16": resolve("vit_t16", {"depth": 2, "text_depth": 3}),
     "vit_l16": resolve("vit_l16", {"depth": 1, "text_depth": 1, "vocab_size": 2000}),
     "no_ln_pre": resolve("vit_pico", {"no_ln_pre": True, "mlp_ratio": 3.0}),
+    "norms of another eps": resolve("vit_pico", {"norm_eps": 0.5, "text_norm_eps": 0.1, "quick_gelu": True}),
     "swin_t": resolve("swin_t", {"text_depth": 1}),
     "swin_b": resolve("swin_b", {"text_depth": 1, "vocab_size": 2000}),
 }

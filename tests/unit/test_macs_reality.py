@@ -32,7 +32,7 @@ from compt.macs import (
     parameters,
     text_tower,
 )
-from compt.models import ClipModel, build
+from compt.models import ClipModel, build, register_swin
 from compt.presets import PRESETS, ModelSpec, resolve
 from compt.task import ClipTask, DistillTask
 from tests.unit.macs_oracle import Phase, Place, counted, parameters_by_place
@@ -43,6 +43,12 @@ VARIANTS = {
     "fine": resolve("vit_t16", {"image_size": 240, "patch_size": 12, "depth": 2, "text_depth": 1}),
     "coarse": resolve("vit_nano", {"image_size": 96, "patch_size": 32, "context_length": 50, "no_ln_pre": True}),
     "slim": resolve("vit_nano", {"mlp_ratio": 2.5, "context_length": 7, "depth": 1, "text_depth": 1}),
+    "quick": resolve("vit_nano", {"quick_gelu": True, "text_norm_eps": 0.1}),
+    "little swin": resolve(
+        "swin_t",
+        {"image_size": 72, "window": 5, "width": 48, "head_width": 16, "depths": (1, 3, 2), "text_depth": 1}
+        | {"mlp_ratio": 2.5},
+    ),
     "swin": resolve("swin_t", {"text_width": 192, "text_depth": 3, "context_length": 40, "embed_dim": 200}),
 }
 MODELS = {**PRESETS, **VARIANTS}
@@ -91,6 +97,8 @@ def differences(expected: Mapping[Any, float], found: Mapping[Any, float]) -> li
 def stock_counts(name: str) -> tuple[Table, Mapping[Place, int]]:
     """What stock open_clip's model runs for a picture and a caption, and its parameters."""
     spec = MODELS[name]
+    if spec.arch == "swin":
+        register_swin(spec.timm_name)
     with torch.device("meta"):
         model = open_clip.model.CLIP(**spec.open_clip_config())
     tokens = torch.zeros(1, spec.context_length, dtype=torch.long, device="meta")

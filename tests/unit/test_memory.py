@@ -35,6 +35,11 @@ from compt.presets import PRESETS, ModelSpec, resolve
 from compt.task import DistillTask, StudentModule
 
 NANO, PICO, MICRO = (PRESETS[f"vit_{size}"] for size in ("nano", "pico", "micro"))
+QUICK = resolve("vit_nano", {"quick_gelu": True, "name": "quick"})
+LITTLE_SWIN = resolve(
+    "swin_t",
+    {"image_size": 48, "window": 5, "width": 32, "head_width": 16, "depths": (2, 3), "text_depth": 2, "mlp_ratio": 2.0},
+)
 WIDE = resolve("vit_nano", {"embed_dim": 96})  # its features need projectors to meet a teacher's
 
 
@@ -131,6 +136,8 @@ GPU_CASES = [
     Case(NANO, PICO, rows=16, captions=3, tokens=32, world_size=2, image_to_text="all"),
     Case(PRESETS["vit_t16"], rows=2, captions=4, tokens=30),
     Case(resolve("vit_t16", {"no_ln_pre": True}), rows=1, captions=1, tokens=77, precision="fp32", recompute=True),
+    Case(QUICK, rows=2, captions=3, tokens=11),
+    Case(LITTLE_SWIN, rows=2, captions=2, tokens=20),
     Case(PRESETS["swin_t"], PRESETS["vit_t16"], rows=1, captions=2, tokens=77),
     Case(PRESETS["swin_t"], rows=1, captions=2, tokens=20, recompute=True),
 ]
@@ -168,6 +175,7 @@ def test_what_a_gpu_would_keep_for_backward(case: Case) -> None:
         Case(NANO, rows=2, captions=3, tokens=11, precision="fp32"),
         Case(WIDE, PICO, rows=8, captions=3, tokens=16, precision="fp32", world_size=4),
         Case(NANO, rows=4, captions=4, tokens=30, short=6, precision="fp32"),
+        Case(QUICK, rows=2, captions=3, tokens=11, precision="fp32"),
         Case(PRESETS["vit_t16"], rows=1, captions=2, tokens=30, precision="fp32"),
         Case(PRESETS["swin_t"], rows=2, captions=1, tokens=12, precision="fp32"),
     ],
@@ -193,6 +201,8 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
     "case",
     [
         Case(NANO, rows=64, captions=4, tokens=20),
+        Case(QUICK, rows=64, captions=4, tokens=20),
+        Case(LITTLE_SWIN, rows=16, captions=1, tokens=20),
         Case(NANO, PICO, rows=64, captions=4, tokens=32, short=8),
         Case(WIDE, NANO, rows=64, captions=4, tokens=20),
         Case(WIDE, NANO, rows=64, captions=4, tokens=20, micro_batch=16),

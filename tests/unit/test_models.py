@@ -1,32 +1,50 @@
 """The models against stock open_clip: same parameters, same features, same gradients, with trimmed text too."""
 
+import json
 from dataclasses import replace
 
 import open_clip.model
 import pytest
 import torch
 
-from compt.errors import ConfigError
+from compt.errors import ArtefactError, ConfigError
 from compt.models import (
     ClipModel,
     build,
     caption_lengths,
     export_state,
     materialise,
+    register_swin,
     shardable_blocks,
+    spec_from_open_clip,
 )
 from compt.presets import PRESETS, resolve
 
 EOT = 49_407
+SMALL_SWIN = {
+    "image_size": 44,
+    "window": 3,
+    "width": 32,
+    "head_width": 16,
+    "depths": (2, 3),
+    "text_width": 64,
+    "text_depth": 1,
+    "embed_dim": 48,
+    "vocab_size": 50_000,
+}
+DEFAULT = {"quick_gelu": False, "norm_eps": 1e-5, "text_norm_eps": 1e-5}
 SPECS = {
     "vit_pico": PRESETS["vit_pico"],
     "no_ln_pre": resolve("vit_pico", {"no_ln_pre": True}),
     "head width 64": replace(resolve("vit_t16", {"depth": 2, "text_depth": 2, "image_size": 48}), name="small_t16"),
     "swin": replace(resolve("swin_t", {"text_depth": 1, "vocab_size": 50_000}), name="short_swin"),
+    "custom swin": resolve("swin_t", SMALL_SWIN),
 }
 
 
 def stock(model: ClipModel) -> open_clip.model.CLIP:
+    if model.spec.arch == "swin":
+        register_swin(model.spec.timm_name)
     reference = open_clip.model.CLIP(**model.spec.open_clip_config())
     reference.load_state_dict(export_state(model), strict=True)
     return reference
@@ -79,6 +97,108 @@ def test_features_and_gradients_are_those_of_open_clip(spec):
     with torch.no_grad():
         for ours, theirs in zip(model(pixels, tokens), reference(pixels, tokens), strict=True):
             torch.testing.assert_close(ours.reshape(-1), theirs.reshape(-1), atol=1e-5, rtol=1e-5)
+
+
+OTHER = {"quick_gelu": True, "norm_eps": 0.3, "text_norm_eps": 0.2}
+EXACT = {
+    "vit": resolve("vit_pico", OTHER),
+    "no_ln_pre": resolve("vit_pico", {**OTHER, "no_ln_pre": True}),
+    "swin": resolve("swin_t", {**SMALL_SWIN, "quick_gelu": True, "text_norm_eps": 0.2}),
+}
+
+
+@pytest.mark.parametrize("spec", EXACT.values(), ids=EXACT)
+def test_activation_and_eps_of_every_norm_are_those_of_open_clip(spec):
+    model = build(spec, seed=1)
+    reference, plain = stock(model).double(), build(replace(spec, **DEFAULT), seed=1).double()
+    model.double()
+    pixels, tokens = images(model, 3).double(), captions(model, [3, 9, 5])
+    for encode, inputs in (("encode_image", pixels), ("encode_text", tokens)):
+        ours, theirs = getattr(model, encode)(inputs), getattr(reference, encode)(inputs)
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+        expected = gradients(reference, theirs)
+        for name, gradient in gradients(model, ours).items():
+            torch.testing.assert_close(gradient, expected[name], atol=1e-10, rtol=1e-10, msg=name)
+        other = getattr(plain, encode)(inputs)
+        if (spec.arch, encode) == ("swin", "encode_image"):
+            torch.testing.assert_close(other, ours, atol=1e-12, rtol=0)
+        else:
+            assert (other - ours).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("field", DEFAULT)
+def test_each_of_them_reaches_the_tower_that_it_is_for(field):
+    """Every LayerNorm and every activation of the tower, and nothing of the other one."""
+    model = build(resolve("vit_nano", {field: OTHER[field]}), seed=1)
+    default = _functions(build(PRESETS["vit_nano"], seed=1))
+    changed = {name for name, what in _functions(model).items() if what != default[name]}
+    image = {name for name in default if name.startswith("visual.")}
+    norms = {name for name, what in default.items() if what == 1e-5}
+    expected = {
+        "quick_gelu": default.keys() - norms,
+        "norm_eps": image & norms,
+        "text_norm_eps": norms - image,
+    }
+    assert changed == expected[field]
+    assert len(norms) == 2 * (4 + 2) + 2 + 1
+
+
+def _functions(model):
+    norms = {name: m.eps for name, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+    others = {name: type(m).__name__ for name, m in model.named_modules() if "GELU" in type(m).__name__}
+    return norms | others
+
+
+def test_autocast_computes_norms_with_their_eps():
+    """In half precision the norms compute in fp32 with the eps of the description, as stock open_clip's do."""
+    model = build(resolve("vit_pico", OTHER), seed=1)
+    reference, pixels = stock(model), images(model, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = model.encode_image(pixels), reference.encode_image(pixels)
+        plain = build(resolve("vit_pico", {"quick_gelu": True}), seed=1).encode_image(pixels)
+    size = theirs.float().norm()
+    assert (ours.float() - theirs.float()).norm() < 0.01 * size
+    assert (plain.float() - theirs.float()).norm() > 0.05 * size
+
+
+@pytest.mark.parametrize(
+    ("config", "fields"),
+    [
+        ({}, {}),
+        ({"quick_gelu": True}, {"quick_gelu": True}),
+        ({"quick_gelu": False, "vision_cfg": {"norm_kwargs": None}, "text_cfg": {"norm_kwargs": {}}}, {}),
+        ({"vision_cfg": {"norm_kwargs": {"eps": 1}}}, {"norm_eps": 1.0}),
+        ({"text_cfg": {"norm_kwargs": {"eps": 6.1e-7}}}, {"text_norm_eps": 6.1e-7}),
+    ],
+)
+def test_activation_and_eps_are_read_from_open_clips_config(config, fields):
+    written = PRESETS["vit_pico"].open_clip_config()
+    for part, value in config.items():
+        written[part] = {**written[part], **value} if isinstance(value, dict) else value
+    spec = spec_from_open_clip(json.loads(json.dumps(written)), "vit_pico")
+    assert spec == resolve("vit_pico", fields)
+    assert spec_from_open_clip(spec.open_clip_config(), "vit_pico") == spec
+
+
+@pytest.mark.parametrize("part", ["vision_cfg", "text_cfg"])
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"eps": 1e-6, "bias": False}, "only eps is supported"),
+        ({"elementwise_affine": False}, "only eps is supported"),
+        ({"eps": "small"}, "only eps is supported"),
+        ({"eps": True}, "only eps is supported"),
+        ("eps", "only eps is supported"),
+        ({"eps": 0}, "norm_eps is 0.0; it must be a number above 0"),
+        ({"eps": float("nan")}, "norm_eps is nan"),
+    ],
+)
+def test_other_settings_of_norms_are_refused(part, value, message):
+    config = PRESETS["vit_pico"].open_clip_config()
+    config[part]["norm_kwargs"] = value
+    with pytest.raises(ArtefactError, match=message) as error:
+        spec_from_open_clip(config, "outside")
+    assert "open_clip config of outside" in str(error.value)
 
 
 @pytest.mark.parametrize("kept", [8, 11, 32])
