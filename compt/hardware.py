@@ -26,7 +26,7 @@ from compt.errors import ConfigError, nearest
 from compt.hardware_devices import DEVICES, PAPER_DEVICE, Device, peak, utilisation
 from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, JobCost, Tokens, paper_cost, token_moments
 from compt.paper import IMAGES, TABLE_2
-from compt.presets import PRESETS, ModelSpec
+from compt.presets import NORM_EPS, PRESETS, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ def _first(error: ValidationError | ConfigError) -> str:
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:
-    return replace(spec, name="", timm_name="")
+    """What of a model decides on its speed."""
+    return replace(spec, name="", timm_name="", norm_eps=NORM_EPS, text_norm_eps=NORM_EPS)
 
 
 def mean_tokens(spec: ModelSpec, tokens: Tokens) -> float:

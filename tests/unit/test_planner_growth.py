@@ -14,6 +14,7 @@ from compt.config import Recipe, parse_recipe
 from compt.errors import ConfigError
 from compt.forecast import make_forecast
 from compt.growth import ExpandConfig, TowerGrowth
+from compt.hardware import Measurement
 from compt.macs import exact_cost
 from compt.plan_tables import plan_table
 from compt.planner import Job, make_plan
@@ -102,6 +103,16 @@ def test_norms_of_each_link_have_their_teacher_s_eps_times_the_operators_factor(
     assert {(job.spec.norm_eps, job.spec.text_norm_eps) for job in others} == {(NORM_EPS, NORM_EPS)}
     # Links and baselines of one model are recognised by it.
     assert found["4-d"].result["model"] == found["baseline-d-s0"].result["model"]
+
+
+def test_a_speed_is_that_of_a_model_whatever_its_eps() -> None:
+    lemon = jobs(recipe("vit_nano", "vit_micro", chain={"expand": {"width": "lemon"}}))
+    link, baseline = (
+        Measurement(student=lemon[name].spec, captions=2, tokens=9.0)
+        for name in ("2-vit_micro", "baseline-vit_micro-s0")
+    )
+    assert link.student != baseline.student
+    assert link.same_models(baseline)
 
 
 def test_netexpand_needs_a_moving_average_where_layers_are_added() -> None:
