@@ -3,7 +3,7 @@
 ViTs: every width that is a multiple of the head width and every depth, in the proportions of the presets. The text
 tower follows from the image tower: its width and depth are interpolated over the presets, in the logarithm of
 width^2 * depth, so that every preset has its own; where the next larger wanted model has another text tower than that,
-its candidates' are wider and deeper in proportion. Swins: timm's presets only.
+its candidates' are wider and deeper in proportion. Swins: presets only.
 """
 
 from __future__ import annotations
@@ -19,13 +19,16 @@ from numpy.typing import NDArray
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
 from compt.macs import parameters
-from compt.planner import check_growth
+from compt.planner_growth import check_growth
 from compt.presets import PRESETS, ModelSpec
 
 SMALLEST = 16
 """A candidate has at least one part in so many of the smallest preset's parameters, as Table G counts them."""
 
-_COMMON = ("context_length", "vocab_size", "embed_dim", "image_size", "patch_size", "mlp_ratio", "no_ln_pre")
+_COMMON = (
+    *("context_length", "vocab_size", "embed_dim", "image_size", "patch_size", "mlp_ratio", "no_ln_pre"),
+    *("quick_gelu", "window"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,24 +59,23 @@ class Candidates:
 def ladder(like: ModelSpec) -> tuple[ModelSpec, ...]:
     """The presets of the family that `like` belongs to, by rising parameters: same kind of image tower and heads.
 
-    A ViT with heads of another width than any preset's is taken for one of the paper's.
+    A ViT with heads of another width than any preset's is taken for one of the paper's. Presets that differ in their
+    pictures alone count once.
     """
     same = [spec for spec in PRESETS.values() if spec.arch == like.arch]
     family = [spec for spec in same if spec.head_width == like.head_width] or [
         spec for spec in same if spec.head_width == PRESETS["vit_t16"].head_width
     ]
-    return tuple(sorted(family, key=parameters))
+    rising = sorted(family, key=parameters)
+    first = {(spec.width, spec.depth): spec for spec in reversed(rising)}
+    return tuple(spec for spec in rising if first[spec.width, spec.depth] is spec)
 
 
 def text_shape(spec: ModelSpec, presets: Sequence[ModelSpec]) -> tuple[float, float]:
     """Width and depth of the text tower that goes with the image tower of `spec`, not rounded.
 
-    Logarithms are interpolated over `presets`; below the smallest and above the largest the last slope goes on. A Swin
-    has that of its preset.
+    Logarithms are interpolated over `presets`; below the smallest and above the largest the last slope goes on.
     """
-    if spec.arch == "swin":
-        same = next(preset for preset in presets if preset.timm_name == spec.timm_name)
-        return float(same.text_width), float(same.text_depth)
     size = [math.log2(preset.width**2 * preset.depth) for preset in presets]
     at = math.log2(spec.width**2 * spec.depth)
     place = int(np.clip(np.searchsorted(size, at) - 1, 0, len(size) - 2))
@@ -98,6 +100,7 @@ def _below(spec: ModelSpec, above: ModelSpec, presets: Sequence[ModelSpec]) -> M
         text_heads=heads,
         text_head_width=above.text_head_width,
         text_depth=max(1, round(own[1] / usual[1] * above.text_depth)),
+        timm_name="",
         **{key: getattr(above, key) for key in _COMMON},
     )
 

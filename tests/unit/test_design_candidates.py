@@ -131,6 +131,16 @@ def test_swins_are_presets() -> None:
     assert found.grows.tolist() == np.triu(np.ones((4, 4), dtype=bool), 1).tolist()
 
 
+def test_presets_stand_before_a_swin_that_is_none_in_its_resolution() -> None:
+    family = {"wide": resolve("swin_l384", {"width": 256, "name": "wide"})}
+    found = candidates(family)
+    assert [spec.name for spec in found.specs] == ["swin_t", "swin_s", "swin_b", "swin_l", "wide"]
+    assert {spec.image_size for spec in found.specs} == {384}
+    assert {spec.stage_windows for spec in found.specs} == {(12, 12, 12, 12)}
+    assert found.specs[0].timm_name == "compt_swin_w96_d2-2-6-2_h32_p4_win12_384"
+    assert found.specs[3].timm_name == "swin_large_patch4_window12_384"
+
+
 @pytest.mark.parametrize(
     ("family", "message"),
     [
