@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -59,8 +60,8 @@ class DcpWeights(Weights):
         try:
             with warnings.catch_warnings(action="ignore"):  # it says that it reads without a process group
                 load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except Exception as error:  # a torn or forged file raises whatever its bytes lead to
-            cause = next(iter(str(error).splitlines()), type(error).__name__)
+        except CheckpointException as error:  # no Exception; around what each rank met
+            cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
             raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
         return tensor
 

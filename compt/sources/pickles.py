@@ -126,8 +126,8 @@ def load_dcp_metadata(path: Path) -> metadata.Metadata:
     try:
         with path.open("rb") as file:
             found = _MetadataUnpickler(file).load()
-    except pickle.UnpicklingError as error:
-        raise ArtefactError(f"{path}: refused: {_first_line(error)}") from error
+    except _Refused as error:
+        raise ArtefactError(f"{path}: refused: {error}") from error
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # as above
@@ -135,6 +135,10 @@ def load_dcp_metadata(path: Path) -> metadata.Metadata:
     if type(found) is not metadata.Metadata or not isinstance(found.state_dict_metadata, dict):
         raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint")
     return found
+
+
+class _Refused(pickle.UnpicklingError):
+    pass
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -145,7 +149,7 @@ class _MetadataUnpickler(pickle.Unpickler):
             return getattr(torch, name)
         if f"{module}.{name}" in _INERT_NAMES:
             return Inert
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no description of tensors needs")
+        raise _Refused(f"it asks for {module}.{name}, which no description of tensors needs")
 
 
 def _check_archive(path: Path) -> bool:
