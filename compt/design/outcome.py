@@ -163,9 +163,9 @@ def _epoch_hours(
 def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence[float], source: str) -> dict[str, Any]:
     """`recipe` as plain values, with family and links replaced by `chain`; called NAME_auto. What was set stays set.
 
-    The first model takes the baselines' length and warm-up. Warm-up, learning rate and alpha of a link are those of the
-    recipe's own link of that model, or else of its second link. Raises ConfigError where a chain does not come out that
-    the planner accepts the models of.
+    The first model takes the baselines' length and warm-up. Warm-up, learning rate, alpha and expansion of a link are
+    those of the recipe's own link of that model, or else of its second link. Raises ConfigError where a chain does not
+    come out that the planner accepts the models of.
     """
     values: dict[str, Any] = _plain(recipe)
     own = {link.model: link for link in recipe.chain.links[1:]}
@@ -182,7 +182,8 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
             "warmup": _warmup(recipe, length, like) if at else _plain(baselines.warmup),
         }
         if like is not None:
-            link |= {key: value for key in ("lr", "alpha") if (value := getattr(like, key)) is not None}
+            said = {key: getattr(like, key) for key in ("lr", "alpha", "expand")}
+            link |= {key: _plain(value) for key, value in said.items() if value is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}
     members = [kept.get(spec.name) or _member(spec, recipe.family.common) for spec in chain]

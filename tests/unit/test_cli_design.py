@@ -79,14 +79,16 @@ def test_the_recipe_that_is_written_trains_what_was_shown(
     assert chosen["macs"]["middle"] < chosen["macs"]["high"]
 
 
-def test_links_keep_the_recipe_s_warm_up_and_learning_rate(auto: Auto) -> None:
+def test_links_keep_the_recipe_s_warm_up_learning_rate_and_operators(auto: Auto) -> None:
     changed = ("--set", "chain.links.2.lr=3e-4", "--set", "chain.links.2.warmup.steps=700")
+    changed += ("--set", "chain.links.2.expand={text: {width: lemon}}")
     links = {link["model"]: link for link in as_json(auto, *changed)["recipe"]["chain"]["links"]}
     assert len(links) > 4
     for name, link in links.items():
         first, own = name == "vit_t16", name == "vit_b16"
         assert link["warmup"] == {"steps": 8000 if first else 700 if own else 1000}, name
         assert link.get("lr") == (3e-4 if own else None)
+        assert link.get("expand") == ({"text": {"width": "lemon"}} if own else None)
 
 
 def test_a_warm_up_longer_than_its_link_is_cut(auto: Auto, tmp_path: Path) -> None:

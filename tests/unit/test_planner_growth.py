@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from compt.planner import Job, make_plan
 from compt.planner_growth import broken_promises, check_start
 from compt.planner_start import UNREAD, Start, is_described, planned_start
 from compt.presets import NORM_EPS, PRESETS, resolve
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PLAIN = {"train": {"epochs": 2}, "warmup": {"steps": 5}}
 
@@ -255,3 +259,28 @@ def test_a_prefix_belongs_to_the_result_and_a_model_s_name_does_not() -> None:
         for more in ({}, {"from_model": "vit_pico"}, {"from_prefix": "module."})
     )
     assert plain == named != prefixed
+
+
+def plan_without_torch(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`compt plan` where torch is not installed."""
+    code = "import sys; sys.modules['torch'] = None; from compt.cli import main; main()"
+    command = [sys.executable, "-c", code, "plan", str(path), "--json", *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_planning_from_a_model_that_compt_did_not_write_needs_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "theirs.pt").write_bytes(b"")
+    found = recipe("vit_nano", chain={"from": str(tmp_path / "theirs.pt")})
+    path = tmp_path / "growing.yaml"
+    path.write_text(json.dumps(found.model_dump(mode="json", by_alias=True, exclude_none=True)))
+    planned = plan_without_torch(path, "--set", "chain.from_model=vit_pico")
+    assert planned.returncode == 0, planned.stderr
+    job = json.loads(planned.stdout)["jobs"][0]
+    assert job["start"] == str(tmp_path / "theirs.pt")
+    refused = plan_without_torch(path)
+    assert refused.returncode == 2
+    message = " ".join(refused.stderr.split())
+    assert (
+        f"{path}: chain.from = '{tmp_path}/theirs.pt': reading a model that compt did not write takes torch" in message
+    )
+    assert message.endswith("where it is of a preset's sizes, name that in chain.from_model")
