@@ -68,8 +68,8 @@ class Parameter:
     @property
     def is_matrix(self) -> bool:
         """Whether it maps inputs to outputs: matrices and the convolution over patches, not embeddings or tables."""
-        inputs = any(axis.kind == "pixels" for dim in self.dims for axis in dim)
-        return "write" in self.uses and ("read" in self.uses or inputs) and len(self.dims) > 1
+        places = any(axis.kind in {"prefix", "grid", "offsets"} for dim in self.dims for axis in dim)
+        return len(self.dims) > 1 and not places
 
     @property
     def roles(self) -> int:
