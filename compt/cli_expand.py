@@ -144,8 +144,8 @@ def expand(
         "seed": seed,
         "shard-size": shard_size,
     }
-    writes = not dry_run and (out is not None or not verify)
-    asked = Asked(teacher, student, out, options, set_ or [], teacher_model, teacher_prefix, from_manifest, writes)
+    models = (teacher_model, teacher_prefix)
+    asked = Asked(teacher, student, out, options, set_ or [], *models, from_manifest, dry_run, bool(verify))
     score = None
     if verify:
         score = _Score(evaluation_set(verify, "zeroshot", label, classnames, templates), batch, workers, device)

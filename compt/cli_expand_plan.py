@@ -43,7 +43,13 @@ class Asked:
     teacher_model: str | None
     teacher_prefix: str | None
     from_manifest: Path | None
-    writes: bool
+    dry_run: bool
+    verifies: bool
+
+    @property
+    def writes(self) -> bool:
+        """Whether the student is to be written."""
+        return not self.dry_run and (self.out is not None or not self.verifies)
 
 
 @dataclass(frozen=True)

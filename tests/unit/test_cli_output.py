@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from compt.artefact import write_artefact
 from compt.cli import main
 from compt.formats import TextTable, terminal
 from compt.metrics import MetricsWriter
+from compt.models import build, export_state
+from compt.presets import PRESETS
 from tests.helpers_curves import NANO, link, write_run
 from tests.helpers_recipe import write_recipe
 
@@ -37,6 +40,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (["report", PLAIN], PLAIN),
         (["macs", "a:x:b"], "a:x:b"),
         (["export", PLAIN, "RECIPE"], PLAIN),
+        (["expand", PLAIN, "vit_nano", "--dry-run"], PLAIN),
+        (["expand", "RECIPE", "vit_nano", PLAIN, "--width", PLAIN], PLAIN),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )
@@ -66,6 +71,16 @@ def test_where_results_were_written(
     assert run(monkeypatch, "curves", folder, "--out", out) == 0
     assert f"Written: {out}" in capsys.readouterr().out
     assert json.loads((out / "curves.json").read_text())
+
+
+def test_where_a_model_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a:x:b [bold]c"
+    write_artefact(tmp_path / "a:x:b", export_state(build(PRESETS["vit_pico"], seed=0)), PRESETS["vit_pico"], {})
+    assert run(monkeypatch, "expand", tmp_path / "a:x:b", "vit_pico", out) == 0
+    assert f"Wrote {out}" in capsys.readouterr().out
+    assert (out / "manifest.json").exists()
 
 
 def test_lines_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
