@@ -5,7 +5,7 @@ from __future__ import annotations
 from compt.errors import ConfigError
 from compt.growth import TOWERS, ExpandConfig, Tower, check_sizes, inexact
 from compt.macs import parameters
-from compt.presets import ModelSpec
+from compt.presets import VOCAB_SIZE, ModelSpec
 
 EXACT = frozenset({"net2net", "lemon", "insert_exact"})
 """Width operators that promise to keep what a model computes."""
@@ -44,6 +44,9 @@ def check_start(start: ModelSpec, student: ModelSpec) -> None:
             f"its {found}, unlike that of '{start.name}' at chain.from; for all members, write "
             f"family.common: {{{write}}}"
         )
+    if start.vocab_size < VOCAB_SIZE:
+        words = f"{start.vocab_size} tokens, CLIP's tokenizer {VOCAB_SIZE}"
+        raise ConfigError(f"'{start.name}' at chain.from knows {words}")
     check_growth(start, student, strictly=False)
 
 

@@ -232,6 +232,8 @@ def test_sizes_that_have_to_agree_with_a_model_from_outside() -> None:
     assert make_plan(written, start=Start(start, "1")).links[0].spec.quick_gelu
     with pytest.raises(ConfigError, match=r"write family\.common: \{head_width: 32, text_head_width: 32\}"):
         check_start(PRESETS["vit_nano"], PRESETS["vit_s16"])
+    with pytest.raises(ConfigError, match=r"'few' at chain\.from knows 64 tokens, CLIP's tokenizer 49408"):
+        check_start(resolve("vit_s16", {"vocab_size": 64, "name": "few"}), PRESETS["vit_b16"])
     # Between two architectures the image towers need not agree.
     check_start(resolve("vit_s16", {"no_ln_pre": True}), PRESETS["swin_b"])
 
