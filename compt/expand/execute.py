@@ -111,7 +111,7 @@ class ExpandedState(Mapping[str, Tensor]):
         state = self._average if average and self._average is not None else self._state
         if name not in state:
             what = "moving average" if average else "weights"
-            raise ArtefactError(f"the {what} of {self._teacher} have no parameter {name}")
+            raise ArtefactError(f"{self._teacher} has no parameter {name} among its {what}")
         return state[name]
 
 

@@ -68,6 +68,16 @@ def negative(name: str, shape: tuple[int, ...]) -> Tensor:
     return -1.0 - torch.arange(int(torch.tensor(shape).prod()), dtype=torch.float64).reshape(shape)
 
 
+class Negative:
+    """Draws of `negative`, and copies that do not differ."""
+
+    own = staticmethod(negative)
+
+    @staticmethod
+    def noise(name: str, shape: tuple[int, ...]) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64)
+
+
 def source_name(name: str, teacher: ModelSpec, student: ModelSpec) -> str:
     """Depth duplication for a ViT and a text tower, from its formula."""
     p, q = (teacher.depth, student.depth) if name.startswith("visual.") else (teacher.text_depth, student.text_depth)

@@ -10,24 +10,40 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt.expand import WIDTH, AxisMap, ExpandConfig, expand, expand_state, make_plan
+from compt.errors import ArtefactError
+from compt.expand import DEPTH, WIDTH, AxisMap, ExpandConfig, SeededDraw, execute, expand, expand_state, make_plan
 from compt.expand import axes as axes_module
 from compt.expand.axes import Axis, parameters
-from compt.expand.operators import DEPTH, added_layers, insert, pack, repeat_period
+from compt.expand.operators import OWN, ZERO, pack, prefix
+from compt.growth import added_layers, layer_sources
 from compt.models.init import init_tensor, rule_for
-from tests.unit.expand_cases import BIG, HEAD, SMALL, TINY, insertion_oracle, negative, sentinels, sized, source_name
+from tests.unit.expand_cases import (
+    BIG,
+    HEAD,
+    SMALL,
+    TINY,
+    Negative,
+    insertion_oracle,
+    negative,
+    sentinels,
+    sized,
+    source_name,
+)
 
 BLOCK = "visual.transformer.resblocks"
 
 
-def refuse(name: str, shape: tuple[int, ...]) -> Tensor:
-    raise AssertionError(f"own initialization of {name} was asked for")
+class Refuse:
+    def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        raise AssertionError(f"own initialization of {name} was asked for")
+
+    noise = own
 
 
 def differences(teacher, student) -> list[str]:
     """The student parameters in which head-aligned insertion differs from the oracle."""
     old = sentinels(teacher)
-    new = expand_state(make_plan(teacher, student), old, negative)
+    new = expand_state(make_plan(teacher, student), old, Negative())
     found = []
     for name, parameter in parameters(student).items():
         expected = insertion_oracle(name, old[source_name(name, teacher, student)], parameter.shape)
@@ -46,7 +62,7 @@ def test_every_parameter_is_the_oracles(pair):
 @pytest.mark.parametrize("tower", ["visual.", ""], ids=["image", "text"])
 def test_each_head_of_each_role_keeps_role_and_head(role, tower):
     old = sentinels(SMALL)
-    new = expand_state(make_plan(SMALL, BIG), old, negative)
+    new = expand_state(make_plan(SMALL, BIG), old, Negative())
     heads, width = (SMALL.heads, BIG.width) if tower else (SMALL.text_heads, BIG.text_width)
     d = heads * HEAD
     for layer in range(2):
@@ -70,7 +86,10 @@ def test_each_head_of_each_role_keeps_role_and_head(role, tower):
 
 def test_a_packed_matrix_taken_as_one_block_is_noticed(monkeypatch):
     def one_block(prefix: str, heads: int, head_width: int, suffix: str = ""):
-        return (Axis(f"{prefix}rows{suffix}", 3 * heads * head_width),), (Axis(f"{prefix}cols", heads * head_width),)
+        rows, columns = (
+            Axis(f"{prefix}{name}{suffix}", n * heads * head_width, "hidden") for name, n in (("r", 3), ("c", 1))
+        )
+        return (rows,), (columns,)
 
     monkeypatch.setattr(axes_module, "_attention_axes", one_block)
     wrong = differences(TINY, SMALL)
@@ -81,7 +100,7 @@ def test_a_packed_matrix_taken_as_one_block_is_noticed(monkeypatch):
 def test_duplicate_repeats_heads_whole_and_leaves_positions_alone():
     student = sized("twice", 5, 2, 1, 1, context_length=7)
     old = sentinels(TINY)
-    new = expand_state(make_plan(TINY, student, ExpandConfig(width="duplicate")), old, negative)
+    new = expand_state(make_plan(TINY, student, ExpandConfig.both("duplicate", noise=0)), old, Negative())
     weight, source = new[f"{BLOCK}.1.attn.in_proj_weight"], old[f"{BLOCK}.1.attn.in_proj_weight"]
     for role in range(3):
         for head in range(5):
@@ -119,10 +138,10 @@ def test_equal_depth_is_the_identity(operator):
 
 
 def test_pairs_keep_the_parity_of_shifted_windows():
-    assert repeat_period(DEPTH["duplicate"], 2, 6, 2) == [0, 1, 0, 1, 0, 1]
-    assert repeat_period(DEPTH["duplicate"], 6, 8, 2) == [0, 1, 0, 1, 2, 3, 4, 5]
-    assert repeat_period(DEPTH["constant"], 2, 6, 2) == [0, 1, -1, -1, -1, -1]
-    assert repeat_period(DEPTH["duplicate"], 3, 3, 2) == [0, 1, 2]
+    assert layer_sources("duplicate", 2, 6, 2) == [0, 1, 0, 1, 0, 1]
+    assert layer_sources("duplicate", 6, 8, 2) == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert layer_sources("constant", 2, 6, 2) == [0, 1, -1, -1, -1, -1]
+    assert layer_sources("duplicate", 3, 3, 2) == [0, 1, 2]
 
 
 def test_layers_are_added_from_the_second_use_of_a_source_on():
@@ -134,9 +153,9 @@ def test_layer_sources_reach_the_right_tensors():
     student = sized("deep", 2, 4, 1, 2)
     old = sentinels(TINY)
     for operator, image, text in (("stack", [0, 1, 0, 1], [0, 0]), ("interval", [0, -1, 1, -1], [0, -1])):
-        plan = make_plan(TINY, student, ExpandConfig(depth=operator))
+        plan = make_plan(TINY, student, ExpandConfig.both(depth=operator))
         assert plan.layers == {BLOCK: image, "transformer.resblocks": text}
-        new = expand_state(plan, old, negative)
+        new = expand_state(plan, old, Negative())
         for layer, source in enumerate(image):
             got = new[f"{BLOCK}.{layer}.mlp.c_fc.bias"]
             expected = negative("", (32,)) if source < 0 else old[f"{BLOCK}.{source}.mlp.c_fc.bias"]
@@ -146,8 +165,8 @@ def test_layer_sources_reach_the_right_tensors():
 def test_own_size_gives_the_same_bytes_and_new_storage():
     old = sentinels(BIG)
     for width in WIDTH:
-        plan = make_plan(BIG, replace(BIG, name="again"), ExpandConfig(width=width))
-        new = expand_state(plan, old, refuse)
+        plan = make_plan(BIG, replace(BIG, name="again"), ExpandConfig.both(width))
+        new = expand_state(plan, old, Refuse())
         assert plan.copied == plan.parameters
         for name, tensor in new.items():
             assert tensor.numpy().tobytes() == old[name].numpy().tobytes()
@@ -156,9 +175,9 @@ def test_own_size_gives_the_same_bytes_and_new_storage():
 
 def test_two_links_agree_with_one_on_the_inserted_block():
     old = sentinels(TINY)
-    direct = expand_state(make_plan(TINY, BIG), old, negative)
-    between = expand_state(make_plan(TINY, SMALL), old, negative)
-    twice = expand_state(make_plan(SMALL, BIG), between, negative)
+    direct = expand_state(make_plan(TINY, BIG), old, Negative())
+    between = expand_state(make_plan(TINY, SMALL), old, Negative())
+    twice = expand_state(make_plan(SMALL, BIG), between, Negative())
     for name, tensor in direct.items():
         block = tensor >= 0
         assert block.any()
@@ -167,7 +186,7 @@ def test_two_links_agree_with_one_on_the_inserted_block():
 
 def test_the_plan_counts_what_execution_copies():
     plan = make_plan(TINY, SMALL)
-    new = expand_state(plan, sentinels(TINY), negative)
+    new = expand_state(plan, sentinels(TINY), Negative())
     for entry in plan.entries:
         assert entry.copied == int((new[entry.name] >= 0).sum())
         assert entry.copied + entry.new + entry.zeroed == entry.size == new[entry.name].numel()
@@ -183,7 +202,7 @@ def test_the_plan_counts_what_execution_copies():
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["exported", "inside"])
 def test_logit_scale_is_inherited_as_a_scalar(shape):
     old = sentinels(TINY) | {"logit_scale": torch.full(shape, 3.25)}
-    new = expand_state(make_plan(TINY, SMALL), old, negative)
+    new = expand_state(make_plan(TINY, SMALL), old, Negative())
     assert new["logit_scale"].shape == ()
     assert new["logit_scale"] == 3.25
 
@@ -217,7 +236,7 @@ def test_each_parameter_is_made_when_it_is_asked_for():
     assert list(state) == [entry.name for entry in plan.entries]
     assert len(state) == len(plan.entries)
     assert reads == []
-    assert torch.equal(state["visual.proj"], expand_state(plan, old, scratch(SMALL, 7))["visual.proj"])
+    assert torch.equal(state["visual.proj"], expand_state(plan, old, SeededDraw(SMALL, 7))["visual.proj"])
     assert state["visual.proj"] is not state["visual.proj"]
     assert reads == ["visual.proj"] * 3
     made = []
@@ -228,23 +247,69 @@ def test_each_parameter_is_made_when_it_is_asked_for():
         state["visual.none"]
 
 
-def scratch(spec, seed):
-    return lambda name, shape: init_tensor(rule_for(spec, name, shape), seed, name, shape)
-
-
 def test_the_teachers_dtype_is_kept():
     old = {name: tensor.to(torch.bfloat16) for name, tensor in sentinels(TINY).items()}
     assert {tensor.dtype for tensor in expand(make_plan(TINY, SMALL), old, 0).values()} == {torch.bfloat16}
 
 
-def test_a_scaling_operator_reaches_single_and_packed_axes(monkeypatch):
-    def halved(teacher: int, student: int) -> AxisMap:
-        plain = insert(teacher, student)
-        return AxisMap(plain.index, teacher, np.where(np.arange(student) == 0, 0.5, 1.0))
+@pytest.mark.parametrize("width", WIDTH)
+def test_threads_do_not_show_in_a_single_bit(width):
+    teacher, student = (
+        sized("wide", 24, 1, 24, 1),
+        sized("wider", 37, 2, 37, 2, embed_dim=9, image_size=16, patch_size=8),
+    )
+    plan = make_plan(teacher, student, ExpandConfig.both(width))
+    old = {name: tensor.sin().float() for name, tensor in sentinels(teacher).items()}
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(dict(expand(plan, old, seed=7)))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for name, tensor in found[0].items():
+        assert tensor.dtype == torch.float32
+        assert all(torch.equal(tensor, other[name]) for other in found[1:]), name
 
-    monkeypatch.setitem(WIDTH, "halved", halved)
+
+@pytest.mark.parametrize("width", WIDTH)
+def test_what_is_computed_some_rows_at_a_time_is_what_is_computed_at_once(monkeypatch, width):
+    plan = make_plan(SMALL, replace(BIG, image_size=16, patch_size=4), ExpandConfig.both(width))
+    old = {name: tensor.sin().to(torch.bfloat16) for name, tensor in sentinels(SMALL).items()}
+    whole = dict(expand(plan, old, seed=7))
+    monkeypatch.setattr(execute, "_CHUNK", 7)
+    for name, tensor in expand(plan, old, seed=7).items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, whole[name]), name
+
+
+def test_added_layers_come_from_the_moving_average():
+    student = sized("deep", 2, 4, 1, 2)
     old = sentinels(TINY)
-    new = expand_state(make_plan(TINY, SMALL, ExpandConfig(width="halved")), old, negative)
+    average = {name: -1 - tensor for name, tensor in old.items()}
+    plan = make_plan(TINY, student, ExpandConfig.both(depth="netexpand"))
+    assert plan.needs_average
+    new = expand_state(plan, old, Refuse(), average)
+    for layer in range(4):
+        source = (average if layer % 2 else old)[f"{BLOCK}.{layer // 2}.ln_1.bias"]
+        assert torch.equal(new[f"{BLOCK}.{layer}.ln_1.bias"], source)
+    assert torch.equal(new["visual.proj"], old["visual.proj"])
+    rules = {entry.rule for entry in plan.entries if "blocks.1." in entry.name}
+    assert rules == {"copy, layer 1 ← average of 0"}
+    with pytest.raises(ArtefactError, match=r"moving average of tiny, .* optimizer\.ema"):
+        expand(plan, old, 0)
+    with pytest.raises(ArtefactError, match="tiny has no parameter .* among its moving average"):
+        dict(expand(plan, old, 0, {}))
+
+
+def test_a_scaling_operator_reaches_single_and_packed_axes(monkeypatch):
+    def halved(kind, use, old: int, new: int, noise: float) -> AxisMap:
+        return replace(prefix(old, new), weight=np.where(np.arange(new) == 0, 0.5, 1.0)[:, None])
+
+    monkeypatch.setitem(WIDTH, "insert", halved)
+    old = sentinels(TINY)
+    new = expand_state(make_plan(TINY, SMALL, ExpandConfig()), old, Negative())
     source = old[f"{BLOCK}.0.attn.in_proj_bias"].reshape(3, 2, HEAD)
     got = new[f"{BLOCK}.0.attn.in_proj_bias"].reshape(3, 3, HEAD)
     assert torch.equal(got[:, 0], source[:, 0] * 0.5)
@@ -255,6 +320,8 @@ def test_a_scaling_operator_reaches_single_and_packed_axes(monkeypatch):
 
 
 def test_packing_is_new_where_any_axis_is():
-    packed = pack([insert(2, 3), insert(2, 3)])
-    assert packed.index.tolist() == [0, 1, -1, 2, 3, -1, -1, -1, -1]
+    packed = pack([prefix(2, 3), prefix(2, 3)])
+    assert packed.index[:, 0].tolist() == [0, 1, OWN, 2, 3, OWN, OWN, OWN, OWN]
+    zeros = pack([prefix(2, 3), prefix(1, 2, ZERO)])
+    assert zeros.index[:, 0].tolist() == [0, ZERO, 1, ZERO, OWN, ZERO]
     assert packed.source_size == 4

@@ -41,14 +41,14 @@ SIX = sized("six", 2, 6, 1, 3)
 
 @pytest.mark.parametrize("depth", ["duplicate", "stack", "constant"])
 def test_zeroed_outputs_make_depth_preserve_the_function(depth):
-    assert change(FOUR, SIX, ExpandConfig(depth=depth, zero_new_outputs=True)) < 1e-10
-    assert change(FOUR, SIX, ExpandConfig(depth=depth)) > 1e-2
+    assert change(FOUR, SIX, ExpandConfig.both(depth=depth, zero_new_outputs=True)) < 1e-10
+    assert change(FOUR, SIX, ExpandConfig.both(depth=depth)) > 1e-2
 
 
 def test_interval_preserves_the_function_at_whole_ratios():
     twice = sized("eight", 2, 8, 1, 4)
-    assert change(FOUR, twice, ExpandConfig(depth="interval", zero_new_outputs=True)) < 1e-10
-    assert change(FOUR, twice, ExpandConfig(depth="interval")) > 1e-2
+    assert change(FOUR, twice, ExpandConfig.both(depth="interval", zero_new_outputs=True)) < 1e-10
+    assert change(FOUR, twice, ExpandConfig.both(depth="interval")) > 1e-2
 
 
 def gradients(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def test_every_new_weight_learns_after_insertion_and_duplication():
 
 
 def test_zeroed_layers_learn_after_one_step():
-    plan = make_plan(FOUR, SIX, ExpandConfig(zero_new_outputs=True))
+    plan = make_plan(FOUR, SIX, ExpandConfig.both(zero_new_outputs=True))
     model = build(SIX, expand(plan, weights(FOUR), 1))
     names = [entry.name for entry in plan.entries if entry.zeroed]
     grads = gradients(model, SIX)
@@ -92,13 +92,26 @@ def test_zeroed_layers_learn_after_one_step():
     assert all((grads[name] != 0).any() for name in grads if ".resblocks.1." in name)
 
 
+class Kept:
+    """Own initializations that are what a module has."""
+
+    def __init__(self, parameters: dict[str, Tensor]) -> None:
+        self.parameters = parameters
+
+    def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self.parameters[name]
+
+    def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        raise AssertionError(f"noise for {name} was asked for")
+
+
 def copy_expanded(prefix: str, old: nn.Module, new: nn.Module) -> None:
     """Expand one real module of a swin_s into that of a swin_b; new elements stay as `new` has them."""
     entries = {entry.name: entry for entry in make_plan(PRESETS["swin_s"], PRESETS["swin_b"]).entries}
     teacher, student = ({f"{prefix}.{name}": p for name, p in each.named_parameters()} for each in (old, new))
     with torch.no_grad():
         for name, parameter in student.items():
-            result = expand_parameter(entries[name], teacher.__getitem__, lambda full, shape: student[full])
+            result = expand_parameter(entries[name], lambda full, average: teacher[full], Kept(student))
             parameter.copy_(result)
 
 
@@ -108,8 +121,8 @@ def test_real_window_attention_computes_the_same_in_its_old_heads():
 
 def test_packed_rows_of_window_attention_as_one_block_are_noticed(monkeypatch):
     def one_block(prefix: str, heads: int, head_width: int, suffix: str = ""):
-        head = Axis(f"{prefix}head{suffix}", heads)
-        return (Axis(f"{prefix}rows{suffix}", 3 * heads * head_width),), (head, Axis("hd", head_width, "fixed"))
+        head = Axis(f"{prefix}head{suffix}", heads, "hidden")
+        return (Axis(f"{prefix}rows{suffix}", 3 * heads * head_width, "hidden"),), (head, Axis("hd", head_width))
 
     monkeypatch.setattr(axes_module, "_attention_axes", one_block)
     assert attention_change() > 1e-2

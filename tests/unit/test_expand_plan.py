@@ -9,14 +9,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compt import presets
+from compt import growth
 from compt.errors import ArtefactError, ConfigError
 from compt.expand import ExpandConfig, Plan, expand_state, make_plan
 from compt.expand import axes as axes_module
 from compt.expand.axes import check_parameters, parameters
+from compt.growth import WIDTH_OPERATORS, TowerGrowth
 from compt.planner import check_growth
 from compt.presets import PRESETS, resolve
-from tests.unit.expand_cases import BIG, SMALL, TINY, negative, sentinels, sized
+from tests.unit.expand_cases import BIG, SMALL, TINY, Negative, sentinels, sized
 
 LADDERS = (
     ("vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16", "vit_xb16", "vit_l16"),
@@ -46,16 +47,44 @@ def test_every_step_of_the_shipped_ladders_plans(teacher, student):
 
 
 def test_rows_name_shape_rule_source_and_shares():
-    plan = make_plan(TINY, SMALL, ExpandConfig(zero_new_outputs=True))
+    plan = make_plan(TINY, SMALL, ExpandConfig.both(zero_new_outputs=True))
     rows = {row[0]: row for row in plan.rows()}
     assert all(len(row) == len(Plan.HEADER) for row in plan.rows())
-    assert rows["visual.proj"] == ("visual.proj", "12×7", "insert res 8→12, emb 6→7", "visual.proj", "57.1%", "42.9%")
+    assert rows["visual.proj"] == (
+        "visual.proj",
+        "12×7",
+        "insert res 8→12, emb 6→7",
+        "visual.proj",
+        "57.1%",
+        "42.9%",
+        "0.0%",
+    )
     zeroed = rows["visual.transformer.resblocks.1.attn.out_proj.weight"]
-    assert zeroed[2:] == ("zero: layer 1 is added", "-", "0.0%", "0.0%")
+    assert zeroed[2:] == ("zero: layer 1 is added", "-", "0.0%", "0.0%", "100.0%")
     assert rows["positional_embedding"][2] == "insert context 5→6, text_res 4→8"
     assert rows["logit_scale"][1] == "scalar"
     assert plan.rows()[-1][0] == "total"
     assert plan.copied + plan.new + plan.zeroed == plan.parameters
+
+
+@pytest.mark.parametrize("width", WIDTH_OPERATORS)
+def test_a_plan_comes_back_from_its_description_and_counts_everything(width):
+    config = ExpandConfig(TowerGrowth(width, "stack"), TowerGrowth(width, "interval", True), 0.25)
+    plan = make_plan(SMALL, BIG, config)
+    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    assert again == plan
+    table = json.loads(json.dumps(plan.table_json()))
+    assert again.table_json() == table
+    assert table["totals"] == {key: plan.to_json()[key] for key in table["totals"]}
+    for key in ("copied", "new", "zeroed"):
+        assert sum(entry[key] for entry in table["parameters"]) == table["totals"][key]
+    assert all(len(row) == len(Plan.HEADER) for row in plan.rows())
+    assert (
+        plan.rows()[-1][2]
+        == f"image: width {width}, depth stack; text: width {width}, depth interval, new outputs zero"
+    )
+    assert set(table["inexact"]) == {"image", "text"}
+    assert table["inexact"]["image"]
 
 
 def test_a_plan_that_rebuilds_otherwise_is_refused():
@@ -88,9 +117,6 @@ def test_shrinking_is_refused_with_both_models_field_and_values(changes, field, 
 @pytest.mark.parametrize(
     ("changes", "field", "old", "new"),
     [
-        ({"image_size": 16}, "image_size", 8, 16),
-        ({"patch_size": 2}, "patch_size", 4, 2),
-        ({"vocab_size": 12}, "vocab_size", 11, 12),
         ({"head_width": 6, "width": 18}, "head_width", 4, 6),
         ({"no_ln_pre": True}, "no_ln_pre", False, True),
     ],
@@ -101,8 +127,20 @@ def test_sizes_that_must_agree(changes, field, old, new):
         make_plan(SMALL, student)
 
 
+@pytest.mark.parametrize("changes", [{"image_size": 16}, {"patch_size": 2}, {"patch_size": 8, "image_size": 16}])
+def test_positions_and_patches_are_resized_but_not_as_the_authors_code(changes):
+    student = replace(SMALL, name="other", **changes)
+    rules = {entry.name: entry.rule for entry in make_plan(SMALL, student).entries if entry.rule != "copy"}
+    assert ("bicubic pos 5→" in rules.get("visual.positional_embedding", "")) == (
+        changes != {"patch_size": 8, "image_size": 16}
+    )
+    assert ("pseudo-inverse patch_y 4→" in rules.get("visual.conv1.weight", "")) == ("patch_size" in changes)
+    with pytest.raises(ConfigError, match="but 'small' has .*; reference_compatible resizes nothing"):
+        make_plan(SMALL, student, ExpandConfig(reference_compatible=True))
+
+
 def test_one_table_says_what_must_agree(monkeypatch):
-    monkeypatch.setattr(presets, "_SAME", ("embed_dim",))
+    monkeypatch.setattr(growth, "_SAME", ("embed_dim",))
     with pytest.raises(ConfigError, match="its embed_dim is 10"):
         make_plan(SMALL, BIG)
     with pytest.raises(ConfigError, match="its embed_dim is 10"):
@@ -111,9 +149,9 @@ def test_one_table_says_what_must_agree(monkeypatch):
 
 def test_unknown_operators_are_named_with_the_nearest():
     with pytest.raises(ConfigError, match=r"unknown width operator 'insrt' .*'insert'"):
-        ExpandConfig(width="insrt")
+        ExpandConfig.both("insrt")
     with pytest.raises(ConfigError, match="unknown depth operator 'x'; known: duplicate, stack"):
-        ExpandConfig(depth="x")
+        ExpandConfig.both(depth="x")
 
 
 def test_a_parameter_without_axes_is_an_error(monkeypatch):
@@ -136,10 +174,10 @@ def test_a_description_that_the_real_model_does_not_follow_is_an_error():
 
 def test_weights_that_do_not_fit_the_plan_are_refused():
     plan, old = make_plan(TINY, SMALL), sentinels(TINY)
-    with pytest.raises(ArtefactError, match=r"tiny have no parameter visual\.proj"):
-        expand_state(plan, {name: tensor for name, tensor in old.items() if name != "visual.proj"}, negative)
+    with pytest.raises(ArtefactError, match=r"tiny has no parameter visual\.proj"):
+        expand_state(plan, {name: tensor for name, tensor in old.items() if name != "visual.proj"}, Negative())
     with pytest.raises(ArtefactError, match=r"visual\.proj has shape \[6, 8\], planned \[8, 6\]"):
-        expand_state(plan, old | {"visual.proj": old["visual.proj"].T}, negative)
+        expand_state(plan, old | {"visual.proj": old["visual.proj"].T}, Negative())
 
 
 def test_another_architecture_keeps_text_and_starts_a_fresh_image_tower():
