@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 _IN_LAYER = re.compile(r"(?P<stack>.*blocks)\.(?P<layer>\d+)\.(?P<leaf>.*)")
 _STAGE = re.compile(r"\.layers\.(\d+)\.")
-# The heading of a layer says it once for all its parameters.
-_OF_LAYER = re.compile(r", layer \d+ ← .*$")
+# The first row of a layer says it once for all its parameters.
+_OF_LAYER = re.compile(r"(, layer \d+ ← .*|: layer \d+ (is added|has no source))$")
+NO_BREAK = "\u00a0"
 HEADER = ("parameter", "shape: rule", "copied", "new", "zero")
 
 
@@ -40,10 +41,9 @@ def plan_tables(plan: Plan) -> Iterator[TextTable]:
             if inside and inside["layer"] != layer:
                 layer = inside["layer"]
                 own = [other for other in part.entries if other.name.startswith(f"{part.prefix}{layer}.")]
-                average = any(other.average for other in own)
-                rows.append(_sum_row(_layer_title(plan, inside["stack"], int(layer), average), own))
+                rows.append(_layer_row(plan, inside["stack"], int(layer), own))
             name = f"  {inside['leaf']}" if inside else entry.name.removeprefix(part.prefix)
-            rows.append((name, f"{_shape(entry)}: {_OF_LAYER.sub('', entry.rule)}", *_shares([entry])))
+            rows.append((name, _shape_and_rule(entry), *_shares([entry])))
         title = f"{part.title}: {part.prefix}*" if part.prefix else part.title
         yield TextTable(title, HEADER, rows, left=2)
 
@@ -102,20 +102,29 @@ def _parts(plan: Plan) -> list[_Part]:
     return list(parts.values())
 
 
-def _layer_title(plan: Plan, stack: str, layer: int, average: bool) -> str:
+def _layer_row(plan: Plan, stack: str, layer: int, entries: Sequence[Entry]) -> tuple[str, ...]:
     sources = plan.layers.get(stack)
-    if sources is None:
-        return f"layer {layer}, own"
-    source = "own" if sources[layer] < 0 else f"from {'average of ' if average else ''}{sources[layer]}"
-    return f"layer {layer}, {source}{', added' if added_layers(sources)[layer] else ''}"
+    if sources is None or sources[layer] < 0:
+        text = "own"
+    else:
+        average = "the average of " if any(entry.average for entry in entries) else ""
+        text = f"from {average}{sources[layer]}"
+    if sources is not None and added_layers(sources)[layer]:
+        text += ", added"
+    name, size, *shares = _sum_row(f"layer {layer}", entries)
+    return (name, f"{text}; {size.replace(' ', NO_BREAK)}", *shares)
 
 
-def _shape(entry: Entry) -> str:
-    """`64→128 × 256`: the teacher's size and the student's where they differ."""
+def _shape_and_rule(entry: Entry) -> str:
+    """`64→128 × 256: insert res`: the teacher's size and the student's where they differ; then how."""
+    rule = _OF_LAYER.sub("", entry.rule)
     if not entry.shape:
-        return "scalar"
+        return f"scalar: {rule}"
     old = entry.source_shape if len(entry.source_shape) == len(entry.shape) else entry.shape
-    return " × ".join(str(new) if a == new else f"{a}→{new}" for a, new in zip(old, entry.shape, strict=True))
+    sizes = [str(new) if a == new else f"{a}→{new}" for a, new in zip(old, entry.shape, strict=True)]
+    for size in sizes:  # the rule says it again
+        rule = re.sub(rf" {size}(?=[,;]|$)", "", rule)
+    return f"{' × '.join(sizes)}: {rule}"
 
 
 def _sum_row(name: str, entries: Sequence[Entry]) -> tuple[str, ...]:
