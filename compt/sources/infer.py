@@ -17,7 +17,7 @@ from compt.sources.names import OPENAI_SIZES
 from compt.sources.weights import View
 
 HEAD_WIDTH = 64
-_LISTED = 40
+_LISTED = 20
 
 
 def model_spec(name: str) -> ModelSpec:

@@ -57,7 +57,8 @@ def read_tag(arch: str, tag: str, verify: bool = True) -> Found:
             found = read_file(path)
             if verify:
                 _check_digest(path, str(config.get("url", "")))
-            pixels = {key: config[key] for key in ("mean", "std", "interpolation") if key in config}
+            pixels = {key: list(config[key]) for key in ("mean", "std") if key in config}
+            pixels |= {key: config[key] for key in ("interpolation",) if key in config}
             return Found(found.weights, found.files, spec, pixels)
     raise ArtefactError(
         f"{arch}:{tag}: not on this machine: neither {' nor '.join(looked)}. To bring it there, run "
