@@ -157,6 +157,7 @@ def table(results: Record, pair: Record) -> TextTable:
     }
     deviation = scatter(results, pair, report)
     curve = next(item["curve"] for item in results["variants"] if item["pair"] == pair["name"])
+    length = f"{curve['epoch'][-1]:.2g}"
     lines = []
     for row in found:
         item = compared.get(row.variant)
@@ -175,7 +176,7 @@ def table(results: Record, pair: Record) -> TextTable:
             )
         )
     return TextTable(
-        title=f"{pair['name'].capitalize()}: {size(pair['teacher'])} to {size(pair['student'])}",
+        title=f"{pair['name'].capitalize()}: {size(pair['teacher'])} to {size(pair['student'])}, {length} epochs",
         header=(
             "",
             "Step 0: loss",
@@ -212,7 +213,7 @@ def findings(results: Record, pair: Record) -> list[str]:
         return []
     report, name = results["report"], label(pair["reference"])
     ours = sorted((row for row in found if row.variant not in CONTROLS), key=lambda row: -_mean(row.select_0))
-    starts = ", ".join(f"{label(row.variant)} {_mean(row.select_0):.1f}" for row in ours)
+    starts = "; ".join(f"{label(row.variant)} {_mean(row.select_0):.1f}" for row in ours)
     teachers = [item[results["select"]] for item in results["teachers"] if item["model"] == pair["teacher"]["preset"]]
     teacher = f" The teacher has {_mean(teachers):.1f} %." if teachers else ""
     texts = [f"Accuracy at step 0 ({results['select']}, %): {starts}.{teacher}"]
@@ -223,11 +224,11 @@ def findings(results: Record, pair: Record) -> list[str]:
     for item in operators(results, pair, report):
         if (verdict := judge(item, deviation)) in verdicts:
             verdicts[verdict].append(f"{label(item['variant'])} ({item['difference']:+.1f})")
-    listed = "; ".join(f"{verdict}: {', '.join(names) or 'none'}" for verdict, names in verdicts.items())
+    listed = ". ".join(f"{key.capitalize()}: {'; '.join(names) or 'none'}" for key, names in verdicts.items())
     least = TOLD_APART * deviation / math.sqrt(len(reference.seeds))
     return [
         *texts,
-        f"At the end, against {name} ({report}, points): {listed}.",
+        f"At the end, against {name} ({report}, points). {listed}.",
         (
             f"From seed to seed such a difference varies by {deviation:.1f} points (standard deviation, pooled over "
             f"operators), so that means closer than {least:.1f} points are not told apart; for many comparisons at "
@@ -318,11 +319,11 @@ def _draw(results: Record, pair: Record, key: str, axis: Axes) -> None:
             colour = palette[plain.index(base) % len(palette)]
             style = "-" if base == row.variant else "--"
         else:
-            colour, style = COLOUR["control"], "-"
+            colour, style = COLOUR["ink"], "-"
         axis.plot(curves[0]["epoch"], values, style, color=colour, label=label(row.variant), linewidth=1.5)
     teachers = [item[key] for item in results["teachers"] if item["model"] == pair["teacher"]["preset"]]
     if _numbers(teachers):
-        axis.axhline(_mean(_numbers(teachers)), color=COLOUR["teacher"], linewidth=1, label="teacher")
+        axis.axhline(_mean(_numbers(teachers)), color=COLOUR["muted"], linewidth=0.8, label="teacher")
     what = f"{results['select']}, top-1 (%)" if accuracy else "loss on held-out pairs (nats)"
     axis.set(xlabel="epochs", ylabel=what, title=f"{size(pair['teacher'])} to {size(pair['student'])}")
     axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
