@@ -31,7 +31,7 @@ _CHUNK = 1 << 20
 
 
 class Draw(Protocol):
-    """Where a student's random numbers come from."""
+    """Where a student's random numbers come from. What is given is a new tensor, which may be written to."""
 
     def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """The fp32 initialization that the student's parameter would have from scratch."""
@@ -65,7 +65,7 @@ def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
     if entry.action == "zero":
         return torch.zeros(entry.shape)
     if entry.action == "own":
-        return draw.own(entry.name, entry.shape).reshape(entry.shape).to(torch.float32, copy=True)
+        return draw.own(entry.name, entry.shape).reshape(entry.shape).to(torch.float32)
     source = _planned(read(entry.sources[0], entry.average), entry)
     if entry.roles:
         return _completed(entry, source, draw)
@@ -147,7 +147,7 @@ def _ground(entry: Entry, dtype: torch.dtype, draw: Draw) -> Tensor:
     """What stands where nothing is known of the teacher: own initialization and zeros."""
     if not entry.new:
         return torch.zeros(entry.shape, dtype=dtype) if entry.zeroed else torch.empty(entry.shape, dtype=dtype)
-    result = draw.own(entry.name, entry.shape).to(dtype, copy=True)
+    result = draw.own(entry.name, entry.shape).to(dtype)
     for dim, axis in enumerate(entry.maps):
         if len(axis.zero):
             result.index_fill_(dim, torch.from_numpy(axis.zero), 0.0)
