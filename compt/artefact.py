@@ -15,7 +15,7 @@ import json
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 from compt.artefact_writers import Writers
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
-from compt.models import ClipModel, build, load_state, materialise, spec_from_open_clip
+from compt.models import ClipModel, build, load_state, materialise
 from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.tensorfile import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
 
@@ -48,7 +48,7 @@ _TOKENIZER = "open_clip.SimpleTokenizer"
 
 @dataclass(frozen=True)
 class Artefact:
-    """A model on disk. `manifest` is empty for a model that compt did not write."""
+    """A model on disk. `manifest` is empty for a model that compt did not write, but for what was left out of it."""
 
     path: Path
     spec: ModelSpec
@@ -95,7 +95,7 @@ def check_free(folder: Path, source: Path | None = None) -> None:
 
 def _holds_only_ours(folder: Path) -> bool:
     try:
-        manifest = _read_object(folder / MANIFEST)
+        manifest = read_object(folder / MANIFEST)
         extra = set(manifest["extra"])
         listed = {MANIFEST, *manifest["files"], *extra}
         ours = manifest["format"] == FORMAT and {path.name for path in folder.iterdir()} <= listed
@@ -268,7 +268,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     is missing, torn, altered, or not a model folder.
     """
     folder = Path(folder)
-    manifest = _read_object(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ArtefactError(f"{folder / MANIFEST}: not the manifest of a compt model")
     if manifest.get("format_version") != FORMAT_VERSION:
@@ -284,7 +284,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     for name, (size, digest) in expected.items():
         _check_file(folder / name, size, digest if verify else None)
     weights = sorted(name for name in expected if name.endswith(".safetensors"))
-    state = _open_state(folder, weights, INDEX if INDEX in expected else None)
+    state = open_state(folder, weights, INDEX if INDEX in expected else None)
     return Artefact(
         path=folder,
         spec=spec,
@@ -295,73 +295,22 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     )
 
 
-def read_any(path: Path, spec: ModelSpec | None = None, verify: bool = True) -> Artefact:
-    """Open a model to start from: a compt folder, an open_clip folder, or (with its `spec`) one .safetensors file.
+def open_state(folder: Path, weights: Sequence[str], index: str | None) -> LazyState:
+    """The parameters in the files `weights`, of which an index, if there is one, has to say the truth.
 
-    Raises ArtefactError; also when `spec` is given and the folder holds another model.
+    Raises ArtefactError.
     """
-    path = Path(path)
-    if not path.exists():
-        raise ArtefactError(f"{path}: no such model")
-    if path.is_file():
-        found = _read_file(path, spec)
-    elif (path / MANIFEST).exists():
-        found = read_artefact(path, verify)
-    elif (path / CONFIG).exists():
-        found = _read_open_clip(path)
-    else:
-        raise ArtefactError(f"{path}: neither {MANIFEST} nor {CONFIG} in it, so it is no model folder")
-    if spec is not None and replace(found.spec, name=spec.name) != spec:
-        differ = [
-            f.name for f in fields(spec) if f.name != "name" and getattr(spec, f.name) != getattr(found.spec, f.name)
-        ]
-        raise ArtefactError(f"{path}: not a {spec.name}: {', '.join(differ)} differ")
-    return found
-
-
-def _read_file(path: Path, spec: ModelSpec | None) -> Artefact:
-    if path.suffix != ".safetensors":
-        raise ArtefactError(f"{path}: only .safetensors files are read; convert it first (pickles can run code)")
-    if spec is None:
-        raise ArtefactError(f"{path}: a single file says nothing of its model; name the model, or give a model folder")
-    state = LazyState(path.parent, [path.name])
-    preprocess = {
-        "size": spec.image_size,
-        "mean": list(OPENAI_MEAN),
-        "std": list(OPENAI_STD),
-        "interpolation": "bicubic",
-    }
-    return Artefact(path, spec, {}, preprocess, state, _weights_hash({path.name: sha256_file(path)}))
-
-
-def _read_open_clip(folder: Path) -> Artefact:
-    config = _read_object(folder / CONFIG)
-    spec = spec_from_open_clip(config, name=folder.name)
-    index = INDEX if (folder / INDEX).exists() else None
-    names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if index is not None:
-        names = sorted({_plain_name(folder, name) for name in _weight_map(folder, index).values()})
-    elif OPEN_CLIP_WEIGHTS in names:
-        names = [OPEN_CLIP_WEIGHTS]
-    if not names or (index is None and len(names) > 1):
-        raise ArtefactError(f"{folder}: {len(names)} .safetensors files and no {INDEX}; expected {OPEN_CLIP_WEIGHTS}")
-    state = _open_state(folder, names, index)
-    preprocess = {"mean": list(OPENAI_MEAN), "std": list(OPENAI_STD), "interpolation": "bicubic"}
-    preprocess |= dict(config.get("preprocess_cfg") or {}) | {"size": spec.image_size}
-    return Artefact(folder, spec, {}, preprocess, state, _weights_hash({n: sha256_file(folder / n) for n in names}))
-
-
-def _open_state(folder: Path, weights: Sequence[str], index: str | None) -> LazyState:
     state = LazyState(folder, weights)
     if index is not None:
-        listed = _weight_map(folder, index)
+        listed = weight_map(folder, index)
         if listed != {name: state.file_of(name) for name in state}:
             raise ArtefactError(f"{folder / index}: does not list what the files hold")
     return state
 
 
-def _weight_map(folder: Path, index: str) -> dict[str, str]:
-    listed = _read_object(folder / index).get("weight_map")
+def weight_map(folder: Path, index: str) -> dict[str, str]:
+    """Parameter -> name of its file, out of an index. Raises ArtefactError, also for a file outside the folder."""
+    listed = read_object(folder / index).get("weight_map")
     if not isinstance(listed, dict):
         raise ArtefactError(f"{folder / index}: no weight_map in it")
     return {name: _plain_name(folder, file) for name, file in listed.items()}
@@ -404,12 +353,13 @@ def _check_file(path: Path, size: int, digest: str | None) -> None:
         raise ArtefactError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ArtefactError."""
     try:
         value = read_json(path)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path}: missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ArtefactError(f"{path}: not JSON ({error})") from error
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from compt.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS
+from compt.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
 from compt.errors import ArtefactError, ConfigError
-from compt.files import read_json
 from compt.models import spec_from_open_clip
 from compt.presets import NORM_EPS, OPENAI_MEAN, OPENAI_STD, VOCAB_SIZE, ModelSpec
 from compt.sources.pickles import load_torch_file, tensors_in
@@ -161,25 +159,6 @@ def pixels_of(found: Found, spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ArtefactError."""
-    try:
-        value = read_json(path)
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ArtefactError(f"{path}: not JSON ({error})") from error
-    except OSError as error:
-        raise ArtefactError(f"{path}: {error.strerror or error}") from error
-    if not isinstance(value, dict):
-        raise ArtefactError(f"{path}: not a JSON object")
-    return value
-
-
 def _sharded(folder: Path) -> LazyState:
-    index = inside(folder, INDEX)
-    listed = read_object(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(file, str) for file in listed.values()):
-        raise ArtefactError(f"{index}: no weight_map in it")
-    weights = LazyState(folder, [inside(folder, name).name for name in sorted(set(listed.values()))])
-    if listed != {name: weights.file_of(name) for name in weights}:
-        raise ArtefactError(f"{index}: does not list what the files hold")
-    return weights
+    names = sorted(set(weight_map(folder, inside(folder, INDEX).name).values()))
+    return open_state(folder, [inside(folder, name).name for name in names], INDEX)

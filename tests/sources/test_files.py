@@ -303,7 +303,7 @@ def test_folders_of_open_clip_may_be_sharded_but_not_lead_elsewhere(tmp_path, st
         ({names[0]: "../outside.safetensors"}, "not a plain file name"),
         ({names[0]: "c.safetensors"}, "missing"),
         ({names[0]: "b.safetensors"}, "does not list what the files hold"),
-        ({names[0]: 3}, "no weight_map"),
+        ({names[0]: 3}, "3 is not a plain file name"),
     ):
         (folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, **change}}))
         with pytest.raises(ArtefactError, match=message):

@@ -1,8 +1,6 @@
 """The model folder: stock open_clip reads it, nothing torn or foreign is read, it appears whole or not at all."""
 
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -18,7 +16,6 @@ from compt.artefact import (
     OPEN_CLIP_WEIGHTS,
     check_free,
     export_open_clip,
-    read_any,
     read_artefact,
     write_artefact,
 )
@@ -26,6 +23,7 @@ from compt.cli import app
 from compt.errors import ArtefactError, RunError
 from compt.models import ClipModel, build, export_state, spec_from_open_clip
 from compt.presets import PRESETS, ModelSpec, resolve
+from compt.sources import open_model
 
 PICO = PRESETS["vit_pico"]
 SPECS = {
@@ -102,7 +100,7 @@ def test_a_folder_of_several_files_comes_back_and_can_be_merged_for_open_clip(tm
     assert_same_state(found.load_model(), model)
     export_open_clip(found, tmp_path / "merged")
     assert_same_logits(model, open_clip.create_model(f"local-dir:{tmp_path / 'merged'}"))
-    assert_same_state(read_any(tmp_path / "merged").load_model(), model)
+    assert_same_state(open_model(tmp_path / "merged").load_model(), model)
 
 
 def assert_same_state(one: ClipModel, other: ClipModel) -> None:
@@ -243,77 +241,6 @@ def test_without_verification_sizes_are_still_compared(tmp_path):
         read_artefact(tmp_path / "model", verify=False)
 
 
-def open_clip_folder(tmp_path: Path, max_shard_bytes: int | None = None) -> Path:
-    """A folder as others write it: no manifest."""
-    options = {} if max_shard_bytes is None else {"max_shard_bytes": max_shard_bytes}
-    write(tmp_path / "foreign", **options)
-    (tmp_path / "foreign" / MANIFEST).unlink()
-    return tmp_path / "foreign"
-
-
-def test_a_model_may_come_from_open_clip(tmp_path):
-    theirs = open_clip.CLIP(**PICO.open_clip_config())
-    folder = tmp_path / "theirs"
-    folder.mkdir()
-    save_file(theirs.state_dict(), folder / OPEN_CLIP_WEIGHTS)
-    (folder / CONFIG).write_text(
-        json.dumps({"model_cfg": PICO.open_clip_config(), "preprocess_cfg": {"mean": [0, 0, 0]}})
-    )
-    found = read_any(folder)
-    assert found.manifest == {}
-    assert found.preprocess["mean"] == [0, 0, 0]
-    assert replace(found.spec, name=PICO.name) == PICO
-    assert_same_logits(found.load_model(), theirs)
-
-    alone = read_any(folder / OPEN_CLIP_WEIGHTS, spec=PICO)
-    assert_same_logits(alone.load_model(), theirs)
-    assert alone.hash == found.hash
-    assert read_any(folder, spec=PICO).hash == found.hash
-    with pytest.raises(ArtefactError, match="not a vit_nano: width, depth, heads, text_width, text_depth, text_heads"):
-        read_any(folder, spec=PRESETS["vit_nano"])
-    with pytest.raises(ArtefactError, match="the weights are not those of this model"):
-        read_any(folder / OPEN_CLIP_WEIGHTS, spec=PRESETS["vit_nano"]).load_model()
-
-
-def test_foreign_folders_may_be_sharded_but_not_lead_elsewhere(tmp_path):
-    folder = open_clip_folder(tmp_path, max_shard_bytes=6_300_000)
-    assert read_any(folder).load_model().spec.width == 32
-
-    def escape(index):
-        index["weight_map"]["visual.proj"] = "../outside.safetensors"
-
-    shutil.copy(folder / INDEX, tmp_path / "index")
-    edit(folder / INDEX, escape)
-    with pytest.raises(ArtefactError, match=r"'\.\./outside\.safetensors' is not a plain file name"):
-        read_any(folder)
-    shutil.copy(tmp_path / "index", folder / INDEX)
-    edit(folder / INDEX, lambda index: index["weight_map"].pop("visual.proj"))
-    with pytest.raises(ArtefactError, match="does not list what the files hold"):
-        read_any(folder)
-    edit(folder / INDEX, lambda index: index.pop("weight_map"))
-    with pytest.raises(ArtefactError, match="no weight_map"):
-        read_any(folder)
-    (folder / INDEX).unlink()
-    with pytest.raises(ArtefactError, match=r"3 \.safetensors files and no"):
-        read_any(folder)
-
-
-def test_what_is_no_model_is_refused(tmp_path):
-    pickled = tmp_path / "model.pt"
-    pickled.write_bytes(b"x")
-    garbage = tmp_path / "model.safetensors"
-    garbage.write_bytes(b"x" * 100)
-    for path, spec, message in (
-        (tmp_path / "nothing", None, "no such model"),
-        (tmp_path, None, "no model folder"),
-        (pickled, PICO, "only .safetensors"),
-        (garbage, None, "name the model"),
-        (garbage, PICO, "not a readable safetensors file"),
-    ):
-        with pytest.raises(ArtefactError, match=message):
-            read_any(path, spec)
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_survives_open_clips_config(name):
     spec = PRESETS[name]
@@ -416,7 +343,7 @@ def test_models_of_ours_and_empty_folders_are_replaced(tmp_path):
     export_open_clip(source, out)
     write(out, extra_states={"ema": export_state(build(PICO, seed=9))})
     export_open_clip(source, out)
-    assert_same_state(read_any(out).load_model(), model)
+    assert_same_state(open_model(out).load_model(), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
 
