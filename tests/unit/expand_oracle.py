@@ -332,20 +332,20 @@ def resized(name: str, tensor: Array, teacher: ModelSpec, student: ModelSpec) ->
     """The teacher's position embedding or relative-position table on the student's grid."""
     if name == "visual.positional_embedding":
         sides = [spec.image_size // spec.patch_size for spec in (teacher, student)]
-        grid = _bicubic(tensor[1:], sides[0], sides[1], antialias=True)
+        grid = _bicubic(tensor[1:], sides[0], sides[1])
         return np.concatenate([tensor[:1], grid])
     if name.endswith("relative_position_bias_table"):
         stage = int(name.split(".")[3])
-        return _bicubic(tensor, *(2 * _window(spec, stage) - 1 for spec in (teacher, student)), antialias=False)
+        return _bicubic(tensor, *(2 * _window(spec, stage) - 1 for spec in (teacher, student)))
     return tensor
 
 
-def _bicubic(rows: Array, old: int, new: int, antialias: bool) -> Array:
+def _bicubic(rows: Array, old: int, new: int) -> Array:
     """[old², channels] -> [new², channels]."""
     if old == new:
         return rows
     picture = torch.from_numpy(rows).reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    picture = F.interpolate(picture, size=(new, new), mode="bicubic", antialias=antialias, align_corners=False)
+    picture = F.interpolate(picture, size=(new, new), mode="bicubic", antialias=True, align_corners=False)
     found: Array = picture.permute(0, 2, 3, 1).reshape(new * new, -1).numpy()
     return found
 

@@ -431,18 +431,17 @@ def test_a_plan_that_was_written_down_gives_the_same_bytes(width):
 
 @pytest.mark.parametrize("width", WIDTH_OPERATORS)
 def test_the_number_of_threads_changes_no_byte(width):
-    small = {"vocab_size": 2_000, "embed_dim": 96}
-    for name, bigger in (("vit_micro", "vit_midi"), ("vit_micro", "vit_maxi")):
-        teacher, student = (replace(PRESETS[each], depth=1, text_depth=1, **small) for each in (name, bigger))
-        state = {key: tensor.float() for key, tensor in random_weights(teacher).items()}
-        plan = make_plan(teacher, student, ExpandConfig.both(width, noise=0.2))
-        before = torch.get_num_threads()
-        found = []
-        try:
-            for threads in (1, 2, 3):
-                torch.set_num_threads(threads)
-                found.append(dict(expand(plan, state, 7)))
-        finally:
-            torch.set_num_threads(before)
-        same_bytes(found[0], found[1])
-        same_bytes(found[0], found[2])
+    small = {"vocab_size": 1_000, "depth": 1, "text_depth": 1}
+    teacher = replace(PRESETS["vit_micro"], embed_dim=96, **small)
+    student = replace(PRESETS["vit_maxi"], embed_dim=160, **small)
+    state = {name: tensor.float() for name, tensor in random_weights(teacher).items()}
+    plan = make_plan(teacher, student, ExpandConfig.both(width, noise=0.2))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(dict(expand(plan, state, 7)))
+    finally:
+        torch.set_num_threads(before)
+    same_bytes(*found)

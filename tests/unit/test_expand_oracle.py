@@ -12,9 +12,11 @@ import numpy as np
 import open_clip.model
 import pytest
 import torch
+import torch.nn.functional as F
+from timm.layers import resample_patch_embed
 from torch import Tensor
 
-from compt.errors import ConfigError, RunError
+from compt.errors import ArtefactError, ConfigError
 from compt.expand import expand_state, make_plan
 from compt.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 from compt.presets import ModelSpec
@@ -127,6 +129,34 @@ def test_position_embeddings_are_those_of_open_clip():
     )
 
 
+@pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
+@pytest.mark.parametrize("patch", [2, 3, 5, 8])
+def test_patches_of_another_size_see_a_resized_picture_as_before(patch, make):
+    if make is vit:
+        teacher, name = A, "visual.conv1.weight"
+        student = replace(A, name="patches", patch_size=patch, image_size=2 * patch)
+    else:
+        teacher, name = swin("a", 1, (2, 2)), "visual.trunk.patch_embed.proj.weight"
+        student = swin("patches", 1, (2, 2), patch_size=patch, image_size=8 * patch)
+    draw = torch.Generator().manual_seed(2)
+    old = torch.randn(shapes(teacher)[name], generator=draw, dtype=torch.float64)
+    state = {**NUMBERS(teacher), name: old}
+    kept = expand_state(make_plan(teacher, student), state, Marks())
+    assert all(torch.equal(kept[other], tensor) for other, tensor in state.items() if other != name)
+    theirs = resample_patch_embed(old.float(), [patch, patch], interpolation="bicubic", antialias=True)
+    torch.testing.assert_close(kept[name].float(), theirs, rtol=1e-3, atol=1e-4)
+    picture = torch.randn(6, 3, 4, 4, generator=draw, dtype=torch.float64)
+    larger = F.interpolate(picture, size=(patch, patch), mode="bicubic", antialias=True, align_corners=False)
+    before, after = F.conv2d(picture, old).flatten(), F.conv2d(larger, kept[name]).flatten()
+    assert (float((before - after).abs().max()) < 1e-9) == (patch >= 4)
+    wider = replace(PAIRS["part"][1], patch_size=patch, image_size=2 * patch)
+    if make is vit:  # widths grow as if the teacher had these patches
+        grown = expand_state(make_plan(A, wider, ExpandConfig.both("interpolate")), state, Marks())
+        same = replace(A, patch_size=patch, image_size=2 * patch)
+        again = expand_state(make_plan(same, wider, ExpandConfig.both("interpolate")), kept, Marks())
+        torch.testing.assert_close(grown[name], again[name], rtol=0, atol=1e-10)
+
+
 def test_longer_texts_and_larger_vocabularies_keep_the_first_rows():
     student = replace(A, name="longer", context_length=9, vocab_size=17)
     state = numbered(A)
@@ -138,22 +168,25 @@ def test_longer_texts_and_larger_vocabularies_keep_the_first_rows():
         assert all(torch.equal(found[name], state[name]) for name in state if "embedding" not in name)
 
 
-def test_the_operators_differ_in_every_role():
+def test_the_operators_differ_where_they_are_compared():
     """The comparisons above would miss an error if operators agreed where it stood."""
     teacher, student = PAIRS["part"]
-    found = {width: student_oracle(teacher, student, ExpandConfig.both(width, noise=0), NUMBERS(A)) for width in VALUES}
-    weights = ("in_proj_weight", "out_proj.weight", "c_fc.weight", "c_proj.weight", "proj", "conv1.weight")
-    for name in (name for name in found["insert"] if name.endswith(weights) and ".1." not in name):
-        same = {
-            pair
-            for pair in itertools.combinations(VALUES, 2)
-            if np.array_equal(found[pair[0]][name], found[pair[1]][name])
-        }
-        packed = not name.endswith(("in_proj_weight",)) and {("insert", "insert_packed")}
-        one_stream = name.endswith("conv1.weight") and {("duplicate", "net2net")}
-        exact = {("net2net", "lemon"), ("net2net", "insert_exact"), ("lemon", "insert_exact")}
-        assert same <= (packed or set()) | (one_stream or set()) | exact, name
-        assert ("insert", "duplicate") not in same
+    found = {
+        width: student_oracle(teacher, student, ExpandConfig.both(width, noise=0), NUMBERS(teacher)) for width in VALUES
+    }
+    different = {
+        "attn.in_proj_weight": [("insert", "insert_packed"), ("net2net", "lemon"), ("lemon", "insert_exact")],
+        "attn.out_proj.weight": [("insert", "insert_exact"), ("net2net", "lemon"), ("net2net", "insert_exact")],
+        "mlp.c_fc.weight": [("net2net", "lemon"), ("lemon", "insert_exact")],
+        "mlp.c_proj.weight": [("insert", "insert_exact"), ("net2net", "lemon")],
+        "ln_1.weight": [("insert", "insert_exact"), ("net2net", "lemon")],
+        "ln_2.bias": [("insert", "insert_exact"), ("net2net", "lemon")],
+    }
+    everywhere = list(itertools.combinations(("insert", "duplicate", "interpolate"), 2))
+    for leaf, pairs in different.items():
+        name = f"visual.transformer.resblocks.0.{leaf}"
+        for one, other in [*pairs, *everywhere, *([("duplicate", "net2net")] if leaf.endswith("proj.weight") else [])]:
+            assert not np.array_equal(found[one][name], found[other][name]), (name, one, other)
 
 
 # --- copies and noise ----------------------------------------------------------------------------------------------
@@ -292,7 +325,7 @@ def test_netexpand_adds_an_orthonormal_complement_of_the_copied_blocks_scale(pai
             if not made:
                 assert torch.equal(tensor[rows], kept[rows]), name
             orthonormal += made
-    assert orthonormal > 8
+    assert orthonormal > 8 or pair in ("hidden", "joint")  # where a matrix of full rank leaves no room
 
 
 # --- the authors' initialization -----------------------------------------------------------------------------------
@@ -350,7 +383,7 @@ def test_an_average_that_is_not_there_is_missed():
     teacher, student = PAIRS["deep"]
     plan = make_plan(teacher, student, ExpandConfig.both(depth="netexpand"))
     assert plan.needs_average
-    with pytest.raises((ConfigError, RunError), match="ema|average"):
+    with pytest.raises(ArtefactError, match="ema|average"):
         dict(expand_state(plan, NUMBERS(A), Marks()))
     same = make_plan(teacher, replace(teacher, name="same"), ExpandConfig.both(depth="netexpand"))
     assert not same.needs_average
