@@ -325,7 +325,8 @@ def _progress(prepared: Prepared) -> Iterator[Callable[[int], None]]:
         yield lambda size: None
         return
     columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    total = prepared.plan.parameters * 4 // dist.world_size()
+    element = prepared.teacher.state["ln_final.weight"].element_size()
+    total = prepared.plan.parameters * element // dist.world_size()
     with Progress(*columns, console=terminal(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=total)
         yield lambda size: progress.advance(task, size)

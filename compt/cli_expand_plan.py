@@ -77,7 +77,7 @@ class Prepared:
     def notes(self) -> list[str]:
         """What is taken over, and what is left out of the source, in words."""
         said = [f"{key} {str(value).lower()}" for key, value in self.taken.items()]
-        notes = [f"Taken over from the teacher: {', '.join(said)}; --set gives another."] if said else []
+        notes = [f"Taken over from the teacher: {', '.join(said)}."] if said else []
         left_out = self.teacher.manifest.get("left_out", [])
         if left_out:
             more = f" and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
@@ -95,12 +95,15 @@ def prepare(asked: Asked) -> Prepared:
     if asked.student is None and manifest is None:
         raise ConfigError("name the student: a preset, or with --from-manifest FILE the model that was made before")
     config = growth_config(asked.options)
+    from compt import dist
     from compt.artefact import check_free
     from compt.sources import average_of
 
     if asked.out is not None and asked.writes:
         check_free(asked.out, Path(asked.teacher))
-    teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix)
+    # One rank's look at the digests is enough, and a plan needs none.
+    careful = (asked.writes or asked.verifies) and dist.is_main()
+    teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix, verify=careful)
     prepared = _repeated(asked, teacher, manifest) if manifest else _new(asked, teacher, config)
     if prepared.plan.needs_average:
         average = average_of(teacher)

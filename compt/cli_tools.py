@@ -40,11 +40,11 @@ SourcePrefix = Annotated[
 ]
 
 
-def open_source(path: str, name: str | None, prefix: str | None) -> Artefact:
-    """The model of a command's arguments. Raises ConfigError or ArtefactError."""
+def open_source(path: str, name: str | None, prefix: str | None, verify: bool = True) -> Artefact:
+    """The model of a command's arguments, its digests compared with `verify`. Raises ConfigError or ArtefactError."""
     from compt.sources import model_spec, open_model
 
-    return open_model(path, model_spec(name) if name else None, prefix)
+    return open_model(path, model_spec(name) if name else None, prefix, verify)
 
 
 @contextlib.contextmanager

@@ -253,7 +253,7 @@ def verify(
     results: list[ZeroShotResult] = []
 
     def use(name: str, model: ClipModel) -> None:
-        say(f"scoring the {name}")
+        say(f"scoring the {name} student" if name == "random" else f"scoring the {name}")
         encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
         loss = validation_loss(encoder, pairs.batches(model.spec))
         result = evaluate_set(model, item, settings)

@@ -275,7 +275,7 @@ def test_a_student_takes_over_what_has_to_agree(tmp_path: Path) -> None:
     write_teacher(tmp_path / "given", OPENAI)
     output = run(tmp_path / "given", "vit_nano", tmp_path / "student")
     taken = "quick_gelu true, text_head_width 8, head_width 8, no_ln_pre true, context_length 40, vocab_size 49410"
-    note = f"Taken over from the teacher: {taken}, image_size 64; --set gives another."
+    note = f"Taken over from the teacher: {taken}, image_size 64."
     assert note in " ".join(output.split())
     made = read_artefact(tmp_path / "student").spec
     assert (made.quick_gelu, made.no_ln_pre, made.image_size, made.context_length) == (True, True, 64, 40)
