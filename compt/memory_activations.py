@@ -45,10 +45,10 @@ class Formats:
 class Block:
     """One transformer block on a picture or a caption of `positions` tokens.
 
-    `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `masked`: its windows are
-    shifted. `readout`: one position alone is computed, from the keys and values of all; `causal`: with a mask.
-    `wide_stream`: the block's input is of the stream's type, else of the compute type. `quick_gelu`: its activation is
-    no single kernel, and keeps the sigmoid too.
+    `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `padding`: positions that fill
+    up its windows. `masked`: its windows are shifted. `readout`: one position alone is computed, from the keys and
+    values of all; `causal`: with a mask. `wide_stream`: the block's input is of the stream's type, else of the compute
+    type. `quick_gelu`: its activation is no single kernel, and keeps the sigmoid too.
     """
 
     width: int
@@ -56,6 +56,7 @@ class Block:
     heads: int
     positions: float
     keys: int = 0
+    padding: int = 0
     masked: bool = False
     readout: bool = False
     causal: bool = False
@@ -81,7 +82,8 @@ class Block:
         mlp = norm + c * (width + inner)  # the second norm's output among them
         attention = formats.scores * self.heads * self.keys if self.keys else FP32 * self.heads
         if not self.readout:
-            return self.positions * (norm + c * 5 * width + attention + mlp)  # normed, q, k, v, mixed
+            attended = self.positions + self.padding
+            return self.positions * (norm + mlp) + attended * (c * 5 * width + attention)  # normed, q, k, v, mixed
         read = c * 3 * width + attention + mlp + 3 * _INDEX  # normed, q, mixed
         return self.positions * (norm + c * 3 * width + c * self.causal) + read
 
@@ -99,7 +101,7 @@ class Block:
 
     def mask_bytes(self, number: int) -> int:
         """Buffers of the block: the mask of shifted windows in numbers of `number` bytes, and the table's index."""
-        masks = number * int(self.positions) * self.keys if self.masked else 0
+        masks = number * (int(self.positions) + self.padding) * self.keys if self.masked else 0
         return masks + _INDEX * self.keys**2
 
 
@@ -149,18 +151,19 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
     norms: list[tuple[float, int]] = [(side**2, width)]
     products: float = 3 * spec.image_size**2 if images_kept else 0
     matrices = 3 * spec.patch_size**2 * width
-    for stage, (depth, heads) in enumerate(zip(spec.depths, spec.stage_heads, strict=True)):
+    stages = zip(spec.depths, spec.stage_heads, spec.stage_windows, strict=True)
+    for stage, (depth, heads, window) in enumerate(stages):
         if stage:
             side = math.ceil(side / 2)
             norms.append((side**2, 4 * width))
             products += side**2 * 4 * width
             matrices += 8 * width**2
             width *= 2
-        window = min(spec.window, side)
-        for at in range(depth):
-            shifted = at % 2 == 1 and side > window
-            hidden = int(width * spec.mlp_ratio)
-            blocks.append(Block(width, hidden, heads, side**2, window**2, masked=shifted, wide_stream=not stage))
+        hidden, padding = int(width * spec.mlp_ratio), (math.ceil(side / window) * window) ** 2 - side**2
+        block = Block(width, hidden, heads, side**2, window**2, padding, wide_stream=not stage)
+        # A window of one place shifts by none.
+        shifted = replace(block, masked=side > window > 1)
+        blocks += [shifted if at % 2 else block for at in range(depth)]
     return Tower(
         blocks=tuple(blocks),
         products=products + width,

@@ -126,12 +126,12 @@ def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
         ("patch_embedding", linear(3 * spec.patch_size**2, width, side**2)),
         ("norms", _norm(width)),
     ]
-    for stage, (depth, heads) in enumerate(zip(spec.depths, spec.stage_heads, strict=True)):
+    stages = zip(spec.depths, spec.stage_heads, spec.stage_windows, strict=True)
+    for stage, (depth, heads, window) in enumerate(stages):
         if stage:
             side = math.ceil(side / 2)
             parts += [("merging", _norm(4 * width) + linear(4 * width, 2 * width, side**2, bias=False))]
             width *= 2
-        window = min(spec.window, side)
         windows = math.ceil(side / window) ** 2  # a side that is no multiple of the window is padded for attention
         tokens = windows * window**2
         hidden = int(width * spec.mlp_ratio)

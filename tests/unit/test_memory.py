@@ -99,9 +99,12 @@ def test_a_teacher_is_its_weights_masks_and_features_in_the_compute_type(precisi
     assert of(replace(case, teacher=None)).teacher == 0
 
 
-@pytest.mark.parametrize("name", PRESETS)
+OTHERS = {"little swin": LITTLE_SWIN, "windows of one": replace(LITTLE_SWIN, window=1, timm_name="")}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, *OTHERS])
 def test_every_preset_has_these_weights_moments_and_masks(name: str) -> None:
-    spec = PRESETS[name]
+    spec = {**PRESETS, **OTHERS}[name]
     model = build(spec, device="meta")
     memory = memory_per_gpu(spec, None, engine="ddp", world_size=1, batch=1, captions=1, precision="fp32")
     count, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
