@@ -216,7 +216,9 @@ EMOJI = Setting(
     teacher_train={"epochs": 60},
     teacher_warmup={"steps": 100},
 )
-"""Three quarters of an hour on two cores, on the sample that comes along."""
+"""Three quarters of an hour on two cores, on the sample that comes along. Learning rates are those of the recipe's links
+and of its first model; from scratch the links' ends worse (loss 4.65 instead of 4.36 after 175 and 200 steps, seed 0).
+"""
 
 TINY = Setting(
     name="tiny",
