@@ -190,6 +190,7 @@ def table(results: Record, pair: Record) -> TextTable:
         ),
         rows=lines,
         notes=(
+            rates(results, pair),
             (
                 "Loss: contrastive, on held-out pairs, in nats. Accuracies: zero-shot top-1 in percent. Mean over "
                 f"seeds ± half their distance. Differences are in points of {report}; their intervals are over its "
@@ -197,6 +198,17 @@ def table(results: Record, pair: Record) -> TextTable:
             ),
         ),
     )
+
+
+def rates(results: Record, pair: Record) -> str:
+    """At which learning rate the students were trained."""
+    by_rate: dict[float, dict[str, None]] = {}
+    for item in results["variants"]:
+        if item["pair"] == pair["name"]:
+            by_rate.setdefault(item["lr"], {})[label(item["variant"])] = None
+    usual = max(by_rate, key=lambda rate: len(by_rate[rate]))
+    others = "".join(f"; {rate:g} {' and '.join(names)}" for rate, names in by_rate.items() if rate != usual)
+    return f"Learning rate: {usual:g}{others}."
 
 
 def size(model: Record) -> str:

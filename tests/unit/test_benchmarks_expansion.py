@@ -269,6 +269,9 @@ def test_what_cannot_be_trained_is_left_out(place: Path, monkeypatch: pytest.Mon
 # Gathering it
 
 
+LEMON = Variant("lemon", width="lemon")
+
+
 def write_job(run: Path, training: Training, correct: dict[str, np.ndarray], state: str = "done") -> None:
     """A job's folder as it is when it is finished, of invented numbers."""
     place = run / training.folder / "jobs" / training.job
@@ -290,7 +293,7 @@ def write_job(run: Path, training: Training, correct: dict[str, np.ndarray], sta
         "parameters": 1000,
         "epochs": 2.0,
         "steps": 8,
-        "lr": 1e-3,
+        "lr": 2e-3 if training.variant == LEMON else 1e-3,
     }
     write_json(place / "manifest.json", manifest)
     first = {name: {"top1": 1.5} for name in correct}
@@ -410,6 +413,7 @@ def test_the_page(tmp_path: Path) -> None:
     assert cells[1:5] == ["4.50 ± 0.00", "1.5 ± 0.0", "10.0 ± 0.0", "3.25 ± 0.00"]
     assert cells[6] == f"{np.mean(top1):.1f} ± {abs(top1[0] - top1[1]) / 2:.1f}"
     assert "| + IFD + IWI | 30.24 |" in text
+    assert "Learning rate: 0.001; 0.002 lemon." in text
     assert "Not finished: 37 trainings, the next of them width/scratch-s0." in text
     for name in ("width_accuracy", "width_loss"):
         assert f"({name}.svg)" in text
