@@ -1,10 +1,12 @@
-"""Weights in single files, and in folders of open_clip and Hugging Face, where a config says what the model is."""
+"""Weights in single files and in folders, with the configs of open_clip and Hugging Face that say what they are of."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from open_clip.constants import HF_WEIGHTS_NAME
 
 from compt.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
 from compt.errors import ArtefactError, ConfigError
@@ -16,8 +18,8 @@ from compt.tensorfile import LazyState
 
 HF_CONFIG = "config.json"
 HF_PIXELS = "preprocessor_config.json"
-HF_WEIGHTS = "model.safetensors"
-HF_PICKLE = "pytorch_model.bin"
+WEIGHTS = (OPEN_CLIP_WEIGHTS, "model.safetensors")
+WEIGHT_PICKLES = (HF_WEIGHTS_NAME, "pytorch_model.bin")
 PICKLES = (".pt", ".pth", ".bin")
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -59,25 +61,15 @@ def read_file(path: Path) -> Found:
 
 
 def read_open_clip(folder: Path) -> Found:
-    """A folder with open_clip's config and its weights in one or several .safetensors files. Raises ArtefactError."""
+    """A folder with open_clip's config and weights. Raises ArtefactError."""
     config = read_object(inside(folder, CONFIG))
     spec = spec_from_open_clip(config, name=folder.name)
-    names = [path.name for path in sorted(folder.glob("*.safetensors"))]
-    if (folder / INDEX).exists():
-        weights = _sharded(folder)
-    else:
-        names = [OPEN_CLIP_WEIGHTS] if OPEN_CLIP_WEIGHTS in names else names
-        if len(names) != 1:
-            raise ArtefactError(
-                f"{folder}: {len(names)} .safetensors files and no {INDEX}; expected {OPEN_CLIP_WEIGHTS}"
-            )
-        weights = LazyState(folder, [inside(folder, names[0]).name])
-    files = sorted({folder / weights.file_of(name) for name in weights})
-    return Found(weights, files, spec, dict(config.get("preprocess_cfg") or {}))
+    found = read_plain(folder)
+    return Found(found.weights, found.files, spec, dict(config.get("preprocess_cfg") or {}))
 
 
 def read_hugging_face(folder: Path) -> Found:
-    """A folder of transformers' CLIPModel: config.json and weights, in one file or several. Raises ArtefactError."""
+    """A folder of transformers' CLIPModel: config.json and weights. Raises ArtefactError."""
     spec = spec_from_hugging_face(read_object(inside(folder, HF_CONFIG)), folder.name)
     pixels = read_object(inside(folder, HF_PIXELS)) if (folder / HF_PIXELS).exists() else {}
     preprocess = {
@@ -85,14 +77,41 @@ def read_hugging_face(folder: Path) -> Found:
     }
     if pixels.get("resample") in _RESAMPLING:
         preprocess["interpolation"] = _RESAMPLING[pixels["resample"]]
-    if (folder / INDEX).exists():
-        weights = _sharded(folder)
-        return Found(weights, sorted({folder / weights.file_of(name) for name in weights}), spec, preprocess)
-    for name in (HF_WEIGHTS, HF_PICKLE):
-        if (folder / name).exists():
-            found = read_file(inside(folder, name))
-            return Found(found.weights, found.files, spec, preprocess)
-    raise ArtefactError(f"{folder}: no weights in it: neither {INDEX}, {HF_WEIGHTS} nor {HF_PICKLE}")
+    found = read_plain(folder)
+    return Found(found.weights, found.files, spec, preprocess)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `read_plain` finds something to read."""
+    return bool(_candidates(folder))
+
+
+def read_plain(folder: Path) -> Found:
+    """The weights in a folder, whatever says what they are of: a file of one of the usual names, the files that an
+    index lists, else the one .safetensors file that is there. Raises ArtefactError.
+    """
+    candidates = _candidates(folder)
+    if not candidates:
+        raise ArtefactError(f"{folder}: no weights in it: none of {', '.join((*WEIGHTS, INDEX, *WEIGHT_PICKLES))}")
+    if candidates[0] == INDEX:
+        names = sorted(set(weight_map(folder, inside(folder, INDEX).name).values()))
+        weights = open_state(folder, [inside(folder, name).name for name in names], INDEX)
+        return Found(weights, [folder / name for name in names])
+    if candidates[0] not in (*WEIGHTS, *WEIGHT_PICKLES) and len(candidates) > 1:
+        raise ArtefactError(
+            f"{folder}: {len(candidates)} .safetensors files and no {INDEX}; give one of them by itself"
+        )
+    return read_file(inside(folder, candidates[0]))
+
+
+def _candidates(folder: Path) -> list[str]:
+    there = {path.name for path in folder.iterdir()}
+    usual = [name for name in (*WEIGHTS, INDEX) if name in there]
+    return (
+        usual
+        or sorted(name for name in there if name.endswith(".safetensors"))
+        or [name for name in WEIGHT_PICKLES if name in there]
+    )
 
 
 def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
@@ -157,8 +176,3 @@ def pixels_of(found: Found, spec: ModelSpec) -> dict[str, Any]:
         **found.preprocess,
         "size": spec.image_size,
     }
-
-
-def _sharded(folder: Path) -> LazyState:
-    names = sorted(set(weight_map(folder, inside(folder, INDEX).name).values()))
-    return open_state(folder, [inside(folder, name).name for name in names], INDEX)

@@ -27,8 +27,9 @@ def open_model(
 ) -> Artefact:
     """A model to start from; its weights are read one parameter at a time, when they are asked for.
 
-    `path`: a folder of compt, open_clip, Hugging Face (CLIP), torch.distributed.checkpoint or DeepSpeed (ZeRO 0 to 3);
-    a .safetensors, .pt, .pth or .bin file; or ARCH:TAG, a pretrained tag of open_clip that is on the disk already.
+    `path`: a folder of compt, open_clip, Hugging Face (CLIP), torch.distributed.checkpoint or DeepSpeed (ZeRO 0 to 3),
+    or with weights alone; a .safetensors, .pt, .pth or .bin file; or ARCH:TAG, a pretrained tag of open_clip that is on
+    the disk already.
     `spec`: the model, where the source does not say what it is, or to compare with what it says; without it the sizes
     are taken from the shapes. `prefix`: which of several models in the source, as "student" or "module.ema".
     `verify`: compare digests, where the source has some.
@@ -73,9 +74,12 @@ def _find(path: Path, verify: bool) -> Found:
             return dcp.read_dcp(path)
         if zero.is_zero_folder(path):
             return zero.read_zero(path)
+        if files.has_weights(path):
+            return files.read_plain(path)
         raise ArtefactError(
-            f"{path}: no model folder: none of {MANIFEST} (compt), {CONFIG} (open_clip), {files.HF_CONFIG} (Hugging "
-            f"Face), {dcp.METADATA} (torch.distributed.checkpoint), {zero.LATEST} and *_model_states.pt (DeepSpeed)"
+            f"{path}: no model folder: no weights, and none of {MANIFEST} (compt), {CONFIG} (open_clip), "
+            f"{files.HF_CONFIG} (Hugging Face), {dcp.METADATA} (torch.distributed.checkpoint), {zero.LATEST} or "
+            "*_model_states.pt (DeepSpeed) in it"
         )
     # The last part alone, because callers may have put a folder in front of it.
     tag = tags.split_tag(path.name)

@@ -254,8 +254,9 @@ def test_other_files_are_refused(tmp_path):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ArtefactError, match=message):
             open_model(tmp_path / name, SPEC)
-    with pytest.raises(ArtefactError, match="no model folder"):
-        open_model(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ArtefactError, match="no model folder: no weights"):
+        open_model(tmp_path / "empty")
     with pytest.raises(ArtefactError, match="no such model"):
         open_model(tmp_path / "nothing")
 
@@ -284,8 +285,10 @@ def test_open_clips_own_folder(tmp_path, state):
     with pytest.raises(ArtefactError, match="a link out of its folder"):
         open_model(folder)
     (folder / OPEN_CLIP_WEIGHTS).unlink()
-    with pytest.raises(ArtefactError, match=r"0 \.safetensors files"):
+    with pytest.raises(ArtefactError, match="no weights in it: none of open_clip_model.safetensors"):
         open_model(folder)
+    torch.save(state, folder / "open_clip_pytorch_model.bin")
+    assert same(open_model(folder).state, state)
 
 
 def test_folders_of_open_clip_may_be_sharded_but_not_lead_elsewhere(tmp_path, state):
@@ -308,9 +311,15 @@ def test_folders_of_open_clip_may_be_sharded_but_not_lead_elsewhere(tmp_path, st
         (folder / INDEX).write_text(json.dumps({"weight_map": {**weight_map, **change}}))
         with pytest.raises(ArtefactError, match=message):
             open_model(folder)
+    (folder / CONFIG).unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    assert same(open_model(folder, SPEC).state, state)
     (folder / INDEX).unlink()
     with pytest.raises(ArtefactError, match=r"2 \.safetensors files and no"):
-        open_model(folder)
+        open_model(folder, SPEC)
+    save_file(state, folder / "a.safetensors")
+    (folder / "b.safetensors").unlink()
+    assert same(open_model(folder, SPEC).state, state)
 
 
 def test_folders_of_compt_and_their_average(tmp_path, state):
