@@ -28,6 +28,7 @@ from compt.expand import SeededDraw, expand_state, make_plan
 from compt.files import read_json
 from compt.growth import ExpandConfig, TowerGrowth
 from compt.jobs import STATES, JobRun, steps_left
+from compt.jobs_start import open_start
 from compt.metrics import read_metrics
 from compt.models import build, export_state
 from compt.presets import NORM_EPS, PRESETS
@@ -524,6 +525,17 @@ def test_a_chain_from_a_file_that_does_not_say_what_it_is(base: Path, tmp_path: 
     assert torch.equal(grown["visual.conv1.weight"], theirs["visual.conv1.weight"])
     assert torch.equal(grown["visual.proj"][:, :128], theirs["visual.proj"])
     assert manifest(tmp_path / "run", "1-large")["state"] == "done"
+
+
+def test_one_of_two_models_in_a_file(base: Path, tmp_path: Path) -> None:
+    models = {name: export_state(build(PRESETS["vit_pico"], seed=seed)) for seed, name in enumerate(("old", "new"))}
+    torch.save({f"{name}.{key}": value for name in models for key, value in models[name].items()}, tmp_path / "two.pt")
+    said = (f"chain.from={tmp_path / 'two.pt'}", "chain.from_model=vit_pico")
+    with pytest.raises(ArtefactError, match=r"2 models in it, .*; choose one with chain\.from_prefix$"):
+        open_start(recipe_of(*said).chain, base)
+    for name, state in models.items():
+        found = open_start(recipe_of(*said, f"chain.from_prefix={name}").chain, base)
+        assert torch.equal(found.state["visual.conv1.weight"], state["visual.conv1.weight"])
 
 
 # --- how links grow
