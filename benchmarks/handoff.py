@@ -140,6 +140,7 @@ def record(pair: Pair, run: Mapping[str, Any]) -> dict[str, Any]:
         "group_peak_bytes": max((peak for peak in run["group_peaks"] if peak), default=None),
         "exit_codes": run["exit_codes"],
         "killed": run["killed"],
+        "out_of_memory_kills": run["out_of_memory_kills"],
         "errors": run["errors"],
         "hash": run.get("hash"),
     }
@@ -151,7 +152,7 @@ def _gb(value: float | None) -> str:
 
 def _ending(row: Mapping[str, Any]) -> str:
     if row["killed"]:
-        return "killed: out of memory"
+        return "killed: out of memory" if row["out_of_memory_kills"] else "killed"
     return "done" if not row["errors"] else f"failed: {row['errors'][0]}"
 
 
@@ -237,21 +238,23 @@ def draw(pairs: Sequence[Pair], rows: Sequence[Mapping[str, Any]]) -> Callable[[
         labels: list[str] = []
         for pair in reversed(pairs):
             values = [("both models", pair.both_bytes, COLOUR["muted"])]
-            values += [("limit of memory", pair.limit, COLOUR["other"])] if pair.limit else []
+            values += [("limit on everything", pair.limit, COLOUR["other"])] if pair.limit else []
             streamed = [row for row in rows if row["pair"] == pair.name and row["way"] == STREAM]
             for row in reversed(streamed):
                 name = f"peak extra, {row['writers']} writing"
                 values.append((name, row["peak_extra_bytes"] or 0, COLOUR["chain"]))
             values.append(("largest parameter", max(sizes(pair.student).values()), COLOUR["teacher"]))
-            for number, (name, value, colour) in enumerate(values):
-                axes.barh(len(labels), value / 1e9, color=colour)
-                axes.annotate(f" {value / 1e9:.2f}", (value / 1e9, len(labels)), va="center")
-                labels.append(f"{pair.name}: {name}" if number == len(values) - 1 else name)
-            labels.append("")
+            for name, value, colour in values:
+                share = 100 * value / pair.both_bytes
+                axes.barh(len(labels), share, color=colour)
+                axes.annotate(f" {value / 1e9:.2f} GB", (share, len(labels)), va="center")
+                labels.append(name)
+            labels.append(pair.name)
         axes.set_yticks(range(len(labels)), labels)
-        axes.set_xscale("log")
+        axes.tick_params(axis="y", length=0)
+        axes.set_xlim(0, 115)
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("GB, logarithmic")
+        axes.set_xlabel("percent of both models in fp32")
         axes.set_title("Memory of a hand-off, beside Python and torch")
 
     return bars

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -58,6 +59,7 @@ class Pair:
         return None if self.limit_share is None else int(self.limit_share * self.both_bytes)
 
 
+@functools.lru_cache
 def sizes(spec: ModelSpec) -> dict[str, int]:
     """Bytes of each parameter in fp32."""
     return {name: 4 * math.prod(parameter.shape) for name, parameter in parameters(spec).items()}
@@ -92,6 +94,14 @@ class Limit:
     how: str
     commands: str
     group: Path | None = None
+
+    def kills(self) -> int:
+        """How many processes the kernel killed because the group had used up its memory."""
+        for name in ("memory.oom_control", "memory.events"):
+            if self.group is not None and (self.group / name).exists():
+                counts = dict(line.split() for line in (self.group / name).read_text().splitlines())
+                return int(counts.get("oom_kill", 0))
+        return 0
 
     def peak(self) -> int | None:
         """The largest charge that the group saw, page cache included; None where there is no group."""
@@ -157,7 +167,7 @@ def measure(way: str, pair: Pair, teacher: Path, out: Path, writers: int, limit:
             for each, environment in zip(limits, _environments(writers), strict=True)
         ]
         ended = _wait(processes)
-        peaks = [each.peak() for each in limits]
+        peaks, kills = [each.peak() for each in limits], sum(each.kills() for each in limits)
     ranks = [json.loads(output) if process.returncode == 0 else {} for process, (output, _) in ended]
     failed = [f"{process.returncode}: {(error.splitlines() or [''])[-1]}" for process, (_, error) in ended]
     codes = [process.returncode for process, _ in ended]
@@ -169,6 +179,7 @@ def measure(way: str, pair: Pair, teacher: Path, out: Path, writers: int, limit:
         "limited_by": limits[0].how,
         "exit_codes": codes,
         "killed": -signal.SIGKILL in codes,
+        "out_of_memory_kills": kills,
         "errors": [error for code, error in zip(codes, failed, strict=True) if code],
         "group_peaks": peaks,
         "ranks": ranks,
