@@ -60,7 +60,7 @@ def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
     """One student parameter, a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
 
     `draw` is called only where the plan keeps some of the student's own initialization or makes copies that differ.
-    Raises ArtefactError when the teacher's tensor has not the planned shape.
+    Raises ArtefactError when the teacher's tensor has not the planned shape, or is not finite where it is decomposed.
     """
     if entry.action == "zero":
         return torch.zeros(entry.shape)
@@ -316,6 +316,8 @@ class _Factors:
 def _completed(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
     """Where a matrix grows under `netexpand`: an orthonormal complement instead of the student's own numbers."""
     block = torch.cat([values for _, values in _computed(entry, source, draw)]).flatten(1)
+    if not bool(block.isfinite().all()):
+        raise ArtefactError(f"teacher parameter {entry.sources[0]} is not finite; netexpand has no complement to it")
     own = draw.own(entry.name, entry.shape).double().flatten(1)
     rows, *others = entry.maps
     inputs = others[0].known if len(others) == 1 else np.arange(own.shape[1])

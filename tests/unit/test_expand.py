@@ -255,8 +255,8 @@ def test_the_teachers_dtype_is_kept():
 @pytest.mark.parametrize("width", WIDTH)
 def test_threads_do_not_show_in_a_single_bit(width):
     teacher, student = (
-        sized("wide", 14, 1, 14, 1),
-        sized("wider", 23, 1, 23, 1, embed_dim=9, image_size=16, patch_size=8),
+        sized("wide", 24, 1, 4, 1),
+        sized("wider", 37, 1, 7, 1, embed_dim=9, image_size=16, patch_size=8),
     )
     plan = make_plan(teacher, student, ExpandConfig.both(width))
     old = {name: tensor.sin().float() for name, tensor in sentinels(teacher).items()}
@@ -282,6 +282,13 @@ def test_what_is_computed_some_rows_at_a_time_is_what_is_computed_at_once(monkey
     for name, tensor in expand(plan, old, seed=7).items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_a_matrix_that_is_not_finite_has_no_complement():
+    old = sentinels(TINY)
+    old["visual.proj"][1, 2] = torch.nan
+    with pytest.raises(ArtefactError, match=r"teacher parameter visual\.proj is not finite"):
+        expand_state(make_plan(TINY, SMALL, ExpandConfig.both("netexpand")), old, Negative())
 
 
 def test_added_layers_come_from_the_moving_average():
