@@ -63,23 +63,14 @@ _METADATA_NAMES = {
 class Inert:
     """Stands for an object of a class that is not looked up: takes any arguments and any state, and does nothing."""
 
-    arguments: tuple[Any, ...]
-
     def __new__(cls, *arguments: Any) -> Inert:  # noqa: D102
-        made = super().__new__(cls)
-        made.arguments = arguments
-        return made
+        return super().__new__(cls)
 
     def __init__(self, *arguments: Any) -> None:
         pass
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def value_of(found: Any) -> Any:
-    """What an enumeration's member was made of, when it was read as `Inert`; anything else as it is."""
-    return found.arguments[0] if isinstance(found, Inert) and len(found.arguments) == 1 else found
 
 
 def load_torch_file(path: Path) -> Any:

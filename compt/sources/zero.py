@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compt.errors import ArtefactError
-from compt.sources.pickles import load_torch_file, tensors_in, value_of
+from compt.sources.pickles import load_torch_file, tensors_in
 from compt.sources.weights import Found, Weights, inside
 
 LATEST = "latest"
@@ -123,9 +123,10 @@ def _assemble(
     folder: Path, states: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
 ) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
     first, state = optimizers[0], states[0]
-    stage, counts = int(value_of(first["zero_stage"])), first["partition_count"]
+    # Where bfloat16 has an optimizer of its own (stage 1), the field that names the stage is missing.
+    three, counts = "fp32_flat_groups" in first, first["partition_count"]
     world = max(counts) if isinstance(counts, list) else counts
-    if world != len(optimizers) or (stage == 3 and world != len(states)):
+    if world != len(optimizers) or (three and world != len(states)):
         raise ArtefactError(f"{folder}: files of {len(optimizers)} ranks of {world}; a checkpoint is read whole only")
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     frozen = {name: tuple(shape) for name, shape in (state.get("frozen_param_shapes") or {}).items()}
@@ -134,8 +135,8 @@ def _assemble(
         if name in state["buffer_names"]:
             found[name] = (tuple(tensor.shape), [tensor])
     for name, shape in frozen.items():
-        found[name] = (shape, [other["frozen_param_fragments"][name] for other in (states if stage == 3 else [state])])
-    if stage == 3:
+        found[name] = (shape, [other["frozen_param_fragments"][name] for other in (states if three else [state])])
+    if three:
         vectors = [[_vector(part) for part in optimizer["fp32_flat_groups"]] for optimizer in optimizers]
         found |= _cut_each(folder, groups, vectors)
     else:

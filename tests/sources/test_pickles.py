@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 
 from compt.errors import ArtefactError
 from compt.sources import open_model
-from compt.sources.pickles import Inert, load_dcp_metadata, load_torch_file, tensors_in, value_of
+from compt.sources.pickles import Inert, load_dcp_metadata, load_torch_file, tensors_in
 from tests.sources.written import SPEC, STEPS
 
 TAG = f"global_step{STEPS}"
@@ -149,7 +149,6 @@ def test_a_class_that_pretends_to_be_of_deepspeed_is_never_imported(tmp_path, mo
         archive.writestr("model/byteorder", "little")
     found = load_torch_file(path)
     assert isinstance(found, Inert)
-    assert value_of(found) == "hi"
     assert not mark.exists()
 
 

@@ -57,17 +57,22 @@ def loss_of(outputs: dict[str, Tensor]) -> Tensor:
 
 
 class Zero(NamedTuple):
-    """How DeepSpeed trains: ZeRO stage, in bfloat16, with FROZEN frozen, with gradients dealt out in turns."""
+    """How DeepSpeed trains: ZeRO stage, in bfloat16, with FROZEN frozen, with gradients dealt out in turns, with
+    gradients summed in fp32 (which gives bfloat16 another optimizer).
+    """
 
     stage: int
     bf16: bool = False
     frozen: bool = False
     round_robin: bool = False
+    accumulate_fp32: bool = False
 
 
 ZEROS = {
     "zero0": Zero(0),
+    "zero0-bf16": Zero(0, bf16=True),
     "zero1": Zero(1),
+    "zero1-bf16": Zero(1, bf16=True, accumulate_fp32=True),
     "zero2": Zero(2, bf16=True, frozen=True),
     "zero2-robin": Zero(2, round_robin=True),
     "zero3": Zero(3, bf16=True, frozen=True),
@@ -108,6 +113,7 @@ def _write_zero(folder: Path, zero: Zero) -> None:
             "round_robin_gradients": zero.round_robin,
         },
         "bf16": {"enabled": zero.bf16},
+        "data_types": {"grad_accum_dtype": "fp32"} if zero.accumulate_fp32 else {},
     }
     engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
     dtype = torch.bfloat16 if zero.bf16 else torch.float32
@@ -120,7 +126,7 @@ def _write_zero(folder: Path, zero: Zero) -> None:
     for name, parameter in engine.module.named_parameters():
         # Without bfloat16 the module holds what the optimizer does. DeepSpeed's own question for it answers with other
         # parameters' values where gradients are dealt out in turns (0.19.8).
-        if zero.bf16 and parameter.requires_grad:
+        if zero.bf16 and zero.stage and parameter.requires_grad:
             full = safe_get_full_fp32_param(parameter)
         else:
             with deepspeed.zero.GatheredParameters([parameter], enabled=zero.stage == 3):
