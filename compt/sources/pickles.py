@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from compt.errors import ArtefactError
 
+_DEEPEST = 20
 _INERT_PACKAGES = ("deepspeed.",)
 _INERT_NAMES = (
     "argparse.Namespace",
@@ -96,15 +97,17 @@ def load_torch_file(path: Path) -> Any:
         raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_first_line(error)})") from error
 
 
-def tensors_in(values: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every plain tensor in nested dicts, under its keys joined by dots. Lists and keys that are no text are passed by:
-    that is where optimizers keep theirs.
+def tensors_in(values: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in nested dicts, under its keys joined by dots. Lists and keys that are no text are passed by: that
+    is where optimizers keep theirs. Raises ArtefactError for a tensor of another kind, and for dicts without end.
     """
+    if depth > _DEEPEST:
+        raise ArtefactError(f"{prefix}: dicts in dicts, {_DEEPEST} deep")
     for key, value in values.items() if isinstance(values, Mapping) else ():
         if not isinstance(key, str):
             continue
         if isinstance(value, Mapping):
-            yield from tensors_in(value, f"{prefix}{key}.")
+            yield from tensors_in(value, f"{prefix}{key}.", depth + 1)
         elif isinstance(value, Tensor):
             plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
             if not plain or value.is_quantized or value.is_meta:

@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import shutil
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -179,6 +180,28 @@ def test_garbage(tmp_path, content):
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(ArtefactError, match=r"metadata: not the metadata"):
         load_dcp_metadata(tmp_path / ".metadata")
+
+
+def test_archives_of_the_oldest_torch(tmp_path):
+    path = tmp_path / "model.pt"
+    with tarfile.open(path, "w") as archive:
+        for name in ("pickle", "storages", "tensors", "sys_info"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(member)
+        archive.addfile(tarfile.TarInfo("../mark"))
+    with pytest.raises(ArtefactError, match=r"model\.pt: not a file that torch.save wrote"):
+        open_model(path, SPEC)
+    assert not (tmp_path.parent / "mark").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_dicts_without_end(tmp_path, zipped):
+    endless: dict[str, Any] = {"a": torch.ones(1)}
+    endless["b"] = endless
+    torch.save(endless, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ArtefactError, match="dicts in dicts"):
+        open_model(tmp_path / "model.pt", SPEC)
 
 
 def test_torn_files(tmp_path):
