@@ -8,6 +8,7 @@ made of: some of the teacher's units with a factor each, the student's own initi
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -83,6 +84,7 @@ def stock(spec: ModelSpec) -> open_clip.model.CLIP:
     return open_clip.model.CLIP(**config)
 
 
+@functools.cache
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape, asked of stock open_clip."""
     with torch.device("meta"):

@@ -15,12 +15,13 @@ from torch import Tensor
 from compt.config import load_recipe
 from compt.expand import expand, make_plan
 from compt.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, grown_spec
+from compt.macs import parameters
 from compt.planner import make_plan as plan_recipe
 from compt.presets import PRESETS, ModelSpec
 from tests.unit.expand_oracle import build, differences, random_weights, samples, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = 8_000_000
+SMALL = 8_000_000  # parameters
 
 
 def recipe_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
@@ -39,16 +40,8 @@ PAIRS = recipe_pairs()
 DISTINCT = {pair: name for name, pair in reversed(PAIRS.items())}
 
 
-def size(spec: ModelSpec) -> int:
-    return sum(math.prod(shape) for shape in shapes(spec).values())
-
-
-def small_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
-    return {name: pair for pair, name in DISTINCT.items() if size(pair[1]) < SMALL}
-
-
-def large_pairs() -> dict[str, tuple[ModelSpec, ModelSpec]]:
-    return {name: pair for pair, name in DISTINCT.items() if size(pair[1]) >= SMALL}
+SMALL_PAIRS = {name: pair for pair, name in DISTINCT.items() if parameters(pair[1]) < SMALL}
+LARGE_PAIRS = {name: pair for pair, name in DISTINCT.items() if name not in SMALL_PAIRS}
 
 
 def few_words(pair: tuple[ModelSpec, ModelSpec]) -> tuple[ModelSpec, ModelSpec]:
@@ -79,8 +72,8 @@ class Lazy(Mapping[str, Tensor]):
 def test_the_recipes_have_pairs():
     assert len(PAIRS) >= 15
     assert {name.split(":")[0] for name in PAIRS} >= {"cc3m_vit", "cc3m_swin", "merged15m_vit", "emoji", "demo"}
-    assert small_pairs()
-    assert large_pairs()
+    assert SMALL_PAIRS
+    assert LARGE_PAIRS
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -114,19 +107,19 @@ def check_expanded(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig)
     assert seen == set(sizes)
 
 
-@pytest.mark.parametrize("name", small_pairs())
+@pytest.mark.parametrize("name", SMALL_PAIRS)
 @pytest.mark.parametrize("width", WIDTH_OPERATORS)
 def test_small_pairs_expand(width, name):
     depth = list(DEPTH)[WIDTH_OPERATORS.index(width) % len(DEPTH)]
-    pair = small_pairs()[name]
+    pair = SMALL_PAIRS[name]
     if width != "insert":
         pair = few_words(pair)
     check_expanded(*pair, ExpandConfig.both(width, depth, zero_new_outputs=width == "lemon"))
 
 
-@pytest.mark.parametrize("name", small_pairs())
+@pytest.mark.parametrize("name", SMALL_PAIRS)
 def test_the_text_towers_of_small_pairs_keep_their_function_under_exact_operators(name):
-    teacher, student = few_words(small_pairs()[name])
+    teacher, student = few_words(SMALL_PAIRS[name])
     state = random_weights(teacher)
     for width in ("lemon", "insert_exact"):
         plan = make_plan(teacher, student, ExpandConfig.both(width, zero_new_outputs=True))
@@ -135,10 +128,10 @@ def test_the_text_towers_of_small_pairs_keep_their_function_under_exact_operator
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", large_pairs())
+@pytest.mark.parametrize("name", LARGE_PAIRS)
 @pytest.mark.parametrize("width", ["insert", "lemon"])
 def test_large_pairs_expand(width, name):
-    check_expanded(*large_pairs()[name], ExpandConfig.both(width))
+    check_expanded(*LARGE_PAIRS[name], ExpandConfig.both(width))
 
 
 @pytest.mark.slow
