@@ -143,9 +143,9 @@ def wrong_calls(path: str, tree: ast.AST) -> Iterator[str]:
     prints = any(fnmatch.fnmatch(path, place) for place in PRINTING)
     restricted = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call) and weights_only(node)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.serialization.load"):
-            if path != PICKLES or id(node) not in restricted:
-                yield f"{path}:{node.lineno}: torch.load unpickles: use safetensors"
+        loads = isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.serialization.load")
+        if loads and not (path == PICKLES and id(node) in restricted):
+            yield f"{path}:{node.lineno}: torch.load unpickles: use safetensors"
         if isinstance(node, ast.Attribute) and ast.unparse(node) in ("pickle.load", "pickle.loads"):
             yield f"{path}:{node.lineno}: {ast.unparse(node)} runs what the file says"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print" and not prints:
