@@ -334,7 +334,7 @@ def test_a_tower_is_exact_if_and_only_if_the_plan_says_so():
     draw = random.Random(0)
     seen = {("image", True): 0, ("image", False): 0, ("text", True): 0, ("text", False): 0}
     tried = 0
-    while tried < 60:
+    while tried < 40:
         teacher, student, config = some_pair(draw)
         try:
             found = grow(teacher, student, config)
@@ -349,7 +349,7 @@ def test_a_tower_is_exact_if_and_only_if_the_plan_says_so():
             assert change[tower] < EXACT if promised else change[tower] > 1e-7, about
         if not any(found.plan.inexact.values()):
             assert change["pair"] < EXACT
-    assert min(seen.values()) >= 8, seen
+    assert min(seen.values()) >= 6, seen
 
 
 # --- eps, composition, identity ------------------------------------------------------------------------------------
