@@ -169,6 +169,11 @@ class TensorFile:
         """The shape of a tensor, without reading it."""
         return tuple(self._entries[name]["shape"])
 
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a tensor's elements, without reading it; the format's name of a type that is not read here."""
+        kind = str(self._entries[name]["dtype"])
+        return DTYPES.get(kind, kind)
+
     def read(self, name: str) -> Tensor:
         """A tensor, in memory that nothing else uses. Raises ArtefactError when the file changed or cannot be read."""
         entry = self._entries[name]
@@ -224,6 +229,10 @@ class LazyState(Mapping[str, Tensor]):
     def shape(self, name: str) -> Shape:
         """The shape of a parameter, without reading it."""
         return self._files[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a parameter's elements, without reading it; the format's name of a type that is not read here."""
+        return self._files[name].dtype(name)
 
     def file_of(self, name: str) -> str:
         """The file that holds a parameter."""

@@ -75,6 +75,10 @@ class DcpWeights(Weights):
         """The shape of a parameter, without reading it."""
         return tuple(self._entries[name].size)
 
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter's elements, without reading it."""
+        return self._entries[name].properties.dtype
+
 
 def read_dcp(folder: Path) -> Found:
     """The tensors of a folder of torch.distributed.checkpoint. Raises ArtefactError for a forged or torn one."""

@@ -14,10 +14,11 @@ from compt.errors import ArtefactError, ConfigError, nearest
 from compt.models import build, spec_from_open_clip
 from compt.presets import PRESETS, ModelSpec
 from compt.sources.names import OPENAI_SIZES
-from compt.sources.weights import View
+from compt.sources.weights import FLOATS, View
+from compt.tensorfile import LazyState
 
 HEAD_WIDTH = 64
-_LISTED = 20
+_FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 def model_spec(name: str) -> ModelSpec:
@@ -59,8 +60,11 @@ def infer_spec(view: View, leftover: Collection[str], name: str, option: str) ->
     return next((other for other in _known() if other == replace(spec, name=other.name)), spec)
 
 
-def compare(view: View, spec: ModelSpec, where: str) -> None:
-    """Raise ArtefactError listing, key by key, what of `view` does not fit the model, if anything does not."""
+def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
+    """Raise ArtefactError listing, key by key, what of `view` does not fit the model, if anything does not.
+
+    Weights are floats: fp16, bf16, fp32 or fp64. Nothing is read for it.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
     wanted["logit_scale"] = ()
     lists = (
@@ -74,12 +78,16 @@ def compare(view: View, spec: ModelSpec, where: str) -> None:
                 if name in view and view.shape(name) != shape
             ],
         ),
+        (
+            "of another dtype",
+            [
+                f"{name} {str(view.dtype(name)).removeprefix('torch.')}, weights are {_FLOATS}"
+                for name in view
+                if name in wanted and view.dtype(name) not in FLOATS
+            ],
+        ),
     )
-    lines = []
-    for what, entries in lists:
-        lines += [f"  {what}: {entry}" for entry in entries[:_LISTED]]
-        if len(entries) > _LISTED:
-            lines.append(f"  {what}: {len(entries) - _LISTED} more")
+    lines = [f"  {what}: {entry}" for what, entries in lists for entry in entries]
     if lines:
         counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists if entries)
         head = f"{where}: the weights are not those of this model, {spec.name}: {counts}"

@@ -15,6 +15,7 @@ from compt.sources import dcp, files, tags, zero
 from compt.sources.infer import compare, infer_spec
 from compt.sources.names import OPENAI_SIZES, open_clip_view
 from compt.sources.weights import Found, digest_of
+from compt.tensorfile import LazyState
 
 MODEL_OPTION = "--teacher-model"
 PREFIX_OPTION = "--teacher-prefix"
@@ -44,6 +45,7 @@ def open_model(
             raise ArtefactError(f"{path}: a model folder of compt holds one model; leave {PREFIX_OPTION} out")
         found = read_artefact(path, verify)
         _compare_specs(path, found.spec, spec)
+        _compare_state(found)
         return found
     return _open_other(path, _find(path, verify), spec, prefix)
 
@@ -59,6 +61,7 @@ def average_of(artefact: Artefact) -> Mapping[str, Tensor] | None:
     found = read_artefact(artefact.path / _AVERAGE)
     if found.hash != expected or replace(found.spec, name=artefact.spec.name) != artefact.spec:
         raise ArtefactError(f"{found.path}: not the average that {artefact.path / MANIFEST} names")
+    _compare_state(found)
     return found.state
 
 
@@ -103,6 +106,11 @@ def _open_other(path: Path, found: Found, spec: ModelSpec | None, prefix: str | 
     compare(view, spec, str(path))
     manifest = {"left_out": left_out} if left_out else {}
     return Artefact(path, spec, manifest, files.pixels_of(found, spec), view, digest_of(found.files))
+
+
+def _compare_state(found: Artefact) -> None:
+    assert isinstance(found.state, LazyState)  # what compt writes is read lazily
+    compare(found.state, found.spec, str(found.path))
 
 
 def _compare_specs(path: Path, found: ModelSpec, wanted: ModelSpec | None) -> None:

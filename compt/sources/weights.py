@@ -17,6 +17,9 @@ from compt.files import sha256_file
 from compt.presets import ModelSpec
 from compt.tensorfile import LazyState
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights may have."""
+
 
 class Weights(Mapping[str, Tensor]):
     """Parameter name -> tensor on the CPU, read when asked for; shapes are known without reading."""
@@ -24,6 +27,10 @@ class Weights(Mapping[str, Tensor]):
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a parameter's elements, without reading it; its name where it is none of torch's."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,10 @@ class Tensors(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
         return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter's elements."""
+        return self._tensors[name].dtype
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,11 @@ class View(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
         return self._parts[name].shape
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a parameter's elements, without reading it; of several tensors the first that is no float."""
+        found = [self._weights.dtype(source) for source in self._parts[name].names]
+        return next((dtype for dtype in found if dtype not in FLOATS), found[0])
 
 
 def inside(folder: Path, name: str) -> Path:

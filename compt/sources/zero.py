@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.sources.pickles import load_torch_file, tensors_in
-from compt.sources.weights import Found, Weights, inside
+from compt.sources.weights import FLOATS, Found, Weights, inside
 
 LATEST = "latest"
 
@@ -49,6 +49,11 @@ class ZeroWeights(Weights):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
         return self._pieces[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter's elements as they are stored; of several pieces the first that is no float."""
+        found = [piece.dtype for piece in self._pieces[name][1]]
+        return next((dtype for dtype in found if dtype not in FLOATS), found[0] if found else torch.float32)
 
 
 def is_zero_folder(folder: Path) -> bool:

@@ -60,6 +60,16 @@ def test_both_ranks_files_are_needed(dcps, tmp_path):
         dict(open_model(folder, SPEC).state)
 
 
+def test_weights_that_are_no_floats_are_listed(dcps, tmp_path):
+    def edit(metadata):
+        metadata.state_dict_metadata[PROJ].properties.dtype = torch.int32
+
+    with pytest.raises(
+        ArtefactError, match=r": 1 of another dtype\n  of another dtype: visual.proj int32, weights are"
+    ):
+        open_model(edited(dcps, tmp_path, edit), SPEC)
+
+
 def test_one_of_several_models_is_chosen(dcps):
     with pytest.raises(ArtefactError, match=r"2 models in it, 'ema.model', 'student.model'; choose one with --teacher"):
         open_model(dcps / "two", SPEC)

@@ -240,10 +240,68 @@ def test_what_does_not_fit_is_listed_key_by_key(tmp_path, state):
         "  unexpected: logit_bias []",
         "  unexpected: visual.extra [1]",
     ]
-    with pytest.raises(
-        ArtefactError, match=r"110 missing(.*\n)*  missing: 90 more\n(.*\n)*  of another shape: 27 more"
-    ):
+    with pytest.raises(ArtefactError, match=r"110 missing, 2 unexpected, 47 of another shape\n") as error:
         open_model(tmp_path / "model.pt", PRESETS["vit_maxi"])
+    lines = str(error.value).splitlines()[1:]
+    assert [sum(line.startswith(f"  {what}: ") for line in lines) for what in ("missing", "of another shape")] == [
+        110,
+        47,
+    ]
+    assert len(set(lines)) == len(lines) == 110 + 2 + 47
+
+
+WHOLE = ("visual.proj", "ln_final.bias", "transformer.resblocks.0.mlp.c_fc.weight")
+
+
+def refused_types(path: Path, *kinds: str) -> None:
+    """That opening lists the parameters WHOLE as of these types, and nothing else."""
+    with pytest.raises(ArtefactError) as error:
+        open_model(path, SPEC)
+    head, *lines = str(error.value).splitlines()
+    assert head.endswith("the weights are not those of this model, tiny: 3 of another dtype")
+    right = "weights are float16, bfloat16, float32, float64"
+    assert sorted(lines) == sorted(
+        f"  of another dtype: {name} {kind}, {right}" for name, kind in zip(WHOLE, kinds, strict=True)
+    )
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_weights_that_are_no_floats_are_listed(tmp_path, state, suffix):
+    """Every new row would be an integer, or complex, or cut down to two bits of fraction."""
+    kinds = (torch.int32, torch.complex64, torch.float8_e4m3fn)
+    wrong = state | {name: state[name].to(kind) for name, kind in zip(WHOLE, kinds, strict=True)}
+    path = tmp_path / f"model.{suffix}"
+    torch.save(wrong, path) if suffix == "pt" else save_file(wrong, path)
+    refused_types(path, "int32", "complex64" if suffix == "pt" else "C64", "float8_e4m3fn")
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        right = {name: value.to(kind) for name, value in state.items()}
+        torch.save(right, path) if suffix == "pt" else save_file(right, path)
+        assert same(open_model(path, SPEC).state, right)
+
+
+def test_weights_of_types_that_only_the_format_knows_are_listed(tmp_path, state):
+    path = tmp_path / "model.safetensors"
+    save_file(state | {name: state[name].to(torch.uint8) for name in WHOLE}, path)
+    content = path.read_bytes()
+    assert content.count(b'"U8"') == 3
+    path.write_bytes(content.replace(b'"U8"', b'"F8_E8M0"'))
+    grown = len(path.read_bytes()) - len(content)
+    path.write_bytes((int.from_bytes(content[:8], "little") + grown).to_bytes(8, "little") + path.read_bytes()[8:])
+    refused_types(path, *["F8_E8M0"] * 3)
+
+
+def test_folders_with_weights_that_are_no_floats_are_refused(tmp_path, state):
+    wrong = state | {name: state[name].to(torch.int64) for name in WHOLE}
+    write_artefact(tmp_path / "compt", wrong, SPEC, {})
+    refused_types(tmp_path / "compt", *["int64"] * 3)
+    refused_types(open_clip_folder(tmp_path / "theirs", wrong), *["int64"] * 3)
+    write_artefact(tmp_path / "averaged", state, SPEC, {}, extra_states={"ema": wrong})
+    with pytest.raises(ArtefactError, match="3 of another dtype"):
+        average_of(open_model(tmp_path / "averaged"))
+    zero = tmp_path / "zero"
+    zero.mkdir()
+    torch.save({"module": wrong, "ds_config": {}}, zero / "mp_rank_00_model_states.pt")
+    refused_types(zero, *["int64"] * 3)
 
 
 def test_other_files_are_refused(tmp_path):
@@ -362,6 +420,9 @@ class Shapes(Weights):
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return torch.float32
 
 
 def inferred(spec):

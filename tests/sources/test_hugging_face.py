@@ -170,6 +170,15 @@ def test_what_is_missing_is_listed(tmp_path):
         assert f"  {line}" in str(error.value).splitlines()
 
 
+def test_integers_among_what_is_stacked_are_listed(tmp_path):
+    write(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = "text_model.encoder.layers.1.self_attn.v_proj.bias"
+    save_file({**state, name: state[name].int()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtefactError, match=r"\n  of another dtype: transformer.resblocks.1.attn.in_proj_bias int32"):
+        open_model(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
