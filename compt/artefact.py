@@ -79,18 +79,29 @@ def versions() -> dict[str, str]:
 def check_free(folder: Path, source: Path | None = None) -> None:
     """Raise ArtefactError unless a model may be written to `folder`: nothing is there, or only a model of ours.
 
-    One that holds other files as well would lose them, and so would a `source` that is read at the same time.
+    One that holds other files as well would lose them. A `source` that is read at the same time may neither be in
+    `folder` nor hold it, wherever links lead.
     """
     folder = Path(folder)
+    if source is not None and Path(source).exists():
+        _check_apart(folder, Path(source))
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if source is not None and Path(source).exists() and folder.samefile(source):
-        raise ArtefactError(f"{folder}: would be replaced by what is made of it; name another folder")
     if not (_holds_only_ours(folder) or _holds_only_an_export(folder)):
         raise ArtefactError(
             f"{folder}: exists and is not a model folder that compt wrote, or holds other files too; "
             "it is not replaced: name another folder, or remove it"
         )
+
+
+def _check_apart(folder: Path, source: Path) -> None:
+    target, origin = folder.resolve(), source.resolve()
+    if origin == target:
+        raise ArtefactError(f"{folder}: would be replaced by what is made of it; name another folder")
+    if origin.is_relative_to(target):
+        raise ArtefactError(f"{folder}: holds {source}, which is read; name another folder")
+    if target.is_relative_to(origin):
+        raise ArtefactError(f"{folder}: lies in {source}, which is read; name another folder")
 
 
 def _holds_only_ours(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """The model folder: stock open_clip reads it, nothing torn or foreign is read, it appears whole or not at all."""
 
 import json
+import re
 from pathlib import Path
 
 import open_clip
@@ -356,3 +357,38 @@ def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path):
         assert "would be replaced by what is made of it" in str(found)
     check_free(tmp_path / "model")
     check_free(tmp_path / "nothing" / "there")
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "message"),
+    [
+        ("model/ema", "model", "model: holds .*ema, which is read"),
+        ("model/WEIGHTS", "model", r"model: holds .*safetensors, which is read"),
+        ("link/ema", "model", "model: holds .*ema, which is read"),
+        ("WEIGHTS", "model", r"model: holds .*safetensors, which is read"),
+        ("model/ema", "link", "link: holds .*ema, which is read"),
+        ("model", "link", "would be replaced by what is made of it"),
+        ("model", "model/ema", "ema: lies in .*model, which is read"),
+        ("model", "link/new", "new: lies in .*model, which is read"),
+    ],
+)
+@pytest.mark.parametrize("command", ["export", "expand"])
+def test_what_is_read_is_neither_replaced_nor_added_to(tmp_path, command, source, out, message):
+    write(tmp_path / "model", extra_states={"ema": export_state(build(PICO, seed=9))})
+    (tmp_path / "link").symlink_to("model")
+    weights = "model-00001-of-00001.safetensors"
+    (tmp_path / weights).symlink_to(tmp_path / "model" / weights)
+    before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    words = [tmp_path / source.replace("WEIGHTS", weights), tmp_path / out, "--teacher-model", "vit_pico"]
+    if command == "expand":
+        words.insert(1, "vit_nano")
+    found = CliRunner().invoke(app, [command, *map(str, words)]).exception
+    assert isinstance(found, ArtefactError)
+    assert re.search(message, str(found))
+    assert {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_beside_what_is_read_is_free(tmp_path):
+    write(tmp_path / "model")
+    check_free(tmp_path / "model-2", tmp_path / "model")
+    check_free(tmp_path / "model-2", tmp_path / "model" / "model-00001-of-00001.safetensors")
