@@ -64,9 +64,7 @@ def test_weights_that_are_no_floats_are_listed(dcps, tmp_path):
     def edit(metadata):
         metadata.state_dict_metadata[PROJ].properties.dtype = torch.int32
 
-    with pytest.raises(
-        ArtefactError, match=r": 1 of another dtype\n  of another dtype: visual.proj int32, weights are"
-    ):
+    with pytest.raises(ArtefactError, match=r": 1 of another dtype\n.*: visual.proj int32, weights are"):
         open_model(edited(dcps, tmp_path, edit), SPEC)
 
 

@@ -243,11 +243,8 @@ def test_what_does_not_fit_is_listed_key_by_key(tmp_path, state):
     with pytest.raises(ArtefactError, match=r"110 missing, 2 unexpected, 47 of another shape\n") as error:
         open_model(tmp_path / "model.pt", PRESETS["vit_maxi"])
     lines = str(error.value).splitlines()[1:]
-    assert [sum(line.startswith(f"  {what}: ") for line in lines) for what in ("missing", "of another shape")] == [
-        110,
-        47,
-    ]
-    assert len(set(lines)) == len(lines) == 110 + 2 + 47
+    for what, count in (("missing", 110), ("unexpected", 2), ("of another shape", 47)):
+        assert len({line for line in lines if line.startswith(f"  {what}: ")}) == count
 
 
 WHOLE = ("visual.proj", "ln_final.bias", "transformer.resblocks.0.mlp.c_fc.weight")
@@ -258,7 +255,7 @@ def refused_types(path: Path, *kinds: str) -> None:
     with pytest.raises(ArtefactError) as error:
         open_model(path, SPEC)
     head, *lines = str(error.value).splitlines()
-    assert head.endswith("the weights are not those of this model, tiny: 3 of another dtype")
+    assert head.endswith(": 3 of another dtype")
     right = "weights are float16, bfloat16, float32, float64"
     assert sorted(lines) == sorted(
         f"  of another dtype: {name} {kind}, {right}" for name, kind in zip(WHOLE, kinds, strict=True)
