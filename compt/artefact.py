@@ -14,8 +14,9 @@ import hashlib
 import json
 import math
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,22 @@ _TOKENIZER = "open_clip.SimpleTokenizer"
 
 @dataclass(frozen=True)
 class Artefact:
-    """A model on disk. `manifest` is empty for a model that compt did not write, but for what was left out of it."""
+    """A model on disk. `manifest` is empty for a model that compt did not write, but for what was left out of it.
+
+    `digest` is the hash, or what finds it out.
+    """
 
     path: Path
     spec: ModelSpec
     manifest: dict[str, Any]
     preprocess: dict[str, Any]
     state: Mapping[str, Tensor]
-    hash: str
+    digest: str | Callable[[], str]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the weights; every byte of a model that compt did not write is read for it, when first asked."""
+        return self.digest if isinstance(self.digest, str) else self.digest()
 
     def load_model(self, device: torch.device | str = "cpu") -> ClipModel:
         """The model with these weights in fp32. Raises ArtefactError when they are not those of the spec."""
@@ -135,6 +144,7 @@ def write_artefact(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_states: Mapping[str, Mapping[str, Tensor]] | None = None,
     together: bool = False,
+    check: Callable[[str], None] | None = None,
 ) -> None:
     """Write a model folder; it appears whole or not at all, and replaces an older one, but nothing else.
 
@@ -142,7 +152,8 @@ def write_artefact(
     `extra_states` ({"ema": state}) become sub-folders that are model folders themselves. A file holds the parameters
     that take `max_shard_bytes` in float32. `together`: every rank calls this with the same arguments, and each writes
     its share of the files, on a file system that all of them see; otherwise one process writes. The folder is the same
-    byte by byte for any number of ranks; what one of them raises, all raise.
+    byte by byte for any number of ranks; what one of them raises, all raise. The first of them calls `check` with
+    the hash of the weights before the folder appears: what that raises leaves everything as it was.
     Raises ArtefactError for weights of another model or a folder in use (`check_free`), RunError when it cannot be
     written, ValueError for a manifest field that is not the caller's to set.
     """
@@ -172,6 +183,8 @@ def write_artefact(
                 files = [(part, written[part]) for part in parts if part.model == name]
                 extra = {} if name else hashes
                 hashes[name] = _describe(temporary / name, files, spec, manifest, preprocess, extra)
+            if check is not None:
+                check(hashes[""])
             undo.close()
 
         writers.main(finish)
@@ -302,7 +315,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
         manifest=manifest,
         preprocess=preprocess,
         state=state,
-        hash=_weights_hash({name: digest for name, (_, digest) in expected.items()}),
+        digest=_weights_hash({name: digest for name, (_, digest) in expected.items()}),
     )
 
 

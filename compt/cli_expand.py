@@ -228,11 +228,19 @@ def _show(*tables: TextTable) -> None:
 
 def _write(prepared: Prepared) -> None:
     from compt import dist
-    from compt.artefact import read_artefact, write_artefact
+    from compt.artefact import versions, write_artefact
     from compt.expand import expand as run_expand
 
     assert prepared.out is not None
     state: Mapping[str, Tensor] = run_expand(prepared.plan, prepared.teacher.state, prepared.seed, prepared.average)
+
+    def same(made: str) -> None:
+        if prepared.repeats not in (None, made):
+            raise ArtefactError(
+                f"{prepared.out}: is not written: it would not hold the bytes that the manifest describes; that was "
+                f"made with {prepared.versions}, this is {versions()}"
+            )
+
     with _progress(prepared) as count:
         write_artefact(
             prepared.out,
@@ -241,21 +249,9 @@ def _write(prepared: Prepared) -> None:
             prepared.fields,
             max_shard_bytes=prepared.shard_bytes,
             together=dist.world_size() > 1,
+            check=same,
             **prepared.preprocess,
         )
-
-    out = prepared.out
-
-    def same() -> None:
-        made = read_artefact(out, verify=False)
-        if made.hash != prepared.repeats:
-            raise ArtefactError(
-                f"{prepared.out}: does not hold the bytes that the manifest describes; it was made with "
-                f"{prepared.versions}, this is {made.manifest['versions']}"
-            )
-
-    if prepared.repeats is not None:
-        dist.on_main(same)
 
 
 def _check_data(prepared: Prepared, score: _Score) -> None:

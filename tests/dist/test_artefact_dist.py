@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def weights(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
 def write(folder: Path, state: Mapping[str, Tensor] | None = None, together: bool = True, seed: int = 1) -> None:
     extra = {"ema": weights(BIG, seed + 1)}
     chosen = weights(BIG, seed) if state is None else state
-    write_artefact(folder, chosen, BIG, {"step": seed}, max_shard_bytes=SHARD, extra_states=extra, together=together)
+    options: dict[str, Any] = {"max_shard_bytes": SHARD, "extra_states": extra, "together": together}
+    artefact.write_artefact(folder, chosen, BIG, {"step": seed}, **options)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -101,6 +103,10 @@ def broken_rename(*_: Any) -> None:
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
+def refuse(made: str) -> None:
+    raise ArtefactError(f"{made} is another hash")
+
+
 def attempt(folder: Path, patch: tuple[Any, str, Any] | None, state: Mapping[str, Tensor] | None = None) -> str:
     """The message of what writing raises, "" where it does not; the patch is undone."""
     with pytest.MonkeyPatch.context() as patches:
@@ -128,6 +134,7 @@ def misfortunes(folder: Path, small: str | None, read_only: str | None) -> dict[
     told["rename"] = attempt(folder, (files.os, "rename", broken_rename))
     if last:
         told["unseen"] = attempt(folder, (Path, "is_dir", lambda _: False) if rank == last else None)
+    told["hash"] = attempt(folder, (artefact, "write_artefact", partial(write_artefact, check=refuse)))
     told["in use"] = attempt(folder.parent, None)
     told["other weights"] = attempt(folder, None, {name: state[name] for name in state if name != "visual.proj"})
     if small is not None:
@@ -179,6 +186,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_leaves_nothing(
         ),
         "rename": "RunError: cannot write .*model: Invalid cross-device link",
         "unseen": rf"RunError: cannot write .*: rank {world - 1} does not see it; all ranks need one file system",
+        "hash": "ArtefactError: [0-9a-f]{64} is another hash",
         "in use": "ArtefactError: .*place: exists and is not a model folder that compt wrote, or holds other files too",
         "other weights": "ArtefactError: the weights to write are not those of model big: visual.proj",
         "small disk": rf"RunError: {where}.*safetensors: No space left on device",

@@ -190,9 +190,13 @@ def test_other_bytes_than_the_manifest_says_are_an_error(teacher: Path, tmp_path
     run(teacher, "vit_pico", tmp_path / "one", *GROWN)
     manifest = json.loads((tmp_path / "one" / "manifest.json").read_text())
     (tmp_path / "other.json").write_text(json.dumps({**manifest, "seed": 1, "versions": {"torch": "1.0"}}))
-    error = refused(teacher, tmp_path / "two", "--from-manifest", tmp_path / "other.json")
-    assert isinstance(error, ArtefactError)
-    assert "does not hold the bytes that the manifest describes; it was made with {'torch': '1.0'}" in str(error)
+    before = content(tmp_path / "one")
+    for out in ("one", "two"):
+        error = refused(teacher, tmp_path / out, "--from-manifest", tmp_path / "other.json")
+        assert isinstance(error, ArtefactError)
+        assert "not hold the bytes that the manifest describes; that was made with {'torch': '1.0'}" in str(error)
+    assert content(tmp_path / "one") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other.json"]
 
 
 @pytest.mark.slow
