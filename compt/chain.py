@@ -22,7 +22,7 @@ from compt.errors import ArtefactError, ConfigError, DataError, RunError
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
-from compt.jobs_start import open_start
+from compt.jobs_start import hash_of, open_start
 from compt.planner import Job, Plan, make_plan
 from compt.planner_start import AVERAGE, Start
 from compt.trainer import StopSignal
@@ -222,10 +222,11 @@ def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
     try:
         with named(source, "chain.from"):
             found = dist.on_all(lambda: open_start(recipe.chain, base))
+            digest = hash_of(found)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     averaged = AVERAGE in found.manifest.get("extra", {})
-    return Start(found.spec, found.hash, found.preprocess["mean"], found.preprocess["std"], averaged)
+    return Start(found.spec, digest, found.preprocess["mean"], found.preprocess["std"], averaged)
 
 
 def plan_run(

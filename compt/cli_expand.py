@@ -197,8 +197,8 @@ def _run(asked: Asked, score: _Score | None, output: _Output) -> None:
         dist.shutdown()
 
 
-def _show_result(prepared: Prepared, found: Verification | None, output: _Output) -> None:
-    record = {
+def _record(prepared: Prepared, found: Verification | None) -> dict[str, Any]:
+    return {
         **prepared.plan.table_json(),
         "seed": prepared.seed,
         "parent_hash": prepared.teacher.hash,
@@ -207,10 +207,13 @@ def _show_result(prepared: Prepared, found: Verification | None, output: _Output
         "out": str(prepared.out) if prepared.writes else None,
         "verification": found.to_dict() if found else None,
     }
+
+
+def _show_result(prepared: Prepared, found: Verification | None, output: _Output) -> None:
     if output.file is not None:
-        write_json(output.file, record)
+        write_json(output.file, _record(prepared, found))
     if output.as_json:
-        typer.echo(json.dumps(record, indent=2))
+        typer.echo(json.dumps(_record(prepared, found), indent=2))
     elif found:
         names = {
             "teacher": f"teacher {prepared.plan.teacher.name}",

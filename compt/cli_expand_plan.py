@@ -123,11 +123,10 @@ def _new(asked: Asked, teacher: Artefact, config: ExpandConfig) -> Prepared:
     spec, taken = student_spec(teacher.spec, asked.student, asked.sizes)
     plan = make_plan(teacher.spec, spec, config)
     seed, shard_size = asked.options["seed"] or 0, asked.options["shard-size"]
-    fields: dict[str, Any] = {
-        "parent": Path(asked.teacher).name,
-        "parent_hash": teacher.hash,
-        "expansion": plan.to_json(),
-    }
+    fields: dict[str, Any] = {"parent": Path(asked.teacher).name}
+    if asked.writes:  # the hash of some models takes reading them whole
+        fields["parent_hash"] = teacher.hash
+    fields["expansion"] = plan.to_json()
     fields |= {"seed": seed, "shard_bytes": read_bytes(shard_size)}
     shown: dict[str, Any] = {
         key: teacher.preprocess[key] for key in ("mean", "std", "interpolation") if key in teacher.preprocess

@@ -26,7 +26,7 @@ from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
-from compt.jobs_start import open_start
+from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, build, export_state, init_parameters
 from compt.planner import Job, recipe_cost
@@ -194,6 +194,7 @@ class JobRun:
 
     def _begin(self) -> None:
         teacher = self._teacher()
+        parent_hash = hash_of(teacher) if teacher else None
         if teacher is not None:
             plan = make_expansion(teacher.spec, self.job.spec, self.job.expand)
             average = dist.on_all(lambda: average_of(teacher)) if plan.needs_average else None
@@ -202,7 +203,7 @@ class JobRun:
             self._write_artefact(
                 "initial",
                 expand(plan, teacher.state, self.job.seed, average),
-                teacher.hash,
+                parent_hash,
                 {**how, "step": 0, "samples": 0, "epochs": 0.0},
                 max_shard_bytes=INITIAL_SHARD_BYTES,
                 together=True,
@@ -211,7 +212,7 @@ class JobRun:
             "expanded",
             **self.job.to_json(),
             result=self.job.result,
-            parent_hash=teacher.hash if teacher else None,
+            parent_hash=parent_hash,
             started=now(),
             machine=machine(self.context.device),
             processes=dist.world_size(),

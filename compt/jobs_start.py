@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from compt import dist
 from compt.artefact import Artefact
 from compt.config import Chain
 from compt.errors import ArtefactError, ConfigError
 from compt.sources import model_spec, open_model
 from compt.sources.opened import MODEL_OPTION, PREFIX_OPTION
+
+
+def hash_of(model: Artefact) -> str:
+    """The hash of a model that all ranks opened, found out by rank 0. All ranks call it. Raises ArtefactError."""
+    found: list[str] = []
+    dist.on_main(lambda: found.append(model.hash))
+    return str(dist.broadcast_object(found[0] if found else None))
 
 
 def open_start(chain: Chain, base: Path) -> Artefact:

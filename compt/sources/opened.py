@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -105,7 +106,7 @@ def _open_other(path: Path, found: Found, spec: ModelSpec | None, prefix: str | 
         )
     compare(view, spec, str(path))
     manifest = {"left_out": left_out} if left_out else {}
-    return Artefact(path, spec, manifest, files.pixels_of(found, spec), view, digest_of(found.files))
+    return Artefact(path, spec, manifest, files.pixels_of(found, spec), view, partial(digest_of, found.files))
 
 
 def _compare_state(found: Artefact) -> None:

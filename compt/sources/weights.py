@@ -6,6 +6,7 @@ import hashlib
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,6 +132,20 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def digest_of(files: Sequence[Path]) -> str:
-    """One SHA-256 for the contents of `files`, in the order of their names."""
-    lines = [sha256_file(path) for path in sorted(files, key=lambda path: path.name)]
+    """One SHA-256 for the contents of `files`, in the order of their names. Raises ArtefactError.
+
+    A process reads a file once for it, unless it changes.
+    """
+    lines = []
+    for path in sorted(files, key=lambda path: path.name):
+        try:
+            found = path.stat()
+            lines.append(_sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns))
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read ({error.strerror or error})") from error
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@cache
+def _sha256(path: Path, *identity: int) -> str:
+    return sha256_file(path)

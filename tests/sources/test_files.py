@@ -14,12 +14,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from compt.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, write_artefact
+from compt.cli import app
 from compt.errors import ArtefactError, ConfigError
+from compt.files import sha256_file
 from compt.models import build, export_state
 from compt.presets import PRESETS, resolve
-from compt.sources import average_of, model_spec, open_model
+from compt.sources import average_of, model_spec, open_model, weights
 from compt.sources.infer import infer_spec
 from compt.sources.names import models_in, open_clip_view
 from compt.sources.weights import Part, Tensors, View, Weights
@@ -344,6 +347,38 @@ def test_open_clips_own_folder(tmp_path, state):
         open_model(folder)
     torch.save(state, folder / "open_clip_pytorch_model.bin")
     assert same(open_model(folder).state, state)
+
+
+def test_files_are_hashed_when_the_hash_is_asked_for_and_once(tmp_path, state, monkeypatch):
+    torch.save(state, tmp_path / "model.pt")
+    wanted = weights.digest_of([tmp_path / "model.pt"])
+    hashed: list[Path] = []
+    monkeypatch.setattr(weights, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    weights._sha256.cache_clear()
+    found = open_model(tmp_path / "model.pt", SPEC, verify=False)
+    assert same(found.state, state)
+    found.load_model()
+    assert hashed == []
+    assert found.hash == found.hash == open_model(tmp_path / "model.pt", SPEC).hash == wanted
+    assert len(hashed) == 1
+    torch.save({**state, "visual.proj": state["visual.proj"] + 1}, tmp_path / "model.pt")
+    assert open_model(tmp_path / "model.pt", SPEC).hash != wanted
+    assert len(hashed) == 2
+    (tmp_path / "model.pt").unlink()
+    with pytest.raises(ArtefactError, match=r"model.pt: cannot be read \(No such file"):
+        weights.digest_of([tmp_path / "model.pt"])
+
+
+def test_a_plan_hashes_nothing(tmp_path, monkeypatch):
+    torch.save(export_state(build(PRESETS["vit_pico"], seed=0)), tmp_path / "model.pt")
+    hashed: list[Path] = []
+    monkeypatch.setattr(weights, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
+    arguments = ["expand", str(tmp_path / "model.pt"), "vit_nano", "--teacher-model", "vit_pico", "--dry-run"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert hashed == []
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    assert json.loads(result.stdout)["parent_hash"] == weights.digest_of([tmp_path / "model.pt"])
 
 
 def test_folders_of_open_clip_may_be_sharded_but_not_lead_elsewhere(tmp_path, state):

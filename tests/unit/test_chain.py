@@ -25,13 +25,14 @@ from compt.config import load_recipe
 from compt.data.dataset import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.expand import SeededDraw, expand_state, make_plan
-from compt.files import read_json
+from compt.files import read_json, sha256_file
 from compt.growth import ExpandConfig, TowerGrowth
 from compt.jobs import STATES, JobRun, steps_left
 from compt.jobs_start import open_start
 from compt.metrics import read_metrics
 from compt.models import build, export_state
 from compt.presets import NORM_EPS, PRESETS
+from compt.sources import weights as sources_weights
 from tests.dist.spawn import CONTEXT
 from tests.helpers_process import (
     KILLED,
@@ -469,7 +470,11 @@ def test_baselines_controls_and_what_is_trained_once(base: Path, whole: Path, ha
 # --- a model from outside
 
 
-def test_a_chain_from_an_existing_model(base: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_chain_from_an_existing_model(
+    base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    monkeypatch.setattr(sources_weights, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     given = whole / "jobs" / FIRST / "model"
     export_open_clip(read_artefact(given), tmp_path / "stock")
     links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
@@ -479,6 +484,7 @@ def test_a_chain_from_an_existing_model(base: Path, whole: Path, tmp_path: Path)
         assert equal(weights(whole, SECOND, "initial"), weights(tmp_path / name, "1-large", "initial"))
         found = read_artefact(tmp_path / name / "jobs" / "1-large" / "model").manifest
         assert found["parent"] == str(start_from)
+    assert len(hashed) == 1
     # Other weights in the same place are another recipe.
     shutil.rmtree(tmp_path / "stock")
     export_open_clip(read_artefact(whole / "jobs" / SECOND / "model"), tmp_path / "stock")

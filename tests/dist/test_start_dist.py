@@ -1,0 +1,27 @@
+"""What several ranks do with a model from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compt import dist
+from compt.artefact import Artefact
+from compt.jobs_start import hash_of
+from compt.presets import PRESETS
+from tests.dist.spawn import run_ranks
+
+
+def hashed_by() -> tuple[str, list[int]]:
+    """The hash that this rank is told, and the rank if it had to find it out itself."""
+    asked: list[int] = []
+
+    def find_out() -> str:
+        asked.append(dist.rank())
+        return f"of rank {dist.rank()}"
+
+    model = Artefact(Path("model.pt"), PRESETS["vit_pico"], {}, {}, {}, find_out)
+    return hash_of(model), asked
+
+
+def test_one_rank_reads_every_byte_of_a_model() -> None:
+    assert run_ranks(hashed_by, 2) == [("of rank 0", [0]), ("of rank 0", [])]
