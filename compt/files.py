@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -13,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from compt.errors import RunError
+
+# What `new_folder` calls a folder while it is filled, and the one that it takes the place of.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[a-z0-9_]{8}(?P<old>\.old)?")
 
 
 def _fsync_folder(folder: Path) -> None:
@@ -39,11 +44,15 @@ def fsync_tree(folder: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn an OSError while writing `path` into a RunError that names the path and the cause."""
+    """Turn an OSError while writing `path` into a RunError that names the path and the cause.
+
+    A folder that is being filled is named as it will be called.
+    """
     try:
         yield
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+        parts = [found["name"] if (found := _TEMPORARY.fullmatch(part)) else part for part in path.parts]
+        raise RunError(f"cannot write {Path(*parts)}: {error.strerror or error}") from error
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -84,11 +93,14 @@ def read_json(path: Path) -> Any:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` that becomes `final` when the block ends well, and vanishes otherwise.
 
-    An existing `final` is replaced. Raises RunError on a full disk or an unwritable place.
+    An existing `final` is replaced. What processes that were killed have left of the same is removed first. Raises
+    RunError on a full disk or an unwritable place.
     """
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_dead(final)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
+    lock = _lock(temporary)
     try:
         os.chmod(temporary, 0o755)
         with disk_errors(final):
@@ -103,6 +115,38 @@ def new_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or its process ends; None where another has it, or none can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return descriptor
+        except OSError:
+            os.close(descriptor)
+    return None
+
+
+def _remove_dead(final: Path) -> None:
+    """Remove the temporary folders of `final` whose process is gone: a process that lives holds a lock on its own.
+
+    On a file system without locks for folders none can be told to be dead, and all stay.
+    """
+    for path in final.parent.iterdir():
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or found["name"] != final.name or path.is_symlink() or not path.is_dir():
+            continue
+        if found["old"] and not final.exists():  # killed between two renames: the only one there is
+            continue
+        lock = _lock(path)
+        if lock is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
 
 
 def sha256_file(path: Path) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +13,7 @@ import pytest
 
 from compt.errors import DataError, RunError
 from compt.evaluate.common import save_result
-from compt.files import write_bytes, write_json, write_text
+from compt.files import new_folder, write_bytes, write_json, write_text
 
 
 def test_bytes_and_text(tmp_path: Path) -> None:
@@ -52,3 +55,94 @@ def test_an_index_that_cannot_be_written_names_it(tmp_path: Path, monkeypatch: p
     with pytest.raises(DataError, match=r"the index: cannot write .*000000\.tar.*npz: No space left"):
         build_index(shards, tmp_path / "index")
     assert [path.name for path in (tmp_path / "index").iterdir()] == []
+
+
+WRITER = """
+import os, sys
+from pathlib import Path
+from compt import files
+
+def tell(*_):
+    print("ready", flush=True)
+    sys.stdin.read()
+
+if sys.argv[2] == "between":  # the old folder is out of the way and the new one not there yet
+    first, rename = [], os.rename
+    files.os.rename = lambda *names: tell() if first else first.append(rename(*names))
+with files.new_folder(Path(sys.argv[1])) as folder:
+    (folder / "half").write_text("x")
+    if sys.argv[2] == "inside":
+        tell()
+"""
+
+
+def writer(folder: Path, where: str) -> subprocess.Popen[str]:
+    """A process that has begun to write `folder` and waits."""
+    command = [sys.executable, "-c", WRITER, str(folder), where]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def fill(folder: Path) -> None:
+    with new_folder(folder) as temporary:
+        (temporary / "whole").write_text("x")
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_stays(tmp_path: Path) -> None:
+    out, others = tmp_path / "out", [".out.tmp-mine", ".out-2.tmp-abcdefgh", ".out.2.tmp-abcdefgh", "out.tmp-abcdefgh"]
+    for name in others:
+        (tmp_path / name).mkdir()
+    dead, living = writer(out, "inside"), writer(out, "inside")
+    try:
+        end(dead)
+        assert len(list(tmp_path.glob(".out.tmp-????????"))) == 2
+        fill(out)
+        left = {path.name for path in tmp_path.iterdir()} - {"out", *others}
+        assert len(left) == 1
+        assert (tmp_path / left.pop() / "half").exists()
+        assert [path.name for path in out.iterdir()] == ["whole"]
+    finally:
+        end(living)
+    fill(out)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *others}
+
+
+def test_the_only_copy_of_a_folder_is_removed_only_when_there_is_another(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    fill(out)
+    end(writer(out, "between"))
+    assert not out.exists()
+    with pytest.raises(KeyError), new_folder(out):
+        raise KeyError
+    (old,) = tmp_path.iterdir()
+    assert (old / "whole").exists()
+    fill(out)
+    fill(out)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_without_locks_nothing_is_taken_to_be_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(38, "Function not implemented")
+
+    (tmp_path / ".out.tmp-abcdefgh").mkdir()
+    monkeypatch.setattr("fcntl.flock", refuse)
+    fill(tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.tmp-abcdefgh", "out"]
+
+
+def test_a_full_disk_names_the_folder_as_it_will_be_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(RunError) as caught, new_folder(tmp_path / "out") as folder:
+        write_text(folder / "sub" / "file", "x")
+    assert str(caught.value) == f"cannot write {tmp_path / 'out' / 'sub' / 'file'}: No space left on device"
