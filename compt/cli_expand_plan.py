@@ -259,8 +259,8 @@ def read_sizes(given: Sequence[str]) -> dict[str, Any]:
 def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[ModelSpec, dict[str, Any]]:
     """The student called `name` with `sizes`, and what it takes over from the teacher.
 
-    Taken over unless set: what has to agree (activation, widths of heads, ln_pre), and of pictures, context and
-    vocabulary what would shrink. Raises ConfigError.
+    Taken over unless set: what has to agree (activation, widths of heads, ln_pre), and of pictures, windows,
+    context and vocabulary what would shrink. Raises ConfigError.
     """
     from compt.sources import model_spec
 
@@ -283,8 +283,9 @@ def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[M
     picture = ("image_size", "patch_size")
     if alike and not any(key in values for key in picture) and _patches(base) < _patches(teacher):
         taken |= {key: getattr(teacher, key) for key in picture if getattr(base, key) != getattr(teacher, key)}
-    spec = resized(base, {**taken, **values})
-    return spec, taken
+    if alike and "window" not in values and base.arch == "swin" and base.window < teacher.window:
+        taken["window"] = teacher.window
+    return resized(base, {**taken, **values}), taken
 
 
 def _patches(spec: ModelSpec) -> int:

@@ -307,6 +307,16 @@ def test_a_student_that_fits_takes_over_nothing() -> None:
     assert student_spec(PRESETS["vit_t16"], "swin_t", []) == (PRESETS["swin_t"], {})
 
 
+def test_a_swin_takes_over_pictures_and_windows() -> None:
+    spec, taken = student_spec(PRESETS["swin_b384"], "swin_l", [])
+    assert taken == {"image_size": 384, "window": 12}
+    assert spec == replace(PRESETS["swin_l384"], name="swin_l")
+    assert make_plan(PRESETS["swin_b384"], spec).student == spec
+    assert student_spec(PRESETS["swin_b384"], "swin_l", ["window=14"])[1] == {"image_size": 384}
+    assert student_spec(PRESETS["swin_t"], "swin_l384", [])[1] == {}
+    assert student_spec(PRESETS["swin_b384"], "vit_l16", [])[1] == {}
+
+
 def test_a_student_may_be_the_teacher_changed() -> None:
     spec, taken = student_spec(OPENAI, "given", ["width=32", "mlp_ratio=5"])
     assert taken == {}
