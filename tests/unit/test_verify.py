@@ -88,6 +88,8 @@ def test_an_exact_operator_keeps_everything(teacher: Artefact, data: Path) -> No
 def test_the_scores_are_those_of_the_three_models(teacher: Artefact, data: Path) -> None:
     plan = make_plan(SMALL, DOUBLE)
     found = check(teacher, data, plan)
+    assert all(part.reasons and part.float64 is None for part in found.differences.values())
+    check_kept(found, "student")  # nothing was promised
     student = build(DOUBLE)
     student.load_state_dict({k: v.reshape(student.state_dict()[k].shape) for k, v in expanded(plan, teacher).items()})
     for name, model in (("teacher", teacher.load_model()), ("student", student), ("random", build(DOUBLE, seed=3))):
@@ -116,11 +118,14 @@ def loss_of(model: torch.nn.Module, data: Path) -> float:
 
 
 def test_a_longer_embedding_is_compared_by_dot_products(teacher: Artefact, data: Path) -> None:
+    """Each of the towers alone, and both together, which may not fit though each is exact."""
     found = check(teacher, data, make_plan(SMALL, LONGER, ExpandConfig.both("net2net")))
     assert found.broken() == []
     assert found.dot_products is not None
     assert found.dot_products < TOLERANCE
     assert all(part.float32 < 1e-4 for part in found.differences.values())
+    apart = replace(found, dot_products=0.5)
+    assert apart.broken() == ["dot products of images with texts differ by 5.0e-01, both towers are exact"]
 
 
 @pytest.mark.parametrize("tower", ["image", "text"])
@@ -135,14 +140,26 @@ def test_a_broken_promise_is_an_error_that_names_the_tower(teacher: Artefact, da
     other = {"image": "text", "text": "image"}[tower]
     assert f"{other} tower" not in str(caught.value)
     assert found.to_dict()["kept"] is False
-    # Without the promise the same plan is no error.
-    check_kept(check(teacher, data, honest), "student")
 
 
-def test_towers_that_are_exact_alone_may_not_fit_together(teacher: Artefact, data: Path) -> None:
-    found = check(teacher, data, make_plan(SMALL, LONGER, ExpandConfig.both("net2net")))
-    apart = replace(found, dot_products=0.5)
-    assert apart.broken() == ["dot products of images with texts differ by 5.0e-01, both towers are exact"]
+@pytest.mark.parametrize(("tower", "name"), [("image", "visual.proj"), ("text", "text_projection")])
+def test_one_weight_that_is_hardly_wrong_breaks_a_promise(
+    teacher: Artefact, data: Path, monkeypatch: pytest.MonkeyPatch, tower: str, name: str
+) -> None:
+    def wrong(*given: Any) -> dict[str, torch.Tensor]:
+        state = dict(expand(*given))
+        state[name][0, 0] += 1e-8
+        return state
+
+    monkeypatch.setattr(compt.verify, "expand", wrong)
+    found = check(teacher, data, make_plan(SMALL, DOUBLE, ExpandConfig.both("net2net")))
+    part = found.differences[tower]
+    assert part.float64 is not None
+    assert 1e-10 < part.float64 < 5e-9
+    assert not part.kept
+    (broken,) = found.broken()
+    assert broken.startswith(f"{tower} tower: its features differ by")
+    assert broken.endswith("the plan promises less than 1e-10")
 
 
 def test_longer_features_are_compared_by_their_dot_products() -> None:
