@@ -70,6 +70,9 @@ class ModelSpec:
     text_norm_eps: float = NORM_EPS
 
     def __post_init__(self) -> None:
+        for name in (*_COUNTS, "heads", "text_heads"):
+            if type(getattr(self, name)) is not int:
+                raise ConfigError(f"model {self.name}: {name} is {getattr(self, name)!r}; it must be a whole number")
         for name in _COUNTS:
             if getattr(self, name) < 1:
                 raise ConfigError(f"model {self.name}: {name} is {getattr(self, name)}; it must be at least 1")

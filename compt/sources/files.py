@@ -125,6 +125,10 @@ def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
             default | dict(config.get(f"{part}_config") or {}) | dict(config.get(f"{part}_config_dict") or {})
             for part, default in (("text", _HF_TEXT), ("vision", _HF_VISION))
         )
+        embed_dim = config.get("projection_dim", _HF_EMBEDDING)
+        _check_types(name, "", {"projection_dim": embed_dim}, {"projection_dim": _HF_EMBEDDING})
+        _check_types(name, "text_config.", text, _HF_TEXT)
+        _check_types(name, "vision_config.", vision, _HF_VISION)
         _check_hugging_face(name, text, vision)
         return ModelSpec(
             name=name,
@@ -141,7 +145,7 @@ def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
             patch_size=vision["patch_size"],
             context_length=text["max_position_embeddings"],
             vocab_size=text["vocab_size"],
-            embed_dim=config.get("projection_dim", _HF_EMBEDDING),
+            embed_dim=embed_dim,
             mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
             quick_gelu=text["hidden_act"] == "quick_gelu",
             norm_eps=float(vision["layer_norm_eps"]),
@@ -149,6 +153,14 @@ def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
         )
     except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
         raise ArtefactError(f"{HF_CONFIG} of {name}: {error}") from error
+
+
+def _check_types(name: str, part: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    words = {int: "a whole number", float: "a number", str: "a word"}
+    for key, default in defaults.items():
+        value, kind = given[key], type(default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ArtefactError(f"{HF_CONFIG} of {name}: {part}{key} is {value!r}; it must be {words[kind]}")
 
 
 def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:

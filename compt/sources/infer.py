@@ -65,8 +65,7 @@ def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
 
     Weights are floats: fp16, bf16, fp32 or fp64. Nothing is read for it.
     """
-    wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
-    wanted["logit_scale"] = ()
+    wanted = _shapes(spec, len(view), where)
     lists = (
         ("missing", [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in view]),
         ("unexpected", [f"{name} {list(view.shape(name))}" for name in view if name not in wanted]),
@@ -92,6 +91,22 @@ def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
         counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists if entries)
         head = f"{where}: the weights are not those of this model, {spec.name}: {counts}"
         raise ArtefactError("\n".join([head, *lines]))
+
+
+def _shapes(spec: ModelSpec, parameters: int, where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model to compare so many parameters with; of sizes from a file, which need not make sense."""
+    layers = spec.depth + spec.text_depth
+    if layers > parameters:
+        raise ArtefactError(f"{where}: {spec.name} has {layers} layers, the weights only {parameters} parameters")
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of numbers that it cannot count to
+        raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({_first_line(error)})") from error
+    return wanted | {"logit_scale": ()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _vit(view: View, name: str, hint: str) -> ModelSpec:

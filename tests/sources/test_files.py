@@ -381,6 +381,23 @@ def test_a_plan_hashes_nothing(tmp_path, monkeypatch):
     assert json.loads(result.stdout)["parent_hash"] == weights.digest_of([tmp_path / "model.pt"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("width", 24.0, "width is 24.0; it must be a whole number"),
+        ("layers", 200_000_000, "has 200000002 layers, the weights only 50 parameters"),
+        ("context_length", 10**10, "has sizes that no model has"),
+    ],
+)
+def test_sizes_of_no_model_end_at_once(tmp_path, state, key, value, message):
+    folder = open_clip_folder(tmp_path / "theirs", state)
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_cfg"]["vision_cfg" if key == "width" else "text_cfg"][key] = value
+    (folder / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=message):
+        open_model(folder)
+
+
 def test_folders_of_open_clip_may_be_sharded_but_not_lead_elsewhere(tmp_path, state):
     folder = open_clip_folder(tmp_path / "theirs", state)
     (folder / OPEN_CLIP_WEIGHTS).unlink()

@@ -180,6 +180,31 @@ def test_integers_among_what_is_stacked_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("text_config", "num_hidden_layers", 200_000_000, "has 200000003 layers, the weights only 74 parameters"),
+        ("vision_config", "num_hidden_layers", 10**40, "layers, the weights only 74 parameters"),
+        ("text_config", "max_position_embeddings", 10**10, "has sizes that no model has"),
+        ("text_config", "max_position_embeddings", 10**30, "has sizes that no model has"),
+        ("vision_config", "image_size", 4 * 10**10, "has sizes that no model has"),
+        (
+            "text_config",
+            "max_position_embeddings",
+            10**6,
+            r"of another shape: positional_embedding \[9, 24\], the model",
+        ),
+    ],
+)
+def test_sizes_of_no_model_end_at_once(tmp_path, part, key, value, message):
+    write(tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config[part][key] = value
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(ArtefactError, match=message):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "siglip"}, "model_type is 'siglip'"),
@@ -189,7 +214,14 @@ def test_integers_among_what_is_stacked_are_listed(tmp_path):
         ({"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}}, "hidden_act is relu"),
         ({"text_config": {"eos_token_id": 5}}, "eos_token_id is 5"),
         ({"text_config": {"num_attention_heads": 7}}, "is not 7 heads"),
-        ({"text_config": {"hidden_size": "x"}}, "config.json of m"),
+        ({"text_config": {"hidden_size": "x"}}, r"text_config\.hidden_size is 'x'; it must be a whole number"),
+        ({"vision_config": {"hidden_size": 768.0}}, r"vision_config\.hidden_size is 768\.0; it must be a whole number"),
+        ({"vision_config": {"num_hidden_layers": True}}, "num_hidden_layers is True; it must be a whole number"),
+        ({"text_config": {"layer_norm_eps": "1e-5"}}, "layer_norm_eps is '1e-5'; it must be a number"),
+        ({"text_config": {"hidden_act": ["gelu"]}}, "hidden_act is .* it must be a word"),
+        ({"text_config": {"num_attention_heads": None}}, "num_attention_heads is None; it must be a whole number"),
+        ({"projection_dim": 512.5}, r"of m: projection_dim is 512\.5; it must be a whole number"),
+        ({"vision_config": {"num_attention_heads": 0}}, "config.json of m"),
         ({"text_config": [1]}, "config.json of m"),
     ],
 )
