@@ -181,7 +181,7 @@ def _run(asked: Asked, score: _Score | None, output: _Output) -> None:
             _check_data(prepared, score)
         if dist.is_main() and not output.as_json:
             tables = plan_tables(prepared.plan) if output.every_parameter else ()
-            _show(*tables, summary_table(prepared.plan, prepared.notes))
+            _show(*tables, summary_table(prepared.plan, prepared.rounded_to, prepared.notes))
         if prepared.writes:
             _write(prepared)
             if dist.is_main() and not output.as_json:

@@ -74,6 +74,12 @@ class Prepared:
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
+    def rounded_to(self) -> str | None:
+        """The type of the teacher's weights, in which the student is stored, where it is less than float32."""
+        kind = self.teacher.state["text_projection"].dtype
+        return str(kind).removeprefix("torch.") if kind.itemsize < 4 else None
+
+    @property
     def notes(self) -> list[str]:
         """What is taken over, and what is left out of the source, in words."""
         said = [f"{key} {str(value).lower()}" for key, value in self.taken.items()]

@@ -48,13 +48,16 @@ def plan_tables(plan: Plan) -> Iterator[TextTable]:
         yield TextTable(title, HEADER, rows, left=2)
 
 
-def summary_table(plan: Plan, notes: Sequence[str] = ()) -> TextTable:
-    """Sums by part and in all; below, the operators and which tower is exact, or why it is not."""
+def summary_table(plan: Plan, rounded_to: str | None = None, notes: Sequence[str] = ()) -> TextTable:
+    """Sums by part and in all; below, the operators and which tower is exact, or why it is not.
+
+    `rounded_to`: the type of the student's weights, where that is less than float32.
+    """
     rows = [_sum_row(part.title, part.entries) for part in _parts(plan)]
     rows.append(_sum_row("all", plan.entries))
     header = ("part", "parameters", *HEADER[2:])
     title = f"{plan.teacher.name} to {plan.student.name}"
-    return TextTable(title, header, rows, [operators(plan.config), *_promises(plan), *notes])
+    return TextTable(title, header, rows, [operators(plan.config), *_promises(plan, rounded_to), *notes])
 
 
 def operators(config: ExpandConfig) -> str:
@@ -75,14 +78,15 @@ def _tower(config: ExpandConfig, image: bool) -> str:
     return f"width {tower.width}, depth {tower.depth}{zero}"
 
 
-def _promises(plan: Plan) -> Iterator[str]:
+def _promises(plan: Plan, rounded_to: str | None) -> Iterator[str]:
+    rounding = f", but for rounding to {rounded_to}, in which it is stored" if rounded_to else ""
     for tower in TOWERS:
         reasons = plan.inexact[tower]
         if reasons:
             more = f" (and {len(reasons) - 1} more such)" if len(reasons) > 1 else ""
             yield f"The {tower} tower will not compute what the teacher's does: {reasons[0]}{more}."
         else:
-            yield f"The {tower} tower will compute what the teacher's does (in float64 to 1e-10)."
+            yield f"The {tower} tower will compute what the teacher's does (in float64 to 1e-10){rounding}."
 
 
 def _parts(plan: Plan) -> list[_Part]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from compt import cli_expand
@@ -120,6 +121,16 @@ def test_a_dry_run_names_operators_and_promises(teacher: Path) -> None:
     assert re.search(r"The image tower will not compute what the teacher's does: visual\.\S+: ", output)
     closing = [words for name, words in shown_parameters(output) if name.endswith("3.mlp.c_proj.weight")]
     assert closing == [["32", "×", "128:", "zero", "-", "-", "100%"]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_promise_of_half_precision_says_so(tmp_path: Path, dtype: torch.dtype) -> None:
+    weights = {name: tensor.to(dtype) for name, tensor in export_state(build(TEACHER, seed=1)).items()}
+    write_artefact(tmp_path / "model", weights, TEACHER, {})
+    output = run(tmp_path / "model", "vit_pico", "--dry-run", *GROWN, "--text-width", "lemon", columns=200)
+    promise = "The text tower will compute what the teacher's does (in float64 to 1e-10)"
+    rounding = "" if dtype.itemsize > 4 else f", but for rounding to {str(dtype)[6:]}, in which it is stored"
+    assert f"{promise}{rounding}.\n" in output
 
 
 def test_a_share_that_is_not_everything_is_not_said_to_be() -> None:
