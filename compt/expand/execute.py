@@ -60,7 +60,7 @@ def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
     """One student parameter, a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
 
     `draw` is called only where the plan keeps some of the student's own initialization or makes copies that differ.
-    Raises ArtefactError when the teacher's tensor has not the planned shape, or is not finite where it is decomposed.
+    Raises ArtefactError when the teacher's tensor has not the planned shape, or holds NaN or infinities.
     """
     if entry.action == "zero":
         return torch.zeros(entry.shape)
@@ -81,7 +81,7 @@ class ExpandedState(Mapping[str, Tensor]):
     """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
 
     Raises ArtefactError: here when the plan needs a moving average and there is none, at the parameter when the teacher
-    does not fit the plan.
+    does not fit the plan or is not finite there.
     """
 
     def __init__(
@@ -140,7 +140,21 @@ def _planned(tensor: Tensor, entry: Entry) -> Tensor:
         raise ArtefactError(
             f"teacher parameter {entry.sources[0]} has shape {list(tensor.shape)}, planned {list(entry.source_shape)}"
         )
-    return tensor.detach()
+    tensor = tensor.detach()
+    if not _is_finite(tensor):
+        whose = "in the moving average, " if entry.average else ""
+        raise ArtefactError(
+            f"teacher parameter {entry.sources[0]} is not finite: {whose}some of its numbers are NaN or infinite; "
+            "nothing grows from it"
+        )
+    return tensor
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinities, looked at some rows at a time."""
+    rows = tensor if tensor.ndim else tensor[None]
+    step = max(1, _CHUNK // max(1, rows[:1].numel()))
+    return all(bool(part.isfinite().all()) for part in rows.split(step))
 
 
 def _ground(entry: Entry, dtype: torch.dtype, draw: Draw) -> Tensor:
@@ -316,8 +330,6 @@ class _Factors:
 def _completed(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
     """Where a matrix grows under `netexpand`: an orthonormal complement instead of the student's own numbers."""
     block = torch.cat([values for _, values in _computed(entry, source, draw)]).flatten(1)
-    if not bool(block.isfinite().all()):
-        raise ArtefactError(f"teacher parameter {entry.sources[0]} is not finite; netexpand has no complement to it")
     own = draw.own(entry.name, entry.shape).double().flatten(1)
     rows, *others = entry.maps
     inputs = others[0].known if len(others) == 1 else np.arange(own.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
 
@@ -284,11 +285,22 @@ def test_what_is_computed_some_rows_at_a_time_is_what_is_computed_at_once(monkey
         assert torch.equal(tensor, whole[name]), name
 
 
-def test_a_matrix_that_is_not_finite_has_no_complement():
-    old = sentinels(TINY)
-    old["visual.proj"][1, 2] = torch.nan
-    with pytest.raises(ArtefactError, match=r"teacher parameter visual\.proj is not finite"):
-        expand_state(make_plan(TINY, SMALL, ExpandConfig.both("netexpand")), old, Negative())
+@pytest.mark.parametrize("width", WIDTH)
+def test_what_is_not_finite_is_named_and_refused(monkeypatch, width):
+    """One number of a parameter is enough, in whichever of the parts that are looked at it is."""
+    monkeypatch.setattr(execute, "_CHUNK", 7)
+    for name, place in (("visual.proj", (-1, -1)), ("logit_scale", ()), (f"{BLOCK}.1.mlp.c_fc.weight", (0, 0))):
+        for value in (torch.nan, torch.inf, -torch.inf):
+            old = {key: tensor.float() for key, tensor in sentinels(TINY).items()}
+            old[name][place] = value
+            new = expand(make_plan(TINY, SMALL, ExpandConfig.both(width)), old, 0)
+            with pytest.raises(ArtefactError, match=rf"teacher parameter {re.escape(name)} is not finite: some"):
+                dict(new)
+            assert new["text_projection"].isfinite().all()
+    plan = make_plan(TINY, sized("deep", 2, 4, 1, 2), ExpandConfig.both(width, "netexpand"))
+    average = {**sentinels(TINY), f"{BLOCK}.1.ln_1.bias": torch.full((8,), torch.nan)}
+    with pytest.raises(ArtefactError, match=r"1\.ln_1\.bias is not finite: in the moving average"):
+        dict(expand(plan, sentinels(TINY), 0, average))
 
 
 def test_added_layers_come_from_the_moving_average():
