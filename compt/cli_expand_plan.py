@@ -103,14 +103,21 @@ def prepare(asked: Asked) -> Prepared:
     config = growth_config(asked.options)
     from compt import dist
     from compt.artefact import check_free
+    from compt.expand import Plan
     from compt.sources import average_of
 
     if asked.out is not None and asked.writes:
         check_free(asked.out, Path(asked.teacher))
     # One rank's look at the digests is enough, and a plan needs none.
     careful = (asked.writes or asked.verifies) and dist.is_main()
-    teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix, verify=careful)
-    prepared = _repeated(asked, teacher, manifest) if manifest else _new(asked, teacher, config)
+    if manifest is None:
+        teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix, verify=careful)
+        prepared = _new(asked, teacher, config)
+    else:
+        plan = Plan.from_json(manifest["expansion"])
+        known = asked.teacher_model or plan.teacher
+        teacher = open_source(asked.teacher, known, asked.teacher_prefix, verify=careful)
+        prepared = _repeated(asked, teacher, plan, manifest)
     if prepared.plan.needs_average:
         average = average_of(teacher)
         if average is None and asked.writes:
@@ -169,16 +176,14 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def _repeated(asked: Asked, teacher: Artefact, manifest: dict[str, Any]) -> Prepared:
+def _repeated(asked: Asked, teacher: Artefact, plan: Plan, manifest: dict[str, Any]) -> Prepared:
     from compt.artefact import MAX_SHARD_BYTES, OWN_FIELDS
-    from compt.expand import Plan
 
     if teacher.hash != manifest["parent_hash"]:
         raise ArtefactError(
             f"{asked.teacher}: is not the model that {asked.from_manifest} was expanded from "
             f"({manifest.get('parent', 'unnamed')}, hash {manifest['parent_hash'][:16]}; this one: {teacher.hash[:16]})"
         )
-    plan = Plan.from_json(manifest["expansion"])
     fields, made = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}, manifest["hash"]
     if "initial_hash" in manifest:  # a trained model: what it was before
         fields = {key: value for key, value in fields.items() if key in _OF_EXPANSION}

@@ -18,6 +18,7 @@ from compt.formats import TextTable, terminal
 
 if TYPE_CHECKING:
     from compt.artefact import Artefact
+    from compt.presets import ModelSpec
 
 data_app = typer.Typer(help="Build, check and index data sets.", no_args_is_help=True)
 
@@ -40,11 +41,11 @@ SourcePrefix = Annotated[
 ]
 
 
-def open_source(path: str, name: str | None, prefix: str | None, verify: bool = True) -> Artefact:
+def open_source(path: str, model: str | ModelSpec | None, prefix: str | None, verify: bool = True) -> Artefact:
     """The model of a command's arguments, its digests compared with `verify`. Raises ConfigError or ArtefactError."""
     from compt.sources import model_spec, open_model
 
-    return open_model(path, model_spec(name) if name else None, prefix, verify)
+    return open_model(path, model_spec(model) if isinstance(model, str) else model, prefix, verify)
 
 
 @contextlib.contextmanager

@@ -185,6 +185,14 @@ def test_the_manifest_repeats_the_same_bytes(teacher: Path, tmp_path: Path) -> N
     assert content(tmp_path / "first") == content(tmp_path / "second") == content(tmp_path / "third")
 
 
+def test_the_manifest_says_what_the_teacher_is(teacher: Path, tmp_path: Path) -> None:
+    run(teacher, "vit_pico", tmp_path / "one", *GROWN)
+    file = teacher / "model-00001-of-00001.safetensors"
+    assert "name the model with --teacher-model" in str(refused(file, "vit_pico", "--dry-run", *GROWN))
+    run(file, tmp_path / "two", "--from-manifest", tmp_path / "one")
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+
+
 def test_the_manifest_of_a_trained_model_repeats_what_it_was(teacher: Path, tmp_path: Path) -> None:
     run(teacher, "vit_pico", tmp_path / "one", *GROWN)
     one = read_artefact(tmp_path / "one")
