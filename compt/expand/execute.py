@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -25,6 +26,9 @@ from compt.presets import ModelSpec
 
 Read = Callable[[str, bool], Tensor]
 """(teacher parameter name, whether its moving average is meant) -> its tensor."""
+
+_OWN = ("zero", "own")
+"""Actions that take nothing from the teacher."""
 
 _CHUNK = 1 << 20
 """Elements that are computed at a time."""
@@ -63,7 +67,7 @@ def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
     Raises ArtefactError when the teacher's tensor has not the planned shape, or holds NaN or infinities.
     """
     if entry.action == "zero":
-        return torch.zeros(entry.shape)
+        return torch.zeros(entry.shape, dtype=torch.float32)
     if entry.action == "own":
         return draw.own(entry.name, entry.shape).reshape(entry.shape).to(torch.float32)
     source = _planned(read(entry.sources[0], entry.average), entry)
@@ -79,6 +83,10 @@ def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
 
 class ExpandedState(Mapping[str, Tensor]):
     """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
+
+    One from the teacher has its source's dtype. Those of zeros, or of the student's own initialization alone,
+    have the dtype of the teacher's weights: that of the first parameter which the plan takes from them, but for
+    logit_scale, which is kept in float32 beside weights of any type (float32 where nothing is taken).
 
     Raises ArtefactError: here when the plan needs a moving average and there is none, at the parameter when the teacher
     does not fit the plan or is not finite there.
@@ -99,13 +107,20 @@ class ExpandedState(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         with torch.no_grad():
-            return expand_parameter(entry, self._read, self._draw)
+            made = expand_parameter(entry, self._read, self._draw)
+            return made.to(self._dtype) if entry.action in _OWN else made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    @cached_property
+    def _dtype(self) -> torch.dtype:
+        taken = (entry.sources[0] for entry in self._entries.values() if entry.action not in _OWN)
+        first = next((name for name in taken if name != "logit_scale"), None)
+        return torch.float32 if first is None else self._read(first, False).dtype
 
     def _read(self, name: str, average: bool) -> Tensor:
         state = self._average if average and self._average is not None else self._state

@@ -18,6 +18,7 @@ from compt.expand.axes import Axis, parameters
 from compt.expand.operators import OWN, ZERO, pack, prefix
 from compt.growth import added_layers, layer_sources
 from compt.models.init import init_tensor, rule_for
+from compt.presets import ModelSpec
 from tests.unit.expand_cases import (
     BIG,
     HEAD,
@@ -251,6 +252,62 @@ def test_each_parameter_is_made_when_it_is_asked_for():
 def test_the_teachers_dtype_is_kept():
     old = {name: tensor.to(torch.bfloat16) for name, tensor in sentinels(TINY).items()}
     assert {tensor.dtype for tensor in expand(make_plan(TINY, SMALL), old, 0).values()} == {torch.bfloat16}
+
+
+TEXT = ("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim")
+SWIN = ModelSpec(
+    name="windows",
+    arch="swin",
+    width=8,
+    depth=4,
+    heads=1,
+    head_width=8,
+    depths=(2, 2),
+    stage_heads=(1, 2),
+    window=2,
+    image_size=16,
+    patch_size=4,
+    **{name: getattr(SMALL, name) for name in TEXT},
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("student", "depth"),
+    [(sized("deep", 2, 4, 1, 2), "interval"), (BIG, "constant"), (SWIN, "duplicate")],
+    ids=["zeros", "own layers", "own tower"],
+)
+def test_what_comes_from_nobody_has_the_teachers_dtype_too(student, depth, dtype):
+    plan = make_plan(TINY, student, ExpandConfig.both(depth=depth, zero_new_outputs=student.depth == 4))
+    assert {"own", "zero"} & {entry.action for entry in plan.entries}
+    # logit_scale is often in fp32 beside weights of other types.
+    old = {name: tensor.to(dtype) for name, tensor in sentinels(TINY).items()} | {"logit_scale": torch.tensor(3.25)}
+    new = dict(expand(plan, old, seed=7))
+    assert new.pop("logit_scale").dtype == torch.float32
+    assert {tensor.dtype for tensor in new.values()} == {dtype}
+    for entry in plan.entries:
+        if entry.action == "own":
+            own = init_tensor(rule_for(plan.student, entry.name, entry.shape), 7, entry.name, entry.shape)
+            assert torch.equal(new[entry.name], own.to(dtype)), entry.name
+        elif entry.action == "zero":
+            assert not new[entry.name].any()
+
+
+def test_the_teachers_dtype_is_looked_up_once_and_only_where_it_is_needed():
+    old = {name: tensor.to(torch.bfloat16) for name, tensor in sentinels(TINY).items()}
+    reads: list[str] = []
+
+    class Teacher(dict):
+        def __getitem__(self, name):
+            reads.append(name)
+            return super().__getitem__(name)
+
+    new = expand(make_plan(TINY, sized("deep", 2, 4, 1, 2), ExpandConfig.both(depth="constant")), Teacher(old), seed=7)
+    assert new["visual.proj"].dtype == torch.bfloat16
+    assert reads == ["visual.proj"]
+    for layer in (2, 3, 2):
+        assert new[f"{BLOCK}.{layer}.mlp.c_fc.weight"].dtype == torch.bfloat16
+    assert len(reads) == 2
 
 
 @pytest.mark.parametrize("width", WIDTH)
