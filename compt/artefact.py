@@ -26,7 +26,7 @@ from torch import Tensor
 
 from compt.artefact_writers import Writers
 from compt.errors import ArtefactError, ConfigError, RunError
-from compt.files import new_folder, read_json, sha256_file, write_json
+from compt.files import leads_out, new_folder, read_json, sha256_file, write_json
 from compt.models import ClipModel, build, load_state, materialise
 from compt.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.tensorfile import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
@@ -292,6 +292,8 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     is missing, torn, altered, or not a model folder.
     """
     folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        _check_link(folder / MANIFEST)
     manifest = read_object(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ArtefactError(f"{folder / MANIFEST}: not the manifest of a compt model")
@@ -366,9 +368,15 @@ def _plain_name(folder: Path, name: Any) -> str:
     return name
 
 
+def _check_link(path: Path) -> None:
+    if leads_out(path):
+        raise ArtefactError(f"{path}: a link out of its folder, to {path.resolve()}; it is not followed")
+
+
 def _check_file(path: Path, size: int, digest: str | None) -> None:
     if path.is_symlink() and not path.exists():
         raise ArtefactError(f"{path}: a link to nothing")
+    _check_link(path)
     if not path.is_file():
         raise ArtefactError(f"{path}: missing")
     if path.stat().st_size != size:

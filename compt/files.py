@@ -42,6 +42,16 @@ def fsync_tree(folder: Path) -> None:
     _fsync_folder(folder)
 
 
+def leads_out(path: Path) -> bool:
+    """Whether a file is a link to one in another folder.
+
+    A snapshot in Hugging Face's cache is a folder of links into `blobs` beside it: those do not count.
+    """
+    home, real = path.parent.resolve(), path.resolve()
+    blobs = [folder.parent.parent / "blobs" for folder in (home, *home.parents) if folder.parent.name == "snapshots"]
+    return real.parent not in (home, *blobs)
+
+
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn an OSError while writing `path` into a RunError that names the path and the cause.

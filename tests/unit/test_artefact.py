@@ -232,6 +232,37 @@ def test_a_damaged_folder_is_refused_with_one_message(tmp_path, damage, message)
     assert "\n" not in str(caught.value)
 
 
+def test_links_stay_in_the_folder_or_in_the_cache_that_it_is_of(tmp_path):
+    write(tmp_path / "model")
+    weights = tmp_path / "model" / "model-00001-of-00001.safetensors"
+    weights.rename(weights.with_name("weights"))
+    weights.symlink_to("weights")
+    assert read_artefact(tmp_path / "model").spec == PICO
+    weights.unlink()
+    weights.with_name("weights").rename(tmp_path / "weights")
+    weights.symlink_to(tmp_path / "weights")
+    for verify in (True, False):
+        with pytest.raises(ArtefactError, match=r"model-00001-of-00001\.safetensors: a link out of its folder, to .*"):
+            read_artefact(tmp_path / "model", verify)
+    manifest = (tmp_path / "model" / MANIFEST).rename(tmp_path / MANIFEST)
+    (tmp_path / "model" / MANIFEST).symlink_to(manifest)
+    with pytest.raises(ArtefactError, match=r"model/manifest\.json: a link out of its folder, to .*"):
+        read_artefact(tmp_path / "model")
+    manifest.replace(tmp_path / "model" / MANIFEST)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "weights").rename(tmp_path / "blobs" / "weights")
+    (tmp_path / "snapshots").mkdir()
+    snapshot = (tmp_path / "model").rename(tmp_path / "snapshots" / "abc")
+    (snapshot / weights.name).unlink()
+    (snapshot / weights.name).symlink_to("../../blobs/weights")
+    assert read_artefact(snapshot).spec == PICO
+    (snapshot / "ema").mkdir()
+    for path in [path for path in snapshot.iterdir() if path.is_file() and not path.is_symlink()]:
+        path.rename(snapshot / "ema" / path.name)
+    (snapshot / "ema" / weights.name).symlink_to("../../../blobs/weights")
+    assert read_artefact(snapshot / "ema").spec == PICO
+
+
 def test_without_verification_sizes_are_still_compared(tmp_path):
     write(tmp_path / "model")
     weights = tmp_path / "model" / "model-00001-of-00001.safetensors"
