@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from compt.config import EvalSet
 from compt.errors import ConfigError, nearest
 from compt.formats import TextTable, terminal
+from compt.presets import is_own_swin
 
 if TYPE_CHECKING:
     from compt.artefact import Artefact
@@ -205,5 +206,11 @@ def export(
     """Write a model as one file for stock open_clip: create_model("local-dir:OUT") loads it."""
     from compt.artefact import export_open_clip
 
-    export_open_clip(open_source(model, name, prefix), out)
+    source = open_source(model, name, prefix)
+    export_open_clip(source, out)
     typer.echo(f"Wrote {out}")
+    if is_own_swin(source.spec.timm_name):
+        typer.echo(
+            "timm has no Swin of these sizes: before open_clip loads it, call\n"
+            f'    from compt.models import register_swin; register_swin("{source.spec.timm_name}")'
+        )

@@ -257,6 +257,11 @@ def swin_name(spec: ModelSpec) -> str:
     )
 
 
+def is_own_swin(name: str) -> bool:
+    """Whether timm knows `name` only after `compt.models.register_swin` was called with it."""
+    return _OWN_SWIN.fullmatch(name) is not None
+
+
 def swin_sizes(name: str) -> dict[str, Any]:
     """The fields of ModelSpec that belong to the image tower called `name` in timm's registry.
 

@@ -23,7 +23,7 @@ from compt.errors import ArtefactError, ComptError, ConfigError, DataError
 from compt.expand import Plan, make_plan
 from compt.growth import ExpandConfig
 from compt.models import build, export_state
-from compt.presets import PRESETS, ModelSpec, resolve
+from compt.presets import PRESETS, ModelSpec, is_own_swin, resolve
 from tests.helpers_shards import WORDS, make_shards
 
 TINY = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "context_length": 16, "embed_dim": 24}
@@ -465,3 +465,14 @@ def test_eval_and_export_take_the_name_of_a_model(tmp_path: Path) -> None:
     assert (tmp_path / "again" / file.name).exists()
     words[-1] = "vit_nano"
     assert isinstance(CliRunner().invoke(app, words).exception, ArtefactError)
+
+
+def test_export_says_what_open_clip_needs_for_a_swin_that_timm_does_not_know(teacher: Path, tmp_path: Path) -> None:
+    sizes = {"width": 16, "head_width": 8, "image_size": 32, "patch_size": 2, "window": 2, "depths": (1, 1)}
+    swin = write_teacher(tmp_path / "swin", resolve("swin_t", {**TINY, **sizes, "text_depth": 1}))
+    shown = CliRunner().invoke(app, ["export", str(swin), str(tmp_path / "stock")]).output
+    assert 'from compt.models import register_swin; register_swin("compt_swin_w16_d1-1_h8_p2_win2_32")' in shown
+    shown = CliRunner().invoke(app, ["export", str(teacher), str(tmp_path / "stock")]).output
+    assert "Wrote" in shown
+    assert "register_swin" not in shown
+    assert not is_own_swin(PRESETS["swin_l384"].timm_name)
