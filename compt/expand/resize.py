@@ -48,7 +48,7 @@ def offset_weights(old: int, new: int) -> Floats:
 def pixel_weights(old: int, new: int) -> Floats:
     """One side of a patch: the pseudo-inverse of resizing pictures, transposed (FlexiViT, section 3.4).
 
-    A patch that grows gives for a resized picture the token that the old one gives for the picture.
+    A patch that grows gives for a resized patch of a picture the token that the old one gives for the patch.
     """
     with one_thread():
         found = torch.linalg.pinv(torch.from_numpy(bicubic(old, new).T.copy()))
