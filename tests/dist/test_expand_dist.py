@@ -47,8 +47,8 @@ def alone(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_any_number_of_writers_writes_the_same_bytes(
     world: int, teachers: Path, alone: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    # Every operator for every number; Swins, which take longer to plan, for one.
-    names = [name for name in CASES if world == 2 or name.startswith("vit")]
+    # Every operator by two; how many there are is nothing to an operator, so that a few do for the others.
+    names = list(CASES) if world == 2 else ["vit, width lemon", "vit, width netexpand", "vit, depth netexpand"]
     assert run_ranks(expand_all, world, teachers, tmp_path, names) == [len(names)] * world
     for name in names:
         assert digests(tmp_path / name) == alone[name], name
