@@ -357,9 +357,12 @@ def test_the_document_shows_what_the_command_prints(root: Path) -> None:
 def test_ctrl_c_ends_a_measurement_without_a_trace(tmp_path: Path) -> None:
     words = ["bench", "throughput", "vit_pico", "--batch", "2", "--seconds", "600", "--device", "cpu"]
     words += ["--precision", "fp32", "--out", str(tmp_path / "speeds.json")]
+    # What a shell starts in the background ignores SIGINT, and so would what that starts: these tests, and this process.
+    listening = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [sys.executable, "-m", "compt", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
+        signal.signal(signal.SIGINT, listening)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         # The resource tracker, then the process that measures; a moment later it is importing torch, or timing.
         while process.poll() is None and len(children.read_text().split()) < 2:
