@@ -357,7 +357,7 @@ def test_the_document_shows_what_the_command_prints(root: Path) -> None:
 def test_ctrl_c_ends_a_measurement_without_a_trace(tmp_path: Path) -> None:
     words = ["bench", "throughput", "vit_pico", "--batch", "2", "--seconds", "600", "--device", "cpu"]
     words += ["--precision", "fp32", "--out", str(tmp_path / "speeds.json")]
-    # What a shell starts in the background ignores SIGINT, and so would what that starts: these tests, and this process.
+    # What a shell starts in the background ignores SIGINT, and so does what that starts.
     listening = signal.signal(signal.SIGINT, signal.default_int_handler)
     with subprocess.Popen(
         [sys.executable, "-m", "compt", *words], stderr=subprocess.PIPE, text=True, start_new_session=True
