@@ -192,7 +192,7 @@ def _swin_tower(spec: ModelSpec) -> Iterator[Parameter]:
             yield from _norm(f"{trunk}.layers.{stage}.downsample.norm", merged)
             reduction = f"{trunk}.layers.{stage}.downsample.reduction.weight"
             yield Parameter(reduction, (res, merged), ("write", "read"))
-        table = (Axis(f"offset.{stage}", (2 * _window(spec, stage) - 1) ** 2, "offsets"),)
+        table = (Axis(f"offset.{stage}", (2 * spec.stage_windows[stage] - 1) ** 2, "offsets"),)
         ff = (Axis(f"ff.{stage}", int(width * spec.mlp_ratio), "hidden"),)
         qkv, heads = _attention_axes("", spec.stage_heads[stage], spec.head_width, f".{stage}")
         for layer in range(stack.depth):
@@ -208,10 +208,3 @@ def _swin_tower(spec: ModelSpec) -> Iterator[Parameter]:
             yield from _linear(f"{block}.mlp.fc2", res, ff, closes_branch=True, **where)
     yield from _norm(f"{trunk}.norm", res)
     yield Parameter("visual.head.proj.weight", ((Axis("emb", spec.embed_dim, "emb"),), res), ("write", "read"))
-
-
-def _window(spec: ModelSpec, stage: int) -> int:
-    """timm's windows are no larger than what is there to see: patches a side, halved with every merging."""
-    side = spec.image_size // spec.patch_size
-    halvings: int = 2**stage
-    return min(spec.window, -(-side // halvings))
