@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from compt.config_engine import EngineConfig, changed_engine, placed
 from compt.config_expand import Expand, LinkExpand
 from compt.config_types import CaptionTokens, Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
 from compt.errors import ConfigError, nearest
@@ -164,6 +165,10 @@ class Link(Section):
     """Weight of distillation for this link; without it `chain.distill.alpha`."""
     expand: LinkExpand | None = None
     """What of `chain.expand` is otherwise for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
+    engine: dict[str, Any] | None = execution(None)
+    """What of `engine` is otherwise while this link trains: `{name: zero2, micro_batch: 64}`."""
+    nodes: int | None = execution(None, gt=0)
+    """Nodes that `compt slurm submit` asks for while this link trains; without it all."""
 
 
 class Distill(Section):
@@ -251,31 +256,6 @@ class Optimizer(Section):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas[0]}, {self.betas[1]} have to be at least 0 and below 1")
         return self
-
-
-class EngineConfig(Section):
-    """How and where to run. Several processes share the work data-parallel."""
-
-    device: Literal["auto", "cpu", "cuda"] = execution("auto")
-    """`auto` takes a GPU where there is one."""
-    micro_batch: int | None = execution(None, gt=0)
-    """Pictures of a process that are computed at once, against a lack of memory; the step stays the same."""
-    text_buckets: int = execution(1, gt=0)
-    """Groups of captions of similar length, each trimmed to its longest."""
-    loss_chunk: int | None = execution(None, gt=0)
-    """Rows of the similarity matrix that are held at once; without it all."""
-    compile: bool = execution(False)
-    """Whether torch compiles the model."""
-    workers: int = execution(4, ge=0)
-    """Processes that decode pictures, for each training process."""
-    cache: bool = execution(False)
-    """Whether the training set's raw files are kept in memory."""
-    log_every: Duration = execution(Duration(steps=50))
-    """Distance of log lines."""
-    checkpoint_every: Duration = execution(Duration(steps=1000))
-    """Distance of checkpoints to resume from."""
-    keep_checkpoints: int = execution(2, gt=0)
-    """Checkpoints that are kept."""
 
 
 class EvalSet(Section):
@@ -368,4 +348,15 @@ class Recipe(Section):
                 raise ValueError("chain.links.0.expand: this link starts from scratch; leave it out")
         if self.data.images < self.optimizer.batch:
             raise ValueError(f"optimizer.batch {self.optimizer.batch} is larger than data.images {self.data.images}")
+        for at, link in enumerate(self.chain.links):
+            with placed(f"chain.links.{at}.engine"):
+                self.engine_of(link.model)
         return self
+
+    def engine_of(self, model: str) -> EngineConfig:
+        """How the family member `model` is trained: `engine` with what its link says otherwise.
+
+        Raises ValidationError where that does not fit together.
+        """
+        own = next((link.engine for link in self.chain.links if link.model == model), None)
+        return changed_engine(self.engine, own) if own else self.engine

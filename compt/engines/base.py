@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
@@ -14,6 +15,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of activations, and of a frozen teacher, by precision. Parameters stay in fp32."""
+
+Finish = Callable[[], list[Path]]
+"""Waits until this process's part of a save is on the disk; returns the files that it wrote."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +30,18 @@ class AdamWSettings:
 
 
 class Engine(Protocol):
-    """Every engine gives one process's results in fp32: loss, gradient norm, parameters after k steps."""
+    """Every engine gives one process's results in fp32: loss, gradient norm, parameters after k steps.
+
+    Every method is called on all ranks together.
+    """
 
     rank: int
     world_size: int
     device: torch.device
-    module: nn.Module
-    """The wrapped module; run it through `forward`."""
     unwrapped: nn.Module
-    """The module itself, with its own parameter names."""
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision as the engine was told."""
+    """The module itself, with its own parameter names; what is in its parameters is the engine's affair."""
+    format: Literal["dcp", "deepspeed"]
+    """What `save` writes: engines of one format load each other's."""
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
         """The module's outputs, in mixed precision. `last` as in the `backward` that will follow."""
@@ -45,25 +49,58 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Add to the gradients; they are averaged over ranks in the backward that is the `last` before a step."""
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """Scale gradients down to `max_norm`, if given. Returns the norm before that, the same on all ranks."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of each trained parameter, whole, averaged over ranks and unscaled: fp32, on the CPU.
 
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of the steps to come."""
+        After the `last` backward and before `step`; one at a time, so that no rank holds all of them.
+        """
 
-    def step(self) -> None:
-        """One step of the optimizer, left out on all ranks when the norm just computed is not finite."""
+    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """One step of the optimizer with gradients scaled down to `max_norm`, if given; then they are forgotten.
 
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
+        Returns the norm of the whole gradient before that: a scalar tensor, the same on all ranks, not waited for where
+        that can be helped. When it is not finite, parameters, moments and average stay as they are on all ranks.
+        """
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of parameters, buffers and optimizer state under flat names: `model.*`, `optim.*`, `scaler.*`."""
+    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of each parameter and buffer of the module's state, or of its moving average.
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse. Raises ArtefactError when a name or a shape does not fit. Settings are not part of it."""
+        Whole, on the CPU, one at a time, so that no rank holds all of them.
+        """
+
+    def scoring(self) -> AbstractContextManager[None]:
+        """Within it the module is in evaluation mode, and each rank may run it alone, any number of times.
+
+        Any method of the module or of a part of it may be called, without gradient.
+        """
+
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
+        """Begin to write parameters, moments, average and scaler into `folder`, which all ranks see and is empty.
+
+        What is written is the state at this moment; with `asynchronous`, the disk is written to while training goes
+        on, where the engine can. Raises RunError when it cannot be written, or the returned function does.
+        """
+
+    def load(self, folder: Path) -> None:
+        """The inverse; another number of ranks may have saved. Settings are not part of it.
+
+        Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
+        """
 
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay applies: as in open_clip not to vectors (biases, norms), bias tables and logit_scale."""
     return parameter.ndim >= 2 and "bias" not in name and "logit_scale" not in name
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: what decays, what does not. An empty one is left out."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[decays(name, parameter)].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
+        for decay, parameters in groups.items()
+        if parameters
+    ]
