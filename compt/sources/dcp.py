@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,7 @@ class DcpWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         entry = self._entries[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        try:
-            with warnings.catch_warnings(action="ignore"):  # it says that it reads without a process group
-                load({name: tensor}, storage_reader=self._reader, no_dist=True)
-        except CheckpointException as error:  # no Exception; around what each rank met
-            cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
-            raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
+        self.read_into({name: tensor})
         return tensor
 
     def __iter__(self) -> Iterator[str]:
@@ -70,6 +65,19 @@ class DcpWeights(Weights):
 
     def __len__(self) -> int:
         return len(self._entries)
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of these names into those given, which have their shapes; of a DTensor its own shards only.
+
+        Any process by itself. Raises ArtefactError for a torn file; some of the tensors are then changed.
+        """
+        for name, tensor in tensors.items():
+            try:
+                with warnings.catch_warnings(action="ignore"):  # it says that it reads without a process group
+                    load({name: tensor.detach()}, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as error:  # no Exception; around what each rank met
+                cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
+                raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""

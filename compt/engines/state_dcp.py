@@ -1,0 +1,157 @@
+"""A training state on the disk as torch.distributed.checkpoint lays it out, for the engines of format "dcp".
+
+A state is a flat dict: name -> tensor, the same on every rank, or DTensor, of which each rank holds its shards. Every
+rank writes: of a DTensor what it holds, of the other tensors a share. Any number of ranks reads it again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import torch.distributed as torch_dist
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.tensor import DTensor
+
+from compt import dist
+from compt.engines.base import Finish
+from compt.errors import ArtefactError, RunError
+from compt.sources.dcp import METADATA, DcpWeights, read_dcp
+from compt.tensorfile import share_out
+
+_LISTED = 8
+
+# Without a process group that is what is wanted; a thread says it too, where no context could keep it quiet.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool = False) -> Finish:
+    """Write `state` into `folder`, which all ranks see and is empty; all ranks call it.
+
+    The state at this moment is written, whatever happens to its tensors later: with `asynchronous` each rank copies
+    what it will write to the CPU's memory and returns; a thread writes. Only one such save may be under way. The
+    returned function waits for the end of all ranks' writing. It, or this one, raises RunError on all ranks where a
+    rank could not write.
+    """
+    writer = _Writer(folder)
+    own = _share(state)
+    group = _group()
+    given: dict[str, Any] = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
+    if not asynchronous:
+        _run(lambda: save(own, **given), folder)
+        files = _files(folder)
+        return lambda: files
+    options = StagingOptions(False, False, False, False)  # no CUDA that a machine may not have, done on return
+    with warnings.catch_warnings(action="ignore"):  # torch calls one of its own functions that it deprecates
+        pending = cast("Future[Metadata]", async_save(own, async_stager=DefaultStager(options), **given))
+
+    def finish() -> list[Path]:
+        _run(pending.result, folder)
+        return _files(folder)
+
+    return finish
+
+
+def load_state(state: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy what is in `folder` into the tensors of `state`; of a DTensor each rank reads the shards it holds.
+
+    All ranks call it; another number of them may have saved. Raises ArtefactError on all of them, before anything is
+    changed, when a name or a shape does not fit, or when the folder is torn or forged.
+    """
+    weights = dist.on_all(lambda: _open(state, folder))
+    dist.on_all(lambda: weights.read_into(state))
+
+
+def check_names(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ArtefactError unless `found` has the names and shapes of `own`; it lists the first few that differ."""
+    problems = [f"{name} is missing" for name in own if name not in found]
+    problems += [f"{name} is unexpected" for name in found if name not in own]
+    problems += [
+        f"{name} has shape {list(found[name])} instead of {list(shape)}"
+        for name, shape in own.items()
+        if name in found and found[name] != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ArtefactError("this state is of another model or engine: " + "; ".join(problems[:_LISTED]) + more)
+
+
+class _Writer(FileSystemWriter):
+    """torch's writer, which says what is wrong with the disk where torch's archive hides it behind its own fault."""
+
+    def write_data(self, *arguments: Any) -> Any:
+        try:
+            return super().write_data(*arguments)
+        except RuntimeError as error:
+            for cause in _causes(error):
+                if isinstance(cause, OSError):
+                    raise cause from error
+            raise
+
+
+def _causes(error: BaseException | None) -> Iterable[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _open(state: Mapping[str, Tensor], folder: Path) -> DcpWeights:
+    weights = read_dcp(folder).weights
+    assert isinstance(weights, DcpWeights)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    try:
+        check_names(shapes, {name: weights.shape(name) for name in weights})
+    except ArtefactError as error:
+        raise ArtefactError(f"{folder}: {error}") from None
+    return weights
+
+
+def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What this rank writes: its shards, and of the tensors that all ranks have the same those that fall to it."""
+    common = [name for name, tensor in state.items() if not isinstance(tensor, DTensor)]
+    owners = share_out([state[name].numel() for name in common], dist.world_size())
+    others = {name for name, owner in zip(common, owners, strict=True) if owner != dist.rank()}
+    return {name: tensor.detach() for name, tensor in state.items() if name not in others}
+
+
+def _group() -> Any:
+    """A process group for what ranks tell each other about files, on the CPU; None where there is one process.
+
+    One of its own: a thread uses it while training uses the other.
+    """
+    return _group_beside(torch_dist.group.WORLD) if torch_dist.is_initialized() else None
+
+
+@lru_cache(maxsize=1)
+def _group_beside(_: Any) -> Any:
+    return torch_dist.new_group(backend="gloo")
+
+
+def _files(folder: Path) -> list[Path]:
+    """What this rank wrote."""
+    own = sorted(folder.glob(f"__{dist.rank()}_*.distcp"))
+    return [folder / METADATA, *own] if dist.is_main() else own
+
+
+def _run(action: Callable[[], object], folder: Path) -> None:
+    """Do it; what one rank met becomes a RunError, which torch raises on all."""
+    try:
+        action()
+    except CheckpointException as error:  # no Exception; around what each rank met
+        met = [fault for fault, _ in error.failures.values()]
+        fault: BaseException = next((one for one in met if isinstance(one, OSError)), met[0] if met else error)
+    except (OSError, RuntimeError) as error:
+        fault = error
+    else:
+        return
+    text = getattr(fault, "strerror", None) or next(iter(str(fault).splitlines()), type(fault).__name__)
+    raise RunError(f"cannot write {folder}: {text}") from fault
