@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from compt.config_engine import EngineConfig
 from compt.config_expand import Expand
 from compt.config_schema import (
     Baselines,
@@ -21,7 +22,6 @@ from compt.config_schema import (
     Data,
     Distill,
     Ema,
-    EngineConfig,
     EvalSet,
     Evaluation,
     Family,

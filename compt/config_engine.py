@@ -85,9 +85,7 @@ class EngineConfig(Section):
         if self.name != "fsdp2" and self.fsdp2 != Fsdp2():
             raise ValueError(f"fsdp2 is for name 'fsdp2', not for '{self.name}'")
         if zero and self.async_checkpoints:
-            raise ValueError(
-                "async_checkpoints: DeepSpeed writes while training waits; leave it out"
-            )
+            raise ValueError("async_checkpoints: DeepSpeed writes while training waits; leave it out")
         return self
 
 

@@ -182,8 +182,8 @@ def memory_per_gpu(
     compute, formats, sizes = step.compute, step.formats, step.sizes
     weights = _weights(engine, sizes, world_size, compute)
     if ema:
-        average = FP32 * parameters(spec) / (world_size if engine in ("fsdp2", "zero3") else 1)
-        weights += average + _masks(spec, FP32) + _COUNT
+        average = FP32 * sizes.all / (world_size if engine in ("fsdp2", "zero3") else 1)
+        weights += average + _COUNT
     working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
@@ -333,5 +333,5 @@ def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = 
     _check("ddp", precision)
     sizes = _sizes(spec, teacher)
     scaler = 16 if precision == "fp16" else 0
-    average = FP32 * parameters(spec) + _COUNT if ema else 0
+    average = FP32 * sizes.all + _COUNT if ema else 0
     return (FP32 + _MOMENTS) * sizes.all + FP32 * sizes.tensors + scaler + average

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -49,8 +49,9 @@ class Task(Protocol):
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
         """This rank's loss (the mean over ranks is the global one) and detached scalars to report."""
 
-    def after_step(self) -> None:
-        """Constraints on parameters, after each step of the optimizer."""
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """Largest values of parameters of the module, held after each step of the optimizer."""
 
 
 class StudentModule(nn.Module):
@@ -64,11 +65,26 @@ class StudentModule(nn.Module):
         self.model = model
         self.text_buckets = text_buckets
         self.projector = nn.ModuleDict()
-        width = model.spec.embed_dim
+        self._seed = seed
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        width, device = model.spec.embed_dim, model.logit_scale.device
         if projected is not None and projected != width:
             for tower in ("image", "text"):
-                self.projector[tower] = _projector(f"projector.{tower}", width, projected, seed)
-            self.projector.to(model.logit_scale.device)
+                self.projector[tower] = nn.Linear(width, projected, device=device)
+            with torch.no_grad():
+                for name, parameter in self.projector.named_parameters(prefix="projector"):
+                    self._shapes[name] = tuple(parameter.shape)
+                    parameter.copy_(self._drawn(name))
+
+    def _drawn(self, name: str) -> Tensor:
+        return init_tensor(linear_rule(self.model.spec.embed_dim), self._seed, name, self._shapes[name])
+
+    def initial(self, model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The values of this module's state before the first step, each read or drawn when asked for.
+
+        `model` are those of the model.
+        """
+        return _InitialState(model, self._shapes, self._drawn)
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """`image` [b, D] and `text` [b, M, D], not normalised; `logit_scale` [1], exponentiated; with projectors also
@@ -81,12 +97,37 @@ class StudentModule(nn.Module):
         return outputs
 
 
-def _projector(name: str, inputs: int, outputs: int, seed: int) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
-    with torch.no_grad():
-        for part, parameter in layer.named_parameters():
-            parameter.copy_(init_tensor(linear_rule(inputs), seed, f"{name}.{part}", parameter.shape))
-    return layer
+class _InitialState(Mapping[str, Tensor]):
+    """The model's values from wherever they are, and those that projectors are drawn with."""
+
+    def __init__(
+        self, model: Mapping[str, Tensor], drawn: Mapping[str, tuple[int, ...]], draw: Callable[[str], Tensor]
+    ) -> None:
+        self._model, self._drawn, self._draw = model, drawn, draw
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._draw(name) if name in self._drawn else self._model[self._own(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (f"model.{name}" for name in self._model)
+        yield from self._drawn
+
+    def __len__(self) -> int:
+        return len(self._model) + len(self._drawn)
+
+    @staticmethod
+    def _own(name: str) -> str:
+        head, _, rest = name.partition(".")
+        if head != "model":
+            raise KeyError(name)
+        return rest
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a value, without reading it where that can be known."""
+        if name in self._drawn:
+            return self._drawn[name]
+        known = getattr(self._model, "shape", None)
+        return tuple(known(self._own(name)) if known else self[name].shape)
 
 
 def encode(
@@ -172,10 +213,10 @@ class ClipTask:
         }
         return parts.task, _detached(report)
 
-    @torch.no_grad()
-    def after_step(self) -> None:
-        """Cap logit_scale at ln 100."""
-        self.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """logit_scale stays at or below ln 100."""
+        return {"model.logit_scale": MAX_LOGIT_SCALE}
 
 
 class DistillTask(ClipTask):

@@ -1,15 +1,17 @@
-"""What is done to the blocks of a module from outside, in this order: recompute, compile, and then an engine's sharding.
+"""What is done to the blocks of a module from outside, in this order: recompute, compile, then an engine's sharding.
 
 None of it changes a parameter's name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from compt.models.clip import ClipModel, shardable_blocks
+from compt.models.clip import ClipModel, set_buffers, shardable_blocks
+from compt.models.init import load_state
 
 
 def models_in(module: nn.Module) -> Iterator[ClipModel]:
@@ -28,3 +30,14 @@ def compile_blocks(module: nn.Module) -> None:
     for model in models_in(module):
         for block in shardable_blocks(model):
             block.compile()
+
+
+def fill(module: nn.Module, initial: Mapping[str, Tensor], device: torch.device) -> None:
+    """Give a module from the "meta" device memory on `device` and the values `initial`, read one tensor at a time.
+
+    Raises ArtefactError when they are not those of the module.
+    """
+    module.to_empty(device=device)
+    for model in models_in(module):
+        set_buffers(model)
+    load_state(module, initial)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +14,23 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from compt import dist
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Precision, decays
-from compt.errors import ArtefactError, ConfigError, nearest
-from compt.models.clip import ClipModel, shardable_blocks
+from compt.engines.average import Average
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
+from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.state_dcp import load_state, save_state
+from compt.errors import ConfigError, nearest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_LISTED = 8
 
 
 class DataParallelEngine:
     """Replicates the module on every rank (`Engine` says what each method does).
 
-    The module is moved to `device`; its parameters stay in their dtype. `compile` compiles the transformer blocks in
-    place, which leaves parameter names alone; the rest of the module runs as it is.
+    The module is moved to `device`, or takes its values from `initial` if it is on the "meta" device; its parameters
+    stay in their dtype. `caps` are largest values of parameters, held after each step.
     """
+
+    format: Literal["dcp", "deepspeed"] = "dcp"
 
     def __init__(
         self,
@@ -35,7 +39,11 @@ class DataParallelEngine:
         *,
         precision: Precision = "fp32",
         device: torch.device | str = "cpu",
+        initial: Mapping[str, Tensor] | None = None,
+        caps: Mapping[str, float] | None = None,
+        ema_decay: float | None = None,
         compile: bool = False,
+        recompute: bool = False,
     ) -> None:
         if precision not in COMPUTE_DTYPES:
             raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
@@ -44,13 +52,17 @@ class DataParallelEngine:
         self.world_size = dist.world_size()
         self.device = torch.device(device)
         self.precision = precision
+        if initial is not None:
+            fill(module, initial, self.device)
         self.unwrapped = module.to(self.device)
         if self.device.type == "cuda":
             # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
             torch.set_float32_matmul_precision("highest")
             torch.backends.cudnn.allow_tf32 = False
+        if recompute:
+            recompute_blocks(module)
         if compile:
-            _compile_blocks(module)
+            compile_blocks(module)
         self.module: nn.Module = module
         if self.world_size > 1:
             self.module = DistributedDataParallel(
@@ -60,25 +72,14 @@ class DataParallelEngine:
                 gradient_as_bucket_view=True,
             )
         self._names = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        groups: dict[bool, list[Tensor]] = {True: [], False: []}
-        for name, parameter in self._names.items():
-            groups[decays(name, parameter)].append(parameter)
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": parameters, "weight_decay": settings.weight_decay if decay else 0.0}
-                for decay, parameters in groups.items()
-                if parameters
-            ],
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
+            parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
         )
         self._scaler = GradScaler(self.device.type) if precision == "fp16" else None
-        self._norm: Tensor | None = None
+        self._caps = [(self._names[name], most) for name, most in (caps or {}).items()]
+        self._average = None if ema_decay is None else Average(self._names, ema_decay)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Autocast to bf16 or fp16; off in fp32."""
+    def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, COMPUTE_DTYPES[self.precision], enabled=self.precision != "fp32")
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
@@ -88,7 +89,7 @@ class DataParallelEngine:
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
         """Outputs of the module. DDP decides here, not in backward, whether gradients will be averaged."""
-        with self._sync(last), self.autocast():
+        with self._sync(last), self._autocast():
             outputs: dict[str, Tensor] = self.module(*inputs)
         return outputs
 
@@ -97,39 +98,55 @@ class DataParallelEngine:
         with self._sync(last):
             (self._scaler.scale(loss) if self._scaler else loss).backward()
 
-    def clip_grad_norm(self, max_norm: float | None) -> Tensor:
-        """Total norm (scalar tensor, not waited for) before clipping; in fp16 the gradients are unscaled first."""
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of each trained parameter; zeros where there is none."""
+        scale = self._scaler.get_scale() if self._scaler else 1.0
+        for name, parameter in self._names.items():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            yield name, gradient.detach().to("cpu", torch.float32, copy=True) / scale
+
+    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """Clip, AdamW, caps, average; in fp16 the gradients are unscaled first and the scale follows."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
         if self._scaler:
             self._scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._names.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._names.values(), max_norm, norm)
-        self._norm = norm
-        return norm
-
-    def set_lr(self, lr: float) -> None:
-        """The learning rate of every group."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-
-    def step(self) -> None:
-        """AdamW. A non-finite norm leaves parameters and moments as they are, without waiting for the device."""
-        norm, self._norm = self._norm, None
         if self._scaler:
             self._scaler.step(self.optimizer)
             self._scaler.update()
-            return
-        if norm is not None:
-            # The fused kernel's own switch, made for GradScaler: a nonzero value turns the step into nothing.
+        else:
+            # The fused kernel's own switch, made for GradScaler: a nonzero value turns the step into nothing, and
+            # nobody has to wait for the device.
             self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if norm is not None:
+            self.optimizer.step()
             del self.optimizer.found_inf  # type: ignore[attr-defined]
-
-    def zero_grad(self) -> None:
-        """Forget the gradients."""
+        with torch.no_grad():
+            for parameter, most in self._caps:
+                parameter.clamp_(max=most)
+        if self._average:
+            self._average.update(norm.isfinite())
         self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter and buffer."""
+        averages = self._average.tensors if average and self._average else {}
+        for name, tensor in self.unwrapped.state_dict().items():
+            yield name, averages.get(name, tensor).detach().to("cpu", copy=True)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Evaluation mode: the whole module is on every rank."""
+        training = self.unwrapped.training
+        self.unwrapped.eval()
+        try:
+            yield
+        finally:
+            self.unwrapped.train(training)
 
     def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """AdamW's state of a parameter; zeros before its first step, which is what AdamW itself would start from."""
@@ -140,51 +157,30 @@ class DataParallelEngine:
                 state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return {key: state[key] for key in ("step", *_MOMENTS)}
 
-    def _live_state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name; the tensors are the live ones, but for the scaler's."""
         state = {f"model.{name}": tensor.detach() for name, tensor in self.unwrapped.state_dict().items()}
         for name, parameter in self._names.items():
             for key, tensor in self._moments(parameter).items():
                 state[f"optim.{name}.{key}"] = tensor
+        if self._average:
+            state |= self._average.state()
         if self._scaler:
             values = self._scaler.state_dict()
             state["scaler.scale"] = torch.tensor(values["scale"], dtype=torch.float64)
             state["scaler.growth_tracker"] = torch.tensor(values["_growth_tracker"], dtype=torch.int64)
         return state
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Contiguous copies, on the device, the same on every rank."""
-        return {
-            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in self._live_state().items()
-        }
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
+        """Each rank writes a part of what all of them have."""
+        return save_state(self.state(), folder, asynchronous=asynchronous)
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy in place. Raises ArtefactError before anything is changed when a name or a shape does not fit."""
-        own = self._live_state()
-        _check_names(own, state)
-        for name, tensor in own.items():
-            tensor.copy_(state[name])
+    def load(self, folder: Path) -> None:
+        """Copy in place, from any number of ranks and from shards."""
+        state = self.state()
+        load_state(state, folder)
         if self._scaler:
             values = self._scaler.state_dict()
-            values |= {"scale": own["scaler.scale"].item(), "_growth_tracker": int(own["scaler.growth_tracker"].item())}
+            values |= {"scale": state["scaler.scale"].item(), "_growth_tracker": int(state["scaler.growth_tracker"])}
             self._scaler.load_state_dict(values)
-
-
-def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-    problems = [f"{name} is missing" for name in own if name not in state]
-    problems += [f"{name} is unexpected" for name in state if name not in own]
-    problems += [
-        f"{name} has shape {list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ArtefactError("this state is of another model or engine: " + "; ".join(problems[:_LISTED]) + more)
-
-
-def _compile_blocks(module: nn.Module) -> None:
-    for model in module.modules():
-        if isinstance(model, ClipModel):
-            for block in shardable_blocks(model):
-                block.compile()

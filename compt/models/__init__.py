@@ -4,6 +4,7 @@ from compt.models.clip import Block, ClipModel, build, caption_lengths, material
 from compt.models.configs import spec_from_open_clip
 from compt.models.init import (
     LOGIT_SCALE,
+    DrawnState,
     InitRule,
     export_state,
     init_parameters,
@@ -18,6 +19,7 @@ __all__ = [
     "LOGIT_SCALE",
     "Block",
     "ClipModel",
+    "DrawnState",
     "InitRule",
     "build",
     "caption_lengths",

@@ -207,6 +207,11 @@ def build(spec: ModelSpec, device: torch.device | str = "cpu", seed: int | None 
 def materialise(model: ClipModel, device: torch.device | str) -> None:
     """Give a model from the "meta" device memory on `device`: parameters unset, buffers as they should be."""
     model.to_empty(device=device)
+    set_buffers(model)
+
+
+def set_buffers(model: ClipModel) -> None:
+    """The values of buffers that no state dict has: masks and positions."""
     with torch.no_grad():
         model.attn_mask.fill_(float("-inf")).triu_(1)
         for module in model.modules():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -170,12 +170,34 @@ def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
     return normal.mul_(rule.scale).clamp_(-rule.bound, rule.bound)
 
 
+class DrawnState(Mapping[str, Tensor]):
+    """The fresh parameters of a model, each drawn when it is asked for: those of `init_parameters`."""
+
+    def __init__(self, model: nn.Module, spec: ModelSpec, seed: int) -> None:
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._spec, self._seed = spec, seed
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        return init_tensor(rule_for(self._spec, name, shape), self._seed, name, shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without drawing it."""
+        return self._shapes[name]
+
+
 @torch.no_grad()
 def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     """Fill every parameter of `model` in place, on whatever device it is."""
+    drawn = DrawnState(model, spec, seed)
     for name, parameter in model.named_parameters():
-        shape = tuple(parameter.shape)
-        parameter.copy_(init_tensor(rule_for(spec, name, shape), seed, name, shape))
+        parameter.copy_(drawn[name])
 
 
 def export_state(model: nn.Module) -> dict[str, Tensor]:
@@ -186,7 +208,9 @@ def export_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into `model`; nothing may be missing or left over. `logit_scale` may be a scalar or [1].
+    """Copy `state` into `model`, one tensor at a time; nothing may be missing or left over.
+
+    A logit_scale may be a scalar or [1].
 
     Raises ArtefactError naming the missing, the unexpected and the misshapen parameters; the model is then untouched.
     """
@@ -196,8 +220,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     # States that are read from files know shapes without reading; none is read whole.
     shape_of: Callable[[str], Sequence[int]] = getattr(state, "shape", lambda name: state[name].shape)
     found = {name: tuple(shape_of(name)) for name in own if name in state}
-    if math.prod(found.get("logit_scale", ())) == 1:
-        found["logit_scale"] = tuple(own["logit_scale"].shape)
+    found |= {
+        name: tuple(own[name].shape) for name in found if name.endswith("logit_scale") and math.prod(found[name]) == 1
+    }
     problems += _listed(
         "of another shape",
         [

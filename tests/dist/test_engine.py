@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from compt import dist
 from compt.accumulate import cached_backward
@@ -15,7 +17,7 @@ from compt.engines import AdamWSettings, DataParallelEngine, decays
 from compt.engines.base import Precision
 from compt.errors import ArtefactError, ConfigError
 from compt.losses import ImageToText
-from compt.models import build
+from compt.models import ClipModel, build
 from compt.presets import resolve
 from compt.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
@@ -48,16 +50,25 @@ def run(
     """Loss and gradient norm over all ranks, and this rank's gradients."""
     task = make_task(teacher, dtype, **settings)
     engine = DataParallelEngine(task.module, precision=precision)
-    if precision == "fp16":
-        engine.load_state_dict(engine.state_dict() | {"scaler.scale": torch.tensor(256.0, dtype=torch.float64)})
+    if engine._scaler is not None:
+        engine._scaler = GradScaler("cpu", init_scale=256.0)
     loss, report = cached_backward(task, engine, *own_rows(dtype), micro)
-    norm = engine.clip_grad_norm(None)
+    # In the dtype that they have: `gradients` gives fp32.
+    scale = engine._scaler.get_scale() if engine._scaler else 1.0
+    gradients = {name: cast(Tensor, p.grad) / scale for name, p in task.module.named_parameters()}
+    given = dict(engine.gradients())
+    assert all(torch.equal(given[name], gradient.float()) for name, gradient in gradients.items())
     return {
         "loss": dist.all_reduce_mean(loss.item()),
-        "norm": norm.item(),
-        "gradients": {name: cast(Tensor, p.grad).clone() for name, p in task.module.named_parameters()},
+        "norm": engine.step(0.0).item(),
+        "gradients": gradients,
         "report": set(report),
     }
+
+
+def copies(engine: DataParallelEngine) -> dict[str, Tensor]:
+    """The engine's state as it is now."""
+    return {name: tensor.detach().clone() for name, tensor in engine.state().items()}
 
 
 def reference(teacher: int | None, image_to_text: ImageToText = "slot") -> tuple[float, dict[str, Tensor]]:
@@ -152,13 +163,9 @@ def trajectory(world_micro: int | None) -> tuple[list[float], dict[str, Tensor]]
     engine = DataParallelEngine(task.module, AdamWSettings(eps=1e-4))
     norms = []
     for step in range(3):
-        engine.zero_grad()
         cached_backward(task, engine, *own_rows(torch.float32), world_micro)
-        norms.append(engine.clip_grad_norm(1.0).item())
-        engine.set_lr(1e-3 * (step + 1))
-        engine.step()
-        task.after_step()
-    return norms, engine.state_dict()
+        norms.append(engine.step(1e-3 * (step + 1), 1.0).item())
+    return norms, copies(engine)
 
 
 def test_steps_on_two_ranks_equal_one_process() -> None:
@@ -190,25 +197,19 @@ def test_only_the_last_backward_talks_to_other_ranks() -> None:
 
 def nonfinite() -> tuple[float, bool, bool]:
     task = make_task(None, torch.float32)
-    engine = DataParallelEngine(task.module)
+    engine = DataParallelEngine(task.module, ema_decay=0.9)
     images, tokens = own_rows(torch.float32)
-    engine.set_lr(1e-3)
     cached_backward(task, engine, images, tokens)
-    engine.clip_grad_norm(1.0)
-    engine.step()
-    before = engine.state_dict()
-    engine.zero_grad()
+    engine.step(1e-3, 1.0)
+    before = copies(engine)
     if dist.rank() == 0:
         images[0, 0, 0, 0] = float("nan")
     cached_backward(task, engine, images, tokens)
-    norm = engine.clip_grad_norm(1.0)
-    engine.step()
-    untouched = all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
-    engine.zero_grad()
+    norm = engine.step(1e-3, 1.0)
+    untouched = all(torch.equal(value, before[name]) for name, value in engine.state().items())
     cached_backward(task, engine, *own_rows(torch.float32))
-    engine.clip_grad_norm(1.0)
-    engine.step()
-    moved = all(not torch.equal(v, before[n]) for n, v in engine.state_dict().items() if n.endswith(".step"))
+    engine.step(1e-3, 1.0)
+    moved = all(not torch.equal(v, before[n]) for n, v in engine.state().items() if n.endswith(".step"))
     return norm.item(), untouched, moved
 
 
@@ -220,20 +221,19 @@ def test_a_nonfinite_gradient_skips_the_step_on_all_ranks(world: int) -> None:
         assert moved
 
 
-def test_fp16_overflow_skips_the_step_and_lowers_the_scale() -> None:
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(tmp_path: Path) -> None:
     module = nn.Linear(4, 4)
     engine = DataParallelEngine(module, precision="fp16")
-    before = engine.state_dict()
-    engine.set_lr(1.0)
+    before = copies(engine)
     engine.backward(module(torch.full((2, 4), 1e35)).sum())
-    assert not engine.clip_grad_norm(None).isfinite()
-    engine.step()
-    after = engine.state_dict()
+    assert not engine.step(1.0).isfinite()
+    after = copies(engine)
     assert torch.equal(before["model.weight"], after["model.weight"])
     assert after["scaler.scale"] == before["scaler.scale"] / 2
+    engine.save(tmp_path)()
     other = DataParallelEngine(nn.Linear(4, 4), precision="fp16")
-    other.load_state_dict(after)
-    assert other.state_dict()["scaler.scale"] == after["scaler.scale"]
+    other.load(tmp_path)
+    assert other.state()["scaler.scale"] == after["scaler.scale"]
 
 
 def test_weight_decay_follows_open_clip() -> None:
@@ -250,65 +250,105 @@ def test_weight_decay_follows_open_clip() -> None:
     assert any(parameter is engine.unwrapped.get_parameter("logit_scale") for parameter in free["params"])
 
 
-def test_state_goes_round_bitwise_and_training_goes_on_equally() -> None:
+def test_state_goes_round_bitwise_and_training_goes_on_equally(tmp_path: Path) -> None:
     task = make_task(24, torch.float32)
-    engine = DataParallelEngine(task.module, AdamWSettings(weight_decay=0.3))
-    empty = engine.state_dict()
+    engine = DataParallelEngine(task.module, AdamWSettings(weight_decay=0.3), ema_decay=0.9)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one").mkdir()
+    engine.save(tmp_path / "empty")()
     images, tokens = own_rows(torch.float32)
 
     def advance(task: ClipTask, engine: DataParallelEngine) -> None:
-        engine.set_lr(1e-2)
-        engine.zero_grad()
         cached_backward(task, engine, images, tokens)
-        engine.step()
+        engine.step(1e-2)
 
     advance(task, engine)
-    saved = engine.state_dict()
-    assert saved.keys() == empty.keys()
+    kept = copies(engine)
     weight = "projector.image.weight"
-    assert {"model.model.logit_scale", f"model.{weight}", f"optim.{weight}.exp_avg"} <= set(saved)
-    assert not any("teacher" in name for name in saved)
-    kept = {name: value.clone() for name, value in saved.items()}
+    assert {"model.model.logit_scale", f"model.{weight}", f"optim.{weight}.exp_avg", f"ema.{weight}"} <= set(kept)
+    assert not any("teacher" in name for name in kept)
+    engine.save(tmp_path / "one")()
 
     other = make_task(24, torch.float32, seed=9)
-    fresh = DataParallelEngine(other.module, AdamWSettings(weight_decay=0.3))
-    fresh.load_state_dict(saved)
-    assert all(torch.equal(value, kept[name]) for name, value in fresh.state_dict().items())
+    fresh = DataParallelEngine(other.module, AdamWSettings(weight_decay=0.3), ema_decay=0.9)
+    fresh.load(tmp_path / "one")
+    assert all(torch.equal(value, kept[name]) for name, value in fresh.state().items())
     advance(task, engine)
     advance(other, fresh)
-    ours, theirs = engine.state_dict(), fresh.state_dict()
+    ours, theirs = engine.state(), fresh.state()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-    assert all(torch.equal(value, kept[name]) for name, value in saved.items()), "a state dict is a copy"
+    assert not torch.equal(ours[f"model.{weight}"], kept[f"model.{weight}"])
 
-    engine.load_state_dict(empty)
-    assert engine.state_dict()["optim.model.logit_scale.step"] == 0
+    engine.load(tmp_path / "empty")
+    assert engine.state()["optim.model.logit_scale.step"] == 0
 
 
-def test_a_foreign_state_is_refused_key_by_key_and_changes_nothing() -> None:
+def test_a_foreign_state_is_refused_key_by_key_and_changes_nothing(tmp_path: Path) -> None:
+    DataParallelEngine(nn.Linear(2, 3, bias=False)).save(tmp_path)()
     engine = DataParallelEngine(nn.Linear(2, 2))
-    state = engine.state_dict()
-    before = engine.state_dict()
-    state["model.weight"] = torch.zeros(3, 2)
-    state["model.other"] = state.pop("model.bias")
+    before = copies(engine)
     with pytest.raises(ArtefactError) as error:
-        engine.load_state_dict(state)
-    for part in ("bias is missing", "other is unexpected", "weight has shape [3, 2] instead of [2, 2]"):
+        engine.load(tmp_path)
+    for part in ("bias is missing", "weight has shape [3, 2] instead of [2, 2]"):
         assert f"model.{part}" in str(error.value)
-    assert all(torch.equal(value, before[name]) for name, value in engine.state_dict().items())
+    assert all(torch.equal(value, before[name]) for name, value in engine.state().items())
 
 
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
-    module = nn.Linear(3, 1)
-    engine = DataParallelEngine(module)
-    engine.backward(10 * module(torch.ones(1, 3)).sum())
-    assert engine.clip_grad_norm(None).item() == pytest.approx(20.0)
-    assert engine.clip_grad_norm(1.0).item() == pytest.approx(20.0)
-    assert engine.clip_grad_norm(None).item() == pytest.approx(1.0, rel=1e-4)
+    """AdamW's first moment after one step is a tenth of the gradient that it saw."""
+    for most, seen in ((None, 20.0), (1.0, 1.0)):
+        module = nn.Linear(3, 1)
+        engine = DataParallelEngine(module, AdamWSettings(betas=(0.9, 0.98)))
+        engine.backward(10 * module(torch.ones(1, 3)).sum())
+        assert engine.step(0.0, most).item() == pytest.approx(20.0)
+        moments = [value for name, value in engine.state().items() if name.endswith("exp_avg")]
+        assert torch.cat([moment.flatten() for moment in moments]).norm().item() == pytest.approx(seen / 10, rel=1e-4)
+        assert module.weight.grad is None
+
+
+def test_values_are_capped_after_the_step() -> None:
+    task = make_task(None, torch.float32)
+    engine = DataParallelEngine(task.module, caps={"model.logit_scale": 2.0})
+    cached_backward(task, engine, *own_rows(torch.float32))
+    engine.step(1e-3)
+    assert task.model.logit_scale.item() == 2.0
+    assert task.caps == {"model.logit_scale": pytest.approx(4.60517)}
+
+
+def test_values_come_from_outside_one_by_one_and_nothing_else() -> None:
+    source = make_task(24, torch.float32)
+    with torch.device("meta"):
+        empty = ClipModel(source.model.spec)
+    task = ClipTask(empty, projected=24, seed=0)
+    model = {**source.model.state_dict(), "logit_scale": source.model.logit_scale.detach().reshape(())}
+    engine = DataParallelEngine(task.module, initial=task.module.initial(model))
+    expected = dict(source.module.state_dict())
+    found = dict(engine.weights())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(task.model.attn_mask, source.model.attn_mask)
+    with torch.device("meta"):
+        other = ClipTask(ClipModel(source.model.spec))
+    with pytest.raises(ArtefactError, match="1 missing: model.ln_final.bias"):
+        DataParallelEngine(
+            other.module,
+            initial=other.module.initial({k: v for k, v in model.items() if k != "ln_final.bias"}),
+        )
 
 
 def test_compiling_leaves_names_alone() -> None:
     plain, compiled = DataParallelEngine(model()), DataParallelEngine(model(), compile=True)
-    assert list(plain.state_dict()) == list(compiled.state_dict())
+    assert list(plain.state()) == list(compiled.state())
+
+
+def test_recomputing_gives_the_same_gradients() -> None:
+    found = []
+    for recompute in (False, True):
+        task = make_task(24, torch.float32)
+        engine = DataParallelEngine(task.module, recompute=recompute)
+        cached_backward(task, engine, *own_rows(torch.float32), 3)
+        found.append(dict(engine.gradients()))
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
 @pytest.mark.slow
@@ -326,7 +366,7 @@ def test_compiled_blocks_give_the_same_gradients_at_any_length() -> None:
             results.append(loss.item())
             if cut == 8:
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        results.append(engine.clip_grad_norm(None).item())
+        results.append(engine.step(0.0).item())
     assert results[:5] == pytest.approx(results[5:], rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for another length"
 

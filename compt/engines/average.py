@@ -1,0 +1,33 @@
+"""The moving average of weights, kept where the weights themselves are: whole tensors or the shards of a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class Average:
+    """Averages of `tensors` (fp32, by name): the first update copies them, each later one keeps `decay` of what is."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
+        self._sources = dict(tensors)
+        self._decay = decay
+        self.tensors = {name: tensor.detach().clone() for name, tensor in self._sources.items()}
+        device = next((tensor.device for tensor in self._sources.values()), torch.device("cpu"))
+        self.updates = torch.zeros((), dtype=torch.int64, device=device)
+
+    @torch.no_grad()
+    def update(self, finite: Tensor) -> None:
+        """Take in the tensors as they are now, unless the scalar `finite` is false; nobody waits for it to be known."""
+        finite = finite.to(self.updates.device)
+        weight = torch.where(self.updates == 0, 1.0, 1.0 - self._decay) * finite
+        for name, tensor in self._sources.items():
+            average = self.tensors[name]
+            average.lerp_(tensor.detach(), weight.to(average.device, average.dtype))
+        self.updates += finite
+
+    def state(self) -> dict[str, Tensor]:
+        """The live tensors for a checkpoint: `ema.NAME` and `ema.updates`."""
+        return {f"ema.{name}": tensor for name, tensor in self.tensors.items()} | {"ema.updates": self.updates}
