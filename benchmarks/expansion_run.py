@@ -5,9 +5,11 @@ from __future__ import annotations
 import datetime
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from benchmarks.expansion_settings import SETTINGS, Setting, Training, recipe_of, trainings
 from compt import dist
@@ -15,7 +17,7 @@ from compt.chain import prepare, run_jobs, running
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import read_json, write_json
 from compt.jobs import JobRun, is_finished, read_manifest
-from compt.models import ClipModel, build, init_parameters
+from compt.models import ClipModel, DrawnState, build, load_state, materialise
 
 STUDY, STEP_0 = "study.json", "step_0.json"
 KEYS = ("setting", "changes")
@@ -28,20 +30,18 @@ class StudyRun(JobRun):
 
     expanded = True
 
-    def _student(self) -> ClipModel:
-        if self.expanded:
-            model = super()._student()
-        else:
-            model = build(self.job.spec)
-            init_parameters(model, self.job.spec, self.job.seed)
-            model.to(self.context.device)
+    def _initial(self, model: ClipModel) -> Mapping[str, Tensor]:
+        state = super()._initial(model) if self.expanded else DrawnState(model, self.job.spec, self.job.seed)
         path = self.folder / STEP_0
         if not dist.any_true(path.exists()):
             self.say("scoring step 0")
+            model = build(self.job.spec, device="meta")
+            materialise(model, self.context.device)
+            load_state(model, state)
             scores = self.scorer.at_the_end(model, self.folder / "scores_0")
             values = {**self.scorer.held_out_loss(model), "scores": scores}
             dist.on_main(lambda: write_json(path, values))
-        return model
+        return state
 
 
 def read_study(run: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from compt import dist
 from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
-from compt.errors import ArtefactError, ConfigError, DataError, RunError
+from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
@@ -265,8 +265,8 @@ def prepare(
     `scales` are those of `make_plan`, from the plan without them; by default what the folder's first-pair test found.
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
-    device = dist.init(recipe.engine.device)
-    split_batch(recipe.optimizer.batch, dist.world_size(), recipe.engine.micro_batch)
+    device = dist.init(recipe.engine.device, timeout_seconds=recipe.engine.timeout)
+    check_engines(recipe, dist.world_size(), base, source)
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
@@ -288,6 +288,21 @@ def prepare(
     return context, plan
 
 
+def check_engines(recipe: Recipe, world_size: int, base: Path, source: str) -> None:
+    """Raise ConfigError for an engine, of the recipe or of a link, that cannot run on `world_size` processes."""
+    for model in [None, *(link.model for link in recipe.chain.links)]:
+        config = recipe.engine if model is None else recipe.engine_of(model)
+        split_batch(recipe.optimizer.batch, world_size, config.micro_batch)
+        if world_size % config.fsdp2.replicas:
+            raise ConfigError(
+                f"{source}: engine.fsdp2.replicas = {config.fsdp2.replicas} does not divide the {world_size} processes"
+            )
+        if config.name.startswith("zero"):
+            from compt.config_deepspeed import deepspeed_config
+
+            deepspeed_config(config, recipe.optimizer, world_size, base)
+
+
 def waiting(plan: Plan, folder: Path) -> list[Job]:
     """The jobs that are still to be trained or scored, in their order: the same on every rank."""
     left = [
@@ -302,6 +317,7 @@ def waiting(plan: Plan, folder: Path) -> list[Job]:
 def running(folder: Path) -> Iterator[None]:
     """Hold the run folder, and end in Interrupted on SIGTERM, SIGUSR1 and Ctrl-C. Raises RunError."""
     with locked(folder), StopSignal(at_once=True):
+        dist.on_main(lambda: remove_leftovers(folder, STATE, RECIPE))
         yield
 
 
@@ -313,11 +329,12 @@ def run_jobs(
     `calibration` replaces the record of the first-pair test in run.json.
     """
     dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
-    dist.on_main(lambda: remove_leftovers(context.folder, STATE, RECIPE))
     dist.on_main(lambda: _write_state(context, plan, calibration))
     for job in jobs:
         if job.same_as is None:
-            JobRun(job, context, say).run()
+            # Another process may be at other jobs of this run.
+            with locked(context.job_folder(job.name)):
+                JobRun(job, context, say).run()
 
 
 def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
@@ -327,6 +344,36 @@ def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
     """
     with running(context.folder):
         run_jobs(context, plan, plan.jobs, say)
+
+
+def only(plan: Plan, names: Sequence[str], folder: Path) -> list[Job]:
+    """The jobs called `names`, in the plan's order.
+
+    Raises ConfigError for a name that is none of them, RunError where one grows from a model that is not done and not
+    named.
+    """
+    known = {job.name: job for job in plan.jobs}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--only {name}: is none of the models to train{nearest(name, known)}: {', '.join(known)}"
+            )
+    for job in (known[name] for name in names):
+        if job.teacher is None or job.teacher in names:
+            continue
+        state = read_manifest(folder / "jobs" / job.teacher)["state"]
+        if state != "done":
+            raise RunError(f"{folder}: {job.name} grows from {job.teacher}, which is {state}; train that first")
+    return [job for job in plan.jobs if job.name in names]
+
+
+def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> None:
+    """Carry some jobs to their end; other processes may carry others of the same run at the same time.
+
+    Raises as `run_chain` does.
+    """
+    with StopSignal(at_once=True):
+        run_jobs(context, plan, jobs, say)
 
 
 def start_anew(folder: Path) -> None:

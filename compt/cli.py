@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,10 @@ from compt.cli_expand import expand
 from compt.cli_macs import macs_command
 from compt.cli_options import Overrides, RecipePath
 from compt.cli_plan import plan
+from compt.cli_slurm import slurm_app
 from compt.cli_tools import data_app, evaluate, export
 from compt.config import Recipe, load_recipe
+from compt.dist_environment import own_rank
 from compt.errors import ComptError, ConfigError
 from compt.formats import terminal
 
@@ -35,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
+app.add_typer(slurm_app, name="slurm")
 
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder; default runs/NAME of the recipe")]
 
@@ -61,6 +65,9 @@ def chain(
     run: RunFolder = None,
     baselines: Annotated[bool, typer.Option(help="also train every member individually, to measure the gain")] = False,
     controls: Annotated[bool, typer.Option(help="also train the recipe's controls of the last link")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="train just this model of the run; repeatable")
+    ] = None,
     estimate: Annotated[bool, typer.Option(help="time a few steps first and say how long it will take")] = False,
     calibrate: Annotated[
         bool, typer.Option("--calibrate", help="lengthen the links until the first pair is lossless, then go on")
@@ -79,6 +86,8 @@ def chain(
     """
     loaded = _load(recipe, set_)
     test = None
+    if calibrate and only:
+        raise ConfigError("--only: cannot be had with --calibrate, which trains models until a pair is lossless")
     if calibrate:
         from compt.calibrate import FirstPair
 
@@ -88,7 +97,7 @@ def chain(
             f"{'--target' if target is not None else '--calibrate-on'}: is a part of --calibrate; add that"
         )
     wanted = None if controls or baselines else ()
-    _run(loaded, run or Path("runs") / loaded.name, str(recipe), baselines, wanted, estimate, test)
+    _run(loaded, run or Path("runs") / loaded.name, str(recipe), baselines, wanted, estimate, test, only or ())
 
 
 def _run(
@@ -99,10 +108,11 @@ def _run(
     controls: tuple[str, ...] | None,
     estimate: bool,
     test: FirstPair | None = None,
+    names: Sequence[str] = (),
 ) -> None:
     from compt import dist
     from compt.calibrate import NotLossless, hopeless, run_calibrated
-    from compt.chain import prepare, run_chain, waiting
+    from compt.chain import only, prepare, run_chain, run_only, waiting
 
     say = _say()
     wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
@@ -110,16 +120,21 @@ def _run(
         scales = test.next_scales(folder) if test else None
         context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, **wanted)
         left = waiting(made, folder)
+        chosen = dist.on_all(lambda: only(made, names, folder)) if names else None
+        if chosen is not None:
+            left = [job for job in left if job in chosen]
         if left:
-            done = len([job for job in made.jobs if job.same_as is None]) - len(left)
+            done = len([job for job in chosen or made.jobs if job.same_as is None]) - len(left)
             if done and not (test and hopeless(made)):
                 say(f"{folder}: {done} of {done + len(left)} models are done; going on with {left[0].name}.")
             if estimate:
                 _say_estimate(context, left, say)
-            if not test:
+            if chosen is not None:
+                run_only(context, made, left, say)
+            elif not test:
                 run_chain(context, made, say)
         else:
-            say(f"{folder}: everything in it is done.")
+            say(f"{folder}: {' and '.join(names) or 'everything in it'} is done.")
         if test:
             run_calibrated(context, test, say, **wanted)
         if dist.is_main():
@@ -192,8 +207,8 @@ def main() -> None:
     try:
         app()
     except ComptError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.everywhere:
+        rank = own_rank(os.environ)
+        if not error.told and (rank == "0" or not error.everywhere):
             name = "compt" if rank == "0" else f"compt, rank {rank}"
             terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -15,20 +15,19 @@ from torch import Tensor
 
 from compt import dist
 from compt.artefact import Artefact, read_artefact, versions, write_artefact
-from compt.checkpoint import find_latest
-from compt.config import Recipe, split_batch
+from compt.checkpoint import find_latest, open_weights
+from compt.config import EngineConfig, Recipe, split_batch
 from compt.data.dataset import train_loader
 from compt.data.index import Index
 from compt.data.records import Batch
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings
-from compt.engines.ddp import DataParallelEngine
+from compt.engines import COMPUTE_DTYPES, open_engine
 from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
 from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
-from compt.models import ClipModel, build, export_state, init_parameters
+from compt.models import ClipModel, DrawnState, build
 from compt.planner import Job, recipe_cost
 from compt.planner_start import Start
 from compt.scoring import Scorer
@@ -158,6 +157,7 @@ class JobRun:
     def _note_start(self) -> None:
         """Where each part of the work was done: a resumed job may have moved to another machine."""
         here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
+        here["engine"] = self._engine_config.name
         self.manifest["starts"] = [*self.manifest.get("starts", []), dist.broadcast_object(here)]
 
     def _enter(self, state: str, **values: Any) -> None:
@@ -244,14 +244,15 @@ class JobRun:
             **options,
         )
 
-    def _student(self) -> ClipModel:
-        """The model before its first step: expanded where there is a teacher, else drawn from the seed."""
+    @property
+    def _engine_config(self) -> EngineConfig:
+        return self.context.recipe.engine_of(self.job.spec.name)
+
+    def _initial(self, model: ClipModel) -> Mapping[str, Tensor]:
+        """The weights before the first step: expanded where there is a teacher, else drawn from the seed."""
         if self._parent is not None:
-            return read_artefact(self.folder / "initial").load_model(self.context.device)
-        model = build(self.job.spec)
-        init_parameters(model, self.job.spec, self.job.seed)
-        model.to(self.context.device)
-        return model
+            return dist.on_all(lambda: read_artefact(self.folder / "initial")).state
+        return DrawnState(model, self.job.spec, self.job.seed)
 
     def _origin(self) -> dict[str, Any]:
         """How the weights that training began with were expanded, for the manifest of the trained model."""
@@ -264,28 +265,35 @@ class JobRun:
         return {**kept, "initial_hash": initial.hash}
 
     def _task(self, student: ClipModel) -> ClipTask:
-        recipe = self.context.recipe
-        teacher = self._teacher()
+        recipe, engine = self.context.recipe, self._engine_config
+        found = self._teacher()
         options: dict[str, Any] = {
             "image_to_text": recipe.optimizer.image_to_text,
-            "text_buckets": recipe.engine.text_buckets,
-            "chunk": recipe.engine.loss_chunk,
+            "text_buckets": engine.text_buckets,
+            "chunk": engine.loss_chunk,
             "seed": self.job.seed,
         }
-        if teacher is None or self.job.alpha == 0:
+        if found is None or self.job.alpha == 0:
             return ClipTask(student, **options)
+        dtype, device = COMPUTE_DTYPES[recipe.optimizer.precision], self.context.device
+        if engine.shard_teacher:
+            from compt.engines.frozen import shard_frozen
+
+            teacher = shard_frozen(build(found.spec, device="meta"), found.state, dtype=dtype, device=device)
+        else:
+            teacher = found.load_model(device)
         return DistillTask(
             student,
-            teacher.load_model(self.context.device),
+            teacher,
             alpha=self.job.alpha,
             average_towers=not recipe.chain.distill.reference_compatible,
-            teacher_dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+            teacher_dtype=dtype,
             **options,
         )
 
     def _settings(self) -> TrainSettings:
         recipe, job, images = self.context.recipe, self.job, len(self.context.index)
-        optimizer, engine = recipe.optimizer, recipe.engine
+        optimizer, engine = recipe.optimizer, self._engine_config
         _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
         every = recipe.evaluation.every
         return TrainSettings(
@@ -296,12 +304,13 @@ class JobRun:
             steps_per_epoch=images // optimizer.batch,
             lr=job.lr,
             clip_grad_norm=optimizer.clip_grad_norm,
-            ema_decay=optimizer.ema.decay if optimizer.ema else None,
             max_nonfinite=optimizer.max_nonfinite,
             log_every=max(1, engine.log_every.to_steps(images, optimizer.batch)),
             checkpoint_every=max(1, engine.checkpoint_every.to_steps(images, optimizer.batch)),
             evaluate_every=max(1, every.to_steps(images, optimizer.batch)) if every else None,
             keep_checkpoints=engine.keep_checkpoints,
+            keep_every=max(1, engine.keep_every.to_steps(images, optimizer.batch)) if engine.keep_every else None,
+            async_checkpoints=engine.async_checkpoints,
             mean=recipe.data.mean,
             std=recipe.data.std,
             identity={"recipe": job.hash, "data": self.context.index.fingerprint},
@@ -327,49 +336,53 @@ class JobRun:
             total_steps=self.job.steps,
             rank=dist.rank(),
             world_size=dist.world_size(),
-            workers=recipe.engine.workers,
+            workers=self._engine_config.workers,
             max_bad_share=recipe.data.max_bad_share,
-            cache=recipe.engine.cache,
+            cache=self._engine_config.cache,
         )
 
     def _fit(self) -> None:
         """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
         origin = self._origin()
-        task = self._task(self._student())
-        optimizer = self.context.recipe.optimizer
-        engine = DataParallelEngine(
+        optimizer, config = self.context.recipe.optimizer, self._engine_config
+        student = build(self.job.spec, device="meta")
+        task = self._task(student)
+        engine = open_engine(
             task.module,
-            AdamWSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay),
-            precision=optimizer.precision,
+            config,
+            optimizer,
             device=self.context.device,
-            compile=self.context.recipe.engine.compile,
+            initial=task.module.initial(self._initial(student)),
+            caps=task.caps,
+            base=self.context.base,
         )
-        settings = self._settings()
-        result, averaged = train(
+        result = train(
             task,
             engine,
-            settings,
+            self._settings(),
             self.folder,
             self._loader,
             lambda: self.scorer.during_training(task.model),
             self.job.name,
         )
-        numbers = asdict(result)
-
-        def write() -> None:
-            fields = {
-                **origin,
-                "step": result.steps,
-                "samples": result.samples,
-                "epochs": self.job.epochs,
-                "trained": numbers,
-                "data_fingerprint": self.context.index.fingerprint,
-            }
-            extra = {"ema": export_state(averaged)} if averaged is not None else None
-            state = export_state(task.model)
-            self._write_artefact("model", state, self.manifest["parent_hash"], fields, extra_states=extra)
-
-        dist.on_main(write)
+        # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
+        last = dist.broadcast_object(find_latest(self.folder / "checkpoints") if dist.is_main() else None)
+        fields = {
+            **origin,
+            "step": result.steps,
+            "samples": result.samples,
+            "epochs": self.job.epochs,
+            "trained": asdict(result),
+            "data_fingerprint": self.context.index.fingerprint,
+        }
+        self._write_artefact(
+            "model",
+            open_weights(last),
+            self.manifest["parent_hash"],
+            fields,
+            extra_states={"ema": open_weights(last, average=True)} if optimizer.ema else None,
+            together=True,
+        )
 
     def _train(self) -> None:
         """Train unless `model/` is there already, then score it."""

@@ -14,8 +14,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from compt import checkpoint, dist
 from compt.accumulate import cached_backward
@@ -26,6 +25,9 @@ from compt.metrics import MetricsWriter
 from compt.models import caption_lengths, padded_tokens
 from compt.pixels import to_input
 from compt.task import Task, reduce_report
+
+Beat = Callable[[int, str], None]
+"""Is told, again and again, how many steps are done and what is being done now."""
 
 SIGNAL_EVERY = 10
 """Steps between two looks, over several ranks, at whether one of them was asked to stop."""
@@ -45,12 +47,13 @@ class TrainSettings:
     steps_per_epoch: int
     lr: float
     clip_grad_norm: float | None
-    ema_decay: float | None
     max_nonfinite: int
     log_every: int
     checkpoint_every: int
     evaluate_every: int | None
     keep_checkpoints: int
+    keep_every: int | None
+    async_checkpoints: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     identity: Mapping[str, str]
@@ -165,33 +168,27 @@ class _Window:
     text_tokens: int = 0
 
 
-def _restore(folder: Path, engine: Engine, ema: AveragedModel | None, settings: TrainSettings) -> _Counts:
+def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
     """Load the newest whole checkpoint, if there is one. Raises RunError when it belongs to another run."""
     path: Path | None = dist.broadcast_object(checkpoint.find_latest(folder) if dist.is_main() else None)
     if path is None:
         return _Counts()
-    tensors, state = dist.on_all(lambda: checkpoint.load(path))
+    state = dist.on_all(lambda: checkpoint.read_state(path))
     changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
     if changed:
         dist.agree(RunError(f"{path} belongs to another training: its {' and '.join(changed)} differs from this run's"))
-    if ema is not None:
-        ema.load_state_dict({k.removeprefix("ema."): v for k, v in tensors.items() if k.startswith("ema.")})
-    engine.load_state_dict({k: v for k, v in tensors.items() if not k.startswith("ema.")})
+    checkpoint.load(path, engine)
     return _Counts.from_state(state["counts"])
 
 
-def _save(folder: Path, engine: Engine, ema: AveragedModel | None, counts: _Counts, settings: TrainSettings) -> None:
-    """Write a checkpoint; every rank returns when it is on the disk, or raises when it could not be written."""
-    tensors = engine.state_dict()
-    if ema is not None:
-        tensors |= {f"ema.{key}": value for key, value in ema.state_dict().items()}
-    state = {
+def _state(counts: _Counts, settings: TrainSettings) -> dict[str, Any]:
+    """What a checkpoint says beside the engine's state."""
+    return {
         "identity": dict(settings.identity),
         "counts": counts.to_state(),
         "samples": counts.step * settings.batch,
         "world_size": dist.world_size(),
     }
-    dist.on_main(lambda: checkpoint.save(folder, counts.step, tensors, state, settings.keep_checkpoints))
 
 
 def _is_due(step: int, every: int | None, total: int) -> bool:
@@ -212,22 +209,28 @@ def train(
     open_loader: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[], dict[str, float]] | None = None,
     title: str = "training",
-) -> tuple[TrainResult, nn.Module | None]:
+    beat: Beat = lambda step, doing: None,
+) -> TrainResult:
     """Train `task` until `settings.total_steps`, from the newest checkpoint below `folder` or from the start.
 
     `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores and is called
-    on all ranks. Returns the result and the averaged student (None without an EMA).
+    on all ranks. `beat` is told of every step and what is being done. The state after the last step is the newest
+    checkpoint.
 
     Raises Interrupted after a save when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data that
     cannot be used; RunError on too many non-finite steps in a row or a checkpoint that cannot be written.
     """
-    ema = None
-    if settings.ema_decay is not None:
-        ema = AveragedModel(task.model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay))
-    counts = _restore(folder / "checkpoints", engine, ema, settings)
+    beat(0, "opening the newest checkpoint")
+    counts = _restore(folder / "checkpoints", engine, settings)
     total = settings.total_steps
     if counts.step < total:
         writer = MetricsWriter(folder, total_steps=total, batch=settings.batch, start_step=counts.step, title=title)
+        saver = checkpoint.Saver(
+            folder / "checkpoints",
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every,
+            asynchronous=settings.async_checkpoints,
+        )
         task.module.train()
         if engine.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(engine.device)
@@ -236,11 +239,13 @@ def train(
             window = _Window()
             norms = _Norms(settings.max_nonfinite, title)
             while counts.step < total:
+                beat(counts.step, "waiting for data")
                 started = time.perf_counter()
                 batch = _next(batches)
                 window.waited += time.perf_counter() - started
+                beat(counts.step, "training")
                 lr = learning_rate(counts.step, settings)
-                report, norm = _step(task, engine, ema, batch, lr, settings)
+                report, norm = _step(task, engine, batch, lr, settings)
                 norms.put(counts.step + 1, norm)
                 norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
                 _count(counts, window, settings, batch, time.perf_counter() - started)
@@ -248,20 +253,25 @@ def train(
                     line = {**reduce_report(report), "lr": lr, "grad_norm": float(norm)}
                     writer.log(counts.step, line | _numbers(counts, window, settings, engine.device))
                     window = _Window()
+                    saver.poll()
                 else:
                     writer.advance(counts.step)
                 if evaluate is not None and _is_due(counts.step, settings.evaluate_every, total):
-                    task.module.eval()
-                    writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **evaluate()})
-                    task.module.train()
+                    beat(counts.step, "evaluating")
+                    with engine.scoring():
+                        scores = evaluate()
+                    writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **scores})
                 stopping = stop.raised(counts.step, last=counts.step == total)
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
+                    beat(counts.step, "writing a checkpoint")
                     norms.read(counts)
-                    _save(folder / "checkpoints", engine, ema, counts, settings)
+                    saver.save(engine, counts.step, _state(counts, settings))
                 if stopping:
+                    saver.finish()
                     text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
                     dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
-    return _result(counts, settings), ema.module if ema else None
+            saver.finish()
+    return _result(counts, settings)
 
 
 def _batches(open_loader: Callable[[int], Iterable[Batch]], step: int) -> Generator[Batch, None, None]:
@@ -282,13 +292,13 @@ def _next(batches: Iterator[Batch]) -> Batch:
 
 
 def _step(
-    task: Task, engine: Engine, ema: AveragedModel | None, batch: Batch, lr: float, settings: TrainSettings
+    task: Task, engine: Engine, batch: Batch, lr: float, settings: TrainSettings
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Forward, backward and update for one global batch; returns the report and the norm of the gradient, unread.
 
     A norm that is not finite means that the engine left the update out: on all ranks, as they have the same gradients.
     """
-    report, norm = training_step(
+    return training_step(
         task,
         engine,
         batch,
@@ -298,10 +308,6 @@ def _step(
         mean=settings.mean,
         std=settings.std,
     )
-    task.after_step()
-    if ema is not None and math.isfinite(float(norm)):
-        ema.update_parameters(task.model)
-    return report, norm
 
 
 class _Norms:
@@ -346,14 +352,10 @@ def training_step(
     std: Sequence[float],
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Forward, backward and update of one process's `batch`; the report and the gradient's norm are not waited for."""
-    engine.set_lr(lr)
     images = to_input(batch.images.to(engine.device, non_blocking=True), mean, std)
     tokens = batch.tokens.to(engine.device, non_blocking=True)
     _, report = cached_backward(task, engine, images, tokens, micro_batch, caption_lengths(batch.tokens))
-    norm = engine.clip_grad_norm(clip_grad_norm)
-    engine.step()
-    engine.zero_grad()
-    return report, norm
+    return report, engine.step(lr, clip_grad_norm)
 
 
 def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Batch, seconds: float) -> None:

@@ -23,7 +23,7 @@ from compt.engines import AdamWSettings, DataParallelEngine
 from compt.errors import DataError, Interrupted, RunError
 from compt.estimate import seconds_of
 from compt.metrics import read_metrics
-from compt.models import ClipModel, build, init_parameters
+from compt.models import build, init_parameters
 from compt.presets import resolve
 from compt.task import ClipTask
 from compt.trainer import StopSignal, TrainResult, TrainSettings, learning_rate, train
@@ -49,12 +49,13 @@ SETTINGS = TrainSettings(
     steps_per_epoch=3,
     lr=1e-3,
     clip_grad_norm=None,
-    ema_decay=None,
     max_nonfinite=3,
     log_every=1,
     checkpoint_every=100,
     evaluate_every=None,
     keep_checkpoints=2,
+    keep_every=None,
+    async_checkpoints=False,
     mean=(0.5, 0.5, 0.5),
     std=(0.25, 0.25, 0.25),
     identity={"recipe": "r", "data": "d"},
@@ -74,27 +75,28 @@ def batches(start: int = 0, stop: int = 100) -> Iterator[Batch]:
 class Bench:
     """One small model and its engine, made afresh from a seed, and what a training of it left."""
 
-    def __init__(self, folder: Path, **changes: Any) -> None:
+    def __init__(self, folder: Path, ema_decay: float | None = None, **changes: Any) -> None:
         self.folder = folder
         self.settings = replace(SETTINGS, **changes)
         spec = resolve("vit_pico", {"patch_size": 16, "depth": 1})
         model = build(spec)
         init_parameters(model, spec, 0)
         self.task = ClipTask(model)
-        self.engine = DataParallelEngine(self.task.module, AdamWSettings(eps=1e-4))
+        self.engine = DataParallelEngine(
+            self.task.module, AdamWSettings(eps=1e-4), caps=self.task.caps, ema_decay=ema_decay
+        )
 
-    def train(
-        self, loader: Callable[[int], Iterable[Batch]] = batches, **options: Any
-    ) -> tuple[TrainResult, ClipModel | None]:
-        result, averaged = train(self.task, self.engine, self.settings, self.folder, loader, **options)
-        assert averaged is None or isinstance(averaged, ClipModel)
-        return result, averaged
+    def train(self, loader: Callable[[int], Iterable[Batch]] = batches, **options: Any) -> TrainResult:
+        return train(self.task, self.engine, self.settings, self.folder, loader, **options)
 
     def lines(self, kind: str | None = None) -> list[dict[str, Any]]:
         return read_metrics(self.folder / "metrics.jsonl", kind)
 
     def state(self) -> dict[str, Tensor]:
-        return self.engine.state_dict()
+        return {name: tensor.detach().clone() for name, tensor in self.engine.state().items()}
+
+    def average(self) -> dict[str, Tensor]:
+        return dict(self.engine.weights(average=True))
 
 
 # --- schedule
@@ -119,9 +121,10 @@ def test_steps_are_made_at_the_scheduled_rate(tmp_path: Path) -> None:
     used = []
     step = bench.engine.step
 
-    def spy() -> None:
+    def spy(lr: float, max_norm: float | None = None) -> Tensor:
+        norm = step(lr, max_norm)
         used.append([group["lr"] for group in bench.engine.optimizer.param_groups])
-        step()
+        return norm
 
     bench.engine.step = spy  # type: ignore[method-assign]
     bench.train()
@@ -135,7 +138,7 @@ def test_steps_are_made_at_the_scheduled_rate(tmp_path: Path) -> None:
 
 def test_lines_share_one_axis(tmp_path: Path) -> None:
     bench = Bench(tmp_path, log_every=2, evaluate_every=4, total_steps=5, macs_per_step=10.0)
-    result, _ = bench.train(evaluate=lambda: {"score": 1.0})
+    result = bench.train(evaluate=lambda: {"score": 1.0})
     assert [(line["kind"], line["step"], line["samples"]) for line in bench.lines()] == [
         ("train", 2, 8),
         ("train", 4, 16),
@@ -168,7 +171,7 @@ def test_evaluation_sees_the_model_in_evaluation_mode_and_costs_no_device_hours(
         ahead[0] += 3600.0
         return {}
 
-    result, _ = bench.train(evaluate=evaluate)
+    result = bench.train(evaluate=evaluate)
     assert modes == [False, False, False]
     assert bench.task.module.training
     assert 0 < result.device_hours < 0.9
@@ -176,14 +179,12 @@ def test_evaluation_sees_the_model_in_evaluation_mode_and_costs_no_device_hours(
 
 def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     first = Bench(tmp_path, ema_decay=0.9)
-    result, averaged = first.train()
+    result = first.train()
     again = Bench(tmp_path, ema_decay=0.9)
-    same, average = again.train(lambda _: pytest.fail("the data were opened"))
+    same = again.train(lambda _: pytest.fail("the data were opened"))
     assert same == result
     assert equal(first.state(), again.state())
-    assert averaged is not None
-    assert average is not None
-    assert equal(averaged.state_dict(), average.state_dict())
+    assert equal(first.average(), again.average())
     assert len(again.lines()) == 6
 
 
@@ -205,17 +206,15 @@ def stopping_at(step: int) -> Callable[[int], Iterable[Batch]]:
 @pytest.mark.parametrize("step", [1, 2, 4, 6])
 def test_stopped_and_resumed_is_uninterrupted(step: int, tmp_path: Path) -> None:
     whole = Bench(tmp_path / "whole", ema_decay=0.8, clip_grad_norm=5.0, micro_batch=2)
-    result, average = whole.train()
-    changes = {"ema_decay": 0.8, "clip_grad_norm": 5.0, "micro_batch": 2}
+    result = whole.train()
+    changes: dict[str, Any] = {"ema_decay": 0.8, "clip_grad_norm": 5.0, "micro_batch": 2}
     with pytest.raises(Interrupted, match=rf"stopped by SIGTERM at step {step} of 6; saved") as caught:
         Bench(tmp_path / "parts", **changes).train(stopping_at(step))
     assert caught.value.exit_code == 75
     parts = Bench(tmp_path / "parts", **changes)
-    again, resumed = parts.train()
+    again = parts.train()
     assert equal(whole.state(), parts.state())
-    assert average is not None
-    assert resumed is not None
-    assert equal(average.state_dict(), resumed.state_dict())
+    assert equal(whole.average(), parts.average())
     machine = {"samples_per_s", "data_wait", "device_hours", "memory_gib"}
     kept = [[{k: v for k, v in line.items() if k not in machine} for line in bench.lines()] for bench in (whole, parts)]
     assert kept[0] == kept[1]
@@ -227,7 +226,7 @@ def test_stopped_and_resumed_is_uninterrupted(step: int, tmp_path: Path) -> None
 def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
     with pytest.raises(Interrupted, match="at step 6 of 6"):
         Bench(tmp_path).train(stopping_at(6))
-    result, _ = Bench(tmp_path).train(lambda _: pytest.fail("the data were opened"))
+    result = Bench(tmp_path).train(lambda _: pytest.fail("the data were opened"))
     assert result.steps == 6
 
 
@@ -310,16 +309,15 @@ class Poison:
 def test_a_step_that_is_not_finite_is_left_out_and_counted(tmp_path: Path) -> None:
     bench = Bench(tmp_path, ema_decay=0.9)
     poison = Poison(bench, {3})
-    result, average = bench.train(poison)
+    result = bench.train(poison)
     assert equal(poison.before[3], poison.before[4]), "parameters, moments and step counts as before"
     assert not equal(poison.before[4], poison.before[5])
     assert all(value.isfinite().all() for value in bench.state().values())
-    assert average is not None
     wanted: dict[str, Tensor] = {}
     for state in [*(poison.before[at] for at in (2, 3, 5, 6)), bench.state()]:
-        model = {name.removeprefix("model.model."): value for name, value in state.items() if name.startswith("model.")}
+        model = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
         wanted = {name: 0.9 * wanted.get(name, value) + 0.1 * value for name, value in model.items()}
-    assert largest_difference(wanted, average.state_dict()) < 1e-6, "the average has no part of it"
+    assert largest_difference(wanted, bench.average()) < 1e-6, "the average has no part of it"
     assert result.nonfinite_steps == 1
     assert [line["nonfinite_steps"] for line in bench.lines()] == [0, 0, 1, 1, 1, 1]
     assert result.steps == 6
@@ -337,7 +335,7 @@ def test_a_loss_that_is_not_finite_is_left_out_as_well(tmp_path: Path, monkeypat
 
 def test_too_many_in_a_row_stop_the_run_and_others_do_not(tmp_path: Path) -> None:
     bench = Bench(tmp_path / "a")
-    assert bench.train(Poison(bench, {1, 2, 4, 5}))[0].nonfinite_steps == 4
+    assert bench.train(Poison(bench, {1, 2, 4, 5})).nonfinite_steps == 4
     bench = Bench(tmp_path / "b", checkpoint_every=1)
     with pytest.raises(RunError, match="3 steps in a row had a non-finite loss or gradient, the last at step 4"):
         bench.train(Poison(bench, {2, 3, 4}))
@@ -349,7 +347,7 @@ def test_too_many_in_a_row_stop_the_run_and_others_do_not(tmp_path: Path) -> Non
     with pytest.raises(RunError, match="at step 4"):
         bench.train(Poison(bench, {4}))
     # With the cause mended the same folder goes on.
-    assert Bench(tmp_path / "b").train()[0].nonfinite_steps == 2
+    assert Bench(tmp_path / "b").train().nonfinite_steps == 2
 
 
 def test_norms_are_read_one_step_late_or_where_something_looks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -365,14 +363,14 @@ def test_norms_are_read_one_step_late_or_where_something_looks(tmp_path: Path, m
             read.append((self.step, begun[-1]))
             return float(self.value)
 
-    clip = DataParallelEngine.clip_grad_norm
-    monkeypatch.setattr(DataParallelEngine, "clip_grad_norm", lambda self, most: Norm(clip(self, most)))
+    step = DataParallelEngine.step
+    monkeypatch.setattr(DataParallelEngine, "step", lambda self, lr, most: Norm(step(self, lr, most)))
     Bench(tmp_path / "a", total_steps=9, log_every=4, checkpoint_every=6).train()
     assert dict(reversed(read)) == {1: 2, 2: 3, 3: 4, 4: 4, 5: 6, 6: 6, 7: 8, 8: 8, 9: 9}
     begun.clear()
     read.clear()
     Bench(tmp_path / "b", total_steps=3, log_every=100, ema_decay=0.9).train()
-    assert dict(reversed(read)) == {1: 1, 2: 2, 3: 3}, "an average needs it at once"
+    assert dict(reversed(read)) == {1: 2, 2: 3, 3: 3}, "an average does not wait for it"
 
 
 def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:
@@ -386,7 +384,7 @@ def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:
 
     with pytest.raises(Interrupted):
         bench.train(loader)
-    _, state = checkpoint.load(tmp_path / "checkpoints" / "step-00000003")
+    state = checkpoint.read_state(tmp_path / "checkpoints" / "step-00000003")
     assert (state["counts"]["nonfinite"], state["counts"]["nonfinite_in_a_row"]) == (2, 2)
 
 
@@ -396,19 +394,19 @@ def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:
 def test_the_average_by_hand(tmp_path: Path) -> None:
     bench = Bench(tmp_path, ema_decay=0.75)
     after: list[dict[str, Tensor]] = []
-    step = bench.task.after_step
+    step = bench.engine.step
 
-    def spy() -> None:
-        step()
-        after.append({name: value.detach().clone() for name, value in bench.task.model.state_dict().items()})
+    def spy(lr: float, max_norm: float | None = None) -> Tensor:
+        norm = step(lr, max_norm)
+        after.append({name: value.detach().clone() for name, value in bench.task.module.state_dict().items()})
+        return norm
 
-    bench.task.after_step = spy  # type: ignore[method-assign]
-    _, average = bench.train()
-    assert average is not None
+    bench.engine.step = spy  # type: ignore[method-assign]
+    bench.train()
     wanted = after[0]
     for values in after[1:]:
         wanted = {name: 0.75 * wanted[name] + 0.25 * values[name] for name in wanted}
-    found = average.state_dict()
+    found = bench.average()
     assert largest_difference(wanted, found) < 1e-6
     assert largest_difference(after[-1], found) > 1e-4
 
@@ -512,7 +510,7 @@ def test_checkpoints_and_their_interval(base: Path, tmp_path: Path) -> None:
     stopped_at(base, run, 5, "engine.checkpoint_every={steps: 2}", "engine.keep_checkpoints=3")
     folder = run / "jobs" / FIRST / "checkpoints"
     assert sorted(os.listdir(folder)) == ["latest", "step-00000002", "step-00000004", "step-00000005"]
-    _, state = checkpoint.load(folder / "step-00000005")
+    state = checkpoint.read_state(folder / "step-00000005")
     assert (state["samples"], state["world_size"], state["counts"]["step"]) == (60, 1, 5)
     chain(base, run)
     assert not folder.exists(), "a finished job needs no checkpoint"
