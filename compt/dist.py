@@ -11,52 +11,54 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor
 from torch.distributed import ReduceOp
-from torch.distributed.rendezvous import rendezvous
 
+from compt.dist_environment import Place, connect_limit, find_place
+from compt.dist_meeting import meet
 from compt.errors import ComptError, ConfigError, RunError
 
 T = TypeVar("T")
 
 
-def init(device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float = 60.0) -> torch.device:
+def init(
+    device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float | None = None
+) -> torch.device:
     """Join the process group that the environment describes and return this process's device.
 
-    The environment is torchrun's: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Without RANK and WORLD_SIZE
-    nothing is joined. `device` is "auto", "cpu", "cuda" or "cuda:1". A collective gives up after `timeout_seconds`, the
-    first contact with the master and the wait for the other ranks after `connect_seconds`.
-    Raises ConfigError for an incomplete environment or a missing device, RunError when the master cannot be reached.
+    `compt.dist_environment` says which environments: torchrun's and its like, or srun's, which is completed with
+    torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
+    collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
+    COMPT_CONNECT_SECONDS of the environment, or 60).
+    Raises ConfigError for an environment that contradicts itself or a missing device; RunError when the ranks do not
+    find each other, of which one has `told` unset: the lowest that is there.
     """
-    chosen = _choose_device(device)
-    if torch_dist.is_initialized() or "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+    place = find_place(os.environ)
+    if place is not None:
+        os.environ.update(place.variables())
+    chosen = _choose_device(device, place)
+    if torch_dist.is_initialized() or place is None:
         return chosen
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if name not in os.environ:
-            raise ConfigError(f"RANK and WORLD_SIZE are set but {name} is not: start with torchrun or set it")
-    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    # torch's client tries twice, each time this long, with a pause between; the hosting rank waits for clients once.
-    attempt = connect_seconds * (0.45 if int(os.environ["RANK"]) else 1.0)
-    try:
-        # The store is opened by itself because init_process_group knows one timeout for both contact and collectives.
-        store, own_rank, world = next(rendezvous("env://", timeout=datetime.timedelta(seconds=attempt)))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RunError(
-            f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} found no process group at {address} "
-            f"within {connect_seconds:g} s: {str(error).splitlines()[0]}"
-        ) from error
+    store = meet(place, connect_limit(os.environ) if connect_seconds is None else connect_seconds)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store.set_timeout(timeout)
-    torch_dist.init_process_group(
-        "nccl" if chosen.type == "cuda" else "gloo",
-        store=store,
-        rank=own_rank,
-        world_size=world,
-        timeout=timeout,
-        device_id=chosen if chosen.type == "cuda" else None,
-    )
+    try:
+        torch_dist.init_process_group(
+            "nccl" if chosen.type == "cuda" else "gloo",
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        name = "NCCL" if chosen.type == "cuda" else "GLOO"
+        raise RunError(
+            f"rank {place.rank} of {place.world_size} has no connection to the others ({str(error).splitlines()[0]}); "
+            f"{name}_SOCKET_IFNAME names the network interface to take"
+        ) from error
     return chosen
 
 
-def _choose_device(device: str) -> torch.device:
+def _choose_device(device: str, place: Place | None) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if device != "auto" and device.partition(":")[0] != "cuda":
@@ -65,7 +67,9 @@ def _choose_device(device: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
     if chosen.index is None:
-        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        # Slurm may show each task its own GPU alone.
+        bound = place is not None and place.by_slurm and torch.cuda.device_count() == 1
+        chosen = torch.device("cuda", 0 if bound else int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.index >= torch.cuda.device_count():
         raise ConfigError(f"device {chosen} does not exist: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(chosen)

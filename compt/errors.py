@@ -12,6 +12,8 @@ class ComptError(Exception):
     exit_code = 1
     everywhere = False
     """Whether every rank raises it, so that one of them may speak for all."""
+    told = False
+    """Whether another process says it, so that this one ends without a word."""
 
 
 class ConfigError(ComptError):

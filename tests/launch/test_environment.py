@@ -1,0 +1,230 @@
+"""Which place of which group an environment describes: recorded ones, invented ones, contradictory ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compt.dist_environment import Place, connect_limit, expand_counts, expand_nodes, find_place, own_rank
+from compt.errors import ConfigError
+
+RECORDED = Path(__file__).parent / "environments"
+TORCHRUN = {
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "29400",
+}
+
+
+def recorded(name: str) -> list[dict[str, str]]:
+    """The environment of every task of a recorded step."""
+    values: dict[str, Any] = json.loads((RECORDED / f"{name}.json").read_text())
+    return [{**values["common"], **task} for task in values["tasks"]]
+
+
+def places(name: str) -> list[Place]:
+    found = [find_place(task) for task in recorded(name)]
+    assert all(place is not None for place in found)
+    return [place for place in found if place is not None]
+
+
+# --- node lists
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("gpu7", ["gpu7"]),
+        ("a[01-03,7],b9-[1-2]x", ["a01", "a02", "a03", "a7", "b9-1x", "b9-2x"]),
+        ("n[8-11]", ["n8", "n9", "n10", "n11"]),
+        ("n[08-11]", ["n08", "n09", "n10", "n11"]),
+        ("r[1-2]n[3-4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
+        ("a,b-2.example.org,c", ["a", "b-2.example.org", "c"]),
+    ],
+)
+def test_node_lists(text: str, names: list[str]) -> None:
+    assert expand_nodes(text) == names
+
+
+@pytest.mark.parametrize("text", ["", "a[1-2", "a]1[", "a,,b", "a,", "a[1-]", "a[3-1]", "a[x]", "a[[1]]", "a[1;2]"])
+def test_what_is_no_node_list(text: str) -> None:
+    with pytest.raises(ConfigError, match="no list of Slurm nodes"):
+        expand_nodes(text)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "gpu-", "n1x"]), st.integers(0, 120), st.integers(1, 15)), min_size=1))
+def test_ranges_are_what_writing_them_out_gives(parts: list[tuple[str, int, int]]) -> None:
+    text = ",".join(f"{name}[{first:03}-{first + more:03}]" for name, first, more in parts)
+    assert expand_nodes(text) == [
+        f"{name}{number:03}" for name, first, more in parts for number in range(first, first + more + 1)
+    ]
+
+
+def test_counts() -> None:
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    assert expand_counts("16") == [16]
+    for text in ("", "2(x)", "2x3", "-1", "2,"):
+        with pytest.raises(ConfigError, match="tasks of each node"):
+            expand_counts(text)
+
+
+# --- what srun sets
+
+
+@pytest.mark.parametrize(("name", "nodes", "each"), [("1_node", 1, 2), ("2_nodes", 2, 2), ("16_nodes", 16, 2)])
+def test_recorded_steps(name: str, nodes: int, each: int) -> None:
+    found = places(f"slurm_{name}")
+    assert [place.rank for place in found] == list(range(nodes * each))
+    assert [place.local_rank for place in found] == list(range(each)) * nodes
+    assert [place.node for place in found] == [rank // each for rank in range(nodes * each)]
+    assert {(place.world_size, place.master, place.port, len(place.nodes)) for place in found} == {
+        (nodes * each, "big15", found[0].port, nodes)
+    }
+    for place, task in zip(found, recorded(f"slurm_{name}"), strict=True):
+        assert place.nodes[place.node] == task["SLURMD_NODENAME"]
+
+
+def test_a_step_on_a_part_of_the_job() -> None:
+    found = places("slurm_part_of_a_job")
+    assert [(place.rank, place.local_rank, place.node) for place in found] == [(0, 0, 0), (1, 1, 0), (2, 0, 1)]
+    assert {place.nodes for place in found} == {("big15", "big16")}
+
+
+def test_the_script_of_a_job_is_one_process() -> None:
+    (script,) = recorded("slurm_script")
+    assert script["SLURM_NTASKS"] == "4"
+    assert find_place(script) is None
+    assert own_rank(script) == "0"
+
+
+def test_a_script_with_the_variables_of_a_step_it_was_sent_from() -> None:
+    (script,) = recorded("slurm_script_from_a_step")
+    with pytest.raises(ConfigError, match="sent from inside another's step.*unset SLURM_STEP_NUM_TASKS"):
+        find_place(script)
+
+
+def test_a_step_of_one_task_is_one_process() -> None:
+    step = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+    assert find_place(step) is None
+
+
+def test_torchrun_within_srun_is_believed() -> None:
+    for task in recorded("slurm_2_nodes"):
+        place = find_place({**task, **TORCHRUN})
+        assert place == Place(5, 8, 1, "head", 29400)
+        assert own_rank({**task, **TORCHRUN}) == "5"
+
+
+def test_steps_of_jobs_take_different_ports() -> None:
+    (task, *_) = recorded("slurm_2_nodes")
+    ports = set()
+    for job in range(4_000_000, 4_000_040):
+        for step in range(16):
+            place = find_place({**task, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+            assert place is not None
+            assert 10_000 <= place.port < 30_000
+            ports.add(place.port)
+    assert len(ports) == 40 * 16
+
+
+def test_master_and_port_can_be_set() -> None:
+    for task in recorded("slurm_2_nodes"):
+        place = find_place({**task, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4711"})
+        assert place is not None
+        assert (place.master, place.port, place.nodes) == ("10.0.0.1", 4711, ("big15", "big16"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_PROCID": "4"}, "SLURM_PROCID=4 has to be below SLURM_STEP_NUM_TASKS=4"),
+        ({"SLURM_PROCID": "x"}, "SLURM_PROCID=x: has to be a whole number"),
+        ({"SLURM_LOCALID": ""}, "SLURM_LOCALID=: has to be a whole number"),
+        ({"SLURM_STEP_NODELIST": "", "SLURM_JOB_NODELIST": ""}, "neither SLURM_STEP_NODELIST nor"),
+        ({"SLURM_STEP_NODELIST": "big[15-"}, "no list of Slurm nodes"),
+        ({"SLURM_STEP_NODELIST": "big[15,15]"}, "names a node twice"),
+        ({"SLURM_STEP_NODELIST": "big[15-17]"}, "is for 2 nodes, SLURM_STEP_NODELIST=.* has 3"),
+        ({"SLURM_STEP_TASKS_PER_NODE": "2,1"}, "makes 3 tasks, SLURM_STEP_NUM_TASKS=4"),
+        ({"SLURM_NODEID": "2"}, "SLURM_NODEID=2 is not among the 2 nodes"),
+        ({"SLURM_LOCALID": "2"}, "SLURM_LOCALID=2: node 1 has 2 tasks"),
+        ({"SLURM_PROCID": "0"}, "rank 0 runs on node 1.*set MASTER_ADDR"),
+        ({"SLURM_HET_SIZE": "2"}, "several Slurm jobs.*torchrun on each node"),
+        ({"SLURM_JOB_ID": ""}, "SLURM_JOB_ID="),
+    ],
+)
+def test_a_contradictory_step_is_refused(changes: dict[str, str], message: str) -> None:
+    step = {**recorded("slurm_2_nodes")[3], **changes}
+    with pytest.raises(ConfigError, match=message) as caught:
+        find_place(step)
+    assert "\n" not in str(caught.value)
+
+
+# --- what torchrun and its like set
+
+
+def test_no_environment() -> None:
+    assert find_place({}) is None
+    assert own_rank({}) == "0"
+
+
+def test_torchrun() -> None:
+    place = find_place(TORCHRUN)
+    assert place == Place(5, 8, 1, "head", 29400)
+    assert place.variables() == {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "address"),
+    [
+        ("10.0.0.1", "10.0.0.1", "10.0.0.1:29400"),
+        ("node-1.example.org", "node-1.example.org", "node-1.example.org:29400"),
+        ("fd00::1", "fd00::1", "[fd00::1]:29400"),
+        ("[fd00::1]", "fd00::1", "[fd00::1]:29400"),
+        ("fe80::1%eth0", "fe80::1%eth0", "[fe80::1%eth0]:29400"),
+    ],
+)
+def test_addresses(text: str, host: str, address: str) -> None:
+    place = find_place({**TORCHRUN, "MASTER_ADDR": text})
+    assert place is not None
+    assert (place.master, place.address, place.variables()["MASTER_ADDR"]) == (host, address, host)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE is set but RANK is not"),
+        ({"WORLD_SIZE": None}, "RANK is set but WORLD_SIZE is not"),
+        ({"MASTER_ADDR": None}, "MASTER_ADDR is not"),
+        ({"RANK": "8"}, "RANK=8 has to be below WORLD_SIZE=8"),
+        ({"RANK": "-1"}, "RANK=-1: has to be a whole number of 0 or more"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0: has to be a whole number of 1 or more"),
+        ({"LOCAL_RANK": "4"}, "LOCAL_RANK=4 has to be below LOCAL_WORLD_SIZE=4"),
+        ({"LOCAL_RANK": "6", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK=6 is above RANK=5"),
+        ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 is above WORLD_SIZE=8"),
+        ({"MASTER_PORT": "65536"}, "ports end at 65535"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
+        ({"MASTER_ADDR": "head:29500"}, "the port goes into MASTER_PORT"),
+        ({"MASTER_ADDR": "tcp://head"}, "neither a name nor an address"),
+        ({"MASTER_ADDR": ""}, "neither a name nor an address"),
+    ],
+)
+def test_a_contradictory_environment_is_refused(changes: dict[str, str | None], message: str) -> None:
+    merged = {**TORCHRUN, **changes}
+    with pytest.raises(ConfigError, match=message):
+        find_place({name: value for name, value in merged.items() if value is not None})
+
+
+def test_the_time_to_connect() -> None:
+    assert connect_limit({}) == 60.0
+    assert connect_limit({"COMPT_CONNECT_SECONDS": "180"}) == 180.0
+    for text in ("", "soon", "0", "-3", "nan", "inf"):
+        with pytest.raises(ConfigError, match="COMPT_CONNECT_SECONDS"):
+            connect_limit({"COMPT_CONNECT_SECONDS": text})
