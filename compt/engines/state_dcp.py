@@ -13,19 +13,22 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import torch.distributed as torch_dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compt import dist
 from compt.engines.base import Finish
-from compt.errors import ArtefactError, RunError
+from compt.errors import ArtefactError
+from compt.files import disk_errors
 from compt.sources.dcp import METADATA, DcpWeights, read_dcp
+from compt.sources.weights import Weights
 from compt.tensorfile import share_out
 
 _LISTED = 8
@@ -71,6 +74,24 @@ def load_state(state: Mapping[str, Tensor], folder: Path) -> None:
     dist.on_all(lambda: weights.read_into(state))
 
 
+@torch.no_grad()
+def copy_weights(module: nn.Module, weights: Weights) -> None:
+    """Copy the values of a module's state into it, read one tensor at a time; of a DTensor each rank keeps its shards.
+
+    Any process by itself. Raises ArtefactError before anything is changed when a name or a shape does not fit.
+    """
+    own = module.state_dict()
+    check_names(
+        {name: tuple(each.shape) for name, each in own.items()}, {name: weights.shape(name) for name in weights}
+    )
+    for name, each in own.items():
+        if isinstance(each, DTensor):
+            value = distribute_tensor(weights[name], each.device_mesh, each.placements, src_data_rank=None)
+            each.to_local().copy_(value.to_local())
+        else:
+            each.copy_(weights[name])
+
+
 def check_names(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ArtefactError unless `found` has the names and shapes of `own`; it lists the first few that differ."""
     problems = [f"{name} is missing" for name in own if name not in found]
@@ -107,12 +128,15 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 def _open(state: Mapping[str, Tensor], folder: Path) -> DcpWeights:
     weights = read_dcp(folder).weights
     assert isinstance(weights, DcpWeights)
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     try:
-        check_names(shapes, {name: weights.shape(name) for name in weights})
+        check_names(_shapes(state), {name: weights.shape(name) for name in weights})
     except ArtefactError as error:
         raise ArtefactError(f"{folder}: {error}") from None
     return weights
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -153,5 +177,7 @@ def _run(action: Callable[[], object], folder: Path) -> None:
         fault = error
     else:
         return
-    text = getattr(fault, "strerror", None) or next(iter(str(fault).splitlines()), type(fault).__name__)
-    raise RunError(f"cannot write {folder}: {text}") from fault
+    with disk_errors(folder):
+        if isinstance(fault, OSError):
+            raise fault
+        raise OSError(next(iter(str(fault).splitlines()), type(fault).__name__)) from fault
