@@ -1,0 +1,345 @@
+"""Weights, gradients, moments and averages in shards, by torch's `fully_shard` (FSDP2)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from compt import dist
+from compt.engines.average import Average
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, decays
+from compt.engines.blocks import compile_blocks, recompute_blocks
+from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
+from compt.engines.state_dcp import load_state, save_state
+from compt.errors import ConfigError, nearest
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
+"""torch's GradScaler's."""
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What `forward` is given, kept from `fully_shard`, which would send lengths of captions to the GPU and wait."""
+
+    values: tuple[Any, ...]
+
+
+class _Root(nn.Module):
+    """The outermost unit: what is in no other one, gathered for a whole forward and backward."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, inputs: _Inputs) -> Any:
+        return self.module(*inputs.values)
+
+
+class _LossScale:
+    """fp16's factor of the loss, followed as by torch's GradScaler, whose own does not know of slices."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.scale = torch.full((), 65536.0, device=device)
+        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        """Lower the scale after an overflow, raise it after many steps without one."""
+        torch._amp_update_scale_(self.scale, self.growth_tracker, found_inf, _GROWTH, _BACKOFF, _INTERVAL)
+
+    def state(self) -> dict[str, Tensor]:
+        """Copies for a checkpoint."""
+        return {
+            "scaler.scale": self.scale.to("cpu", torch.float64, copy=True),
+            "scaler.growth_tracker": self.growth_tracker.to("cpu", torch.int64, copy=True),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse."""
+        self.scale.copy_(state["scaler.scale"])
+        self.growth_tracker.copy_(state["scaler.growth_tracker"])
+
+
+class ShardedEngine:
+    """Cuts the module into slices, one for each rank (`Engine` says what each method does).
+
+    The module has its values, or takes them from `initial` if it is on the "meta" device. Blocks are gathered one by
+    one. Vectors (norms, biases, logit_scale), a thousandth of a model, are whole on every rank: they stay in fp32 where
+    matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters. `caps` are
+    largest values of parameters, held after each step.
+
+    `reshard_after_forward`: gather each block again for backward, and reduce the gradients of every piece of a batch at
+    once; else weights stay gathered from forward to backward, and whole gradients until the last piece. `replicas`:
+    groups of ranks that each hold everything. `cpu_offload`: slices and the optimizer are on the CPU.
+    `reduce_precision`: what gradients of matrices are summed in.
+
+    Raises ConfigError for an unknown precision, or replicas that do not divide the ranks.
+    """
+
+    format: Literal["dcp", "deepspeed"] = "dcp"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: AdamWSettings | None = None,
+        *,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+        initial: Mapping[str, Tensor] | None = None,
+        caps: Mapping[str, float] | None = None,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        recompute: bool = False,
+        reshard_after_forward: bool = True,
+        replicas: int = 1,
+        cpu_offload: bool = False,
+        reduce_precision: Literal["fp32", "bf16"] = "fp32",
+    ) -> None:
+        if precision not in COMPUTE_DTYPES:
+            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        settings = settings or AdamWSettings()
+        self.device = torch.device(device)
+        mesh = make_mesh(self.device, replicas)
+        self.rank = dist.rank()
+        self.world_size = dist.world_size()
+        self.precision = precision
+        self.unwrapped = module
+        if self.device.type == "cuda":
+            # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        if recompute:
+            recompute_blocks(module)
+        if compile:
+            compile_blocks(module)
+        if initial is None:
+            module.to(self.device)
+        self._early = reshard_after_forward
+        self._hybrid = replicas > 1
+        self._offload = cpu_offload
+        self._shards = mesh["shard"].get_group()
+        self._root = _shard(module, mesh, precision, reduce_precision, reshard_after_forward, cpu_offload, self.device)
+        if initial is not None:
+            fill_shards(self._root, module, initial, self.device, torch.device("cpu") if cpu_offload else None)
+        self._names = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        # The optimizer sees plain tensors that share the slices' memory, and so runs its fused kernel over them.
+        self._slices = {name: nn.Parameter(local(tensor.detach())) for name, tensor in self._names.items()}
+        self.optimizer = self._adamw(settings)
+        self._scale = _LossScale(self.device) if precision == "fp16" else None
+        self._caps = [(self._slices[name], most) for name, most in (caps or {}).items()]
+        self._average = None if ema_decay is None else Average(self._slices, ema_decay)
+
+    def _adamw(self, settings: AdamWSettings) -> torch.optim.AdamW:
+        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+        for name, tensor in self._slices.items():
+            groups[decays(name, tensor)].append(tensor)
+        given = [
+            {"params": tensors, "weight_decay": settings.weight_decay if decay else 0.0}
+            for decay, tensors in groups.items()
+            if tensors
+        ]
+        return torch.optim.AdamW(given, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.device.type, COMPUTE_DTYPES[self.precision], enabled=self.precision != "fp32")
+
+    def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
+        """Outputs of the module."""
+        with self._autocast():
+            outputs: dict[str, Tensor] = self._root(_Inputs(inputs))
+        return outputs
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Backward of `loss`, scaled in fp16; where blocks are gathered twice, ranks also sum their gradients twice."""
+        root = cast(FSDPModule, self._root)
+        root.set_is_last_backward(last)
+        root.set_requires_gradient_sync(last or self._early)
+        if self._hybrid:
+            root.set_requires_all_reduce(last)
+        (loss if self._scale is None else loss * self._scale.scale).backward()
+        if last:
+            self._average_vectors()
+
+    @torch.no_grad()
+    def _average_vectors(self) -> None:
+        """What every rank holds whole, `fully_shard` leaves alone."""
+        if self.world_size == 1:
+            return
+        found = [p.grad for p in self._names.values() if p is local(p) and p.grad is not None]
+        if not found:
+            return
+        flat = torch.cat([gradient.flatten() for gradient in found])
+        torch_dist.all_reduce(flat)
+        flat /= self.world_size
+        for gradient, mean in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of each trained parameter; zeros where there is none."""
+        scale = 1.0 if self._scale is None else float(self._scale.scale)
+        for name, parameter in self._names.items():
+            if parameter.grad is None:
+                yield name, torch.zeros(parameter.shape)
+            else:
+                yield name, whole(parameter.grad, self.device).to("cpu", torch.float32, copy=True) / scale
+
+    def _norm(self) -> Tensor:
+        """Of the whole gradient, still scaled: slices summed over the ranks that share them, vectors counted once."""
+        cut = {name for name, parameter in self._names.items() if parameter is not local(parameter)}
+        squares = []
+        for wanted in (cut, self._names.keys() - cut):
+            found = [g for name in sorted(wanted) if (g := self._slices[name].grad) is not None]
+            norm = torch.nn.utils.get_total_norm(found, foreach=self.device.type == "cuda" or None)
+            squares.append(norm.to(self.device, torch.float64).square())
+        if self._shards.size() > 1:
+            torch_dist.all_reduce(squares[0], group=self._shards)
+        return (squares[0] + squares[1]).sqrt().float()
+
+    @torch.no_grad()
+    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """Clip, AdamW, caps, average, each rank its slices; the norm and whether it is finite are the same on all."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for name, tensor in self._slices.items():
+            gradient = self._names[name].grad
+            tensor.grad = None if gradient is None else local(gradient)
+        norm = self._norm()
+        # The fused kernel's own switches, made for GradScaler: what divides gradients, and a value that turns the step
+        # into nothing without anybody waiting for the device. An optimizer on the CPU has to wait.
+        control = torch.device("cpu") if self._offload else self.device
+        if self._scale is not None:
+            norm = norm / self._scale.scale
+            self.optimizer.grad_scale = self._scale.scale.to(control)  # type: ignore[attr-defined]
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._slices.values(), max_norm, norm)
+        found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = found_inf.to(control)  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self._scale is not None:
+            self._scale.update(found_inf)
+        for tensor, most in self._caps:
+            tensor.clamp_(max=most)
+        if self._average:
+            self._average.update(norm.isfinite())
+        for tensors in (self._slices, self._names):
+            for tensor in tensors.values():
+                tensor.grad = None
+        return norm
+
+    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter and buffer."""
+        averages = self._average.tensors if average and self._average else {}
+        reshard(self._root)
+        for name, tensor in self.unwrapped.state_dict().items():
+            held = like(tensor, averages[name]) if name in averages else tensor
+            yield name, whole(held, self.device).to("cpu", copy=True)
+
+    @contextlib.contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Every rank gathers all parameters first, in fp32, and runs the module as if it had never been sharded."""
+        reshard(self._root)
+        training = self.unwrapped.training
+        kept = [(part._parameters, dict(part._parameters)) for part in self.unwrapped.modules()]
+        hooks = [table for part in sharded_parts(self.unwrapped) for table in _hooks(part)]
+        silenced = [(table, dict(table)) for table in hooks]
+        try:
+            for table, parameters in kept:
+                for name, parameter in parameters.items():
+                    if parameter is not None and parameter is not local(parameter):
+                        table[name] = nn.Parameter(whole(parameter, self.device), requires_grad=False)
+            for hook, _ in silenced:
+                hook.clear()
+            self.unwrapped.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            for table, parameters in kept:
+                table.update(parameters)
+            for hook, entries in silenced:
+                hook.update(entries)
+            self.unwrapped.train(training)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that a checkpoint holds, by name; the tensors are the live ones, but for the scaler's."""
+        reshard(self._root)
+        state = {f"model.{name}": tensor.detach() for name, tensor in self.unwrapped.state_dict().items()}
+        for name, parameter in self._names.items():
+            for key, tensor in self._moments(name).items():
+                state[f"optim.{name}.{key}"] = tensor if key == "step" else like(parameter, tensor)
+        if self._average:
+            for name, tensor in self._average.state().items():
+                owner = name.removeprefix("ema.")
+                state[name] = like(self._names[owner], tensor) if owner in self._names else tensor
+        if self._scale is not None:
+            state |= self._scale.state()
+        return state
+
+    def _moments(self, name: str) -> dict[str, Tensor]:
+        """AdamW's state of a slice; zeros before its first step, which is what AdamW itself would start from."""
+        tensor = self._slices[name]
+        state: dict[str, Tensor] = self.optimizer.state[tensor]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            for moment in _MOMENTS:
+                state[moment] = torch.zeros_like(tensor)
+        return {key: state[key] for key in ("step", *_MOMENTS)}
+
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
+        """Each rank writes its slices, and a part of what all of them have."""
+        return save_state(self.state(), folder, asynchronous=asynchronous)
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """Copy in place, from any number of ranks, sharded or not."""
+        state = self.state()
+        load_state(state, folder)
+        if self._scale is not None:
+            self._scale.load(state)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: Any,
+    precision: Precision,
+    reduce_precision: Literal["fp32", "bf16"],
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+    device: torch.device,
+) -> nn.Module:
+    """Cut the module in place, unit by unit; returns the root, through which it has to be called.
+
+    Blocks compute nothing but matrix products with their matrices: these may be rounded before they are gathered, as
+    autocast would round them afterwards. What is beside the blocks is gathered as it is.
+    """
+    rounded = None if precision == "fp32" else COMPUTE_DTYPES[precision]
+    # As None where nothing is to be converted, so that a double precision module stays one.
+    reduced = {"fp32": torch.float32 if rounded else None, "bf16": torch.bfloat16}[reduce_precision]
+    common: dict[str, Any] = {
+        "mesh": mesh,
+        "ignored_params": {parameter for parameter in module.parameters() if parameter.ndim < 2},
+        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy(),
+    }
+    for part in units(module):
+        exact = isinstance(part, nn.Embedding)
+        policy = MixedPrecisionPolicy(None if exact else rounded, reduced, cast_forward_inputs=False)
+        sharded = fully_shard(part, mp_policy=policy, reshard_after_forward=reshard_after_forward, **common)
+        if exact:
+            sharded.set_unshard_in_backward(False)
+    root = _Root(module)
+    policy = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
+    fully_shard(root, mp_policy=policy, reshard_after_forward=False, **common)
+    return root
+
+
+def _hooks(part: FSDPModule) -> list[dict[int, Any]]:
+    module = cast(nn.Module, part)
+    return [module._forward_pre_hooks, module._forward_hooks]

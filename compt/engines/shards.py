@@ -1,0 +1,146 @@
+"""Modules in shards, by torch's `fully_shard`: the processes, what is gathered together, and values in and out.
+
+Every process holds a slice of each parameter, cut along the first dimension; before a unit runs its parameters are
+gathered, and afterwards given up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from compt import dist
+from compt.engines.blocks import models_in
+from compt.errors import ConfigError
+from compt.models.clip import set_buffers, shardable_blocks
+from compt.models.init import load_state
+
+
+def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
+    """All processes as [replicas, shards]: `replicas` groups, each of which holds the whole in shards.
+
+    A process that is alone becomes a group of one. Raises ConfigError when `replicas` does not divide the processes.
+    """
+    if not torch_dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    world = dist.world_size()
+    if world % replicas:
+        fitting = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
+        raise ConfigError(f"engine.fsdp2.replicas: {replicas} does not divide the {world} processes; take {fitting}")
+    if replicas == 1:
+        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """What is gathered and given up by itself: blocks and, as the largest of the rest, token embeddings."""
+    found: list[nn.Module] = []
+    for model in models_in(module):
+        found += [*shardable_blocks(model), model.token_embedding]
+    return found
+
+
+def sharded_parts(module: nn.Module) -> list[FSDPModule]:
+    """The modules that `fully_shard` was applied to."""
+    return [part for part in module.modules() if isinstance(part, FSDPModule)]
+
+
+def reshard(module: nn.Module) -> None:
+    """Give up whatever is gathered: the parameters that one finds in the module are then the slices."""
+    for part in sharded_parts(module):
+        part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def like(sharded: Tensor, slices: Tensor) -> Tensor:
+    """Tensors of each process, the same memory, as one that lies in shards as `sharded` does, if it does."""
+    return DTensor(slices, sharded._spec, requires_grad=False) if isinstance(sharded, DTensor) else slices
+
+
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
+    """The whole of a tensor on the processes' `device`; all of them call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().to(device)
+    # Slices may wait on the CPU, where the processes of GPUs cannot talk to each other.
+    return like(tensor, local(tensor.detach()).to(device)).full_tensor()  # type: ignore[attr-defined, no-any-return]
+
+
+def fill_shards(
+    root: nn.Module,
+    module: nn.Module,
+    initial: Mapping[str, Tensor],
+    device: torch.device,
+    slices_on: torch.device | None = None,
+) -> None:
+    """Give a module from the "meta" device memory and the values `initial`, of which each process keeps its slices.
+
+    They are read one at a time; nothing but that one is ever whole. `root` is the outermost sharded module, `module`
+    the one that `initial` names parameters of. Slices may be on another device than all else. Raises ArtefactError
+    when the values are not those of the module.
+    """
+    # Through the root, as sharded modules see to slices that are shorter than the others.
+    root.to_empty(device=slices_on or device)
+    if slices_on not in (None, device):
+        _move_whole(module, device)
+    for model in models_in(module):
+        set_buffers(model)
+    load_state(module, _Slices(initial, module.state_dict()))
+
+
+def _move_whole(module: nn.Module, device: torch.device) -> None:
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, buffer.to(device))
+        for parameter in part.parameters(recurse=False):
+            if not isinstance(parameter, DTensor):
+                parameter.data = parameter.data.to(device)
+
+
+class _Slices(Mapping[str, Tensor]):
+    """Whole tensors as shards like those of `own`, cut when they are asked for."""
+
+    def __init__(self, values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+        self._values, self._own = values, own
+
+    def __getitem__(self, name: str) -> Tensor:
+        own = self._own[name]
+        value = self._values[name].reshape(own.shape)
+        return like(own, _slice_of(value, own).to(local(own))) if isinstance(own, DTensor) else value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the whole, without reading it where that can be known."""
+        known: Any = getattr(self._values, "shape", None)
+        return tuple(known(name) if known else self._values[name].shape)
+
+
+def _slice_of(value: Tensor, own: DTensor) -> Tensor:
+    """This process's rows of `value`: all slices but the last ones have as many."""
+    mesh = own.device_mesh
+    *others, last = own.placements
+    assert last == Shard(0)
+    assert all(isinstance(other, Replicate) for other in others)
+    rows = -(-len(value) // mesh.size(mesh.ndim - 1))
+    start = min(rows * mesh.get_local_rank(mesh.ndim - 1), len(value))
+    return value[start : start + rows]
