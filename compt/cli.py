@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,9 @@ from rich.markup import escape
 from compt import __version__
 from compt.cli_bench import bench_app
 from compt.cli_curves import curves
+from compt.cli_doctor import doctor
 from compt.cli_expand import expand
+from compt.cli_launch import launch, recorded
 from compt.cli_macs import macs_command
 from compt.cli_options import Overrides, RecipePath
 from compt.cli_plan import plan
@@ -197,15 +199,21 @@ def report(run: Annotated[Path, typer.Argument(help="a run folder, finished or n
 app.command()(curves)
 app.command("macs")(macs_command)
 app.command("eval")(evaluate)
+app.command()(doctor)
 app.command()(expand)
 app.command()(export)
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 
 
-def main() -> None:
-    """Entry point: one line for an error that the user can mend, with its own exit code."""
+@recorded()
+def main(words: Callable[[], list[str]] | None = None) -> None:
+    """Entry point: one line for an error that the user can mend, with its own exit code.
+
+    `words` makes the arguments, where they are not those of the command line.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app()
+        app(None if words is None else words())
     except ComptError as error:
         rank = own_rank(os.environ)
         if not error.told and (rank == "0" or not error.everywhere):
