@@ -8,11 +8,12 @@ optimizer: they are kept, whole or cut in the same way, with the names.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,20 @@ class ZeroWeights(Weights):
         return next((dtype for dtype in found if dtype not in FLOATS), found[0] if found else torch.float32)
 
 
+class ZeroState(NamedTuple):
+    """All that a training goes on from: of the moments nothing before the first step."""
+
+    weights: ZeroWeights
+    moments: dict[str, ZeroWeights]
+    steps: float
+    noted: dict[str, Any]
+    """What was saved beside DeepSpeed's own state, under the key that the reader asks for."""
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's, by torch's names."""
+
+
 def is_zero_folder(folder: Path) -> bool:
     """Whether DeepSpeed wrote `folder`, or a folder that the file `latest` in it names."""
     return any(_MODEL.fullmatch(path.name) for path in folder.iterdir()) or (
@@ -65,26 +80,83 @@ def is_zero_folder(folder: Path) -> bool:
 
 def read_zero(folder: Path) -> Found:
     """The weights in fp32, where there are some, of a checkpoint folder or of one tag of it. Raises ArtefactError."""
+    opened = _open(folder)
+    with _laid_out(opened.folder):
+        return Found(_weights(opened), opened.files)
+
+
+def read_zero_state(folder: Path, note: str) -> ZeroState:
+    """As `read_zero`, with AdamW's state of each trained parameter. Raises ArtefactError.
+
+    A checkpoint without ZeRO tells the order of its optimizer's parameters in its note: `names`.
+    """
+    opened = _open(folder)
+    with _laid_out(opened.folder):
+        noted = dict(opened.states[0].get(note) or {})
+        if opened.optimizers:
+            three = "fp32_flat_groups" in opened.optimizers[0]
+            base = "optimizer_state_dict" if three else "base_optimizer_state"
+            held = [optimizer[base]["state"] for optimizer in opened.optimizers]
+        else:
+            held = [opened.states[0]["optimizer"]["state"]]
+        steps = {float(entry["step"]) for rank in held for entry in rank.values()}
+        if len(steps) > 1:
+            raise ArtefactError(f"{opened.folder}: its vectors are of different steps: {sorted(steps)}")
+        moments = {}
+        for moment in MOMENTS if steps else ():
+            if opened.optimizers:
+                vectors = [[rank[number][moment] for number in sorted(rank)] for rank in held]
+                moments[moment] = ZeroWeights(_cut(opened, vectors))
+            else:
+                moments[moment] = ZeroWeights(
+                    {
+                        name: (tuple(held[0][number][moment].shape), [held[0][number][moment]])
+                        for number, name in enumerate(noted["names"])
+                    }
+                )
+        return ZeroState(_weights(opened), moments, steps.pop() if steps else 0.0, noted)
+
+
+class _Opened(NamedTuple):
+    """The files of a folder, in the order of ranks, and what is in them; optimizers are there with ZeRO."""
+
+    folder: Path
+    files: list[Path]
+    states: list[Any]
+    optimizers: list[Any]
+
+
+def _open(folder: Path) -> _Opened:
     if not any(_MODEL.fullmatch(path.name) for path in folder.iterdir()):
         folder = _tag_folder(folder)
     _refuse_parallel(folder)
     models, optims = _by_rank(folder, _MODEL), _by_rank(folder, _OPTIM)
     states = [load_torch_file(path) for path in models]
-    try:
+    with _laid_out(folder):
         stage = int(states[0].get("ds_config", {}).get("zero_optimization", {}).get("stage", 0))
-        if not optims and stage == 0:
-            weights: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {
-                name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(states[0]["module"])
-            }
-            return Found(ZeroWeights(weights), models)
-        if not optims:
+        if not optims and stage:
             raise ArtefactError(f"{folder}: the *_optim_states.pt files, which hold the weights in fp32, are missing")
         optimizers = [load_torch_file(path)["optimizer_state_dict"] for path in optims]
-        return Found(ZeroWeights(_assemble(folder, states, optimizers)), [*models, *optims])
+        return _Opened(folder, [*models, *optims], states, optimizers)
+
+
+@contextlib.contextmanager
+def _laid_out(folder: Path) -> Iterator[None]:
+    """Say of a file that has not what DeepSpeed writes which folder it is in."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
         raise ArtefactError(
             f"{folder}: not laid out as a checkpoint of DeepSpeed ({type(error).__name__}: {error})"
         ) from error
+
+
+def _weights(opened: _Opened) -> ZeroWeights:
+    if opened.optimizers:
+        return ZeroWeights(_assemble(opened))
+    return ZeroWeights(
+        {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(opened.states[0]["module"])}
+    )
 
 
 def _tag_folder(folder: Path) -> Path:
@@ -124,16 +196,14 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _assemble(
-    folder: Path, states: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
-) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+def _assemble(opened: _Opened) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+    folder, states, optimizers = opened.folder, opened.states, opened.optimizers
     first, state = optimizers[0], states[0]
     # Where bfloat16 has an optimizer of its own (stage 1), the field that names the stage is missing.
     three, counts = "fp32_flat_groups" in first, first["partition_count"]
     world = max(counts) if isinstance(counts, list) else counts
     if world != len(optimizers) or (three and world != len(states)):
         raise ArtefactError(f"{folder}: files of {len(optimizers)} ranks of {world}; a checkpoint is read whole only")
-    groups = [{name: tuple(shape) for name, shape in group.items()} for group in state["param_shapes"]]
     frozen = {name: tuple(shape) for name, shape in (state.get("frozen_param_shapes") or {}).items()}
     found: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
     for name, tensor in tensors_in(state["module"]):
@@ -141,12 +211,10 @@ def _assemble(
             found[name] = (tuple(tensor.shape), [tensor])
     for name, shape in frozen.items():
         found[name] = (shape, [other["frozen_param_fragments"][name] for other in (states if three else [state])])
-    if three:
-        vectors = [[_vector(part) for part in optimizer["fp32_flat_groups"]] for optimizer in optimizers]
-        found |= _cut_each(folder, groups, vectors)
-    else:
-        vectors = [[_vector(part) for part in optimizer["single_partition_of_fp32_groups"]] for optimizer in optimizers]
-        found |= _cut_groups(folder, groups, vectors, first.get("param_alignment_paddings"))
+    found |= _cut(opened, [_masters(optimizer) for optimizer in optimizers])
+    if not three:
+        # Stage 1 says nothing of what is frozen; it is with the module, whole.
+        found = {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(state["module"])} | found
     for name, (shape, pieces) in found.items():
         if sum(piece.numel() for piece in pieces) < math.prod(shape):
             raise ArtefactError(f"{folder}: {name} has fewer elements than its shape {list(shape)}")
@@ -154,6 +222,26 @@ def _assemble(
         if source in found:
             found[name] = found[source]
     return found
+
+
+def _masters(optimizer: Mapping[str, Any]) -> list[Tensor]:
+    """The vectors of a rank that its optimizer steps."""
+    key = "fp32_flat_groups" if "fp32_flat_groups" in optimizer else "single_partition_of_fp32_groups"
+    return [_vector(part) for part in optimizer[key]]
+
+
+def _cut(opened: _Opened, vectors: Sequence[Sequence[Any]]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+    """The parameters in vectors that are laid out like the masters. `vectors[rank]`, at least as long as they are."""
+    groups = [{name: tuple(shape) for name, shape in group.items()} for group in opened.states[0]["param_shapes"]]
+    cut = []
+    for optimizer, parts in zip(opened.optimizers, vectors, strict=True):
+        masters = _masters(optimizer)
+        # What fills up the last rank's part is left out of a master, not of its moments.
+        cut.append([_vector(part)[: len(own)] for own, part in zip(masters, parts, strict=True)])
+    first = opened.optimizers[0]
+    if "fp32_flat_groups" in first:
+        return _cut_each(opened.folder, groups, cut)
+    return _cut_groups(opened.folder, groups, cut, first.get("param_alignment_paddings"))
 
 
 def _vector(value: Any) -> Tensor:

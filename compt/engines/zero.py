@@ -1,0 +1,275 @@
+"""DeepSpeed's ZeRO, stages 0 to 3: the optimizer, gradients and weights in shards."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compt import dist
+from compt.engines.average import Average
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
+from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.zero_parts import Parts
+from compt.engines.zero_start import fill_partitioned, start_deepspeed
+from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
+from compt.errors import ConfigError, nearest
+
+__all__ = ["LossScale", "ZeroEngine", "open_average"]
+
+
+class LossScale:
+    """What a loss is multiplied by in fp16, and when it changes: as torch's GradScaler does it."""
+
+    def __init__(self) -> None:
+        self.value = 65536.0
+        self.good = 0
+
+    def update(self, finite: bool) -> None:
+        """Halved after a step that was not finite, doubled after 2000 that were."""
+        self.good = self.good + 1 if finite else 0
+        if not finite:
+            self.value *= 0.5
+        elif self.good == 2000:
+            self.value, self.good = self.value * 2, 0
+
+
+class ZeroEngine:
+    """Trains a module under DeepSpeed (`Engine` says what each method does).
+
+    `config` is DeepSpeed's JSON for this stage, as `compt.config_deepspeed` makes it: how the state is cut up and sent
+    around. What is computed is said by the other arguments, and DeepSpeed's own words for it are left out of `config`:
+    parameters are fp32 and computed with under autocast, as in the other engines; accumulation, clipping and the fp16
+    loss scale are the caller's and this class's. At stage 3 no rank ever holds a whole module from the "meta" device.
+    """
+
+    format: Literal["dcp", "deepspeed"] = "deepspeed"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: AdamWSettings | None = None,
+        *,
+        stage: int,
+        config: Mapping[str, Any] | None = None,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+        initial: Mapping[str, Tensor] | None = None,
+        caps: Mapping[str, float] | None = None,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        if precision not in COMPUTE_DTYPES:
+            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        settings = settings or AdamWSettings()
+        self.rank = dist.rank()
+        self.world_size = dist.world_size()
+        self.device = torch.device(device)
+        self.precision = precision
+        self.stage = stage
+        self.unwrapped = module
+        self._deepspeed = start_deepspeed(self.device)
+        json = _complete(config or {}, stage, self.world_size)
+        if self.device.type == "cuda":
+            # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        if initial is not None and stage == 3:
+            fill_partitioned(self._deepspeed, module, initial, self.device, json)
+        elif initial is not None:
+            fill(module, initial, self.device)
+        if recompute:
+            recompute_blocks(module)
+        if compile:
+            compile_blocks(module)
+        self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        self._order = _order(module, settings)
+        # On a CPU too: DeepSpeed's own for that is compiled at first use, and this one has all it needs.
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
+        )
+        self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
+        # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
+        # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
+        self._engine._config.torch_autocast_enabled = precision != "fp32"
+        self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
+        self._parts = Parts(stage, self._zero, self._trained)
+        self._scale = LossScale() if precision == "fp16" else None
+        self._caps = dict(caps or {})
+        # Before DeepSpeed copies what was stepped to the module.
+        self.optimizer.register_step_post_hook(lambda *_: self._cap())
+        self._average = None if ema_decay is None else Average(self._vectors(), ema_decay)
+
+    def _vectors(self) -> dict[str, Tensor]:
+        return {str(number): self._parts.weight(number) for number in range(len(self._parts.masters))}
+
+    def _average_vector(self, number: int) -> Tensor:
+        assert self._average is not None
+        return self._average.tensors[str(number)]
+
+    @torch.no_grad()
+    def _cap(self) -> None:
+        stepped = {id(vector) for group in self.optimizer.param_groups for vector in group["params"]}
+        skipped = getattr(self.optimizer, "found_inf", torch.zeros(())) > 0
+        for name, most in self._caps.items():
+            # DeepSpeed steps one vector after another.
+            if id(self._parts.masters[self._parts.where[name].vector]) in stepped:
+                held = self._parts.held(name, self._parts.weight)
+                held.copy_(torch.where(skipped.to(held.device), held, held.clamp(max=most)))
+
+    def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
+        """Outputs of the module, in mixed precision."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        outputs: dict[str, Tensor] = self._engine(*inputs)
+        return outputs
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Backward of `loss`, scaled in fp16. Stages 2 and 3 average gradients in each, the others in the `last`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self._scale and self.stage:
+            self._zero.override_loss_scale(self._scale.value)
+        elif self._scale:
+            loss = loss * self._scale.value
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of each trained parameter; zeros where there is none."""
+        latest: tuple[int, Tensor] | None = None
+        for name, part in self._parts.where.items():
+            if latest is None or latest[0] != part.vector:
+                latest = (part.vector, self._parts.gradient(part.vector))
+            whole = self._parts.whole(name, part.of(latest[1]), self.device)
+            yield name, whole / self._scale.value if self._scale else whole
+
+    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """Clip, AdamW, caps, average. With ZeRO the norm is waited for: DeepSpeed asks whether it is finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._step_shards(max_norm) if self.stage else self._step_whole(max_norm)
+        finite = norm.isfinite()
+        if self._scale:
+            self._scale.update(bool(finite))
+        if self._average:
+            self._average.update(finite)
+        return norm
+
+    def _step_shards(self, max_norm: float | None) -> Tensor:
+        self._zero.clip_grad = max_norm or 0.0
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.device)
+
+    def _step_whole(self, max_norm: float | None) -> Tensor:
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if self._scale:
+            torch._foreach_mul_(gradients, 1.0 / self._scale.value)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, norm)
+        # The fused kernel's own switch, made for GradScaler: a nonzero value turns the step into nothing.
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of each parameter and buffer."""
+        vectors = self._average_vector if average and self._average else self._parts.weight
+        for name, tensor in self.unwrapped.state_dict(keep_vars=True).items():
+            if name in self._trained:
+                yield name, self._parts.whole(name, self._parts.held(name, vectors), self.device)
+            else:
+                with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                    whole = tensor.detach().to("cpu", copy=True)
+                yield name, whole
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Evaluation mode. At stage 3 every rank holds the whole module meanwhile."""
+        training = self.unwrapped.training
+        self.unwrapped.eval()
+        try:
+            with torch.no_grad(), self._gathered():
+                yield
+        finally:
+            self.unwrapped.train(training)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if self.stage != 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters())):
+            # The hooks would gather and give up weights block by block, on all ranks together.
+            home = self._zero.parameter_offload
+            for hook in (*home.forward_hooks, *home.backward_hooks):
+                hook.remove()
+            home.forward_hooks, home.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                home._register_deepspeed_module(home.module)
+
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
+        """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background: it is done on return."""
+        note: dict[str, Any] = {"stage": self.stage, "names": self._order}
+        if self._scale:
+            note |= {"scale": self._scale.value, "good": self._scale.good}
+        files = save_zero(self._engine, self._parts, self._average, note, folder)
+        return lambda: files
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """The inverse; another number of ranks, and another stage, may have saved."""
+        own = {
+            name: self._parts.shape(name) if name in self._trained else getattr(tensor, "ds_shape", tensor.shape)
+            for name, tensor in self.unwrapped.state_dict(keep_vars=True).items()
+        }
+        state, average = dist.on_all(lambda: open_zero(Path(folder), self._parts, own, self._average is not None))
+        parts = self._parts
+        for name, tensor in self.unwrapped.state_dict(keep_vars=True).items():
+            whole = state.weights[name]
+            if name in self._trained:
+                parts.take(name, whole, parts.weight)
+            else:
+                gathered = hasattr(tensor, "ds_id")
+                with self._deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=gathered):
+                    tensor.copy_(whole)
+            if self._average and average and name in self._trained:
+                parts.take(name, average[name], self._average_vector)
+        if self._average and average:
+            self._average.updates.fill_(average.updates)
+        take_moments(parts, self.optimizer, state)
+        parts.publish()
+        if self._scale and "scale" in state.noted:
+            self._scale.value, self._scale.good = float(state.noted["scale"]), int(state.noted["good"])
+
+
+def _order(module: nn.Module, settings: AdamWSettings) -> list[str]:
+    """The names of trained parameters in the optimizer's order."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = parameter_groups(module, settings.weight_decay)
+    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+
+
+def _complete(config: Mapping[str, Any], stage: int, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given: `config` with what it must have, and without what is done here."""
+    json = copy.deepcopy(dict(config))
+    zero = json.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    # It would put its own function in the place of torch's for the whole process.
+    zero["memory_efficient_linear"] = False
+    # DeepSpeed counts neither samples nor pieces: the caller says which backward is the last.
+    json |= {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    json["zero_force_ds_cpu_optimizer"] = False
+    json["gradient_clipping"] = 0.0
+    for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast"):
+        json.pop(key, None)
+    return json
