@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from compt.config_engine import EngineConfig
+from compt.config_engine import EngineConfig, EngineName
 from compt.config_expand import Expand
 from compt.config_schema import (
     Baselines,
@@ -42,6 +42,7 @@ __all__ = [
     "Duration",
     "Ema",
     "EngineConfig",
+    "EngineName",
     "EvalSet",
     "Evaluation",
     "Expand",

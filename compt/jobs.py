@@ -21,6 +21,7 @@ from compt.data.dataset import train_loader
 from compt.data.index import Index
 from compt.data.records import Batch
 from compt.engines import COMPUTE_DTYPES, open_engine
+from compt.engines.frozen import shard_frozen
 from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
@@ -277,8 +278,6 @@ class JobRun:
             return ClipTask(student, **options)
         dtype, device = COMPUTE_DTYPES[recipe.optimizer.precision], self.context.device
         if engine.shard_teacher:
-            from compt.engines.frozen import shard_frozen
-
             teacher = shard_frozen(build(found.spec, device="meta"), found.state, dtype=dtype, device=device)
         else:
             teacher = found.load_model(device)

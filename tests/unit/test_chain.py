@@ -30,7 +30,7 @@ from compt.growth import ExpandConfig, TowerGrowth
 from compt.jobs import STATES, JobRun, steps_left
 from compt.jobs_start import open_start
 from compt.metrics import read_metrics
-from compt.models import build, export_state
+from compt.models import DrawnState, build, export_state
 from compt.presets import NORM_EPS, PRESETS
 from compt.sources import weights as sources_weights
 from tests.dist.spawn import CONTEXT
@@ -407,7 +407,7 @@ def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
     chain(base, run)  # on the same machine it comes out the same, and the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"grew from another {FIRST}"):
-        patch.setattr("compt.jobs.init_parameters", lambda model, spec, seed: None)
+        patch.setattr("compt.jobs.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
         chain(base, run)
 
 

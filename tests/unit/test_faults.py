@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
-from compt.checkpoint import find_latest
+from compt import jobs
+from compt.checkpoint import Saver, find_latest
 from compt.config import load_recipe
 from compt.data import dataset
 from compt.errors import ArtefactError, ComptError, ConfigError, DataError, RunError
 from compt.jobs import JobRun
+from compt.metrics import MetricsWriter
 from tests.helpers_recipe import (
     FIRST,
     SECOND,
@@ -256,15 +258,12 @@ def test_a_full_disk(
                 file.flush()
 
     with monkeypatch.context() as patch:
-        target = {
-            "checkpoints": "compt.checkpoint.save",
-            "model": "compt.jobs.write_artefact",
-            "metrics.jsonl": "compt.metrics.MetricsWriter._write",
+        target: tuple[Any, str] = {
+            "checkpoints": (Saver, "save"),
+            "model": (jobs, "write_artefact"),
+            "metrics.jsonl": (MetricsWriter, "_write"),
         }[place]
-        module, _, name = target.rpartition(".")
-        owner: Any = __import__("compt.metrics", fromlist=["MetricsWriter"]).MetricsWriter
-        if place != "metrics.jsonl":
-            owner = __import__(module, fromlist=[name])
+        owner, name = target
         original = getattr(owner, name)
 
         def full(*arguments: Any, **options: Any) -> Any:
@@ -284,18 +283,13 @@ def test_a_full_disk(
 def test_a_full_disk_without_a_disk(
     place: str, base: Path, whole: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from safetensors import SafetensorError
-
-    where, error = {
-        "checkpoint": (
-            "compt.checkpoint.save_file",
-            SafetensorError("I/O error: No space left on device (os error 28)"),
-        ),
-        "artefact": ("compt.tensorfile._append", OSError(errno.ENOSPC, "No space left on device")),
+    where = {
+        "checkpoint": "torch.distributed.checkpoint.filesystem._write_item",
+        "artefact": "compt.tensorfile._append",
     }[place]
 
     def full(*_: Any, **__: Any) -> None:
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     before = [path.name for path in checkpoints(half)]
     with monkeypatch.context() as patch:
@@ -338,10 +332,10 @@ def test_a_damaged_checkpoint_is_passed_over(
     base: Path, whole: Path, half: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     older, newest = checkpoints(half)
-    spoil(newest / "tensors.safetensors")
+    spoil(newest / "state" / "__0_0.distcp")
     assert find_latest(newest.parent) == older
     assert_finishes(base, half, whole)
-    assert f"passing over checkpoint {newest}: tensors.safetensors does not have its recorded hash" in caplog.text
+    assert f"passing over checkpoint {newest}: state/__0_0.distcp does not have its recorded hash" in caplog.text
 
 
 def test_without_a_whole_checkpoint_it_starts_from_the_expanded_weights(base: Path, whole: Path, half: Path) -> None:
