@@ -14,6 +14,7 @@ import typer
 from compt.cli_options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile, read_tokens
 from compt.cli_tools import show
 from compt.config import Recipe, load_recipe
+from compt.config_engine import EngineName
 from compt.errors import ConfigError, nearest
 from compt.forecast import check_shares, default_gpus
 from compt.formats import TextTable, hours, ratio, terminal
@@ -122,19 +123,32 @@ def _precision(text: str | None, recipe: Recipe | None) -> Any:
     return name
 
 
+def _engine(text: str | None) -> EngineName | None:
+    known: tuple[EngineName, ...] = get_args(EngineName)
+    found = next((name for name in known if name == text), None)
+    if text is not None and found is None:
+        raise ConfigError(f"--engine {text}{nearest(text, known)}: should be {', '.join(known)}")
+    return found
+
+
 def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
     """Each model alone and, in a chain, with its teacher; for each number of captions."""
     from compt.throughput_step import Setup
 
     recipe = jobs.recipe
     if recipe is not None:
+        engine = recipe.engine
         other |= {
-            "micro_batch": recipe.engine.micro_batch,
-            "loss_chunk": recipe.engine.loss_chunk,
+            "micro_batch": engine.micro_batch,
+            "loss_chunk": engine.loss_chunk,
             "image_to_text": recipe.optimizer.image_to_text,
             "clip_grad_norm": recipe.optimizer.clip_grad_norm,
-            "compile": other["compile"] or recipe.engine.compile,
+            "compile": other["compile"] or engine.compile,
+            "recompute": other["recompute"] or engine.recompute,
+            "engine": other["engine"] or engine.name,
         }
+    else:
+        other["engine"] = other["engine"] or "ddp"
     buckets = recipe.engine.text_buckets if recipe else TEXT_BUCKETS
     return [
         Setup(spec, before, captions=number, text_buckets=buckets, **other)
@@ -172,7 +186,11 @@ def throughput(
     seconds: Annotated[
         float, typer.Option(help="time each job for so long at least, three steps or more", min=0)
     ] = 2.0,
+    engine: Annotated[
+        str | None, typer.Option(help="ddp, fsdp2 or zero0 to zero3, on this device alone; default the recipe's or ddp")
+    ] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="let torch compile the blocks")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="compute blocks again in the backward")] = False,
     seed: Annotated[int, typer.Option(help="of weights, pixels and captions")] = 0,
     out: Annotated[Path, typer.Option(help="the file of results; a rerun goes on there")] = Path("throughput.json"),
     fresh: Annotated[bool, typer.Option("--fresh", help="forget what the file has")] = False,
@@ -184,6 +202,7 @@ def throughput(
     """
     jobs = _jobs(models or [], family)
     numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
+    asked = {"tokens": lengths, "engine": _engine(engine), "compile": compile_, "recompute": recompute, "seed": seed}
 
     from compt import dist
     from compt.throughput import run
@@ -192,9 +211,7 @@ def throughput(
     if dist.world_size() > 1:
         raise ConfigError("compt bench throughput measures one device: start it without torchrun")
     size = _batch(batch, gpus, jobs, str(family), chosen.type)
-    setups = _setups(
-        jobs, numbers, tokens=lengths, precision=_precision(precision, jobs.recipe), compile=compile_, seed=seed
-    )
+    setups = _setups(jobs, numbers, precision=_precision(precision, jobs.recipe), **asked)
     console = terminal()
 
     def say(entry: Measurement, kept: bool) -> None:
@@ -213,9 +230,18 @@ def throughput(
 def _cells(entry: Measurement) -> list[str]:
     with_teacher = f" with {entry.teacher.name}" if entry.teacher else ""
     cells = [f"{entry.student.name}{with_teacher}", f"{entry.captions} captions of {entry.tokens:.3g}"]
+    if how := _how(entry):
+        cells.append(how)
     if entry.seconds_per_sample is None:
         return [*cells, str(entry.failure)]
     return [*cells, f"batch {entry.batch}", f"{1 / entry.seconds_per_sample:,.4g} samples/s"]
+
+
+def _how(entry: Measurement) -> str:
+    """What is unusual about how a job ran, in words; mostly nothing."""
+    ways: list[str] = [entry.engine if entry.engine != "ddp" else ""]
+    ways += ["compiled" if entry.compile else "", "recomputed" if entry.recompute else ""]
+    return " ".join(filter(None, ways))
 
 
 def _throughput_table(made: Throughput, entries: list[Measurement], searched: bool, most: int) -> TextTable:
@@ -223,7 +249,10 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
 
     rows = []
     for entry in entries:
-        names = [entry.student.name, entry.teacher.name if entry.teacher else "-"]
+        names = [
+            " ".join(filter(None, [entry.student.name, _how(entry)])),
+            entry.teacher.name if entry.teacher else "-",
+        ]
         lengths = [str(entry.captions), f"{entry.tokens:.3g}"]
         if entry.seconds_per_sample is None or entry.low is None or entry.high is None:
             rows.append([*names, *lengths, "-", str(entry.failure), "-", "-"])

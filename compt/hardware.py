@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compt.config import Recipe
+from compt.config_engine import EngineName
 from compt.errors import ConfigError, nearest
 from compt.hardware_devices import DEVICES, PAPER_DEVICE, Device, peak, utilisation
 from compt.macs import PAPER_TEXT_PASSES, PAPER_TOKENS, JobCost, Tokens, paper_cost, token_moments
@@ -44,6 +45,8 @@ class Conditions:
     loss_chunk: int | None = None
     compile: bool = False
     text_buckets: int = 1
+    engine: EngineName = "ddp"
+    recompute: bool = False
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int) -> Conditions:
@@ -58,6 +61,8 @@ class Conditions:
             smaller(engine.loss_chunk, batch),
             engine.compile,
             engine.text_buckets,
+            engine.name,
+            engine.recompute,
         )
 
     def differences(self, found: Measurement) -> str:
@@ -96,6 +101,8 @@ class Measurement(BaseModel):
     micro_batch: int | None = Field(None, ge=1)
     loss_chunk: int | None = Field(None, ge=1)
     compile: bool = False
+    engine: EngineName = "ddp"
+    recompute: bool = False
     repeats: int = Field(0, ge=0)
     seconds_per_sample: float | None = Field(None, gt=0)
     low: float | None = Field(None, gt=0)
@@ -165,14 +172,14 @@ class Throughput(BaseModel):
     def find(self, student: ModelSpec, teacher: ModelSpec | None, conditions: Conditions) -> Measurement | None:
         """The measurement of that very job, at the batch nearest to its own; one that failed is none.
 
-        Models, captions, precision, micro-batch, chunks of the loss and compilation are the same; the computed tokens
-        of a caption are, within 2 % or the half that a whole number of them may be off.
+        Models, captions, precision, micro-batch, chunks of the loss, compilation, engine and recomputation are the
+        same; the computed tokens of a caption are, within 2 % or the half that a whole number of them may be off.
         """
         if self.precision != conditions.precision:
             return None
         mean = mean_tokens(student, conditions.tokens)
         asked = Measurement(student=student, teacher=teacher, captions=conditions.captions, tokens=mean)
-        same = ("captions", "micro_batch", "loss_chunk", "compile")
+        same = ("captions", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
 
         def distance(entry: Measurement) -> tuple[float, bool]:
             return abs(math.log((entry.batch or 1) / conditions.batch)), entry.text_buckets != conditions.text_buckets

@@ -149,7 +149,8 @@ def unmeasured(file: Throughput, recipe: Recipe, gpus: int, names: Iterable[str]
         captions = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
     ways = [f"micro-batches of {asked.micro_batch}" if asked.micro_batch else ""]
     ways += [f"chunks of the loss of {asked.loss_chunk}" if asked.loss_chunk else ""]
-    ways += ["compiled blocks" if asked.compile else ""]
+    ways += ["compiled blocks" if asked.compile else "", "recomputed blocks" if asked.recompute else ""]
+    ways += [f"the engine {asked.engine}" if asked.engine != "ddp" else ""]
     has = "" if file.precision == asked.precision else f", which is of {file.precision},"
     setting = ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])
     return f"The throughput file{has} has no measurement in {setting} of {', '.join(names)}."

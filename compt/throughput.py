@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 
+from compt import dist
 from compt.artefact import versions
 from compt.data.records import Batch
 from compt.errors import ComptError, ConfigError, RunError
@@ -168,10 +169,12 @@ def _asked(setup: Setup, batch: int | None) -> Measurement:
         micro_batch=micro if batch is None else smaller(micro, batch),
         loss_chunk=chunk if batch is None else smaller(chunk, batch),
         compile=setup.compile,
+        engine=setup.engine,
+        recompute=setup.recompute,
     )
 
 
-_ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile")
+_ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
 
 
 def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
@@ -273,6 +276,8 @@ def _send_measurement(sender: Any, *arguments: Any) -> None:
         sender.send(measure(*arguments))
     except ComptError as error:
         sender.send(error)
+    finally:
+        dist.shutdown()
 
 
 def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:

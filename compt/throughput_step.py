@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as torch_dist
 from torch import Tensor
 
+from compt.config import EngineConfig, Optimizer
+from compt.config_engine import EngineName
 from compt.data.records import Batch
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Precision
-from compt.engines.ddp import DataParallelEngine
+from compt.engines import COMPUTE_DTYPES, Precision, open_engine
 from compt.hardware import mean_tokens
 from compt.losses import ImageToText
 from compt.macs import Tokens
@@ -42,7 +44,20 @@ class Setup:
     image_to_text: ImageToText = "slot"
     clip_grad_norm: float | None = None
     compile: bool = False
+    engine: EngineName = "ddp"
+    recompute: bool = False
     seed: int = 0
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process alone, where there is none: engines that shard ask for one."""
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=torch_dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
 
 
 def pieces_of(setup: Setup, batch: int) -> list[int]:
@@ -118,8 +133,14 @@ class TrainingStep:
                 teacher_dtype=COMPUTE_DTYPES[setup.precision],
             )
         self.task.module.train()
-        self.engine = DataParallelEngine(
-            self.task.module, AdamWSettings(), precision=setup.precision, device=device, compile=setup.compile
+        if setup.engine != "ddp":
+            join_alone(device)
+        self.engine = open_engine(
+            self.task.module,
+            EngineConfig(name=setup.engine, compile=setup.compile, recompute=setup.recompute),
+            Optimizer.model_construct(precision=setup.precision),  # unchecked: engines say what they know
+            device=device,
+            caps=self.task.caps,
         )
 
     def data(self, batch: int) -> Batch:

@@ -42,6 +42,9 @@ QUICK = [
 ]
 
 
+PLAIN = {"compile": False, "recompute": False, "engine": None}
+
+
 def compt(*words: str, width: int = 120) -> str:
     done = CliRunner(env={"COLUMNS": str(width)}).invoke(app, ["bench", *words])
     if done.exception is not None:
@@ -169,6 +172,8 @@ def test_what_the_file_does_not_have_is_said(root: Path, tmp_path: Path) -> None
             "in bf16 with 4 captions of the whole context, micro-batches of 32 of vit_t16,",
         ),
         ("engine.loss_chunk=32", "captions of the whole context, chunks of the loss of 32 of vit_t16,"),
+        ("engine.recompute=true", "captions of the whole context, recomputed blocks of vit_t16,"),
+        ("engine.name=zero2", "captions of the whole context, the engine zero2 of vit_t16,"),
         ("engine.compile=true", "captions of the whole context, compiled blocks of vit_t16,"),
         ("data.caption_tokens=20", "in bf16 with 4 captions of 20 tokens of vit_t16,"),
     ):
@@ -236,6 +241,10 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         (["throughput", "vit_pico", "--tokens", "-3"], "--tokens -3: should be a length"),
         (["throughput", "vit_pico", "--batch", "0"], "--batch 0: should be auto or a number from 1"),
         (["throughput", "vit_pico", "--precision", "fp8"], r"--precision fp8 .*: should be fp32, bf16, fp16"),
+        (
+            ["throughput", "vit_pico", "--engine", "zero"],
+            r"--engine zero \(did you mean 'zero.'\?\): should be ddp, fsdp2, zero0",
+        ),
         (["throughput", "vit_pico", "--device", "tpu"], "device 'tpu' is not supported"),
     ],
 )
@@ -264,7 +273,7 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     ) == [6]
     assert cli_bench._tokens("context", recipe) is cli_bench._tokens(None, recipe) is None
     assert cli_bench._tokens("20:0.7,40:0.3", recipe) == {20: 0.7, 40: 0.3}
-    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16", compile=False)
+    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16", **PLAIN)
     assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
         ("vit_b16", None, 4),
         ("vit_b16", None, 6),
@@ -277,12 +286,14 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     assert cli_bench._batch("auto", None, jobs, "r.yaml", "cuda") is None
     assert cli_bench._batch("9", None, jobs, "r.yaml", "cuda") == 9
     assert cli_bench._batch(None, None, cli_bench._jobs([], None), "", "cuda") is None
-    ways = {"micro_batch": 64, "loss_chunk": 128, "compile": True}
-    engine = recipe.engine.model_copy(update=ways)
+    ways = {"micro_batch": 64, "loss_chunk": 128, "compile": True, "recompute": True}
+    named = {"name": "fsdp2"}
+    engine = recipe.engine.model_copy(update=ways | named)
     setups = cli_bench._setups(
-        replace(jobs, recipe=recipe.model_copy(update={"engine": engine})), [4], tokens=None, compile=False
+        replace(jobs, recipe=recipe.model_copy(update={"engine": engine})), [4], tokens=None, **PLAIN
     )
     assert [{key: getattr(setup, key) for key in ways} for setup in setups] == [ways] * 2
+    assert {setup.engine for setup in setups} == {"fsdp2"}
 
 
 def test_a_plan_takes_what_was_measured_of_its_recipe(tmp_path: Path) -> None:
@@ -335,6 +346,10 @@ def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None
         assert 0 < entry.low <= entry.seconds_per_sample <= entry.high
     assert made.kind is None
     assert "No MFU: the peak of this device is not known" in text
+    again = compt(*words, "--recompute")
+    assert again.count("6, recomputed, batch 2") == 3
+    assert "from an earlier run" not in again
+    assert [entry.recompute for entry in Throughput.read(out).entries] == [False] * 3 + [True] * 3
     assert "2 at most" in text
     table = compt(*words, width=60).split("Throughput of")[1].split("Written:")[0]
     assert max(map(len, table.splitlines())) <= 60

@@ -270,7 +270,8 @@ class Meter:
         self.seen.append(setup)
         done = {"failure": self.failure} if self.failure else {"seconds_per_sample": 0.5, "low": 0.25, "high": 1.0}
         asked = {"captions": setup.captions, "tokens": setup.tokens, "batch": batch or most, "repeats": 3}
-        asked |= {key: getattr(setup, key) for key in ("text_buckets", "micro_batch", "loss_chunk", "compile")}
+        keys = ("text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
+        asked |= {key: getattr(setup, key) for key in keys}
         return Measurement(student=setup.student, teacher=setup.teacher, **asked, **done)
 
 
@@ -323,7 +324,15 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
     assert kept == [False]
     assert sorted(entry.batch for entry in made.entries) == [4, 4, 4, 4, 6]
     assert bench(out, Meter(), SETUPS[:1])[1] == [True]
-    for changes in ({"micro_batch": 2}, {"loss_chunk": 2}, {"compile": True}, {"text_buckets": 2}, {"tokens": 8.0}):
+    for changes in (
+        {"micro_batch": 2},
+        {"loss_chunk": 2},
+        {"compile": True},
+        {"recompute": True},
+        {"engine": "fsdp2"},
+        {"text_buckets": 2},
+        {"tokens": 8.0},
+    ):
         other = [replace(SETUPS[0], **changes)]
         assert bench(out, Meter(), other, batch=4)[1] == [False], changes
         assert bench(out, Meter(), other, batch=4)[1] == [True], changes
