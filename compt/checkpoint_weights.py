@@ -11,6 +11,7 @@ from torch import Tensor
 from compt import dist
 from compt.engines.base import Engine
 from compt.engines.state_dcp import copy_weights
+from compt.engines.zero_state import open_average
 from compt.errors import ArtefactError
 from compt.sources.dcp import read_dcp
 from compt.sources.weights import Part, View, Weights
@@ -34,16 +35,15 @@ def module_weights(folder: Path, format: str) -> Weights:
 
 def _average(folder: Path, format: str) -> Weights:
     """As `module_weights`, the moving average where a parameter has one."""
-    own = module_weights(folder, format)
     if format == "deepspeed":
-        from compt.engines.zero import open_average  # DeepSpeed takes seconds to import and need not be there
-
-        return open_average(folder)
+        found = open_average(folder)
+        return _view(found, {name: name for name in found})
     weights = read_dcp(folder).weights
     if f"{_AVERAGE}updates" not in weights:
         raise ArtefactError(f"{folder}: no moving average of the weights in it")
-    places = {name: f"{_AVERAGE}{name}" for name in own}
-    return _view(weights, {name: at if at in weights else _MODEL + name for name, at in places.items()})
+    own = {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)}
+    averages = {name: f"{_AVERAGE}{name}" for name in own}
+    return _view(weights, own | {name: place for name, place in averages.items() if place in weights})
 
 
 def open_weights(folder: Path, format: str, average: bool) -> Weights:
