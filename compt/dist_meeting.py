@@ -9,6 +9,8 @@ import socket
 import time
 
 import torch.distributed as torch_dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore
 
 from compt.dist_environment import Place
 from compt.dist_speaker import is_speaker
@@ -21,7 +23,7 @@ REACHING = 0.8
 """Share of the time to meet that is spent on waiting; the rest is for finding out who tells of the failure."""
 
 
-def meet(place: Place, seconds: float) -> torch_dist.TCPStore:
+def meet(place: Place, seconds: float) -> TCPStore:
     """The group's store, when every rank has been there; it gives up within `seconds`.
 
     Raises RunError: on every rank that was there, and `told` on all of them but the lowest.
@@ -34,7 +36,7 @@ def meet(place: Place, seconds: float) -> torch_dist.TCPStore:
         failure.told = not is_speaker(place, 0.15 * seconds)
         raise failure from error
     # A restart by torchrun may find the store of the attempt before.
-    keys = torch_dist.PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
         return _wait_for_all(place, seconds, until, store, keys)
     except RuntimeError as error:
@@ -51,9 +53,7 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
     )
 
 
-def _wait_for_all(
-    place: Place, seconds: float, until: float, store: torch_dist.TCPStore, keys: torch_dist.PrefixStore
-) -> torch_dist.TCPStore:
+def _wait_for_all(place: Place, seconds: float, until: float, store: TCPStore, keys: PrefixStore) -> TCPStore:
     names = [f"here/{rank}" for rank in range(place.world_size)]
     keys.set(names[place.rank], socket.gethostname())
     try:
@@ -85,7 +85,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def _open_store(place: Place, until: float) -> torch_dist.TCPStore:
+def _open_store(place: Place, until: float) -> TCPStore:
     """Serve the store or reach it. Raises OSError with the cause."""
     # torchrun serves a store itself and says so.
     hosting = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
@@ -95,7 +95,7 @@ def _open_store(place: Place, until: float) -> torch_dist.TCPStore:
     else:
         _reach(place, until)
     try:
-        return torch_dist.TCPStore(
+        return TCPStore(
             # Whoever serves it needs no way through the network to itself.
             host_name="127.0.0.1" if hosting else place.master,
             port=place.port,

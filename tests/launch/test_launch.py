@@ -1,0 +1,302 @@
+"""Options on their way through launchers, and exit codes and signals on theirs through `compt launch`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer.main
+
+from compt.cli import app
+from compt.cli_launch import Record, chain_words, exit_code, zero_stage
+from compt.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = ROOT / "tests" / "launch" / "worker.py"
+
+# --- options
+
+
+@pytest.fixture
+def zero2(tmp_path: Path) -> Path:
+    path = tmp_path / "zero2.json"
+    path.write_text('{"zero_optimization": {"stage": 2}}')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("--recipe r.yaml", "r.yaml"),
+        ("--recipe=r.yaml --baselines", "r.yaml --baselines"),
+        ("r.yaml --run-folder runs/a", "r.yaml --run runs/a"),
+        ("r.yaml --run-folder=runs/a", "r.yaml --run runs/a"),
+        ("--local_rank=3 --recipe r.yaml", "r.yaml"),
+        ("--local-rank 3 --recipe r.yaml --set a.b=c", "r.yaml --set a.b=c"),
+    ],
+)
+def test_options_of_launchers(words: str, expected: str) -> None:
+    assert chain_words(words.split(), {}) == ["chain", *expected.split()]
+
+
+def test_a_local_rank_is_taken_where_none_is_set() -> None:
+    for before in ({}, {"LOCAL_RANK": "5"}):
+        environment = dict(before)
+        chain_words(["--local_rank=3", "r.yaml"], environment)
+        assert environment == {"LOCAL_RANK": "3", **before}
+
+
+@pytest.mark.parametrize(
+    "spelling", ["--deepspeed_config {}", "--deepspeed_config={}", "--deepspeed --deepspeed_config {}"]
+)
+def test_deepspeeds_file_names_the_engine(zero2: Path, spelling: str) -> None:
+    words = chain_words(["--recipe", "r.yaml", *spelling.format(zero2).split()], {})
+    assert words == ["chain", "r.yaml", "--set", f'engine.deepspeed_config="{zero2}"', "--set", "engine.name=zero2"]
+
+
+@pytest.mark.parametrize("given", [["--set", "engine.name=zero3"], ["--set=engine.name=zero3"]])
+def test_an_engine_that_is_set_stays(zero2: Path, given: list[str]) -> None:
+    words = chain_words(["r.yaml", *given, "--deepspeed_config", str(zero2)], {})
+    assert words == ["chain", "r.yaml", *given, "--set", f'engine.deepspeed_config="{zero2}"']
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot be read"),
+        ("{", "is no JSON"),
+        ('{"zero_optimization": {"stage": 4}}', "stage should be 0, 1, 2 or 3"),
+        ('{"zero_optimization": {"stage": true}}', "stage should be 0, 1, 2 or 3"),
+        ('{"zero_optimization": 2}', "stage should be 0, 1, 2 or 3"),
+        ("[]", "stage should be 0, 1, 2 or 3"),
+    ],
+)
+def test_a_file_that_is_none_of_deepspeeds(tmp_path: Path, text: str | None, message: str) -> None:
+    path = tmp_path / "ds.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"--deepspeed_config .*ds.json: .*{message}"):
+        chain_words(["r.yaml", "--deepspeed_config", str(path)], {})
+
+
+def test_a_file_without_a_stage_is_stage_0(tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{}")
+    assert zero_stage(tmp_path / "ds.json") == 0
+
+
+@pytest.mark.parametrize("words", [["--recipe"], ["r.yaml", "--deepspeed_config"], ["r.yaml", "--local_rank"]])
+def test_a_value_that_is_missing(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="its value is missing"):
+        chain_words(words, {})
+
+
+def test_deepspeed_alone_says_too_little() -> None:
+    with pytest.raises(ConfigError, match="--deepspeed: say which"):
+        chain_words(["r.yaml", "--deepspeed"], {})
+
+
+def chain_options() -> list[str]:
+    """All options of `compt chain`, with `--run` as launchers/train.py has it."""
+    command: Any = typer.main.get_command(app)
+    names = [name for option in command.commands["chain"].params for name in option.opts if name.startswith("--")]
+    assert "--set" in names
+    return [name for name in names if name != "--run"] + ["--run-folder", "--recipe", "--deepspeed_config"]
+
+
+def script_words(launcher: str, words: list[str]) -> list[str]:
+    """What a launcher hands on to its script of words that follow the script."""
+    found: Any
+    if launcher == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        found = get_args_parser().parse_args(["--nproc_per_node", "2", "train.py", *words]).training_script_args
+    elif launcher == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        found = launch_command_parser().parse_args(["--num_processes", "2", "train.py", *words]).training_script_args
+    else:
+        from deepspeed.launcher import launch, runner
+
+        args = runner.parse_args(["--num_gpus", "2", "train.py", *words])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["launch", "--node_rank=0", args.user_script, *args.user_args])
+            found = launch.parse_args().training_script_args
+    return list(found)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
+def test_no_launcher_takes_an_option_for_its_own(launcher: str) -> None:
+    pytest.importorskip("torch" if launcher == "torchrun" else launcher)
+    for name in chain_options():
+        for words in ([name, "value", "--set", "a=b"], [f"{name}=value"]):
+            assert script_words(launcher, words) == words
+
+
+# --- exit codes
+
+
+def records(*codes: int | None, agreed: bool = False) -> list[Record]:
+    return [Record(100 + rank, rank, code, agreed) for rank, code in enumerate(codes)]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "signalled", "told", "expected"),
+    [
+        (0, False, records(0, 0), 0),
+        (0, True, records(0, 0), 0),
+        (1, False, records(75, 75, agreed=True), 75),
+        (1, False, records(75, 75), 1),
+        (75, False, records(75, 75), 1),
+        (1, True, records(75, 75), 75),
+        (1, True, [], 75),
+        (1, True, records(75, None), 75),
+        (1, False, records(75, None), 1),
+        (1, False, records(5, 5, agreed=True), 5),
+        (1, False, records(75, 3), 3),
+        (1, False, records(4, 3), 4),
+        (1, True, records(75, 5), 75),
+        (1, True, records(5, 5, agreed=True), 5),
+        (3, False, [], 3),
+        (75, False, [], 75),
+        (-9, False, [], 137),
+        (-9, False, records(None, None), 137),
+    ],
+)
+def test_the_code_to_end_with(launcher: int, signalled: bool, told: list[Record], expected: int) -> None:
+    assert exit_code(launcher, signalled, told) == expected
+
+
+Start = Any
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        *("-m", "accelerate.commands.accelerate_cli", "launch"),
+        *("--config_file", str(ROOT / "launchers" / "accelerate" / "cpu.yaml")),
+    ],
+    "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "0"],
+}
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "deepspeed")]
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    started: list[subprocess.Popen[str]] = []
+
+    def begin(launcher: str, *plans: str) -> subprocess.Popen[str]:
+        pytest.importorskip("torch" if launcher == "torchrun" else launcher)
+        words = [word if word != "0" else str(free_port()) for word in LAUNCHERS[launcher]]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "compt", "launch", sys.executable, *words, str(WORKER), str(tmp_path), *plans],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
+        )
+        return started[-1]
+
+    yield begin
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    for path in tmp_path.glob("begun-*"):
+        try:
+            os.kill(int(path.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def until_begun(process: subprocess.Popen[str], folder: Path) -> list[int]:
+    """The processes that the launcher started, when both are there."""
+    deadline = time.monotonic() + 100
+    while len(found := [path for path in folder.glob("begun-*") if path.read_text()]) < 2:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    return [int(path.read_text()) for path in found]
+
+
+def children(pid: int) -> list[int]:
+    """A process and all that came of it."""
+    found = [pid]
+    for path in Path(f"/proc/{pid}/task/{pid}").glob("children"):
+        for child in path.read_text().split():
+            found += children(int(child))
+    return found
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", ["torchrun", *OTHERS])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_who_is_asked_to_stop_saves_and_75_comes_through(
+    start: Start, tmp_path: Path, launcher: str, number: signal.Signals
+) -> None:
+    process = start(launcher)
+    until_begun(process, tmp_path)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert [(tmp_path / f"saved-{rank}").read_text() for rank in (0, 1)] == [number.name] * 2
+
+
+@pytest.mark.dist
+def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Path) -> None:
+    process = start("torchrun")
+    until_begun(process, tmp_path)
+    everyone = children(process.pid)
+    assert len(everyone) >= 4
+    for pid in everyone:
+        os.kill(pid, signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, output
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("launcher", ["torchrun", *OTHERS])
+@pytest.mark.parametrize(("plan", "codes"), [("1=fail", (3,)), ("1=die", (1, 137, 247))])
+def test_a_failure_is_not_taken_for_a_request_to_stop(
+    start: Start, tmp_path: Path, launcher: str, plan: str, codes: tuple[int, ...]
+) -> None:
+    process = start(launcher, plan)
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode in codes, output
+    if (tmp_path / "saved-0").exists():
+        assert (tmp_path / "saved-0").read_text() == "SIGTERM", "the launcher asked what was left to stop"
+
+
+def test_a_launch_that_has_not_begun_is_ended(tmp_path: Path) -> None:
+    words = [sys.executable, "-c", "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)"]
+    process = subprocess.Popen([sys.executable, "-m", "compt", "launch", *words], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 75
+
+
+def test_a_launcher_that_is_not_there() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "compt", "launch", "torchrunn", "train.py"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr == "compt: compt launch: 'torchrunn' cannot be run (No such file or directory)\n"
