@@ -88,9 +88,12 @@ step() {
     local pid code late told=
     # srun no longer takes this over from sbatch by itself.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+    # The number of tasks that sbatch worked out is that of the nodes at first, which take_nodes may have changed.
+    local size=(--nodes="$SLURM_JOB_NUM_NODES")
+    [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || size+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))")
     # So long may the other ranks of one that died say what they saw, before srun ends them.
     export SLURM_WAIT=${SLURM_WAIT:-120}
-    srun "$@" &
+    srun "${size[@]}" "$@" &
     pid=$!
     trap 'told=1; kill -USR1 "$pid" 2>/dev/null' USR1
     # Slurm itself sends TERM to every rank.

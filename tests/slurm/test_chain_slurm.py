@@ -1,0 +1,181 @@
+"""The shipped scripts on a real cluster of two nodes: chains to the end, and what clusters do to them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from compt.metrics import read_metrics
+from tests.helpers_recipe import FIRST, SECOND, manifest, weights_hash
+from tests.slurm.cluster import Cluster, until
+from tests.slurm.conftest import Files
+
+ONE_EACH = ("--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
+"""Options of sbatch for one process on each node, which typed sbatch does not learn from GPUS."""
+
+
+def results(run: Path) -> list[str]:
+    """The digests of a finished chain's weights."""
+    return [weights_hash(run, job) for job in (FIRST, SECOND)]
+
+
+def steps(run: Path, job: str) -> list[int]:
+    """The steps that a job's metrics have lines of, in their order."""
+    path = run / "jobs" / job / "metrics.jsonl"
+    rows = read_metrics(path) if path.exists() else []
+    return [int(row["step"]) for row in rows if "loss" in row]
+
+
+def processes(run: Path, job: str) -> list[int]:
+    """How many processes each start of a job had."""
+    return [start["processes"] for start in manifest(run, job)["starts"]]
+
+
+def begin(cluster: Cluster, files: Files, recipe: Path, run: Path, *options: str) -> str:
+    """Submit the ViT chain on two nodes as the documentation says."""
+    command = ("slurm/chain_vit.sbatch", "--cpus-per-task=1", cluster.output, *options)
+    return cluster.submit(*command, **files.settings(recipe, run), NODES="2")
+
+
+def at_step(run: Path, job: str, step: int) -> None:
+    until(lambda: step in steps(run, job), 150, f"step {step} of {job}")
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: Cluster, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a chain that nothing happened to, sent by sbatch as it is typed: on one node, with NODES=2."""
+    run = tmp_path_factory.mktemp("runs") / "a run"
+    command = ("sbatch", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch")
+    settings = files.settings(files.recipe("whole"), run)
+    job = cluster.submit(*command, **settings, NODES="2")
+    shown = cluster.wait_for(job, "COMPLETED")
+    assert shown["NumNodes"] == "2"
+    assert "back to the queue for that many nodes" in cluster.said(job)
+    return run
+
+
+def test_a_chain_on_two_nodes_comes_to_its_end(finished: Path) -> None:
+    for job in (FIRST, SECOND):
+        assert manifest(finished, job)["state"] == "done"
+        assert processes(finished, job) == [2]
+    assert steps(finished, FIRST) == list(range(1, 121))
+    assert (finished / "report.html").exists()
+
+
+def test_without_data_nothing_is_queued(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+    settings = {**files.settings(files.recipe("missing"), tmp_path), "DATA": ""}
+    refused = cluster.run("slurm/chain_vit.sbatch", check=False, **settings)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("chain_vit.sbatch: DATA is missing")
+    assert cluster.run("squeue", "--noheader").stdout == ""
+    # sbatch itself runs no line of the file: there it is the job's first act.
+    job = cluster.submit("sbatch", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch", **settings)
+    shown = cluster.wait_for(job, "FAILED", seconds=30)
+    assert shown["ExitCode"] == "2:0"
+    assert cluster.said(job).startswith("chain_vit: DATA is missing")
+    assert shown["RunTime"] in ("00:00:00", "00:00:01", "00:00:02")
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"RECIPE": "/nowhere.yaml"}, "RECIPE='/nowhere.yaml' cannot be read"),
+        ({"NODES": "two"}, "NODES='two' should be a whole number"),
+        ({"GPUS": "0"}, "GPUS='0', those of a node, should be a whole number"),
+        ({"PYTHON": "/nowhere/python"}, "PYTHON='/nowhere/python' cannot be run"),
+    ],
+)
+def test_a_wrong_setting_is_not_queued(
+    cluster: Cluster, files: Files, tmp_path: Path, variables: dict[str, str], said: str
+) -> None:
+    settings = files.settings(files.recipe("wrong"), tmp_path) | variables
+    refused = cluster.run("slurm/chain_swin.sbatch", check=False, **settings)
+    assert refused.returncode == 2
+    assert said in refused.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_a_wrong_recipe_is_not_queued(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+    recipe = files.recipe("wrong_recipe", "optimizer.batsh=3")
+    refused = cluster.run("slurm/chain_vit.sbatch", check=False, **files.settings(recipe, tmp_path))
+    assert refused.returncode == 2
+    assert "optimizer.batsh" in refused.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_nodes_that_contradict_sbatch_end_the_job(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+    settings = files.settings(files.recipe("contradicting"), tmp_path)
+    command = ("sbatch", "--nodes=2", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch")
+    job = cluster.submit(*command, **settings, NODES="3")
+    cluster.wait_for(job, "FAILED", seconds=30)
+    assert "has 2 nodes, but NODES=3" in cluster.said(job)
+
+
+def test_a_requeue_in_the_middle_changes_nothing(
+    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = begin(cluster, files, files.recipe("requeued"), run)
+    at_step(run, FIRST, 33)
+    cluster.run("scontrol", "requeue", job)
+    shown = cluster.wait_for(job, "COMPLETED")
+    assert shown["Restarts"] == "1"
+    assert processes(run, FIRST) == [2, 2]
+    assert steps(run, FIRST) == list(range(1, 121))
+    assert results(run) == results(finished)
+
+
+def test_a_notice_of_the_end_brings_the_chain_back(
+    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
+) -> None:
+    """What --signal=B:USR1@120 sends before a time limit, sent at once."""
+    run = tmp_path / "run"
+    job = begin(cluster, files, files.recipe("told"), run)
+    at_step(run, SECOND, 10)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    shown = cluster.wait_for(job, "COMPLETED")
+    assert shown["Restarts"] == "1"
+    assert "interrupted; back to the queue" in cluster.said(job)
+    assert processes(run, FIRST) == [2]
+    assert processes(run, SECOND) == [2, 2]
+    assert steps(run, SECOND) == list(range(1, 61))
+    assert results(run) == results(finished)
+
+
+def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(
+    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    recipe = files.recipe("killed")
+    job = begin(cluster, files, recipe, run)
+    at_step(run, FIRST, 50)
+    os.kill(cluster.rank(job, 1), signal.SIGKILL)
+    shown = cluster.wait_for(job, "FAILED", seconds=150)
+    assert shown["Restarts"] == "0"
+    assert "task 1: Killed" in cluster.said(job)
+    # The other rank says which one it missed.
+    assert "rank 1" in cluster.said(job)
+    again = begin(cluster, files, recipe, run)
+    cluster.wait_for(again, "COMPLETED")
+    assert steps(run, FIRST) == list(range(1, 121))
+    assert results(run) == results(finished)
+
+
+def test_a_node_that_goes_down_brings_the_chain_back(
+    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = begin(cluster, files, files.recipe("powerless"), run)
+    at_step(run, FIRST, 50)
+    cluster.crash_node("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=power")
+    until(lambda: cluster.state(job) == "PENDING", 60, "the job waits for the node")
+    cluster.start_node("n2")
+    cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    shown = cluster.wait_for(job, "COMPLETED")
+    assert shown["Restarts"] == "1"
+    assert steps(run, FIRST) == list(range(1, 121))
+    assert results(run) == results(finished)
