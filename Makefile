@@ -8,7 +8,7 @@ WORKERS ?= 2
 ARGS ?=
 # On a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. Fewer of the package's extras: `export EXTRAS=dev`.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,data,deepspeed
+EXTRAS ?= dev,data,deepspeed,accelerate
 
 # The first python on the path that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(shell $(p) -c \

@@ -18,8 +18,9 @@ import compt
 
 PINS = re.compile(r"^([A-Za-z0-9._-]+)==([A-Za-z0-9._+]+)$", re.MULTILINE)
 CALLED_BY_PEOPLE = ("help", "demo", "test", "lint", "type", "fresh-check", "clean")
-# What is imported by a package that is imported here.
+# What no module of compt imports, and who uses it.
 BEHIND = {
+    "accelerate": "people, who start launchers/train.py with it",
     "deepspeed": "the tests, which write with it the folders that compt.sources reads",
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
@@ -75,7 +76,7 @@ def test_setup_py_is_thin(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    assert set(table["optional-dependencies"]) == {"data", "deepspeed", "dev"}
+    assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev"}
     assert table["scripts"] == {"compt": "compt.cli:main"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 
