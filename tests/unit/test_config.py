@@ -68,6 +68,24 @@ def test_a_whole_recipe(write) -> None:
     )
 
 
+def test_a_link_changes_the_engine_while_it_trains(write) -> None:
+    recipe = load_recipe(
+        write(),
+        [
+            "engine={name: fsdp2, workers: 3, fsdp2: {replicas: 2, cpu_offload: true}}",
+            "chain.links.0.engine={name: zero2, micro_batch: 8}",
+            "chain.links.1.engine={fsdp2: {replicas: 4}}",
+        ],
+    )
+    first, second = (recipe.engine_of(name) for name in ("vit_nano", "wide"))
+    assert (first.name, first.micro_batch, first.workers, first.fsdp2.replicas) == ("zero2", 8, 3, 1)
+    assert (second.name, second.fsdp2.replicas, second.fsdp2.cpu_offload) == ("fsdp2", 4, True)
+    assert recipe.engine_of("another") is recipe.engine
+    assert "engine" not in recipe.chain.links[0].result_fields()
+    again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.model_dump(by_alias=True, mode="json"))))
+    assert again.engine_of("wide") == second
+
+
 WRONG = {
     "typo": ("optimizer: {batch", "optimizer: {batsh", "optimizer.batsh = 64: unknown key (did you mean 'batch'?)"),
     "typo of a required key": (
@@ -220,7 +238,17 @@ WRONG = {
     ),
     "a hidden name": ("name: small", "name: .small", "name = '.small': becomes a file's name"),
     "an empty name": ("name: small", "name: ''", "name = '': becomes a file's name"),
-    "an engine's name": ("chain:", "engine: {name: ddp}\nchain:", "engine.name = 'ddp': unknown key"),
+    "an engine's name": (
+        "chain:",
+        "engine: {name: dpp}\nchain:",
+        "engine.name = 'dpp': should be 'ddp', 'fsdp2', 'zero0', ",
+    ),
+    "settings of another engine": ("chain:", "engine: {fsdp2: {replicas: 2}}\nchain:", "fsdp2 is for name 'fsdp2'"),
+    "a link's engine": (
+        "model: wide,",
+        "model: wide, engine: {nme: zero2},",
+        "chain.links.1.engine.nme: unknown key (did you",
+    ),
     "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
 }
 
