@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from compt import dist
 from compt.config import Recipe, split_batch
 from compt.data.index import Index, open_index
+from compt.dist_watch import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
@@ -265,7 +266,7 @@ def prepare(
     `scales` are those of `make_plan`, from the plan without them; by default what the folder's first-pair test found.
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
-    device = dist.init(recipe.engine.device, timeout_seconds=recipe.engine.timeout)
+    device = dist.init(recipe.engine.device, timeout_seconds=collective_timeout(recipe.engine.timeout))
     check_engines(recipe, dist.world_size(), base, source)
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
@@ -330,11 +331,13 @@ def run_jobs(
     """
     dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
     dist.on_main(lambda: _write_state(context, plan, calibration))
-    for job in jobs:
-        if job.same_as is None:
-            # Another process may be at other jobs of this run.
-            with locked(context.job_folder(job.name)):
-                JobRun(job, context, say).run()
+    with Watch(context.folder, context.recipe.engine.timeout) as watch:
+        for job in jobs:
+            if job.same_as is None:
+                watch.about(job.name)
+                # Another process may be at other jobs of this run.
+                with locked(context.job_folder(job.name)):
+                    JobRun(job, context, say).run()
 
 
 def run_chain(context: RunContext, plan: Plan, say: Say) -> None:

@@ -20,6 +20,7 @@ from compt.config import EngineConfig, Recipe, split_batch
 from compt.data.dataset import train_loader
 from compt.data.index import Index
 from compt.data.records import Batch
+from compt.dist_watch import LONG, beat
 from compt.engines import COMPUTE_DTYPES, open_engine
 from compt.engines.frozen import shard_frozen
 from compt.errors import RunError
@@ -194,6 +195,7 @@ class JobRun:
         return None
 
     def _begin(self) -> None:
+        beat(0, "expanding", LONG)
         teacher = self._teacher()
         parent_hash = hash_of(teacher) if teacher else None
         if teacher is not None:
@@ -342,6 +344,7 @@ class JobRun:
 
     def _fit(self) -> None:
         """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
+        beat(0, "opening the model", LONG)
         origin = self._origin()
         optimizer, config = self.context.recipe.optimizer, self._engine_config
         student = build(self.job.spec, device="meta")
@@ -364,6 +367,7 @@ class JobRun:
             lambda: self.scorer.during_training(task.model),
             self.job.name,
         )
+        beat(result.steps, "writing the model", LONG)
         # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
         last = dist.broadcast_object(find_latest(self.folder / "checkpoints") if dist.is_main() else None)
         fields = {
@@ -387,6 +391,7 @@ class JobRun:
         """Train unless `model/` is there already, then score it."""
         if not dist.any_true((self.folder / "model").exists()):
             self._fit()
+        beat(self.job.steps, "evaluating", LONG)
         artefact = dist.on_all(self._trained)
         self.say(f"{self.job.name}: evaluating")
         model = artefact.load_model(self.context.device)

@@ -19,15 +19,13 @@ from torch import Tensor
 from compt import checkpoint, dist
 from compt.accumulate import cached_backward
 from compt.data.records import Batch
+from compt.dist_watch import LONG, beat
 from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
 from compt.metrics import MetricsWriter
 from compt.models import caption_lengths, padded_tokens
 from compt.pixels import to_input
 from compt.task import Task, reduce_report
-
-Beat = Callable[[int, str], None]
-"""Is told, again and again, how many steps are done and what is being done now."""
 
 SIGNAL_EVERY = 10
 """Steps between two looks, over several ranks, at whether one of them was asked to stop."""
@@ -209,18 +207,16 @@ def train(
     open_loader: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[], dict[str, float]] | None = None,
     title: str = "training",
-    beat: Beat = lambda step, doing: None,
 ) -> TrainResult:
     """Train `task` until `settings.total_steps`, from the newest checkpoint below `folder` or from the start.
 
     `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores and is called
-    on all ranks. `beat` is told of every step and what is being done. The state after the last step is the newest
-    checkpoint.
+    on all ranks. The state after the last step is the newest checkpoint.
 
     Raises Interrupted after a save when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data that
     cannot be used; RunError on too many non-finite steps in a row or a checkpoint that cannot be written.
     """
-    beat(0, "opening the newest checkpoint")
+    beat(0, "opening the newest checkpoint", LONG)
     counts = _restore(folder / "checkpoints", engine, settings)
     total = settings.total_steps
     if counts.step < total:
@@ -238,12 +234,14 @@ def train(
         with writer, StopSignal() as stop, contextlib.closing(_batches(open_loader, counts.step)) as batches:
             window = _Window()
             norms = _Norms(settings.max_nonfinite, title)
+            patience = LONG  # the first step compiles, and opens shards
             while counts.step < total:
-                beat(counts.step, "waiting for data")
+                beat(counts.step, "waiting for data", patience)
                 started = time.perf_counter()
                 batch = _next(batches)
                 window.waited += time.perf_counter() - started
-                beat(counts.step, "training")
+                beat(counts.step, "training", patience)
+                patience = 1.0
                 lr = learning_rate(counts.step, settings)
                 report, norm = _step(task, engine, batch, lr, settings)
                 norms.put(counts.step + 1, norm)
@@ -257,19 +255,20 @@ def train(
                 else:
                     writer.advance(counts.step)
                 if evaluate is not None and _is_due(counts.step, settings.evaluate_every, total):
-                    beat(counts.step, "evaluating")
+                    beat(counts.step, "evaluating", LONG)
                     with engine.scoring():
                         scores = evaluate()
                     writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **scores})
                 stopping = stop.raised(counts.step, last=counts.step == total)
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
-                    beat(counts.step, "writing a checkpoint")
+                    beat(counts.step, "writing a checkpoint", LONG)
                     norms.read(counts)
                     saver.save(engine, counts.step, _state(counts, settings))
                 if stopping:
                     saver.finish()
                     text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
                     dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
+            beat(total, "writing a checkpoint", LONG)
             saver.finish()
     return _result(counts, settings)
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from compt import dist
 from compt.data.records import EvalBatch
+from compt.dist_watch import alive
 from compt.errors import DataError
 from compt.files import write_bytes, write_json
 from compt.pixels import to_input
@@ -95,6 +96,7 @@ def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) 
     losses, fault = Losses(), ""
     try:
         for batch in loader:
+            alive()
             losses.add(batch)
             if len(batch):
                 use(batch)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from compt import dist
 from compt.data.records import Batch
+from compt.dist_watch import alive
 from compt.errors import DataError
 from compt.evaluate.common import Encoder
 from compt.losses import ImageToText, contrastive_loss
@@ -21,6 +22,7 @@ def validation_loss(encoder: Encoder, batches: Iterable[Batch], image_to_text: I
     with encoder.frozen():
         try:
             for batch in batches:
+                alive()
                 image = encoder.images(batch.images)
                 captions = batch.tokens.shape[1]
                 text = encoder.texts(batch.tokens.flatten(0, 1)).view(len(image), captions, -1)

@@ -1,0 +1,138 @@
+"""What the watch asks of others: the store, signs of life in it, and the system about processes of this machine."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class Lost(Exception):
+    """The store does not answer."""
+
+
+class Post:
+    """A store whose answers are waited for no longer than asked.
+
+    torch's client waits for ever for a store whose process is stopped, so a thread of its own does.
+    """
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._work: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._lost = False
+        threading.Thread(target=self._serve, name="watch-store", daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            action, answer = self._work.get()
+            try:
+                answer.put((True, action(self._store)))
+            except Exception as error:  # whatever torch's store raises
+                answer.put((False, error))
+
+    def ask(self, action: Callable[[Any], T], seconds: float) -> T:
+        """`action(store)`. Raises Lost when that fails or takes more than `seconds`, and ever after."""
+        if self._lost:
+            raise Lost
+        answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._work.put((action, answer))
+        try:
+            good, value = answer.get(timeout=seconds)
+        except queue.Empty:
+            good, value = False, None
+        if not good:
+            self._lost = True
+            raise Lost from value
+        result: T = value
+        return result
+
+
+@dataclass(frozen=True)
+class Life:
+    """A process's sign of life: who it is, and what its main thread does since `age` seconds. `tick` is ever another.
+
+    `count` tells how far the main thread is, `where` in which line. `left`: it ended its work in order.
+    """
+
+    tick: int
+    rank: int
+    host: str
+    place: str
+    pid: int
+    born: int
+    name: str
+    count: int
+    step: int
+    doing: str
+    age: float
+    where: str
+    left: bool
+
+    @classmethod
+    def here(
+        cls, tick: int, rank: int, name: str, count: int, step: int, doing: str, age: float, where: str, left: bool
+    ) -> Life:
+        """This process's own."""
+        pid = os.getpid()
+        host, place = _place()
+        return cls(tick, rank, host, place, pid, _stat(pid)[1], name, count, step, doing, round(age, 1), where, left)
+
+    def to_json(self) -> str:
+        """For the store."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Life:
+        """The inverse."""
+        return cls(**json.loads(text))
+
+    def named(self, older: float = 0.0) -> str:
+        """`rank 1 (host n2, pid 4242), at step 7, computing for 3 s`; `older` are seconds since it was shown."""
+        where = f" in {self.where}" if self.where else ""
+        name = f" of {self.name}" if self.name else ""
+        return (
+            f"rank {self.rank} (host {self.host}, pid {self.pid}), at step {self.step}{name}, "
+            f"{self.doing} for {self.age + older:.0f} s{where},"
+        )
+
+
+@functools.cache
+def _place() -> tuple[str, str]:
+    """The name of this machine, and what tells apart processes whose numbers mean the same."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname(), ""
+
+
+def is_here(life: Life) -> bool:
+    """Whether a process is one of this machine, or container, and the system tells about it."""
+    return life.place != "" and life.place == _place()[1]
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """State and time of start of a process; ("", 0) for none."""
+    try:
+        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return words[0], int(words[19])
+    except (OSError, IndexError, ValueError):
+        return "", 0
+
+
+def process_state(pid: int, born: int) -> str:
+    """`gone`, `stopped` or `running`, for a process of this machine that began at `born`."""
+    state, began = _stat(pid)
+    if state in ("", "Z", "X", "x") or began != born:
+        return "gone"
+    return "stopped" if state in ("T", "t") else "running"

@@ -1,0 +1,219 @@
+"""A rank that dies, hangs or fails alone ends all of them soon, with one message that names it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compt import dist
+from compt.dist_watch import Watch, alive, beat
+from compt.errors import DataError, Interrupted, RunError
+from tests.faults.group import Ended, Group, mark
+
+TIMEOUT = 4.0
+
+
+def steps(folder: Path, fault: Callable[[int, int], None] | None = None, count: int = 100_000) -> None:
+    """Steps with a collective each; `fault(rank, step)` may do anything."""
+    with Watch(folder, TIMEOUT) as watch:
+        for step in range(count):
+            watch.beat(step, "reading data")
+            if fault is not None:
+                fault(dist.rank(), step)
+            watch.beat(step, "computing")
+            dist.all_reduce_sum(1.0)
+            if step == 100 and dist.is_main():
+                mark(folder, "begun")
+            time.sleep(0.01)
+
+
+def hang(rank: int, step: int) -> None:
+    if (rank, step) == (1, 150):
+        time.sleep(3600)
+
+
+def hang_first(rank: int, step: int) -> None:
+    if (rank, step) == (0, 150):
+        time.sleep(3600)
+
+
+def fail(rank: int, step: int) -> None:
+    if (rank, step) == (1, 150):
+        raise DataError("000007.tar holds nothing")
+
+
+def break_down(rank: int, step: int) -> None:
+    if (rank, step) == (1, 150):
+        raise KeyError("no such thing")
+
+
+def agreed(rank: int, step: int) -> None:
+    if step == 150:
+        dist.agree(RunError("together") if rank == 1 else None)
+
+
+def interrupted(rank: int, step: int) -> None:
+    if step == 150:
+        raise Interrupted("stopped by SIGTERM")
+
+
+def slowly(folder: Path) -> None:
+    """Long phases that are no hang: a patient one, one that says it is alive, and ranks that end far apart."""
+    with Watch(folder, 1.0):
+        beat(1, "evaluating", patience=4.0)
+        time.sleep(2.5)
+        beat(2, "reading data")
+        for _ in range(6):
+            time.sleep(0.4)
+            alive()
+        beat(3, "ending", patience=10.0)
+        if dist.rank() == 1:
+            time.sleep(3.0)
+    mark(folder, f"ended{dist.rank()}")
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Iterator[Callable[..., Group]]:
+    started: list[Group] = []
+
+    def start(function: Callable[..., Any], *arguments: Any, world: int = 2, agent: bool = False) -> Group:
+        folder = tmp_path / f"group{len(started)}"
+        started.append(Group(folder, world, function, folder, *arguments, agent=agent))
+        return started[-1]
+
+    yield start
+    for group in started:
+        group.kill()
+
+
+def message(ended: Ended) -> str:
+    """The one message."""
+    lines = [line for line in ended.said.splitlines() if line.startswith("compt")]
+    assert len(lines) == 1, ended.said
+    return lines[0]
+
+
+@pytest.mark.parametrize("agent", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_a_rank_that_is_killed(rank: int, agent: bool, groups: Callable[..., Group]) -> None:
+    group = groups(steps, world=3, agent=agent)
+    group.wait_for("begun")
+    os.kill(group.pid(rank), signal.SIGKILL)
+    ended = group.end(30)
+    text = message(ended)
+    assert f"rank {rank} (host " in text
+    assert f"pid {group.pid(rank)}), at step " in text
+    assert "has died" in text
+    assert ended.codes == [-signal.SIGKILL if other == rank else 5 for other in range(3)]
+    assert "Traceback" not in ended.said
+    assert ended.output[0 if rank else 1].count(text) == 1, "the lowest that lives speaks"
+    assert ended.seconds < 12
+
+
+@pytest.mark.parametrize("agent", [False, True])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_is_stopped(rank: int, agent: bool, groups: Callable[..., Group]) -> None:
+    group = groups(steps, agent=agent)
+    group.wait_for("begun")
+    os.kill(group.pid(rank), signal.SIGSTOP)
+    ended = group.end(40)
+    text = message(ended)
+    assert f"rank {rank} (host " in text
+    assert "is stopped" in text
+    assert ended.codes[1 - rank] == 5
+    assert ended.codes[rank] == -signal.SIGKILL, "what cannot end itself is ended"
+    assert list((group.folder / "faults").glob(f"rank-{1 - rank}-*.txt"))
+    assert ended.seconds < 4 * TIMEOUT
+
+
+@pytest.mark.parametrize("fault", [hang, hang_first])
+def test_a_rank_that_does_not_get_on(fault: Any, groups: Callable[..., Group]) -> None:
+    group = groups(steps, fault)
+    group.wait_for("begun")
+    ended = group.end(40)
+    rank = 1 if fault is hang else 0
+    text = message(ended)
+    assert f"rank {rank} (host " in text
+    assert "at step 150, reading data for" in text
+    assert "does not get on, and all wait for it" in text
+    assert ended.codes == [5, 5]
+    assert ended.output[1 - rank].count(text) == 1
+    stacks = {path.name.split("-")[1]: path.read_text() for path in (group.folder / "faults").glob("rank-*.txt")}
+    assert stacks.keys() == {"0", "1"}
+    assert fault.__name__ in stacks[str(rank)]
+    assert "all_reduce" in stacks[str(1 - rank)]
+    assert ended.seconds < 4 * TIMEOUT
+
+
+def test_an_error_of_one_rank_is_told_once(groups: Callable[..., Group]) -> None:
+    ended = groups(steps, fail).end(40)
+    assert message(ended) == "compt: rank 1: 000007.tar holds nothing"
+    assert ended.codes == [3, 3]
+    assert "Traceback" not in ended.said
+
+
+def test_a_fault_of_the_program_on_one_rank(groups: Callable[..., Group]) -> None:
+    group = groups(steps, break_down)
+    ended = group.end(40)
+    text = message(ended)
+    assert "rank 1 (host " in text
+    assert "failed: KeyError: 'no such thing'" in text
+    assert "break_down" in (group.folder / "faults" / "rank-1-error.txt").read_text()
+    assert "Traceback" not in ended.output[0]
+    assert ended.output[1].count("Traceback") == 1
+    assert ended.codes == [5, 1]
+
+
+def test_an_error_of_all_ranks_passes(groups: Callable[..., Group]) -> None:
+    group = groups(steps, agreed)
+    ended = group.end(40)
+    assert message(ended) == "compt: together"
+    assert ended.codes == [5, 5]
+    assert not (group.folder / "faults").exists()
+
+
+def test_a_signal_to_all_is_told_once(groups: Callable[..., Group]) -> None:
+    ended = groups(steps, interrupted).end(40)
+    assert message(ended) == "compt: stopped by SIGTERM"
+    assert ended.codes == [75, 75]
+
+
+def test_long_phases_and_ends_far_apart_are_no_fault(groups: Callable[..., Group]) -> None:
+    group = groups(slowly)
+    ended = group.end(60)
+    assert ended.codes == [0, 0], ended.said
+    assert "compt" not in ended.said
+    assert (group.folder / "ended0").exists()
+    assert (group.folder / "ended1").exists()
+    assert not (group.folder / "faults").exists()
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]) -> None:
+    group = groups(steps, None, 400)
+    group.wait_for("begun")
+    for rank in (0, 1):
+        os.kill(group.pid(rank), signal.SIGSTOP)
+    time.sleep(2.5 * TIMEOUT)
+    for rank in (1, 0):
+        os.kill(group.pid(rank), signal.SIGCONT)
+        time.sleep(0.3)
+    ended = group.end(60)
+    assert ended.codes == [0, 0], ended.said
+
+
+def test_one_process_shows_where_it_hangs_and_goes_on(tmp_path: Path) -> None:
+    with Watch(tmp_path, 0.5) as watch:
+        watch.beat(3, "reading data")
+        time.sleep(1.5)
+        watch.beat(4, "computing")
+    (path,) = (tmp_path / "faults").iterdir()
+    text = path.read_text()
+    assert "step 3, reading data for 0." in text
+    assert "test_one_process_shows_where_it_hangs_and_goes_on" in text
+    beat(5, "nothing watches")
