@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full benchmarks lint format type fresh-check clean venv
+.PHONY: help demo test test-full test-slurm benchmarks lint format type fresh-check clean venv
 
 WORKERS ?= 2
 ARGS ?=
@@ -28,10 +28,13 @@ demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample a
 	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not slurm" $(ARGS)
 
 test-full: $(STAMP) ## Run every test, the slow ones included
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slurm" $(ARGS)
+
+test-slurm: $(STAMP) ## Run the scripts of slurm/ on a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
+	@OMP_NUM_THREADS=1 $(RUN) pytest tests/slurm $(ARGS)
 
 benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/results
 	@$(RUN) benchmarks.all

@@ -29,7 +29,7 @@ def has_cuda() -> bool:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
-        if folder in ("gpu", "dist"):
+        if folder in ("gpu", "dist", "slurm"):
             item.add_marker(folder)
     if any(item.get_closest_marker("gpu") for item in items) and not has_cuda():
         skip = pytest.mark.skip(reason="no CUDA device on this machine")

@@ -1,0 +1,119 @@
+"""The doctor's judgement of invented nodes, one thing wrong at a time, and its look at this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from compt.cli import app
+from compt.doctor import GIB, MIB, Finding, is_fit, judge
+from compt.doctor_together import Together
+
+WELL = Together(seconds=[0.0, 0.1], clocks=[0.0, 0.01], collectives={"gloo": (True, 3.0), "nccl": (True, 1.0)})
+GPU = "NVIDIA A100-SXM4-80GB 80 GiB"
+
+
+def facts(node: str, rank: int, **changes: Any) -> dict[str, Any]:
+    values = {
+        "node": node,
+        "rank": rank,
+        "local_rank": 0,
+        "versions": {"torch": "2.11.0", "timm": "1.0.31"},
+        "driver": "570.86",
+        "cuda": "13.0",
+        "gpus": [GPU, GPU],
+        "nccl": "2.28.9",
+        "cuda_error": "",
+        "folder": "runs",
+        "free_disk": 500 * GIB,
+        "shared_memory": 64 * GIB,
+        "open_files": 65536,
+        "locked_memory": None,
+        "infiniband": True,
+        "address": f"10.0.0.{rank + 1}",
+        "interface": "eth0",
+    }
+    assert changes.keys() <= values.keys()
+    return {**values, **changes}
+
+
+def found(together: Together = WELL, **changes: Any) -> dict[str, Finding]:
+    """The findings by name where the second of two nodes is otherwise."""
+    return {item.check: item for item in judge([facts("a", 0), facts("b", 1, **changes)], together)}
+
+
+def test_nodes_that_are_well() -> None:
+    findings = found()
+    assert {item.state for item in findings.values()} == {"ok"}
+    assert findings["GPUs"].found == f"2 x {GPU}"
+    assert is_fit(list(findings.values()))
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "state", "told"),
+    [
+        ({"driver": "550.1"}, "driver", "wrong", "570.86 on a; 550.1 on b"),
+        ({"driver": None}, "driver", "wrong", "none on b"),
+        ({"gpus": [], "cuda_error": "the driver is too old"}, "CUDA", "wrong", "too old"),
+        ({"gpus": ["other", "other"]}, "GPUs", "note", "other on b"),
+        ({"gpus": [GPU], "local_rank": 1}, "a GPU for each", "wrong", "process 1 of b sees 1"),
+        ({"nccl": "2.20.0"}, "NCCL", "wrong", "2.20.0 on b"),
+        ({"versions": {"torch": "2.10.0", "timm": "1.0.31"}}, "torch", "wrong", "2.10.0 on rank 1"),
+        ({"versions": {"torch": "2.11.0"}}, "timm", "wrong", "none on rank 1"),
+        ({"free_disk": 15 * GIB}, "free disk", "note", "15.0 GiB"),
+        ({"free_disk": GIB // 2}, "free disk", "wrong", "0.5 GiB"),
+        ({"shared_memory": GIB}, "shared memory", "note", "1,024 MiB in /dev/shm on b"),
+        ({"shared_memory": 64 * MIB}, "shared memory", "wrong", "64 MiB in /dev/shm on b"),
+        ({"open_files": 1024}, "open files", "note", "1024 on b"),
+        ({"locked_memory": 8 * MIB}, "locked memory", "note", "8 MiB on b"),
+        ({"address": "127.0.1.1", "interface": "lo"}, "network", "note", "b: lo (127.0.1.1)"),
+    ],
+)
+def test_one_node_is_otherwise(changes: dict[str, Any], check: str, state: str, told: str) -> None:
+    findings = found(**changes)
+    assert (findings[check].state, told in findings[check].found) == (state, True), findings[check]
+    assert findings[check].remedy
+    assert is_fit(list(findings.values())) == (state != "wrong")
+
+
+@pytest.mark.parametrize(
+    ("changes", "check", "state", "told"),
+    [
+        ({"unseen": [1]}, "shared disk", "wrong", "ranks 1 do not see"),
+        ({"seconds": [0.0, 4.0]}, "shared disk", "note", "4.00 s"),
+        ({"torn": [1]}, "renaming", "wrong", "ranks 1 read half"),
+        ({"unlocked": [1]}, "locks", "wrong", "ranks 1 out"),
+        ({"clocks": [0.0, -2.0]}, "clocks", "note", "2.000 s"),
+        ({"clocks": [0.0, 60.0]}, "clocks", "wrong", "60.000 s"),
+        ({"collectives": {"nccl": (False, 1.0)}}, "nccl", "wrong", "wrong sum"),
+    ],
+)
+def test_something_between_nodes(changes: dict[str, Any], check: str, state: str, told: str) -> None:
+    finding = found(dataclasses.replace(WELL, **changes))[check]
+    assert (finding.state, told in finding.found) == (state, True), finding
+    assert finding.remedy
+
+
+def test_a_machine_without_gpus_says_what_was_not_checked() -> None:
+    alone = facts("a", 0, driver=None, gpus=[], infiniband=False, locked_memory=8 * MIB)
+    findings = {item.check: item for item in judge([alone], Together(alone=True))}
+    for check in ("GPUs", "shared disk", "clocks"):
+        assert findings[check].state == "not checked"
+    assert findings["locked memory"].state == "ok"
+    assert is_fit(list(findings.values()))
+
+
+def test_this_machine(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "runs"
+    shown = CliRunner().invoke(app, ["doctor", str(place), "--json"])
+    told = json.loads(shown.stdout)
+    assert told["ok"] == (shown.exit_code == 0)
+    assert {"processes", "versions", "free disk", "open files"} <= {item["check"] for item in told["findings"]}
+    assert list(place.iterdir()) == []
+    table = CliRunner().invoke(app, ["doctor", str(place)])
+    assert "not checked" in table.stdout

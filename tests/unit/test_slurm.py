@@ -1,0 +1,135 @@
+"""What `compt slurm submit` would send, and how it is sent, without a cluster: a script stands for sbatch."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from compt.cli import app
+from compt.config import Recipe
+from compt.errors import ConfigError, RunError
+from compt.files import write_json
+from compt.planner import make_plan
+from compt.slurm import Order, make_orders, names, send
+from tests.helpers_recipe import recipe_of, write_recipe
+
+SOURCE = Path("a recipe.yaml")
+
+
+def orders_of(recipe: Recipe, run: Path, **options: object) -> list[Order]:
+    return make_orders(recipe, SOURCE, run, **options)  # type: ignore[arg-type]
+
+
+def done(recipe: Recipe, run: Path, name: str) -> None:
+    job = make_plan(recipe, baselines=True).job(name)
+    sets = [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+    folder = run / "jobs" / name
+    folder.mkdir(parents=True)
+    write_json(folder / "manifest.json", {"state": "done", "hash": job.hash, "sets": sets})
+
+
+def test_each_link_waits_for_the_one_before(tmp_path: Path) -> None:
+    found = orders_of(recipe_of("chain.links.1.nodes=3"), tmp_path, nodes=2, gpus=2)
+    assert [(order.name, order.nodes, order.after) for order in found] == [
+        ("1-small", 2, None),
+        ("2-large", 3, "1-small"),
+    ]
+    assert found[1].command("17") == [
+        *("sbatch", "--parsable", "--job-name=tiny:2-large", "--nodes=3"),
+        *("--gpus-per-node=2", "--ntasks-per-node=2", "--dependency=afterok:17", "--kill-on-invalid-dep=yes"),
+        *("slurm/link.sbatch", "a recipe.yaml", "--run-folder", str(tmp_path), "--only", "2-large"),
+    ]
+    assert not any("dependency" in word for word in found[0].command(None))
+
+
+def test_what_is_done_is_left_out(tmp_path: Path) -> None:
+    recipe = recipe_of()
+    done(recipe, tmp_path, "1-small")
+    (left,) = orders_of(recipe, tmp_path, gpus=1)
+    assert (left.name, left.after) == ("2-large", None)
+    # Another recipe's model does not count.
+    assert len(orders_of(recipe_of("optimizer.lr=0.5"), tmp_path, gpus=1)) == 2
+    assert len(orders_of(recipe_of("evaluation.sets.0.name=other", "evaluation.primary="), tmp_path, gpus=1)) == 2
+
+
+def test_baselines_are_one_array(tmp_path: Path) -> None:
+    recipe = recipe_of("chain.links.0.train.steps=4", "chain.links.0.warmup.steps=1", "baselines.seeds=[3, 4]")
+    found = orders_of(recipe, tmp_path, gpus=1, baselines=True)[-1]
+    # The first one with the chain's seed is the first link.
+    assert found.models == ("baseline-small-s4", "baseline-large-s3", "baseline-large-s4")
+    assert "--array=0-2" in found.options
+    assert found.words[-5:] == ("--baselines", "--each", *found.models)
+    assert found.after is None
+    assert names(recipe, "x", baselines=True) == ["1-small", *found.models]
+    assert names(recipe, "x", baselines=False) == ["1-small", "2-large"]
+
+
+def test_a_batch_that_cannot_be_shared_names_the_link(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"2-large on 5 x 1 GPUs: optimizer\.batch 12 cannot be shared evenly by 5"):
+        orders_of(recipe_of("chain.links.1.nodes=5"), tmp_path, gpus=1)
+
+
+def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: str = "none") -> Path:
+    """A script that notes its arguments, one a line, and refuses a job of one name."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    log = tmp_path / "log"
+    note = f'printf "%s\\n" "$@" >>{shlex.quote(str(log))}\n'
+    choose = f'case "$*" in *{refuse}*) echo no such account >&2; exit 1;; esac\n'
+    scripts = {
+        "sbatch": f"{note}{choose}wc -l <{shlex.quote(str(log))}\n",
+        "scancel": f"echo scancel $* >>{shlex.quote(str(log))}\n",
+    }
+    for name, text in scripts.items():
+        (folder / name).write_text(f"#!/bin/sh\n{text}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    return log
+
+
+def test_sending_passes_on_ids_and_words_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
+    override = "data.train='/a b/$(touch gone)/*.tar'"
+    said: list[str] = []
+    sent = send(orders_of(recipe_of(), tmp_path / "run", gpus=1, overrides=[override]), said.append)
+    lines = log.read_text().splitlines()
+    assert lines.count(override) == 2
+    assert f"--dependency=afterok:{sent['1-small']}" in lines
+    assert said == [f"1-small: job {sent['1-small']} on 1 node", f"2-large: job {sent['2-large']} on 1 node"]
+
+
+def test_a_refused_job_takes_back_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch, refuse="2-large")
+    with pytest.raises(RunError, match=r"sbatch refused 2-large: no such account Cancelled again: \d+\."):
+        send(orders_of(recipe_of(), tmp_path / "run", gpus=1), print)
+    assert log.read_text().splitlines()[-1].startswith("scancel ")
+
+
+def test_without_sbatch_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RunError, match="no sbatch here"):
+        send(orders_of(recipe_of(), tmp_path, gpus=1), print)
+
+
+def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
+    monkeypatch.chdir(root)
+    recipe = write_recipe(tmp_path / "a recipe.yaml")
+    shown = CliRunner().invoke(app, ["slurm", "submit", str(recipe), "--gpus", "1", "--sbatch=--partition=a b"])
+    assert shown.exit_code == 0, shown.output
+    first, second = (shlex.split(line) for line in shown.stdout.splitlines())
+    assert str(recipe) in first
+    assert "--partition=a b" in first
+    assert "--dependency=afterok:ID_OF_1-small" in second
+    assert not log.exists()
+
+
+def test_the_command_is_for_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = write_recipe(tmp_path / "recipe.yaml")
+    refused = CliRunner().invoke(app, ["slurm", "submit", str(recipe)])
+    assert isinstance(refused.exception, ConfigError)
+    assert "slurm/link.sbatch is not here" in str(refused.exception)
