@@ -145,6 +145,28 @@ def test_a_notice_of_the_end_brings_the_chain_back(
     assert results(run) == results(finished)
 
 
+def test_a_time_limit_brings_the_chain_back(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+    """Slurm's own notice, which comes up to half a minute earlier than asked for; typed as `sbatch --export`."""
+    run = tmp_path / "run"
+    recipe = files.recipe("limited", "chain.links.0.train.steps=9000", "engine.checkpoint_every.steps=9000")
+    settings = files.settings(recipe, run)
+    data = settings.pop("DATA")
+    command = ("sbatch", f"--export=ALL,DATA={data}", "--nodes=2", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch")
+    job = cluster.submit(*command, **settings)
+    at_step(run, FIRST, 5)
+    # The file asks for a notice two minutes before.
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+    until(lambda: cluster.show(job)["Restarts"] == "1", 120, "the job has gone back to the queue")
+    cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+    before = steps(run, FIRST)[-1]
+    assert "stopped by SIGUSR1" in cluster.said(job)
+    at_step(run, FIRST, before + 20)
+    cluster.run("scancel", job)
+    cluster.wait_for(job, "CANCELLED")
+    done = steps(run, FIRST)
+    assert done == list(range(1, len(done) + 1))
+
+
 def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(
     cluster: Cluster, files: Files, finished: Path, tmp_path: Path
 ) -> None:
