@@ -1,0 +1,1 @@
+"""What holds for every engine, measured: `python -m benchmarks.engines.matrix`, `….mutations`, `….memory`."""

@@ -1,0 +1,176 @@
+"""The cells of the engine matrix: small models, their tasks and batches, and one engine's training on its rank."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compt import dist
+from compt.accumulate import cached_backward
+from compt.config import EngineConfig, Optimizer
+from compt.config_schema import Ema
+from compt.engines import COMPUTE_DTYPES, Engine, open_engine
+from compt.models import build
+from compt.presets import ModelSpec, resolve
+from compt.task import ClipTask, DistillTask
+
+ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
+WORLDS = (1, 2, 4)
+ACCUMULATIONS = (1, 4)
+TASKS = {
+    "contrastive": None,
+    "distillation": 16,
+    "projector": 24,
+    "sharded teacher": 24,
+}
+"""Width of the teacher's embedding, where there is a teacher; the student's is 16."""
+ARCHITECTURES = ("vit", "swin")
+
+STEPS = 3
+SAMPLES, CAPTIONS, TOKENS = 16, 2, 10
+"""A global batch: pictures, captions of each, tokens of the longest caption."""
+SEED = 0
+LR = (2e-3, 3e-3, 3e-3)
+MAX_NORM = 4.0
+"""Below every norm that comes up, so that clipping is always at work."""
+ALPHA = 500.0
+EMA_DECAY = 0.5
+OPTIMIZER = Optimizer(
+    batch=SAMPLES, eps=1e-4, weight_decay=0.1, clip_grad_norm=MAX_NORM, precision="fp32", ema=Ema(decay=EMA_DECAY)
+)
+"""The eps is large, or noise in gradients that are zero (of key biases) would become steps."""
+
+_SIZES = {
+    "image_size": 16,
+    "context_length": TOKENS,
+    "vocab_size": 64,
+    "embed_dim": 16,
+    "text_width": 32,
+    "text_head_width": 16,
+    "text_depth": 2,
+}
+SPECS: dict[str, ModelSpec] = {
+    "vit": resolve("vit_pico", {**_SIZES, "head_width": 16}),
+    # Windows of 4 places on a side of 8: the second block's are shifted, and there is a patch merging.
+    "swin": resolve("swin_t", {**_SIZES, "patch_size": 2, "width": 16, "head_width": 8, "window": 4, "depths": (2, 1)}),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine on one number of processes, with one way of cutting a batch, one task and one architecture."""
+
+    engine: str
+    world_size: int
+    accumulation: int = 1
+    task: str = "contrastive"
+    architecture: str = "vit"
+
+    def __str__(self) -> str:
+        processes = "process" if self.world_size == 1 else "processes"
+        pieces = f", {self.accumulation} micro-batches" if self.accumulation > 1 else ""
+        return f"{self.engine}, {self.world_size} {processes}{pieces}, {self.task}, {self.architecture}"
+
+
+def cells(engine: str, world_size: int) -> list[Cell]:
+    """All cells that one start of processes goes through."""
+    return [
+        Cell(engine, world_size, accumulation, task, architecture)
+        for architecture in ARCHITECTURES
+        for task in TASKS
+        for accumulation in ACCUMULATIONS
+    ]
+
+
+def start(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
+    """First values of a model in fp32, by name: its initialization, with biases and norms moved off 0 and 1.
+
+    Zeros and ones hide mistakes: a bias that is 0 stays the same when it decays.
+    """
+    generator = torch.Generator().manual_seed(seed + 100)
+    values = {name: value.detach().clone() for name, value in build(spec, seed=seed).state_dict().items()}
+    for name, value in values.items():
+        if value.ndim == 1 and "logit_scale" not in name:
+            value += 0.1 * torch.randn(value.shape, generator=generator)
+    return values
+
+
+def specs(cell: Cell) -> tuple[ModelSpec, ModelSpec | None]:
+    """Student and teacher."""
+    width = TASKS[cell.task]
+    student = SPECS[cell.architecture]
+    return student, None if width is None else replace(student, embed_dim=width)
+
+
+def batches() -> Iterator[tuple[Tensor, Tensor]]:
+    """The global batch of each step: pictures [N, 3, H, W], captions [N, M, T] of 3 to T tokens."""
+    generator = torch.Generator().manual_seed(SEED + 5)
+    positions = torch.arange(TOKENS)
+    for _ in range(STEPS):
+        images = torch.randn(SAMPLES, 3, _SIZES["image_size"], _SIZES["image_size"], generator=generator)
+        tokens = torch.randint(1, 62, (SAMPLES, CAPTIONS, TOKENS), generator=generator)
+        lengths = torch.randint(3, TOKENS + 1, (SAMPLES, CAPTIONS, 1), generator=generator)
+        yield images, tokens.masked_fill(positions >= lengths, 0).masked_fill(positions == lengths - 1, 63)
+
+
+def make_task(cell: Cell, dtype: torch.dtype = torch.float32) -> ClipTask:
+    """The task of a cell, its student on the "meta" device, its teacher ready and of `dtype`."""
+    student, teacher = specs(cell)
+    empty = build(student, device="meta")
+    if teacher is None:
+        return ClipTask(empty, seed=SEED)
+    weights = start(teacher, SEED + 1)
+    if cell.task == "sharded teacher":
+        from compt.engines.frozen import shard_frozen
+
+        model = shard_frozen(build(teacher, device="meta"), weights, dtype=dtype, device=torch.device("cpu"))
+    else:
+        model = build(teacher, seed=SEED + 1)
+        model.load_state_dict(weights)
+    return DistillTask(empty, model, alpha=ALPHA, seed=SEED, teacher_dtype=dtype)
+
+
+def open_cell(cell: Cell, precision: str = "fp32", **settings: Any) -> tuple[ClipTask, Engine]:
+    """Task and engine as a recipe would make them. `settings` are further ones of the recipe's `engine`."""
+    optimizer = OPTIMIZER.model_copy(update={"precision": precision})
+    task = make_task(cell, COMPUTE_DTYPES[precision])
+    config = EngineConfig(name=cell.engine, device="cpu", **settings)  # type: ignore[arg-type]
+    initial = task.module.initial(start(SPECS[cell.architecture], SEED))
+    engine = open_engine(task.module, config, optimizer, device=torch.device("cpu"), initial=initial, caps=task.caps)
+    return task, engine
+
+
+@dataclass
+class Trained:
+    """What one rank saw of a training: a number a step, gradients of first and last step, weights in the end."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: list[dict[str, Tensor]]
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor]
+
+
+def train(cell: Cell, precision: str = "fp32", **settings: Any) -> Trained:
+    """Train a cell for STEPS steps on this rank's share of each batch. All ranks call it."""
+    task, engine = open_cell(cell, precision, **settings)
+    share = SAMPLES // dist.world_size()
+    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    micro = share // cell.accumulation
+    found = Trained([], [], [], {}, {})
+    for step, (images, tokens) in enumerate(batches()):
+        loss, _ = cached_backward(task, engine, images[own], tokens[own], micro)
+        found.losses.append(dist.all_reduce_mean(loss.item()))
+        if step in (0, STEPS - 1):
+            found.gradients.append(dict(engine.gradients()))
+        found.norms.append(float(engine.step(LR[step], MAX_NORM)))
+    found.weights = dict(engine.weights())
+    found.average = dict(engine.weights(average=True))
+    del engine, task
+    gc.collect()  # DeepSpeed's objects hold each other, and hooks on the module
+    return found

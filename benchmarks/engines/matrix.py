@@ -1,0 +1,133 @@
+"""Every engine against one process, cell by cell: `python -m benchmarks.engines.matrix`.
+
+Writes docs/results/engines/matrix.json and the tables of docs/engines.md. It needs DeepSpeed, no GPU, and takes about
+ten minutes on two idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import one_line
+from benchmarks.engines.cells import ACCUMULATIONS, ENGINES, TASKS, WORLDS, Cell, cells, train
+from benchmarks.engines.oracle import TOLERANCES, differences, reference
+from benchmarks.engines.page import OUT, PAGE, about, scientific, write_results
+from compt.formats import TextTable, terminal
+
+FILE = "matrix.json"
+QUANTITIES = tuple(TOLERANCES)
+_NOTE = """Of ViT and Swin the larger. Gradients: tensor by tensor, relative to the norm of each, at the first and the
+third step. Weights after three steps and their moving average, tensor by tensor, relative to the distance from their
+start."""
+TIMEOUT = 600.0
+"""Seconds for the cells of one start of processes."""
+
+
+def compare(wanted: Sequence[Cell]) -> list[dict[str, float]]:
+    """The differences of each cell from its oracle, as this rank sees them. All ranks call it."""
+    return [differences(train(cell), reference(cell)) for cell in wanted]
+
+
+def run(wanted: Sequence[Cell]) -> list[dict[str, Any]]:
+    """Cells of one number of processes in one start of them; of each quantity the largest difference on any rank."""
+    from tests.dist.spawn import run_ranks
+
+    (world,) = {cell.world_size for cell in wanted}
+    ranks = run_ranks(compare, world, wanted, timeout=TIMEOUT)
+    return [
+        {**vars(cell), **{quantity: max(seen[quantity] for seen in found) for quantity in QUANTITIES}}
+        for cell, found in zip(wanted, zip(*ranks, strict=True), strict=True)
+    ]
+
+
+def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """What is further from the oracle than its tolerance, in words."""
+    return [
+        f"{Cell(*(record[key] for key in Cell.__dataclass_fields__))}: {quantity} differs by "
+        f"{scientific(record[quantity])}, more than {tolerance:g}"
+        for record in records
+        for quantity, tolerance in TOLERANCES.items()
+        if not record[quantity] <= tolerance
+    ]
+
+
+def tables(results: Mapping[str, Any]) -> list[TextTable]:
+    """By engine, processes, micro-batches and task; by engine and quantity."""
+    records = results["cells"]
+
+    def largest(quantities: Iterable[str], **wanted: Any) -> str:
+        found = [
+            record[quantity]
+            for record in records
+            if all(record[key] == value for key, value in wanted.items())
+            for quantity in quantities
+        ]
+        return scientific(max(found)) if found else "-"
+
+    by_task = [
+        (
+            engine,
+            str(world),
+            str(pieces),
+            *(
+                largest(("loss", "norm", "gradients"), engine=engine, world_size=world, accumulation=pieces, task=task)
+                for task in TASKS
+            ),
+            largest(("parameters", "average"), engine=engine, world_size=world, accumulation=pieces),
+        )
+        for engine, world in dict.fromkeys((record["engine"], record["world_size"]) for record in records)
+        for pieces in ACCUMULATIONS
+    ]
+    engines = dict.fromkeys(record["engine"] for record in records)
+    by_quantity = [(engine, *(largest((quantity,), engine=engine) for quantity in QUANTITIES)) for engine in engines]
+    limits = ("tolerance", *(f"{TOLERANCES[quantity]:g}" for quantity in QUANTITIES))
+    return [
+        TextTable(
+            "Largest relative difference of loss, gradient norm and gradients from one process",
+            ("Engine", "Processes", "Micro-batches", *(task.capitalize() for task in TASKS), "Weights, all tasks"),
+            by_task,
+            (" ".join(_NOTE.split()),),
+        ),
+        TextTable(
+            "Largest difference over all cells",
+            ("Engine", *(quantity.capitalize() for quantity in QUANTITIES)),
+            [*by_quantity, limits],
+            ("Key biases: the norm of a gradient that is zero in exact numbers, absolutely.",),
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the cells and write what came out; exit code 1 where a tolerance is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--worlds", nargs="+", type=int, choices=WORLDS, default=WORLDS)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON (default: the committed one)")
+    options = parser.parse_args(argv)
+    whole = set(options.engines) == set(ENGINES) and set(options.worlds) == set(WORLDS)
+    records = []
+    with one_line():
+        for engine in options.engines:
+            for world in options.worlds:
+                print(f"{engine}, {world} processes …", flush=True)
+                records += run(cells(engine, world))
+        results = {**about(), "tolerances": TOLERANCES, "cells": records}
+        made = tables(results)
+        for table in made:
+            terminal().print(table.rich())
+        if whole:
+            page = PAGE if options.out == OUT else None
+            print(f"written: {write_results(FILE, results, made, options.out, page)}")
+        else:
+            print("not written: not all engines and processes took part")
+    found = misses(records)
+    print("\n".join(found) or "every difference is within its tolerance")
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

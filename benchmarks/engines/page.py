@@ -1,0 +1,96 @@
+"""Results of the engine benchmarks as JSON in docs/results/engines and as tables on the page docs/engines.md."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import rounded
+from benchmarks.engines.cells import SEED
+from compt.artefact import versions
+from compt.errors import RunError
+from compt.files import write_text
+from compt.formats import TextTable
+from compt.throughput import device_name
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+OUT = DOCS / "results" / "engines"
+PAGE = DOCS / "engines.md"
+DIGITS = 2
+
+
+def scientific(value: float) -> str:
+    """1.3e-06."""
+    return f"{value:.{DIGITS - 1}e}"
+
+
+def about() -> dict[str, Any]:
+    """Machine, versions, seed and date of a measurement."""
+    found = versions()
+    try:
+        found["deepspeed"] = version("deepspeed")
+    except PackageNotFoundError:
+        found["deepspeed"] = "none"
+    return {
+        "machine": device_name(torch.device("cpu")),
+        "system": f"{platform.system()} {platform.machine()}",
+        "backend": "gloo",
+        "versions": found,
+        "seed": SEED,
+        "date": f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    }
+
+
+def sources(results: Mapping[str, Any]) -> str:
+    """Where and when, in a line."""
+    names = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
+    where = f"{results['machine']}, CPU processes with {results['backend']}"
+    return f"Measured {results['date'][:10]} on {where}; {names}; seed {results['seed']}."
+
+
+def section(file: str, results: Mapping[str, Any], tables: list[TextTable]) -> str:
+    """What stands between the marks of `file` on the page."""
+    parts = [table.markdown().strip() for table in tables]
+    return "\n\n".join([*parts, f"{sources(results)} All numbers: [{file}](results/engines/{file})."])
+
+
+def marks(file: str) -> tuple[str, str]:
+    """The lines on the page between which the tables of a file of results stand."""
+    name = file.removesuffix(".json")
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def shown(page: str, file: str) -> str:
+    """What stands on a page between the marks of `file`. Raises RunError where they are missing."""
+    begin, end = marks(file)
+    _, found, rest = page.partition(f"{begin}\n")
+    inside, closed, _ = rest.partition(f"\n{end}")
+    if not (found and closed):
+        raise RunError(f"{PAGE} lacks the lines {begin} and {end}, between which the numbers go")
+    return inside
+
+
+def write_results(
+    file: str, results: Mapping[str, Any], tables: list[TextTable], folder: Path = OUT, page: Path | None = None
+) -> Path:
+    """Write the JSON, and the tables onto the page, if one is given; what stands around them stays. Raises RunError."""
+    path = folder / file
+    write_text(path, json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
+    if page is not None:
+        text = page.read_text(encoding="utf-8")
+        old, (begin, end) = shown(text, file), marks(file)
+        new = section(file, rounded(results), tables)
+        write_text(page, text.replace(f"{begin}\n{old}\n{end}", f"{begin}\n{new}\n{end}"))
+    return path
+
+
+def read_results(file: str, folder: Path = OUT) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    return dict(json.loads((folder / file).read_text(encoding="utf-8")))

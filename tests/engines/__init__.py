@@ -1,0 +1,1 @@
+"""Every engine against an oracle, and proof that the comparison would notice."""
