@@ -80,6 +80,7 @@ class ZeroEngine:
             # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
             torch.set_float32_matmul_precision("highest")
             torch.backends.cudnn.allow_tf32 = False
+        groups = _named_groups(module, settings)  # before a parameter is cut up, and has no shape of its own
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)
         elif initial is not None:
@@ -89,11 +90,15 @@ class ZeroEngine:
         if compile:
             compile_blocks(module)
         self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        self._order = _order(module, settings)
         # On a CPU too: DeepSpeed's own for that is compiled at first use, and this one has all it needs.
         self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
+            [{**group, "params": [self._trained[name] for name in group["params"]]} for group in groups],
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
         )
+        self._order = [name for group in groups for name in group["params"]]
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
         # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
@@ -252,11 +257,11 @@ class ZeroEngine:
             self._scale.value, self._scale.good = float(state.noted["scale"]), int(state.noted["good"])
 
 
-def _order(module: nn.Module, settings: AdamWSettings) -> list[str]:
-    """The names of trained parameters in the optimizer's order."""
+def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:
+    """AdamW's groups, of the names of parameters."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     groups = parameter_groups(module, settings.weight_decay)
-    return [names[id(parameter)] for group in groups for parameter in group["params"]]
+    return [{**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
 
 
 def _complete(config: Mapping[str, Any], stage: int, world_size: int) -> dict[str, Any]:

@@ -57,10 +57,11 @@ def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
 def _check(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
     shape_of: Callable[[str], Sequence[int]] = getattr(initial, "shape", lambda name: initial[name].shape)
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    problems = [f"{name} is missing" for name in own if name not in initial]
-    problems += [f"{name} is unexpected" for name in initial if name not in own]
+    names = set(initial)  # asking a mapping whether it has a name may read the tensor
+    problems = [f"{name} is missing" for name in own if name not in names]
+    problems += [f"{name} is unexpected" for name in sorted(names) if name not in own]
     for name, shape in own.items():
-        found = tuple(shape_of(name)) if name in initial else shape
+        found = tuple(shape_of(name)) if name in names else shape
         if found != shape and not (math.prod(found) == math.prod(shape) == 1):
             problems.append(f"{name} has shape {list(found)} instead of {list(shape)}")
     if problems:

@@ -129,6 +129,7 @@ class AverageState(Mapping[str, Tensor]):
     def __init__(self, folder: Path) -> None:
         """Raises ArtefactError where there is none, or not all of it."""
         self._rest = read_zero(folder).weights
+        names = set(self._rest)
         files = _average_files(folder)
         self._pieces: dict[str, list[tuple[int, TensorFile]]] = {}
         for file in files:
@@ -139,6 +140,8 @@ class AverageState(Mapping[str, Tensor]):
         self.updates = int(files[0].read(_UPDATES).item())
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[0])
+            if name not in names:
+                raise ArtefactError(f"{folder}: an average of {name}, which is not among its weights")
             self._check(folder, name, pieces)
 
     def _check(self, folder: Path, name: str, pieces: Sequence[tuple[int, TensorFile]]) -> None:
@@ -147,7 +150,7 @@ class AverageState(Mapping[str, Tensor]):
             if start != at:
                 raise ArtefactError(f"{file.path}: {name} begins at element {start}; {at} were found before it")
             at += math.prod(file.shape(name))
-        if name not in self._rest or at != math.prod(self._rest.shape(name)):
+        if at != math.prod(self._rest.shape(name)):
             raise ArtefactError(f"{folder}: the average of {name}, {at} elements, is not that of its weights")
 
     def __getitem__(self, name: str) -> Tensor:
@@ -197,15 +200,16 @@ def open_zero(folder: Path, parts: Parts, own: Mapping[str, Sequence[int]], aver
     """
     state = read_zero_state(folder, NOTE)
     weights = state.weights
-    problems = [f"{name} is missing" for name in own if name not in weights]
+    names = set(weights)  # asking a mapping whether it has a name may read the tensor
+    problems = [f"{name} is missing" for name in own if name not in names]
     problems += [f"{name} is unexpected" for name in weights if name not in own]
     problems += [
         f"{name} has shape {list(weights.shape(name))} instead of {list(shape)}"
         for name, shape in own.items()
-        if name in weights and tuple(weights.shape(name)) != tuple(shape)
+        if name in names and tuple(weights.shape(name)) != tuple(shape)
     ]
     for moment, values in state.moments.items():
-        problems += [f"{moment} of {name} is missing" for name in parts.where if name not in values]
+        problems += [f"{moment} of {name} is missing" for name in sorted(set(parts.where) - set(values))]
         problems += [f"{moment} of {name} is unexpected" for name in values if name not in parts.where]
     if average is not bool(_average_files(folder)):
         problems.append(f"the moving average is {'missing' if average else 'unexpected'}")

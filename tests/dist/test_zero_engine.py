@@ -1,0 +1,175 @@
+"""DeepSpeed's ZeRO against a plain training by one process: numbers, files, other numbers of ranks, faults."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.dist import zero_cases as cases
+from tests.dist.spawn import run_ranks
+from tests.dist.zero_cases import Cell, Result
+
+pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'compt[deepspeed]'")
+
+STAGES = range(4)
+OFFLOAD = (("offload_optimizer", {"device": "cpu", "pin_memory": False}),)
+OFFLOAD_BOTH = (*OFFLOAD, ("offload_param", {"device": "cpu", "pin_memory": False}))
+ROBIN = (("round_robin_gradients", True),)
+TIMEOUT = 400.0
+
+
+def check(found: Result, expected: Result, cell: Cell) -> None:
+    """Tensor by tensor, relative to norms; key biases, whose gradient is zero but for noise, absolutely."""
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5), cell
+    assert found.norms == pytest.approx(expected.norms, rel=1e-5), cell
+    assert found.gradients.keys() == expected.gradients.keys(), cell
+    for name, correct in expected.gradients.items():
+        error = found.gradients[name].double() - correct
+        if name.endswith(("attn.in_proj_bias", "attn.qkv.bias")):
+            third = len(correct) // 3
+            assert error[third : 2 * third].norm() < 1e-5, (cell, name)
+            error = torch.cat((error[:third], error[2 * third :]))
+        assert error.norm() <= 2e-5 * correct.norm(), (cell, name, error.norm() / correct.norm())
+    for key in ("weights", "average"):
+        weights, correct_weights = getattr(found, key), getattr(expected, key)
+        for name, correct in correct_weights.items():
+            torch.testing.assert_close(weights[name].double(), correct, rtol=0, atol=2e-6, msg=f"{cell}: {key} {name}")
+    # The cap was reached, and the gradients were cut down.
+    assert found.weights["model.logit_scale"].item() <= cases.CAP
+    assert min(expected.norms) > cases.MAX_NORM
+
+
+def check_all(function: object, world: int, cells: list[Cell]) -> None:
+    expected = {(cell.arch, cell.distil): cases.plain(cell.arch, cell.distil) for cell in cells}
+    for results in run_ranks(function, world, cells, timeout=TIMEOUT):  # type: ignore[arg-type]
+        for cell, found in zip(cells, results, strict=True):
+            check(found, expected[cell.arch, cell.distil], cell)
+
+
+def test_two_ranks_equal_one_process_and_keep_their_state(tmp_path: Path) -> None:
+    """The quick one: one start of two ranks for the first of what the tests below do in full."""
+    cells = [Cell(stage, pieces=4) for stage in STAGES]
+    expected = cases.plain("vit", True)
+    for results in run_ranks(cases.quick, 2, str(tmp_path), cells, timeout=TIMEOUT):
+        for cell, found in zip(cells, results, strict=True):
+            check(found, expected, cell)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_group_equals_one_process() -> None:
+    check_all(cases.alone, 1, [Cell(stage, pieces=4) for stage in STAGES])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_cell_equals_one_process(world: int) -> None:
+    cells = [
+        Cell(stage, arch, distil, pieces)
+        for stage in STAGES
+        for arch in ("vit", "swin")
+        for distil in (False, True)
+        for pieces in (1, 4)
+    ]
+    cells += [Cell(stage, zero=ROBIN, pieces=pieces) for stage in (1, 2) for pieces in (1, 4)]
+    cells += [Cell(stage, zero=OFFLOAD, pieces=pieces) for stage in (1, 2, 3) for pieces in (1, 4)]
+    cells += [Cell(3, zero=OFFLOAD_BOTH, pieces=pieces) for pieces in (1, 4)]
+    check_all(cases.compare, world, cells)
+
+
+def go_on(found: dict, expected: dict) -> None:
+    for own, correct in zip(found["numbers"], expected["numbers"], strict=True):
+        assert own == pytest.approx(correct, rel=1e-5)
+    for key in ("weights", "average"):
+        for name, correct in expected[key].items():
+            torch.testing.assert_close(found[key][name], correct, rtol=0, atol=2e-6, msg=f"{key} {name}")
+
+
+@pytest.mark.slow
+def test_what_was_saved_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    cells = [Cell(stage) for stage in STAGES]
+    run_ranks(cases.save_and_go_on, 2, str(tmp_path), cells, timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_other_numbers_of_ranks_and_other_stages_go_on(tmp_path: Path) -> None:
+    cells = [Cell(stage) for stage in STAGES] + [Cell(2, zero=ROBIN), Cell(2, zero=OFFLOAD), Cell(3, zero=OFFLOAD_BOTH)]
+    for saving, loading in ((2, 4), (4, 1)):
+        folder = tmp_path / str(saving)
+        folder.mkdir()
+        expected = run_ranks(cases.save_and_go_on, saving, str(folder), cells, timeout=TIMEOUT)[0]
+        for found, correct in zip(
+            run_ranks(cases.resume, loading, str(folder), cells, timeout=TIMEOUT)[0], expected, strict=True
+        ):
+            go_on(found, correct)
+        turned = [Cell((cell.stage + 1) % 4) for cell in cells]
+        for found, correct in zip(
+            run_ranks(cases.resume, loading, str(folder), turned, timeout=TIMEOUT)[0], expected, strict=True
+        ):
+            go_on(found, correct)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_in_half_precision_too(tmp_path: Path, precision: str) -> None:
+    run_ranks(cases.save_and_go_on, 2, str(tmp_path), [Cell(stage) for stage in STAGES], precision, timeout=TIMEOUT)
+    run_ranks(cases.skip, 2, [Cell(stage) for stage in STAGES], precision, timeout=TIMEOUT)
+
+
+def faults(source: Path, folder: Path) -> None:
+    for name in (
+        "whole",
+        "other",
+        "no average wanted",
+        "no file",
+        "torn",
+        "no average",
+        "no latest",
+        "half an average",
+    ):
+        shutil.copytree(source, folder / name)
+    (sorted((folder / "no file" / "state").glob("*optim_states.pt"))[-1]).unlink()
+    (folder / "no latest" / "latest").unlink()
+    torn = sorted((folder / "torn" / "state").glob("*optim_states.pt"))[-1]
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    for file in (folder / "no average").glob("average-*"):
+        file.unlink()
+    sorted((folder / "half an average").glob("average-*"))[0].unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path, stage: int) -> None:
+    run_ranks(cases.save_and_go_on, 2, str(tmp_path / "saved"), [Cell(stage)], timeout=TIMEOUT)
+    faults(tmp_path / "saved" / "0", tmp_path / "faults")
+    shutil.rmtree(tmp_path / "faults" / "whole")
+    for said in run_ranks(cases.refuse, 2, str(tmp_path / "faults"), stage, timeout=TIMEOUT):
+        assert "average is missing" in said["no average"]
+        assert "average is unexpected" in said["no average wanted"]
+        assert "not all there" in said["half an average"]
+        assert "another model" in said["other"]
+        assert "files of 1 ranks of 2" in said["no file"]
+        assert "torn" in said["torn"]
+        assert "latest" in said["no latest"]
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_is_skipped_everywhere() -> None:
+    run_ranks(cases.skip, 2, [Cell(stage) for stage in STAGES], "fp32", timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_ranks_may_score_alone() -> None:
+    run_ranks(cases.score, 2, [Cell(2), Cell(3)], timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_a_module_without_memory_takes_its_values() -> None:
+    run_ranks(cases.from_meta, 2, [Cell(2, "swin"), Cell(3, "swin"), Cell(3)], timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_frozen_parameters_stay(tmp_path: Path) -> None:
+    run_ranks(cases.frozen, 2, str(tmp_path), list(STAGES), timeout=TIMEOUT)
