@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 
 from compt.models.clip import ClipModel, set_buffers, shardable_blocks
 from compt.models.init import load_state
+
+_VARIANTS = 64
 
 
 def models_in(module: nn.Module) -> Iterator[ClipModel]:
@@ -27,6 +30,9 @@ def recompute_blocks(module: nn.Module) -> None:
 
 def compile_blocks(module: nn.Module) -> None:
     """Compile each block in place."""
+    # Blocks share their code, of which torch otherwise keeps 8 variants and leaves the rest uncompiled: first and last
+    # blocks, both towers, each stage of a Swin, with and without gradient, captions of other lengths.
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for model in models_in(module):
         for block in shardable_blocks(model):
             block.compile()

@@ -1,0 +1,496 @@
+"""What has to be right on a GPU before its speed means anything: each check compares, and says by how much it is off.
+
+Every check is a function of a device, so that all of it but what only a GPU has runs on a CPU too. The oracle is one
+process in fp32 on the CPU, which the tests hold against plain loops in double precision.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from compt.accumulate import cached_backward
+from compt.config import EngineConfig, Optimizer
+from compt.engines import COMPUTE_DTYPES, AdamWSettings, DataParallelEngine, Engine, Precision, open_engine
+from compt.models import build, caption_lengths
+from compt.presets import ModelSpec, resolve
+from compt.task import ClipTask, DistillTask
+from compt.throughput_step import join_alone
+
+if TYPE_CHECKING:
+    from benchmarks.counting import Case as Step
+
+LR = 1e-3
+EPS = 1e-4
+"""Of AdamW here: large enough that the rounding of a gradient that should be zero makes no step."""
+STEPS = 3
+EXACT = 1e-4
+"""Of relative differences in fp32, of two devices. With TF32 they would be some 1e-3."""
+MOVED = 1e-3
+"""Of weights: the difference over the way that they have gone."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number and the range it has to lie in."""
+
+    what: str
+    value: float
+    most: float
+    least: float = -math.inf
+
+    @property
+    def passed(self) -> bool:
+        """False for a number that is none, too."""
+        return self.least <= self.value <= self.most
+
+
+def holds(what: str, true: bool) -> Finding:
+    """A finding that is a yes or a no: 0 where it is as it should be."""
+    return Finding(what, 0.0 if true else 1.0, 0.0)
+
+
+_SMALL: Mapping[str, Any] = {"context_length": 16, "vocab_size": 512}
+TEACHER = resolve("vit_pico", {**_SMALL, "embed_dim": 96})
+_SWIN = {
+    "width": 32,
+    "depths": [1, 1],
+    "head_width": 16,
+    "window": 4,
+    "image_size": 32,
+    "text_width": 64,
+    "text_depth": 1,
+    "embed_dim": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small training: its model, its teacher if any, and the pieces that a step of `rows` pictures is computed in."""
+
+    name: str
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    rows: int = 16
+    captions: int = 2
+    micro: int | None = None
+    buckets: int = 1
+
+
+LINK = Case("link", resolve("vit_nano", {**_SMALL, "embed_dim": 64}), TEACHER)
+CASES = (
+    LINK,
+    replace(LINK, name="link in pieces", micro=4, buckets=2),
+    Case("swin", resolve("swin_t", {**_SMALL, **_SWIN})),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did: loss and norm of each step, the first step's gradients, the weights before and after."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+def make_task(case: Case, device: torch.device, precision: Precision = "fp32") -> ClipTask:
+    """The task of a case; its weights do not depend on the device."""
+    student = build(case.student, device=device, seed=0)
+    if case.teacher is None:
+        return ClipTask(student, text_buckets=case.buckets)
+    teacher = build(case.teacher, device=device, seed=1)
+    dtype = COMPUTE_DTYPES[precision]
+    return DistillTask(student, teacher, text_buckets=case.buckets, teacher_dtype=dtype)
+
+
+def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random pictures and captions of 3 tokens to the whole context, on the CPU."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows, size, context = rows or case.rows, case.student.image_size, case.student.context_length
+    images = torch.randn(rows, 3, size, size, generator=generator)
+    tokens = torch.randint(1, case.student.vocab_size - 2, (rows, case.captions, context), generator=generator)
+    last = torch.randint(2, context, (rows, case.captions, 1), generator=generator)
+    places = torch.arange(context)
+    end = torch.tensor(case.student.vocab_size - 1)
+    return images, torch.where(places == last, end, torch.where(places < last, tokens, 0))
+
+
+def open_case(
+    case: Case, device: torch.device, config: EngineConfig, precision: Precision = "fp32"
+) -> tuple[ClipTask, Engine]:
+    """The task of a case and the engine that a recipe would get for it."""
+    if config.name != "ddp":
+        join_alone(device)
+    task = make_task(case, device, precision)
+    optimizer = Optimizer(precision=precision, eps=EPS)
+    return task, open_engine(task.module, config, optimizer, device=device, caps=task.caps)
+
+
+def backward(case: Case, task: ClipTask, engine: Engine, step: int, part: slice = slice(None)) -> Tensor:
+    """Put the gradients of a step's batch, or of a part of it, on the parameters; returns the loss."""
+    images, tokens = (tensor[part] for tensor in make_batch(case, step))
+    lengths = caption_lengths(tokens)
+    loss, _ = cached_backward(task, engine, images.to(engine.device), tokens.to(engine.device), case.micro, lengths)
+    return loss
+
+
+def train(
+    case: Case,
+    device: torch.device,
+    config: EngineConfig | None = None,
+    precision: Precision = "fp32",
+    part: slice = slice(None),
+) -> Trained:
+    """A few steps from the same weights, on this rank's `part` of each batch."""
+    task, engine = open_case(case, device, config or EngineConfig(), precision)
+    before = dict(engine.weights())
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        losses.append(backward(case, task, engine, step, part).item())
+        if not step:
+            gradients = dict(engine.gradients())
+        norms.append(engine.step(LR, max_norm=1.0).item())
+    return Trained(losses, norms, gradients, before, dict(engine.weights()))
+
+
+@cache
+def oracle(case: Case) -> Trained:
+    """One process, fp32, on the CPU, the whole batch in one piece."""
+    return train(replace(case, micro=None, buckets=1), torch.device("cpu"))
+
+
+def _apart(found: Tensor, right: Tensor) -> float:
+    return (found.double() - right.double()).norm().item()
+
+
+def _ratio(found: Iterable[float], right: Iterable[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
+
+
+def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, moved: float = MOVED) -> list[Finding]:
+    """Losses, norms, gradients tensor by tensor, and weights after all steps."""
+    whole = right.norms[0]
+    names = found.gradients.keys() == right.gradients.keys() and found.after.keys() == right.after.keys()
+    if not names:
+        return [holds(f"{name}: same names", names)]
+    # The gradient of a key bias is zero but for rounding, and a part of its tensor: the floor is for whole tensors.
+    gradients = max(
+        _apart(found.gradients[key], gradient) / max(gradient.norm().item(), 1e-5 * whole)
+        for key, gradient in right.gradients.items()
+    )
+    way = math.sqrt(sum(_apart(after, right.before[key]) ** 2 for key, after in right.after.items()))
+    off = math.sqrt(sum(_apart(found.after[key], after) ** 2 for key, after in right.after.items()))
+    return [
+        Finding(f"{name}: losses", _ratio(found.losses, right.losses), exact),
+        Finding(f"{name}: norms", _ratio(found.norms, right.norms), exact),
+        Finding(f"{name}: worst gradient", gradients, exact),
+        Finding(f"{name}: weights", off / way, moved),
+    ]
+
+
+def check_arithmetic(device: torch.device) -> list[Finding]:
+    """A product in fp32 is one: TF32 is off once an engine is open."""
+    open_case(LINK, device, EngineConfig())
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    right = a.double() @ b.double()
+    product = _apart((a.to(device) @ b.to(device)).cpu(), right) / right.norm().item()
+    images, kernels = torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    right = nn.functional.conv2d(images.double(), kernels.double())
+    convolved = nn.functional.conv2d(images.to(device), kernels.to(device)).cpu()
+    convolution = _apart(convolved, right) / right.norm().item()
+    return [Finding("matrix product in fp32", product, 2e-6), Finding("convolution in fp32", convolution, 2e-6)]
+
+
+def check_engine(name: str) -> Callable[[torch.device], list[Finding]]:
+    """Whether an engine gives the oracle's results, in every case."""
+
+    def check(device: torch.device) -> list[Finding]:
+        config = EngineConfig.model_validate({"name": name})
+        return [f for case in CASES for f in compare(case.name, train(case, device, config), oracle(case))]
+
+    return check
+
+
+def check_adamw(device: torch.device) -> list[Finding]:
+    """The engine's step is torch's fused kernel, and gives what the formulas of AdamW give in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(64, 48)
+    initial = {name: tensor.detach().double() for name, tensor in module.named_parameters()}
+    settings = AdamWSettings(eps=1e-6)
+    engine = DataParallelEngine(module, settings, device=device)
+    expected = {name: tensor.clone() for name, tensor in initial.items()}
+    first, second = ({name: torch.zeros_like(tensor) for name, tensor in initial.items()} for _ in range(2))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for step in range(1, STEPS + 1):
+            for name, parameter in module.named_parameters():
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = gradient.to(device)
+                value, gradient = expected[name], gradient.double()
+                value *= 1 - LR * (settings.weight_decay if name == "weight" else 0.0)
+                first[name] = settings.betas[0] * first[name] + (1 - settings.betas[0]) * gradient
+                second[name] = settings.betas[1] * second[name] + (1 - settings.betas[1]) * gradient**2
+                root = (second[name] / (1 - settings.betas[1] ** step)).sqrt() + settings.eps
+                value -= LR * first[name] / (1 - settings.betas[0] ** step) / root
+            engine.step(LR)
+    ops = {event.key for event in profile.key_averages()}
+    way = math.sqrt(sum(_apart(expected[name], initial[name]) ** 2 for name in initial))
+    off = math.sqrt(sum(_apart(value.cpu(), expected[name]) ** 2 for name, value in engine.weights()))
+    return [holds("fused", "aten::_fused_adamw_" in ops), Finding("weights", off / way, 1e-4)]
+
+
+def check_precision(device: torch.device) -> list[Finding]:
+    """bf16 and fp16 stay near fp32, and are not fp32; fp16's scale halves after an overflow."""
+    findings: list[Finding] = []
+    right = oracle(LINK)
+    size = math.sqrt(sum(gradient.double().norm().item() ** 2 for gradient in right.gradients.values()))
+    limits: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
+    for precision, most in limits.items():
+        found = train(LINK, device, precision=precision)
+        off = math.sqrt(sum(_apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
+        findings.append(Finding(f"{precision}: loss", _ratio(found.losses, right.losses), most, 1e-8))
+        findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
+    task, engine = open_case(LINK, device, EngineConfig(), "fp16")
+    assert isinstance(engine, DataParallelEngine)
+    scales = []
+    for step in range(2):
+        scales.append(engine.state()["scaler.scale"].item())
+        backward(LINK, task, engine, step)
+        if not step:
+            next(engine.unwrapped.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+        engine.step(LR)
+    scales.append(engine.state()["scaler.scale"].item())
+    return [
+        *findings,
+        Finding("fp16: scale after an overflow", scales[1] / scales[0], 0.5, 0.5),
+        Finding("fp16: scale after a good step", scales[2] / scales[1], 1.0, 1.0),
+    ]
+
+
+def check_nonfinite(device: torch.device) -> list[Finding]:
+    """A step with a gradient that is not finite changes nothing, and nobody waits for the device to know."""
+    findings: list[Finding] = []
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+    for precision in precisions:
+        task, engine = open_case(LINK, device, EngineConfig(), precision)
+        assert isinstance(engine, DataParallelEngine)
+        backward(LINK, task, engine, 0)
+        engine.step(LR, max_norm=1.0)
+        before = _copied(engine)
+        backward(LINK, task, engine, 1)
+        next(engine.unwrapped.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+        waited = _waits(lambda engine=engine: engine.step(LR, max_norm=1.0), device)  # type: ignore[misc]
+        after = _copied(engine)
+        same = all(torch.equal(after[name], value) for name, value in before.items())
+        backward(LINK, task, engine, 2)
+        engine.step(LR, max_norm=1.0)
+        moved = any(not torch.equal(after[name], value) for name, value in _copied(engine).items())
+        findings += [
+            holds(f"{precision}: nothing changed", same),
+            holds(f"{precision}: nobody waited", not waited),
+            holds(f"{precision}: the next step counts", moved),
+        ]
+    return findings
+
+
+def _copied(engine: DataParallelEngine) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().clone() for name, t in engine.state().items() if not name.startswith("scaler.")}
+
+
+def _waits(action: Callable[[], object], device: torch.device) -> bool:
+    """Whether `action` waits for a GPU."""
+    if device.type != "cuda":
+        action()
+        return False
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        action()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def check_compile(device: torch.device) -> list[Finding]:
+    """Compiled blocks: the names and results of eager ones, and nothing compiled again after the first steps."""
+    from torch._dynamo.utils import counters
+
+    config = EngineConfig(compile=True)
+    findings = compare("link in pieces", train(CASES[1], device, config), oracle(CASES[1]))
+    task, engine = open_case(LINK, device, config)
+    for step in range(STEPS):
+        backward(LINK, task, engine, step)
+        engine.step(LR)
+    compiled = counters["stats"]["unique_graphs"]
+    for step in range(STEPS, 3 * STEPS):
+        backward(LINK, task, engine, step)
+        engine.step(LR)
+    again = counters["stats"]["unique_graphs"] - compiled
+    skipped = sum(count for reason, count in counters["unimplemented"].items() if "limit" in reason)
+    return [
+        *findings,
+        Finding("graphs", compiled, math.inf, 1),
+        Finding("graphs after the first steps", again, 0),
+        Finding("blocks left eager", skipped, 0),
+    ]
+
+
+def check_checkpoint(device: torch.device) -> list[Finding]:
+    """What was saved is loaded bit for bit, and training goes on as if it had not stopped."""
+    findings: list[Finding] = []
+    for name in ("ddp", "fsdp2"):
+        config = EngineConfig.model_validate({"name": name})
+        task, engine = open_case(LINK, device, config)
+        for step in range(2):
+            backward(LINK, task, engine, step)
+            engine.step(LR)
+        with tempfile.TemporaryDirectory() as folder:
+            engine.save(Path(folder))()
+            saved = dict(engine.weights())
+            backward(LINK, task, engine, 2)
+            engine.step(LR)
+            task, other = open_case(LINK, device, config)
+            other.load(Path(folder))
+        loaded = dict(other.weights())
+        same = all(torch.equal(loaded[key], value) for key, value in saved.items())
+        backward(LINK, task, other, 2)
+        other.step(LR)
+        right = dict(engine.weights())
+        way = math.sqrt(sum(_apart(value, saved[key]) ** 2 for key, value in right.items()))
+        off = math.sqrt(sum(_apart(value, right[key]) ** 2 for key, value in other.weights()))
+        findings += [holds(f"{name}: loaded bit for bit", same), Finding(f"{name}: next step", off / way, 1e-4)]
+    return findings
+
+
+def check_memory(device: torch.device) -> list[Finding]:
+    """The peak of real steps against the planner's, which knows no workspaces and no rounding of sizes."""
+    if device.type != "cuda":
+        return []
+    from benchmarks.counting import Case as Step
+    from compt.memory import memory_per_gpu
+    from compt.presets import PRESETS
+
+    findings = []
+    for case in (
+        Step(PRESETS["vit_s16"], PRESETS["vit_t16"], rows=128, captions=4, tokens=32),
+        Step(PRESETS["vit_s16"], rows=128, captions=4, tokens=32, recompute=True),
+        Step(PRESETS["swin_t"], rows=64, captions=4, tokens=32),
+    ):
+        peak = peak_of_a_step(case)
+        predicted = memory_per_gpu(
+            case.student,
+            case.teacher,
+            engine="ddp",
+            world_size=1,
+            batch=case.rows,
+            captions=case.captions,
+            tokens=case.tokens,
+            recompute=case.recompute,
+        )
+        what = f"{case.student.name}{' link' if case.teacher else ''}{' recomputed' if case.recompute else ''}"
+        findings.append(Finding(f"{what}: predicted over peak", predicted.total_bytes / peak, 1.15, 0.85))
+    return findings
+
+
+def peak_of_a_step(case: Step) -> int:
+    """The most bytes that torch holds on the GPU during a step, the moments included."""
+    from benchmarks.counting import engine_and_task, step
+    from benchmarks.counting import make_batch as empty_batch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine, task = engine_and_task(case, "cuda")
+    batch = empty_batch(case, "cuda")
+    for _ in range(2):  # moments are made in the first step
+        torch.cuda.reset_peak_memory_stats()
+        step(engine, task, case, batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def check_processes(device: torch.device) -> list[Finding]:
+    """A process on each GPU (on a CPU: two), NCCL between them; one GPU: NCCL in a group of one."""
+    import torch.multiprocessing as processes
+
+    count = torch.cuda.device_count() if device.type == "cuda" else 2
+    count = max(n for n in (1, 2, 4, 8, 16) if n <= count)
+    with tempfile.TemporaryDirectory() as folder:
+        processes.spawn(_rank, args=(count, device.type, folder), nprocs=count, join=True)  # type: ignore[no-untyped-call]
+        found = torch.load(Path(folder) / "0.pt", weights_only=True)
+    right = oracle(LINK)
+    return [
+        Finding("processes", count, math.inf, 1),
+        holds("sums over all of them", found["sums"]),
+        *compare(f"{found['backend']} of {count}", Trained(**found["trained"]), right),
+    ]
+
+
+def _rank(rank: int, count: int, kind: str, folder: str) -> None:
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if kind == "cuda" else "gloo"
+    store = torch_dist.FileStore(f"{folder}/store", count)
+    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+    number = torch.tensor([float(rank)], device=device)
+    torch_dist.all_reduce(number)
+    rows = LINK.rows // count
+    trained = train(LINK, device, part=slice(rank * rows, (rank + 1) * rows))
+    losses = torch.tensor(trained.losses, device=device)
+    torch_dist.all_reduce(losses)
+    if not rank:
+        trained = replace(trained, losses=(losses / count).tolist())
+        sums = number.item() == count * (count - 1) / 2
+        torch.save({"sums": sums, "backend": backend, "trained": vars(trained)}, f"{folder}/0.pt")
+    torch_dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, the kind of process that it runs in, which others share, and the seconds that it may take on a GPU."""
+
+    run: Callable[[torch.device], list[Finding]]
+    process: str = "plain"
+    seconds: float = 60.0
+
+
+CHECKS: dict[str, Check] = {
+    "arithmetic": Check(check_arithmetic),
+    "ddp": Check(check_engine("ddp")),
+    "adamw": Check(check_adamw),
+    "precision": Check(check_precision),
+    "nonfinite": Check(check_nonfinite),
+    "memory": Check(check_memory),
+    "fsdp2": Check(check_engine("fsdp2"), "sharded"),
+    "checkpoint": Check(check_checkpoint, "sharded"),
+    "processes": Check(check_processes, "several", 90),
+    **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
+    "compile": Check(check_compile, "compiled", 150),
+}
+"""In the order of their value."""
+
+
+def run_check(name: str, device: str) -> list[Finding]:
+    """The findings of a check, on "cpu" or "cuda"."""
+    chosen = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return CHECKS[name].run(chosen)
