@@ -83,8 +83,9 @@ def assert_same(whole: Path, run: Path) -> None:
         for kind in ("model", "model/ema"):
             assert largest_difference(weights(whole, job, kind), weights(run, job, kind)) < TOLERANCE, (job, kind)
         for one, two in zip(lines(whole, job), lines(run, job), strict=True):
-            apart = {"macs": 0, "kind": ""}
-            assert {**one, **apart} == pytest.approx({**two, **apart}, rel=5e-4, abs=2e-6), job
+            assert one.pop("kind") == two.pop("kind")
+            assert one.pop("macs", 0) <= two.pop("macs", 0)  # accumulation computes features twice
+            assert one == pytest.approx(two, rel=5e-4, abs=2e-6), job
         assert manifest(run, job)["state"] == "done"
 
 
