@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
+import torch.multiprocessing.spawn as processes
 from torch import Tensor, nn
 
 from compt.accumulate import cached_backward
@@ -175,7 +176,7 @@ def oracle(case: Case) -> Trained:
 
 
 def _apart(found: Tensor, right: Tensor) -> float:
-    return (found.double() - right.double()).norm().item()
+    return float((found.double() - right.double()).norm())
 
 
 def _ratio(found: Iterable[float], right: Iterable[float]) -> float:
@@ -430,12 +431,10 @@ def peak_of_a_step(case: Step) -> int:
 
 def check_processes(device: torch.device) -> list[Finding]:
     """A process on each GPU (on a CPU: two), NCCL between them; one GPU: NCCL in a group of one."""
-    import torch.multiprocessing as processes
-
     count = torch.cuda.device_count() if device.type == "cuda" else 2
     count = max(n for n in (1, 2, 4, 8, 16) if n <= count)
     with tempfile.TemporaryDirectory() as folder:
-        processes.spawn(_rank, args=(count, device.type, folder), nprocs=count, join=True)  # type: ignore[no-untyped-call]
+        processes.start_processes(_rank, (count, device.type, folder), nprocs=count, start_method="spawn")
         found = torch.load(Path(folder) / "0.pt", weights_only=True)
     right = oracle(LINK)
     return [
@@ -450,7 +449,7 @@ def _rank(rank: int, count: int, kind: str, folder: str) -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if kind == "cuda" else "gloo"
-    store = torch_dist.FileStore(f"{folder}/store", count)
+    store = torch_dist.FileStore(f"{folder}/store", count)  # type: ignore[attr-defined]
     torch_dist.init_process_group(backend, store=store, rank=rank, world_size=count)
     number = torch.tensor([float(rank)], device=device)
     torch_dist.all_reduce(number)
