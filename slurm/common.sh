@@ -82,10 +82,24 @@ take_nodes() {
     die "sbatch gave 1 node, but NODES=$NODES; submit with sbatch --nodes=$NODES"
 }
 
+# Send this job back to the queue, as $1 says why; returns only where Slurm does not.
+requeue() {
+    # An array task is named by its array and number.
+    local id=$SLURM_JOB_ID
+    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || id=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+    echo "$1; back to the queue, to go on from the checkpoint" >&2
+    scontrol requeue "$id" && sleep 60
+}
+
+# Whether every node of the job still starts processes. Slurm itself takes minutes to miss one.
+nodes_answer() {
+    [[ $SLURM_JOB_NUM_NODES == 1 ]] || timeout 60 srun --export=ALL --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" true
+}
+
 # Run one step of ranks, `step python …`, and end with its exit code. Where the time limit or a preemption is announced
-# (#SBATCH --signal), the ranks save and exit with 75, and the job goes back to the queue.
+# (#SBATCH --signal), the ranks save and exit with 75, and the job goes back to the queue; so it does without a node.
 step() {
-    local pid code late told=
+    local pid code late told= ended=
     # srun no longer takes this over from sbatch by itself.
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # The number of tasks that sbatch worked out is that of the nodes at first, which take_nodes may have changed.
@@ -93,11 +107,12 @@ step() {
     [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || size+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))")
     # So long may the other ranks of one that died say what they saw, before srun ends them.
     export SLURM_WAIT=${SLURM_WAIT:-120}
-    srun "${size[@]}" "$@" &
+    # Without --export it reads the list that sbatch was given, and stumbles over blanks in it.
+    srun --export=ALL "${size[@]}" "$@" &
     pid=$!
     trap 'told=1; kill -USR1 "$pid" 2>/dev/null' USR1
-    # Slurm itself sends TERM to every rank.
-    trap ':' TERM
+    # Slurm itself sends TERM to every rank, before a requeue and with scancel.
+    trap 'ended=1' TERM
     while
         wait "$pid"
         code=$?
@@ -109,11 +124,9 @@ step() {
     ((late == 127)) || code=$late
     # 138: announced before Python could listen.
     if [[ -n $told && ($code == 75 || $code == 138) ]]; then
-        # An array task is named by its array and number.
-        local id=${SLURM_JOB_ID}
-        [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] || id=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}
-        echo "interrupted; back to the queue, to go on from the checkpoint" >&2
-        scontrol requeue "$id" && sleep 60
+        requeue interrupted
+    elif [[ $code != 0 && -z $ended ]] && ! nodes_answer 2>/dev/null; then
+        requeue "a node no longer answers"
     fi
     exit "$code"
 }

@@ -86,6 +86,26 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
     raise AssertionError(f"{what}: not within {seconds:g} s")
 
 
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def title_of(pid: int) -> str:
+    """A process's command line; "" for one that is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
+    return ""
+
+
+def parent_of(pid: int) -> int:
+    """The parent of a process, 0 for one that is gone."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^PPid:\s*(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+    return 0
+
+
 class Cluster:
     """Daemons in the foreground of processes that end with this one."""
 
@@ -141,14 +161,11 @@ class Cluster:
         """End everything on a node at once, as a power cut would."""
         self.daemons[node].kill()
         self.daemons.pop(node).wait()
-        self._kill_all(lambda values: values.get("SLURMD_NODENAME") == node)
-        self._kill_all(lambda values: False, stepd=node)
-
-    def _kill_all(self, wanted: Callable[[dict[str, str]], bool], stepd: str | None = None) -> None:
-        for pid, values, title in self.processes():
-            if wanted(values) or (stepd is not None and f"slurmstepd-{stepd}" in title):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        own = [pid for pid, values, _ in self.processes() if values.get("SLURMD_NODENAME") == node]
+        # What started them, too: it would tell Slurm that they ended.
+        stepds = {parent for parent in map(parent_of, own) if "slurmstepd" in title_of(parent)}
+        for pid in (*stepds, *own):
+            kill(pid)
 
     def processes(self) -> Iterator[tuple[int, dict[str, str], str]]:
         """(pid, environment, command line) of every process that belongs to this cluster."""
@@ -156,12 +173,11 @@ class Cluster:
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 raw = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-                title = (path / "cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
             except OSError:
                 continue
             values = dict(item.partition("=")[::2] for item in raw if "=" in item)
             if values.get("SLURM_CONF") == mark and int(path.name) != os.getpid():
-                yield int(path.name), values, title
+                yield int(path.name), values, title_of(int(path.name))
 
     def rank(self, job: str, number: int) -> int:
         """The process of a rank of a job's step."""
@@ -181,9 +197,9 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
-        self._kill_all(lambda values: "SLURM_JOB_ID" in values)
-        for node in NODES:
-            self._kill_all(lambda values: False, stepd=node)
+        for pid, _, _ in self.processes():
+            kill(pid)
+        until(lambda: not list(self.processes()), 10, "the end of all of the cluster's processes")
 
     def run(self, *command: str, check: bool = True, **variables: str) -> subprocess.CompletedProcess[str]:
         """A command on the login node, in the checkout's top folder."""
