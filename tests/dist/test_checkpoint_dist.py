@@ -22,6 +22,7 @@ from compt.checkpoint import Saver
 from compt.engines import state_dcp
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
+from compt.sources import open_model
 from tests.dist.spawn import run_ranks
 from tests.helpers_checkpoint import SHAPES, engine, same
 from tests.unit.expand_cases import BIG
@@ -115,6 +116,10 @@ def test_ranks_write_the_model_of_a_checkpoint_that_one_process_writes_of_the_ga
     alone = content(tmp_path / "alone")
     assert sum(name.startswith("model-") for name in alone) >= 8
     assert content(tmp_path / "model") == alone
+    folder = tmp_path / "checkpoints" / "step-00000007" / "state"
+    for prefix, state in zip(("model.model", "ema"), states, strict=True):
+        opened = open_model(folder, BIG, prefix).state
+        assert same({name: opened[name] for name in opened}, state), "as a model from outside"
 
 
 # --- what befalls one rank
