@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,18 @@ from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import read_json, write_json
+from compt.fit import Trial, advise, find_micro_batch
 from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, DrawnState, build
+from compt.out_of_memory import explained
 from compt.planner import Job, recipe_cost
 from compt.planner_start import Start
 from compt.scoring import Scorer
 from compt.sources import average_of
 from compt.task import ClipTask, DistillTask
 from compt.throughput import device_name, peak_flops
-from compt.trainer import TrainSettings, train
+from compt.trainer import TrainResult, TrainSettings, train
 
 STATES = ("planned", "expanded", "training", "evaluated", "done")
 """expanded: `initial/` is there. training: a checkpoint may be there. evaluated: `model/` and its scores are there."""
@@ -346,27 +348,11 @@ class JobRun:
         """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
         beat(0, "opening the model", LONG)
         origin = self._origin()
-        optimizer, config = self.context.recipe.optimizer, self._engine_config
-        student = build(self.job.spec, device="meta")
-        task = self._task(student)
-        engine = open_engine(
-            task.module,
-            config,
-            optimizer,
-            device=self.context.device,
-            initial=task.module.initial(self._initial(student)),
-            caps=task.caps,
-            base=self.context.base,
-        )
-        result = train(
-            task,
-            engine,
-            self._settings(),
-            self.folder,
-            self._loader,
-            lambda: self.scorer.during_training(task.model),
-            self.job.name,
-        )
+        settings = self._settings()
+        if self._engine_config.find_micro_batch:
+            settings = replace(settings, micro_batch=self._find_micro_batch())
+        with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
+            result = self._run_steps(settings)
         beat(result.steps, "writing the model", LONG)
         # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
         last = dist.broadcast_object(find_latest(self.folder / "checkpoints") if dist.is_main() else None)
@@ -383,9 +369,39 @@ class JobRun:
             open_weights(last),
             self.manifest["parent_hash"],
             fields,
-            extra_states={"ema": open_weights(last, average=True)} if optimizer.ema else None,
+            extra_states={"ema": open_weights(last, average=True)} if self.context.recipe.optimizer.ema else None,
             together=True,
         )
+
+    def _run_steps(self, settings: TrainSettings) -> TrainResult:
+        student = build(self.job.spec, device="meta")
+        task = self._task(student)
+        engine = open_engine(
+            task.module,
+            self._engine_config,
+            self.context.recipe.optimizer,
+            device=self.context.device,
+            initial=task.module.initial(self._initial(student)),
+            caps=task.caps,
+            base=self.context.base,
+        )
+        return train(
+            task,
+            engine,
+            settings,
+            self.folder,
+            self._loader,
+            lambda: self.scorer.during_training(task.model),
+            self.job.name,
+        )
+
+    def _find_micro_batch(self) -> int:
+        """The largest that fits; it is noted where this part of the work was done."""
+        found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
+        self.say(f"{self.job.name}: {found} pictures of a process fit into memory at once")
+        self.manifest["starts"][-1]["micro_batch"] = found
+        self._enter("training")
+        return found
 
     def _train(self) -> None:
         """Train unless `model/` is there already, then score it."""

@@ -25,6 +25,7 @@ from compt.errors import DataError, Interrupted, RunError
 from compt.metrics import MetricsWriter
 from compt.models import caption_lengths, padded_tokens
 from compt.pixels import to_input
+from compt.stragglers import straggler_report
 from compt.task import Task, reduce_report
 
 SIGNAL_EVERY = 10
@@ -155,13 +156,14 @@ class _Counts:
 
 @dataclass
 class _Window:
-    """Steps since the last log line, their seconds, how many of these went by in waiting for data, and the token
-    positions that this rank computed for its captions.
+    """Steps since the last log line, their seconds, how many of these went by in waiting for data (this rank's own, and
+    with that of others), and the token positions that this rank computed for its captions.
     """
 
     steps: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    own_wait: float = 0.0
     captions: int = 0
     text_tokens: int = 0
 
@@ -238,7 +240,8 @@ def train(
             while counts.step < total:
                 beat(counts.step, "waiting for data", patience)
                 started = time.perf_counter()
-                batch = _next(batches)
+                batch, own = _next(batches)
+                window.own_wait += own
                 window.waited += time.perf_counter() - started
                 beat(counts.step, "training", patience)
                 patience = 1.0
@@ -277,17 +280,21 @@ def _batches(open_loader: Callable[[int], Iterable[Batch]], step: int) -> Genera
     yield from open_loader(step)
 
 
-def _next(batches: Iterator[Batch]) -> Batch:
-    """The next batch. A DataError of one rank is raised on all, as none could finish the step without the others."""
-    batch, fault = None, None
+def _next(batches: Iterator[Batch]) -> tuple[Batch, float]:
+    """The next batch, and the seconds that this rank waited for it.
+
+    A DataError of one rank is raised on all, as none could finish the step without the others.
+    """
+    batch, fault, started = None, None, time.perf_counter()
     try:
         batch = next(batches)
     except DataError as error:
         fault = error
+    seconds = time.perf_counter() - started
     if dist.any_true(fault is not None):
         dist.agree(fault)
     assert batch is not None
-    return batch
+    return batch, seconds
 
 
 def _step(
@@ -382,6 +389,7 @@ def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: 
         "nonfinite_steps": counts.nonfinite,
         **{f"skipped_{cause}": n for cause, n in _over_ranks(counts.skipped).items()},
         "memory_gib": _memory_gib(device),
+        **straggler_report(window.seconds - window.waited + window.own_wait, window.own_wait, window.steps),
         "macs": counts.step * settings.macs_per_step,
         **_mfu(window, settings),
     }

@@ -29,7 +29,8 @@ BATCH = 12
 STEPS_PER_EPOCH = IMAGES // BATCH
 FIRST, SECOND = "1-small", "2-large"
 
-TIMES = {"samples_per_s", "data_wait", "device_hours", "memory_gib", "mfu"}
+STRAGGLERS = {"step_seconds_max", "step_seconds_mean", "data_wait_max", "slowest_rank"}
+TIMES = {"samples_per_s", "data_wait", "device_hours", "memory_gib", "mfu", *STRAGGLERS}
 """What a metrics line says of the machine, not of the model."""
 
 RECIPE: dict[str, Any] = {
