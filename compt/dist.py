@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from compt.dist_environment import Place, connect_limit, find_place
-from compt.dist_meeting import meet
+from compt.dist_meeting import choose_interface, meet
 from compt.errors import ComptError, ConfigError, RunError
 
 T = TypeVar("T")
@@ -38,6 +38,9 @@ def init(
     if torch_dist.is_initialized() or place is None:
         return chosen
     store = meet(place, connect_limit(os.environ) if connect_seconds is None else connect_seconds)
+    interface = choose_interface(place)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout = datetime.timedelta(seconds=timeout_seconds)
     store.set_timeout(timeout)
     try:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
+import ipaddress
 import os
 import socket
+import struct
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch.distributed as torch_dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -15,6 +21,9 @@ from torch.distributed.distributed_c10d import PrefixStore
 from compt.dist_environment import Place
 from compt.dist_speaker import is_speaker
 from compt.errors import RunError
+
+SIOCGIFADDR = 0x8915
+"""Linux's request for an interface's address of IPv4."""
 
 PAUSE = 0.25
 """Seconds between two attempts to reach the master."""
@@ -26,24 +35,85 @@ REACHING = 0.8
 def meet(place: Place, seconds: float) -> TCPStore:
     """The group's store, when every rank has been there; it gives up within `seconds`.
 
-    Raises RunError: on every rank that was there, and `told` on all of them but the lowest.
+    Raises RunError, `told` on all ranks but one: the lowest of those that can see each other.
     """
     until = time.monotonic() + REACHING * seconds
     try:
-        store = _open_store(place, until)
+        with _quiet():
+            store = _serve(place, until) if _is_host(place) else _reach(place, until)
     except OSError as error:
         failure = _failure(place, seconds, str(error))
-        failure.told = not is_speaker(place, 0.15 * seconds)
+        if not _is_host(place):
+            # All ranks begin at about the same time, and end so.
+            time.sleep(max(0.0, until - time.monotonic()))
+            failure.told = not is_speaker(place, 0.15 * seconds)
         raise failure from error
-    # A restart by torchrun may find the store of the attempt before.
-    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     try:
-        return _wait_for_all(place, seconds, until, store, keys)
+        with _quiet():
+            missing, lowest = _wait_for_all(place, until, store)
     except RuntimeError as error:
         # The store went away while others were missing: rank 0 gave up a moment before, and says so.
         failure = _failure(place, seconds, "rank 0 left")
-        failure.told = place.rank > 0
+        failure.told = True
         raise failure from error
+    if missing:
+        failure = _failure(place, seconds, f"{_ranks(missing)} did not come: ended before, or cut off from it")
+        # Whoever found rank 0 alone may be one of many who tell their side.
+        alone = len(missing) == place.world_size - 1
+        failure.told = not is_speaker(place, 0.15 * seconds) if alone else place.rank != lowest
+        if place.rank == 0 and not alone:
+            # The others look who is there, in this rank's store.
+            time.sleep(0.05 * seconds)
+        raise failure
+    return store
+
+
+def _is_host(place: Place) -> bool:
+    """Whether this rank serves the store. torchrun serves one itself and says so."""
+    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from telling of each attempt, with a stack of C++; the one message at the end says it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def choose_interface(place: Place) -> str | None:
+    """The network interface on the way to the master; None where that is within this machine, or cannot be told.
+
+    gloo would take the one that the machine's own name stands for, which on Debian is the loopback.
+    """
+    with contextlib.suppress(OSError):
+        family, kind, _, _, target = socket.getaddrinfo(place.master, place.port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as way:
+            # This sends nothing: it asks for the route.
+            way.connect(target)
+            own = ipaddress.ip_address(way.getsockname()[0].partition("%")[0])
+            if not own.is_loopback:
+                return next((name for _, name in socket.if_nameindex() if own in _addresses(way, name)), None)
+    return None
+
+
+def _addresses(way: socket.socket, name: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """An interface's address of IPv4 or addresses of IPv6, after the family of `way`."""
+    if way.family == socket.AF_INET6:
+        rows = [line.split() for line in Path("/proc/net/if_inet6").read_text(encoding="ascii").splitlines()]
+        return [ipaddress.IPv6Address(bytes.fromhex(row[0])) for row in rows if row[-1] == name]
+    try:
+        answer = fcntl.ioctl(way, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+    except OSError:
+        return []
+    return [ipaddress.IPv4Address(answer[20:24])]
 
 
 def _failure(place: Place, seconds: float, cause: str) -> RunError:
@@ -53,24 +123,18 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
     )
 
 
-def _wait_for_all(place: Place, seconds: float, until: float, store: TCPStore, keys: PrefixStore) -> TCPStore:
+def _wait_for_all(place: Place, until: float, store: TCPStore) -> tuple[list[int], int]:
+    """The ranks that have not come until then, and the lowest that has."""
+    # A restart by torchrun may find the store of the attempt before.
+    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     names = [f"here/{rank}" for rank in range(place.world_size)]
-    keys.set(names[place.rank], socket.gethostname())
-    try:
+    keys.set(names[place.rank], "")
+    with contextlib.suppress(torch_dist.DistStoreError):
         # A wait of nothing is refused.
         keys.wait(names, datetime.timedelta(seconds=max(0.1, until - time.monotonic())))
-    except torch_dist.DistStoreError:
-        here = [rank for rank, name in enumerate(names) if keys.check([name])]
-        missing = sorted(set(range(place.world_size)) - set(here))
-        if not missing:
-            return store
-        failure = _failure(place, seconds, f"{_ranks(missing)} did not come")
-        failure.told = place.rank != here[0]
-        if place.rank == 0:
-            # The others look who is there, in this rank's store.
-            time.sleep(0.05 * seconds)
-        raise failure from None
-    return store
+        return [], 0
+    here = [rank for rank, name in enumerate(names) if keys.check([name])]
+    return sorted(set(range(place.world_size)) - set(here)), here[0]
 
 
 def _ranks(numbers: list[int]) -> str:
@@ -85,56 +149,51 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def _open_store(place: Place, until: float) -> TCPStore:
-    """Serve the store or reach it. Raises OSError with the cause."""
-    # torchrun serves a store itself and says so.
-    hosting = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-    if hosting:
-        with contextlib.closing(_probe(place.port)):
-            pass
-    else:
-        _reach(place, until)
+def _serve(place: Place, until: float) -> TCPStore:
+    """Raises OSError with the cause."""
+    # To tell a port that is taken from other failures.
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", place.port))
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise OSError(
+                f"port {place.port} of rank 0's machine cannot be had ({reason}); MASTER_PORT names another"
+            ) from None
     try:
-        return TCPStore(
-            # Whoever serves it needs no way through the network to itself.
-            host_name="127.0.0.1" if hosting else place.master,
-            port=place.port,
-            world_size=place.world_size,
-            is_master=hosting,
-            timeout=datetime.timedelta(seconds=max(1.0, until - time.monotonic())),
-            wait_for_workers=False,
-            multi_tenant=hosting,
-        )
+        # Whoever serves it needs no way through the network to itself.
+        return _store("127.0.0.1", place, until - time.monotonic(), host=True)
     except (RuntimeError, ValueError) as error:
-        raise OSError(f"what answers there is no store of torch's: {str(error).splitlines()[0]}") from error
+        raise OSError(str(error).splitlines()[0]) from error
 
 
-def _probe(port: int) -> socket.socket:
-    """Take the port for a moment, to tell one that is taken from other failures."""
-    probe = socket.socket()
-    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        probe.bind(("", port))
-    except OSError as error:
-        probe.close()
-        raise OSError(
-            f"port {port} of rank 0's machine is taken ({error.strerror}); MASTER_PORT names another"
-        ) from None
-    return probe
-
-
-def _reach(place: Place, until: float) -> None:
-    """Wait until something listens at the master's address. Raises OSError with the last cause."""
+def _reach(place: Place, until: float) -> TCPStore:
+    """Wait until a store answers at the master's address. Raises OSError with the last cause."""
     while True:
         left = until - time.monotonic()
         try:
             socket.create_connection((place.master, place.port), timeout=max(0.1, min(5.0, left))).close()
+            return _store(place.master, place, min(5.0, left))
         except OSError as error:
-            if time.monotonic() + PAUSE >= until:
-                raise OSError(_cause(place, error)) from error
-            time.sleep(PAUSE)
-        else:
-            return
+            cause = _cause(place, error)
+        except (RuntimeError, ValueError):
+            cause = "something else than a group of torch's answers there; MASTER_PORT names another port"
+        if time.monotonic() + PAUSE >= until:
+            raise OSError(cause)
+        time.sleep(PAUSE)
+
+
+def _store(address: str, place: Place, seconds: float, host: bool = False) -> TCPStore:
+    return TCPStore(
+        host_name=address,
+        port=place.port,
+        world_size=place.world_size,
+        is_master=host,
+        timeout=datetime.timedelta(seconds=max(1.0, seconds)),
+        wait_for_workers=False,
+        multi_tenant=host,
+    )
 
 
 def _cause(place: Place, error: OSError) -> str:

@@ -22,7 +22,7 @@ def is_speaker(place: Place, seconds: float) -> bool:
     """
     port = place.port % (2**16 - 1) + 1
     # The lowest of a machine's ranks is the first to take the port.
-    time.sleep(min(place.local_rank * 0.02, 0.5) * min(1.0, seconds))
+    time.sleep(min(0.1 * place.local_rank, 0.3 * seconds))
     until = time.monotonic() + seconds
     try:
         # Without names of other machines nobody asks from there.
