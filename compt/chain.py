@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from compt import dist
 from compt.config import Recipe, split_batch
+from compt.config_deepspeed import deepspeed_config
 from compt.data.index import Index, open_index
 from compt.dist_watch import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
@@ -260,14 +261,15 @@ def prepare(
     controls: Sequence[str] | None = (),
     source: str = "recipe",
     scales: Callable[[Plan], Sequence[float]] | None = None,
+    names: Sequence[str] = (),
 ) -> tuple[RunContext, Plan]:
     """Join the process group, open the data, and check everything that can be checked before anything is trained.
 
-    `scales` are those of `make_plan`, from the plan without them; by default what the folder's first-pair test found.
+    `names`: the jobs that this process is going to train; without them all. `scales` are those of `make_plan`, from the
+    plan without them; by default what the folder's first-pair test found.
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
     device = dist.init(recipe.engine.device, timeout_seconds=collective_timeout(recipe.engine.timeout))
-    check_engines(recipe, dist.world_size(), base, source)
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
@@ -286,22 +288,24 @@ def prepare(
         with named(source, "evaluation.validation"):
             dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
     dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
+    chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
+    check_engines(plan, chosen, dist.world_size(), base, source)
     return context, plan
 
 
-def check_engines(recipe: Recipe, world_size: int, base: Path, source: str) -> None:
-    """Raise ConfigError for an engine, of the recipe or of a link, that cannot run on `world_size` processes."""
-    for model in [None, *(link.model for link in recipe.chain.links)]:
-        config = recipe.engine if model is None else recipe.engine_of(model)
-        split_batch(recipe.optimizer.batch, world_size, config.micro_batch)
-        if world_size % config.fsdp2.replicas:
+def check_engines(plan: Plan, jobs: Iterable[Job], world_size: int, base: Path, source: str) -> None:
+    """Raise ConfigError for the engine of one of `jobs` that cannot run on `world_size` processes."""
+    recipe = plan.recipe
+    for model in dict.fromkeys(job.spec.name for job in jobs):
+        engine = recipe.engine_of(model)
+        split_batch(recipe.optimizer.batch, world_size, engine.micro_batch)
+        replicas = engine.fsdp2.replicas
+        if world_size % replicas:
             raise ConfigError(
-                f"{source}: engine.fsdp2.replicas = {config.fsdp2.replicas} does not divide the {world_size} processes"
+                f"{source}: engine.fsdp2.replicas = {replicas} does not divide the {world_size} processes"
             )
-        if config.name.startswith("zero"):
-            from compt.config_deepspeed import deepspeed_config
-
-            deepspeed_config(config, recipe.optimizer, world_size, base)
+        if engine.name.startswith("zero"):
+            deepspeed_config(engine, recipe.optimizer, world_size, base)
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:

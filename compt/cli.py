@@ -120,9 +120,9 @@ def _run(
     wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
     try:
         scales = test.next_scales(folder) if test else None
-        context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, **wanted)
+        context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
         left = waiting(made, folder)
-        chosen = dist.on_all(lambda: only(made, names, folder)) if names else None
+        chosen = only(made, names, folder) if names else None
         if chosen is not None:
             left = [job for job in left if job in chosen]
         if left:

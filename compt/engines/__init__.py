@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compt import dist
 from compt.config import EngineConfig, Optimizer
+from compt.config_deepspeed import deepspeed_config
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Engine, Precision, decays
 from compt.engines.ddp import DataParallelEngine
 
@@ -66,7 +67,6 @@ def open_engine(
             reduce_precision=own.reduce_precision,
         )
     # Importing DeepSpeed takes seconds, and it need not be installed for the others.
-    from compt.config_deepspeed import deepspeed_config
     from compt.engines.zero import ZeroEngine
 
     made = deepspeed_config(config, optimizer, dist.world_size(), base)

@@ -63,7 +63,7 @@ def some(base: Path, run: Path, changes: list[str], names: list[str], stop: int 
 
             patch.setattr(trainer, "learning_rate", learning_rate)
             patch.setattr(trainer, "SIGNAL_EVERY", 2)
-        context, plan = prepare(recipe_of(*changes), run, base=base)
+        context, plan = prepare(recipe_of(*changes), run, base=base, names=names)
         try:
             run_only(context, plan, only(plan, names, run), lambda _: None)
         except Interrupted as error:
@@ -95,9 +95,11 @@ def test_a_chain_from_engine_to_engine(base: Path, whole: Path, tmp_path: Path) 
     changes = [
         *CHANGES,
         *(f"chain.links.{at}.engine={value}" for at, value in enumerate(["{name: ddp}", "{name: zero2}"])),
-        "chain.links.2.engine={name: fsdp2, micro_batch: 3, shard_teacher: true}",
+        "chain.links.2.engine={name: fsdp2, fsdp2: {replicas: 2}, micro_batch: 3, shard_teacher: true}",
     ]
     assert some(base, run, changes, ["1-small"]) == ""
+    with pytest.raises(ConfigError, match=r"engine\.fsdp2\.replicas = 2 does not divide 1 processes"):
+        some(base, run, changes, ["3-larger", "2-large"])
     with pytest.raises(RunError, match="3-larger grows from 2-large, which is planned; train that first"):
         some(base, run, changes, ["3-larger"])
     with pytest.raises(ConfigError, match="--only 2-larg: is none of the models to train .*'2-large'"):
