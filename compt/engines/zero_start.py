@@ -44,6 +44,8 @@ def start_deepspeed(device: torch.device) -> ModuleType:
         raise ConfigError(f"DeepSpeed runs on '{found}' in this process (DS_ACCELERATOR), not on '{device.type}'")
     # A faster all-reduce between processes of one machine, which it would compile for half a minute first.
     vars(backend)["build_shm_op"] = lambda: None
+    # Or its configuration, which stage 3 asks for before anything is initialized, would count one process.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     # What it warns of, as each skipped step, is in the metrics.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
