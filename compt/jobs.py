@@ -399,8 +399,7 @@ class JobRun:
         """The largest that fits; it is noted where this part of the work was done."""
         found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
         self.say(f"{self.job.name}: {found} pictures of a process fit into memory at once")
-        self.manifest["starts"][-1]["micro_batch"] = found
-        self._enter("training")
+        self.manifest["starts"][-1]["micro_batch"] = found  # written with the next state
         return found
 
     def _train(self) -> None:
