@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
+from compt.sources.zero import read_zero_state
 from tests.dist import zero_cases as cases
 from tests.dist.spawn import run_ranks
 from tests.dist.zero_cases import Cell, Result
 
-pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'compt[deepspeed]'")
+# Looked for, not imported: that takes seconds, and the ranks do it.
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: pip install 'compt[deepspeed]'")
 
 STAGES = range(4)
 OFFLOAD = (("offload_optimizer", {"device": "cpu", "pin_memory": False}),)
@@ -76,6 +82,8 @@ def test_every_cell_equals_one_process(world: int) -> None:
     cells += [Cell(stage, zero=ROBIN, pieces=pieces) for stage in (1, 2) for pieces in (1, 4)]
     cells += [Cell(stage, zero=OFFLOAD, pieces=pieces) for stage in (1, 2, 3) for pieces in (1, 4)]
     cells += [Cell(3, zero=OFFLOAD_BOTH, pieces=pieces) for pieces in (1, 4)]
+    cells += [Cell(stage, recompute=True, shipped=True, pieces=4) for stage in STAGES]
+    cells += [Cell(3, "swin", recompute=True), Cell(2, "swin", shipped=True)]
     check_all(cases.compare, world, cells)
 
 
@@ -173,3 +181,27 @@ def test_a_module_without_memory_takes_its_values() -> None:
 @pytest.mark.slow
 def test_frozen_parameters_stay(tmp_path: Path) -> None:
     run_ranks(cases.frozen, 2, str(tmp_path), list(STAGES), timeout=TIMEOUT)
+
+
+@pytest.mark.slow
+def test_what_is_read_is_what_deepspeeds_universal_checkpoint_holds(tmp_path: Path) -> None:
+    """DeepSpeed's own way to other numbers of ranks rewrites a folder; the weights and moments in it are the oracle."""
+    cells = [Cell(1), Cell(2), Cell(3)]
+    run_ranks(cases.save_and_go_on, 2, str(tmp_path), cells, timeout=TIMEOUT)
+    for number, cell in enumerate(cells):
+        universal = tmp_path / f"universal{number}"
+        command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        command += ["--input_folder", str(tmp_path / str(number) / "state"), "--output_folder", str(universal)]
+        command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        state = read_zero_state(tmp_path / str(number), "compt")
+        values = {"fp32": state.weights, **state.moments}
+        assert sorted(values) == ["exp_avg", "exp_avg_sq", "fp32"]
+        for key, tensors in values.items():
+            assert len(tensors) == len(list((universal / "zero").iterdir())) - 1  # and optimizer_state.pt
+            for name, found in tensors.items():
+                whole = torch.load(universal / "zero" / name / f"{key}.pt", weights_only=False)
+                whole = whole["param"] if isinstance(whole, dict) else whole
+                assert torch.equal(whole.reshape(found.shape), found), (cell, key, name)

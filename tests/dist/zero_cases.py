@@ -14,6 +14,8 @@ from torch import Tensor
 
 from compt import dist
 from compt.accumulate import cached_backward
+from compt.config import EngineConfig, Optimizer
+from compt.config_deepspeed import deepspeed_config
 from compt.engines import AdamWSettings
 from compt.models import build
 from compt.presets import ModelSpec, resolve
@@ -58,15 +60,23 @@ SPECS = {"vit": VIT, "swin": SWIN}
 
 
 class Cell(NamedTuple):
-    """A ZeRO stage, a model, whether it distils with a projector, pieces that a rank's batch is computed in."""
+    """A ZeRO stage, a model, whether it distils with a projector, pieces that a rank's batch is computed in.
+
+    `shipped`: with compt's own settings of the stage, instead of CUT and `zero`.
+    """
 
     stage: int
     arch: str = "vit"
     distil: bool = True
     pieces: int = 1
     zero: tuple[tuple[str, Any], ...] = ()
+    recompute: bool = False
+    shipped: bool = False
 
     def config(self) -> dict[str, Any]:
+        if self.shipped:
+            engine = EngineConfig.model_validate({"name": f"zero{self.stage}"})
+            return deepspeed_config(engine, Optimizer(batch=BATCH), dist.world_size())
         return {"zero_optimization": {**CUT, **{key: copy.deepcopy(value) for key, value in self.zero}}}
 
 
@@ -157,7 +167,7 @@ def _plain_loss(task: ClipTask, images: Tensor, tokens: Tensor) -> Tensor:
 def open_engine(task: ClipTask, cell: Cell, **options: Any) -> Any:
     from compt.engines.zero import ZeroEngine
 
-    options = {"caps": {"model.logit_scale": CAP}, "ema_decay": DECAY, **options}
+    options = {"caps": {"model.logit_scale": CAP}, "ema_decay": DECAY, "recompute": cell.recompute, **options}
     return ZeroEngine(task.module, ADAMW, stage=cell.stage, config=cell.config(), **options)
 
 
@@ -344,6 +354,9 @@ class Asked(Mapping[str, Tensor]):
         whole = [p.numel() for p in self.module.parameters() if not p.is_meta]
         self.held = max(self.held, sum(whole))
         return self.values_[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values_
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.values_)
