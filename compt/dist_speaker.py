@@ -34,12 +34,10 @@ def is_speaker(place: Place, seconds: float) -> bool:
         others = [name for at, name in enumerate(place.nodes) if at != place.node]
         with ThreadPoolExecutor(max_workers=max(1, min(32, len(others)))) as pool:
             found = [other for other in pool.map(lambda name: _ask(name, port, place), others) if other is not None]
-        if any(rank < place.rank or decided for rank, decided in found):
-            return False
-        answer.decided = True
-        # Others may come a little later.
+        answer.decided = not any(rank < place.rank or decided for rank, decided in found)
+        # Others may come a little later, and those of this machine ask nobody else.
         time.sleep(max(0.0, until - time.monotonic()))
-        return True
+        return answer.decided
 
 
 class _Answer:
