@@ -15,10 +15,12 @@ from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
 from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
 from compt.engines.zero_start import fill_partitioned, start_deepspeed
 from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
 from compt.errors import ConfigError, nearest
+from compt.sources.weights import Weights
 
 __all__ = ["LossScale", "ZeroEngine", "open_average"]
 
@@ -233,28 +235,40 @@ class ZeroEngine:
     @torch.no_grad()
     def load(self, folder: Path) -> None:
         """The inverse; another number of ranks, and another stage, may have saved."""
-        own = {
-            name: self._parts.shape(name) if name in self._trained else getattr(tensor, "ds_shape", tensor.shape)
-            for name, tensor in self.unwrapped.state_dict(keep_vars=True).items()
-        }
+        own = self._shapes()
         state, average = dist.on_all(lambda: open_zero(Path(folder), self._parts, own, self._average is not None))
-        parts = self._parts
+        self._take(state.weights)
+        if self._average and average:
+            for name in self._trained:
+                self._parts.take(name, average[name], self._average_vector)
+            self._average.updates.fill_(average.updates)
+        take_moments(self._parts, self.optimizer, state)
+        if self._scale and "scale" in state.noted:
+            self._scale.value, self._scale.good = float(state.noted["scale"]), int(state.noted["good"])
+
+    @torch.no_grad()
+    def set_weights(self, weights: Weights) -> None:
+        """Take over other values of the module's state; moments and average stay. All ranks call it.
+
+        Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
+        """
+        own = self._shapes()
+        dist.on_all(lambda: check_names(own, {name: tuple(weights.shape(name)) for name in weights}))
+        self._take(weights)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        state = self.unwrapped.state_dict(keep_vars=True)
+        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items()}
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
         for name, tensor in self.unwrapped.state_dict(keep_vars=True).items():
-            whole = state.weights[name]
             if name in self._trained:
-                parts.take(name, whole, parts.weight)
+                self._parts.take(name, weights[name], self._parts.weight)
             else:
                 gathered = hasattr(tensor, "ds_id")
                 with self._deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=gathered):
-                    tensor.copy_(whole)
-            if self._average and average and name in self._trained:
-                parts.take(name, average[name], self._average_vector)
-        if self._average and average:
-            self._average.updates.fill_(average.updates)
-        take_moments(parts, self.optimizer, state)
-        parts.publish()
-        if self._scale and "scale" in state.noted:
-            self._scale.value, self._scale.good = float(state.noted["scale"]), int(state.noted["good"])
+                    tensor.copy_(weights[name])
+        self._parts.publish()
 
 
 def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:

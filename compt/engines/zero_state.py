@@ -23,6 +23,7 @@ from compt.engines.zero_parts import Parts
 from compt.errors import ArtefactError, ComptError, RunError
 from compt.files import disk_errors, fsync_tree, write_bytes
 from compt.sources.pickles import load_torch_file
+from compt.sources.weights import Weights
 from compt.sources.zero import LATEST, MOMENTS, ZeroState, read_zero, read_zero_state
 from compt.tensorfile import TensorFile, write_tensors
 
@@ -123,7 +124,7 @@ def _write_average(parts: Parts, average: Average, folder: Path) -> Path:
     return path
 
 
-class AverageState(Mapping[str, Tensor]):
+class AverageState(Weights):
     """The moving average of a saved state, whole tensors read one at a time; the rest of the module's state with it."""
 
     def __init__(self, folder: Path) -> None:
@@ -168,6 +169,10 @@ class AverageState(Mapping[str, Tensor]):
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
         return self._rest.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a tensor's elements, without reading it."""
+        return torch.float32 if name in self._pieces else self._rest.dtype(name)
 
 
 def open_average(folder: Path) -> AverageState:

@@ -396,7 +396,9 @@ def from_meta(cells: list[Cell]) -> None:
 
 
 def frozen(folder: str, stages: list[int]) -> None:
-    """A frozen parameter stays, and is saved and loaded with the others."""
+    """A frozen parameter stays, and is saved and loaded, or set, with the others."""
+    from compt.errors import ArtefactError
+    from compt.sources.weights import Tensors
     from compt.sources.zero import read_zero
 
     name = "model.visual.conv1.weight"
@@ -420,6 +422,13 @@ def frozen(folder: str, stages: list[int]) -> None:
         again = open_engine(other, Cell(stage))
         again.load(path)
         assert equal(weights, dict(again.weights()))
+        again.set_weights(Tensors({name: value * 0.5 for name, value in weights.items()}))
+        halves = dict(again.weights())
+        assert all(torch.equal(halves[name], value * 0.5) for name, value in weights.items())
+        with pytest.raises(ArtefactError, match="logit_scale is missing"):
+            again.set_weights(Tensors({name: value for name, value in weights.items() if "logit" not in name}))
+        assert equal(halves, dict(again.weights()))
+        again.set_weights(Tensors(weights))
         assert train(task, engine, 1, range(2, 3)) == train(other, again, 1, range(2, 3))
 
 
