@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-slurm benchmarks lint format type fresh-check clean venv
+.PHONY: help demo test test-full test-slurm benchmarks gpu-bundle lint format type fresh-check clean venv
 
 WORKERS ?= 2
 ARGS ?=
@@ -38,6 +38,9 @@ test-slurm: $(STAMP) ## Run the scripts of slurm/ on a Slurm of two nodes on thi
 
 benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/results
 	@$(RUN) benchmarks.all
+
+gpu-bundle: $(STAMP) ## Pack the wheels that a GPU machine without a network lacks into build/gpu-bundle (docs/gpu.md)
+	@$(RUN) benchmarks.gpu_bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali)
 
 lint: $(STAMP) ## Check the style (ruff)
 	@$(RUN) ruff check .

@@ -99,12 +99,13 @@ class State:
 
     def find(self, item: Item) -> dict[str, Any] | None:
         """What is known of an item here. A check answers for the source that it ran with, a speed for any."""
-        for record in reversed(self.records):
+
+        def answers(record: dict[str, Any]) -> bool:
             here = all(record.get(key) == value for key, value in self.stamp.items())
-            same: bool = record["name"] == item.name and here
-            if same and (item.kind == "speed" or record["source"] == self.source):
-                return record
-        return None
+            current = item.kind == "speed" or record["source"] == self.source
+            return bool(record["name"] == item.name and here and current)
+
+        return next(filter(answers, reversed(self.records)), None)
 
     def put(self, item: Item, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
         """Take in a result and write the file."""

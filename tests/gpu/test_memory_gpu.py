@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
-import torch
 
-from benchmarks.counting import Case, engine_and_task, make_batch, step
+from benchmarks.counting import Case
+from benchmarks.gpu_checks import peak_of_a_step
 from compt.memory import memory_per_gpu
 from compt.presets import PRESETS
 
@@ -29,17 +27,7 @@ pytestmark = pytest.mark.gpu
 )
 def test_peak_memory_of_a_step(case: Case) -> None:
     """Within 15 %: the allocator rounds sizes up, and cuBLAS has a workspace (32 MiB on Hopper) in no estimate."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
-    engine, task = engine_and_task(case, "cuda")
-    batch = make_batch(case, "cuda")
-    for _ in range(2):  # moments are made in the first step
-        torch.cuda.reset_peak_memory_stats()
-        step(engine, task, case, batch)
-        engine.zero_grad()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
+    peak = peak_of_a_step(case)
     predicted = memory_per_gpu(
         case.student,
         case.teacher,
