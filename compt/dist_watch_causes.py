@@ -19,6 +19,9 @@ _AGAIN = "Start the same command again to go on from the newest checkpoint."
 _DIED = "look for the reason in its own output and in that machine's log (dmesg: out of memory?)."
 _SILENT = "A debugger or a signal stops processes; machines that swap or lose their network look so too."
 
+COLLECTIVES = "dist.py:"
+"""What `where` begins with for a thread that waits for other processes."""
+
 
 @dataclass(frozen=True)
 class Cause:
@@ -81,11 +84,12 @@ def dead(seen: Mapping[int, Seen], silence: float) -> Cause | None:
 
 
 def hanging(lives: Sequence[Life], timeout: float, patience: float, folder: Path) -> Cause:
-    """A rank does not get on. All make the same calls, so whoever got least far is to blame; or none, where all are
-    equally far.
+    """A rank does not get on. All make the same calls, so whoever got least far is to blame, and of several who does
+    not wait for others in a collective; or none, where all are equally far.
     """
     least = min(life.count for life in lives)
     behind = sorted((life for life in lives if life.count == least), key=lambda life: life.rank)
+    behind = [life for life in behind if not life.where.startswith(COLLECTIVES)] or behind
     advice = (
         f"What every process was at stands in {folder}. {_AGAIN} If that was slow and no fault, raise engine.timeout "
         f"(now {timeout:g} s)."

@@ -37,6 +37,9 @@ class Ended:
 class Group:
     """`world` gloo ranks that run `function(*arguments)`; `agent`: a process outside of them holds the store."""
 
+    port: int | None = None
+    """Where they meet, unless any free port will do."""
+
     def __init__(
         self, folder: Path, world: int, function: Callable[..., Any], *arguments: Any, agent: bool = False
     ) -> None:
@@ -44,7 +47,7 @@ class Group:
         folder.mkdir(parents=True, exist_ok=True)
         limit = datetime.timedelta(seconds=60)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit) if agent else None
-        port = self.store.port if self.store else free_port()
+        port = self.store.port if self.store else self.port or free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(world):
             environment = {
@@ -54,6 +57,7 @@ class Group:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_USE_AGENT_STORE": str(agent),
+                **{name: value for name, value in os.environ.items() if name == "COMPT_CONNECT_SECONDS"},
             }
             process = CONTEXT.Process(target=_work, args=(folder, environment, function, arguments))
             process.start()
@@ -112,7 +116,7 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
     os.dup2(file, 2)
     torch.set_num_threads(1)
     try:
-        dist.init("cpu", timeout_seconds=120.0, connect_seconds=60.0)
+        dist.init("cpu", timeout_seconds=120.0)
         function(*arguments)
         dist.shutdown()
     except ComptError as error:

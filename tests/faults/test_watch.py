@@ -78,6 +78,22 @@ def slowly(folder: Path) -> None:
     mark(folder, f"ended{dist.rank()}")
 
 
+def unequal(folder: Path) -> None:
+    """One rank hangs, the other waits for it, and no beat lies between."""
+    with Watch(folder, TIMEOUT) as watch:
+        watch.beat(7, "waiting for data")
+        if dist.rank() == 1:
+            time.sleep(3600)
+        dist.any_true(False)
+
+
+def in_step(folder: Path) -> None:
+    """Both hang in the same place."""
+    with Watch(folder, TIMEOUT) as watch:
+        watch.beat(7, "waiting for data")
+        time.sleep(3600)
+
+
 @pytest.fixture
 def groups(tmp_path: Path) -> Iterator[Callable[..., Group]]:
     started: list[Group] = []
@@ -149,6 +165,16 @@ def test_a_rank_that_does_not_get_on(fault: Any, groups: Callable[..., Group]) -
     assert fault.__name__ in stacks[str(rank)]
     assert "all_reduce" in stacks[str(1 - rank)]
     assert ended.seconds < 4 * TIMEOUT
+
+
+def test_of_equally_far_ranks_the_one_that_waits_for_nobody_is_named(groups: Callable[..., Group]) -> None:
+    assert "rank 1 (host " in message(groups(unequal).end(40))
+
+
+def test_when_nobody_gets_on_nobody_is_blamed(groups: Callable[..., Group]) -> None:
+    text = message(groups(in_step).end(40))
+    assert "no process has got on for 4 s" in text
+    assert "like the others" in text
 
 
 def test_an_error_of_one_rank_is_told_once(groups: Callable[..., Group]) -> None:

@@ -1,0 +1,400 @@
+"""Chains of two processes with a fault in them, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compt import dist, jobs, trainer
+from compt.jobs import JobRun
+from tests.faults.group import Ended, Group, mark
+from tests.helpers_recipe import FIRST, SECOND, chain, equal, lines, manifest, weights
+
+TIMEOUT = 10.0
+CHANGES = (f"engine.timeout={TIMEOUT:g}", "engine.checkpoint_every={steps: 1}")
+AT = 3
+"""The step of the second link in which things go wrong."""
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def chain_with(fault: str, folder: Path, base: Path, run: Path, changes: tuple[str, ...]) -> None:
+    """A chain on this rank with what its name says put into it; the samples of each step are noted."""
+    rank, job = dist.rank(), [""]
+    run_job, open_loader = JobRun.run, jobs.train_loader
+
+    def running(self: JobRun) -> None:
+        job[0] = self.job.name
+        run_job(self)
+
+    def loader(*arguments: Any, **options: Any) -> Iterator[Any]:
+        first = int(options["start_step"]) + 1
+        for step, batch in enumerate(open_loader(*arguments, **options), first):
+            if (job[0], step) == (SECOND, AT):
+                if rank == 1 and fault == "sleeping in the data":
+                    mark(folder, "begun")
+                    time.sleep(3600)
+                if fault.startswith("at step"):
+                    mark(folder, "begun" if rank == 0 else "begun1")
+                    wait_for_release(folder)
+            digest = hashlib.sha256(json.dumps(batch.keys).encode()).hexdigest()[:16]
+            with (run.parent / f"{run.name}-keys-{rank}.jsonl").open("a") as file:
+                file.write(json.dumps([job[0], step, digest]) + "\n")
+            yield batch
+
+    JobRun.run, jobs.train_loader = running, loader  # type: ignore[method-assign, assignment]
+    inject(fault, folder, rank, job)
+    chain(base, run, *CHANGES, *changes)
+
+
+def wait_for_release(folder: Path) -> None:
+    """Hold the step for a moment, so that a signal from outside comes in its middle."""
+    deadline = time.monotonic() + 5.0
+    while not (folder / "go").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+
+
+def inject(fault: str, folder: Path, rank: int, job: list[str]) -> None:
+    """Faults that come from within a process."""
+    if fault in ("dying in a checkpoint", "dying in the model") and rank == 0:
+        wanted = "step-0000000" if "checkpoint" in fault else "model"
+        for name in ("rename", "replace"):
+            setattr(os, name, _dying(getattr(os, name), wanted, folder, job))
+    if fault == "dying in the evaluation" and rank == 1:
+
+        def scoring(self: JobRun, *arguments: Any) -> Any:
+            mark(folder, "begun")
+            die()
+
+        JobRun._score = scoring  # type: ignore[method-assign]
+    if fault in ("no memory on one rank", "no number on one rank") and rank == 1:
+        step = trainer.training_step
+        count = [0]
+
+        def stepping(task: Any, engine: Any, batch: Any, **options: Any) -> Any:
+            count[0] += 1
+            if (job[0], count[0]) != (FIRST, AT):
+                return step(task, engine, batch, **options)
+            mark(folder, "begun")
+            if "memory" in fault:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            convert = trainer.to_input
+            trainer.to_input = lambda *values: convert(*values) * float("nan")  # type: ignore[assignment]
+            try:
+                return step(task, engine, batch, **options)
+            finally:
+                trainer.to_input = convert
+
+        trainer.training_step = stepping
+
+
+def _dying(action: Callable[..., None], wanted: str, folder: Path, job: list[str]) -> Callable[..., None]:
+    def call(source: Any, target: Any, *rest: Any, **more: Any) -> None:
+        if job[0] == SECOND and Path(os.fspath(target)).name.startswith(wanted):
+            mark(folder, "begun")
+            die()
+        action(source, target, *rest, **more)
+
+    return call
+
+
+@dataclass
+class Found:
+    """What became of a fault. `same`: the same command went on to the weights of the undisturbed run, bit for bit."""
+
+    fault: str
+    exit_codes: list[int | None]
+    seconds: float
+    message: str
+    went_on: bool = False
+    same: bool | None = None
+    repeated_steps: int = 0
+    wrong_samples: int = 0
+    resumed: list[int | None] = field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Bench:
+    """Data, the undisturbed run of two processes, and a folder for disturbed ones."""
+
+    def __init__(self, base: Path) -> None:
+        self.base, self.count = base, 0
+        self.whole = base / "whole"
+        ended = self.start("none", self.whole).end(600)
+        assert ended.codes == [0, 0], ended.said
+
+    def start(self, fault: str, run: Path, *changes: str, agent: bool = False, world: int = 2) -> Group:
+        self.count += 1
+        folder = self.base / f"group{self.count}"
+        return Group(folder, world, chain_with, fault, folder, self.base, run, changes, agent=agent)
+
+    def finish(self, found: Found, run: Path, *changes: str) -> Found:
+        """Go on with the same command, and compare with the undisturbed run."""
+        ended = self.start("none", run, *changes).end(600)
+        found.resumed = ended.codes
+        found.went_on = ended.codes == [0, 0]
+        found.same = found.went_on and self.same(run)
+        found.repeated_steps, found.wrong_samples = self.samples(run)
+        return found
+
+    def same(self, run: Path) -> bool:
+        return all(
+            equal(weights(self.whole, job), weights(run, job))
+            and lines(self.whole, job) == lines(run, job)
+            and manifest(self.whole, job)["scores"] == manifest(run, job)["scores"]
+            for job in (FIRST, SECOND)
+        )
+
+    def samples(self, run: Path) -> tuple[int, int]:
+        """(steps that were done again from a checkpoint, steps whose samples were not those of the undisturbed run)."""
+        repeated = wrong = 0
+        for rank in (0, 1):
+            wanted = {(job, step): digest for job, step, digest in _keys(self.whole, rank)}
+            seen: set[tuple[str, int]] = set()
+            for job, step, digest in _keys(run, rank):
+                repeated += (job, step) in seen and rank == 0
+                wrong += wanted.get((job, step)) != digest
+                seen.add((job, step))
+            wrong += len(wanted.keys() - seen)
+        return repeated, wrong
+
+
+def _keys(run: Path, rank: int) -> list[Any]:
+    path = run.parent / f"{run.name}-keys-{rank}.jsonl"
+    # A killed process may leave half a line.
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("]")]
+
+
+def message(ended: Ended) -> str:
+    return " / ".join(line.removeprefix("compt: ") for line in ended.said.splitlines() if line.startswith("compt: "))
+
+
+def disturb(bench: Bench, fault: str, run: Path) -> Found:
+    """Put one fault of FAULTS into a run, mend what has to be, and go on."""
+    return FAULTS[fault](bench, fault, run)
+
+
+def _signalled(number: int, *ranks: int, agent: bool = False) -> Callable[[Bench, str, Path], Found]:
+    def act(bench: Bench, fault: str, run: Path) -> Found:
+        group = bench.start("at step", run, agent=agent)
+        group.wait_for("begun", 300)
+        started = time.monotonic()
+        for rank in ranks:
+            os.kill(group.pid(rank), number)
+        mark(group.folder, "go")
+        ended = group.end(120)
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        return bench.finish(found, run)
+
+    return act
+
+
+def _inner(name: str, *changes: str, goes_on: bool = True) -> Callable[[Bench, str, Path], Found]:
+    def act(bench: Bench, fault: str, run: Path) -> Found:
+        group = bench.start(name, run, *changes)
+        group.wait_for("begun", 300)
+        started = time.monotonic()
+        ended = group.end(180)
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        if goes_on:
+            return bench.finish(found, run, *changes)
+        found.went_on = ended.codes == [0, 0]
+        found.repeated_steps, found.wrong_samples = bench.samples(run)
+        return found
+
+    return act
+
+
+def _lost_store(bench: Bench, fault: str, run: Path) -> Found:
+    group = bench.start("at step", run, agent=True)
+    group.wait_for("begun", 300)
+    started = time.monotonic()
+    group.store = None
+    mark(group.folder, "go")
+    ended = group.end(120)
+    return bench.finish(Found(fault, ended.codes, time.monotonic() - started, message(ended)), run)
+
+
+def _torn(bench: Bench, fault: str, run: Path) -> Found:
+    group = bench.start("at step", run)
+    group.wait_for("begun", 300)
+    os.kill(group.pid(1), signal.SIGKILL)
+    mark(group.folder, "go")
+    ended = group.end(120)
+    newest = sorted((run / "jobs" / SECOND / "checkpoints").glob("step-*"))[-1]
+    file = max((path for path in newest.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    return bench.finish(Found(fault, ended.codes, 0.0, message(ended)), run)
+
+
+def _corrupt(bench: Bench, fault: str, run: Path) -> Found:
+    group = bench.start("at step", run)
+    group.wait_for("begun", 300)
+    kept = {path: path.read_bytes() for path in (bench.base / "train").glob("*.tar")}
+    started = time.monotonic()
+    for path, blob in kept.items():
+        with path.open("r+b") as file:  # in place: the loader has it open
+            file.seek(len(blob) // 3)
+            file.write(b"\xff" * (len(blob) // 2))
+    mark(group.folder, "go")
+    ended = group.end(120)
+    found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+    for path, blob in kept.items():
+        stamp = path.stat().st_mtime_ns
+        path.write_bytes(blob)
+        os.utime(path, ns=(stamp, stamp))
+    return bench.finish(found, run)
+
+
+def _absent(bench: Bench, fault: str, run: Path) -> Found:
+    os.environ["COMPT_CONNECT_SECONDS"] = "10"
+    try:
+        started = time.monotonic()
+        group = bench.start("none", run)
+        group.processes[1].kill()
+        ended = group.end(120)
+    finally:
+        del os.environ["COMPT_CONNECT_SECONDS"]
+    found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+    return bench.finish(found, run)
+
+
+def _port(bench: Bench, fault: str, run: Path) -> Found:
+    started = time.monotonic()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        os.environ["COMPT_CONNECT_SECONDS"], Group.port = "10", taken.getsockname()[1]
+        try:
+            ended = bench.start("none", run).end(120)
+        finally:
+            Group.port = None
+            del os.environ["COMPT_CONNECT_SECONDS"]
+    found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+    return bench.finish(found, run)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mib: int = 200) -> Iterator[None]:
+    """A tmpfs; needs root. Raises PermissionError."""
+    folder.mkdir(parents=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "compt-test", str(folder)], check=False)
+    if done.returncode:
+        raise PermissionError("a tmpfs cannot be mounted here")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def _full(bench: Bench, fault: str, run: Path) -> Found:
+    disk = run.parent / f"{run.name}-disk"
+    with small_disk(disk):
+        run = disk / "run"
+        group = bench.start("at step", run)
+        group.wait_for("begun", 300)
+        started = time.monotonic()
+        ballast = disk / "ballast"
+        with contextlib.suppress(OSError), ballast.open("wb") as file:
+            while True:
+                file.write(b"\0" * 4096)
+                file.flush()
+        mark(group.folder, "go")
+        ended = group.end(120)
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        ballast.unlink()
+        return bench.finish(found, run)
+
+
+def _read_only(bench: Bench, fault: str, run: Path) -> Found:
+    disk = run.parent / f"{run.name}-disk"
+    with small_disk(disk):
+        run = disk / "run"
+        group = bench.start("at step", run)
+        group.wait_for("begun", 300)
+        os.kill(group.pid(0), signal.SIGKILL)
+        mark(group.folder, "go")
+        group.end(120)
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        started = time.monotonic()
+        ended = bench.start("none", run).end(120)
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        return bench.finish(found, run)
+
+
+KILL, STOP, TERM, USR1 = signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGUSR1
+
+FAULTS: dict[str, Callable[[Bench, str, Path], Found]] = {
+    "kill -9 of rank 0": _signalled(KILL, 0),
+    "kill -9 of rank 1": _signalled(KILL, 1),
+    "kill -9 of rank 0, store with the launcher": _signalled(KILL, 0, agent=True),
+    "SIGSTOP of rank 0": _signalled(STOP, 0),
+    "SIGSTOP of rank 1": _signalled(STOP, 1),
+    "a rank sleeps in the data": _inner("sleeping in the data"),
+    "SIGTERM to all": _signalled(TERM, 0, 1),
+    "SIGUSR1 to one rank": _signalled(USR1, 1),
+    "kill -9 in a checkpoint": _inner("dying in a checkpoint"),
+    "kill -9 in an asynchronous checkpoint": _inner("dying in a checkpoint", "engine.async_checkpoints=true"),
+    "kill -9 while the model is written": _inner("dying in the model"),
+    "kill -9 in the evaluation": _inner("dying in the evaluation"),
+    "disk full": _full,
+    "run folder read-only": _read_only,
+    "tars damaged in the middle": _corrupt,
+    "gradient of one rank not a number": _inner("no number on one rank", goes_on=False),
+    "a rank is missing at the start": _absent,
+    "port taken": _port,
+    "newest checkpoint torn": _torn,
+    "one rank out of memory": _inner("no memory on one rank"),
+    "launcher's store lost": _lost_store,
+}
+
+
+def kill_at_random(
+    bench: Bench, rng: random.Random, kills: int, folder: Path, show: Callable[[dict[str, Any]], None]
+) -> None:
+    """Kill one of two ranks `kills` times at random moments; each start goes on from where the last one was killed.
+
+    `show` gets a record of each; that of the last kill of a chain says how the chain ended.
+    """
+    run, number, row = folder / "random0", 0, {}
+    while kills:
+        group = bench.start("none", run)
+        wait, rank = rng.uniform(0.5, 12.0), rng.randrange(2)
+        deadline = time.monotonic() + wait
+        while time.monotonic() < deadline and any(process.is_alive() for process in group.processes):
+            time.sleep(0.02)
+        alive, started = group.processes[rank].is_alive(), time.monotonic()
+        if alive:
+            os.kill(group.pid(rank), KILL)
+            kills -= 1
+        ended = group.end(180)
+        seconds = round(time.monotonic() - started, 2)
+        if alive:
+            if row:
+                show(row)
+            row = {"rank": rank, "after_seconds": round(wait, 2), "exit_codes": ended.codes, "seconds": seconds}
+        if (ended.codes == [0, 0] and row) or not kills:
+            found = bench.finish(Found("", ended.codes, 0.0, ""), run)
+            show(row | {"finished": found.went_on, "same": found.same, "wrong_samples": found.wrong_samples})
+            shutil.rmtree(run)
+            number, row = number + 1, {}
+            run = folder / f"random{number}"

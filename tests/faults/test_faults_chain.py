@@ -1,0 +1,70 @@
+"""Faults in a real chain of two processes: all end with the cause, and the same command goes on to the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.faults import PAGE, RESULT, page
+from tests.faults.injected import FAULTS, Bench, disturb, kill_at_random
+from tests.helpers_recipe import make_data
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS_DISK = ("disk full", "run folder read-only")
+WANTED = {
+    "kill -9 of rank 0": "rank 0 (host",
+    "kill -9 of rank 1": "rank 1 (host",
+    "SIGSTOP of rank 1": "is stopped",
+    "a rank sleeps in the data": "does not get on, and all wait for it",
+    "SIGTERM to all": "stopped by SIGTERM",
+    "disk full": "No space left on device",
+    "run folder read-only": "Read-only file system",
+    "a rank is missing at the start": "did not come",
+    "port taken": "is taken",
+    "one rank out of memory": "out of memory (",
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(make_data(tmp_path_factory.mktemp("faults")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault(fault: str, bench: Bench, tmp_path: Path) -> None:
+    if fault in NEEDS_DISK and (os.geteuid() or not shutil.which("mount")):
+        pytest.skip("mounting a small disk needs root")
+    found = disturb(bench, fault, tmp_path / "run")
+    assert found.went_on, found
+    assert found.same is not False, found
+    assert found.wrong_samples == 0, found
+    assert WANTED.get(fault, "") in found.message, found
+    assert None not in found.exit_codes, "all processes ended"
+    assert found.seconds < 90
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(bench: Bench, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    kill_at_random(bench, random.Random(1), 15, tmp_path, rows.append)
+    assert len(rows) == 15
+    ends = [row for row in rows if "same" in row]
+    assert ends
+    for row in ends:
+        assert (row["finished"], row["same"], row["wrong_samples"]) == (True, True, 0), row
+
+
+def test_the_page_is_made_from_the_committed_result() -> None:
+    result = json.loads((ROOT / RESULT).read_text(encoding="utf-8"))
+    assert (ROOT / PAGE).read_text(encoding="utf-8") == page(result)
+    assert {row["fault"] for row in result["faults"]} == set(FAULTS)
+    assert all(row["went_on"] and row["same"] is not False and not row["wrong_samples"] for row in result["faults"])
+    assert len(result["random"]) >= 50
+    assert all(row["same"] for row in result["random"] if "same" in row)
