@@ -1,0 +1,92 @@
+"""The end of a link and the start of the next with a model of 300 million parameters, none of whose ranks may hold it.
+
+Each rank is in a control group of its own, or has a limit on its data segment where none can be made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from torch.distributed import TCPStore
+
+from benchmarks.handoff_run import ROOT, limited, model_bytes
+from compt import macs
+from compt.artefact import read_artefact
+from tests.dist.memory_process import STUDENT, TEACHER
+
+WORLD = 3
+LIMIT = 1_500_000_000
+"""Bytes of a rank: Python and torch, a third of the model, and a few of the largest parameters."""
+NEEDED = 6_000_000_000
+
+pytestmark = pytest.mark.slow
+
+
+def available() -> int:
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+
+
+class Run(NamedTuple):
+    """How the ranks ended, what they measured, how many of them the kernel killed for want of memory."""
+
+    codes: list[int]
+    measured: list[dict[str, int]]
+    kills: int
+    errors: str
+
+
+def run(action: str, folder: Path, limit: int) -> Run:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(WORLD)}
+    common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.dist.memory_process", action, str(folder)]
+    with contextlib.ExitStack() as stack:
+        limits = [stack.enter_context(limited(limit)) for _ in range(WORLD)]
+        processes = [
+            subprocess.Popen(
+                ["sh", "-c", f'{each.commands} && exec "$@"', "sh", *command],
+                cwd=ROOT,
+                env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, each in enumerate(limits)
+        ]
+        try:
+            ended = [process.communicate(timeout=900) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        kills = sum(each.kills() for each in limits)
+    codes = [process.returncode for process in processes]
+    return Run(codes, [json.loads(out) for out, _ in ended if out], kills, "".join(error for _, error in ended))
+
+
+def test_no_rank_holds_a_model(tmp_path: Path) -> None:
+    if available() < NEEDED or shutil.disk_usage(tmp_path).free < NEEDED:
+        pytest.skip(f"takes {NEEDED / 1e9:g} GB of memory and of disk")
+    assert macs.parameters(TEACHER) > 300_000_000
+    for action in ("end_a_link", "begin_the_next"):
+        done = run(action, tmp_path, LIMIT)
+        assert done.codes == [0] * WORLD, done.errors
+        assert done.kills == 0
+        # Its share and a few tensors, but not a model.
+        share = model_bytes(TEACHER) / WORLD if action == "end_a_link" else 0
+        assert all(rank["peak"] - rank["before"] < share + 400_000_000 for rank in done.measured), done.measured
+    assert read_artefact(tmp_path / "initial").spec == STUDENT
+    gathered = run("gather", tmp_path, LIMIT)
+    assert gathered.codes[0], "the limit lets a rank gather the model: the test shows nothing"
+    assert gathered.kills == 1 or "memory" in gathered.errors, gathered.errors
+    for name in ("checkpoints", "model", "initial"):
+        shutil.rmtree(tmp_path / name)
