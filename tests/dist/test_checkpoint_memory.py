@@ -83,7 +83,7 @@ def test_no_rank_holds_a_model(tmp_path: Path) -> None:
         assert done.kills == 0
         # Its share and a few tensors, but not a model.
         share = model_bytes(TEACHER) / WORLD if action == "end_a_link" else 0
-        assert all(rank["peak"] - rank["before"] < share + 400_000_000 for rank in done.measured), done.measured
+        assert all(rank["peak"] - rank["before"] < share + 500_000_000 for rank in done.measured), done.measured
     assert read_artefact(tmp_path / "initial").spec == STUDENT
     gathered = run("gather", tmp_path, LIMIT)
     assert gathered.codes[0], "the limit lets a rank gather the model: the test shows nothing"
