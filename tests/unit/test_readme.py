@@ -7,12 +7,14 @@ import re
 import runpy
 import shlex
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import yaml
 
 from compt.cli import app
+from compt.cli_launch import chain_words
 from compt.config import load_recipe, parse_recipe
 from compt.planner import Start, make_plan
 from compt.presets import NORM_EPS, PRESETS
@@ -40,7 +42,7 @@ def test_commands_recipes_and_files_exist() -> None:
     for _, block in MARKED.findall(README):
         for name in re.findall(r"^compt (\w+)", block, re.MULTILINE):
             assert name in known, name
-        for path in re.findall(r"(?:recipes|launchers)/[\w.]+", block):
+        for path in re.findall(r"(?:recipes|launchers|slurm|ds_configs)/[\w./]+", block):
             assert (ROOT / path).is_file(), path
 
 
@@ -75,8 +77,27 @@ def test_the_launcher_s_other_spellings(options: str, monkeypatch: pytest.Monkey
     assert " ".join(given).replace("=b", " b") == "chain a.yaml --run b --set name=c"
 
 
-def test_there_are_commands_for_torchrun() -> None:
-    assert len(TORCHRUN) == 2
+def test_there_is_a_command_for_torchrun() -> None:
+    assert len(TORCHRUN) == 1
+
+
+LAUNCHERS = [
+    shlex.split(line)
+    for _, block in MARKED.findall(README)
+    for line in block.splitlines()
+    if line.startswith(("deepspeed ", "accelerate "))
+]
+
+
+@pytest.mark.parametrize("words", LAUNCHERS, ids=" ".join)
+def test_other_launchers_options_become_the_chain_s(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert "launchers/train.py" in words
+    given = chain_words(words[words.index("launchers/train.py") + 1 :], {})
+    assert given[:2] == ["chain", "recipes/cc3m_vit.yaml"]
+    overrides = [value for name, value in pairwise(given) if name == "--set"]
+    engine = load_recipe(ROOT / given[1], overrides).engine
+    assert engine.name == ("zero2" if words[0] == "deepspeed" else "ddp")
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((docs/[\w./-]+)\)", README))))
@@ -86,8 +107,14 @@ def test_linked_pages_exist(path: str) -> None:
 
 def test_the_recipe_fragments_are_valid() -> None:
     """The second one changes the first into a chain that starts from a model of its first link's size."""
-    first, second = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    engines, first, second = (yaml.safe_load(text) for text in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
     rest = {"name": "mine", "data": {"train": "shards/*.tar", "images": 100_000}}
+    shared = parse_recipe({**rest, **engines, "family": {"members": ["vit_t16"]}})
+    assert (shared.engine.name, shared.engine_of("vit_t16").name, shared.engine_of("vit_t16").recompute) == (
+        "fsdp2",
+        "ddp",
+        True,
+    )
     whole = parse_recipe({**rest, **first})
     assert whole.chain.from_ is None
     begun = parse_recipe({**rest, **first, **second})
