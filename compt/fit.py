@@ -13,6 +13,8 @@ import itertools
 import multiprocessing
 import os
 import signal
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +106,7 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
     number = next(_numbers)
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    place = (dist.rank(), dist.world_size(), number)
+    place = (dist.rank(), dist.world_size(), number, os.getpid())
     process = context.Process(target=_try, args=(sender, place, trial, micro_batch, action or steps), daemon=True)
     # The terminal's Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -152,7 +154,7 @@ def _outcome(process: Any, receiver: Any, number: int) -> str:
 
 
 def _try(
-    sender: Any, place: tuple[int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
+    sender: Any, place: tuple[int, int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
 ) -> None:
     try:
         _join(place, torch.device(trial.device))
@@ -166,9 +168,10 @@ def _try(
     os._exit(0)
 
 
-def _join(place: tuple[int, int, int], device: torch.device) -> None:
+def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
     """Make the group of the trial processes, in the store of the processes that they stand beside."""
-    rank, world, number = place
+    rank, world, number, parent = place
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
@@ -179,6 +182,13 @@ def _join(place: tuple[int, int, int], device: torch.device) -> None:
         store = torch_dist.TCPStore(address, port, None, False, limit)  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/fit/{number}", store)
     torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+
+
+def _end_with(parent: int) -> None:
+    """A killed process cannot end the trial beside it."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def steps(trial: Trial, micro_batch: int) -> None:

@@ -113,6 +113,7 @@ def searched(folder: Path) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 def test_one_rank_with_less_memory_decides_for_all(tmp_path: Path) -> None:
     ended = Group(tmp_path / "group", 2, searched, tmp_path).end(240)
     assert ended.codes == [0, 0], ended.said
@@ -153,6 +154,7 @@ def exhausted(folder: Path, base: Path) -> None:
     chain(base, folder / "run")
 
 
+@pytest.mark.slow
 def test_one_rank_out_of_memory_ends_all_with_advice(tmp_path: Path) -> None:
     base = make_data(tmp_path)
     group = Group(tmp_path / "group", 2, exhausted, tmp_path / "group", base)

@@ -115,8 +115,7 @@ def message(ended: Ended) -> str:
     return lines[0]
 
 
-@pytest.mark.parametrize("agent", [False, True])
-@pytest.mark.parametrize("rank", [0, 1, 2])
+@pytest.mark.parametrize(("rank", "agent"), [(0, False), (1, False), (0, True), (2, True)])
 def test_a_rank_that_is_killed(rank: int, agent: bool, groups: Callable[..., Group]) -> None:
     group = groups(steps, world=3, agent=agent)
     group.wait_for("begun")
@@ -132,8 +131,7 @@ def test_a_rank_that_is_killed(rank: int, agent: bool, groups: Callable[..., Gro
     assert ended.seconds < 12
 
 
-@pytest.mark.parametrize("agent", [False, True])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("rank", "agent"), [(0, False), (1, True)])
 def test_a_rank_that_is_stopped(rank: int, agent: bool, groups: Callable[..., Group]) -> None:
     group = groups(steps, agent=agent)
     group.wait_for("begun")
@@ -220,6 +218,7 @@ def test_long_phases_and_ends_far_apart_are_no_fault(groups: Callable[..., Group
     assert not (group.folder / "faults").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]) -> None:
     group = groups(steps, None, 400)
     group.wait_for("begun")
