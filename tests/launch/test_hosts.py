@@ -128,7 +128,8 @@ def test_a_chain_by_torchrun_on_two_hosts(hosts: Hosts, base: Path, whole: Path,
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{hosts.address(0)}:{free_port()}", "--rdzv_id", "7"]
     for host in (0, 1):
         words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
-        local = ["--local_addr", hosts.address(host)]
+        # The machine's name stands for its loopback, so that torchrun cannot tell which host the endpoint is.
+        local = ["--local_addr", hosts.address(host), "--rdzv_conf", f"is_host={int(host == 0)}"]
         options = ["--recipe", "tiny.yaml", "--run-folder", str(tmp_path / "run")]
         # Under `compt launch`, as docs/cluster.md says.
         start = [sys.executable, "-m", "compt", "launch", sys.executable]
@@ -161,5 +162,20 @@ def test_a_chain_by_deepspeed_with_a_hostfile(hosts: Hosts, base: Path, whole: P
         options = ["--recipe", "tiny.yaml", "--run-folder", str(tmp_path / "run")]
         config = ["--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json"), "--set", "engine.device=cpu"]
         hosts.start(host, [sys.executable, *words, *options, *config], base)
+    outputs(hosts, 0, 400.0)
+    assert_same(whole, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_chain_by_accelerate_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    port = str(free_port())
+    for host in (0, 1):
+        words = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+        words += ["--config_file", str(ROOT / "launchers" / "accelerate" / "nodes.yaml")]
+        words += ["--num_machines", "2", "--num_processes", "2", "--machine_rank", str(host)]
+        words += ["--main_process_ip", hosts.address(0), "--main_process_port", port, TRAIN]
+        options = ["--recipe", "tiny.yaml", "--run-folder", str(tmp_path / "run"), "--set", "engine.device=cpu"]
+        hosts.start(host, [sys.executable, *words, *options], base)
     outputs(hosts, 0, 400.0)
     assert_same(whole, tmp_path / "run")
