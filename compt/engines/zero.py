@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision,
 from compt.engines.blocks import compile_blocks, fill, recompute_blocks
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
-from compt.engines.zero_start import fill_partitioned, start_deepspeed
+from compt.engines.zero_start import fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
 from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
@@ -102,6 +103,9 @@ class ZeroEngine:
         )
         self._order = [name for group in groups for name in group["params"]]
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
+        forget_module(module)
+        # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
+        weakref.finalize(self, self._engine.destroy).atexit = False
         # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
         # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
         self._engine._config.torch_autocast_enabled = precision != "fp32"
@@ -110,7 +114,7 @@ class ZeroEngine:
         self._scale = LossScale() if precision == "fp16" else None
         self._caps = dict(caps or {})
         # Before DeepSpeed copies what was stepped to the module.
-        self.optimizer.register_step_post_hook(lambda *_: self._cap())
+        self.optimizer.register_step_post_hook(_weakly(self._cap))
         self._average = None if ema_decay is None else Average(self._vectors(), ema_decay)
 
     def _vectors(self) -> dict[str, Tensor]:
@@ -269,6 +273,18 @@ class ZeroEngine:
                 with self._deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=gathered):
                     tensor.copy_(weights[name])
         self._parts.publish()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[..., None]:
+    """Calls a method as long as its object is there, and does not hold it."""
+    found = weakref.WeakMethod(method)
+
+    def call(*_: Any) -> None:
+        alive = found()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:

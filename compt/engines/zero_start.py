@@ -51,6 +51,15 @@ def start_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def forget_module(module: nn.Module) -> None:
+    """Take an initialized module out of DeepSpeed's global lists, which would keep its shards for ever."""
+    debug = importlib.import_module("deepspeed.utils.debug")
+    vars(debug).update(module_names={}, param_names={})
+    # Its own hooks put it here for each forward.
+    stack = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+    stack[:] = [each for each in stack if each is not module]
+
+
 def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
     """Raises ArtefactError, on all ranks, where `initial` is not the state of `module`; nothing is read for it."""
     dist.on_all(lambda: _check(module, initial))

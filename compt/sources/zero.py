@@ -92,6 +92,7 @@ def read_zero_state(folder: Path, note: str) -> ZeroState:
     """
     opened = _open(folder)
     with _laid_out(opened.folder):
+        weights = _weights(opened)
         noted = dict(opened.states[0].get(note) or {})
         if opened.optimizers:
             three = "fp32_flat_groups" in opened.optimizers[0]
@@ -114,7 +115,7 @@ def read_zero_state(folder: Path, note: str) -> ZeroState:
                         for number, name in enumerate(noted["names"])
                     }
                 )
-        return ZeroState(_weights(opened), moments, steps.pop() if steps else 0.0, noted)
+        return ZeroState(weights, moments, steps.pop() if steps else 0.0, noted)
 
 
 class _Opened(NamedTuple):

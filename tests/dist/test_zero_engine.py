@@ -179,6 +179,11 @@ def test_a_module_without_memory_takes_its_values() -> None:
 
 
 @pytest.mark.slow
+def test_an_engine_leaves_nothing_behind() -> None:
+    run_ranks(cases.forgotten, 2, [Cell(stage) for stage in STAGES], timeout=TIMEOUT)
+
+
+@pytest.mark.slow
 def test_frozen_parameters_stay(tmp_path: Path) -> None:
     run_ranks(cases.frozen, 2, str(tmp_path), list(STAGES), timeout=TIMEOUT)
 

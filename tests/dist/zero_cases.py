@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -432,6 +434,20 @@ def frozen(folder: str, stages: list[int]) -> None:
         assert train(task, engine, 1, range(2, 3)) == train(other, again, 1, range(2, 3))
 
 
+def forgotten(cells: list[Cell]) -> None:
+    """An engine that nobody holds any more leaves nothing behind: the next link of a chain needs the memory."""
+    for cell in cells:
+        task = make_task(cell.arch, cell.distil)
+        engine = open_engine(task, cell)
+        train(task, engine, cell.pieces, range(1))
+        with engine.scoring():
+            pass
+        held = [weakref.ref(task.module), *(weakref.ref(master) for master in engine._parts.masters)]
+        del task, engine
+        gc.collect()
+        assert [ref() is None for ref in held] == [True] * len(held), cell
+
+
 def quick(folder: str, cells: list[Cell]) -> list[Result]:
     """Some of each of the above, in one start."""
     results = compare(cells)
@@ -440,4 +456,5 @@ def quick(folder: str, cells: list[Cell]) -> list[Result]:
     score(cells[3:])
     from_meta([Cell(3)])
     frozen(folder, [1])
+    forgotten(cells[2:])
     return results
