@@ -58,7 +58,7 @@ class Files:
     def settings(self, recipe: Path, run: Path) -> dict[str, str]:
         """The environment variables that the scripts take."""
         own = {"DATA": self.data, "RECIPE": str(recipe), "RUN_DIR": str(run), "PYTHON": sys.executable, "GPUS": "1"}
-        return {**own, "OMP_NUM_THREADS": "1"}
+        return {**own, "OMP_NUM_THREADS": "1", "SLURM_WAIT": "20"}
 
 
 @pytest.fixture(scope="session")
