@@ -259,16 +259,18 @@ def test_who_is_asked_to_stop_saves_and_75_comes_through(
 
 
 @pytest.mark.dist
-def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     process = start("torchrun")
     until_begun(process, tmp_path)
     everyone = children(process.pid)
     assert len(everyone) >= 4
     for pid in everyone:
-        os.kill(pid, signal.SIGUSR1)
+        os.kill(pid, number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 75, output
     assert len(list(tmp_path.glob("saved-*"))) == 2
+    assert "got signal" not in output, "torchrun took it for its own, and would have killed them after 30 seconds"
 
 
 @pytest.mark.dist
