@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as torch_dist
-import torch.multiprocessing.spawn as processes
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import start_processes
 
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Optimizer
@@ -39,6 +39,8 @@ EXACT = 1e-4
 """Of relative differences in fp32, of two devices. With TF32 they would be some 1e-3."""
 MOVED = 1e-3
 """Of weights: the difference over the way that they have gone."""
+HALF: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
+"""Of losses and the whole gradient in half precision: several times what was seen."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,21 @@ def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, mov
     ]
 
 
+def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
+    """bf16 and fp16 stay near fp32, and are not fp32. DeepSpeed has no fp16 on a CPU."""
+    findings = []
+    right = oracle(LINK)
+    size = math.sqrt(sum(gradient.double().norm().item() ** 2 for gradient in right.gradients.values()))
+    for precision, most in HALF.items():
+        if device.type == "cpu" and config.name.startswith("zero") and precision == "fp16":
+            continue
+        found = train(LINK, device, config, precision)
+        off = math.sqrt(sum(_apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
+        findings.append(Finding(f"{precision}: loss", _ratio(found.losses, right.losses), most, 1e-8))
+        findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
+    return findings
+
+
 def check_arithmetic(device: torch.device) -> list[Finding]:
     """A product in fp32 is one: TF32 is off once an engine is open."""
     open_case(LINK, device, EngineConfig())
@@ -215,15 +232,16 @@ def check_arithmetic(device: torch.device) -> list[Finding]:
     right = nn.functional.conv2d(images.double(), kernels.double())
     convolved = nn.functional.conv2d(images.to(device), kernels.to(device)).cpu()
     convolution = _apart(convolved, right) / right.norm().item()
-    return [Finding("matrix product in fp32", product, 2e-6), Finding("convolution in fp32", convolution, 2e-6)]
+    return [Finding("matrix product in fp32", product, 1e-5), Finding("convolution in fp32", convolution, 1e-5)]
 
 
 def check_engine(name: str) -> Callable[[torch.device], list[Finding]]:
-    """Whether an engine gives the oracle's results, in every case."""
+    """Whether an engine gives the oracle's results, in every case, and comes near them in half precision."""
 
     def check(device: torch.device) -> list[Finding]:
         config = EngineConfig.model_validate({"name": name})
-        return [f for case in CASES for f in compare(case.name, train(case, device, config), oracle(case))]
+        findings = [f for case in CASES for f in compare(case.name, train(case, device, config), oracle(case))]
+        return findings + half_precision(device, config)
 
     return check
 
@@ -256,17 +274,8 @@ def check_adamw(device: torch.device) -> list[Finding]:
     return [holds("fused", "aten::_fused_adamw_" in ops), Finding("weights", off / way, 1e-4)]
 
 
-def check_precision(device: torch.device) -> list[Finding]:
-    """bf16 and fp16 stay near fp32, and are not fp32; fp16's scale halves after an overflow."""
-    findings: list[Finding] = []
-    right = oracle(LINK)
-    size = math.sqrt(sum(gradient.double().norm().item() ** 2 for gradient in right.gradients.values()))
-    limits: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
-    for precision, most in limits.items():
-        found = train(LINK, device, precision=precision)
-        off = math.sqrt(sum(_apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
-        findings.append(Finding(f"{precision}: loss", _ratio(found.losses, right.losses), most, 1e-8))
-        findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
+def check_scaler(device: torch.device) -> list[Finding]:
+    """fp16's scale halves after an overflow, and stays after a good step."""
     task, engine = open_case(LINK, device, EngineConfig(), "fp16")
     assert isinstance(engine, DataParallelEngine)
     scales = []
@@ -278,9 +287,8 @@ def check_precision(device: torch.device) -> list[Finding]:
         engine.step(LR)
     scales.append(engine.state()["scaler.scale"].item())
     return [
-        *findings,
-        Finding("fp16: scale after an overflow", scales[1] / scales[0], 0.5, 0.5),
-        Finding("fp16: scale after a good step", scales[2] / scales[1], 1.0, 1.0),
+        Finding("after an overflow", scales[1] / scales[0], 0.5, 0.5),
+        Finding("after a good step", scales[2] / scales[1], 1.0, 1.0),
     ]
 
 
@@ -336,14 +344,15 @@ def check_compile(device: torch.device) -> list[Finding]:
     from torch._dynamo.utils import counters
 
     config = EngineConfig(compile=True)
-    findings = compare("link in pieces", train(CASES[1], device, config), oracle(CASES[1]))
-    task, engine = open_case(LINK, device, config)
+    case = CASES[1]
+    findings = compare(case.name, train(case, device, config), oracle(case))
+    task, engine = open_case(case, device, config)
     for step in range(STEPS):
-        backward(LINK, task, engine, step)
+        backward(case, task, engine, step)
         engine.step(LR)
     compiled = counters["stats"]["unique_graphs"]
     for step in range(STEPS, 3 * STEPS):
-        backward(LINK, task, engine, step)
+        backward(case, task, engine, step)
         engine.step(LR)
     again = counters["stats"]["unique_graphs"] - compiled
     skipped = sum(count for reason, count in counters["unimplemented"].items() if "limit" in reason)
@@ -434,7 +443,7 @@ def check_processes(device: torch.device) -> list[Finding]:
     count = torch.cuda.device_count() if device.type == "cuda" else 2
     count = max(n for n in (1, 2, 4, 8, 16) if n <= count)
     with tempfile.TemporaryDirectory() as folder:
-        processes.start_processes(_rank, (count, device.type, folder), nprocs=count, start_method="spawn")
+        start_processes(_rank, (count, device.type, folder), nprocs=count, start_method="spawn")
         found = torch.load(Path(folder) / "0.pt", weights_only=True)
     right = oracle(LINK)
     return [
@@ -477,14 +486,14 @@ CHECKS: dict[str, Check] = {
     "arithmetic": Check(check_arithmetic),
     "ddp": Check(check_engine("ddp")),
     "adamw": Check(check_adamw),
-    "precision": Check(check_precision),
+    "scaler": Check(check_scaler),
     "nonfinite": Check(check_nonfinite),
     "memory": Check(check_memory),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),
     "checkpoint": Check(check_checkpoint, "sharded"),
     "processes": Check(check_processes, "several", 90),
     **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
-    "compile": Check(check_compile, "compiled", 150),
+    "compile": Check(check_compile, "compiled", 240),
 }
 """In the order of their value."""
 

@@ -24,7 +24,7 @@ def failed(findings: list[Finding]) -> list[str]:
     return [finding.what for finding in findings if not finding.passed]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "adamw", "ddp", "precision", "nonfinite"])
+@pytest.mark.parametrize("name", ["arithmetic", "adamw", "ddp", "scaler", "nonfinite"])
 def test_a_check_of_one_process_passes_on_a_cpu(name: str) -> None:
     found = run_check(name, "cpu")
     assert found

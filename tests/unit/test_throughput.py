@@ -238,6 +238,27 @@ def test_a_measurement_in_its_own_process() -> None:
         assert 5e7 < found.peak_memory_bytes < 1e9
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
+def test_another_engine_is_measured_on_one_device(engine: Any) -> None:
+    setup = replace(LINK, engine=engine, recompute=True)
+    found = measure_apart(setup, CPU, 4, 32, 0.0)
+    assert (found.failure, found.engine, found.recompute, found.batch) == (None, engine, True, 4)
+    assert 0 < found.low <= found.seconds_per_sample <= found.high
+
+
+def test_the_engine_of_the_setup_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("compt.throughput_step.join_alone", seen.append)
+    monkeypatch.setattr(
+        "compt.throughput_step.open_engine",
+        lambda module, config, optimizer, **options: seen.append((config.name, config.compile, config.recompute)),
+    )
+    TrainingStep(replace(ALONE, engine="zero1", recompute=True), CPU)
+    TrainingStep(replace(ALONE, compile=True), CPU)
+    assert seen == [CPU, ("zero1", False, True), ("ddp", True, False)]
+
+
 class _Killed:
     def __reduce__(self) -> Any:
         return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
