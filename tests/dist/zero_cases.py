@@ -456,5 +456,5 @@ def quick(folder: str, cells: list[Cell]) -> list[Result]:
     score(cells[3:])
     from_meta([Cell(3)])
     frozen(folder, [1])
-    forgotten(cells[2:])
+    forgotten([Cell(2)])
     return results
