@@ -115,6 +115,10 @@ class _InitialState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._model) + len(self._drawn)
 
+    def __contains__(self, name: object) -> bool:
+        # A mapping's own answer would read the tensor.
+        return name in self._drawn or (isinstance(name, str) and name.startswith("model.") and name[6:] in self._model)
+
     @staticmethod
     def _own(name: str) -> str:
         head, _, rest = name.partition(".")

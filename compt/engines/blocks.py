@@ -47,3 +47,10 @@ def fill(module: nn.Module, initial: Mapping[str, Tensor], device: torch.device)
     for model in models_in(module):
         set_buffers(model)
     load_state(module, initial)
+
+
+def compute_exactly(device: torch.device) -> None:
+    """Turn TF32 off: the loss has to be true fp32, and in bf16 and fp16 autocast covers all that it could speed up."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False

@@ -10,13 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
-from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
+from compt.engines.scale import LossScale
 from compt.engines.state_dcp import load_state, save_state
 from compt.errors import ConfigError, nearest
 
@@ -55,10 +55,7 @@ class DataParallelEngine:
         if initial is not None:
             fill(module, initial, self.device)
         self.unwrapped = module.to(self.device)
-        if self.device.type == "cuda":
-            # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+        compute_exactly(self.device)
         if recompute:
             recompute_blocks(module)
         if compile:
@@ -75,7 +72,7 @@ class DataParallelEngine:
         self.optimizer = torch.optim.AdamW(
             parameter_groups(module, settings.weight_decay), lr=0.0, betas=settings.betas, eps=settings.eps, fused=True
         )
-        self._scaler = GradScaler(self.device.type) if precision == "fp16" else None
+        self._scale = LossScale(self.device) if precision == "fp16" else None
         self._caps = [(self._names[name], most) for name, most in (caps or {}).items()]
         self._average = None if ema_decay is None else Average(self._names, ema_decay)
 
@@ -96,34 +93,33 @@ class DataParallelEngine:
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
         """Backward of `loss`, scaled in fp16; averaged over ranks when `last`, here and in the forward before."""
         with self._sync(last):
-            (self._scaler.scale(loss) if self._scaler else loss).backward()
+            (loss if self._scale is None else loss * self._scale.scale).backward()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Name and gradient of each trained parameter; zeros where there is none."""
-        scale = self._scaler.get_scale() if self._scaler else 1.0
+        scale = 1.0 if self._scale is None else float(self._scale.scale)
         for name, parameter in self._names.items():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             yield name, gradient.detach().to("cpu", torch.float32, copy=True) / scale
 
     def step(self, lr: float, max_norm: float | None = None) -> Tensor:
-        """Clip, AdamW, caps, average; in fp16 the gradients are unscaled first and the scale follows."""
+        """Clip, AdamW, caps, average; the gradients are still scaled in fp16, and AdamW divides them."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self._scaler:
-            self._scaler.unscale_(self.optimizer)
         gradients = [parameter.grad for parameter in self._names.values() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
+        # The fused kernel's own switches, made for GradScaler: what divides gradients, and a value that turns the step
+        # into nothing without anybody waiting for the device.
+        if self._scale is not None:
+            norm = norm / self._scale.scale
+            self.optimizer.grad_scale = self._scale.scale  # type: ignore[attr-defined]
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._names.values(), max_norm, norm)
-        if self._scaler:
-            self._scaler.step(self.optimizer)
-            self._scaler.update()
-        else:
-            # The fused kernel's own switch, made for GradScaler: a nonzero value turns the step into nothing, and
-            # nobody has to wait for the device.
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-            self.optimizer.step()
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        found_inf = (~norm.isfinite()).float()
+        self.optimizer.found_inf = found_inf  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self._scale is not None:
+            self._scale.update(found_inf)
         with torch.no_grad():
             for parameter, most in self._caps:
                 parameter.clamp_(max=most)
@@ -165,10 +161,8 @@ class DataParallelEngine:
                 state[f"optim.{name}.{key}"] = tensor
         if self._average:
             state |= self._average.state()
-        if self._scaler:
-            values = self._scaler.state_dict()
-            state["scaler.scale"] = torch.tensor(values["scale"], dtype=torch.float64)
-            state["scaler.growth_tracker"] = torch.tensor(values["_growth_tracker"], dtype=torch.int64)
+        if self._scale is not None:
+            state |= self._scale.state()
         return state
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
@@ -180,7 +174,5 @@ class DataParallelEngine:
         """Copy in place, from any number of ranks and from shards."""
         state = self.state()
         load_state(state, folder)
-        if self._scaler:
-            values = self._scaler.state_dict()
-            values |= {"scale": state["scaler.scale"].item(), "_growth_tracker": int(state["scaler.growth_tracker"])}
-            self._scaler.load_state_dict(values)
+        if self._scale is not None:
+            self._scale.load(state)

@@ -17,14 +17,13 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, decays
-from compt.engines.blocks import compile_blocks, recompute_blocks
+from compt.engines.blocks import compile_blocks, compute_exactly, recompute_blocks
+from compt.engines.scale import LossScale
 from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
 from compt.engines.state_dcp import load_state, save_state
 from compt.errors import ConfigError, nearest
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_GROWTH, _BACKOFF, _INTERVAL = 2.0, 0.5, 2000
-"""torch's GradScaler's."""
 
 
 @dataclass(frozen=True)
@@ -43,30 +42,6 @@ class _Root(nn.Module):
 
     def forward(self, inputs: _Inputs) -> Any:
         return self.module(*inputs.values)
-
-
-class _LossScale:
-    """fp16's factor of the loss, followed as by torch's GradScaler, whose own does not know of slices."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.scale = torch.full((), 65536.0, device=device)
-        self.growth_tracker = torch.zeros((), dtype=torch.int32, device=device)
-
-    def update(self, found_inf: Tensor) -> None:
-        """Lower the scale after an overflow, raise it after many steps without one."""
-        torch._amp_update_scale_(self.scale, self.growth_tracker, found_inf, _GROWTH, _BACKOFF, _INTERVAL)
-
-    def state(self) -> dict[str, Tensor]:
-        """Copies for a checkpoint."""
-        return {
-            "scaler.scale": self.scale.to("cpu", torch.float64, copy=True),
-            "scaler.growth_tracker": self.growth_tracker.to("cpu", torch.int64, copy=True),
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """The inverse."""
-        self.scale.copy_(state["scaler.scale"])
-        self.growth_tracker.copy_(state["scaler.growth_tracker"])
 
 
 class ShardedEngine:
@@ -113,10 +88,7 @@ class ShardedEngine:
         self.world_size = dist.world_size()
         self.precision = precision
         self.unwrapped = module
-        if self.device.type == "cuda":
-            # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+        compute_exactly(self.device)
         if recompute:
             recompute_blocks(module)
         if compile:
@@ -134,7 +106,7 @@ class ShardedEngine:
         # The optimizer sees plain tensors that share the slices' memory, and so runs its fused kernel over them.
         self._slices = {name: nn.Parameter(local(tensor.detach())) for name, tensor in self._names.items()}
         self.optimizer = self._adamw(settings)
-        self._scale = _LossScale(self.device) if precision == "fp16" else None
+        self._scale = LossScale(self.device) if precision == "fp16" else None
         self._caps = [(self._slices[name], most) for name, most in (caps or {}).items()]
         self._average = None if ema_decay is None else Average(self._slices, ema_decay)
 

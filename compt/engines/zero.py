@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
-from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
 from compt.engines.zero_start import fill_partitioned, forget_module, start_deepspeed
@@ -79,10 +79,7 @@ class ZeroEngine:
         self.unwrapped = module
         self._deepspeed = start_deepspeed(self.device)
         json = _complete(config or {}, stage, self.world_size)
-        if self.device.type == "cuda":
-            # The loss has to be true fp32. In bf16 and fp16 autocast already covers all that TF32 could speed up.
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+        compute_exactly(self.device)
         groups = _named_groups(module, settings)  # before a parameter is cut up, and has no shape of its own
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)

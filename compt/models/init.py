@@ -187,6 +187,9 @@ class DrawnState(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._shapes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._shapes  # a mapping's own answer would draw the tensor
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without drawing it."""
         return self._shapes[name]
