@@ -81,9 +81,9 @@ def fault_table(rows: list[dict[str, Any]]) -> TextTable:
                 " ".join(map(str, row["exit_codes"])),
                 f"{row['seconds']:.1f} s",
                 row["message"].split(". ")[0][:160] or "-",
-                {True: "yes", False: "no", None: "one step left out"}[row["same"]],
+                {True: "yes", False: "no", None: "does not end it"}[row["same"]],
                 str(row["repeated_steps"]),
-                str(row["wrong_samples"]),
+                row["note"] or str(row["wrong_samples"]),
             ]
             for row in rows
         ],
@@ -124,7 +124,7 @@ def page(result: dict[str, Any]) -> str:
         timeout=result["timeout"],
         machines=machine,
         faults=fault_table(result["faults"]).markdown().strip(),
-        random=random_table(result["random"]).markdown().strip(),
+        random=random_table(result["random"]).markdown().strip() if result["random"] else "",
     )
 
 

@@ -127,6 +127,8 @@ class Found:
     repeated_steps: int = 0
     wrong_samples: int = 0
     resumed: list[int | None] = field(default_factory=list)
+    note: str = ""
+    """Of a fault that does not end the run: what it changes."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -217,6 +219,7 @@ def _inner(name: str, *changes: str, goes_on: bool = True) -> Callable[[Bench, s
         if goes_on:
             return bench.finish(found, run, *changes)
         found.went_on = ended.codes == [0, 0]
+        found.note = f"{manifest(run, FIRST)['trained']['nonfinite_steps']} step left out by all processes"
         found.repeated_steps, found.wrong_samples = bench.samples(run)
         return found
 
@@ -256,12 +259,13 @@ def _corrupt(bench: Bench, fault: str, run: Path) -> Found:
             file.write(b"\xff" * (len(blob) // 2))
     mark(group.folder, "go")
     ended = group.end(120)
-    found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+    found = Found(fault, ended.codes, time.monotonic() - started, message(ended), ended.codes == [0, 0])
     for path, blob in kept.items():
-        stamp = path.stat().st_mtime_ns
         path.write_bytes(blob)
-        os.utime(path, ns=(stamp, stamp))
-    return bench.finish(found, run)
+    skipped = manifest(run, SECOND)["trained"]["skipped_samples"]
+    found.note = f"{sum(skipped.values())} damaged samples counted and replaced"
+    found.repeated_steps, found.wrong_samples = bench.samples(run)
+    return found
 
 
 def _absent(bench: Bench, fault: str, run: Path) -> Found:
