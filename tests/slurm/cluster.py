@@ -44,7 +44,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=bf_interval=1,sched_interval=2
 ReturnToService=2
-SlurmdTimeout=300
+SlurmdTimeout=10
 MinJobAge=3600
 KillWait=30
 JobRequeue=1
