@@ -23,7 +23,7 @@ from typing import Any
 
 from compt import dist
 from compt.artefact_writers import Writers
-from compt.checkpoint_weights import module_weights, set_weights
+from compt.checkpoint_weights import module_weights
 from compt.checkpoint_weights import open_weights as _open_weights
 from compt.engines.base import Engine
 from compt.errors import ArtefactError, RunError
@@ -161,7 +161,7 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
                 record["engine"],
             )
         weights = dist.on_all(lambda: module_weights(path / STATE, record["format"]))
-        set_weights(engine, weights)
+        engine.set_weights(weights)
     return dict(record["state"])
 
 

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
-from torch import Tensor
-
-from compt import dist
-from compt.engines.base import Engine
-from compt.engines.state_dcp import copy_weights
 from compt.engines.zero_state import open_average
 from compt.errors import ArtefactError
 from compt.sources.dcp import read_dcp
@@ -59,18 +54,3 @@ def _view(weights: Any, names: Mapping[str, str]) -> View:
     """Weights under other names; logit_scale, which training keeps as [1], a scalar."""
     shapes = {name: () if name == "logit_scale" else tuple(weights.shape(source)) for name, source in names.items()}
     return View(weights, {name: Part((source,), shapes[name], "reshape") for name, source in names.items()})
-
-
-class _Taking(Protocol):
-    def set_weights(self, weights: Mapping[str, Tensor]) -> None: ...
-
-
-def set_weights(engine: Engine, weights: Weights) -> None:
-    """Give an engine that has made no step other weights; all ranks call it.
-
-    Raises ArtefactError on all of them, before anything is changed, when a name or a shape does not fit.
-    """
-    if engine.format == "dcp":
-        dist.on_all(lambda: copy_weights(engine.unwrapped, weights))
-    else:
-        cast(_Taking, engine).set_weights(weights)

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from compt import dist
 from compt.engines.base import Finish
-from compt.engines.state_dcp import load_state, save_state
+from compt.engines.state_dcp import copy_weights, load_state, save_state
+from compt.sources.weights import Weights
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "model.logit_scale": (1,),
@@ -57,6 +58,9 @@ class Toy:
 
     def load(self, folder: Path) -> None:
         load_state(self.tensors, folder)
+
+    def set_weights(self, weights: Weights) -> None:
+        dist.on_all(lambda: copy_weights(self.unwrapped, weights))
 
     def step(self) -> None:
         """Change everything in place."""

@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from compt.sources.weights import Weights
+
 Precision = Literal["fp32", "bf16", "fp16"]
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,6 +85,12 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> None:
         """The inverse; another number of ranks may have saved. Settings are not part of it.
+
+        Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
+        """
+
+    def set_weights(self, weights: Weights) -> None:
+        """Take over other values of the module's state, each read once; moments and average stay as they are.
 
         Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
         """

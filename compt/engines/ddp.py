@@ -17,8 +17,9 @@ from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
 from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
 from compt.engines.scale import LossScale
-from compt.engines.state_dcp import load_state, save_state
+from compt.engines.state_dcp import copy_weights, load_state, save_state
 from compt.errors import ConfigError, nearest
+from compt.sources.weights import Weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -176,3 +177,7 @@ class DataParallelEngine:
         load_state(state, folder)
         if self._scale is not None:
             self._scale.load(state)
+
+    def set_weights(self, weights: Weights) -> None:
+        """Copy in place."""
+        dist.on_all(lambda: copy_weights(self.unwrapped, weights))

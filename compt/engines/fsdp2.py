@@ -20,8 +20,9 @@ from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision,
 from compt.engines.blocks import compile_blocks, compute_exactly, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
-from compt.engines.state_dcp import load_state, save_state
+from compt.engines.state_dcp import copy_weights, load_state, save_state
 from compt.errors import ConfigError, nearest
+from compt.sources.weights import Weights
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -276,6 +277,11 @@ class ShardedEngine:
         load_state(state, folder)
         if self._scale is not None:
             self._scale.load(state)
+
+    def set_weights(self, weights: Weights) -> None:
+        """Copy in place; of a tensor in shards each rank keeps its own."""
+        reshard(self._root)
+        dist.on_all(lambda: copy_weights(self.unwrapped, weights))
 
 
 def _shard(

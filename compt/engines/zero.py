@@ -16,6 +16,7 @@ from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
 from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
+from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
 from compt.engines.zero_start import fill_partitioned, forget_module, start_deepspeed
@@ -23,23 +24,7 @@ from compt.engines.zero_state import open_average, open_zero, save_zero, take_mo
 from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
 
-__all__ = ["LossScale", "ZeroEngine", "open_average"]
-
-
-class LossScale:
-    """What a loss is multiplied by in fp16, and when it changes: as torch's GradScaler does it."""
-
-    def __init__(self) -> None:
-        self.value = 65536.0
-        self.good = 0
-
-    def update(self, finite: bool) -> None:
-        """Halved after a step that was not finite, doubled after 2000 that were."""
-        self.good = self.good + 1 if finite else 0
-        if not finite:
-            self.value *= 0.5
-        elif self.good == 2000:
-            self.value, self.good = self.value * 2, 0
+__all__ = ["ZeroEngine", "open_average"]
 
 
 class ZeroEngine:
@@ -108,7 +93,7 @@ class ZeroEngine:
         self._engine._config.torch_autocast_enabled = precision != "fp32"
         self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
         self._parts = Parts(stage, self._zero, self._trained)
-        self._scale = LossScale() if precision == "fp16" else None
+        self._scale = LossScale(self.device) if precision == "fp16" else None
         self._caps = dict(caps or {})
         # Before DeepSpeed copies what was stepped to the module.
         self.optimizer.register_step_post_hook(_weakly(self._cap))
@@ -141,9 +126,9 @@ class ZeroEngine:
         """Backward of `loss`, scaled in fp16. Stages 2 and 3 average gradients in each, the others in the `last`."""
         self._engine.set_gradient_accumulation_boundary(last)
         if self._scale and self.stage:
-            self._zero.override_loss_scale(self._scale.value)
+            self._zero.override_loss_scale(float(self._scale.scale))
         elif self._scale:
-            loss = loss * self._scale.value
+            loss = loss * self._scale.scale
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
@@ -153,7 +138,7 @@ class ZeroEngine:
             if latest is None or latest[0] != part.vector:
                 latest = (part.vector, self._parts.gradient(part.vector))
             whole = self._parts.whole(name, part.of(latest[1]), self.device)
-            yield name, whole / self._scale.value if self._scale else whole
+            yield name, whole / float(self._scale.scale) if self._scale else whole
 
     def step(self, lr: float, max_norm: float | None = None) -> Tensor:
         """Clip, AdamW, caps, average. With ZeRO the norm is waited for: DeepSpeed asks whether it is finite."""
@@ -162,7 +147,7 @@ class ZeroEngine:
         norm = self._step_shards(max_norm) if self.stage else self._step_whole(max_norm)
         finite = norm.isfinite()
         if self._scale:
-            self._scale.update(bool(finite))
+            self._scale.update((~finite).float())
         if self._average:
             self._average.update(finite)
         return norm
@@ -176,7 +161,7 @@ class ZeroEngine:
     def _step_whole(self, max_norm: float | None) -> Tensor:
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         if self._scale:
-            torch._foreach_mul_(gradients, 1.0 / self._scale.value)
+            torch._foreach_div_(gradients, self._scale.scale)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
         if max_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, norm)
@@ -229,7 +214,7 @@ class ZeroEngine:
         """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background: it is done on return."""
         note: dict[str, Any] = {"stage": self.stage, "names": self._order}
         if self._scale:
-            note |= {"scale": self._scale.value, "good": self._scale.good}
+            note |= {name: tensor.item() for name, tensor in self._scale.state().items()}
         files = save_zero(self._engine, self._parts, self._average, note, folder)
         return lambda: files
 
@@ -244,8 +229,9 @@ class ZeroEngine:
                 self._parts.take(name, average[name], self._average_vector)
             self._average.updates.fill_(average.updates)
         take_moments(self._parts, self.optimizer, state)
-        if self._scale and "scale" in state.noted:
-            self._scale.value, self._scale.good = float(state.noted["scale"]), int(state.noted["good"])
+        if self._scale:
+            own_scale = self._scale.state()
+            self._scale.load({name: torch.as_tensor(state.noted.get(name, own_scale[name])) for name in own_scale})
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:

@@ -250,7 +250,7 @@ def misfits(folder: Path) -> list[str]:
 
     note(lambda: checkpoint.load(path, other))
     weights = checkpoint.module_weights(path / "state", "dcp")
-    note(lambda: checkpoint.set_weights(other, weights))
+    note(lambda: other.set_weights(weights))
     dist.barrier()
     if dist.is_main():
         os.truncate(path / "state/__1_0.distcp", 100)

@@ -295,7 +295,7 @@ def skip(cells: list[Cell], precision: str) -> None:
             task = make_task(cell.arch, cell.distil)
             engine = open_engine(task, cell, precision=precision)
             if engine._scale:
-                engine._scale.value = 256.0
+                engine._scale.scale.fill_(256.0)
             train(task, engine, cell.pieces, range(1))
             before = whole(engine)
             if spoiled:
@@ -303,8 +303,8 @@ def skip(cells: list[Cell], precision: str) -> None:
                 assert not torch.tensor(norms).isfinite().any(), (cell, norms)
                 assert all(equal(before[key], value) for key, value in whole(engine).items()), cell
                 if engine._scale:
-                    assert (engine._scale.value, engine._scale.good) == (128.0, 0)
-                    engine._scale.value = 256.0
+                    assert (engine._scale.scale.item(), engine._scale.growth_tracker.item()) == (128.0, 0)
+                    engine._scale.scale.fill_(256.0)
             numbers = train(task, engine, cell.pieces, range(2, 4))
             ends.append((numbers, whole(engine)))
         assert ends[0][0] == ends[1][0], cell
