@@ -18,7 +18,7 @@ from compt.errors import RunError
 from compt.evaluate.common import load_arrays
 from compt.evaluate.stats import paired_bootstrap
 from compt.files import read_json
-from compt.jobs import read_manifest
+from compt.jobs_record import read_manifest
 from compt.metrics import read_metrics
 
 Record = dict[str, Any]

@@ -16,7 +16,8 @@ from compt import dist
 from compt.chain import prepare, run_jobs, running
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import read_json, write_json
-from compt.jobs import JobRun, is_finished, read_manifest
+from compt.jobs import JobRun
+from compt.jobs_record import is_finished, read_manifest
 from compt.models import ClipModel, DrawnState, build, load_state, materialise
 
 STUDY, STEP_0 = "study.json", "step_0.json"

@@ -25,7 +25,8 @@ from compt.errors import ConfigError, RunError, nearest
 from compt.evaluate.common import load_arrays
 from compt.evaluate.stats import paired_bootstrap, verdict
 from compt.files import disk_errors, write_json
-from compt.jobs import MANIFEST, RunContext, read_manifest, remove_leftovers
+from compt.jobs import RunContext
+from compt.jobs_record import MANIFEST, read_manifest, remove_leftovers
 from compt.paper import LOSSLESS_POINTS
 from compt.planner import Job, Plan, first_student, recipe_cost, try_name
 

@@ -23,7 +23,8 @@ from compt.dist_watch import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
-from compt.jobs import JobRun, RunContext, is_finished, now, read_manifest, read_record, remove_leftovers
+from compt.jobs import JobRun, RunContext
+from compt.jobs_record import is_finished, now, read_manifest, read_record, remove_leftovers
 from compt.jobs_start import hash_of, open_start
 from compt.planner import Job, Plan, make_plan
 from compt.planner_start import AVERAGE, Start

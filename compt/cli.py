@@ -152,7 +152,7 @@ def _run(
 def _say_estimate(context: Any, left: list[Any], say: Say) -> None:
     from compt import dist
     from compt.estimate import seconds_of
-    from compt.jobs import steps_left
+    from compt.jobs_record import steps_left
 
     steps = [(job, steps_left(job, context.job_folder(job.name))) for job in left]
     seconds = seconds_of(steps, context.recipe, context.device, dist.world_size())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import datetime
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compt import dist
-from compt.artefact import Artefact, read_artefact, versions, write_artefact
+from compt.artefact import Artefact, read_artefact, write_artefact
 from compt.checkpoint import find_latest, open_weights
 from compt.config import EngineConfig, Recipe, split_batch
 from compt.data.dataset import train_loader
@@ -26,8 +24,9 @@ from compt.engines.frozen import shard_frozen
 from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
-from compt.files import read_json, write_json
+from compt.files import write_json
 from compt.fit import Trial, advise, find_micro_batch
+from compt.jobs_record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers
 from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, DrawnState, build
@@ -37,13 +36,8 @@ from compt.planner_start import Start
 from compt.scoring import Scorer
 from compt.sources import average_of
 from compt.task import ClipTask, DistillTask
-from compt.throughput import device_name, peak_flops
+from compt.throughput import peak_flops
 from compt.trainer import TrainResult, TrainSettings, train
-
-STATES = ("planned", "expanded", "training", "evaluated", "done")
-"""expanded: `initial/` is there. training: a checkpoint may be there. evaluated: `model/` and its scores are there."""
-
-MANIFEST = "manifest.json"
 
 INITIAL_SHARD_BYTES = 200_000_000
 """The size of a file of `initial/`, in bytes of float32: small enough for several ranks to have something to write."""
@@ -66,67 +60,6 @@ class RunContext:
     def job_folder(self, name: str) -> Path:
         """Where the job `name` keeps its files."""
         return self.folder / "jobs" / name
-
-
-def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict[str, Any]:
-    """A JSON object that has `keys`. Raises RunError, which ends in `remedy`, for a file that was damaged."""
-    try:
-        record = read_json(path)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}; {remedy}") from None
-    if not isinstance(record, dict) or not set(keys) <= record.keys():
-        raise RunError(f"{path} is damaged: it lacks {' or '.join(keys)}; {remedy}")
-    return record
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """A job's manifest; {"state": "planned"} where nothing was begun. Raises RunError for one that was damaged."""
-    path = folder / MANIFEST
-    if not path.exists():
-        return {"state": "planned"}
-    remedy = f"restore it, or remove {folder} to train it anew"
-    manifest = read_record(path, ("state", "hash", "result"), remedy)
-    if manifest["state"] not in STATES:
-        raise RunError(f"{path} is damaged: '{manifest['state']}' is no state; {remedy}")
-    return manifest
-
-
-def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
-    """What scores depend on beside the model; when it changes, models are scored again."""
-    return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
-
-
-def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether a job is trained, and scored as the recipe says."""
-    return bool(manifest["state"] == "done" and manifest["sets"] == evaluation_identity(recipe))
-
-
-def steps_left(job: Job, folder: Path) -> int:
-    """Steps that `job` has still to train, given its folder."""
-    if (folder / "model").exists():
-        return 0
-    latest = find_latest(folder / "checkpoints")
-    return job.steps - (int(latest.name.rpartition("-")[2]) if latest else 0)
-
-
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete the temporary forms of these files and folders, left by a process that was killed while it wrote them."""
-    for path in [path for name in names for path in folder.glob(f".{name}.*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """Versions, and the processor or GPU that computes."""
-    return {**versions(), "device": device_name(device), "threads": str(torch.get_num_threads())}
-
-
-def now() -> str:
-    """The time in UTC, to the second."""
-    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class JobRun:

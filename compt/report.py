@@ -14,7 +14,7 @@ from compt import report_figures as figures
 from compt.artefact import versions
 from compt.files import new_folder, write_text
 from compt.formats import TextTable, escape_markdown
-from compt.jobs import now
+from compt.jobs_record import now
 from compt.report_content import (
     JobView,
     environment,

@@ -27,7 +27,8 @@ from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.expand import SeededDraw, expand_state, make_plan
 from compt.files import read_json, sha256_file
 from compt.growth import ExpandConfig, TowerGrowth
-from compt.jobs import STATES, JobRun, steps_left
+from compt.jobs import JobRun
+from compt.jobs_record import STATES, steps_left
 from compt.jobs_start import open_start
 from compt.metrics import read_metrics
 from compt.models import DrawnState, build, export_state
