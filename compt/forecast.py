@@ -20,8 +20,6 @@ from compt.planner import Job, Plan, make_plan
 from compt.planner_growth import broken_promises
 from compt.planner_start import Start
 
-ENGINE: Engine = "ddp"
-"""What this program trains with; the others are what the same step takes with its state in shards."""
 MOST_GPUS = 8
 """GPUs that are planned with unless a number is given: those of a node."""
 RESERVED_BYTES = 1e9
@@ -72,9 +70,9 @@ class Fit:
 class Remedy:
     """Jobs too large for the machine, and changes of which each alone lets all of them fit.
 
-    `micro_batch`: the largest `engine.micro_batch` that does. `recompute`: whether recomputed activations do. `engine`:
-    the first other engine that does, `engine_recomputed` the first that does with recomputed activations. None where
-    nothing of that kind does.
+    `micro_batch`: the largest `engine.micro_batch` that does. `recompute`: whether `engine.recompute` does, where some
+    keep activations. `engine`: the first `engine.name` that does, `engine_recomputed` the first that does with
+    recomputed activations. None where nothing of that kind does.
     """
 
     jobs: tuple[str, ...]
@@ -102,12 +100,29 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one job asks for. Without a machine there are neither hours nor memory."""
+    """What one job asks for. Without a machine there are neither hours nor memory.
+
+    `engine` and `recompute` are how the recipe trains it.
+    """
 
     job: Job
+    engine: Engine
+    recompute: bool
     hours: Hours | None
     memory: Mapping[Engine, Fit]
     disk: Disk
+
+    @property
+    def needed_bytes(self) -> float:
+        """Memory of a GPU as the recipe trains the job. There has to be a machine."""
+        fit = self.memory[self.engine]
+        return (fit.recomputed if self.recompute else fit.stored).total_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there. There has to be a machine."""
+        fit = self.memory[self.engine]
+        return fit.recomputed_fits if self.recompute else fit.stored_fits
 
 
 @dataclass(frozen=True)
@@ -206,12 +221,13 @@ class Forecast:
                 "gpus": machine.gpus,
                 "memory_bytes": machine.device.memory_bytes,
                 "room_bytes": machine.room_bytes,
-                "engine": ENGINE,
             },
             "jobs": [
                 {
                     **item.job.to_json(),
                     "inexact": _inexact(item.job),
+                    "engine": item.engine,
+                    "recompute": item.recompute,
                     "macs": {mode: {key: rows[mode][at].get(key) for key in _MACS} for mode in MODES},
                     "hours": item.hours and asdict(item.hours),
                     **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
@@ -260,7 +276,7 @@ def make_forecast(
 
 def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
     """Raise ConfigError unless the batch is shared evenly by `gpus`, and each share by the micro-batch."""
-    batch, micro = recipe.optimizer.batch, recipe.engine.micro_batch
+    batch = recipe.optimizer.batch
     if batch % gpus:
         fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
         more = next((n for n in range(gpus, batch + 1) if batch % n == 0), fewer)
@@ -269,11 +285,17 @@ def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
             f"{source}: optimizer.batch = {batch}: is not shared evenly by {gpus} GPUs; --gpus {numbers} would do"
         )
     share = batch // gpus
-    if micro is not None and micro < share and share % micro:
-        raise ConfigError(
-            f"{source}: engine.micro_batch = {micro}: does not divide the {share} images of a process, "
-            f"{batch} over {gpus}; take {_divisor(share, micro)}"
-        )
+    places = {"engine": recipe.engine.micro_batch}
+    places |= {
+        f"chain.links.{at}.engine": recipe.engine_of(link.model).micro_batch
+        for at, link in enumerate(recipe.chain.links)
+    }
+    for place, micro in places.items():
+        if micro is not None and micro < share and share % micro:
+            raise ConfigError(
+                f"{source}: {place}.micro_batch = {micro}: does not divide the {share} images of a process, "
+                f"{batch} over {gpus}; take {_divisor(share, micro)}"
+            )
 
 
 def _divisor(share: int, most: int) -> int:
@@ -281,21 +303,22 @@ def _divisor(share: int, most: int) -> int:
 
 
 def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
-    disk = _disk(recipe, job)
+    disk, config = _disk(recipe, job), recipe.engine_of(job.spec.name)
     if machine is None:
-        return Estimate(job, None, {}, disk)
+        return Estimate(job, config.name, config.recompute, None, {}, disk)
     most = machine.room_bytes
     memory = {}
     for engine in ENGINES:
         stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
         memory[engine] = Fit(stored, again, stored.total_bytes <= most, again.total_bytes <= most)
-    return Estimate(job, _hours(recipe, job, machine), memory, disk)
+    return Estimate(job, config.name, config.recompute, _hours(recipe, job, machine), memory, disk)
 
 
 def memory_of(
     recipe: Recipe, job: Job, engine: Engine, gpus: int, *, micro_batch: int | None = None, recompute: bool = False
 ) -> Memory:
     """Bytes of each of `gpus` GPUs that train `job`; `micro_batch` replaces the recipe's."""
+    config = recipe.engine_of(job.spec.name)
     return memory_per_gpu(
         job.spec,
         job.teacher_spec if job.alpha else None,
@@ -305,9 +328,10 @@ def memory_of(
         captions=recipe.data.captions,
         tokens=recipe.data.caption_tokens,
         precision=recipe.optimizer.precision,
-        micro_batch=micro_batch or recipe.engine.micro_batch,
+        micro_batch=micro_batch or config.micro_batch,
         recompute=recompute,
-        loss_chunk=recipe.engine.loss_chunk,
+        loss_chunk=config.loss_chunk,
+        shard_teacher=config.shard_teacher,
         ema=recipe.optimizer.ema is not None,
     )
 
@@ -319,30 +343,41 @@ def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
 
 
 def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:
-    large = [item for item in estimates if item.job.same_as is None and not item.memory[ENGINE].stored_fits]
+    large = [item for item in estimates if item.job.same_as is None and not item.fits]
     if not large:
         return None
-    others = [engine for engine in ENGINES if engine != ENGINE]
-    micro = [_micro_batch(recipe, item.job, machine) for item in large]
+    others = [engine for engine in ENGINES if any(engine != item.engine for item in large)]
+    micro = [_micro_batch(recipe, item, machine) for item in large]
     known = [size for size in micro if size is not None]
+    kept = not all(item.recompute for item in large)
+    again = [name for name in others if all(item.memory[name].recomputed_fits for item in large)]
+    alike = [
+        name
+        for name in others
+        if all(
+            (fit.recomputed_fits if item.recompute else fit.stored_fits)
+            for item in large
+            for fit in [item.memory[name]]
+        )
+    ]
     return Remedy(
         jobs=tuple(item.job.name for item in large),
         micro_batch=min(known) if len(known) == len(micro) else None,
-        recompute=all(item.memory[ENGINE].recomputed_fits for item in large),
-        engine=next((name for name in others if all(item.memory[name].stored_fits for item in large)), None),
-        engine_recomputed=next(
-            (name for name in others if all(item.memory[name].recomputed_fits for item in large)), None
-        ),
+        recompute=kept and all(item.memory[item.engine].recomputed_fits for item in large),
+        engine=next(iter(alike), None),
+        engine_recomputed=next(iter(again), None),
     )
 
 
-def _micro_batch(recipe: Recipe, job: Job, machine: Machine) -> int | None:
+def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None:
     """The largest micro-batch below the recipe's with which a job fits."""
     share = recipe.optimizer.batch // machine.gpus
-    now = min(recipe.engine.micro_batch or share, share)
+    now = min(recipe.engine_of(item.job.spec.name).micro_batch or share, share)
     for size in range(now - 1, 0, -1):
         if share % size == 0:
-            needed = memory_of(recipe, job, ENGINE, machine.gpus, micro_batch=size).total_bytes
+            needed = memory_of(
+                recipe, item.job, item.engine, machine.gpus, micro_batch=size, recompute=item.recompute
+            ).total_bytes
             if needed <= machine.room_bytes:
                 return size
     return None

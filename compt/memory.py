@@ -1,22 +1,24 @@
 """Memory of a GPU, and disk space, for training one model, from shapes alone. No torch in here.
 
-What is counted, what is assumed and what was checked is in docs/memory.md. The engines' tables of bytes per parameter
-(P parameters, c bytes of the compute type, n GPUs), in half precision:
+What is counted, what is assumed and what was checked is in docs/memory.md. Parameters are fp32 under every engine; the
+engines' tables of bytes per parameter (P parameters, of which V in vectors; n GPUs):
 
-| engine | weights          | gradients | optimizer |
-|--------|------------------|-----------|-----------|
-| ddp    | 4P + autocast's copies (c each) | 4P | 8P |
-| fsdp2  | 4P/n + gathered units (c each)  | 4P/n | 8P/n |
-| zero0  | cP | cP | 12P (fp32 weights among them) |
-| zero1  | cP | cP | 12P/n |
-| zero2  | cP | cP/n | 12P/n |
-| zero3  | cP/n + gathered units (c each) | cP/n | 12P/n |
+| engine | weights | gradients | optimizer |
+|--------|---------|-----------|-----------|
+| ddp    | 4P | 4P | 8P |
+| fsdp2  | 4(P - V)/n + 4V + gathered units | 4(P - V)/n + 4V | 8(P - V)/n + 8V |
+| zero0  | 4P | 4P | 8P |
+| zero1  | 4P | 4P/n, several micro-batches 4P more | 12P/n (weights again among them) |
+| zero2  | 4P | 4P/n | 12P/n |
+| zero3  | 4P/n + 4 for what is small + gathered units | 4P/n | 12P/n |
+
+and autocast's copies of matrices in half precision.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Literal, get_args
 
@@ -45,8 +47,11 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a number that is computed with."""
 
-ZERO_BUCKET = 500_000_000
-"""Numbers in the buffer that DeepSpeed reduces gradients in, unless told otherwise (`reduce_bucket_size`)."""
+ZERO_BUCKET = 50_000_000
+"""Numbers in the buffer that DeepSpeed reduces gradients in: `reduce_bucket_size` of compt's ds_configs."""
+
+ZERO_PERSISTENT = 100_000
+"""Numbers of a parameter up to which stage 3 leaves it whole: `stage3_param_persistence_threshold` of ds_configs."""
 
 _MOMENTS = 2 * FP32
 _TOKEN = _COUNT = 8
@@ -83,14 +88,22 @@ class Memory:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Parameters of what is trained: all, those in `copied` matrices, the largest block, those outside the blocks."""
+    """Parameters of what is trained: all, those in `copied` matrices, in `vectors`, in tensors so `small` that stage 3
+    leaves them whole, the largest block, the token embeddings, those in neither.
+    """
 
     all: int
     copied: int
+    vectors: int
+    small: int
     block: int
     root: int
     embedding: int
     tensors: int
+
+    def cut(self, n: int) -> float:
+        """Those that a rank of `n` has where matrices are cut up and vectors are not."""
+        return (self.all - self.vectors) / n + self.vectors
 
 
 def _blocks(spec: ModelSpec) -> list[Block]:
@@ -104,46 +117,125 @@ def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
     towers = [image_tower(spec, Formats.of("fp32", autocast=False)), text_tower(spec)]
     whole = parameters(spec) + projectors
     blocks = [block.parameters for block in _blocks(spec)]
+    copied = sum(tower.copied() for tower in towers) + matrices
+    embedding = spec.vocab_size * spec.text_width
     return _Sizes(
         all=whole,
-        copied=sum(tower.copied() for tower in towers) + matrices,
+        copied=copied,
+        vectors=(vectors := whole - copied - embedding - _others(spec)),
+        small=vectors + sum(size for size in _matrices(spec, teacher) if size <= ZERO_PERSISTENT),
         block=max(blocks),
-        root=whole - sum(blocks),
-        embedding=spec.vocab_size * spec.text_width,
+        root=whole - sum(blocks) - embedding,
+        embedding=embedding,
         tensors=sum(tower.tensors for tower in towers) + 1 + (4 if projectors else 0),
     )
 
 
-def _weights(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
-    if engine == "ddp":
-        return FP32 * sizes.all + (compute * sizes.copied if compute != FP32 else 0)
+def _others(spec: ModelSpec) -> int:
+    """Parameters that are no vectors and of which autocast keeps no copy, beside the token embeddings.
+
+    Positional embeddings, a ViT's patches (a view is what is copied), a Swin's tables of position biases.
+    """
+    text = spec.context_length * spec.text_width
+    if spec.arch == "vit":
+        return text + ((spec.image_size // spec.patch_size) ** 2 + 1 + 3 * spec.patch_size**2) * spec.width
+    return text + sum((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+
+
+def _matrices(spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[int]:
+    """Sizes of the tensors that are no vectors; a Swin's merging of patches is taken as no small one."""
+    for block in _blocks(spec):
+        yield from (3 * block.width**2, block.width**2, *[block.width * block.hidden] * 2)
+    yield from (spec.vocab_size * spec.text_width, spec.context_length * spec.text_width)
+    yield from (
+        spec.final_width * spec.embed_dim,
+        spec.text_width * spec.embed_dim,
+        3 * spec.patch_size**2 * spec.width,
+    )
+    if spec.arch == "vit":
+        yield ((spec.image_size // spec.patch_size) ** 2 + 1) * spec.width
+    else:
+        yield from ((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+    if teacher is not None and teacher.embed_dim != spec.embed_dim:
+        yield from [spec.embed_dim * teacher.embed_dim] * 2
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds of a training in one piece, gathered weights and autocast's copies aside."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    communication: float
+    teacher: float
+
+
+def _weights(engine: Engine, sizes: _Sizes, n: int) -> float:
     if engine == "fsdp2":
-        return FP32 * sizes.all / n + compute * min(sizes.root + 2 * sizes.block, sizes.all)
+        return FP32 * sizes.cut(n)
     if engine == "zero3":
-        gathered = max(sizes.block, sizes.embedding) + sizes.block
-        return compute * (sizes.all / n + min(gathered, sizes.all * (1 - 1 / n)))
-    return compute * sizes.all
+        return FP32 * (sizes.all / n + sizes.small)
+    return FP32 * sizes.all
 
 
-def _gradients(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
-    number = FP32 if engine in ("ddp", "fsdp2") else compute
-    return number * sizes.all / (n if engine in ("fsdp2", "zero2", "zero3") else 1)
+def _gathered(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
+    """Weights that are put together for a while, and copies in the compute type, at most."""
+    copies = compute * sizes.copied if compute != FP32 else 0
+    if engine == "fsdp2":
+        return FP32 * sizes.root + compute * 2 * sizes.block
+    if engine == "zero3":
+        return FP32 * min(max(sizes.block, sizes.embedding) + sizes.block, sizes.all * (1 - 1 / n)) + copies
+    return copies
 
 
-def _optimizer(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
-    if engine in ("ddp", "fsdp2"):
-        return _MOMENTS * sizes.all / (n if engine == "fsdp2" else 1) + FP32 * sizes.tensors
-    # Of fp32 weights DeepSpeed makes a second copy in stages 1 and 2 only.
-    master = 0 if compute == FP32 and engine in ("zero0", "zero3") else FP32
-    return (_MOMENTS + master) * sizes.all / (1 if engine == "zero0" else n)
+def _gradients(engine: Engine, sizes: _Sizes, n: int, several: bool = False) -> float:
+    """`several`: with several micro-batches, over which stage 1 adds up whole gradients."""
+    if engine == "fsdp2":
+        return FP32 * sizes.cut(n)
+    if engine in ("ddp", "zero0"):
+        return FP32 * sizes.all
+    # Of a tensor that slices cut in two both ranks keep the whole gradient, but for stage 3, which cuts up each.
+    slices = sizes.all / n if engine == "zero3" else max(sizes.all / n, sizes.embedding)
+    return FP32 * (slices + (sizes.all if engine == "zero1" and several else 0))
+
+
+def _optimizer(engine: Engine, sizes: _Sizes, n: int) -> float:
+    if engine in ("ddp", "fsdp2", "zero0"):
+        return _MOMENTS * (sizes.cut(n) if engine == "fsdp2" else sizes.all) + FP32 * sizes.tensors
+    return (_MOMENTS + FP32) * sizes.all / n  # DeepSpeed steps copies of the weights, though these are fp32 too
+
+
+def _buckets(engine: Engine) -> float:
+    """DeepSpeed's buffers, however small the model; two of them where the next is filled while one is sent off."""
+    return FP32 * ZERO_BUCKET * {"zero1": 2, "zero2": 2, "zero3": 1}.get(engine, 0)
+
+
+def held_bytes(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    *,
+    engine: Engine,
+    world_size: int,
+    shard_teacher: bool = False,
+    precision: str = "bf16",
+) -> Held:
+    """What each of `world_size` ranks holds between backward and step, when most is held. Raises ConfigError."""
+    _check(engine, precision, world_size=world_size)
+    sizes, n = _sizes(spec, teacher), world_size
+    return Held(
+        weights=_weights(engine, sizes, n),
+        gradients=_gradients(engine, sizes, n),
+        optimizer=_optimizer(engine, sizes, n),
+        communication=_buckets(engine),
+        teacher=_teacher_weights(teacher, PRECISION_BYTES[precision], n if shard_teacher else 1) if teacher else 0.0,
+    )
 
 
 def _communication(engine: Engine, sizes: _Sizes, compute: int) -> float:
     if engine == "fsdp2":
         return (compute + compute + FP32) * sizes.block  # gathered in one piece, and its gradient sent off in fp32
-    if engine in ("zero1", "zero2", "zero3"):
-        return compute * min(ZERO_BUCKET, sizes.all)
-    return 0.0  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
+    return _buckets(engine)  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
 
 
 def _masks(spec: ModelSpec, number: int) -> int:
@@ -164,13 +256,15 @@ def memory_per_gpu(
     micro_batch: int | None = None,
     recompute: bool = False,
     loss_chunk: int | None = None,
+    shard_teacher: bool = False,
     ema: bool = False,
 ) -> Memory:
     """Bytes that each of `world_size` GPUs needs to train `spec` with `engine`, distilling from `teacher`, if any.
 
     `batch` is global, `micro_batch` of one GPU; `tokens` is the computed length of captions, a mean or shares by length
     (default: the context). `recompute`: blocks keep their input and are computed again in backward. `loss_chunk`:
-    pictures of this GPU whose similarities are held at once. `ema`: a moving average of the weights is kept.
+    pictures of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
+    moving average of the weights is kept.
 
     Raises ConfigError for an unknown engine or precision, and for sizes below 1.
     """
@@ -180,18 +274,17 @@ def memory_per_gpu(
     rows = math.ceil(batch / world_size)
     step = _Step(spec, teacher, engine, world_size, rows, min(micro_batch or rows, rows), captions, tokens, precision)
     compute, formats, sizes = step.compute, step.formats, step.sizes
-    weights = _weights(engine, sizes, world_size, compute)
+    weights = _weights(engine, sizes, world_size) + _gathered(engine, sizes, world_size, compute)
     if ema:
-        average = FP32 * sizes.all / (world_size if engine in ("fsdp2", "zero3") else 1)
-        weights += average + _COUNT
+        weights += _average(engine, sizes, world_size) + _COUNT
     working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
         weights=weights,
-        gradients=_gradients(engine, sizes, world_size, compute),
-        optimizer=_optimizer(engine, sizes, world_size, compute),
+        gradients=_gradients(engine, sizes, world_size, step.several),
+        optimizer=_optimizer(engine, sizes, world_size),
         activations=step.piece * kept,
-        teacher=_teacher(teacher, rows, captions, compute) if teacher else 0.0,
+        teacher=_teacher(teacher, rows, captions, compute, world_size if shard_teacher else 1) if teacher else 0.0,
         loss=sum(step.loss(loss_chunk)),
         buffers=step.inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
     )
@@ -220,7 +313,7 @@ class _Step:
 
     @property
     def formats(self) -> Formats:
-        return Formats.of(self.precision, autocast=self.engine == "ddp")
+        return Formats.of(self.precision, autocast=True)
 
     @property
     def sizes(self) -> _Sizes:
@@ -229,7 +322,7 @@ class _Step:
     @property
     def copies(self) -> bool:
         """Whether autocast copies weights, and lets them go with the activations."""
-        return self.engine == "ddp" and self.compute != FP32
+        return self.engine != "fsdp2" and self.compute != FP32
 
     @property
     def inputs(self) -> int:
@@ -249,17 +342,14 @@ class _Step:
     @property
     def last_gradient(self) -> float:
         """What the end of a backward pass holds beside all gradients: that of the embeddings before it is added to
-        what is there, or, to be sent off, that of all parameters outside the blocks.
+        what is there, or sent off.
         """
         if self.engine == "fsdp2":
-            # A copy in fp32; the gradient itself comes in place of the weights, and blocks are gathered no more. On one
-            # GPU the copy is the whole gradient, which is counted, and the one in half precision comes besides.
-            alone = self.compute if self.compute != FP32 else 0
-            number = FP32 * (1 - 1 / self.world_size) if self.world_size > 1 else alone
+            # Of the embeddings the gradient and, to be sent off, a copy; blocks are gathered no more then.
+            copies = 2 if self.world_size > 1 else 1
             blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
-            return max(0.0, number * self.sizes.root - blocks)
-        number = FP32 if self.engine == "ddp" else self.compute
-        return number * self.sizes.embedding if self.reserved or self.several else 0
+            return max(0.0, FP32 * copies * self.sizes.embedding - blocks)
+        return FP32 * self.sizes.embedding if self.reserved or self.several else 0
 
     @property
     def features(self) -> int:
@@ -302,10 +392,24 @@ class _Step:
         return max(backward + FP32 * self.features, kept + working + (gradients if self.reserved else 0))
 
 
-def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int) -> float:
-    """The frozen teacher in the compute type, whole on every GPU, and its features."""
-    features = rows * (1 + captions) * teacher.embed_dim
-    return compute * (parameters(teacher) + features) + _masks(teacher, compute)
+def _average(engine: Engine, sizes: _Sizes, n: int) -> float:
+    """The moving average: of what the optimizer steps on a rank."""
+    if engine == "fsdp2":
+        return FP32 * sizes.cut(n)
+    return FP32 * sizes.all / (n if engine in ("zero1", "zero2", "zero3") else 1)
+
+
+def _teacher_weights(teacher: ModelSpec, compute: int, n: int) -> float:
+    return compute * parameters(teacher) / n + _masks(teacher, compute)
+
+
+def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int, n: int) -> float:
+    """The frozen teacher in the compute type, in `n` shards, and its features."""
+    gathered = 0.0
+    if n > 1:
+        sizes = _sizes(teacher, None)
+        gathered = compute * (sizes.root + max(sizes.embedding, 2 * sizes.block))
+    return _teacher_weights(teacher, compute, n) + gathered + compute * rows * (1 + captions) * teacher.embed_dim
 
 
 def _check(engine: str, precision: str, **sizes: int) -> None:

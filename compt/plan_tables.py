@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compt.config import Recipe
 from compt.config_expand import expand_words
-from compt.forecast import ENGINE, Estimate, Fit, Forecast, Totals
+from compt.forecast import Estimate, Fit, Forecast, Totals
 from compt.formats import TextTable, count, hours, macs, ratio
 from compt.growth import ExpandConfig
 from compt.hardware import OF_THE_AUTHORS, Conditions, Throughput
@@ -189,15 +189,24 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     rows = [[item.job.name, *(_fit(item.memory[engine], None) for engine in ENGINES)] for item in forecast.trained]
     recipe = forecast.plan.recipe
     share = recipe.optimizer.batch // machine.gpus
-    micro = min(recipe.engine.micro_batch or share, share)
-    pieces = f" in pieces of {micro:,}" if micro < share else ""
+    micro = sorted({min(recipe.engine_of(item.job.spec.name).micro_batch or share, share) for item in forecast.trained})
+    pieces = f" in pieces of {' or '.join(f'{size:,}' for size in micro)}" if micro and micro[0] < share else ""
     room = f"{_gb(machine.room_bytes)} of {_gb(machine.device.memory_bytes)} GB"
     note = (
         f"{share:,} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
-        f"recomputed; ! does not fit. This program trains with {ENGINE} and keeps activations; the other engines keep "
-        "weights, gradients or optimizer in shards. Parts: --memory ENGINE."
+        f"recomputed; ! does not fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
     )
     return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [note])
+
+
+def _engines(forecast: Forecast) -> str:
+    """With which engine which models are trained, and whether recomputed."""
+    ways: dict[str, list[str]] = {}
+    for item in forecast.trained:
+        ways.setdefault(f"with {item.engine}{', recomputed' if item.recompute else ''}", []).append(item.job.name)
+    if len(ways) == 1:
+        return next(iter(ways))
+    return "; ".join(f"{', '.join(names)} {way}" for way, names in ways.items())
 
 
 def parts_table(forecast: Forecast, engine: Engine) -> TextTable:
@@ -229,20 +238,18 @@ def warning(forecast: Forecast) -> str | None:
     found, machine = forecast.remedy, forecast.machine
     if found is None or machine is None:
         return None
-    needs = {item.job.name: item.memory[ENGINE].stored.total_bytes for item in forecast.trained if item.memory}
+    large = {item.job.name: item for item in forecast.trained if item.job.name in found.jobs}
     ways = [f"engine.micro_batch: {found.micro_batch}"] if found.micro_batch else []
-    others = ["recomputed activations"] if found.recompute else []
+    ways += ["engine.recompute: true"] if found.recompute else []
     if found.engine:
-        others.append(found.engine)
+        ways.append(f"engine.name: {found.engine}")
     elif found.engine_recomputed and not found.recompute:
-        others.append(f"{found.engine_recomputed} with recomputed activations")
-    if others:
-        ways.append(f"beyond this program: {', '.join(others)}")
+        ways.append(f"engine.name: {found.engine_recomputed} with engine.recompute: true")
     remedies = "; or, ".join(ways) or "only more GPUs, or larger ones"
-    jobs = ", ".join(f"{name} ({_gb(needs[name])} GB)" for name in found.jobs)
+    jobs = ", ".join(f"{name} ({_gb(item.needed_bytes)} GB with {item.engine})" for name, item in large.items())
     return (
-        f"Warning: does not fit the {_gb(machine.room_bytes)} GB that {machine.device.title} has for it, with "
-        f"{ENGINE}: {jobs}. What would let {'them all' if len(found.jobs) > 1 else 'it'} fit: {remedies}."
+        f"Warning: does not fit the {_gb(machine.room_bytes)} GB that {machine.device.title} has for it: {jobs}. "
+        f"What would let {'them all' if len(found.jobs) > 1 else 'it'} fit: {remedies}."
     )
 
 

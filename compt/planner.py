@@ -401,11 +401,11 @@ def recipe_cost(
 ) -> JobCost:
     """What `steps` steps of a recipe cost with captions of `tokens` on `world_size` processes.
 
-    `again` charges what is computed twice to save memory: micro-batches and chunks of the loss, where the share of a
-    process is larger than one of them.
+    `again` charges what is computed twice to save memory: blocks, with `engine.recompute`; micro-batches and chunks of
+    the loss, where the share of a process is larger than one of them.
     """
-    rows = recipe.optimizer.batch // world_size
-    micro, chunk = recipe.engine.micro_batch, recipe.engine.loss_chunk
+    rows, engine = recipe.optimizer.batch // world_size, recipe.engine_of(spec.name)
+    micro, chunk = engine.micro_batch, engine.loss_chunk
     return exact_cost(
         spec,
         teacher,
@@ -414,6 +414,7 @@ def recipe_cost(
         captions=recipe.data.captions,
         tokens=tokens,
         recompute=again and micro is not None and micro < rows,
+        checkpointing=again and engine.recompute,
         chunked_loss=again and chunk is not None and chunk < rows,
     )
 

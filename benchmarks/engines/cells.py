@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +31,9 @@ TASKS = {
 }
 """Width of the teacher's embedding, where there is a teacher; the student's is 16."""
 ARCHITECTURES = ("vit", "swin")
+
+DS_CONFIGS = {f"zero{stage}": f"zero{stage}.json" for stage in (1, 2, 3)}
+"""With those that are for real models, tiny ones would go in one bucket, and their weights would never be cut up."""
 
 STEPS = 3
 SAMPLES, CAPTIONS, TOKENS = 16, 2, 10
@@ -139,9 +143,20 @@ def open_cell(cell: Cell, precision: str = "fp32", **settings: Any) -> tuple[Cli
     """Task and engine as a recipe would make them. `settings` are further ones of the recipe's `engine`."""
     optimizer = OPTIMIZER.model_copy(update={"precision": precision})
     task = make_task(cell, COMPUTE_DTYPES[precision])
-    config = EngineConfig(name=cell.engine, device="cpu", **settings)  # type: ignore[arg-type]
+    if cell.engine in DS_CONFIGS:
+        settings["deepspeed_config"] = DS_CONFIGS[cell.engine]
+    micro = SAMPLES // cell.world_size // cell.accumulation
+    config = EngineConfig(name=cell.engine, device="cpu", micro_batch=micro, **settings)  # type: ignore[arg-type]
     initial = task.module.initial(start(SPECS[cell.architecture], SEED))
-    engine = open_engine(task.module, config, optimizer, device=torch.device("cpu"), initial=initial, caps=task.caps)
+    engine = open_engine(
+        task.module,
+        config,
+        optimizer,
+        device=torch.device("cpu"),
+        initial=initial,
+        caps=task.caps,
+        base=Path(__file__).parent / "ds_configs",
+    )
     return task, engine
 
 

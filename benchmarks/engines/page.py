@@ -69,12 +69,16 @@ def marks(file: str) -> tuple[str, str]:
 
 def shown(page: str, file: str) -> str:
     """What stands on a page between the marks of `file`. Raises RunError where they are missing."""
+    return _parts(page, file)[1].strip("\n")
+
+
+def _parts(page: str, file: str) -> tuple[str, str, str]:
     begin, end = marks(file)
-    _, found, rest = page.partition(f"{begin}\n")
-    inside, closed, _ = rest.partition(f"\n{end}")
+    before, found, rest = page.partition(begin)
+    inside, closed, after = rest.partition(end)
     if not (found and closed):
         raise RunError(f"{PAGE} lacks the lines {begin} and {end}, between which the numbers go")
-    return inside
+    return before + begin, inside, end + after
 
 
 def write_results(
@@ -84,10 +88,8 @@ def write_results(
     path = folder / file
     write_text(path, json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     if page is not None:
-        text = page.read_text(encoding="utf-8")
-        old, (begin, end) = shown(text, file), marks(file)
-        new = section(file, rounded(results), tables)
-        write_text(page, text.replace(f"{begin}\n{old}\n{end}", f"{begin}\n{new}\n{end}"))
+        before, _, after = _parts(page.read_text(encoding="utf-8"), file)
+        write_text(page, f"{before}\n{section(file, rounded(results), tables)}\n{after}")
     return path
 
 

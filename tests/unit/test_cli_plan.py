@@ -52,11 +52,8 @@ def as_json(plan: Plan, *words: str, recipe: str | None = None) -> dict[str, Any
 
 def test_the_defaults_are_a_node_of_the_paper_s_gpus(plan: Plan) -> None:
     values = as_json(plan)
-    assert {key: values["machine"][key] for key in ("kind", "gpus", "engine")} == {
-        "kind": "a100-80",
-        "gpus": 8,
-        "engine": "ddp",
-    }
+    assert {key: values["machine"][key] for key in ("kind", "gpus")} == {"kind": "a100-80", "gpus": 8}
+    assert {(job["engine"], job["recompute"]) for job in values["jobs"]} == {("ddp", False)}
     assert [job["kind"] for job in values["jobs"]] == ["link", "link", "link", "control"]
     assert as_json(plan, "--set", "optimizer.batch=13")["machine"]["gpus"] == 1
 
@@ -115,12 +112,13 @@ def test_warnings_say_what_would_fit(plan: Plan) -> None:
     code, text, _ = plan(*words)
     assert code == 0
     text = " ".join(text.split())
-    found = re.search(r"Warning: does not fit the 39\.2 GB .*3-three \([\d,.]+ GB\).*engine\.micro_batch: (\d+)", text)
+    said = r"Warning: does not fit the 39\.2 GB .*3-three \([\d,.]+ GB with ddp\).*engine\.micro_batch: (\d+)"
+    found = re.search(said, text)
     assert found is not None
     assert as_json(plan, *words)["too_large"]["micro_batch"] == int(found[1])
-    assert "beyond this program" not in text
     few = " ".join(plan(*words[:4], "--set", "optimizer.batch=640")[1].split())
-    assert re.search(r"engine\.micro_batch: \d+; or, beyond this program: recomputed activations\.", few)
+    assert re.search(r"GB with ddp\)\. .*engine\.micro_batch: \d+; or, engine\.recompute: true", few)
+    assert "Warning" not in plan(*words[:4], "--set", "optimizer.batch=640", "--set", "engine.recompute=true")[1]
     assert "Warning" not in plan(*words, "--set", f"engine.micro_batch={found[1]}")[1]
 
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from compt.config import Recipe, parse_recipe
 from compt.errors import ConfigError
 from compt.forecast import (
-    ENGINE,
     Forecast,
     Machine,
     check_shares,
@@ -238,11 +237,38 @@ def test_where_nothing_helps_nothing_is_named() -> None:
 def test_remedies_hold_for_all_jobs_that_need_one() -> None:
     links = forecast().links
     kept = {engine: max(link.memory[engine].stored.total_bytes for link in links) for engine in ENGINES}
-    least = min(kept[engine] for engine in ENGINES if engine != ENGINE)
+    others = [engine for engine in ENGINES if engine != "ddp"]
+    least = min(kept[engine] for engine in others)
     found = forecast(small(least / 1e9), baselines__controls=[]).remedy
     assert found is not None
     assert found.recompute
-    assert found.engine == next(engine for engine in ENGINES if engine != ENGINE and kept[engine] <= least)
+    assert found.engine == next(engine for engine in others if kept[engine] <= least)
+
+
+def test_the_engine_is_that_of_each_link() -> None:
+    """What fits, and what recomputation costs, follow `engine` and what links say otherwise."""
+    own = {"name": "zero2", "recompute": True, "micro_batch": 20}
+    found = forecast(chain__links__2__engine=own)
+    assert [(item.engine, item.recompute) for item in found.links] == [("ddp", False)] * 2 + [("zero2", True)]
+    last, plain = found.links[2], forecast().links[2]
+    assert last.needed_bytes == memory_of(found.plan.recipe, last.job, "zero2", 8, recompute=True).total_bytes
+    assert last.needed_bytes < plain.needed_bytes
+    between = small((last.needed_bytes + plain.needed_bytes) / 2e9)
+    assert forecast(between).remedy is not None
+    assert forecast(between, chain__links__2__engine=own, baselines__controls=[]).remedy is None
+    again = last.job.cost.recompute_macs / plain.job.cost.student_forward_macs
+    assert plain.job.cost.recompute_macs == 0
+    assert 1.5 < again < 2, "each micro-batch runs forward twice, and most of its blocks once more"
+    only = forecast(engine__recompute=True).links[2].job.cost
+    assert 0.5 < only.recompute_macs / only.student_forward_macs < 1
+    with pytest.raises(ConfigError, match=r"chain\.links\.2\.engine\.micro_batch = 7: does not divide"):
+        forecast(chain__links__2__engine={"micro_batch": 7})
+
+
+def test_a_teacher_in_shards_needs_less() -> None:
+    job = forecast().links[2].job
+    whole, shared = (memory_of(recipe(engine__shard_teacher=on), job, "ddp", 8) for on in (False, True))
+    assert 0.1 * whole.teacher < shared.teacher < 0.8 * whole.teacher
 
 
 def test_memory_is_that_of_the_recipe_as_it_runs() -> None:

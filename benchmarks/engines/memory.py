@@ -1,0 +1,286 @@
+"""Bytes that each engine holds on a rank, counted, against `compt.memory`: `python -m benchmarks.engines.memory`.
+
+Writes docs/results/engines/memory.json and a table of docs/engines.md. In fp32, on CPU processes, with the settings of
+DeepSpeed that `ds_configs` has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from benchmarks.common import one_line
+from benchmarks.counting import Storages
+from benchmarks.engines.cells import ENGINES, WORLDS
+from benchmarks.engines.page import OUT, PAGE, about, write_results
+from compt import dist
+from compt.accumulate import cached_backward
+from compt.config import EngineConfig, Optimizer
+from compt.engines import Engine, open_engine
+from compt.engines.frozen import shard_frozen
+from compt.engines.shards import reshard
+from compt.formats import TextTable, terminal
+from compt.memory import Engine as Name
+from compt.memory import held_bytes
+from compt.models import ClipModel, build
+from compt.presets import ModelSpec, resolve
+from compt.task import DistillTask
+
+FILE = "memory.json"
+STUDENT: ModelSpec = resolve("vit_mini", {"vocab_size": 8192, "name": "student"})
+TEACHER: ModelSpec = resolve("vit_micro", {"vocab_size": 8192, "embed_dim": 96, "name": "teacher"})
+"""Of another embedding, so that there are projectors."""
+ROWS = 2
+PARTS = ("weights", "gradients", "optimizer", "communication", "teacher")
+_NOTE = """{:.1f} M parameters in fp32, at the end of a backward pass, blocks given up. In brackets what compt.memory
+predicts. Of ddp: weights, gradients and optimizer. Communication: DeepSpeed's buckets, whose size is a setting and does
+not depend on the model."""
+TOLERANCE = 0.01
+"""Largest difference of a part from what is predicted: shards are padded to equal sizes."""
+CUT_TOLERANCE = 0.15
+"""The same for gradients in stages 1 and 2: where slices cut a tensor in two, both ranks hold its whole gradient."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _parameters(module: nn.Module) -> list[Tensor]:
+    """What this rank has of a module's parameters: slices, or the whole."""
+    found = []
+    for parameter in module.parameters():
+        found.append(_local(parameter.detach()))
+        if hasattr(parameter, "ds_tensor"):
+            found.append(parameter.ds_tensor)
+    return found
+
+
+def _optimizer(engine: Any) -> list[Tensor]:
+    """Moments, and what is stepped."""
+    found = [value for state in engine.optimizer.state.values() for value in state.values()]
+    if hasattr(engine, "_parts"):
+        found += [master.detach() for master in engine._parts.masters]
+    return found + [parameter.detach() for group in engine.optimizer.param_groups for parameter in group["params"]]
+
+
+def _gradients(engine: Any) -> list[Tensor]:
+    found = [_local(parameter.grad) for parameter in engine.unwrapped.parameters() if parameter.grad is not None]
+    zero: Any = getattr(engine, "_zero", None)
+    if getattr(engine, "stage", 0) in (1, 2):
+        found += [piece for pieces in zero.averaged_gradients.values() if pieces for piece in pieces]
+    elif getattr(engine, "stage", 0) == 3:
+        found.append(zero.grad_partitions_flat_buffer)
+    return found
+
+
+def _watch_buckets(engine: Any) -> list[int]:
+    """Bytes of what DeepSpeed sends gradients off in, noted in each backward: stages 1 and 2 give it up at its end."""
+    noted = [0]
+    if getattr(engine, "stage", 0) == 0:
+        return noted
+    zero = engine._zero
+
+    def note() -> None:
+        held = [bucket.buffer for bucket in zero.ipg_buckets.values()]
+        tensors = [tensor for buffer in held for tensor in (buffer if isinstance(buffer, list) else [buffer])]
+        noted.append(_bytes(Storages(()), [tensor for tensor in tensors if tensor is not None]))
+
+    if engine.stage == 3:
+        note()
+        return noted
+    original = zero.setup_buckets
+
+    def watched() -> None:
+        original()
+        note()
+
+    zero.setup_buckets = watched
+    return noted
+
+
+def _bytes(known: Storages, tensors: Iterable[Tensor]) -> int:
+    before = known.bytes
+    for tensor in tensors:
+        known.add(tensor)
+    return known.bytes - before
+
+
+_TENSORS = (Tensor, nn.Parameter, DTensor)
+
+
+def _living() -> list[Tensor]:
+    gc.collect()
+    return [_local(found) for found in gc.get_objects() if type(found) in _TENSORS and not found.is_meta]
+
+
+def _batch() -> tuple[Tensor, Tensor]:
+    images = torch.randn(ROWS, 3, STUDENT.image_size, STUDENT.image_size)
+    tokens = torch.randint(1, 8000, (ROWS, 1, 8))
+    tokens[..., -1] = STUDENT.vocab_size - 1
+    return images, tokens
+
+
+def count(engines: Sequence[tuple[str, bool]]) -> list[dict[str, int]]:
+    """Bytes of each part on this rank, for engines and whether their teacher is in shards. All ranks call it."""
+    return [_count(name, shared) for name, shared in engines]
+
+
+def _count(name: str, shard_teacher: bool) -> dict[str, int]:
+    device = torch.device("cpu")
+    weights = {key: value.detach() for key, value in build(STUDENT, seed=0).state_dict().items()}
+    frozen = {key: value.detach() for key, value in build(TEACHER, seed=1).state_dict().items()}
+    if shard_teacher:
+        teacher = shard_frozen(build(TEACHER, device="meta"), frozen, dtype=torch.float32, device=device)
+    else:
+        teacher = build(TEACHER, seed=1)
+    task = DistillTask(build(STUDENT, device="meta"), teacher)
+    batch = _batch()
+    before = Storages([*_living(), *weights.values(), *frozen.values(), *batch])
+    engine = open_engine(
+        task.module,
+        EngineConfig(name=name, device="cpu"),  # type: ignore[arg-type]
+        Optimizer(batch=ROWS * dist.world_size(), precision="fp32"),
+        device=device,
+        initial=task.module.initial(weights),
+    )
+    noted = _watch_buckets(engine)
+    # The second backward: only a step makes the moments.
+    cached_backward(task, engine, *batch)
+    engine.step(1e-3)
+    cached_backward(task, engine, *batch)
+    return {
+        **engine_bytes(engine, before.tensors),
+        "communication": max(noted),
+        "teacher": _bytes(Storages(()), _teacher(task.teacher)),
+    }
+
+
+def _teacher(teacher: ClipModel) -> list[Tensor]:
+    reshard(teacher)
+    return [*_parameters(teacher), *teacher.buffers()]
+
+
+def engine_bytes(engine: Engine, before: Iterable[Tensor]) -> dict[str, int]:
+    """Bytes after a backward and before the step, when most is held; `other` is what nobody claims."""
+    if type(engine).__name__ == "ShardedEngine":
+        reshard(cast(Any, engine)._root)
+    known = Storages(before)
+    found = {
+        "weights": _bytes(known, _parameters(engine.unwrapped)),
+        "optimizer": _bytes(known, _optimizer(engine)),
+        "gradients": _bytes(known, _gradients(engine)),
+    }
+    masks = _bytes(known, engine.unwrapped.buffers())
+    for bucket in getattr(getattr(engine, "_zero", None), "ipg_buckets", {}).values():
+        _bytes(known, bucket.buffer if isinstance(bucket.buffer, list) else [bucket.buffer])
+    return {**found, "masks": masks, "other": _bytes(known, _living())}
+
+
+def run(world: int, engines: Sequence[str] = ENGINES) -> list[dict[str, Any]]:
+    """Each engine with a whole teacher and one in shards, counted on the rank that holds most, and predicted."""
+    from tests.dist.spawn import run_ranks
+
+    wanted = [(name, shared) for name in engines for shared in (False, True)]
+    ranks = run_ranks(count, world, wanted, timeout=600)
+    records = []
+    for (name, shared), found in zip(wanted, zip(*ranks, strict=True), strict=True):
+        predicted = held_bytes(
+            STUDENT,
+            TEACHER,
+            engine=cast(Name, name),
+            world_size=world,
+            precision="fp32",
+            shard_teacher=shared,
+        )
+        counted = {part: max(one[part] for one in found) for part in (*PARTS, "other")}
+        records.append(
+            {
+                "engine": name,
+                "world_size": world,
+                "shard_teacher": shared,
+                "counted_bytes": counted,
+                "predicted_bytes": {part: round(getattr(predicted, part)) for part in PARTS},
+            }
+        )
+    return records
+
+
+def _tolerance(engine: str, part: str) -> float:
+    return CUT_TOLERANCE if part == "gradients" and engine in ("zero1", "zero2") else TOLERANCE
+
+
+def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Parts that differ from what is predicted by more than TOLERANCE, in words."""
+    return [
+        f"{record['engine']} on {record['world_size']}: {part} counted {record['counted_bytes'][part]:,}, "
+        f"predicted {record['predicted_bytes'][part]:,} bytes"
+        for record in records
+        for part in PARTS
+        if abs(record["counted_bytes"][part] - record["predicted_bytes"][part])
+        > _tolerance(record["engine"], part) * max(record["predicted_bytes"][part], 1)
+    ]
+
+
+def tables(results: Mapping[str, Any]) -> list[TextTable]:
+    """Engines and processes in rows, parts in columns."""
+
+    def shown(record: Mapping[str, Any], part: str) -> str:
+        return f"{record['counted_bytes'][part] / 1e6:.2f} ({record['predicted_bytes'][part] / 1e6:.2f})"
+
+    whole = [record for record in results["records"] if not record["shard_teacher"]]
+    shared = [record for record in results["records"] if record["shard_teacher"]]
+    base = {
+        record["world_size"]: sum(record["counted_bytes"][part] for part in ("weights", "gradients", "optimizer"))
+        for record in whole
+        if record["engine"] == "ddp"
+    }
+    rows = []
+    for record, other in zip(whole, shared, strict=True):
+        own = sum(record["counted_bytes"][part] for part in ("weights", "gradients", "optimizer"))
+        rows.append(
+            (
+                record["engine"],
+                str(record["world_size"]),
+                *(shown(record, part) for part in PARTS),
+                shown(other, "teacher"),
+                f"{own / base[record['world_size']]:.0%}" if record["world_size"] in base else "-",
+            )
+        )
+    header = ("Engine", "Processes", *(part.capitalize() for part in PARTS), "Teacher in shards", "Of ddp")
+    count = sum(parameter.numel() for parameter in build(STUDENT, device="meta").parameters())
+    note = " ".join(_NOTE.format(count / 1e6).split())
+    return [TextTable("Megabytes of a rank, counted and predicted", header, rows, (note,))]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Count, compare and write; exit code 1 where a prediction is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worlds", nargs="+", type=int, choices=WORLDS, default=WORLDS)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
+    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON (default: the committed one)")
+    options = parser.parse_args(argv)
+    with one_line():
+        records = [record for world in options.worlds for record in run(world, options.engines)]
+        results = {**about(), "tolerance": TOLERANCE, "records": records}
+        made = tables(results)
+        terminal().print(made[0].rich())
+        if set(options.worlds) == set(WORLDS) and set(options.engines) == set(ENGINES):
+            page = PAGE if options.out == OUT else None
+            print(f"written: {write_results(FILE, results, made, options.out, page)}")
+    found = misses(records)
+    print("\n".join(found) or "every part is as predicted")
+    for record in records:
+        print(record["engine"], record["world_size"], "unclaimed:", record["counted_bytes"]["other"])
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()
