@@ -175,7 +175,7 @@ def _weights(engine: Engine, sizes: _Sizes, n: int) -> float:
     if engine == "fsdp2":
         return FP32 * sizes.cut(n)
     if engine == "zero3":
-        return FP32 * (sizes.all / n + sizes.small)
+        return FP32 * (sizes.all / n + (sizes.small if n > 1 else 0))
     return FP32 * sizes.all
 
 
