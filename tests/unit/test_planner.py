@@ -226,6 +226,20 @@ OTHER: dict[str, Any] = {
     "engine.log_every": {"steps": 3},
     "engine.checkpoint_every": {"epochs": 1},
     "engine.keep_checkpoints": 5,
+    "engine.keep_every": {"epochs": 1},
+    "engine.async_checkpoints": True,
+    "engine.name": "fsdp2",
+    "engine.deepspeed_config": None,  # see test_settings_of_one_engine_are_no_result
+    **{
+        f"engine.fsdp2.{name}": None
+        for name in ("reshard_after_forward", "replicas", "cpu_offload", "reduce_precision")
+    },
+    "engine.shard_teacher": True,
+    "engine.recompute": True,
+    "engine.find_micro_batch": True,
+    "engine.timeout": 60.0,
+    "chain.links.N.engine": {"name": "zero2"},
+    "chain.links.N.nodes": 2,
     "evaluation.every": {"epochs": 1},
     "evaluation.validation": ["held_out.tar"],
     "evaluation.primary": "a",
@@ -280,6 +294,18 @@ def test_result_fields_change_the_hashes_and_execution_fields_do_not(path: str) 
         assert hashes(changed(path.replace("N", "1"), OTHER[path])) != before
 
 
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"name": "zero2", "deepspeed_config": "a.json"},
+        {"name": "fsdp2", "fsdp2": {"reshard_after_forward": False}},
+        {"name": "fsdp2", "fsdp2": {"replicas": 2, "cpu_offload": True, "reduce_precision": "bf16"}},
+    ],
+)
+def test_settings_of_one_engine_are_no_result(engine: dict[str, Any]) -> None:
+    assert hashes(changed("engine", engine)) == hashes(parse_recipe(BASE))
+
+
 def test_only_an_equal_macs_control_depends_on_the_length_of_captions() -> None:
     before, after = (
         plan(recipe, controls=["equal_macs"]).jobs
@@ -287,6 +313,7 @@ def test_only_an_equal_macs_control_depends_on_the_length_of_captions() -> None:
     )
     different = [a.name for a, b in zip(before, after, strict=True) if a.hash != b.hash]
     assert different == ["control-equal_macs"]
+    assert hashes(changed("engine.recompute", True), controls=["equal_macs"]) == [job.hash for job in before]
     for memory in ("engine.micro_batch", "engine.loss_chunk"):
         assert hashes(changed(memory, 16), controls=["equal_macs"]) == [job.hash for job in before]
         for again in (True, False):
