@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -286,6 +287,8 @@ class JobRun:
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
+        # Engines are full of cycles, and what follows needs their memory.
+        gc.collect()
         beat(result.steps, "writing the model", LONG)
         # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
         last = dist.broadcast_object(find_latest(self.folder / "checkpoints") if dist.is_main() else None)

@@ -19,7 +19,7 @@ from compt.engines.blocks import compile_blocks, compute_exactly, fill, recomput
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
-from compt.engines.zero_start import fill_partitioned, forget_module, start_deepspeed
+from compt.engines.zero_start import destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
 from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
@@ -87,7 +87,7 @@ class ZeroEngine:
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         forget_module(module)
         # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
-        weakref.finalize(self, self._engine.destroy).atexit = False
+        weakref.finalize(self, destroy, self._engine).atexit = False
         # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
         # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
         self._engine._config.torch_autocast_enabled = precision != "fp32"

@@ -180,7 +180,8 @@ def test_a_module_without_memory_takes_its_values() -> None:
 
 @pytest.mark.slow
 def test_an_engine_leaves_nothing_behind() -> None:
-    run_ranks(cases.forgotten, 2, [Cell(stage) for stage in STAGES], timeout=TIMEOUT)
+    cells = [Cell(stage, pieces=pieces) for stage in STAGES for pieces in (1, 4)]
+    run_ranks(cases.forgotten, 2, cells, timeout=TIMEOUT)
 
 
 @pytest.mark.slow

@@ -439,7 +439,7 @@ def forgotten(cells: list[Cell]) -> None:
     for cell in cells:
         task = make_task(cell.arch, cell.distil)
         engine = open_engine(task, cell)
-        train(task, engine, cell.pieces, range(1))
+        train(task, engine, cell.pieces, range(2))
         with engine.scoring():
             pass
         held = [weakref.ref(task.module), *(weakref.ref(master) for master in engine._parts.masters)]
@@ -456,5 +456,5 @@ def quick(folder: str, cells: list[Cell]) -> list[Result]:
     score(cells[3:])
     from_meta([Cell(3)])
     frozen(folder, [1])
-    forgotten([Cell(2)])
+    forgotten([Cell(3)])
     return results

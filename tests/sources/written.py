@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,9 +83,9 @@ ZEROS = {
 def write_zeros(folder: str) -> None:
     """For each of ZEROS, train a few steps under DeepSpeed and save; the weights gathered live lie there in ORACLE."""
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.comm.torch
-
-    deepspeed.comm.torch.build_shm_op = lambda: None  # it would compile for half a minute
+    # As an attribute of the package this name is torch itself.
+    backend = importlib.import_module("deepspeed.comm.torch")
+    vars(backend)["build_shm_op"] = lambda: None  # it would compile for half a minute
     for name, zero in ZEROS.items():
         _write_zero(Path(folder) / name, zero)
 
