@@ -10,17 +10,22 @@ import os
 import socket
 import struct
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
+from typing import TypeVar
 
 import torch.distributed as torch_dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore
 
 from compt.dist_environment import Place
-from compt.dist_speaker import is_speaker
+from compt.dist_speaker import is_speaker, speaks_already
 from compt.errors import RunError
+
+T = TypeVar("T")
 
 SIOCGIFADDR = 0x8915
 """Linux's request for an interface's address of IPv4."""
@@ -28,8 +33,17 @@ SIOCGIFADDR = 0x8915
 PAUSE = 0.25
 """Seconds between two attempts to reach the master."""
 
-REACHING = 0.8
-"""Share of the time to meet that is spent on waiting; the rest is for finding out who tells of the failure."""
+REACHING, GRACE = 0.8, 0.05
+"""Shares of the time to meet: for waiting, and for torch to end it; the rest is for finding out who tells of it."""
+
+LISTENING = 0.5
+"""Seconds between two questions whether rank 0 has given up."""
+
+_SILENT = "something listens there that never answers; MASTER_PORT names another port"
+
+
+class _Told(OSError):
+    """Rank 0 tells of the failure."""
 
 
 def meet(place: Place, seconds: float) -> TCPStore:
@@ -38,19 +52,27 @@ def meet(place: Place, seconds: float) -> TCPStore:
     Raises RunError, `told` on all ranks but one: the lowest of those that can see each other.
     """
     until = time.monotonic() + REACHING * seconds
+    late = until + GRACE * seconds
     try:
         with _quiet():
-            store = _serve(place, until) if _is_host(place) else _reach(place, until)
+            store = _serve(place, until, late) if _is_host(place) else _reach(place, until, late)
     except OSError as error:
         failure = _failure(place, seconds, str(error))
-        if not _is_host(place):
-            # All ranks begin at about the same time, and end so.
-            time.sleep(max(0.0, until - time.monotonic()))
+        if isinstance(error, _Told):
+            failure.told = True
+        else:
+            if not _is_host(place):
+                # All ranks begin at about the same time, and end so.
+                time.sleep(max(0.0, until - time.monotonic()))
             failure.told = not is_speaker(place, 0.15 * seconds)
         raise failure from error
     try:
         with _quiet():
-            missing, lowest = _wait_for_all(place, until, store)
+            missing, lowest = _within(late, lambda: _wait_for_all(place, until, store))
+    except TimeoutError as error:
+        failure = _failure(place, seconds, "rank 0 was there, and does not answer any more")
+        failure.told = not is_speaker(place, 0.15 * seconds)
+        raise failure from error
     except RuntimeError as error:
         # The store went away while others were missing: rank 0 gave up a moment before, and says so.
         failure = _failure(place, seconds, "rank 0 left")
@@ -71,6 +93,28 @@ def meet(place: Place, seconds: float) -> TCPStore:
 def _is_host(place: Place) -> bool:
     """Whether this rank serves the store. torchrun serves one itself and says so."""
     return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+
+def _within(late: float, call: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
+    """What `call` returns or raises; `meanwhile` is called every now and then, and may raise too.
+
+    Raises TimeoutError when it is late. torch's client waits without any limit for the answer of whoever has taken its
+    connection: it stays behind in a thread, which ends with the process.
+    """
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(call())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while not wait([answer], max(0.0, min(LISTENING, late - time.monotonic()))).done:
+        if time.monotonic() >= late:
+            raise TimeoutError
+        meanwhile()
+    return answer.result()
 
 
 @contextlib.contextmanager
@@ -149,7 +193,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def _serve(place: Place, until: float) -> TCPStore:
+def _serve(place: Place, until: float, late: float) -> TCPStore:
     """Raises OSError with the cause."""
     # To tell a port that is taken from other failures.
     with socket.socket() as probe:
@@ -163,23 +207,41 @@ def _serve(place: Place, until: float) -> TCPStore:
             ) from None
     try:
         # Whoever serves it needs no way through the network to itself.
-        return _store("127.0.0.1", place, until - time.monotonic(), host=True)
+        return _within(late, lambda: _store("127.0.0.1", place, until - time.monotonic(), host=True))
+    except TimeoutError:
+        raise OSError(_SILENT) from None
     except (RuntimeError, ValueError) as error:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _reach(place: Place, until: float) -> TCPStore:
+def _reach(place: Place, until: float, late: float) -> TCPStore:
     """Wait until a store answers at the master's address. Raises OSError with the last cause."""
+    opened = threading.Event()
+
+    def listen() -> None:
+        if opened.is_set() and speaks_already(place):
+            raise _Told("rank 0 gave up")
+
+    try:
+        return _within(late, lambda: _knock(place, until, opened), listen)
+    except TimeoutError:
+        raise OSError(_SILENT) from None
+
+
+def _knock(place: Place, until: float, opened: threading.Event) -> TCPStore:
+    """`opened`: somebody takes connections there."""
     while True:
         left = until - time.monotonic()
         try:
             socket.create_connection((place.master, place.port), timeout=max(0.1, min(5.0, left))).close()
+            opened.set()
             return _store(place.master, place, min(5.0, left))
         except OSError as error:
             cause = _cause(place, error)
         except (RuntimeError, ValueError):
             cause = "something else than a group of torch's answers there; MASTER_PORT names another port"
         if time.monotonic() + PAUSE >= until:
+            # Not one of its kinds, which mean more.
             raise OSError(cause)
         time.sleep(PAUSE)
 

@@ -20,7 +20,7 @@ def is_speaker(place: Place, seconds: float) -> bool:
 
     Ranks on one machine find each other always, those on several machines where the launcher told their names.
     """
-    port = place.port % (2**16 - 1) + 1
+    port = _port(place)
     # The lowest of a machine's ranks is the first to take the port.
     time.sleep(min(0.1 * place.local_rank, 0.3 * seconds))
     until = time.monotonic() + seconds
@@ -40,6 +40,12 @@ def is_speaker(place: Place, seconds: float) -> bool:
         return answer.decided
 
 
+def speaks_already(place: Place) -> bool:
+    """Whether rank 0 has failed and finds out who tells of it: it does, being the lowest."""
+    answer = _ask(place.master, _port(place), place)
+    return answer is not None and answer[0] == 0
+
+
 class _Answer:
     """A thread that tells whoever asks which rank listens here, and whether it has decided to speak."""
 
@@ -55,6 +61,10 @@ class _Answer:
                 caller, _ = self._server.accept()
                 with caller, contextlib.suppress(OSError):
                     caller.sendall(f"{_greeting(self._place)} {self._place.rank} {int(self.decided)}\n".encode())
+
+
+def _port(place: Place) -> int:
+    return place.port % (2**16 - 1) + 1
 
 
 def _greeting(place: Place) -> str:

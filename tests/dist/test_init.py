@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from compt import dist
+from compt.dist_environment import Place
+from compt.dist_meeting import meet
 from compt.errors import ConfigError, RunError
+from tests.faults.group import Group
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -57,6 +65,54 @@ def test_nobody_answers(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
         dist.init("cpu", connect_seconds=4.0)
     assert time.monotonic() - start < 10
     assert not torch.distributed.is_initialized()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world", [2, 3])
+def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's client would wait for ever; rank 0 says that the port cannot be had, and the others end."""
+    monkeypatch.setenv("COMPT_CONNECT_SECONDS", "10")
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setattr(Group, "port", taken.getsockname()[1])
+        ended = Group(tmp_path, world, print, "together").end(40)
+    assert ended.codes == [RunError.exit_code] * world
+    assert ended.seconds < 15
+    assert ended.said.count("compt: ") == 1, ended.said
+    assert "rank 0 of" in ended.said
+    assert "cannot be had (address already in use); MASTER_PORT names another" in ended.said
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("answers", [False, True])
+def test_who_serves_the_store_does_not_answer(answers: bool) -> None:
+    """Without rank 0, which would tell; and with a store that stops while others are missing."""
+    place = Place(1, 3, 1, "127.0.0.1", free_port())
+    with subprocess.Popen([sys.executable, "-c", SERVER, str(place.port)], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout
+            server.stdout.readline()
+            if answers:
+                threading.Timer(2.0, server.send_signal, [signal.SIGSTOP]).start()
+            else:
+                server.send_signal(signal.SIGSTOP)
+            start = time.monotonic()
+            with pytest.raises(RunError, match="not answer any more" if answers else "never answers") as caught:
+                meet(place, 5.0)
+            assert time.monotonic() - start < 8
+            assert not caught.value.told
+        finally:
+            server.kill()
+
+
+SERVER = """
+import sys, time
+from torch.distributed import TCPStore
+store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
+print(flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.mark.dist
