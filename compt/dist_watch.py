@@ -308,7 +308,8 @@ class Watch:
 
     def _claims(self, cause: Cause) -> bool:
         """Whether this rank is the one to speak: the lowest of those that live and get on."""
-        mute = cause.kind == "hung" and cause.rank == self.rank
+        # Who is to blame may come back to life just now, and is ended by the finder before it has spoken.
+        mute = cause.kind in ("hung", "silent") and cause.rank == self.rank
         try:
             if cause.kind == "lost" or cause.finder < 0:
                 raise Lost
