@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from compt import dist
@@ -76,7 +76,7 @@ class Saver:
         Those of later steps are deleted too: this training went another way. Raises RunError.
         """
         self.finish()
-        final = self.folder / f"step-{step:08d}"
+        final = self.folder / name_of(step)
         writers = Writers(final, together=True)
         record = {
             "step": step,
@@ -120,8 +120,13 @@ class Saver:
         record = {**pending.record, "files": files}
         write_json(pending.temporary / RECORD, {**record, "sha256": hash_json(record)})
         undo.close()
-        write_text(self.folder / LATEST, f"step-{pending.step:08d}\n")
+        write_text(self.folder / LATEST, name_of(pending.step) + "\n")
         _prune(self.folder, pending.step, self._keep, self._keep_every)
+
+
+def name_of(step: int) -> str:
+    """What the folder of the checkpoint after `step` steps is called."""
+    return f"step-{step:08d}"
 
 
 def find_latest(folder: Path) -> Path | None:
@@ -211,6 +216,8 @@ def _fault(path: Path, *, hashes: bool) -> str:
         if hash_json(record) != told:
             return f"{RECORD} was changed"
         for name, wanted in record["files"].items():
+            if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
+                return f"{RECORD} names {name}, which is not inside the folder"
             size = (path / name).stat().st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size} bytes instead of {wanted['bytes']}"

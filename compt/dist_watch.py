@@ -144,10 +144,14 @@ class Watch:
             return
         self._judge(error)
 
+    @property
+    def _error_file(self) -> str:
+        return f"rank-{self.rank}-error-{self._token}.txt"  # other jobs may share the folder
+
     def _judge(self, error: BaseException) -> None:
         """Raise what another rank is to blame for; return where this rank's `error` is the cause."""
         if not isinstance(error, ComptError):
-            self._write(f"rank-{self.rank}-error.txt", "".join(traceback.format_exception(error)))
+            self._write(self._error_file, "".join(traceback.format_exception(error)))
         self._error, self._asked_at = error, time.monotonic()
         self._wake.set()
         while self._cause is None and self._thread.is_alive():
@@ -276,7 +280,7 @@ class Watch:
             text = str(error) if self.rank == 0 or isinstance(error, Interrupted) else f"rank {self.rank}: {error}"
             return self._published(Cause("failed", self.rank, text, error.exit_code))
         what = traceback.format_exception_only(error)[-1].strip()
-        place = self.folder / f"rank-{self.rank}-error.txt"
+        place = self.folder / self._error_file
         return self._published(Cause("failed", self.rank, f"{self._life().named()} failed: {what} (more in {place})"))
 
     def _published(self, cause: Cause | None) -> Cause | None:
@@ -351,7 +355,7 @@ class Watch:
         beat = self._beat
         who = f"rank {self.rank} of {self.world}, {socket.gethostname()}, pid {os.getpid()}"
         head = f"{who}: {self._name} step {beat.step}, {beat.doing} for {time.monotonic() - beat.at:.1f} s\n"
-        name = f"rank-{self.rank}-{stamp}.txt"
+        name = f"rank-{self.rank}-{stamp}-{os.getpid()}.txt"
         if not self._write(name, head):
             faulthandler.dump_traceback(sys.stderr)
             return

@@ -189,10 +189,19 @@ def test_a_fault_of_the_program_on_one_rank(groups: Callable[..., Group]) -> Non
     text = message(ended)
     assert "rank 1 (host " in text
     assert "failed: KeyError: 'no such thing'" in text
-    assert "break_down" in (group.folder / "faults" / "rank-1-error.txt").read_text()
+    (told,) = (group.folder / "faults").glob("rank-1-error-*.txt")
+    assert "break_down" in told.read_text()
+    assert str(told) in text
     assert "Traceback" not in ended.output[0]
     assert ended.output[1].count("Traceback") == 1
     assert ended.codes == [5, 1]
+
+
+def test_jobs_that_share_a_folder_keep_what_each_has_to_tell(groups: Callable[..., Group], tmp_path: Path) -> None:
+    group = groups(steps, break_down)
+    other = Group(tmp_path / "other", 2, steps, group.folder, break_down)
+    assert [each.end(40).codes for each in (group, other)] == [[5, 1]] * 2
+    assert len(list((group.folder / "faults").glob("rank-1-error*.txt"))) == 2
 
 
 def test_an_error_of_all_ranks_passes(groups: Callable[..., Group]) -> None:

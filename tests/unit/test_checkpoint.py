@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from compt import checkpoint
 from compt.checkpoint import Saver
 from compt.errors import ArtefactError, RunError
+from compt.files import hash_json, sha256_file
 from tests.dist.spawn import CONTEXT
 from tests.helpers_checkpoint import SHAPES, engine, same
 
@@ -136,6 +137,20 @@ def _changed_state(path: Path) -> None:
     (path / "state.json").write_text(json.dumps(record))
 
 
+def _naming(name: str) -> Callable[[Path], None]:
+    """A record, hashes and all in order, that names one more file; this very one for "/"."""
+
+    def names(path: Path) -> None:
+        whole = path / DATA
+        entry = {"bytes": whole.stat().st_size, "sha256": sha256_file(whole)}
+        record = json.loads((path / "state.json").read_text())
+        del record["sha256"]
+        record["files"][str(whole) if name == "/" else name] = entry
+        (path / "state.json").write_text(json.dumps({**record, "sha256": hash_json(record)}))
+
+    return names
+
+
 FAULTS: dict[Callable[[Path], Any], str] = {
     _truncate: r"state/__0_0.distcp has \d+ bytes instead of \d+",
     _flip: "state/__0_0.distcp does not have its recorded hash",
@@ -145,6 +160,9 @@ FAULTS: dict[Callable[[Path], Any], str] = {
     lambda path: (path / "state/.metadata").unlink(): "state/.metadata is missing",
     lambda path: (path / "state.json").unlink(): "state.json is missing",
     lambda path: (path / "state.json").write_text("[]"): "state.json is torn",
+    _naming("/no/such/file"): "state.json names /no/such/file, which is not inside the folder",
+    _naming("/"): "state.json names /.*/state/__0_0.distcp, which is not inside the folder",
+    _naming(f"../step-00000010/{DATA}"): "state.json names .*, which is not inside the folder",
 }
 
 
