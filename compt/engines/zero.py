@@ -202,12 +202,15 @@ class ZeroEngine:
         with self._deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters())):
             # The hooks would gather and give up weights block by block, on all ranks together.
             home = self._zero.parameter_offload
-            for hook in (*home.forward_hooks, *home.backward_hooks):
+            # And the one at the start of the module's forward would compare the ranks' order of blocks.
+            start = home.module._forward_pre_hooks[home.fwd_pre_hook.id]
+            for hook in (home.fwd_pre_hook, *home.forward_hooks, *home.backward_hooks):
                 hook.remove()
             home.forward_hooks, home.backward_hooks = [], []
             try:
                 yield
             finally:
+                home.fwd_pre_hook = home.module.register_forward_pre_hook(start)
                 home._register_deepspeed_module(home.module)
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
