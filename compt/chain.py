@@ -16,8 +16,8 @@ import yaml
 from filelock import FileLock, Timeout
 
 from compt import dist
-from compt.config import Recipe, split_batch
-from compt.config_deepspeed import deepspeed_config
+from compt.config import Recipe
+from compt.config_processes import check_engines
 from compt.data.index import Index, open_index
 from compt.dist_watch import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
@@ -290,23 +290,8 @@ def prepare(
             dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
     dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
     chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
-    check_engines(plan, chosen, dist.world_size(), base, source)
+    check_engines(recipe, [job.spec.name for job in chosen], dist.world_size(), base, source)
     return context, plan
-
-
-def check_engines(plan: Plan, jobs: Iterable[Job], world_size: int, base: Path, source: str) -> None:
-    """Raise ConfigError for the engine of one of `jobs` that cannot run on `world_size` processes."""
-    recipe = plan.recipe
-    for model in dict.fromkeys(job.spec.name for job in jobs):
-        engine = recipe.engine_of(model)
-        split_batch(recipe.optimizer.batch, world_size, engine.micro_batch)
-        replicas = engine.fsdp2.replicas
-        if world_size % replicas:
-            raise ConfigError(
-                f"{source}: engine.fsdp2.replicas = {replicas} does not divide the {world_size} processes"
-            )
-        if engine.name.startswith("zero"):
-            deepspeed_config(engine, recipe.optimizer, world_size, base)
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:

@@ -11,8 +11,9 @@ import typer
 
 from compt.cli_options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile
 from compt.config import Recipe, load_recipe
+from compt.config_processes import check_engines
 from compt.errors import ConfigError, nearest
-from compt.forecast import MODES, make_forecast
+from compt.forecast import MODES, Machine, check_shares, make_forecast
 from compt.formats import terminal
 from compt.macs import Mode
 from compt.memory import ENGINES, Engine
@@ -68,13 +69,15 @@ def plan(
         _refuse({"--memory": memory}, "is for tables; --json has the parts of memory of every engine")
     loaded = load_recipe(recipe, set_ or [])
     asked = MachineOptions(kind, gpus, throughput)
+    counted = asked.given or loaded.engine.device != "cpu"
     if auto:
         from compt.cli_design import run_auto
 
         if runs_on is not None and not runs:
             raise ConfigError(f"--runs-on {runs_on}: is for --runs, which is missing")
         goal = _objective(objective)
-        counted = asked.given or goal == "budget" or in_ == "hours" or loaded.engine.device != "cpu"
+        counted = counted or goal == "budget" or in_ == "hours"
+        machine = _machine(asked, loaded, str(recipe), counted, members=True)
         run_auto(
             loaded,
             recipe,
@@ -83,17 +86,16 @@ def plan(
             size=members,
             budget_gpu_hours=budget,
             confidence=confidence,
-            machine=asked.machine(loaded, str(recipe)) if counted else None,
+            machine=machine,
             runs=runs or (),
             on=runs_on,
             out=out,
             as_json=as_json,
         )
         return
-    wanted = asked.given or memory is not None or loaded.engine.device != "cpu"
     forecast = make_forecast(
         loaded,
-        asked.machine(loaded, str(recipe)) if wanted else None,
+        _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),
         baselines=baselines,
         start=_start(loaded, str(recipe)),
         source=str(recipe),
@@ -102,6 +104,20 @@ def plan(
         typer.echo(json.dumps(forecast.to_json(), indent=2))
     else:
         terminal().print(plan_tables(forecast, found, engine))
+
+
+def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *, members: bool) -> Machine | None:
+    """The GPUs to plan for, if `wanted`. Raises ConfigError for engines that cannot run on so many, or at all.
+
+    Those of the links, and with `members` of the whole family.
+    """
+    machine = asked.machine(recipe, source) if wanted else None
+    if machine is not None:
+        check_shares(recipe, machine.gpus, source)
+    models = [link.model for link in recipe.chain.links]
+    models += [member.name for member in recipe.family.members if members]
+    check_engines(recipe, models, machine.gpus if machine else None, Path(), source)
+    return machine
 
 
 def _refuse(options: Mapping[str, object], why: str) -> None:

@@ -140,11 +140,12 @@ _RENAMED = {
 
 
 def deepspeed_config(
-    engine: EngineConfig, optimizer: Optimizer, world_size: int, base: Path = Path()
+    engine: EngineConfig, optimizer: Optimizer, world_size: int | None, base: Path = Path()
 ) -> dict[str, Any]:
     """What DeepSpeed is told for `engine.name`: the file that the recipe names, or compt's own for the stage.
 
-    A relative path starts at `base`. Raises ConfigError naming the file, the key, its value and the recipe's.
+    A relative path starts at `base`. Without `world_size`, what depends on it is left out. Raises ConfigError naming the
+    file, the key, its value and the recipe's.
     """
     stage = int(engine.name.removeprefix("zero"))
     own = _parse(_own_text(stage), f"ds_configs/zero{stage}.json")
@@ -253,14 +254,16 @@ class _File:
 
 
 def _batches(
-    file: _File, given: Mapping[str, Any], engine: EngineConfig, optimizer: Optimizer, world_size: int
+    file: _File, given: Mapping[str, Any], engine: EngineConfig, optimizer: Optimizer, world_size: int | None
 ) -> dict[str, Any]:
-    per_rank, micro = split_batch(optimizer.batch, world_size, engine.micro_batch)
     file.compare("train_batch_size", given.get("train_batch_size"), "optimizer.batch", optimizer.batch)
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     for key in keys if engine.find_micro_batch else ():
         if given.get(key) not in (None, AUTO):
             raise file.error(key, given[key], 'the recipe looks for it (engine.find_micro_batch); say "auto"')
+    if world_size is None:
+        return {"train_batch_size": optimizer.batch}
+    per_rank, micro = split_batch(optimizer.batch, world_size, engine.micro_batch)
     name = f"engine.micro_batch, which over {world_size} processes of {per_rank} pictures each is"
     file.compare(keys[0], given.get(keys[0]), name, micro)
     name = f"optimizer.batch {optimizer.batch} over {world_size} processes in pieces of {micro}, which makes"

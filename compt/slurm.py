@@ -8,10 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from compt.config import Recipe, split_batch
-from compt.errors import ConfigError, RunError
+from compt.config import Recipe
+from compt.config_processes import check_engines
+from compt.errors import RunError
 from compt.files import read_json
-from compt.planner import Job, Plan, make_plan
+from compt.planner import Job, make_plan
 
 SCRIPT = Path("slurm/link.sbatch")
 """What each job runs, relative to the checkout's top folder."""
@@ -74,7 +75,8 @@ def make_orders(
 
     A link without `nodes` of its own takes `nodes` of `gpus` GPUs each. `overrides` are those the recipe was read with,
     `options` go to every sbatch. With `baselines`, one job array trains them beside the chain.
-    Raises ConfigError for a chain that cannot be trained, or a batch that some link's processes cannot share.
+    Raises ConfigError for a chain that cannot be trained, a batch that some link's processes cannot share, and an
+    engine that they cannot run.
     """
     plan = make_plan(recipe, baselines=baselines, controls=(), source=str(source))
     sets = [word for override in overrides for word in ("--set", override)]
@@ -84,16 +86,18 @@ def make_orders(
     orders: list[Order] = []
     for job in plan.links:
         wanted = placed[job.name] or nodes
-        _check_batch(recipe, plan, job, wanted * gpus, f"{source}: {job.name} on {wanted} x {gpus} GPUs")
         if is_done(job, recipe, run):
             continue
+        where = f"{source}: {job.name} on {wanted} x {gpus} GPUs"
+        check_engines(recipe, [job.spec.name], wanted * gpus, Path(), where)
         own = (f"--job-name={recipe.name}:{job.name}", f"--nodes={wanted}", *size, *options)
         before = orders[-1].name if orders else None
         orders.append(Order(job.name, wanted, (job.name,), before, own, (*common, "--only", job.name)))
     alone = [job for job in plan.jobs if job.kind == "baseline" and job.same_as is None]
-    left = tuple(job.name for job in alone if not is_done(job, recipe, run))
-    if left:
-        _check_batch(recipe, plan, alone[0], nodes * gpus, f"{source}: baselines on {nodes} x {gpus} GPUs")
+    waiting = [job for job in alone if not is_done(job, recipe, run)]
+    if left := tuple(job.name for job in waiting):
+        where = f"{source}: baselines on {nodes} x {gpus} GPUs"
+        check_engines(recipe, [job.spec.name for job in waiting], nodes * gpus, Path(), where)
         own = (
             f"--job-name={recipe.name}:baselines",
             f"--array=0-{len(left) - 1}",
@@ -104,13 +108,6 @@ def make_orders(
         )
         orders.append(Order("baselines", nodes, left, None, own, (*common, "--baselines", "--each", *left)))
     return orders
-
-
-def _check_batch(recipe: Recipe, plan: Plan, job: Job, processes: int, where: str) -> None:
-    try:
-        split_batch(recipe.optimizer.batch, processes, recipe.engine_of(job.spec.name).micro_batch)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
 
 
 def send(orders: Sequence[Order], say: Callable[[str], None]) -> dict[str, str]:

@@ -397,3 +397,27 @@ def test_the_page_shows_what_the_command_prints(plan: Plan, monkeypatch: pytest.
     text = run(recipe=recipe)[1]
     printed = "\n".join(line.rstrip() for line in text.splitlines())
     assert printed.strip() == shown.strip(), "docs/planning.md shows older numbers: print them anew"
+
+
+def test_an_engine_that_cannot_run_is_refused(plan: Plan, tmp_path: Path) -> None:
+    def refused(*words: str) -> str:
+        code, text, errors = plan(*words)
+        assert (code, text) == (2, ""), (words, text, errors)
+        return errors
+
+    zero = ("--set", "engine.name=zero1", "--set", "engine.deepspeed_config=ds.json")
+    cpu = ("--set", "engine.device=cpu")
+    for words in (zero, (*zero, *cpu), (*zero, "--gpus", "2", "--auto")):
+        assert "r.yaml: ds.json: engine.deepspeed_config cannot be read" in refused(*words)
+    batch = int(VALUES["optimizer"]["batch"])
+    text = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": batch // 2}
+    (tmp_path / "ds.json").write_text(json.dumps(text))
+    assert "ds.json: train_micro_batch_size_per_gpu" in refused(*zero, "--gpus", "4")
+    # On so many it is what the recipe says; on a number that nobody has said it may be.
+    assert plan(*zero, "--gpus", "2")[0] == 0
+    assert plan(*zero, *cpu)[0] == 0
+    (tmp_path / "ds.json").write_text(json.dumps({**text, "zero_optimization": {"stage": 2}}))
+    assert "ds.json: zero_optimization.stage" in refused(*zero, *cpu)
+    replicas = ("--set", "engine.name=fsdp2", "--set", "chain.links.2.engine={fsdp2: {replicas: 3}}")
+    assert "engine.fsdp2.replicas = 3 does not divide the 2 processes" in refused(*replicas, "--gpus", "2")
+    assert plan(*replicas, *cpu)[0] == 0

@@ -133,3 +133,20 @@ def test_the_command_is_for_a_checkout(tmp_path: Path, monkeypatch: pytest.Monke
     refused = CliRunner().invoke(app, ["slurm", "submit", str(recipe)])
     assert isinstance(refused.exception, ConfigError)
     assert "slurm/link.sbatch is not here" in str(refused.exception)
+
+
+def test_an_engine_that_the_processes_cannot_run_is_not_queued(tmp_path: Path) -> None:
+    three = recipe_of("engine.name=fsdp2", "chain.links.1.engine={fsdp2: {replicas: 3}}")
+    assert len(orders_of(three, tmp_path, nodes=3, gpus=2)) == 2
+    with pytest.raises(ConfigError, match=r"2-large on 1 x 2 GPUs: engine\.fsdp2\.replicas = 3 does not divide the 2 "):
+        orders_of(three, tmp_path, gpus=2)
+    # Baselines of that member too, where the link has what it needs.
+    with pytest.raises(ConfigError, match=r"baselines on 1 x 2 GPUs: engine\.fsdp2\.replicas = 3"):
+        orders_of(
+            recipe_of("engine.name=fsdp2", "chain.links.1.engine={fsdp2: {replicas: 3}}", "chain.links.1.nodes=3"),
+            tmp_path,
+            gpus=2,
+            baselines=True,
+        )
+    with pytest.raises(ConfigError, match=r"1-small on 1 x 1 GPUs: nowhere\.json: engine\.deepspeed_config cannot be"):
+        orders_of(recipe_of("engine.name=zero1", "engine.deepspeed_config=nowhere.json"), tmp_path, gpus=1)
