@@ -45,7 +45,8 @@ def init(
     store.set_timeout(timeout)
     try:
         torch_dist.init_process_group(
-            "nccl" if chosen.type == "cuda" else "gloo",
+            # On GPU machines too small messages go over gloo: none of them makes a process wait for its GPU.
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
             store=store,
             rank=place.rank,
             world_size=place.world_size,
@@ -98,13 +99,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """Whether this is rank 0."""
     return rank() == 0
-
-
-def _device() -> torch.device:
-    """Where tensors must lie for the process group's backend."""
-    if torch_dist.get_backend() == "nccl":
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def barrier() -> None:
@@ -163,7 +157,7 @@ def on_main(action: Callable[[], object]) -> None:
 def _reduce_scalar(value: float, operation: Any) -> float:
     if world_size() == 1:
         return float(value)
-    tensor = torch.tensor(value, dtype=torch.float64, device=_device())
+    tensor = torch.tensor(value, dtype=torch.float64)
     torch_dist.all_reduce(tensor, op=operation)
     return float(tensor.item())
 
@@ -185,7 +179,16 @@ def all_reduce_max(value: float) -> float:
 
 def any_true(flag: bool) -> bool:
     """Whether the flag is set on any rank: the same answer on all of them."""
-    return all_reduce_max(float(flag)) > 0.0
+    return any_of(flag)[0]
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag whether it is set on any rank, with one collective: the same answer on all of them."""
+    if world_size() == 1:
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.uint8)
+    torch_dist.all_reduce(tensor, op=ReduceOp.MAX)
+    return tuple(map(bool, tensor.tolist()))
 
 
 def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
@@ -194,7 +197,7 @@ def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
         return {}
     stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
     if world_size() > 1:
-        stacked = stacked.to(_device())
+        stacked = stacked.cpu()
         torch_dist.all_reduce(stacked)
         stacked = stacked / world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
@@ -237,8 +240,6 @@ def gather(local: Tensor) -> Tensor:
     local = local.detach()
     if world_size() == 1:
         return local
-    home = local.device
-    local = local.to(_device())
     sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world_size())]
     torch_dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device))
     counts = [int(size.item()) for size in sizes]
@@ -246,4 +247,4 @@ def gather(local: Tensor) -> Tensor:
     padded[: local.shape[0]] = local
     parts = [torch.empty_like(padded) for _ in counts]
     torch_dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)]).to(home)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

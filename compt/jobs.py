@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compt import dist
 from compt.artefact import Artefact, read_artefact, write_artefact
-from compt.checkpoint import find_latest, open_weights
+from compt.checkpoint import find_latest, name_of, open_weights
 from compt.config import EngineConfig, Recipe, split_batch
 from compt.data.dataset import train_loader
 from compt.data.index import Index
@@ -27,7 +27,7 @@ from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import write_json
 from compt.fit import Trial, advise, find_micro_batch
-from compt.jobs_record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers
+from compt.jobs_record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers, steps_left
 from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
 from compt.models import ClipModel, DrawnState, build
@@ -283,7 +283,7 @@ class JobRun:
         beat(0, "opening the model", LONG)
         origin = self._origin()
         settings = self._settings()
-        if self._engine_config.find_micro_batch:
+        if self._engine_config.find_micro_batch and self._steps_left():
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
@@ -291,7 +291,7 @@ class JobRun:
         gc.collect()
         beat(result.steps, "writing the model", LONG)
         # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
-        last = dist.broadcast_object(find_latest(self.folder / "checkpoints") if dist.is_main() else None)
+        last = self._last_checkpoint(result.steps)
         fields = {
             **origin,
             "step": result.steps,
@@ -308,6 +308,18 @@ class JobRun:
             extra_states={"ema": open_weights(last, average=True)} if self.context.recipe.optimizer.ema else None,
             together=True,
         )
+
+    def _last_checkpoint(self, step: int) -> Path:
+        """The checkpoint of the last step. Raises RunError, on all ranks, where it was damaged since it was written."""
+        folder = self.folder / "checkpoints"
+        path: Path | None = dist.broadcast_object(find_latest(folder) if dist.is_main() else None)
+        if path is None or path.name != name_of(step):
+            text = (
+                f"{folder / name_of(step)}: the checkpoint of the last step is damaged or gone; start the same command "
+            )
+            dist.agree(RunError(text + f"again to go on from {path.name if path else 'the beginning'}"))
+        assert path is not None
+        return path
 
     def _run_steps(self, settings: TrainSettings) -> TrainResult:
         student = build(self.job.spec, device="meta")
@@ -327,9 +339,14 @@ class JobRun:
             settings,
             self.folder,
             self._loader,
-            lambda: self.scorer.during_training(task.model),
+            (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
             self.job.name,
         )
+
+    def _steps_left(self) -> int:
+        """None after a stop between the last checkpoint and the model."""
+        left: int = dist.broadcast_object(steps_left(self.job, self.folder) if dist.is_main() else None)
+        return left
 
     def _find_micro_batch(self) -> int:
         """The largest that fits; it is noted where this part of the work was done."""
@@ -344,18 +361,22 @@ class JobRun:
             self._fit()
         beat(self.job.steps, "evaluating", LONG)
         artefact = dist.on_all(self._trained)
-        self.say(f"{self.job.name}: evaluating")
-        model = artefact.load_model(self.context.device)
-        scores = self._score(model)
         self._enter(
             "evaluated",
             trained=artefact.manifest["trained"],
             cost=self._cost(artefact.manifest["trained"]["tokens_per_caption"]).to_json(),
             model_hash=artefact.hash,
-            scores=scores,
-            **self.scorer.held_out_loss(model),
+            **self._scored(artefact),
             sets=evaluation_identity(self.context.recipe),
         )
+
+    def _scored(self, artefact: Artefact) -> dict[str, Any]:
+        """What the manifest says of a trained model; each rank holds it whole, unless there is nothing to score."""
+        if not self.scorer.has_work:
+            return {"scores": {}}
+        self.say(f"{self.job.name}: evaluating")
+        model = artefact.load_model(self.context.device)
+        return {"scores": self._score(model), **self.scorer.held_out_loss(model)}
 
     def _trained(self) -> Artefact:
         """This job's model. Raises RunError for one that was trained otherwise or on other data."""

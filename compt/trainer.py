@@ -28,9 +28,6 @@ from compt.pixels import to_input
 from compt.stragglers import straggler_report
 from compt.task import Task, reduce_report
 
-SIGNAL_EVERY = 10
-"""Steps between two looks, over several ranks, at whether one of them was asked to stop."""
-
 
 @dataclass(frozen=True)
 class TrainSettings:
@@ -96,6 +93,8 @@ class StopSignal:
 
     def __init__(self, at_once: bool = False) -> None:
         self.name = ""
+        self.agreed = False
+        """Whether all ranks know that one of them was asked to stop."""
         self._at_once = at_once
         self._since = 0.0
         self._previous: dict[int, Any] = {}
@@ -119,11 +118,14 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def raised(self, step: int, last: bool) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks, who ask each other now and then only."""
+    def raised(self, last: bool) -> bool:
+        """Whether any rank was asked to stop: the same answer on all ranks, who tell each other as each step begins.
+
+        After the `last` step they ask once more.
+        """
         if dist.world_size() == 1:
             return bool(self.name)
-        return (last or step % SIGNAL_EVERY == 0) and dist.any_true(bool(self.name))
+        return self.agreed or (last and dist.any_true(bool(self.name)))
 
 
 @dataclass
@@ -240,7 +242,7 @@ def train(
             while counts.step < total:
                 beat(counts.step, "waiting for data", patience)
                 started = time.perf_counter()
-                batch, own = _next(batches)
+                batch, own = _next(batches, stop)
                 window.own_wait += own
                 window.waited += time.perf_counter() - started
                 beat(counts.step, "training", patience)
@@ -262,7 +264,7 @@ def train(
                     with engine.scoring():
                         scores = evaluate()
                     writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **scores})
-                stopping = stop.raised(counts.step, last=counts.step == total)
+                stopping = stop.raised(last=counts.step == total)
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
                     beat(counts.step, "writing a checkpoint", LONG)
                     norms.read(counts)
@@ -280,8 +282,8 @@ def _batches(open_loader: Callable[[int], Iterable[Batch]], step: int) -> Genera
     yield from open_loader(step)
 
 
-def _next(batches: Iterator[Batch]) -> tuple[Batch, float]:
-    """The next batch, and the seconds that this rank waited for it.
+def _next(batches: Iterator[Batch], stop: StopSignal) -> tuple[Batch, float]:
+    """The next batch, and the seconds that this rank waited for it; `stop` learns what other ranks were told.
 
     A DataError of one rank is raised on all, as none could finish the step without the others.
     """
@@ -291,7 +293,8 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch, float]:
     except DataError as error:
         fault = error
     seconds = time.perf_counter() - started
-    if dist.any_true(fault is not None):
+    faulty, stop.agreed = dist.any_of(fault is not None, bool(stop.name))
+    if faulty:
         dist.agree(fault)
     assert batch is not None
     return batch, seconds

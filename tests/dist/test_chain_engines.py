@@ -62,7 +62,6 @@ def some(base: Path, run: Path, changes: list[str], names: list[str], stop: int 
                 return rate(step, settings)
 
             patch.setattr(trainer, "learning_rate", learning_rate)
-            patch.setattr(trainer, "SIGNAL_EVERY", 2)
         context, plan = prepare(recipe_of(*changes), run, base=base, names=names)
         try:
             run_only(context, plan, only(plan, names, run), lambda _: None)
@@ -133,7 +132,7 @@ def test_stopped_on_two_processes_and_resumed_on_four_and_one(
 ) -> None:
     changes = [*CHANGES, f"engine.name={engine}"]
     first = run_ranks(some, 2, base, tmp_path, changes, list(JOBS), 4, timeout=300)
-    assert "1-small: stopped by SIGTERM at step 4 of 6; saved" in first[0]
+    assert "1-small: stopped by SIGTERM at step 5 of 6; saved" in first[0]
     second = run_ranks(some, 4, base, tmp_path, changes, list(JOBS), 3, timeout=300)
     assert "2-large: stopped by SIGTERM at step 4 of 5; saved" in second[0]
     assert run_ranks(some, 1, base, tmp_path, changes, list(JOBS), timeout=300) == [""]

@@ -62,7 +62,6 @@ def run_chain(base: Path, run: Path, changes: list[str], stop: tuple[int, int] |
                 return rate(step, settings)
 
             patch.setattr(trainer, "learning_rate", learning_rate)
-            patch.setattr(trainer, "SIGNAL_EVERY", 2)
         try:
             chain(base, run, *changes)
         except (Interrupted, DataError) as error:

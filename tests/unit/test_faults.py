@@ -24,6 +24,7 @@ from compt.data import dataset
 from compt.errors import ArtefactError, ComptError, ConfigError, DataError, RunError
 from compt.jobs import JobRun
 from compt.metrics import MetricsWriter
+from compt.trainer import TrainResult, TrainSettings
 from tests.helpers_recipe import (
     FIRST,
     SECOND,
@@ -341,6 +342,25 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_without_a_whole_checkpoint_it_starts_from_the_expanded_weights(base: Path, whole: Path, half: Path) -> None:
     for path in checkpoints(half):
         (path / "state.json").write_text("{")
+    assert_finishes(base, half, whole)
+
+
+def test_a_checkpoint_of_the_last_step_that_is_damaged_is_no_model(
+    base: Path, whole: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing older goes out under the last step's name: the steps since are trained again."""
+    run_steps = JobRun._run_steps
+
+    def damaged(self: JobRun, settings: TrainSettings) -> TrainResult:
+        result = run_steps(self, settings)
+        spoil(checkpoints(half)[-1] / "state" / "__0_0.distcp")
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JobRun, "_run_steps", damaged)
+        with pytest.raises(RunError, match=r"step-\d+: the checkpoint of the last step is damaged .* go on from step-"):
+            chain(base, half)
+    assert not (half / "jobs" / SECOND / "model").exists()
     assert_finishes(base, half, whole)
 
 

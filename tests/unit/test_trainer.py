@@ -265,10 +265,10 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 def test_signals_are_remembered_or_raised_and_then_given_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
     with StopSignal() as stop:
-        assert not stop.raised(1, last=False)
+        assert not stop.raised(last=False)
         signal.raise_signal(number)
         signal.raise_signal(number)  # what torchrun passes on is the same request
-        assert stop.raised(1, last=False)
+        assert stop.raised(last=False)
         assert stop.name == number.name
     assert signal.getsignal(number) is before
     with pytest.raises(Interrupted, match=f"stopped by {number.name}"), StopSignal(at_once=True):
@@ -285,7 +285,7 @@ def test_a_later_second_ctrl_c_ends_the_process(monkeypatch: pytest.MonkeyPatch)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.raised(1, last=False)
+        assert stop.raised(last=False)
 
 
 # --- steps that are not finite
