@@ -28,7 +28,6 @@ def test_a_part_that_differs_is_told() -> None:
     assert len(memory.misses([record])) == 1
 
 
-@pytest.mark.skipif(not (page.OUT / memory.FILE).exists(), reason="nothing has been counted yet")
 def test_the_page_shows_what_was_counted(root: Path) -> None:
     results = page.read_results(memory.FILE)
     assert memory.misses(results["records"]) == []
