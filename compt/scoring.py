@@ -38,6 +38,17 @@ class Scorer:
             dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
         )
 
+    @property
+    def looks_on(self) -> bool:
+        """Whether there is something to look at before the end of a training."""
+        evaluation = self.recipe.evaluation
+        return bool(evaluation.validation) or any(item.role == "select" for item in evaluation.sets)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to score at all."""
+        return self.looks_on or bool(self.recipe.evaluation.sets)
+
     def held_out_loss(self, model: ClipModel) -> dict[str, float]:
         """{"validation_loss": …}, the contrastive loss on the validation shards; {} where the recipe has none."""
         recipe, settings = self.recipe, self.settings

@@ -137,6 +137,27 @@ def test_a_run_notes_the_micro_batch_that_it_found(tmp_path: Path, monkeypatch: 
     assert f"{FIRST}: 4 pictures of a process fit into memory at once" in said
 
 
+def test_nothing_is_looked_for_where_no_step_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, write, asked = make_data(tmp_path), jobs.JobRun._write_artefact, []
+
+    def stopping(self: jobs.JobRun, name: str, *arguments: Any, **options: Any) -> None:
+        if name == "model" and not asked:
+            raise RunError("disk full")
+        write(self, name, *arguments, **options)
+
+    def found(trial: Trial) -> int:
+        asked.append(trial.student.name)
+        return 4
+
+    monkeypatch.setattr(jobs.JobRun, "_write_artefact", stopping)
+    with pytest.raises(RunError, match="disk full"):
+        chain(base, tmp_path / "run")
+    asked.append("resumed")
+    monkeypatch.setattr(jobs, "find_micro_batch", found)
+    chain(base, tmp_path / "run", "engine.find_micro_batch=true")
+    assert asked == ["resumed", "large"]
+
+
 def exhausted(folder: Path, base: Path) -> None:
     """A chain whose second rank runs out of memory in its third step."""
     from compt import trainer

@@ -19,7 +19,7 @@ import torch
 from filelock import FileLock
 
 from compt import chain as chain_module
-from compt.artefact import export_open_clip, read_artefact
+from compt.artefact import Artefact, export_open_clip, read_artefact
 from compt.chain import difference, locked, prepare, start_anew, waiting
 from compt.config import load_recipe
 from compt.data.dataset import _shield
@@ -594,6 +594,31 @@ def test_a_link_without_distillation_and_with_its_own_rate(base: Path, half: Pat
 def test_alpha_of_a_link(base: Path, whole: Path, half: Path) -> None:
     chain(base, half, "chain.links.1.alpha=250.0")
     assert lines(half, SECOND)[0]["ifd"] == pytest.approx(lines(whole, SECOND)[0]["ifd"] / 2, rel=1e-5)
+
+
+def test_without_anything_to_score_no_model_is_loaded_for_it(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded, load = [], Artefact.load_model
+
+    def load_model(self: Artefact, *arguments: Any, **options: Any) -> Any:
+        loaded.append(self.path.parent.name)
+        return load(self, *arguments, **options)
+
+    def scoring(_: Any) -> Any:
+        raise AssertionError
+
+    monkeypatch.setattr(Artefact, "load_model", load_model)
+    monkeypatch.setattr("compt.engines.ddp.DataParallelEngine.scoring", scoring)
+    nothing = ["evaluation.sets=[]", "evaluation.validation=[]", "evaluation.primary="]
+    said = chain(base, tmp_path / "run", *nothing)
+    assert loaded == [FIRST]  # the teacher
+    assert not any("evaluating" in text for text in said)
+    assert [manifest(tmp_path / "run", job)["scores"] for job in (FIRST, SECOND)] == [{}, {}]
+    monkeypatch.undo()
+    # Asked for later, they are there.
+    chain(base, tmp_path / "run", "evaluation.sets.1.role=report")
+    assert manifest(tmp_path / "run", SECOND)["scores"].keys() == {"held_out", "choose"}
 
 
 # --- the folder
