@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-slurm benchmarks gpu-bundle lint format type fresh-check clean venv
+.PHONY: help demo test test-slow test-slurm test-full benchmarks gpu-bundle lint format type fresh-check clean venv
 
 WORKERS ?= 2
 ARGS ?=
@@ -30,8 +30,10 @@ demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample a
 test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not slurm" $(ARGS)
 
-test-full: $(STAMP) ## Run every test, the slow ones included
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slurm" $(ARGS)
+test-slow: $(STAMP) ## Run the long tests alone: matrices of engines, faults, memory under limits
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not slurm" $(ARGS)
+
+test-full: test test-slow test-slurm ## Run every test
 
 test-slurm: $(STAMP) ## Run the scripts of slurm/ on a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests/slurm $(ARGS)

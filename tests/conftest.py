@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Generator
 from pathlib import Path
 
 # Before torch is imported anywhere: several test processes share few cores, and nothing may ask a model hub.
@@ -24,6 +25,19 @@ def has_cuda() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--must-run", action="store_true", help="a test that is skipped fails, but for want of a GPU")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and item.config.getoption("must_run") and not item.get_closest_marker("gpu"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped under --must-run: {report.longrepr[2] if report.longrepr else ''}"
+    return report
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
