@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from filelock import FileLock, Timeout
 
 from compt import dist
+from compt.chain_locks import LOCKS, locked, writing
 from compt.config import Recipe
 from compt.config_processes import check_engines
 from compt.data.index import Index, open_index
@@ -28,7 +28,7 @@ from compt.jobs_record import is_finished, now, read_manifest, read_record, remo
 from compt.jobs_start import hash_of, open_start
 from compt.planner import Job, Plan, make_plan
 from compt.planner_start import AVERAGE, Start
-from compt.trainer import StopSignal
+from compt.trainer_stop import StopSignal
 
 _log = logging.getLogger(__name__)
 
@@ -144,26 +144,6 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
             )
 
 
-@contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the run folder against a second process, on rank 0. Raises RunError when another one holds it."""
-    lock = FileLock(folder / "lock")
-
-    def acquire() -> None:
-        with disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                raise RunError(f"{folder} is in use by another process; wait for it, or take another folder") from None
-
-    dist.on_main(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def open_data(recipe: Recipe, base: Path) -> Index:
     """The index of the training shards. Raises DataError.
 
@@ -182,30 +162,33 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
 
 def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> None:
-    old = {"started": now(), "jobs": [], **_read_state(context.folder)}
-    planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
-    names = {job["name"] for job in planned}
-    kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
-    recipe = context.recipe
-    tested = calibration or read_calibration(context.folder)
-    write_json(
-        context.folder / STATE,
-        {
-            "name": recipe.name,
-            "started": old["started"],
-            "command": shlex.join(sys.argv),
-            "primary": recipe.evaluation.primary,
-            "contact_sheet": recipe.evaluation.contact_sheet,
-            "images": len(context.index),
-            "batch": recipe.optimizer.batch,
-            "captions": recipe.data.captions,
-            "data_fingerprint": context.index.fingerprint,
-            "jobs": [*planned, *kept],
-            **({"calibration": tested} if tested else {}),
-        },
-    )
-    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-    write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    """Write STATE and RECIPE, and remove what processes that were killed left of them. Raises RunError."""
+    with writing(context.folder):
+        remove_leftovers(context.folder, STATE, RECIPE)
+        old = {"started": now(), "jobs": [], **_read_state(context.folder)}
+        planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
+        names = {job["name"] for job in planned}
+        kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
+        recipe = context.recipe
+        tested = calibration or read_calibration(context.folder)
+        write_json(
+            context.folder / STATE,
+            {
+                "name": recipe.name,
+                "started": old["started"],
+                "command": shlex.join(sys.argv),
+                "primary": recipe.evaluation.primary,
+                "contact_sheet": recipe.evaluation.contact_sheet,
+                "images": len(context.index),
+                "batch": recipe.optimizer.batch,
+                "captions": recipe.data.captions,
+                "data_fingerprint": context.index.fingerprint,
+                "jobs": [*planned, *kept],
+                **({"calibration": tested} if tested else {}),
+            },
+        )
+        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
 @contextlib.contextmanager
@@ -308,7 +291,6 @@ def waiting(plan: Plan, folder: Path) -> list[Job]:
 def running(folder: Path) -> Iterator[None]:
     """Hold the run folder, and end in Interrupted on SIGTERM, SIGUSR1 and Ctrl-C. Raises RunError."""
     with locked(folder), StopSignal(at_once=True):
-        dist.on_main(lambda: remove_leftovers(folder, STATE, RECIPE))
         yield
 
 
@@ -374,13 +356,18 @@ def start_anew(folder: Path) -> None:
     if not folder.exists():
         return
     state = folder / STATE
-    if not state.exists() and any(path.name != "lock" for path in folder.iterdir()):
+    if not state.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
         raise RunError(f"{folder} holds other files than a run's; it is not removed")
-    with locked(folder), disk_errors(folder):
+    with contextlib.ExitStack() as locks, disk_errors(folder):
+        locks.enter_context(locked(folder))
+        # Processes that are at single jobs hold these alone.
+        for job in sorted((folder / "jobs").glob("*/")):
+            locks.enter_context(locked(job))
+        locks.enter_context(writing(folder))
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in ("lock", state.name):
+            elif path.name not in (*LOCKS, state.name):
                 path.unlink()
         # Last: as long as it is there, this can be done again.
         state.unlink(missing_ok=True)

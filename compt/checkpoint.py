@@ -148,6 +148,11 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def format_of(path: Path) -> str:
+    """The format (`Engine.format`) of a checkpoint that was read already."""
+    return str(_read_record(path)["format"])
+
+
 def load(path: Path, engine: Engine) -> dict[str, Any]:
     """Load a checkpoint into an engine that has made no step, and return what the trainer gave to `save`.
 

@@ -234,7 +234,13 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         "Non-finite steps had a loss or gradient that is not finite and changed no weight. Skipped samples were "
         "replaced by others. Few captions: samples with fewer than asked for, drawn with replacement."
     )
-    return TextTable("Jobs", header, rows, [note])
+    anew = [
+        f"{job.name} went on under another kind of engine after step {' and '.join(f'{step:,}' for step in steps)}: "
+        "the optimizer's moments and the moving average began anew there."
+        for job in jobs
+        if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
+    ]
+    return TextTable("Jobs", header, rows, [note, *anew])
 
 
 def unfinished(jobs: list[JobView]) -> list[str]:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from compt.models import caption_lengths, padded_tokens
 from compt.pixels import to_input
 from compt.stragglers import straggler_report
 from compt.task import Task, reduce_report
+from compt.trainer_stop import StopSignal
 
 
 @dataclass(frozen=True)
@@ -74,6 +73,8 @@ class TrainResult:
     few_captions: int
     tokens_per_caption: float
     """Mean token positions that were computed for a caption, padding to the longest of its group included."""
+    moments_anew: tuple[int, ...] = ()
+    """Steps after which AdamW's moments and the moving average began anew, as another kind of engine went on."""
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -84,53 +85,13 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-class StopSignal:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into Interrupted: `at_once`, or when the loop asks at the end of its step.
-
-    A second Ctrl-C ends the process. What comes within a second of the first is the same request: torchrun passes on
-    what the terminal has already sent to everyone.
-    """
-
-    def __init__(self, at_once: bool = False) -> None:
-        self.name = ""
-        self.agreed = False
-        """Whether all ranks know that one of them was asked to stop."""
-        self._at_once = at_once
-        self._since = 0.0
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        again = bool(self.name)
-        if again and time.monotonic() - self._since < 1.0:
-            return
-        self.name, self._since = signal.Signals(number).name, time.monotonic()
-        if self._at_once:
-            raise Interrupted(f"stopped by {self.name}. Start the same command again to go on.")
-        if again and number == signal.SIGINT:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def raised(self, last: bool) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks, who tell each other as each step begins.
-
-        After the `last` step they ask once more.
-        """
-        if dist.world_size() == 1:
-            return bool(self.name)
-        return self.agreed or (last and dist.any_true(bool(self.name)))
-
-
 @dataclass
 class _Counts:
-    """What accumulates over a run and lives through a resume; the last three are this rank's own."""
+    """What accumulates over a run and lives through a resume.
+
+    `few_captions`, `text_tokens` and `skipped` are this rank's own. `moments_anew`: steps after which an engine of
+    another kind took over weights alone.
+    """
 
     step: int = 0
     device_seconds: float = 0.0
@@ -139,6 +100,7 @@ class _Counts:
     few_captions: int = 0
     text_tokens: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
+    moments_anew: list[int] = field(default_factory=list)
 
     def to_state(self) -> dict[str, Any]:
         """Plain values over all ranks."""
@@ -180,7 +142,10 @@ def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
     if changed:
         dist.agree(RunError(f"{path} belongs to another training: its {' and '.join(changed)} differs from this run's"))
     checkpoint.load(path, engine)
-    return _Counts.from_state(state["counts"])
+    counts = _Counts.from_state(state["counts"])
+    if checkpoint.format_of(path) != engine.format:
+        counts.moments_anew.append(counts.step)
+    return counts
 
 
 def _state(counts: _Counts, settings: TrainSettings) -> dict[str, Any]:
@@ -431,4 +396,5 @@ def _result(counts: _Counts, settings: TrainSettings) -> TrainResult:
         skipped_samples=_over_ranks(counts.skipped),
         few_captions=int(dist.all_reduce_sum(counts.few_captions)),
         tokens_per_caption=dist.all_reduce_sum(counts.text_tokens) / (counts.step * settings.batch * settings.captions),
+        moments_anew=tuple(counts.moments_anew),
     )

@@ -97,7 +97,7 @@ def test_a_chain_from_engine_to_engine(base: Path, whole: Path, tmp_path: Path) 
         "chain.links.2.engine={name: fsdp2, fsdp2: {replicas: 2}, micro_batch: 3, shard_teacher: true}",
     ]
     assert some(base, run, changes, ["1-small"]) == ""
-    with pytest.raises(ConfigError, match=r"engine\.fsdp2\.replicas = 2 does not divide 1 processes"):
+    with pytest.raises(ConfigError, match=r"engine\.fsdp2\.replicas = 2 does not divide the 1 processes"):
         some(base, run, changes, ["3-larger", "2-large"])
     with pytest.raises(RunError, match="3-larger grows from 2-large, which is planned; train that first"):
         some(base, run, changes, ["3-larger"])
@@ -137,3 +137,17 @@ def test_stopped_on_two_processes_and_resumed_on_four_and_one(
     assert "2-large: stopped by SIGTERM at step 4 of 5; saved" in second[0]
     assert run_ranks(some, 1, base, tmp_path, changes, list(JOBS), timeout=300) == [""]
     assert_same(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_another_kind_of_engine_goes_on_from_the_weights_and_says_so(base: Path, whole: Path, tmp_path: Path) -> None:
+    def changes(engine: str) -> list[str]:
+        return [*CHANGES, f"engine.name={engine}"]
+
+    (stopped,) = run_ranks(some, 1, base, tmp_path, changes("zero1"), ["1-small"], 3, timeout=300)
+    assert "at step 3 of 6" in stopped
+    assert run_ranks(some, 2, base, tmp_path, changes("fsdp2"), ["1-small"], timeout=300) == [""] * 2
+    assert manifest(tmp_path, "1-small")["trained"]["moments_anew"] == [3]
+    assert manifest(whole, "1-small")["trained"]["moments_anew"] == []
+    assert TOLERANCE < largest_difference(weights(whole, "1-small"), weights(tmp_path, "1-small")) < 0.1
+    assert [line["step"] for line in lines(tmp_path, "1-small") if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]

@@ -26,7 +26,8 @@ from compt.metrics import read_metrics
 from compt.models import build, init_parameters
 from compt.presets import resolve
 from compt.task import ClipTask
-from compt.trainer import StopSignal, TrainResult, TrainSettings, learning_rate, train
+from compt.trainer import TrainResult, TrainSettings, learning_rate, train
+from compt.trainer_stop import StopSignal
 from tests.helpers_recipe import (
     FIRST,
     SECOND,
