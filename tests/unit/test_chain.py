@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from filelock import FileLock
 
 from compt import chain as chain_module
+from compt import chain_locks
 from compt.artefact import Artefact, export_open_clip, read_artefact
 from compt.chain import difference, locked, prepare, start_anew, waiting
 from compt.config import load_recipe
@@ -639,6 +641,68 @@ def test_a_second_process_is_refused(base: Path, half: Path) -> None:
     chain(base, half)
 
 
+def test_what_a_process_at_one_job_has_is_not_removed(run: Path) -> None:
+    ready, release = CONTEXT.Event(), CONTEXT.Event()
+    process, before = start(hold, run / "jobs" / SECOND, ready, release), files_of(run)
+    try:
+        assert ready.wait(60)
+        with pytest.raises(RunError, match=f"jobs/{SECOND} is in use by another process"):
+            start_anew(run)
+    finally:
+        release.set()
+    assert finish(process) == 0
+    assert {path: seen for path, seen in files_of(run).items() if not path.endswith("lock")} == {
+        path: seen for path, seen in before.items() if not path.endswith("lock")
+    }
+    start_anew(run)
+
+
+def test_processes_of_one_run_lose_nothing_of_what_each_plans(
+    base: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second one that writes the plan of the baselines between the first one's reading and writing of run.json."""
+    links, baselines = (prepare(recipe_of(), half, base=base, baselines=each) for each in (False, True))
+    read, second = chain_module._read_state, threading.Thread(target=chain_module._write_state, args=(*baselines, None))
+
+    def slow(folder: Path) -> dict[str, Any]:
+        state = read(folder)
+        if threading.current_thread() is not second and not second.is_alive():
+            second.start()
+            second.join(1.0)
+        return state
+
+    monkeypatch.setattr(chain_module, "_read_state", slow)
+    monkeypatch.setattr(chain_module, "read_calibration", lambda _: None)
+    chain_module._write_state(*links, None)
+    second.join(60)
+    assert [job["name"] for job in read(half)["jobs"]] == [job.name for job in baselines[1].jobs]
+
+
+def test_what_another_process_is_writing_is_left_to_it(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_locks, "SECONDS", 0.2)
+    new = half / ".run.json.abc"
+    new.write_text("{")
+    ready, release = threading.Event(), threading.Event()
+
+    def writes() -> None:
+        with chain_locks.writing(half):
+            ready.set()
+            release.wait(60)
+
+    other = threading.Thread(target=writes)
+    other.start()
+    try:
+        assert ready.wait(60)
+        with pytest.raises(RunError, match=r"another process has held run.lock for 0.2 s"):
+            chain(base, half)
+        assert new.exists()
+    finally:
+        release.set()
+        other.join()
+    chain(base, half)
+    assert not new.exists()
+
+
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
@@ -650,7 +714,7 @@ def test_starting_anew(run: Path, tmp_path: Path) -> None:
     start_anew(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     start_anew(run)
-    assert [path.name for path in run.iterdir()] == ["lock"]
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "run.lock"]
     start_anew(run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
