@@ -39,21 +39,41 @@ check_chain() {
     [[ -z ${RUN_DIR:-} ]] || chain+=(--run-folder "$RUN_DIR")
 }
 
+# The --set options among the file's arguments for `compt chain`, which come back in `sets`.
+find_sets() {
+    sets=()
+    if [[ -z ${SLURM_JOB_ID:-} ]]; then
+        while (($#)) && [[ $1 != -- ]]; do shift; done
+    fi
+    while (($#)); do
+        if [[ $1 == --set && $# -gt 1 ]]; then
+            sets+=("$1" "$2")
+            shift
+        elif [[ $1 == --set=* ]]; then
+            sets+=("$1")
+        fi
+        shift
+    done
+}
+
 # Outside of an allocation: submit this file with the arguments before `--` as options of sbatch; the rest is for the job.
 submit_unless_allocated() {
     [[ -z ${SLURM_JOB_ID:-} ]] || return 0
-    local options=()
+    local options=() sets size=(--gpus "$((${NODES:-1} * ${GPUS:-8}))")
+    find_sets "$@"
     [[ -z ${NODES:-} ]] || options+=(--nodes="$NODES")
     [[ -z ${GPUS:-} ]] || options+=(--gpus-per-node="$GPUS" --ntasks-per-node="$GPUS")
     while (($#)) && [[ $1 != -- ]]; do
         options+=("$1")
+        # How many processes that makes is not worked out here; on a CPU a plan does not ask.
+        [[ ! $1 =~ ^(-N|-n|-G|--nodes|--ntasks|--gpus|--gres) ]] || size=(--set engine.device=cpu)
         shift
     done
     (($# == 0)) || shift
     command -v sbatch >/dev/null || die "there is no sbatch here; submit from a login node of a Slurm cluster"
     # The recipe as a whole, as `compt plan` sees it: unknown keys and impossible chains end here.
     if [[ ${#chain[@]} -gt 0 ]]; then
-        "$PYTHON" -m compt plan "${chain[@]:0:3}" >/dev/null || exit 2
+        "$PYTHON" -m compt plan "${chain[@]:0:3}" "${sets[@]}" "${size[@]}" >/dev/null || exit 2
     fi
     export DATA
     [[ -z ${RECIPE:-} ]] || export RECIPE
@@ -91,9 +111,14 @@ requeue() {
     scontrol requeue "$id" && sleep 60
 }
 
-# Whether every node of the job still starts processes. Slurm itself takes minutes to miss one.
-nodes_answer() {
-    [[ $SLURM_JOB_NUM_NODES == 1 ]] || timeout 60 srun --export=ALL --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" true
+# Whether a node of the job is gone: it starts no processes, and Slurm calls it down. Slurm may take minutes for that, and
+# is not waited for in a job's first three starts; later ones would repeat what is wrong with something else for ever.
+node_is_gone() {
+    [[ $SLURM_JOB_NUM_NODES != 1 ]] || return 1
+    ! timeout 60 srun --export=ALL --overlap --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" true || return 1
+    ((${SLURM_RESTART_COUNT:-0} >= 3)) || return 0
+    # The star says that it does not respond.
+    scontrol --oneliner show node "$SLURM_JOB_NODELIST" | grep -Eq ' State=[^ ]*(DOWN|FAIL|NOT_RESPONDING|\*)'
 }
 
 # Run one step of ranks, `step python …`, and end with its exit code. Where the time limit or a preemption is announced
@@ -125,7 +150,7 @@ step() {
     # 138: announced before Python could listen.
     if [[ -n $told && ($code == 75 || $code == 138) ]]; then
         requeue interrupted
-    elif [[ $code != 0 && -z $ended ]] && ! nodes_answer 2>/dev/null; then
+    elif [[ $code != 0 && -z $ended ]] && node_is_gone 2>/dev/null; then
         requeue "a node no longer answers"
     fi
     exit "$code"

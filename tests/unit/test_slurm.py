@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,7 @@ from compt.planner import make_plan
 from compt.slurm import Order, make_orders, names, send
 from tests.helpers_recipe import recipe_of, write_recipe
 
+ROOT = Path(__file__).resolve().parents[2]
 SOURCE = Path("a recipe.yaml")
 
 
@@ -150,3 +154,80 @@ def test_an_engine_that_the_processes_cannot_run_is_not_queued(tmp_path: Path) -
         )
     with pytest.raises(ConfigError, match=r"1-small on 1 x 1 GPUs: nowhere\.json: engine\.deepspeed_config cannot be"):
         orders_of(recipe_of("engine.name=zero1", "engine.deepspeed_config=nowhere.json"), tmp_path, gpus=1)
+
+
+# --- the scripts themselves
+
+
+def script(name: str, log: Path, *words: str, **settings: str) -> tuple[int, list[str], str]:
+    """Start a file of slurm/; its exit code, what sbatch was given, and errors."""
+    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "DATA": "/a b/*.tar", **settings}
+    done = subprocess.run(
+        [f"slurm/{name}.sbatch", *words], env=environment, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.returncode, log.read_text().splitlines() if log.exists() else [], done.stderr
+
+
+def test_baselines_are_those_of_the_recipe_with_its_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
+    recipe = str(write_recipe(tmp_path / "a recipe.yaml"))
+    seeds = ("--set", "baselines.seeds=[3, 4]")
+    code, sent, errors = script("baseline_array", log, "--time=1", "--", *seeds, RECIPE=recipe, GPUS="1")
+    assert (code, errors) == (0, "")
+    assert "--array=0-3" in sent
+    assert tuple(sent[-2:]) == seeds
+    log.unlink()
+    assert "--array=0-1" in script("baseline_array", log, RECIPE=recipe, GPUS="1")[1]
+
+
+def test_a_mistake_behind_the_dashes_is_not_queued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
+    recipe = str(write_recipe(tmp_path / "a recipe.yaml"))
+    code, sent, errors = script("chain_vit", log, "--", "--set=engine.nme=zero2", RECIPE=recipe, GPUS="1")
+    assert (code, sent) == (2, [])
+    assert "engine.nme" in errors
+    three = ("--", "--set", "engine={name: fsdp2, device: cpu, fsdp2: {replicas: 3}}")
+    code, sent, errors = script("chain_vit", log, *three, RECIPE=recipe, GPUS="1", NODES="2")
+    assert (code, sent) == (2, [])
+    assert "engine.fsdp2.replicas = 3 does not divide the 2 processes" in errors
+    # What sbatch is told in its own words is for the job to find out.
+    assert script("chain_vit", log, "--nodes=3", *three, RECIPE=recipe, GPUS="1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("starts", "state", "probe", "requeued"),
+    [
+        (0, "IDLE", 1, True),
+        (2, "MIXED", 1, True),
+        (3, "ALLOCATED", 1, False),
+        (3, "DOWN*", 1, True),
+        (9, "ALLOCATED+NOT_RESPONDING", 1, True),
+        (9, "ALLOCATED*", 1, True),
+        (0, "DOWN*", 0, False),
+    ],
+)
+def test_a_failed_step_goes_back_to_the_queue_for_a_node_alone(
+    starts: int, state: str, probe: int, requeued: bool, tmp_path: Path
+) -> None:
+    scripts = {
+        "srun": f'case "$*" in *--overlap*) exit {probe};; esac\nexit 5\n',
+        "scontrol": 'case "$*" in *"show node"*) echo "NodeName=n1 State=IDLE "\n'
+        f'echo "NodeName=n2 Arch=x State={state} Weight=1";; *) echo "$@" >>"$LOG";; esac\n',
+        "sleep": "",
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / name).chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "LOG": str(tmp_path / "log"),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "SLURM_RESTART_COUNT": str(starts),
+    }
+    command = ["bash", "-c", "source slurm/common.sh && step python train.py"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 5, done.stderr
+    log = tmp_path / "log"
+    assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
