@@ -80,7 +80,7 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
 def _sets_engine(words: Sequence[str]) -> bool:
     values = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
     values += [after for word, after in itertools.pairwise(words) if word == "--set"]
-    return any(value.startswith("engine.name=") for value in values)
+    return any(value.startswith(("engine.name=", "engine=")) for value in values)
 
 
 def zero_stage(path: Path) -> int:

@@ -71,9 +71,8 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
     if chosen.index is None:
-        # Slurm may show each task its own GPU alone.
-        bound = place is not None and place.by_slurm and torch.cuda.device_count() == 1
-        chosen = torch.device("cuda", 0 if bound else int(os.environ.get("LOCAL_RANK", "0")))
+        own = place.gpu(torch.cuda.device_count()) if place is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = torch.device("cuda", own)
     if chosen.index >= torch.cuda.device_count():
         raise ConfigError(f"device {chosen} does not exist: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(chosen)

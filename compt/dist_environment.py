@@ -38,6 +38,10 @@ class Place:
         """Where the group meets, for messages: host:port, or [host]:port for an IPv6 address."""
         return f"[{self.master}]:{self.port}" if ":" in self.master else f"{self.master}:{self.port}"
 
+    def gpu(self, visible: int) -> int:
+        """The number of this process's GPU among as many as it sees. Slurm may show each task its own alone."""
+        return 0 if self.by_slurm and visible == 1 else self.local_rank
+
     def variables(self) -> dict[str, str]:
         """The variables that torch and DeepSpeed read."""
         return {
@@ -177,7 +181,12 @@ def _number(environment: Environment, name: str, least: int = 0) -> int:
 
 
 def _port(environment: Environment) -> int:
-    port = _number(environment, "MASTER_PORT", least=1)
+    port = _number(environment, "MASTER_PORT")
+    if port == 0:
+        raise ConfigError(
+            "MASTER_PORT=0: every process has to know the port: take one from 1, or on one node torchrun --standalone, "
+            "which finds a free one"
+        )
     if port >= 2**16:
         raise ConfigError(f"MASTER_PORT={port}: ports end at {2**16 - 1}")
     return port

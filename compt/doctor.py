@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from compt import dist
+from compt.dist_environment import find_place
 from compt.doctor_facts import facts_here
 from compt.doctor_together import Together, check_together
 
@@ -47,9 +49,11 @@ def examine(folder: Path) -> list[Finding]:
     where the processes do not find each other.
     """
     # On CPUs and gloo: a GPU that is missing on one node must be found, not waited for.
+    # Joining changes the environment.
+    place = find_place(os.environ)
     dist.init("cpu")
-    together = check_together(folder)
-    everyone = dist.gather_objects(facts_here(folder))
+    together = check_together(folder, place)
+    everyone = dist.gather_objects(facts_here(folder, place))
     return judge(everyone, together)
 
 
@@ -113,7 +117,7 @@ def _gpus(everyone: Sequence[Facts], nodes: Mapping[str, Facts]) -> list[Finding
     uniform = _same(kinds) and all(len(set(facts["gpus"])) == 1 for facts in nodes.values())
     remedy = "take nodes of one kind (sbatch --constraint); the slowest GPU sets the pace of all"
     findings.append(Finding("GPUs", "ok" if uniform else "note", _by_value(counted if uniform else kinds), remedy))
-    lacking = [facts for facts in everyone if facts["local_rank"] >= len(facts["gpus"])]
+    lacking = [facts for facts in everyone if facts["gpu"] >= len(facts["gpus"])]
     if lacking:
         found = "; ".join(f"process {f['local_rank']} of {f['node']} sees {len(f['gpus'])}" for f in lacking)
         findings.append(Finding("a GPU for each", "wrong", found, "start one process for each GPU: --gpus-per-node"))
@@ -176,6 +180,9 @@ def _network(nodes: Mapping[str, Facts], together: Together) -> list[Finding]:
     remedy = f"{', '.join(local)}: the host's own name is a loopback address; name the interface in GLOO_SOCKET_IFNAME "
     findings = [Finding("network", state, found, remedy + "and NCCL_SOCKET_IFNAME" if local else "")]
     if together.collectives:
+        if "nccl" not in together.collectives and any(facts["gpus"] for facts in nodes.values()):
+            found = "not every process has a GPU of its own: start one for each GPU"
+            findings.append(Finding("nccl", "not checked", found))
         for backend, (right, milliseconds) in together.collectives.items():
             told = f"all-reduce of 4 MiB in {milliseconds:.1f} ms" if right else "all-reduce gave a wrong sum"
             remedy = "see what NCCL_DEBUG=INFO says, and check the cables and the driver"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from compt import __version__, dist
+from compt.dist_environment import Place
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "deepspeed", "safetensors", "numpy")
 
@@ -25,8 +26,12 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def facts_here(folder: Path) -> dict[str, Any]:
-    """Everything about this process's machine; `folder` is where runs are going to lie. Sizes are in bytes."""
+def facts_here(folder: Path, place: Place | None) -> dict[str, Any]:
+    """Everything about this process's machine; `folder` is where runs are going to lie. Sizes are in bytes.
+
+    `place` is what the environment said of the process before it joined the group.
+    """
+    cuda = _cuda()
     address = own_address()
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
@@ -36,7 +41,8 @@ def facts_here(folder: Path) -> dict[str, Any]:
         "local_rank": dist.local_rank(),
         "versions": {"compt": __version__, "python": platform.python_version(), **_packages()},
         "driver": driver_version(),
-        **_cuda(),
+        **cuda,
+        "gpu": place.gpu(len(cuda["gpus"])) if place else 0,
         "folder": str(folder),
         "free_disk": shutil.disk_usage(folder).free,
         "shared_memory": shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,

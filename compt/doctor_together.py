@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from compt import dist
+from compt.dist_environment import Place
 from compt.errors import RunError
 from compt.files import disk_errors
 
@@ -43,8 +44,11 @@ class Together:
     collectives: dict[str, tuple[bool, float]] = field(default_factory=dict)
 
 
-def check_together(folder: Path) -> Together:
-    """Try all of it; the same answer on all ranks, which all call it. Raises RunError where nothing can be written."""
+def check_together(folder: Path, here: Place | None) -> Together:
+    """Try all of it; the same answer on all ranks, which all call it. Raises RunError where nothing can be written.
+
+    `here` is what the environment said of the process before it joined the group.
+    """
 
     def make() -> None:
         with disk_errors(folder):
@@ -71,7 +75,7 @@ def check_together(folder: Path) -> Together:
         torn=torn,
         unlocked=unlocked,
         clocks=clock_differences(),
-        collectives=_collectives(),
+        collectives=_collectives(here),
     )
 
 
@@ -170,13 +174,14 @@ def clock_differences() -> list[float]:
     return best
 
 
-def _collectives() -> dict[str, tuple[bool, float]]:
+def _collectives(here: Place | None) -> dict[str, tuple[bool, float]]:
     """An all-reduce over gloo, and over NCCL where every rank has a GPU of its own."""
     import torch
 
     found = {"gloo": _all_reduce(torch.device("cpu"), None)}
-    own = dist.local_rank()
-    if not dist.any_true(not (torch.cuda.is_available() and own < torch.cuda.device_count())):
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    own = here.gpu(visible) if here else 0
+    if not dist.any_true(own >= visible):
         device = torch.device("cuda", own)
         torch.cuda.set_device(device)
         group = torch.distributed.new_group(backend="nccl")

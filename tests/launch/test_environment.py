@@ -210,6 +210,7 @@ def test_addresses(text: str, host: str, address: str) -> None:
         ({"LOCAL_RANK": "6", "LOCAL_WORLD_SIZE": "8"}, "LOCAL_RANK=6 is above RANK=5"),
         ({"LOCAL_WORLD_SIZE": "9"}, "LOCAL_WORLD_SIZE=9 is above WORLD_SIZE=8"),
         ({"MASTER_PORT": "65536"}, "ports end at 65535"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT=0: .*torchrun --standalone"),
         ({"MASTER_PORT": "http"}, "MASTER_PORT=http"),
         ({"MASTER_ADDR": "head:29500"}, "the port goes into MASTER_PORT"),
         ({"MASTER_ADDR": "tcp://head"}, "neither a name nor an address"),

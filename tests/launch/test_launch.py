@@ -61,7 +61,15 @@ def test_deepspeeds_file_names_the_engine(zero2: Path, spelling: str) -> None:
     assert words == ["chain", "r.yaml", "--set", f'engine.deepspeed_config="{zero2}"', "--set", "engine.name=zero2"]
 
 
-@pytest.mark.parametrize("given", [["--set", "engine.name=zero3"], ["--set=engine.name=zero3"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--set", "engine.name=zero3"],
+        ["--set=engine.name=zero3"],
+        ["--set", "engine={name: fsdp2}"],
+        ["--set=engine={device: cpu}"],
+    ],
+)
 def test_an_engine_that_is_set_stays(zero2: Path, given: list[str]) -> None:
     words = chain_words(["r.yaml", *given, "--deepspeed_config", str(zero2)], {})
     assert words == ["chain", "r.yaml", *given, "--set", f'engine.deepspeed_config="{zero2}"']

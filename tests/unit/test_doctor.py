@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from compt import dist, doctor_together
 from compt.cli import app
+from compt.dist_environment import Place
 from compt.doctor import GIB, MIB, Finding, is_fit, judge
 from compt.doctor_together import Together
+from compt.errors import ConfigError
 
 WELL = Together(seconds=[0.0, 0.1], clocks=[0.0, 0.01], collectives={"gloo": (True, 3.0), "nccl": (True, 1.0)})
 GPU = "NVIDIA A100-SXM4-80GB 80 GiB"
@@ -23,6 +26,7 @@ def facts(node: str, rank: int, **changes: Any) -> dict[str, Any]:
         "node": node,
         "rank": rank,
         "local_rank": 0,
+        "gpu": 0,
         "versions": {"torch": "2.11.0", "timm": "1.0.31"},
         "driver": "570.86",
         "cuda": "13.0",
@@ -61,7 +65,7 @@ def test_nodes_that_are_well() -> None:
         ({"driver": None}, "driver", "wrong", "none on b"),
         ({"gpus": [], "cuda_error": "the driver is too old"}, "CUDA", "wrong", "too old"),
         ({"gpus": ["other", "other"]}, "GPUs", "note", "other on b"),
-        ({"gpus": [GPU], "local_rank": 1}, "a GPU for each", "wrong", "process 1 of b sees 1"),
+        ({"gpus": [GPU], "local_rank": 1, "gpu": 1}, "a GPU for each", "wrong", "process 1 of b sees 1"),
         ({"nccl": "2.20.0"}, "NCCL", "wrong", "2.20.0 on b"),
         ({"versions": {"torch": "2.10.0", "timm": "1.0.31"}}, "torch", "wrong", "2.10.0 on rank 1"),
         ({"versions": {"torch": "2.11.0"}}, "timm", "wrong", "none on rank 1"),
@@ -97,6 +101,43 @@ def test_something_between_nodes(changes: dict[str, Any], check: str, state: str
     finding = found(dataclasses.replace(WELL, **changes))[check]
     assert (finding.state, told in finding.found) == (state, True), finding
     assert finding.remedy
+
+
+def test_a_gpu_bound_to_each_task_is_one_for_each() -> None:
+    bound = [facts(node, at, gpus=[GPU], local_rank=at % 2) for at, node in enumerate("aabb")]
+    findings = {item.check: item for item in judge(bound, WELL)}
+    assert "a GPU for each" not in findings
+    assert {item.state for item in findings.values()} == {"ok"}
+
+
+@pytest.mark.parametrize(
+    ("by_slurm", "local", "visible", "expected"),
+    [(True, 3, 1, 0), (True, 3, 4, 3), (False, 0, 1, 0), (False, 1, 1, None), (True, 4, 4, None)],
+)
+def test_nccl_is_tried_on_the_gpu_that_a_training_takes(
+    by_slurm: bool, local: int, visible: int, expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(local, 8, local, "head", 29500, by_slurm=by_slurm)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
+    monkeypatch.setattr("torch.distributed.new_group", lambda **_: None)
+    tried: list[Any] = []
+    monkeypatch.setattr(doctor_together, "_all_reduce", lambda device, group: tried.append(device.index) or (True, 1.0))
+    found = doctor_together._collectives(place)
+    assert tried == [None, *([expected] if expected is not None else [])]
+    assert ("nccl" in found) == (expected is not None)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    if expected is None:
+        with pytest.raises(ConfigError, match="does not exist"):
+            dist._choose_device("cuda", place)
+    else:
+        assert dist._choose_device("cuda", place).index == expected
+
+
+def test_nccl_that_was_not_tried_is_said() -> None:
+    finding = found(dataclasses.replace(WELL, collectives={"gloo": (True, 3.0)}))["nccl"]
+    assert (finding.state, "a GPU of its own" in finding.found) == ("not checked", True)
 
 
 def test_a_machine_without_gpus_says_what_was_not_checked() -> None:
