@@ -135,10 +135,13 @@ def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
     """Each model alone and, in a chain, with its teacher; for each number of captions."""
     from compt.throughput_step import Setup
 
-    recipe = jobs.recipe
-    if recipe is not None:
-        engine = recipe.engine
-        other |= {
+    def ways(model: str) -> dict[str, Any]:
+        recipe = jobs.recipe
+        if recipe is None:
+            return {**other, "engine": other["engine"] or "ddp", "text_buckets": TEXT_BUCKETS}
+        engine = recipe.engine_of(model)
+        return {
+            **other,
             "micro_batch": engine.micro_batch,
             "loss_chunk": engine.loss_chunk,
             "image_to_text": recipe.optimizer.image_to_text,
@@ -146,12 +149,11 @@ def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
             "compile": other["compile"] or engine.compile,
             "recompute": other["recompute"] or engine.recompute,
             "engine": other["engine"] or engine.name,
+            "text_buckets": engine.text_buckets,
         }
-    else:
-        other["engine"] = other["engine"] or "ddp"
-    buckets = recipe.engine.text_buckets if recipe else TEXT_BUCKETS
+
     return [
-        Setup(spec, before, captions=number, text_buckets=buckets, **other)
+        Setup(spec, before, captions=number, **ways(spec.name))
         for spec, teacher in jobs.pairs
         for before in ((None, teacher) if teacher else (None,))
         for number in captions
@@ -367,7 +369,7 @@ def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, fi
     notes = [f"Hours are {'; '.join(sources)}."] if sources else []
     if any(hours.kind == "projected" for hours in known):
         notes.append(OF_THE_AUTHORS)
-    missing = [name for name, hours in jobs if hours is None or hours.kind == "projected"]
+    missing = {name: name.removesuffix(" alone") for name, hours in jobs if hours is None or hours.kind == "projected"}
     if file is not None and missing:
         notes.append(unmeasured(file, recipe, gpus, missing, mode))
     if len(known) < len(jobs):

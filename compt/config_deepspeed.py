@@ -144,8 +144,8 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """What DeepSpeed is told for `engine.name`: the file that the recipe names, or compt's own for the stage.
 
-    A relative path starts at `base`. Without `world_size`, what depends on it is left out. Raises ConfigError naming the
-    file, the key, its value and the recipe's.
+    A relative path starts at `base`. Without `world_size`, what depends on it is left out. Raises ConfigError naming
+    the file, the key, its value and the recipe's.
     """
     stage = int(engine.name.removeprefix("zero"))
     own = _parse(_own_text(stage), f"ds_configs/zero{stage}.json")

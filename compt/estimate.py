@@ -14,7 +14,8 @@ from compt.throughput_step import Setup, TrainingStep
 
 def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size: int = 1) -> float:
     """Median seconds of a training step on random pixels and captions as long as planned, on one process."""
-    per_rank, micro = split_batch(recipe.optimizer.batch, world_size, recipe.engine.micro_batch)
+    config = recipe.engine_of(job.spec.name)
+    per_rank, micro = split_batch(recipe.optimizer.batch, world_size, config.micro_batch)
     step = TrainingStep(
         Setup(
             job.spec,
@@ -22,12 +23,14 @@ def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size:
             captions=recipe.data.captions,
             tokens=recipe.data.caption_tokens,
             precision=recipe.optimizer.precision,
-            text_buckets=recipe.engine.text_buckets,
+            text_buckets=config.text_buckets,
             micro_batch=micro,
-            loss_chunk=recipe.engine.loss_chunk,
+            loss_chunk=config.loss_chunk,
             image_to_text=recipe.optimizer.image_to_text,
             clip_grad_norm=recipe.optimizer.clip_grad_norm,
-            compile=recipe.engine.compile,
+            compile=config.compile,
+            engine=config.name,
+            recompute=config.recompute,
         ),
         device,
     )
@@ -39,7 +42,7 @@ def seconds_of(jobs: Sequence[tuple[Job, int]], recipe: Recipe, device: torch.de
     known: dict[tuple[object, object], float] = {}
     total = 0.0
     for job, steps in jobs:
-        key = (job.spec, job.teacher_spec if job.alpha else None)
+        key = (job.spec, job.teacher_spec if job.alpha else None)  # of one name, and so of one engine
         if key not in known:
             known[key] = seconds_per_step(job, recipe, device, world_size)
         total += steps * known[key]

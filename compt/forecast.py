@@ -333,7 +333,20 @@ def memory_of(
         loss_chunk=config.loss_chunk,
         shard_teacher=config.shard_teacher,
         ema=recipe.optimizer.ema is not None,
+        replicas=config.fsdp2.replicas if engine == config.name else 1,
+        reshard=config.fsdp2.reshard_after_forward or engine != config.name,
     )
+
+
+def not_modelled(recipe: Recipe, job: Job) -> tuple[str, ...]:
+    """Settings of a job's engine that change what it holds, and that its memory here does not know."""
+    config = recipe.engine_of(job.spec.name)
+    given = {
+        "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU": config.fsdp2.cpu_offload,
+        "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
+        "what engine.compile keeps otherwise": config.compile,
+    }
+    return tuple(text for text, there in given.items() if there)
 
 
 def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
@@ -387,18 +400,31 @@ def _disk(recipe: Recipe, job: Job) -> Disk:
     precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
     teacher = job.teacher_spec if job.alpha else None
     one = checkpoint_bytes(job.spec, teacher, ema=averaged, precision=precision)
-    every = max(1, recipe.engine.checkpoint_every.to_steps(recipe.data.images, recipe.optimizer.batch))
-    written, keep = -(-job.steps // every), recipe.engine.keep_checkpoints
+    before, left = _checkpoints(recipe, job)
     initial = artefact_bytes(job.spec) if job.teacher_spec is not None else 0
     model = artefact_bytes(job.spec, ema=averaged)
     return Disk(
         initial_bytes=initial,
         checkpoint_bytes=one,
-        checkpoints=min(written, keep),
+        checkpoints=left,
         model_bytes=model,
-        peak_bytes=initial + max(min(written, keep + 1) * one, min(written, keep) * one + model),
+        peak_bytes=initial + max((before + 1) * one, left * one + model),
         end_bytes=initial + model,
     )
+
+
+def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
+    """Checkpoints that are there beside the last one as it is written, and after it; there never were more before."""
+    config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
+    every = max(1, config.checkpoint_every.to_steps(images, batch))
+    besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None
+    written = [*range(every, job.steps, every), job.steps]
+
+    def kept(steps: list[int]) -> int:
+        older = steps[: -config.keep_checkpoints]
+        return len(steps) - len(older) + sum(besides is not None and step % besides == 0 for step in older)
+
+    return kept(written[:-1]), kept(written)
 
 
 def _inexact(job: Job) -> dict[str, list[str]] | None:

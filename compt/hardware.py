@@ -49,9 +49,9 @@ class Conditions:
     recompute: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe, gpus: int) -> Conditions:
-        """Those of each of `gpus` processes that train `recipe`; `gpus` divides the batch."""
-        data, engine, batch = recipe.data, recipe.engine, recipe.optimizer.batch // gpus
+    def of(cls, recipe: Recipe, gpus: int, model: str) -> Conditions:
+        """Those of each of `gpus` processes that train `model` by `recipe`; `gpus` divides the batch."""
+        data, engine, batch = recipe.data, recipe.engine_of(model), recipe.optimizer.batch // gpus
         return cls(
             data.captions,
             data.caption_tokens,

@@ -42,7 +42,8 @@ def job_hours(
     recipe: Recipe, job: Job, cost: JobCost, device: Device | None, gpus: int, throughput: Throughput | None
 ) -> Hours | None:
     """What `job` takes on `gpus` GPUs: measured, else projected for `device`; None where there is no device either."""
-    teacher, conditions = job.teacher_spec if job.alpha else None, Conditions.of(recipe, gpus)
+    teacher = job.teacher_spec if job.alpha else None
+    conditions = Conditions.of(recipe, gpus, job.spec.name)
     if device is not None:
         found = speed(job.spec, teacher, cost, device, conditions, throughput)
     else:

@@ -179,11 +179,12 @@ def _weights(engine: Engine, sizes: _Sizes, n: int) -> float:
     return FP32 * sizes.all
 
 
-def _gathered(engine: Engine, sizes: _Sizes, n: int, compute: int) -> float:
+def _gathered(engine: Engine, sizes: _Sizes, n: int, compute: int, reshard: bool) -> float:
     """Weights that are put together for a while, and copies in the compute type, at most."""
     copies = compute * sizes.copied if compute != FP32 else 0
     if engine == "fsdp2":
-        return FP32 * sizes.root + compute * 2 * sizes.block
+        blocks = 2 * sizes.block if reshard else sizes.all - sizes.root - sizes.embedding
+        return FP32 * sizes.root + compute * blocks
     if engine == "zero3":
         return FP32 * min(max(sizes.block, sizes.embedding) + sizes.block, sizes.all * (1 - 1 / n)) + copies
     return copies
@@ -219,16 +220,18 @@ def held_bytes(
     world_size: int,
     shard_teacher: bool = False,
     precision: str = "bf16",
+    replicas: int = 1,
 ) -> Held:
     """What each of `world_size` ranks holds between backward and step, when most is held. Raises ConfigError."""
-    _check(engine, precision, world_size=world_size)
-    sizes, n = _sizes(spec, teacher), world_size
+    _check(engine, precision, world_size=world_size, replicas=replicas)
+    sizes, n = _sizes(spec, teacher), max(1, world_size // replicas) if engine == "fsdp2" else world_size
+    shared = world_size if shard_teacher else 1
     return Held(
         weights=_weights(engine, sizes, n),
         gradients=_gradients(engine, sizes, n),
         optimizer=_optimizer(engine, sizes, n),
         communication=_buckets(engine),
-        teacher=_teacher_weights(teacher, PRECISION_BYTES[precision], n if shard_teacher else 1) if teacher else 0.0,
+        teacher=_teacher_weights(teacher, PRECISION_BYTES[precision], shared) if teacher else 0.0,
     )
 
 
@@ -258,31 +261,35 @@ def memory_per_gpu(
     loss_chunk: int | None = None,
     shard_teacher: bool = False,
     ema: bool = False,
+    replicas: int = 1,
+    reshard: bool = True,
 ) -> Memory:
     """Bytes that each of `world_size` GPUs needs to train `spec` with `engine`, distilling from `teacher`, if any.
 
     `batch` is global, `micro_batch` of one GPU; `tokens` is the computed length of captions, a mean or shares by length
     (default: the context). `recompute`: blocks keep their input and are computed again in backward. `loss_chunk`:
     pictures of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
-    moving average of the weights is kept.
+    moving average of the weights is kept. For fsdp2, `replicas`: groups of GPUs that each hold the whole state;
+    `reshard`: blocks give their gathered weights up after the forward pass.
 
     Raises ConfigError for an unknown engine or precision, and for sizes below 1.
     """
     given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
     numbers = {name: value for name, value in given.items() if value is not None}
-    _check(engine, precision, world_size=world_size, batch=batch, captions=captions, **numbers)
+    _check(engine, precision, world_size=world_size, batch=batch, captions=captions, replicas=replicas, **numbers)
+    n = max(1, world_size // replicas) if engine == "fsdp2" else world_size
     rows = math.ceil(batch / world_size)
     step = _Step(spec, teacher, engine, world_size, rows, min(micro_batch or rows, rows), captions, tokens, precision)
     compute, formats, sizes = step.compute, step.formats, step.sizes
-    weights = _weights(engine, sizes, world_size) + _gathered(engine, sizes, world_size, compute)
+    weights = _weights(engine, sizes, n) + _gathered(engine, sizes, n, compute, reshard)
     if ema:
-        weights += _average(engine, sizes, world_size) + _COUNT
+        weights += _average(engine, sizes, n) + _COUNT
     working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
         weights=weights,
-        gradients=_gradients(engine, sizes, world_size, step.several),
-        optimizer=_optimizer(engine, sizes, world_size),
+        gradients=_gradients(engine, sizes, n, step.several),
+        optimizer=_optimizer(engine, sizes, n),
         activations=step.piece * kept,
         teacher=_teacher(teacher, rows, captions, compute, world_size if shard_teacher else 1) if teacher else 0.0,
         loss=sum(step.loss(loss_chunk)),

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from compt.config import Recipe
 from compt.config_expand import expand_words
-from compt.forecast import Estimate, Fit, Forecast, Totals
+from compt.forecast import Estimate, Fit, Forecast, Totals, not_modelled
 from compt.formats import TextTable, count, hours, macs, ratio
 from compt.growth import ExpandConfig
 from compt.hardware import OF_THE_AUTHORS, Conditions, Throughput
@@ -111,7 +111,7 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         notes.append(OF_THE_AUTHORS)
     if machine.throughput is not None and found.kind != "measured":
         both = [*forecast.trained, *forecast.individual]
-        missing = dict.fromkeys(item.job.name for item in both if item.hours and item.hours.kind != "measured")
+        missing = {item.job.name: item.job.spec.name for item in both if item.hours and item.hours.kind != "measured"}
         notes.append(unmeasured(machine.throughput, plan.recipe, machine.gpus, missing))
     return notes
 
@@ -141,9 +141,17 @@ def _all(reasons: Iterable[str]) -> str:
     return "; ".join(first.values())
 
 
-def unmeasured(file: Throughput, recipe: Recipe, gpus: int, names: Iterable[str], mode: Mode = "exact") -> str:
-    """Says that `file` has no measurement of jobs as `gpus` processes train them."""
-    asked = Conditions.of(recipe, gpus)
+def unmeasured(file: Throughput, recipe: Recipe, gpus: int, models: Mapping[str, str], mode: Mode = "exact") -> str:
+    """Says that `file` has no measurement of jobs as `gpus` processes train them; `models` by the jobs' names."""
+    settings: dict[str, list[str]] = {}
+    for name, model in models.items():
+        settings.setdefault(_setting(Conditions.of(recipe, gpus, model), mode), []).append(name)
+    has = "" if file.precision == recipe.optimizer.precision else f", which is of {file.precision},"
+    lacking = "; nor ".join(f"in {setting} of {', '.join(names)}" for setting, names in settings.items())
+    return f"The throughput file{has} has no measurement {lacking}."
+
+
+def _setting(asked: Conditions, mode: Mode) -> str:
     captions = f"{asked.captions} captions{_length(asked.tokens)}"
     if mode == "paper":
         captions = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
@@ -151,9 +159,7 @@ def unmeasured(file: Throughput, recipe: Recipe, gpus: int, names: Iterable[str]
     ways += [f"chunks of the loss of {asked.loss_chunk}" if asked.loss_chunk else ""]
     ways += ["compiled blocks" if asked.compile else "", "recomputed blocks" if asked.recompute else ""]
     ways += [f"the engine {asked.engine}" if asked.engine != "ddp" else ""]
-    has = "" if file.precision == asked.precision else f", which is of {file.precision},"
-    setting = ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])
-    return f"The throughput file{has} has no measurement in {setting} of {', '.join(names)}."
+    return ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])
 
 
 def _length(tokens: float | Mapping[int, float] | None) -> str:
@@ -196,7 +202,12 @@ def memory_table(forecast: Forecast) -> TextTable | None:
         f"{share:,} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
         f"recomputed; ! does not fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
     )
-    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [note])
+    unknown: dict[str, list[str]] = {}
+    for item in forecast.trained:
+        for text in not_modelled(recipe, item.job):
+            unknown.setdefault(text, []).append(item.job.name)
+    notes = [note, *(f"Not counted, in {', '.join(names)}: {text}." for text, names in unknown.items())]
+    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, notes)
 
 
 def _engines(forecast: Forecast) -> str:
@@ -257,7 +268,14 @@ def disk_table(forecast: Forecast) -> TextTable:
     """What each job keeps in its folder, and the run folder as a whole."""
     rows = [_disk(item) for item in forecast.trained]
     rows.append(["Run folder", "", "", "", _bytes(forecast.disk_peak_bytes()), _bytes(forecast.disk_end_bytes())])
-    every = forecast.plan.recipe.engine.checkpoint_every
+    distances: dict[str, list[str]] = {}
+    for item in forecast.trained:
+        distances.setdefault(str(forecast.plan.recipe.engine_of(item.job.spec.name).checkpoint_every), []).append(
+            item.job.name
+        )
+    every = " or ".join(
+        f"{text} ({', '.join(names)})" if len(distances) > 1 else text for text, names in distances.items()
+    )
     note = (
         f"A checkpoint every {every}; one more than are kept while the next is written, none after the end. "
         "Metrics, scores and the training set are not in it."

@@ -69,9 +69,9 @@ def hours_costs(
     does not have.
     """
     samples = epoch_steps(recipe) * recipe.optimizer.batch
-    conditions = Conditions.of(recipe, gpus)
 
     def hours(student: ModelSpec, teacher: ModelSpec | None, file: Throughput | None = None) -> float:
+        conditions = Conditions.of(recipe, gpus, student.name)
         cost = recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, conditions.tokens)
         found = speed(student, teacher, cost, device, conditions, file)
         return samples * found.seconds_per_sample / 3600

@@ -148,8 +148,8 @@ def _epoch_hours(
     """GPU-hours [3, n] of an epoch of each job, at the least, the middle and the most; what those are, and whence."""
     recipe, kinds, rows = setting.recipe, set(), []
     sources: dict[str, None] = {}
-    conditions = Conditions.of(recipe, setting.gpus)
     for student, teacher in jobs:
+        conditions = Conditions.of(recipe, setting.gpus, student.name)
         cost = _epoch_cost(setting, student, teacher)
         found = speed(student, teacher, cost, device, conditions, setting.throughput)
         rows.append([found.low, found.seconds_per_sample, found.high])

@@ -421,3 +421,11 @@ def test_an_engine_that_cannot_run_is_refused(plan: Plan, tmp_path: Path) -> Non
     replicas = ("--set", "engine.name=fsdp2", "--set", "chain.links.2.engine={fsdp2: {replicas: 3}}")
     assert "engine.fsdp2.replicas = 3 does not divide the 2 processes" in refused(*replicas, "--gpus", "2")
     assert plan(*replicas, *cpu)[0] == 0
+
+
+def test_what_the_memory_leaves_out_is_said(plan: Plan) -> None:
+    assert "Not counted" not in plan()[1]
+    own = ("--set", "chain.links.2.engine={name: fsdp2, fsdp2: {cpu_offload: true}, checkpoint_every: {steps: 7}}")
+    text = " ".join(plan(*own)[1].split())
+    assert "Not counted, in 3-three, control-equal_macs: engine.fsdp2.cpu_offload" in text
+    assert "1000 steps (1-one, 2-two) or 7 steps (3-three, control-equal_macs)" in text

@@ -174,7 +174,7 @@ def test_costs_of_pairs_are_the_planner_s(overrides: tuple[str, ...]) -> None:
         before = specs[teacher] if plan.chain.distill.alpha else None
         for given, at in ((before, (teacher, student)), (None, None)):
             cost = recipe_cost(plan, specs[student], given, epoch_steps(plan), 8, None)
-            found = speed(specs[student], given, cost, device, Conditions.of(plan, 8))
+            found = speed(specs[student], given, cost, device, Conditions.of(plan, 8, specs[student].name))
             expected = cost.total_macs, samples * found.seconds_per_sample / 3600
             shown = (macs.links[at], hours.links[at]) if at else (macs.alone[student], hours.alone[student])
             assert shown == pytest.approx(expected, rel=1e-9)

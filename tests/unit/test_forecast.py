@@ -455,6 +455,51 @@ def test_checkpoints_of_a_short_training_are_few() -> None:
     assert disk(checkpoint_every={"steps": 1}, keep_checkpoints=3).peak_bytes == initial + max(4 * one, 3 * one + model)
 
 
+def test_checkpoints_are_kept_as_each_link_s_engine_says() -> None:
+    def counted(every: int, besides: int, keep: int) -> tuple[int, int]:
+        """Step by step: the most while one is written, and those left."""
+        kept: list[int] = []
+        most = 0
+        for step in range(1, steps + 1):
+            if step % every and step != steps:
+                continue
+            most = max(most, len(kept) + 1)
+            kept.append(step)
+            kept = [old for old in kept if old in kept[-keep:] or old % besides == 0]
+        return most, len(kept)
+
+    steps = make_plan(recipe()).links[1].steps
+    for every, besides, keep in ((10, 30, 2), (7, 5, 1), (50, 1, 2), (13, 1000, 3), (steps // 2, steps, 1)):
+        engine = {"checkpoint_every": {"steps": every}, "keep_every": {"steps": besides}, "keep_checkpoints": keep}
+        found = forecast(None, chain__links__1__engine=engine)
+        disk, (most, left) = found.links[1].disk, counted(every, besides, keep)
+        assert disk.checkpoints == left
+        one = disk.checkpoint_bytes
+        assert disk.peak_bytes == disk.initial_bytes + max(most * one, left * one + disk.model_bytes)
+        assert found.links[0].disk == forecast(None).links[0].disk
+
+
+def test_memory_knows_replicas_and_weights_that_stay_gathered() -> None:
+    def memory(**fsdp2: Any) -> Any:
+        found = forecast(engine__name="fsdp2", engine__fsdp2=fsdp2)
+        return found.links[2].memory
+
+    plain = memory()
+    # Two groups of four GPUs hold what four GPUs do; eight groups of one what one does, as with DDP.
+    four = memory_of(recipe(engine__name="fsdp2", optimizer__batch=320), forecast().links[2].job, "fsdp2", 4)
+    halves = memory(replicas=2)["fsdp2"].stored
+    assert (halves.optimizer, halves.gradients) == (four.optimizer, four.gradients)
+    assert halves.weights == pytest.approx(four.weights)
+    alone = memory(replicas=8)
+    assert alone["fsdp2"].stored.optimizer == pytest.approx(plain["ddp"].stored.optimizer, rel=1e-3)
+    gathered = memory(reshard_after_forward=False)["fsdp2"].stored
+    spec = forecast().links[2].job.spec
+    blocks = 2 * (parameters(spec) - spec.vocab_size * spec.text_width)
+    assert 0.8 * blocks < gathered.weights - plain["fsdp2"].stored.weights < blocks
+    # What other engines would need is as before.
+    assert all(memory(replicas=2)[name] == plain[name] for name in ENGINES if name != "fsdp2")
+
+
 def test_projectors_are_in_the_checkpoints_alone() -> None:
     def disk(**changes: Any) -> Any:
         return forecast(None, **changes).links[1].disk

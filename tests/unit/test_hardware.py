@@ -322,9 +322,17 @@ def test_another_batch_is_said() -> None:
 def test_conditions_are_those_of_a_process(root: Path) -> None:
     changes = ["engine.micro_batch=64", "engine.loss_chunk=128", "engine.compile=true", "data.caption_tokens=20"]
     recipe = load_recipe(root / "recipes" / "cc3m_vit.yaml", changes)
-    assert Conditions.of(recipe, 4) == Conditions(4, 20.0, "bf16", 256, 64, 128, True, 4)
-    assert Conditions.of(recipe, 8) == Conditions(4, 20.0, "bf16", 128, 64, None, True, 4)
-    assert Conditions.of(recipe, 16) == Conditions(4, 20.0, "bf16", 64, None, None, True, 4)
+    assert Conditions.of(recipe, 4, "vit_t16") == Conditions(4, 20.0, "bf16", 256, 64, 128, True, 4)
+    assert Conditions.of(recipe, 8, "vit_t16") == Conditions(4, 20.0, "bf16", 128, 64, None, True, 4)
+    assert Conditions.of(recipe, 16, "vit_t16") == Conditions(4, 20.0, "bf16", 64, None, None, True, 4)
+    own = load_recipe(
+        root / "recipes" / "cc3m_vit.yaml",
+        ["chain.links.1.engine={name: fsdp2, recompute: true, micro_batch: 32}", "engine.text_buckets=1"],
+    )
+    model = own.chain.links[1].model
+    found = Conditions.of(own, 8, model)
+    assert (found.engine, found.recompute, found.micro_batch) == ("fsdp2", True, 32)
+    assert Conditions.of(own, 8, own.chain.links[0].model).engine == "ddp"
 
 
 def test_published_accounting_is_measured_with_its_own_captions() -> None:

@@ -421,3 +421,13 @@ def test_an_estimate_times_the_step_of_the_recipe(monkeypatch: pytest.MonkeyPatc
     assert [(setup.micro_batch, setup.loss_chunk, setup.tokens, batch) for setup, batch in seen] == [
         (16, 8, 7.4, 64)
     ] * len(jobs)
+    seen.clear()
+    own = load_recipe(
+        ROOT / "recipes" / "demo.yaml",
+        ["chain.links.1.engine={name: fsdp2, recompute: true, micro_batch: 32, compile: true, text_buckets: 2}"],
+    )
+    seconds_of([(job, 10) for job in make_plan(own).links[:2]], own, CPU)
+    first, second = (setup for setup, _ in seen)
+    assert (first.engine, first.recompute, first.compile) == ("ddp", False, False)
+    found = (second.engine, second.recompute, second.micro_batch, second.compile, second.text_buckets)
+    assert found == ("fsdp2", True, 32, True, 2)
