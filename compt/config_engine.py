@@ -97,16 +97,20 @@ def placed(key: str) -> Iterator[None]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join([key, *map(str, first["loc"])])
-        known = nearest(str(first["loc"][-1]), EngineConfig.model_fields) if first["type"] == "extra_forbidden" else ""
-        text = f"unknown key{known}" if known else first["msg"].removeprefix("Value error, ")
+        text = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            section: type[Section] = Fsdp2 if first["loc"][0] == "fsdp2" else EngineConfig
+            text = f"unknown key{nearest(str(first['loc'][-1]), section.model_fields)}"
         raise ValueError(f"{where}: {text}") from None
 
 
 def changed_engine(common: EngineConfig, own: dict[str, Any]) -> EngineConfig:
-    """`common` with what `own` says otherwise. Raises ValidationError where that does not fit together."""
+    """`common` with what `own` says otherwise. Raises ValidationError where that does not fit together.
+
+    Another name leaves behind what is for the common kind of engine only.
+    """
     kept = common.model_dump(exclude_unset=True)
-    if "name" in own:
-        # These are for one kind of engine only.
+    if own.get("name", common.name) != common.name:
         kept = {key: value for key, value in kept.items() if key not in ("fsdp2", "deepspeed_config")}
     both = {**kept, **own}
     if isinstance(own.get("fsdp2"), dict):

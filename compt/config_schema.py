@@ -166,7 +166,9 @@ class Link(Section):
     expand: LinkExpand | None = None
     """What of `chain.expand` is otherwise for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
     engine: dict[str, Any] | None = execution(None)
-    """What of `engine` is otherwise while this link trains: `{name: zero2, micro_batch: 64}`."""
+    """What of `engine` is otherwise while this model trains, as a link and as a baseline: `{name: zero2, micro_batch:
+    64}`. Another `name` leaves `fsdp2` and `deepspeed_config` of `engine` behind. `device` and `timeout` are the whole
+    run's."""
     nodes: int | None = execution(None, gt=0)
     """Nodes that `compt slurm submit` asks for while this link trains; without it all."""
 
@@ -349,6 +351,9 @@ class Recipe(Section):
         if self.data.images < self.optimizer.batch:
             raise ValueError(f"optimizer.batch {self.optimizer.batch} is larger than data.images {self.data.images}")
         for at, link in enumerate(self.chain.links):
+            for key in ("device", "timeout"):
+                if key in (link.engine or {}):
+                    raise ValueError(f"chain.links.{at}.engine.{key}: is for the whole run; set engine.{key}")
             with placed(f"chain.links.{at}.engine"):
                 self.engine_of(link.model)
         return self

@@ -86,6 +86,19 @@ def test_a_link_changes_the_engine_while_it_trains(write) -> None:
     assert again.engine_of("wide") == second
 
 
+def test_only_another_name_leaves_the_options_of_an_engine_behind(write) -> None:
+    repeated = "chain.links.0.engine={name: fsdp2, micro_batch: 8}"
+    recipe = load_recipe(write(), ["engine={name: fsdp2, fsdp2: {cpu_offload: true}}", repeated])
+    assert recipe.engine_of("vit_nano").fsdp2.cpu_offload
+    repeated = "chain.links.0.engine={name: zero2, micro_batch: 8}"
+    recipe = load_recipe(
+        write(),
+        ["engine={name: zero2, deepspeed_config: own.json}", repeated, "chain.links.1.engine={name: zero3}"],
+    )
+    assert recipe.engine_of("vit_nano").deepspeed_config == "own.json"
+    assert recipe.engine_of("wide").deepspeed_config is None
+
+
 WRONG = {
     "typo": ("optimizer: {batch", "optimizer: {batsh", "optimizer.batsh = 64: unknown key (did you mean 'batch'?)"),
     "typo of a required key": (
@@ -248,6 +261,21 @@ WRONG = {
         "model: wide,",
         "model: wide, engine: {nme: zero2},",
         "chain.links.1.engine.nme: unknown key (did you",
+    ),
+    "an option of a link's engine": (
+        "model: wide,",
+        "model: wide, engine: {name: fsdp2, fsdp2: {replica: 2}},",
+        "chain.links.1.engine.fsdp2.replica: unknown key (did you mean 'replicas'?)",
+    ),
+    "a link's own device": (
+        "model: wide,",
+        "model: wide, engine: {device: cpu},",
+        "chain.links.1.engine.device: is for the whole run; set engine.device",
+    ),
+    "a link's own timeout": (
+        "model: wide,",
+        "model: wide, engine: {timeout: 60},",
+        "chain.links.1.engine.timeout: is for the whole run; set engine.timeout",
     ),
     "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
 }
