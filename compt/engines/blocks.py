@@ -28,14 +28,17 @@ def recompute_blocks(module: nn.Module) -> None:
         model.set_grad_checkpointing(True)
 
 
-def compile_blocks(module: nn.Module) -> None:
-    """Compile each block in place."""
+def compile_blocks(module: nn.Module, *, hooked: bool = True) -> None:
+    """Compile each block in place, with the hooks that are put on it; unless `hooked` its forward alone."""
     # Blocks share their code, of which torch otherwise keeps 8 variants and leaves the rest uncompiled: first and last
     # blocks, both towers, each stage of a Swin, with and without gradient, captions of other lengths.
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for model in models_in(module):
         for block in shardable_blocks(model):
-            block.compile()
+            if hooked:
+                block.compile()
+            else:
+                block.forward = torch.compile(block.forward)
 
 
 def fill(module: nn.Module, initial: Mapping[str, Tensor], device: torch.device) -> None:

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from compt import dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
-from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
+from compt.engines.blocks import compile_blocks, compute_exactly, fill, models_in, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
 from compt.engines.zero_start import destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
 from compt.errors import ConfigError, nearest
+from compt.models.clip import shardable_blocks
 from compt.sources.weights import Weights
 
 __all__ = ["ZeroEngine", "open_average"]
@@ -73,7 +74,8 @@ class ZeroEngine:
         if recompute:
             recompute_blocks(module)
         if compile:
-            compile_blocks(module)
+            # A part of a block that is still cut up has no shape that Dynamo could trace.
+            compile_blocks(module, hooked=stage != 3)
         self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         # On a CPU too: DeepSpeed's own for that is compiled at first use, and this one has all it needs.
         self.optimizer = torch.optim.AdamW(
@@ -86,6 +88,8 @@ class ZeroEngine:
         self._order = [name for group in groups for name in group["params"]]
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         forget_module(module)
+        if compile and stage == 3:
+            self._gather_blocks_whole()
         # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
         weakref.finalize(self, destroy, self._engine).atexit = False
         # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
@@ -204,14 +208,33 @@ class ZeroEngine:
             home = self._zero.parameter_offload
             # And the one at the start of the module's forward would compare the ranks' order of blocks.
             start = home.module._forward_pre_hooks[home.fwd_pre_hook.id]
-            for hook in (home.fwd_pre_hook, *home.forward_hooks, *home.backward_hooks):
-                hook.remove()
-            home.forward_hooks, home.backward_hooks = [], []
+            home.fwd_pre_hook.remove()
+            self._unhook()
             try:
                 yield
             finally:
                 home.fwd_pre_hook = home.module.register_forward_pre_hook(start)
-                home._register_deepspeed_module(home.module)
+                self._hook()
+
+    def _unhook(self) -> None:
+        home = self._zero.parameter_offload
+        for hook in (*home.forward_hooks, *home.backward_hooks):
+            hook.remove()
+        home.forward_hooks, home.backward_hooks = [], []
+
+    def _hook(self) -> None:
+        home = self._zero.parameter_offload
+        home._register_deepspeed_module(home.module)
+
+    def _gather_blocks_whole(self) -> None:
+        """Gather all of a block before its forward, instead of part by part while it runs."""
+        self._unhook()
+        # Not before DeepSpeed's start: it would sum the gradients of such a leaf at each call of the block, and a block
+        # is called for captions of each length in one forward.
+        for model in models_in(self.unwrapped):
+            for block in shardable_blocks(model):
+                self._deepspeed.utils.set_z3_leaf_module(block, True)
+        self._hook()
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
         """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background: it is done on return."""

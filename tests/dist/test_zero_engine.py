@@ -87,6 +87,12 @@ def test_every_cell_equals_one_process(world: int) -> None:
     check_all(cases.compare, world, cells)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_equal_one_process() -> None:
+    cells = [Cell(stage, pieces=4, compile=True) for stage in (2, 3)]
+    check_all(cases.compare_traced, 2, [*cells, Cell(3, "swin", recompute=True, compile=True)])
+
+
 def go_on(found: dict, expected: dict) -> None:
     for own, correct in zip(found["numbers"], expected["numbers"], strict=True):
         assert own == pytest.approx(correct, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Iterator, Mapping
@@ -74,6 +75,7 @@ class Cell(NamedTuple):
     zero: tuple[tuple[str, Any], ...] = ()
     recompute: bool = False
     shipped: bool = False
+    compile: bool = False
 
     def config(self) -> dict[str, Any]:
         if self.shipped:
@@ -170,6 +172,7 @@ def open_engine(task: ClipTask, cell: Cell, **options: Any) -> Any:
     from compt.engines.zero import ZeroEngine
 
     options = {"caps": {"model.logit_scale": CAP}, "ema_decay": DECAY, "recompute": cell.recompute, **options}
+    options["compile"] = cell.compile
     return ZeroEngine(task.module, ADAMW, stage=cell.stage, config=cell.config(), **options)
 
 
@@ -203,6 +206,12 @@ def compare(cells: list[Cell]) -> list[Result]:
         losses, norms = (before + after for before, after in zip(first, rest, strict=True))
         results.append(Result(losses, norms, gradients, dict(engine.weights()), dict(engine.weights(average=True))))
     return results
+
+
+def compare_traced(cells: list[Cell]) -> list[Result]:
+    """As `compare`; what is compiled runs as torch traced it, since making kernels takes minutes on a CPU."""
+    torch.compile = functools.partial(torch.compile, backend="aot_eager")
+    return compare(cells)
 
 
 def alone(cells: list[Cell]) -> list[Result]:
