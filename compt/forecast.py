@@ -343,6 +343,9 @@ def not_modelled(recipe: Recipe, job: Job) -> tuple[str, ...]:
     config = recipe.engine_of(job.spec.name)
     given = {
         "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU": config.fsdp2.cpu_offload,
+        "whole gradients between micro-batches, with engine.fsdp2.reshard_after_forward: false": (
+            not config.fsdp2.reshard_after_forward and config.micro_batch is not None
+        ),
         "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
         "what engine.compile keeps otherwise": config.compile,
     }

@@ -279,7 +279,8 @@ def memory_per_gpu(
     _check(engine, precision, world_size=world_size, batch=batch, captions=captions, replicas=replicas, **numbers)
     n = max(1, world_size // replicas) if engine == "fsdp2" else world_size
     rows = math.ceil(batch / world_size)
-    step = _Step(spec, teacher, engine, world_size, rows, min(micro_batch or rows, rows), captions, tokens, precision)
+    piece = min(micro_batch or rows, rows)
+    step = _Step(spec, teacher, engine, world_size, rows, piece, captions, tokens, precision, n)
     compute, formats, sizes = step.compute, step.formats, step.sizes
     weights = _weights(engine, sizes, n) + _gathered(engine, sizes, n, compute, reshard)
     if ema:
@@ -313,6 +314,7 @@ class _Step:
     captions: int
     tokens: Tokens
     precision: str
+    shards: int
 
     @property
     def compute(self) -> int:
@@ -353,7 +355,7 @@ class _Step:
         """
         if self.engine == "fsdp2":
             # Of the embeddings the gradient and, to be sent off, a copy; blocks are gathered no more then.
-            copies = 2 if self.world_size > 1 else 1
+            copies = 2 if self.shards > 1 else 1
             blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
             return max(0.0, FP32 * copies * self.sizes.embedding - blocks)
         return FP32 * self.sizes.embedding if self.reserved or self.several else 0

@@ -428,4 +428,6 @@ def test_what_the_memory_leaves_out_is_said(plan: Plan) -> None:
     own = ("--set", "chain.links.2.engine={name: fsdp2, fsdp2: {cpu_offload: true}, checkpoint_every: {steps: 7}}")
     text = " ".join(plan(*own)[1].split())
     assert "Not counted, in 3-three, control-equal_macs: engine.fsdp2.cpu_offload" in text
+    pieces = ("--set", "engine={name: fsdp2, micro_batch: 8, fsdp2: {reshard_after_forward: false}}", "--gpus", "8")
+    assert "whole gradients between micro-batches" in " ".join(plan(*pieces)[1].split())
     assert "1000 steps (1-one, 2-two) or 7 steps (3-three, control-equal_macs)" in text

@@ -254,25 +254,35 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("name", "world_size", "precision", "rows"),
+    ("name", "world_size", "precision", "rows", "replicas", "reshard"),
     [
-        ("vit_nano", 8, "fp32", 4),
-        ("vit_nano", 8, "bf16", 4),
-        ("vit_micro", 4, "bf16", 64),
-        ("vit_nano", 2, "bf16", 8),
-        ("vit_nano", 1, "bf16", 2),
-        ("vit_mini", 1, "bf16", 64),
-        ("vit_micro", 1, "fp32", 64),
+        ("vit_nano", 8, "fp32", 4, 1, True),
+        ("vit_nano", 8, "bf16", 4, 1, True),
+        ("vit_micro", 4, "bf16", 64, 1, True),
+        ("vit_nano", 2, "bf16", 8, 1, True),
+        ("vit_nano", 1, "bf16", 2, 1, True),
+        ("vit_mini", 1, "bf16", 64, 1, True),
+        ("vit_micro", 1, "fp32", 64, 1, True),
+        ("vit_nano", 8, "bf16", 4, 2, True),
+        ("vit_nano", 4, "fp32", 4, 4, True),
+        ("vit_nano", 8, "bf16", 4, 1, False),
+        ("vit_micro", 4, "fp32", 32, 1, False),
     ],
 )
 def test_fsdp2_shards_and_gathers_so_much(
-    ranks: Callable[[int], None], name: str, world_size: int, precision: str, rows: int
+    ranks: Callable[[int], None],
+    name: str,
+    world_size: int,
+    precision: str,
+    rows: int,
+    replicas: int,
+    reshard: bool,
 ) -> None:
     """States within 1 % (shards are padded), the most that is alive in a step within 5 %."""
     spec = PRESETS[name]
     ranks(world_size)
     task = ClipTask(build(spec, seed=0))
-    engine = ShardedEngine(task.module, precision=precision)
+    engine = ShardedEngine(task.module, precision=precision, replicas=replicas, reshard_after_forward=reshard)
     batch = make_batch(Case(spec, rows=rows, captions=2, tokens=10), "cpu")
 
     def backward() -> None:
@@ -290,8 +300,10 @@ def test_fsdp2_shards_and_gathers_so_much(
         captions=2,
         tokens=10,
         precision=precision,
+        replicas=replicas,
+        reshard=reshard,
     )
-    held = held_bytes(spec, None, engine="fsdp2", world_size=world_size, precision=precision)
+    held = held_bytes(spec, None, engine="fsdp2", world_size=world_size, precision=precision, replicas=replicas)
     parameters = list(map(local, task.module.parameters()))
     assert held.weights == pytest.approx(nbytes(parameters), rel=0.01)
     assert held.gradients == pytest.approx(nbytes(local(p.grad) for p in task.module.parameters()), rel=0.01)
