@@ -85,6 +85,13 @@ def shutdown() -> None:
         torch_dist.destroy_process_group()
 
 
+def new_cpu_group() -> Any:
+    """Another process group of all ranks, on the CPU, that gives up as the first one does. All ranks call it."""
+    first: Any = torch_dist.group.WORLD
+    timeout = first._get_backend(first._device_types[0]).options._timeout  # torch's own default would be half an hour
+    return torch_dist.new_group(backend="gloo", timeout=timeout)
+
+
 def rank() -> int:
     """Index of this process, 0 when alone."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0

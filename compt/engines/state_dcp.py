@@ -157,7 +157,7 @@ def _group() -> Any:
 
 @lru_cache(maxsize=1)
 def _group_beside(_: Any) -> Any:
-    return torch_dist.new_group(backend="gloo")
+    return dist.new_cpu_group()
 
 
 def _files(folder: Path) -> list[Path]:

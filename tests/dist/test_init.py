@@ -16,6 +16,7 @@ import torch
 from compt import dist
 from compt.dist_environment import Place
 from compt.dist_meeting import meet
+from compt.engines import state_dcp
 from compt.errors import ConfigError, RunError
 from tests.faults.group import Group
 
@@ -120,11 +121,13 @@ def test_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}.items():
         monkeypatch.setenv(name, str(value))
     try:
-        dist.init("cpu")
+        dist.init("cpu", timeout_seconds=77.0)
         assert torch.distributed.is_initialized()
         assert dist.world_size() == 1
         assert dist.all_reduce_sum(2) == 2.0
         dist.barrier()
+        for group in (dist.new_cpu_group(), state_dcp._group()):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77.0
     finally:
         dist.shutdown()
     assert not torch.distributed.is_initialized()
