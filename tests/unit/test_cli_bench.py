@@ -296,6 +296,22 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     assert {setup.engine for setup in setups} == {"fsdp2"}
 
 
+def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -> None:
+    values = yaml.safe_load((root / "recipes" / "cc3m_vit.yaml").read_text(encoding="utf-8"))
+    own = {"name": "fsdp2", "recompute": True, "micro_batch": 32, "text_buckets": 2}
+    values["chain"]["links"][1]["engine"] = own
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], tokens=None, **PLAIN)
+    for setup in setups:
+        found = (setup.engine, setup.recompute, setup.micro_batch, setup.text_buckets)
+        other = ("ddp", False, None, values["engine"]["text_buckets"])
+        assert found == (tuple(own.values()) if setup.student.name == "vit_s16" else other)
+    file = str(file_of(tmp_path / "t.json", "h200", entry("vit_t16", None, 1e-3), entry("vit_s16", "vit_t16", 2e-3)))
+    told = " ".join(compt("gpu-hours", str(tmp_path / "r.yaml"), "--throughput", file).split())
+    lacking = "micro-batches of 32, recomputed blocks, the engine fsdp2 of vit_s16"
+    assert f"no measurement in bf16 with 4 captions of the whole context, {lacking}, vit_s16 alone; nor in bf16" in told
+
+
 def test_a_plan_takes_what_was_measured_of_its_recipe(tmp_path: Path) -> None:
     recipe, out = tmp_path / "r.yaml", tmp_path / "t.json"
     link = {"train": {"epochs": 2}, "warmup": {"steps": 1}}
