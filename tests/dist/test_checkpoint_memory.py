@@ -1,4 +1,4 @@
-"""The end of a link and the start of the next with a model of 300 million parameters, none of whose ranks may hold it.
+"""A link from its first weights to its model, and the start of the next, none of whose ranks may hold a model.
 
 Each rank is in a control group of its own, or has a limit on its data segment where none can be made.
 """
@@ -20,12 +20,16 @@ from torch.distributed import TCPStore
 from benchmarks.handoff_run import ROOT, limited, model_bytes
 from compt import macs
 from compt.artefact import read_artefact
-from tests.dist.memory_process import STUDENT, TEACHER
+from compt.planner import make_plan
+from tests.dist.memory_process import LINKS, recipe
+from tests.helpers_recipe import make_data
 
 WORLD = 3
-LIMIT = 1_500_000_000
-"""Bytes of a rank: Python and torch, a third of the model, and a few of the largest parameters."""
-NEEDED = 6_000_000_000
+BESIDES = 500_000_000
+"""Bytes of a rank beside its shares: a block that is gathered, activations, a few of the largest parameters."""
+LIMIT = 2_700_000_000
+"""Bytes of a rank: Python and torch, a third of the weights, gradients and moments, and a few tensors."""
+NEEDED = 9_000_000_000
 
 pytestmark = pytest.mark.slow
 
@@ -48,6 +52,8 @@ def run(action: str, folder: Path, limit: int) -> Run:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(WORLD)}
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
+    # What is freed is to be given back: glibc keeps holes of up to 32 MB, which a device's allocator has no part in.
+    common |= {"MALLOC_MMAP_THRESHOLD_": "2097152"}
     command = [sys.executable, "-m", "tests.dist.memory_process", action, str(folder)]
     with contextlib.ExitStack() as stack:
         limits = [stack.enter_context(limited(limit)) for _ in range(WORLD)]
@@ -76,17 +82,20 @@ def run(action: str, folder: Path, limit: int) -> Run:
 def test_no_rank_holds_a_model(tmp_path: Path) -> None:
     if available() < NEEDED or shutil.disk_usage(tmp_path).free < NEEDED:
         pytest.skip(f"takes {NEEDED / 1e9:g} GB of memory and of disk")
-    assert macs.parameters(TEACHER) > 300_000_000
-    for action in ("end_a_link", "begin_the_next"):
+    make_data(tmp_path, images=12)
+    first, second = (link.spec for link in make_plan(recipe("link"), baselines=False, controls=()).links)
+    assert macs.parameters(first) > 300_000_000
+    # Weights, gradients and two moments in shards; the expansion has a few tensors alone.
+    shares = {"link": 4 * model_bytes(first) // WORLD, "expand": 0}
+    for action, share in shares.items():
         done = run(action, tmp_path, LIMIT)
         assert done.codes == [0] * WORLD, done.errors
         assert done.kills == 0
-        # Its share and a few tensors, but not a model.
-        share = model_bytes(TEACHER) / WORLD if action == "end_a_link" else 0
-        assert all(rank["peak"] - rank["before"] < share + 500_000_000 for rank in done.measured), done.measured
-    assert read_artefact(tmp_path / "initial").spec == STUDENT
-    gathered = run("gather", tmp_path, LIMIT)
-    assert gathered.codes[0], "the limit lets a rank gather the model: the test shows nothing"
-    assert gathered.kills == 1 or "memory" in gathered.errors, gathered.errors
-    for name in ("checkpoints", "model", "initial"):
-        shutil.rmtree(tmp_path / name)
+        assert all(rank["peak"] - rank["before"] < share + BESIDES for rank in done.measured), done.measured
+    jobs = tmp_path / "run" / "jobs"
+    assert read_artefact(jobs / LINKS[0] / "model").spec == first
+    assert read_artefact(jobs / LINKS[1] / "initial").spec == second
+    gathered = run("look_on", tmp_path, LIMIT)
+    assert any(gathered.codes), "the limit lets a rank gather the model: the test shows nothing"
+    assert gathered.kills or "memory" in gathered.errors, gathered.errors
+    shutil.rmtree(tmp_path)
