@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -322,6 +323,43 @@ def _copied(engine: DataParallelEngine) -> dict[str, Tensor]:
     return {name: t.detach().cpu().clone() for name, t in engine.state().items() if not name.startswith("scaler.")}
 
 
+def check_skips(*names: str) -> Callable[[torch.device], list[Finding]]:
+    """The same of other engines' weights and fp16's scale. ZeRO does wait, and has no fp16 on a CPU."""
+
+    def check(device: torch.device) -> list[Finding]:
+        findings = []
+        for name in names:
+            plain = name.startswith("zero") and device.type == "cpu"
+            precisions: tuple[Precision, ...] = ("fp32",) if plain else ("fp32", "fp16")
+            for precision in precisions:
+                findings += _skipped(name, precision, device)
+        return findings
+
+    return check
+
+
+def _skipped(name: str, precision: Precision, device: torch.device) -> list[Finding]:
+    task, engine = open_case(LINK, device, EngineConfig.model_validate({"name": name}), precision)
+    scale = getattr(engine, "_scale", None)
+    backward(LINK, task, engine, 0)
+    engine.step(LR, max_norm=1.0)
+    before, scales = dict(engine.weights()), [scale.scale.item()] if scale else []
+    images, tokens = make_batch(LINK, 1)
+    cached_backward(task, engine, (images * math.inf).to(device), tokens.to(device), None, caption_lengths(tokens))
+    waited = _waits(lambda: engine.step(LR, max_norm=1.0), device)
+    after = dict(engine.weights())
+    scales += [scale.scale.item()] if scale else []
+    same = all(torch.equal(after[key], value) for key, value in before.items())
+    backward(LINK, task, engine, 2)
+    engine.step(LR, max_norm=1.0)
+    moved = any(not torch.equal(after[key], value) for key, value in engine.weights())
+    what = f"{name} in {precision}"
+    findings = [holds(f"{what}: nothing changed", same), holds(f"{what}: the next step counts", moved)]
+    if not name.startswith("zero"):
+        findings.append(holds(f"{what}: nobody waited", not waited))
+    return [*findings, *(Finding(f"{what}: scale", b / a, 0.5, 0.5) for a, b in pairwise(scales))]
+
+
 def _waits(action: Callable[[], object], device: torch.device) -> bool:
     """Whether `action` waits for a GPU."""
     if device.type != "cuda":
@@ -339,11 +377,17 @@ def _waits(action: Callable[[], object], device: torch.device) -> bool:
     return False
 
 
-def check_compile(device: torch.device) -> list[Finding]:
+def check_compile(name: str) -> Callable[[torch.device], list[Finding]]:
     """Compiled blocks: the names and results of eager ones, and nothing compiled again after the first steps."""
+    return lambda device: _compile(name, device)
+
+
+def _compile(name: str, device: torch.device) -> list[Finding]:
     from torch._dynamo.utils import counters
 
-    config = EngineConfig(compile=True)
+    torch._dynamo.reset()
+    counters.clear()
+    config = EngineConfig.model_validate({"name": name, "compile": True})
     case = CASES[1]
     findings = compare(case.name, train(case, device, config), oracle(case))
     task, engine = open_case(case, device, config)
@@ -364,31 +408,32 @@ def check_compile(device: torch.device) -> list[Finding]:
     ]
 
 
-def check_checkpoint(device: torch.device) -> list[Finding]:
+def check_checkpoint(*names: str) -> Callable[[torch.device], list[Finding]]:
     """What was saved is loaded bit for bit, and training goes on as if it had not stopped."""
-    findings: list[Finding] = []
-    for name in ("ddp", "fsdp2"):
-        config = EngineConfig.model_validate({"name": name})
-        task, engine = open_case(LINK, device, config)
-        for step in range(2):
-            backward(LINK, task, engine, step)
-            engine.step(LR)
-        with tempfile.TemporaryDirectory() as folder:
-            engine.save(Path(folder))()
-            saved = dict(engine.weights())
-            backward(LINK, task, engine, 2)
-            engine.step(LR)
-            task, other = open_case(LINK, device, config)
-            other.load(Path(folder))
-        loaded = dict(other.weights())
-        same = all(torch.equal(loaded[key], value) for key, value in saved.items())
-        backward(LINK, task, other, 2)
-        other.step(LR)
-        right = dict(engine.weights())
-        way = math.sqrt(sum(_apart(value, saved[key]) ** 2 for key, value in right.items()))
-        off = math.sqrt(sum(_apart(value, right[key]) ** 2 for key, value in other.weights()))
-        findings += [holds(f"{name}: loaded bit for bit", same), Finding(f"{name}: next step", off / way, 1e-4)]
-    return findings
+    return lambda device: [finding for name in names for finding in _checkpoint(name, device)]
+
+
+def _checkpoint(name: str, device: torch.device) -> list[Finding]:
+    config = EngineConfig.model_validate({"name": name})
+    task, engine = open_case(LINK, device, config)
+    for step in range(2):
+        backward(LINK, task, engine, step)
+        engine.step(LR)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save(Path(folder))()
+        saved = dict(engine.weights())
+        backward(LINK, task, engine, 2)
+        engine.step(LR)
+        task, other = open_case(LINK, device, config)
+        other.load(Path(folder))
+    loaded = dict(other.weights())
+    same = all(torch.equal(loaded[key], value) for key, value in saved.items())
+    backward(LINK, task, other, 2)
+    other.step(LR)
+    right = dict(engine.weights())
+    way = math.sqrt(sum(_apart(value, saved[key]) ** 2 for key, value in right.items()))
+    off = math.sqrt(sum(_apart(value, right[key]) ** 2 for key, value in other.weights()))
+    return [holds(f"{name}: loaded bit for bit", same), Finding(f"{name}: next step", off / way, 1e-4)]
 
 
 def check_memory(device: torch.device) -> list[Finding]:
@@ -490,10 +535,15 @@ CHECKS: dict[str, Check] = {
     "nonfinite": Check(check_nonfinite),
     "memory": Check(check_memory),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),
-    "checkpoint": Check(check_checkpoint, "sharded"),
+    "skips": Check(check_skips("fsdp2"), "sharded"),
+    "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),
     "processes": Check(check_processes, "several", 90),
     **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
-    "compile": Check(check_compile, "compiled", 240),
+    "zero_skips": Check(check_skips("zero2", "zero3"), "deepspeed", 90),
+    "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
+    "compile": Check(check_compile("ddp"), "compiled", 240),
+    "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
+    "compile_zero3": Check(check_compile("zero3"), "compiled", 240),
 }
 """In the order of their value."""
 
