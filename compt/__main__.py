@@ -1,6 +1,6 @@
 """`python -m compt` is `compt`."""
 
-from compt.cli import main
+from compt.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

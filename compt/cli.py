@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -222,6 +224,22 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def run(words: Callable[[], list[str]] | None = None) -> None:
+    """`main` as the whole of a process, which then ends at once where threads are left.
+
+    A call of torch's that waits in a thread for other processes would abort a Python that winds down under it.
+    """
+    try:
+        main(words)
+    except SystemExit as end:
+        if any(thread.daemon for thread in threading.enumerate()):
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+        raise
 
 
 @app.callback(invoke_without_command=True)

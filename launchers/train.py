@@ -6,8 +6,8 @@ torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml --
 import os
 import sys
 
-from compt.cli import main
+from compt.cli import run
 from compt.cli_launch import chain_words
 
 if __name__ == "__main__":
-    main(lambda: chain_words(sys.argv[1:], os.environ))
+    run(lambda: chain_words(sys.argv[1:], os.environ))

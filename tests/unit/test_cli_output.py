@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -95,3 +96,23 @@ def test_lines_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 def test_there_is_one_console(root: Path) -> None:
     makers = [path for path in root.glob("compt/**/*.py") if f"{Console.__name__}(" in path.read_text(encoding="utf-8")]
     assert [str(path.relative_to(root)) for path in makers] == ["compt/formats.py"]
+
+
+@pytest.mark.parametrize("threads", [0, 1])
+def test_a_process_whose_threads_still_wait_ends_without_winding_down(threads: int, tmp_path: Path) -> None:
+    """Where one waits within torch's C++, winding down would abort the process."""
+    script = (
+        "import atexit, sys, threading\n"
+        "from compt.cli import run\n"
+        "class Late:\n"
+        "    def __del__(self): print('wound down')\n"
+        "kept = Late()\n"
+        "atexit.register(print, 'atexit')\n"
+        f"for _ in range({threads}): threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "sys.argv = ['compt', 'plan', 'nowhere.yaml']\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere.yaml" in done.stderr
+    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads else ["atexit", "wound down"])

@@ -77,7 +77,7 @@ def test_setup_py_is_thin(root: Path) -> None:
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
     assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev"}
-    assert table["scripts"] == {"compt": "compt.cli:main"}
+    assert table["scripts"] == {"compt": "compt.cli:run"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 
 
