@@ -239,7 +239,6 @@ def test_logit_scale_is_capped_at_a_hundred() -> None:
     assert task.module.get_parameter("model.logit_scale") is task.model.logit_scale
 
 
-
 def test_surrogate_shares_the_gradient_of_the_scale() -> None:
     scale = torch.tensor([2.0], requires_grad=True)
     image = torch.ones(2, 3, requires_grad=True)
