@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -112,3 +113,19 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         for decay, parameters in groups.items()
         if parameters
     ]
+
+
+def check_precision(precision: str) -> None:
+    """Raise ConfigError for a precision that there is not."""
+    if precision not in COMPUTE_DTYPES:
+        raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+
+
+def moments_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
+    """AdamW's live state of a parameter; zeros before its first step, which is what AdamW itself would start from."""
+    state: dict[str, Tensor] = optimizer.state[tensor]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[moment] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
+    return {key: state[key] for key in ("step", "exp_avg", "exp_avg_sq")}

@@ -14,14 +14,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from compt import dist
 from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
+from compt.engines.base import (
+    COMPUTE_DTYPES,
+    AdamWSettings,
+    Finish,
+    Precision,
+    check_precision,
+    moments_of,
+    parameter_groups,
+)
 from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import copy_weights, load_state, save_state
-from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DataParallelEngine:
@@ -46,8 +51,7 @@ class DataParallelEngine:
         compile: bool = False,
         recompute: bool = False,
     ) -> None:
-        if precision not in COMPUTE_DTYPES:
-            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        check_precision(precision)
         settings = settings or AdamWSettings()
         self.rank = dist.rank()
         self.world_size = dist.world_size()
@@ -145,20 +149,11 @@ class DataParallelEngine:
         finally:
             self.unwrapped.train(training)
 
-    def _moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """AdamW's state of a parameter; zeros before its first step, which is what AdamW itself would start from."""
-        state: dict[str, Tensor] = self.optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            for moment in _MOMENTS:
-                state[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return {key: state[key] for key in ("step", *_MOMENTS)}
-
     def state(self) -> dict[str, Tensor]:
         """All that a checkpoint holds, by name; the tensors are the live ones, but for the scaler's."""
         state = {f"model.{name}": tensor.detach() for name, tensor in self.unwrapped.state_dict().items()}
         for name, parameter in self._names.items():
-            for key, tensor in self._moments(parameter).items():
+            for key, tensor in moments_of(self.optimizer, parameter).items():
                 state[f"optim.{name}.{key}"] = tensor
         if self._average:
             state |= self._average.state()

@@ -16,15 +16,12 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from compt import dist
 from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, decays
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, decays, moments_of
 from compt.engines.blocks import compile_blocks, compute_exactly, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
 from compt.engines.state_dcp import copy_weights, load_state, save_state
-from compt.errors import ConfigError, nearest
 from compt.sources.weights import Weights
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -80,8 +77,7 @@ class ShardedEngine:
         cpu_offload: bool = False,
         reduce_precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        if precision not in COMPUTE_DTYPES:
-            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        check_precision(precision)
         settings = settings or AdamWSettings()
         self.device = torch.device(device)
         mesh = make_mesh(self.device, replicas)
@@ -246,7 +242,7 @@ class ShardedEngine:
         reshard(self._root)
         state = {f"model.{name}": tensor.detach() for name, tensor in self.unwrapped.state_dict().items()}
         for name, parameter in self._names.items():
-            for key, tensor in self._moments(name).items():
+            for key, tensor in moments_of(self.optimizer, self._slices[name]).items():
                 state[f"optim.{name}.{key}"] = tensor if key == "step" else like(parameter, tensor)
         if self._average:
             for name, tensor in self._average.state().items():
@@ -255,16 +251,6 @@ class ShardedEngine:
         if self._scale is not None:
             state |= self._scale.state()
         return state
-
-    def _moments(self, name: str) -> dict[str, Tensor]:
-        """AdamW's state of a slice; zeros before its first step, which is what AdamW itself would start from."""
-        tensor = self._slices[name]
-        state: dict[str, Tensor] = self.optimizer.state[tensor]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
-            for moment in _MOMENTS:
-                state[moment] = torch.zeros_like(tensor)
-        return {key: state[key] for key in ("step", *_MOMENTS)}
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
         """Each rank writes its slices, and a part of what all of them have."""

@@ -14,14 +14,13 @@ from torch import Tensor, nn
 
 from compt import dist
 from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, parameter_groups
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, parameter_groups
 from compt.engines.blocks import compile_blocks, compute_exactly, fill, models_in, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero_parts import Parts
 from compt.engines.zero_start import destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero_state import open_average, open_zero, save_zero, take_moments
-from compt.errors import ConfigError, nearest
 from compt.models.clip import shardable_blocks
 from compt.sources.weights import Weights
 
@@ -54,8 +53,7 @@ class ZeroEngine:
         compile: bool = False,
         recompute: bool = False,
     ) -> None:
-        if precision not in COMPUTE_DTYPES:
-            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        check_precision(precision)
         settings = settings or AdamWSettings()
         self.rank = dist.rank()
         self.world_size = dist.world_size()
