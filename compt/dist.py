@@ -18,6 +18,9 @@ from compt.errors import ComptError, ConfigError, RunError
 
 T = TypeVar("T")
 
+_joined: list[Place] = []
+"""This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
+
 
 def init(
     device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float | None = None
@@ -45,8 +48,7 @@ def init(
     store.set_timeout(timeout)
     try:
         torch_dist.init_process_group(
-            # On GPU machines too small messages go over gloo: none of them makes a process wait for its GPU.
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            backend_of(chosen),
             store=store,
             rank=place.rank,
             world_size=place.world_size,
@@ -59,6 +61,7 @@ def init(
             f"rank {place.rank} of {place.world_size} has no connection to the others ({str(error).splitlines()[0]}); "
             f"{name}_SOCKET_IFNAME names the network interface to take"
         ) from error
+    _joined[:] = [place]
     return chosen
 
 
@@ -79,8 +82,15 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
     return chosen
 
 
+def backend_of(device: torch.device) -> str:
+    """What a group of processes on such devices talks over."""
+    # On GPU machines too small messages go over gloo: none of them makes a process wait for its GPU.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
+    _joined.clear()
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
@@ -133,7 +143,7 @@ def gather_objects(value: Any) -> list[Any]:
 
 def local_rank() -> int:
     """Index of this process on its machine, 0 when alone."""
-    return int(os.environ.get("LOCAL_RANK", "0")) if torch_dist.is_initialized() else 0
+    return _joined[0].local_rank if _joined else 0
 
 
 def agree(error: ComptError | None) -> None:

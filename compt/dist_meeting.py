@@ -30,6 +30,9 @@ T = TypeVar("T")
 SIOCGIFADDR = 0x8915
 """Linux's request for an interface's address of IPv4."""
 
+HERE = "127.0.0.1"
+"""Where whoever serves the store finds it: it needs no way through the network to itself."""
+
 PAUSE = 0.25
 """Seconds between two attempts to reach the master."""
 
@@ -55,13 +58,13 @@ def meet(place: Place, seconds: float) -> TCPStore:
     late = until + GRACE * seconds
     try:
         with _quiet():
-            store = _serve(place, until, late) if _is_host(place) else _reach(place, until, late)
+            store = _serve(place, until, late) if is_host(place.rank) else _reach(place, until, late)
     except OSError as error:
         failure = _failure(place, seconds, str(error))
         if isinstance(error, _Told):
             failure.told = True
         else:
-            if not _is_host(place):
+            if not is_host(place.rank):
                 # All ranks begin at about the same time, and end so.
                 time.sleep(max(0.0, until - time.monotonic()))
             failure.told = not is_speaker(place, 0.15 * seconds)
@@ -90,9 +93,9 @@ def meet(place: Place, seconds: float) -> TCPStore:
     return store
 
 
-def _is_host(place: Place) -> bool:
+def is_host(rank: int) -> bool:
     """Whether this rank serves the store. torchrun serves one itself and says so."""
-    return place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+    return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
 
 def _within(late: float, call: Callable[[], T], meanwhile: Callable[[], None] = lambda: None) -> T:
@@ -206,8 +209,7 @@ def _serve(place: Place, until: float, late: float) -> TCPStore:
                 f"port {place.port} of rank 0's machine cannot be had ({reason}); MASTER_PORT names another"
             ) from None
     try:
-        # Whoever serves it needs no way through the network to itself.
-        return _within(late, lambda: _store("127.0.0.1", place, until - time.monotonic(), host=True))
+        return _within(late, lambda: _store(HERE, place, until - time.monotonic(), host=True))
     except TimeoutError:
         raise OSError(_SILENT) from None
     except (RuntimeError, ValueError) as error:

@@ -9,6 +9,7 @@ end together when one of them fails, and leave model, optimizer, random numbers 
 from __future__ import annotations
 
 import datetime
+import gc
 import itertools
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from compt import dist
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Recipe, split_batch
+from compt.dist_meeting import HERE, is_host
 from compt.dist_watch import LONG, beat
 from compt.engines import COMPUTE_DTYPES, Engine, open_engine
 from compt.engines.frozen import shard_frozen
@@ -70,6 +72,8 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
     All ranks call it and get the same. `fits` says of a size whether it does, the same on all ranks (default: by
     trial). Raises RunError where not even one picture at a time fits, or a trial fails for another reason.
     """
+    # The trials are other processes: to them memory that this one keeps for later is taken.
+    release(torch.device(trial.device))
     most = min(trial.config.micro_batch or trial.share, trial.share)
     sizes = [size for size in range(1, most + 1) if trial.share % size == 0]
     found = largest(sizes, lambda size: (fits or fits_apart)(trial, size))
@@ -79,6 +83,16 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
             "engine.name: fsdp2 or zero3, or more GPUs (`compt plan --gpu …` counts)"
         )
     return found
+
+
+def release(device: torch.device) -> None:
+    """Give the device back what torch holds of it for nothing that is still in use; on the CPU there is no such thing.
+
+    What is in a ring of references, as engines are, goes first.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
@@ -177,11 +191,11 @@ def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
     if world == 1:
         store: Any = torch_dist.HashStore()  # type: ignore[attr-defined]
     else:
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        limit = datetime.timedelta(seconds=300)
+        address = HERE if is_host(rank) else os.environ["MASTER_ADDR"]
+        port, limit = int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=300)
         store = torch_dist.TCPStore(address, port, None, False, limit)  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/fit/{number}", store)
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank, world_size=world)
+    torch_dist.init_process_group(dist.backend_of(device), store=store, rank=rank, world_size=world)
 
 
 def _end_with(parent: int) -> None:

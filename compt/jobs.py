@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +25,7 @@ from compt.errors import RunError
 from compt.expand import expand
 from compt.expand import make_plan as make_expansion
 from compt.files import write_json
-from compt.fit import Trial, advise, find_micro_batch
+from compt.fit import Trial, advise, find_micro_batch, release
 from compt.jobs_record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers, steps_left
 from compt.jobs_start import hash_of, open_start
 from compt.macs import JobCost, exact_cost
@@ -91,6 +90,7 @@ class JobRun:
             self._note_start()
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()
+        release(self.context.device)
 
     def _note_start(self) -> None:
         """Where each part of the work was done: a resumed job may have moved to another machine."""
@@ -287,8 +287,7 @@ class JobRun:
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
-        # Engines are full of cycles, and what follows needs their memory.
-        gc.collect()
+        release(self.context.device)  # what follows needs the engine's memory
         beat(result.steps, "writing the model", LONG)
         # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
         last = self._last_checkpoint(result.steps)
