@@ -145,10 +145,23 @@ def choose_interface(place: Place) -> str | None:
         with socket.socket(family, kind) as way:
             # This sends nothing: it asks for the route.
             way.connect(target)
-            own = ipaddress.ip_address(way.getsockname()[0].partition("%")[0])
-            if not own.is_loopback:
-                return next((name for _, name in socket.if_nameindex() if own in _addresses(way, name)), None)
+            own = way.getsockname()[0]
+        return None if _parsed(own).is_loopback else interface_of(own)
     return None
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface that has an address of IPv4 or IPv6; None where none has it, or it is no address."""
+    with contextlib.suppress(OSError, ValueError):
+        own = _parsed(address)
+        with socket.socket(socket.AF_INET if own.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM) as way:
+            return next((name for _, name in socket.if_nameindex() if own in _addresses(way, name)), None)
+    return None
+
+
+def _parsed(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """Without the interface that follows an address of one link alone."""
+    return ipaddress.ip_address(address.partition("%")[0])
 
 
 def _addresses(way: socket.socket, name: str) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:

@@ -183,8 +183,9 @@ def _network(nodes: Mapping[str, Facts], together: Together) -> list[Finding]:
         if "nccl" not in together.collectives and any(facts["gpus"] for facts in nodes.values()):
             found = "not every process has a GPU of its own: start one for each GPU"
             findings.append(Finding("nccl", "not checked", found))
-        for backend, (right, milliseconds) in together.collectives.items():
-            told = f"all-reduce of 4 MiB in {milliseconds:.1f} ms" if right else "all-reduce gave a wrong sum"
+        for backend, tried in together.collectives.items():
+            right = not tried.problem
+            told = f"all-reduce of 4 MiB {f'in {tried.milliseconds:.1f} ms' if right else f'failed: {tried.problem}'}"
             remedy = "see what NCCL_DEBUG=INFO says, and check the cables and the driver"
             findings.append(Finding(backend, "ok" if right else "wrong", told, remedy))
     return findings

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import platform
 import re
 import resource
 import shutil
 import socket
-import struct
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from compt import __version__, dist
 from compt.dist_environment import Place
+from compt.dist_meeting import interface_of
 
 PACKAGES = ("torch", "torchvision", "open_clip_torch", "timm", "deepspeed", "safetensors", "numpy")
 
@@ -50,7 +49,7 @@ def facts_here(folder: Path, place: Place | None) -> dict[str, Any]:
         "locked_memory": None if locked == resource.RLIM_INFINITY else locked,
         "infiniband": Path("/sys/class/infiniband").is_dir() and any(Path("/sys/class/infiniband").iterdir()),
         "address": address,
-        "interface": interface_of(address),
+        "interface": interface_of(address) or "unknown",
     }
 
 
@@ -106,16 +105,4 @@ def own_address() -> str:
                 return str(probe.getsockname()[0])
     with contextlib.suppress(OSError):
         return socket.gethostbyname(socket.gethostname())
-    return "unknown"
-
-
-def interface_of(address: str) -> str:
-    """The network interface that has an IPv4 address, "unknown" for any other."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                # SIOCGIFADDR of linux/sockios.h.
-                answer = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", name[:15].encode()))
-                if socket.inet_ntoa(answer[20:24]) == address:
-                    return name
     return "unknown"

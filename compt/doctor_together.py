@@ -9,20 +9,18 @@ import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
 from compt import dist
 from compt.dist_environment import Place
+from compt.doctor_trial import Collective, try_collective
 from compt.errors import RunError
 from compt.files import disk_errors
 
 WAIT_SECONDS = 10.0
 RENAMES = 100
 ROUNDS = 8
-SUMMED = 2**20
-"""Numbers of an all-reduce: 4 MiB of float32."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Together:
     `alone`: there is one process only, and nothing else was looked at. `seconds`: until a file of rank 0 was seen.
     `unseen`: ranks that did not see it, after which the disk was not looked at further; `torn`: those that read half a
     file while rank 0 replaced it; `unlocked`: those that could take a lock that rank 0 held. `clocks`: each one's
-    clock minus rank 0's, in seconds. `collectives`: for each backend whether a sum was right, and milliseconds.
+    clock minus rank 0's, in seconds. `collectives`: by backend.
     """
 
     alone: bool = False
@@ -41,7 +39,7 @@ class Together:
     torn: list[int] = field(default_factory=list)
     unlocked: list[int] = field(default_factory=list)
     clocks: list[float] = field(default_factory=list)
-    collectives: dict[str, tuple[bool, float]] = field(default_factory=dict)
+    collectives: dict[str, Collective] = field(default_factory=dict)
 
 
 def check_together(folder: Path, here: Place | None) -> Together:
@@ -174,35 +172,14 @@ def clock_differences() -> list[float]:
     return best
 
 
-def _collectives(here: Place | None) -> dict[str, tuple[bool, float]]:
+def _collectives(here: Place | None) -> dict[str, Collective]:
     """An all-reduce over gloo, and over NCCL where every rank has a GPU of its own."""
     import torch
 
-    found = {"gloo": _all_reduce(torch.device("cpu"), None)}
+    token = dist.broadcast_object(secrets.token_hex(8))
+    found = {"gloo": try_collective("gloo", "cpu", f"{token}-gloo")}
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
     own = here.gpu(visible) if here else 0
     if not dist.any_true(own >= visible):
-        device = torch.device("cuda", own)
-        torch.cuda.set_device(device)
-        group = torch.distributed.new_group(backend="nccl")
-        found["nccl"] = _all_reduce(device, group)
+        found["nccl"] = try_collective("nccl", f"cuda:{own}", f"{token}-nccl")
     return found
-
-
-def _all_reduce(device: Any, group: Any) -> tuple[bool, float]:
-    """Whether the sum was right on all ranks, and the slowest rank's milliseconds of a second call."""
-    import torch
-
-    total = elapsed = 0.0
-    try:
-        for _ in range(2):
-            numbers = torch.full((SUMMED,), float(dist.rank() + 1), device=device)
-            start = time.perf_counter()
-            torch.distributed.all_reduce(numbers, group=group)
-            total = float(numbers.double().mean())
-            elapsed = time.perf_counter() - start
-    except RuntimeError as error:
-        raise RunError(f"rank {dist.rank()}: all-reduce on {device} failed: {str(error).splitlines()[0]}") from error
-    size = dist.world_size()
-    wrong = dist.any_true(abs(total - size * (size + 1) / 2) > 1e-6)
-    return not wrong, 1000 * dist.all_reduce_max(elapsed)

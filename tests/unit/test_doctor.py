@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,15 @@ from typer.testing import CliRunner
 from compt import dist, doctor_together
 from compt.cli import app
 from compt.dist_environment import Place
+from compt.dist_meeting import interface_of
 from compt.doctor import GIB, MIB, Finding, is_fit, judge
 from compt.doctor_together import Together
+from compt.doctor_trial import Collective, try_collective
 from compt.errors import ConfigError
+from tests.dist.spawn import run_ranks
 
-WELL = Together(seconds=[0.0, 0.1], clocks=[0.0, 0.01], collectives={"gloo": (True, 3.0), "nccl": (True, 1.0)})
+WELL = Together(seconds=[0.0, 0.1], clocks=[0.0, 0.01], collectives={"gloo": Collective(3.0), "nccl": Collective(1.0)})
+BROKEN = Collective(problem="the sum was wrong (rank 1)")
 GPU = "NVIDIA A100-SXM4-80GB 80 GiB"
 
 
@@ -94,7 +99,12 @@ def test_one_node_is_otherwise(changes: dict[str, Any], check: str, state: str, 
         ({"unlocked": [1]}, "locks", "wrong", "ranks 1 out"),
         ({"clocks": [0.0, -2.0]}, "clocks", "note", "2.000 s"),
         ({"clocks": [0.0, 60.0]}, "clocks", "wrong", "60.000 s"),
-        ({"collectives": {"nccl": (False, 1.0)}}, "nccl", "wrong", "wrong sum"),
+        (
+            {"collectives": {"nccl": Collective(problem="the sum was wrong (rank 1)")}},
+            "nccl",
+            "wrong",
+            "sum was wrong (rank 1)",
+        ),
     ],
 )
 def test_something_between_nodes(changes: dict[str, Any], check: str, state: str, told: str) -> None:
@@ -120,13 +130,12 @@ def test_nccl_is_tried_on_the_gpu_that_a_training_takes(
     place = Place(local, 8, local, "head", 29500, by_slurm=by_slurm)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
-    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
-    monkeypatch.setattr("torch.distributed.new_group", lambda **_: None)
-    tried: list[Any] = []
-    monkeypatch.setattr(doctor_together, "_all_reduce", lambda device, group: tried.append(device.index) or (True, 1.0))
+    tried: list[tuple[str, str]] = []
+    monkeypatch.setattr(doctor_together, "try_collective", lambda *words: tried.append(words[:2]) or Collective(1.0))
     found = doctor_together._collectives(place)
-    assert tried == [None, *([expected] if expected is not None else [])]
+    assert tried == [("gloo", "cpu"), *([("nccl", f"cuda:{expected}")] if expected is not None else [])]
     assert ("nccl" in found) == (expected is not None)
+    monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", str(local))
     if expected is None:
         with pytest.raises(ConfigError, match="does not exist"):
@@ -136,8 +145,46 @@ def test_nccl_is_tried_on_the_gpu_that_a_training_takes(
 
 
 def test_nccl_that_was_not_tried_is_said() -> None:
-    finding = found(dataclasses.replace(WELL, collectives={"gloo": (True, 3.0)}))["nccl"]
+    finding = found(dataclasses.replace(WELL, collectives={"gloo": Collective(3.0)}))["nccl"]
     assert (finding.state, "a GPU of its own" in finding.found) == ("not checked", True)
+
+
+def collectives(folder: Path) -> list[Collective | str]:
+    """gloo as it should be, and without rank 1's process; then the whole of the doctor, for which something failed."""
+    found = [try_collective("gloo", "cpu", "well")]
+    own = sys.executable
+    if dist.rank() == 1:
+        sys.executable = "/bin/false"
+    found.append(try_collective("gloo", "cpu", "gone", 3.0))
+    sys.executable = own
+    with pytest.MonkeyPatch.context() as patch:
+        problem = Collective(problem="no answer within 60 s (rank 0, 1)")
+        patch.setattr(doctor_together, "try_collective", lambda *_: problem)
+        shown = CliRunner().invoke(app, ["doctor", str(folder), "--json"])
+    return [*found, f"{shown.exit_code} {shown.stdout}"]
+
+
+@pytest.mark.dist
+def test_a_collective_that_fails_is_a_finding_on_all_ranks(tmp_path: Path) -> None:
+    first, second = run_ranks(collectives, 2, tmp_path)
+    assert first[:2] == second[:2]
+    well, gone = first[:2]
+    assert well.problem == ""
+    assert 0 < well.milliseconds < 60_000
+    assert gone.problem == "nothing was heard of rank 1 for 3 s (rank 0); its process ended with 1 (rank 1)"
+    assert second[2] == "1 "
+    assert first[2].startswith("1 ")
+    finding = next(item for item in json.loads(first[2][2:])["findings"] if item["check"] == "gloo")
+    assert (finding["state"], "failed: no answer within 60 s (rank 0, 1)" in finding["found"]) == ("wrong", True)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
+def test_an_interface_is_found_by_either_kind_of_address(address: str) -> None:
+    if address == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("no IPv6 here")
+    assert interface_of(address) == "lo"
+    assert interface_of("2001:db8::7%eth0") is None
+    assert interface_of("unknown") is None
 
 
 def test_a_machine_without_gpus_says_what_was_not_checked() -> None:

@@ -1,0 +1,128 @@
+"""An all-reduce in a process of its own: one that hangs cannot be called back, and NCCL ends the process it fails in.
+
+Each process of a group starts one, `python -m compt.doctor_trial`. These meet at the group's store, and form another.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compt import dist
+
+SECONDS = 60.0
+"""That the processes have to find each other, and then for the sum."""
+STARTING = 30.0
+"""Seconds besides, for importing torch."""
+NUMBERS = 2**20
+"""That are summed: 4 MiB of float32."""
+
+
+@dataclass(frozen=True)
+class Collective:
+    """What came of an all-reduce: milliseconds of the slowest process, or what went wrong on which ranks."""
+
+    milliseconds: float = 0.0
+    problem: str = ""
+
+
+def try_collective(backend: str, device: str, token: str, seconds: float = SECONDS) -> Collective:
+    """An all-reduce over `backend` on this rank's `device`; the same answer on all ranks, which all call it.
+
+    `token` is the same on all ranks and new for each call. Takes twice `seconds`, and `STARTING`, at most.
+    """
+    with tempfile.TemporaryDirectory(prefix="compt-doctor-") as folder:
+        own = _start(Path(folder) / "told", backend, device, token, seconds)
+    return _judge(dist.gather_objects(own))
+
+
+def _judge(found: Sequence[float | str]) -> Collective:
+    problems: dict[str, list[str]] = {}
+    for rank, value in enumerate(found):
+        if isinstance(value, str):
+            problems.setdefault(value, []).append(str(rank))
+    if problems:
+        return Collective(problem="; ".join(f"{text} (rank {', '.join(ranks)})" for text, ranks in problems.items()))
+    return Collective(max(value for value in found if not isinstance(value, str)))
+
+
+def _start(told: Path, *words: object) -> float | str:
+    """Milliseconds, or what went wrong here."""
+    # Stacks of C++, for those alone who ask.
+    shown = sys.__stderr__ if "NCCL_DEBUG" in os.environ else subprocess.DEVNULL
+    command = [sys.executable, "-m", "compt.doctor_trial", str(told), *map(str, words)]
+    seconds = float(str(words[-1]))
+    with subprocess.Popen(command, stdout=shown, stderr=shown) as process:
+        try:
+            code = process.wait(2 * seconds + STARTING)
+        except subprocess.TimeoutExpired:
+            return f"no answer within {seconds:g} s"
+        finally:
+            process.kill()
+    if told.exists():
+        value: float | str = json.loads(told.read_text(encoding="utf-8"))
+        return value
+    return f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
+
+
+def main(told: Path, backend: str, device: str, token: str, seconds: float) -> None:
+    """Write milliseconds, or what went wrong, to the file `told` and end."""
+    try:
+        value: float | str = _all_reduce(backend, device, token, seconds)
+    except (RuntimeError, ValueError, TimeoutError) as error:
+        value = next(iter(str(error).splitlines()), type(error).__name__)
+    new = told.with_suffix(".new")
+    new.write_text(json.dumps(value), encoding="utf-8")
+    new.rename(told)
+    # A group that is broken may wait for ever for others to leave it.
+    os._exit(0)
+
+
+def _all_reduce(backend: str, device: str, token: str, seconds: float) -> float:
+    """Milliseconds of a second call. Raises RuntimeError, or TimeoutError after `seconds`."""
+    import torch
+    import torch.distributed as torch_dist
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    limit = datetime.timedelta(seconds=seconds)
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit, wait_for_workers=False)
+    keys = PrefixStore(f"compt-doctor/{token}", store)
+    names = [f"here/{each}" for each in range(size)]
+    keys.set(names[rank], "")
+    try:
+        keys.wait(names, limit)
+    except torch_dist.DistStoreError:
+        missing = ", ".join(str(other) for other, name in enumerate(names) if not keys.check([name]))
+        raise TimeoutError(f"nothing was heard of rank {missing} for {seconds:g} s") from None
+    # NCCL's own limit, at which it ends the process, is not to come first.
+    torch_dist.init_process_group(backend, store=keys, rank=rank, world_size=size, timeout=2 * limit)
+    elapsed = 0.0
+    for _ in range(2):
+        numbers = torch.full((NUMBERS,), float(rank + 1), device=device)
+        begun = time.perf_counter()
+        work = torch_dist.all_reduce(numbers, async_op=True)
+        while not work.is_completed():
+            if time.perf_counter() - begun > seconds:
+                raise TimeoutError(f"no answer within {seconds:g} s")
+            time.sleep(1e-4)
+        work.wait()
+        total = float(numbers.double().mean())
+        elapsed = time.perf_counter() - begun
+        if abs(total - size * (size + 1) / 2) > 1e-6:
+            raise RuntimeError("the sum was wrong")
+    return 1000 * elapsed
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], float(sys.argv[5]))
