@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,7 +66,7 @@ def join(folder: Path, bundle: dict[str, Any], into: Path) -> list[str]:
 
 
 def check_machine(bundle: dict[str, Any]) -> None:
-    """Raises BundleError where this python cannot take the wheels, or has no torch."""
+    """Raises BundleError where this python cannot take the wheels, or has no torch that is new enough."""
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     if own != bundle["python"]:
         raise BundleError(
@@ -77,8 +78,19 @@ def check_machine(bundle: dict[str, Any]) -> None:
         wanted = ", ".join(bundle["expected"])
         why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it was killed"
         raise BundleError(f"{sys.executable} has to have {wanted}: {why}")
-    torch, torchvision, cuda = done.stdout.split()
+    torch, torchvision, cuda = done.stdout.split()[-3:]
+    for wanted in bundle["expected"]:
+        name, _, least = wanted.partition(">=")
+        found = {"torch": torch, "torchvision": torchvision}[name]
+        if _numbers(found) < _numbers(least):
+            raise BundleError(f"{sys.executable} has {name} {found}, and has to have {wanted}")
     print(f"{sys.executable}: python {own}, torch {torch}, torchvision {torchvision}, CUDA {cuda}", flush=True)
+
+
+def _numbers(version: str) -> list[int]:
+    """2.10.0a0+cu128 -> [2, 10, 0]"""
+    release = re.match(r"\d+(\.\d+)*", version)
+    return [int(number) for number in release[0].split(".")] if release else []
 
 
 def stack(env: Path) -> Path:

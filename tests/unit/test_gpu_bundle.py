@@ -101,8 +101,32 @@ def test_another_python_or_none_of_torch_is_one_line(monkeypatch: pytest.MonkeyP
     ):
         gpu_bundle_run.check_machine({"python": "3.9", "expected": expected()})
     monkeypatch.setattr(gpu_bundle_run.sys, "executable", "/bin/false")
-    with pytest.raises(gpu_bundle_run.BundleError, match=r"/bin/false has to have torch>=2\.6, torchvision>=0\.21"):
+    with pytest.raises(gpu_bundle_run.BundleError, match=r"/bin/false has to have torch>=2\.10, torchvision>=0\.25"):
         gpu_bundle_run.check_machine({"python": PYTHON, "expected": expected()})
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "told"),
+    [
+        ("2.10.0+cu126", "0.25.0", None),
+        ("2.11.0a0+git1234", "0.26.0a0", None),
+        ("2.9.1+cu128", "0.25.0", "torch 2.9.1+cu128, and has to have torch>=2.10"),
+        ("2.10.0", "0.24.1", "torchvision 0.24.1, and has to have torchvision>=0.25"),
+    ],
+)
+def test_a_torch_that_is_too_old_is_one_line(
+    torch: str, torchvision: str, told: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {torch} {torchvision} True\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_bundle_run.sys, "executable", str(python))
+    bundle = {"python": PYTHON, "expected": ["torch>=2.10", "torchvision>=0.25"]}
+    if told is None:
+        gpu_bundle_run.check_machine(bundle)
+    else:
+        with pytest.raises(gpu_bundle_run.BundleError, match=re.escape(told)):
+            gpu_bundle_run.check_machine(bundle)
 
 
 def machine(folder: Path) -> Path:
