@@ -11,11 +11,12 @@ from typing import Any
 
 from compt.config import Recipe
 from compt.errors import ConfigError
+from compt.forecast_memory import memory_of
 from compt.hardware import Throughput
 from compt.hardware_devices import Device
 from compt.hardware_hours import Hours, job_hours, sum_hours
 from compt.macs import Mode, parameters
-from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
+from compt.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes
 from compt.planner import Job, Plan, make_plan
 from compt.planner_growth import broken_promises
 from compt.planner_start import Start
@@ -312,44 +313,6 @@ def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
         stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
         memory[engine] = Fit(stored, again, stored.total_bytes <= most, again.total_bytes <= most)
     return Estimate(job, config.name, config.recompute, _hours(recipe, job, machine), memory, disk)
-
-
-def memory_of(
-    recipe: Recipe, job: Job, engine: Engine, gpus: int, *, micro_batch: int | None = None, recompute: bool = False
-) -> Memory:
-    """Bytes of each of `gpus` GPUs that train `job`; `micro_batch` replaces the recipe's."""
-    config = recipe.engine_of(job.spec.name)
-    return memory_per_gpu(
-        job.spec,
-        job.teacher_spec if job.alpha else None,
-        engine=engine,
-        world_size=gpus,
-        batch=recipe.optimizer.batch,
-        captions=recipe.data.captions,
-        tokens=recipe.data.caption_tokens,
-        precision=recipe.optimizer.precision,
-        micro_batch=micro_batch or config.micro_batch,
-        recompute=recompute,
-        loss_chunk=config.loss_chunk,
-        shard_teacher=config.shard_teacher,
-        ema=recipe.optimizer.ema is not None,
-        replicas=config.fsdp2.replicas if engine == config.name else 1,
-        reshard=config.fsdp2.reshard_after_forward or engine != config.name,
-    )
-
-
-def not_modelled(recipe: Recipe, job: Job) -> tuple[str, ...]:
-    """Settings of a job's engine that change what it holds, and that its memory here does not know."""
-    config = recipe.engine_of(job.spec.name)
-    given = {
-        "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU": config.fsdp2.cpu_offload,
-        "whole gradients between micro-batches, with engine.fsdp2.reshard_after_forward: false": (
-            not config.fsdp2.reshard_after_forward and config.micro_batch is not None
-        ),
-        "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
-        "what engine.compile keeps otherwise": config.compile,
-    }
-    return tuple(text for text, there in given.items() if there)
 
 
 def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:

@@ -10,7 +10,8 @@ from rich.text import Text
 
 from compt.config import Recipe
 from compt.config_expand import expand_words
-from compt.forecast import Estimate, Fit, Forecast, Totals, not_modelled
+from compt.forecast import Estimate, Fit, Forecast, Totals
+from compt.forecast_memory import not_modelled
 from compt.formats import TextTable, count, hours, macs, ratio
 from compt.growth import ExpandConfig
 from compt.hardware import OF_THE_AUTHORS, Conditions, Throughput
@@ -204,7 +205,7 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     )
     unknown: dict[str, list[str]] = {}
     for item in forecast.trained:
-        for text in not_modelled(recipe, item.job):
+        for text in not_modelled(recipe.engine_of(item.job.spec.name)):
             unknown.setdefault(text, []).append(item.job.name)
     notes = [note, *(f"Not counted, in {', '.join(names)}: {text}." for text, names in unknown.items())]
     return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, notes)

@@ -48,7 +48,7 @@ def test_advice_names_changes_with_their_bytes() -> None:
 
 
 def test_advice_leaves_out_what_is_done_already_and_what_does_not_help() -> None:
-    text = large(recompute=True, name="fsdp2", micro_batch=1, loss_chunk=1)
+    text = large(recompute=True, name="fsdp2", micro_batch=1, loss_chunk=1, shard_teacher=True)
     assert "engine.recompute" not in text
     assert "engine.name: fsdp2" not in text
     assert "engine.micro_batch" not in text

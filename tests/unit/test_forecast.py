@@ -19,8 +19,8 @@ from compt.forecast import (
     check_shares,
     default_gpus,
     make_forecast,
-    memory_of,
 )
+from compt.forecast_memory import memory_of
 from compt.hardware import Measurement, Throughput
 from compt.hardware_devices import DEVICES, Device
 from compt.macs import parameters
