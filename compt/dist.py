@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
-from torch.distributed import ReduceOp
+from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist_environment import Place, connect_limit, find_place
 from compt.dist_meeting import choose_interface, meet
@@ -97,9 +97,20 @@ def shutdown() -> None:
 
 def new_cpu_group() -> Any:
     """Another process group of all ranks, on the CPU, that gives up as the first one does. All ranks call it."""
+    return torch_dist.new_group(backend="gloo", timeout=_timeout())
+
+
+def share_timeout() -> None:
+    """Make each group that this process has, whoever made it, give up as the first one does."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(_timeout(), group)
+
+
+def _timeout() -> datetime.timedelta:
+    """That of the first group; torch's own default for others is half an hour."""
     first: Any = torch_dist.group.WORLD
-    timeout = first._get_backend(first._device_types[0]).options._timeout  # torch's own default would be half an hour
-    return torch_dist.new_group(backend="gloo", timeout=timeout)
+    found: datetime.timedelta = first._get_backend(first._device_types[0]).options._timeout
+    return found
 
 
 def rank() -> int:
@@ -117,10 +128,29 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def speaks() -> bool:
+    """Whether this process is the one to tell of others that are Gone; finding out takes two seconds."""
+    return not _joined or is_speaker(_joined[0], 2.0)
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What torch raises in a collective where another process is missing, as Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise Gone(
+            f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
+            f"command again to go on. ({reason})"
+        ) from error
+
+
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
-        torch_dist.barrier()
+        with _together():
+            torch_dist.barrier()
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
@@ -128,7 +158,8 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     if world_size() == 1:
         return value
     box = [value if rank() == source else None]
-    torch_dist.broadcast_object_list(box, src=source)
+    with _together():
+        torch_dist.broadcast_object_list(box, src=source)
     return box[0]
 
 
@@ -137,7 +168,8 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    torch_dist.all_gather_object(values, value)
+    with _together():
+        torch_dist.all_gather_object(values, value)
     return values
 
 
@@ -174,7 +206,8 @@ def _reduce_scalar(value: float, operation: Any) -> float:
     if world_size() == 1:
         return float(value)
     tensor = torch.tensor(value, dtype=torch.float64)
-    torch_dist.all_reduce(tensor, op=operation)
+    with _together():
+        torch_dist.all_reduce(tensor, op=operation)
     return float(tensor.item())
 
 

@@ -36,9 +36,10 @@ def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
     if world % replicas:
         fitting = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
         raise ConfigError(f"engine.fsdp2.replicas: {replicas} does not divide the {world} processes; take {fitting}")
-    if replicas == 1:
-        return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (replicas, world // replicas), mesh_dim_names=("replicate", "shard"))
+    shape, names = ((world,), ("shard",)) if replicas == 1 else ((replicas, world // replicas), ("replicate", "shard"))
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+    dist.share_timeout()
+    return mesh
 
 
 def units(module: nn.Module) -> list[nn.Module]:

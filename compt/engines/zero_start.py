@@ -29,7 +29,10 @@ def start_deepspeed(device: torch.device) -> ModuleType:
     """
     # It would otherwise look for a CUDA compiler, and take whatever device it finds.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cuda":
+        # For DeepSpeed that is the number of the GPU, then and later; Slurm may show each process its own alone.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
     if not torch_dist.is_initialized():
         store = torch_dist.HashStore()  # type: ignore[attr-defined]
         torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)

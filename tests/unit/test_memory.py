@@ -241,7 +241,9 @@ def test_the_most_that_is_alive_in_a_step(case: Case) -> None:
 
 
 @pytest.fixture
-def ranks() -> Iterator[Callable[[int], None]]:
+def ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+    monkeypatch.setattr("compt.dist.share_timeout", lambda: None)  # such groups have none
+
     def join(count: int) -> None:
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
 
