@@ -13,6 +13,10 @@ def to_input(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
 
     Computed in fp32 whatever the dtype.
     """
-    scale = torch.tensor(std, device=images.device).mul(255.0).view(3, 1, 1)
-    shift = torch.tensor(mean, device=images.device).mul(255.0).view(3, 1, 1)
+    shift, scale = sent(torch.tensor([list(mean), list(std)]).mul_(255.0), images.device).view(2, 3, 1, 1)
     return images.float().sub_(shift).div_(scale).to(dtype)
+
+
+def sent(small: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, which nobody waits for: for a copy from memory that is not pinned one would."""
+    return (small.pin_memory() if device.type == "cuda" else small).to(device, non_blocking=True)

@@ -53,6 +53,8 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
         _run(lambda: save(own, **given), folder)
         files = _files(folder)
         return lambda: files
+    # What is written is on the CPU by then, and a look at the GPU from the thread would be at the machine's first.
+    writer.per_thread_copy_ahead = 0
     options = StagingOptions(False, False, False, False)  # no CUDA that a machine may not have, done on return
     with warnings.catch_warnings(action="ignore"):  # torch calls one of its own functions that it deprecates
         pending = cast("Future[Metadata]", async_save(own, async_stager=DefaultStager(options), **given))

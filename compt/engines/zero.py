@@ -86,6 +86,7 @@ class ZeroEngine:
         self._order = [name for group in groups for name in group["params"]]
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         forget_module(module)
+        dist.share_timeout()
         if compile and stage == 3:
             self._gather_blocks_whole()
         # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
@@ -95,7 +96,8 @@ class ZeroEngine:
         self._engine._config.torch_autocast_enabled = precision != "fp32"
         self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
         self._parts = Parts(stage, self._zero, self._trained)
-        self._scale = LossScale(self.device) if precision == "fp16" else None
+        # With ZeRO on the CPU: DeepSpeed takes it as a number, and says without a GPU whether a step was skipped.
+        self._scale = LossScale(torch.device("cpu") if stage else self.device) if precision == "fp16" else None
         self._caps = dict(caps or {})
         # Before DeepSpeed copies what was stepped to the module.
         self.optimizer.register_step_post_hook(_weakly(self._cap))
@@ -149,7 +151,7 @@ class ZeroEngine:
         norm = self._step_shards(max_norm) if self.stage else self._step_whole(max_norm)
         finite = norm.isfinite()
         if self._scale:
-            self._scale.update((~finite).float())
+            self._scale.update(torch.tensor(float(self._zero.overflow)) if self.stage else (~finite).float())
         if self._average:
             self._average.update(finite)
         return norm

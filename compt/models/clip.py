@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from compt.errors import ConfigError
 from compt.models.init import init_parameters
 from compt.models.swin import register_swin
+from compt.pixels import sent
 from compt.presets import ModelSpec
 
 
@@ -133,8 +134,12 @@ class ClipModel(open_clip.model.CLIP):
         if buckets == 1 or len(tokens) < 2:
             return self.encode_text(tokens, length=int(lengths.max()) if len(tokens) else 1)
         groups = _length_groups(lengths, buckets)
-        inverse = torch.cat(groups).argsort().to(tokens.device)
-        parts = [self.encode_text(tokens[group.to(tokens.device)], length=int(lengths[group[-1]])) for group in groups]
+        order = torch.cat(groups)
+        order, inverse = sent(torch.stack([order, order.argsort()]), tokens.device)
+        parts = [
+            self.encode_text(part, length=int(lengths[group[-1]]))
+            for part, group in zip(tokens[order].chunk(buckets), groups, strict=True)
+        ]
         return torch.cat(parts)[inverse]
 
     @staticmethod
