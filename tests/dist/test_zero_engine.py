@@ -58,6 +58,7 @@ def check_all(function: object, world: int, cells: list[Cell]) -> None:
 def test_two_ranks_equal_one_process_and_keep_their_state(tmp_path: Path) -> None:
     """The quick one: one start of two ranks for the first of what the tests below do in full."""
     cells = [Cell(stage, pieces=4) for stage in STAGES]
+    cells = [*cells[:2], *(cell._replace(scaled=True) for cell in cells[2:])]
     expected = cases.plain("vit", True)
     for results in run_ranks(cases.quick, 2, str(tmp_path), cells, timeout=TIMEOUT):
         for cell, found in zip(cells, results, strict=True):
@@ -82,8 +83,11 @@ def test_every_cell_equals_one_process(world: int) -> None:
     cells += [Cell(stage, zero=ROBIN, pieces=pieces) for stage in (1, 2) for pieces in (1, 4)]
     cells += [Cell(stage, zero=OFFLOAD, pieces=pieces) for stage in (1, 2, 3) for pieces in (1, 4)]
     cells += [Cell(3, zero=OFFLOAD_BOTH, pieces=pieces) for pieces in (1, 4)]
-    cells += [Cell(stage, recompute=True, shipped=True, pieces=4) for stage in STAGES]
-    cells += [Cell(3, "swin", recompute=True), Cell(2, "swin", shipped=True)]
+    cells += [Cell(stage, recompute=True, shipped=f"zero{stage}", pieces=4) for stage in STAGES]
+    cells += [Cell(stage, shipped=f"zero{stage}_offload", pieces=pieces) for stage in (2, 3) for pieces in (1, 4)]
+    cells += [Cell(3, "swin", recompute=True), Cell(2, "swin", shipped="zero2")]
+    cells += [Cell(stage, scaled=True, pieces=pieces) for stage in STAGES for pieces in (1, 4)]
+    cells += [Cell(stage, scaled=True, zero=OFFLOAD) for stage in (2, 3)]
     check_all(cases.compare, world, cells)
 
 

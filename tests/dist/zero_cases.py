@@ -14,16 +14,20 @@ import pytest
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from compt import dist
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Optimizer
 from compt.config_deepspeed import deepspeed_config
 from compt.engines import AdamWSettings
+from compt.engines.scale import LossScale
 from compt.models import build
 from compt.presets import ModelSpec, resolve
 from compt.task import ClipTask, DistillTask
 from tests.unit.test_losses import oracle
+
+ROOT = Path(__file__).resolve().parents[2]
 
 STEPS = 3
 LR = 2e-3
@@ -65,7 +69,8 @@ SPECS = {"vit": VIT, "swin": SWIN}
 class Cell(NamedTuple):
     """A ZeRO stage, a model, whether it distils with a projector, pieces that a rank's batch is computed in.
 
-    `shipped`: with compt's own settings of the stage, instead of CUT and `zero`.
+    `shipped`: a file of ds_configs to take the settings from, instead of CUT and `zero`. `scaled`: with fp16's scale of
+    the loss, and one step first that is skipped.
     """
 
     stage: int
@@ -74,13 +79,15 @@ class Cell(NamedTuple):
     pieces: int = 1
     zero: tuple[tuple[str, Any], ...] = ()
     recompute: bool = False
-    shipped: bool = False
+    shipped: str = ""
     compile: bool = False
+    scaled: bool = False
 
     def config(self) -> dict[str, Any]:
         if self.shipped:
-            engine = EngineConfig.model_validate({"name": f"zero{self.stage}"})
-            return deepspeed_config(engine, Optimizer(batch=BATCH), dist.world_size())
+            file = {"name": f"zero{self.stage}", "deepspeed_config": f"ds_configs/{self.shipped}.json"}
+            engine = EngineConfig.model_validate(file)
+            return deepspeed_config(engine, Optimizer(batch=BATCH), dist.world_size(), ROOT)
         return {"zero_optimization": {**CUT, **{key: copy.deepcopy(value) for key, value in self.zero}}}
 
 
@@ -197,6 +204,10 @@ def compare(cells: list[Cell]) -> list[Result]:
     for cell in cells:
         task = make_task(cell.arch, cell.distil)
         engine = open_engine(task, cell)
+        if cell.scaled:
+            engine._scale = LossScale(torch.device("cpu"))
+            train(task, engine, cell.pieces, range(1), spoil=True)
+            assert engine._scale.scale.item() == 2**15
         share = BATCH // dist.world_size()
         images, tokens = (part[dist.rank() * share :][:share] for part in data(0))
         loss, _ = cached_backward(task, engine, images, tokens, share // cell.pieces)
@@ -205,6 +216,9 @@ def compare(cells: list[Cell]) -> list[Result]:
         rest = train(task, engine, cell.pieces, range(1, STEPS))
         losses, norms = (before + after for before, after in zip(first, rest, strict=True))
         results.append(Result(losses, norms, gradients, dict(engine.weights()), dict(engine.weights(average=True))))
+        groups = distributed_c10d._world.pg_map
+        limits = {group._get_backend(torch.device("cpu")).options._timeout for group in groups}
+        assert len(limits) == 1, "a group that DeepSpeed made has another timeout"
     return results
 
 
@@ -457,6 +471,27 @@ def forgotten(cells: list[Cell]) -> None:
         assert [ref() is None for ref in held] == [True] * len(held), cell
 
 
+def own_gpu() -> None:
+    """Slurm may show a process its own GPU alone: cuda:0 of every process, which DeepSpeed has to take as well."""
+    import deepspeed
+
+    from compt.engines.zero_start import start_deepspeed
+
+    accelerator, before = deepspeed.accelerator.get_accelerator(), dist.local_rank()
+    taken: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(before))
+        patch.setattr(accelerator, "device_name", lambda index=None: "cuda" if index is None else f"cuda:{index}")
+        patch.setattr(accelerator, "set_device", taken.append)
+        start_deepspeed(torch.device("cuda", 0))
+        engine = object.__new__(deepspeed.DeepSpeedEngine)
+        torch.nn.Module.__init__(engine)
+        engine._configure_with_arguments(None, None)
+        engine._set_distributed_vars(None)
+        assert (taken, engine.device) == ([0], torch.device("cuda", 0))
+        assert dist.local_rank() == before == dist.rank()
+
+
 def quick(folder: str, cells: list[Cell]) -> list[Result]:
     """Some of each of the above, in one start."""
     results = compare(cells)
@@ -466,4 +501,5 @@ def quick(folder: str, cells: list[Cell]) -> list[Result]:
     from_meta([Cell(3)])
     frozen(folder, [1])
     forgotten([Cell(3)])
+    own_gpu()
     return results
