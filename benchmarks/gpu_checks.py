@@ -8,203 +8,53 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import start_processes
 
+from benchmarks.gpu_checks_cases import (
+    CASES,
+    LINK,
+    LR,
+    STEPS,
+    Trained,
+    apart,
+    backward,
+    compare,
+    make_batch,
+    open_case,
+    oracle,
+    ratio,
+    train,
+)
+from benchmarks.gpu_checks_chain import check_chain, processes
+from benchmarks.gpu_checks_finding import Finding, holds
+from compt import dist
 from compt.accumulate import cached_backward
-from compt.config import EngineConfig, Optimizer
-from compt.engines import COMPUTE_DTYPES, AdamWSettings, DataParallelEngine, Engine, Precision, open_engine
-from compt.models import build, caption_lengths
-from compt.presets import ModelSpec, resolve
-from compt.task import ClipTask, DistillTask
-from compt.throughput_step import join_alone
+from compt.config import EngineConfig
+from compt.data.records import Batch
+from compt.engines import AdamWSettings, DataParallelEngine, Engine, Precision
+from compt.models import caption_lengths
+from compt.presets import OPENAI_MEAN, OPENAI_STD
+from compt.task import ClipTask
+from compt.trainer import training_step
 
 if TYPE_CHECKING:
     from benchmarks.counting import Case as Step
 
-LR = 1e-3
-EPS = 1e-4
-"""Of AdamW here: large enough that the rounding of a gradient that should be zero makes no step."""
-STEPS = 3
-EXACT = 1e-4
-"""Of relative differences in fp32, of two devices. With TF32 they would be some 1e-3."""
-MOVED = 1e-3
-"""Of weights: the difference over the way that they have gone."""
 HALF: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
 """Of losses and the whole gradient in half precision: several times what was seen."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A number and the range it has to lie in."""
-
-    what: str
-    value: float
-    most: float
-    least: float = -math.inf
-
-    @property
-    def passed(self) -> bool:
-        """False for a number that is none, too."""
-        return self.least <= self.value <= self.most
-
-
-def holds(what: str, true: bool) -> Finding:
-    """A finding that is a yes or a no: 0 where it is as it should be."""
-    return Finding(what, 0.0 if true else 1.0, 0.0)
-
-
-_SMALL: Mapping[str, Any] = {"context_length": 16, "vocab_size": 512}
-TEACHER = resolve("vit_pico", {**_SMALL, "embed_dim": 96})
-_SWIN = {
-    "width": 32,
-    "depths": [1, 1],
-    "head_width": 16,
-    "window": 4,
-    "image_size": 32,
-    "text_width": 64,
-    "text_depth": 1,
-    "embed_dim": 64,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A small training: its model, its teacher if any, and the pieces that a step of `rows` pictures is computed in."""
-
-    name: str
-    student: ModelSpec
-    teacher: ModelSpec | None = None
-    rows: int = 16
-    captions: int = 2
-    micro: int | None = None
-    buckets: int = 1
-
-
-LINK = Case("link", resolve("vit_nano", {**_SMALL, "embed_dim": 64}), TEACHER)
-CASES = (
-    LINK,
-    replace(LINK, name="link in pieces", micro=4, buckets=2),
-    Case("swin", resolve("swin_t", {**_SMALL, **_SWIN})),
-)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What a training did: loss and norm of each step, the first step's gradients, the weights before and after."""
-
-    losses: list[float]
-    norms: list[float]
-    gradients: dict[str, Tensor]
-    before: dict[str, Tensor]
-    after: dict[str, Tensor]
-
-
-def make_task(case: Case, device: torch.device, precision: Precision = "fp32") -> ClipTask:
-    """The task of a case; its weights do not depend on the device."""
-    student = build(case.student, device=device, seed=0)
-    if case.teacher is None:
-        return ClipTask(student, text_buckets=case.buckets)
-    teacher = build(case.teacher, device=device, seed=1)
-    dtype = COMPUTE_DTYPES[precision]
-    return DistillTask(student, teacher, text_buckets=case.buckets, teacher_dtype=dtype)
-
-
-def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random pictures and captions of 3 tokens to the whole context, on the CPU."""
-    generator = torch.Generator().manual_seed(1000 + step)
-    rows, size, context = rows or case.rows, case.student.image_size, case.student.context_length
-    images = torch.randn(rows, 3, size, size, generator=generator)
-    tokens = torch.randint(1, case.student.vocab_size - 2, (rows, case.captions, context), generator=generator)
-    last = torch.randint(2, context, (rows, case.captions, 1), generator=generator)
-    places = torch.arange(context)
-    end = torch.tensor(case.student.vocab_size - 1)
-    return images, torch.where(places == last, end, torch.where(places < last, tokens, 0))
-
-
-def open_case(
-    case: Case, device: torch.device, config: EngineConfig, precision: Precision = "fp32"
-) -> tuple[ClipTask, Engine]:
-    """The task of a case and the engine that a recipe would get for it."""
-    if config.name != "ddp":
-        join_alone(device)
-    task = make_task(case, device, precision)
-    optimizer = Optimizer(precision=precision, eps=EPS)
-    return task, open_engine(task.module, config, optimizer, device=device, caps=task.caps)
-
-
-def backward(case: Case, task: ClipTask, engine: Engine, step: int, part: slice = slice(None)) -> Tensor:
-    """Put the gradients of a step's batch, or of a part of it, on the parameters; returns the loss."""
-    images, tokens = (tensor[part] for tensor in make_batch(case, step))
-    lengths = caption_lengths(tokens)
-    loss, _ = cached_backward(task, engine, images.to(engine.device), tokens.to(engine.device), case.micro, lengths)
-    return loss
-
-
-def train(
-    case: Case,
-    device: torch.device,
-    config: EngineConfig | None = None,
-    precision: Precision = "fp32",
-    part: slice = slice(None),
-) -> Trained:
-    """A few steps from the same weights, on this rank's `part` of each batch."""
-    task, engine = open_case(case, device, config or EngineConfig(), precision)
-    before = dict(engine.weights())
-    losses: list[float] = []
-    norms: list[float] = []
-    gradients: dict[str, Tensor] = {}
-    for step in range(STEPS):
-        losses.append(backward(case, task, engine, step, part).item())
-        if not step:
-            gradients = dict(engine.gradients())
-        norms.append(engine.step(LR, max_norm=1.0).item())
-    return Trained(losses, norms, gradients, before, dict(engine.weights()))
-
-
-@cache
-def oracle(case: Case) -> Trained:
-    """One process, fp32, on the CPU, the whole batch in one piece."""
-    return train(replace(case, micro=None, buckets=1), torch.device("cpu"))
-
-
-def _apart(found: Tensor, right: Tensor) -> float:
-    return float((found.double() - right.double()).norm())
-
-
-def _ratio(found: Iterable[float], right: Iterable[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
-
-
-def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, moved: float = MOVED) -> list[Finding]:
-    """Losses, norms, gradients tensor by tensor, and weights after all steps."""
-    whole = right.norms[0]
-    names = found.gradients.keys() == right.gradients.keys() and found.after.keys() == right.after.keys()
-    if not names:
-        return [holds(f"{name}: same names", names)]
-    # The gradient of a key bias is zero but for rounding, and a part of its tensor: the floor is for whole tensors.
-    gradients = max(
-        _apart(found.gradients[key], gradient) / max(gradient.norm().item(), 1e-5 * whole)
-        for key, gradient in right.gradients.items()
-    )
-    way = math.sqrt(sum(_apart(after, right.before[key]) ** 2 for key, after in right.after.items()))
-    off = math.sqrt(sum(_apart(found.after[key], after) ** 2 for key, after in right.after.items()))
-    return [
-        Finding(f"{name}: losses", _ratio(found.losses, right.losses), exact),
-        Finding(f"{name}: norms", _ratio(found.norms, right.norms), exact),
-        Finding(f"{name}: worst gradient", gradients, exact),
-        Finding(f"{name}: weights", off / way, moved),
-    ]
 
 
 def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
@@ -216,8 +66,8 @@ def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
         if device.type == "cpu" and config.name.startswith("zero") and precision == "fp16":
             continue
         found = train(LINK, device, config, precision)
-        off = math.sqrt(sum(_apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
-        findings.append(Finding(f"{precision}: loss", _ratio(found.losses, right.losses), most, 1e-8))
+        off = math.sqrt(sum(apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
+        findings.append(Finding(f"{precision}: loss", ratio(found.losses, right.losses), most, 1e-8))
         findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
     return findings
 
@@ -228,11 +78,11 @@ def check_arithmetic(device: torch.device) -> list[Finding]:
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
     right = a.double() @ b.double()
-    product = _apart((a.to(device) @ b.to(device)).cpu(), right) / right.norm().item()
+    product = apart((a.to(device) @ b.to(device)).cpu(), right) / right.norm().item()
     images, kernels = torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
     right = nn.functional.conv2d(images.double(), kernels.double())
     convolved = nn.functional.conv2d(images.to(device), kernels.to(device)).cpu()
-    convolution = _apart(convolved, right) / right.norm().item()
+    convolution = apart(convolved, right) / right.norm().item()
     return [Finding("matrix product in fp32", product, 1e-5), Finding("convolution in fp32", convolution, 1e-5)]
 
 
@@ -270,8 +120,8 @@ def check_adamw(device: torch.device) -> list[Finding]:
                 value -= LR * first[name] / (1 - settings.betas[0] ** step) / root
             engine.step(LR)
     ops = {event.key for event in profile.key_averages()}
-    way = math.sqrt(sum(_apart(expected[name], initial[name]) ** 2 for name in initial))
-    off = math.sqrt(sum(_apart(value.cpu(), expected[name]) ** 2 for name, value in engine.weights()))
+    way = math.sqrt(sum(apart(expected[name], initial[name]) ** 2 for name in initial))
+    off = math.sqrt(sum(apart(value.cpu(), expected[name]) ** 2 for name, value in engine.weights()))
     return [holds("fused", "aten::_fused_adamw_" in ops), Finding("weights", off / way, 1e-4)]
 
 
@@ -360,6 +210,28 @@ def _skipped(name: str, precision: Precision, device: torch.device) -> list[Find
     return [*findings, *(Finding(f"{what}: scale", b / a, 0.5, 0.5) for a, b in pairwise(scales))]
 
 
+def check_waits(device: torch.device) -> list[Finding]:
+    """Nobody waits for the GPU within a step of a training, from pinned pictures and captions to the update."""
+    findings = []
+    for precision in ("fp32", "bf16", "fp16"):
+        for buckets, micro in ((1, LINK.rows), (2, LINK.rows), (2, 4)):
+            task, engine = open_case(replace(LINK, buckets=buckets), device, EngineConfig(), precision)
+            images, tokens = make_batch(LINK, 0)
+            batch = Batch((32 * images + 128).clamp(0, 255).byte(), tokens, [""] * len(tokens))
+            if device.type == "cuda":
+                batch = batch.pin_memory()
+
+            def step(task: ClipTask = task, engine: Engine = engine, batch: Batch = batch, micro: int = micro) -> None:
+                training_step(
+                    task, engine, batch, lr=LR, micro_batch=micro, clip_grad_norm=1.0, mean=OPENAI_MEAN, std=OPENAI_STD
+                )
+
+            step()  # makes moments
+            what = f"{precision}, {buckets} text buckets, {micro} pictures at once"
+            findings.append(holds(f"{what}: nobody waited", not _waits(step, device)))
+    return findings
+
+
 def _waits(action: Callable[[], object], device: torch.device) -> bool:
     """Whether `action` waits for a GPU."""
     if device.type != "cuda":
@@ -371,6 +243,7 @@ def _waits(action: Callable[[], object], device: torch.device) -> bool:
     except RuntimeError as error:
         if "synchroniz" not in str(error):
             raise
+        traceback.print_exc()  # where
         return True
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -431,8 +304,8 @@ def _checkpoint(name: str, device: torch.device) -> list[Finding]:
     backward(LINK, task, other, 2)
     other.step(LR)
     right = dict(engine.weights())
-    way = math.sqrt(sum(_apart(value, saved[key]) ** 2 for key, value in right.items()))
-    off = math.sqrt(sum(_apart(value, right[key]) ** 2 for key, value in other.weights()))
+    way = math.sqrt(sum(apart(value, saved[key]) ** 2 for key, value in right.items()))
+    off = math.sqrt(sum(apart(value, right[key]) ** 2 for key, value in other.weights()))
     return [holds(f"{name}: loaded bit for bit", same), Finding(f"{name}: next step", off / way, 1e-4)]
 
 
@@ -484,38 +357,41 @@ def peak_of_a_step(case: Step) -> int:
 
 
 def check_processes(device: torch.device) -> list[Finding]:
-    """A process on each GPU (on a CPU: two), NCCL between them; one GPU: NCCL in a group of one."""
-    count = torch.cuda.device_count() if device.type == "cuda" else 2
-    count = max(n for n in (1, 2, 4, 8, 16) if n <= count)
+    """A process on each GPU (on a CPU: two) in the group that trainings join; on one GPU a group of one."""
+    count = processes(device)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     with tempfile.TemporaryDirectory() as folder:
-        start_processes(_rank, (count, device.type, folder), nprocs=count, start_method="spawn")
+        arguments = (count, device.type, store.port, folder)
+        start_processes(_rank, arguments, nprocs=count, start_method="spawn")
         found = torch.load(Path(folder) / "0.pt", weights_only=True)
     right = oracle(LINK)
     return [
         Finding("processes", count, math.inf, 1),
         holds("sums over all of them", found["sums"]),
+        holds("sums on the CPU", found["cpu"]),
         *compare(f"{found['backend']} of {count}", Trained(**found["trained"]), right),
     ]
 
 
-def _rank(rank: int, count: int, kind: str, folder: str) -> None:
-    device = torch.device(kind, rank) if kind == "cuda" else torch.device("cpu")
-    if kind == "cuda":
-        torch.cuda.set_device(device)
-    backend = "nccl" if kind == "cuda" else "gloo"
-    store = torch_dist.FileStore(f"{folder}/store", count)  # type: ignore[attr-defined]
-    torch_dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+def _rank(rank: int, count: int, kind: str, port: int, folder: str) -> None:
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    device = dist.init(kind)
+    backend = torch_dist.get_backend_config()
     number = torch.tensor([float(rank)], device=device)
     torch_dist.all_reduce(number)
+    right = count * (count - 1) / 2
+    on_cpu = dist.all_reduce_sum(float(rank)) == right
     rows = LINK.rows // count
     trained = train(LINK, device, part=slice(rank * rows, (rank + 1) * rows))
     losses = torch.tensor(trained.losses, device=device)
     torch_dist.all_reduce(losses)
     if not rank:
         trained = replace(trained, losses=(losses / count).tolist())
-        sums = number.item() == count * (count - 1) / 2
-        torch.save({"sums": sums, "backend": backend, "trained": vars(trained)}, f"{folder}/0.pt")
-    torch_dist.destroy_process_group()
+        sums = number.item() == right
+        torch.save({"sums": sums, "cpu": on_cpu, "backend": backend, "trained": vars(trained)}, f"{folder}/0.pt")
+    dist.shutdown()
 
 
 @dataclass(frozen=True)
@@ -533,14 +409,17 @@ CHECKS: dict[str, Check] = {
     "adamw": Check(check_adamw),
     "scaler": Check(check_scaler),
     "nonfinite": Check(check_nonfinite),
+    "waits": Check(check_waits),
     "memory": Check(check_memory),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),
     "skips": Check(check_skips("fsdp2"), "sharded"),
     "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),
     "processes": Check(check_processes, "several", 90),
+    "chain": Check(check_chain("chain"), "chain", 240),
     **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
     "zero_skips": Check(check_skips("zero2", "zero3"), "deepspeed", 90),
     "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
+    "chain_zero": Check(check_chain("chain_zero"), "chain", 300),
     "compile": Check(check_compile("ddp"), "compiled", 240),
     "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
     "compile_zero3": Check(check_compile("zero3"), "compiled", 240),

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import functools
+import json
 import math
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks import gpu_checks
-from benchmarks.gpu_checks import CASES, CHECKS, LINK, Finding, compare, oracle, run_check, train
+from benchmarks import gpu_checks, gpu_checks_chain
+from benchmarks.gpu_checks import CHECKS, run_check
+from benchmarks.gpu_checks_cases import CASES, LINK, compare, oracle, train
+from benchmarks.gpu_checks_chain import ENGINES, JOBS, STEPS
+from benchmarks.gpu_checks_finding import Finding
 from benchmarks.gpu_worker import Worker
 from compt.engines import DataParallelEngine
 
@@ -24,7 +30,7 @@ def failed(findings: list[Finding]) -> list[str]:
     return [finding.what for finding in findings if not finding.passed]
 
 
-@pytest.mark.parametrize("name", ["arithmetic", "adamw", "ddp", "scaler", "nonfinite"])
+@pytest.mark.parametrize("name", ["arithmetic", "adamw", "ddp", "scaler", "nonfinite", "waits"])
 def test_a_check_of_one_process_passes_on_a_cpu(name: str) -> None:
     found = run_check(name, "cpu")
     assert found
@@ -37,14 +43,27 @@ def test_only_the_peak_of_memory_needs_a_gpu() -> None:
 
 def compiled_eagerly(names: list[str]) -> dict[str, list[str]]:
     """What fails of `names`, in this process, with the graphs of torch.compile run as they are."""
-    torch.compile = functools.partial(torch.compile, backend="eager")
-    return {name: failed(run_check(name, "cpu")) for name in names}
+    original, calls = torch.compile, [0]
+
+    def compile_eagerly(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return original(*arguments, **options, backend="eager")
+
+    torch.compile = compile_eagerly
+    found = {}
+    for name in names:
+        calls[0] = 0
+        found[name] = failed(run_check(name, "cpu"))
+        # Modules are compiled by a method of theirs, which has to find this function too.
+        if name.startswith("compile") != bool(calls[0]):
+            found[name].append(f"{calls[0]} blocks compiled")
+    return found
 
 
 @pytest.mark.slow
 def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
     worker = Worker(tmp_path / "log")
-    names = [name for name, check in CHECKS.items() if check.process != "plain"]
+    names = [name for name, check in CHECKS.items() if check.process not in ("plain", "chain")]
     engines = {"fsdp2", "zero0", "zero1", "zero2", "zero3", "processes"}
     compiled = {"compile", "compile_fsdp2", "compile_zero3"}
     assert engines | compiled | {"skips", "zero_skips", "checkpoint", "zero_checkpoint"} == set(names)
@@ -52,6 +71,108 @@ def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
         assert worker.run(compiled_eagerly, names, seconds=500) == {name: [] for name in names}
     finally:
         worker.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ENGINES)
+def test_chains_by_the_real_command_pass_on_a_cpu(name: str) -> None:
+    found = run_check(name, "cpu")
+    assert failed(found) == []
+    assert len(found) == 5 + 6 * len(JOBS)
+
+
+def test_who_waits_within_a_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA would say it, of a number that is read of each step's pictures."""
+    modes: list[str] = []
+
+    def step(*arguments: Any, **options: Any) -> None:
+        if modes[-1:] == ["error"]:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    monkeypatch.setattr(gpu_checks, "training_step", step)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    waits = gpu_checks._waits
+    monkeypatch.setattr(gpu_checks, "_waits", lambda action, device: waits(action, torch.device("cuda")))
+    found = run_check("waits", "cpu")
+    assert failed(found) == [finding.what for finding in found]
+    assert {words for finding in found for words in finding.what.split(", ")} >= {"fp16", "2 text buckets"}
+    assert modes == ["error", "default"] * len(found)
+
+
+TRAINS = """
+import json, pathlib, signal, subprocess, sys, time
+place = pathlib.Path(sys.argv[2]) / "jobs" / "1-small"
+place.mkdir(parents=True)
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if sys.argv[1] == "saves" else None)
+with (place / "metrics.jsonl").open("w") as file:
+    for step in range(int(1e6)):
+        file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
+        file.flush()
+        if sys.argv[1] == "ends":
+            sys.exit(3)
+        if sys.argv[1] == "hangs":
+            child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+            (place / "child").write_text(str(child.pid))
+            child.wait()
+        time.sleep(0.01)
+"""
+
+
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(("how", "code"), [("saves", 75), ("ends", 3), ("hangs", -9)])
+def test_a_command_is_stopped_once_it_trains_and_ended_with_its_children(
+    how: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_checks_chain, "SECONDS", 2.0 if how == "hangs" else 60.0)
+    assert gpu_checks_chain.start([sys.executable, "-c", TRAINS, how], tmp_path / "run", "1-small") == code
+    if how == "hangs":
+        child = int((tmp_path / "run" / "jobs" / "1-small" / "child").read_text())
+        deadline = time.monotonic() + 10
+        while lives(child) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not lives(child)
+
+
+def write_job(run: Path, *, losses: float = 1.0, weight: float = 1.0, average: float = 1.0, **manifest: Any) -> Path:
+    """A job as a chain leaves it, with one weight."""
+    place = run / "jobs" / "1-small"
+    for folder, value in ((place / "model", weight), (place / "model" / "ema", average)):
+        folder.mkdir(parents=True)
+        save_file({"w": torch.tensor([value])}, folder / "model.safetensors")
+    rows = [{"kind": "train", "step": step, "loss": losses / step, "at": run.name} for step in range(1, STEPS + 1)]
+    (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = {"held_out": {"top1": 50.0}, "choose": {"top1": 50.0}}
+    (place / "manifest.json").write_text(json.dumps({"scores": scores, **manifest}))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({}, []),
+        ({"losses": 1.1}, ["losses"]),
+        ({"losses": math.nan}, ["losses"]),
+        ({"weight": 1.1}, ["model"]),
+        ({"average": 1.1}, ["model/ema"]),
+        ({"scores": {}}, ["scores"]),
+        ({"scores": {"held_out": {"top1": math.nan}, "choose": {"top1": 1.0}}}, ["scores"]),
+    ],
+)
+def test_what_a_stop_changes_is_seen(changes: dict[str, Any], what: list[str], tmp_path: Path) -> None:
+    whole, halves = write_job(tmp_path / "whole"), write_job(tmp_path / "halves", **changes)
+    kept = gpu_checks_chain._lines(halves, "1-small")[: gpu_checks_chain.STOP]
+    for most in (0.0, gpu_checks_chain.AGAIN):
+        found = gpu_checks_chain._compare(whole, halves, "1-small", kept, most)
+        assert failed(found) == [f"1-small: {each}" for each in what]
+    anew = gpu_checks_chain._lines(whole, "1-small")[: gpu_checks_chain.STOP]
+    found = gpu_checks_chain._compare(whole, halves, "1-small", anew, 1.0)
+    assert failed(found)[:1] == ["1-small: went on after the steps that it had"]
 
 
 def test_a_number_that_is_none_fails() -> None:

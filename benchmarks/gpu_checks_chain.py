@@ -1,0 +1,197 @@
+"""Whole chains by the command that a cluster runs, stopped in every link: `compt launch torchrun … launchers/train.py`.
+
+With it runs what no other check here does: the process group of both gloo and NCCL, models that come from the "meta"
+device, shards of teachers, offloading, moving averages, checkpoints, evaluation and loaders.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from benchmarks.gpu_checks_finding import Finding, holds
+from compt.errors import Interrupted
+from compt.metrics import FILE, read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+MEMBERS = (
+    "{name: small, preset: vit_pico, depth: 1, embed_dim: 32}",
+    "{name: large, preset: vit_pico, depth: 2, embed_dim: 48}",
+    "{name: larger, preset: vit_pico, depth: 2, width: 96, embed_dim: 64}",
+)
+JOBS = ("1-small", "2-large", "3-larger")
+BATCH = 16
+STEPS = 80
+"""Of a link: on a GPU about a second, of which a request to stop takes a fifth to arrive."""
+STOP = 3
+"""Lines of the log after which a link is asked to stop."""
+SECONDS = 240.0
+"""That one start may take, on two slow cores."""
+AGAIN = 1e-2
+"""On a GPU, of what differs with a stop and without one: some kernels add up in another order each time. On a CPU
+nothing differs."""
+
+ENGINES: Mapping[str, Sequence[str]] = {
+    "chain": ("{name: ddp}", "{name: fsdp2, shard_teacher: true}", "{name: fsdp2, fsdp2: {cpu_offload: true}}"),
+    "chain_zero": (
+        "{name: zero2, deepspeed_config: %s/zero2_offload.json}",
+        "{name: zero3, shard_teacher: true}",
+        "{name: zero3, deepspeed_config: %s/zero3_offload.json}",
+    ),
+}
+"""The engine of each link. `engine.async_checkpoints` is on where it can be: not with ZeRO."""
+
+
+def check_chain(name: str) -> Callable[[torch.device], list[Finding]]:
+    """Whether a chain that is stopped in each of its links ends as one that is not."""
+    return lambda device: _chain(name, device)
+
+
+def _chain(name: str, device: torch.device) -> list[Finding]:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        words = _command(_write(place, name, device.type), processes(device))
+        whole, halves = place / "whole", place / "halves"
+        findings = [_ended("a chain", start(words, whole), 0)]
+        kept: dict[str, list[str]] = {}
+        for job in JOBS:
+            if findings[-1].passed:
+                findings.append(_ended(f"{job} asked to stop", start(words, halves, job), Interrupted.exit_code))
+            if findings[-1].passed:
+                kept[job] = _lines(halves, job)[:STOP]
+        if findings[-1].passed:
+            findings.append(_ended("the rest", start(words, halves), 0))
+        if findings[-1].passed:
+            most = AGAIN if device.type == "cuda" else 0.0
+            findings += [finding for job in JOBS for finding in _compare(whole, halves, job, kept[job], most)]
+        return findings
+
+
+def processes(device: torch.device) -> int:
+    """One for each GPU, as many as a power of two up to 16; two on a CPU."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 2
+    return max(n for n in (1, 2, 4, 8, 16) if n <= count)
+
+
+def _write(place: Path, name: str, device: str) -> Path:
+    from tests.helpers_recipe import make_data, write_recipe
+
+    make_data(place)
+    links = [
+        f"{{model: {job.partition('-')[2]}, train: {{steps: {STEPS}}}, warmup: {{steps: 10}}, engine: {engine}}}"
+        for job, engine in zip(JOBS, ENGINES[name], strict=True)
+    ]
+    changes = [
+        f"family.members=[{', '.join(MEMBERS)}]",
+        f"chain.links=[{', '.join(links)}]".replace("%s", str(ROOT / "ds_configs")),
+        "optimizer.ema={decay: 0.9}",
+        "optimizer.clip_grad_norm=1.0",
+        f"optimizer.batch={BATCH}",
+        f"engine.device={device}",
+        f"engine.async_checkpoints={str(name == 'chain').lower()}",
+        "engine.text_buckets=2",
+        "engine.workers=1",
+        "engine.timeout=60",
+        "engine.checkpoint_every={steps: 50}",
+        "evaluation.every={steps: 40}",
+    ]
+    recipe = place / "recipe.yaml"
+    write_recipe(recipe, *changes)
+    return recipe
+
+
+def _command(recipe: Path, count: int) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    script = [str(ROOT / "launchers" / "train.py"), "--recipe", str(recipe), "--run-folder"]
+    return [sys.executable, "-m", "compt", "launch", sys.executable, *launcher, *script]
+
+
+def _log(run: Path, job: str) -> Path:
+    return run / "jobs" / job / FILE
+
+
+def _lines(run: Path, job: str) -> list[str]:
+    return _log(run, job).read_text(encoding="utf-8").splitlines()
+
+
+def start(words: Sequence[str], run: Path, stopped: str | None = None) -> int:
+    """The exit code of a command for the folder `run`; the job `stopped` is asked to stop after its first steps.
+
+    What does not end within `SECONDS` is ended.
+    """
+    process = subprocess.Popen([*words, str(run)], cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    until = time.monotonic() + SECONDS
+    try:
+        while stopped and process.poll() is None and time.monotonic() < until:
+            if len(read_metrics(_log(run, stopped), "train")) >= STOP:
+                process.send_signal(signal.SIGTERM)
+                break
+            time.sleep(0.02)
+        return process.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return -signal.SIGKILL
+    finally:
+        for pid in _family(process.pid) if process.poll() is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that came of it."""
+    found = [pid]
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [each for child in path.read_text().split() for each in _family(int(child))]
+    return found
+
+
+def _ended(what: str, code: int, right: int) -> Finding:
+    return Finding(f"exit code of {what}", code, right, right)
+
+
+def _compare(whole: Path, halves: Path, job: str, kept: Sequence[str], most: float) -> list[Finding]:
+    """Losses of all steps, weights, moving averages and scores of a job in two run folders."""
+    one, two = (_losses(run, job) for run in (whole, halves))
+    manifests = [json.loads((run / "jobs" / job / "manifest.json").read_text()) for run in (whole, halves)]
+    findings = [
+        holds(f"{job}: went on after the steps that it had", len(kept) == STOP and _lines(halves, job)[:STOP] == kept),
+        holds(f"{job}: all steps", len(one) == len(two) == STEPS),
+        Finding(f"{job}: losses", max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=False)), most),
+        holds(f"{job}: scores", all(_scored(manifest["scores"]) for manifest in manifests)),
+    ]
+    for kind in ("model", "model/ema"):
+        right, found = (_weights(run / "jobs" / job / kind) for run in (whole, halves))
+        off = _norm(found[name] - tensor for name, tensor in right.items()) / _norm(right.values())
+        findings.append(Finding(f"{job}: {kind}", off, most))
+    return findings
+
+
+def _losses(run: Path, job: str) -> list[float]:
+    return [row["loss"] for row in read_metrics(_log(run, job), "train")]
+
+
+def _scored(scores: Mapping[str, Any]) -> bool:
+    return scores.keys() == {"held_out", "choose"} and all(math.isfinite(score["top1"]) for score in scores.values())
+
+
+def _weights(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(tensor.double().norm().item() ** 2 for tensor in tensors))

@@ -1,0 +1,26 @@
+"""What a check finds."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A number and the range it has to lie in."""
+
+    what: str
+    value: float
+    most: float
+    least: float = -math.inf
+
+    @property
+    def passed(self) -> bool:
+        """False for a number that is none, too."""
+        return self.least <= self.value <= self.most
+
+
+def holds(what: str, true: bool) -> Finding:
+    """A finding that is a yes or a no: 0 where it is as it should be."""
+    return Finding(what, 0.0 if true else 1.0, 0.0)
