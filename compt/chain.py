@@ -301,9 +301,9 @@ def run_jobs(
 
     `calibration` replaces the record of the first-pair test in run.json.
     """
-    dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
-    dist.on_main(lambda: _write_state(context, plan, calibration))
     with Watch(context.folder, context.recipe.engine.timeout) as watch:
+        dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+        dist.on_main(lambda: _write_state(context, plan, calibration))
         for job in jobs:
             if job.same_as is None:
                 watch.about(job.name)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +15,8 @@ from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist_environment import Place, connect_limit, find_place
 from compt.dist_meeting import choose_interface, meet
-from compt.errors import ComptError, ConfigError, RunError
+from compt.dist_speaker import is_speaker
+from compt.errors import ComptError, ConfigError, Gone, RunError
 
 T = TypeVar("T")
 
@@ -134,7 +136,7 @@ def speaks() -> bool:
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """What torch raises in a collective where another process is missing, as Gone."""
     try:
         yield
@@ -149,7 +151,7 @@ def _together() -> Iterator[None]:
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
-        with _together():
+        with together():
             torch_dist.barrier()
 
 
@@ -158,7 +160,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
     if world_size() == 1:
         return value
     box = [value if rank() == source else None]
-    with _together():
+    with together():
         torch_dist.broadcast_object_list(box, src=source)
     return box[0]
 
@@ -168,7 +170,7 @@ def gather_objects(value: Any) -> list[Any]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _together():
+    with together():
         torch_dist.all_gather_object(values, value)
     return values
 
@@ -206,7 +208,7 @@ def _reduce_scalar(value: float, operation: Any) -> float:
     if world_size() == 1:
         return float(value)
     tensor = torch.tensor(value, dtype=torch.float64)
-    with _together():
+    with together():
         torch_dist.all_reduce(tensor, op=operation)
     return float(tensor.item())
 
@@ -236,7 +238,8 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     if world_size() == 1:
         return flags
     tensor = torch.tensor(flags, dtype=torch.uint8)
-    torch_dist.all_reduce(tensor, op=ReduceOp.MAX)
+    with together():
+        torch_dist.all_reduce(tensor, op=ReduceOp.MAX)
     return tuple(map(bool, tensor.tolist()))
 
 
@@ -247,7 +250,8 @@ def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
     stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
     if world_size() > 1:
         stacked = stacked.cpu()
-        torch_dist.all_reduce(stacked)
+        with together():
+            torch_dist.all_reduce(stacked)
         stacked = stacked / world_size()
     return dict(zip(values, stacked.tolist(), strict=True))
 

@@ -30,7 +30,7 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from compt import dist
 from compt.dist_watch_causes import Cause, Seen, dead, hanging, is_consequence, lost, where
 from compt.dist_watch_store import Life, Lost, Post
-from compt.errors import ComptError, Interrupted
+from compt.errors import ComptError, Gone, Interrupted
 
 FOLDER = "faults"
 """Where in the run folder stacks and causes go."""
@@ -106,7 +106,8 @@ class Watch:
         self._stop.clear()
         target = self._watch_alone
         if self.world > 1:
-            self._join()
+            with dist.together():
+                self._join()
             target = self._watch
         self._thread = threading.Thread(target=target, name="watch", daemon=True)
         self._thread.start()
@@ -134,7 +135,7 @@ class Watch:
             self.beat(self._beat.step, "waiting for the others to end", LONG)
             try:
                 dist.barrier()
-            except RuntimeError as failure:
+            except Gone as failure:
                 self._judge(failure)
                 raise
         if self.world == 1 or error is None or (isinstance(error, ComptError) and error.everywhere):

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as torch_dist
 
 from compt.dist_watch_store import Life, is_here, process_state
-from compt.errors import ComptError, RunError
+from compt.errors import ComptError, Gone, RunError
 
 _AGAIN = "Start the same command again to go on from the newest checkpoint."
 _DIED = "look for the reason in its own output and in that machine's log (dmesg: out of memory?)."
@@ -118,7 +118,7 @@ def lost(first: Seen | None, with_rank_0: bool) -> Cause | None:
 
 def is_consequence(error: BaseException) -> bool:
     """Whether an error is what a collective raises when another process went away."""
-    if isinstance(error, torch_dist.DistError):
+    if isinstance(error, (torch_dist.DistError, Gone)):
         return True
     words = ("gloo", "nccl", "connection", "socket", "broken pipe", "timed out", "store")
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)

@@ -40,6 +40,10 @@ class RunError(ComptError):
     exit_code = 5
 
 
+class Gone(RunError):
+    """A collective failed because another process has ended, or cannot be reached."""
+
+
 class Interrupted(ComptError):
     """SIGTERM or SIGUSR1 arrived; a checkpoint was saved. Starting again continues (EX_TEMPFAIL of sysexits.h)."""
 
