@@ -32,9 +32,10 @@ def submit(
 ) -> None:
     """Train each link of a chain in a job of its own, each after the one before it; a link that fails ends the rest.
 
-    Shows the commands, and runs them with --submit. Links that the run folder has already are left out.
+    Shows the commands, and runs them with --submit. Links that the run folder has already are left out; none is sent
+    while Slurm has one of them in its queue.
     """
-    from compt.slurm import SCRIPT, make_orders
+    from compt.slurm import SCRIPT, clash, make_orders
     from compt.slurm import send as send_orders
 
     if not SCRIPT.is_file():
@@ -59,11 +60,12 @@ def submit(
     if not orders:
         say(f"{folder}: everything in it is done.")
     elif send:
-        send_orders(orders, say)
+        send_orders(orders, folder, say)
     else:
         for order in orders:
             say(shlex.join(order.command(f"ID_OF_{order.after}" if order.after else None)))
-        typer.echo("Nothing was sent; --submit does.", err=True)
+        there = clash(orders, folder)
+        typer.echo(f"Nothing was sent; --submit {f'would refuse: {there}' if there else 'does.'}", err=True)
 
 
 @slurm_app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -16,6 +17,10 @@ from compt.planner import Job, make_plan
 
 SCRIPT = Path("slurm/link.sbatch")
 """What each job runs, relative to the checkout's top folder."""
+ARRAY = "baselines"
+"""What the order is called that trains these."""
+
+_RUN = re.compile(r" --run-folder (.+?) --(?:set|only|baselines) ")
 
 
 @dataclass(frozen=True)
@@ -99,24 +104,63 @@ def make_orders(
         where = f"{source}: baselines on {nodes} x {gpus} GPUs"
         check_engines(recipe, [job.spec.name for job in waiting], nodes * gpus, Path(), where)
         own = (
-            f"--job-name={recipe.name}:baselines",
+            f"--job-name={recipe.name}:{ARRAY}",
             f"--array=0-{len(left) - 1}",
             "--output=%x-%A_%a.out",
             f"--nodes={nodes}",
             *size,
             *options,
         )
-        orders.append(Order("baselines", nodes, left, None, own, (*common, "--baselines", "--each", *left)))
+        orders.append(Order(ARRAY, nodes, left, None, own, (*common, "--baselines", "--each", *left)))
     return orders
 
 
-def send(orders: Sequence[Order], say: Callable[[str], None]) -> dict[str, str]:
-    """Give the orders to sbatch, one after another; the id of each order's job.
+def clash(orders: Sequence[Order], run: Path) -> str | None:
+    """What to do about jobs of the same models in `run` that the user has in the queue, running or waiting; None
+    without any, and where there is no queue to look into.
+    """
+    if shutil.which("squeue") is None:
+        return None
+    # The job's number, that of the whole array where it is a part of one; where it was sent from, and its command.
+    asked = subprocess.run(
+        ["squeue", "--me", "--noheader", "--format=%F\t%Z\t%o"], capture_output=True, text=True, check=False
+    )
+    # A squeue that fails is left to sbatch, which says why.
+    lines = [line.split("\t", 2) for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
+    found = {
+        number: order.name
+        for number, sent_from, command in (line for line in lines if len(line) == 3)
+        for order in orders
+        if _trains(command, order) and _run_of(command, Path(sent_from)) == run.resolve()
+    }
+    if not found:
+        return None
+    numbers = sorted(found, key=int)
+    jobs = ", ".join(f"{found[number]} (job {number})" for number in numbers)
+    return f"{run}: in Slurm's queue already: {jobs}; wait for them, or first `scancel {' '.join(numbers)}`"
 
-    Raises RunError where there is no sbatch, or it refuses one: what was sent before is then cancelled.
+
+def _trains(command: str, order: Order) -> bool:
+    """Whether a job's command, its words with blanks between, is one for the order's models."""
+    return command.endswith(f" --only {order.name}") or (order.name == ARRAY and " --baselines --each " in command)
+
+
+def _run_of(command: str, sent_from: Path) -> Path | None:
+    """The run folder that a job's command names."""
+    named = _RUN.search(command)
+    return (sent_from / named[1]).resolve() if named else None
+
+
+def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Give the orders for a run folder to sbatch, one after another; the id of each order's job.
+
+    Raises RunError where there is no sbatch, where the queue has one of them already, and where sbatch refuses one:
+    what was sent before is then cancelled.
     """
     if shutil.which("sbatch") is None:
         raise RunError("there is no sbatch here; submit from a login node of a Slurm cluster")
+    if text := clash(orders, run):
+        raise RunError(text)
     sent: dict[str, str] = {}
     for order in orders:
         command = order.command(sent[order.after] if order.after else None)

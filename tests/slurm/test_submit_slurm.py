@@ -39,6 +39,10 @@ def test_each_link_has_its_own_nodes(cluster: Cluster, files: Files, tmp_path: P
     jobs = send(cluster, files, recipe, run, data, "--nodes", "2")
     assert list(jobs) == [FIRST, SECOND]
     assert cluster.show(jobs[SECOND])["Dependency"] == f"afterok:{jobs[FIRST]}(unfulfilled)"
+    # Nor is it sent a second time while it is there.
+    place = ("--run", str(run), "--gpus", "1", "--set", f"data.train='{data}'", "--nodes", "2", "--submit")
+    refused = cluster.run(*compt("slurm", "submit", str(recipe), *place), check=False, PYTHON=sys.executable)
+    assert f"{SECOND} (job {jobs[SECOND]}); wait for them" in " ".join(refused.stderr.split())
     first, second = (cluster.wait_for(jobs[name], "COMPLETED") for name in (FIRST, SECOND))
     assert (first["NumNodes"], second["NumNodes"]) == ("1", "2")
     assert [start["processes"] for start in manifest(run, FIRST)["starts"]] == [1]

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_batch_that_cannot_be_shared_names_the_link(tmp_path: Path) -> None:
 
 
 def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: str = "none") -> Path:
-    """A script that notes its arguments, one a line, and refuses a job of one name."""
+    """A script that notes its arguments, one a line, and refuses a job of one name; the queue is the file `queue`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "log"
@@ -85,6 +86,7 @@ def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: str = "
     choose = f'case "$*" in *{refuse}*) echo no such account >&2; exit 1;; esac\n'
     scripts = {
         "sbatch": f"{note}{choose}wc -l <{shlex.quote(str(log))}\n",
+        "squeue": f"cat {shlex.quote(str(tmp_path / 'queue'))} 2>/dev/null || true\n",
         "scancel": f"echo scancel $* >>{shlex.quote(str(log))}\n",
     }
     for name, text in scripts.items():
@@ -98,7 +100,7 @@ def test_sending_passes_on_ids_and_words_as_they_are(tmp_path: Path, monkeypatch
     log = fake_sbatch(tmp_path, monkeypatch)
     override = "data.train='/a b/$(touch gone)/*.tar'"
     said: list[str] = []
-    sent = send(orders_of(recipe_of(), tmp_path / "run", gpus=1, overrides=[override]), said.append)
+    sent = send(orders_of(recipe_of(), tmp_path / "run", gpus=1, overrides=[override]), tmp_path / "run", said.append)
     lines = log.read_text().splitlines()
     assert lines.count(override) == 2
     assert f"--dependency=afterok:{sent['1-small']}" in lines
@@ -108,14 +110,50 @@ def test_sending_passes_on_ids_and_words_as_they_are(tmp_path: Path, monkeypatch
 def test_a_refused_job_takes_back_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_sbatch(tmp_path, monkeypatch, refuse="2-large")
     with pytest.raises(RunError, match=r"sbatch refused 2-large: no such account Cancelled again: \d+\."):
-        send(orders_of(recipe_of(), tmp_path / "run", gpus=1), print)
+        send(orders_of(recipe_of(), tmp_path / "run", gpus=1), tmp_path / "run", print)
     assert log.read_text().splitlines()[-1].startswith("scancel ")
+
+
+def test_what_is_in_the_queue_is_not_sent_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
+    run, override = tmp_path / "a run", "data.train='/a --only b'"
+    recipe = recipe_of("chain.links.0.train.steps=4", "chain.links.0.warmup.steps=1")
+    orders = orders_of(recipe, run, gpus=1, overrides=[override], baselines=True)
+
+    def line(number: int, order: Order, folder: Path = run, sent_from: Path = tmp_path) -> str:
+        words = [str(folder) if word == str(run) else word for word in order.words]
+        return f"{number}\t{sent_from}\t{sent_from}/slurm/link.sbatch {' '.join(words)}\n"
+
+    # Other runs, another model of this one, and jobs that are none of ours.
+    link = replace(orders[1], words=(*orders[1].words[:-1], "3-third"))
+    others = [line(7, orders[0], Path("a run"), tmp_path / "elsewhere"), line(8, orders[1], tmp_path / "a run 2")]
+    (tmp_path / "queue").write_text("".join([*others, line(9, link), f"10\t{tmp_path}\t(null)\n", "11\t\n"]))
+    assert len(send(orders, run, print)) == 3
+    log.unlink()
+    # A folder that is named from where the job was sent is the same one.
+    own = [line(12, orders[1]), line(9, orders[0], Path("a run")), *[line(14, orders[2])] * 2]
+    (tmp_path / "queue").write_text("".join(own))
+    with pytest.raises(RunError) as refused:
+        send(orders, run, print)
+    jobs = "1-small (job 9), 2-large (job 12), baselines (job 14)"
+    wanted = f"{run}: in Slurm's queue already: {jobs}; wait for them, or first `scancel 9 12 14`"
+    assert str(refused.value) == wanted
+    assert not log.exists(), "nothing was sent"
+    # One that is left out as it is done may still be ending.
+    (tmp_path / "queue").write_text(line(9, orders[0]))
+    assert len(send([replace(orders[1], after=None)], run, print)) == 1
+
+
+def test_a_queue_that_cannot_be_asked_is_left_to_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_sbatch(tmp_path, monkeypatch)
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho no cluster >&2\nexit 1\n")
+    assert len(send(orders_of(recipe_of(), tmp_path / "run", gpus=1), tmp_path / "run", print)) == 2
 
 
 def test_without_sbatch_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RunError, match="no sbatch here"):
-        send(orders_of(recipe_of(), tmp_path, gpus=1), print)
+        send(orders_of(recipe_of(), tmp_path, gpus=1), tmp_path, print)
 
 
 def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,6 +166,11 @@ def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeyp
     assert str(recipe) in first
     assert "--partition=a b" in first
     assert "--dependency=afterok:ID_OF_1-small" in second
+    assert shown.stderr == "Nothing was sent; --submit does.\n"
+    (tmp_path / "queue").write_text(f"17\t{root}\tslurm/link.sbatch x --run-folder runs/tiny --only 2-large\n")
+    shown = CliRunner().invoke(app, ["slurm", "submit", str(recipe), "--gpus", "1"])
+    assert len(shown.stdout.splitlines()) == 2
+    assert shown.stderr.startswith("Nothing was sent; --submit would refuse: runs/tiny: in Slurm's queue already: 2-la")
     assert not log.exists()
 
 
