@@ -161,8 +161,11 @@ def open_data(recipe: Recipe, base: Path) -> Index:
     return dist.on_all(open_it)
 
 
-def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> None:
-    """Write STATE and RECIPE, and remove what processes that were killed left of them. Raises RunError."""
+def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
+    """Write STATE and RECIPE, and remove what processes that were killed left of them; when the run was started.
+
+    Raises RunError.
+    """
     with writing(context.folder):
         remove_leftovers(context.folder, STATE, RECIPE)
         old = {"started": now(), "jobs": [], **_read_state(context.folder)}
@@ -189,6 +192,16 @@ def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | 
         )
         values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
         write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return str(old["started"])
+
+
+@contextlib.contextmanager
+def _as_it_was(folder: Path, started: str) -> Iterator[None]:
+    """Keep others from starting the run anew. Raises RunError where one of them has, since it was `started`."""
+    with writing(folder):
+        if _read_state(folder).get("started") != started:
+            raise RunError(f"{folder}: another process has started this run anew; start the same command again")
+        yield
 
 
 @contextlib.contextmanager
@@ -303,12 +316,12 @@ def run_jobs(
     """
     with Watch(context.folder, context.recipe.engine.timeout) as watch:
         dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
-        dist.on_main(lambda: _write_state(context, plan, calibration))
+        started = from_main(lambda: _write_state(context, plan, calibration))
         for job in jobs:
             if job.same_as is None:
                 watch.about(job.name)
                 # Another process may be at other jobs of this run.
-                with locked(context.job_folder(job.name)):
+                with locked(context.job_folder(job.name), lambda: _as_it_was(context.folder, started)):
                     JobRun(job, context, say).run()
 
 
@@ -360,10 +373,11 @@ def start_anew(folder: Path) -> None:
         raise RunError(f"{folder} holds other files than a run's; it is not removed")
     with contextlib.ExitStack() as locks, disk_errors(folder):
         locks.enter_context(locked(folder))
+        # First: none begins another job then.
+        locks.enter_context(writing(folder))
         # Processes that are at single jobs hold these alone.
         for job in sorted((folder / "jobs").glob("*/")):
             locks.enter_context(locked(job))
-        locks.enter_context(writing(folder))
         for path in folder.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,12 +21,17 @@ SECONDS = 60.0
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run or a job on rank 0, against other processes. Raises RunError when one of them has it."""
+def locked(
+    folder: Path, meanwhile: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+) -> Iterator[None]:
+    """Hold the folder of a run or a job on rank 0, against other processes. Raises RunError when one of them has it.
+
+    It is made and taken within `meanwhile`, which rank 0 alone enters.
+    """
     lock = FileLock(folder / WHOLE)
 
     def acquire() -> None:
-        with disk_errors(folder):
+        with meanwhile(), disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 lock.acquire(timeout=0)

@@ -22,12 +22,12 @@ from filelock import FileLock
 from compt import chain as chain_module
 from compt import chain_locks
 from compt.artefact import Artefact, export_open_clip, read_artefact
-from compt.chain import difference, locked, prepare, start_anew, waiting
+from compt.chain import difference, locked, prepare, run_only, start_anew, waiting
 from compt.config import load_recipe
 from compt.data.dataset import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.expand import SeededDraw, expand_state, make_plan
-from compt.files import read_json, sha256_file
+from compt.files import read_json, sha256_file, write_json
 from compt.growth import ExpandConfig, TowerGrowth
 from compt.jobs import JobRun
 from compt.jobs_record import STATES, steps_left
@@ -655,6 +655,48 @@ def test_what_a_process_at_one_job_has_is_not_removed(run: Path) -> None:
         path: seen for path, seen in before.items() if not path.endswith("lock")
     }
     start_anew(run)
+
+
+@pytest.mark.parametrize("begun_again", [False, True])
+def test_a_job_is_not_begun_in_a_run_that_was_started_anew(
+    begun_again: bool, base: Path, half: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, when this one has looked at everything and not yet taken its job."""
+    context, plan = prepare(recipe_of(), half, base=base, names=[SECOND])
+    write = chain_module._write_state
+
+    def overtaken(*arguments: Any) -> str:
+        started = write(*arguments)
+        start_anew(half)
+        if begun_again:
+            write_json(half / "run.json", {"data_fingerprint": "x", "started": "later", "jobs": []})
+        return started
+
+    monkeypatch.setattr(chain_module, "_write_state", overtaken)
+    with pytest.raises(RunError, match="another process has started this run anew; start the same command again"):
+        run_only(context, plan, [plan.job(SECOND)], print)
+    assert not (half / "jobs").exists()
+
+
+def test_no_job_is_begun_while_a_run_is_removed(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain_locks, "SECONDS", 0.2)
+    context, plan = prepare(recipe_of(), half, base=base, names=[SECOND])
+    remove, refused = shutil.rmtree, []
+
+    def meanwhile(path: Path) -> None:
+        try:
+            run_only(context, plan, [plan.job(SECOND)], print)
+        except RunError as error:
+            refused.append(str(error))
+        remove(path)
+
+    # What was written of the run before is as it was, so that the job's lock is next.
+    monkeypatch.setattr(chain_module, "_write_state", lambda *_: read_json(half / "run.json")["started"])
+    monkeypatch.setattr(shutil, "rmtree", meanwhile)
+    start_anew(half)
+    assert refused
+    assert all("another process has held run.lock for 0.2 s" in text for text in refused)
+    assert not (half / "jobs").exists()
 
 
 def test_processes_of_one_run_lose_nothing_of_what_each_plans(
