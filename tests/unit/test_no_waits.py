@@ -1,0 +1,75 @@
+"""What a step sends to a GPU, and what it asks of one: nothing that a process would wait for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.checkpoint import filesystem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compt.engines.state_dcp import load_state, save_state
+from compt.models import build
+from compt.pixels import to_input
+from compt.presets import resolve
+from compt.task import StudentModule
+
+SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
+GPU = torch.device("cuda", 0)
+
+
+class PretendedGpu(TorchDispatchMode):
+    """A GPU of shapes without numbers: to ask one of them is an error. `copies`: of each to it whether one waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: set[int] = set()
+        self.copies: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten.is_pinned.default:
+            return args[0].data_ptr() in self.pinned
+        if func is aten._pin_memory.default:
+            self.pinned.add(args[0].data_ptr())
+            return args[0]
+        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        to_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if not fake and not to_gpu:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is aten._to_copy.default and to_gpu and not fake:
+            self.copies.append(not kwargs.get("non_blocking") or args[0].data_ptr() not in self.pinned)
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_a_forward_waits_for_nothing(buckets: int) -> None:
+    lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        module = StudentModule(build(SPEC, GPU), text_buckets=buckets)
+        images: Tensor = torch.zeros((4, 3, 16, 16), dtype=torch.uint8, device=GPU)
+        tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
+        gpu.copies.clear()
+        outputs = module(to_input(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), tokens, lengths)
+    assert outputs["text"].device == GPU
+    assert gpu.copies == [False] * buckets  # what pixels are normalised by; the captions in the order of their lengths
+
+
+def test_a_thread_that_writes_asks_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's reader ahead makes itself a stream: on the first GPU of the machine, whosever that is."""
+    made: list[Any] = []
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", lambda *_, **__: made.append(1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    state = {"weight": torch.arange(6.0)}
+    save_state(state, tmp_path, asynchronous=True)()
+    assert not made
+    found = {"weight": torch.zeros(6)}
+    load_state(found, tmp_path)
+    assert torch.equal(found["weight"], state["weight"])
