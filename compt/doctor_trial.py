@@ -60,12 +60,12 @@ def _start(told: Path, *words: object) -> float | str:
     # Stacks of C++, for those alone who ask.
     shown = sys.__stderr__ if "NCCL_DEBUG" in os.environ else subprocess.DEVNULL
     command = [sys.executable, "-m", "compt.doctor_trial", str(told), *map(str, words)]
-    seconds = float(str(words[-1]))
+    limit = 2 * float(str(words[-1])) + STARTING
     with subprocess.Popen(command, stdout=shown, stderr=shown) as process:
         try:
-            code = process.wait(2 * seconds + STARTING)
+            code = process.wait(limit)
         except subprocess.TimeoutExpired:
-            return f"no answer within {seconds:g} s"
+            return f"no answer within {limit:g} s"
         finally:
             process.kill()
     if told.exists():
@@ -107,6 +107,8 @@ def _all_reduce(backend: str, device: str, token: str, seconds: float) -> float:
         raise TimeoutError(f"nothing was heard of rank {missing} for {seconds:g} s") from None
     # NCCL's own limit, at which it ends the process, is not to come first.
     torch_dist.init_process_group(backend, store=keys, rank=rank, world_size=size, timeout=2 * limit)
+    if backend == "nccl":
+        torch.cuda.set_device(device)
     elapsed = 0.0
     for _ in range(2):
         numbers = torch.full((NUMBERS,), float(rank + 1), device=device)
