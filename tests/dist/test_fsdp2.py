@@ -19,7 +19,7 @@ from compt.engines import AdamWSettings, DataParallelEngine
 from compt.engines.base import Precision
 from compt.engines.frozen import shard_frozen
 from compt.engines.fsdp2 import ShardedEngine
-from compt.engines.shards import local, sharded_parts
+from compt.engines.shards import local, make_mesh, sharded_parts
 from compt.errors import ArtefactError, ConfigError
 from compt.models import build
 from compt.presets import ModelSpec, resolve
@@ -552,15 +552,18 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(found[name], value), name
 
 
-def wrong_replicas() -> str:
+def replicas() -> tuple[str, set[float]]:
+    """What is said of a wrong number of them, and after how many seconds the groups of a right one give up."""
     with pytest.raises(ConfigError) as error:
         ShardedEngine(nn.Linear(4, 4), replicas=3)
-    return str(error.value)
+    groups = [make_mesh(torch.device("cpu"), 2).get_group(name) for name in ("replicate", "shard")]
+    backends: Any = [group._get_backend(torch.device("cpu")) for group in groups]
+    return str(error.value), {backend.options._timeout.total_seconds() for backend in backends}
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused_and_all_groups_give_up_as_the_first_one() -> None:
     expected = "engine.fsdp2.replicas: 3 does not divide the 2 processes; take 1, 2"
-    assert run_ranks(wrong_replicas, 2) == [expected] * 2
+    assert run_ranks(replicas, 2, timeout=99.0) == [(expected, {99.0})] * 2
     with pytest.raises(ConfigError, match="bf16"):
         ShardedEngine(nn.Linear(2, 2), precision=cast(Precision, "bf61"))
     with pytest.raises(ArtefactError, match="of another shape"):

@@ -17,7 +17,7 @@ from compt.engines.state_dcp import load_state, save_state
 from compt.models import build
 from compt.pixels import to_input
 from compt.presets import resolve
-from compt.task import StudentModule
+from compt.task import DistillTask
 
 SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
 GPU = torch.device("cuda", 0)
@@ -50,16 +50,18 @@ class PretendedGpu(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("buckets", [1, 2])
-def test_a_forward_waits_for_nothing(buckets: int) -> None:
+def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int) -> None:
     lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
     with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
-        module = StudentModule(build(SPEC, GPU), text_buckets=buckets)
+        task = DistillTask(build(SPEC, GPU), build(SPEC, GPU), text_buckets=buckets)
         images: Tensor = torch.zeros((4, 3, 16, 16), dtype=torch.uint8, device=GPU)
         tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
         gpu.copies.clear()
-        outputs = module(to_input(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), tokens, lengths)
-    assert outputs["text"].device == GPU
-    assert gpu.copies == [False] * buckets  # what pixels are normalised by; the captions in the order of their lengths
+        inputs = to_input(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), tokens, lengths
+        loss, _ = task.loss(task.module(*inputs), task.targets(*inputs))
+    assert loss.device == GPU
+    # What pixels are normalised by; the captions in the order of their lengths, for student and teacher.
+    assert gpu.copies == [False] * (2 * buckets - 1)
 
 
 def test_a_thread_that_writes_asks_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
