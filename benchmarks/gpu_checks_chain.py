@@ -42,8 +42,8 @@ STOP = 3
 SECONDS = 240.0
 """That one start may take, on two slow cores."""
 AGAIN = 2e-3
-"""On a GPU, of what differs with a stop and without one, as some kernels add up in another order each time; moments that
-are lost make ten times as much. On a CPU nothing differs."""
+"""On a GPU, of what differs with a stop and without one, as some kernels add up in another order each time; lost
+moments make ten times as much. On a CPU nothing differs."""
 
 ENGINES: Mapping[str, Sequence[str]] = {
     "chain": ("{name: ddp}", "{name: fsdp2, shard_teacher: true}", "{name: fsdp2, fsdp2: {cpu_offload: true}}"),
