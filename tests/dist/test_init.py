@@ -70,14 +70,13 @@ def test_nobody_answers(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
-def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> None:
     """torch's client would wait for ever; rank 0 says that the port cannot be had, and the others end."""
-    monkeypatch.setenv("COMPT_CONNECT_SECONDS", "10")
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        monkeypatch.setattr(Group, "port", taken.getsockname()[1])
-        ended = Group(tmp_path, world, print, "together").end(40)
+        port = taken.getsockname()[1]
+        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=10).end(40)
     assert ended.codes == [RunError.exit_code] * world
     assert ended.seconds < 15
     assert ended.said.count("compt: ") == 1, ended.said

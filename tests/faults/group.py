@@ -17,7 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 from compt import dist
-from compt.errors import ComptError
+from compt.errors import ComptError, Gone
 from tests.dist.spawn import CONTEXT
 
 
@@ -35,19 +35,26 @@ class Ended:
 
 
 class Group:
-    """`world` gloo ranks that run `function(*arguments)`; `agent`: a process outside of them holds the store."""
+    """`world` gloo ranks that run `function(*arguments)`; `agent`: a process outside of them holds the store.
 
-    port: int | None = None
-    """Where they meet, unless any free port will do."""
+    They meet at `port`, or any free one, and wait for each other there for `connect_seconds`.
+    """
 
     def __init__(
-        self, folder: Path, world: int, function: Callable[..., Any], *arguments: Any, agent: bool = False
+        self,
+        folder: Path,
+        world: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        agent: bool = False,
+        port: int | None = None,
+        connect_seconds: float = 60.0,
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         limit = datetime.timedelta(seconds=60)
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=limit) if agent else None
-        port = self.store.port if self.store else self.port or free_port()
+        port = self.store.port if self.store else port or free_port()
         self.processes: list[BaseProcess] = []
         for rank in range(world):
             environment = {
@@ -57,7 +64,7 @@ class Group:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
                 "TORCHELASTIC_USE_AGENT_STORE": str(agent),
-                **{name: value for name, value in os.environ.items() if name == "COMPT_CONNECT_SECONDS"},
+                "COMPT_CONNECT_SECONDS": f"{connect_seconds:g}",
             }
             process = CONTEXT.Process(target=_work, args=(folder, environment, function, arguments))
             process.start()
@@ -120,6 +127,8 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
         function(*arguments)
         dist.shutdown()
     except ComptError as error:
+        if isinstance(error, Gone):
+            error.told = error.told or not dist.speaks()
         if not error.told and (rank == "0" or not error.everywhere):
             sys.stderr.write(f"compt: {error}\n")
         sys.stderr.flush()

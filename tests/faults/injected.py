@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import random
-import shutil
 import signal
 import socket
 import subprocess
@@ -127,6 +125,7 @@ class Found:
     repeated_steps: int = 0
     wrong_samples: int = 0
     resumed: list[int | None] = field(default_factory=list)
+    engine: str = "ddp"
     note: str = ""
     """Of a fault that does not end the run: what it changes."""
 
@@ -135,41 +134,50 @@ class Found:
 
 
 class Bench:
-    """Data, the undisturbed run of two processes, and a folder for disturbed ones."""
+    """Data, the undisturbed run of two processes under each engine, and a folder for disturbed ones."""
 
     def __init__(self, base: Path) -> None:
         self.base, self.count = base, 0
-        self.whole = base / "whole"
-        ended = self.start("none", self.whole).end(600)
-        assert ended.codes == [0, 0], ended.said
+        self.seconds: dict[str, float] = {}
+        """What an undisturbed run took, by engine."""
 
-    def start(self, fault: str, run: Path, *changes: str, agent: bool = False, world: int = 2) -> Group:
+    def start(self, fault: str, run: Path, *changes: str, engine: str = "ddp", **options: Any) -> Group:
         self.count += 1
-        folder = self.base / f"group{self.count}"
-        return Group(folder, world, chain_with, fault, folder, self.base, run, changes, agent=agent)
+        folder, changes = self.base / f"group{self.count}", (f"engine.name={engine}", *changes)
+        return Group(folder, 2, chain_with, fault, folder, self.base, run, changes, **options)
+
+    def whole(self, engine: str) -> Path:
+        """The run that nothing disturbs."""
+        run = self.base / f"whole-{engine}"
+        if not run.exists():
+            ended = self.start("none", run, engine=engine).end(600)
+            assert ended.codes == [0, 0], ended.said
+            self.seconds[engine] = ended.seconds
+        return run
 
     def finish(self, found: Found, run: Path, *changes: str) -> Found:
         """Go on with the same command, and compare with the undisturbed run."""
-        ended = self.start("none", run, *changes).end(600)
+        ended = self.start("none", run, *changes, engine=found.engine).end(600)
         found.resumed = ended.codes
         found.went_on = ended.codes == [0, 0]
-        found.same = found.went_on and self.same(run)
-        found.repeated_steps, found.wrong_samples = self.samples(run)
+        found.same = found.went_on and self.same(run, found.engine)
+        found.repeated_steps, found.wrong_samples = self.samples(run, found.engine)
         return found
 
-    def same(self, run: Path) -> bool:
+    def same(self, run: Path, engine: str) -> bool:
+        whole = self.whole(engine)
         return all(
-            equal(weights(self.whole, job), weights(run, job))
-            and lines(self.whole, job) == lines(run, job)
-            and manifest(self.whole, job)["scores"] == manifest(run, job)["scores"]
+            equal(weights(whole, job), weights(run, job))
+            and lines(whole, job) == lines(run, job)
+            and manifest(whole, job)["scores"] == manifest(run, job)["scores"]
             for job in (FIRST, SECOND)
         )
 
-    def samples(self, run: Path) -> tuple[int, int]:
+    def samples(self, run: Path, engine: str) -> tuple[int, int]:
         """(steps that were done again from a checkpoint, steps whose samples were not those of the undisturbed run)."""
         repeated = wrong = 0
         for rank in (0, 1):
-            wanted = {(job, step): digest for job, step, digest in _keys(self.whole, rank)}
+            wanted = {(job, step): digest for job, step, digest in _keys(self.whole(engine), rank)}
             seen: set[tuple[str, int]] = set()
             for job, step, digest in _keys(run, rank):
                 repeated += (job, step) in seen and rank == 0
@@ -194,33 +202,35 @@ def disturb(bench: Bench, fault: str, run: Path) -> Found:
     return FAULTS[fault](bench, fault, run)
 
 
-def _signalled(number: int, *ranks: int, agent: bool = False) -> Callable[[Bench, str, Path], Found]:
+def _signalled(
+    number: int, *ranks: int, engine: str = "ddp", agent: bool = False
+) -> Callable[[Bench, str, Path], Found]:
     def act(bench: Bench, fault: str, run: Path) -> Found:
-        group = bench.start("at step", run, agent=agent)
+        group = bench.start("at step", run, engine=engine, agent=agent)
         group.wait_for("begun", 300)
         started = time.monotonic()
         for rank in ranks:
             os.kill(group.pid(rank), number)
         mark(group.folder, "go")
         ended = group.end(120)
-        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended), engine=engine)
         return bench.finish(found, run)
 
     return act
 
 
-def _inner(name: str, *changes: str, goes_on: bool = True) -> Callable[[Bench, str, Path], Found]:
+def _inner(name: str, *changes: str, engine: str = "ddp", goes_on: bool = True) -> Callable[[Bench, str, Path], Found]:
     def act(bench: Bench, fault: str, run: Path) -> Found:
-        group = bench.start(name, run, *changes)
+        group = bench.start(name, run, *changes, engine=engine)
         group.wait_for("begun", 300)
         started = time.monotonic()
         ended = group.end(180)
-        found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
+        found = Found(fault, ended.codes, time.monotonic() - started, message(ended), engine=engine)
         if goes_on:
             return bench.finish(found, run, *changes)
         found.went_on = ended.codes == [0, 0]
         found.note = f"{manifest(run, FIRST)['trained']['nonfinite_steps']} step left out by all processes"
-        found.repeated_steps, found.wrong_samples = bench.samples(run)
+        found.repeated_steps, found.wrong_samples = bench.samples(run, found.engine)
         return found
 
     return act
@@ -264,19 +274,15 @@ def _corrupt(bench: Bench, fault: str, run: Path) -> Found:
         path.write_bytes(blob)
     skipped = manifest(run, SECOND)["trained"]["skipped_samples"]
     found.note = f"{sum(skipped.values())} damaged samples counted and replaced"
-    found.repeated_steps, found.wrong_samples = bench.samples(run)
+    found.repeated_steps, found.wrong_samples = bench.samples(run, found.engine)
     return found
 
 
 def _absent(bench: Bench, fault: str, run: Path) -> Found:
-    os.environ["COMPT_CONNECT_SECONDS"] = "10"
-    try:
-        started = time.monotonic()
-        group = bench.start("none", run)
-        group.processes[1].kill()
-        ended = group.end(120)
-    finally:
-        del os.environ["COMPT_CONNECT_SECONDS"]
+    started = time.monotonic()
+    group = bench.start("none", run, connect_seconds=10)
+    group.processes[1].kill()
+    ended = group.end(120)
     found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
     return bench.finish(found, run)
 
@@ -286,12 +292,7 @@ def _port(bench: Bench, fault: str, run: Path) -> Found:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        os.environ["COMPT_CONNECT_SECONDS"], Group.port = "10", taken.getsockname()[1]
-        try:
-            ended = bench.start("none", run).end(120)
-        finally:
-            Group.port = None
-            del os.environ["COMPT_CONNECT_SECONDS"]
+        ended = bench.start("none", run, port=taken.getsockname()[1], connect_seconds=10).end(120)
     found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
     return bench.finish(found, run)
 
@@ -369,36 +370,10 @@ FAULTS: dict[str, Callable[[Bench, str, Path], Found]] = {
     "newest checkpoint torn": _torn,
     "one rank out of memory": _inner("no memory on one rank"),
     "launcher's store lost": _lost_store,
+    "kill -9 of rank 1, under fsdp2": _signalled(KILL, 1, engine="fsdp2"),
+    "kill -9 of rank 0, under zero2": _signalled(KILL, 0, engine="zero2"),
+    "kill -9 in a checkpoint, under zero3": _inner("dying in a checkpoint", engine="zero3"),
+    "SIGTERM to all, under zero2": _signalled(TERM, 0, 1, engine="zero2"),
+    "gradient of one rank not a number, under fsdp2": _inner("no number on one rank", engine="fsdp2", goes_on=False),
+    "gradient of one rank not a number, under zero3": _inner("no number on one rank", engine="zero3", goes_on=False),
 }
-
-
-def kill_at_random(
-    bench: Bench, rng: random.Random, kills: int, folder: Path, show: Callable[[dict[str, Any]], None]
-) -> None:
-    """Kill one of two ranks `kills` times at random moments; each start goes on from where the last one was killed.
-
-    `show` gets a record of each; that of the last kill of a chain says how the chain ended.
-    """
-    run, number, row = folder / "random0", 0, {}
-    while kills:
-        group = bench.start("none", run)
-        wait, rank = rng.uniform(0.5, 12.0), rng.randrange(2)
-        deadline = time.monotonic() + wait
-        while time.monotonic() < deadline and any(process.is_alive() for process in group.processes):
-            time.sleep(0.02)
-        alive, started = group.processes[rank].is_alive(), time.monotonic()
-        if alive:
-            os.kill(group.pid(rank), KILL)
-            kills -= 1
-        ended = group.end(180)
-        seconds = round(time.monotonic() - started, 2)
-        if alive:
-            if row:
-                show(row)
-            row = {"rank": rank, "after_seconds": round(wait, 2), "exit_codes": ended.codes, "seconds": seconds}
-        if (ended.codes == [0, 0] and row) or not kills:
-            found = bench.finish(Found("", ended.codes, 0.0, ""), run)
-            show(row | {"finished": found.went_on, "same": found.same, "wrong_samples": found.wrong_samples})
-            shutil.rmtree(run)
-            number, row = number + 1, {}
-            run = folder / f"random{number}"

@@ -6,16 +6,21 @@ import json
 import os
 import random
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.faults import PAGE, RESULT, page
-from tests.faults.injected import FAULTS, Bench, disturb, kill_at_random
+from compt.errors import RunError
+from tests.faults.at_random import ENGINES, kill_at_random
+from tests.faults.injected import FAULTS, Bench, disturb
 from tests.helpers_recipe import make_data
 
 ROOT = Path(__file__).resolve().parents[2]
+ENDS = {0, -signal.SIGKILL, RunError.exit_code}
+"""Exit codes of processes of which one was killed."""
 NEEDS_DISK = ("disk full", "run folder read-only")
 WANTED = {
     "kill -9 of rank 0": "rank 0 (host",
@@ -57,8 +62,9 @@ def test_killed_at_random_moments(bench: Bench, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     kill_at_random(bench, random.Random(1), 15, tmp_path, rows.append)
     assert len(rows) == 15
+    assert {code for row in rows for code in row["exit_codes"]} <= ENDS
     ends = [row for row in rows if "same" in row]
-    assert ends
+    assert {row["engine"] for row in ends} == set(ENGINES)
     for row in ends:
         assert (row["finished"], row["same"], row["wrong_samples"]) == (True, True, 0), row
 
@@ -69,6 +75,8 @@ def test_the_page_is_made_from_the_committed_result() -> None:
     assert [row["fault"] for row in result["faults"]] == list(FAULTS)
     assert all(None not in row["exit_codes"] for row in result["faults"]), "every process ended"
     assert len(result["random"]) >= 50
+    assert {code for row in result["random"] for code in row["exit_codes"]} <= ENDS
+    assert {row["engine"] for row in result["random"]} == set(ENGINES)
     assert all(row["went_on"] and row["same"] is not False for row in result["faults"])
     assert all(not row["wrong_samples"] or row["note"] for row in result["faults"])
     ends = [row for row in result["random"] if "same" in row]

@@ -95,6 +95,15 @@ def in_step(folder: Path) -> None:
         time.sleep(3600)
 
 
+def before_the_watch(folder: Path) -> None:
+    """A rank ends before a run folder is known, and the others are in a collective."""
+    dist.barrier()
+    if dist.rank() == 1:
+        mark(folder, "begun")
+        time.sleep(3600)
+    dist.gather_objects(dist.rank())
+
+
 @pytest.fixture
 def groups(tmp_path: Path) -> Iterator[Callable[..., Group]]:
     started: list[Group] = []
@@ -114,6 +123,17 @@ def message(ended: Ended) -> str:
     lines = [line for line in ended.said.splitlines() if line.startswith("compt")]
     assert len(lines) == 1, ended.said
     return lines[0]
+
+
+def test_a_rank_that_is_killed_before_anybody_watches(groups: Callable[..., Group]) -> None:
+    group = groups(before_the_watch, world=3)
+    group.wait_for("begun")
+    time.sleep(0.5)
+    os.kill(group.pid(1), signal.SIGKILL)
+    ended = group.end(30)
+    assert "another process of this job has ended, or cannot be reached" in message(ended)
+    assert ended.codes == [5, -signal.SIGKILL, 5]
+    assert "Traceback" not in ended.said
 
 
 @pytest.mark.parametrize(("rank", "agent"), [(0, False), (1, False), (0, True), (2, True)])
