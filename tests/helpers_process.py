@@ -10,6 +10,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from compt import trainer
@@ -111,6 +112,24 @@ def chain_dying_at_write(number: int, base: Path, run: Path, *changes: str) -> N
 
     os.rename, os.replace = counted(os.rename), counted(os.replace)
     chain(base, run, *changes)
+
+
+def writes_of(function: Callable[[Path, Path], Any], base: Path, run: Path) -> list[str]:
+    """The final names that `function(base, run)` gives to files and folders, below `run`, in their order."""
+    names: list[str] = []
+
+    def noted(rename: Callable[..., None]) -> Callable[..., None]:
+        def call(old: Any, new: Any, **keywords: Any) -> None:
+            names.append(os.path.relpath(new, run))
+            rename(old, new, **keywords)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "rename", noted(os.rename))
+        patch.setattr(os, "replace", noted(os.replace))
+        function(base, run)
+    return names
 
 
 def chain_with_workers(base: Path, run: Path, *changes: str) -> None:

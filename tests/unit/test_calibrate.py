@@ -31,10 +31,11 @@ from tests.helpers_calibrate import (
     calibrate,
     calibrate_dying_at,
     calibrate_dying_at_write,
+    calibrate_scored,
     scored,
     trained,
 )
-from tests.helpers_process import KILLED, finish, start
+from tests.helpers_process import KILLED, finish, start, writes_of
 from tests.helpers_recipe import (
     FIRST,
     SECOND,
@@ -590,19 +591,22 @@ def test_killed_before_one_write_after_another(base: Path, third: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_killed_before_each_write(base: Path, third: Path, tmp_path: Path) -> None:
-    number, codes = 1, [KILLED]
-    while codes[-1] == KILLED:
-        run = tmp_path / f"run{number}"
-        codes.append(finish(start(calibrate_dying_at_write, number, base, run)))
-        if codes[-1] == KILLED:
-            with scored(AT_THIRD):
-                calibrate(base, run)
+def test_killed_before_each_write_of_a_decision(base: Path, third: Path, tmp_path: Path) -> None:
+    """From where a try is scored to where its length is in run.json; what trainings write is the same in any chain."""
+    names = writes_of(calibrate_scored, base, copied(third, tmp_path / "all", FIRST, BASELINE))
+    aside = [number for number, name in enumerate(names, 1) if name in (f"jobs/{TRY_1}", f"jobs/{TRY_2}")]
+    state = [number for number, name in enumerate(names, 1) if name in ("run.json", "recipe.yaml")]
+    assert (len(aside), len(state)) == (2, 8)
+    # Before a folder is set aside, or the last length is noted: the manifest of what is done, and of what is decided.
+    manifests = [number - back for number in (aside[0], state[-2]) for back in (2, 1)]
+    assert {names[number - 1] for number in manifests} == {f"jobs/{SECOND}/manifest.json"}
+    for number in sorted({*manifests, *aside, *state, len(names)}):
+        run = copied(third, tmp_path / f"run{number}", FIRST, BASELINE)
+        assert finish(start(calibrate_dying_at_write, number, base, run)) == KILLED
+        with scored(AT_THIRD):
+            calibrate(base, run)
         assert_same(third, run)
         shutil.rmtree(run)
-        number += 1
-    assert codes[-1] == 0
-    assert number > 80
 
 
 # --- refusals
