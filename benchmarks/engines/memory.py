@@ -224,8 +224,9 @@ def _allowed(record: Mapping[str, Any], part: str) -> float:
     """Bytes by which a part may differ from what is predicted."""
     if part == "gradients" and record["engine"] in ("zero1", "zero2") and record["world_size"] > 1:
         # Where slices cut a tensor in two, both ranks hold its whole gradient.
-        return max(4.0 * tensor.numel() for tensor in build(PAIRS[record["models"]][0], device="meta").parameters())
-    return TOLERANCE * max(record["predicted_bytes"][part], 1)
+        student = build(PAIRS[record["models"]][0], device="meta")
+        return max(4.0 * float(tensor.numel()) for tensor in student.parameters())
+    return TOLERANCE * max(float(record["predicted_bytes"][part]), 1.0)
 
 
 def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
