@@ -27,7 +27,7 @@ from compt.cli_slurm import slurm_app
 from compt.cli_tools import data_app, evaluate, export
 from compt.config import Recipe, load_recipe
 from compt.dist_environment import own_rank
-from compt.errors import ComptError, ConfigError, Gone
+from compt.errors import ComptError, ConfigError
 from compt.formats import terminal
 
 if TYPE_CHECKING:
@@ -218,11 +218,7 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
         app(None if words is None else words())
     except ComptError as error:
         rank = own_rank(os.environ)
-        if isinstance(error, Gone) and not error.told:
-            from compt import dist
-
-            error.told = not dist.speaks()
-        if not error.told and (rank == "0" or not error.everywhere):
+        if error.shown_by(rank):
             name = "compt" if rank == "0" else f"compt, rank {rank}"
             terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(error.exit_code)

@@ -15,7 +15,6 @@ from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist_environment import Place, connect_limit, find_place
 from compt.dist_meeting import choose_interface, meet
-from compt.dist_speaker import is_speaker
 from compt.errors import ComptError, ConfigError, Gone, RunError
 
 T = TypeVar("T")
@@ -130,18 +129,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def speaks() -> bool:
-    """Whether this process is the one to tell of others that are Gone; finding out takes two seconds."""
-    return not _joined or is_speaker(_joined[0], 2.0)
-
-
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """What torch raises in a collective where another process is missing, as Gone."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this process's own
+        raise
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Gone(
             f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
             f"command again to go on. ({reason})"
@@ -294,10 +290,12 @@ def gather(local: Tensor) -> Tensor:
     if world_size() == 1:
         return local
     sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world_size())]
-    torch_dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device))
+    with together():
+        torch_dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device))
     counts = [int(size.item()) for size in sizes]
     padded = local.new_zeros((max(counts), *local.shape[1:]))
     padded[: local.shape[0]] = local
     parts = [torch.empty_like(padded) for _ in counts]
-    torch_dist.all_gather(parts, padded)
+    with together():
+        torch_dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
@@ -135,7 +135,7 @@ class Watch:
             self.beat(self._beat.step, "waiting for the others to end", LONG)
             try:
                 dist.barrier()
-            except Gone as failure:
+            except (Gone, RuntimeError) as failure:
                 self._judge(failure)
                 raise
         if self.world == 1 or error is None or (isinstance(error, ComptError) and error.everywhere):
@@ -151,7 +151,7 @@ class Watch:
 
     def _judge(self, error: BaseException) -> None:
         """Raise what another rank is to blame for; return where this rank's `error` is the cause."""
-        if not isinstance(error, ComptError):
+        if not _said(error):
             self._write(self._error_file, "".join(traceback.format_exception(error)))
         self._error, self._asked_at = error, time.monotonic()
         self._wake.set()
@@ -277,7 +277,7 @@ class Watch:
         waited = time.monotonic() - self._asked_at
         if (unheard or is_consequence(error)) and waited < self._silence + 3 * self._interval:
             return None
-        if isinstance(error, ComptError):
+        if _said(error):
             text = str(error) if self.rank == 0 or isinstance(error, Interrupted) else f"rank {self.rank}: {error}"
             return self._published(Cause("failed", self.rank, text, error.exit_code))
         what = traceback.format_exception_only(error)[-1].strip()
@@ -364,6 +364,11 @@ class Watch:
             faulthandler.dump_traceback(file)
 
 
+def _said(error: BaseException) -> TypeGuard[ComptError]:
+    """Whether an error's message says all there is to know."""
+    return isinstance(error, ComptError) and not isinstance(error, Gone)
+
+
 _open: list[Watch] = []
 _numbers = itertools.count()
 """Every rank opens as many watches, so that the keys of each are its own."""
@@ -373,6 +378,17 @@ def beat(step: int, doing: str, patience: float = 1.0) -> None:
     """`Watch.beat` of the innermost watch; without one nothing."""
     if _open:
         _open[-1].beat(step, doing, patience)
+
+
+def end_with(parent: int) -> None:
+    """From now on, end this process when the one that started it is gone: a killed one cannot end those beside it."""
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def alive() -> None:

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compt import dist
+from compt.dist_meeting import HERE, is_host
+from compt.dist_watch import end_with
 
 SECONDS = 60.0
 """That the processes have to find each other, and then for the sum."""
 STARTING = 30.0
 """Seconds besides, for importing torch."""
+DYING = 5.0
+"""And for a killed process to be gone: one that waits within a driver stays."""
 NUMBERS = 2**20
 """That are summed: 4 MiB of float32."""
 
@@ -38,7 +42,7 @@ class Collective:
 def try_collective(backend: str, device: str, token: str, seconds: float = SECONDS) -> Collective:
     """An all-reduce over `backend` on this rank's `device`; the same answer on all ranks, which all call it.
 
-    `token` is the same on all ranks and new for each call. Takes twice `seconds`, and `STARTING`, at most.
+    `token` is the same on all ranks and new for each call. Takes twice `seconds`, `STARTING` and `DYING` at most.
     """
     with tempfile.TemporaryDirectory(prefix="compt-doctor-") as folder:
         own = _start(Path(folder) / "told", backend, device, token, seconds)
@@ -59,23 +63,36 @@ def _start(told: Path, *words: object) -> float | str:
     """Milliseconds, or what went wrong here."""
     # Stacks of C++, for those alone who ask.
     shown = sys.__stderr__ if "NCCL_DEBUG" in os.environ else subprocess.DEVNULL
-    command = [sys.executable, "-m", "compt.doctor_trial", str(told), *map(str, words)]
+    command = [sys.executable, "-m", "compt.doctor_trial", str(os.getpid()), str(told), *map(str, words)]
     limit = 2 * float(str(words[-1])) + STARTING
-    with subprocess.Popen(command, stdout=shown, stderr=shown) as process:
-        try:
-            code = process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return f"no answer within {limit:g} s"
-        finally:
-            process.kill()
+    # Not in a `with`, which waits without limit as it is left.
+    process = subprocess.Popen(command, stdout=shown, stderr=shown)
+    try:
+        code = process.wait(limit)
+    except subprocess.TimeoutExpired:
+        silent = f"no answer within {limit:g} s"
+        return silent if _killed(process) else f"{silent}, and its process cannot be killed"
+    except BaseException:
+        _killed(process)
+        raise
     if told.exists():
         value: float | str = json.loads(told.read_text(encoding="utf-8"))
         return value
     return f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
 
 
-def main(told: Path, backend: str, device: str, token: str, seconds: float) -> None:
-    """Write milliseconds, or what went wrong, to the file `told` and end."""
+def _killed(process: subprocess.Popen[bytes]) -> bool:
+    process.kill()
+    try:
+        process.wait(DYING)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def main(parent: int, told: Path, backend: str, device: str, token: str, seconds: float) -> None:
+    """Write milliseconds, or what went wrong, to the file `told` and end; or end when the process `parent` does."""
+    end_with(parent)
     try:
         value: float | str = _all_reduce(backend, device, token, seconds)
     except (RuntimeError, ValueError, TimeoutError) as error:
@@ -96,7 +113,8 @@ def _all_reduce(backend: str, device: str, token: str, seconds: float) -> float:
 
     limit = datetime.timedelta(seconds=seconds)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=limit, wait_for_workers=False)
+    address = HERE if is_host(rank) else os.environ["MASTER_ADDR"]
+    store = TCPStore(address, int(os.environ["MASTER_PORT"]), timeout=limit, wait_for_workers=False)
     keys = PrefixStore(f"compt-doctor/{token}", store)
     names = [f"here/{each}" for each in range(size)]
     keys.set(names[rank], "")
@@ -127,4 +145,4 @@ def _all_reduce(backend: str, device: str, token: str, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4], float(sys.argv[5]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:6], float(sys.argv[6]))

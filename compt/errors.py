@@ -15,6 +15,10 @@ class ComptError(Exception):
     told = False
     """Whether another process says it, so that this one ends without a word."""
 
+    def shown_by(self, rank: str) -> bool:
+        """Whether the process of this rank is to show it."""
+        return not self.told and (rank == "0" or not self.everywhere)
+
 
 class ConfigError(ComptError):
     """A recipe or an option is wrong. Raised before anything starts."""
@@ -41,7 +45,14 @@ class RunError(ComptError):
 
 
 class Gone(RunError):
-    """A collective failed because another process has ended, or cannot be reached."""
+    """A collective failed because another process has ended, or cannot be reached.
+
+    All that are left raise it: rank 0 shows it, and rank 1, as rank 0 may be the one that is gone.
+    """
+
+    def shown_by(self, rank: str) -> bool:
+        """Whether the process of this rank is to show it."""
+        return not self.told and rank in ("0", "1")
 
 
 class Interrupted(ComptError):

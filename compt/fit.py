@@ -14,8 +14,6 @@ import itertools
 import multiprocessing
 import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from compt import dist
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Recipe, split_batch
 from compt.dist_meeting import HERE, is_host
-from compt.dist_watch import LONG, beat
+from compt.dist_watch import LONG, beat, end_with
 from compt.engines import COMPUTE_DTYPES, Engine, open_engine
 from compt.engines.frozen import shard_frozen
 from compt.errors import RunError
@@ -185,7 +183,7 @@ def _try(
 def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
     """Make the group of the trial processes, in the store of the processes that they stand beside."""
     rank, world, number, parent = place
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    end_with(parent)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:
@@ -196,13 +194,6 @@ def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
         store = torch_dist.TCPStore(address, port, None, False, limit)  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/fit/{number}", store)
     torch_dist.init_process_group(dist.backend_of(device), store=store, rank=rank, world_size=world)
-
-
-def _end_with(parent: int) -> None:
-    """A killed process cannot end the trial beside it."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def steps(trial: Trial, micro_batch: int) -> None:

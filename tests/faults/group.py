@@ -17,7 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 from compt import dist
-from compt.errors import ComptError, Gone
+from compt.errors import ComptError
 from tests.dist.spawn import CONTEXT
 
 
@@ -127,9 +127,7 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
         function(*arguments)
         dist.shutdown()
     except ComptError as error:
-        if isinstance(error, Gone):
-            error.told = error.told or not dist.speaks()
-        if not error.told and (rank == "0" or not error.everywhere):
+        if error.shown_by(rank):
             sys.stderr.write(f"compt: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)

@@ -96,7 +96,7 @@ def test_trials_meet_where_the_processes_beside_them_did(
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if agent is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
-    monkeypatch.setattr(fit, "_end_with", lambda parent: None)
+    monkeypatch.setattr(fit, "end_with", lambda parent: None)
     monkeypatch.setattr(fit.torch_dist, "TCPStore", lambda *place: reached.append(place[:2]))
     monkeypatch.setattr(fit, "PrefixStore", lambda prefix, store: prefix)
     monkeypatch.setattr(fit.torch_dist, "init_process_group", lambda *kind, **group: reached.append((kind, group)))
