@@ -38,7 +38,7 @@ from benchmarks.gpu_checks_cases import (
     ratio,
     train,
 )
-from benchmarks.gpu_checks_chain import check_chain, processes
+from benchmarks.gpu_checks_chain import SECONDS, check_chain, processes
 from benchmarks.gpu_checks_finding import Finding, holds
 from compt import dist
 from compt.accumulate import cached_backward
@@ -415,11 +415,11 @@ CHECKS: dict[str, Check] = {
     "skips": Check(check_skips("fsdp2"), "sharded"),
     "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),
     "processes": Check(check_processes, "several", 90),
-    "chain": Check(check_chain("chain"), "chain", 240),
+    "chain": Check(check_chain("chain"), "chain", SECONDS["chain"]),
     **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
     "zero_skips": Check(check_skips("zero2", "zero3"), "deepspeed", 90),
     "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
-    "chain_zero": Check(check_chain("chain_zero"), "chain", 300),
+    "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
     "compile": Check(check_compile("ddp"), "compiled", 240),
     "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
     "compile_zero3": Check(check_compile("zero3"), "compiled", 240),

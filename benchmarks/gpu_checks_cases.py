@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.gpu_checks_finding import Finding, holds
+from benchmarks.gpu_checks_finding import Finding, holds, largest
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Optimizer
 from compt.engines import COMPUTE_DTYPES, Engine, Precision, open_engine
@@ -149,7 +149,8 @@ def apart(found: Tensor, right: Tensor) -> float:
 
 
 def ratio(found: Iterable[float], right: Iterable[float]) -> float:
-    return max(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
+    """The largest relative difference; nan where one is not finite."""
+    return largest(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
 
 
 def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, moved: float = MOVED) -> list[Finding]:
@@ -159,7 +160,7 @@ def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, mov
     if not names:
         return [holds(f"{name}: same names", names)]
     # The gradient of a key bias is zero but for rounding, and a part of its tensor: the floor is for whole tensors.
-    gradients = max(
+    gradients = largest(
         apart(found.gradients[key], gradient) / max(gradient.norm().item(), 1e-5 * whole)
         for key, gradient in right.gradients.items()
     )

@@ -6,8 +6,6 @@ device, shards of teachers, offloading, moving averages, checkpoints, evaluation
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
 import signal
@@ -23,8 +21,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.gpu_checks_finding import Finding, holds
+from benchmarks.gpu_checks_finding import Finding, holds, largest
+from benchmarks.gpu_worker import end_family
 from compt.errors import Interrupted
+from compt.jobs_record import read_manifest
 from compt.metrics import FILE, read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,9 +38,13 @@ BATCH = 16
 STEPS = 80
 """Of a link: on a GPU about a second, of which a request to stop takes a fifth to arrive."""
 STOP = 3
-"""Lines of the log after which a link is asked to stop."""
-SECONDS = 240.0
-"""That one start may take, on two slow cores."""
+"""Lines that a link adds to its log before it is asked to stop."""
+SECONDS: Mapping[str, float] = {"chain": 150.0, "chain_zero": 180.0}
+"""That a check may take on a GPU, all its starts together: for the slower one, DeepSpeed compiles its optimizer."""
+SPARE = 10.0
+"""Of them, to end what did not end."""
+ON_CPU = 1200.0
+"""That all starts of a check may take on two slow cores."""
 AGAIN = 2e-3
 """On a GPU, of what differs with a stop and without one, as some kernels add up in another order each time; lost
 moments make ten times as much. On a CPU nothing differs."""
@@ -61,24 +65,38 @@ def check_chain(name: str) -> Callable[[torch.device], list[Finding]]:
     return lambda device: _chain(name, device)
 
 
+def limit(name: str, device: torch.device) -> float:
+    """Seconds after which a check ends what it has started."""
+    return SECONDS[name] - SPARE if device.type == "cuda" else ON_CPU
+
+
 def _chain(name: str, device: torch.device) -> list[Finding]:
+    until = time.monotonic() + limit(name, device)
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         words = _command(_write(place, name, device.type), processes(device))
         whole, halves = place / "whole", place / "halves"
-        findings = [_ended("a chain", start(words, whole), 0)]
+        findings = [_ended("a chain", start(words, whole, until), 0)]
         kept: dict[str, list[str]] = {}
         for job in JOBS:
             if findings[-1].passed:
-                findings.append(_ended(f"{job} asked to stop", start(words, halves, job), Interrupted.exit_code))
+                findings.append(_ended(f"{job} asked to stop", start(words, halves, until, job), Interrupted.exit_code))
+            if findings[-1].passed:
+                findings.append(holds(f"{job}: stopped as it trained", _trains(halves, job)))
             if findings[-1].passed:
                 kept[job] = _lines(halves, job)[:STOP]
         if findings[-1].passed:
-            findings.append(_ended("the rest", start(words, halves), 0))
+            findings.append(_ended("the rest", start(words, halves, until), 0))
         if findings[-1].passed:
             most = AGAIN if device.type == "cuda" else 0.0
             findings += [finding for job in JOBS for finding in _compare(whole, halves, job, kept[job], most)]
         return findings
+
+
+def _trains(run: Path, job: str) -> bool:
+    """Whether a job is within its training: else a request to stop came too late for it, and stopped another."""
+    state = read_manifest(run / "jobs" / job)["state"]
+    return bool(state == "training" and STOP <= _steps(run, job) < STEPS)
 
 
 def processes(device: torch.device) -> int:
@@ -128,16 +146,20 @@ def _lines(run: Path, job: str) -> list[str]:
     return _log(run, job).read_text(encoding="utf-8").splitlines()
 
 
-def start(words: Sequence[str], run: Path, stopped: str | None = None) -> int:
-    """The exit code of a command for the folder `run`; the job `stopped` is asked to stop after its first steps.
+def _steps(run: Path, job: str) -> int:
+    return len(read_metrics(_log(run, job), "train"))
 
-    What does not end within `SECONDS` is ended.
+
+def start(words: Sequence[str], run: Path, until: float, stopped: str | None = None) -> int:
+    """The exit code of a command for the folder `run`; the job `stopped` is asked to stop after `STOP` steps more.
+
+    What has not ended when the monotonic clock stands at `until` is ended, with all that came of it.
     """
+    known = _steps(run, stopped) if stopped else 0
     process = subprocess.Popen([*words, str(run)], cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    until = time.monotonic() + SECONDS
     try:
         while stopped and process.poll() is None and time.monotonic() < until:
-            if len(read_metrics(_log(run, stopped), "train")) >= STOP:
+            if _steps(run, stopped) >= known + STOP:
                 process.send_signal(signal.SIGTERM)
                 break
             time.sleep(0.02)
@@ -145,19 +167,9 @@ def start(words: Sequence[str], run: Path, stopped: str | None = None) -> int:
     except subprocess.TimeoutExpired:
         return -signal.SIGKILL
     finally:
-        for pid in _family(process.pid) if process.poll() is None else []:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            end_family(process.pid)
         process.wait()
-
-
-def _family(pid: int) -> list[int]:
-    """A process and all that came of it."""
-    found = [pid]
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            found += [each for child in path.read_text().split() for each in _family(int(child))]
-    return found
 
 
 def _ended(what: str, code: int, right: int) -> Finding:
@@ -167,11 +179,11 @@ def _ended(what: str, code: int, right: int) -> Finding:
 def _compare(whole: Path, halves: Path, job: str, kept: Sequence[str], most: float) -> list[Finding]:
     """Losses of all steps, weights, moving averages and scores of a job in two run folders."""
     one, two = (_losses(run, job) for run in (whole, halves))
-    manifests = [json.loads((run / "jobs" / job / "manifest.json").read_text()) for run in (whole, halves)]
+    manifests = [read_manifest(run / "jobs" / job) for run in (whole, halves)]
     findings = [
         holds(f"{job}: went on after the steps that it had", len(kept) == STOP and _lines(halves, job)[:STOP] == kept),
         holds(f"{job}: all steps", len(one) == len(two) == STEPS),
-        Finding(f"{job}: losses", max(abs(a - b) / abs(a) for a, b in zip(one, two, strict=False)), most),
+        Finding(f"{job}: losses", largest(abs(a - b) / abs(a) for a, b in zip(one, two, strict=False)), most),
         holds(f"{job}: scores", all(_scored(manifest["scores"]) for manifest in manifests)),
     ]
     for kind in ("model", "model/ema"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -65,8 +66,9 @@ class Worker:
         self._pipe.close()
         self._process.join(1)
         if self._process.is_alive():
+            end_family(self._process.pid)
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, 9)
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.kill()
             self._process.join()
         code: int | None = self._process.exitcode
@@ -101,4 +103,31 @@ def _follow() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
-        os.killpg(0, 9)
+        end_family(os.getpid())
+
+
+def end_family(pid: int) -> None:
+    """Kill a process and all that came of it, in process groups of their own too, as `compt launch` and torchrun have.
+
+    Where it is this one, it goes last. What outlived its own parent is not found.
+    """
+    found = [pid]
+    for each in found:
+        if each != os.getpid():
+            _send(each, signal.SIGSTOP)  # lest it start another, which would be missed
+        found += _children(each)
+    for each in reversed(found):
+        _send(each, signal.SIGKILL)
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # it has ended
+            found += map(int, path.read_text(encoding="utf-8").split())
+    return found
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,21 @@ def finish(process: BaseProcess, seconds: float = 240.0) -> int:
         raise AssertionError(f"the process was still running after {seconds:g} s")
     assert process.exitcode is not None
     return process.exitcode
+
+
+def ended(pids: Iterable[int], seconds: float = 10.0) -> bool:
+    """Whether none of these processes, whoever started them, is left after `seconds`."""
+    left, until = list(pids), time.monotonic() + seconds
+    while (left := [pid for pid in left if _lives(pid)]) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not left
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def chain_dying_at(place: str, base: Path, run: Path, *changes: str) -> None:

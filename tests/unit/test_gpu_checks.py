@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 import time
 from dataclasses import replace
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 from benchmarks import gpu_checks, gpu_checks_chain
 from benchmarks.gpu_checks import CHECKS, run_check
 from benchmarks.gpu_checks_cases import CASES, LINK, compare, oracle, train
-from benchmarks.gpu_checks_chain import ENGINES, JOBS, STEPS
+from benchmarks.gpu_checks_chain import ENGINES, JOBS, STEPS, STOP
 from benchmarks.gpu_checks_finding import Finding
 from benchmarks.gpu_worker import Worker
 from compt.engines import DataParallelEngine
+from tests.helpers_process import ended
 
 CPU = torch.device("cpu")
 
@@ -78,7 +80,7 @@ def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
 def test_chains_by_the_real_command_pass_on_a_cpu(name: str) -> None:
     found = run_check(name, "cpu")
     assert failed(found) == []
-    assert len(found) == 5 + 6 * len(JOBS)
+    assert len(found) == 5 + 7 * len(JOBS)
 
 
 def test_who_waits_within_a_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,9 +104,9 @@ def test_who_waits_within_a_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> Non
 TRAINS = """
 import json, pathlib, signal, subprocess, sys, time
 place = pathlib.Path(sys.argv[2]) / "jobs" / "1-small"
-place.mkdir(parents=True)
+place.mkdir(parents=True, exist_ok=True)
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75) if sys.argv[1] == "saves" else None)
-with (place / "metrics.jsonl").open("w") as file:
+with (place / "metrics.jsonl").open("a") as file:
     for step in range(int(1e6)):
         file.write(json.dumps({"kind": "train", "step": step}) + "\\n")
         file.flush()
@@ -118,37 +120,41 @@ with (place / "metrics.jsonl").open("w") as file:
 """
 
 
-def lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
-    except OSError:
-        return False
-
-
 @pytest.mark.parametrize(("how", "code"), [("saves", 75), ("ends", 3), ("hangs", -9)])
-def test_a_command_is_stopped_once_it_trains_and_ended_with_its_children(
-    how: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_checks_chain, "SECONDS", 2.0 if how == "hangs" else 60.0)
-    assert gpu_checks_chain.start([sys.executable, "-c", TRAINS, how], tmp_path / "run", "1-small") == code
+def test_a_command_is_stopped_once_it_trains_and_ended_with_its_children(how: str, code: int, tmp_path: Path) -> None:
+    until = time.monotonic() + (2.0 if how == "hangs" else 60.0)
+    words = [sys.executable, "-c", TRAINS, how]
+    assert gpu_checks_chain.start(words, tmp_path / "run", until, "1-small") == code
+    if how == "saves":
+        # What it had counts for nothing: it would be asked before it could listen.
+        assert gpu_checks_chain.start(words, tmp_path / "run", until, "1-small") == code
     if how == "hangs":
         child = int((tmp_path / "run" / "jobs" / "1-small" / "child").read_text())
-        deadline = time.monotonic() + 10
-        while lives(child) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        assert not lives(child)
+        assert ended([child])
 
 
-def write_job(run: Path, *, losses: float = 1.0, weight: float = 1.0, average: float = 1.0, **manifest: Any) -> Path:
-    """A job as a chain leaves it, with one weight."""
-    place = run / "jobs" / "1-small"
+def write_job(
+    run: Path,
+    job: str = "1-small",
+    *,
+    losses: float = 1.0,
+    none_at: int = 0,
+    steps: int = STEPS,
+    weight: float = 1.0,
+    average: float = 1.0,
+    **manifest: Any,
+) -> Path:
+    """A job as a chain leaves it, with one weight; the loss of step `none_at` is no number."""
+    place = run / "jobs" / job
     for folder, value in ((place / "model", weight), (place / "model" / "ema", average)):
         folder.mkdir(parents=True)
         save_file({"w": torch.tensor([value])}, folder / "model.safetensors")
-    rows = [{"kind": "train", "step": step, "loss": losses / step, "at": run.name} for step in range(1, STEPS + 1)]
+    values = {step: math.nan if step == none_at else losses / step for step in range(1, steps + 1)}
+    rows = [{"kind": "train", "step": step, "loss": loss, "at": run.name} for step, loss in values.items()]
     (place / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = {"held_out": {"top1": 50.0}, "choose": {"top1": 50.0}}
-    (place / "manifest.json").write_text(json.dumps({"scores": scores, **manifest}))
+    record = {"state": "done", "hash": "", "result": "", "scores": scores, **manifest}
+    (place / "manifest.json").write_text(json.dumps(record))
     return run
 
 
@@ -158,6 +164,7 @@ def write_job(run: Path, *, losses: float = 1.0, weight: float = 1.0, average: f
         ({}, []),
         ({"losses": 1.1}, ["losses"]),
         ({"losses": math.nan}, ["losses"]),
+        ({"none_at": STEPS}, ["losses"]),
         ({"weight": 1.1}, ["model"]),
         ({"average": 1.1}, ["model/ema"]),
         ({"scores": {}}, ["scores"]),
@@ -173,6 +180,38 @@ def test_what_a_stop_changes_is_seen(changes: dict[str, Any], what: list[str], t
     anew = gpu_checks_chain._lines(whole, "1-small")[: gpu_checks_chain.STOP]
     found = gpu_checks_chain._compare(whole, halves, "1-small", anew, 1.0)
     assert failed(found)[:1] == ["1-small: went on after the steps that it had"]
+
+
+@pytest.mark.parametrize(
+    ("left", "passes"),
+    [
+        ({"steps": STOP, "state": "training"}, True),
+        ({"steps": STEPS - 1, "state": "training"}, True),
+        ({"steps": STEPS, "state": "training"}, False),
+        ({"steps": STOP - 1, "state": "training"}, False),
+        ({"steps": STEPS, "state": "done"}, False),
+        ({"steps": STOP, "state": "evaluated"}, False),
+    ],
+)
+def test_a_link_that_was_not_stopped_is_seen(
+    left: dict[str, Any], passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the link ended before the request came, which then stopped the next one."""
+    limits = []
+
+    def start(words: Any, run: Path, until: float, stopped: str | None = None) -> int:
+        limits.append(until)
+        for job in JOBS if stopped is None else [stopped]:
+            shutil.rmtree(run / "jobs" / job, ignore_errors=True)
+            stays = {"steps": STOP, "state": "training"} | (left if job == "2-large" else {})
+            write_job(run, job, **stays if stopped else {})
+        return 75 if stopped else 0
+
+    monkeypatch.setattr(gpu_checks_chain, "start", start)
+    monkeypatch.setattr(gpu_checks_chain, "_write", lambda place, name, device: place)
+    found = run_check("chain", "cpu")
+    assert failed(found) == ([] if passes else ["2-large: stopped as it trained"])
+    assert len(set(limits)) == 1
 
 
 def test_a_number_that_is_none_fails() -> None:
@@ -192,6 +231,10 @@ def test_differences_are_seen() -> None:
     assert failed(compare("x", replace(right, gradients=one), right)) == ["x: worst gradient"]
     assert failed(compare("x", replace(right, losses=[2.0] * 3), right)) == ["x: losses"]
     assert failed(compare("x", replace(right, after=right.before), right)) == ["x: weights"]
+    none = [*right.losses[:-1], math.nan]
+    assert failed(compare("x", replace(right, losses=none), right)) == ["x: losses"]
+    last = {list(right.gradients)[-1]: torch.full((), math.nan)}
+    assert failed(compare("x", replace(right, gradients=right.gradients | last), right)) == ["x: worst gradient"]
     fewer = {key: value for key, value in right.gradients.items() if key != name}
     assert failed(compare("x", replace(right, gradients=fewer), right)) == ["x: same names"]
     assert failed(compare("x", train(replace(LINK, rows=15), CPU), right)) != []

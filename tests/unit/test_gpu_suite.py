@@ -17,11 +17,13 @@ import torch
 
 from benchmarks import gpu_suite
 from benchmarks.gpu_checks import CHECKS
+from benchmarks.gpu_checks_chain import limit
 from benchmarks.gpu_suite import Item, all_items, batch_for, chosen_items, setup_of
 from benchmarks.gpu_worker import Worker, WorkerError, WorkerTimeout
 from compt.errors import ConfigError
 from compt.hardware import Measurement, Throughput
 from compt.presets import PRESETS
+from tests.helpers_process import ended
 
 ONLY = ["--only", "check/a*", "--only", "speed/vit_pico", "--only", "speed/vit_nano*"]
 NAMES = ["check/arithmetic", "check/adamw", "speed/vit_pico", "speed/vit_nano", "speed/vit_nano<vit_pico"]
@@ -228,6 +230,47 @@ def test_a_worker_outlives_what_runs_in_it(tmp_path: Path, monkeypatch: pytest.M
     finally:
         worker.stop()
     assert not Path(f"/proc/{first}").exists()
+
+
+LAUNCHES = ["setsid", "sh", "-c", 'setsid sleep 600 & echo $$ $! >"$0"; wait']
+"""A process group of its own, and below it another one: as `compt launch` and torchrun make them."""
+
+FOLLOWS = """
+import pathlib, subprocess, sys
+from benchmarks.gpu_worker import Worker
+Worker(pathlib.Path(sys.argv[1])).run(subprocess.run, sys.argv[2:], seconds=600)
+"""
+
+
+@pytest.mark.parametrize("how", ["stopped", "left"])
+def test_what_a_worker_started_ends_with_it(
+    how: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    pids, words = tmp_path / "pids", [*LAUNCHES, str(tmp_path / "pids")]
+    if how == "stopped":
+        worker = Worker(tmp_path / "log")
+        worker.run(os.getpid, seconds=60)
+        with pytest.raises(WorkerTimeout):
+            worker.run(subprocess.run, words, seconds=2)
+    else:
+        process = subprocess.Popen([sys.executable, "-c", FOLLOWS, str(tmp_path / "log"), *words], cwd=root)
+        deadline = time.monotonic() + 60
+        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.kill()
+        process.wait()
+    started = [int(pid) for pid in pids.read_text().split()]
+    assert len(started) == 2
+    assert ended(started)
+
+
+def test_the_chains_leave_time_for_other_checks() -> None:
+    chains = sum(item.seconds for item in all_items() if item.process == "chain")
+    assert chains <= 0.75 * gpu_suite.BUDGET
+    for name, check in CHECKS.items():
+        if check.process == "chain":
+            assert limit(name, torch.device("cuda")) < check.seconds
 
 
 def test_item_kinds() -> None:
