@@ -380,17 +380,6 @@ def beat(step: int, doing: str, patience: float = 1.0) -> None:
         _open[-1].beat(step, doing, patience)
 
 
-def end_with(parent: int) -> None:
-    """From now on, end this process when the one that started it is gone: a killed one cannot end those beside it."""
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def alive() -> None:
     """`Watch.alive` of the innermost watch; without one nothing."""
     if _open:

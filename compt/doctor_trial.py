@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compt import dist
+from compt.dist_beside import end_with
 from compt.dist_meeting import HERE, is_host
-from compt.dist_watch import end_with
 
 SECONDS = 60.0
 """That the processes have to find each other, and then for the sum."""
@@ -145,4 +145,4 @@ def _all_reduce(backend: str, device: str, token: str, seconds: float) -> float:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), *sys.argv[3:6], float(sys.argv[6]))
+    main(int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], sys.argv[4], sys.argv[5], float(sys.argv[6]))

@@ -26,8 +26,9 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from compt import dist
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig, Recipe, split_batch
+from compt.dist_beside import end_with
 from compt.dist_meeting import HERE, is_host
-from compt.dist_watch import LONG, beat, end_with
+from compt.dist_watch import LONG, beat
 from compt.engines import COMPUTE_DTYPES, Engine, open_engine
 from compt.engines.frozen import shard_frozen
 from compt.errors import RunError

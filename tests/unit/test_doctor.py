@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from compt import dist, doctor_together
+from compt import dist, doctor_together, doctor_trial
 from compt.cli import app
 from compt.dist_environment import Place
 from compt.dist_meeting import interface_of
@@ -150,8 +154,14 @@ def test_nccl_that_was_not_tried_is_said() -> None:
 
 
 def collectives(folder: Path) -> list[Collective | str]:
-    """gloo as it should be, and without rank 1's process; then the whole of the doctor, for which something failed."""
-    found = [try_collective("gloo", "cpu", "well")]
+    """gloo as it should be, where the host needs no name for itself, and without rank 1's process; then the whole of
+    the doctor, for which something failed.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.rank() == 0:
+            patch.delenv("TORCHELASTIC_USE_AGENT_STORE")
+            patch.setenv("MASTER_ADDR", "nowhere.invalid")
+        found = [try_collective("gloo", "cpu", "well")]
     own = sys.executable
     if dist.rank() == 1:
         sys.executable = "/bin/false"
@@ -176,6 +186,66 @@ def test_a_collective_that_fails_is_a_finding_on_all_ranks(tmp_path: Path) -> No
     assert first[2].startswith("1 ")
     finding = next(item for item in json.loads(first[2][2:])["findings"] if item["check"] == "gloo")
     assert (finding["state"], "failed: no answer within 60 s (rank 0, 1)" in finding["found"]) == ("wrong", True)
+
+
+@pytest.mark.parametrize(
+    ("rank", "agent", "address"), [(0, None, "127.0.0.1"), (1, None, "node7"), (0, "True", "node7")]
+)
+def test_a_trial_seeks_the_store_where_its_rank_does(
+    rank: int, agent: str | None, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 needs no way through the network to itself, unless torchrun serves the store."""
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "node7", "MASTER_PORT": "4321"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    if agent is not None:
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
+
+    def seek(host: str, port: int, **_: Any) -> None:
+        raise RuntimeError(f"{host}:{port}")
+
+    monkeypatch.setattr("torch.distributed.TCPStore", seek)
+    with pytest.raises(RuntimeError, match=f"^{address}:4321$"):
+        doctor_trial._all_reduce("gloo", "cpu", "token", 1.0)
+
+
+def test_a_trial_that_hangs_ends_with_its_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's client waits without limit for a store that takes its connection and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": silent.getsockname()[1]}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+        words = (tmp_path / "told", "gloo", "cpu", "token", 60.0)
+        parent = multiprocessing.get_context("fork").Process(target=doctor_trial._start, args=words, daemon=True)
+        parent.start()
+        silent.settimeout(60.0)
+        trial, _ = silent.accept()
+        with trial:
+            parent.kill()
+            parent.join()
+            trial.settimeout(10.0)
+            while trial.recv(4096):
+                pass
+
+
+def test_a_trial_that_cannot_be_killed_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+    begin = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        started.append(begin(["sleep", "20"], **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    monkeypatch.setattr(begin, "kill", lambda process: None)
+    monkeypatch.setattr(doctor_trial, "STARTING", 0.2)
+    monkeypatch.setattr(doctor_trial, "DYING", 0.2)
+    begun = time.monotonic()
+    told = doctor_trial._start(tmp_path / "told", "gloo", "cpu", "token", 0.0)
+    assert told == "no answer within 0.2 s, and its process cannot be killed"
+    assert time.monotonic() - begun < 10
+    started[0].terminate()
+    started[0].wait()
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
