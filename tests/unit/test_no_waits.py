@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,10 @@ GPU = torch.device("cuda", 0)
 
 
 class PretendedGpu(TorchDispatchMode):
-    """A GPU of shapes without numbers: to ask one of them is an error. `copies`: of each to it whether one waits."""
+    """A GPU of shapes without numbers: to ask one of them is an error.
+
+    `copies`: of each between it and the CPU whether one waits.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,9 +48,21 @@ class PretendedGpu(TorchDispatchMode):
         if not fake and not to_gpu:
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        if func is aten._to_copy.default and to_gpu and not fake:
-            self.copies.append(not kwargs.get("non_blocking") or args[0].data_ptr() not in self.pinned)
+        if func is aten._to_copy.default:
+            self._note(kwargs.get("device") or args[0].device, args[0], kwargs.get("non_blocking"))
+        elif func is aten.copy_.default:
+            self._note(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
         return func(*args, **kwargs)
+
+    def _note(self, to: Tensor | torch.device, source: Tensor, non_blocking: bool | None) -> None:
+        """A copy to a tensor or, where torch takes memory for it (pinned, if it is not to wait), to a device."""
+        device = to.device if isinstance(to, Tensor) else torch.device(to)
+        if device.type != source.device.type:
+            host = to if device.type == "cpu" else source
+            self.copies.append(not non_blocking or (isinstance(host, Tensor) and not self._is_pinned(host)))
+
+    def _is_pinned(self, host: Tensor) -> bool:
+        return not isinstance(host, FakeTensor) and host.data_ptr() in self.pinned
 
 
 @pytest.mark.parametrize("buckets", [1, 2])
@@ -62,6 +78,30 @@ def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int) -> None:
     assert loss.device == GPU
     # What pixels are normalised by; the captions in the order of their lengths, for student and teacher.
     assert gpu.copies == [False] * (2 * buckets - 1)
+
+
+@pytest.mark.parametrize(
+    ("copy", "waits"),
+    [
+        (lambda gpu, cpu: gpu.cpu(), [True]),
+        (lambda gpu, cpu: gpu.to("cpu", non_blocking=True), [False]),
+        (lambda gpu, cpu: gpu.copy_(cpu), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu, non_blocking=True), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu.pin_memory()), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu.pin_memory(), non_blocking=True), [False]),
+        (lambda gpu, cpu: cpu.copy_(gpu), [True]),
+        (lambda gpu, cpu: cpu.to(GPU), [True]),
+        (lambda gpu, cpu: cpu.pin_memory().to(GPU, non_blocking=True), [False]),
+        (lambda gpu, cpu: gpu.cpu().to(GPU, non_blocking=True), [True, True]),
+        (lambda gpu, cpu: gpu.copy_(gpu.to(torch.float64)), []),
+    ],
+)
+def test_the_pretended_gpu_notices(copy: Callable[[Tensor, Tensor], Tensor], waits: list[bool]) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        there, here = torch.zeros(3, device=GPU), torch.zeros(3)
+        gpu.copies.clear()
+        copy(there, here)
+    assert gpu.copies == waits
 
 
 def test_a_thread_that_writes_asks_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
