@@ -422,6 +422,7 @@ CHECKS: dict[str, Check] = {
     "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
     "compile": Check(check_compile("ddp"), "compiled", 240),
     "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
+    "compile_zero2": Check(check_compile("zero2"), "compiled", 240),
     "compile_zero3": Check(check_compile("zero3"), "compiled", 240),
 }
 """In the order of their value."""
