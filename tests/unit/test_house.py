@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import tomllib
+from fnmatch import fnmatch
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -160,3 +161,13 @@ def test_no_file_names_a_place_that_only_its_author_has(root: Path) -> None:
             continue
         found += [f"{name}: {word}" for word in FORBIDDEN if word in text]
     assert found == []
+
+
+def test_no_folder_of_tests_is_passed_over(root: Path, pytestconfig: pytest.Config) -> None:
+    """pytest looks into no folder called "dist" unless it is told to."""
+    folders = {part for path in (root / "tests").rglob("test_*.py") for part in path.relative_to(root).parts[:-1]}
+    passed_over = [
+        name for name in folders for pattern in pytestconfig.getini("norecursedirs") if fnmatch(name, pattern)
+    ]
+    assert "dist" in folders
+    assert passed_over == []
