@@ -128,6 +128,8 @@ def _random_row(engine: str, rows: list[dict[str, Any]]) -> list[str]:
 def page(result: dict[str, Any]) -> str:
     """docs/faults.md."""
     machine = f"{result['date']}, {result['device']}, {result['cores']} cores, torch {result['versions']['torch']}."
+    # Of a result that several starts have made; `--fresh` begins without one.
+    machine += f"\n\n{result['note']}" if result.get("note") else ""
     return TEXT.format(
         timeout=result["timeout"],
         machines=machine,
