@@ -137,7 +137,7 @@ def test_paddings_between_parameters_are_skipped(zeros, tmp_path):
     """Lay the first group out again with gaps, as DeepSpeed does for parameters that need alignment."""
     folder = copied(zeros, tmp_path, "zero1")
     files = sorted((folder / TAG).glob("*_optim_states.pt"))
-    shapes = torch.load(folder / TAG / "mp_rank_00_model_states.pt", weights_only=False)["param_shapes"][0]
+    shapes = torch.load(folder / TAG / "mp_rank_00_model_states.pt", weights_only=True)["param_shapes"][0]
     parts = [torch.load(path, weights_only=False)["optimizer_state_dict"] for path in files]
     vector = torch.cat([part["single_partition_of_fp32_groups"][0] for part in parts])
     gaps = [index % 3 for index in range(len(shapes))]
