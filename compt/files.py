@@ -28,7 +28,7 @@ def _fsync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def fsync_tree(folder: Path) -> None:
+def _fsync_tree(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -115,7 +115,7 @@ def new_folder(final: Path) -> Iterator[Path]:
         os.chmod(temporary, 0o755)
         with disk_errors(final):
             yield temporary
-            fsync_tree(temporary)
+            _fsync_tree(temporary)
             old = temporary.with_name(temporary.name + ".old")
             if final.exists():
                 os.rename(final, old)

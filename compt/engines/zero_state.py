@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from compt import dist
 from compt.engines.average import Average
 from compt.engines.zero_parts import Parts
 from compt.errors import ArtefactError, ComptError, RunError
-from compt.files import disk_errors, fsync_tree, write_bytes
+from compt.files import disk_errors, write_bytes
 from compt.sources.pickles import load_torch_file
 from compt.sources.weights import Weights
 from compt.sources.zero import LATEST, MOMENTS, ZeroState, read_zero, read_zero_state
@@ -58,6 +59,8 @@ class Writer:
         try:
             with disk_errors(Path(path)), Path(path).open("wb") as file:
                 torch.save(state_dict, file)
+                file.flush()
+                os.fsync(file.fileno())
             self.files.append(Path(path))
         except RunError as error:
             self.error = error
@@ -106,8 +109,6 @@ def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[
         if dist.is_main():
             write_bytes(folder / LATEST, _TAG.encode())
             writer.files.append(folder / LATEST)
-        with disk_errors(folder):
-            fsync_tree(folder)
 
     dist.on_all(rest)
     return writer.files

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
+import os
+import re
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -244,6 +247,23 @@ def whole(engine: Any) -> dict[str, dict[str, Tensor]]:
     return {"weights": dict(engine.weights()), "average": dict(engine.weights(average=True))}
 
 
+@contextlib.contextmanager
+def flushed() -> Iterator[list[str]]:
+    """The names of the files that this process flushes to the disk."""
+    names: list[str] = []
+    fsync = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        name = os.readlink(f"/proc/self/fd/{descriptor}")
+        if not os.path.isdir(name):
+            names.append(name)
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", recorded)
+        yield names
+
+
 def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> list[dict[str, Any]]:
     """Train two steps, save, go on; then once more from what was saved, which has to be the same bit for bit."""
     from compt.engines.zero import open_average
@@ -255,7 +275,10 @@ def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> l
         task = make_task(cell.arch, cell.distil)
         engine = open_engine(task, cell, precision=precision)
         train(task, engine, cell.pieces, range(2))
-        files = engine.save(path)()
+        with flushed() as found:
+            files = engine.save(path)()
+        # Its own and no more: another rank's may be renamed just now.
+        assert sorted(re.sub(r"\.latest\.\w+$", "latest", name) for name in found) == sorted(map(str, files))
         dist.barrier()
         before = whole(engine)
         assert equal(before["weights"], read_zero(path).weights), "the files hold other weights"
