@@ -14,9 +14,11 @@ pytestmark = pytest.mark.dist
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "pair"), [*((world, "vit") for world in WORLDS), (2, "swin")])
-def test_every_engine_holds_what_is_predicted(world: int, pair: str) -> None:
-    assert memory.misses(memory.run(world, pairs=[pair])) == []
+@pytest.mark.parametrize(
+    ("world", "pair", "engines"), [*((world, "vit", ENGINES) for world in WORLDS), (2, "swin", ("fsdp2", "zero2"))]
+)
+def test_every_engine_holds_what_is_predicted(world: int, pair: str, engines: tuple[str, ...]) -> None:
+    assert memory.misses(memory.run(world, engines, pairs=[pair])) == []
 
 
 def test_a_part_that_differs_is_told() -> None:
@@ -27,6 +29,24 @@ def test_a_part_that_differs_is_told() -> None:
     assert memory.misses([record]) == ["vit, ddp on 2: weights counted 1,000, predicted 1,060 bytes"]
     record["predicted_bytes"] = {**parts, "teacher": 0}
     assert len(memory.misses([record])) == 1
+
+
+def test_gradients_of_stages_one_and_two_are_those_of_tensors_that_a_slice_touches() -> None:
+    (record,) = (
+        one
+        for one in page.read_results(memory.FILE)["records"]
+        if (one["models"], one["engine"], one["world_size"], one["shard_teacher"]) == ("swin", "zero2", 4, False)
+    )
+    counted, predicted = (record[key]["gradients"] for key in ("counted_bytes", "predicted_bytes"))
+    assert counted > 1.1 * predicted  # the planner's is of the embedding alone
+    assert memory.misses([record]) == []
+    for key, wrong in (
+        ("counted_bytes", 0.97 * counted),
+        ("counted_bytes", predicted),
+        ("predicted_bytes", 1.2 * counted),
+    ):
+        (told,) = memory.misses([{**record, key: {**record[key], "gradients": wrong}}])
+        assert told.startswith("swin, zero2 on 4: gradients counted ")
 
 
 def test_the_page_shows_what_was_counted(root: Path) -> None:
