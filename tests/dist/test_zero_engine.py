@@ -79,6 +79,7 @@ def test_every_cell_equals_one_process(world: int) -> None:
         for arch in ("vit", "swin")
         for distil in (False, True)
         for pieces in (1, 4)
+        if world == 2  # on 1 and 4 in tests/engines/test_matrix.py
     ]
     cells += [Cell(stage, zero=ROBIN, pieces=pieces) for stage in (1, 2) for pieces in (1, 4)]
     cells += [Cell(stage, zero=OFFLOAD, pieces=pieces) for stage in (1, 2, 3) for pieces in (1, 4)]

@@ -76,9 +76,9 @@ def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINES)
-def test_chains_by_the_real_command_pass_on_a_cpu(name: str) -> None:
-    found = run_check(name, "cpu")
+def test_a_chain_by_the_real_command_passes_on_a_cpu() -> None:
+    assert set(ENGINES) == {"chain", "chain_zero"}  # which differ in the engine alone
+    found = run_check("chain_zero", "cpu")
     assert failed(found) == []
     assert len(found) == 5 + 7 * len(JOBS)
 
