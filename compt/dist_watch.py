@@ -255,10 +255,13 @@ class Watch:
         return None if text == _NONE else Cause(**json.loads(text))
 
     def _all(self) -> dict[int, Seen]:
-        """The newest sign of life of every other rank."""
-        for rank in set(range(self.world)) - {self.rank}:
-            self._seen.setdefault(rank, Seen())
+        """The newest sign of life of every other rank; of those looked at for the first time not yet a living one."""
+        new = set(range(self.world)) - {self.rank, *self._seen}
+        self._seen.update((rank, Seen()) for rank in new)
         self._exchange()
+        if self._asked_at:
+            for rank in new:
+                self._seen[rank].at = self._asked_at
         return self._seen
 
     def _hanging(self) -> Cause:

@@ -6,13 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from compt import dist
 from compt.dist_watch import Watch, alive, beat
+from compt.dist_watch_causes import Seen
+from compt.dist_watch_store import Life, Post
 from compt.errors import DataError, Interrupted, RunError
 from tests.faults.group import Ended, Group, mark
 
@@ -272,3 +276,31 @@ def test_one_process_shows_where_it_hangs_and_goes_on(tmp_path: Path) -> None:
     assert "step 3, reading data for 0." in text
     assert "test_one_process_shows_where_it_hangs_and_goes_on" in text
     beat(5, "nothing watches")
+
+
+def other_machine(rank: int, tick: int) -> str:
+    """A sign of life of a rank on another machine, where nothing else can be seen of it."""
+    return replace(
+        Life.here(tick, rank, "", 9, 9, "computing", 0.0, "", False), host=f"n{rank}", place=str(rank)
+    ).to_json()
+
+
+def test_who_asks_an_answer_waits_for_ranks_that_it_never_watched(tmp_path: Path) -> None:
+    """Rank 2 of four machines is dead, which only rank 1 has seen; the launcher's signal to rank 0 is no cause."""
+    store: Any = HashStore()
+    watch = Watch(tmp_path, 600.0)
+    watch.rank, watch.world, watch._token, watch._store_is_with_rank_0 = 0, 4, "token", True
+    watch._post, watch._seen = Post(store), {1: Seen()}
+    store.set("cause", "-")
+    for rank in (1, 2, 3):
+        store.set(str(rank), other_machine(rank, 1))
+    watch._look()
+    watch._error, watch._asked_at = Interrupted("stopped by SIGTERM"), time.monotonic()
+    for tick in (2, 3):
+        for rank in (1, 3):
+            store.set(str(rank), other_machine(rank, tick))
+        assert watch._look() is None
+    store.set("2", other_machine(2, 2))
+    cause = watch._look()
+    assert cause is not None
+    assert (cause.kind, cause.rank, cause.text) == ("failed", 0, "stopped by SIGTERM")
