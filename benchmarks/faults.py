@@ -63,7 +63,8 @@ each other, and measures how long its own main thread has not got on.
 - The **lowest process that lives** tells the cause, once, and writes it to `RUN/faults/cause-….txt`. All processes end
   with its exit code, also those whose main thread is stuck in a collective; one that is stopped is killed by those of
   its machine.
-- Before that thread begins, while recipe and data are read, a message between processes fails: rank 0 or 1 says so.
+- Before that thread begins, while recipe and data are read, a message between processes fails: rank 1 and the first of
+  each machine say so.
 - When the whole job is suspended and goes on, nobody is to blame.
 
 **Out of memory** on any rank ends all with the changes of the recipe that should fit, in numbers of the planner.

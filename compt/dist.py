@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist_environment import Place, connect_limit, find_place
-from compt.dist_meeting import choose_interface, meet
-from compt.errors import ComptError, ConfigError, Gone, RunError
+from compt.dist_meeting import SPEAKING, choose_interface, meet
+from compt.dist_speaker import is_speaker
+from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -31,7 +32,7 @@ def init(
     `compt.dist_environment` says which environments: torchrun's and its like, or srun's, which is completed with
     torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
     collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
-    COMPT_CONNECT_SECONDS of the environment, or 60).
+    COMPT_CONNECT_SECONDS of the environment, or 60), and so does the way from each to each.
     Raises ConfigError for an environment that contradicts itself or a missing device; RunError when the ranks do not
     find each other, of which one has `told` unset: the lowest that is there.
     """
@@ -41,27 +42,32 @@ def init(
     chosen = _choose_device(device, place)
     if torch_dist.is_initialized() or place is None:
         return chosen
-    store = meet(place, connect_limit(os.environ) if connect_seconds is None else connect_seconds)
+    limit = connect_limit(os.environ) if connect_seconds is None else connect_seconds
+    store = meet(place, limit)
     interface = choose_interface(place)
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    timeout = datetime.timedelta(seconds=timeout_seconds)
-    store.set_timeout(timeout)
+    timeout, short = (datetime.timedelta(seconds=seconds) for seconds in (timeout_seconds, limit))
+    store.set_timeout(short)
     try:
         torch_dist.init_process_group(
             backend_of(chosen),
             store=store,
             rank=place.rank,
             world_size=place.world_size,
-            timeout=timeout,
+            timeout=short,
             device_id=chosen if chosen.type == "cuda" else None,
         )
     except RuntimeError as error:
         name = "NCCL" if chosen.type == "cuda" else "GLOO"
-        raise RunError(
-            f"rank {place.rank} of {place.world_size} has no connection to the others ({str(error).splitlines()[0]}); "
-            f"{name}_SOCKET_IFNAME names the network interface to take"
-        ) from error
+        failure = RunError(
+            f"rank {place.rank} of {place.world_size} has no connection to the others ({str(error).splitlines()[0]}): "
+            f"one has ended since it came, or {name}_SOCKET_IFNAME has to name the network interface to take"
+        )
+        failure.told = not is_speaker(place, SPEAKING * limit)
+        raise failure from error
+    store.set_timeout(timeout)
+    distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
     _joined[:] = [place]
     return chosen
 
@@ -134,14 +140,22 @@ def together() -> Iterator[None]:
     """What torch raises in a collective where another process is missing, as Gone."""
     try:
         yield
-    except (torch.OutOfMemoryError, torch.AcceleratorError):  # this process's own
-        raise
     except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise Gone(
-            f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
-            f"command again to go on. ({reason})"
-        ) from error
+        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # this process's own
+            raise
+        raise _gone(error) from error
+
+
+def _gone(error: RuntimeError) -> Gone:
+    lines = str(error).splitlines() or [type(error).__name__]
+    # NCCL's first line names the kind of failure alone.
+    last = [line.strip() for at, line in enumerate(lines) if at and lines[at - 1].startswith("Last error")]
+    gone = Gone(
+        f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
+        f"command again to go on. ({': '.join([lines[0], *last])})"
+    )
+    gone.told = local_rank() != 0 and rank() != 1
+    return gone
 
 
 def barrier() -> None:

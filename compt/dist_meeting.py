@@ -36,8 +36,8 @@ HERE = "127.0.0.1"
 PAUSE = 0.25
 """Seconds between two attempts to reach the master."""
 
-REACHING, GRACE = 0.8, 0.05
-"""Shares of the time to meet: for waiting, and for torch to end it; the rest is for finding out who tells of it."""
+REACHING, GRACE, SPEAKING = 0.8, 0.05, 0.15
+"""Shares of the time to meet: for waiting, for torch to end it, and for finding out who tells of it."""
 
 LISTENING = 0.5
 """Seconds between two questions whether rank 0 has given up."""
@@ -67,14 +67,14 @@ def meet(place: Place, seconds: float) -> TCPStore:
             if not is_host(place.rank):
                 # All ranks begin at about the same time, and end so.
                 time.sleep(max(0.0, until - time.monotonic()))
-            failure.told = not is_speaker(place, 0.15 * seconds)
+            failure.told = not is_speaker(place, SPEAKING * seconds)
         raise failure from error
     try:
         with _quiet():
             missing, lowest = _within(late, lambda: _wait_for_all(place, until, store))
     except TimeoutError as error:
         failure = _failure(place, seconds, "rank 0 was there, and does not answer any more")
-        failure.told = not is_speaker(place, 0.15 * seconds)
+        failure.told = not is_speaker(place, SPEAKING * seconds)
         raise failure from error
     except RuntimeError as error:
         # The store went away while others were missing: rank 0 gave up a moment before, and says so.
@@ -85,7 +85,7 @@ def meet(place: Place, seconds: float) -> TCPStore:
         failure = _failure(place, seconds, f"{_ranks(missing)} did not come: ended before, or cut off from it")
         # Whoever found rank 0 alone may be one of many who tell their side.
         alone = len(missing) == place.world_size - 1
-        failure.told = not is_speaker(place, 0.15 * seconds) if alone else place.rank != lowest
+        failure.told = not is_speaker(place, SPEAKING * seconds) if alone else place.rank != lowest
         if place.rank == 0 and not alone:
             # The others look who is there, in this rank's store.
             time.sleep(0.05 * seconds)

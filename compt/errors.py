@@ -47,18 +47,22 @@ class RunError(ComptError):
 class Gone(RunError):
     """A collective failed because another process has ended, or cannot be reached.
 
-    All that are left raise it: rank 0 shows it, and rank 1, as rank 0 may be the one that is gone.
+    All that are left raise it, and nobody knows who they are: `told` is unset on the first of each machine, and on rank
+    1, as rank 0 may be the one that is gone.
     """
-
-    def shown_by(self, rank: str) -> bool:
-        """Whether the process of this rank is to show it."""
-        return not self.told and rank in ("0", "1")
 
 
 class Interrupted(ComptError):
     """SIGTERM or SIGUSR1 arrived; a checkpoint was saved. Starting again continues (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is torch's, Python's or the allocator's way to say that memory ran out."""
+    words = ("out of memory", "can't allocate memory", "alloc_failed")
+    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return named or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

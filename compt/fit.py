@@ -31,9 +31,9 @@ from compt.dist_meeting import HERE, is_host
 from compt.dist_watch import LONG, beat
 from compt.engines import COMPUTE_DTYPES, Engine, open_engine
 from compt.engines.frozen import shard_frozen
-from compt.errors import RunError
+from compt.errors import RunError, is_out_of_memory
 from compt.models import DrawnState, build
-from compt.out_of_memory import Room, advice, is_out_of_memory
+from compt.out_of_memory import Room, advice
 from compt.planner import Job
 from compt.presets import ModelSpec
 from compt.task import ClipTask, DistillTask

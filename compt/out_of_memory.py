@@ -9,7 +9,7 @@ from typing import Any
 
 from compt.config import EngineConfig, Recipe
 from compt.config_engine import changed_engine
-from compt.errors import RunError
+from compt.errors import RunError, is_out_of_memory
 from compt.forecast import FRAGMENTED, RESERVED_BYTES
 from compt.forecast_memory import memory_of, not_modelled
 from compt.formats import count
@@ -25,13 +25,6 @@ class Room:
 
     free: int | None = None
     total: int | None = None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's, Python's or the allocator's way to say that memory ran out."""
-    words = ("out of memory", "can't allocate memory", "alloc_failed")
-    named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return named or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
 
 
 @contextlib.contextmanager

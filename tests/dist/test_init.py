@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ from compt import dist
 from compt.dist_environment import Place
 from compt.dist_meeting import meet
 from compt.engines import state_dcp
-from compt.errors import ConfigError, RunError
+from compt.errors import ConfigError, Gone, RunError
 from tests.faults.group import Group
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
@@ -113,6 +114,74 @@ store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers
 print(flush=True)
 time.sleep(60)
 """
+
+
+@pytest.mark.dist
+def test_a_rank_ends_just_after_it_has_come() -> None:
+    """Before the ways from each to each are there: the others wait as long as for the meeting, and one says so."""
+    variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start = time.monotonic()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", ENDING],
+            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [5, 9, 5]
+    assert time.monotonic() - start < 45  # a collective may take 300
+    (message,) = filter(None, said)
+    assert "rank 0 of 3 has no connection to the others" in message
+    assert "one has ended since it came, or GLOO_SOCKET_IFNAME" in message
+
+
+ENDING = """
+import os, sys
+from compt import dist
+from compt.errors import ComptError
+if os.environ["RANK"] == "1":
+    dist.choose_interface = lambda place: os._exit(9)
+try:
+    dist.init("cpu", timeout_seconds=300.0, connect_seconds=8.0)
+except ComptError as error:
+    if error.shown_by(os.environ["RANK"]):
+        print(error)
+    sys.stdout.flush()
+    os._exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1"), Gone),
+        (torch.distributed.DistBackendError("NCCL error\nncclRemoteError: x\nLast error:\n peer 3 left\n"), Gone),
+        (torch.distributed.DistBackendError("NCCL error\nLast error:\nFailed to CUDA calloc: out of memory"), None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."), None),
+        (torch.OutOfMemoryError("CUDA out of memory."), None),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), None),
+    ],
+)
+def test_what_fails_in_a_collective_is_anothers_end_or_ones_own(error: RuntimeError, kind: type | None) -> None:
+    with pytest.raises(kind or type(error)) as caught, dist.together():
+        raise error
+    assert caught.value is error if kind is None else "another process of this job" in str(caught.value)
+    assert ("peer 3 left" in str(error)) == ("(NCCL error: peer 3 left)" in str(caught.value))
+
+
+@pytest.mark.parametrize(("rank", "local_rank", "told"), [(0, 0, False), (1, 1, False), (2, 2, True), (8, 0, False)])
+def test_the_first_of_each_machine_tells_that_another_is_gone(
+    rank: int, local_rank: int, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "rank", lambda: rank)
+    monkeypatch.setattr(dist, "local_rank", lambda: local_rank)
+    with pytest.raises(Gone) as caught, dist.together():
+        raise RuntimeError("Connection closed by peer")
+    assert caught.value.told == told
+    assert caught.value.shown_by(str(rank)) != told
 
 
 @pytest.mark.dist

@@ -11,10 +11,10 @@ import torch
 
 from compt import dist, jobs
 from compt.config import EngineConfig, load_recipe
-from compt.errors import RunError
+from compt.errors import RunError, is_out_of_memory
 from compt.fit import Trial, fits_apart, largest, steps
 from compt.metrics import read_metrics
-from compt.out_of_memory import Room, advice, explained, is_out_of_memory
+from compt.out_of_memory import Room, advice, explained
 from compt.planner import make_plan
 from compt.stragglers import straggler_report
 from tests.dist.spawn import run_ranks
