@@ -39,6 +39,17 @@ from compt.throughput_step import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("runs/gpu_suite.json")
+SOURCES = (
+    "compt/**/*.py",
+    "compt/ds_configs/*.json",
+    "benchmarks/gpu_*.py",
+    "benchmarks/counting.py",
+    "launchers/train.py",
+    "ds_configs/*.json",
+    "tests/helpers_recipe.py",
+    "tests/helpers_shards.py",
+)
+"""What checks consist of, and what they run: a check is repeated when one of these has changed."""
 BUDGET = 480.0
 STEP_SECONDS = 0.6
 """What a timed step should take about, by the guess below: batches are as large as that allows, up to `LARGEST`."""
@@ -85,7 +96,11 @@ class State:
 
     @classmethod
     def open(cls, path: Path, stamp: dict[str, Any], fresh: bool) -> State:
-        """Raises ConfigError for a file that is none of this program."""
+        """Raises ConfigError for a file that is none of this program, and for a folder that cannot be."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the log beside it comes before the first result
+        except OSError as error:
+            raise ConfigError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
         state = cls(path, stamp, source_hash())
         if path.exists() and not fresh:
             try:
@@ -117,9 +132,9 @@ class State:
 
 
 def source_hash() -> str:
-    """Of all that training consists of, and of the checks: 16 hexadecimal digits."""
+    """Of `SOURCES`: 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for path in sorted([*(ROOT / "compt").rglob("*.py"), *(ROOT / "benchmarks").glob("gpu_*.py")]):
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
         digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -36,20 +36,34 @@ class Worker:
 
         Raises WorkerTimeout after `seconds`, WorkerError when the function raises or its process dies.
         """
-        if self._process is None:
-            self._start()
-        self._pipe.send((function, arguments))
+        request = (function, arguments)
+        used = self._process is not None
         try:
-            if not self._pipe.poll(seconds):
-                self.stop()
-                raise WorkerTimeout(f"no answer within {seconds:.0f} s")
-            good, found = self._pipe.recv()
-        except EOFError:
+            try:
+                good, found = self._ask(request, seconds)
+            except ConnectionError:
+                if not used:
+                    raise
+                self.stop()  # it had not read the request, which is not what it died of
+                good, found = self._ask(request, seconds)
+        except (EOFError, ConnectionError):
             code = self.stop()
             raise WorkerError(f"its process died (exit code {code}); {self._log} has what it printed") from None
         if not good:
             self.stop()  # CUDA gives no right answers after some errors
             raise WorkerError(found)
+        return found
+
+    def _ask(self, request: tuple[Callable[..., Any], tuple[Any, ...]], seconds: float) -> tuple[bool, Any]:
+        if self._process is not None and not self._process.is_alive():
+            self.stop()
+        if self._process is None:
+            self._start()
+        self._pipe.send(request)
+        if not self._pipe.poll(seconds):
+            self.stop()
+            raise WorkerTimeout(f"no answer within {seconds:.0f} s")
+        found: tuple[bool, Any] = self._pipe.recv()
         return found
 
     def _start(self) -> None:
@@ -111,13 +125,18 @@ def end_family(pid: int) -> None:
 
     Where it is this one, it goes last. What outlived its own parent is not found.
     """
+    for each in reversed(hold_family(pid)):
+        send(each, signal.SIGKILL)
+
+
+def hold_family(pid: int) -> list[int]:
+    """Make a process and all that came of it stand still, but for this one; their numbers, parents first."""
     found = [pid]
     for each in found:
         if each != os.getpid():
-            _send(each, signal.SIGSTOP)  # lest it start another, which would be missed
+            send(each, signal.SIGSTOP)  # lest it start another, which would be missed
         found += _children(each)
-    for each in reversed(found):
-        _send(each, signal.SIGKILL)
+    return found
 
 
 def _children(pid: int) -> list[int]:
@@ -128,6 +147,7 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _send(pid: int, number: int) -> None:
+def send(pid: int, number: int) -> None:
+    """A signal for a process, which may have ended."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

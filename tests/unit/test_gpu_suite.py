@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -19,11 +19,10 @@ from benchmarks import gpu_suite
 from benchmarks.gpu_checks import CHECKS
 from benchmarks.gpu_checks_chain import limit
 from benchmarks.gpu_suite import Item, all_items, batch_for, chosen_items, setup_of
-from benchmarks.gpu_worker import Worker, WorkerError, WorkerTimeout
+from benchmarks.gpu_worker import WorkerError, WorkerTimeout
 from compt.errors import ConfigError
 from compt.hardware import Measurement, Throughput
 from compt.presets import PRESETS
-from tests.helpers_process import ended
 
 ONLY = ["--only", "check/a*", "--only", "speed/vit_pico", "--only", "speed/vit_nano*"]
 NAMES = ["check/arithmetic", "check/adamw", "speed/vit_pico", "speed/vit_nano", "speed/vit_nano<vit_pico"]
@@ -171,15 +170,54 @@ def test_checks_are_of_a_source_and_everything_of_a_device(tmp_path: Path, monke
 
 
 def test_the_source_is_what_training_consists_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("compt/a.py", "benchmarks/gpu_checks.py", "benchmarks/other.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    names = ["compt/a.py", "compt/b/c.py", "benchmarks/gpu_checks.py", "benchmarks/counting.py", "launchers/train.py"]
+    names += ["compt/ds_configs/zero2.json", "ds_configs/zero2_offload.json", "tests/helpers_shards.py"]
+    for name in (*names, "benchmarks/other.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(gpu_suite, "ROOT", tmp_path)
-    first = gpu_suite.source_hash()
+    hashes = [gpu_suite.source_hash()]
     (tmp_path / "benchmarks/other.py").write_text("2")
-    assert gpu_suite.source_hash() == first
-    (tmp_path / "compt/a.py").write_text("2")
-    assert gpu_suite.source_hash() != first
+    assert gpu_suite.source_hash() == hashes[0]
+    for name in names:
+        (tmp_path / name).write_text("2")
+        hashes.append(gpu_suite.source_hash())
+    assert len(set(hashes)) == 1 + len(names)
+
+
+def imports(path: Path, root: Path) -> list[Path]:
+    """The modules of benchmarks and tests that one of them takes from, within functions too."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    modules = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    files = [root / f"{name.replace('.', '/')}.py" for name in modules if name.split(".")[0] in ("benchmarks", "tests")]
+    assert all(file.is_file() for file in files)  # else a name of a package was taken, whose module is not seen here
+    return files
+
+
+def test_the_source_is_all_that_checks_import(root: Path) -> None:
+    covered = {path for pattern in gpu_suite.SOURCES for path in root.glob(pattern)}
+    found = [root / "benchmarks" / "gpu_suite.py"]
+    for path in found:
+        found += [other for other in imports(path, root) if other not in found]
+    assert {path.name for path in found} >= {"gpu_checks_chain.py", "counting.py", "helpers_shards.py"}
+    assert [path for path in found if path not in covered] == []
+    assert all(any(root.glob(pattern)) for pattern in gpu_suite.SOURCES)
+
+
+def test_a_first_call_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # a real process, which opens its log before there is a result
+    out = tmp_path / "runs" / "new" / "s.json"
+    assert suite(out, "--only", "check/scaler") == 0
+    assert names(out) == ["check/scaler"]
+    assert out.with_suffix(".log").exists()
+
+
+def test_a_folder_that_cannot_be_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert suite(tmp_path / "file" / "s.json", "--only", "check/scaler") == 2
+    said = capsys.readouterr().err
+    assert said == f"--out {tmp_path}/file/s.json: its folder cannot be made (File exists)\n"
 
 
 def test_bad_words_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,61 +246,6 @@ def test_batches_are_of_a_length_and_a_memory(monkeypatch: pytest.MonkeyPatch) -
     assert sizes[10][2] < sizes[140][2]
     assert min(sizes[10]) >= 1
     assert batch_for(setup_of("vit_l16"), torch.device("cpu")) == 4
-
-
-def test_a_worker_outlives_what_runs_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()  # the real clock
-    worker = Worker(tmp_path / "log")
-    try:
-        first = worker.run(os.getpid, seconds=60)
-        assert worker.run(os.getpid, seconds=60) == first != os.getpid()
-        with pytest.raises(WorkerError, match=r"^ValueError: invalid literal"):
-            worker.run(int, "x", seconds=60)
-        assert "Traceback" in (tmp_path / "log").read_text()
-        second = worker.run(os.getpid, seconds=60)
-        assert second != first
-        with pytest.raises(WorkerError, match=r"its process died \(exit code 3\)"):
-            worker.run(os._exit, 3, seconds=60)
-        worker.run(os.getpid, seconds=60)
-        with pytest.raises(WorkerTimeout, match="no answer within 0 s"):
-            worker.run(time.sleep, 600, seconds=0.1)
-        assert worker.run(os.getpid, seconds=60) not in (first, second)
-    finally:
-        worker.stop()
-    assert not Path(f"/proc/{first}").exists()
-
-
-LAUNCHES = ["setsid", "sh", "-c", 'setsid sleep 600 & echo $$ $! >"$0"; wait']
-"""A process group of its own, and below it another one: as `compt launch` and torchrun make them."""
-
-FOLLOWS = """
-import pathlib, subprocess, sys
-from benchmarks.gpu_worker import Worker
-Worker(pathlib.Path(sys.argv[1])).run(subprocess.run, sys.argv[2:], seconds=600)
-"""
-
-
-@pytest.mark.parametrize("how", ["stopped", "left"])
-def test_what_a_worker_started_ends_with_it(
-    how: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.undo()
-    pids, words = tmp_path / "pids", [*LAUNCHES, str(tmp_path / "pids")]
-    if how == "stopped":
-        worker = Worker(tmp_path / "log")
-        worker.run(os.getpid, seconds=60)
-        with pytest.raises(WorkerTimeout):
-            worker.run(subprocess.run, words, seconds=2)
-    else:
-        process = subprocess.Popen([sys.executable, "-c", FOLLOWS, str(tmp_path / "log"), *words], cwd=root)
-        deadline = time.monotonic() + 60
-        while not (pids.exists() and pids.read_text()) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        process.kill()
-        process.wait()
-    started = [int(pid) for pid in pids.read_text().split()]
-    assert len(started) == 2
-    assert ended(started)
 
 
 def test_the_chains_leave_time_for_other_checks() -> None:
