@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -18,17 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.multiprocessing.spawn import start_processes
 
 from benchmarks.gpu_checks_cases import (
     CASES,
     LINK,
     LR,
     STEPS,
-    Trained,
     apart,
     backward,
     compare,
@@ -38,9 +33,9 @@ from benchmarks.gpu_checks_cases import (
     ratio,
     train,
 )
-from benchmarks.gpu_checks_chain import SECONDS, check_chain, processes
+from benchmarks.gpu_checks_chain import SECONDS, check_chain
 from benchmarks.gpu_checks_finding import Finding, holds
-from compt import dist
+from benchmarks.gpu_checks_processes import check_processes
 from compt.accumulate import cached_backward
 from compt.config import EngineConfig
 from compt.data.records import Batch
@@ -354,44 +349,6 @@ def peak_of_a_step(case: Step) -> int:
         step(engine, task, case, batch)
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
-
-
-def check_processes(device: torch.device) -> list[Finding]:
-    """A process on each GPU (on a CPU: two) in the group that trainings join; on one GPU a group of one."""
-    count = processes(device)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (count, device.type, store.port, folder)
-        start_processes(_rank, arguments, nprocs=count, start_method="spawn")
-        found = torch.load(Path(folder) / "0.pt", weights_only=True)
-    right = oracle(LINK)
-    return [
-        Finding("processes", count, math.inf, 1),
-        holds("sums over all of them", found["sums"]),
-        holds("sums on the CPU", found["cpu"]),
-        *compare(f"{found['backend']} of {count}", Trained(**found["trained"]), right),
-    ]
-
-
-def _rank(rank: int, count: int, kind: str, port: int, folder: str) -> None:
-    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-    environment |= {"MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
-    os.environ.update({name: str(value) for name, value in environment.items()})
-    device = dist.init(kind)
-    backend = torch_dist.get_backend_config()
-    number = torch.tensor([float(rank)], device=device)
-    torch_dist.all_reduce(number)
-    right = count * (count - 1) / 2
-    on_cpu = dist.all_reduce_sum(float(rank)) == right
-    rows = LINK.rows // count
-    trained = train(LINK, device, part=slice(rank * rows, (rank + 1) * rows))
-    losses = torch.tensor(trained.losses, device=device)
-    torch_dist.all_reduce(losses)
-    if not rank:
-        trained = replace(trained, losses=(losses / count).tolist())
-        sums = number.item() == right
-        torch.save({"sums": sums, "cpu": on_cpu, "backend": backend, "trained": vars(trained)}, f"{folder}/0.pt")
-    dist.shutdown()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks import gpu_checks, gpu_checks_chain
+from benchmarks import gpu_checks, gpu_checks_chain, gpu_checks_processes
 from benchmarks.gpu_checks import CHECKS, run_check
 from benchmarks.gpu_checks_cases import CASES, LINK, compare, oracle, train
 from benchmarks.gpu_checks_chain import ENGINES, JOBS, STEPS, STOP
@@ -131,6 +131,38 @@ def test_a_command_is_stopped_once_it_trains_and_ended_with_its_children(how: st
     if how == "hangs":
         child = int((tmp_path / "run" / "jobs" / "1-small" / "child").read_text())
         assert ended([child])
+
+
+LAUNCHER = """
+import signal, subprocess, sys, time
+wanted = []
+signal.signal(signal.SIGTERM, lambda *_: wanted.append(1))
+child = subprocess.Popen([sys.executable, "-c", sys.argv[1], "saves", sys.argv[2]], start_new_session=True)
+while child.poll() is None:
+    if wanted:
+        time.sleep(1.0)
+        child.terminate()
+    time.sleep(0.01)
+code = child.returncode
+sys.exit(75 if code == 75 else 1)
+"""
+"""Passes a request on only after a time in which a fast link makes all of its steps."""
+
+
+def test_a_fast_link_is_stopped_within_its_steps(tmp_path: Path) -> None:
+    fast = TRAINS.replace("0.01", "0.004").replace("int(1e6)", str(STEPS))
+    words = [sys.executable, "-c", LAUNCHER, fast]
+    assert gpu_checks_chain.start(words, tmp_path / "run", time.monotonic() + 60.0, "1-small") == 75
+    assert STOP <= gpu_checks_chain._steps(tmp_path / "run", "1-small") < STEPS
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_sums_of_processes_are_asked_of_their_group(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does nothing is seen with two processes; of one process nothing else could come."""
+    asked: list[Tensor] = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", asked.append)
+    assert [gpu_checks_processes.sums(rank, count, CPU) for rank in range(count)] == [count == 1] * count
+    assert [tensor.item() for tensor in asked] == [rank + 1 for rank in range(count)]
 
 
 def write_job(
