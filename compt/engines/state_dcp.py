@@ -6,6 +6,7 @@ rank writes: of a DTensor what it holds, of the other tensors a share. Any numbe
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
@@ -25,13 +26,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compt import dist
 from compt.engines.base import Finish
-from compt.errors import ArtefactError
+from compt.errors import ArtefactError, ComptError
 from compt.files import disk_errors
 from compt.sources.dcp import METADATA, DcpWeights, read_dcp
 from compt.sources.weights import Weights
 from compt.tensorfile import share_out
 
 _LISTED = 8
+_ARCHIVE = "inline_container.cc"
+"""In what torch says when its archive could not be written."""
 
 # Without a process group that is what is wanted; a thread says it too, where no context could keep it quiet.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -43,7 +46,7 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
     The state at this moment is written, whatever happens to its tensors later: with `asynchronous` each rank copies
     what it will write to the CPU's memory and returns; a thread writes. Only one such save may be under way. The
     returned function waits for the end of all ranks' writing. It, or this one, raises RunError on all ranks where a
-    rank could not write.
+    rank could not write; Gone where one was lost; and where one met another fault that, and DistError on the others.
     """
     writer = _Writer(folder)
     own = _share(state)
@@ -115,9 +118,13 @@ class _Writer(FileSystemWriter):
         try:
             return super().write_data(*arguments)
         except RuntimeError as error:
+            if type(error) is not RuntimeError:  # a GPU's or another process's
+                raise
             for cause in _causes(error):
                 if isinstance(cause, OSError):
                     raise cause from error
+            if _ARCHIVE in str(error):
+                raise OSError(str(error).splitlines()[0]) from error
             raise
 
 
@@ -169,17 +176,22 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _run(action: Callable[[], object], folder: Path) -> None:
-    """Do it; what one rank met becomes a RunError, which torch raises on all."""
-    try:
-        action()
-    except CheckpointException as error:  # no Exception; around what each rank met
-        met = [fault for fault, _ in error.failures.values()]
-        fault: BaseException = next((one for one in met if isinstance(one, OSError)), met[0] if met else error)
-    except (OSError, RuntimeError) as error:
-        fault = error
-    else:
-        return
+    """Do it. What one rank met becomes a RunError on all where it is the disk's, and Gone where a rank was lost.
+
+    Any other fault stays what it is on the rank that met it. The others raise DistError, not a ComptError: that one
+    does not go on to agree about it either.
+    """
     with disk_errors(folder):
-        if isinstance(fault, OSError):
-            raise fault
-        raise OSError(next(iter(str(fault).splitlines()), type(fault).__name__)) from fault
+        try:
+            with dist.together() if torch_dist.is_initialized() else contextlib.nullcontext():
+                action()
+        except CheckpointException as error:  # no Exception; around what each rank met, and raised on all
+            met = {rank: fault for rank, (fault, _) in error.failures.items()}
+            said = next((fault for fault in met.values() if isinstance(fault, (OSError, ComptError))), None)
+            fault = said or met.get(dist.rank())
+            if fault is not None:
+                raise fault from error
+            rank, fault = next(iter(met.items()))
+            # Without its words, from which a lack of memory is told.
+            text = f"rank {rank} could not write its share of a checkpoint: {type(fault).__name__}"
+            raise torch_dist.DistError(text) from error

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as torch_dist
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from compt import checkpoint, dist
 from compt.artefact import write_artefact
 from compt.checkpoint import Saver
+from compt.dist_watch_causes import is_consequence
 from compt.engines import state_dcp
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
@@ -230,6 +233,64 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_previous(tmp_path: Path, asy
     assert path == tmp_path / "step-00000005"
     checkpoint.load(path, other)
     assert same(other.whole(), engine(3).whole())
+
+
+def save_with_a_fault(folder: Path, fault: Exception) -> list[str]:
+    """What each rank raises where writing fails on rank 1 for another reason than the disk, at once and in a thread."""
+    told = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def fail(*_: Any) -> None:
+            raise fault
+
+        if dist.rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", fail)
+        for asynchronous in (False, True):
+            try:
+                state_dcp.save_state({"large": torch.zeros(9)}, folder / str(asynchronous), asynchronous=asynchronous)()
+            except Exception as error:
+                told.append(f"{type(error).__name__}: {error}")
+            dist.barrier()
+    return told
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+    ],
+)
+def test_of_what_one_rank_meets_only_the_disks_faults_are_the_disks(tmp_path: Path, fault: Exception) -> None:
+    first, second = run_ranks(save_with_a_fault, 2, tmp_path, fault)
+    if "inline_container" in str(fault):
+        assert first == second == [f"RunError: cannot write {tmp_path}/{way}: {fault}" for way in (False, True)]
+    else:
+        assert second == [f"{type(fault).__name__}: {fault}"] * 2
+        assert first == [f"DistError: rank 1 could not write its share of a checkpoint: {type(fault).__name__}"] * 2
+        assert is_consequence(torch_dist.DistError())
+
+
+def lose_a_rank(folder: Path, asynchronous: bool) -> None:
+    """Rank 1 is killed as it writes; rank 0 notes what it raises."""
+    state_dcp._group()
+    dist.barrier()
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.rank() == 1:
+            patch.setattr(FileSystemWriter, "write_data", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        try:
+            state_dcp.save_state({"large": torch.zeros(9)}, folder / "state", asynchronous=asynchronous)()
+        except ComptError as error:
+            (folder / "told").write_text(f"{type(error).__name__}: {error}")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_rank_that_is_lost_in_a_save_is_not_a_fault_of_the_disk(tmp_path: Path, asynchronous: bool) -> None:
+    with pytest.raises(AssertionError, match="rank 1: died"):
+        run_ranks(lose_a_rank, 2, tmp_path, asynchronous)
+    assert (tmp_path / "told").read_text().startswith("Gone: another process of this job has ended")
 
 
 # --- what does not fit
