@@ -30,6 +30,9 @@ DYING = 5.0
 NUMBERS = 2**20
 """That are summed: 4 MiB of float32."""
 
+_ROOM = 4096
+"""Bytes that an answer may take: on a full disk the process could not say why it failed."""
+
 
 @dataclass(frozen=True)
 class Collective:
@@ -44,8 +47,11 @@ def try_collective(backend: str, device: str, token: str, seconds: float = SECON
 
     `token` is the same on all ranks and new for each call. Takes twice `seconds`, `STARTING` and `DYING` at most.
     """
-    with tempfile.TemporaryDirectory(prefix="compt-doctor-") as folder:
-        own = _start(Path(folder) / "told", backend, device, token, seconds)
+    try:
+        with tempfile.TemporaryDirectory(prefix="compt-doctor-") as folder:
+            own = _start(Path(folder) / "told", backend, device, token, seconds)
+    except OSError as error:  # a finding about this node; the others wait for its answer
+        own = f"its process could not be started: {error.strerror or error}"
     return _judge(dist.gather_objects(own))
 
 
@@ -60,11 +66,12 @@ def _judge(found: Sequence[float | str]) -> Collective:
 
 
 def _start(told: Path, *words: object) -> float | str:
-    """Milliseconds, or what went wrong here."""
+    """Milliseconds, or what went wrong here. Raises OSError where no process can be started, or none could answer."""
     # Stacks of C++, for those alone who ask.
     shown = sys.__stderr__ if "NCCL_DEBUG" in os.environ else subprocess.DEVNULL
     command = [sys.executable, "-m", "compt.doctor_trial", str(os.getpid()), str(told), *map(str, words)]
     limit = 2 * float(str(words[-1])) + STARTING
+    _new(told).write_bytes(bytes(_ROOM))
     # Not in a `with`, which waits without limit as it is left.
     process = subprocess.Popen(command, stdout=shown, stderr=shown)
     try:
@@ -79,6 +86,11 @@ def _start(told: Path, *words: object) -> float | str:
         value: float | str = json.loads(told.read_text(encoding="utf-8"))
         return value
     return f"its process died of {signal.Signals(-code).name}" if code < 0 else f"its process ended with {code}"
+
+
+def _new(told: Path) -> Path:
+    """What the answer is called until it is whole."""
+    return told.with_suffix(".new")
 
 
 def _killed(process: subprocess.Popen[bytes]) -> bool:
@@ -97,7 +109,7 @@ def main(parent: int, told: Path, backend: str, device: str, token: str, seconds
         value: float | str = _all_reduce(backend, device, token, seconds)
     except (RuntimeError, ValueError, TimeoutError) as error:
         value = next(iter(str(error).splitlines()), type(error).__name__)
-    new = told.with_suffix(".new")
+    new = _new(told)
     new.write_text(json.dumps(value), encoding="utf-8")
     new.rename(told)
     # A group that is broken may wait for ever for others to leave it.

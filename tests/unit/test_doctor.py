@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import multiprocessing
+import resource
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -154,8 +157,8 @@ def test_nccl_that_was_not_tried_is_said() -> None:
 
 
 def collectives(folder: Path) -> list[Collective | str]:
-    """gloo as it should be, where the host needs no name for itself, and without rank 1's process; then the whole of
-    the doctor, for which something failed.
+    """gloo as it should be, where the host needs no name for itself, and without rank 1's process, or its temporary
+    folder; then the whole of the doctor, for which something failed.
     """
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 0:
@@ -168,6 +171,10 @@ def collectives(folder: Path) -> list[Collective | str]:
     found.append(try_collective("gloo", "cpu", "gone", 3.0))
     sys.executable = own
     with pytest.MonkeyPatch.context() as patch:
+        if dist.rank() == 1:
+            patch.setattr(tempfile, "tempdir", str(folder / "missing"))
+        found.append(try_collective("gloo", "cpu", "homeless", 3.0))
+    with pytest.MonkeyPatch.context() as patch:
         problem = Collective(problem="no answer within 60 s (rank 0, 1)")
         patch.setattr(doctor_together, "try_collective", lambda *_: problem)
         shown = CliRunner().invoke(app, ["doctor", str(folder), "--json"])
@@ -177,14 +184,18 @@ def collectives(folder: Path) -> list[Collective | str]:
 @pytest.mark.dist
 def test_a_collective_that_fails_is_a_finding_on_all_ranks(tmp_path: Path) -> None:
     first, second = run_ranks(collectives, 2, tmp_path)
-    assert first[:2] == second[:2]
-    well, gone = first[:2]
+    assert first[:3] == second[:3]
+    well, gone, homeless = first[:3]
     assert well.problem == ""
     assert 0 < well.milliseconds < 60_000
     assert gone.problem == "nothing was heard of rank 1 for 3 s (rank 0); its process ended with 1 (rank 1)"
-    assert second[2] == "1 "
-    assert first[2].startswith("1 ")
-    finding = next(item for item in json.loads(first[2][2:])["findings"] if item["check"] == "gloo")
+    assert homeless.problem == (
+        "nothing was heard of rank 1 for 3 s (rank 0); "
+        "its process could not be started: No such file or directory (rank 1)"
+    )
+    assert second[3] == "1 "
+    assert first[3].startswith("1 ")
+    finding = next(item for item in json.loads(first[3][2:])["findings"] if item["check"] == "gloo")
     assert (finding["state"], "failed: no answer within 60 s (rank 0, 1)" in finding["found"]) == ("wrong", True)
 
 
@@ -246,6 +257,25 @@ def test_a_trial_that_cannot_be_killed_is_a_finding(tmp_path: Path, monkeypatch:
     assert time.monotonic() - begun < 10
     started[0].terminate()
     started[0].wait()
+
+
+def test_a_trial_that_cannot_be_started_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(*_: Any, **__: Any) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    told = try_collective("gloo", "cpu", "token").problem
+    assert told == "its process could not be started: Resource temporarily unavailable (rank 0)"
+
+
+def test_a_trial_that_could_not_write_what_it_found_is_not_started() -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        told = try_collective("gloo", "cpu", "token", 1.0).problem
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert told == "its process could not be started: File too large (rank 0)"
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
