@@ -123,6 +123,8 @@ def test_other_numbers_of_ranks_and_other_stages_go_on(tmp_path: Path) -> None:
             run_ranks(cases.resume, loading, str(folder), cells, timeout=TIMEOUT)[0], expected, strict=True
         ):
             go_on(found, correct)
+        if loading == 1:
+            continue
         turned = [Cell((cell.stage + 1) % 4) for cell in cells]
         for found, correct in zip(
             run_ranks(cases.resume, loading, str(folder), turned, timeout=TIMEOUT)[0], expected, strict=True
