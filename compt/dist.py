@@ -32,7 +32,7 @@ def init(
     `compt.dist_environment` says which environments: torchrun's and its like, or srun's, which is completed with
     torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
     collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
-    COMPT_CONNECT_SECONDS of the environment, or 60), and so does the way from each to each.
+    COMPT_CONNECT_SECONDS of the environment, or 60), and so do gloo's ways from each to each.
     Raises ConfigError for an environment that contradicts itself or a missing device; RunError when the ranks do not
     find each other, of which one has `told` unset: the lowest that is there.
     """
@@ -48,6 +48,9 @@ def init(
     if interface is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout, short = (datetime.timedelta(seconds=seconds) for seconds in (timeout_seconds, limit))
+    level: Any = torch_dist.get_debug_level()  # type: ignore[attr-defined]
+    if level.name == "DETAIL":  # nobody can change the limit of its groups later
+        short = timeout
     store.set_timeout(short)
     try:
         torch_dist.init_process_group(
@@ -59,17 +62,24 @@ def init(
             device_id=chosen if chosen.type == "cuda" else None,
         )
     except RuntimeError as error:
-        name = "NCCL" if chosen.type == "cuda" else "GLOO"
-        failure = RunError(
-            f"rank {place.rank} of {place.world_size} has no connection to the others ({str(error).splitlines()[0]}): "
-            f"one has ended since it came, or {name}_SOCKET_IFNAME has to name the network interface to take"
-        )
-        failure.told = not is_speaker(place, SPEAKING * limit)
-        raise failure from error
+        raise _not_joined(error, place, chosen, SPEAKING * limit) from error
     store.set_timeout(timeout)
     distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
     _joined[:] = [place]
     return chosen
+
+
+def _not_joined(error: RuntimeError, place: Place, device: torch.device, seconds: float) -> RunError:
+    """Of what all have met one tells, whom it takes up to `seconds` to find; of its own each does."""
+    who, nccl = f"rank {place.rank} of {place.world_size}", device.type == "cuda"
+    if _is_own(error) or (isinstance(error, torch_dist.DistBackendError) and "ncclRemoteError" not in str(error)):
+        return RunError(f"{who} cannot join the others: {_reason(error)}")
+    failure = RunError(
+        f"{who} has no connection to the others ({_reason(error)}): one has ended since it came, or "
+        f"{'NCCL' if nccl else 'GLOO'}_SOCKET_IFNAME has to name the network interface to take"
+    )
+    failure.told = not is_speaker(place, seconds)
+    return failure
 
 
 def _choose_device(device: str, place: Place | None) -> torch.device:
@@ -141,18 +151,26 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):  # this process's own
+        if _is_own(error):
             raise
         raise _gone(error) from error
 
 
-def _gone(error: RuntimeError) -> Gone:
+def _is_own(error: RuntimeError) -> bool:
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def _reason(error: RuntimeError) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
     # NCCL's first line names the kind of failure alone.
     last = [line.strip() for at, line in enumerate(lines) if at and lines[at - 1].startswith("Last error")]
+    return ": ".join([lines[0], *last])
+
+
+def _gone(error: RuntimeError) -> Gone:
     gone = Gone(
         f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
-        f"command again to go on. ({': '.join([lines[0], *last])})"
+        f"command again to go on. ({_reason(error)})"
     )
     gone.told = local_rank() != 0 and rank() != 1
     return gone
@@ -194,7 +212,7 @@ def agree(error: ComptError | None) -> None:
     """Raise the first rank's error on every rank; return where there is none. All ranks call it."""
     found = [other for other in gather_objects(error) if other is not None]
     if found:
-        found[0].everywhere = True
+        found[0].everywhere, found[0].told = True, False
         raise found[0]
 
 

@@ -63,6 +63,7 @@ def meet(place: Place, seconds: float) -> TCPStore:
         failure = _failure(place, seconds, str(error))
         if isinstance(error, _Told):
             failure.told = True
+            time.sleep(SPEAKING * seconds)  # a launcher stops all when the first ends
         else:
             if not is_host(place.rank):
                 # All ranks begin at about the same time, and end so.
@@ -89,6 +90,8 @@ def meet(place: Place, seconds: float) -> TCPStore:
         if place.rank == 0 and not alone:
             # The others look who is there, in this rank's store.
             time.sleep(0.05 * seconds)
+        elif failure.told and not alone:
+            time.sleep(0.1 * seconds)
         raise failure
     return store
 

@@ -14,16 +14,27 @@ from compt.dist_environment import Place
 
 ASK_SECONDS = 1.0
 
+TELLING = 0.75
+"""The share of the time after which who tells does so."""
+
 
 def is_speaker(place: Place, seconds: float) -> bool:
-    """Whether this rank is the lowest of those that fail at about the same time; it takes up to `seconds`.
+    """Whether this rank is the lowest of those that fail at about the same time.
 
-    Ranks on one machine find each other always, those on several machines where the launcher told their names.
+    It takes `seconds`, but for the one who tells: a launcher stops all processes when the first of them ends. Ranks on
+    one machine find each other always, those on several machines where the launcher told their names.
     """
-    port = _port(place)
+    late = time.monotonic() + seconds
+    decided = _is_lowest(place, TELLING * seconds)
+    if not decided:
+        time.sleep(max(0.0, late - time.monotonic()))
+    return decided
+
+
+def _is_lowest(place: Place, seconds: float) -> bool:
+    port, until = _port(place), time.monotonic() + seconds
     # The lowest of a machine's ranks is the first to take the port.
     time.sleep(min(0.1 * place.local_rank, 0.3 * seconds))
-    until = time.monotonic() + seconds
     try:
         # Without names of other machines nobody asks from there.
         server = socket.create_server(("" if place.nodes else "127.0.0.1", port), backlog=64)

@@ -48,7 +48,7 @@ def try_collective(backend: str, device: str, token: str, seconds: float = SECON
     `token` is the same on all ranks and new for each call. Takes twice `seconds`, `STARTING` and `DYING` at most.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="compt-doctor-") as folder:
+        with tempfile.TemporaryDirectory(prefix="compt-doctor-", ignore_cleanup_errors=True) as folder:
             own = _start(Path(folder) / "told", backend, device, token, seconds)
     except OSError as error:  # a finding about this node; the others wait for its answer
         own = f"its process could not be started: {error.strerror or error}"

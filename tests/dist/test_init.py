@@ -154,6 +154,80 @@ except ComptError as error:
 """
 
 
+@pytest.mark.dist
+def test_who_tells_does_so_before_torchrun_stops_it(tmp_path: Path) -> None:
+    """All fail at once, as with a wrong interface; torchrun ends the others as soon as one has ended."""
+    script = tmp_path / "script.py"
+    script.write_text(SPEAKING)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "3", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.returncode == 1
+    assert ended.stdout.count("has no connection to the others (Gloo connectFullMesh failed)") == 1, ended.stderr
+
+
+SPEAKING = """
+import os
+import torch.distributed
+from compt import dist
+from compt.errors import ComptError
+def init_process_group(*arguments, **options):
+    raise RuntimeError("Gloo connectFullMesh failed")
+torch.distributed.init_process_group = init_process_group
+try:
+    dist.init("cpu", timeout_seconds=300.0, connect_seconds=20.0)
+except ComptError as error:
+    if error.shown_by(os.environ["RANK"]):
+        print(error, flush=True)
+    os._exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("level", ["OFF", "DETAIL"])
+def test_collectives_have_their_time_however_short_the_meeting_is(level: str) -> None:
+    """Under TORCH_DISTRIBUTED_DEBUG=DETAIL torch cannot change a group's limit later."""
+    found = subprocess.run(
+        [sys.executable, "-c", LIMITS],
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        | {"TORCH_DISTRIBUTED_DEBUG": level},
+        capture_output=True,
+        text=True,
+        timeout=90,
+        check=False,
+    )
+    assert found.stdout.split() == ["333.0", "333.0"], found.stderr
+
+
+LIMITS = """
+import os, sys
+import torch
+from compt import dist
+dist.init("cpu", timeout_seconds=333.0, connect_seconds=8.0)
+print(dist._timeout().total_seconds(), torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds())
+sys.stdout.flush()
+os._exit(0)
+"""
+
+
+def test_what_a_rank_alone_meets_as_it_joins_it_tells_itself() -> None:
+    place = Place(3, 4, 3, "127.0.0.1", free_port())
+    cuda = torch.device("cuda", 0)
+    for text in ("NCCL error\nncclSystemError: x\nLast error:\nNo space left on /dev/shm", "CUDA out of memory"):
+        error = dist._not_joined(torch.distributed.DistBackendError(text), place, cuda, 0.4)
+        assert not error.told
+        assert str(error) == f"rank 3 of 4 cannot join the others: {text.splitlines()[0]}" + (
+            ": No space left on /dev/shm" if "shm" in text else ""
+        )
+
+
+def test_an_error_that_all_agree_on_is_told() -> None:
+    gone = Gone("another process has ended")
+    gone.told = True
+    with pytest.raises(Gone) as caught:
+        dist.agree(gone)
+    assert caught.value.everywhere
+    assert caught.value.shown_by("0")
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
