@@ -48,7 +48,7 @@ it. *Samples lost or twice*: steps of the final model that saw other samples tha
 
 {random}
 
-Who is killed before the processes have met is missed after `COMPT_CONNECT_SECONDS`, 20 in these runs.
+Who is killed before the processes have met is missed after `COMPT_CONNECT_SECONDS`, {connect:g} in these runs.
 
 ## How it is found
 
@@ -133,6 +133,7 @@ def page(result: dict[str, Any]) -> str:
     machine += f"\n\n{result['note']}" if result.get("note") else ""
     return TEXT.format(
         timeout=result["timeout"],
+        connect=result["connect_seconds"],
         machines=machine,
         faults=fault_table(result["faults"]).markdown().strip(),
         random=random_table(result["random"]).markdown().strip() if result["random"] else "",
@@ -141,7 +142,7 @@ def page(result: dict[str, Any]) -> str:
 
 def measure(only: list[str], kills: int, seed: int, fresh: bool) -> None:
     """Run what RESULT does not have yet, and write it after every fault."""
-    from tests.faults.at_random import kill_at_random
+    from tests.faults.at_random import CONNECT_SECONDS, kill_at_random
     from tests.faults.injected import FAULTS, TIMEOUT, Bench, disturb
     from tests.helpers_recipe import make_data
 
@@ -155,6 +156,7 @@ def measure(only: list[str], kills: int, seed: int, fresh: bool) -> None:
         "versions": versions(),
         "seed": seed,
         "timeout": TIMEOUT,
+        "connect_seconds": CONNECT_SECONDS,
     }
     folder = Path(tempfile.mkdtemp(prefix="compt-faults-"))
 
