@@ -225,7 +225,7 @@ def run(world: int, engines: Sequence[str] = ENGINES, pairs: Iterable[str] = PAI
 
 @cache
 def _touched(pair: str, world: int) -> float:
-    """Bytes of gradients on the rank with most of them under zero1 and zero2: of each tensor that its slices touch, all.
+    """Bytes of gradients on the rank with most of them under zero1 and zero2: of each tensor in its slices, the whole.
 
     Every group of parameters is laid end to end and cut into equal slices.
     """
