@@ -227,14 +227,16 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
 
 
 def run(words: Callable[[], list[str]] | None = None) -> None:
-    """`main` as the whole of a process, which then ends at once where threads are left.
+    """`main` as the whole of a process, which then ends at once where threads may be left.
 
-    A call of torch's that waits in a thread for other processes would abort a Python that winds down under it.
+    A call of torch's that waits in a thread for other processes would abort a Python that winds down under it, and so
+    would gloo's own threads: they let go of tensors of Python a moment after a collective is over.
     """
     try:
         main(words)
     except SystemExit as end:
-        if any(thread.daemon for thread in threading.enumerate()):
+        # Whoever joins a group has its rank there; some of DeepSpeed keeps the group, and its threads, for ever.
+        if "RANK" in os.environ or any(thread.daemon for thread in threading.enumerate()):
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()

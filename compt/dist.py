@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as torch_dist
+import torch.distributed.nn  # before a group exists: what is imported later keeps it in defaults, and its threads alive
 from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 

@@ -203,8 +203,8 @@ class Watch:
     def _leave(self) -> None:
         """Say that this rank ended in order; whoever holds the store waits for all others to have said so."""
         life, until = self._life(left=True).to_json(), time.monotonic() + self._silence
-        self._post.ask(lambda store: (store.set(str(self.rank), life), store.set(f"left/{self.rank}", "")), 1.0)
-        keys = [f"left/{rank}" for rank in range(self.world)]
+        own, keys = str(self.rank), [f"left/{rank}" for rank in range(self.world)]
+        self._post.ask(lambda store: (store.set(own, life), store.set(f"left/{own}", "")), self._silence)
         while self.rank == 0 and self._store_is_with_rank_0 and time.monotonic() < until:
             if self._post.ask(lambda store: store.check(keys), self._silence):
                 break
@@ -234,7 +234,15 @@ class Watch:
             return self._answer(self._error)
         if time.monotonic() - beat.at > self.timeout * beat.patience:
             return self._published(self._hanging())
-        return self._published(dead(self._seen, self._silence))
+        return self._published(self._dead())
+
+    def _dead(self) -> Cause | None:
+        """`dead`, of which a process that left, and ended since the last exchange, is no case."""
+        cause = dead(self._seen, self._silence)
+        if cause is not None and cause.kind == "died":
+            self._exchange()
+            cause = dead(self._seen, self._silence)
+        return cause
 
     def _exchange(self) -> Cause | None:
         own = self._life().to_json()
@@ -254,23 +262,24 @@ class Watch:
         text = value.decode()
         return None if text == _NONE else Cause(**json.loads(text))
 
-    def _all(self) -> dict[int, Seen]:
-        """The newest sign of life of every other rank; of those looked at for the first time not yet a living one."""
+    def _look_at_all(self) -> None:
+        """See the newest sign of life of every other rank; of new ones not yet a living one."""
         new = set(range(self.world)) - {self.rank, *self._seen}
         self._seen.update((rank, Seen()) for rank in new)
         self._exchange()
         if self._asked_at:
             for rank in new:
                 self._seen[rank].at = self._asked_at
-        return self._seen
 
     def _hanging(self) -> Cause:
-        lives = [self._life(), *(other.life for other in self._all().values() if other.life is not None)]
+        self._look_at_all()
+        lives = [self._life(), *(other.life for other in self._seen.values() if other.life is not None)]
         return hanging(lives, self.timeout, self._beat.patience, self.folder)
 
     def _answer(self, error: BaseException) -> Cause | None:
         """Whether what the main thread raised comes from another rank or from this one; None: not known yet."""
-        other = dead(self._all(), self._silence)
+        self._look_at_all()
+        other = self._dead()
         if other is not None:
             return self._published(other)
         # Launchers stop the others when one has died: a signal is no cause as long as not all others have been heard.

@@ -208,6 +208,29 @@ os._exit(0)
 """
 
 
+LEFT = """
+import os
+from pathlib import Path
+from compt import dist
+def threads():
+    return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+dist.init("cpu")
+import compt.chain, compt.engines.ddp, compt.engines.fsdp2, compt.verify
+before = threads()
+dist.shutdown()
+print(before.count("pt_gloo_runloop") > 0, threads().count("pt_gloo_runloop"))
+"""
+
+
+def test_a_group_that_was_left_leaves_no_threads() -> None:
+    """They would let go of Python's tensors while Python winds down, which aborts the process."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    found = subprocess.run(
+        [sys.executable, "-c", LEFT], env={**os.environ, **place}, capture_output=True, text=True, check=False
+    )
+    assert found.stdout.split() == ["True", "0"], found.stderr
+
+
 def test_what_a_rank_alone_meets_as_it_joins_it_tells_itself() -> None:
     place = Place(3, 4, 3, "127.0.0.1", free_port())
     cuda = torch.device("cuda", 0)

@@ -131,3 +131,5 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
             sys.stderr.write(f"compt: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)
+    sys.stderr.flush()
+    os._exit(0)  # as the program does: threads of a group that DeepSpeed keeps would abort one that winds down

@@ -160,6 +160,8 @@ class Bench:
         ended = self.start("none", run, *changes, engine=found.engine).end(600)
         found.resumed = ended.codes
         found.went_on = ended.codes == [0, 0]
+        if not found.went_on:
+            found.message += f" / then: {ended.said}"
         found.same = found.went_on and self.same(run, found.engine)
         found.repeated_steps, found.wrong_samples = self.samples(run, found.engine)
         return found

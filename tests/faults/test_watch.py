@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from compt import dist
+from compt import dist, dist_watch
 from compt.dist_watch import Watch, alive, beat
-from compt.dist_watch_causes import Seen
-from compt.dist_watch_store import Life, Post
+from compt.dist_watch_causes import Cause, Seen
+from compt.dist_watch_store import Life, Post, process_state
 from compt.errors import DataError, Interrupted, RunError
 from tests.faults.group import Ended, Group, mark
 
@@ -97,6 +97,29 @@ def in_step(folder: Path) -> None:
     with Watch(folder, TIMEOUT) as watch:
         watch.beat(7, "waiting for data")
         time.sleep(3600)
+
+
+def looks_late(folder: Path) -> None:
+    """Rank 0 is held between what it reads of rank 1 and the look at its process, which ends in order meanwhile."""
+    real = dist_watch.dead
+
+    def late(seen: dict[int, Seen], silence: float) -> Cause | None:
+        life = seen[1].life
+        if life is not None and not (folder / "looking").exists():
+            mark(folder, "looking")
+            wait_until(lambda: process_state(life.pid, life.born) == "gone")
+        return real(seen, silence)
+
+    if dist.is_main():
+        dist_watch.dead = late  # type: ignore[assignment]
+    with Watch(folder, 30.0):
+        wait_until((folder / "looking").exists)
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20.0
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def before_the_watch(folder: Path) -> None:
@@ -250,6 +273,11 @@ def test_long_phases_and_ends_far_apart_are_no_fault(groups: Callable[..., Group
     assert (group.folder / "ended0").exists()
     assert (group.folder / "ended1").exists()
     assert not (group.folder / "faults").exists()
+
+
+def test_a_rank_that_ends_in_order_while_it_is_looked_at(groups: Callable[..., Group]) -> None:
+    ended = groups(looks_late).end(60)
+    assert (ended.codes, ended.said) == ([0, 0], "")
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,8 +99,10 @@ def test_there_is_one_console(root: Path) -> None:
     assert [str(path.relative_to(root)) for path in makers] == ["compt/formats.py"]
 
 
-@pytest.mark.parametrize("threads", [0, 1])
-def test_a_process_whose_threads_still_wait_ends_without_winding_down(threads: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("threads", "group"), [(0, False), (1, False), (0, True)])
+def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
+    threads: int, group: bool, tmp_path: Path
+) -> None:
     """Where one waits within torch's C++, winding down would abort the process."""
     script = (
         "import atexit, sys, threading\n"
@@ -112,7 +115,9 @@ def test_a_process_whose_threads_still_wait_ends_without_winding_down(threads: i
         "sys.argv = ['compt', 'plan', 'nowhere.yaml']\n"
         "run()\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=tmp_path)
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} if group else {}
+    command, environment = [sys.executable, "-c", script], {**os.environ, **place}
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr
-    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads else ["atexit", "wound down"])
+    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads or group else ["atexit", "wound down"])
