@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -141,11 +142,10 @@ def _run(
             say(f"{folder}: {' and '.join(names) or 'everything in it'} is done.")
         if test:
             run_calibrated(context, test, say, **wanted)
-        if dist.is_main():
-            report(folder)
+        # All end together: launchers and batch systems give the last a moment.
+        dist.on_main(lambda: report(folder))
     except NotLossless:
-        if dist.is_main():
-            report(folder)
+        dist.on_main(lambda: report(folder))
         raise
     finally:
         dist.shutdown()
@@ -221,6 +221,10 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
         if error.shown_by(rank):
             name = "compt" if rank == "0" else f"compt, rank {rank}"
             terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
+        if error.everywhere and not error.told and "compt.dist" in sys.modules:
+            from compt import dist
+
+            dist.after_first()
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -234,14 +238,18 @@ def run(words: Callable[[], list[str]] | None = None) -> None:
     """
     try:
         main(words)
-    except SystemExit as end:
-        # Whoever joins a group has its rank there; some of DeepSpeed keeps the group, and its threads, for ever.
-        if "RANK" in os.environ or any(thread.daemon for thread in threading.enumerate()):
-            atexit._run_exitfuncs()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
-        raise
+    except BaseException as end:
+        # Whoever joins a group has torch; some of DeepSpeed keeps the group, and its threads, for ever.
+        if "torch" not in sys.modules and not any(thread.daemon for thread in threading.enumerate()):
+            raise
+        code = end.code if isinstance(end, SystemExit) else 1
+        if not isinstance(end, SystemExit):
+            sys.excepthook(type(end), end, end.__traceback__)
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 @app.callback(invoke_without_command=True)

@@ -173,19 +173,21 @@ class Launch:
     """A launcher's command and the processes that come of it on this machine."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        self._folder = folder
+        self._command, self._folder, self._environment = command, folder, environment
         self._wanted: list[int] = []
         self._told: dict[int, int] = {}
+
+    def _start(self) -> subprocess.Popen[bytes]:
         try:
-            self._child = subprocess.Popen(
-                command,
+            return subprocess.Popen(
+                self._command,
                 # Else torchrun, and accelerate with it, would end a training 30 seconds after a signal.
-                env={**environment, FOLDER: str(folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
+                env={**self._environment, FOLDER: str(self._folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
                 process_group=0,
                 preexec_fn=_ignore_signals,  # noqa: PLW1509  (this process has one thread)
             )
         except OSError as error:
-            raise ConfigError(f"compt launch: '{command[0]}' cannot be run ({error.strerror})") from None
+            raise ConfigError(f"compt launch: '{self._command[0]}' cannot be run ({error.strerror})") from None
 
     def want(self, number: int, _: object = None) -> None:
         """A signal for the processes that train."""
@@ -196,17 +198,19 @@ class Launch:
         return [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
 
     def run(self) -> int:
-        """Wait for the end and return the exit code."""
-        while (code := self._child.poll()) is None:
-            self._deliver()
-            time.sleep(POLL)
-        found = self.records()
-        for record in found:
-            if record.code is None:
-                _send(record.pid, signal.SIGKILL)
-        return exit_code(code, bool(self._wanted), found)
+        """Start the launcher, wait for the end and return the exit code. Raises ConfigError."""
+        with _handled(self.want):
+            child = self._start()
+            while (code := child.poll()) is None:
+                self._deliver(child.pid)
+                time.sleep(POLL)
+            found = self.records()
+            for record in found:
+                if record.code is None:
+                    _send(record.pid, signal.SIGKILL)
+            return exit_code(code, bool(self._wanted), found)
 
-    def _deliver(self) -> None:
+    def _deliver(self, launcher: int) -> None:
         """Pass on what was asked for since, to a process that came later too."""
         if not self._wanted:
             return
@@ -214,7 +218,7 @@ class Launch:
         if not running and not self._told:
             # Nothing has begun that could be saved.
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._child.pid, signal.SIGHUP)
+                os.killpg(launcher, signal.SIGHUP)
         for pid in running:
             for number in self._wanted[self._told.get(pid, 0) :]:
                 _send(pid, number)
@@ -248,6 +252,4 @@ def launch(
     SIGTERM, SIGUSR1 and Ctrl-C go to the processes that train, which save and end with code 75.
     """
     with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
-        begun = Launch(command, Path(folder), os.environ)
-        with _handled(begun.want):
-            sys.exit(begun.run())
+        sys.exit(Launch(command, Path(folder), os.environ).run())

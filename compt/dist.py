@@ -15,14 +15,21 @@ from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist_environment import Place, connect_limit, find_place
-from compt.dist_meeting import SPEAKING, choose_interface, meet
+from compt.dist_meeting import SPEAKING, choose_interface, meet, tell_first
 from compt.dist_speaker import is_speaker
 from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memory
 
 T = TypeVar("T")
 
+TELLING_SECONDS = 10.0
+"""For which ranks wait at most for the first to tell of an error of all."""
+
 _joined: list[Place] = []
 """This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
+_store: list[tuple[Any, int]] = []
+"""Where the group met, and which rank this is: it stays when the group is left."""
+_beside: list[Any] = []
+"""The other group of `group_beside`."""
 
 
 def init(
@@ -66,7 +73,7 @@ def init(
         raise _not_joined(error, place, chosen, SPEAKING * limit) from error
     store.set_timeout(timeout)
     distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
-    _joined[:] = [place]
+    _joined[:], _store[:] = [place], [(store, place.rank)]
     return chosen
 
 
@@ -109,6 +116,7 @@ def backend_of(device: torch.device) -> str:
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     _joined.clear()
+    _beside.clear()
     if torch_dist.is_initialized():
         torch_dist.destroy_process_group()
 
@@ -116,6 +124,27 @@ def shutdown() -> None:
 def new_cpu_group() -> Any:
     """Another process group of all ranks, on the CPU, that gives up as the first one does. All ranks call it."""
     return torch_dist.new_group(backend="gloo", timeout=_timeout())
+
+
+def group_beside() -> Any:
+    """A second group on the CPU, made when all ranks first ask: a thread may use it while training uses the first.
+
+    None where there is one process.
+    """
+    if not torch_dist.is_initialized():
+        return None
+    if not _beside:
+        _beside.append(new_cpu_group())
+    return _beside[0]
+
+
+def after_first() -> None:
+    """For an error that all ranks raise: rank 0 calls this when it has told of it, the others wait here until it has.
+
+    A launcher stops all when one of them ends. The group may have been left.
+    """
+    for store, own in _store:
+        tell_first(store, own, TELLING_SECONDS)
 
 
 def share_timeout() -> None:

@@ -96,6 +96,20 @@ def meet(place: Place, seconds: float) -> TCPStore:
     return store
 
 
+def tell_first(store: TCPStore, rank: int, seconds: float) -> None:
+    """Rank 0 leaves word in the store; others return when it has, when its process is gone, or after `seconds`."""
+    key = "compt/told"
+
+    def call() -> None:
+        if rank == 0:
+            store.set(key, "")
+        else:
+            store.wait([key], datetime.timedelta(seconds=seconds))
+
+    with contextlib.suppress(TimeoutError, RuntimeError), _quiet():
+        _within(time.monotonic() + seconds, call)
+
+
 def is_host(rank: int) -> bool:
     """Whether this rank serves the store. torchrun serves one itself and says so."""
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)

@@ -36,6 +36,8 @@ FOLDER = "faults"
 """Where in the run folder stacks and causes go."""
 SILENCE = 20.0
 """Seconds without a sign of life after which a process counts as dead."""
+LEAVING = 60.0
+"""Seconds for which who holds the store waits for others that are slow to leave."""
 LONG = 6.0
 """How many times longer than a step the long phases may take: evaluation, expansion, the first step, writing."""
 
@@ -81,6 +83,7 @@ class Watch:
         self._asked_at = 0.0
         self._cause: Cause | None = None
         self._tick = 0
+        self._left = False
         self._name = ""
         self._seen: dict[int, Seen] = {}
         self._main = threading.main_thread()
@@ -104,6 +107,7 @@ class Watch:
         self.rank, self.world = dist.rank(), dist.world_size()
         self._beat = _Beat(0, 0, "starting", LONG, time.monotonic())
         self._stop.clear()
+        self._left = False
         target = self._watch_alone
         if self.world > 1:
             with dist.together():
@@ -135,7 +139,7 @@ class Watch:
             self.beat(self._beat.step, "waiting for the others to end", LONG)
             try:
                 dist.barrier()
-            except (Gone, RuntimeError) as failure:
+            except (ComptError, RuntimeError) as failure:
                 self._judge(failure)
                 raise
         if self.world == 1 or error is None or (isinstance(error, ComptError) and error.everywhere):
@@ -197,18 +201,19 @@ class Watch:
             if cause is not None:
                 self._end(cause)
                 return
-        with contextlib.suppress(Lost):
-            self._leave()
+        self._leave(max(LEAVING, self._silence))
 
-    def _leave(self) -> None:
-        """Say that this rank ended in order; whoever holds the store waits for all others to have said so."""
-        life, until = self._life(left=True).to_json(), time.monotonic() + self._silence
-        own, keys = str(self.rank), [f"left/{rank}" for rank in range(self.world)]
-        self._post.ask(lambda store: (store.set(own, life), store.set(f"left/{own}", "")), self._silence)
-        while self.rank == 0 and self._store_is_with_rank_0 and time.monotonic() < until:
-            if self._post.ask(lambda store: store.check(keys), self._silence):
-                break
-            time.sleep(0.05)
+    def _leave(self, seconds: float, dead: int = -1) -> None:
+        """Say that this rank asks no more; who holds the store waits up to `seconds` for all that live to say so."""
+        self._left, until = True, time.monotonic() + seconds
+        with contextlib.suppress(Lost):
+            self._look_at_all()
+            while self.rank == 0 and self._store_is_with_rank_0 and time.monotonic() < until:
+                others = [seen for rank, seen in self._seen.items() if rank != dead and not seen.gone]
+                if all(seen.life is not None and seen.life.left for seen in others):
+                    break
+                time.sleep(0.05)
+                self._look_at_all()
 
     def _forgive(self, seconds: float) -> None:
         beat = self._beat
@@ -216,11 +221,11 @@ class Watch:
         for seen in self._seen.values():
             seen.at = time.monotonic()
 
-    def _life(self, left: bool = False) -> Life:
+    def _life(self) -> Life:
         self._tick += 1
         beat, age = self._beat, time.monotonic() - self._beat.at
         line = where(self._main) if age > 2 * self._interval else ""
-        return Life.here(self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, left)
+        return Life.here(self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left)
 
     def _look(self) -> Cause | None:
         """Show a sign of life, look at that of others and at the main thread; a cause where there is one."""
@@ -234,18 +239,12 @@ class Watch:
             return self._answer(self._error)
         if time.monotonic() - beat.at > self.timeout * beat.patience:
             return self._published(self._hanging())
-        return self._published(self._dead())
-
-    def _dead(self) -> Cause | None:
-        """`dead`, of which a process that left, and ended since the last exchange, is no case."""
-        cause = dead(self._seen, self._silence)
-        if cause is not None and cause.kind == "died":
-            self._exchange()
-            cause = dead(self._seen, self._silence)
-        return cause
+        return self._published(dead(self._seen, self._silence))
 
     def _exchange(self) -> Cause | None:
         own = self._life().to_json()
+        for seen in self._seen.values():
+            seen.look()
 
         def action(store: Any) -> tuple[list[bytes], dict[int, bytes]]:
             store.set(str(self.rank), own)
@@ -279,7 +278,7 @@ class Watch:
     def _answer(self, error: BaseException) -> Cause | None:
         """Whether what the main thread raised comes from another rank or from this one; None: not known yet."""
         self._look_at_all()
-        other = self._dead()
+        other = dead(self._seen, self._silence)
         if other is not None:
             return self._published(other)
         # Launchers stop the others when one has died: a signal is no cause as long as not all others have been heard.
@@ -314,8 +313,7 @@ class Watch:
             sys.stderr.flush()
         if cause.kind == "silent" and cause.rank in self._seen:
             self._kill(self._seen[cause.rank])
-        if self.rank == 0 and self._store_is_with_rank_0:
-            time.sleep(4 * self._interval)  # the others still read the cause here
+        self._leave(self._silence, cause.rank if cause.kind in ("died", "silent") else -1)
         if self._error is not None:
             self._cause = cause
             self._verdict.set()

@@ -41,10 +41,18 @@ class Cause:
 
 @dataclass
 class Seen:
-    """When the sign of life of a rank last changed, by this process's clock."""
+    """When the sign of life of a rank last changed, by this process's clock.
+
+    `gone`: its process had ended before that sign was read, which so is its last.
+    """
 
     life: Life | None = None
     at: float = field(default_factory=time.monotonic)
+    gone: bool = False
+
+    def look(self) -> None:
+        """See whether the process is there; the sign of life is read after this."""
+        self.gone = self.state == "gone"
 
     def update(self, life: Life) -> None:
         """Take in what was read."""
@@ -73,11 +81,10 @@ def dead(seen: Mapping[int, Seen], silence: float) -> Cause | None:
     for rank, other in sorted(seen.items()):
         if other.life is None or other.life.left:
             continue
-        state = other.state
-        if state == "gone":
+        if other.gone:
             return Cause("died", rank, f"{other.name} has died: {_DIED} {_AGAIN}")
         if other.quiet > silence:
-            how = "is stopped" if state == "stopped" else "shows no sign of life"
+            how = "is stopped" if other.state == "stopped" else "shows no sign of life"
             text = f"{other.name} {how} since {other.quiet:.0f} s, and counts as dead. {_SILENT} {_AGAIN}"
             return Cause("silent", rank, text)
     return None

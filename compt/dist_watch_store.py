@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+PIECE = 0.5
+"""Seconds for which `Post.ask` waits at a time."""
 
 
 class Lost(Exception):
@@ -46,10 +51,14 @@ class Post:
             raise Lost
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._work.put((action, answer))
-        try:
-            good, value = answer.get(timeout=seconds)
-        except queue.Empty:
-            good, value = False, None
+        good: bool = False
+        value: Any = None
+        # In pieces: a process that is stopped for a while has waited for one of them, however long that was.
+        while seconds > 0:
+            with contextlib.suppress(queue.Empty):
+                good, value = answer.get(timeout=min(seconds, PIECE))
+                break
+            seconds -= PIECE
         if not good:
             self._lost = True
             raise Lost from value
@@ -85,7 +94,7 @@ class Life:
         """This process's own."""
         pid = os.getpid()
         host, place = _place()
-        return cls(tick, rank, host, place, pid, _stat(pid)[1], name, count, step, doing, round(age, 1), where, left)
+        return cls(tick, rank, host, place, pid, _born(pid), name, count, step, doing, round(age, 1), where, left)
 
     def to_json(self) -> str:
         """For the store."""
@@ -122,17 +131,28 @@ def is_here(life: Life) -> bool:
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """State and time of start of a process; ("", 0) for none."""
+    """State and time of start of a process. Raises OSError."""
+    words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    return words[0], int(words[19])
+
+
+@functools.cache
+def _born(pid: int) -> int:
+    """When this process was started; 0 where the system does not tell."""
     try:
-        words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return words[0], int(words[19])
-    except (OSError, IndexError, ValueError):
-        return "", 0
+        return _stat(pid)[1]
+    except OSError:
+        return 0
 
 
 def process_state(pid: int, born: int) -> str:
     """`gone`, `stopped` or `running`, for a process of this machine that began at `born`."""
-    state, began = _stat(pid)
-    if state in ("", "Z", "X", "x") or began != born:
+    try:
+        state, began = _stat(pid)
+    except (FileNotFoundError, ProcessLookupError, IndexError):
+        return "gone"
+    except OSError:
+        return "running"  # too many open files, here
+    if state in ("Z", "X", "x") or (born and began != born):
         return "gone"
     return "stopped" if state in ("T", "t") else "running"

@@ -29,6 +29,7 @@ from compt.config import EngineConfig, Recipe, split_batch
 from compt.dist_beside import end_with
 from compt.dist_meeting import HERE, is_host
 from compt.dist_watch import LONG, beat
+from compt.dist_watch_causes import is_consequence
 from compt.engines import COMPUTE_DTYPES, Engine, open_engine
 from compt.engines.frozen import shard_frozen
 from compt.errors import RunError, is_out_of_memory
@@ -41,6 +42,7 @@ from compt.task import ClipTask, DistillTask
 STEPS = 2
 """Steps of a trial: the optimizer's moments are there from the first one on, so that the second needs most."""
 
+_OTHER = "another rank's trial failed"
 _POLL = 0.2
 _numbers = itertools.count()
 
@@ -134,6 +136,7 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
         return False
     faults = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
     if faults:
+        faults.sort(key=lambda text: _OTHER in text)
         error = RunError(f"{trial.student.name}: looking for a micro-batch failed: {faults[0]}")
         error.everywhere = True
         raise error
@@ -143,7 +146,7 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
 def _outcome(process: Any, receiver: Any, number: int) -> str:
     """An empty text for a trial that ran, "memory", or what else went wrong; one of another rank's ends this."""
     store = _get_default_store() if dist.world_size() > 1 else None
-    key, outcome = f"compt/fit/{number}/failed", "another rank's trial failed"
+    key, outcome = f"compt/fit/{number}/failed", _OTHER
     while True:
         if receiver.poll(_POLL):
             try:
@@ -174,7 +177,11 @@ def _try(
         action(trial, micro_batch)
         outcome = ""
     except Exception as error:
-        outcome = "memory" if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        outcome = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            outcome = "memory"
+        elif is_consequence(error):
+            outcome = f"{_OTHER} ({outcome})"
     sender.send(outcome)
     sender.close()
     # Leaving the group in order would wait for the trials of other ranks.

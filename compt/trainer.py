@@ -229,17 +229,18 @@ def train(
                     with engine.scoring():
                         scores = evaluate()
                     writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **scores})
-                stopping = stop.raised(last=counts.step == total)
+                stopping = stop.raised()
                 if stopping or _is_due(counts.step, settings.checkpoint_every, total):
                     beat(counts.step, "writing a checkpoint", LONG)
                     norms.read(counts)
                     saver.save(engine, counts.step, _state(counts, settings))
                 if stopping:
-                    saver.finish()
-                    text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
-                    dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
-            beat(total, "writing a checkpoint", LONG)
+                    break
+            beat(counts.step, "writing a checkpoint", LONG)
             saver.finish()
+            if stop.raised_at_last():
+                text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
+                dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
     return _result(counts, settings)
 
 

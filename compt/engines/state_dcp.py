@@ -10,7 +10,6 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,7 +49,7 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
     """
     writer = _Writer(folder)
     own = _share(state)
-    group = _group()
+    group = dist.group_beside()
     given: dict[str, Any] = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
     if not asynchronous:
         _run(lambda: save(own, **given), folder)
@@ -154,19 +153,6 @@ def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     owners = share_out([state[name].numel() for name in common], dist.world_size())
     others = {name for name, owner in zip(common, owners, strict=True) if owner != dist.rank()}
     return {name: tensor.detach() for name, tensor in state.items() if name not in others}
-
-
-def _group() -> Any:
-    """A process group for what ranks tell each other about files, on the CPU; None where there is one process.
-
-    One of its own: a thread uses it while training uses the other.
-    """
-    return _group_beside(torch_dist.group.WORLD) if torch_dist.is_initialized() else None
-
-
-@lru_cache(maxsize=1)
-def _group_beside(_: Any) -> Any:
-    return dist.new_cpu_group()
 
 
 def _files(folder: Path) -> list[Path]:

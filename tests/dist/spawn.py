@@ -50,7 +50,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     waiting = {receiver: rank for rank, (_, receiver) in enumerate(workers)}
     while waiting:
         # After one failure the others hang in a collective: they get a moment to report, no more.
-        ready = wait(list(waiting), 2.0 if failures else max(0.0, deadline - time.monotonic()))
+        ready = wait(list(waiting), 20.0 if failures else max(0.0, deadline - time.monotonic()))
         if not ready:
             failures.append(f"no answer from ranks {sorted(waiting.values())}")
             break

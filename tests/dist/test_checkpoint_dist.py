@@ -275,7 +275,7 @@ def test_of_what_one_rank_meets_only_the_disks_faults_are_the_disks(tmp_path: Pa
 
 def lose_a_rank(folder: Path, asynchronous: bool) -> None:
     """Rank 1 is killed as it writes; rank 0 notes what it raises."""
-    state_dcp._group()
+    dist.group_beside()
     dist.barrier()
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 1:

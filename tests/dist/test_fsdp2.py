@@ -426,9 +426,9 @@ def _storages() -> dict[int, int]:
 
 
 def _held(others: Collection[int]) -> int:
-    """Bytes of all tensors but `others`, the least within half a second: gloo lets go of what it sent a little later."""
+    """Bytes of all tensors but `others`, the least within a second: gloo lets go of what it sent a little later."""
     found = []
-    for _ in range(6):
+    for _ in range(12):
         gc.collect()
         found.append(sum(size for place, size in _storages().items() if place not in others))
         time.sleep(0.1)

@@ -20,6 +20,7 @@ from compt.dist_meeting import meet
 from compt.engines import state_dcp
 from compt.errors import ConfigError, Gone, RunError
 from tests.faults.group import Group
+from tests.helpers_ports import free_port
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -28,12 +29,6 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORC
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def test_without_an_environment_there_is_one_process_and_no_group() -> None:
@@ -65,7 +60,7 @@ def test_nobody_answers(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     start = time.monotonic()
     with pytest.raises(RunError, match=rf"rank {rank} of 2 found no process group at 127.0.0.1:{port}"):
         dist.init("cpu", connect_seconds=4.0)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 20
     assert not torch.distributed.is_initialized()
 
 
@@ -77,9 +72,9 @@ def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> 
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=10).end(40)
+        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=20).end(90)
     assert ended.codes == [RunError.exit_code] * world
-    assert ended.seconds < 15
+    assert ended.seconds < 40
     assert ended.said.count("compt: ") == 1, ended.said
     assert "rank 0 of" in ended.said
     assert "cannot be had (address already in use); MASTER_PORT names another" in ended.said
@@ -95,13 +90,13 @@ def test_who_serves_the_store_does_not_answer(answers: bool) -> None:
             assert server.stdout
             server.stdout.readline()
             if answers:
-                threading.Timer(2.0, server.send_signal, [signal.SIGSTOP]).start()
+                threading.Timer(4.0, server.send_signal, [signal.SIGSTOP]).start()
             else:
                 server.send_signal(signal.SIGSTOP)
             start = time.monotonic()
             with pytest.raises(RunError, match="not answer any more" if answers else "never answers") as caught:
-                meet(place, 5.0)
-            assert time.monotonic() - start < 8
+                meet(place, 10.0)
+            assert time.monotonic() - start < 20
             assert not caught.value.told
         finally:
             server.kill()
@@ -130,9 +125,9 @@ def test_a_rank_ends_just_after_it_has_come() -> None:
         )
         for rank in range(3)
     ]
-    said = [rank.communicate(timeout=60)[0] for rank in ranks]
+    said = [rank.communicate(timeout=150)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [5, 9, 5]
-    assert time.monotonic() - start < 45  # a collective may take 300
+    assert time.monotonic() - start < 120  # a collective may take 300
     (message,) = filter(None, said)
     assert "rank 0 of 3 has no connection to the others" in message
     assert "one has ended since it came, or GLOO_SOCKET_IFNAME" in message
@@ -145,7 +140,7 @@ from compt.errors import ComptError
 if os.environ["RANK"] == "1":
     dist.choose_interface = lambda place: os._exit(9)
 try:
-    dist.init("cpu", timeout_seconds=300.0, connect_seconds=8.0)
+    dist.init("cpu", timeout_seconds=300.0, connect_seconds=20.0)
 except ComptError as error:
     if error.shown_by(os.environ["RANK"]):
         print(error)
@@ -197,6 +192,32 @@ def test_collectives_have_their_time_however_short_the_meeting_is(level: str) ->
     assert found.stdout.split() == ["333.0", "333.0"], found.stderr
 
 
+def test_who_tells_of_an_error_of_all_does_so_before_torchrun_stops_it(tmp_path: Path) -> None:
+    """However late the first rank comes to it."""
+    script = tmp_path / "script.py"
+    script.write_text(AGREED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert ended.stderr.count("compt: they agree") == 1, ended.stderr
+
+
+AGREED = """
+import os, time
+from compt import cli, dist
+from compt.errors import RunError
+def app(_):
+    dist.init("cpu")
+    try:
+        dist.agree(RunError("they agree"))
+    finally:
+        dist.shutdown()
+        if os.environ["RANK"] == "0":
+            time.sleep(2.0)
+cli.app = app
+cli.run()
+"""
+
+
 LIMITS = """
 import os, sys
 import torch
@@ -216,6 +237,7 @@ def threads():
     return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
 dist.init("cpu")
 import compt.chain, compt.engines.ddp, compt.engines.fsdp2, compt.verify
+dist.group_beside()
 before = threads()
 dist.shutdown()
 print(before.count("pt_gloo_runloop") > 0, threads().count("pt_gloo_runloop"))
@@ -291,7 +313,7 @@ def test_a_group_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
         assert dist.world_size() == 1
         assert dist.all_reduce_sum(2) == 2.0
         dist.barrier()
-        for group in (dist.new_cpu_group(), state_dcp._group()):
+        for group in (dist.new_cpu_group(), dist.group_beside()):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77.0
     finally:
         dist.shutdown()

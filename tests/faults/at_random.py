@@ -16,7 +16,7 @@ from tests.faults.injected import Bench, Found
 
 ENGINES = ("ddp", "fsdp2", "zero2")
 KILLS_A_CHAIN = 3
-CONNECT_SECONDS = 12.0
+CONNECT_SECONDS = 20.0
 """How long a rank waits for one that was killed before they met."""
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from torch.distributed import TCPStore
 from compt import dist
 from compt.errors import ComptError
 from tests.dist.spawn import CONTEXT
+from tests.helpers_ports import free_port
 
 
 @dataclass(frozen=True)
@@ -108,13 +108,6 @@ def mark(folder: Path, name: str) -> None:
     (folder / name).touch()
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port: int = found.getsockname()[1]
-    return port
-
-
 def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     rank = environment["RANK"]
@@ -131,5 +124,3 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
             sys.stderr.write(f"compt: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)
-    sys.stderr.flush()
-    os._exit(0)  # as the program does: threads of a group that DeepSpeed keeps would abort one that winds down

@@ -63,7 +63,7 @@ def chain_with(fault: str, folder: Path, base: Path, run: Path, changes: tuple[s
 
 def wait_for_release(folder: Path) -> None:
     """Hold the step for a moment, so that a signal from outside comes in its middle."""
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + 60.0
     while not (folder / "go").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
 
@@ -282,7 +282,7 @@ def _corrupt(bench: Bench, fault: str, run: Path) -> Found:
 
 def _absent(bench: Bench, fault: str, run: Path) -> Found:
     started = time.monotonic()
-    group = bench.start("none", run, connect_seconds=10)
+    group = bench.start("none", run, connect_seconds=20)
     group.processes[1].kill()
     ended = group.end(120)
     found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
@@ -294,7 +294,7 @@ def _port(bench: Bench, fault: str, run: Path) -> Found:
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        ended = bench.start("none", run, port=taken.getsockname()[1], connect_seconds=10).end(120)
+        ended = bench.start("none", run, port=taken.getsockname()[1], connect_seconds=20).end(120)
     found = Found(fault, ended.codes, time.monotonic() - started, message(ended))
     return bench.finish(found, run)
 

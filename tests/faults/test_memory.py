@@ -106,7 +106,7 @@ def searched(folder: Path) -> None:
     trial = Trial.of(job, recipe, folder, torch.device("cpu"))
     before = torch.random.get_rng_state()
     assert [fits_apart(trial, size, limited) for size in (6, 3)] == [False, True]
-    with pytest.raises(RunError, match="large: looking for a micro-batch failed: rank 0: KeyError: 'no") as caught:
+    with pytest.raises(RunError, match="large: looking for a micro-batch failed: rank [01]: KeyError: 'no") as caught:
         fits_apart(trial, 6, failing)
     assert caught.value.everywhere
     assert torch.equal(before, torch.random.get_rng_state())

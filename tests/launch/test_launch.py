@@ -17,6 +17,7 @@ import typer.main
 from compt.cli import app
 from compt.cli_launch import Record, chain_words, exit_code, zero_stage
 from compt.errors import ConfigError
+from tests.helpers_ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "launch" / "worker.py"
@@ -191,14 +192,6 @@ LAUNCHERS = {
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "0"],
 }
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "deepspeed")]
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture

@@ -73,10 +73,10 @@ def test_without_data_nothing_is_queued(cluster: Cluster, files: Files, tmp_path
     assert cluster.run("squeue", "--noheader").stdout == ""
     # sbatch itself runs no line of the file: there it is the job's first act.
     job = cluster.submit("sbatch", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch", **settings)
-    shown = cluster.wait_for(job, "FAILED", seconds=30)
+    shown = cluster.wait_for(job, "FAILED", seconds=120)
     assert shown["ExitCode"] == "2:0"
     assert cluster.said(job).startswith("chain_vit: DATA is missing")
-    assert shown["RunTime"] in ("00:00:00", "00:00:01", "00:00:02")
+    assert "00:00:00" <= shown["RunTime"] <= "00:00:20"
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_nodes_that_contradict_sbatch_end_the_job(cluster: Cluster, files: Files
     settings = files.settings(files.recipe("contradicting"), tmp_path)
     command = ("sbatch", "--nodes=2", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch")
     job = cluster.submit(*command, **settings, NODES="3")
-    cluster.wait_for(job, "FAILED", seconds=30)
+    cluster.wait_for(job, "FAILED", seconds=120)
     assert "has 2 nodes, but NODES=3" in cluster.said(job)
 
 

@@ -227,9 +227,10 @@ def test_the_workers_of_a_killed_run_do_not_keep_the_folder(base: Path, tmp_path
     stopped_at(base, run, 3 + latest_step(run, FIRST), "chain.links.0.train={steps: 5000}")
 
 
-def orphan(ready: Any) -> None:
+def orphan(ready: Any, told: Path) -> None:
     """A worker whose parent dies before torch begins to watch it."""
-    if os.fork():
+    if child := os.fork():
+        told.write_text(str(child))
         ready.wait(60)
         die()
     _shield(os.getppid(), 0)
@@ -237,17 +238,11 @@ def orphan(ready: Any) -> None:
     time.sleep(120)
 
 
-def test_a_worker_ends_with_its_parent() -> None:
-    ready = CONTEXT.Event()
-    process = start(orphan, ready)
-    children: set[int] = set()
-    while process.is_alive():
-        children |= children_of(process.pid or 0)
-        time.sleep(0.01)
-    assert finish(process) == KILLED
-    assert len(children) == 1
-    deadline = time.monotonic() + 30
-    while any(is_running(child) for child in children):
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    told = tmp_path / "child"
+    assert finish(start(orphan, CONTEXT.Event(), told)) == KILLED
+    child, deadline = int(told.read_text()), time.monotonic() + 60
+    while is_running(child):
         assert time.monotonic() < deadline, "the worker outlives its parent"
         time.sleep(0.1)
 
@@ -257,13 +252,6 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
-
-
-def children_of(pid: int) -> set[int]:
-    try:
-        return {int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()}
-    except OSError:
-        return set()
 
 
 def latest_step(run: Path, job: str) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -99,9 +98,9 @@ def test_there_is_one_console(root: Path) -> None:
     assert [str(path.relative_to(root)) for path in makers] == ["compt/formats.py"]
 
 
-@pytest.mark.parametrize(("threads", "group"), [(0, False), (1, False), (0, True)])
+@pytest.mark.parametrize(("threads", "torch"), [(0, False), (1, False), (0, True)])
 def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
-    threads: int, group: bool, tmp_path: Path
+    threads: int, torch: bool, tmp_path: Path
 ) -> None:
     """Where one waits within torch's C++, winding down would abort the process."""
     script = (
@@ -111,13 +110,26 @@ def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
         "    def __del__(self): print('wound down')\n"
         "kept = Late()\n"
         "atexit.register(print, 'atexit')\n"
+        f"sys.modules.update({{'torch': None}} if {torch} else {{}})\n"
         f"for _ in range({threads}): threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
         "sys.argv = ['compt', 'plan', 'nowhere.yaml']\n"
         "run()\n"
     )
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"} if group else {}
-    command, environment = [sys.executable, "-c", script], {**os.environ, **place}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2
     assert "nowhere.yaml" in done.stderr
-    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads or group else ["atexit", "wound down"])
+    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads or torch else ["atexit", "wound down"])
+
+
+def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from compt import cli\n"
+        "def app(_): raise KeyError('no such thing')\n"
+        "cli.app, sys.modules['torch'] = app, None\n"
+        "cli.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith("KeyError: 'no such thing'\n")
+    assert done.stderr.count("Traceback") == 1

@@ -54,7 +54,7 @@ def test_what_a_worker_started_ends_with_it(how: str, root: Path, tmp_path: Path
         worker = Worker(tmp_path / "log")
         worker.run(os.getpid, seconds=60)
         with pytest.raises(WorkerTimeout):
-            worker.run(subprocess.run, words, seconds=2)
+            worker.run(subprocess.run, words, seconds=10)
     else:
         process = subprocess.Popen([sys.executable, "-c", FOLLOWS, str(tmp_path / "log"), *words], cwd=root)
         deadline = time.monotonic() + 60

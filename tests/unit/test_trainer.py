@@ -231,6 +231,18 @@ def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
     assert result.steps == 6
 
 
+def test_a_signal_after_the_last_step_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = checkpoint.Saver.finish
+
+    def asked(saver: checkpoint.Saver) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        finish(saver)
+
+    monkeypatch.setattr(checkpoint.Saver, "finish", asked)
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 6 of 6; saved"):
+        Bench(tmp_path).train()
+
+
 def test_it_goes_on_from_the_last_checkpoint_where_it_was_killed(tmp_path: Path) -> None:
     def dying(start: int) -> Iterator[Batch]:
         yield from batches(start, 5)
@@ -265,28 +277,47 @@ def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_signals_are_remembered_or_raised_and_then_given_back(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with StopSignal() as stop:
-        assert not stop.raised(last=False)
+    with pytest.raises(Interrupted), StopSignal() as stop:
+        assert not stop.raised()
         signal.raise_signal(number)
         signal.raise_signal(number)  # what torchrun passes on is the same request
-        assert stop.raised(last=False)
+        assert stop.raised()
         assert stop.name == number.name
+        raise Interrupted("saved")
     assert signal.getsignal(number) is before
     with pytest.raises(Interrupted, match=f"stopped by {number.name}"), StopSignal(at_once=True):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
 
 
+def test_of_signals_within_one_another_one_raises_and_once() -> None:
+    with pytest.raises(Interrupted, match="SIGINT: saved"), StopSignal(at_once=True):
+        try:
+            with StopSignal() as inner:
+                signal.raise_signal(signal.SIGINT)
+                raise Interrupted(f"{inner.name}: saved")
+        finally:
+            signal.raise_signal(signal.SIGINT)  # passed on late, and the same request
+
+
+def test_a_signal_that_came_too_late_for_a_loop_goes_to_whoever_is_around_it() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGUSR1"), StopSignal(at_once=True):
+        with StopSignal():
+            signal.raise_signal(signal.SIGUSR1)
+        pytest.fail("it is not heard")
+
+
 def test_a_later_second_ctrl_c_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with StopSignal() as stop:
+    with pytest.raises(KeyboardInterrupt), StopSignal() as stop:
         signal.raise_signal(signal.SIGINT)
         now[0] = 102.0
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)
-        assert stop.raised(last=False)
+        assert stop.raised()
+        raise KeyboardInterrupt
 
 
 # --- steps that are not finite
