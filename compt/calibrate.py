@@ -230,17 +230,18 @@ def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: An
                 break
             if hopeless(plan):
                 run_jobs(context, plan, (), say, _record(test, plan, scales, tries, "not lossless"))
-                raise NotLossless(_no_length(context.folder, plan, tries))
+                dist.fail(NotLossless(_no_length(context.folder, plan, tries)))
             link, baseline = pair(plan)
             jobs = (*plan.links[: first_student(plan.recipe)], baseline, link)
             run_jobs(context, plan, jobs, say, _record(test, plan, scales, tries, "open"))
             _judge(context.folder, test, plan, scales, say)
         else:
             first = try_name(1, pair(plain)[0].spec.name)
-            raise RunError(
+            text = (
                 f"{context.folder}: its first-pair test does not end: no more than {most} lengths are below the "
                 f"baseline's, and as many were tried; {first} should be the first of them"
             )
+            dist.fail(RunError(text))
         run_jobs(context, plan, plan.jobs, say, _record(test, plan, scales, tries, "lossless"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import multiprocessing
 import os
 import sys
 import threading
@@ -142,7 +143,7 @@ def _run(
             say(f"{folder}: {' and '.join(names) or 'everything in it'} is done.")
         if test:
             run_calibrated(context, test, say, **wanted)
-        # All end together: launchers and batch systems give the last a moment.
+        # The others wait for it: batch systems end a job a while after the first of its processes.
         dist.on_main(lambda: report(folder))
     except NotLossless:
         dist.on_main(lambda: report(folder))
@@ -242,9 +243,11 @@ def run(words: Callable[[], list[str]] | None = None) -> None:
         # Whoever joins a group has torch; some of DeepSpeed keeps the group, and its threads, for ever.
         if "torch" not in sys.modules and not any(thread.daemon for thread in threading.enumerate()):
             raise
-        code = end.code if isinstance(end, SystemExit) else 1
-        if not isinstance(end, SystemExit):
+        code = end.code if isinstance(end, SystemExit) else 130 if isinstance(end, KeyboardInterrupt) else 1
+        if not isinstance(end, (SystemExit, KeyboardInterrupt)):
             sys.excepthook(type(end), end, end.__traceback__)
+        for child in multiprocessing.active_children():
+            child.terminate()  # multiprocessing would wait for those that are no daemons
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):

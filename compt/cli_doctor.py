@@ -30,11 +30,9 @@ def doctor(
 
     try:
         findings = examine(run)
-        if dist.is_main():
-            if as_json:
-                typer.echo(json.dumps(to_json(findings), indent=2))
-            else:
-                _show(findings)
+        text = json.dumps(to_json(findings), indent=2)
+        # The others wait: a launcher stops all when one of them ends.
+        dist.on_main(lambda: typer.echo(text) if as_json else _show(findings))
     finally:
         dist.shutdown()
     if not is_fit(findings):

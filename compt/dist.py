@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -21,15 +22,15 @@ from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memo
 
 T = TypeVar("T")
 
-TELLING_SECONDS = 10.0
-"""For which ranks wait at most for the first to tell of an error of all."""
+TELLING_SECONDS = 90.0
+"""For which ranks wait at most for the first to tell of an error of all: it may wait for slow ones to leave a watch."""
 
 _joined: list[Place] = []
 """This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
 _store: list[tuple[Any, int]] = []
 """Where the group met, and which rank this is: it stays when the group is left."""
 _beside: list[Any] = []
-"""The other group of `group_beside`."""
+"""A group, and the other one that `group_beside` made for it."""
 
 
 def init(
@@ -51,6 +52,7 @@ def init(
     if torch_dist.is_initialized() or place is None:
         return chosen
     limit = connect_limit(os.environ) if connect_seconds is None else connect_seconds
+    _store.clear()
     store = meet(place, limit)
     interface = choose_interface(place)
     if interface is not None:
@@ -129,21 +131,24 @@ def new_cpu_group() -> Any:
 def group_beside() -> Any:
     """A second group on the CPU, made when all ranks first ask: a thread may use it while training uses the first.
 
-    None where there is one process.
+    None without a group.
     """
     if not torch_dist.is_initialized():
         return None
-    if not _beside:
-        _beside.append(new_cpu_group())
-    return _beside[0]
+    if not _beside or _beside[0] is not torch_dist.group.WORLD:
+        _beside[:] = [torch_dist.group.WORLD, new_cpu_group()]
+    return _beside[1]
 
 
 def after_first() -> None:
-    """For an error that all ranks raise: rank 0 calls this when it has told of it, the others wait here until it has.
+    """For an error that all ranks raise: rank 0 calls this when it has told of it, the others wait until it has, up to
+    `TELLING_SECONDS`: a launcher stops all when one of them ends.
 
-    A launcher stops all when one of them ends. The group may have been left.
+    The group may have been left. From here on signals change nothing: the process is about to end.
     """
     for store, own in _store:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         tell_first(store, own, TELLING_SECONDS)
 
 
@@ -244,6 +249,12 @@ def agree(error: ComptError | None) -> None:
     if found:
         found[0].everywhere, found[0].told = True, False
         raise found[0]
+
+
+def fail(error: ComptError) -> NoReturn:
+    """Raise an error that every rank has come to by itself, and of which one is to tell. All ranks call it."""
+    error.everywhere = True
+    raise error
 
 
 def on_all(action: Callable[[], T]) -> T:

@@ -97,14 +97,14 @@ def meet(place: Place, seconds: float) -> TCPStore:
 
 
 def tell_first(store: TCPStore, rank: int, seconds: float) -> None:
-    """Rank 0 leaves word in the store; others return when it has, when its process is gone, or after `seconds`."""
-    key = "compt/told"
+    """Rank 0 leaves word in the store; others return when it has, when the store is gone, or after `seconds`."""
+    keys = _of_this_attempt(store)
 
     def call() -> None:
         if rank == 0:
-            store.set(key, "")
+            keys.set("told", "")
         else:
-            store.wait([key], datetime.timedelta(seconds=seconds))
+            keys.wait(["told"], datetime.timedelta(seconds=seconds))
 
     with contextlib.suppress(TimeoutError, RuntimeError), _quiet():
         _within(time.monotonic() + seconds, call)
@@ -200,10 +200,14 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
     )
 
 
+def _of_this_attempt(store: TCPStore) -> PrefixStore:
+    """The store without the keys of others: a restart by torchrun may find that of the attempt before."""
+    return PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
 def _wait_for_all(place: Place, until: float, store: TCPStore) -> tuple[list[int], int]:
     """The ranks that have not come until then, and the lowest that has."""
-    # A restart by torchrun may find the store of the attempt before.
-    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    keys = _of_this_attempt(store)
     names = [f"here/{rank}" for rank in range(place.world_size)]
     keys.set(names[place.rank], "")
     with contextlib.suppress(torch_dist.DistStoreError):

@@ -37,7 +37,7 @@ FOLDER = "faults"
 SILENCE = 20.0
 """Seconds without a sign of life after which a process counts as dead."""
 LEAVING = 60.0
-"""Seconds for which who holds the store waits for others that are slow to leave."""
+"""Seconds for which who holds the store waits at an orderly end for others that are slow to leave."""
 LONG = 6.0
 """How many times longer than a step the long phases may take: evaluation, expansion, the first step, writing."""
 
@@ -121,7 +121,7 @@ class Watch:
     def _join(self) -> None:
         """Meet the other ranks in the store, through a connection of this watch's own."""
         found = _get_default_store().clone()  # type: ignore[attr-defined]
-        store = PrefixStore(f"compt/watch/{next(_numbers)}", found)
+        store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
         store.set(str(self.rank), self._life().to_json())
         if self.rank == 0:
             store.set("token", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{os.getpid()}")
@@ -204,16 +204,16 @@ class Watch:
         self._leave(max(LEAVING, self._silence))
 
     def _leave(self, seconds: float, dead: int = -1) -> None:
-        """Say that this rank asks no more; who holds the store waits up to `seconds` for all that live to say so."""
+        """Say that this rank asks no more; who holds the store waits up to `seconds` until all that live have too."""
         self._left, until = True, time.monotonic() + seconds
         with contextlib.suppress(Lost):
-            self._look_at_all()
+            self._exchange()
             while self.rank == 0 and self._store_is_with_rank_0 and time.monotonic() < until:
+                self._look_at_all()
                 others = [seen for rank, seen in self._seen.items() if rank != dead and not seen.gone]
-                if all(seen.life is not None and seen.life.left for seen in others):
+                if all(seen.quiet > self._silence or (seen.life is not None and seen.life.left) for seen in others):
                     break
                 time.sleep(0.05)
-                self._look_at_all()
 
     def _forgive(self, seconds: float) -> None:
         beat = self._beat
@@ -229,8 +229,6 @@ class Watch:
 
     def _look(self) -> Cause | None:
         """Show a sign of life, look at that of others and at the main thread; a cause where there is one."""
-        if self._store_is_with_rank_0 and self.rank and self._seen[0].state == "gone":
-            raise Lost  # asking it would fill the terminal with torch's warnings
         posted = self._exchange()
         if posted is not None:
             return posted
@@ -245,6 +243,8 @@ class Watch:
         own = self._life().to_json()
         for seen in self._seen.values():
             seen.look()
+        if self._store_is_with_rank_0 and self.rank and self._seen[0].gone:
+            raise Lost  # asking it would fill the terminal with torch's warnings
 
         def action(store: Any) -> tuple[list[bytes], dict[int, bytes]]:
             store.set(str(self.rank), own)

@@ -137,9 +137,7 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
     faults = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
     if faults:
         faults.sort(key=lambda text: _OTHER in text)
-        error = RunError(f"{trial.student.name}: looking for a micro-batch failed: {faults[0]}")
-        error.everywhere = True
-        raise error
+        dist.fail(RunError(f"{trial.student.name}: looking for a micro-batch failed: {faults[0]}"))
     return True
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -178,6 +179,7 @@ def test_a_rank_that_is_killed(rank: int, agent: bool, groups: Callable[..., Gro
     assert "has died" in text
     assert ended.codes == [-signal.SIGKILL if other == rank else 5 for other in range(3)]
     assert "Traceback" not in ended.said
+    assert "c10d" not in ended.said, "nobody asks a store that is gone"
     assert ended.seconds < 4 * TIMEOUT
 
 
@@ -308,10 +310,10 @@ def test_one_process_shows_where_it_hangs_and_goes_on(tmp_path: Path) -> None:
     beat(5, "nothing watches")
 
 
-def other_machine(rank: int, tick: int) -> str:
+def other_machine(rank: int, tick: int, left: bool = False) -> str:
     """A sign of life of a rank on another machine, where nothing else can be seen of it."""
     return replace(
-        Life.here(tick, rank, "", 9, 9, "computing", 0.0, "", False), host=f"n{rank}", place=str(rank)
+        Life.here(tick, rank, "", 9, 9, "computing", 0.0, "", left), host=f"n{rank}", place=str(rank)
     ).to_json()
 
 
@@ -334,3 +336,24 @@ def test_who_asks_an_answer_waits_for_ranks_that_it_never_watched(tmp_path: Path
     cause = watch._look()
     assert cause is not None
     assert (cause.kind, cause.rank, cause.text) == ("failed", 0, "stopped by SIGTERM")
+
+
+def test_who_holds_the_store_waits_for_those_that_live(tmp_path: Path) -> None:
+    """Rank 1 leaves a little later; rank 2 of a third machine shows no sign of life any more."""
+    store: Any = HashStore()
+    watch = Watch(tmp_path, 600.0)
+    watch.rank, watch.world, watch._token, watch._store_is_with_rank_0 = 0, 3, "token", True
+    watch._post, watch._seen, watch._silence = Post(store), {1: Seen()}, 3.0
+    store.set("cause", "-")
+    store.set("2", other_machine(2, 1))
+    begun = time.monotonic()
+
+    def live() -> None:
+        for tick in range(50):
+            store.set("1", other_machine(1, tick, left=tick == 49))
+            time.sleep(0.1)
+
+    threading.Thread(target=live).start()
+    watch._leave(60.0)
+    assert 4.9 < time.monotonic() - begun < 30.0
+    assert Life.from_json(store.get("0")).left
