@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from compt.data.order import Box
+from compt.errors import ComptError
 
 Pixels = NDArray[np.uint8]
 Crop = Callable[[int, int], Box]
@@ -69,6 +70,8 @@ def open_image(data: bytes) -> Image.Image:
     """The image with only its header read. Raises Unusable when it is none, or too large to be decoded safely."""
     try:
         image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], _FORMATS))
+    except ComptError:  # a signal
+        raise
     except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
         raise Unusable("image", f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
@@ -91,6 +94,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
             grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
             return Image.fromarray(grey).convert("RGB")
         return image.convert("RGB")
+    except ComptError:
+        raise
     except Exception as error:
         raise Unusable("image", f"cannot be decoded: {error}") from None
 

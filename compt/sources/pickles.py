@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from compt.errors import ArtefactError
+from compt.errors import ArtefactError, ComptError
 
 _DEEPEST = 20
 _INERT_PACKAGES = ("deepspeed.",)
@@ -88,6 +88,8 @@ def load_torch_file(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    except ComptError:  # a signal
+        raise
     except Exception as error:  # a torn or forged file raises whatever its bytes lead to
         name = _asked_for(error)
         if name:
@@ -124,6 +126,8 @@ def load_dcp_metadata(path: Path) -> metadata.Metadata:
         raise ArtefactError(f"{path}: refused: {error}") from error
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    except ComptError:
+        raise
     except Exception as error:  # as above
         raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint ({_first_line(error)})") from error
     if type(found) is not metadata.Metadata or not isinstance(found.state_dict_metadata, dict):

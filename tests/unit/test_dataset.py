@@ -18,7 +18,7 @@ from compt.data.index import Index, open_index
 from compt.data.order import caption_choice, epoch_order
 from compt.data.records import Batch
 from compt.data.tokens import CaptionTokens
-from compt.errors import ConfigError, DataError
+from compt.errors import ConfigError, DataError, Interrupted
 from tests.helpers_shards import make_shards, picture, sample, texts, write_tar
 
 TOKENIZER = SimpleTokenizer()
@@ -247,6 +247,20 @@ def test_orientation_in_exif_is_ignored() -> None:
     blob = io.BytesIO()
     Image.new("RGB", (8, 4)).save(blob, "JPEG", exif=exif)
     assert to_rgb(open_image(blob.getvalue())).size == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["open", "load"])
+def test_a_signal_while_a_picture_is_read_makes_it_no_broken_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    blob = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blob, "PNG")
+    monkeypatch.setattr(Image if name == "open" else Image.Image, name, asked)
+    if name == "load":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", asked)
+    with pytest.raises(Interrupted):
+        to_rgb(open_image(blob.getvalue()))
 
 
 @pytest.mark.parametrize("extension", ["PNG", "JPEG", "WEBP"])
