@@ -174,6 +174,7 @@ def _asked(setup: Setup, batch: int | None) -> Measurement:
     )
 
 
+_POLL = 0.5
 _ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
 
 
@@ -257,6 +258,9 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
     finally:
         signal.signal(signal.SIGINT, interrupt)
     sender.close()
+    # A Ctrl-C that comes just before a wait without a limit would be heard after it.
+    while not receiver.poll(_POLL):
+        pass
     try:
         found = receiver.recv()
     except EOFError:

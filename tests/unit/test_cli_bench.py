@@ -385,6 +385,11 @@ def test_the_document_shows_what_the_command_prints(root: Path) -> None:
         assert re.search(rf"\| `{device.name}`.* \| {peaks} \| {sizes} \|", text), device.name
 
 
+def ignores_interrupts(pid: int) -> bool:
+    (mask,) = re.findall(r"SigIgn:\s+(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(mask, 16) >> (signal.SIGINT - 1) & 1)
+
+
 def test_ctrl_c_ends_a_measurement_without_a_trace(tmp_path: Path) -> None:
     words = ["bench", "throughput", "vit_pico", "--batch", "2", "--seconds", "600", "--device", "cpu"]
     words += ["--precision", "fp32", "--out", str(tmp_path / "speeds.json")]
@@ -395,13 +400,16 @@ def test_ctrl_c_ends_a_measurement_without_a_trace(tmp_path: Path) -> None:
     ) as process:
         signal.signal(signal.SIGINT, listening)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-        # The resource tracker, then the process that measures; a moment later it is importing torch, or timing.
-        while process.poll() is None and len(children.read_text().split()) < 2:
+        # The resource tracker, then the process that measures; it starts without listening to SIGINT.
+        while process.poll() is None and (len(children.read_text().split()) < 2 or ignores_interrupts(process.pid)):
             time.sleep(0.05)
         measuring = children.read_text().split()[-1]
-        time.sleep(1)
+        time.sleep(1)  # it is importing torch, or timing
         os.killpg(process.pid, signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        try:
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "Traceback" not in said
     assert not Path(f"/proc/{measuring}").exists()
