@@ -157,6 +157,7 @@ def _check_archive(path: Path) -> bool:
             return False
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+    # zipfile says NotImplementedError of an archive made for a newer version of the format than it reads.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
     for name in names:

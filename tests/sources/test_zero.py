@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.sources import open_model
-from tests.sources.written import FROZEN, ORACLE, SPEC, STEPS, ZEROS
+from tests.sources.written import FROZEN, ORACLE, SPEC, STEPS, ZEROS, load_deepspeed
 
 TAG = f"global_step{STEPS}"
 PROJECTOR = [f"projector.{tower}.{part}" for tower in ("image", "text") for part in ("bias", "weight")]
@@ -116,7 +116,7 @@ def test_models_cut_otherwise_are_refused(zeros, tmp_path):
 
 
 def change(path: Path, edit) -> None:
-    values = torch.load(path, weights_only=False)
+    values = load_deepspeed(path)
     edit(values)
     torch.save(values, path)
 
@@ -138,7 +138,7 @@ def test_paddings_between_parameters_are_skipped(zeros, tmp_path):
     folder = copied(zeros, tmp_path, "zero1")
     files = sorted((folder / TAG).glob("*_optim_states.pt"))
     shapes = torch.load(folder / TAG / "mp_rank_00_model_states.pt", weights_only=True)["param_shapes"][0]
-    parts = [torch.load(path, weights_only=False)["optimizer_state_dict"] for path in files]
+    parts = [load_deepspeed(path)["optimizer_state_dict"] for path in files]
     vector = torch.cat([part["single_partition_of_fp32_groups"][0] for part in parts])
     gaps = [index % 3 for index in range(len(shapes))]
     pieces, at = [], 0

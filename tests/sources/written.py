@@ -159,3 +159,13 @@ def write_dcp(folder: str) -> None:
     live = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in state.items()}
     if dist.is_main():
         save_file({name: value.detach().contiguous() for name, value in live.items()}, Path(folder) / ORACLE)
+
+
+def load_deepspeed(path: Path) -> Any:
+    """A file of DeepSpeed's, with the classes that it keeps in it, and no others."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+        return torch.load(path, map_location="cpu", weights_only=True)
