@@ -42,7 +42,7 @@ benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/
 	@$(RUN) benchmarks.all
 
 gpu-bundle: $(STAMP) ## Pack the wheels that a GPU machine without a network lacks into build/gpu-bundle (docs/gpu.md)
-	@$(RUN) benchmarks.gpu_bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali)
+	@$(RUN) benchmarks.gpu.bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali)
 
 lint: $(STAMP) ## Check the style (ruff)
 	@$(RUN) ruff check .

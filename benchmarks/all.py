@@ -6,10 +6,21 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import figure_1, figure_6, figure_7, figure_8, figure_9, findings, memory, table_2, table_4a, table_g
 from benchmarks.common import RESULTS, UNEXPLAINED, Cell, Result, number, one_line, write
+from benchmarks.paper import (
+    figure_1,
+    figure_6,
+    figure_7,
+    figure_8,
+    figure_9,
+    findings,
+    memory,
+    table_2,
+    table_4a,
+    table_g,
+)
 from compt.files import write_text
-from compt.formats import TextTable, terminal
+from compt.text import TextTable, terminal
 
 MAKERS: tuple[Callable[[], Result], ...] = (
     table_g.make,
@@ -91,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
         write_text(options.out / "summary.md", page + "\n")
     terminal().print(summary(results).rich())
-    print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.table_2`")
+    print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.paper.table_2`")
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from rich.console import Console
 
 from compt.errors import ComptError
 from compt.files import write_text
-from compt.formats import TextTable, terminal
-from compt.report_figures import COLOURS, MODEL_COLOURS
+from compt.report.figures import COLOURS, MODEL_COLOURS
+from compt.text import TextTable, terminal
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.025
@@ -47,7 +47,7 @@ def key_of(row: str, quantity: str) -> str:
 class Cell:
     """One published number and what the same number comes to here; None where there is no such figure.
 
-    `from_inputs` is computed from the paper's own published inputs, `from_counters` from `compt.macs` in its paper
+    `from_inputs` is computed from the paper's own published inputs, `from_counters` from `compt.cost` in its paper
     mode (or from a model of hardware, where `projected`), `from_printed` from other printed cells of the same table
     (sums and ratios), `exact` is what this program itself executes. `digits` are those printed after the point.
     `tolerance` is the share by which the counters may differ; None: not judged.

@@ -1,6 +1,6 @@
 """`python -m compt` is `compt`."""
 
-from compt.cli import run
+from compt.cli.main import run
 
 if __name__ == "__main__":
     run()

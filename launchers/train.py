@@ -6,8 +6,8 @@ torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml --
 import os
 import sys
 
-from compt.cli import run
-from compt.cli_launch import chain_words
+from compt.cli.launch import chain_words
+from compt.cli.main import run
 
 if __name__ == "__main__":
     run(lambda: chain_words(sys.argv[1:], os.environ))

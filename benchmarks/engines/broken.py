@@ -17,10 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.engines import cells
 from benchmarks.engines.cells import Cell
-from compt import dist, losses
+from compt.dist import collectives as dist
 from compt.engines import base, ddp, fsdp2, shards
 from compt.engines.average import Average
-from compt.task import ClipTask, surrogate
+from compt.train import losses
+from compt.train.task import ClipTask, surrogate
 
 Apply = Callable[[], AbstractContextManager[Any]]
 
@@ -56,7 +57,7 @@ def _on_engine(change: Callable[[Any], None]) -> Apply:
 
 
 def _no_gather() -> AbstractContextManager[Any]:
-    return mock.patch("compt.task.contrastive_loss", partial(losses.contrastive_loss, gather=False))
+    return mock.patch("compt.train.task.contrastive_loss", partial(losses.contrastive_loss, gather=False))
 
 
 def _sum_buckets(engine: Any) -> None:
@@ -207,13 +208,13 @@ MUTATIONS = (
         "gathering carries gradients back",
         "gathered features are detached",
         _DDP,
-        _patched("compt.losses.gather_with_grad", dist.gather),
+        _patched("compt.train.losses.gather_with_grad", dist.gather),
     ),
     Mutation(
         "each rank's rows have the labels of their place in the batch",
         "labels start at 0 on every rank",
         _DDP,
-        _patched("compt.losses.rank", lambda: 0),
+        _patched("compt.train.losses.rank", lambda: 0),
     ),
     Mutation(
         f"ddp: {_EVERY}",
@@ -238,20 +239,20 @@ MUTATIONS = (
         "logit_scale's gradient counts once, not for each micro-batch",
         "not divided by their number",
         _DDP_4,
-        _patched("compt.accumulate.surrogate", _whole_scale),
+        _patched("compt.train.accumulate.surrogate", _whole_scale),
     ),
     Mutation(
         "each micro-batch gets the gradients of its own features",
         "rows of a micro-batch are exchanged",
         Cell("ddp", 2, 4, "distillation", "swin"),
-        _patched("compt.accumulate.surrogate", _rows_of_others),
+        _patched("compt.train.accumulate.surrogate", _rows_of_others),
     ),
     Mutation(
         "the towers' distances are averaged",
         "summed",
         Cell("ddp", 1, 1, "distillation"),
         _patched(
-            "compt.task.ifd_loss",
+            "compt.train.task.ifd_loss",
             lambda *args, **options: losses.ifd_loss(*args, **{**options, "average_towers": False}),
         ),
     ),

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compt import dist
-from compt.accumulate import cached_backward
-from compt.config import EngineConfig, Optimizer
-from compt.config_schema import Ema
-from compt.engines import COMPUTE_DTYPES, Engine, open_engine
-from compt.models import build
-from compt.presets import ModelSpec, resolve
-from compt.task import ClipTask, DistillTask
+from compt.dist import collectives as dist
+from compt.engines.base import COMPUTE_DTYPES, Engine
+from compt.engines.open import open_engine
+from compt.models.clip import build
+from compt.models.presets import ModelSpec, resolve
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.schema import Ema
+from compt.train.accumulate import cached_backward
+from compt.train.task import ClipTask, DistillTask
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 WORLDS = (1, 2, 4)

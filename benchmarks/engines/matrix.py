@@ -16,7 +16,7 @@ from benchmarks.common import one_line
 from benchmarks.engines.cells import ACCUMULATIONS, ENGINES, TASKS, WORLDS, Cell, cells, train
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
 from benchmarks.engines.page import OUT, PAGE, about, scientific, write_results
-from compt.formats import TextTable, terminal
+from compt.text import TextTable, terminal
 
 FILE = "matrix.json"
 QUANTITIES = tuple(TOLERANCES)

@@ -1,4 +1,4 @@
-"""Bytes that each engine holds on a rank, counted, against `compt.memory`: `python -m benchmarks.engines.memory`.
+"""Bytes that each engine holds on a rank, counted, against `compt.cost.memory`: `python -m benchmarks.engines.memory`.
 
 Writes docs/results/engines/memory.json and a table of docs/engines.md. In fp32, on CPU processes, with the settings of
 DeepSpeed that `ds_configs` has.
@@ -20,22 +20,22 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from benchmarks.common import one_line
-from benchmarks.counting import Storages
 from benchmarks.engines.cells import ENGINES, WORLDS
 from benchmarks.engines.page import OUT, PAGE, about, write_results
-from compt import dist
-from compt.accumulate import cached_backward
-from compt.config import EngineConfig, Optimizer
-from compt.engines import Engine, open_engine
-from compt.engines.base import parameter_groups
+from benchmarks.paper.counting import Storages
+from compt.cost.memory import Engine as Name
+from compt.cost.memory import held_bytes
+from compt.dist import collectives as dist
+from compt.engines.base import Engine, parameter_groups
 from compt.engines.frozen import shard_frozen
+from compt.engines.open import open_engine
 from compt.engines.shards import reshard
-from compt.formats import TextTable, terminal
-from compt.memory import Engine as Name
-from compt.memory import held_bytes
-from compt.models import ClipModel, build
-from compt.presets import ModelSpec, resolve
-from compt.task import DistillTask
+from compt.models.clip import ClipModel, build
+from compt.models.presets import ModelSpec, resolve
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.text import TextTable, terminal
+from compt.train.accumulate import cached_backward
+from compt.train.task import DistillTask
 
 FILE = "memory.json"
 PAIRS: dict[str, tuple[ModelSpec, ModelSpec]] = {
@@ -51,10 +51,10 @@ PAIRS: dict[str, tuple[ModelSpec, ModelSpec]] = {
 """Student and teacher, of different embeddings, so that there are projectors."""
 ROWS = 2
 PARTS = ("weights", "gradients", "optimizer", "communication", "teacher")
-_NOTE = """{:.1f} M parameters in fp32, at the end of a backward pass, blocks given up. In brackets what compt.memory
-predicts. Of ddp: weights, gradients and optimizer. Communication: DeepSpeed's buckets, whose size is a setting and does
-not depend on the model. With zero1 and zero2 a rank holds the whole gradient of each tensor that its slice touches (and
-what is counted is just these); of those that stand out of it, only the embedding's is predicted."""
+_NOTE = """{:.1f} M parameters in fp32, at the end of a backward pass, blocks given up. In brackets what
+compt.cost.memory predicts. Of ddp: weights, gradients and optimizer. Communication: DeepSpeed's buckets, whose size is
+a setting and does not depend on the model. With zero1 and zero2 a rank holds the whole gradient of each tensor that its
+slice touches (and what is counted is just these); of those that stand out of it, only the embedding's is predicted."""
 TOLERANCE = 0.01
 """Largest difference of a part from what is predicted: shards are padded to equal sizes."""
 

@@ -21,7 +21,7 @@ from benchmarks.engines.cells import ENGINES, Cell, train
 from benchmarks.engines.matrix import TIMEOUT
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
 from benchmarks.engines.page import OUT, PAGE, about, scientific, write_results
-from compt.formats import TextTable, terminal
+from compt.text import TextTable, terminal
 
 FILE = "mutations.json"
 

@@ -1,6 +1,6 @@
 """What every engine has to give: one process, the whole batch, double precision, torch's AdamW, open_clip's loss.
 
-Nothing of `compt.engines`, `compt.accumulate`, `compt.losses` or `compt.task` takes part, but for the values that
+Nothing of `compt.engines` or of `accumulate`, `losses` and `task` in `compt.train` takes part, but for the values that
 projectors are drawn with; the models' forward is the same, and has tests of its own against open_clip.
 """
 
@@ -33,7 +33,7 @@ from benchmarks.engines.cells import (
     specs,
     start,
 )
-from compt.models import ClipModel, build
+from compt.models.clip import ClipModel, build
 
 TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "key biases": 1e-6, "parameters": 2e-4, "average": 2e-4}
 """Largest differences from the oracle, relative but for that of key biases.

@@ -14,11 +14,11 @@ import torch
 
 from benchmarks.common import rounded
 from benchmarks.engines.cells import SEED
-from compt.artefact import versions
+from compt.bench.throughput import device_name
 from compt.errors import RunError
 from compt.files import write_text
-from compt.formats import TextTable
-from compt.throughput import device_name
+from compt.text import TextTable
+from compt.weights.artefact import versions
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 OUT = DOCS / "results" / "engines"

@@ -1,1 +1,1 @@
-"""Reading, checking, ordering and decoding samples, and the emoji data set."""
+"""From image-text shards to batches: index, order, decoding, captions."""

@@ -1,1 +1,1 @@
-"""Automatic design of chains: how many epochs a link needs, which models may stand in it, which chain is best."""
+"""The search for a chain: which models, how many epochs for each link."""

@@ -16,11 +16,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from compt.cost.counts import parameters
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
-from compt.macs import parameters
-from compt.planner_growth import check_growth
-from compt.presets import PRESETS, ModelSpec
+from compt.models.presets import PRESETS, ModelSpec
+from compt.plan.growth import check_growth
 
 SMALLEST = 16
 """A candidate has at least one part in so many of the smallest preset's parameters, as Table G counts them."""

@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.config import Recipe
-from compt.hardware import Conditions, Throughput, speed
-from compt.hardware_devices import Device
-from compt.planner import recipe_cost
-from compt.presets import ModelSpec
+from compt.cost.gpus import Device
+from compt.cost.speed import Conditions, Throughput, speed
+from compt.models.presets import ModelSpec
+from compt.plan.jobs import recipe_cost
+from compt.recipe.read import Recipe
 
 Floats = NDArray[np.float64]
 Cost = Callable[[ModelSpec, ModelSpec | None], float]

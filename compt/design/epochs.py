@@ -24,13 +24,13 @@ from statistics import NormalDist
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from compt.curves import Match
+from compt.cost.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTRAPOLATED, IMAGES, TABLE_2, TABLE_4A
+from compt.cost.published import paper_parameters
+from compt.design.curves import Match
 from compt.design.regression import Posterior, truncated_t
 from compt.design.start import StartPrior
 from compt.errors import ConfigError
-from compt.macs import paper_parameters
-from compt.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTRAPOLATED, IMAGES, TABLE_2, TABLE_4A
-from compt.presets import PRESETS, ModelSpec
+from compt.models.presets import PRESETS, ModelSpec
 
 Floats = NDArray[np.float64]
 
@@ -76,7 +76,7 @@ LEVEL = 0.8
 
 @dataclass(frozen=True)
 class Link:
-    """A link whose epochs are asked for; fields as in `compt.curves.Match`."""
+    """A link whose epochs are asked for; fields as in `compt.design.curves.Match`."""
 
     student: ModelSpec
     teacher: ModelSpec

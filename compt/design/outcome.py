@@ -9,17 +9,17 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel
 
-from compt.config import Duration, Recipe, parse_recipe
-from compt.config import Link as RecipeLink
+from compt.cost.gpus import Device
+from compt.cost.speed import Conditions, Throughput, speed
+from compt.cost.training import JobCost
 from compt.design.candidates import ladder
 from compt.design.confidence import MEDIAN
 from compt.design.costs import distils, epoch_steps
 from compt.design.epochs import EpochModel, Floats, Link, Range, log2_size
-from compt.hardware import Conditions, Throughput, speed
-from compt.hardware_devices import Device
-from compt.macs import JobCost
-from compt.planner import recipe_cost
-from compt.presets import ModelSpec, resolve
+from compt.models.presets import ModelSpec, resolve
+from compt.plan.jobs import recipe_cost
+from compt.recipe.read import Duration, Recipe, parse_recipe
+from compt.recipe.read import Link as RecipeLink
 
 Kind = Literal["measured", "projected", "measured and projected"]
 

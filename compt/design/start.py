@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from compt.macs import paper_parameters
-from compt.paper import IMAGES
-from compt.presets import PRESETS
+from compt.cost.paper import IMAGES
+from compt.cost.published import paper_parameters
+from compt.models.presets import PRESETS
 
 Floats = NDArray[np.float64]
 

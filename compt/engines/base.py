@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compt.errors import ConfigError, nearest
-from compt.sources.weights import Weights
+from compt.weights.lazy import Weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from compt import dist
+from compt.dist import collectives as dist
 from compt.engines.average import Average
 from compt.engines.base import (
     COMPUTE_DTYPES,
@@ -26,7 +26,7 @@ from compt.engines.base import (
 from compt.engines.blocks import compile_blocks, compute_exactly, fill, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import copy_weights, load_state, save_state
-from compt.sources.weights import Weights
+from compt.weights.lazy import Weights
 
 
 class DataParallelEngine:

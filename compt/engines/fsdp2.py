@@ -14,14 +14,14 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from compt import dist
+from compt.dist import collectives as dist
 from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, decays, moments_of
 from compt.engines.blocks import compile_blocks, compute_exactly, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
 from compt.engines.state_dcp import copy_weights, load_state, save_state
-from compt.sources.weights import Weights
+from compt.weights.lazy import Weights
 
 
 @dataclass(frozen=True)

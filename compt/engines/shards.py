@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from compt import dist
+from compt.dist import collectives as dist
 from compt.engines.blocks import models_in
 from compt.errors import ConfigError
 from compt.models.clip import set_buffers, shardable_blocks

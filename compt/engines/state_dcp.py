@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from compt import dist
+from compt.dist import collectives as dist
 from compt.engines.base import Finish
 from compt.errors import ArtefactError, ComptError
 from compt.files import disk_errors
-from compt.sources.dcp import METADATA, DcpWeights, read_dcp
-from compt.sources.weights import Weights
-from compt.tensorfile import share_out
+from compt.weights.dcp import METADATA, DcpWeights, read_dcp
+from compt.weights.lazy import Weights
+from compt.weights.safetensors import share_out
 
 _LISTED = 8
 _ARCHIVE = "inline_container.cc"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from compt.config import EvalSet
 from compt.data.decode import evaluation_pixels
 from compt.data.index import open_index
 from compt.data.samples import SampleReader
-from compt.evaluate.common import save_result
+from compt.evaluate.encoder import save_result
 from compt.evaluate.folder import class_folders_of, read_class_folders
+from compt.recipe.read import EvalSet
 
 PICTURES = 40
 

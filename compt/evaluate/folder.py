@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from compt.data.batch import EvalBatch
 from compt.data.decode import Pixels, Unusable, evaluation_pixels
-from compt.data.records import EvalBatch
 from compt.data.scan import IMAGE_EXTENSIONS
 from compt.errors import DataError
 

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from compt.paper import LOSSLESS_POINTS
+from compt.cost.paper import LOSSLESS_POINTS
 
 Verdict = Literal["lossless", "not lossless", "undecided"]
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from compt import dist
-from compt.data.records import Batch
-from compt.dist_watch import alive
+from compt.data.batch import Batch
+from compt.dist import collectives as dist
+from compt.dist.watch.thread import alive
 from compt.errors import DataError
-from compt.evaluate.common import Encoder
-from compt.losses import ImageToText, contrastive_loss
+from compt.evaluate.encoder import Encoder
+from compt.train.losses import ImageToText, contrastive_loss
 
 
 def validation_loss(encoder: Encoder, batches: Iterable[Batch], image_to_text: ImageToText = "slot") -> float:

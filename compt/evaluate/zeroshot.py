@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from compt import dist
-from compt.data.records import EvalBatch
+from compt.data.batch import EvalBatch
+from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.common import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
 from compt.evaluate.stats import wilson
 
 PLACEHOLDER = re.compile(r"\{c?\}")

@@ -16,9 +16,9 @@ import open_clip.model
 import torch
 
 from compt.errors import ConfigError
-from compt.growth import Stack, stacks
-from compt.models import register_swin
-from compt.presets import ModelSpec
+from compt.models.growth import Stack, stacks
+from compt.models.presets import ModelSpec
+from compt.models.swin import register_swin
 
 Kind = Literal["res", "hidden", "emb", "fixed", "prefix", "grid", "offsets", "pixels"]
 """What an axis is. `res`: a residual stream; `hidden`: MLP units or heads; `emb`: the joint embedding; `fixed` never

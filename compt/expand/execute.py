@@ -22,7 +22,7 @@ from compt.expand.linalg import complete
 from compt.expand.operators import MEAN, AxisMap, Floats, Indices
 from compt.expand.plan import Entry, Plan
 from compt.models.init import InitRule, init_tensor, rule_for
-from compt.presets import ModelSpec
+from compt.models.presets import ModelSpec
 
 Read = Callable[[str, bool], Tensor]
 """(teacher parameter name, whether its moving average is meant) -> its tensor."""

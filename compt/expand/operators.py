@@ -1,7 +1,7 @@
 """Expansion operators: which teacher elements, with which weights, make each student element along an axis.
 
 A width operator is a function of the axis's kind, its use, the two sizes and the share of noise, and gives an
-`AxisMap`. Adding one is a function, its entry in `WIDTH`, and its name in `compt.growth.WIDTH_OPERATORS`.
+`AxisMap`. Adding one is a function, its entry in `WIDTH`, and its name in `compt.models.growth.WIDTH_OPERATORS`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from compt.expand.axes import Kind, Use
 from compt.expand.resize import grid_weights, offset_weights, pixel_weights
-from compt.growth import norm_factor
+from compt.models.growth import norm_factor
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]

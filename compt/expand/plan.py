@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-from compt import growth, macs
+from compt.cost import counts
 from compt.errors import ArtefactError, ConfigError
 from compt.expand import axes, operators
 from compt.expand.axes import Axis, Dim, Parameter, Use
 from compt.expand.operators import AxisMap
-from compt.growth import ExpandConfig, Tower
-from compt.presets import ModelSpec
+from compt.models import growth
+from compt.models.growth import ExpandConfig, Tower
+from compt.models.presets import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,7 @@ def _check(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> None
     try:
         growth.check_sizes(teacher, student)
         growth.check_config(teacher, student, config)
-        before, after = macs.parameters(teacher), macs.parameters(student)
+        before, after = counts.parameters(teacher), counts.parameters(student)
         if teacher.arch != student.arch and after < before:
             raise ConfigError(f"its {after:,} parameters are fewer than the {before:,} of '{teacher.name}'")
     except ConfigError as error:

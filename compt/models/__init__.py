@@ -1,37 +1,13 @@
-"""CLIP models: building, initialization, state."""
+"""What a model is, and CLIP models built from open_clip's and timm's modules."""
 
-from compt.models.clip import Block, ClipModel, build, caption_lengths, materialise, padded_tokens, shardable_blocks
-from compt.models.configs import spec_from_open_clip
-from compt.models.init import (
-    LOGIT_SCALE,
-    DrawnState,
-    InitRule,
-    export_state,
-    init_parameters,
-    init_tensor,
-    linear_rule,
-    load_state,
-    rule_for,
-)
-from compt.models.swin import register_swin
+from typing import Any
 
-__all__ = [
-    "LOGIT_SCALE",
-    "Block",
-    "ClipModel",
-    "DrawnState",
-    "InitRule",
-    "build",
-    "caption_lengths",
-    "export_state",
-    "init_parameters",
-    "init_tensor",
-    "linear_rule",
-    "load_state",
-    "materialise",
-    "padded_tokens",
-    "register_swin",
-    "rule_for",
-    "shardable_blocks",
-    "spec_from_open_clip",
-]
+
+def __getattr__(name: str) -> Any:
+    # `compt export` prints `compt.models.register_swin(...)` to users, so this name has to stay.
+    # Importing it at the top would make every light module below this package load torch.
+    if name == "register_swin":
+        from compt.models.swin import register_swin
+
+        return register_swin
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -18,9 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from compt.errors import ConfigError
 from compt.models.init import init_parameters
+from compt.models.pixels import sent
+from compt.models.presets import ModelSpec
 from compt.models.swin import register_swin
-from compt.pixels import sent
-from compt.presets import ModelSpec
 
 
 class Block(nn.Module):

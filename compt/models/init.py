@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from compt.errors import ArtefactError
-from compt.presets import ModelSpec
+from compt.models.presets import ModelSpec
 
 LOGIT_SCALE = math.log(1 / 0.07)
 """Where the logarithm of the inverse temperature starts."""

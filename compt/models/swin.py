@@ -7,13 +7,13 @@ from typing import Any
 from timm.models import build_model_with_cfg, is_model, register_model
 from timm.models.swin_transformer import SwinTransformer
 
-from compt.presets import swin_sizes
+from compt.models.presets import swin_sizes
 
 __all__ = ["register_swin"]
 
 
 def register_swin(name: str) -> None:
-    """Let timm, and so stock open_clip, build the Swin called `name` (`compt.presets.swin_name`) in this process.
+    """Let timm, and so stock open_clip, build the Swin called `name` (`presets.swin_name`) in this process.
 
     timm's own names and names that are registered already stay as they are. Raises ConfigError for any other name.
     """

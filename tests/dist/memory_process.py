@@ -9,12 +9,12 @@ import json
 import sys
 from pathlib import Path
 
-from benchmarks.handoff_process import Memory, status
-from compt import dist
-from compt.chain import only, prepare, run_only
-from compt.config import Recipe
-from compt.jobs import JobRun
-from tests.helpers_recipe import recipe_of
+from benchmarks.handoff.process import Memory, status
+from compt.dist import collectives as dist
+from compt.chain.run import only, prepare, run_only
+from compt.recipe.read import Recipe
+from compt.chain.job import JobRun
+from tests.helpers.recipe import recipe_of
 
 LINKS = ("1-vit_310m", "2-vit_320m")
 SIZES = "preset: vit_l16, embed_dim: 64, text_width: 128, text_heads: 2, text_depth: 1"

@@ -23,7 +23,7 @@ CONTEXT.set_forkserver_preload(["torch", "open_clip"])
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """`function(*arguments)` on `world` gloo ranks; the results in the order of ranks.
 
-    The function is a module's top-level name, and arguments and results can be pickled. Inside, `compt.dist` is
+    The function is a module's top-level name, and arguments and results can be pickled. Inside, `compt.dist.collectives` is
     initialised on the CPU with one thread. Raises AssertionError with the ranks' tracebacks or after `timeout` seconds.
     """
     # The parent holds the store on a port that the system chose, so parallel tests cannot take each other's.
@@ -85,7 +85,7 @@ def _work(
     os.environ.update(environment)
     torch.set_num_threads(1)
     gc.freeze()  # what was imported is no garbage, and takes a fifth of a second to look through
-    from compt import dist
+    from compt.dist import collectives as dist
 
     try:
         dist.init("cpu", timeout_seconds=timeout, connect_seconds=timeout)

@@ -16,13 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt import artefact, dist, files, tensorfile
-from compt.artefact import read_artefact, write_artefact
+from compt.weights import artefact, safetensors as tensorfile
+from compt.dist import collectives as dist
+from compt import files
+from compt.weights.artefact import read_artefact, write_artefact
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
-from compt.presets import ModelSpec
+from compt.models.presets import ModelSpec
 from tests.dist.spawn import run_ranks
-from tests.unit.expand_cases import BIG
+from tests.unit.expand.cases import BIG
 
 SHARD = 20_000
 

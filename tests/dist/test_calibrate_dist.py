@@ -8,8 +8,8 @@ import pytest
 
 from compt.files import read_json
 from tests.dist.spawn import run_ranks
-from tests.helpers_calibrate import LAST, calibrate, calibrate_scored, scored
-from tests.helpers_recipe import SECOND, largest_difference, make_data, manifest, weights
+from tests.helpers.calibrate import LAST, calibrate, calibrate_scored, scored
+from tests.helpers.recipe import SECOND, largest_difference, make_data, manifest, weights
 
 TOLERANCE = 2e-5
 """Of weights after a link: a step of AdamW at eps 1e-4 carries the rounding of another order of summation on."""
@@ -17,7 +17,7 @@ TOLERANCE = 2e-5
 
 def refused(base: Path, run: Path) -> str:
     """The message on this rank where no length is lossless."""
-    from compt.calibrate import NotLossless
+    from compt.chain.calibrate import NotLossless
 
     with scored(dict.fromkeys((5, 6, 8, 10), 0.1)), pytest.raises(NotLossless) as caught:
         calibrate(base, run)

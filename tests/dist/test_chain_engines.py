@@ -7,19 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from compt import trainer
-from compt.chain import only, prepare, run_only
+from compt.train import loop as trainer
+from compt.chain.run import only, prepare, run_only
 from compt.errors import ConfigError, Interrupted, RunError
 from tests.dist.spawn import run_ranks
-from tests.helpers_recipe import (
-    chain,
-    largest_difference,
-    lines,
-    make_data,
-    manifest,
-    recipe_of,
-    weights,
-)
+from tests.helpers.recipe import chain, largest_difference, lines, make_data, manifest, recipe_of, weights
 
 TOLERANCE = 5e-5
 """Of weights after a link: a step of AdamW at eps 1e-4 carries the rounding of another order of summation on."""

@@ -18,17 +18,18 @@ import torch.distributed as torch_dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from compt import checkpoint, dist
-from compt.artefact import write_artefact
-from compt.checkpoint import Saver
-from compt.dist_watch_causes import is_consequence
+from compt.train import checkpoint
+from compt.dist import collectives as dist
+from compt.weights.artefact import write_artefact
+from compt.train.checkpoint import Saver
+from compt.dist.watch.causes import is_consequence
 from compt.engines import state_dcp
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
-from compt.sources import open_model
+from compt.weights.open import open_model
 from tests.dist.spawn import run_ranks
-from tests.helpers_checkpoint import SHAPES, engine, same
-from tests.unit.expand_cases import BIG
+from tests.helpers.checkpoint import SHAPES, engine, same
+from tests.unit.expand.cases import BIG
 
 WAYS = [(sharded, asynchronous) for sharded in (False, True) for asynchronous in (False, True)]
 MODEL = {f"model.{name}": parameter.shape for name, parameter in parameters(BIG).items()} | {

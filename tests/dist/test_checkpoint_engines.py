@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt import checkpoint, dist
-from compt.checkpoint import Saver
-from compt.config import EngineConfig, Optimizer
-from compt.engines import Engine, open_engine
-from compt.models import DrawnState, build
-from compt.task import StudentModule
+from compt.train import checkpoint
+from compt.dist import collectives as dist
+from compt.train.checkpoint import Saver
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.engines.base import Engine
+from compt.engines.open import open_engine
+from compt.models.init import DrawnState
+from compt.models.clip import build
+from compt.train.task import StudentModule
 from tests.dist.spawn import run_ranks
 from tests.dist.zero_cases import VIT
-from tests.helpers_checkpoint import same
+from tests.helpers.checkpoint import same
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero3")
 
@@ -55,7 +58,7 @@ def exchange(folder: Path) -> list[str]:
     wrong, told = [], []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("compt.checkpoint").addHandler(handler)
+    logging.getLogger("compt.train.checkpoint").addHandler(handler)
     saved = {}
     for name in ENGINES:
         engine = stepped(opened(name, 1), 2)

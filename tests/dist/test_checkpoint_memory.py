@@ -17,12 +17,12 @@ from typing import NamedTuple
 import pytest
 from torch.distributed import TCPStore
 
-from benchmarks.handoff_run import ROOT, limited, model_bytes
-from compt import macs
-from compt.artefact import read_artefact
-from compt.planner import make_plan
+from benchmarks.handoff.run import ROOT, limited, model_bytes
+from compt.cost import counts
+from compt.weights.artefact import read_artefact
+from compt.plan.jobs import make_plan
 from tests.dist.memory_process import LINKS, recipe
-from tests.helpers_recipe import make_data
+from tests.helpers.recipe import make_data
 
 WORLD = 3
 BESIDES = 500_000_000
@@ -84,7 +84,7 @@ def test_no_rank_holds_a_model(tmp_path: Path) -> None:
         pytest.skip(f"takes {NEEDED / 1e9:g} GB of memory and of disk")
     make_data(tmp_path, images=12)
     first, second = (link.spec for link in make_plan(recipe("link"), baselines=False, controls=()).links)
-    assert macs.parameters(first) > 300_000_000
+    assert counts.parameters(first) > 300_000_000
     # Weights, gradients and two moments in shards; the expansion has a few tensors alone.
     shares = {"link": 4 * model_bytes(first) // WORLD, "expand": 0}
     for action, share in shares.items():

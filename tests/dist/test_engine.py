@@ -10,18 +10,19 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from compt import dist
-from compt.accumulate import cached_backward
-from compt.engines import AdamWSettings, DataParallelEngine, decays
+from compt.dist import collectives as dist
+from compt.train.accumulate import cached_backward
+from compt.engines.base import AdamWSettings, decays
+from compt.engines.ddp import DataParallelEngine
 from compt.engines.base import Precision
 from compt.errors import ArtefactError, ConfigError
-from compt.losses import ImageToText
-from compt.models import ClipModel, build
-from compt.presets import resolve
-from compt.task import ClipTask, DistillTask
+from compt.train.losses import ImageToText
+from compt.models.clip import ClipModel, build
+from compt.models.presets import resolve
+from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
-from tests.unit.test_losses import oracle
-from tests.unit.test_task import batch, model
+from tests.unit.train.test_losses import oracle
+from tests.unit.train.test_task import batch, model
 
 TEACHERS = [None, 16, 24]
 """No distillation, a teacher of the student's width, one that needs projectors."""

@@ -9,18 +9,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compt import dist
-from compt.config import EvalSet
-from compt.data.records import EvalBatch
+from compt.dist import collectives as dist
+from compt.recipe.read import EvalSet
+from compt.data.batch import EvalBatch
 from compt.errors import DataError
-from compt.evaluate import EvalSettings, evaluate_set
+from compt.evaluate.sets import EvalSettings, evaluate_set
 from compt.evaluate.retrieval import retrieval
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import classifier, zero_shot
-from compt.models import build
-from tests import evaluation_cases as cases
+from compt.models.clip import build
+from tests.helpers import evaluation as cases
 from tests.dist.spawn import run_ranks
-from tests.unit.test_evaluate import SPEC
+from tests.unit.evaluate.test_sets import SPEC
 
 N, CLASSES = 31, 7
 
@@ -58,7 +58,7 @@ def _set_scores(folder: str) -> tuple[dict[str, float], list[int], dict[str, int
 
 
 def test_shards_and_folders_over_ranks(tmp_path: Path) -> None:
-    from tests.helpers_shards import make_shards, picture
+    from tests.helpers.shards import make_shards, picture
 
     for kind in ("shards", "folders"):
         base = tmp_path / kind

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from compt import dist
-from compt.artefact import read_artefact
-from compt.expand import Plan, SeededDraw, expand_state
+from compt.dist import collectives as dist
+from compt.weights.artefact import read_artefact
+from compt.expand.plan import Plan
+from compt.expand.execute import SeededDraw, expand_state
 from compt.files import read_json
 from tests.dist.spawn import run_ranks
-from tests.helpers_recipe import FIRST, SECOND, chain, make_data, manifest, weights
-from tests.helpers_stream import CASES, assert_bitwise_equal, digests, write_student, write_teachers
+from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, weights
+from tests.helpers.stream import CASES, assert_bitwise_equal, digests, write_student, write_teachers
 
 
 def expand_all(teachers: Path, out: Path, names: list[str]) -> int:

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from compt import dist
-from compt.accumulate import cached_backward
-from compt.engines import AdamWSettings, DataParallelEngine
+from compt.dist import collectives as dist
+from compt.train.accumulate import cached_backward
+from compt.engines.base import AdamWSettings
+from compt.engines.ddp import DataParallelEngine
 from compt.engines.base import Precision
 from compt.engines.frozen import shard_frozen
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.shards import local, make_mesh, sharded_parts
 from compt.errors import ArtefactError, ConfigError
-from compt.models import build
-from compt.presets import ModelSpec, resolve
-from compt.task import ClipTask, DistillTask
+from compt.models.clip import build
+from compt.models.presets import ModelSpec, resolve
+from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
 
 SMALL = {"image_size": 16, "depth": 2, "context_length": 10, "vocab_size": 63, "text_depth": 2}

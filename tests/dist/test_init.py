@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compt import dist
-from compt.dist_environment import Place
-from compt.dist_meeting import meet
+from compt.dist import collectives as dist
+from compt.dist.environment import Place
+from compt.dist.rendezvous import meet
 from compt.engines import state_dcp
 from compt.errors import ConfigError, Gone, RunError
 from tests.faults.group import Group
-from tests.helpers_ports import free_port
+from tests.helpers.ports import free_port
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -236,7 +236,7 @@ from compt import dist
 def threads():
     return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
 dist.init("cpu")
-import compt.chain, compt.engines.ddp, compt.engines.fsdp2, compt.verify
+import compt.chain.run, compt.engines.ddp, compt.engines.fsdp2, compt.evaluate.expansion
 dist.group_beside()
 before = threads()
 dist.shutdown()

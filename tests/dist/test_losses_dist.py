@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt import dist
-from compt.losses import ImageToText, contrastive_loss
+from compt.dist import collectives as dist
+from compt.train.losses import ImageToText, contrastive_loss
 from tests.dist.spawn import run_ranks
-from tests.unit.test_losses import oracle
+from tests.unit.train.test_losses import oracle
 
 N, M, IN, D = 6, 3, 5, 8
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compt import dist
-from compt.artefact import Artefact
-from compt.jobs_start import hash_of
-from compt.presets import PRESETS
+from compt.dist import collectives as dist
+from compt.weights.artefact import Artefact
+from compt.chain.start import hash_of
+from compt.models.presets import PRESETS
 from tests.dist.spawn import run_ranks
 
 

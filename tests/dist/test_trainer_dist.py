@@ -14,23 +14,14 @@ from typing import Any
 
 import pytest
 
-from compt import dist, trainer
-from compt.data.records import Batch
+from compt.dist import collectives as dist
+from compt.train import loop as trainer
+from compt.data.batch import Batch
 from compt.errors import DataError, Interrupted
-from compt.metrics import read_metrics
+from compt.train.metrics import read_metrics
 from tests.dist.spawn import run_ranks
-from tests.helpers_recipe import (
-    FIRST,
-    SECOND,
-    chain,
-    largest_difference,
-    lines,
-    make_data,
-    manifest,
-    weights,
-    write_recipe,
-)
-from tests.helpers_shards import sample, write_tar
+from tests.helpers.recipe import FIRST, SECOND, chain, largest_difference, lines, make_data, manifest, weights, write_recipe
+from tests.helpers.shards import sample, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,7 +113,7 @@ def test_skipped_samples_are_counted_once_through_a_resume(base: Path, tmp_path:
 
 
 def failing_on_one(base: Path, run: Path, step: int) -> str:
-    from compt import jobs
+    from compt.chain import job as jobs
 
     open_loader = jobs.train_loader
 

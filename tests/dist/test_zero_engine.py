@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compt.sources.zero import read_zero_state
+from compt.weights.deepspeed import read_zero_state
 from tests.dist import zero_cases as cases
 from tests.dist.spawn import run_ranks
 from tests.dist.zero_cases import Cell, Result

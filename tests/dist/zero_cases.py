@@ -19,16 +19,16 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from compt import dist
-from compt.accumulate import cached_backward
-from compt.config import EngineConfig, Optimizer
-from compt.config_deepspeed import deepspeed_config
-from compt.engines import AdamWSettings
+from compt.dist import collectives as dist
+from compt.train.accumulate import cached_backward
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.deepspeed import deepspeed_config
+from compt.engines.base import AdamWSettings
 from compt.engines.scale import LossScale
-from compt.models import build
-from compt.presets import ModelSpec, resolve
-from compt.task import ClipTask, DistillTask
-from tests.unit.test_losses import oracle
+from compt.models.clip import build
+from compt.models.presets import ModelSpec, resolve
+from compt.train.task import ClipTask, DistillTask
+from tests.unit.train.test_losses import oracle
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -179,7 +179,7 @@ def _plain_loss(task: ClipTask, images: Tensor, tokens: Tensor) -> Tensor:
 
 
 def open_engine(task: ClipTask, cell: Cell, **options: Any) -> Any:
-    from compt.engines.zero import ZeroEngine
+    from compt.engines.zero.engine import ZeroEngine
 
     options = {"caps": {"model.logit_scale": CAP}, "ema_decay": DECAY, "recompute": cell.recompute, **options}
     options["compile"] = cell.compile
@@ -266,8 +266,8 @@ def flushed() -> Iterator[list[str]]:
 
 def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> list[dict[str, Any]]:
     """Train two steps, save, go on; then once more from what was saved, which has to be the same bit for bit."""
-    from compt.engines.zero import open_average
-    from compt.sources.zero import read_zero
+    from compt.engines.zero.engine import open_average
+    from compt.weights.deepspeed import read_zero
 
     results = []
     for number, cell in enumerate(cells):
@@ -419,7 +419,7 @@ class Asked(Mapping[str, Tensor]):
 def from_meta(cells: list[Cell]) -> None:
     """A module without memory, given its values, trains as one that had them."""
     from compt.errors import ArtefactError
-    from compt.task import StudentModule
+    from compt.train.task import StudentModule
 
     for cell in cells:
         ends = []
@@ -446,8 +446,8 @@ def from_meta(cells: list[Cell]) -> None:
 def frozen(folder: str, stages: list[int]) -> None:
     """A frozen parameter stays, and is saved and loaded, or set, with the others."""
     from compt.errors import ArtefactError
-    from compt.sources.weights import Tensors
-    from compt.sources.zero import read_zero
+    from compt.weights.lazy import Tensors
+    from compt.weights.deepspeed import read_zero
 
     name = "model.visual.conv1.weight"
     for stage in stages:
@@ -498,7 +498,7 @@ def own_gpu() -> None:
     """Slurm may show a process its own GPU alone: cuda:0 of every process, which DeepSpeed has to take as well."""
     import deepspeed
 
-    from compt.engines.zero_start import start_deepspeed
+    from compt.engines.zero.start import start_deepspeed
 
     accelerator, before = deepspeed.accelerator.get_accelerator(), dist.local_rank()
     taken: list[int] = []

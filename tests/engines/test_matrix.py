@@ -7,18 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engines import matrix, page
-from benchmarks.engines.cells import (
-    ARCHITECTURES,
-    ENGINES,
-    MAX_NORM,
-    STEPS,
-    TASKS,
-    WORLDS,
-    Cell,
-    Trained,
-    cells,
-    train,
-)
+from benchmarks.engines.cells import ARCHITECTURES, ENGINES, MAX_NORM, STEPS, TASKS, WORLDS, Cell, Trained, cells, train
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
 from compt.errors import RunError
 from tests.dist.spawn import run_ranks

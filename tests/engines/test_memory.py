@@ -1,4 +1,4 @@
-"""What each engine holds on a rank, counted, is what `compt.memory` says."""
+"""What each engine holds on a rank, counted, is what `compt.cost.memory` says."""
 
 from __future__ import annotations
 

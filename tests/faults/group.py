@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch.distributed import TCPStore
 
-from compt import dist
+from compt.dist import collectives as dist
 from compt.errors import ComptError
 from tests.dist.spawn import CONTEXT
-from tests.helpers_ports import free_port
+from tests.helpers.ports import free_port
 
 
 @dataclass(frozen=True)

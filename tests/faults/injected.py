@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 
-from compt import dist, jobs, trainer
-from compt.jobs import JobRun
+from compt.chain import job as jobs
+from compt.chain.job import JobRun
+from compt.dist import collectives as dist
+from compt.train import loop as trainer
 from tests.faults.group import Ended, Group, mark
-from tests.helpers_recipe import FIRST, SECOND, chain, equal, lines, manifest, weights
+from tests.helpers.recipe import FIRST, SECOND, chain, equal, lines, manifest, weights
 
 TIMEOUT = 10.0
 CHANGES = (f"engine.timeout={TIMEOUT:g}", "engine.checkpoint_every={steps: 1}")

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks.faults import PAGE, RESULT, page
+from benchmarks.faults.campaign import PAGE, RESULT, page
 from compt.errors import RunError
 from tests.faults.at_random import ENGINES, kill_at_random
 from tests.faults.injected import FAULTS, Bench, disturb
-from tests.helpers_recipe import make_data
+from tests.helpers.recipe import make_data
 
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {0, -signal.SIGKILL, RunError.exit_code}

@@ -9,17 +9,18 @@ from typing import Any
 import pytest
 import torch
 
-from compt import dist, jobs
-from compt.config import EngineConfig, load_recipe
+from compt.chain import job as jobs
+from compt.dist import collectives as dist
 from compt.errors import RunError, is_out_of_memory
-from compt.fit import Trial, fits_apart, largest, steps
-from compt.metrics import read_metrics
-from compt.out_of_memory import Room, advice, explained
-from compt.planner import make_plan
-from compt.stragglers import straggler_report
+from compt.plan.jobs import make_plan
+from compt.plan.remedies import Room, advice, explained
+from compt.recipe.read import EngineConfig, load_recipe
+from compt.train.metrics import read_metrics
+from compt.train.micro_batch import Trial, fits_apart, largest, steps
+from compt.train.stragglers import straggler_report
 from tests.dist.spawn import run_ranks
 from tests.faults.group import Group
-from tests.helpers_recipe import FIRST, SECOND, chain, make_data, manifest, recipe_of
+from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, recipe_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -160,7 +161,7 @@ def test_nothing_is_looked_for_where_no_step_is_left(tmp_path: Path, monkeypatch
 
 def exhausted(folder: Path, base: Path) -> None:
     """A chain whose second rank runs out of memory in its third step."""
-    from compt import trainer
+    from compt.train import loop as trainer
 
     step = trainer.training_step
     done = [0]

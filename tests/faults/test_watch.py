@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from compt import dist, dist_watch
-from compt.dist_watch import Watch, alive, beat
-from compt.dist_watch_causes import Cause, Seen
-from compt.dist_watch_store import Life, Post, process_state
+from compt.dist import collectives as dist
+from compt.dist.watch import thread as dist_watch
+from compt.dist.watch.causes import Cause, Seen
+from compt.dist.watch.store import Life, Post, process_state
+from compt.dist.watch.thread import Watch, alive, beat
 from compt.errors import DataError, Interrupted, RunError
 from tests.faults.group import Ended, Group, mark
 

@@ -1,4 +1,4 @@
-"""Engines on a GPU against one process on the CPU: `benchmarks.gpu_checks`, each kind in a process of its own."""
+"""Engines on a GPU against one process on the CPU: `benchmarks.gpu.checks`, each kind in a process of its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu_checks import CHECKS
-from benchmarks.gpu_suite import check
-from benchmarks.gpu_worker import Worker
+from benchmarks.gpu.checks.table import CHECKS
+from benchmarks.gpu.suite import check
+from benchmarks.gpu.worker import Worker
 
 pytestmark = pytest.mark.gpu
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.counting import Case
-from benchmarks.gpu_checks import peak_of_a_step
-from compt.memory import memory_per_gpu
-from compt.presets import PRESETS
+from benchmarks.gpu.checks.table import peak_of_a_step
+from benchmarks.paper.counting import Case
+from compt.cost.memory import memory_per_gpu
+from compt.models.presets import PRESETS
 
 pytestmark = pytest.mark.gpu
 

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compt.hardware import Measurement
-from compt.macs import exact_cost, parameters
-from compt.presets import PRESETS
-from compt.throughput import known_device, measure, measure_apart, peak_flops
-from compt.throughput_step import Setup
+from compt.bench.step import Setup
+from compt.bench.throughput import known_device, measure, measure_apart, peak_flops
+from compt.cost.counts import parameters
+from compt.cost.speed import Measurement
+from compt.cost.training import exact_cost
+from compt.models.presets import PRESETS
 
 CUDA = torch.device("cuda", 0)
 T, S = PRESETS["vit_t16"], PRESETS["vit_s16"]

@@ -10,8 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from compt import dist
-from compt.dist_environment import own_rank
+from compt.dist import collectives as dist
+from compt.dist.environment import own_rank
 from compt.errors import ComptError
 
 

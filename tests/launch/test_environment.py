@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compt.dist_environment import Place, connect_limit, expand_counts, expand_nodes, find_place, own_rank
+from compt.dist.environment import Place, connect_limit, expand_counts, expand_nodes, find_place, own_rank
 from compt.errors import ConfigError
 
 RECORDED = Path(__file__).parent / "environments"

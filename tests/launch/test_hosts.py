@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_ports import free_port
-from tests.helpers_recipe import SECOND, chain, largest_difference, make_data, weights, write_recipe
+from tests.helpers.ports import free_port
+from tests.helpers.recipe import SECOND, chain, largest_difference, make_data, weights, write_recipe
 from tests.launch.hosts import Hosts, two_hosts
 
 pytestmark = pytest.mark.dist

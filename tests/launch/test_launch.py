@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import typer.main
 
-from compt.cli import app
-from compt.cli_launch import Record, chain_words, exit_code, zero_stage
+from compt.cli.launch import Record, chain_words, exit_code, zero_stage
+from compt.cli.main import app
 from compt.errors import ConfigError
-from tests.helpers_ports import free_port
+from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = ROOT / "tests" / "launch" / "worker.py"

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from compt.cli_launch import recorded
+from compt.cli.launch import recorded
 from compt.errors import ComptError, DataError, Interrupted
 
 

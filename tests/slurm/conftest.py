@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers_recipe import make_data, write_recipe
+from tests.helpers.recipe import make_data, write_recipe
 from tests.slurm.cluster import Cluster, missing
 
 CHANGES = (

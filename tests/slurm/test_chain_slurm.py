@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from compt.metrics import read_metrics
-from tests.helpers_recipe import FIRST, SECOND, manifest, weights_hash
+from compt.train.metrics import read_metrics
+from tests.helpers.recipe import FIRST, SECOND, manifest, weights_hash
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Files
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from compt.files import read_json
-from tests.helpers_recipe import FIRST, SECOND, manifest
+from tests.helpers.recipe import FIRST, SECOND, manifest
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Files
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from compt.errors import DataError, RunError
-from compt.evaluate.common import save_result
+from compt.evaluate.encoder import save_result
 from compt.files import new_folder, write_bytes, write_json, write_text
 
 
@@ -45,7 +45,7 @@ def test_what_the_disk_refuses_changes_nothing(tmp_path: Path, monkeypatch: pyte
 
 def test_an_index_that_cannot_be_written_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from compt.data.index import build_index
-    from tests.helpers_shards import make_shards
+    from tests.helpers.shards import make_shards
 
     def refuse(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -22,7 +22,7 @@ CALLED_BY_PEOPLE = ("help", "demo", "test", "lint", "type", "fresh-check", "clea
 # What no module of compt imports, and who uses it.
 BEHIND = {
     "accelerate": "people, who start launchers/train.py with it",
-    "deepspeed": "the tests, which write with it the folders that compt.sources reads",
+    "deepspeed": "the tests, which write with it the folders that compt.weights reads",
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
     "torchvision": "open_clip and timm; it has to fit torch",
@@ -78,7 +78,7 @@ def test_setup_py_is_thin(root: Path) -> None:
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
     assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev"}
-    assert table["scripts"] == {"compt": "compt.cli:run"}
+    assert table["scripts"] == {"compt": "compt.cli.main:run"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 
 
@@ -117,7 +117,7 @@ def test_every_dependency_is_imported(root: Path) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":  # compt.data.emoji_text's
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":  # compt.emoji.text's
                 imported |= {word.value.split(".")[0] for word in node.args[:1] if isinstance(word, ast.Constant)}
     providers = {
         name.lower().replace("_", "-")

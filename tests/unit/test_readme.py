@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from compt.cli import app
-from compt.cli_launch import chain_words
-from compt.config import load_recipe, parse_recipe
-from compt.planner import Start, make_plan
-from compt.presets import NORM_EPS, PRESETS
+from compt.cli.launch import chain_words
+from compt.cli.main import app
+from compt.models.presets import NORM_EPS, PRESETS
+from compt.plan.jobs import Start, make_plan
+from compt.recipe.read import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +62,7 @@ def test_torchrun_hands_on_what_belongs_to_its_script(words: list[str], monkeypa
     read = get_args_parser().parse_args(words[1:])
     assert (read.training_script, read.training_script_args) == (words[at], words[at + 1 :])
     given: list[str] = []
-    monkeypatch.setattr("compt.cli.main", lambda words: given.extend(words()))
+    monkeypatch.setattr("compt.cli.main.main", lambda words: given.extend(words()))
     monkeypatch.setattr("sys.argv", words[at:])
     runpy.run_path(str(ROOT / words[at]), run_name="__main__")
     assert given == ["chain", "recipes/cc3m_vit.yaml", "--run", "/shared/runs/cc3m"]
@@ -71,7 +71,7 @@ def test_torchrun_hands_on_what_belongs_to_its_script(words: list[str], monkeypa
 @pytest.mark.parametrize("options", ["--recipe=a.yaml --run-folder=b", "a.yaml --run=b"])
 def test_the_launcher_s_other_spellings(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
-    monkeypatch.setattr("compt.cli.main", lambda words: given.extend(words()))
+    monkeypatch.setattr("compt.cli.main.main", lambda words: given.extend(words()))
     monkeypatch.setattr("sys.argv", ["train.py", *options.split(), "--set", "name=c"])
     runpy.run_path(str(ROOT / "launchers/train.py"), run_name="__main__")
     assert " ".join(given).replace("=b", " b") == "chain a.yaml --run b --set name=c"

@@ -1,0 +1,1 @@
+"""Which operator should grow a model? Students grown in different ways, trained alike."""

@@ -1,0 +1,48 @@
+"""Epochs that the emoji chain's links need to match their baselines: trains each link at further lengths, then fits.
+
+Goes on from `compt chain recipes/emoji.yaml --baselines`, whose links are the teachers, and stops and resumes as that
+does. About 20 minutes on two cores. `python -m benchmarks.expansion.emoji_curves` writes docs/results/curves.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from compt.cli.main import app
+from compt.recipe.read import load_recipe
+
+RECIPE, RUN, OUT = Path("recipes/emoji.yaml"), Path("runs/emoji"), Path("docs/results/curves")
+LENGTHS = {"vit_micro": (5, 20, 30, 40), "vit_mini": (30, 40)}
+"""Epochs beside the recipe's own."""
+
+
+def train(model: str, epochs: int) -> Path:
+    """The run folder in which the link to `model` was trained for `epochs`, from the teacher in `RUN`."""
+    folder = Path("runs/curves") / f"{model}-{epochs}"
+    links = [link.model_dump(mode="json", exclude_none=True) for link in load_recipe(RECIPE, []).chain.links]
+    at = [link["model"] for link in links].index(model)
+    for before, link in enumerate(links[:at]):
+        job = f"jobs/{before + 1}-{link['model']}"
+        if not (folder / job).exists():
+            shutil.copytree(RUN / job, folder / job)
+    links[at]["train"] = {"epochs": epochs}
+    app(
+        ["chain", str(RECIPE), "--run", str(folder), "--set", f"chain.links={json.dumps(links[: at + 1])}"],
+        standalone_mode=False,
+    )
+    return folder
+
+
+def main() -> None:
+    """Train what is missing, then write the curves."""
+    if not (RUN / "run.json").exists():
+        sys.exit(f"{RUN} is missing: run `compt chain {RECIPE} --baselines` first")
+    folders = [train(model, epochs) for model, lengths in LENGTHS.items() for epochs in lengths]
+    app(["curves", str(RUN), *map(str, folders), "--out", str(OUT)], standalone_mode=False)
+
+
+if __name__ == "__main__":
+    main()

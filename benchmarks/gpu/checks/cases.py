@@ -1,0 +1,175 @@
+"""Small trainings that checks compare with one process in fp32 on the CPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.checks.finding import Finding, holds, largest
+from compt.bench.step import join_alone
+from compt.engines.base import COMPUTE_DTYPES, Engine, Precision
+from compt.engines.open import open_engine
+from compt.models.clip import build, caption_lengths
+from compt.models.presets import ModelSpec, resolve
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.train.accumulate import cached_backward
+from compt.train.task import ClipTask, DistillTask
+
+LR = 1e-3
+EPS = 1e-4
+"""Of AdamW here: large enough that the rounding of a gradient that should be zero makes no step."""
+STEPS = 3
+EXACT = 1e-4
+"""Of relative differences in fp32, of two devices. With TF32 they would be some 1e-3."""
+MOVED = 1e-3
+"""Of weights: the difference over the way that they have gone."""
+
+
+_SMALL: Mapping[str, Any] = {"context_length": 16, "vocab_size": 512}
+TEACHER = resolve("vit_pico", {**_SMALL, "embed_dim": 96})
+_SWIN = {
+    "width": 32,
+    "depths": [1, 1],
+    "head_width": 16,
+    "window": 4,
+    "image_size": 32,
+    "text_width": 64,
+    "text_depth": 1,
+    "embed_dim": 64,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A small training: its model, its teacher if any, and the pieces that a step of `rows` pictures is computed in."""
+
+    name: str
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    rows: int = 16
+    captions: int = 2
+    micro: int | None = None
+    buckets: int = 1
+
+
+LINK = Case("link", resolve("vit_nano", {**_SMALL, "embed_dim": 64}), TEACHER)
+CASES = (
+    LINK,
+    replace(LINK, name="link in pieces", micro=4, buckets=2),
+    Case("swin", resolve("swin_t", {**_SMALL, **_SWIN})),
+)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training did: loss and norm of each step, the first step's gradients, the weights before and after."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    before: dict[str, Tensor]
+    after: dict[str, Tensor]
+
+
+def make_task(case: Case, device: torch.device, precision: Precision = "fp32") -> ClipTask:
+    """The task of a case; its weights do not depend on the device."""
+    student = build(case.student, device=device, seed=0)
+    if case.teacher is None:
+        return ClipTask(student, text_buckets=case.buckets)
+    teacher = build(case.teacher, device=device, seed=1)
+    dtype = COMPUTE_DTYPES[precision]
+    return DistillTask(student, teacher, text_buckets=case.buckets, teacher_dtype=dtype)
+
+
+def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random pictures and captions of 3 tokens to the whole context, on the CPU."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    rows, size, context = rows or case.rows, case.student.image_size, case.student.context_length
+    images = torch.randn(rows, 3, size, size, generator=generator)
+    tokens = torch.randint(1, case.student.vocab_size - 2, (rows, case.captions, context), generator=generator)
+    last = torch.randint(2, context, (rows, case.captions, 1), generator=generator)
+    places = torch.arange(context)
+    end = torch.tensor(case.student.vocab_size - 1)
+    return images, torch.where(places == last, end, torch.where(places < last, tokens, 0))
+
+
+def open_case(
+    case: Case, device: torch.device, config: EngineConfig, precision: Precision = "fp32"
+) -> tuple[ClipTask, Engine]:
+    """The task of a case and the engine that a recipe would get for it."""
+    if config.name != "ddp":
+        join_alone(device)
+    task = make_task(case, device, precision)
+    optimizer = Optimizer(precision=precision, eps=EPS)
+    return task, open_engine(task.module, config, optimizer, device=device, caps=task.caps)
+
+
+def backward(case: Case, task: ClipTask, engine: Engine, step: int, part: slice = slice(None)) -> Tensor:
+    """Put the gradients of a step's batch, or of a part of it, on the parameters; returns the loss."""
+    images, tokens = (tensor[part] for tensor in make_batch(case, step))
+    lengths = caption_lengths(tokens)
+    loss, _ = cached_backward(task, engine, images.to(engine.device), tokens.to(engine.device), case.micro, lengths)
+    return loss
+
+
+def train(
+    case: Case,
+    device: torch.device,
+    config: EngineConfig | None = None,
+    precision: Precision = "fp32",
+    part: slice = slice(None),
+) -> Trained:
+    """A few steps from the same weights, on this rank's `part` of each batch."""
+    task, engine = open_case(case, device, config or EngineConfig(), precision)
+    before = dict(engine.weights())
+    losses: list[float] = []
+    norms: list[float] = []
+    gradients: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        losses.append(backward(case, task, engine, step, part).item())
+        if not step:
+            gradients = dict(engine.gradients())
+        norms.append(engine.step(LR, max_norm=1.0).item())
+    return Trained(losses, norms, gradients, before, dict(engine.weights()))
+
+
+@cache
+def oracle(case: Case) -> Trained:
+    """One process, fp32, on the CPU, the whole batch in one piece."""
+    return train(replace(case, micro=None, buckets=1), torch.device("cpu"))
+
+
+def apart(found: Tensor, right: Tensor) -> float:
+    return float((found.double() - right.double()).norm())
+
+
+def ratio(found: Iterable[float], right: Iterable[float]) -> float:
+    """The largest relative difference; nan where one is not finite."""
+    return largest(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
+
+
+def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, moved: float = MOVED) -> list[Finding]:
+    """Losses, norms, gradients tensor by tensor, and weights after all steps."""
+    whole = right.norms[0]
+    names = found.gradients.keys() == right.gradients.keys() and found.after.keys() == right.after.keys()
+    if not names:
+        return [holds(f"{name}: same names", names)]
+    # The gradient of a key bias is zero but for rounding, and a part of its tensor: the floor is for whole tensors.
+    gradients = largest(
+        apart(found.gradients[key], gradient) / max(gradient.norm().item(), 1e-5 * whole)
+        for key, gradient in right.gradients.items()
+    )
+    way = math.sqrt(sum(apart(after, right.before[key]) ** 2 for key, after in right.after.items()))
+    off = math.sqrt(sum(apart(found.after[key], after) ** 2 for key, after in right.after.items()))
+    return [
+        Finding(f"{name}: losses", ratio(found.losses, right.losses), exact),
+        Finding(f"{name}: norms", ratio(found.norms, right.norms), exact),
+        Finding(f"{name}: worst gradient", gradients, exact),
+        Finding(f"{name}: weights", off / way, moved),
+    ]

@@ -1,0 +1,392 @@
+"""What has to be right on a GPU before its speed means anything: each check compares, and says by how much it is off.
+
+Every check is a function of a device, so that all of it but what only a GPU has runs on a CPU too. The oracle is one
+process in fp32 on the CPU, which the tests hold against plain loops in double precision.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import tempfile
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.checks.cases import (
+    CASES,
+    LINK,
+    LR,
+    STEPS,
+    apart,
+    backward,
+    compare,
+    make_batch,
+    open_case,
+    oracle,
+    ratio,
+    train,
+)
+from benchmarks.gpu.checks.chain import SECONDS, check_chain
+from benchmarks.gpu.checks.finding import Finding, holds
+from benchmarks.gpu.checks.processes import check_processes
+from compt.data.batch import Batch
+from compt.engines.base import AdamWSettings, Engine, Precision
+from compt.engines.ddp import DataParallelEngine
+from compt.models.clip import caption_lengths
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD
+from compt.recipe.read import EngineConfig
+from compt.train.accumulate import cached_backward
+from compt.train.loop import training_step
+from compt.train.task import ClipTask
+
+if TYPE_CHECKING:
+    from benchmarks.paper.counting import Case as Step
+
+HALF: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
+"""Of losses and the whole gradient in half precision: several times what was seen."""
+
+
+def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
+    """bf16 and fp16 stay near fp32, and are not fp32. DeepSpeed has no fp16 on a CPU."""
+    findings = []
+    right = oracle(LINK)
+    size = math.sqrt(sum(gradient.double().norm().item() ** 2 for gradient in right.gradients.values()))
+    for precision, most in HALF.items():
+        if device.type == "cpu" and config.name.startswith("zero") and precision == "fp16":
+            continue
+        found = train(LINK, device, config, precision)
+        off = math.sqrt(sum(apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
+        findings.append(Finding(f"{precision}: loss", ratio(found.losses, right.losses), most, 1e-8))
+        findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
+    return findings
+
+
+def check_arithmetic(device: torch.device) -> list[Finding]:
+    """A product in fp32 is one: TF32 is off once an engine is open."""
+    open_case(LINK, device, EngineConfig())
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
+    right = a.double() @ b.double()
+    product = apart((a.to(device) @ b.to(device)).cpu(), right) / right.norm().item()
+    images, kernels = torch.randn(8, 64, 16, 16, generator=generator), torch.randn(64, 64, 3, 3, generator=generator)
+    right = nn.functional.conv2d(images.double(), kernels.double())
+    convolved = nn.functional.conv2d(images.to(device), kernels.to(device)).cpu()
+    convolution = apart(convolved, right) / right.norm().item()
+    return [Finding("matrix product in fp32", product, 1e-5), Finding("convolution in fp32", convolution, 1e-5)]
+
+
+def check_engine(name: str) -> Callable[[torch.device], list[Finding]]:
+    """Whether an engine gives the oracle's results, in every case, and comes near them in half precision."""
+
+    def check(device: torch.device) -> list[Finding]:
+        config = EngineConfig.model_validate({"name": name})
+        findings = [f for case in CASES for f in compare(case.name, train(case, device, config), oracle(case))]
+        return findings + half_precision(device, config)
+
+    return check
+
+
+def check_adamw(device: torch.device) -> list[Finding]:
+    """The engine's step is torch's fused kernel, and gives what the formulas of AdamW give in double precision."""
+    generator = torch.Generator().manual_seed(0)
+    module = nn.Linear(64, 48)
+    initial = {name: tensor.detach().double() for name, tensor in module.named_parameters()}
+    settings = AdamWSettings(eps=1e-6)
+    engine = DataParallelEngine(module, settings, device=device)
+    expected = {name: tensor.clone() for name, tensor in initial.items()}
+    first, second = ({name: torch.zeros_like(tensor) for name, tensor in initial.items()} for _ in range(2))
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        for step in range(1, STEPS + 1):
+            for name, parameter in module.named_parameters():
+                gradient = torch.randn(parameter.shape, generator=generator)
+                parameter.grad = gradient.to(device)
+                value, gradient = expected[name], gradient.double()
+                value *= 1 - LR * (settings.weight_decay if name == "weight" else 0.0)
+                first[name] = settings.betas[0] * first[name] + (1 - settings.betas[0]) * gradient
+                second[name] = settings.betas[1] * second[name] + (1 - settings.betas[1]) * gradient**2
+                root = (second[name] / (1 - settings.betas[1] ** step)).sqrt() + settings.eps
+                value -= LR * first[name] / (1 - settings.betas[0] ** step) / root
+            engine.step(LR)
+    ops = {event.key for event in profile.key_averages()}
+    way = math.sqrt(sum(apart(expected[name], initial[name]) ** 2 for name in initial))
+    off = math.sqrt(sum(apart(value.cpu(), expected[name]) ** 2 for name, value in engine.weights()))
+    return [holds("fused", "aten::_fused_adamw_" in ops), Finding("weights", off / way, 1e-4)]
+
+
+def check_scaler(device: torch.device) -> list[Finding]:
+    """fp16's scale halves after an overflow, and stays after a good step."""
+    task, engine = open_case(LINK, device, EngineConfig(), "fp16")
+    assert isinstance(engine, DataParallelEngine)
+    scales = []
+    for step in range(2):
+        scales.append(engine.state()["scaler.scale"].item())
+        backward(LINK, task, engine, step)
+        if not step:
+            next(engine.unwrapped.parameters()).grad.fill_(math.inf)  # type: ignore[union-attr]
+        engine.step(LR)
+    scales.append(engine.state()["scaler.scale"].item())
+    return [
+        Finding("after an overflow", scales[1] / scales[0], 0.5, 0.5),
+        Finding("after a good step", scales[2] / scales[1], 1.0, 1.0),
+    ]
+
+
+def check_nonfinite(device: torch.device) -> list[Finding]:
+    """A step with a gradient that is not finite changes nothing, and nobody waits for the device to know."""
+    findings: list[Finding] = []
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
+    for precision in precisions:
+        task, engine = open_case(LINK, device, EngineConfig(), precision)
+        assert isinstance(engine, DataParallelEngine)
+        backward(LINK, task, engine, 0)
+        engine.step(LR, max_norm=1.0)
+        before = _copied(engine)
+        backward(LINK, task, engine, 1)
+        next(engine.unwrapped.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
+        waited = _waits(lambda engine=engine: engine.step(LR, max_norm=1.0), device)  # type: ignore[misc]
+        after = _copied(engine)
+        same = all(torch.equal(after[name], value) for name, value in before.items())
+        backward(LINK, task, engine, 2)
+        engine.step(LR, max_norm=1.0)
+        moved = any(not torch.equal(after[name], value) for name, value in _copied(engine).items())
+        findings += [
+            holds(f"{precision}: nothing changed", same),
+            holds(f"{precision}: nobody waited", not waited),
+            holds(f"{precision}: the next step counts", moved),
+        ]
+    return findings
+
+
+def _copied(engine: DataParallelEngine) -> dict[str, Tensor]:
+    return {name: t.detach().cpu().clone() for name, t in engine.state().items() if not name.startswith("scaler.")}
+
+
+def check_skips(*names: str) -> Callable[[torch.device], list[Finding]]:
+    """The same of other engines' weights and fp16's scale. ZeRO does wait, and has no fp16 on a CPU."""
+
+    def check(device: torch.device) -> list[Finding]:
+        findings = []
+        for name in names:
+            plain = name.startswith("zero") and device.type == "cpu"
+            precisions: tuple[Precision, ...] = ("fp32",) if plain else ("fp32", "fp16")
+            for precision in precisions:
+                findings += _skipped(name, precision, device)
+        return findings
+
+    return check
+
+
+def _skipped(name: str, precision: Precision, device: torch.device) -> list[Finding]:
+    task, engine = open_case(LINK, device, EngineConfig.model_validate({"name": name}), precision)
+    scale = getattr(engine, "_scale", None)
+    backward(LINK, task, engine, 0)
+    engine.step(LR, max_norm=1.0)
+    before, scales = dict(engine.weights()), [scale.scale.item()] if scale else []
+    images, tokens = make_batch(LINK, 1)
+    cached_backward(task, engine, (images * math.inf).to(device), tokens.to(device), None, caption_lengths(tokens))
+    waited = _waits(lambda: engine.step(LR, max_norm=1.0), device)
+    after = dict(engine.weights())
+    scales += [scale.scale.item()] if scale else []
+    same = all(torch.equal(after[key], value) for key, value in before.items())
+    backward(LINK, task, engine, 2)
+    engine.step(LR, max_norm=1.0)
+    moved = any(not torch.equal(after[key], value) for key, value in engine.weights())
+    what = f"{name} in {precision}"
+    findings = [holds(f"{what}: nothing changed", same), holds(f"{what}: the next step counts", moved)]
+    if not name.startswith("zero"):
+        findings.append(holds(f"{what}: nobody waited", not waited))
+    return [*findings, *(Finding(f"{what}: scale", b / a, 0.5, 0.5) for a, b in pairwise(scales))]
+
+
+def check_waits(device: torch.device) -> list[Finding]:
+    """Nobody waits for the GPU within a step of a training, from pinned pictures and captions to the update."""
+    findings = []
+    for precision in ("fp32", "bf16", "fp16"):
+        for buckets, micro in ((1, LINK.rows), (2, LINK.rows), (2, 4)):
+            task, engine = open_case(replace(LINK, buckets=buckets), device, EngineConfig(), precision)
+            images, tokens = make_batch(LINK, 0)
+            batch = Batch((32 * images + 128).clamp(0, 255).byte(), tokens, [""] * len(tokens))
+            if device.type == "cuda":
+                batch = batch.pin_memory()
+
+            def step(task: ClipTask = task, engine: Engine = engine, batch: Batch = batch, micro: int = micro) -> None:
+                training_step(
+                    task, engine, batch, lr=LR, micro_batch=micro, clip_grad_norm=1.0, mean=OPENAI_MEAN, std=OPENAI_STD
+                )
+
+            step()  # makes moments
+            what = f"{precision}, {buckets} text buckets, {micro} pictures at once"
+            findings.append(holds(f"{what}: nobody waited", not _waits(step, device)))
+    return findings
+
+
+def _waits(action: Callable[[], object], device: torch.device) -> bool:
+    """Whether `action` waits for a GPU."""
+    if device.type != "cuda":
+        action()
+        return False
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        action()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        traceback.print_exc()  # where
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
+def check_compile(name: str) -> Callable[[torch.device], list[Finding]]:
+    """Compiled blocks: the names and results of eager ones, and nothing compiled again after the first steps."""
+    return lambda device: _compile(name, device)
+
+
+def _compile(name: str, device: torch.device) -> list[Finding]:
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    config = EngineConfig.model_validate({"name": name, "compile": True})
+    case = CASES[1]
+    findings = compare(case.name, train(case, device, config), oracle(case))
+    task, engine = open_case(case, device, config)
+    for step in range(STEPS):
+        backward(case, task, engine, step)
+        engine.step(LR)
+    compiled = counters["stats"]["unique_graphs"]
+    for step in range(STEPS, 3 * STEPS):
+        backward(case, task, engine, step)
+        engine.step(LR)
+    again = counters["stats"]["unique_graphs"] - compiled
+    skipped = sum(count for reason, count in counters["unimplemented"].items() if "limit" in reason)
+    return [
+        *findings,
+        Finding("graphs", compiled, math.inf, 1),
+        Finding("graphs after the first steps", again, 0),
+        Finding("blocks left eager", skipped, 0),
+    ]
+
+
+def check_checkpoint(*names: str) -> Callable[[torch.device], list[Finding]]:
+    """What was saved is loaded bit for bit, and training goes on as if it had not stopped."""
+    return lambda device: [finding for name in names for finding in _checkpoint(name, device)]
+
+
+def _checkpoint(name: str, device: torch.device) -> list[Finding]:
+    config = EngineConfig.model_validate({"name": name})
+    task, engine = open_case(LINK, device, config)
+    for step in range(2):
+        backward(LINK, task, engine, step)
+        engine.step(LR)
+    with tempfile.TemporaryDirectory() as folder:
+        engine.save(Path(folder))()
+        saved = dict(engine.weights())
+        backward(LINK, task, engine, 2)
+        engine.step(LR)
+        task, other = open_case(LINK, device, config)
+        other.load(Path(folder))
+    loaded = dict(other.weights())
+    same = all(torch.equal(loaded[key], value) for key, value in saved.items())
+    backward(LINK, task, other, 2)
+    other.step(LR)
+    right = dict(engine.weights())
+    way = math.sqrt(sum(apart(value, saved[key]) ** 2 for key, value in right.items()))
+    off = math.sqrt(sum(apart(value, right[key]) ** 2 for key, value in other.weights()))
+    return [holds(f"{name}: loaded bit for bit", same), Finding(f"{name}: next step", off / way, 1e-4)]
+
+
+def check_memory(device: torch.device) -> list[Finding]:
+    """The peak of real steps against the planner's, which knows no workspaces and no rounding of sizes."""
+    if device.type != "cuda":
+        return []
+    from benchmarks.paper.counting import Case as Step
+    from compt.cost.memory import memory_per_gpu
+    from compt.models.presets import PRESETS
+
+    findings = []
+    for case in (
+        Step(PRESETS["vit_s16"], PRESETS["vit_t16"], rows=128, captions=4, tokens=32),
+        Step(PRESETS["vit_s16"], rows=128, captions=4, tokens=32, recompute=True),
+        Step(PRESETS["swin_t"], rows=64, captions=4, tokens=32),
+    ):
+        peak = peak_of_a_step(case)
+        predicted = memory_per_gpu(
+            case.student,
+            case.teacher,
+            engine="ddp",
+            world_size=1,
+            batch=case.rows,
+            captions=case.captions,
+            tokens=case.tokens,
+            recompute=case.recompute,
+        )
+        what = f"{case.student.name}{' link' if case.teacher else ''}{' recomputed' if case.recompute else ''}"
+        findings.append(Finding(f"{what}: predicted over peak", predicted.total_bytes / peak, 1.15, 0.85))
+    return findings
+
+
+def peak_of_a_step(case: Step) -> int:
+    """The most bytes that torch holds on the GPU during a step, the moments included."""
+    from benchmarks.paper.counting import engine_and_task, step
+    from benchmarks.paper.counting import make_batch as empty_batch
+
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    engine, task = engine_and_task(case, "cuda")
+    batch = empty_batch(case, "cuda")
+    for _ in range(2):  # moments are made in the first step
+        torch.cuda.reset_peak_memory_stats()
+        step(engine, task, case, batch)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check, the kind of process that it runs in, which others share, and the seconds that it may take on a GPU."""
+
+    run: Callable[[torch.device], list[Finding]]
+    process: str = "plain"
+    seconds: float = 60.0
+
+
+CHECKS: dict[str, Check] = {
+    "arithmetic": Check(check_arithmetic),
+    "ddp": Check(check_engine("ddp")),
+    "adamw": Check(check_adamw),
+    "scaler": Check(check_scaler),
+    "nonfinite": Check(check_nonfinite),
+    "waits": Check(check_waits),
+    "memory": Check(check_memory),
+    "fsdp2": Check(check_engine("fsdp2"), "sharded"),
+    "skips": Check(check_skips("fsdp2"), "sharded"),
+    "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),
+    "processes": Check(check_processes, "several", 90),
+    "chain": Check(check_chain("chain"), "chain", SECONDS["chain"]),
+    **{f"zero{stage}": Check(check_engine(f"zero{stage}"), "deepspeed", 90) for stage in range(4)},
+    "zero_skips": Check(check_skips("zero2", "zero3"), "deepspeed", 90),
+    "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
+    "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
+    "compile": Check(check_compile("ddp"), "compiled", 240),
+    "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
+    "compile_zero2": Check(check_compile("zero2"), "compiled", 240),
+    "compile_zero3": Check(check_compile("zero3"), "compiled", 240),
+}
+"""In the order of their value."""
+
+
+def run_check(name: str, device: str) -> list[Finding]:
+    """The findings of a check, on "cpu" or "cuda"."""
+    chosen = torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+    return CHECKS[name].run(chosen)

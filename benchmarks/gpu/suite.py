@@ -1,0 +1,427 @@
+"""`python -m benchmarks.gpu.suite`: is this GPU's training right, and how fast is it? Within a few minutes.
+
+First the checks of `benchmarks.gpu.checks`, then throughput and MFU of the presets, each alone (a baseline) and after
+its predecessor (a link), the models of the paper before variants of one of them. Every result is written at once; a
+second call goes on with what is missing. Exit code 1 when a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.checks.table import CHECKS, run_check
+from benchmarks.gpu.worker import Worker, WorkerError, WorkerTimeout
+from compt.bench.step import Setup
+from compt.bench.throughput import device_name, measure, new_file, peak_flops
+from compt.cli.bench import CHAINS, MOST
+from compt.cost.memory import memory_per_gpu
+from compt.cost.speed import Measurement
+from compt.cost.training import exact_cost
+from compt.dist import collectives as dist
+from compt.errors import ComptError, ConfigError, nearest
+from compt.files import write_json
+from compt.models.presets import PRESETS
+from compt.text import TextTable, terminal
+from compt.weights.artefact import versions
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = Path("runs/gpu_suite.json")
+SOURCES = (
+    "compt/**/*.py",
+    "compt/ds_configs/*.json",
+    "benchmarks/gpu/**/*.py",
+    "benchmarks/paper/counting.py",
+    "launchers/train.py",
+    "ds_configs/*.json",
+    "tests/helpers/recipe.py",
+    "tests/helpers/shards.py",
+)
+"""What checks consist of, and what they run: a check is repeated when one of these has changed."""
+BUDGET = 480.0
+STEP_SECONDS = 0.6
+"""What a timed step should take about, by the guess below: batches are as large as that allows, up to `LARGEST`."""
+GUESSED_PEAK, GUESSED_SHARE = 100e12, 0.25
+LARGEST = 512
+LEAST = {"check": 15.0, "speed": 10.0}
+"""Seconds of the budget without which an item is not begun."""
+SPEED_SECONDS = 75.0
+VARIANTS: dict[str, dict[str, Any]] = {
+    "compiled": {"compile": True},
+    "recomputed": {"recompute": True},
+    "fsdp2": {"engine": "fsdp2"},
+    "zero2": {"engine": "zero2"},
+    "zero3": {"engine": "zero3"},
+    "fp16": {"precision": "fp16"},
+}
+OF_VARIANTS = "vit_b16"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to find out: a check, or the speed of `setup`. `process`: those of one kind share a process."""
+
+    name: str
+    process: str
+    seconds: float
+    setup: Setup | None = None
+    search: bool = False
+
+    @property
+    def kind(self) -> str:
+        """`check` or `speed`."""
+        return "speed" if self.setup else "check"
+
+
+@dataclass
+class State:
+    """The file of results: records of any device and version; those of this machine and source count."""
+
+    path: Path
+    stamp: dict[str, Any]
+    source: str
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, stamp: dict[str, Any], fresh: bool) -> State:
+        """Raises ConfigError for a file that is none of this program, and for a folder that cannot be."""
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)  # the log beside it comes before the first result
+        except OSError as error:
+            raise ConfigError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
+        state = cls(path, stamp, source_hash())
+        if path.exists() and not fresh:
+            try:
+                value = json.loads(path.read_text(encoding="utf-8"))
+                state.records = [dict(record) for record in value["gpu_suite"]]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise ConfigError(
+                    f"{path} is no file of this program ({error}); name another, or give --fresh"
+                ) from None
+        return state
+
+    def find(self, item: Item) -> dict[str, Any] | None:
+        """What is known of an item here. A check answers for the source that it ran with, a speed for any."""
+
+        def answers(record: dict[str, Any]) -> bool:
+            here = all(record.get(key) == value for key, value in self.stamp.items())
+            current = item.kind == "speed" or record["source"] == self.source
+            return bool(record["name"] == item.name and here and current)
+
+        return next(filter(answers, reversed(self.records)), None)
+
+    def put(self, item: Item, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
+        """Take in a result and write the file."""
+        date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        record = {"name": item.name, **self.stamp, "source": self.source, "date": date, "seconds": round(seconds, 1)}
+        self.records.append({**record, **found})
+        write_json(self.path, {"gpu_suite": self.records})
+        return self.records[-1]
+
+
+def source_hash() -> str:
+    """Of `SOURCES`: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in SOURCES for path in ROOT.glob(pattern)):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def setup_of(student: str, teacher: str | None = None, **other: Any) -> Setup:
+    """The job of a preset as recipes train it, at the full length of captions."""
+    return Setup(PRESETS[student], PRESETS[teacher] if teacher else None, **{"text_buckets": 4, **other})
+
+
+def all_items() -> list[Item]:
+    """Everything, in the order of its value."""
+    items = [Item(f"check/{name}", check.process, check.seconds) for name, check in CHECKS.items()]
+
+    def speed(name: str, setup: Setup, search: bool = False, process: str = "plain") -> Item:
+        return Item(f"speed/{name}", process, SPEED_SECONDS, setup, search)
+
+    pairs = [list(zip(chain, (None, *chain[:-1]), strict=True)) for chain in CHAINS]
+    small, vit, swin, large = pairs
+    for student, teacher in (*vit, *swin):
+        items.append(speed(student, setup_of(student)))
+        if teacher:
+            items.append(speed(f"{student}<{teacher}", setup_of(student, teacher)))
+    for name, other in VARIANTS.items():
+        process = "deepspeed" if name.startswith("zero") else "sharded" if name == "fsdp2" else "plain"
+        items.append(speed(f"{OF_VARIANTS}+{name}", setup_of(OF_VARIANTS, **other), process=process))
+    items.append(speed(f"{OF_VARIANTS}+largest", setup_of(OF_VARIANTS), search=True))
+    for student, teacher in (*large, *small):
+        items.append(speed(student, setup_of(student)))
+        if teacher:
+            items.append(speed(f"{student}<{teacher}", setup_of(student, teacher)))
+    return items
+
+
+def batch_for(setup: Setup, device: torch.device) -> int:
+    """A power of two whose step should take about `STEP_SECONDS` and whose memory should do; on a CPU a few."""
+    if device.type == "cpu":
+        return 4
+    peak = peak_flops(device, setup.precision) or GUESSED_PEAK
+    memory = 0.85 * torch.cuda.mem_get_info(device)[1]
+    batch = LARGEST
+    while batch > 1:
+        cost = exact_cost(
+            setup.student, setup.teacher, steps=1, batch=batch, captions=setup.captions, tokens=setup.tokens
+        )
+        needed = memory_per_gpu(
+            setup.student,
+            setup.teacher,
+            engine=setup.engine,
+            world_size=1,
+            batch=batch,
+            captions=setup.captions,
+            tokens=setup.tokens,
+            precision=setup.precision,
+            recompute=setup.recompute,
+        )
+        seconds = 2 * cost.sample_macs * batch / (peak * GUESSED_SHARE)
+        if seconds <= STEP_SECONDS and needed.total_bytes <= memory:
+            break
+        batch //= 2
+    return batch
+
+
+def measure_speed(setup: Setup, device: str, batch: int | None, search: bool, seconds: float) -> dict[str, Any]:
+    """A measurement as plain values; a batch that does not fit after all is halved. Runs in the worker."""
+    chosen = dist.init(device)
+    gc.collect()
+    if chosen.type == "cuda":
+        torch.cuda.empty_cache()
+    size = None if search else batch or batch_for(setup, chosen)
+    found = measure(setup, chosen, size, MOST[chosen.type], seconds)
+    while found.failure and size and size > 1 and batch is None:
+        size //= 2
+        found = measure(setup, chosen, size, size, seconds)
+    return found.model_dump(mode="json")
+
+
+def check(name: str, device: str) -> list[dict[str, Any]]:
+    """The findings of a check as plain values. Runs in the worker."""
+    dist.init(device)
+    return [{**asdict(finding), "passed": finding.passed} for finding in run_check(name, device)]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the items are run; `batch` None takes `batch_for`'s."""
+
+    device: str
+    budget: float
+    batch: int | None = None
+    seconds: float = 1.0
+
+
+def run_item(item: Item, worker: Worker, options: Options, limit: float) -> dict[str, Any]:
+    """What is to be recorded of an item. Raises WorkerTimeout after `limit` seconds."""
+    try:
+        if item.setup is not None:
+            arguments = (item.setup, options.device, options.batch, item.search, options.seconds)
+            return {"measurement": worker.run(measure_speed, *arguments, seconds=limit)}
+        findings = worker.run(check, item.name.removeprefix("check/"), options.device, seconds=limit)
+        return {"passed": all(finding["passed"] for finding in findings), "findings": findings}
+    except WorkerTimeout:
+        raise
+    except WorkerError as error:
+        return {"error": str(error)} | ({} if item.setup else {"passed": False})
+
+
+def run(
+    items: Sequence[Item], state: State, options: Options, say: Callable[[Item, dict[str, Any], bool], None]
+) -> list[Item]:
+    """Find out what is not known yet while the budget lasts; returns what is left."""
+    started = time.monotonic()
+    worker, process, left = Worker(state.path.with_suffix(".log")), "", []
+    try:
+        for item in items:
+            known = state.find(item)
+            if known is not None:
+                say(item, known, True)
+                continue
+            rest = options.budget - (time.monotonic() - started)
+            if rest < LEAST[item.kind]:
+                left.append(item)
+                continue
+            if item.process != process:
+                worker.stop()
+                process = item.process
+            begun = time.monotonic()
+            try:
+                found = run_item(item, worker, options, min(item.seconds, rest))
+            except WorkerTimeout as error:
+                if rest < item.seconds:  # more time may do
+                    left.append(item)
+                    continue
+                found = {"error": str(error)} | ({} if item.setup else {"passed": False})
+            say(item, state.put(item, time.monotonic() - begun, found), False)
+    finally:
+        worker.stop()
+    return left
+
+
+def worst(record: dict[str, Any]) -> str:
+    """The finding that failed, or the one nearest to its limit."""
+    if "error" in record:
+        return str(record["error"])
+    findings = record["findings"]
+    if not findings:
+        return "nothing to check on this device"
+
+    def nearness(finding: dict[str, Any]) -> float:
+        most = finding["most"]
+        share = abs(finding["value"] / most) if 0 < most < float("inf") else 0.0
+        return share if finding["passed"] else float("inf")
+
+    found = max(findings, key=nearness)
+    limits = f"at most {found['most']:.3g}" + (f", at least {found['least']:.3g}" if found["least"] > -1e300 else "")
+    return f"{found['what']} {found['value']:.3g} ({limits})"
+
+
+def check_table(records: Sequence[dict[str, Any]], device: str) -> TextTable:
+    """A row a check."""
+    rows = [
+        [
+            record["name"].removeprefix("check/"),
+            "passed" if record["passed"] else "FAILED",
+            worst(record),
+            f"{record['seconds']:.0f} s",
+        ]
+        for record in records
+    ]
+    return TextTable(
+        f"Correctness on {device}", ["Check", "Result", "What failed, or came nearest to failing", "Time"], rows, []
+    )
+
+
+def speed_table(records: Sequence[dict[str, Any]], device: str, source: str) -> TextTable:
+    """A row a measurement."""
+    rows, old = [], False
+    for record in records:
+        name = record["name"].removeprefix("speed/")
+        if record["source"] != source:
+            name, old = f"{name} *", True
+        if "error" in record:
+            rows.append([name, "-", record["error"], "-", "-"])
+            continue
+        entry = Measurement.model_validate(record["measurement"])
+        if entry.seconds_per_sample is None:
+            rows.append([name, "-", str(entry.failure), "-", "-"])
+            continue
+        memory = "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.1f} GiB"
+        mfu = "-" if entry.mfu is None else f"{entry.mfu:.1%}"
+        rows.append([name, str(entry.batch), f"{1 / entry.seconds_per_sample:,.4g}", memory, mfu])
+    notes = [
+        "model<teacher: a link, with the forward pass of its teacher. bf16, 4 captions of the whole context a picture."
+    ]
+    notes += ["*: measured with an earlier state of the source."] if old else []
+    return TextTable(f"Throughput on {device}", ["Job", "Batch", "Samples/s", "Peak memory", "MFU"], rows, notes)
+
+
+def write_throughput(state: State, items: Sequence[Item], device: torch.device) -> Path | None:
+    """The measurements in bf16 as a file for `compt plan --throughput`; None where there are none."""
+    entries = []
+    for item in items:
+        record = state.find(item)
+        if record is not None and "measurement" in record and item.setup and item.setup.precision == "bf16":
+            entries.append(Measurement.model_validate(record["measurement"]))
+    if not entries:
+        return None
+    path = state.path.with_suffix(".throughput.json")
+    made = new_file(device, setup_of(OF_VARIANTS), "python -m benchmarks.gpu.suite")
+    write_json(path, made.model_copy(update={"entries": tuple(entries)}).model_dump(mode="json"))
+    return path
+
+
+def chosen_items(only: Sequence[str]) -> list[Item]:
+    """Those whose name fits one of the patterns. Raises ConfigError for a pattern that none fits."""
+    items = all_items()
+    for pattern in only:
+        if not any(fnmatch.fnmatchcase(item.name, pattern) for item in items):
+            names = [item.name for item in items]
+            raise ConfigError(f"--only {pattern}{nearest(pattern, names)}: fits nothing; there are {', '.join(names)}")
+    return [item for item in items if not only or any(fnmatch.fnmatchcase(item.name, pattern) for pattern in only)]
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="gpu_suite", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the file of results (default {OUT})")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds that the call may take (default 480)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as check/* or speed/vit_*")
+    parser.add_argument("--batch", type=int, help="samples a step (default: by memory and time; 4 on a CPU)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time each job for so long at least (default 1)")
+    parser.add_argument("--fresh", action="store_true", help="forget what the file has")
+    parser.add_argument("--list", action="store_true", help="print the names of all items and stop")
+    return parser.parse_args(argv)
+
+
+def suite(given: argparse.Namespace, started: float) -> int:
+    """Run the suite; the exit code. Raises ConfigError for options that cannot be."""
+    items = chosen_items(given.only)
+    if given.list:
+        print("\n".join(item.name for item in items))
+        return 0
+    device = dist.init(given.device)
+    name = device_name(device)
+    stamp = {"device": name, "versions": versions()}
+    if given.batch:
+        items = [replace(item, name=f"{item.name}@{given.batch}") if item.setup else item for item in items]
+    state = State.open(given.out, stamp, given.fresh)
+    console = terminal()
+
+    def say(item: Item, record: dict[str, Any], known: bool) -> None:
+        when = " (from an earlier call)" if known else ""
+        if item.setup is None:
+            line = f"{'passed' if record['passed'] else 'FAILED'}: {worst(record)}"
+        else:
+            found = record.get("measurement", {})
+            seconds = found.get("seconds_per_sample")
+            line = f"{1 / seconds:,.4g} samples/s" if seconds else str(record.get("error") or found.get("failure"))
+        console.print(f"{item.name}: {line}{when}", markup=False, soft_wrap=True)
+
+    options = Options(device.type, given.budget - (time.monotonic() - started), given.batch, given.seconds)
+    left = run(items, state, options, say)
+    found = [record for item in items if (record := state.find(item)) is not None]
+    checks = [record for record in found if record["name"].startswith("check/")]
+    speeds = [record for record in found if record["name"].startswith("speed/")]
+    for table in ([check_table(checks, name)] if checks else []) + (
+        [speed_table(speeds, name, state.source)] if speeds else []
+    ):
+        console.print(table.rich())
+    written = [str(state.path), str(write_throughput(state, items, device) or "")]
+    console.print(f"Written: {', '.join(filter(None, written))}", markup=False, soft_wrap=True)
+    if left:
+        names = ", ".join(item.name for item in left)
+        console.print(
+            f"Left, as the time was up: {names}. The same command goes on there.", markup=False, soft_wrap=True
+        )
+    return 0 if all(record["passed"] for record in checks) else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line."""
+    started = time.monotonic()
+    try:
+        return suite(_options(argv), started)
+    except ComptError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

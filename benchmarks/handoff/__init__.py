@@ -1,0 +1,1 @@
+"""Expansion of models that do not fit into memory."""

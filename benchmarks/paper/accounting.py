@@ -1,0 +1,59 @@
+"""MACs of chains and baselines by three ways of counting those of a sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from compt.cost.paper import IMAGES, TABLE_G
+from compt.cost.published import paper_cost
+from compt.cost.training import exact_cost
+from compt.models.presets import PRESETS
+
+MACS_UNIT = 1e19
+"""Table 2 prints MACs in 1e10 G."""
+BATCH = 1024
+CAPTIONS = 4
+"""Captions a sample of the paper's recipe."""
+
+Source = Callable[[str, str | None], float]
+"""MACs to train a model on one sample, the forward pass of its teacher included: (model, teacher or None) -> MACs."""
+
+
+def published(model: str, teacher: str | None = None) -> float:
+    """From the paper's own figures per sample (Table G)."""
+    return 1e9 * (TABLE_G[model].training_gmacs + (TABLE_G[teacher].forward_gmacs if teacher else 0.0))
+
+
+def counters(model: str, teacher: str | None = None) -> float:
+    """From the shapes of our presets, in the published accounting (six captions, 9 MACs per parameter and sample)."""
+    return paper_cost(PRESETS[model], PRESETS[teacher] if teacher else None, samples=1, steps=1).sample_macs
+
+
+def exact(model: str, teacher: str | None = None) -> float:
+    """What this program executes: four captions of 77 tokens, contrastive loss, the optimizer once in 1,024 samples."""
+    before = PRESETS[teacher] if teacher else None
+    cost = exact_cost(PRESETS[model], before, steps=1, batch=BATCH, captions=CAPTIONS)
+    return cost.total_macs / cost.samples
+
+
+SOURCES: dict[str, Source] = {"from_inputs": published, "from_counters": counters, "exact": exact}
+"""By the field of a `Cell` that each one fills."""
+
+
+def individual(source: Source, models: Sequence[str], epochs: float, dataset: str) -> list[float]:
+    """MACs of training each model by itself, in `MACS_UNIT`."""
+    return [source(model, None) * epochs * IMAGES[dataset] / MACS_UNIT for model in models]
+
+
+def chain(source: Source, models: Sequence[str], epochs: Sequence[float], dataset: str) -> list[float]:
+    """MACs of each link, in `MACS_UNIT`; the first model is trained by itself."""
+    teachers = (None, *models[:-1])
+    jobs = zip(models, teachers, epochs, strict=True)
+    return [source(model, teacher) * length * IMAGES[dataset] / MACS_UNIT for model, teacher, length in jobs]
+
+
+def acceleration(
+    source: Source, models: Sequence[str], epochs: Sequence[float], baseline_epochs: float, dataset: str
+) -> float:
+    """Baselines of all models over the whole chain."""
+    return sum(individual(source, models, baseline_epochs, dataset)) / sum(chain(source, models, epochs, dataset))

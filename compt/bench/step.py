@@ -1,0 +1,179 @@
+"""The training step whose speed is measured: the trainer's own, on random pixels and captions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from compt.cost.counts import Tokens
+from compt.cost.speed import mean_tokens
+from compt.data.batch import Batch
+from compt.engines.base import COMPUTE_DTYPES, Precision
+from compt.engines.open import open_engine
+from compt.models.clip import build
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
+from compt.recipe.engine import EngineName
+from compt.recipe.read import EngineConfig, Optimizer
+from compt.train.loop import training_step
+from compt.train.losses import ImageToText
+from compt.train.task import ClipTask, DistillTask
+
+LEARNING_RATE = 1e-5
+"""Of the timed steps: small enough that random pixels lead nowhere."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training job as far as its speed depends on it; `tokens` as in `compt.cost`, the other fields as in a recipe.
+
+    `teacher` is the model whose forward pass is computed too, None for a baseline.
+    """
+
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    captions: int = 4
+    tokens: Tokens = None
+    precision: Precision = "bf16"
+    text_buckets: int = 1
+    micro_batch: int | None = None
+    loss_chunk: int | None = None
+    image_to_text: ImageToText = "slot"
+    clip_grad_norm: float | None = None
+    compile: bool = False
+    engine: EngineName = "ddp"
+    recompute: bool = False
+    seed: int = 0
+
+
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process alone, where there is none: engines that shard ask for one."""
+    if not torch_dist.is_initialized():
+        torch_dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=torch_dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+        )
+
+
+def pieces_of(setup: Setup, batch: int) -> list[int]:
+    """How many of `batch` samples go through the models at once, piece by piece."""
+    size = setup.micro_batch or batch
+    return [min(size, batch - start) for start in range(0, batch, size)]
+
+
+def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
+    """The lengths of the captions of each piece of a batch, ascending; what is computed of them is `setup.tokens`.
+
+    Those are lengths with padding, and no batch of some text buckets computes just any distribution. So all captions of
+    a bucket are as long as the mean of its part of the distribution; what rounding leaves goes to the next bucket.
+    """
+    context = setup.student.context_length
+    tokens = setup.tokens if isinstance(setup.tokens, Mapping) else {mean_tokens(setup.student, setup.tokens): 1.0}
+    whole = sum(tokens.values())
+    shares = [(min(length, context), share / whole) for length, share in sorted(tokens.items())]
+    pieces, owed = [], 0.0
+    for rows in pieces_of(setup, batch):
+        count, start = rows * setup.captions, 0
+        lengths: list[int] = []
+        for group in torch.arange(count).chunk(setup.text_buckets):
+            size = len(group)
+            owed += count * _sum_between(shares, start / count, (start + size) / count)
+            length = min(context, max(1, round(owed / size)))
+            owed -= size * length
+            lengths += [length] * size
+            start += size
+        pieces.append(sorted(lengths))
+    return pieces
+
+
+def _sum_between(shares: Sequence[tuple[float, float]], low: float, high: float) -> float:
+    """The lengths of a distribution times their shares, from the quantile `low` to `high`."""
+    total = end = 0.0
+    for length, share in shares:
+        start, end = end, end + share
+        total += length * max(0.0, min(high, end) - max(low, start))
+    return total
+
+
+def random_captions(setup: Setup, batch: int, generator: torch.Generator) -> Tensor:
+    """Tokens int64 [batch, captions, T], each with its end of text and zeros behind it."""
+    spec = setup.student
+    shape = (batch, setup.captions)
+    pieces = [torch.tensor(piece) for piece in caption_lengths_of(setup, batch)]
+    lengths = torch.cat([piece[torch.randperm(len(piece), generator=generator)] for piece in pieces]).view(shape)
+    longest = int(lengths.max())
+    tokens = torch.randint(1, spec.vocab_size - 2, (*shape, longest), generator=generator)
+    places = torch.arange(longest)
+    end = lengths[..., None] - 1
+    return torch.where(places == end, spec.vocab_size - 1, torch.where(places < end, tokens, 0))
+
+
+class TrainingStep:
+    """A model, its engine and, in a chain, its teacher, all with random weights; each call is one step of training."""
+
+    def __init__(self, setup: Setup, device: torch.device) -> None:
+        self.setup, self.device = setup, device
+        student = build(setup.student, device=device)
+        if setup.teacher is None:
+            self.task = ClipTask(
+                student, image_to_text=setup.image_to_text, text_buckets=setup.text_buckets, chunk=setup.loss_chunk
+            )
+        else:
+            self.task = DistillTask(
+                student,
+                build(setup.teacher, device=device),
+                image_to_text=setup.image_to_text,
+                text_buckets=setup.text_buckets,
+                chunk=setup.loss_chunk,
+                teacher_dtype=COMPUTE_DTYPES[setup.precision],
+            )
+        self.task.module.train()
+        if setup.engine != "ddp":
+            join_alone(device)
+        self.engine = open_engine(
+            self.task.module,
+            EngineConfig(name=setup.engine, compile=setup.compile, recompute=setup.recompute),
+            Optimizer.model_construct(precision=setup.precision),  # unchecked: engines say what they know
+            device=device,
+            caps=self.task.caps,
+        )
+
+    def data(self, batch: int) -> Batch:
+        """Random uint8 pixels and captions of `batch` samples, as a loader hands them over."""
+        generator = torch.Generator().manual_seed(self.setup.seed)
+        size = self.setup.student.image_size
+        images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+        made = Batch(images, random_captions(self.setup, batch, generator), [""] * batch)
+        return made.pin_memory() if self.device.type == "cuda" else made
+
+    def __call__(self, batch: Batch) -> None:
+        """Forward, backward and update, waited for."""
+        training_step(
+            self.task,
+            self.engine,
+            batch,
+            lr=LEARNING_RATE,
+            micro_batch=self.setup.micro_batch or len(batch),
+            clip_grad_norm=self.setup.clip_grad_norm,
+            mean=OPENAI_MEAN,
+            std=OPENAI_STD,
+        )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, batch: Batch, *, warm_up: int = 1, repeats: int = 3, seconds: float = 0.0) -> list[float]:
+        """Seconds of each of at least `repeats` steps after `warm_up` others, until they are `seconds` together."""
+        for _ in range(warm_up):
+            self(batch)
+        times: list[float] = []
+        while len(times) < repeats or sum(times) < seconds:
+            started = time.perf_counter()
+            self(batch)
+            times.append(time.perf_counter() - started)
+        return times

@@ -1,0 +1,347 @@
+"""How fast this machine trains: the trainer's own step on random pixels and captions, timed job by job."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import platform
+import signal
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
+
+import torch
+
+from compt.bench.step import Setup, TrainingStep
+from compt.cost.gpus import Device, match_device
+from compt.cost.speed import Measurement, Throughput, mean_tokens, smaller
+from compt.cost.training import exact_cost
+from compt.data.batch import Batch
+from compt.dist import collectives as dist
+from compt.errors import ComptError, ConfigError, RunError
+from compt.files import write_json
+from compt.models.clip import caption_lengths, padded_tokens
+from compt.weights.artefact import versions
+
+CPU_STEP_SECONDS = 5.0
+"""The longest step that a search for a batch goes up to on a CPU, whose memory is seldom what ends it."""
+
+
+def largest_batch(fits: Callable[[int], bool], most: int) -> int:
+    """The largest batch up to `most` that `fits`: by doubling, then by halving the gap to within a sixteenth.
+
+    0 where not even a batch of one does. What is given back was seen to fit. (`accelerate`'s search only ever halves
+    from its start, and so stops up to a factor of two below the largest.)
+    """
+    good, bad, size = 0, most + 1, 1
+    while good < most:
+        if fits(size):
+            good = size
+        else:
+            bad = size
+            break
+        size = min(2 * size, most)
+    while bad - good > max(1, good // 16):
+        size = (good + bad) // 2
+        size -= size % 8 if size > 64 else 0  # multiples of 8 suit tensor cores
+        if size <= good:
+            break
+        if fits(size):
+            good = size
+        else:
+            bad = size
+    return good
+
+
+class _Search:
+    """Asks by trial whether a batch fits; after a failure the next trial starts from an empty device.
+
+    On a CPU a trial is not begun for which the memory that is left would not do, or whose step would take longer than
+    `CPU_STEP_SECONDS`, as the trials before it tell.
+    """
+
+    def __init__(self, setup: Setup, device: torch.device) -> None:
+        self.setup, self.device = setup, device
+        self.step: TrainingStep | None = None
+        self.first_peak = self.last_peak = self.last_batch = 0
+        self.last_seconds = 0.0
+
+    def fits(self, batch: int) -> bool:
+        """Whether a step with `batch` samples runs."""
+        if self.device.type == "cpu" and self._is_too_much(batch):
+            return False
+        try:
+            if self.step is None:
+                self.step = TrainingStep(self.setup, self.device)
+                self.step(self.step.data(1))  # AdamW's moments exist from the first step on
+                self.first_peak = _peak_bytes(self.device) or 0
+            data = self.step.data(batch)
+            started = time.perf_counter()
+            self.step(data)
+            self.last_seconds = time.perf_counter() - started
+            self.last_peak, self.last_batch = _peak_bytes(self.device) or 0, batch
+            return True
+        except torch.OutOfMemoryError:
+            pass  # until here the error's frames hold tensors
+        self._clear()
+        return False
+
+    def time(self, batch: int, seconds: float) -> tuple[Batch, list[float]] | None:
+        """The data and the seconds of each timed step, with the peak of memory counted anew; None without memory."""
+        try:
+            self.step = self.step or TrainingStep(self.setup, self.device)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)
+            data = self.step.data(batch)
+            return data, self.step.seconds(data, warm_up=2 if self.device.type == "cuda" else 1, seconds=seconds)
+        except torch.OutOfMemoryError:
+            pass
+        self._clear()
+        return None
+
+    def _clear(self) -> None:
+        self.step = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def _is_too_much(self, batch: int) -> bool:
+        if not self.last_batch:
+            return False
+        if self.last_seconds * batch / self.last_batch > CPU_STEP_SECONDS:
+            return True
+        available, held = _available_bytes(), _resident_bytes("VmRSS")
+        if available is None or held is None or self.last_batch == 1:
+            return False
+        each = (self.last_peak - self.first_peak) / (self.last_batch - 1)
+        return self.last_peak + each * (batch - self.last_batch) - held > 0.9 * available
+
+
+def measure(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:
+    """Time `setup` in this process with `batch` samples a step, or with as many as fit, up to `most`.
+
+    The peak of memory is torch's own on CUDA, and on a CPU what the process's resident set grew by (None where the
+    system does not tell).
+    """
+    torch.manual_seed(setup.seed)
+    before = 0 if device.type == "cuda" else _resident_bytes("VmRSS")
+    search = _Search(setup, device)
+    size = batch or largest_batch(search.fits, most)
+    timed = None
+    while size and timed is None:
+        timed = search.time(size, seconds)
+        if timed is None and batch is not None:
+            return _failed(setup, batch, f"a batch of {batch} does not fit into memory")
+        if timed is None:  # seen to fit once, but not again and again
+            size -= max(1, size // 16)
+    if timed is None:
+        return _failed(setup, None, "a batch of 1 does not fit into memory")
+    data, times = timed
+    peak = _peak_bytes(device)
+    pieces = caption_lengths(data.tokens).split(setup.micro_batch or size)
+    computed = sum(padded_tokens(piece.flatten(), setup.text_buckets) for piece in pieces) / (size * setup.captions)
+    middle = median(times) / size
+    return _asked(setup, size).model_copy(
+        update={
+            "computed_tokens": computed,
+            "repeats": len(times),
+            "seconds_per_sample": middle,
+            "low": min(times) / size,
+            "high": max(times) / size,
+            "peak_memory_bytes": None if peak is None or before is None else peak - before,
+            "mfu": _mfu(setup, device, size, computed, middle),
+        }
+    )
+
+
+def _asked(setup: Setup, batch: int | None) -> Measurement:
+    micro, chunk = setup.micro_batch, setup.loss_chunk
+    return Measurement(
+        student=setup.student,
+        teacher=setup.teacher,
+        captions=setup.captions,
+        tokens=mean_tokens(setup.student, setup.tokens),
+        text_buckets=setup.text_buckets,
+        batch=batch,
+        micro_batch=micro if batch is None else smaller(micro, batch),
+        loss_chunk=chunk if batch is None else smaller(chunk, batch),
+        compile=setup.compile,
+        engine=setup.engine,
+        recompute=setup.recompute,
+    )
+
+
+_POLL = 0.5
+_ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
+
+
+def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
+    """Whether `entry` is of that very job, with `batch` samples a step where that is given."""
+    asked = _asked(setup, entry.batch)
+    same = all(getattr(entry, key) == getattr(asked, key) for key in _ASKED)
+    return same and entry.same_models(asked) and (batch is None or entry.batch == batch)
+
+
+def _failed(setup: Setup, batch: int | None, why: str) -> Measurement:
+    return _asked(setup, batch).model_copy(update={"failure": why})
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The dense peak of one GPU in FLOP/s by its datasheet; None for a CPU and for a GPU that is not known."""
+    known = known_device(device)
+    return known.peak_flops[precision] if known else None
+
+
+def known_device(device: torch.device) -> Device | None:
+    """The datasheet of the device at hand, if there is one."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return match_device(found.name, found.total_memory)
+
+
+def device_name(device: torch.device) -> str:
+    """What the system calls the GPU or the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if (cpu := Path("/proc/cpuinfo")).exists():
+        for line in cpu.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds: float) -> float | None:
+    peak = peak_flops(device, setup.precision)
+    cost = exact_cost(setup.student, setup.teacher, steps=1, batch=batch, captions=setup.captions, tokens=tokens)
+    return 2 * cost.sample_macs / seconds / peak if peak else None
+
+
+def _resident_bytes(key: str) -> int | None:
+    """`VmRSS` (now) or `VmHWM` (peak) of this process; unlike getrusage's peak, never that of its parent."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    for line in status.read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _peak_bytes(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM")
+
+
+def _available_bytes() -> int | None:
+    path = Path("/proc/meminfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:
+    """`measure` in a process of its own, so that memory is counted from nothing and a kill ends this job only.
+
+    Raises what `measure` raises of ComptError, and RunError for any other fault of the process, which it has printed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_measurement, args=(sender, setup, device, batch, most, seconds), daemon=True)
+    # Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one instead.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    sender.close()
+    # A Ctrl-C that comes just before a wait without a limit would be heard after it.
+    while not receiver.poll(_POLL):
+        pass
+    try:
+        found = receiver.recv()
+    except EOFError:
+        found = None
+    process.join()
+    if isinstance(found, ComptError):
+        raise found
+    if found is None and process.exitcode == -signal.SIGKILL:
+        return _failed(setup, batch, "its process was killed, as the system does where memory runs out")
+    if found is None:
+        raise RunError(f"measuring {setup.student.name} failed (exit code {process.exitcode}); its error stands above")
+    return cast(Measurement, found)
+
+
+def _send_measurement(sender: Any, *arguments: Any) -> None:
+    try:
+        sender.send(measure(*arguments))
+    except ComptError as error:
+        sender.send(error)
+    finally:
+        dist.shutdown()
+
+
+def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:
+    """A throughput file of this machine, without entries, for jobs that are set up as `setup` is."""
+    known = known_device(device)
+    return Throughput(
+        device=device_name(device),
+        kind=known.name if known else None,
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        precision=setup.precision,
+        seed=setup.seed,
+        date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=command,
+        versions=versions(),
+    )
+
+
+_SAME_MACHINE = ("device", "threads", "precision", "seed", "versions")
+
+
+def run(
+    setups: Sequence[Setup],
+    device: torch.device,
+    out: Path | None,
+    *,
+    command: str,
+    batch: int | None = None,
+    most: int = 1024,
+    seconds: float = 2.0,
+    fresh: bool = False,
+    show: Callable[[Measurement, bool], None] = lambda entry, kept: None,
+    measure: Callable[[Setup, torch.device, int | None, int, float], Measurement] = measure_apart,
+) -> Throughput:
+    """Measure each of `setups`, all of one precision, and write `out` after every one, so that a rerun goes on there.
+
+    What `out` has already is not measured again, unless `fresh`; what it has of another `batch` or setting stays too.
+    `show` is called with each entry and whether it was there before. Raises ConfigError where `out` is damaged or of
+    another machine, other versions or another precision.
+    """
+    made = held = new_file(device, setups[0], command)
+    if out is not None and out.exists() and not fresh:
+        held = Throughput.read(out)
+        for key in _SAME_MACHINE:
+            old, new = getattr(held, key), getattr(made, key)
+            if old != new:
+                raise ConfigError(
+                    f"{out} holds measurements with {key} {_shown(old)}, this one has {_shown(new)}; "
+                    "write to another file, or start it anew with --fresh"
+                )
+    for setup in setups:
+        found = next((entry for entry in held.entries if _answers(entry, setup, batch)), None)
+        kept = found is not None
+        if found is None:
+            found = measure(setup, device, batch, most, seconds)
+            held = made.model_copy(update={"entries": (*held.entries, found)})
+            if out is not None:
+                write_json(out, held.model_dump(mode="json"))
+        show(found, kept)
+    return held
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(f"{key} {item}" for key, item in value.items()) if isinstance(value, dict) else str(value)

@@ -1,0 +1,408 @@
+"""One model of a run, from plan to numbers: expand, train, evaluate. Each state is on disk before the next begins."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compt.bench.throughput import peak_flops
+from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers, steps_left
+from compt.chain.start import hash_of, open_start
+from compt.cost.training import JobCost, exact_cost
+from compt.data.batch import Batch
+from compt.data.index import Index
+from compt.data.loaders import train_loader
+from compt.dist import collectives as dist
+from compt.dist.watch.thread import LONG, beat
+from compt.engines.base import COMPUTE_DTYPES
+from compt.engines.frozen import shard_frozen
+from compt.engines.open import open_engine
+from compt.errors import RunError
+from compt.evaluate.scorer import Scorer
+from compt.expand.execute import expand
+from compt.expand.plan import make_plan as make_expansion
+from compt.files import write_json
+from compt.models.clip import ClipModel, build
+from compt.models.init import DrawnState
+from compt.plan.jobs import Job, recipe_cost
+from compt.plan.remedies import explained
+from compt.plan.start import Start
+from compt.recipe.read import EngineConfig, Recipe, split_batch
+from compt.train.checkpoint import find_latest, name_of, open_weights
+from compt.train.loop import TrainResult, TrainSettings, train
+from compt.train.micro_batch import Trial, advise, find_micro_batch, release
+from compt.train.task import ClipTask, DistillTask
+from compt.weights.artefact import Artefact, read_artefact, write_artefact
+from compt.weights.open import average_of
+
+INITIAL_SHARD_BYTES = 200_000_000
+"""The size of a file of `initial/`, in bytes of float32: small enough for several ranks to have something to write."""
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What all jobs of a run share.
+
+    `base` is the folder that relative paths of the recipe start from, `start` describes the model at `chain.from`.
+    """
+
+    folder: Path
+    recipe: Recipe
+    index: Index
+    device: torch.device
+    base: Path
+    start: Start | None = None
+
+    def job_folder(self, name: str) -> Path:
+        """Where the job `name` keeps its files."""
+        return self.folder / "jobs" / name
+
+
+class JobRun:
+    """Carries one job from the state on disk to done. All ranks take every step together; rank 0 writes."""
+
+    def __init__(self, job: Job, context: RunContext, say: Callable[[str], None]) -> None:
+        self.job = job
+        self.context = context
+        self.say = say
+        self.scorer = Scorer(context.recipe, context.base)
+        self.folder = context.job_folder(job.name)
+        self.manifest: dict[str, Any] = dist.broadcast_object(read_manifest(self.folder) if dist.is_main() else None)
+
+    def run(self) -> None:
+        """Go on from where the manifest stands. Raises what training and evaluation raise."""
+        steps = {
+            "planned": self._begin,
+            "expanded": lambda: self._enter("training"),
+            "training": self._train,
+            "evaluated": self._finish,
+        }
+        self._check_teacher()
+        if self.manifest.get("sets") not in (None, evaluation_identity(self.context.recipe)):
+            self._enter("training")
+        if self.manifest["state"] != "done":
+            dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
+            dist.on_main(lambda: remove_leftovers(self.folder / "scores", "*"))
+            self._note_start()
+        while self.manifest["state"] != "done":
+            steps[self.manifest["state"]]()
+        release(self.context.device)
+
+    def _note_start(self) -> None:
+        """Where each part of the work was done: a resumed job may have moved to another machine."""
+        here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
+        here["engine"] = self._engine_config.name
+        self.manifest["starts"] = [*self.manifest.get("starts", []), dist.broadcast_object(here)]
+
+    def _enter(self, state: str, **values: Any) -> None:
+        self.manifest = {**self.manifest, **values, "state": state}
+        dist.on_main(lambda: write_json(self.folder / MANIFEST, self.manifest))
+
+    def _check_teacher(self) -> None:
+        """Raise RunError when the teacher was trained anew after this job had grown from it."""
+        if self.job.teacher is None or self.manifest["state"] == "planned":
+            return
+        teacher = self.context.job_folder(self.job.teacher)
+
+        def compare() -> None:
+            if read_manifest(teacher).get("model_hash") != self.manifest["parent_hash"]:
+                raise RunError(
+                    f"{self.folder}: grew from another {self.job.teacher} than the one that is there now; "
+                    f"remove {self.folder} to train it anew"
+                )
+
+        dist.on_main(compare)
+
+    @property
+    def _parent(self) -> str | None:
+        """The job or the path that this model starts from."""
+        return self.job.teacher or (str(self.job.start) if self.job.start else None)
+
+    def _teacher(self) -> Artefact | None:
+        if self.job.teacher is not None:
+            folder = self.context.job_folder(self.job.teacher) / "model"
+            return dist.on_all(lambda: read_artefact(folder))
+        if self.job.start is not None:
+            return dist.on_all(lambda: open_start(self.context.recipe.chain, self.context.base))
+        return None
+
+    def _begin(self) -> None:
+        beat(0, "expanding", LONG)
+        teacher = self._teacher()
+        parent_hash = hash_of(teacher) if teacher else None
+        if teacher is not None:
+            plan = make_expansion(teacher.spec, self.job.spec, self.job.expand)
+            average = dist.on_all(lambda: average_of(teacher)) if plan.needs_average else None
+            how = {"expansion": plan.to_json(), "shard_bytes": INITIAL_SHARD_BYTES}
+            self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
+            self._write_artefact(
+                "initial",
+                expand(plan, teacher.state, self.job.seed, average),
+                parent_hash,
+                {**how, "step": 0, "samples": 0, "epochs": 0.0},
+                max_shard_bytes=INITIAL_SHARD_BYTES,
+                together=True,
+            )
+        self._enter(
+            "expanded",
+            **self.job.to_json(),
+            result=self.job.result,
+            parent_hash=parent_hash,
+            started=now(),
+            machine=machine(self.context.device),
+            processes=dist.world_size(),
+        )
+
+    def _write_artefact(
+        self,
+        name: str,
+        state: Mapping[str, Tensor],
+        parent_hash: str | None,
+        fields: Mapping[str, Any],
+        **options: Any,
+    ) -> None:
+        job, data = self.job, self.context.recipe.data
+        own = {
+            "job": job.name,
+            "recipe_hash": job.hash,
+            "seed": job.seed,
+            "parent": self._parent,
+            "parent_hash": parent_hash,
+        }
+        write_artefact(
+            self.folder / name,
+            state,
+            job.spec,
+            {**own, **fields},
+            mean=data.mean,
+            std=data.std,
+            **options,
+        )
+
+    @property
+    def _engine_config(self) -> EngineConfig:
+        return self.context.recipe.engine_of(self.job.spec.name)
+
+    def _initial(self, model: ClipModel) -> Mapping[str, Tensor]:
+        """The weights before the first step: expanded where there is a teacher, else drawn from the seed."""
+        if self._parent is not None:
+            return dist.on_all(lambda: read_artefact(self.folder / "initial")).state
+        return DrawnState(model, self.job.spec, self.job.seed)
+
+    def _origin(self) -> dict[str, Any]:
+        """How the weights that training began with were expanded, for the manifest of the trained model."""
+        if self._parent is None:
+            return {}
+        initial = dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False))
+        kept: dict[str, Any] = {
+            key: initial.manifest[key] for key in ("expansion", "shard_bytes") if key in initial.manifest
+        }
+        return {**kept, "initial_hash": initial.hash}
+
+    def _task(self, student: ClipModel) -> ClipTask:
+        recipe, engine = self.context.recipe, self._engine_config
+        found = self._teacher()
+        options: dict[str, Any] = {
+            "image_to_text": recipe.optimizer.image_to_text,
+            "text_buckets": engine.text_buckets,
+            "chunk": engine.loss_chunk,
+            "seed": self.job.seed,
+        }
+        if found is None or self.job.alpha == 0:
+            return ClipTask(student, **options)
+        dtype, device = COMPUTE_DTYPES[recipe.optimizer.precision], self.context.device
+        if engine.shard_teacher:
+            teacher = shard_frozen(build(found.spec, device="meta"), found.state, dtype=dtype, device=device)
+        else:
+            teacher = found.load_model(device)
+        return DistillTask(
+            student,
+            teacher,
+            alpha=self.job.alpha,
+            average_towers=not recipe.chain.distill.reference_compatible,
+            teacher_dtype=dtype,
+            **options,
+        )
+
+    def _settings(self) -> TrainSettings:
+        recipe, job, images = self.context.recipe, self.job, len(self.context.index)
+        optimizer, engine = recipe.optimizer, self._engine_config
+        _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
+        every = recipe.evaluation.every
+        return TrainSettings(
+            total_steps=job.steps,
+            warmup_steps=job.warmup_steps,
+            batch=optimizer.batch,
+            micro_batch=micro,
+            steps_per_epoch=images // optimizer.batch,
+            lr=job.lr,
+            clip_grad_norm=optimizer.clip_grad_norm,
+            max_nonfinite=optimizer.max_nonfinite,
+            log_every=max(1, engine.log_every.to_steps(images, optimizer.batch)),
+            checkpoint_every=max(1, engine.checkpoint_every.to_steps(images, optimizer.batch)),
+            evaluate_every=max(1, every.to_steps(images, optimizer.batch)) if every else None,
+            keep_checkpoints=engine.keep_checkpoints,
+            keep_every=max(1, engine.keep_every.to_steps(images, optimizer.batch)) if engine.keep_every else None,
+            async_checkpoints=engine.async_checkpoints,
+            mean=recipe.data.mean,
+            std=recipe.data.std,
+            identity={"recipe": job.hash, "data": self.context.index.fingerprint},
+            captions=recipe.data.captions,
+            text_buckets=engine.text_buckets,
+            macs_per_step=job.cost.total_macs / job.steps,
+            peak_flops=peak_flops(self.context.device, optimizer.precision),
+            useful_macs=self._useful_macs,
+        )
+
+    def _loader(self, start_step: int) -> Iterable[Batch]:
+        recipe = self.context.recipe
+        return train_loader(
+            self.context.index,
+            seed=self.job.order_seed,
+            batch=recipe.optimizer.batch,
+            image_size=self.job.spec.image_size,
+            captions=recipe.data.captions,
+            context_length=self.job.spec.context_length,
+            crop_scale=recipe.data.crop_scale,
+            window=recipe.data.shuffle_shards,
+            start_step=start_step,
+            total_steps=self.job.steps,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=self._engine_config.workers,
+            max_bad_share=recipe.data.max_bad_share,
+            cache=self._engine_config.cache,
+        )
+
+    def _fit(self) -> None:
+        """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
+        beat(0, "opening the model", LONG)
+        origin = self._origin()
+        settings = self._settings()
+        if self._engine_config.find_micro_batch and self._steps_left():
+            settings = replace(settings, micro_batch=self._find_micro_batch())
+        with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
+            result = self._run_steps(settings)
+        release(self.context.device)  # what follows needs the engine's memory
+        beat(result.steps, "writing the model", LONG)
+        # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
+        last = self._last_checkpoint(result.steps)
+        fields = {
+            **origin,
+            "step": result.steps,
+            "samples": result.samples,
+            "epochs": self.job.epochs,
+            "trained": asdict(result),
+            "data_fingerprint": self.context.index.fingerprint,
+        }
+        self._write_artefact(
+            "model",
+            open_weights(last),
+            self.manifest["parent_hash"],
+            fields,
+            extra_states={"ema": open_weights(last, average=True)} if self.context.recipe.optimizer.ema else None,
+            together=True,
+        )
+
+    def _last_checkpoint(self, step: int) -> Path:
+        """The checkpoint of the last step. Raises RunError, on all ranks, where it was damaged since it was written."""
+        folder = self.folder / "checkpoints"
+        path: Path | None = dist.broadcast_object(find_latest(folder) if dist.is_main() else None)
+        if path is None or path.name != name_of(step):
+            text = (
+                f"{folder / name_of(step)}: the checkpoint of the last step is damaged or gone; start the same command "
+            )
+            dist.agree(RunError(text + f"again to go on from {path.name if path else 'the beginning'}"))
+        assert path is not None
+        return path
+
+    def _run_steps(self, settings: TrainSettings) -> TrainResult:
+        student = build(self.job.spec, device="meta")
+        task = self._task(student)
+        engine = open_engine(
+            task.module,
+            self._engine_config,
+            self.context.recipe.optimizer,
+            device=self.context.device,
+            initial=task.module.initial(self._initial(student)),
+            caps=task.caps,
+            base=self.context.base,
+        )
+        return train(
+            task,
+            engine,
+            settings,
+            self.folder,
+            self._loader,
+            (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
+            self.job.name,
+        )
+
+    def _steps_left(self) -> int:
+        """None after a stop between the last checkpoint and the model."""
+        left: int = dist.broadcast_object(steps_left(self.job, self.folder) if dist.is_main() else None)
+        return left
+
+    def _find_micro_batch(self) -> int:
+        """The largest that fits; it is noted where this part of the work was done."""
+        found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
+        self.say(f"{self.job.name}: {found} pictures of a process fit into memory at once")
+        self.manifest["starts"][-1]["micro_batch"] = found  # written with the next state
+        return found
+
+    def _train(self) -> None:
+        """Train unless `model/` is there already, then score it."""
+        if not dist.any_true((self.folder / "model").exists()):
+            self._fit()
+        beat(self.job.steps, "evaluating", LONG)
+        artefact = dist.on_all(self._trained)
+        self._enter(
+            "evaluated",
+            trained=artefact.manifest["trained"],
+            cost=self._cost(artefact.manifest["trained"]["tokens_per_caption"]).to_json(),
+            model_hash=artefact.hash,
+            **self._scored(artefact),
+            sets=evaluation_identity(self.context.recipe),
+        )
+
+    def _scored(self, artefact: Artefact) -> dict[str, Any]:
+        """What the manifest says of a trained model; each rank holds it whole, unless there is nothing to score."""
+        if not self.scorer.has_work:
+            return {"scores": {}}
+        self.say(f"{self.job.name}: evaluating")
+        model = artefact.load_model(self.context.device)
+        return {"scores": self._score(model), **self.scorer.held_out_loss(model)}
+
+    def _trained(self) -> Artefact:
+        """This job's model. Raises RunError for one that was trained otherwise or on other data."""
+        artefact = read_artefact(self.folder / "model")
+        made = (artefact.manifest.get("recipe_hash"), artefact.manifest.get("data_fingerprint"))
+        if made != (self.job.hash, self.context.index.fingerprint):
+            raise RunError(
+                f"{artefact.path}: comes from another recipe or other data; remove {self.folder} to train it anew"
+            )
+        return artefact
+
+    def _cost(self, tokens: float) -> JobCost:
+        """The cost of this job with the caption length that was really computed."""
+        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
+        return recipe_cost(self.context.recipe, job.spec, teacher, job.steps, dist.world_size(), tokens)
+
+    def _useful_macs(self, tokens: float) -> float:
+        """MACs a sample that the result needs, with captions of `tokens` computed tokens."""
+        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
+        batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
+        return exact_cost(job.spec, teacher, steps=1, batch=batch, captions=captions, tokens=tokens).sample_macs
+
+    def _score(self, model: ClipModel) -> dict[str, Any]:
+        return self.scorer.at_the_end(model, self.folder / "scores")
+
+    def _finish(self) -> None:
+        dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
+        self._enter("done", finished=now())

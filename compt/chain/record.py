@@ -1,0 +1,86 @@
+"""What a job keeps on disk beside models and checkpoints: how far it is, and on which machines it was."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compt.bench.throughput import device_name
+from compt.errors import RunError
+from compt.files import read_json
+from compt.plan.jobs import Job
+from compt.recipe.read import Recipe
+from compt.train.checkpoint import find_latest
+from compt.weights.artefact import versions
+
+STATES = ("planned", "expanded", "training", "evaluated", "done")
+"""expanded: `initial/` is there. training: a checkpoint may be there. evaluated: `model/` and its scores are there."""
+
+MANIFEST = "manifest.json"
+
+
+def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict[str, Any]:
+    """A JSON object that has `keys`. Raises RunError, which ends in `remedy`, for a file that was damaged."""
+    try:
+        record = read_json(path)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {error}; {remedy}") from None
+    if not isinstance(record, dict) or not set(keys) <= record.keys():
+        raise RunError(f"{path} is damaged: it lacks {' or '.join(keys)}; {remedy}")
+    return record
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A job's manifest; {"state": "planned"} where nothing was begun. Raises RunError for one that was damaged."""
+    path = folder / MANIFEST
+    if not path.exists():
+        return {"state": "planned"}
+    remedy = f"restore it, or remove {folder} to train it anew"
+    manifest = read_record(path, ("state", "hash", "result"), remedy)
+    if manifest["state"] not in STATES:
+        raise RunError(f"{path} is damaged: '{manifest['state']}' is no state; {remedy}")
+    return manifest
+
+
+def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
+    """What scores depend on beside the model; when it changes, models are scored again."""
+    return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+
+
+def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a job is trained, and scored as the recipe says."""
+    return bool(manifest["state"] == "done" and manifest["sets"] == evaluation_identity(recipe))
+
+
+def steps_left(job: Job, folder: Path) -> int:
+    """Steps that `job` has still to train, given its folder."""
+    if (folder / "model").exists():
+        return 0
+    latest = find_latest(folder / "checkpoints")
+    return job.steps - (int(latest.name.rpartition("-")[2]) if latest else 0)
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete the temporary forms of these files and folders, left by a process that was killed while it wrote them."""
+    for path in [path for name in names for path in folder.glob(f".{name}.*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """Versions, and the processor or GPU that computes."""
+    return {**versions(), "device": device_name(device), "threads": str(torch.get_num_threads())}
+
+
+def now() -> str:
+    """The time in UTC, to the second."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")

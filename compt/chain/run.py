@@ -1,0 +1,387 @@
+"""A run: the links of a chain one after another, then baselines and controls. Everything it knows lies on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from compt.chain.job import JobRun, RunContext
+from compt.chain.locks import LOCKS, locked, writing
+from compt.chain.record import is_finished, now, read_manifest, read_record, remove_leftovers
+from compt.chain.start import hash_of, open_start
+from compt.data.index import Index, open_index
+from compt.dist import collectives as dist
+from compt.dist.watch.thread import Watch, collective_timeout
+from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
+from compt.evaluate.sets import EvalSettings, check_sets
+from compt.files import disk_errors, write_json, write_text
+from compt.plan.jobs import Job, Plan, make_plan
+from compt.plan.start import AVERAGE, Start
+from compt.recipe.processes import check_engines
+from compt.recipe.read import Recipe
+from compt.train.signals import StopSignal
+
+_log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+STATE, RECIPE = "run.json", "recipe.yaml"
+
+
+def from_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its picklable result on all; a ComptError in there is raised on all."""
+    found: list[T] = []
+    dist.on_main(lambda: found.append(action()))
+    result: T = dist.broadcast_object(found[0] if found else None)
+    return result
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that two recipes can be compared field by field."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """One line for each field that is not the same: "optimizer.lr: 0.001 -> 0.002"."""
+    before, after = flatten(old), flatten(new)
+    return [
+        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """run.json; {} without one. Raises RunError for one that was damaged."""
+    path = folder / STATE
+    if not path.exists():
+        return {}
+    return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written anew")
+
+
+def read_calibration(folder: Path) -> dict[str, Any] | None:
+    """What a first-pair test was begun with, and its finished tries in their order; None where none was begun.
+
+    Tries stand in the manifests, run.json has a copy of those whose folders were removed. Raises RunError.
+    """
+    record = _read_state(folder).get("calibration")
+    tries = {item["number"]: item for item in (record or {"tries": []})["tries"]}
+    for path in sorted((folder / "jobs").glob("*")):
+        found = read_manifest(path).get("calibration")
+        # One that failed counts when its folder has been set aside.
+        if found is not None and path.name == found["job"]:
+            tries[found["number"]] = found
+    ordered = [tries[number] for number in sorted(tries)]
+    if record is None and not ordered:
+        return None
+    record = record or {"dataset": ordered[0]["dataset"], "target": ordered[0]["target"], "outcome": "open"}
+    decided = bool(ordered) and ordered[-1]["lossless"]
+    return {**record, "tries": ordered, "outcome": "lossless" if decided else record["outcome"]}
+
+
+def accepted_scales(folder: Path) -> tuple[float, ...]:
+    """The lengths that a first-pair test tried and then accepted; () where none was begun.
+
+    Raises RunError for one that did not come to an end.
+    """
+    record = read_calibration(folder)
+    if record is None:
+        return ()
+    if record["outcome"] == "not lossless":
+        raise RunError(f"{folder}: its first-pair test found no lossless length; take another run folder")
+    if record["outcome"] != "lossless":
+        target = "" if record["target"] is None else f" --target {record['target']:g}"
+        raise RunError(
+            f"{folder}: its first-pair test is not decided yet; go on with --calibrate{target} "
+            f"--calibrate-on {record['dataset']}, or take another run folder"
+        )
+    return tuple(item["factor"] for item in record["tries"])
+
+
+def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
+    """Refuse a recipe or data under which something already begun in `folder` would not have come out the same.
+
+    Jobs that were not begun may change freely. Raises RunError with the fields that differ.
+    """
+    manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
+    begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
+    if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
+        raise RunError(
+            f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
+            "take another run folder, or the same shards"
+        )
+    names = {job.name for job in plan.jobs}
+    for old in _read_state(folder).get("jobs", []):
+        gone = old["kind"] == "link" and old["name"] not in names
+        if gone and read_manifest(folder / "jobs" / old["name"])["state"] != "planned":
+            raise RunError(
+                f"{folder}: the chain no longer has {old['name']}, which was begun; take another run folder, "
+                f"undo the change, or remove {folder / 'jobs' / old['name']}"
+            )
+    for job in begun:
+        manifest = manifests[job.name]
+        if manifest["hash"] != job.hash:
+            lines = "\n  ".join(difference(manifest["result"], job.result))
+            raise RunError(
+                f"{folder}: the recipe has changed since {job.name} was begun:\n  {lines}\n"
+                f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
+                "built on it) to train it anew."
+            )
+
+
+def open_data(recipe: Recipe, base: Path) -> Index:
+    """The index of the training shards. Raises DataError.
+
+    Rank 0 builds what is missing, then one process of each machine, which may have a cache folder of its own.
+    """
+    data = recipe.data
+    folder = base / data.index_dir if data.index_dir else None
+    csv = base / data.captions_csv if data.captions_csv else None
+
+    def open_it() -> Index:
+        return open_index(data.train, base, folder, csv)
+
+    dist.on_main(open_it)
+    dist.on_all(lambda: open_it() if dist.local_rank() == 0 else None)
+    return dist.on_all(open_it)
+
+
+def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
+    """Write STATE and RECIPE, and remove what processes that were killed left of them; when the run was started.
+
+    Raises RunError.
+    """
+    with writing(context.folder):
+        remove_leftovers(context.folder, STATE, RECIPE)
+        old = {"started": now(), "jobs": [], **_read_state(context.folder)}
+        planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
+        names = {job["name"] for job in planned}
+        kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
+        recipe = context.recipe
+        tested = calibration or read_calibration(context.folder)
+        write_json(
+            context.folder / STATE,
+            {
+                "name": recipe.name,
+                "started": old["started"],
+                "command": shlex.join(sys.argv),
+                "primary": recipe.evaluation.primary,
+                "contact_sheet": recipe.evaluation.contact_sheet,
+                "images": len(context.index),
+                "batch": recipe.optimizer.batch,
+                "captions": recipe.data.captions,
+                "data_fingerprint": context.index.fingerprint,
+                "jobs": [*planned, *kept],
+                **({"calibration": tested} if tested else {}),
+            },
+        )
+        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+        write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    return str(old["started"])
+
+
+@contextlib.contextmanager
+def _as_it_was(folder: Path, started: str) -> Iterator[None]:
+    """Keep others from starting the run anew. Raises RunError where one of them has, since it was `started`."""
+    with writing(folder):
+        if _read_state(folder).get("started") != started:
+            raise RunError(f"{folder}: another process has started this run anew; start the same command again")
+        yield
+
+
+@contextlib.contextmanager
+def named(source: str, key: str) -> Iterator[None]:
+    """Put the recipe's file and the key in front of the message of an error about what the key names."""
+    try:
+        yield
+    except (DataError, ArtefactError) as error:
+        error.args = (f"{source}: {key}: {error}",)
+        raise
+
+
+def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
+    """The model that the first link grows from, if the recipe names one. Raises ArtefactError or ConfigError."""
+    if recipe.chain.from_ is None:
+        return None
+    try:
+        with named(source, "chain.from"):
+            found = dist.on_all(lambda: open_start(recipe.chain, base))
+            digest = hash_of(found)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    averaged = AVERAGE in found.manifest.get("extra", {})
+    return Start(found.spec, digest, found.preprocess["mean"], found.preprocess["std"], averaged)
+
+
+def plan_run(
+    context: RunContext,
+    *,
+    baselines: bool = False,
+    controls: Sequence[str] | None = (),
+    source: str = "recipe",
+    scales: Sequence[float] = (),
+) -> Plan:
+    """`make_plan` for the data and the model to start from that were found. Raises ConfigError."""
+    return make_plan(
+        context.recipe,
+        baselines=baselines,
+        controls=controls,
+        images=len(context.index),
+        world_size=dist.world_size(),
+        start=context.start,
+        scales=scales,
+        source=source,
+    )
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    base: Path,
+    baselines: bool = False,
+    controls: Sequence[str] | None = (),
+    source: str = "recipe",
+    scales: Callable[[Plan], Sequence[float]] | None = None,
+    names: Sequence[str] = (),
+) -> tuple[RunContext, Plan]:
+    """Join the process group, open the data, and check everything that can be checked before anything is trained.
+
+    `names`: the jobs that this process is going to train; without them all. `scales` are those of `make_plan`, from the
+    plan without them; by default what the folder's first-pair test found.
+    Raises ConfigError, DataError, ArtefactError or RunError.
+    """
+    device = dist.init(recipe.engine.device, timeout_seconds=collective_timeout(recipe.engine.timeout))
+    start = read_start(recipe, base, source)
+    with named(source, "data.train"):
+        index = open_data(recipe, base)
+    if len(index) != recipe.data.images and dist.is_main():
+        _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
+    context = RunContext(folder, recipe, index, device, base, start)
+    planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
+    plan = planned()
+    found = from_main(lambda: accepted_scales(folder)) if scales is None else scales(plan)
+    if found:
+        plan = planned(scales=found)
+    with named(source, "evaluation.sets"):
+        settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
+        check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
+    if recipe.evaluation.validation:
+        with named(source, "evaluation.validation"):
+            dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
+    dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
+    chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
+    check_engines(recipe, [job.spec.name for job in chosen], dist.world_size(), base, source)
+    return context, plan
+
+
+def waiting(plan: Plan, folder: Path) -> list[Job]:
+    """The jobs that are still to be trained or scored, in their order: the same on every rank."""
+    left = [
+        job
+        for job in plan.jobs
+        if job.same_as is None and not is_finished(read_manifest(folder / "jobs" / job.name), plan.recipe)
+    ]
+    return [plan.job(name) for name in dist.broadcast_object([job.name for job in left])]
+
+
+@contextlib.contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Hold the run folder, and end in Interrupted on SIGTERM, SIGUSR1 and Ctrl-C. Raises RunError."""
+    with locked(folder), StopSignal(at_once=True):
+        yield
+
+
+def run_jobs(
+    context: RunContext, plan: Plan, jobs: Iterable[Job], say: Say, calibration: dict[str, Any] | None = None
+) -> None:
+    """Carry some jobs of the plan to their end; call this within `running`. Raises what training raises.
+
+    `calibration` replaces the record of the first-pair test in run.json.
+    """
+    with Watch(context.folder, context.recipe.engine.timeout) as watch:
+        dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+        started = from_main(lambda: _write_state(context, plan, calibration))
+        for job in jobs:
+            if job.same_as is None:
+                watch.about(job.name)
+                # Another process may be at other jobs of this run.
+                with locked(context.job_folder(job.name), lambda: _as_it_was(context.folder, started)):
+                    JobRun(job, context, say).run()
+
+
+def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
+    """Carry every job of the plan to its end, from wherever the folder stands.
+
+    Raises what training raises, and Interrupted on SIGTERM, SIGUSR1 and Ctrl-C; whatever was finished stays.
+    """
+    with running(context.folder):
+        run_jobs(context, plan, plan.jobs, say)
+
+
+def only(plan: Plan, names: Sequence[str], folder: Path) -> list[Job]:
+    """The jobs called `names`, in the plan's order.
+
+    Raises ConfigError for a name that is none of them, RunError where one grows from a model that is not done and not
+    named.
+    """
+    known = {job.name: job for job in plan.jobs}
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"--only {name}: is none of the models to train{nearest(name, known)}: {', '.join(known)}"
+            )
+    for job in (known[name] for name in names):
+        if job.teacher is None or job.teacher in names:
+            continue
+        state = read_manifest(folder / "jobs" / job.teacher)["state"]
+        if state != "done":
+            raise RunError(f"{folder}: {job.name} grows from {job.teacher}, which is {state}; train that first")
+    return [job for job in plan.jobs if job.name in names]
+
+
+def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> None:
+    """Carry some jobs to their end; other processes may carry others of the same run at the same time.
+
+    Raises as `run_chain` does.
+    """
+    with StopSignal(at_once=True):
+        run_jobs(context, plan, jobs, say)
+
+
+def start_anew(folder: Path) -> None:
+    """Remove a run folder, unless a process is using it or it is no run folder. Raises RunError."""
+    if not folder.exists():
+        return
+    state = folder / STATE
+    if not state.exists() and any(path.name not in LOCKS for path in folder.iterdir()):
+        raise RunError(f"{folder} holds other files than a run's; it is not removed")
+    with contextlib.ExitStack() as locks, disk_errors(folder):
+        locks.enter_context(locked(folder))
+        # First: none begins another job then.
+        locks.enter_context(writing(folder))
+        # Processes that are at single jobs hold these alone.
+        for job in sorted((folder / "jobs").glob("*/")):
+            locks.enter_context(locked(job))
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in (*LOCKS, state.name):
+                path.unlink()
+        # Last: as long as it is there, this can be done again.
+        state.unlink(missing_ok=True)

@@ -1,0 +1,176 @@
+"""A chain as dependent jobs of Slurm: one for each link, on as many nodes as it asks for. No torch in here."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from compt.errors import RunError
+from compt.files import read_json
+from compt.plan.jobs import Job, make_plan
+from compt.recipe.processes import check_engines
+from compt.recipe.read import Recipe
+
+SCRIPT = Path("slurm/link.sbatch")
+"""What each job runs, relative to the checkout's top folder."""
+ARRAY = "baselines"
+"""What the order is called that trains these."""
+
+_RUN = re.compile(r" --run-folder (.+?) --(?:set|only|baselines) ")
+
+
+@dataclass(frozen=True)
+class Order:
+    """One call of sbatch.
+
+    `name` is what it trains, `after` the order whose job has to end well first. `options` are those of sbatch but for
+    the dependency, `words` what the script is given. `models` are the jobs of the plan in it: several in a job array.
+    """
+
+    name: str
+    nodes: int
+    models: tuple[str, ...]
+    after: str | None
+    options: tuple[str, ...]
+    words: tuple[str, ...]
+
+    def command(self, after_id: str | None) -> list[str]:
+        """The arguments of sbatch, with the id of the job to wait for. Raises nothing; runs nothing."""
+        waits = (f"--dependency=afterok:{after_id}", "--kill-on-invalid-dep=yes") if after_id else ()
+        return ["sbatch", "--parsable", *self.options, *waits, str(SCRIPT), *self.words]
+
+
+def names(recipe: Recipe, source: str, *, baselines: bool) -> list[str]:
+    """What `compt chain --only` calls the links of a recipe, or with `baselines` the members trained individually.
+
+    A baseline that is the same training as a link goes by the link's name. Raises ConfigError.
+    """
+    plan = make_plan(recipe, baselines=baselines, controls=(), source=source)
+    kind = "baseline" if baselines else "link"
+    return [job.same_as or job.name for job in plan.jobs if job.kind == kind]
+
+
+def is_done(job: Job, recipe: Recipe, run: Path) -> bool:
+    """Whether a run folder has this very model, trained and scored as the recipe says."""
+    try:
+        manifest = read_json(run / "jobs" / job.name / "manifest.json")
+    except (OSError, ValueError):
+        return False
+    sets = [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+    known = {key: manifest.get(key) for key in ("state", "hash", "sets")} if isinstance(manifest, dict) else {}
+    return known == {"state": "done", "hash": job.hash, "sets": sets}
+
+
+def make_orders(
+    recipe: Recipe,
+    source: Path,
+    run: Path,
+    *,
+    nodes: int = 1,
+    gpus: int = 8,
+    overrides: Sequence[str] = (),
+    options: Sequence[str] = (),
+    baselines: bool = False,
+) -> list[Order]:
+    """What has to be sent for a recipe, in its order; links that `run` already has are left out.
+
+    A link without `nodes` of its own takes `nodes` of `gpus` GPUs each. `overrides` are those the recipe was read with,
+    `options` go to every sbatch. With `baselines`, one job array trains them beside the chain.
+    Raises ConfigError for a chain that cannot be trained, a batch that some link's processes cannot share, and an
+    engine that they cannot run.
+    """
+    plan = make_plan(recipe, baselines=baselines, controls=(), source=str(source))
+    sets = [word for override in overrides for word in ("--set", override)]
+    common = (str(source), "--run-folder", str(run), *sets)
+    placed = {f"{at + 1}-{link.model}": link.nodes for at, link in enumerate(recipe.chain.links)}
+    size = (f"--gpus-per-node={gpus}", f"--ntasks-per-node={gpus}")
+    orders: list[Order] = []
+    for job in plan.links:
+        wanted = placed[job.name] or nodes
+        if is_done(job, recipe, run):
+            continue
+        where = f"{source}: {job.name} on {wanted} x {gpus} GPUs"
+        check_engines(recipe, [job.spec.name], wanted * gpus, Path(), where)
+        own = (f"--job-name={recipe.name}:{job.name}", f"--nodes={wanted}", *size, *options)
+        before = orders[-1].name if orders else None
+        orders.append(Order(job.name, wanted, (job.name,), before, own, (*common, "--only", job.name)))
+    alone = [job for job in plan.jobs if job.kind == "baseline" and job.same_as is None]
+    waiting = [job for job in alone if not is_done(job, recipe, run)]
+    if left := tuple(job.name for job in waiting):
+        where = f"{source}: baselines on {nodes} x {gpus} GPUs"
+        check_engines(recipe, [job.spec.name for job in waiting], nodes * gpus, Path(), where)
+        own = (
+            f"--job-name={recipe.name}:{ARRAY}",
+            f"--array=0-{len(left) - 1}",
+            "--output=%x-%A_%a.out",
+            f"--nodes={nodes}",
+            *size,
+            *options,
+        )
+        orders.append(Order(ARRAY, nodes, left, None, own, (*common, "--baselines", "--each", *left)))
+    return orders
+
+
+def clash(orders: Sequence[Order], run: Path) -> str | None:
+    """What to do about jobs of the same models in `run` that the user has in the queue, running or waiting; None
+    without any, and where there is no queue to look into.
+    """
+    if shutil.which("squeue") is None:
+        return None
+    # The job's number, that of the whole array where it is a part of one; where it was sent from, and its command.
+    asked = subprocess.run(
+        ["squeue", "--me", "--noheader", "--format=%F\t%Z\t%o"], capture_output=True, text=True, check=False
+    )
+    # A squeue that fails is left to sbatch, which says why.
+    lines = [line.split("\t", 2) for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
+    found = {
+        number: order.name
+        for number, sent_from, command in (line for line in lines if len(line) == 3)
+        for order in orders
+        if _trains(command, order) and _run_of(command, Path(sent_from)) == run.resolve()
+    }
+    if not found:
+        return None
+    numbers = sorted(found, key=int)
+    jobs = ", ".join(f"{found[number]} (job {number})" for number in numbers)
+    return f"{run}: in Slurm's queue already: {jobs}; wait for them, or first `scancel {' '.join(numbers)}`"
+
+
+def _trains(command: str, order: Order) -> bool:
+    """Whether a job's command, its words with blanks between, is one for the order's models."""
+    return command.endswith(f" --only {order.name}") or (order.name == ARRAY and " --baselines --each " in command)
+
+
+def _run_of(command: str, sent_from: Path) -> Path | None:
+    """The run folder that a job's command names."""
+    named = _RUN.search(command)
+    return (sent_from / named[1]).resolve() if named else None
+
+
+def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict[str, str]:
+    """Give the orders for a run folder to sbatch, one after another; the id of each order's job.
+
+    Raises RunError where there is no sbatch, where the queue has one of them already, and where sbatch refuses one:
+    what was sent before is then cancelled.
+    """
+    if shutil.which("sbatch") is None:
+        raise RunError("there is no sbatch here; submit from a login node of a Slurm cluster")
+    if text := clash(orders, run):
+        raise RunError(text)
+    sent: dict[str, str] = {}
+    for order in orders:
+        command = order.command(sent[order.after] if order.after else None)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            if sent:
+                subprocess.run(["scancel", *sent.values()], capture_output=True, check=False)
+            cancelled = f" Cancelled again: {', '.join(sent.values())}." if sent else ""
+            raise RunError(f"sbatch refused {order.name}: {' '.join(done.stderr.split())}{cancelled}")
+        # With several clusters the line is ID;CLUSTER.
+        sent[order.name] = done.stdout.strip().partition(";")[0]
+        say(f"{order.name}: job {sent[order.name]} on {order.nodes} node{'s' * (order.nodes > 1)}")
+    return sent

@@ -1,0 +1,37 @@
+"""Opening the model from outside that a chain starts from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from compt.dist import collectives as dist
+from compt.errors import ArtefactError, ConfigError
+from compt.recipe.read import Chain
+from compt.weights.artefact import Artefact
+from compt.weights.infer import model_spec
+from compt.weights.open import MODEL_OPTION, PREFIX_OPTION, open_model
+
+
+def hash_of(model: Artefact) -> str:
+    """The hash of a model that all ranks opened, found out by rank 0. All ranks call it. Raises ArtefactError."""
+    found: list[str] = []
+    dist.on_main(lambda: found.append(model.hash))
+    return str(dist.broadcast_object(found[0] if found else None))
+
+
+def open_start(chain: Chain, base: Path) -> Artefact:
+    """The model at `chain.from`, relative to `base`.
+
+    Raises ConfigError for a `chain.from_model` that is unknown, ArtefactError for a model that cannot be read.
+    """
+    assert chain.from_ is not None
+    try:
+        spec = None if chain.from_model is None else model_spec(chain.from_model)
+    except ConfigError as error:
+        raise ConfigError(f"chain.from_model: {error}") from None
+    try:
+        return open_model(base / chain.from_, spec, chain.from_prefix)
+    except ArtefactError as error:
+        # Options of the command line have keys of recipes for counterparts.
+        text = str(error).replace(MODEL_OPTION, "chain.from_model").replace(PREFIX_OPTION, "chain.from_prefix")
+        raise ArtefactError(text) from error

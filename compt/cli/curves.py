@@ -1,0 +1,122 @@
+"""The command `compt curves`: epochs that links need to match their baselines, measured on runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from compt.cost.paper import LOSSLESS_POINTS
+from compt.design.curves import Curves, LinkCurve, Point, Target, names, read_curves
+from compt.errors import ConfigError, nearest
+from compt.files import write_bytes, write_json, write_text
+from compt.text import TextTable, terminal
+
+_HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval", "Speed-up in MACs"]
+
+
+def curves(
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or results that were kept of them")],
+    set_name: Annotated[
+        str | None, typer.Option("--set", metavar="NAME", help="the evaluation set; default the runs' primary one")
+    ] = None,
+    target: Annotated[
+        str, typer.Option(help=f"what is to be reached: baseline, or lossless ({LOSSLESS_POINTS} points below it)")
+    ] = "baseline",
+    average_seeds: Annotated[bool, typer.Option("--average-seeds", help="take the seeds of a link together")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="write curves.json, curves.svg and curves.png to this folder")
+    ] = None,
+) -> None:
+    """Measure how many epochs each link needs to match its baseline, by interpolating between complete trainings."""
+    wanted = next((name for name in get_args(Target) if name == target), None)
+    if wanted is None:
+        known: tuple[str, ...] = get_args(Target)
+        raise ConfigError(f"--target {target}: should be {' or '.join(known)}{nearest(target, known)}")
+    found = read_curves(runs, on=set_name, target=wanted, average_seeds=average_seeds)
+    if out is not None:
+        _write(found, out)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+        return
+    console = terminal()
+    console.print(curves_table(found).rich())
+    if out is not None:
+        console.print(f"Written: {out}", soft_wrap=True, markup=False)
+
+
+def _write(found: Curves, out: Path) -> None:
+    from compt.report.curves import curves_figure
+
+    write_json(out / "curves.json", found.to_json())
+    if found.links:
+        svg, png = curves_figure(found)
+        write_text(out / "curves.svg", svg)
+        write_bytes(out / "curves.png", png)
+
+
+def curves_table(found: Curves) -> TextTable:
+    """A row for each link and baseline; below it what was left out, and why."""
+    labels = names(found.links)
+    rows = [_row(name, link) for name, link in zip(labels, found.links, strict=True)]
+    aim = "the baseline's accuracy" if found.target == "baseline" else f"{LOSSLESS_POINTS} points below the baseline"
+    about = (
+        f"To match: to reach {aim}, by straight lines between ends of complete schedules, falling neighbours pooled; "
+        "never beyond the points. Speed-up: MACs of the baseline over those of the link, its teacher's included."
+    )
+    notes = [about]
+    hows = {link.interval for link in found.links}
+    if "paired" in hows:
+        notes.append("Interval: bootstrap over pictures, the same for all models; it does not cover training seeds.")
+    if "independent" in hows:
+        who = [name for name, link in zip(labels, found.links, strict=True) if link.interval == "independent"]
+        notes.append(
+            f"Interval of {'; '.join(who)}: from each accuracy's own interval, as stored answers are missing or not on "
+            "the same pictures; wider than a paired one, and without training seeds."
+        )
+    notes += [f"{name}: {link.reason}." for name, link in zip(labels, found.links, strict=True) if link.reason]
+    notes += [f"Left out: {item.job} {item.reason}." for item in found.skipped]
+    if any(point.spread is not None for link in found.links for point in (*link.points, link.baseline) if point):
+        notes.append("±: standard deviation of top-1 over trainings.")
+    if not rows:
+        notes.insert(0, "No link is trained to its end in these runs.")
+    return TextTable(f"Epochs to match, on {found.evaluation_set}", _HEADER, rows, notes)
+
+
+def _row(name: str, link: LinkCurve) -> list[str]:
+    points = ", ".join(map(_point, link.points))
+    baseline = "-" if link.baseline is None else _point(link.baseline)
+    return [name, points, baseline, _epochs(link), _interval(link), _speed(link)]
+
+
+def _point(point: Point) -> str:
+    # Without a space in it, so that a narrow table does not break it.
+    spread = "" if point.spread is None else f"±{point.spread:.2f}"
+    return f"{point.epochs:.4g}:{point.top1:.2f}{spread}"
+
+
+def _epochs(link: LinkCurve) -> str:
+    if link.match is not None:
+        return f"{link.match.epochs:.2f}"
+    if link.at_most is not None:
+        return f"≤ {link.at_most:.4g}"
+    return "-" if link.more_than is None else f"> {link.more_than:.4g}"
+
+
+def _interval(link: LinkCurve) -> str:
+    if link.low is not None and link.high is not None:
+        return f"{link.low:.2f} to {link.high:.2f}"
+    if link.low is not None:
+        return f"≥ {link.low:.2f}"
+    return "-" if link.high is None else f"≤ {link.high:.2f}"
+
+
+def _speed(link: LinkCurve) -> str:
+    if link.match is not None:
+        return f"{link.acceleration(link.match.epochs):.2f}x"
+    if link.at_most is not None:
+        return f"≥ {link.acceleration(link.at_most):.2f}x"
+    return "-" if link.more_than is None else f"< {link.acceleration(link.more_than):.2f}x"

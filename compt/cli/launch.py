@@ -1,0 +1,255 @@
+"""What stands between launchers and `compt chain`: their options, exit codes and ways with signals. No torch in here.
+
+torchrun, deepspeed and accelerate start processes well, but end with a code of their own, give a training that is asked
+to stop 30 seconds before they kill it, and die of SIGUSR1. `compt launch` stands around them and passes signals to the
+processes that train, and their exit code to whoever started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compt.dist.environment import own_rank
+from compt.errors import ConfigError, Interrupted
+
+FOLDER = "COMPT_LAUNCH"
+"""Names the folder in which each process that `compt launch` is responsible for leaves its record."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+POLL = 0.1
+
+# --- the options of launchers/train.py
+
+
+def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> list[str]:
+    """Arguments of `compt` for those of launchers/train.py: `compt chain`, with what launchers add or need otherwise.
+
+    `--recipe R` is its argument, `--run-folder` its `--run` (which launchers take for an option of theirs).
+    `--local_rank N`, from deepspeed and old launchers, becomes LOCAL_RANK in `environment` where that is missing.
+    `--deepspeed_config F` sets engine.deepspeed_config, and engine.name by the stage in the file unless `--set` does;
+    `--deepspeed` beside it changes nothing. Raises ConfigError.
+    """
+    kept: list[str] = []
+    config: str | None = None
+    asked = False
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, value = word.partition("=")
+        if name == "--deepspeed" and not equals:
+            asked = True
+            continue
+        if name not in ("--recipe", "--run-folder", "--local_rank", "--local-rank", "--deepspeed_config"):
+            kept.append(word)
+            continue
+        if not equals:
+            if not left:
+                raise ConfigError(f"{name}: its value is missing")
+            value = left.pop(0)
+        if name == "--recipe":
+            kept.append(value)
+        elif name == "--run-folder":
+            kept += ["--run", value]
+        elif name == "--deepspeed_config":
+            config = value
+        else:
+            environment.setdefault("LOCAL_RANK", value)
+    if config is not None:
+        kept += ["--set", f"engine.deepspeed_config={json.dumps(config)}"]
+        if not _sets_engine(kept):
+            kept += ["--set", f"engine.name=zero{zero_stage(Path(config))}"]
+    elif asked:
+        raise ConfigError("--deepspeed: say which: --deepspeed_config FILE, or --set engine.name=zero2")
+    return ["chain", *kept]
+
+
+def _sets_engine(words: Sequence[str]) -> bool:
+    values = [word.removeprefix("--set=") for word in words if word.startswith("--set=")]
+    values += [after for word, after in itertools.pairwise(words) if word == "--set"]
+    return any(value.startswith(("engine.name=", "engine=")) for value in values)
+
+
+def zero_stage(path: Path) -> int:
+    """The ZeRO stage in a JSON file of DeepSpeed's; 0 where it names none, as DeepSpeed has it. Raises ConfigError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"--deepspeed_config {path}: is no JSON ({error})") from None
+    section = values.get("zero_optimization", {}) if isinstance(values, dict) else None
+    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise ConfigError(f"--deepspeed_config {path}: zero_optimization.stage should be 0, 1, 2 or 3")
+    return int(stage)
+
+
+# --- the side of a process that trains
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a process of a launch tells: `code` when it has ended in order, `agreed` whether all ranks ended so."""
+
+    pid: int
+    rank: int
+    code: int | None = None
+    agreed: bool = False
+
+    def write(self, folder: Path) -> None:
+        """Replace the process's record; where `compt launch` runs on another machine there is no such folder."""
+        with contextlib.suppress(OSError):
+            new = folder / f"{self.pid}.new"
+            new.write_text(json.dumps(self.__dict__), encoding="utf-8")
+            new.rename(folder / f"{self.pid}.json")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[None]:
+    """Leave a record for `compt launch`, if this process runs within one, and listen to signals as usual again."""
+    folder, rank = os.environ.get(FOLDER), own_rank(os.environ)
+    if folder is None or not rank.isdecimal():
+        yield
+        return
+    for number in SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    begun = Record(os.getpid(), int(rank))
+    begun.write(Path(folder))
+    try:
+        yield
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        agreed = bool(getattr(error.__context__, "everywhere", False))
+        Record(begun.pid, begun.rank, code, agreed).write(Path(folder))
+        raise
+
+
+# --- the side of the launcher
+
+
+def exit_code(launcher: int, signalled: bool, records: Sequence[Record]) -> int:
+    """The code to end with: 75 only for a run that goes on when it is started again.
+
+    `launcher` is the return code of the launcher itself, negative for a signal, and `signalled` whether `compt launch`
+    was asked to stop. A launcher asks the processes that are left to stop when one of them fails: these end with 75
+    too, but neither together nor on request.
+    """
+    if launcher == 0:
+        return 0
+    own = 128 - launcher if launcher < 0 else launcher
+    failed = [record for record in records if record.code not in (None, 0, Interrupted.exit_code)]
+    if signalled:
+        failed = [record for record in failed if record.agreed]
+    if failed:
+        code = min(failed, key=lambda record: record.rank).code
+        assert code is not None
+        return code
+    if signalled or (records and all(record.code == Interrupted.exit_code and record.agreed for record in records)):
+        return Interrupted.exit_code
+    return own if own != Interrupted.exit_code or not records else 1
+
+
+def _ignore_signals() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Launch:
+    """A launcher's command and the processes that come of it on this machine."""
+
+    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
+        self._command, self._folder, self._environment = command, folder, environment
+        self._wanted: list[int] = []
+        self._told: dict[int, int] = {}
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            return subprocess.Popen(
+                self._command,
+                # Else torchrun, and accelerate with it, would end a training 30 seconds after a signal.
+                env={**self._environment, FOLDER: str(self._folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
+                process_group=0,
+                preexec_fn=_ignore_signals,  # noqa: PLW1509  (this process has one thread)
+            )
+        except OSError as error:
+            raise ConfigError(f"compt launch: '{self._command[0]}' cannot be run ({error.strerror})") from None
+
+    def want(self, number: int, _: object = None) -> None:
+        """A signal for the processes that train."""
+        self._wanted.append(number)
+
+    def records(self) -> list[Record]:
+        """What the processes have told, those of a rank that was started again included."""
+        return [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
+
+    def run(self) -> int:
+        """Start the launcher, wait for the end and return the exit code. Raises ConfigError."""
+        with _handled(self.want):
+            child = self._start()
+            while (code := child.poll()) is None:
+                self._deliver(child.pid)
+                time.sleep(POLL)
+            found = self.records()
+            for record in found:
+                if record.code is None:
+                    _send(record.pid, signal.SIGKILL)
+            return exit_code(code, bool(self._wanted), found)
+
+    def _deliver(self, launcher: int) -> None:
+        """Pass on what was asked for since, to a process that came later too."""
+        if not self._wanted:
+            return
+        running = [record.pid for record in self.records() if record.code is None]
+        if not running and not self._told:
+            # Nothing has begun that could be saved.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher, signal.SIGHUP)
+        for pid in running:
+            for number in self._wanted[self._told.get(pid, 0) :]:
+                _send(pid, number)
+            self._told[pid] = len(self._wanted)
+
+
+def _send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+def launch(
+    command: Annotated[
+        list[str], typer.Argument(help="torchrun, deepspeed or accelerate with its options", show_default=False)
+    ],
+) -> None:
+    """Run a launcher; end with the training's exit code, and give it time to save when it is to stop.
+
+    compt launch torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml
+
+    SIGTERM, SIGUSR1 and Ctrl-C go to the processes that train, which save and end with code 75.
+    """
+    with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
+        sys.exit(Launch(command, Path(folder), os.environ).run())

@@ -1,0 +1,162 @@
+"""`compt plan`: what a recipe would train and what it costs, and which chain to train. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, cast
+
+import typer
+
+from compt.cli.options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile
+from compt.cli.plan.tables import plan_tables
+from compt.cost.memory import ENGINES, Engine
+from compt.cost.training import Mode
+from compt.errors import ConfigError, nearest
+from compt.plan.forecast import MODES, Machine, check_shares, make_forecast
+from compt.plan.start import Start, is_described
+from compt.recipe.processes import check_engines
+from compt.recipe.read import Recipe, load_recipe
+from compt.text import terminal
+
+OBJECTIVES = ("cost", "acceleration", "budget")
+
+
+def plan(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    kind: Kind = None,
+    gpus: Gpus = None,
+    throughput: ThroughputFile = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="also plan the members' individual trainings")] = False,
+    mode: Annotated[str | None, typer.Option(help="how MACs are counted: exact (default) or paper")] = None,
+    memory: Annotated[str | None, typer.Option(metavar="ENGINE", help="show this engine's memory part by part")] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="find the chain instead of showing the recipe's")] = False,
+    objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
+    members: Annotated[int | None, typer.Option(help="with --auto: how many models the family has")] = None,
+    in_: Annotated[
+        str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
+    confidence: Annotated[
+        float | None,
+        typer.Option(metavar="P", help="with --auto: probability that a link is long enough; default 0.5, the median"),
+    ] = None,
+    runs: Annotated[
+        list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
+    ] = None,
+    runs_on: Annotated[
+        str | None, typer.Option(metavar="SET", help="with --runs: the evaluation set that decides; default theirs")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe, to a new file")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
+) -> None:
+    """Show what a recipe would train, for how long, and what it costs; starts nothing.
+
+    GPU-hours, wall time and memory are those of GPUs of one kind; where engine.device is cpu they are shown when
+    --kind, --gpus, --throughput or --memory is given.
+    """
+    found, engine = _mode(mode), _engine(memory)
+    own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
+    searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
+    searched |= {"--confidence": confidence, "--runs": runs, "--runs-on": runs_on, "--out": out}
+    _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
+    if as_json:
+        _refuse({"--mode": mode}, "is for tables; --json has the MACs of both modes")
+        _refuse({"--memory": memory}, "is for tables; --json has the parts of memory of every engine")
+    loaded = load_recipe(recipe, set_ or [])
+    asked = MachineOptions(kind, gpus, throughput)
+    counted = asked.given or loaded.engine.device != "cpu"
+    if auto:
+        from compt.cli.design.command import run_auto
+
+        if runs_on is not None and not runs:
+            raise ConfigError(f"--runs-on {runs_on}: is for --runs, which is missing")
+        goal = _objective(objective)
+        counted = counted or goal == "budget" or in_ == "hours"
+        machine = _machine(asked, loaded, str(recipe), counted, members=True)
+        run_auto(
+            loaded,
+            recipe,
+            objective=goal,
+            unit=in_,
+            size=members,
+            budget_gpu_hours=budget,
+            confidence=confidence,
+            machine=machine,
+            runs=runs or (),
+            on=runs_on,
+            out=out,
+            as_json=as_json,
+        )
+        return
+    forecast = make_forecast(
+        loaded,
+        _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),
+        baselines=baselines,
+        start=_start(loaded, str(recipe)),
+        source=str(recipe),
+    )
+    if as_json:
+        typer.echo(json.dumps(forecast.to_json(), indent=2))
+    else:
+        terminal().print(plan_tables(forecast, found, engine))
+
+
+def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *, members: bool) -> Machine | None:
+    """The GPUs to plan for, if `wanted`. Raises ConfigError for engines that cannot run on so many, or at all.
+
+    Those of the links, and with `members` of the whole family.
+    """
+    machine = asked.machine(recipe, source) if wanted else None
+    if machine is not None:
+        check_shares(recipe, machine.gpus, source)
+    models = [link.model for link in recipe.chain.links]
+    models += [member.name for member in recipe.family.members if members]
+    check_engines(recipe, models, machine.gpus if machine else None, Path(), source)
+    return machine
+
+
+def _refuse(options: Mapping[str, object], why: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            raise ConfigError(f"{name}{shown}: {why}")
+
+
+def _mode(name: str | None) -> Mode:
+    return cast(Mode, _one_of("--mode", name or "exact", MODES))
+
+
+def _engine(name: str | None) -> Engine | None:
+    return None if name is None else cast(Engine, _one_of("--memory", name, ENGINES))
+
+
+def _objective(name: str | None) -> str:
+    return _one_of("--objective", name or "cost", OBJECTIVES)
+
+
+def _one_of(option: str, name: str, known: tuple[str, ...]) -> str:
+    if name not in known:
+        raise ConfigError(f"{option} {name}: should be one of {', '.join(known)}{nearest(name, known)}")
+    return name
+
+
+def _start(recipe: Recipe, source: str) -> Start | None:
+    """The model at `chain.from` where its sizes are not known without torch; None where the planner finds them."""
+    chain = recipe.chain
+    if chain.from_ is None or is_described(chain, Path()):
+        return None
+    if chain.from_model is None and ":" not in chain.from_ and not Path(chain.from_).exists():
+        return None
+    try:
+        from compt.chain.run import read_start
+    except ImportError as error:
+        raise ConfigError(
+            f"{source}: chain.from = '{chain.from_}': reading a model that compt did not write takes {error.name}, "
+            "which is not installed; where it is of a preset's sizes, name that in chain.from_model"
+        ) from None
+    return read_start(recipe, Path(), source)

@@ -1,0 +1,1 @@
+"""What models and their training cost: parameters, multiply-accumulates (MACs), bytes, seconds on a GPU."""

@@ -1,0 +1,208 @@
+"""Parameters and forward MACs of the models' parts, from their shapes alone.
+
+One MAC is one multiplication with its addition, two floating-point operations. Counted are matrix products and
+convolutions, as in torch's own counter; norms, biases, activations, softmax, embedding lookups and the scaling of
+logits are not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from compt.errors import ConfigError
+from compt.models.presets import ModelSpec
+from compt.recipe.types import checked_caption_tokens
+
+Tokens = float | Mapping[int, float] | None
+"""Tokens that are computed for a caption, padding included: a mean, or the share of captions of each length (any
+non-negative weights, normalised here); None for the whole context. Attention grows with the square of a length, so
+that a mean's cost is slightly below the mean cost; a distribution is counted exactly."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters, and MACs of one forward pass of one sample."""
+
+    parameters: int = 0
+    macs: float = 0.0
+
+    def __add__(self, other: Count) -> Count:
+        return Count(self.parameters + other.parameters, self.macs + other.macs)
+
+    def __mul__(self, times: int) -> Count:
+        return Count(self.parameters * times, self.macs * times)
+
+
+def total(counts: Iterable[Count]) -> Count:
+    """The sum of several counts."""
+    return sum(counts, Count())
+
+
+def linear(inputs: int, outputs: int, positions: float, *, bias: bool = True) -> Count:
+    """A dense layer applied at `positions` places."""
+    return Count(inputs * outputs + bias * outputs, positions * inputs * outputs)
+
+
+def attention_matmuls(width: int, pairs: float) -> Count:
+    """The two products of attention over `pairs` of query and key: their scores, and the values weighted by them."""
+    return Count(0, 2 * pairs * width)
+
+
+def token_moments(tokens: Tokens, context: int) -> tuple[float, float]:
+    """The mean of a caption's computed tokens and the mean of their square, each length cut to `context`.
+
+    A mean stands for captions of that one length. Raises ConfigError for lengths or shares that cannot be.
+    """
+    if tokens is None:
+        return context, context**2
+    try:
+        checked = checked_caption_tokens(tokens)
+    except ValueError as error:
+        raise ConfigError(f"caption tokens = {tokens!r}: {error}") from None
+    if not isinstance(checked, Mapping):
+        mean = min(checked, context)
+        return mean, mean**2
+    whole = math.fsum(checked.values())
+    first, second = (
+        math.fsum(share * min(length, context) ** power for length, share in checked.items()) / whole
+        for power in (1, 2)
+    )
+    return first, second
+
+
+def _norm(width: int) -> Count:
+    return Count(2 * width)
+
+
+def _sum_by_name(parts: Iterable[tuple[str, Count]]) -> dict[str, Count]:
+    table: dict[str, Count] = {}
+    for name, count in parts:
+        table[name] = table.get(name, Count()) + count
+    return table
+
+
+def _blocks(
+    width: int, depth: int, mlp_ratio: float, positions: float, squared: float, readout: bool
+) -> list[tuple[str, Count]]:
+    """Pre-norm transformer blocks with full attention, the same in both towers.
+
+    `positions` is the (mean) length of a sequence and `squared` the (mean) square of it. With `readout` the last block
+    has all positions as keys and values, but only one as query: the one that is read.
+    """
+    hidden = int(width * mlp_ratio)
+    parts = [("norms", _norm(width) * 2 * depth)]
+    last = (1, positions) if readout else (positions, squared)
+    for layers, (queries, pairs) in ((depth - 1, (positions, squared)), (1, last)):
+        keys_values = linear(width, 2 * width, positions)
+        query_and_output = linear(width, width, queries) * 2
+        mlp = linear(width, hidden, queries) + linear(hidden, width, queries)
+        parts += [
+            ("attention_projections", (keys_values + query_and_output) * layers),
+            ("attention_matmuls", attention_matmuls(width, pairs) * layers),
+            ("mlp", mlp * layers),
+        ]
+    return parts
+
+
+def _vit(spec: ModelSpec, readout: bool) -> list[tuple[str, Count]]:
+    patches = (spec.image_size // spec.patch_size) ** 2
+    positions = patches + 1  # the class token
+    return [
+        ("patch_embedding", linear(3 * spec.patch_size**2, spec.width, patches, bias=False)),
+        ("embeddings", Count((1 + positions) * spec.width)),
+        *_blocks(spec.width, spec.depth, spec.mlp_ratio, positions, positions**2, readout),
+        ("norms", _norm(spec.width) * (1 if spec.no_ln_pre else 2)),
+        ("projection", linear(spec.final_width, spec.embed_dim, 1, bias=False)),
+    ]
+
+
+def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
+    side = spec.image_size // spec.patch_size
+    width = spec.width
+    parts = [
+        ("patch_embedding", linear(3 * spec.patch_size**2, width, side**2)),
+        ("norms", _norm(width)),
+    ]
+    stages = zip(spec.depths, spec.stage_heads, spec.stage_windows, strict=True)
+    for stage, (depth, heads, window) in enumerate(stages):
+        if stage:
+            side = math.ceil(side / 2)
+            parts += [("merging", _norm(4 * width) + linear(4 * width, 2 * width, side**2, bias=False))]
+            width *= 2
+        windows = math.ceil(side / window) ** 2  # a side that is no multiple of the window is padded for attention
+        tokens = windows * window**2
+        hidden = int(width * spec.mlp_ratio)
+        parts += [
+            ("attention_projections", (linear(width, 3 * width, tokens) + linear(width, width, tokens)) * depth),
+            ("attention_matmuls", attention_matmuls(width, tokens * window**2) * depth),
+            ("position_biases", Count((2 * window - 1) ** 2 * heads) * depth),
+            ("mlp", (linear(width, hidden, side**2) + linear(hidden, width, side**2)) * depth),
+            ("norms", _norm(width) * 2 * depth),
+        ]
+    return [*parts, ("norms", _norm(width)), ("projection", linear(width, spec.embed_dim, 1, bias=False))]
+
+
+def image_tower(spec: ModelSpec, *, readout: bool = True) -> dict[str, Count]:
+    """Parameters and MACs a picture of the image tower, by kind of module.
+
+    `readout`: the last block of a ViT computes only the class token, as `compt.models` does; without, every position,
+    as stock open_clip.
+    """
+    return _sum_by_name(_swin(spec) if spec.arch == "swin" else _vit(spec, readout))
+
+
+def text_tower(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) -> dict[str, Count]:
+    """Parameters and MACs a caption of the text tower, by kind of module; `readout` as in `image_tower`.
+
+    `tokens` are those that are computed, after trimming; no length counts beyond the context. Raises ConfigError for
+    lengths that cannot be.
+    """
+    return text_tower_of(spec, *token_moments(tokens, spec.context_length), readout=readout)
+
+
+def text_tower_of(spec: ModelSpec, positions: float, squared: float, *, readout: bool) -> dict[str, Count]:
+    """`text_tower` for captions of `positions` tokens and `squared`, the mean of that and of its square, uncapped."""
+    return _sum_by_name(
+        [
+            ("embeddings", Count((spec.vocab_size + spec.context_length) * spec.text_width)),
+            *_blocks(spec.text_width, spec.text_depth, spec.mlp_ratio, positions, squared, readout),
+            ("final_norm", _norm(spec.text_width)),
+            ("projection", linear(spec.text_width, spec.embed_dim, 1, bias=False)),
+        ]
+    )
+
+
+def parameters(spec: ModelSpec) -> int:
+    """All parameters of a model, the logit scale among them."""
+    return total(image_tower(spec).values()).parameters + total(text_tower(spec).values()).parameters + 1
+
+
+def forward_macs(spec: ModelSpec, captions: int, tokens: Tokens = None, *, readout: bool = True) -> float:
+    """MACs of one forward pass of one picture with `captions` captions of `tokens` tokens (default: the context)."""
+    image = total(image_tower(spec, readout=readout).values()).macs
+    return image + captions * total(text_tower(spec, tokens, readout=readout).values()).macs
+
+
+def projectors(student: ModelSpec, teacher: ModelSpec) -> dict[Literal["image", "text"], Count]:
+    """The projector of each tower, applied once, for feature distillation; none where embeddings are equally wide."""
+    if student.embed_dim == teacher.embed_dim:
+        return {}
+    one = linear(student.embed_dim, teacher.embed_dim, 1)
+    return {"image": one, "text": one}
+
+
+def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
+    """Both projectors, for a picture with `captions` captions."""
+    both = projectors(student, teacher)
+    return Count(
+        total(both.values()).parameters,
+        sum((captions if tower == "text" else 1) * one.macs for tower, one in both.items()),
+    )
+
+
+def contrastive_macs(batch: int, captions: int, embed_dim: int) -> int:
+    """Forward MACs a step of the two similarity products: captions against images, and images against captions."""
+    return 2 * batch * batch * captions * embed_dim

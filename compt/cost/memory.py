@@ -1,0 +1,450 @@
+"""Memory of a GPU, and disk space, for training one model, from shapes alone. No torch in here.
+
+What is counted, what is assumed and what was checked is in docs/memory.md. Parameters are fp32 under every engine; the
+engines' tables of bytes per parameter (P parameters, of which V in vectors; n GPUs):
+
+| engine | weights | gradients | optimizer |
+|--------|---------|-----------|-----------|
+| ddp    | 4P | 4P | 8P |
+| fsdp2  | 4(P - V)/n + 4V + gathered units | 4(P - V)/n + 4V | 8(P - V)/n + 8V |
+| zero0  | 4P | 4P | 8P |
+| zero1  | 4P | 4P/n, several micro-batches 4P more | 12P/n (weights again among them) |
+| zero2  | 4P | 4P/n | 12P/n |
+| zero3  | 4P/n + 4 for what is small + gathered units | 4P/n | 12P/n |
+
+and autocast's copies of matrices in half precision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, get_args
+
+from compt.cost.activations import (
+    FP32,
+    Block,
+    Formats,
+    Shape,
+    backward_bytes,
+    contrastive_kept,
+    contrastive_working,
+    distillation_bytes,
+    image_tower,
+    kept_by_towers,
+    text_tower,
+    working_of_towers,
+)
+from compt.cost.counts import Tokens, parameters, projector
+from compt.errors import ConfigError, nearest
+from compt.models.presets import ModelSpec
+
+Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+
+PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+"""Bytes of a number that is computed with."""
+
+ZERO_BUCKET = 50_000_000
+"""Numbers in the buffer that DeepSpeed reduces gradients in: `reduce_bucket_size` of compt's ds_configs."""
+
+ZERO_PERSISTENT = 100_000
+"""Numbers of a parameter up to which stage 3 leaves it whole: `stage3_param_persistence_threshold` of ds_configs."""
+
+_MOMENTS = 2 * FP32
+_TOKEN = _COUNT = 8
+"""Bytes of a token's number, and of the number of steps in an average."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one GPU during a training step, by what they are for.
+
+    `weights`: the student's parameters and those of its projectors, copies in the compute type, gathered shards, the
+    moving average. `gradients`, `optimizer` (moments, and fp32 weights where the engine keeps them there).
+    `activations`: what the towers keep for backward. `teacher`: its weights and features. `loss`: features, and all
+    that the two losses hold. `buffers`: the batch, masks, the engine's communication, gradients between layers.
+
+    Each is what the part needs at most. `overlap` are bytes that are counted in two of them and never needed by both at
+    the same time, as gradients come while activations go.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    teacher: float
+    loss: float
+    buffers: float
+    overlap: float = 0.0
+
+    @property
+    def total_bytes(self) -> float:
+        """What is needed at once: the sum of the parts without their overlap."""
+        return math.fsum(asdict(self).values()) - 2 * self.overlap
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Parameters of what is trained: all, those in `copied` matrices, in `vectors`, in tensors so `small` that stage 3
+    leaves them whole, the largest block, the token embeddings, those in neither.
+    """
+
+    all: int
+    copied: int
+    vectors: int
+    small: int
+    block: int
+    root: int
+    embedding: int
+    tensors: int
+
+    def cut(self, n: int) -> float:
+        """Those that a rank of `n` has where matrices are cut up and vectors are not."""
+        return (self.all - self.vectors) / n + self.vectors
+
+
+def _blocks(spec: ModelSpec) -> list[Block]:
+    formats = Formats.of("fp32", autocast=False)
+    return [*image_tower(spec, formats).blocks, *text_tower(spec).blocks]
+
+
+def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
+    projectors = projector(spec, teacher, 1).parameters if teacher else 0
+    matrices = 2 * spec.embed_dim * teacher.embed_dim if teacher and projectors else 0
+    towers = [image_tower(spec, Formats.of("fp32", autocast=False)), text_tower(spec)]
+    whole = parameters(spec) + projectors
+    blocks = [block.parameters for block in _blocks(spec)]
+    copied = sum(tower.copied() for tower in towers) + matrices
+    embedding = spec.vocab_size * spec.text_width
+    return _Sizes(
+        all=whole,
+        copied=copied,
+        vectors=(vectors := whole - copied - embedding - _others(spec)),
+        small=vectors + sum(size for size in _matrices(spec, teacher) if size <= ZERO_PERSISTENT),
+        block=max(blocks),
+        root=whole - sum(blocks) - embedding,
+        embedding=embedding,
+        tensors=sum(tower.tensors for tower in towers) + 1 + (4 if projectors else 0),
+    )
+
+
+def _others(spec: ModelSpec) -> int:
+    """Parameters that are no vectors and of which autocast keeps no copy, beside the token embeddings.
+
+    Positional embeddings, a ViT's patches (a view is what is copied), a Swin's tables of position biases.
+    """
+    text = spec.context_length * spec.text_width
+    if spec.arch == "vit":
+        return text + ((spec.image_size // spec.patch_size) ** 2 + 1 + 3 * spec.patch_size**2) * spec.width
+    return text + sum((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+
+
+def _matrices(spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[int]:
+    """Sizes of the tensors that are no vectors; a Swin's merging of patches is taken as no small one."""
+    for block in _blocks(spec):
+        yield from (3 * block.width**2, block.width**2, *[block.width * block.hidden] * 2)
+    yield from (spec.vocab_size * spec.text_width, spec.context_length * spec.text_width)
+    yield from (
+        spec.final_width * spec.embed_dim,
+        spec.text_width * spec.embed_dim,
+        3 * spec.patch_size**2 * spec.width,
+    )
+    if spec.arch == "vit":
+        yield ((spec.image_size // spec.patch_size) ** 2 + 1) * spec.width
+    else:
+        yield from ((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+    if teacher is not None and teacher.embed_dim != spec.embed_dim:
+        yield from [spec.embed_dim * teacher.embed_dim] * 2
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes that a rank holds of a training in one piece, gathered weights and autocast's copies aside."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    communication: float
+    teacher: float
+
+
+def _weights(engine: Engine, sizes: _Sizes, n: int) -> float:
+    if engine == "fsdp2":
+        return FP32 * sizes.cut(n)
+    if engine == "zero3":
+        return FP32 * (sizes.all / n + (sizes.small if n > 1 else 0))
+    return FP32 * sizes.all
+
+
+def _gathered(engine: Engine, sizes: _Sizes, n: int, compute: int, reshard: bool) -> float:
+    """Weights that are put together for a while, and copies in the compute type, at most."""
+    copies = compute * sizes.copied if compute != FP32 else 0
+    if engine == "fsdp2":
+        blocks = 2 * sizes.block if reshard else sizes.all - sizes.root - sizes.embedding
+        return FP32 * sizes.root + compute * blocks
+    if engine == "zero3":
+        return FP32 * min(max(sizes.block, sizes.embedding) + sizes.block, sizes.all * (1 - 1 / n)) + copies
+    return copies
+
+
+def _gradients(engine: Engine, sizes: _Sizes, n: int, several: bool = False) -> float:
+    """`several`: with several micro-batches, over which stage 1 adds up whole gradients."""
+    if engine == "fsdp2":
+        return FP32 * sizes.cut(n)
+    if engine in ("ddp", "zero0"):
+        return FP32 * sizes.all
+    # Of a tensor that slices cut in two both ranks keep the whole gradient, but for stage 3, which cuts up each.
+    slices = sizes.all / n if engine == "zero3" else max(sizes.all / n, sizes.embedding)
+    return FP32 * (slices + (sizes.all if engine == "zero1" and several else 0))
+
+
+def _optimizer(engine: Engine, sizes: _Sizes, n: int) -> float:
+    if engine in ("ddp", "fsdp2", "zero0"):
+        return _MOMENTS * (sizes.cut(n) if engine == "fsdp2" else sizes.all) + FP32 * sizes.tensors
+    return (_MOMENTS + FP32) * sizes.all / n  # DeepSpeed steps copies of the weights, though these are fp32 too
+
+
+def _buckets(engine: Engine) -> float:
+    """DeepSpeed's buffers, however small the model; two of them where the next is filled while one is sent off."""
+    return FP32 * ZERO_BUCKET * {"zero1": 2, "zero2": 2, "zero3": 1}.get(engine, 0)
+
+
+def held_bytes(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    *,
+    engine: Engine,
+    world_size: int,
+    shard_teacher: bool = False,
+    precision: str = "bf16",
+    replicas: int = 1,
+) -> Held:
+    """What each of `world_size` ranks holds between backward and step, when most is held. Raises ConfigError."""
+    _check(engine, precision, world_size=world_size, replicas=replicas)
+    sizes, n = _sizes(spec, teacher), max(1, world_size // replicas) if engine == "fsdp2" else world_size
+    shared = world_size if shard_teacher else 1
+    return Held(
+        weights=_weights(engine, sizes, n),
+        gradients=_gradients(engine, sizes, n),
+        optimizer=_optimizer(engine, sizes, n),
+        communication=_buckets(engine),
+        teacher=_teacher_weights(teacher, PRECISION_BYTES[precision], shared) if teacher else 0.0,
+    )
+
+
+def _communication(engine: Engine, sizes: _Sizes, compute: int) -> float:
+    if engine == "fsdp2":
+        return (compute + compute + FP32) * sizes.block  # gathered in one piece, and its gradient sent off in fp32
+    return _buckets(engine)  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
+
+
+def _masks(spec: ModelSpec, number: int) -> int:
+    """Bytes of a model's buffers: the causal mask and those of shifted windows."""
+    return number * spec.context_length**2 + sum(block.mask_bytes(number) for block in _blocks(spec))
+
+
+def memory_per_gpu(
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    *,
+    engine: Engine,
+    world_size: int,
+    batch: int,
+    captions: int,
+    tokens: Tokens = None,
+    precision: str = "bf16",
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    loss_chunk: int | None = None,
+    shard_teacher: bool = False,
+    ema: bool = False,
+    replicas: int = 1,
+    reshard: bool = True,
+) -> Memory:
+    """Bytes that each of `world_size` GPUs needs to train `spec` with `engine`, distilling from `teacher`, if any.
+
+    `batch` is global, `micro_batch` of one GPU; `tokens` is the computed length of captions, a mean or shares by length
+    (default: the context). `recompute`: blocks keep their input and are computed again in backward. `loss_chunk`:
+    pictures of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
+    moving average of the weights is kept. For fsdp2, `replicas`: groups of GPUs that each hold the whole state;
+    `reshard`: blocks give their gathered weights up after the forward pass.
+
+    Raises ConfigError for an unknown engine or precision, and for sizes below 1.
+    """
+    given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    _check(engine, precision, world_size=world_size, batch=batch, captions=captions, replicas=replicas, **numbers)
+    n = max(1, world_size // replicas) if engine == "fsdp2" else world_size
+    rows = math.ceil(batch / world_size)
+    piece = min(micro_batch or rows, rows)
+    step = _Step(spec, teacher, engine, world_size, rows, piece, captions, tokens, precision, n)
+    compute, formats, sizes = step.compute, step.formats, step.sizes
+    weights = _weights(engine, sizes, n) + _gathered(engine, sizes, n, compute, reshard)
+    if ema:
+        weights += _average(engine, sizes, n) + _COUNT
+    working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
+    kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
+    parts = Memory(
+        weights=weights,
+        gradients=_gradients(engine, sizes, n, step.several),
+        optimizer=_optimizer(engine, sizes, n),
+        activations=step.piece * kept,
+        teacher=_teacher(teacher, rows, captions, compute, world_size if shard_teacher else 1) if teacher else 0.0,
+        loss=sum(step.loss(loss_chunk)),
+        buffers=step.inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
+    )
+    alive = step.most_alive(parts.gradients, recompute, loss_chunk)
+    copies = compute * sizes.copied if step.copies else 0
+    return replace(parts, overlap=parts.activations + parts.gradients + parts.loss + working + copies - alive)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One step of one GPU: `rows` pictures, `piece` of them at a time."""
+
+    spec: ModelSpec
+    teacher: ModelSpec | None
+    engine: Engine
+    world_size: int
+    rows: int
+    piece: int
+    captions: int
+    tokens: Tokens
+    precision: str
+    shards: int
+
+    @property
+    def compute(self) -> int:
+        return PRECISION_BYTES[self.precision]
+
+    @property
+    def formats(self) -> Formats:
+        return Formats.of(self.precision, autocast=True)
+
+    @property
+    def sizes(self) -> _Sizes:
+        return _sizes(self.spec, self.teacher)
+
+    @property
+    def copies(self) -> bool:
+        """Whether autocast copies weights, and lets them go with the activations."""
+        return self.engine != "fsdp2" and self.compute != FP32
+
+    @property
+    def inputs(self) -> int:
+        """The batch: images in fp32 and tokens."""
+        return self.rows * (FP32 * 3 * self.spec.image_size**2 + _TOKEN * self.captions * self.spec.context_length)
+
+    @property
+    def several(self) -> bool:
+        """Whether the features of several micro-batches are cached."""
+        return self.piece < self.rows
+
+    @property
+    def reserved(self) -> bool:
+        """Whether the memory of the gradients is there throughout: in the buffers of DDP and of DeepSpeed."""
+        return self.world_size > 1 if self.engine == "ddp" else self.engine != "fsdp2"
+
+    @property
+    def last_gradient(self) -> float:
+        """What the end of a backward pass holds beside all gradients: that of the embeddings before it is added to
+        what is there, or sent off.
+        """
+        if self.engine == "fsdp2":
+            # Of the embeddings the gradient and, to be sent off, a copy; blocks are gathered no more then.
+            copies = 2 if self.shards > 1 else 1
+            blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
+            return max(0.0, FP32 * copies * self.sizes.embedding - blocks)
+        return FP32 * self.sizes.embedding if self.reserved or self.several else 0
+
+    @property
+    def features(self) -> int:
+        """Numbers in the student's features, and in the projected ones."""
+        widths = {self.spec.embed_dim, *([self.teacher.embed_dim] if self.teacher else [])}
+        return self.rows * (1 + self.captions) * sum(widths)
+
+    def loss(self, chunk: int | None) -> tuple[float, float]:
+        """What the losses keep, features included, and what their backward adds at most."""
+        # Several micro-batches: features in fp32 and the gradient of each. One: features in the compute type.
+        kind, times = (FP32, 2) if self.several else (self.compute, 1)
+        kept = float(times * kind * self.features)
+        if self.teacher:
+            vectors = self.rows * (1 + self.captions)
+            kept += distillation_bytes(vectors=vectors, width=self.teacher.embed_dim, compute=kind)
+        shape = Shape(self.rows, self.world_size, self.captions, self.spec.embed_dim, chunk)
+        return kept + contrastive_kept(shape, kind), contrastive_working(shape)
+
+    def most_alive(self, gradients: float, recompute: bool, chunk: int | None) -> float:
+        """Bytes of activations, losses, gradients and what is between them, at their greatest together."""
+        kept, working = self.loss(chunk)
+        backward = backward_bytes(
+            self.spec,
+            self.formats,
+            rows=self.piece,
+            captions=self.captions,
+            tokens=self.tokens,
+            recompute=recompute,
+            loss=0.0 if self.several else kept + working,
+            gradient=0.0 if self.reserved or self.several else gradients / self.sizes.all,
+            copied=self.compute if self.copies else 0,
+        )
+        if self.reserved or self.several:
+            backward = gradients + max(backward, self.last_gradient)
+        else:
+            backward = max(backward, gradients + self.last_gradient)
+        if not self.several:
+            return backward
+        # The losses are over before a micro-batch is run again; of them the gradients of all features remain.
+        return max(backward + FP32 * self.features, kept + working + (gradients if self.reserved else 0))
+
+
+def _average(engine: Engine, sizes: _Sizes, n: int) -> float:
+    """The moving average: of what the optimizer steps on a rank."""
+    if engine == "fsdp2":
+        return FP32 * sizes.cut(n)
+    return FP32 * sizes.all / (n if engine in ("zero1", "zero2", "zero3") else 1)
+
+
+def _teacher_weights(teacher: ModelSpec, compute: int, n: int) -> float:
+    return compute * parameters(teacher) / n + _masks(teacher, compute)
+
+
+def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int, n: int) -> float:
+    """The frozen teacher in the compute type, in `n` shards, and its features."""
+    gathered = 0.0
+    if n > 1:
+        sizes = _sizes(teacher, None)
+        gathered = compute * (sizes.root + max(sizes.embedding, 2 * sizes.block))
+    return _teacher_weights(teacher, compute, n) + gathered + compute * rows * (1 + captions) * teacher.embed_dim
+
+
+def _check(engine: str, precision: str, **sizes: int) -> None:
+    if engine not in ENGINES:
+        raise ConfigError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
+    if precision not in PRECISION_BYTES:
+        known = ", ".join(PRECISION_BYTES)
+        raise ConfigError(f"unknown precision '{precision}'{nearest(precision, PRECISION_BYTES)}; known: {known}")
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1")
+
+
+def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:
+    """Bytes of the tensors of a model folder in fp32, twice with a moving average. Headers and JSON are not counted."""
+    return FP32 * parameters(spec) * (2 if ema else 1)
+
+
+def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = False, precision: str = "bf16") -> int:
+    """Bytes of the tensors of one checkpoint to resume from: weights, both moments, steps, projectors, the average.
+
+    The teacher is not in it, but decides on the projectors. Headers and JSON are not counted. Raises ConfigError for an
+    unknown precision.
+    """
+    _check("ddp", precision)
+    sizes = _sizes(spec, teacher)
+    scaler = 16 if precision == "fp16" else 0
+    average = FP32 * sizes.all + _COUNT if ema else 0
+    return (FP32 + _MOMENTS) * sizes.all + FP32 * sizes.tensors + scaler + average

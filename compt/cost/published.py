@@ -1,0 +1,88 @@
+"""The accounting of the published tables (CoM-PT, Table G and Table 2), with its own assumptions.
+
+- A sample is a picture with six captions of 77 tokens, padding included, whatever is configured; the paper's text says
+  four captions, its Table G fits six (one raw and five generated).
+- Training costs 3 Cf - C1 + 9 P a sample, see `paper_training_macs`; a teacher adds its forward pass.
+- P and the forward pass leave out what the table leaves out: of the text tower's parameters all but the blocks, the
+  logit scale, and the two products of Swin's attention.
+- There are no projectors, no loss, no trimming, and no readout: every block computes every position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from compt.cost.counts import Count, image_tower, text_tower_of, total
+from compt.cost.training import Breakdown, JobCost, Record, Tower, backward_macs, frozen
+from compt.models.presets import ModelSpec
+
+PAPER_TEXT_PASSES = 6
+"""Captions a sample in Table G's forward MACs (the paper's text says 4; one raw and five generated fit the table)."""
+PAPER_TOKENS = 77
+"""Tokens of a caption in the published accounting, padding included."""
+PAPER_PARAMETER_MACS = 9
+"""MACs that the published tables charge per parameter and *sample* for AdamW (its text says 3)."""
+
+
+def _towers(spec: ModelSpec) -> Iterator[tuple[Tower, dict[str, Count], int]]:
+    """Each tower with its counts as Table G has them, and its passes a sample."""
+    image = image_tower(spec, readout=False)
+    if spec.arch == "swin":
+        image["attention_matmuls"] = Count()
+    yield "image", image, 1
+    text = text_tower_of(spec, PAPER_TOKENS, PAPER_TOKENS**2, readout=False)
+    for kind in ("embeddings", "final_norm", "projection"):
+        text[kind] = replace(text[kind], parameters=0)
+    yield "text", text, PAPER_TEXT_PASSES
+
+
+def paper_parameters(spec: ModelSpec) -> int:
+    """Parameters as Table G counts them: the image tower with its projection, and the text blocks alone.
+
+    Left out are the text tower's embeddings, final norm and projection, and the logit scale.
+    """
+    return sum(total(counts.values()).parameters for _, counts, _ in _towers(spec))
+
+
+def paper_forward_macs(spec: ModelSpec) -> float:
+    """Forward MACs a sample as in Table G: six captions of 77 tokens, Swin without its attention's two products."""
+    return sum(times * total(counts.values()).macs for _, counts, times in _towers(spec))
+
+
+def paper_training_macs(forward: float, patch_embedding: float, parameters: float) -> float:
+    """Training MACs a sample as in Table G: 3 Cf - C1 + 9 P.
+
+    Cf is the forward pass, whose backward costs twice as much; C1 the patch embedding, whose input needs no gradient;
+    P the parameters of `paper_parameters`. 9 P stands for AdamW and is charged per sample, though an optimizer steps
+    once a batch: the published figures need it so.
+    """
+    return 3 * forward - patch_embedding + PAPER_PARAMETER_MACS * parameters
+
+
+def paper_breakdown(spec: ModelSpec, teacher: ModelSpec | None, *, batch: int = 1) -> Breakdown:
+    """The published accounting of a training of `spec`, part by part; parameters are those that it charges."""
+    records: list[Record] = []
+    for tower, counts, times in _towers(spec):
+        for module, count in counts.items():
+            forward = times * count.macs
+            records.append(
+                Record(
+                    "student",
+                    tower,
+                    module,
+                    count.parameters,
+                    forward_macs=forward,
+                    backward_macs=backward_macs(module, forward),
+                    update_macs=PAPER_PARAMETER_MACS * count.parameters,
+                )
+            )
+    if teacher is not None:
+        for tower, counts, times in _towers(teacher):
+            records += frozen(tower, counts, times)
+    return Breakdown("paper", batch, tuple(records))
+
+
+def paper_cost(spec: ModelSpec, teacher: ModelSpec | None, *, samples: float, steps: int) -> JobCost:
+    """The cost of `samples` samples in the published accounting; projectors, loss and trimming are not in it."""
+    return paper_breakdown(spec, teacher).cost(samples, steps)

@@ -1,0 +1,378 @@
+"""Loaders: batches of training, of the validation loss, and of evaluation sets.
+
+A step's samples are a function of (index, seed, batch, step) alone: the workers get references (epoch, ids), so any
+step opens without replaying those before it, and the number of workers and ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from compt.data.captions import usable
+from compt.data.decode import DECODERS, Pixels, Unusable, evaluation_pixels
+from compt.data.index import Entry, Index
+from compt.data.order import epoch_order, substitute
+from compt.data.batch import Batch, EvalBatch
+from compt.data.samples import Drawer, Drawn, Kind, SampleReader
+from compt.data.scan import json_label
+from compt.data.tokens import CaptionTokens, Ids, Tokenizer, pad
+from compt.errors import ConfigError, DataError, nearest
+
+MAX_SUBSTITUTES = 20
+"""Unusable samples in a row after which a set counts as yielding nothing."""
+WATCHED_SAMPLES = 1000
+"""The share of unusable samples is judged over at least so many."""
+CACHE_BYTES = 1 << 30
+"""The most that `cache=True` keeps in memory."""
+
+
+class Reference(NamedTuple):
+    """What a worker is told: the samples of one rank's share of a step."""
+
+    epoch: int
+    ids: NDArray[np.int64]
+
+
+class Steps(Sampler[Reference]):
+    """References from `start` to `stop`. Step s holds samples [s B, (s + 1) B) of the stream of epochs.
+
+    An epoch has floor(n / B) steps; the samples left over are dropped. Rank r has the r-th contiguous part of a step.
+    """
+
+    def __init__(
+        self,
+        sizes: NDArray[np.int64],
+        seed: int,
+        window: int,
+        batch: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._sizes, self._seed, self._window = sizes, seed, window
+        self._batch, self._start, self._stop = batch, start, stop
+        share = batch // world_size
+        self._part = slice(rank * share, (rank + 1) * share)
+        self.steps_per_epoch = int(sizes.sum()) // batch
+
+    def __len__(self) -> int:
+        return max(self._stop - self._start, 0)
+
+    def __iter__(self) -> Iterator[Reference]:
+        epoch, order = -1, np.zeros(0, np.int64)
+        for step in range(self._start, self._stop):
+            if step // self.steps_per_epoch != epoch:
+                epoch = step // self.steps_per_epoch
+                order = epoch_order(self._seed, epoch, self._sizes, self._window)
+            first = step % self.steps_per_epoch * self._batch
+            yield Reference(epoch, order[first : first + self._batch][self._part])
+
+
+class Read(NamedTuple):
+    """A batch, how many unusable samples were replaced for it, and the first of them in words."""
+
+    batch: Batch
+    replaced: int
+    offender: str
+
+
+class Failure(NamedTuple):
+    """The message of an error in a worker; an exception would arrive with a traceback in its message."""
+
+    message: str
+
+
+class _Draws(Dataset["Read | Failure"]):
+    """Reads whole batches."""
+
+    def __init__(self, drawer: Drawer, kind: Kind) -> None:
+        self._drawer, self._kind = drawer, kind
+
+    def __getitem__(self, reference: Reference) -> Read | Failure:
+        size = self._kind.image_size
+        images = np.empty((len(reference.ids), 3, size, size), np.uint8)
+        rows: list[Ids] = []
+        keys: list[str] = []
+        bad: list[str] = []
+        skipped: Counter[str] = Counter()
+        few = 0
+        for place, sample in enumerate(reference.ids.tolist()):
+            drawn = self._draw(sample, reference.epoch, skipped, bad)
+            if drawn is None:
+                return Failure(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is {bad[-1]}")
+            images[place] = drawn.pixels
+            rows.extend(drawn.tokens)
+            keys.append(drawn.key)
+            few += drawn.few
+            if drawn.empty_captions:
+                skipped["caption"] += drawn.empty_captions
+        batch = Batch(torch.from_numpy(images), pad(rows, self._kind.captions), keys, dict(skipped), few)
+        return Read(batch, len(bad), bad[0] if bad else "")
+
+    def _draw(self, asked: int, epoch: int, skipped: Counter[str], bad: list[str]) -> Drawn | None:
+        """The sample, or the first substitute that can be used; None when there is none within the limit."""
+        index, sample = self._drawer.reader.index, asked
+        for attempt in range(MAX_SUBSTITUTES):
+            try:
+                return self._drawer.draw(sample, epoch)
+            except Unusable as error:
+                skipped[error.cause] += 1
+                bad.append(f"{index.describe(sample)}: {error.cause}: {error}")
+                sample = substitute(self._kind.seed, epoch, index.key(asked), attempt, len(index))
+        return None
+
+
+class _Watch:
+    """Stops a run whose share of unusable samples, over the last 1,000 or more, is above `max_share`."""
+
+    def __init__(self, max_share: float) -> None:
+        self._max_share = max_share
+        self._recent: deque[tuple[int, int]] = deque()
+        self._seen = self._bad = 0
+
+    def add(self, read: Read) -> None:
+        """Count one batch. Raises DataError naming shard, key and cause of a sample of it."""
+        # A substitute that cannot be used either was a sample tried as well.
+        tried = len(read.batch) + read.replaced
+        self._recent.append((tried, read.replaced))
+        self._seen += tried
+        self._bad += read.replaced
+        while self._seen - self._recent[0][0] >= WATCHED_SAMPLES:
+            seen, bad = self._recent.popleft()
+            self._seen -= seen
+            self._bad -= bad
+        if read.replaced and self._seen >= WATCHED_SAMPLES and self._bad > self._max_share * self._seen:
+            raise DataError(
+                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than max_bad_share "
+                f"{self._max_share:g} allows; for example {read.offender}"
+            )
+
+
+@dataclass
+class TrainLoader:
+    """One rank's batches from one step to another. Iterating again begins at the same step again."""
+
+    steps: Iterable[Reference]
+    count: int
+    reads: Dataset[Read | Failure]
+    workers: int
+    max_bad_share: float
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Batch]:
+        watch = _Watch(self.max_bad_share)
+        for read in _loader(self.reads, self.steps, self.workers):
+            if isinstance(read, Failure):
+                raise DataError(read.message)
+            watch.add(read)
+            yield read.batch
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _shield(parent: int, _worker: int) -> None:
+    """In a worker: leave signals that go to all processes of a run to `parent`, which trains, and end when it ends.
+
+    Batch systems and terminals signal every process; a worker that dies of it takes down the step and the save. torch's
+    own watch over the parent begins too late for one that is killed while its workers start.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+
+    def wait() -> None:
+        while os.getppid() == parent:
+            received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
+            if received is not None and received.si_pid == parent:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=sampler,
+        collate_fn=_same,
+        num_workers=workers,
+        # Forked workers share the memory of decoded samples and the tables of the index.
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=partial(_shield, os.getpid()),
+        prefetch_factor=4 if workers else None,
+        # A process that computes on a GPU has begun to use it by now; one that was told to take the CPU never does.
+        pin_memory=torch.cuda.is_initialized(),
+    )
+
+
+def train_loader(
+    index: Index,
+    *,
+    seed: int,
+    batch: int,
+    image_size: int,
+    captions: int,
+    context_length: int,
+    start_step: int,
+    total_steps: int,
+    crop_scale: tuple[float, float] = (0.9, 1.0),
+    window: int = 8,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    tokenizer: Tokenizer | None = None,
+    decoder: str = "pillow",
+    max_bad_share: float = 0.01,
+    cache: bool = False,
+) -> TrainLoader:
+    """This rank's batches of steps `start_step` to `total_steps`.
+
+    batch: images of a step over all ranks. captions: drawn for each image. window: shards that are shuffled together.
+    cache: keep decoded images and token ids in memory, up to `CACHE_BYTES`. Workers, cache, and how the ranks are cut
+    do not change the samples. Raises DataError at once when the set or the batch is too small, and, while iterating,
+    when too many samples cannot be used; ConfigError for an unknown decoder.
+    """
+    if decoder not in DECODERS:
+        raise ConfigError(f"unknown decoder '{decoder}'{nearest(decoder, DECODERS)}; known: {', '.join(DECODERS)}")
+    if batch % world_size:
+        raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
+    if len(index) < batch:
+        raise DataError(f"{len(index)} samples are fewer than one batch of {batch}; take a smaller batch or more data")
+    kind = Kind(image_size, captions, crop_scale, seed)
+    tokens = CaptionTokens(context_length, tokenizer)
+    drawer = Drawer(index, kind, tokens, DECODERS[decoder](), CACHE_BYTES if cache else 0)
+    if cache and workers:
+        drawer.fill()
+    steps = Steps(index.sizes, seed, window, batch, start_step, total_steps, rank, world_size)
+    return TrainLoader(steps, len(steps), _Draws(drawer, kind), workers, max_bad_share)
+
+
+def fixed_caption_batches(
+    index: Index,
+    *,
+    batch: int,
+    image_size: int,
+    captions: int,
+    context_length: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    tokenizer: Tokenizer | None = None,
+    max_batches: int | None = None,
+    max_bad_share: float = 0.01,
+    cache: bool = False,
+) -> TrainLoader:
+    """Whole batches for a validation loss that can be compared between models: same images, crops and captions.
+
+    Evaluation preprocessing, `captions` evenly spread over those of an image, one fixed order. Batch b goes to rank
+    b mod world_size; samples beyond the last whole batch are left out, unless there is not even one.
+    """
+    order = epoch_order(0, 0, index.sizes, max(len(index.sizes), 1))
+    whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order]
+    steps = [Reference(0, ids) for ids in whole[:max_batches][rank::world_size]]
+    kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
+    tokens = CaptionTokens(context_length, tokenizer)
+    drawer = Drawer(index, kind, tokens, DECODERS["pillow"](), CACHE_BYTES if cache else 0)
+    if cache and workers:
+        drawer.fill()
+    return TrainLoader(steps, len(steps), _Draws(drawer, kind), workers, max_bad_share)
+
+
+class _Evaluations(Dataset["EvalBatch | Failure"]):
+    """Reads batches of an evaluation set."""
+
+    def __init__(self, index: Index, image_size: int, label: str | None, captions: bool) -> None:
+        self._reader, self._size, self._label, self._captions = SampleReader(index), image_size, label, captions
+
+    def __getitem__(self, ids: NDArray[np.int64]) -> EvalBatch | Failure:
+        index, reader = self._reader.index, self._reader
+        batch = EvalBatch(torch.empty(0), [], [])
+        labels: list[int] = []
+        texts: list[list[str]] = []
+        pixels: list[Pixels] = []
+        for sample in ids.tolist():
+            entry = index.entry(sample)
+            try:
+                label = self._label_of(entry)
+                if label is None:
+                    return Failure(f"{index.describe(sample)} has no whole number as label '{self._label}'")
+                said = usable(reader.captions(entry)) if self._captions else []
+                if self._captions and not said:
+                    raise Unusable("caption", "it has no caption")
+                pixels.append(evaluation_pixels(reader.image(entry), self._size))
+            except Unusable as error:
+                batch.bad.append(f"{index.describe(sample)}: {error.cause}: {error}")
+                batch.skipped[error.cause] = batch.skipped.get(error.cause, 0) + 1
+                continue
+            labels.append(label)
+            texts.append(said)
+            batch.keys.append(entry.key)
+            batch.ids.append(sample)
+        stacked = np.stack(pixels) if pixels else np.zeros((0, 3, self._size, self._size), np.uint8)
+        batch.images = torch.from_numpy(np.ascontiguousarray(stacked))
+        batch.labels = torch.tensor(labels, dtype=torch.int64) if self._label is not None else None
+        batch.captions = texts if self._captions else None
+        return batch
+
+    def _label_of(self, entry: Entry) -> int | None:
+        """The label, 0 when none is asked for, None when it is missing."""
+        if self._label is None:
+            return 0
+        if self._label == "cls":
+            return entry.label if entry.label >= 0 else None
+        return json_label(self._reader.json(entry), self._label)
+
+
+@dataclass
+class EvalLoader:
+    """One rank's batches of an evaluation set; it can be iterated again."""
+
+    ids: list[NDArray[np.int64]]
+    reads: Dataset[EvalBatch | Failure]
+    workers: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for batch in _loader(self.reads, self.ids, self.workers):
+            if isinstance(batch, Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+def eval_loader(
+    index: Index,
+    *,
+    image_size: int,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    label: str | None = None,
+    captions: bool = False,
+    workers: int = 0,
+) -> EvalLoader:
+    """Every sample exactly once over all ranks: rank r has ids r, r + world_size, ... in batches of `batch`.
+
+    label: "cls" for the `.cls` member, or the name of a whole number in the `.json`. A sample that cannot be used is
+    named in its batch's `bad` and counted in `skipped`. Raises DataError while iterating when a label is missing.
+    """
+    ids = np.arange(rank, len(index), world_size, dtype=np.int64)
+    parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]
+    return EvalLoader(parts, _Evaluations(index, image_size, label, captions), workers)

@@ -1,0 +1,1 @@
+"""A process among others: its place, rendezvous, collectives, the watch over ranks."""

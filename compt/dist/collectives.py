@@ -1,0 +1,374 @@
+"""The few collectives that the rest of the program needs. Without a process group every one of them is the identity."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as torch_dist
+import torch.distributed.nn  # before a group exists: what is imported later keeps it in defaults, and its threads alive
+from torch import Tensor
+from torch.distributed import ReduceOp, distributed_c10d
+
+from compt.dist.environment import Place, connect_limit, find_place
+from compt.dist.rendezvous import SPEAKING, choose_interface, meet, tell_first
+from compt.dist.speaker import is_speaker
+from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memory
+
+T = TypeVar("T")
+
+TELLING_SECONDS = 90.0
+"""For which ranks wait at most for the first to tell of an error of all: it may wait for slow ones to leave a watch."""
+
+_joined: list[Place] = []
+"""This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
+_store: list[tuple[Any, int]] = []
+"""Where the group met, and which rank this is: it stays when the group is left."""
+_beside: list[Any] = []
+"""A group, and the other one that `group_beside` made for it."""
+
+
+def init(
+    device: str = "auto", *, timeout_seconds: float = 1800.0, connect_seconds: float | None = None
+) -> torch.device:
+    """Join the process group that the environment describes and return this process's device.
+
+    `compt.dist.environment` says which environments: torchrun's and its like, or srun's, which is completed with
+    torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
+    collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
+    COMPT_CONNECT_SECONDS of the environment, or 60), and so do gloo's ways from each to each.
+    Raises ConfigError for an environment that contradicts itself or a missing device; RunError when the ranks do not
+    find each other, of which one has `told` unset: the lowest that is there.
+    """
+    place = find_place(os.environ)
+    if place is not None:
+        os.environ.update(place.variables())
+    chosen = _choose_device(device, place)
+    if torch_dist.is_initialized() or place is None:
+        return chosen
+    limit = connect_limit(os.environ) if connect_seconds is None else connect_seconds
+    _store.clear()
+    store = meet(place, limit)
+    interface = choose_interface(place)
+    if interface is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    timeout, short = (datetime.timedelta(seconds=seconds) for seconds in (timeout_seconds, limit))
+    level: Any = torch_dist.get_debug_level()  # type: ignore[attr-defined]
+    if level.name == "DETAIL":  # nobody can change the limit of its groups later
+        short = timeout
+    store.set_timeout(short)
+    try:
+        torch_dist.init_process_group(
+            backend_of(chosen),
+            store=store,
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=short,
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    except RuntimeError as error:
+        raise _not_joined(error, place, chosen, SPEAKING * limit) from error
+    store.set_timeout(timeout)
+    distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
+    _joined[:], _store[:] = [place], [(store, place.rank)]
+    return chosen
+
+
+def _not_joined(error: RuntimeError, place: Place, device: torch.device, seconds: float) -> RunError:
+    """Of what all have met one tells, whom it takes up to `seconds` to find; of its own each does."""
+    who, nccl = f"rank {place.rank} of {place.world_size}", device.type == "cuda"
+    if _is_own(error) or (isinstance(error, torch_dist.DistBackendError) and "ncclRemoteError" not in str(error)):
+        return RunError(f"{who} cannot join the others: {_reason(error)}")
+    failure = RunError(
+        f"{who} has no connection to the others ({_reason(error)}): one has ended since it came, or "
+        f"{'NCCL' if nccl else 'GLOO'}_SOCKET_IFNAME has to name the network interface to take"
+    )
+    failure.told = not is_speaker(place, seconds)
+    return failure
+
+
+def _choose_device(device: str, place: Place | None) -> torch.device:
+    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if device != "auto" and device.partition(":")[0] != "cuda":
+        raise ConfigError(f"device '{device}' is not supported; take auto, cpu or cuda")
+    chosen = torch.device("cuda" if device == "auto" else device)
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
+    if chosen.index is None:
+        own = place.gpu(torch.cuda.device_count()) if place is not None else int(os.environ.get("LOCAL_RANK", "0"))
+        chosen = torch.device("cuda", own)
+    if chosen.index >= torch.cuda.device_count():
+        raise ConfigError(f"device {chosen} does not exist: this machine has {torch.cuda.device_count()}")
+    torch.cuda.set_device(chosen)
+    return chosen
+
+
+def backend_of(device: torch.device) -> str:
+    """What a group of processes on such devices talks over."""
+    # On GPU machines too small messages go over gloo: none of them makes a process wait for its GPU.
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def shutdown() -> None:
+    """Leave the process group, if there is one."""
+    _joined.clear()
+    _beside.clear()
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def new_cpu_group() -> Any:
+    """Another process group of all ranks, on the CPU, that gives up as the first one does. All ranks call it."""
+    return torch_dist.new_group(backend="gloo", timeout=_timeout())
+
+
+def group_beside() -> Any:
+    """A second group on the CPU, made when all ranks first ask: a thread may use it while training uses the first.
+
+    None without a group.
+    """
+    if not torch_dist.is_initialized():
+        return None
+    if not _beside or _beside[0] is not torch_dist.group.WORLD:
+        _beside[:] = [torch_dist.group.WORLD, new_cpu_group()]
+    return _beside[1]
+
+
+def after_first() -> None:
+    """For an error that all ranks raise: rank 0 calls this when it has told of it, the others wait until it has, up to
+    `TELLING_SECONDS`: a launcher stops all when one of them ends.
+
+    The group may have been left. From here on signals change nothing: the process is about to end.
+    """
+    for store, own in _store:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        tell_first(store, own, TELLING_SECONDS)
+
+
+def share_timeout() -> None:
+    """Make each group that this process has, whoever made it, give up as the first one does."""
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(_timeout(), group)
+
+
+def _timeout() -> datetime.timedelta:
+    """That of the first group; torch's own default for others is half an hour."""
+    first: Any = torch_dist.group.WORLD
+    found: datetime.timedelta = first._get_backend(first._device_types[0]).options._timeout
+    return found
+
+
+def rank() -> int:
+    """Index of this process, 0 when alone."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 when alone."""
+    return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return rank() == 0
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """What torch raises in a collective where another process is missing, as Gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if _is_own(error):
+            raise
+        raise _gone(error) from error
+
+
+def _is_own(error: RuntimeError) -> bool:
+    return is_out_of_memory(error) or isinstance(error, torch.AcceleratorError)
+
+
+def _reason(error: RuntimeError) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    # NCCL's first line names the kind of failure alone.
+    last = [line.strip() for at, line in enumerate(lines) if at and lines[at - 1].startswith("Last error")]
+    return ": ".join([lines[0], *last])
+
+
+def _gone(error: RuntimeError) -> Gone:
+    gone = Gone(
+        f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
+        f"command again to go on. ({_reason(error)})"
+    )
+    gone.told = local_rank() != 0 and rank() != 1
+    return gone
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        with together():
+            torch_dist.barrier()
+
+
+def broadcast_object(value: Any, source: int = 0) -> Any:
+    """The `source` rank's picklable `value`, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value if rank() == source else None]
+    with together():
+        torch_dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable `value`, in the order of ranks, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    with together():
+        torch_dist.all_gather_object(values, value)
+    return values
+
+
+def local_rank() -> int:
+    """Index of this process on its machine, 0 when alone."""
+    return _joined[0].local_rank if _joined else 0
+
+
+def agree(error: ComptError | None) -> None:
+    """Raise the first rank's error on every rank; return where there is none. All ranks call it."""
+    found = [other for other in gather_objects(error) if other is not None]
+    if found:
+        found[0].everywhere, found[0].told = True, False
+        raise found[0]
+
+
+def fail(error: ComptError) -> NoReturn:
+    """Raise an error that every rank has come to by itself, and of which one is to tell. All ranks call it."""
+    error.everywhere = True
+    raise error
+
+
+def on_all(action: Callable[[], T]) -> T:
+    """Run `action` on every rank and return its result; a ComptError on one rank is raised on every rank."""
+    try:
+        result = action()
+    except ComptError as error:
+        agree(error)
+        raise
+    agree(None)
+    return result
+
+
+def on_main(action: Callable[[], object]) -> None:
+    """Run `action` on rank 0 while the others wait; a ComptError in there is raised on every rank."""
+    on_all(lambda: action() if is_main() else None)
+
+
+def _reduce_scalar(value: float, operation: Any) -> float:
+    if world_size() == 1:
+        return float(value)
+    tensor = torch.tensor(value, dtype=torch.float64)
+    with together():
+        torch_dist.all_reduce(tensor, op=operation)
+    return float(tensor.item())
+
+
+def all_reduce_sum(value: float) -> float:
+    """Sum of a number over ranks (exact for integers below 2^53)."""
+    return _reduce_scalar(value, ReduceOp.SUM)
+
+
+def all_reduce_mean(value: float) -> float:
+    """Mean of a number over ranks."""
+    return _reduce_scalar(value, ReduceOp.SUM) / world_size()
+
+
+def all_reduce_max(value: float) -> float:
+    """Maximum of a number over ranks."""
+    return _reduce_scalar(value, ReduceOp.MAX)
+
+
+def any_true(flag: bool) -> bool:
+    """Whether the flag is set on any rank: the same answer on all of them."""
+    return any_of(flag)[0]
+
+
+def any_of(*flags: bool) -> tuple[bool, ...]:
+    """Of each flag whether it is set on any rank, with one collective: the same answer on all of them."""
+    if world_size() == 1:
+        return flags
+    tensor = torch.tensor(flags, dtype=torch.uint8)
+    with together():
+        torch_dist.all_reduce(tensor, op=ReduceOp.MAX)
+    return tuple(map(bool, tensor.tolist()))
+
+
+def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean over ranks of named scalar tensors, with one collective and one wait for the device."""
+    if not values:
+        return {}
+    stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
+    if world_size() > 1:
+        stacked = stacked.cpu()
+        with together():
+            torch_dist.all_reduce(stacked)
+        stacked = stacked / world_size()
+    return dict(zip(values, stacked.tolist(), strict=True))
+
+
+class _Gather(torch.autograd.Function):
+    """Concatenate over ranks; backward sums what every rank sends back to this rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        whole = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+        torch_dist.all_gather_into_tensor(whole, local.contiguous())
+        ctx.rows = local.shape[0]
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (gradient,) = gradients
+        local = gradient.new_empty((ctx.rows, *gradient.shape[1:]))
+        torch_dist.reduce_scatter_tensor(local, gradient.contiguous(), op=ReduceOp.SUM)
+        return local
+
+
+def gather_with_grad(local: Tensor) -> Tensor:
+    """[b, ...] on each of W ranks -> [W*b, ...] on all, in the order of ranks; b must be the same everywhere.
+
+    Backward is a reduce-scatter that sums. If every rank's loss is a mean over its own rows, then averaging parameter
+    gradients over ranks (as DDP does) gives the gradient of the mean of the ranks' losses.
+    """
+    if world_size() == 1:
+        return local
+    return _Gather.apply(local)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def gather(local: Tensor) -> Tensor:
+    """[b_r, ...] on rank r -> [sum of b_r, ...] on all ranks, in the order of ranks, without gradient.
+
+    The sizes may differ, zero included; the other axes and the dtype may not.
+    """
+    local = local.detach()
+    if world_size() == 1:
+        return local
+    sizes = [torch.zeros((), dtype=torch.int64, device=local.device) for _ in range(world_size())]
+    with together():
+        torch_dist.all_gather(sizes, torch.tensor(local.shape[0], device=local.device))
+    counts = [int(size.item()) for size in sizes]
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in counts]
+    with together():
+        torch_dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])

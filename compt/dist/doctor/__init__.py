@@ -1,0 +1,1 @@
+"""Checks of a machine, or of all nodes of a job, before training."""

@@ -1,0 +1,399 @@
+"""Ends a job on all its processes, with the cause named once, when one of them dies, hangs or fails by itself.
+
+Collectives wait for everyone: without this a process whose neighbour is gone waits as long as their timeout, and a
+launcher that does not kill the others, as `srun` does not unless told, leaves them there. So each process has a thread
+that shows a sign of life in the store through which the processes found each other, looks for that of the next
+process, and measures how long its own main thread has not got on. Whoever finds a cause posts it; all read it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import itertools
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeGuard
+
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from compt.dist import collectives as dist
+from compt.dist.watch.causes import Cause, Seen, dead, hanging, is_consequence, lost, where
+from compt.dist.watch.store import Life, Lost, Post
+from compt.errors import ComptError, Gone, Interrupted
+
+FOLDER = "faults"
+"""Where in the run folder stacks and causes go."""
+SILENCE = 20.0
+"""Seconds without a sign of life after which a process counts as dead."""
+LEAVING = 60.0
+"""Seconds for which who holds the store waits at an orderly end for others that are slow to leave."""
+LONG = 6.0
+"""How many times longer than a step the long phases may take: evaluation, expansion, the first step, writing."""
+
+_INTERVAL = 0.5
+_NONE = "-"
+
+
+def collective_timeout(timeout: float) -> float:
+    """Seconds for a collective's own timeout, so that the watch speaks first and long phases are not cut off."""
+    return timeout * LONG + 2 * SILENCE
+
+
+@dataclass(frozen=True)
+class _Beat:
+    """What the main thread does since `at` (of the monotonic clock); `count` is the same on all ranks at one place."""
+
+    count: int
+    step: int
+    doing: str
+    patience: float
+    at: float
+
+
+class Watch:
+    """Watches over the processes of a job within its `with` block; all of them enter and leave it.
+
+    `beat(step, doing)` says that the main thread got on; `timeout` seconds without one (times the `patience` of what it
+    does) count as hanging. Stacks are written below `folder`. In one process a hang leads to the stacks and no more.
+
+    An error that only one process raises ends the job on all of them; the block then raises RunError where another
+    process was to blame. Processes that cannot raise it, as they are stuck, end with its exit code at once.
+    """
+
+    def __init__(self, folder: Path, timeout: float) -> None:
+        self.folder, self.timeout = folder / FOLDER, timeout
+        self._silence = min(SILENCE, timeout / 2)
+        self._interval = min(_INTERVAL, self._silence / 5)
+        self._beat = _Beat(0, 0, "starting", LONG, time.monotonic())
+        self._stop = threading.Event()
+        self._wake = threading.Event()
+        self._verdict = threading.Event()
+        self._error: BaseException | None = None
+        self._asked_at = 0.0
+        self._cause: Cause | None = None
+        self._tick = 0
+        self._left = False
+        self._name = ""
+        self._seen: dict[int, Seen] = {}
+        self._main = threading.main_thread()
+
+    # --- the main thread
+
+    def beat(self, step: int, doing: str, patience: float = 1.0) -> None:
+        """The main thread begins to do something: cheap. Every rank makes the same calls in the same order."""
+        self._beat = _Beat(self._beat.count + 1, step, doing, patience, time.monotonic())
+
+    def about(self, name: str) -> None:
+        """What the steps from here on belong to."""
+        self._name = name
+
+    def alive(self) -> None:
+        """The main thread gets on with the same thing; ranks may call it unequally often."""
+        now = self._beat
+        self._beat = _Beat(now.count, now.step, now.doing, now.patience, time.monotonic())
+
+    def __enter__(self) -> Watch:
+        self.rank, self.world = dist.rank(), dist.world_size()
+        self._beat = _Beat(0, 0, "starting", LONG, time.monotonic())
+        self._stop.clear()
+        self._left = False
+        target = self._watch_alone
+        if self.world > 1:
+            with dist.together():
+                self._join()
+            target = self._watch
+        self._thread = threading.Thread(target=target, name="watch", daemon=True)
+        self._thread.start()
+        _open.append(self)
+        return self
+
+    def _join(self) -> None:
+        """Meet the other ranks in the store, through a connection of this watch's own."""
+        found = _get_default_store().clone()  # type: ignore[attr-defined]
+        store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
+        store.set(str(self.rank), self._life().to_json())
+        if self.rank == 0:
+            store.set("token", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{os.getpid()}")
+        self._token = store.get("token").decode()
+        store.compare_set("cause", "", _NONE)
+        self._post = Post(store)
+        self._store_is_with_rank_0 = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        self._seen = {rank: Seen() for rank in {(self.rank + 1) % self.world, 0} - {self.rank}}
+        if self.rank:
+            self._seen[0].update(Life.from_json(store.get("0")))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        _open.remove(self)
+        if error is None:
+            self.beat(self._beat.step, "waiting for the others to end", LONG)
+            try:
+                dist.barrier()
+            except (ComptError, RuntimeError) as failure:
+                self._judge(failure)
+                raise
+        if self.world == 1 or error is None or (isinstance(error, ComptError) and error.everywhere):
+            self._stop.set()
+            self._wake.set()
+            self._thread.join()
+            return
+        self._judge(error)
+
+    @property
+    def _error_file(self) -> str:
+        return f"rank-{self.rank}-error-{self._token}.txt"  # other jobs may share the folder
+
+    def _judge(self, error: BaseException) -> None:
+        """Raise what another rank is to blame for; return where this rank's `error` is the cause."""
+        if not _said(error):
+            self._write(self._error_file, "".join(traceback.format_exception(error)))
+        self._error, self._asked_at = error, time.monotonic()
+        self._wake.set()
+        while self._cause is None and self._thread.is_alive():
+            # The launcher's signal, because another rank died, shall not hide why.
+            with contextlib.suppress(Interrupted):
+                self._verdict.wait(1.0)
+        cause = self._cause
+        if cause is None:
+            return
+        own = cause.kind == "failed" and cause.rank == self.rank
+        told = error if own else cause.error()
+        if isinstance(told, ComptError):
+            told.told = True
+        if not own:
+            raise told from None
+
+    # --- the watching thread
+
+    def _watch_alone(self) -> None:
+        dumped = -1
+        while not self._stop.wait(self._interval):
+            beat = self._beat
+            if time.monotonic() - beat.at > self.timeout * beat.patience and dumped != beat.count:
+                dumped = beat.count
+                self._dump()
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while True:
+            self._wake.wait(0.1 if self._error else self._interval)
+            if self._stop.is_set():
+                break
+            now = time.monotonic()
+            if now - before > 5 * self._interval:  # this process was stopped, and maybe all were: nobody is to blame
+                self._forgive(now - before)
+            try:
+                cause = self._look()
+            except Lost:
+                ended = self._stop.wait(3 * self._interval)
+                cause = None if ended else lost(self._seen.get(0), self._store_is_with_rank_0)
+            before = time.monotonic()
+            if cause is not None:
+                self._end(cause)
+                return
+        self._leave(max(LEAVING, self._silence))
+
+    def _leave(self, seconds: float, dead: int = -1) -> None:
+        """Say that this rank asks no more; who holds the store waits up to `seconds` until all that live have too."""
+        self._left, until = True, time.monotonic() + seconds
+        with contextlib.suppress(Lost):
+            self._exchange()
+            while self.rank == 0 and self._store_is_with_rank_0 and time.monotonic() < until:
+                self._look_at_all()
+                others = [seen for rank, seen in self._seen.items() if rank != dead and not seen.gone]
+                if all(seen.quiet > self._silence or (seen.life is not None and seen.life.left) for seen in others):
+                    break
+                time.sleep(0.05)
+
+    def _forgive(self, seconds: float) -> None:
+        beat = self._beat
+        self._beat = _Beat(beat.count, beat.step, beat.doing, beat.patience, beat.at + seconds)
+        for seen in self._seen.values():
+            seen.at = time.monotonic()
+
+    def _life(self) -> Life:
+        self._tick += 1
+        beat, age = self._beat, time.monotonic() - self._beat.at
+        line = where(self._main) if age > 2 * self._interval else ""
+        return Life.here(self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left)
+
+    def _look(self) -> Cause | None:
+        """Show a sign of life, look at that of others and at the main thread; a cause where there is one."""
+        posted = self._exchange()
+        if posted is not None:
+            return posted
+        beat = self._beat
+        if self._error is not None:
+            return self._answer(self._error)
+        if time.monotonic() - beat.at > self.timeout * beat.patience:
+            return self._published(self._hanging())
+        return self._published(dead(self._seen, self._silence))
+
+    def _exchange(self) -> Cause | None:
+        own = self._life().to_json()
+        for seen in self._seen.values():
+            seen.look()
+        if self._store_is_with_rank_0 and self.rank and self._seen[0].gone:
+            raise Lost  # asking it would fill the terminal with torch's warnings
+
+        def action(store: Any) -> tuple[list[bytes], dict[int, bytes]]:
+            store.set(str(self.rank), own)
+            there = [rank for rank in self._seen if self._seen[rank].life is not None or store.check([str(rank)])]
+            found = store.multi_get(["cause", *map(str, there)])
+            return found[0], dict(zip(there, found[1:], strict=True))
+
+        cause, lives = self._post.ask(action, self._silence)
+        for rank, text in lives.items():
+            self._seen[rank].update(Life.from_json(text))
+        return self._read(cause)
+
+    def _read(self, value: Any) -> Cause | None:
+        text = value.decode()
+        return None if text == _NONE else Cause(**json.loads(text))
+
+    def _look_at_all(self) -> None:
+        """See the newest sign of life of every other rank; of new ones not yet a living one."""
+        new = set(range(self.world)) - {self.rank, *self._seen}
+        self._seen.update((rank, Seen()) for rank in new)
+        self._exchange()
+        if self._asked_at:
+            for rank in new:
+                self._seen[rank].at = self._asked_at
+
+    def _hanging(self) -> Cause:
+        self._look_at_all()
+        lives = [self._life(), *(other.life for other in self._seen.values() if other.life is not None)]
+        return hanging(lives, self.timeout, self._beat.patience, self.folder)
+
+    def _answer(self, error: BaseException) -> Cause | None:
+        """Whether what the main thread raised comes from another rank or from this one; None: not known yet."""
+        self._look_at_all()
+        other = dead(self._seen, self._silence)
+        if other is not None:
+            return self._published(other)
+        # Launchers stop the others when one has died: a signal is no cause as long as not all others have been heard.
+        unheard = any(
+            seen.life is not None and not seen.life.left and seen.at <= self._asked_at for seen in self._seen.values()
+        )
+        waited = time.monotonic() - self._asked_at
+        if (unheard or is_consequence(error)) and waited < self._silence + 3 * self._interval:
+            return None
+        if _said(error):
+            text = str(error) if self.rank == 0 or isinstance(error, Interrupted) else f"rank {self.rank}: {error}"
+            return self._published(Cause("failed", self.rank, text, error.exit_code))
+        what = traceback.format_exception_only(error)[-1].strip()
+        place = self.folder / self._error_file
+        return self._published(Cause("failed", self.rank, f"{self._life().named()} failed: {what} (more in {place})"))
+
+    def _published(self, cause: Cause | None) -> Cause | None:
+        """Post a cause; the one that was posted first is what counts."""
+        if cause is None:
+            return None
+        text = json.dumps(asdict(cause) | {"finder": self.rank})
+        return self._read(self._post.ask(lambda store: store.compare_set("cause", _NONE, text), self._silence))
+
+    # --- the end
+
+    def _end(self, cause: Cause) -> None:
+        """Let one rank speak; then let the main thread raise the cause, or end the process where it cannot."""
+        if cause.kind in ("hung", "silent"):
+            self._dump()
+        if self._claims(cause):
+            sys.stderr.write(f"compt: {cause.text}\n")
+            sys.stderr.flush()
+        if cause.kind == "silent" and cause.rank in self._seen:
+            self._kill(self._seen[cause.rank])
+        self._leave(self._silence, cause.rank if cause.kind in ("died", "silent") else -1)
+        if self._error is not None:
+            self._cause = cause
+            self._verdict.set()
+            time.sleep(self._silence)  # the main thread ends the process, unless leaving the group hangs once more
+        sys.stderr.flush()
+        os._exit(cause.exit_code)
+
+    def _claims(self, cause: Cause) -> bool:
+        """Whether this rank is the one to speak: the lowest of those that live and get on."""
+        # Who is to blame may come back to life just now, and is ended by the finder before it has spoken.
+        mute = cause.kind in ("hung", "silent") and cause.rank == self.rank
+        try:
+            if cause.kind == "lost" or cause.finder < 0:
+                raise Lost
+            if not mute:
+                self._post.ask(lambda store: store.set(f"here/{self.rank}", ""), self._silence)
+            time.sleep(1.5 * self._interval)  # by then all others have read the cause too
+            lower = range(self.rank)
+            if mute or self._post.ask(lambda s: any(s.check([f"here/{rank}"]) for rank in lower), self._silence):
+                return False
+        except Lost:
+            time.sleep((1.5 + 1.2 * min(self.rank, 10)) * self._interval)
+        # Also where the store told: those who lose it before they have read the cause find this file.
+        try:
+            return self._write(f"cause-{self._token}.txt", cause.text + "\n", mode="x")
+        except FileExistsError:
+            return False
+
+    def _kill(self, other: Seen) -> None:
+        """End a process of this machine that cannot end itself, and holds memory, ports and the run folder."""
+        if other.life is not None and other.state in ("stopped", "running"):
+            with contextlib.suppress(OSError):
+                os.kill(other.life.pid, signal.SIGKILL)
+
+    def _write(self, name: str, text: str, mode: str = "w") -> bool:
+        """Write a file of the faults' folder; without a disk it stays unwritten. Raises FileExistsError in mode "x"."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / name).open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            raise
+        except OSError:
+            return self.rank <= 1 if mode == "x" else False
+        return True
+
+    def _dump(self) -> None:
+        """Write where every thread of this process is."""
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        beat = self._beat
+        who = f"rank {self.rank} of {self.world}, {socket.gethostname()}, pid {os.getpid()}"
+        head = f"{who}: {self._name} step {beat.step}, {beat.doing} for {time.monotonic() - beat.at:.1f} s\n"
+        name = f"rank-{self.rank}-{stamp}-{os.getpid()}.txt"
+        if not self._write(name, head):
+            faulthandler.dump_traceback(sys.stderr)
+            return
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            faulthandler.dump_traceback(file)
+
+
+def _said(error: BaseException) -> TypeGuard[ComptError]:
+    """Whether an error's message says all there is to know."""
+    return isinstance(error, ComptError) and not isinstance(error, Gone)
+
+
+_open: list[Watch] = []
+_numbers = itertools.count()
+"""Every rank opens as many watches, so that the keys of each are its own."""
+
+
+def beat(step: int, doing: str, patience: float = 1.0) -> None:
+    """`Watch.beat` of the innermost watch; without one nothing."""
+    if _open:
+        _open[-1].beat(step, doing, patience)
+
+
+def alive() -> None:
+    """`Watch.alive` of the innermost watch; without one nothing."""
+    if _open:
+        _open[-1].alive()
+
+
+__all__: Sequence[str] = ("FOLDER", "LONG", "SILENCE", "Cause", "Watch", "alive", "beat", "collective_timeout")

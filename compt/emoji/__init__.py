@@ -1,0 +1,1 @@
+"""The emoji data set of the demo."""

@@ -1,0 +1,255 @@
+"""The emoji data set: colour emoji of seven open styles, 16 English captions each, split by style and concept.
+
+`build` lays the set out as WebDataset shards from the committed sample or from npm. `python -m compt.emoji.build OUT`
+writes the sample itself anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from compt.emoji.concepts import TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels
+from compt.emoji.sample import CELL, read_sample, write_sample
+from compt.emoji.text import subgroup_text
+from compt.errors import DataError, RunError
+from compt.files import new_folder, read_json, sha256_file, write_json
+
+KIND = "compt emoji"
+TRAIN_SHARDS = 8
+TEMPLATES = ("{c}", "a picture of {c}", "an emoji of {c}", "a drawing of {c}")
+LARGEST = 1024
+"""Pixels a side."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """One folder of the set."""
+
+    name: str
+    styles: tuple[str, ...]
+    samples: int
+    concepts: int
+    shards: int
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What `build` laid out. `dropped` counts drawings by style and cause."""
+
+    out: Path
+    size: int
+    source: str
+    splits: tuple[Split, ...]
+    held_out: int
+    dropped: dict[str, int]
+
+    def rows(self) -> list[tuple[str, str, str, str, str]]:
+        """(folder, styles, images, concepts, shards) as text, under `HEADER`."""
+        return [
+            (split.name, ", ".join(split.styles), f"{split.samples:,}", f"{split.concepts:,}", str(split.shards))
+            for split in self.splits
+        ]
+
+
+HEADER = ("folder", "styles", "images", "concepts", "shards")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image of one style."""
+
+    style: str
+    concept: Concept
+    pixels: Pixels
+
+    @property
+    def key(self) -> str:
+        """The sample's key, unique in the whole set."""
+        return f"{self.style}_{self.concept.id}"
+
+
+def build(out: Path, size: int = CELL, from_npm: bool = False, *, progress: bool = False) -> BuildReport:
+    """Lay the set out in `out`: train/, val_style/, test_style/, val_concepts/, test_concepts/ and manifest.json.
+
+    The sample has 32 pixels a side; other sizes need `from_npm`. An `out` that this function made is replaced, any
+    other folder with files in it is refused. The same source gives the same bytes. Raises DataError.
+    """
+    if not 8 <= size <= LARGEST:
+        raise DataError(f"image size {size} is not between 8 and {LARGEST} pixels")
+    if not from_npm and size != CELL:
+        raise DataError(f"the emoji sample has {CELL} pixels a side; add --from-npm to render {size}")
+    _check_free(out)
+    if from_npm:
+        from compt.emoji.packages import read_npm
+
+        return lay_out(read_npm(size, progress=progress), out, "npm")
+    return lay_out(read_sample(), out, "sample")
+
+
+def split(emoji: EmojiSet) -> dict[str, list[Sample]]:
+    """The samples of every folder, shuffled by their keys' hashes.
+
+    No held-out concept and no drawing of the validation and test styles is in `train`. `*_style` holds the concepts
+    that training shows in another style, `*_concepts` those that it shows in none.
+    """
+    training = [style for style in emoji.drawings if style not in (VALIDATION_STYLE, TEST_STYLE)]
+    known = {i for style in training for i in emoji.drawings[style] if not emoji.concepts[i].held_out}
+
+    def chosen(styles: Iterable[str], inside: bool) -> list[Sample]:
+        samples = [
+            Sample(style, emoji.concepts[identity], pixels)
+            for style in styles
+            for identity, pixels in emoji.drawings.get(style, {}).items()
+            if (identity in known) is inside
+        ]
+        return sorted(samples, key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
+
+    return {
+        "train": chosen(training, True),
+        "val_style": chosen([VALIDATION_STYLE], True),
+        "test_style": chosen([TEST_STYLE], True),
+        "val_concepts": chosen([VALIDATION_STYLE], False),
+        "test_concepts": chosen([TEST_STYLE], False),
+    }
+
+
+def lay_out(emoji: EmojiSet, out: Path, source: str) -> BuildReport:
+    """Write the shards, class files and manifest of `emoji`. Raises DataError when `out` cannot be written."""
+    _check_free(out)
+    folders = split(emoji)
+    if not folders["train"]:
+        raise DataError("no training images in the emoji set")
+    groups = list(dict.fromkeys(concept.group for concept in emoji.concepts.values()))
+    subgroups = list(dict.fromkeys(concept.subgroup for concept in emoji.concepts.values()))
+    splits, described = [], {}
+    try:
+        with new_folder(out) as folder:
+            for name, samples in folders.items():
+                place = folder / name
+                place.mkdir()
+                classes = sorted({sample.concept.name for sample in samples}, key=lambda text: (text.casefold(), text))
+                parts = _parts(samples, TRAIN_SHARDS if name == "train" else 1)
+                shards = {}
+                for number, part in enumerate(parts):
+                    path = place / f"emoji-{name.replace('_', '-')}-{number:06d}.tar"
+                    _write_shard(
+                        path, part, {} if name == "train" else _index(classes), _index(groups), _index(subgroups)
+                    )
+                    shards[path.name] = {"samples": len(part), "sha256": sha256_file(path)}
+                if name != "train":
+                    _lines(place / "classnames.txt", classes)
+                    _lines(place / "classnames_group.txt", [subgroup_text(group) for group in groups])
+                    _lines(place / "classnames_subgroup.txt", [subgroup_text(subgroup) for subgroup in subgroups])
+                    _lines(place / "zeroshot_classification_templates.txt", TEMPLATES)
+                counts = Counter(sample.style for sample in samples)
+                splits.append(Split(name, tuple(counts), len(samples), len(classes), len(shards)))
+                described[name] = {
+                    "samples": len(samples),
+                    "concepts": len(classes),
+                    "styles": dict(sorted(counts.items())),
+                    "shards": shards,
+                }
+            held_out = sum(concept.held_out for concept in emoji.concepts.values())
+            manifest = {
+                "kind": KIND,
+                "size": emoji.size,
+                "source": source,
+                "held_out_concepts": held_out,
+                "splits": described,
+                "sources": emoji.sources,
+                "dropped": dict(sorted(emoji.dropped.items())),
+            }
+            write_json(folder / "manifest.json", manifest)
+    except RunError as error:
+        raise DataError(str(error)) from error
+    return BuildReport(out, emoji.size, source, tuple(splits), held_out, dict(emoji.dropped))
+
+
+def _check_free(out: Path) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise DataError(f"{out} is a file; name a folder")
+    if not any(out.iterdir()):
+        return
+    try:
+        ours = read_json(out / "manifest.json")["kind"] == KIND
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise DataError(f"{out} holds other files; name a new folder")
+
+
+def _parts(samples: list[Sample], count: int) -> list[list[Sample]]:
+    """`count` runs of nearly equal length, none of them empty."""
+    count = min(count, len(samples))
+    edges = [len(samples) * number // count for number in range(count + 1)] if count else [0]
+    return [samples[start:end] for start, end in itertools.pairwise(edges)]
+
+
+def _index(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _lines(path: Path, lines: Iterable[str]) -> None:
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def _encode(pixels: Pixels) -> bytes:
+    """PNG without compression: quickest to decode, and the same bytes whatever zlib wrote it."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=0)
+    return file.getvalue()
+
+
+def _write_shard(
+    path: Path, samples: Iterable[Sample], classes: dict[str, int], groups: dict[str, int], subgroups: dict[str, int]
+) -> None:
+    """`<key>.png`, `<key>.json` and, where there are `classes`, `<key>.cls`."""
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
+        for sample in samples:
+            concept = sample.concept
+            text: dict[str, Any] = {
+                "captions": list(concept.captions),
+                "name": concept.name,
+                "concept": concept.id,
+                "style": sample.style,
+                "group": groups[concept.group],
+                "subgroup": subgroups[concept.subgroup],
+            }
+            members = {"png": _encode(sample.pixels), "json": json.dumps(text).encode()}
+            if classes:
+                members["cls"] = str(classes[concept.name]).encode()
+            for extension, data in members.items():
+                # A fresh TarInfo has mtime 0, owner 0 and mode 644: nothing of this machine gets into the shard.
+                member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the sample anew from npm into the one folder named."""
+    from compt.emoji.packages import read_npm
+
+    if len(arguments) != 1:
+        raise SystemExit("usage: python -m compt.emoji.build OUT")
+    try:
+        write_sample(Path(arguments[0]), read_npm(CELL, progress=True))
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

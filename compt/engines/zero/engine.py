@@ -1,0 +1,319 @@
+"""DeepSpeed's ZeRO, stages 0 to 3: the optimizer, gradients and weights in shards."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from compt.dist import collectives as dist
+from compt.engines.average import Average
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, parameter_groups
+from compt.engines.blocks import compile_blocks, compute_exactly, fill, models_in, recompute_blocks
+from compt.engines.scale import LossScale
+from compt.engines.state_dcp import check_names
+from compt.engines.zero.parts import Parts
+from compt.engines.zero.start import destroy, fill_partitioned, forget_module, start_deepspeed
+from compt.engines.zero.state import open_average, open_zero, save_zero, take_moments
+from compt.models.clip import shardable_blocks
+from compt.weights.lazy import Weights
+
+__all__ = ["ZeroEngine", "open_average"]
+
+
+class ZeroEngine:
+    """Trains a module under DeepSpeed (`Engine` says what each method does).
+
+    `config` is DeepSpeed's JSON for this stage, as `compt.recipe.deepspeed` makes it: how the state is cut up and sent
+    around. What is computed is said by the other arguments, and DeepSpeed's own words for it are left out of `config`:
+    parameters are fp32 and computed with under autocast, as in the other engines; accumulation, clipping and the fp16
+    loss scale are the caller's and this class's. At stage 3 no rank ever holds a whole module from the "meta" device.
+    """
+
+    format: Literal["dcp", "deepspeed"] = "deepspeed"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        settings: AdamWSettings | None = None,
+        *,
+        stage: int,
+        config: Mapping[str, Any] | None = None,
+        precision: Precision = "fp32",
+        device: torch.device | str = "cpu",
+        initial: Mapping[str, Tensor] | None = None,
+        caps: Mapping[str, float] | None = None,
+        ema_decay: float | None = None,
+        compile: bool = False,
+        recompute: bool = False,
+    ) -> None:
+        check_precision(precision)
+        settings = settings or AdamWSettings()
+        self.rank = dist.rank()
+        self.world_size = dist.world_size()
+        self.device = torch.device(device)
+        self.precision = precision
+        self.stage = stage
+        self.unwrapped = module
+        self._deepspeed = start_deepspeed(self.device)
+        json = _complete(config or {}, stage, self.world_size)
+        compute_exactly(self.device)
+        groups = _named_groups(module, settings)  # before a parameter is cut up, and has no shape of its own
+        if initial is not None and stage == 3:
+            fill_partitioned(self._deepspeed, module, initial, self.device, json)
+        elif initial is not None:
+            fill(module, initial, self.device)
+        if recompute:
+            recompute_blocks(module)
+        if compile:
+            # A part of a block that is still cut up has no shape that Dynamo could trace.
+            compile_blocks(module, hooked=stage != 3)
+        self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        # On a CPU too: DeepSpeed's own for that is compiled at first use, and this one has all it needs.
+        self.optimizer = torch.optim.AdamW(
+            [{**group, "params": [self._trained[name] for name in group["params"]]} for group in groups],
+            lr=0.0,
+            betas=settings.betas,
+            eps=settings.eps,
+            fused=True,
+        )
+        self._order = [name for group in groups for name in group["params"]]
+        self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
+        forget_module(module)
+        dist.share_timeout()
+        if compile and stage == 3:
+            self._gather_blocks_whole()
+        # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
+        weakref.finalize(self, destroy, self._engine).atexit = False
+        # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
+        # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
+        self._engine._config.torch_autocast_enabled = precision != "fp32"
+        self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
+        self._parts = Parts(stage, self._zero, self._trained)
+        # With ZeRO on the CPU: DeepSpeed takes it as a number, and says without a GPU whether a step was skipped.
+        self._scale = LossScale(torch.device("cpu") if stage else self.device) if precision == "fp16" else None
+        self._caps = dict(caps or {})
+        # Before DeepSpeed copies what was stepped to the module.
+        self.optimizer.register_step_post_hook(_weakly(self._cap))
+        self._average = None if ema_decay is None else Average(self._vectors(), ema_decay)
+
+    def _vectors(self) -> dict[str, Tensor]:
+        return {str(number): self._parts.weight(number) for number in range(len(self._parts.masters))}
+
+    def _average_vector(self, number: int) -> Tensor:
+        assert self._average is not None
+        return self._average.tensors[str(number)]
+
+    @torch.no_grad()
+    def _cap(self) -> None:
+        stepped = {id(vector) for group in self.optimizer.param_groups for vector in group["params"]}
+        skipped = getattr(self.optimizer, "found_inf", torch.zeros(())) > 0
+        for name, most in self._caps.items():
+            # DeepSpeed steps one vector after another.
+            if id(self._parts.masters[self._parts.where[name].vector]) in stepped:
+                held = self._parts.held(name, self._parts.weight)
+                held.copy_(torch.where(skipped.to(held.device), held, held.clamp(max=most)))
+
+    def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
+        """Outputs of the module, in mixed precision."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        outputs: dict[str, Tensor] = self._engine(*inputs)
+        return outputs
+
+    def backward(self, loss: Tensor, *, last: bool = True) -> None:
+        """Backward of `loss`, scaled in fp16. Stages 2 and 3 average gradients in each, the others in the `last`."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self._scale and self.stage:
+            self._zero.override_loss_scale(float(self._scale.scale))
+        elif self._scale:
+            loss = loss * self._scale.scale
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and gradient of each trained parameter; zeros where there is none."""
+        latest: tuple[int, Tensor] | None = None
+        for name, part in self._parts.where.items():
+            if latest is None or latest[0] != part.vector:
+                latest = (part.vector, self._parts.gradient(part.vector))
+            whole = self._parts.whole(name, part.of(latest[1]), self.device)
+            yield name, whole / float(self._scale.scale) if self._scale else whole
+
+    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """Clip, AdamW, caps, average. With ZeRO the norm is waited for: DeepSpeed asks whether it is finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        norm = self._step_shards(max_norm) if self.stage else self._step_whole(max_norm)
+        finite = norm.isfinite()
+        if self._scale:
+            self._scale.update(torch.tensor(float(self._zero.overflow)) if self.stage else (~finite).float())
+        if self._average:
+            self._average.update(finite)
+        return norm
+
+    def _step_shards(self, max_norm: float | None) -> Tensor:
+        self._zero.clip_grad = max_norm or 0.0
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        return torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self.device)
+
+    def _step_whole(self, max_norm: float | None) -> Tensor:
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
+        if self._scale:
+            torch._foreach_div_(gradients, self._scale.scale)
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
+        if max_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self._trained.values(), max_norm, norm)
+        # The fused kernel's own switch, made for GradScaler: a nonzero value turns the step into nothing.
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        del self.optimizer.found_inf  # type: ignore[attr-defined]
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Name and fp32 value of each parameter and buffer."""
+        vectors = self._average_vector if average and self._average else self._parts.weight
+        for name, tensor in self.unwrapped.state_dict(keep_vars=True).items():
+            if name in self._trained:
+                yield name, self._parts.whole(name, self._parts.held(name, vectors), self.device)
+            else:
+                with self._deepspeed.zero.GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
+                    whole = tensor.detach().to("cpu", copy=True)
+                yield name, whole
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Evaluation mode. At stage 3 every rank holds the whole module meanwhile."""
+        training = self.unwrapped.training
+        self.unwrapped.eval()
+        try:
+            with torch.no_grad(), self._gathered():
+                yield
+        finally:
+            self.unwrapped.train(training)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[None]:
+        if self.stage != 3:
+            yield
+            return
+        with self._deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters())):
+            # The hooks would gather and give up weights block by block, on all ranks together.
+            home = self._zero.parameter_offload
+            # And the one at the start of the module's forward would compare the ranks' order of blocks.
+            start = home.module._forward_pre_hooks[home.fwd_pre_hook.id]
+            home.fwd_pre_hook.remove()
+            self._unhook()
+            try:
+                yield
+            finally:
+                home.fwd_pre_hook = home.module.register_forward_pre_hook(start)
+                self._hook()
+
+    def _unhook(self) -> None:
+        home = self._zero.parameter_offload
+        for hook in (*home.forward_hooks, *home.backward_hooks):
+            hook.remove()
+        home.forward_hooks, home.backward_hooks = [], []
+
+    def _hook(self) -> None:
+        home = self._zero.parameter_offload
+        home._register_deepspeed_module(home.module)
+
+    def _gather_blocks_whole(self) -> None:
+        """Gather all of a block before its forward, instead of part by part while it runs."""
+        self._unhook()
+        # Not before DeepSpeed's start: it would sum the gradients of such a leaf at each call of the block, and a block
+        # is called for captions of each length in one forward.
+        for model in models_in(self.unwrapped):
+            for block in shardable_blocks(model):
+                self._deepspeed.utils.set_z3_leaf_module(block, True)
+        self._hook()
+
+    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
+        """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background: it is done on return."""
+        note: dict[str, Any] = {"stage": self.stage, "names": self._order}
+        if self._scale:
+            note |= {name: tensor.item() for name, tensor in self._scale.state().items()}
+        files = save_zero(self._engine, self._parts, self._average, note, folder)
+        return lambda: files
+
+    @torch.no_grad()
+    def load(self, folder: Path) -> None:
+        """The inverse; another number of ranks, and another stage, may have saved."""
+        own = self._shapes()
+        state, average = dist.on_all(lambda: open_zero(Path(folder), self._parts, own, self._average is not None))
+        self._take(state.weights)
+        if self._average and average:
+            for name in self._trained:
+                self._parts.take(name, average[name], self._average_vector)
+            self._average.updates.fill_(average.updates)
+        take_moments(self._parts, self.optimizer, state)
+        if self._scale:
+            own_scale = self._scale.state()
+            self._scale.load({name: torch.as_tensor(state.noted.get(name, own_scale[name])) for name in own_scale})
+
+    @torch.no_grad()
+    def set_weights(self, weights: Weights) -> None:
+        """Take over other values of the module's state; moments and average stay. All ranks call it.
+
+        Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
+        """
+        own = self._shapes()
+        dist.on_all(lambda: check_names(own, {name: tuple(weights.shape(name)) for name in weights}))
+        self._take(weights)
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        state = self.unwrapped.state_dict(keep_vars=True)
+        return {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in state.items()}
+
+    def _take(self, weights: Mapping[str, Tensor]) -> None:
+        for name, tensor in self.unwrapped.state_dict(keep_vars=True).items():
+            if name in self._trained:
+                self._parts.take(name, weights[name], self._parts.weight)
+            else:
+                gathered = hasattr(tensor, "ds_id")
+                with self._deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=gathered):
+                    tensor.copy_(weights[name])
+        self._parts.publish()
+
+
+def _weakly(method: Callable[[], None]) -> Callable[..., None]:
+    """Calls a method as long as its object is there, and does not hold it."""
+    found = weakref.WeakMethod(method)
+
+    def call(*_: Any) -> None:
+        alive = found()
+        if alive is not None:
+            alive()
+
+    return call
+
+
+def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:
+    """AdamW's groups, of the names of parameters."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    groups = parameter_groups(module, settings.weight_decay)
+    return [{**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
+
+
+def _complete(config: Mapping[str, Any], stage: int, world_size: int) -> dict[str, Any]:
+    """What DeepSpeed is given: `config` with what it must have, and without what is done here."""
+    json = copy.deepcopy(dict(config))
+    zero = json.setdefault("zero_optimization", {})
+    zero["stage"] = stage
+    # It would put its own function in the place of torch's for the whole process.
+    zero["memory_efficient_linear"] = False
+    # DeepSpeed counts neither samples nor pieces: the caller says which backward is the last.
+    json |= {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    json["zero_force_ds_cpu_optimizer"] = False
+    json["gradient_clipping"] = 0.0
+    for key in ("optimizer", "scheduler", "bf16", "fp16", "torch_autocast"):
+        json.pop(key, None)
+    return json

@@ -1,0 +1,127 @@
+"""Starting DeepSpeed in a process: its accelerator, its process group, a module in shards from the first moment on."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from compt.dist import collectives as dist
+from compt.engines.blocks import models_in
+from compt.errors import ArtefactError, ConfigError
+from compt.models.clip import set_buffers
+
+_LISTED = 8
+
+
+def start_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed for `device`, in the process group that there is, or in one of this process alone.
+
+    Raises ConfigError where it is not installed, or serves another kind of device in this process already.
+    """
+    # It would otherwise look for a CUDA compiler, and take whatever device it finds.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")
+    if device.type == "cuda":
+        # For DeepSpeed that is the number of the GPU, then and later; Slurm may show each process its own alone.
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    if not torch_dist.is_initialized():
+        store = torch_dist.HashStore()  # type: ignore[attr-defined]
+        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+        backend = importlib.import_module("deepspeed.comm.torch")
+    except ImportError as error:
+        hint = "pip install 'compt[deepspeed]'"
+        raise ConfigError(f"engine.name zero…: DeepSpeed cannot be imported ({error}): {hint}") from error
+    found = deepspeed.accelerator.get_accelerator().device_name()
+    if found != device.type:
+        raise ConfigError(f"DeepSpeed runs on '{found}' in this process (DS_ACCELERATOR), not on '{device.type}'")
+    # A faster all-reduce between processes of one machine, which it would compile for half a minute first.
+    vars(backend)["build_shm_op"] = lambda: None
+    # Or its configuration, which stage 3 asks for before anything is initialized, would count one process.
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # What it warns of, as each skipped step, is in the metrics.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    return deepspeed
+
+
+def forget_module(module: nn.Module) -> None:
+    """Take an initialized module out of DeepSpeed's global lists, which would keep its shards for ever."""
+    debug = importlib.import_module("deepspeed.utils.debug")
+    vars(debug).update(module_names={}, param_names={})
+    # Its own hooks put it here for each forward.
+    stack = importlib.import_module("deepspeed.runtime.zero.parameter_offload").FWD_MODULE_STACK
+    stack[:] = [each for each in stack if each is not module]
+
+
+def destroy(engine: Any) -> None:
+    """Take DeepSpeed's hooks off an engine that is not needed any more, and its modules out of a cache for all engines.
+
+    From the second forward on, stage 3 notes there what to give up when; nobody else ever takes anything out.
+    """
+    engine.destroy()
+    coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")
+    for function in vars(coordinator.PartitionedParameterCoordinator).values():
+        # Another decorator hides the cache.
+        for cell in getattr(function, "__closure__", None) or ():
+            getattr(cell.cell_contents, "cache_clear", lambda: None)()
+
+
+def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
+    """Raises ArtefactError, on all ranks, where `initial` is not the state of `module`; nothing is read for it."""
+    dist.on_all(lambda: _check(module, initial))
+
+
+def _check(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
+    shape_of: Callable[[str], Sequence[int]] = getattr(initial, "shape", lambda name: initial[name].shape)
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    names = set(initial)  # asking a mapping whether it has a name may read the tensor
+    problems = [f"{name} is missing" for name in own if name not in names]
+    problems += [f"{name} is unexpected" for name in sorted(names) if name not in own]
+    for name, shape in own.items():
+        found = tuple(shape_of(name)) if name in names else shape
+        if found != shape and not (math.prod(found) == math.prod(shape) == 1):
+            problems.append(f"{name} has shape {list(found)} instead of {list(shape)}")
+    if problems:
+        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ArtefactError("these weights are of another model: " + "; ".join(problems[:_LISTED]) + more)
+
+
+@torch.no_grad()
+def fill_partitioned(
+    deepspeed: ModuleType,
+    module: nn.Module,
+    initial: Mapping[str, Tensor],
+    device: torch.device,
+    config: dict[str, Any],
+) -> None:
+    """Give a module from the "meta" device its values and cut each parameter into shards before the next is read.
+
+    Of the whole module a rank never holds more than one parameter and its own shards. The ranks read the same values.
+    """
+    check_initial(module, initial)
+    cutter = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
+    for name, parameter in list(module.named_parameters()):
+        home, _, key = name.rpartition(".")
+        value = initial[name].to(device, torch.float32, copy=True).reshape(parameter.shape)
+        whole = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(module.get_submodule(home), key, whole)
+        cutter._convert_to_zero_parameters([whole])
+    for part in module.modules():
+        for key, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                part._buffers[key] = torch.empty_like(buffer, device=device)
+    for model in models_in(module):
+        set_buffers(model)
+    kept = {name for name, _ in module.named_buffers()} & set(module.state_dict())
+    for name in kept:
+        module.get_buffer(name).copy_(initial[name])

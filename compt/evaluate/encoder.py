@@ -1,0 +1,142 @@
+"""What zero-shot, retrieval and validation share: a frozen model, its features, and results on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional
+
+from compt.data.batch import EvalBatch
+from compt.dist import collectives as dist
+from compt.dist.watch.thread import alive
+from compt.errors import DataError
+from compt.files import write_bytes, write_json
+from compt.models.pixels import to_input
+
+Tokenize = Callable[[list[str]], Tensor]
+"""Texts to int64 [N, context_length], as open_clip's tokenizers do."""
+Arrays = dict[str, NDArray[Any]]
+
+EXAMPLES = 3
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Unit features in fp32 from a CLIP model (ours or open_clip's own), computed in `dtype`."""
+
+    model: nn.Module
+    mean: Sequence[float]
+    std: Sequence[float]
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies."""
+        return next(self.model.parameters()).device
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Evaluation mode without gradients; the model's own mode comes back at the end."""
+        training = self.model.training
+        self.model.eval()
+        autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        try:
+            with torch.no_grad(), autocast:
+                yield
+        finally:
+            self.model.train(training)
+
+    def images(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> fp32 [B, D] of length one."""
+        pixels = to_input(images.to(self.device, non_blocking=True), self.mean, self.std)
+        return functional.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
+
+    def texts(self, tokens: Tensor) -> Tensor:
+        """int64 [N, L] -> fp32 [N, D] of length one."""
+        return functional.normalize(self.model.encode_text(tokens.to(self.device)).float(), dim=-1)  # type: ignore[operator]
+
+
+class Losses:
+    """Samples that could not be read, counted by cause over all ranks."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._examples: list[str] = []
+
+    def add(self, batch: EvalBatch) -> None:
+        """Note what is missing from a batch."""
+        self._counts.update(batch.skipped)
+        self._examples += batch.bad[: EXAMPLES - len(self._examples)]
+
+    def over_ranks(self) -> tuple[dict[str, int], list[str]]:
+        """Counts by cause and a few of the samples, the same on every rank."""
+        counts: Counter[str] = Counter()
+        examples: list[str] = []
+        for other, named in dist.gather_objects((dict(self._counts), self._examples)):
+            counts.update(other)
+            examples += named
+        return dict(counts), sorted(examples)[:EXAMPLES]
+
+
+def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) -> Losses:
+    """Call `use` for every batch of this rank that has an image. A DataError on one rank is raised on all of them."""
+    losses, fault = Losses(), ""
+    try:
+        for batch in loader:
+            alive()
+            losses.add(batch)
+            if len(batch):
+                use(batch)
+    except DataError as error:
+        fault = str(error)
+    # Without this the other ranks would wait in their next collective for the one that left.
+    faults = [text for text in dist.gather_objects(fault) if text]
+    if faults:
+        raise DataError(faults[0])
+    return losses
+
+
+def by_id(rows: Tensor) -> NDArray[np.int64]:
+    """int64 [n_r, C] with the sample id in column 0, of every rank -> [n, C] of all in ascending order of ids.
+
+    Raises ValueError when an id comes twice: the loader did not share the samples out.
+    """
+    every = dist.gather(rows).cpu().numpy()
+    every = every[every[:, 0].argsort(kind="stable")]
+    if len(every) > 1 and (every[1:, 0] == every[:-1, 0]).any():
+        raise ValueError("an evaluation sample was seen twice")
+    return every
+
+
+def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Write FOLDER/NAME.npz (plain arrays), then FOLDER/NAME.json, each atomically. Raises RunError.
+
+    A slash and the like in NAME are written as in a URL.
+    """
+    name = quote(name, safe=" ()")
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    write_bytes(folder / f"{name}.npz", buffer.getbuffer())
+    write_json(folder / f"{name}.json", record)
+
+
+def load_arrays(path: Path) -> Arrays:
+    """The arrays of a result's .npz, read without pickle. Raises DataError when it is missing or torn."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            return {key: stored[key] for key in stored.files}
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from error

@@ -1,0 +1,310 @@
+"""What an expansion does to a model, measured at step 0: scores of teacher, student and a random model, and features.
+
+Where the plan promises that a tower computes what it did, that is checked in float64: with weights that are expanded in
+float64 as well, so that only the operators can be to blame.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compt.data.batch import Batch
+from compt.data.index import open_index
+from compt.data.loaders import fixed_caption_batches
+from compt.dist import collectives as dist
+from compt.errors import ArtefactError, DataError
+from compt.evaluate.encoder import Encoder
+from compt.evaluate.folder import class_folders_of
+from compt.evaluate.sets import EvalSettings, evaluate_set, labelled
+from compt.evaluate.validation import validation_loss
+from compt.evaluate.zeroshot import ZeroShotResult, fill
+from compt.expand.execute import expand
+from compt.expand.plan import Plan
+from compt.models.clip import ClipModel, build, materialise
+from compt.models.growth import TOWERS
+from compt.models.init import init_parameters, load_state
+from compt.models.pixels import to_input
+from compt.models.presets import ModelSpec
+from compt.recipe.read import EvalSet
+from compt.weights.artefact import Artefact
+
+TOLERANCE = 1e-10
+"""Features of length one, in float64, differ by less where a plan promises exactness."""
+
+COMPARED = 64
+"""Pairs of each rank whose features are compared in float32."""
+
+COMPARED_EXACTLY = 16
+"""Pairs of each rank whose features are compared in float64."""
+
+MODELS = ("teacher", "student", "random")
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of one model. `loss`: contrastive loss in nats; `top1`, `top5` in percent (`top5` None for five classes)."""
+
+    loss: float
+    top1: float
+    top5: float | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far the features of a tower, of length one, moved: the largest absolute difference of an element.
+
+    Where the joint embedding grew it is that of the dot products between the features of one tower. `reasons`: why
+    the plan does not promise exactness; `float64` is measured where there is none.
+    """
+
+    float32: float
+    float64: float | None
+    reasons: tuple[str, ...]
+
+    @property
+    def kept(self) -> bool:
+        """False where a promise is broken."""
+        return bool(self.reasons) or (self.float64 is not None and self.float64 < TOLERANCE)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` found. `dot_products`: of an image with a text, in float64, where both towers are promised."""
+
+    scores: dict[str, Scores]
+    differences: dict[str, Difference]
+    dot_products: float | None
+    samples: int
+    classes: int
+    batch: int
+    captions: str
+    skipped: int
+
+    def broken(self) -> list[str]:
+        """One line for each promise that does not hold."""
+        found = [
+            f"{tower} tower: its features differ by {difference.float64:.1e}, the plan promises less than {TOLERANCE:g}"
+            for tower, difference in self.differences.items()
+            if not difference.kept
+        ]
+        # A NaN is not below any bound.
+        if self.dot_products is not None and not found and not self.dot_products < TOLERANCE:
+            found.append(f"dot products of images with texts differ by {self.dot_products:.1e}, both towers are exact")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "scores": {name: vars(scores) for name, scores in self.scores.items()},
+            "features": {
+                tower: {**vars(part), "reasons": list(part.reasons), "promised": not part.reasons, "kept": part.kept}
+                for tower, part in self.differences.items()
+            },
+            "dot_products_float64": self.dot_products,
+            "tolerance": TOLERANCE,
+            "kept": not self.broken(),
+            "samples": self.samples,
+            "classes": self.classes,
+            "batch": self.batch,
+            "captions": self.captions,
+            "skipped": self.skipped,
+        }
+
+
+@dataclass(frozen=True)
+class _Doubled(Mapping[str, Tensor]):
+    """Weights in float64, one at a time."""
+
+    state: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.state[name].double()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+@dataclass(frozen=True)
+class _Pairs:
+    """Pictures with captions: of the shards, or, where these have none, class names in the first template."""
+
+    item: EvalSet
+    settings: EvalSettings
+
+    def __post_init__(self) -> None:
+        if self.item.task != "zeroshot":
+            raise DataError(f"evaluation set '{self.item.name}': an expansion is verified on a set with classes")
+
+    @property
+    def captioned(self) -> bool:
+        """Whether the data bring captions."""
+        if class_folders_of(self.item.data, self.settings.base) is not None:
+            return False
+        index = open_index(self.item.data, self.settings.base, self.settings.index_dir)
+        return bool(index.column("captions").any())
+
+    def batches(self, spec: ModelSpec) -> Iterable[Batch]:
+        """This rank's, tokens [B, 1, T]; the same for every model of the same picture size and context."""
+        settings = self.settings
+        if self.captioned:
+            return fixed_caption_batches(
+                open_index(self.item.data, settings.base, settings.index_dir),
+                batch=settings.batch,
+                image_size=spec.image_size,
+                captions=1,
+                context_length=spec.context_length,
+                rank=dist.rank(),
+                world_size=dist.world_size(),
+                workers=settings.workers,
+            )
+        return self._named(spec)
+
+    def _named(self, spec: ModelSpec) -> Iterator[Batch]:
+        from open_clip.tokenizer import SimpleTokenizer
+
+        loader, names, templates = labelled(self.item, self.settings, spec.image_size)
+        tokenize = SimpleTokenizer(context_length=spec.context_length)
+        for batch in loader:
+            if len(batch) and batch.labels is not None and int(batch.labels.max()) < len(names):
+                texts = [fill(templates[0], names[label]) for label in batch.labels.tolist()]
+                yield Batch(batch.images, tokenize(texts)[:, None], batch.keys)
+
+
+Features = dict[str, Tensor]
+
+
+def _features(model: ClipModel, pairs: _Pairs, count: int) -> Features:
+    """Features of length one of this rank's first pairs, [count, embed_dim] a tower, in the model's dtype."""
+    encoder = Encoder(model, pairs.settings.mean, pairs.settings.std)
+    found: dict[str, list[Tensor]] = {tower: [] for tower in TOWERS}
+    left = count
+    with encoder.frozen():
+        for batch in itertools.islice(pairs.batches(model.spec), count):
+            images, tokens = batch.images[:left].to(encoder.device), batch.tokens[:left, 0].to(encoder.device)
+            pixels = to_input(images, encoder.mean, encoder.std).to(model.logit_scale.dtype)
+            found["image"].append(functional.normalize(model.encode_image(pixels), dim=-1))
+            found["text"].append(functional.normalize(model.encode_text(tokens), dim=-1))
+            left -= len(images)
+            if not left:
+                break
+    empty = torch.zeros(0, model.spec.embed_dim, dtype=model.logit_scale.dtype, device=encoder.device)
+    return {tower: torch.cat([empty, *parts]) for tower, parts in found.items()}
+
+
+def _moved(before: Tensor, after: Tensor) -> float:
+    """The largest difference over all ranks, inf where there is a NaN; dot products where the embedding grew."""
+    if before.shape != after.shape:
+        before, after = before @ before.T, after @ after.T
+    return _largest(before, after)
+
+
+def _largest(before: Tensor, after: Tensor) -> float:
+    difference = (before - after).abs().nan_to_num(nan=float("inf"))
+    return dist.all_reduce_max(float(difference.max()) if difference.numel() else 0.0)
+
+
+def _empty(spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipModel:
+    model = build(spec, device="meta")
+    model.to(dtype)
+    materialise(model, device)
+    return model
+
+
+def _loaded(
+    spec: ModelSpec, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+) -> ClipModel:
+    model = _empty(spec, device, dtype)
+    load_state(model, state)
+    return model
+
+
+def verify(
+    teacher: Artefact,
+    plan: Plan,
+    seed: int,
+    item: EvalSet,
+    settings: EvalSettings,
+    *,
+    student: Artefact | None = None,
+    average: Mapping[str, Tensor] | None = None,
+    device: torch.device | str = "cpu",
+    say: Say = lambda text: None,
+) -> Verification:
+    """Score teacher, expanded student and a random student on one zero-shot set, and compare features.
+
+    `student` is the model that was written; without it the expansion is done in memory. The random student has the
+    initialization of `seed`. `settings` gives the batch (pictures of a step and of a contrastive loss) and the dtype of
+    the scores. One model is held at a time; all ranks call it. Raises DataError for data that cannot be used.
+    """
+    place = torch.device(device)
+    pairs = _Pairs(item, settings)
+    scores: dict[str, Scores] = {}
+    features: dict[str, Features] = {}
+    results: list[ZeroShotResult] = []
+
+    def use(name: str, model: ClipModel) -> None:
+        say(f"scoring the {name} student" if name == "random" else f"scoring the {name}")
+        encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+        loss = validation_loss(encoder, pairs.batches(model.spec))
+        result = evaluate_set(model, item, settings)
+        assert isinstance(result, ZeroShotResult)
+        scores[name] = Scores(loss, result.top1, result.top5)
+        results.append(result)
+        features[name] = _features(model, pairs, COMPARED)
+
+    use("teacher", _loaded(teacher.spec, teacher.state, place))
+    state = student.state if student is not None else expand(plan, teacher.state, seed, average)
+    use("student", _loaded(plan.student, state, place))
+    random = _empty(plan.student, place)
+    init_parameters(random, plan.student, seed)
+    use("random", random)
+    del random
+
+    exact: dict[str, float] = {}
+    dot_products = None
+    if not all(plan.inexact[tower] for tower in TOWERS):
+        say("comparing in float64")
+        before = _features(
+            _loaded(teacher.spec, _Doubled(teacher.state), place, torch.float64), pairs, COMPARED_EXACTLY
+        )
+        doubled = expand(plan, _Doubled(teacher.state), seed, _Doubled(average) if average is not None else None)
+        after = _features(_loaded(plan.student, doubled, place, torch.float64), pairs, COMPARED_EXACTLY)
+        exact = {tower: _moved(before[tower], after[tower]) for tower in TOWERS if not plan.inexact[tower]}
+        if len(exact) == len(TOWERS):
+            old, new = (part["image"] @ part["text"].T for part in (before, after))
+            dot_products = _largest(old, new)
+    differences: dict[str, Difference] = {
+        tower: Difference(
+            _moved(features["teacher"][tower], features["student"][tower]), exact.get(tower), plan.inexact[tower]
+        )
+        for tower in TOWERS
+    }
+    return Verification(
+        scores,
+        differences,
+        dot_products,
+        samples=results[0].n,
+        classes=results[0].classes,
+        batch=settings.batch,
+        captions="of the data" if pairs.captioned else "class names",
+        skipped=sum(results[0].skipped.values()),
+    )
+
+
+def check_kept(found: Verification, name: str) -> None:
+    """Raise ArtefactError where a promise is broken, naming the towers."""
+    broken = found.broken()
+    if broken:
+        raise ArtefactError(f"{name}: the expansion does not keep its promise: {'; '.join(broken)}")

@@ -1,0 +1,93 @@
+"""What a recipe's evaluation section asks of a model, during training and at its end."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compt.data.index import open_index
+from compt.data.loaders import fixed_caption_batches
+from compt.dist import collectives as dist
+from compt.engines.base import COMPUTE_DTYPES
+from compt.evaluate.contact import save_contact_sheet
+from compt.evaluate.encoder import Encoder
+from compt.evaluate.sets import EvalSettings, class_names, evaluate_set
+from compt.evaluate.validation import validation_loss
+from compt.evaluate.zeroshot import ZeroShotResult
+from compt.models.clip import ClipModel
+from compt.recipe.read import Recipe
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores models as `recipe` says; relative paths start at `base`. All ranks call its methods together."""
+
+    recipe: Recipe
+    base: Path
+
+    @property
+    def settings(self) -> EvalSettings:
+        """How sets are evaluated."""
+        recipe = self.recipe
+        return EvalSettings(
+            recipe.data.mean,
+            recipe.data.std,
+            base=self.base,
+            batch=recipe.evaluation.batch,
+            workers=recipe.engine.workers,
+            dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+        )
+
+    @property
+    def looks_on(self) -> bool:
+        """Whether there is something to look at before the end of a training."""
+        evaluation = self.recipe.evaluation
+        return bool(evaluation.validation) or any(item.role == "select" for item in evaluation.sets)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there is something to score at all."""
+        return self.looks_on or bool(self.recipe.evaluation.sets)
+
+    def held_out_loss(self, model: ClipModel) -> dict[str, float]:
+        """{"validation_loss": …}, the contrastive loss on the validation shards; {} where the recipe has none."""
+        recipe, settings = self.recipe, self.settings
+        if not recipe.evaluation.validation:
+            return {}
+        index = dist.on_all(lambda: open_index(recipe.evaluation.validation, self.base))
+        batches = fixed_caption_batches(
+            index,
+            batch=recipe.optimizer.batch,
+            image_size=model.spec.image_size,
+            captions=recipe.data.captions,
+            context_length=model.spec.context_length,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+        )
+        encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+        return {"validation_loss": validation_loss(encoder, batches, recipe.optimizer.image_to_text)}
+
+    def during_training(self, model: ClipModel) -> dict[str, float]:
+        """What may be looked at before the end: the validation loss and the `select` sets."""
+        scores = self.held_out_loss(model)
+        for item in self.recipe.evaluation.sets:
+            if item.role == "select":
+                result = evaluate_set(model, item, self.settings)
+                scores |= {f"{item.name}/{key}": value for key, value in result.headline().items()}
+        return scores
+
+    def at_the_end(self, model: ClipModel, folder: Path) -> dict[str, Any]:
+        """Score every set; the answers to single samples, and the pictures of a contact sheet, go to `folder`."""
+        evaluation, settings = self.recipe.evaluation, self.settings
+        scores: dict[str, Any] = {}
+        for item in evaluation.sets:
+            result = evaluate_set(model, item, settings)
+            dist.on_main(functools.partial(result.save, folder))
+            scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
+            if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
+                names, size = class_names(item, settings), model.spec.image_size
+                sheet = functools.partial(save_contact_sheet, folder, item, self.base, names)
+                dist.on_main(functools.partial(sheet, result.ids, result.labels, size))
+        return scores

@@ -1,0 +1,1 @@
+"""From a recipe to jobs, and what they need of machines: time, memory, disk."""

@@ -1,0 +1,411 @@
+"""What a plan asks of machines: GPU-hours, memory of a GPU, disk, and what a chain saves. No torch in here.
+
+Joins the jobs of `compt.plan.jobs` with the speeds of `compt.cost.speed` and the memory of `compt.cost.memory`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from compt.cost.counts import parameters
+from compt.cost.gpus import Device
+from compt.cost.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes
+from compt.cost.speed import Throughput
+from compt.cost.training import Mode
+from compt.errors import ConfigError
+from compt.plan.forecast_memory import memory_of
+from compt.plan.growth import broken_promises
+from compt.plan.hours import Hours, job_hours, sum_hours
+from compt.plan.jobs import Job, Plan, make_plan
+from compt.plan.start import Start
+from compt.recipe.read import Recipe
+
+MOST_GPUS = 8
+"""GPUs that are planned with unless a number is given: those of a node."""
+RESERVED_BYTES = 1e9
+"""Memory of a GPU for CUDA's context, its libraries and the collectives, in no estimate of a training."""
+FRAGMENTED = 0.05
+"""Share of a GPU's memory that the allocator may lose to fragments."""
+MODES: tuple[Mode, ...] = ("exact", "paper")
+
+_MACS = (
+    "student_forward_macs",
+    "student_training_macs",
+    "teacher_forward_macs",
+    "teacher_share",
+    "total_macs",
+    "accumulated_macs",
+    "baseline_macs",
+    "speedup",
+    "accumulated_speedup",
+)
+_SPEEDUPS = ("hours_speedup", "hours_accumulated_speedup")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """GPUs of one kind that share a training; `throughput` holds what was measured on them."""
+
+    device: Device
+    gpus: int
+    throughput: Throughput | None = None
+
+    @property
+    def room_bytes(self) -> float:
+        """Memory of a GPU that is left for a training."""
+        return self.device.memory_bytes * (1 - FRAGMENTED) - RESERVED_BYTES
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Bytes of a GPU with one engine: `stored` keeps every activation, `recomputed` computes those of blocks again."""
+
+    stored: Memory
+    recomputed: Memory
+    stored_fits: bool
+    recomputed_fits: bool
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Jobs too large for the machine, and changes of which each alone lets all of them fit.
+
+    `micro_batch`: the largest `engine.micro_batch` that does. `recompute`: whether `engine.recompute` does, where some
+    keep activations. `engine`: the first `engine.name` that does, `engine_recomputed` the first that does with
+    recomputed activations. None where nothing of that kind does.
+    """
+
+    jobs: tuple[str, ...]
+    micro_batch: int | None
+    recompute: bool
+    engine: Engine | None
+    engine_recomputed: Engine | None
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a job's folder, logs and scores left out.
+
+    `peak_bytes` is reached while a checkpoint is written before the oldest one goes, or while the model is written with
+    the checkpoints still there; `end_bytes` stay.
+    """
+
+    initial_bytes: int
+    checkpoint_bytes: int
+    checkpoints: int
+    model_bytes: int
+    peak_bytes: int
+    end_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What one job asks for. Without a machine there are neither hours nor memory.
+
+    `engine` and `recompute` are how the recipe trains it.
+    """
+
+    job: Job
+    engine: Engine
+    recompute: bool
+    hours: Hours | None
+    memory: Mapping[Engine, Fit]
+    disk: Disk
+
+    @property
+    def needed_bytes(self) -> float:
+        """Memory of a GPU as the recipe trains the job. There has to be a machine."""
+        fit = self.memory[self.engine]
+        return (fit.recomputed if self.recompute else fit.stored).total_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there. There has to be a machine."""
+        fit = self.memory[self.engine]
+        return fit.recomputed_fits if self.recompute else fit.stored_fits
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over several trainings; `parameters` of all their models together."""
+
+    models: int
+    parameters: int
+    epochs: float
+    samples: int
+    steps: int
+    macs: Mapping[Mode, float]
+    hours: Hours | None
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan with what it asks for.
+
+    `individual` are the members of the chain trained individually, planned or not; their memory is left out.
+    """
+
+    plan: Plan
+    machine: Machine | None
+    estimates: tuple[Estimate, ...]
+    individual: tuple[Estimate, ...]
+    remedy: Remedy | None = None
+
+    @property
+    def links(self) -> list[Estimate]:
+        """The chain alone."""
+        return [item for item in self.estimates if item.job.kind == "link"]
+
+    @property
+    def trained(self) -> list[Estimate]:
+        """All that is really trained: without jobs whose model an earlier one has."""
+        return [item for item in self.estimates if item.job.same_as is None]
+
+    def totals(self, items: Sequence[Estimate]) -> Totals:
+        """The sums over `items`."""
+        return Totals(
+            models=len(items),
+            parameters=sum(parameters(item.job.spec) for item in items),
+            epochs=sum(item.job.epochs for item in items),
+            samples=sum(item.job.samples for item in items),
+            steps=sum(item.job.steps for item in items),
+            macs={mode: sum(self.plan.cost(item.job, mode).total_macs for item in items) for mode in MODES},
+            hours=sum_hours(known) if (known := [item.hours for item in items if item.hours]) else None,
+        )
+
+    def speedups(self) -> list[tuple[float, float] | None]:
+        """For each link GPU-hours of its individual training over its own, alone and with the links before it.
+
+        None without a machine, and where the recipe does not say how members are trained individually.
+        """
+        found: list[tuple[float, float] | None] = []
+        chain = alone = 0.0
+        for at, link in enumerate(self.links):
+            other = self.individual[at].hours if self.individual else None
+            if link.hours is None or other is None:
+                found.append(None)
+                continue
+            chain += link.hours.gpu_hours
+            alone += other.gpu_hours
+            found.append((other.gpu_hours / link.hours.gpu_hours, alone / chain))
+        return found
+
+    def disk_peak_bytes(self) -> int:
+        """The most bytes that the run folder holds at any time, logs and scores left out."""
+        peak = kept = 0
+        for item in self.trained:
+            peak = max(peak, kept + item.disk.peak_bytes)
+            kept += item.disk.end_bytes
+        return peak
+
+    def disk_end_bytes(self) -> int:
+        """What stays in the run folder."""
+        return sum(item.disk.end_bytes for item in self.trained)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain values; docs/planning.md says what stands under each key."""
+        recipe, machine, speedups = self.plan.recipe, self.machine, self.speedups()
+        rows = {mode: self.plan.rows(mode) for mode in MODES}
+        groups = {"chain": self.links, "individual": list(self.individual), "run": self.trained}
+        return {
+            "recipe": recipe.name,
+            "images": self.plan.images,
+            "batch": recipe.optimizer.batch,
+            "captions": recipe.data.captions,
+            "caption_tokens": recipe.data.caption_tokens,
+            "precision": recipe.optimizer.precision,
+            "machine": machine
+            and {
+                "kind": machine.device.name,
+                "title": machine.device.title,
+                "gpus": machine.gpus,
+                "memory_bytes": machine.device.memory_bytes,
+                "room_bytes": machine.room_bytes,
+            },
+            "jobs": [
+                {
+                    **item.job.to_json(),
+                    "inexact": _inexact(item.job),
+                    "engine": item.engine,
+                    "recompute": item.recompute,
+                    "macs": {mode: {key: rows[mode][at].get(key) for key in _MACS} for mode in MODES},
+                    "hours": item.hours and asdict(item.hours),
+                    **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
+                    "memory": {engine: _fit_json(fit) for engine, fit in item.memory.items()} or None,
+                    "disk": asdict(item.disk),
+                }
+                for at, item in enumerate(self.estimates)
+            ],
+            "totals": {name: asdict(self.totals(items)) if items else None for name, items in groups.items()},
+            "acceleration": {
+                **{f"{mode}_macs": self.plan.acceleration(mode) for mode in MODES},
+                "gpu_hours": speedups[-1] and speedups[-1][1],
+            },
+            "too_large": self.remedy and asdict(self.remedy),
+            "disk": {"peak_bytes": self.disk_peak_bytes(), "end_bytes": self.disk_end_bytes()},
+        }
+
+
+def default_gpus(batch: int) -> int:
+    """The GPUs of a node, or the most below them that share `batch` evenly."""
+    return next(gpus for gpus in range(MOST_GPUS, 0, -1) if batch % gpus == 0)
+
+
+def make_forecast(
+    recipe: Recipe,
+    machine: Machine | None,
+    *,
+    baselines: bool = False,
+    start: Start | None = None,
+    source: str = "recipe",
+) -> Forecast:
+    """Plan `recipe` and say what it asks of `machine`; None: of one process, with neither hours nor memory.
+
+    Raises ConfigError for what `make_plan` refuses, and for GPUs or micro-batches that do not divide the batch.
+    """
+    gpus = machine.gpus if machine else 1
+    check_shares(recipe, gpus, source)
+    plan = make_plan(recipe, baselines=baselines, world_size=gpus, start=start, source=source)
+    estimates = tuple(_estimate(recipe, job, machine) for job in plan.jobs)
+    individual = tuple(
+        replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine)) for job in plan.individual
+    )
+    remedy = _remedy(recipe, estimates, machine) if machine else None
+    return Forecast(plan, machine, estimates, individual, remedy)
+
+
+def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
+    """Raise ConfigError unless the batch is shared evenly by `gpus`, and each share by the micro-batch."""
+    batch = recipe.optimizer.batch
+    if batch % gpus:
+        fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
+        more = next((n for n in range(gpus, batch + 1) if batch % n == 0), fewer)
+        numbers = " or ".join(map(str, dict.fromkeys((fewer, more))))
+        raise ConfigError(
+            f"{source}: optimizer.batch = {batch}: is not shared evenly by {gpus} GPUs; --gpus {numbers} would do"
+        )
+    share = batch // gpus
+    places = {"engine": recipe.engine.micro_batch}
+    places |= {
+        f"chain.links.{at}.engine": recipe.engine_of(link.model).micro_batch
+        for at, link in enumerate(recipe.chain.links)
+    }
+    for place, micro in places.items():
+        if micro is not None and micro < share and share % micro:
+            raise ConfigError(
+                f"{source}: {place}.micro_batch = {micro}: does not divide the {share} images of a process, "
+                f"{batch} over {gpus}; take {_divisor(share, micro)}"
+            )
+
+
+def _divisor(share: int, most: int) -> int:
+    return next(n for n in range(most, 0, -1) if share % n == 0)
+
+
+def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
+    disk, config = _disk(recipe, job), recipe.engine_of(job.spec.name)
+    if machine is None:
+        return Estimate(job, config.name, config.recompute, None, {}, disk)
+    most = machine.room_bytes
+    memory = {}
+    for engine in ENGINES:
+        stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
+        memory[engine] = Fit(stored, again, stored.total_bytes <= most, again.total_bytes <= most)
+    return Estimate(job, config.name, config.recompute, _hours(recipe, job, machine), memory, disk)
+
+
+def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
+    if machine is None:
+        return None
+    return job_hours(recipe, job, job.cost, machine.device, machine.gpus, machine.throughput)
+
+
+def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:
+    large = [item for item in estimates if item.job.same_as is None and not item.fits]
+    if not large:
+        return None
+    others = [engine for engine in ENGINES if any(engine != item.engine for item in large)]
+    micro = [_micro_batch(recipe, item, machine) for item in large]
+    known = [size for size in micro if size is not None]
+    kept = not all(item.recompute for item in large)
+    again = [name for name in others if all(item.memory[name].recomputed_fits for item in large)]
+    alike = [
+        name
+        for name in others
+        if all(
+            (fit.recomputed_fits if item.recompute else fit.stored_fits)
+            for item in large
+            for fit in [item.memory[name]]
+        )
+    ]
+    return Remedy(
+        jobs=tuple(item.job.name for item in large),
+        micro_batch=min(known) if len(known) == len(micro) else None,
+        recompute=kept and all(item.memory[item.engine].recomputed_fits for item in large),
+        engine=next(iter(alike), None),
+        engine_recomputed=next(iter(again), None),
+    )
+
+
+def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None:
+    """The largest micro-batch below the recipe's with which a job fits."""
+    share = recipe.optimizer.batch // machine.gpus
+    now = min(recipe.engine_of(item.job.spec.name).micro_batch or share, share)
+    for size in range(now - 1, 0, -1):
+        if share % size == 0:
+            needed = memory_of(
+                recipe, item.job, item.engine, machine.gpus, micro_batch=size, recompute=item.recompute
+            ).total_bytes
+            if needed <= machine.room_bytes:
+                return size
+    return None
+
+
+def _disk(recipe: Recipe, job: Job) -> Disk:
+    precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
+    teacher = job.teacher_spec if job.alpha else None
+    one = checkpoint_bytes(job.spec, teacher, ema=averaged, precision=precision)
+    before, left = _checkpoints(recipe, job)
+    initial = artefact_bytes(job.spec) if job.teacher_spec is not None else 0
+    model = artefact_bytes(job.spec, ema=averaged)
+    return Disk(
+        initial_bytes=initial,
+        checkpoint_bytes=one,
+        checkpoints=left,
+        model_bytes=model,
+        peak_bytes=initial + max((before + 1) * one, left * one + model),
+        end_bytes=initial + model,
+    )
+
+
+def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
+    """Checkpoints that are there beside the last one as it is written, and after it; there never were more before."""
+    config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
+    every = max(1, config.checkpoint_every.to_steps(images, batch))
+    besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None
+    written = [*range(every, job.steps, every), job.steps]
+
+    def kept(steps: list[int]) -> int:
+        older = steps[: -config.keep_checkpoints]
+        return len(steps) - len(older) + sum(besides is not None and step % besides == 0 for step in older)
+
+    return kept(written[:-1]), kept(written)
+
+
+def _inexact(job: Job) -> dict[str, list[str]] | None:
+    if job.expand is None or job.teacher_spec is None:
+        return None
+    found = broken_promises(job.teacher_spec, job.spec, job.expand)
+    return {tower: list(reasons) for tower, reasons in found.items()}
+
+
+def _fit_json(fit: Fit) -> dict[str, Any]:
+    return {
+        name: {**asdict(memory), "total_bytes": memory.total_bytes, "fits": fits}
+        for name, memory, fits in (
+            ("stored", fit.stored, fit.stored_fits),
+            ("recomputed", fit.recomputed, fit.recomputed_fits),
+        )
+    }

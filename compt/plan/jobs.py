@@ -1,0 +1,441 @@
+"""From a recipe to its jobs: what is trained, from what, for how many steps, at what cost. No torch in here.
+
+Impossible chains are refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from compt.cost.counts import Tokens, parameters
+from compt.cost.published import paper_cost
+from compt.cost.training import JobCost, Mode, exact_cost
+from compt.errors import ConfigError, nearest
+from compt.files import hash_json
+from compt.models.growth import ExpandConfig, check_config, grown_spec
+from compt.models.presets import ModelSpec
+from compt.plan.growth import averaging, check_growth, check_start
+from compt.plan.start import Start, planned_start
+from compt.recipe.expansion import expand_result, expansion
+from compt.recipe.read import Control, Duration, Link, Recipe
+
+Kind = Literal["link", "baseline", "control", "try"]
+
+ORDER_SEEDS = 1000
+"""Seeds of order that each seed of a recipe has, one for each position in a chain."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model to train.
+
+    `teacher` names the job whose model this one is expanded and distilled from; for the first link with `chain.from`,
+    `start` is where that model is instead. A job with neither starts from scratch; one with either has `expand`, and
+    the eps of norms that go with it in `spec`. `samples` are pictures seen,
+    `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
+    `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
+    this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
+    link, so that none sees its predecessor's draws again. A try is a link of a first-pair test that was not lossless.
+    """
+
+    name: str
+    kind: Kind
+    spec: ModelSpec
+    teacher: str | None
+    start: Path | None
+    teacher_spec: ModelSpec | None
+    steps: int
+    warmup_steps: int
+    samples: int
+    epochs: float
+    lr: float
+    alpha: float
+    seed: int
+    order_seed: int
+    cost: JobCost = field(repr=False)
+    result: dict[str, Any] = field(repr=False)
+    same_as: str | None = None
+    expand: ExpandConfig | None = None
+
+    @property
+    def hash(self) -> str:
+        """Digest of `result`, which guards a resume."""
+        return hash_json(self.result)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for files and reports."""
+        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "seed": self.seed,
+            "order_seed": self.order_seed,
+            "start": str(self.start) if self.start else None,
+            "same_as": self.same_as,
+            "spec": self.spec.to_dict(),
+            "expand": self.expand and self.expand.to_dict(),
+            "parameters": parameters(self.spec),
+            "cost": self.cost.to_json(),
+            "hash": self.hash,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The jobs of a recipe in the order in which they run, and what the same family costs trained individually."""
+
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    images: int
+    individual: tuple[Job, ...]
+    """For each link the same model trained individually (first seed), planned or not; empty without `baselines`."""
+
+    @property
+    def links(self) -> list[Job]:
+        """The chain alone."""
+        return [job for job in self.jobs if job.kind == "link"]
+
+    def job(self, name: str) -> Job:
+        """The job called `name`. Raises ConfigError for an unknown one."""
+        for job in self.jobs:
+            if job.name == name:
+                return job
+        names = [job.name for job in self.jobs]
+        raise ConfigError(f"unknown job '{name}'{nearest(name, names)}; this plan has {', '.join(names)}")
+
+    def cost(self, job: Job, mode: Mode = "exact") -> JobCost:
+        """What `job` costs; `paper` counts images times epochs, `exact` what is left without partial batches."""
+        if mode == "exact":
+            return job.cost
+        teacher = job.teacher_spec if job.alpha else None
+        return paper_cost(job.spec, teacher, samples=job.epochs * self.images, steps=job.steps)
+
+    def total_macs(self, mode: Mode = "exact") -> float:
+        """MACs of everything that is really trained."""
+        return sum(self.cost(job, mode).total_macs for job in self.jobs if job.same_as is None)
+
+    def acceleration(self, mode: Mode = "exact") -> float | None:
+        """How many times cheaper the whole chain is than its models trained individually; None without `baselines`."""
+        value = self.rows(mode)[len(self.links) - 1]["accumulated_speedup"]
+        return None if value is None else float(value)
+
+    def rows(self, mode: Mode = "exact") -> list[dict[str, Any]]:
+        """One flat row a job; links have their speed-up over `baselines` (or None), alone and with the links before."""
+        rows = []
+        chain = alone = 0.0
+        for at, job in enumerate(self.jobs):
+            cost = self.cost(job, mode)
+            row: dict[str, Any] = {
+                "job": job.name,
+                "kind": job.kind,
+                "model": job.spec.name,
+                "parameters": parameters(job.spec),
+                "teacher": job.teacher or (str(job.start) if job.start else None),
+                "epochs": job.epochs,
+                "steps": job.steps,
+                "warmup_steps": job.warmup_steps,
+                "samples": job.samples,
+                "student_forward_macs": cost.student_forward_macs,
+                "student_training_macs": cost.student_training_macs,
+                "teacher_forward_macs": cost.teacher_forward_macs,
+                "teacher_share": cost.samples * cost.teacher_forward_macs / cost.total_macs,
+                "total_macs": cost.total_macs,
+                "same_as": job.same_as,
+            }
+            if job.kind == "link":
+                baseline = self.cost(self.individual[at], mode).total_macs if self.individual else None
+                chain += cost.total_macs
+                alone += baseline or 0.0
+                row |= {
+                    "accumulated_macs": chain,
+                    "baseline_macs": baseline,
+                    "speedup": baseline / cost.total_macs if baseline else None,
+                    "accumulated_speedup": alone / chain if baseline else None,
+                }
+            rows.append(row)
+        return rows
+
+
+def make_plan(
+    recipe: Recipe,
+    *,
+    baselines: bool = False,
+    controls: Sequence[str] | None = None,
+    images: int | None = None,
+    world_size: int = 1,
+    start: Start | None = None,
+    scales: Sequence[float] = (),
+    base: Path = Path(),
+    source: str = "recipe",
+) -> Plan:
+    """The links of the chain in order, then the individually trained members, then the controls of the last link.
+
+    `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
+    `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
+    at `chain.from`; by default its manifest is read, relative to `base`. `scales` are those of a first-pair test: each
+    multiplies the lengths of all links that grow from another model; the last one holds, those before it were tried.
+    With them the baseline of the first such link is always planned. `source` is the recipe's file, for messages.
+    Raises ConfigError for a chain that cannot be trained.
+    """
+    try:
+        if recipe.chain.from_ is not None and start is None:
+            start = planned_start(recipe.chain, base)
+        return _Planner(recipe, images, world_size).plan(baselines, controls, start, scales)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+class _Planner:
+    """Makes the jobs of one recipe."""
+
+    def __init__(self, recipe: Recipe, images: int | None, world_size: int) -> None:
+        self.recipe = recipe
+        self.images = recipe.data.images if images is None else images
+        self.batch = recipe.optimizer.batch
+        if self.images < self.batch:
+            raise ConfigError(f"optimizer.batch = {self.batch}: there are only {self.images} images (data.images)")
+        self.specs = recipe.family.specs()
+        self.world_size = world_size
+
+    def plan(
+        self, baselines: bool, controls: Sequence[str] | None, start: Start | None, scales: Sequence[float]
+    ) -> Plan:
+        jobs = self.links(start, scales[-1] if scales else 1.0)
+        settings = self.recipe.baselines
+        individual: list[Job] = []
+        if settings:
+            seeds = settings.seeds or [self.recipe.seed]
+            individual = [self.baseline(self.specs[link.spec.name], seeds[0]) for link in jobs]
+            if baselines:
+                jobs = jobs + [self.baseline(one.spec, seed) for one in individual for seed in seeds]
+            elif scales:
+                jobs = [*jobs, individual[first_student(self.recipe)]]
+        elif baselines or scales:
+            raise ConfigError("baselines: is missing; it says how the members are trained individually")
+        if controls is None:
+            controls = settings.controls if settings else ()
+        elif controls and not settings:
+            raise ConfigError("baselines: is missing; controls take their warm-up from it")
+        last = len(self.recipe.chain.links) - 1
+        jobs = jobs + [self.control(kind, jobs[: last + 1]) for kind in controls]
+        jobs = jobs + [self.tried(number, scale, start) for number, scale in enumerate(scales[:-1], 1)]
+        return Plan(self.recipe, _once(jobs), self.images, tuple(individual))
+
+    def links(self, start: Start | None, scale: float) -> list[Job]:
+        chain = self.recipe.chain
+        jobs: list[Job] = []
+        if start is not None:
+            if chain.from_ is None:
+                raise ConfigError("chain.from: is missing, but a model to start from was given")
+            self.check_colours(start)
+        for at, link in enumerate(chain.links):
+            own = scale if at >= first_student(self.recipe) else 1.0
+            steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup, own)
+            jobs.append(self.link(at, link, steps, warmup, jobs[-1] if jobs else start))
+        return jobs
+
+    def expansion(self, at: int, teacher: Job | Start) -> ExpandConfig:
+        """How a link grows from its teacher. Raises ConfigError where it cannot."""
+        chain = self.recipe.chain
+        link = chain.links[at]
+        student, config = self.specs[link.model], expansion(chain.expand, link.expand)
+        try:
+            (check_start if isinstance(teacher, Start) else check_growth)(teacher.spec, student)
+            check_config(teacher.spec, student, config)
+        except ConfigError as error:
+            raise ConfigError(f"chain.links.{at}.model = '{link.model}': {error}") from None
+        averaged = teacher.averaged if isinstance(teacher, Start) else self.recipe.optimizer.ema is not None
+        towers = averaging(teacher.spec, student, config)
+        if towers and averaged is False:
+            key = f"chain.links.{at}.expand" if link.expand else "chain.expand"
+            lacks = "set optimizer.ema"
+            if isinstance(teacher, Start):
+                lacks = f"there is none at chain.from = '{chain.from_}'"
+            raise ConfigError(
+                f"{key}: depth netexpand fills the layers that '{link.model}' adds to its {towers[0]} tower from the "
+                f"moving average of the weights that it grows from; {lacks}"
+            )
+        return config
+
+    def check_colours(self, start: Start) -> None:
+        data = self.recipe.data
+        for key, wanted, found in (("mean", data.mean, start.mean), ("std", data.std, start.std)):
+            if found is not None and [round(value, 4) for value in found] != [round(value, 4) for value in wanted]:
+                raise ConfigError(
+                    f"data.{key} = {list(wanted)}: the model at chain.from was trained with {list(found)}, "
+                    "and would be shown other colours"
+                )
+
+    def tried(self, number: int, scale: float, start: Start | None) -> Job:
+        link = self.links(start, scale)[first_student(self.recipe)]
+        return replace(link, name=try_name(number, link.spec.name), kind="try")
+
+    def steps(self, key: str, train: Duration, warmup: Duration, scale: float = 1.0) -> tuple[int, int]:
+        steps, warmup_steps = (round(scale * length.to_steps(self.images, self.batch)) for length in (train, warmup))
+        if steps < 1:
+            times = "" if scale == 1 else f" x {scale:.3g}"
+            raise ConfigError(f"{key}.train = {train}{times}: is no step at all, at {self.batch} images a step")
+        if warmup_steps > steps:
+            raise ConfigError(
+                f"{key}.warmup = {warmup}: {warmup_steps} steps are longer than the training, {train} = {steps} steps"
+            )
+        return steps, warmup_steps
+
+    def link(self, at: int, link: Link, steps: int, warmup: int, teacher: Job | Start | None) -> Job:
+        name = f"{at + 1}-{link.model}"
+        chain = self.recipe.chain
+        alpha = chain.distill.alpha if link.alpha is None else link.alpha
+        # A model from outside stands before the first link, as if it were one.
+        position = at + (self.recipe.chain.from_ is not None)
+        job = self.scratch(name, "link", self.specs[link.model], steps, warmup, self.recipe.seed, link.lr, position)
+        if teacher is None:
+            return job
+        config = self.expansion(at, teacher)
+        result = {
+            **job.result,
+            "teacher": teacher.hash,
+            "expand": expand_result(config),
+            "distill": {**chain.distill.result_fields(), "alpha": alpha},
+        }
+        if isinstance(teacher, Start) and chain.from_prefix is not None:
+            result["from_prefix"] = chain.from_prefix
+        return replace(
+            job,
+            # The eps of its norms follows from teacher and expansion: `result` has the model as it is asked for.
+            spec=grown_spec(teacher.spec, job.spec, config),
+            teacher=teacher.name if isinstance(teacher, Job) else None,
+            start=None if isinstance(teacher, Job) else Path(str(chain.from_)),
+            teacher_spec=teacher.spec,
+            alpha=alpha,
+            cost=self.cost(job.spec, teacher.spec if alpha else None, steps),
+            result=result,
+            expand=config,
+        )
+
+    def baseline(self, spec: ModelSpec, seed: int) -> Job:
+        settings = self.recipe.baselines
+        assert settings is not None
+        steps, warmup = self.steps("baselines", settings.train, settings.warmup)
+        return self.scratch(f"baseline-{spec.name}-s{seed}", "baseline", spec, steps, warmup, seed)
+
+    def control(self, kind: str, links: Sequence[Job]) -> Job:
+        """The last model from scratch: for as many steps as its link, or for the MACs of its link or of all links.
+
+        MACs include the teachers' forward passes. They are taken without what is computed again to save memory, so that
+        this changes no result. Warm-up and learning rate are those of a training from scratch.
+        """
+        known = get_args(Control)
+        if kind not in known:
+            raise ConfigError(f"unknown control '{kind}'{nearest(kind, known)}; known: {', '.join(known)}")
+        settings = self.recipe.baselines
+        assert settings is not None
+        link = links[-1]
+        steps = link.steps
+        if kind != "equal_epochs":
+            paid = links if kind == "equal_chain_macs" else links[-1:]
+            wanted = sum(
+                self.cost(job.spec, job.teacher_spec if job.alpha else None, job.steps, again=False).total_macs
+                for job in paid
+            )
+            steps = round(wanted / self.cost(link.spec, None, 1, again=False).total_macs)
+        warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
+        return self.scratch(f"control-{kind}", "control", self.specs[link.spec.name], steps, warmup, link.seed)
+
+    def scratch(
+        self,
+        name: str,
+        kind: Kind,
+        spec: ModelSpec,
+        steps: int,
+        warmup: int,
+        seed: int,
+        lr: float | None = None,
+        position: int = 0,
+    ) -> Job:
+        recipe = self.recipe
+        lr = recipe.optimizer.lr if lr is None else lr
+        model = spec.to_dict()
+        del model["name"]
+        return Job(
+            name=name,
+            kind=kind,
+            spec=spec,
+            teacher=None,
+            start=None,
+            teacher_spec=None,
+            steps=steps,
+            warmup_steps=warmup,
+            samples=steps * self.batch,
+            epochs=steps / (self.images // self.batch),
+            lr=lr,
+            alpha=0.0,
+            seed=seed,
+            order_seed=seed * ORDER_SEEDS + position,
+            cost=self.cost(spec, None, steps),
+            result={
+                "model": model,
+                "data": {**recipe.data.result_fields(), "images": self.images},
+                "optimizer": {**recipe.optimizer.result_fields(), "lr": lr},
+                "steps": steps,
+                "warmup_steps": warmup,
+                "seed": seed,
+                "order_seed": seed * ORDER_SEEDS + position,
+            },
+        )
+
+    def cost(self, spec: ModelSpec, teacher: ModelSpec | None, steps: int, *, again: bool = True) -> JobCost:
+        return recipe_cost(
+            self.recipe, spec, teacher, steps, self.world_size, self.recipe.data.caption_tokens, again=again
+        )
+
+
+def recipe_cost(
+    recipe: Recipe,
+    spec: ModelSpec,
+    teacher: ModelSpec | None,
+    steps: int,
+    world_size: int,
+    tokens: Tokens,
+    *,
+    again: bool = True,
+) -> JobCost:
+    """What `steps` steps of a recipe cost with captions of `tokens` on `world_size` processes.
+
+    `again` charges what is computed twice to save memory: blocks, with `engine.recompute`; micro-batches and chunks of
+    the loss, where the share of a process is larger than one of them.
+    """
+    rows, engine = recipe.optimizer.batch // world_size, recipe.engine_of(spec.name)
+    micro, chunk = engine.micro_batch, engine.loss_chunk
+    return exact_cost(
+        spec,
+        teacher,
+        steps=steps,
+        batch=recipe.optimizer.batch,
+        captions=recipe.data.captions,
+        tokens=tokens,
+        recompute=again and micro is not None and micro < rows,
+        checkpointing=again and engine.recompute,
+        chunked_loss=again and chunk is not None and chunk < rows,
+    )
+
+
+def _once(jobs: list[Job]) -> tuple[Job, ...]:
+    """Mark each job that would train the same weights as one before it."""
+    first: dict[str, str] = {}
+    marked = []
+    for job in jobs:
+        name = first.setdefault(job.hash, job.name)
+        marked.append(job if name == job.name else replace(job, same_as=name))
+    return tuple(marked)
+
+
+def first_student(recipe: Recipe) -> int:
+    """Which link is the first that grows from another model, counted from 0; the chain may have none such."""
+    return 0 if recipe.chain.from_ is not None else 1
+
+
+def try_name(number: int, model: str) -> str:
+    """The job of a first-pair test's try, counted from 1, that was not lossless."""
+    return f"try-{number}-{model}"

@@ -1,0 +1,102 @@
+"""What to change in a recipe when a training runs out of memory, in numbers of the planner."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compt.errors import RunError, is_out_of_memory
+from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES
+from compt.plan.forecast_memory import memory_of, not_modelled
+from compt.plan.jobs import Job
+from compt.recipe.engine import changed_engine
+from compt.recipe.read import EngineConfig, Recipe
+from compt.text import count
+
+SMALLER = 0.9
+"""A remedy has to need at most this share of what has just failed, by the same count."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes of a device, or of the machine's memory: free now, and all; None where nobody tells."""
+
+    free: int | None = None
+    total: int | None = None
+
+
+@contextlib.contextmanager
+def explained(advice: Callable[[], str]) -> Iterator[None]:
+    """Raise RunError with `advice()` for a lack of memory within the block."""
+    text = ""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        first = next(iter(str(error).splitlines()), "")
+        text = f"{advice()}\n({first or type(error).__name__})"
+    if text:  # outside of the except clause: its frames hold tensors
+        raise RunError(text)
+
+
+def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room: Room, micro_batch: int) -> str:
+    """What happened while `job` was trained with `micro_batch` pictures at once, and changes of which each may do.
+
+    Their numbers are those of `compt plan`, for each of `world_size` processes. Named is what needs less than nine
+    tenths of what has just failed and fits into the device, as far as its size is known.
+    """
+
+    def needed(change: Mapping[str, Any]) -> float:
+        other = changed_engine(engine, {"micro_batch": micro_batch, **change})
+        return memory_of(recipe, job, other.name, world_size, recompute=other.recompute, config=other).total_bytes
+
+    now, distils = needed({}), job.teacher_spec is not None and job.alpha > 0
+    most = SMALLER * now
+    if room.total is not None:
+        most = min(most, room.total * (1 - FRAGMENTED) - RESERVED_BYTES)
+    share = recipe.optimizer.batch // world_size
+    smaller = ({"micro_batch": size} for size in range(micro_batch - 1, 0, -1) if share % size == 0)
+    fitting = next((change for change in smaller if needed(change) <= most), None)
+    others = [change for change in _changes(engine, world_size, share, distils) if needed(change) <= most]
+    changes = [fitting, *others] if fitting else others
+    named = [f"  {_written(change, engine, micro_batch)}: {count(needed(change))}B" for change in changes]
+    if not named:
+        name = "fsdp2" if world_size > 1 else engine.name
+        least = needed({"name": name, "micro_batch": 1, "recompute": True, "loss_chunk": 1, "shard_teacher": True})
+        text = f"  None of these alone does by the planner's count, and all together take {count(least)}B:"
+        named = [f"{text} take more GPUs, or larger ones"]
+    held = " and ".join(
+        f"{count(size)}B {word}" for size, word in ((room.free, "free"), (room.total, "in all")) if size is not None
+    )
+    unknown = "".join(f"\n  Not counted: {text}" for text in not_modelled(engine))
+    return (
+        f"{job.name}: out of memory{f' ({held})' if held else ''}; the planner counts {count(now)}B for each of "
+        f"{world_size} processes. Any of these changes of the recipe may do, and none changes the result:\n"
+        + "\n".join(named)
+        + unknown
+    )
+
+
+def _changes(engine: EngineConfig, world_size: int, share: int, distils: bool) -> Iterator[dict[str, Any]]:
+    """Keys of `engine` with values that may do, but for smaller micro-batches. `share`: pictures of a process."""
+    if not engine.recompute:
+        yield {"recompute": True}
+    if world_size > 1:
+        # DeepSpeed writes no checkpoint in the background.
+        names = ("fsdp2",) if engine.async_checkpoints else ("fsdp2", "zero3")
+        yield from ({"name": name} for name in names if name != engine.name)
+        if distils and not engine.shard_teacher:
+            yield {"shard_teacher": True}
+    if engine.loss_chunk is None and share > 1:
+        yield {"loss_chunk": next(size for size in range(max(1, share // 4), 0, -1) if share % size == 0)}
+
+
+def _written(change: Mapping[str, Any], engine: EngineConfig, micro_batch: int) -> str:
+    """A change as a recipe has it, with what it replaces where that is given."""
+    ((key, value),) = change.items()
+    now = {"micro_batch": micro_batch, "name": engine.name}
+    text = f"engine.{key}: {str(value).lower()}"
+    return f"{text} (now {now[key]})" if key in now else text

@@ -1,0 +1,133 @@
+"""The reference of recipe fields, written from the schema: `python -m compt.recipe.reference FILE`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from compt.files import write_text
+from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, Expand
+from compt.recipe.schema import Recipe
+from compt.recipe.types import Duration, is_execution
+
+_INTRODUCTION = """# Recipes
+
+A recipe is one YAML file. Unknown keys, wrong types and impossible chains are refused before anything starts, with one
+line that names the file, the key, the value and the nearest key that would be right. Any field can be replaced on the
+command line, list items by their number: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`.
+
+**result** fields change the trained weights: a run whose result fields have changed is refused when it is resumed.
+**execution** fields say where and how to run; they may change between two starts of the same run.
+
+This page is written by `python -m compt.recipe.reference docs/recipes.md`.
+"""
+
+EXPANSION_EXAMPLE = """\
+chain:
+  expand: {width: insert, depth: duplicate}       # every link, both towers
+  links:
+    - {model: vit_nano, train: {epochs: 4}, warmup: {steps: 9}}
+    - {model: vit_micro, train: {epochs: 2}, warmup: {steps: 9}, expand: {text: {width: lemon}, zero_new_outputs: true}}
+    - {model: vit_mini, train: {epochs: 2}, warmup: {steps: 9}, expand: {width: net2net, noise: 0.05}}
+"""
+"""A chain whose links grow in different ways."""
+
+_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def reference() -> str:
+    """The whole page, as Markdown: a table of fields for each section."""
+    return "\n".join([_INTRODUCTION, *_section("", Recipe, execution=False), *_section("duration", Duration, None)])
+
+
+def _section(path: str, section: type[BaseModel], execution: bool | None) -> Iterator[str]:
+    """The table of one section, then those below it. `execution` is that of the section; None where it depends."""
+    doc = " ".join((section.__doc__ or "").split())
+    yield f"## {f'`{path}`' if path else 'Recipe'}\n\n{doc}\n"
+    yield "| field | value | default | kind | meaning |\n|---|---|---|---|---|"
+    below = []
+    for name, field in section.model_fields.items():
+        key = field.alias or name
+        own = execution if execution is None else execution or is_execution(field)
+        inner, many = _inner(field.annotation)
+        if inner is not None and inner is not Duration:
+            below.append((f"{path}.{key}".lstrip(".") + (".N" if many else ""), inner, own))
+        kind = "as its section" if own is None else "execution" if own else "result"
+        meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+        yield f"| `{key}` | {_type(field.annotation, field)} | {_default(field)} | {kind} | {meaning} |"
+    yield ""
+    if section is Expand:
+        yield from _operators()
+    for inner_path, inner, own in below:
+        yield from _section(inner_path, inner, own)
+
+
+def _operators() -> Iterator[str]:
+    """The operators of widths and depths, and how they are chosen for one link or one tower."""
+    for what, meaning in (("width", WIDTH_MEANING), ("depth", DEPTH_MEANING)):
+        yield f"| {what} operator | what it does |\n|---|---|"
+        yield from (f"| `{name}` | {text} |" for name, text in meaning.items())
+        yield ""
+    yield "What is not said for a tower is as for both, what is not said for a link is as for the chain:\n"
+    yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"
+
+
+def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section within an annotation, and whether there is a list of it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for part in get_args(annotation):
+        inner, many = _inner(part)
+        if inner is not None:
+            return inner, many or get_origin(annotation) is list
+    return None, False
+
+
+def _type(annotation: Any, field: FieldInfo) -> str:
+    inner, many = _inner(annotation)
+    if inner is not None:
+        return "duration" if inner is Duration else "list of sections" if many else "section"
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return ", ".join(f"`{value}`" for value in arguments)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_type(part, field) for part in arguments if part is not type(None))
+    if origin is tuple:
+        return f"{len(arguments)} numbers"
+    if origin is list:
+        return "list of " + _type(arguments[0], field).replace("whole number", "whole numbers").replace("text", "texts")
+    if origin is dict:
+        return "mapping"
+    if hasattr(annotation, "__metadata__"):
+        return _type(arguments[0], field)
+    limits = [
+        f"{sign} {getattr(limit, name):g}"
+        for limit in field.metadata
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(limit, name, None) is not None
+    ]
+    return " ".join([_PLAIN[annotation], ", ".join(limits)]).strip()
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "**required**"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Duration):
+        return f"`{value}`"
+    if value is None or value is PydanticUndefined or value in ([], {}) or isinstance(value, BaseModel):
+        return "–"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{list(value)}`" if isinstance(value, tuple) else f"`{value}`"
+
+
+if __name__ == "__main__":
+    write_text(Path(sys.argv[1]), reference())

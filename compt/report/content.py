@@ -1,0 +1,294 @@
+"""The words and tables of a report, from a run's files."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_state
+from compt.text import TextTable, count, hours
+from compt.train.metrics import FILE as METRICS
+from compt.train.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A planned job and what lies on disk of it; `manifest` is {} where nothing was begun."""
+
+    plan: dict[str, Any]
+    manifest: dict[str, Any]
+    train: list[dict[str, Any]]
+    evals: list[dict[str, Any]]
+    last_line: str | None
+
+    @property
+    def name(self) -> str:
+        """The job's."""
+        return str(self.plan["name"])
+
+    @property
+    def model(self) -> str:
+        """The name of what it trains."""
+        return str(self.plan["spec"]["name"])
+
+    @property
+    def state(self) -> str:
+        """As jobs write it."""
+        return str(self.manifest.get("state", "planned"))
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has its model and scores."""
+        return self.state in ("evaluated", "done")
+
+    @property
+    def step(self) -> int:
+        """Steps taken, as far as the log knows."""
+        if self.trained:
+            return int(self.plan["steps"])
+        return int(self.train[-1]["step"]) if self.train else 0
+
+    def progress(self) -> str:
+        """The state in words."""
+        if self.plan.get("same_as"):
+            return f"same as {self.plan['same_as']}"
+        if self.state == "training":
+            total = int(self.plan["steps"])
+            return f"training, step {self.step:,} of {total:,}" if self.step < total else "trained, not scored yet"
+        return {"planned": "not begun", "expanded": "weights made", "evaluated": "done"}.get(self.state, self.state)
+
+
+def read_job(run: Path, plan: dict[str, Any]) -> JobView:
+    """`plan` is the job's entry in run.json. Raises RunError for a manifest that cannot be read."""
+    folder = run / "jobs" / str(plan["name"])
+    manifest = folder / "manifest.json"
+    log = folder / METRICS
+    if plan.get("same_as") or not manifest.exists():
+        return JobView(plan, {}, [], [], None)
+    rows = read_metrics(log)
+    last = None
+    if log.exists():
+        written = datetime.datetime.fromtimestamp(log.stat().st_mtime, datetime.UTC)
+        last = written.strftime("%Y-%m-%d %H:%M:%S UTC")
+    train = [row for row in rows if row.get("kind") == "train"]
+    return JobView(plan, read_state(manifest), train, [row for row in rows if row.get("kind") == "eval"], last)
+
+
+def percent(value: float) -> str:
+    """12.34 -> "12.3", 0.0567 -> "0.057"."""
+    return f"{value:.2g}" if value < 1 else f"{value:.1f}"
+
+
+def acceleration(state: dict[str, Any]) -> float | None:
+    """MACs of the chain's members trained individually over those of the chain; None where not all are planned.
+
+    Failed tries of a first-pair test are a cost of the chain.
+    """
+    links = [job for job in state["jobs"] if job["kind"] == "link"]
+    alone: dict[str, float] = {}
+    for job in state["jobs"]:
+        if job["kind"] == "baseline":
+            alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
+    if not links or any(job["spec"]["name"] not in alone for job in links):
+        return None
+    own = sum(job["cost"]["total_macs"] for job in state["jobs"] if job["kind"] in ("link", "try"))
+    return float(sum(alone[job["spec"]["name"]] for job in links) / own) if own else None
+
+
+def _scratch(job: str) -> str:
+    return CONTROLS[job].replace(", ", " for ")
+
+
+def _against(item: Comparison) -> str:
+    control = item.others[0] in CONTROLS
+    what = f"the same model {_scratch(item.others[0])}" if control else "the same model trained individually"
+    verdict = "" if control else f": {item.verdict}"
+    return f"{item.difference:+.1f} points against {what}{verdict} [95 %: {item.low:+.1f} to {item.high:+.1f}]"
+
+
+def _last(summary: Summary) -> Row | None:
+    scored = [row for row in summary.links if row.top1 is not None] or [r for r in summary.rows if r.top1 is not None]
+    return scored[-1] if scored else None
+
+
+def _comparisons(summary: Summary, row: Row) -> Iterator[Comparison]:
+    """Those of `row` that say most: with training individually, then with as many epochs from scratch, or MACs."""
+    yield from (item for item in summary.comparisons if item.link == row.job)
+    controls = {item.others[0]: item for item in summary.control_comparisons if item.link == row.job}
+    yield from [controls[name] for name in CONTROLS if name in controls][:1]
+
+
+def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> str:
+    """The result in words, of what is there."""
+    own = [job for job in jobs if not job.plan.get("same_as")]
+    parts = [f"{sum(job.trained for job in own)} of {len(own)} models trained"]
+    row = _last(summary)
+    if row is not None and row.top1 is not None:
+        result = f"{row.model} reaches {percent(row.top1)} % top-1 on {summary.primary}"
+        result += f" (chance {percent(100 / row.classes)} %)" if row.classes else ""
+        parts.append(", ".join([result, *map(_against, _comparisons(summary, row))]))
+    faster = acceleration(state)
+    if faster:
+        done = all(job.trained for job in own if job.plan["kind"] == "link")
+        verb = "costs" if done else "will cost"
+        ratio = f"{faster:.1f}x fewer" if faster >= 1 else f"{1 / faster:.1f}x more"
+        tried = ", failed tries included" if summary.tries else ""
+        parts.append(f"the chain {verb} {ratio} MACs than its members trained individually{tried}")
+    return "; ".join(parts) + "."
+
+
+def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """The numbers that matter most: (value, unit, what it is)."""
+    shown = []
+    row = _last(summary)
+    if row is not None and row.top1 is not None:
+        shown.append((percent(row.top1), "%", f"top-1 of {row.model} on {summary.primary}"))
+        for item in _comparisons(summary, row):
+            what = "against training it individually"
+            if item.others[0] in CONTROLS:
+                what = f"against the model {_scratch(item.others[0])}"
+            shown.append((f"{item.difference:+.1f}", "points", f"{what}, 95 %: {item.low:+.1f} to {item.high:+.1f}"))
+    faster = acceleration(state)
+    if faster:
+        shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all members individually"))
+    used = [row.device_hours for row in summary.paid if row.device_hours is not None]
+    if used:
+        value, _, unit = hours(sum(used)).partition(" ")
+        shown.append((value, unit, "of device time for the chain"))
+    return shown
+
+
+def score_tables(summary: Summary, roles: dict[str, str]) -> list[TextTable]:
+    """Every evaluation set, with every model; the longer of the two goes down the page."""
+    rows = [row for row in summary.rows if row.scores]
+    names = list(dict.fromkeys(name for row in rows for name in row.scores))
+    shots, recalls, skipped = [], [], []
+    for name in names:
+        one = next(row.scores[name] for row in rows if name in row.scores)
+        found = [row.scores.get(name, {}) for row in rows]
+        if one["task"] == "zeroshot":
+            label = f"{name} (select)" if roles.get(name) == "select" else name
+            about = [label, f"{one['n']:,}", f"{one['classes']:,}", percent(one["chance"])]
+            shots.append(about + [_joined(score, ("top1", "top5")) for score in found])
+        else:
+            for way, title in (("image_to_text", "text by picture"), ("text_to_image", "picture by text")):
+                keys = tuple(f"{way}_r{k}" for k in (1, 5, 10))
+                about = [f"{name}, {title}", f"{one['n']:,}", f"{one['texts']:,}"]
+                recalls.append(about + [_joined(score, keys) for score in found])
+        lost = {cause: n for cause, n in one.get("skipped", {}).items() if n}
+        if lost:
+            skipped.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
+    jobs = [row.job for row in rows]
+    tables = []
+    if shots:
+        notes = ["Percent, top-1 / top-5. Settings may have been chosen on sets marked (select).", *skipped]
+        tables.append(_turned("Zero-shot classification", ["Set", "pictures", "names", "chance", *jobs], shots, notes))
+    if recalls:
+        notes = ["Recall at 1 / 5 / 10 in percent.", *(skipped if not shots else [])]
+        tables.append(_turned("Retrieval", ["Set", "pictures", "texts", *jobs], recalls, notes))
+    return tables
+
+
+def _turned(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> TextTable:
+    if len(rows) < len(header) - 1:
+        header, *rows = map(list, zip(header, *rows, strict=True))
+    return TextTable(title, header, rows, notes)
+
+
+def _joined(score: dict[str, Any], keys: tuple[str, ...]) -> str:
+    return " / ".join(f"{score[key]:.1f}" for key in keys if score.get(key) is not None) or "-"
+
+
+def jobs_table(jobs: list[JobView]) -> TextTable:
+    """Where every job stands, and what was lost on the way."""
+    rows = []
+    for job in jobs:
+        line = job.train[-1] if job.train else {}
+        trained = job.manifest.get("trained") or {}
+        skips = trained.get("skipped_samples") or {k[8:]: v for k, v in line.items() if k.startswith("skipped_")}
+        begun = bool(trained or line)
+        lost = ", ".join(f"{int(n):,} {cause}" for cause, n in skips.items() if n) or ("0" if begun else "")
+        steps = trained.get("nonfinite_steps", line.get("nonfinite_steps"))
+        few = trained.get("few_captions")
+        rows.append(
+            [
+                f"{job.name} ({CONTROLS[job.name]})" if job.name in CONTROLS else job.name,
+                job.progress(),
+                count(job.plan["parameters"]),
+                f"{job.plan['steps']:,}",
+                str(job.plan["seed"]),
+                hours(trained.get("device_hours", line.get("device_hours"))) if begun else "",
+                "" if steps is None else f"{int(steps):,}",
+                lost,
+                "" if few is None else f"{few:,}",
+            ]
+        )
+    header = ["Job", "state", "parameters", "steps", "seed", "device time"]
+    header += ["non-finite steps", "skipped samples", "few captions"]
+    note = (
+        "Non-finite steps had a loss or gradient that is not finite and changed no weight. Skipped samples were "
+        "replaced by others. Few captions: samples with fewer than asked for, drawn with replacement."
+    )
+    anew = [
+        f"{job.name} went on under another kind of engine after step {' and '.join(f'{step:,}' for step in steps)}: "
+        "the optimizer's moments and the moving average began anew there."
+        for job in jobs
+        if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
+    ]
+    return TextTable("Jobs", header, rows, [note, *anew])
+
+
+def unfinished(jobs: list[JobView]) -> list[str]:
+    """A line for each job that was begun and is not done, and what is still to do."""
+    own = [job for job in jobs if not job.plan.get("same_as")]
+    left = [job for job in own if not job.trained]
+    lines = []
+    for job in left:
+        if job.manifest:
+            last = f"; last log line {job.last_line}" if job.last_line else ""
+            lines.append(f"{job.name}: {job.progress()}{last}.")
+    waiting = [job.name for job in left if not job.manifest]
+    if waiting:
+        lines.append(f"Not begun: {', '.join(waiting)}.")
+    return lines
+
+
+def environment(state: dict[str, Any], jobs: list[JobView]) -> list[tuple[str, str]]:
+    """What, where and when, as (name, value)."""
+    found: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        machine = {
+            **job.manifest.get("machine", {}),
+            **{k: job.manifest[k] for k in ("processes",) if k in job.manifest},
+        }
+        for key, value in machine.items():
+            found.setdefault(key, {})[str(value)] = None
+    begun = [job.manifest["started"] for job in jobs if "started" in job.manifest]
+    ended = [job.manifest["finished"] for job in jobs if "finished" in job.manifest]
+    seeds = dict.fromkeys(str(job.plan["seed"]) for job in jobs)
+    rows = [
+        ("command", state.get("command", "")),
+        ("started", state.get("started", min(begun, default=""))),
+        ("last model finished", max(ended, default="")),
+        *((key, ", ".join(values)) for key, values in found.items()),
+        ("seeds", ", ".join(seeds)),
+        ("training images", f"{state.get('images', 0):,}"),
+        ("batch", f"{state.get('batch', 0):,}"),
+        ("captions an image", str(state.get("captions", ""))),
+        ("data fingerprint", state.get("data_fingerprint", "")),
+    ]
+    return [(key, str(value)) for key, value in rows if value]
+
+
+def roles_of(recipe: str) -> dict[str, str]:
+    """The role of each evaluation set in the text of recipe.yaml."""
+    try:
+        sets = (yaml.safe_load(recipe) or {}).get("evaluation", {}).get("sets", [])
+        return {item["name"]: item.get("role", "report") for item in sets}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError):
+        return {}

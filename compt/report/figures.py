@@ -1,0 +1,390 @@
+"""The figures of a report, each as an SVG that follows the page's colours and as a PNG for Markdown."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from PIL import Image
+
+from compt.text import count, macs
+
+# Colours that people with colour-blindness tell apart. In the page each is a variable of that name, so that a dark
+# page has its own; the PNGs have these.
+COLOURS = {
+    "ink": "#1b2733",
+    "muted": "#5d6b79",
+    "grid": "#dfe4ea",
+    "paper": "#fefefe",
+    "chain": "#0b62c4",
+    "teacher": "#7db4ee",
+    "other": "#c6def8",
+    "alone": "#7a8591",
+    "control": "#b45309",
+    "m0": "#0072b2",
+    "m1": "#d55e00",
+    "m2": "#009e73",
+    "m3": "#b0558f",
+    "m4": "#c98a00",
+    "m5": "#3fa0d8",
+    "m6": "#6b5b4b",
+}
+MODEL_COLOURS = [COLOURS[name] for name in COLOURS if name.startswith("m") and name != "muted"]
+WIDE, NARROW = 8.6, 4.3
+"""Inches."""
+LOG_FROM = 12.0
+"""An axis of costs is logarithmic when they span more than this factor."""
+POINTS = 240
+"""Points of a curve; more are averaged in groups."""
+
+STYLE: Any = {
+    "text.parse_math": False,
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": COLOURS["muted"],
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.titlecolor": COLOURS["ink"],
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.8,
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["muted"],
+    "ytick.color": COLOURS["muted"],
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A drawn figure. `svg` is for wide screens, `narrow` for phones; `text` says what it shows."""
+
+    name: str
+    text: str
+    svg: str
+    narrow: str
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Point:
+    """A trained model in the figure of accuracy over cost; `low` and `high` bound `top1`, in percent."""
+
+    label: str
+    macs: float
+    top1: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training's numbers: `values[key]` holds pairs of samples and value. `model` counts models from 0."""
+
+    label: str
+    kind: str
+    model: int
+    values: Mapping[str, Sequence[tuple[float, float]]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """Costs of one training by part, in MACs; the parts are named in `PARTS`."""
+
+    label: str
+    parts: Sequence[float]
+
+
+PARTS = (
+    ("student", COLOURS["chain"]),
+    ("teacher's forward passes", COLOURS["teacher"]),
+    ("loss, optimizer, recomputation", COLOURS["other"]),
+    ("trained individually", COLOURS["alone"]),
+)
+
+
+def _render(name: str, text: str, draw: Callable[[bool], Canvas]) -> Figure:
+    with mpl.rc_context(STYLE):
+        drawings = []
+        for narrow in (False, True):
+            # Ids within the page differ from figure to figure.
+            mpl.rcParams["svg.hashsalt"] = f"{name}{narrow}"
+            canvas, buffer = draw(narrow), io.StringIO()
+            canvas.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+            drawings.append(_for_page(buffer.getvalue(), text))
+        image = io.BytesIO()
+        draw(False).savefig(image, format="png", dpi=130, facecolor="white")
+    return Figure(name, text, drawings[0], drawings[1], image.getvalue())
+
+
+def _for_page(svg: str, text: str) -> str:
+    """Only the drawing: sized by the page, its colours and fonts the page's."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    box = re.search(r'viewBox="[^"]*"', svg)
+    label = text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    svg = re.sub(r"<svg[^>]*>", f'<svg {box[0] if box else ""} role="img" aria-label="{label}">', svg, count=1)
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
+
+
+def _new(narrow: bool, height: float) -> Canvas:
+    return Canvas(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
+
+
+def _clean(axes: Axes) -> None:
+    axes.set_facecolor("none")
+    axes.tick_params(which="both", length=0)
+
+
+def _cost_axis(axes: Axes, values: Sequence[float], narrow: bool) -> None:
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_FROM:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1e3 or narrow else (1.0, 3.0)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.set_xlim(low / 1.6, high * 1.6)
+    else:
+        axes.set_xlim(0, high * 1.14)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4 if narrow else 7))
+    axes.xaxis.set_major_formatter(_tick(macs))
+
+
+def _line(axes: Axes, points: Sequence[Point], colour: str, marker: str, style: str, label: str) -> None:
+    errors = np.array([(point.top1 - point.low, point.high - point.top1) for point in points]).T
+    axes.errorbar(
+        [point.macs for point in points],
+        [point.top1 for point in points],
+        yerr=errors.clip(min=0),
+        color=colour,
+        ecolor=colour,
+        elinewidth=1,
+        capsize=2.5,
+        marker=marker,
+        markerfacecolor=COLOURS["paper"] if marker == "o" else colour,
+        markeredgewidth=1.6,
+        linestyle=style,
+        label=label,
+    )
+
+
+def accuracy_figure(
+    primary: str, chain: Sequence[Point], individual: Sequence[Sequence[Point]], controls: Sequence[Point]
+) -> Figure | None:
+    """Top-1 over the MACs spent up to each member; None without a scored model."""
+    every = [*chain, *(point for line in individual for point in line), *controls]
+    if not every:
+        return None
+
+    def draw(narrow: bool) -> Canvas:
+        canvas = _new(narrow, 4.3 if narrow else 4.1)
+        axes = canvas.add_subplot()
+        _clean(axes)
+        _cost_axis(axes, [point.macs for point in every], narrow)
+        for line in individual:
+            name = "trained individually" if line is individual[0] else "_"
+            _line(axes, line, COLOURS["alone"], "o", "--", name)
+        if chain:
+            _line(axes, chain, COLOURS["chain"], "s", "-", "chain")
+        if controls:
+            _line(axes, controls, COLOURS["control"], "D", "none", "last model from scratch")
+        own = [(point, point.high, (0, 5), "center", "chain") for point in chain]
+        met = {(point.macs, point.top1) for point in chain}
+        own += [
+            (point, point.low, (0, -15), "center", "alone")
+            for point in (individual[0] if individual else ())
+            if (point.macs, point.top1) not in met
+        ]
+        cheapest = min((point.macs for point in controls), default=0.0)
+        for point in controls:
+            # Controls of nearly the same cost stand close together: the first is named below its bar.
+            below = len(controls) > 1 and point.macs == cheapest
+            height, offset = (point.low, (-4, -13)) if below else (point.top1, (8, -3))
+            own.append((point, height, offset, "left", "control"))
+        for point, height, offset, side, colour in own:
+            place = (point.macs, height)
+            axes.annotate(
+                point.label, place, offset, textcoords="offset points", ha=side, color=COLOURS[colour], fontsize=8.5
+            )
+        axes.set_title(f"Top-1 on {primary}, %")
+        axes.set_xlabel("accumulated training MACs")
+        axes.margins(y=0.14)
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
+        canvas.legend(loc="outside lower left", ncols=1 if narrow else 3)
+        return canvas
+
+    text = f"Top-1 on {primary} against accumulated training MACs, for the chain and for members trained individually."
+    return _render("accuracy", text, draw)
+
+
+def _thin(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    finite = [(x, y) for x, y in pairs if math.isfinite(y)]
+    size = max(1, math.ceil(len(finite) / POINTS))
+    groups = [finite[at : at + size] for at in range(0, len(finite), size)]
+    return [float(np.mean([x for x, _ in group])) for group in groups], [
+        float(np.mean([y for _, y in group])) for group in groups
+    ]
+
+
+def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure | None:
+    """One panel for each key of `panels` (key to title) that some training logged; None when there is none."""
+    shown = [(key, title) for key, title in panels.items() if any(curve.values.get(key) for curve in curves)]
+    if not shown:
+        return None
+    styles: dict[str, Any] = {"link": "-", "baseline": (0, (4, 2)), "control": (0, (1, 1.4)), "try": "-."}
+
+    def draw(narrow: bool) -> Canvas:
+        columns = 1 if narrow else min(2, len(shown))
+        rows = math.ceil(len(shown) / columns)
+        keys = 0.2 * (len(curves) if narrow else math.ceil(len(curves) / 3)) + 0.15
+        canvas = _new(narrow, (2.3 if narrow else 2.6) * rows + keys)
+        for at, (key, title) in enumerate(shown):
+            axes = canvas.add_subplot(rows, columns, at + 1)
+            _clean(axes)
+            for curve in curves:
+                x, y = _thin(curve.values.get(key, ()))
+                dots = "o" if len(x) == 1 or (key.endswith("/top1") and len(x) <= 20) else ""
+                axes.plot(
+                    x,
+                    y,
+                    color=MODEL_COLOURS[curve.model % len(MODEL_COLOURS)],
+                    linestyle=styles[curve.kind],
+                    linewidth=2 if curve.kind == "link" else 1.4,
+                    marker=dots,
+                    markersize=3,
+                )
+            axes.set_title(title)
+            axes.xaxis.set_major_formatter(_tick(count))
+            axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
+            axes.set_xlim(left=0)
+            if at >= len(shown) - columns:
+                axes.set_xlabel("pictures seen")
+        handles = [
+            Line2D([], [], color=MODEL_COLOURS[c.model % len(MODEL_COLOURS)], linestyle=styles[c.kind], label=c.label)
+            for c in curves
+        ]
+        canvas.legend(handles=handles, loc="outside lower left", ncols=1 if narrow else 3)
+        return canvas
+
+    text = f"Curves against pictures seen: {'; '.join(title for _, title in shown)}."
+    return _render("curves", text, draw)
+
+
+def _tick(number: Callable[[float], str]) -> FuncFormatter:
+    """Numbers with a prefix, without zeros behind the point."""
+
+    def text(value: float, _: int) -> str:
+        digits, space, prefix = number(value).partition(" ")
+        return f"{float(digits.replace(',', '')):g}{space}{prefix}"
+
+    return FuncFormatter(text)
+
+
+def cost_figure(bars: Sequence[Bar]) -> Figure | None:
+    """Stacked bars of MACs, from top to bottom; None without a bar."""
+    if not bars:
+        return None
+
+    def draw(narrow: bool) -> Canvas:
+        canvas = _new(narrow, 0.34 * len(bars) + (1.6 if narrow else 1.1))
+        axes = canvas.add_subplot()
+        _clean(axes)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        # A training of its own stands close under the chain's bar that it is compared with.
+        places = np.cumsum([0.0 if not at else 0.78 if not bar.label else 1.15 for at, bar in enumerate(bars)])
+        start = np.zeros(len(bars))
+        for part, (name, colour) in enumerate(PARTS):
+            widths = np.array([bar.parts[part] for bar in bars])
+            if widths.any():
+                axes.barh(places, widths, left=start, height=0.68, color=colour, label=name)
+            start += widths
+        for place, total in zip(places, start, strict=True):
+            axes.annotate(macs(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+        axes.set_yticks(places, [bar.label for bar in bars])
+        axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
+        axes.invert_yaxis()
+        axes.xaxis.set_major_formatter(_tick(macs))
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3 if narrow else 6))
+        axes.set_xlim(0, start.max() * (1.25 if narrow else 1.12))
+        axes.set_xlabel("training MACs")
+        canvas.legend(loc="outside lower left", ncols=1 if narrow else 4)
+        return canvas
+
+    return _render("cost", "What each training costs in MACs, by part.", draw)
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A held-out picture with its true name and what a model took it for; `right` None: not known."""
+
+    image: np.ndarray
+    name: str
+    answer: str
+    right: bool | None
+
+    @property
+    def mark(self) -> str:
+        """A sign that says right or wrong without colour."""
+        return "" if self.right is None else "✓" if self.right else "✗"
+
+    def encoded(self) -> tuple[str, bytes]:
+        """Media type and bytes: lossless where it is small."""
+        picture = Image.fromarray(self.image.transpose(1, 2, 0))
+        small = max(picture.size) <= 64
+        picture.thumbnail((128, 128))
+        buffer = io.BytesIO()
+        picture.save(buffer, "PNG" if small else "JPEG", quality=88)
+        return ("image/png" if small else "image/jpeg"), buffer.getvalue()
+
+
+def contact_png(pictures: Sequence[Picture], columns: int = 8) -> bytes:
+    """All pictures in one, each with its true name and the answer."""
+    rows = math.ceil(len(pictures) / columns)
+    with mpl.rc_context(STYLE):
+        canvas = Canvas(figsize=(1.3 * columns, 1.62 * rows))
+        axes = canvas.add_axes((0, 0, 1, 1))
+        axes.set_axis_off()
+        for at, picture in enumerate(pictures):
+            x, y = at % columns * 1.3 + 0.2, (rows - 1 - at // columns) * 1.62 + 0.62
+            smooth = "nearest" if picture.image.shape[-1] <= 64 else "antialiased"
+            axes.imshow(picture.image.transpose(1, 2, 0), extent=(x, x + 0.9, y, y + 0.9), interpolation=smooth)
+            axes.text(x + 0.45, y - 0.06, _fold(picture.name), ha="center", va="top", fontsize=6.5, weight="bold")
+            axes.text(
+                x + 0.45, y - 0.32, _fold(f"{picture.mark} {picture.answer}"), ha="center", va="top", fontsize=6.5
+            )
+        axes.set_xlim(0, 1.3 * columns)
+        axes.set_ylim(0, 1.62 * rows)
+        buffer = io.BytesIO()
+        canvas.savefig(buffer, format="png", dpi=130, facecolor="white")
+    return buffer.getvalue()
+
+
+def _fold(text: str, width: int = 22) -> str:
+    """On two lines at most."""
+    lines = [""]
+    for word in text.split():
+        if lines[-1] and len(lines[-1]) + len(word) >= width:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    kept = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
+    return "\n".join(kept if len(kept) <= 2 else [kept[0], f"{kept[1][: width - 1]}…"])

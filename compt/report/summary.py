@@ -1,0 +1,323 @@
+"""What a run has shown so far, read from its manifests alone: scores with intervals, costs, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.chain.run import read_calibration
+from compt.errors import DataError, RunError
+from compt.evaluate.encoder import load_arrays
+from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict
+from compt.files import read_json
+
+CONTROLS = {
+    "control-equal_epochs": "from scratch, the link's epochs",
+    "control-equal_macs": "from scratch, the link's MACs",
+    "control-equal_chain_macs": "from scratch, the whole chain's MACs",
+}
+"""What each control is: the last link's model, trained from scratch at that cost."""
+
+_PINS = {"data": "pictures", "classnames": "class names", "templates": "templates", "label": "labels"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trained model. `top1` and its Wilson 95 % interval are in percent, MACs include the teacher's share."""
+
+    job: str
+    kind: str
+    model: str
+    state: str
+    seed: int
+    parameters: int
+    epochs: float
+    steps: int
+    macs: float
+    teacher_share: float
+    device_hours: float | None
+    top1: float | None = None
+    low: float | None = None
+    high: float | None = None
+    images: int = 0
+    classes: int = 0
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A link against models trained from scratch, on the same pictures.
+
+    `difference` (link minus other) and its 95 % interval (paired bootstrap over pictures) are in points. Accelerations
+    are the other's cost divided by the link's; accumulated ones take all links up to this one, and the tries of a
+    first-pair test that failed on the way.
+    """
+
+    link: str
+    others: list[str]
+    difference: float
+    low: float
+    high: float
+    verdict: str
+    macs_speedup: float
+    macs_speedup_accumulated: float | None
+    hours_speedup: float | None
+    hours_speedup_accumulated: float | None
+    seed_spread: float | None
+
+
+@dataclass(frozen=True)
+class NotCompared:
+    """A link and others that are all scored, but whose scores do not go together, and why."""
+
+    link: str
+    others: list[str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All rows of a run, and its comparisons with baselines and controls.
+
+    `individual` holds, for each seed, the chain's members trained individually in the chain's order; where a baseline
+    is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
+    first-pair test found not to be lossless, `calibration` is its record (`compt.chain.run.read_calibration`).
+    """
+
+    run: str
+    primary: str | None
+    links: list[Row]
+    baselines: list[Row]
+    controls: list[Row]
+    individual: dict[int, list[Row]]
+    comparisons: list[Comparison]
+    control_comparisons: list[Comparison]
+    not_compared: list[NotCompared] = field(default_factory=list)
+    tries: list[Row] = field(default_factory=list)
+    calibration: dict[str, Any] | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Links, then failed tries, baselines and controls."""
+        return [*self.links, *self.tries, *self.baselines, *self.controls]
+
+    @property
+    def paid(self) -> list[Row]:
+        """What the chain cost, in the order of training: each failed try stands before the link that it tried."""
+        return paid_for(self.links, self.tries)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for files."""
+        return asdict(self)
+
+
+def accumulated(values: Sequence[float | None]) -> list[float | None]:
+    """Running sums; None from the first missing value on."""
+    sums: list[float | None] = []
+    total: float | None = 0.0
+    for value in values:
+        total = None if total is None or value is None else total + value
+        sums.append(total)
+    return sums
+
+
+def paid_for(links: Sequence[Row], tries: Sequence[Row]) -> list[Row]:
+    """`links`, with the failed tries of each before it; tries of a link that is not there yet come last."""
+    models = {link.model for link in links}
+    rows = [row for link in links for row in (*(row for row in tries if row.model == link.model), link)]
+    return rows + [row for row in tries if row.model not in models]
+
+
+def _row(job: dict[str, Any], manifest: dict[str, Any], primary: str | None) -> Row:
+    scores = manifest.get("scores", {})
+    row: dict[str, Any] = {}
+    score = scores.get(primary, {})
+    if "top1" in score:
+        row = {
+            "top1": score["top1"],
+            "low": score["top1_interval"][0],
+            "high": score["top1_interval"][1],
+            "images": score["n"],
+            "classes": score["classes"],
+        }
+    cost = manifest["cost"]
+    trained = manifest.get("trained")
+    return Row(
+        job=job["name"],
+        kind=job["kind"],
+        model=manifest["spec"]["name"],
+        state=manifest["state"],
+        seed=manifest["seed"],
+        parameters=manifest["parameters"],
+        epochs=manifest["epochs"],
+        steps=manifest["steps"],
+        macs=cost["total_macs"],
+        teacher_share=cost["teacher_forward_macs"] * cost["samples"] / cost["total_macs"],
+        device_hours=trained["device_hours"] if trained else None,
+        scores=scores,
+        **row,
+    )
+
+
+def score_file(run: Path, job: str, name: str, suffix: str = ".npz") -> Path:
+    """Where a job keeps its answers on the evaluation set `name`."""
+    return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}{suffix}"
+
+
+def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a result; {} where the file is missing or torn."""
+    try:
+        return load_arrays(path)
+    except DataError:
+        return {}
+
+
+Answers = tuple[NDArray[np.int64], NDArray[np.bool_]]
+
+
+def _answers(run: Path, job: str, primary: str) -> Answers | None:
+    """Ids of the pictures and whether each was right; None where they are missing or unreadable."""
+    arrays = stored_arrays(score_file(run, job, primary))
+    return (arrays["ids"], arrays["correct"].astype(bool)) if {"ids", "correct"} <= arrays.keys() else None
+
+
+def _mismatch(link: Row, other: Row, primary: str) -> str | None:
+    """What `other` was scored with that is not what `link` was scored with."""
+    own, theirs = (row.scores[primary].get("pins", {}) for row in (link, other))
+    differ = [key for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
+    if not differ:
+        return None
+    return f"{other.job} was scored with other {' and '.join(_PINS.get(key, key) for key in differ)}"
+
+
+def _compare(
+    run: Path, primary: str, link: Row, others: list[Row], paid_to_here: list[Row], others_to_here: list[Row] | None
+) -> Comparison | NotCompared | None:
+    """`link` against the mean of `others` (the same model over seeds); None while something is not scored yet."""
+    if any(row.top1 is None for row in (link, *others)) or link.images < 2:
+        return None
+    own, theirs = _answers(run, link.job, primary), [_answers(run, other.job, primary) for other in others]
+    found, reasons = [], [f"the answers of {link.job} are missing"] if own is None else []
+    for other, answers in zip(others, theirs, strict=True):
+        reason = _mismatch(link, other, primary)
+        if reason is None and answers is None:
+            reason = f"the answers of {other.job} are missing"
+        elif reason is None and own is not None and answers is not None and not np.array_equal(answers[0], own[0]):
+            reason = f"{other.job} was scored on other pictures"
+        if reason is not None:
+            reasons.append(reason)
+        elif answers is not None:
+            found.append(answers[1])
+    if reasons or own is None:
+        return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
+    # Averaged over seeds, a picture's correctness of the baseline is a share.
+    difference, low, high = paired_bootstrap(own[1], np.mean(found, axis=0))
+    ours_macs, ours_hours = [row.macs for row in paid_to_here], [row.device_hours for row in paid_to_here]
+    macs_total = hours_total = None
+    if others_to_here is not None:
+        macs_total = sum(row.macs for row in others_to_here) / sum(ours_macs)
+        hours = accumulated([row.device_hours for row in others_to_here])[-1]
+        ours = accumulated(ours_hours)[-1]
+        hours_total = hours / ours if hours and ours else None
+    other_hours = [row.device_hours for row in others if row.device_hours]
+    spread = mean_and_spread([100 * float(np.mean(item)) for item in found])[1] if len(found) > 1 else None
+    return Comparison(
+        link=link.job,
+        others=[other.job for other in others],
+        difference=difference,
+        low=low,
+        high=high,
+        verdict=verdict(difference, low, high),
+        macs_speedup=float(np.mean([other.macs for other in others])) / link.macs,
+        macs_speedup_accumulated=macs_total,
+        hours_speedup=float(np.mean(other_hours)) / link.device_hours if other_hours and link.device_hours else None,
+        hours_speedup_accumulated=hours_total,
+        seed_spread=spread,
+    )
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """run.json or a manifest. Raises RunError when it cannot be read."""
+    try:
+        return dict(read_json(path))
+    except FileNotFoundError:
+        raise RunError(f"{path.parent} is no run folder: there is no {path.name} in it") from None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from error
+
+
+def summarise(run: Path) -> Summary:
+    """Read RUN/run.json and the manifests of its jobs; jobs that were not begun are left out. Raises RunError."""
+    state = read_state(run / "run.json")
+    primary: str | None = state["primary"]
+    rows: dict[str, Row] = {}
+    same: dict[str, str] = {}
+    for job in state["jobs"]:
+        if job.get("same_as"):
+            same[job["name"]] = job["same_as"]
+            continue
+        path = run / "jobs" / job["name"] / "manifest.json"
+        if path.exists() and (manifest := read_state(path))["state"] != "planned":
+            rows[job["name"]] = _row(job, manifest, primary)
+    links = [row for row in rows.values() if row.kind == "link"]
+    by_model: dict[str, list[Row]] = {}
+    individual: dict[int, dict[str, Row]] = {}
+    for job in state["jobs"]:
+        row = rows.get(same.get(job["name"], job["name"]))
+        if job["kind"] == "baseline" and row is not None:
+            by_model.setdefault(row.model, []).append(row)
+            individual.setdefault(job["seed"], {})[row.model] = row
+    order = [job["spec"]["name"] for job in state["jobs"] if job["kind"] == "link"]
+    controls = [row for row in rows.values() if row.kind == "control"]
+    tries = [row for row in rows.values() if row.kind == "try"]
+    compared = _with_baselines(run, primary, links, tries, by_model) if primary else []
+    with_controls = _with_controls(run, primary, links, controls) if primary else []
+    return Summary(
+        run=run.resolve().name,
+        primary=primary,
+        links=links,
+        baselines=[row for row in rows.values() if row.kind == "baseline"],
+        controls=controls,
+        individual={seed: [own[model] for model in order if model in own] for seed, own in individual.items()},
+        comparisons=[item for item in compared if isinstance(item, Comparison)],
+        control_comparisons=[item for item in with_controls if isinstance(item, Comparison)],
+        not_compared=[item for item in (*compared, *with_controls) if isinstance(item, NotCompared)],
+        tries=tries,
+        calibration=read_calibration(run),
+    )
+
+
+def _with_baselines(
+    run: Path, primary: str, links: list[Row], tries: list[Row], by_model: dict[str, list[Row]]
+) -> list[Comparison | NotCompared]:
+    """Each link against its model trained individually, unless that is the same training."""
+    comparisons = []
+    for at, link in enumerate(links):
+        others = by_model.get(link.model, [])
+        if not others or any(other.job == link.job for other in others):
+            continue
+        before = links[: at + 1]
+        whole = all(other.model in by_model for other in before)
+        firsts = [by_model[other.model][0] for other in before] if whole else None
+        models = {other.model for other in before}
+        paid = paid_for(before, [row for row in tries if row.model in models])
+        found = _compare(run, primary, link, others, paid, firsts)
+        if found is not None:
+            comparisons.append(found)
+    return comparisons
+
+
+def _with_controls(run: Path, primary: str, links: list[Row], controls: list[Row]) -> list[Comparison | NotCompared]:
+    comparisons = []
+    for control in controls:
+        link = next((link for link in links if link.model == control.model), None)
+        found = _compare(run, primary, link, [control], links, None) if link else None
+        if found is not None:
+            comparisons.append(found)
+    return comparisons

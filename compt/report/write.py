@@ -1,0 +1,250 @@
+"""RUN/report.html and RUN/report.md: what a run has shown, for people; also of a run that is not finished."""
+
+from __future__ import annotations
+
+import base64
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from compt.chain.record import now
+from compt.files import new_folder, write_text
+from compt.report import figures
+from compt.report.content import (
+    JobView,
+    environment,
+    jobs_table,
+    read_job,
+    roles_of,
+    score_tables,
+    sentence,
+    tiles,
+    unfinished,
+)
+from compt.report.summary import CONTROLS, Row, Summary, read_state, score_file, stored_arrays, summarise
+from compt.report.tables import calibration_table, comparison_table, cost_table
+from compt.text import TextTable, escape_markdown
+from compt.weights.artefact import versions
+
+TEMPLATES = Path(__file__).parent / "templates"
+PICTURES = "report"
+"""Folder beside report.md with its figures."""
+
+
+def _points(rows: list[Row]) -> list[figures.Point]:
+    """Scored models at the MACs spent up to each, unscored ones and failed tries included in the cost."""
+    points, total = [], 0.0
+    for row in rows:
+        total += row.macs
+        if row.kind != "try" and row.top1 is not None and row.low is not None and row.high is not None:
+            points.append(figures.Point(row.model, total, row.top1, row.low, row.high))
+    return points
+
+
+def _accuracy(summary: Summary) -> figures.Figure | None:
+    if summary.primary is None:
+        return None
+    order = [row.model for row in summary.links]
+    # A sum over other members than the chain's would stand at the wrong place.
+    whole = [rows for rows in summary.individual.values() if [row.model for row in rows] == order[: len(rows)]]
+    alone = [points for rows in whole if len(points := _points(rows)) and any(r.kind == "baseline" for r in rows)]
+    controls = [
+        figures.Point(
+            CONTROLS.get(row.job, row.job).removeprefix("from scratch, "),
+            row.macs,
+            row.top1,
+            row.low,
+            row.high,
+        )
+        for row in summary.controls
+        if row.top1 is not None and row.low is not None and row.high is not None
+    ]
+    return figures.accuracy_figure(summary.primary, _points(summary.paid), alone, controls)
+
+
+def _pairs(rows: list[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
+    """(samples, value) of the first of `keys` that a line has."""
+    found = ((row["samples"], next((row[key] for key in keys if key in row), math.nan)) for row in rows)
+    return [(float(x), float(y)) for x, y in found if not math.isnan(y)]
+
+
+def _curves(jobs: list[JobView]) -> figures.Figure | None:
+    models = list(dict.fromkeys(job.model for job in jobs))
+    sets = sorted({key for job in jobs for row in job.evals for key in row if key.endswith("/top1")})
+    panels = {"task": "Contrastive loss", "r": "r, distillation over contrastive loss"}
+    panels |= {"validation_loss": "Validation loss"} | {key: f"Top-1 on {key[:-5]}, %" for key in sets}
+    curves = []
+    for job in jobs:
+        values = {"task": _pairs(job.train, "task", "loss"), "r": _pairs(job.train, "r")}
+        values |= {key: _pairs(job.evals, key) for key in ("validation_loss", *sets)}
+        if any(values.values()):
+            curves.append(figures.Curve(job.name, str(job.plan["kind"]), models.index(job.model), values))
+    return figures.curves_figure(curves, panels)
+
+
+def _costs(state: dict[str, Any]) -> figures.Figure | None:
+    links = [job for job in state["jobs"] if job["kind"] == "link"]
+    tries = [job for job in state["jobs"] if job["kind"] == "try"]
+    alone: dict[str, float] = {}
+    for job in state["jobs"]:
+        if job["kind"] == "baseline":
+            alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
+    bars, chain, rest = [], [0.0, 0.0, 0.0], 0.0
+    for job in (*tries, *links):
+        cost, name = job["cost"], job["spec"]["name"]
+        parts = [cost["student_training_macs"] * cost["samples"], cost["teacher_forward_macs"] * cost["samples"]]
+        parts.append(max(0.0, cost["total_macs"] - sum(parts)))
+        chain = [total + part for total, part in zip(chain, parts, strict=True)]
+        bars.append(figures.Bar(job["name"] if job in tries else name, [*parts, 0.0]))
+        if name in alone and job not in tries:
+            rest += alone[name]
+            bars.append(figures.Bar("", [0.0, 0.0, 0.0, alone[name]]))
+    if len(links) > 1:
+        bars.append(figures.Bar("all", [*chain, 0.0]))
+        if rest and all(job["spec"]["name"] in alone for job in links):
+            bars.append(figures.Bar("", [0.0, 0.0, 0.0, rest]))
+    return figures.cost_figure(bars)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Held-out pictures with the answers of the model of `job`."""
+
+    job: str
+    model: str
+    name: str
+    pictures: list[figures.Picture]
+
+    @property
+    def right(self) -> int:
+        """How many answers are right."""
+        return sum(picture.right is True for picture in self.pictures)
+
+
+def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet | None:
+    """Of the last link that has one, else of the last model that has one."""
+    name = state.get("contact_sheet")
+    for row in [*reversed(summary.links), *reversed(summary.baselines + summary.controls)]:
+        stored = stored_arrays(score_file(run, row.job, "contact"))
+        if not stored:
+            continue
+        images, ids, labels, names = (stored[key] for key in ("images", "ids", "labels", "classnames"))
+        scored = stored_arrays(score_file(run, row.job, str(name)))
+        answers = dict(zip(scored["ids"].tolist(), scored["predictions"].tolist(), strict=True)) if scored else {}
+        pictures = []
+        for image, sample, label in zip(images, ids.tolist(), labels.tolist(), strict=True):
+            answer = answers.get(sample)
+            text = "" if answer is None else str(names[answer]) if answer >= 0 else "no finite score"
+            right = None if answer is None else answer == label
+            pictures.append(figures.Picture(image, str(names[label]), text, right))
+        return Sheet(row.job, row.model, str(name), pictures)
+    return None
+
+
+def _gather(run: Path) -> dict[str, Any]:
+    """Everything that the two files show."""
+    summary = summarise(run)
+    state = read_state(run / "run.json")
+    jobs = [read_job(run, plan) for plan in state["jobs"]]
+    path = run / "recipe.yaml"
+    recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    tables = [cost_table(summary)] if summary.rows else []
+    further = [comparison_table(summary), calibration_table(summary)]
+    return {
+        "title": str(state.get("name") or summary.run),
+        "run": summary.run,
+        "sentence": sentence(summary, state, jobs),
+        "tiles": tiles(summary, state),
+        "unfinished": unfinished(jobs),
+        "results": [*tables, *(table for table in further if table)],
+        "accuracy": _accuracy(summary),
+        "curves": _curves(jobs),
+        "costs": _costs(state),
+        "sheet": contact_sheet(run, state, summary),
+        "scores": score_tables(summary, roles_of(recipe)),
+        "jobs": jobs_table(jobs),
+        "environment": environment(state, jobs),
+        "recipe": recipe,
+        "primary": summary.primary,
+        "written": now(),
+        "version": versions()["compt"],
+    }
+
+
+def _data_uri(picture: figures.Picture) -> str:
+    kind, content = picture.encoded()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def _html(content: dict[str, Any]) -> str:
+    loader = FileSystemLoader(TEMPLATES)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["data_uri"] = _data_uri
+    return pages.get_template("report.html.j2").render(content, colours=figures.COLOURS)
+
+
+CAPTIONS = {
+    "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
+    "line; a control, the last model from scratch, at its own MACs alone.",
+    "curves": "Solid: chain; dashed: trained individually; dotted: controls; dash-dotted: failed tries. r is the "
+    "weighted feature loss over the contrastive loss.",
+    "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
+}
+
+
+def _markdown(content: dict[str, Any]) -> str:
+    lines = [f"# {escape_markdown(content['title'])}", "", escape_markdown(content["sentence"]), ""]
+    if content["unfinished"]:
+        lines += ["**Not finished.**", "", *(f"- {escape_markdown(line)}" for line in content["unfinished"]), ""]
+
+    def figure(key: str, title: str, nothing: str = "") -> None:
+        drawn = content[key]
+        if drawn is not None:
+            path = f"{PICTURES}/{drawn.name}.png"
+            lines.extend([f"### {title}", "", f"![{escape_markdown(drawn.text)}]({path})", "", CAPTIONS[key], ""])
+        elif nothing:
+            lines.extend([f"### {title}", "", nothing, ""])
+
+    lines += [table.markdown() for table in content["results"]]
+    figure("accuracy", "Accuracy against cost", _nothing_scored(content))
+    sheet: Sheet | None = content["sheet"]
+    if sheet is not None:
+        text = f"Answers of {sheet.model} on {sheet.name}: {sheet.right} of {len(sheet.pictures)} right"
+        lines += ["### Pictures", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
+        lines += [f"{escape_markdown(text)} (✓); the true name is bold.", ""]
+    figure("curves", "Training")
+    figure("costs", "Cost")
+    lines += [table.markdown() for table in content["scores"]]
+    lines.append(content["jobs"].markdown())
+    lines.append(TextTable("Environment", ["", "value"], content["environment"]).markdown())
+    if content["recipe"]:
+        lines += ["### Recipe", "", "````yaml", content["recipe"].rstrip(), "````", ""]
+    lines.append(f"Written {content['written']} by compt {content['version']}.")
+    return "\n".join(lines) + "\n"
+
+
+def _nothing_scored(content: dict[str, Any]) -> str:
+    if content["primary"] is None:
+        return "The recipe names no primary evaluation set (evaluation.primary)."
+    return f"No model has been scored on {escape_markdown(content['primary'])} yet."
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html, which needs no other file, and RUN/report.md with RUN/report/*.png; returns the former.
+
+    Raises RunError when RUN is no run folder or cannot be written.
+    """
+    content = _gather(run)
+    drawn = {content[key].name: content[key].png for key in ("accuracy", "curves", "costs") if content[key] is not None}
+    if content["sheet"] is not None:
+        drawn["contact"] = figures.contact_png(content["sheet"].pictures)
+    with new_folder(run / PICTURES) as folder:
+        for name, png in drawn.items():
+            (folder / f"{name}.png").write_bytes(png)
+    write_text(run / "report.md", _markdown(content))
+    page = run / "report.html"
+    write_text(page, _html({**content, "captions": CAPTIONS, "nothing_scored": _nothing_scored(content)}))
+    return page

@@ -1,0 +1,1 @@
+"""Training one model: losses, task, and the one loop."""

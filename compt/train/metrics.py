@@ -1,0 +1,210 @@
+"""What a training reports: one JSON line a log step, the same to TensorBoard, and a line of progress for people."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+
+from compt.dist import collectives as dist
+from compt.files import disk_errors, write_text
+from compt.text import terminal
+
+FILE = "metrics.jsonl"
+TENSORBOARD = "tb"
+PLAIN_EVERY = 10.0
+"""Seconds between two lines of progress where the output is no terminal."""
+
+_log = logging.getLogger(__name__)
+
+
+def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl in their order, all or of one kind ("train" or "eval"); [] without a file.
+
+    A line that was torn by a kill is left out; a number that was not finite comes back as nan.
+    """
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        row = _parse(line)
+        if row is not None and kind in (None, row.get("kind")):
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    return rows
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+def _cut_back(path: Path, step: int) -> None:
+    """Take out the lines after `step`, which will be trained again, and a torn one; atomically."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8", errors="replace")
+    rows = [(line, _parse(line)) for line in text.splitlines()]
+    kept = "".join(line + "\n" for line, row in rows if row is not None and row["step"] <= step)
+    if kept != text:
+        write_text(path, kept)
+
+
+class MetricsWriter:
+    """Writes FOLDER/metrics.jsonl and FOLDER/tb and shows progress, on rank 0 only; a context manager.
+
+    A training that goes on from `start_step` first cuts off what was logged after it, so no step stands there twice.
+    `batch` is global: a line's `samples` is step * batch. Lines have a `kind`: "train" or "eval".
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        total_steps: int,
+        batch: int,
+        start_step: int = 0,
+        title: str = "training",
+        console: Console | None = None,
+    ) -> None:
+        self._folder = folder
+        self._total = total_steps
+        self._batch = batch
+        self._start = start_step
+        self._title = title
+        self._console = console or terminal(stderr=True)
+        self._active = dist.is_main()
+        self._file: TextIO | None = None
+        self._board: Any = None
+        self._bar: Progress | None = None
+        self._bar_task = TaskID(0)
+        self._shown: dict[str, float] = {}
+        self._entered = self._last_plain = 0.0
+
+    def __enter__(self) -> MetricsWriter:
+        self._entered = self._last_plain = time.monotonic()
+        if not self._active:
+            return self
+        path = self._folder / FILE
+        with disk_errors(path):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            _cut_back(path, self._start)
+            self._file = path.open("a", encoding="utf-8")
+        from torch.utils.tensorboard import SummaryWriter
+
+        with disk_errors(self._folder / TENSORBOARD):
+            self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=self._start + 1)
+        if self._console.is_terminal:
+            self._bar = Progress(
+                *_columns(self._console.width),
+                console=self._console,
+                transient=False,
+                expand=True,
+                refresh_per_second=4,
+            )
+            self._bar_task = self._bar.add_task(
+                self._title, total=self._total, completed=self._start, numbers="", remaining=""
+            )
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        # On a full disk closing fails as well, and would hide the message about the line that could not be written.
+        for output in (self._board, self._file):
+            if output is not None:
+                with contextlib.suppress(OSError):
+                    output.close()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """A training line; `loss`, `r` and `samples_per_s` of `values` are shown. Raises RunError on a full disk."""
+        if not self._active:
+            return
+        self._write("train", step, values)
+        self._shown = {key: float(values[key]) for key in ("loss", "r", "samples_per_s") if key in values}
+        self.advance(step)
+
+    def log_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
+        """A line of scores, under the same step, samples and epoch as training lines. Raises RunError."""
+        if not self._active:
+            return
+        self._write("eval", step, scores)
+        shown = ", ".join(f"{key} {value:.4g}" for key, value in scores.items() if key != "epoch")
+        self._print(f"{self._title}: step {step}: {shown}")
+
+    def advance(self, step: int) -> None:
+        """Move the progress on without a log line."""
+        if not self._active:
+            return
+        if self._bar is not None:
+            numbers = "  ".join(_numbers(self._shown))
+            self._bar.update(self._bar_task, completed=step, numbers=numbers, remaining=self._remaining(step))
+        elif step == self._total or time.monotonic() - self._last_plain >= PLAIN_EVERY:
+            self._last_plain = time.monotonic()
+            parts = [f"step {step}/{self._total}", *_numbers(self._shown), f"{self._remaining(step)} left"]
+            self._print(f"{self._title}: {', '.join(parts)}")
+
+    def _print(self, line: str) -> None:
+        # soft_wrap: a CI log has one line for it, however long; markup and highlight would colour names and paths.
+        self._console.print(line, soft_wrap=True, markup=False, highlight=False)
+
+    def _remaining(self, step: int) -> str:
+        rate = self._shown.get("samples_per_s", 0.0) / self._batch
+        if not rate:
+            rate = (step - self._start) / max(time.monotonic() - self._entered, 1e-9)
+        return str(timedelta(seconds=round((self._total - step) / rate))) if rate > 0 else "?"
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        row = {"kind": kind, "step": step, "samples": step * self._batch, **values}
+        path = self._folder / FILE
+        with disk_errors(path):
+            assert self._file is not None, "the writer is used inside its with block"
+            # nan and Infinity are no JSON: a curve has a gap there.
+            plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+        try:
+            for key, value in values.items():
+                self._board.add_scalar(f"{kind}/{key}", value, step)
+            self._board.add_scalar(f"{kind}/samples", step * self._batch, step)
+        except OSError as error:
+            _log.warning("cannot write %s: %s", self._folder / TENSORBOARD, error)
+
+
+def _numbers(shown: Mapping[str, float]) -> list[str]:
+    parts = [f"{key} {shown[key]:.3f}" for key in ("loss", "r") if key in shown]
+    if "samples_per_s" in shown:
+        parts.append(f"{_short(shown['samples_per_s'])}/s")
+    return parts
+
+
+def _short(value: float) -> str:
+    """950 -> "950", 2213 -> "2.2k"."""
+    return f"{value:.0f}" if value < 1000 else f"{value / 1000:.1f}k"
+
+
+def _columns(width: int) -> list[Any]:
+    """Fits 60 columns: the title gives way first, and a narrow terminal has a percentage instead of a bar."""
+    title = Column(ratio=1, no_wrap=True, overflow="ellipsis", min_width=6)
+    whole = Column(no_wrap=True)
+    return [
+        TextColumn("{task.description}", table_column=title, markup=False),
+        *([BarColumn(bar_width=min(40, width - 70))] if width >= 80 else []),
+        TextColumn("{task.percentage:>3.0f}%", table_column=whole),
+        TextColumn("{task.fields[numbers]}", table_column=whole, markup=False),
+        TextColumn("{task.fields[remaining]}", table_column=whole, markup=False),
+    ]

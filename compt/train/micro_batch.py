@@ -1,0 +1,266 @@
+"""The largest micro-batch that a training's memory holds, found by trial steps.
+
+A step that lacks memory on one rank leaves the others waiting in a collective, and what it had begun to change is
+changed. So each trial runs in a process of its own beside each rank: the trial processes are a group by themselves,
+end together when one of them fails, and leave model, optimizer, random numbers and data as they were.
+(`accelerate.utils.find_executable_batch_size` repeats a function within one process and knows of no other rank.)
+"""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import itertools
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+from compt.dist import collectives as dist
+from compt.dist.child import end_with
+from compt.dist.rendezvous import HERE, is_host
+from compt.dist.watch.causes import is_consequence
+from compt.dist.watch.thread import LONG, beat
+from compt.engines.base import COMPUTE_DTYPES, Engine
+from compt.engines.frozen import shard_frozen
+from compt.engines.open import open_engine
+from compt.errors import RunError, is_out_of_memory
+from compt.models.clip import build
+from compt.models.init import DrawnState
+from compt.models.presets import ModelSpec
+from compt.plan.jobs import Job
+from compt.plan.remedies import Room, advice
+from compt.recipe.read import EngineConfig, Recipe, split_batch
+from compt.train.accumulate import cached_backward
+from compt.train.task import ClipTask, DistillTask
+
+STEPS = 2
+"""Steps of a trial: the optimizer's moments are there from the first one on, so that the second needs most."""
+
+_OTHER = "another rank's trial failed"
+_POLL = 0.2
+_numbers = itertools.count()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the memory of a step depends on; `share` are the pictures of one process."""
+
+    student: ModelSpec
+    teacher: ModelSpec | None
+    recipe: Recipe
+    config: EngineConfig
+    base: Path
+    device: str
+    share: int
+
+    @classmethod
+    def of(cls, job: Job, recipe: Recipe, base: Path, device: torch.device) -> Trial:
+        """That of a planned job, on as many processes as there are."""
+        config = recipe.engine_of(job.spec.name)
+        share, _ = split_batch(recipe.optimizer.batch, dist.world_size(), config.micro_batch)
+        return cls(job.spec, job.teacher_spec if job.alpha else None, recipe, config, base, str(device), share)
+
+
+def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = None) -> int:
+    """The largest divisor of the share, up to `engine.micro_batch` where that is given, with which a step fits.
+
+    All ranks call it and get the same. `fits` says of a size whether it does, the same on all ranks (default: by
+    trial). Raises RunError where not even one picture at a time fits, or a trial fails for another reason.
+    """
+    # The trials are other processes: to them memory that this one keeps for later is taken.
+    release(torch.device(trial.device))
+    most = min(trial.config.micro_batch or trial.share, trial.share)
+    sizes = [size for size in range(1, most + 1) if trial.share % size == 0]
+    found = largest(sizes, lambda size: (fits or fits_apart)(trial, size))
+    if found is None:
+        raise RunError(
+            f"{trial.student.name}: not even a micro-batch of one picture fits into memory; take engine.recompute, "
+            "engine.name: fsdp2 or zero3, or more GPUs (`compt plan --gpu …` counts)"
+        )
+    return found
+
+
+def release(device: torch.device) -> None:
+    """Give the device back what torch holds of it for nothing that is still in use; on the CPU there is no such thing.
+
+    What is in a ring of references, as engines are, goes first.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
+    """The largest of ascending `sizes` that `fits`, which holds for all below one that does: the last first, as it
+    often does, then by halves. None where none does.
+    """
+    if fits(sizes[-1]):
+        return sizes[-1]
+    good, bad = -1, len(sizes) - 1
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if fits(sizes[middle]):
+            good = middle
+        else:
+            bad = middle
+    return sizes[good] if good >= 0 else None
+
+
+def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], None] | None = None) -> bool:
+    """Whether steps with `micro_batch` fit on every rank, by a process beside each. Raises RunError for other faults.
+
+    `action(trial, micro_batch)` is what they run (default: `steps`).
+    """
+    beat(0, "looking for a micro-batch", LONG)
+    number = next(_numbers)
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    place = (dist.rank(), dist.world_size(), number, os.getpid())
+    process = context.Process(target=_try, args=(sender, place, trial, micro_batch, action or steps), daemon=True)
+    # The terminal's Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    sender.close()
+    outcome = _outcome(process, receiver, number)
+    outcomes: list[str] = dist.gather_objects(outcome)
+    if "memory" in outcomes:
+        return False
+    faults = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
+    if faults:
+        faults.sort(key=lambda text: _OTHER in text)
+        dist.fail(RunError(f"{trial.student.name}: looking for a micro-batch failed: {faults[0]}"))
+    return True
+
+
+def _outcome(process: Any, receiver: Any, number: int) -> str:
+    """An empty text for a trial that ran, "memory", or what else went wrong; one of another rank's ends this."""
+    store = _get_default_store() if dist.world_size() > 1 else None
+    key, outcome = f"compt/fit/{number}/failed", _OTHER
+    while True:
+        if receiver.poll(_POLL):
+            try:
+                outcome = receiver.recv()
+            except EOFError:
+                process.join()
+                # Killed: as the system does where memory runs out.
+                killed = process.exitcode == -signal.SIGKILL
+                outcome = "memory" if killed else f"its process ended with code {process.exitcode}"
+            break
+        if store is not None and store.check([key]):
+            process.kill()
+            break
+    if outcome and store is not None:
+        store.set(key, "")
+    process.join(10)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return outcome
+
+
+def _try(
+    sender: Any, place: tuple[int, int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
+) -> None:
+    try:
+        _join(place, torch.device(trial.device))
+        action(trial, micro_batch)
+        outcome = ""
+    except Exception as error:
+        outcome = f"{type(error).__name__}: {error}"
+        if is_out_of_memory(error):
+            outcome = "memory"
+        elif is_consequence(error):
+            outcome = f"{_OTHER} ({outcome})"
+    sender.send(outcome)
+    sender.close()
+    # Leaving the group in order would wait for the trials of other ranks.
+    os._exit(0)
+
+
+def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
+    """Make the group of the trial processes, in the store of the processes that they stand beside."""
+    rank, world, number, parent = place
+    end_with(parent)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world == 1:
+        store: Any = torch_dist.HashStore()  # type: ignore[attr-defined]
+    else:
+        address = HERE if is_host(rank) else os.environ["MASTER_ADDR"]
+        port, limit = int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=300)
+        store = torch_dist.TCPStore(address, port, None, False, limit)  # type: ignore[attr-defined]
+        store = PrefixStore(f"compt/fit/{number}", store)
+    torch_dist.init_process_group(dist.backend_of(device), store=store, rank=rank, world_size=world)
+
+
+def steps(trial: Trial, micro_batch: int) -> None:
+    """Train as the recipe says, with drawn weights, random pictures and captions as long as the context."""
+    task, engine = _open(trial)
+    spec, data = trial.student, trial.recipe.data
+    images = torch.zeros((trial.share, 3, spec.image_size, spec.image_size), device=engine.device).normal_()
+    tokens = torch.full((trial.share, data.captions, spec.context_length), 1, dtype=torch.int64)
+    tokens[..., -1] = spec.vocab_size - 1
+    lengths = torch.full(tokens.shape[:2], spec.context_length)
+    for _ in range(STEPS):
+        cached_backward(task, engine, images, tokens.to(engine.device), micro_batch, lengths)
+        float(engine.step(1e-5, trial.recipe.optimizer.clip_grad_norm))
+
+
+def _open(trial: Trial) -> tuple[ClipTask, Engine]:
+    recipe, config, device = trial.recipe, trial.config, torch.device(trial.device)
+    student = build(trial.student, device="meta")
+    options: dict[str, Any] = {
+        "image_to_text": recipe.optimizer.image_to_text,
+        "text_buckets": config.text_buckets,
+        "chunk": config.loss_chunk,
+    }
+    if trial.teacher is None:
+        task = ClipTask(student, **options)
+    else:
+        dtype = COMPUTE_DTYPES[recipe.optimizer.precision]
+        if config.shard_teacher:
+            empty = build(trial.teacher, device="meta")
+            teacher = shard_frozen(empty, DrawnState(empty, trial.teacher, 0), dtype=dtype, device=device)
+        else:
+            teacher = build(trial.teacher, device=device)
+        task = DistillTask(student, teacher, teacher_dtype=dtype, **options)
+    engine = open_engine(
+        task.module,
+        config,
+        recipe.optimizer,
+        device=device,
+        initial=task.module.initial(DrawnState(student, trial.student, 0)),
+        caps=task.caps,
+        base=trial.base,
+    )
+    task.module.train()
+    return task, engine
+
+
+def advise(job: Job, recipe: Recipe, device: torch.device, micro_batch: int) -> str:
+    """What to change when the training of `job` has run out of this device's memory."""
+    config = recipe.engine_of(job.spec.name)
+    return advice(recipe, job, config, dist.world_size(), room_of(device), micro_batch)
+
+
+def room_of(device: torch.device) -> Room:
+    """Free and all bytes of a GPU, or of the machine's memory where the system tells."""
+    if device.type == "cuda":
+        return Room(*torch.cuda.mem_get_info(device))
+    path, found = Path("/proc/meminfo"), {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        name, _, value = line.partition(":")
+        if name in ("MemAvailable", "MemTotal"):
+            found[name] = int(value.split()[0]) * 1024
+    return Room(found.get("MemAvailable"), found.get("MemTotal"))

@@ -1,0 +1,70 @@
+"""Signals that ask a training to save and end."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any, ClassVar
+
+from compt.dist import collectives as dist
+from compt.errors import Interrupted
+
+_SAME = {False: 1.0, True: 5.0}
+"""Seconds after a request in which another is the same: in the loop that is to stop, and where it raises at once."""
+
+
+class StopSignal:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into Interrupted: `at_once`, or when the loop asks at the end of its step.
+
+    A second Ctrl-C ends the process. What comes within a second of the first is the same request: torchrun passes on
+    what the terminal has already sent to everyone. Of objects within one another the innermost hears a request; another
+    one takes what comes in the next five seconds for the same, as the process is ending then.
+    """
+
+    _open: ClassVar[list[StopSignal]] = []
+    """Those that were entered, the outermost first: it knows when anything was asked."""
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.name = ""
+        self.agreed = False
+        """Whether all ranks know that one of them was asked to stop."""
+        self._at_once = at_once
+        self._asked_at = -math.inf
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        first, now = next(iter(self._open), self), time.monotonic()
+        if now - first._asked_at < _SAME[self._at_once]:
+            return
+        first._asked_at = now
+        again, self.name = bool(self.name), self.name or signal.Signals(number).name
+        if self._at_once:
+            raise Interrupted(f"stopped by {self.name}. Start the same command again to go on.")
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        self._open.append(self)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._open.remove(self)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self.name and kind is None:
+            # It came too late for the loop: whoever listens outside has not heard it yet.
+            for outer in self._open:
+                outer._asked_at = -math.inf
+            signal.raise_signal(signal.Signals[self.name])
+
+    def raised(self) -> bool:
+        """Whether any rank was asked to stop: the same answer on all ranks, who tell each other as each step begins."""
+        return self.agreed or (dist.world_size() == 1 and bool(self.name))
+
+    def raised_at_last(self) -> bool:
+        """Whether any rank was asked to stop, before or since: all ask each other once more, as no step follows."""
+        return dist.any_true(bool(self.name))

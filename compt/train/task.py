@@ -1,0 +1,315 @@
+"""Tasks: what is trained and by which loss. A new way of pretraining is one class here, chosen in `jobs`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compt.dist.collectives import mean_of_scalars
+from compt.errors import ConfigError
+from compt.models.clip import ClipModel
+from compt.models.init import init_tensor, linear_rule
+from compt.models.presets import VOCAB_SIZE
+from compt.train.losses import ImageToText, contrastive_loss, ifd_loss
+
+MAX_LOGIT_SCALE = math.log(100)
+"""Cap of the learnt logarithm of the inverse temperature."""
+
+SHARED_OUTPUTS = frozenset({"logit_scale"})
+"""Outputs of a module that belong to the whole batch; every other output has a row for each sample."""
+
+Scalars = dict[str, Tensor]
+
+
+class Task(Protocol):
+    """One trainable module and its loss.
+
+    `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` (optional) int64
+    [b, M] on the CPU, the tokens of each caption, spares a GPU the question.
+    """
+
+    name: str
+
+    @property
+    def model(self) -> ClipModel:
+        """The model that is trained, without anything that exists for training only."""
+
+    @property
+    def module(self) -> nn.Module:
+        """All that is trained; `forward(images, tokens, lengths)` gives the outputs by name."""
+
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """What the loss needs and nothing is trained by, a row for each sample, without gradient."""
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """This rank's loss (the mean over ranks is the global one) and detached scalars to report."""
+
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """Largest values of parameters of the module, held after each step of the optimizer."""
+
+
+class StudentModule(nn.Module):
+    """A CLIP model and, where a teacher's embedding is of another width, a linear projector for each tower.
+
+    State: `model.*` and `projector.image.*`, `projector.text.*`. The projectors are kept for resuming only.
+    """
+
+    def __init__(self, model: ClipModel, projected: int | None = None, text_buckets: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.model = model
+        self.text_buckets = text_buckets
+        self.projector = nn.ModuleDict()
+        self._seed = seed
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        width, device = model.spec.embed_dim, model.logit_scale.device
+        if projected is not None and projected != width:
+            for tower in ("image", "text"):
+                self.projector[tower] = nn.Linear(width, projected, device=device)
+            with torch.no_grad():
+                for name, parameter in self.projector.named_parameters(prefix="projector"):
+                    self._shapes[name] = tuple(parameter.shape)
+                    parameter.copy_(self._drawn(name))
+
+    def _drawn(self, name: str) -> Tensor:
+        return init_tensor(linear_rule(self.model.spec.embed_dim), self._seed, name, self._shapes[name])
+
+    def initial(self, model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The values of this module's state before the first step, each read or drawn when asked for.
+
+        `model` are those of the model.
+        """
+        return _InitialState(model, self._shapes, self._drawn)
+
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """`image` [b, D] and `text` [b, M, D], not normalised; `logit_scale` [1], exponentiated; with projectors also
+        `image_projected` [b, D'] and `text_projected` [b, M, D'].
+        """
+        image, text = encode(self.model, images, tokens, lengths, self.text_buckets)
+        outputs = {"image": image, "text": text, "logit_scale": self.model.logit_scale.exp().reshape(1)}
+        for tower, projector in self.projector.items():
+            outputs[f"{tower}_projected"] = projector(outputs[tower])
+        return outputs
+
+
+class _InitialState(Mapping[str, Tensor]):
+    """The model's values from wherever they are, and those that projectors are drawn with."""
+
+    def __init__(
+        self, model: Mapping[str, Tensor], drawn: Mapping[str, tuple[int, ...]], draw: Callable[[str], Tensor]
+    ) -> None:
+        self._model, self._drawn, self._draw = model, drawn, draw
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._draw(name) if name in self._drawn else self._model[self._own(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (f"model.{name}" for name in self._model)
+        yield from self._drawn
+
+    def __len__(self) -> int:
+        return len(self._model) + len(self._drawn)
+
+    def __contains__(self, name: object) -> bool:
+        # A mapping's own answer would read the tensor.
+        return name in self._drawn or (isinstance(name, str) and name.startswith("model.") and name[6:] in self._model)
+
+    @staticmethod
+    def _own(name: str) -> str:
+        head, _, rest = name.partition(".")
+        if head != "model":
+            raise KeyError(name)
+        return rest
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a value, without reading it where that can be known."""
+        if name in self._drawn:
+            return self._drawn[name]
+        known = getattr(self._model, "shape", None)
+        return tuple(known(self._own(name)) if known else self[name].shape)
+
+
+def encode(
+    model: ClipModel, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, buckets: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Un-normalised features: images [b, 3, H, W] -> [b, D], captions [b, M, T] -> [b, M, D]."""
+    samples, captions = tokens.shape[:2]
+    flat = None if lengths is None else lengths.reshape(-1)
+    text = model.encode_captions(tokens.reshape(samples * captions, -1), buckets, flat)
+    return model.encode_image(images), text.reshape(samples, captions, -1)
+
+
+def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[Tensor, Tensor | None]:
+    """Captions as the tokenizer would have cut them to `context` tokens: the last one kept becomes the end of text.
+
+    tokens int64 [b, M, T] -> [b, M, min(T, context)]; `lengths` as in `Task`.
+    """
+    if tokens.shape[-1] <= context:
+        return tokens, lengths
+    end, at = tokens.max(dim=-1)
+    cut = tokens[..., :context].clone()
+    cut[..., -1] = torch.where(at >= context, end, cut[..., -1])
+    return cut, None if lengths is None else lengths.clamp(max=context)
+
+
+def fit_images(images: Tensor, size: int) -> Tensor:
+    """Pictures [b, 3, H, W] as float [b, 3, size, size], resized as wholes: bicubic, antialiased where they shrink.
+
+    Weights of a resize sum to one, so that it does not matter that the colours are normalised already; as nothing is
+    rounded or clipped to 256 levels, values differ slightly from those of a picture decoded at `size`.
+    """
+    if images.shape[-2:] == (size, size):
+        return images
+    return F.interpolate(images.float(), (size, size), mode="bicubic", align_corners=False, antialias=True)
+
+
+class ClipTask:
+    """Contrastive training of images with several captions each: baselines and the first link of a chain.
+
+    `image_to_text` and `chunk` are `contrastive_loss`'s; `text_buckets` is `ClipModel.encode_captions`'s.
+    """
+
+    name = "clip"
+
+    def __init__(
+        self,
+        model: ClipModel,
+        *,
+        image_to_text: ImageToText = "slot",
+        text_buckets: int = 1,
+        chunk: int | None = None,
+        seed: int = 0,
+        projected: int | None = None,
+    ) -> None:
+        self.module = StudentModule(model, projected, text_buckets, seed)
+        self.image_to_text: ImageToText = image_to_text
+        self.chunk = chunk
+
+    @property
+    def model(self) -> ClipModel:
+        """The model that is trained."""
+        return self.module.model
+
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """Nothing: the batch itself says which caption belongs to which image."""
+        return {}
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """The contrastive loss; reports loss, task, t2v, v2t, logit_scale."""
+        parts = contrastive_loss(
+            outputs["image"],
+            outputs["text"],
+            outputs["logit_scale"],
+            image_to_text=self.image_to_text,
+            chunk=self.chunk,
+        )
+        report = {
+            "loss": parts.task,
+            "task": parts.task,
+            "t2v": parts.text_to_image,
+            "v2t": parts.image_to_text,
+            "logit_scale": outputs["logit_scale"].reshape(()),
+        }
+        return parts.task, _detached(report)
+
+    @property
+    def caps(self) -> Mapping[str, float]:
+        """logit_scale stays at or below ln 100."""
+        return {"model.logit_scale": MAX_LOGIT_SCALE}
+
+
+class DistillTask(ClipTask):
+    """Contrastive training plus inverse feature distillation from a frozen predecessor: every later link.
+
+    The teacher is taken over: frozen, put into evaluation mode and cast to `teacher_dtype` (the compute dtype). It is
+    in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in `ifd_loss`. `seed`
+    draws the projectors. A teacher for pictures of another size or a shorter context sees the same ones fitted to it;
+    its vocabulary has to hold all tokens that the student's data has. Raises ConfigError where it cannot.
+    """
+
+    name = "clip_distill"
+
+    def __init__(
+        self,
+        model: ClipModel,
+        teacher: ClipModel,
+        *,
+        alpha: float = 500.0,
+        average_towers: bool = True,
+        image_to_text: ImageToText = "slot",
+        text_buckets: int = 1,
+        chunk: int | None = None,
+        seed: int = 0,
+        teacher_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__(
+            model,
+            image_to_text=image_to_text,
+            text_buckets=text_buckets,
+            chunk=chunk,
+            seed=seed,
+            projected=teacher.spec.embed_dim,
+        )
+        if teacher.spec.vocab_size < min(model.spec.vocab_size, VOCAB_SIZE):
+            raise ConfigError(
+                f"'{teacher.spec.name}' knows {teacher.spec.vocab_size} tokens, too few to teach "
+                f"'{model.spec.name}' of {model.spec.vocab_size}"
+            )
+        self.teacher = teacher.requires_grad_(False).eval().to(teacher_dtype)
+        self.teacher_dtype = teacher_dtype
+        self.alpha = alpha
+        self.average_towers = average_towers
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+        """The teacher's features: image [b, D'], text [b, M, D'], not normalised.
+
+        Pictures are resized to its image size (`fit_images`), captions cut to its context (`cut_captions`).
+        """
+        tokens, lengths = cut_captions(tokens, lengths, self.teacher.spec.context_length)
+        with torch.autocast(images.device.type, enabled=False):
+            fitted = fit_images(images, self.teacher.spec.image_size).to(self.teacher_dtype)
+            image, text = encode(self.teacher, fitted, tokens, lengths, self.module.text_buckets)
+        return {"image": image, "text": text}
+
+    def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
+        """Contrastive plus distillation; adds ifd, ifd_image, ifd_text (all times alpha) and r = ifd / task."""
+        task, report = super().loss(outputs, targets)
+        image, text = (outputs.get(f"{tower}_projected", outputs[tower]) for tower in ("image", "text"))
+        ifd = ifd_loss(
+            targets["image"], targets["text"], image, text, alpha=self.alpha, average_towers=self.average_towers
+        )
+        loss = task + ifd.total
+        report |= {"loss": loss, "ifd": ifd.total, "ifd_image": ifd.image, "ifd_text": ifd.text, "r": ifd.total / task}
+        return loss, _detached(report)
+
+
+def _detached(report: Mapping[str, Tensor]) -> Scalars:
+    return {name: value.detach() for name, value in report.items()}
+
+
+def reduce_report(report: Mapping[str, Tensor]) -> dict[str, float]:
+    """Means over ranks of a report, with one collective; r is the ratio of the means, not the mean of ratios."""
+    means = mean_of_scalars(report)
+    if "r" in means:
+        means["r"] = means["ifd"] / means["task"] if means["task"] else math.nan
+    return means
+
+
+def surrogate(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], micro_batches: int) -> Tensor:
+    """A scalar whose backward puts `gradients` (of the loss by each output) on the parameters behind `outputs`.
+
+    `gradients` has the rows of this micro-batch, and for SHARED_OUTPUTS the whole gradient, of which each of the
+    `micro_batches` carries its share.
+    """
+    terms = []
+    for name, output in outputs.items():
+        gradient = gradients[name]
+        share = micro_batches if name in SHARED_OUTPUTS else 1
+        terms.append((output.to(gradient.dtype) * gradient).sum() / share)
+    return torch.stack(terms).sum()

@@ -1,0 +1,405 @@
+"""The model folder that passes from link to link and to users: safetensors, open_clip's config, a manifest.
+
+model-00001-of-0000N.safetensors    the weights under open_clip's names, logit_scale a scalar
+model.safetensors.index.json        which file holds which parameter (N > 1)
+open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds the model from (N = 1)
+manifest.json                       spec, preprocessing, tokenizer, versions, digests, and what the writer adds
+ema/                                further weights of the same model, a model folder of their own
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import platform
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compt.errors import ArtefactError, ConfigError, RunError
+from compt.files import leads_out, new_folder, read_json, sha256_file, write_json
+from compt.models.clip import ClipModel, build, materialise
+from compt.models.init import load_state
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
+from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
+from compt.weights.writers import Writers
+
+FORMAT = "compt-model"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+CONFIG = "open_clip_config.json"
+INDEX = "model.safetensors.index.json"
+OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+MAX_SHARD_BYTES = 5_000_000_000
+WRITER = "compt"
+
+OWN_FIELDS = frozenset(
+    ("format", "format_version", "spec", "preprocess", "tokenizer", "versions", "hash", "extra", "files")
+)
+
+_TOKENIZER = "open_clip.SimpleTokenizer"
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A model on disk. `manifest` is empty for a model that compt did not write, but for what was left out of it.
+
+    `digest` is the hash, or what finds it out.
+    """
+
+    path: Path
+    spec: ModelSpec
+    manifest: dict[str, Any]
+    preprocess: dict[str, Any]
+    state: Mapping[str, Tensor]
+    digest: str | Callable[[], str]
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the weights; every byte of a model that compt did not write is read for it, when first asked."""
+        return self.digest if isinstance(self.digest, str) else self.digest()
+
+    def load_model(self, device: torch.device | str = "cpu") -> ClipModel:
+        """The model with these weights in fp32. Raises ArtefactError when they are not those of the spec."""
+        model = build(self.spec, device="meta")
+        materialise(model, device)
+        load_state(model, self.state)
+        return model
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computed a model, for manifests."""
+    found = {"python": platform.python_version()}
+    for package, key in (("compt", "compt"), ("torch", "torch"), ("open_clip_torch", "open_clip"), ("timm", "timm")):
+        try:
+            found[key] = version(package)
+        except PackageNotFoundError:  # compt run from a checkout that is not installed
+            found[key] = "unknown"
+    return found
+
+
+def check_free(folder: Path, source: Path | None = None) -> None:
+    """Raise ArtefactError unless a model may be written to `folder`: nothing is there, or only a model of ours.
+
+    One that holds other files as well would lose them. A `source` that is read at the same time may neither be in
+    `folder` nor hold it, wherever links lead.
+    """
+    folder = Path(folder)
+    if source is not None and Path(source).exists():
+        _check_apart(folder, Path(source))
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if not (_holds_only_ours(folder) or _holds_only_an_export(folder)):
+        raise ArtefactError(
+            f"{folder}: exists and is not a model folder that compt wrote, or holds other files too; "
+            "it is not replaced: name another folder, or remove it"
+        )
+
+
+def _check_apart(folder: Path, source: Path) -> None:
+    target, origin = folder.resolve(), source.resolve()
+    if origin == target:
+        raise ArtefactError(f"{folder}: would be replaced by what is made of it; name another folder")
+    if origin.is_relative_to(target):
+        raise ArtefactError(f"{folder}: holds {source}, which is read; name another folder")
+    if target.is_relative_to(origin):
+        raise ArtefactError(f"{folder}: lies in {source}, which is read; name another folder")
+
+
+def _holds_only_ours(folder: Path) -> bool:
+    try:
+        manifest = read_object(folder / MANIFEST)
+        extra = set(manifest["extra"])
+        listed = {MANIFEST, *manifest["files"], *extra}
+        ours = manifest["format"] == FORMAT and {path.name for path in folder.iterdir()} <= listed
+        return ours and all(_holds_only_ours(folder / name) for name in extra)
+    except (ArtefactError, KeyError, TypeError, OSError):
+        return False
+
+
+def _holds_only_an_export(folder: Path) -> bool:
+    try:
+        ours = TensorFile(folder / OPEN_CLIP_WEIGHTS).metadata.get("written_by") == WRITER
+        return ours and {path.name for path in folder.iterdir()} == {OPEN_CLIP_WEIGHTS, CONFIG}
+    except (ArtefactError, OSError):
+        return False
+
+
+def write_artefact(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    spec: ModelSpec,
+    manifest: Mapping[str, Any],
+    *,
+    mean: Sequence[float] = OPENAI_MEAN,
+    std: Sequence[float] = OPENAI_STD,
+    interpolation: str = "bicubic",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    extra_states: Mapping[str, Mapping[str, Tensor]] | None = None,
+    together: bool = False,
+    check: Callable[[str], None] | None = None,
+) -> None:
+    """Write a model folder; it appears whole or not at all, and replaces an older one, but nothing else.
+
+    `state` is asked for one tensor at a time, and none is kept. `manifest` takes the caller's own fields (JSON).
+    `extra_states` ({"ema": state}) become sub-folders that are model folders themselves. A file holds the parameters
+    that take `max_shard_bytes` in float32. `together`: every rank calls this with the same arguments, and each writes
+    its share of the files, on a file system that all of them see; otherwise one process writes. The folder is the same
+    byte by byte for any number of ranks; what one of them raises, all raise. The first of them calls `check` with
+    the hash of the weights before the folder appears: what that raises leaves everything as it was.
+    Raises ArtefactError for weights of another model or a folder in use (`check_free`), RunError when it cannot be
+    written, ValueError for a manifest field that is not the caller's to set.
+    """
+    folder = Path(folder)
+    taken = sorted(OWN_FIELDS & set(manifest))
+    if taken:
+        raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
+    preprocess = {
+        "size": spec.image_size,
+        "mode": "RGB",
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+        "interpolation": interpolation,
+        "resize_mode": "shortest",
+    }
+    states = {_plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
+    writers = Writers(folder, together)
+    parts = writers.all(lambda: _parts(states, spec, max_shard_bytes))
+    with contextlib.ExitStack() as undo:
+        temporary = writers.main(lambda: _begin(folder, list(states), undo))
+        shares = writers.gather(writers.all(lambda: _write_own(temporary, states, parts, writers)))
+        written = {part: entry for share in shares for part, entry in share.items()}
+
+        def finish() -> None:
+            hashes: dict[str, str] = {}
+            for name in states:  # the model itself comes last: its manifest names the others
+                files = [(part, written[part]) for part in parts if part.model == name]
+                extra = {} if name else hashes
+                hashes[name] = _describe(temporary / name, files, spec, manifest, preprocess, extra)
+            if check is not None:
+                check(hashes[""])
+            undo.close()
+
+        writers.main(finish)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One file of weights: of which model ("" for the one that the folder is of), and what is in it."""
+
+    model: str
+    file: str
+    shapes: Mapping[str, Shape] = field(hash=False)
+
+    @property
+    def elements(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+_Written = tuple[str, int]
+"""SHA-256 of a file, and how many bytes its tensors take."""
+
+
+def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Part]:
+    parts = []
+    for model, state in states.items():
+        shapes = _expected_shapes(state, spec)
+        files = split_files(shapes, max_shard_bytes)
+        for number, names in enumerate(files):
+            file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            parts.append(_Part(model, file, {name: shapes[name] for name in names}))
+    return parts
+
+
+def _begin(folder: Path, models: Iterable[str], undo: contextlib.ExitStack) -> Path:
+    check_free(folder)
+    temporary = undo.enter_context(new_folder(folder))
+    for name in models:
+        (temporary / name).mkdir(exist_ok=True)
+    return temporary
+
+
+def _write_own(
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Part], writers: Writers
+) -> dict[_Part, _Written]:
+    """Write the files that fall to this process."""
+    if not folder.is_dir():
+        raise RunError(f"cannot write {folder}: rank {writers.rank} does not see it; all ranks need one file system")
+    written = {}
+    for part, owner in zip(parts, share_out([part.elements for part in parts], writers.number), strict=True):
+        if owner == writers.rank:
+            path = folder / part.model / part.file
+            tensor_bytes = write_tensors(path, states[part.model], part.shapes, {"format": "pt"})
+            written[part] = (sha256_file(path), tensor_bytes)
+    return written
+
+
+def _describe(
+    folder: Path,
+    files: Sequence[tuple[_Part, _Written]],
+    spec: ModelSpec,
+    manifest: Mapping[str, Any],
+    preprocess: dict[str, Any],
+    extra: dict[str, str],
+) -> str:
+    """Write all but the weights of one model; returns the hash of its weights."""
+    if len(files) > 1:
+        total = sum(size for _, (_, size) in files)
+        weight_map = {name: part.file for part, _ in files for name in part.shapes}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / CONFIG, {"model_cfg": spec.open_clip_config(), "preprocess_cfg": preprocess})
+    digests = {part.file: digest for part, (digest, _) in files}
+    digests |= {path.name: sha256_file(path) for path in folder.glob("*.json")}
+    own: dict[str, Any] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "spec": spec.to_dict(),
+        "preprocess": preprocess,
+        "tokenizer": {
+            "name": _TOKENIZER,
+            "context_length": spec.context_length,
+            "vocab_size": spec.vocab_size,
+        },
+        "versions": versions(),
+        "hash": _weights_hash(digests),
+        "extra": extra,
+        "files": {name: {"sha256": digests[name], "bytes": (folder / name).stat().st_size} for name in sorted(digests)},
+    }
+    write_json(folder / MANIFEST, own | dict(manifest))
+    return str(own["hash"])
+
+
+def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+    odd = sorted(set(state) ^ set(shapes))
+    if odd:
+        more = " …" if len(odd) > 8 else ""
+        raise ArtefactError(f"the weights to write are not those of model {spec.name}: {', '.join(odd[:8])}{more}")
+    return shapes | {"logit_scale": ()}
+
+
+def read_artefact(folder: Path, verify: bool = True) -> Artefact:
+    """Open a model folder that compt wrote; tensors are read when asked for.
+
+    Sizes are always compared with the manifest, contents (SHA-256) with `verify`. Raises ArtefactError when something
+    is missing, torn, altered, or not a model folder.
+    """
+    folder = Path(folder)
+    if (folder / MANIFEST).exists():
+        _check_link(folder / MANIFEST)
+    manifest = read_object(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise ArtefactError(f"{folder / MANIFEST}: not the manifest of a compt model")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise ArtefactError(f"{folder / MANIFEST}: format version {found}; this compt reads {FORMAT_VERSION}")
+    try:
+        spec = ModelSpec.from_dict(manifest["spec"])
+        preprocess = dict(manifest["preprocess"])
+        files = {_plain_name(folder, name): dict(entry) for name, entry in manifest["files"].items()}
+        expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        raise ArtefactError(f"{folder / MANIFEST}: {_cause(error)}") from error
+    for name, (size, digest) in expected.items():
+        _check_file(folder / name, size, digest if verify else None)
+    weights = sorted(name for name in expected if name.endswith(".safetensors"))
+    state = open_state(folder, weights, INDEX if INDEX in expected else None)
+    return Artefact(
+        path=folder,
+        spec=spec,
+        manifest=manifest,
+        preprocess=preprocess,
+        state=state,
+        digest=_weights_hash({name: digest for name, (_, digest) in expected.items()}),
+    )
+
+
+def open_state(folder: Path, weights: Sequence[str], index: str | None) -> LazyState:
+    """The parameters in the files `weights`, of which an index, if there is one, has to say the truth.
+
+    Raises ArtefactError.
+    """
+    state = LazyState(folder, weights)
+    if index is not None:
+        listed = weight_map(folder, index)
+        if listed != {name: state.file_of(name) for name in state}:
+            raise ArtefactError(f"{folder / index}: does not list what the files hold")
+    return state
+
+
+def weight_map(folder: Path, index: str) -> dict[str, str]:
+    """Parameter -> name of its file, out of an index. Raises ArtefactError, also for a file outside the folder."""
+    listed = read_object(folder / index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise ArtefactError(f"{folder / index}: no weight_map in it")
+    return {name: _plain_name(folder, file) for name, file in listed.items()}
+
+
+def export_open_clip(source: Artefact, folder: Path) -> None:
+    """Write a model as stock open_clip's own folder: one weight file and its config, one tensor at a time.
+
+    Raises ArtefactError for a folder in use (`check_free`).
+    """
+    check_free(folder, source.path)
+    with new_folder(Path(folder)) as temporary:
+        shapes = _expected_shapes(source.state, source.spec)
+        metadata = {"format": "pt", "written_by": WRITER}
+        write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
+        config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess}
+        write_json(temporary / CONFIG, config)
+
+
+def _weights_hash(digests: Mapping[str, str]) -> str:
+    lines = [digests[name] for name in sorted(digests) if name.endswith(".safetensors")]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _plain_name(folder: Path, name: Any) -> str:
+    """A file name that cannot lead out of its folder. Raises ArtefactError otherwise."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
+        raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
+    return name
+
+
+def _check_link(path: Path) -> None:
+    if leads_out(path):
+        raise ArtefactError(f"{path}: a link out of its folder, to {path.resolve()}; it is not followed")
+
+
+def _check_file(path: Path, size: int, digest: str | None) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ArtefactError(f"{path}: a link to nothing")
+    _check_link(path)
+    if not path.is_file():
+        raise ArtefactError(f"{path}: missing")
+    if path.stat().st_size != size:
+        raise ArtefactError(f"{path}: {path.stat().st_size} bytes where the manifest says {size}")
+    if digest is not None and sha256_file(path) != digest:
+        raise ArtefactError(f"{path}: its content is not what the manifest says (SHA-256 differs)")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ArtefactError."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError as error:
+        raise ArtefactError(f"{path}: missing") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ArtefactError(f"{path}: not JSON ({error})") from error
+    except OSError as error:
+        raise ArtefactError(f"{path}: {error.strerror or error}") from error
+    if not isinstance(value, dict):
+        raise ArtefactError(f"{path}: not a JSON object")
+    return value
+
+
+def _cause(error: Exception) -> str:
+    return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)

@@ -1,0 +1,152 @@
+"""Folders of torch.distributed.checkpoint: `.metadata` and `__R_N.distcp` files, written by any number of ranks."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from compt.errors import ArtefactError
+from compt.weights.lazy import Found, Weights, inside
+from compt.weights.pickles import load_dcp_metadata
+
+METADATA = ".metadata"
+
+
+class _Reader(FileSystemReader):
+    """torch's reader with metadata that was read and checked already, where torch would unpickle whatever is there."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self._metadata = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The metadata it was made with."""
+        return self._metadata
+
+
+class DcpWeights(Weights):
+    """The tensors of a folder; nothing else in it (numbers, pickled objects) is ever asked for."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        self._folder = folder
+        self._metadata = metadata
+        self._reader = _Reader(folder, metadata)
+        self._entries: dict[str, TensorStorageMetadata] = {
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if type(name) is str and type(entry) is TensorStorageMetadata
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._entries[name]
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        self.read_into({name: tensor})
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def read_into(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors of these names into those given, which have their shapes; of a DTensor its own shards only.
+
+        Any process by itself. Raises ArtefactError for a torn file; some of the tensors are then changed.
+        """
+        for name, tensor in tensors.items():
+            try:
+                with warnings.catch_warnings(action="ignore"):  # it says that it reads without a process group
+                    load({name: tensor.detach()}, storage_reader=self._reader, no_dist=True)
+            except CheckpointException as error:  # no Exception; around what each rank met
+                cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
+                raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+        return tuple(self._entries[name].size)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter's elements, without reading it."""
+        return self._entries[name].properties.dtype
+
+
+def read_dcp(folder: Path) -> Found:
+    """The tensors of a folder of torch.distributed.checkpoint. Raises ArtefactError for a forged or torn one."""
+    path = inside(folder, METADATA)
+    metadata = load_dcp_metadata(path)
+    # Of the other fields torch reads only this one; what they hold is not looked at.
+    metadata.storage_meta = StorageMeta()
+    storage = metadata.storage_data
+    if not isinstance(storage, dict):
+        raise ArtefactError(f"{path}: says nothing of where the tensors are")
+    names = set()
+    for index, place in storage.items():
+        plain = type(index) is MetadataIndex and type(place) is _StorageInfo and type(place.relative_path) is str
+        if not plain or not _counts((place.offset, place.length)):
+            raise ArtefactError(f"{path}: an entry of another kind among the places of the tensors")
+        names.add(place.relative_path)
+    files = [inside(folder, name) for name in sorted(names)]
+    weights = DcpWeights(folder, metadata)
+    for name in weights:
+        fault = _fault(name, metadata)
+        if fault:
+            raise ArtefactError(f"{path}: {name}: {fault}")
+    return Found(weights, [path, *files])
+
+
+def _fault(name: str, metadata: Metadata) -> str | None:
+    """What is wrong with the description of a tensor: its chunks must make it up, each once, each in a file."""
+    entry = metadata.state_dict_metadata[name]
+    assert isinstance(entry, TensorStorageMetadata)
+    size, properties = entry.size, entry.properties
+    if type(properties) is not TensorProperties or not isinstance(properties.dtype, torch.dtype):
+        return "its dtype is missing"
+    if not _counts(size) or not isinstance(entry.chunks, list):
+        return "its size is missing"
+    boxes = []
+    for chunk in entry.chunks:
+        if type(chunk) is not ChunkStorageMetadata or not _counts(chunk.offsets) or not _counts(chunk.sizes):
+            return "a chunk of another kind"
+        if not len(chunk.offsets) == len(chunk.sizes) == len(size):
+            return "a chunk of another number of dimensions"
+        if any(start + count > whole for start, count, whole in zip(chunk.offsets, chunk.sizes, size, strict=True)):
+            return "a chunk that reaches out of it"
+        if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
+            return f"its part at {list(chunk.offsets)} is in no file"
+        boxes.append([(start, start + count) for start, count in zip(chunk.offsets, chunk.sizes, strict=True)])
+    if _overlap(boxes) or sum(math.prod(end - start for start, end in box) for box in boxes) != math.prod(size):
+        return "its parts do not make it up"
+    return None
+
+
+def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
+    boxes = sorted(boxes)
+    for place, one in enumerate(boxes):
+        for other in boxes[place + 1 :]:
+            if one and other[0][0] >= one[0][1]:
+                break  # and so have all behind it: cut along the first dimension alone, none is looked at twice
+            if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True)):
+                return True
+    return False
+
+
+def _counts(values: Any) -> bool:
+    return isinstance(values, tuple) and all(type(value) is int and value >= 0 for value in values)

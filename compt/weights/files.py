@@ -1,0 +1,190 @@
+"""Weights in single files and in folders, with the configs of open_clip and Hugging Face that say what they are of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from open_clip.constants import HF_WEIGHTS_NAME
+
+from compt.errors import ArtefactError, ConfigError
+from compt.models.open_clip_config import spec_from_open_clip
+from compt.models.presets import NORM_EPS, OPENAI_MEAN, OPENAI_STD, VOCAB_SIZE, ModelSpec
+from compt.weights.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
+from compt.weights.lazy import Found, Tensors, inside
+from compt.weights.pickles import load_torch_file, tensors_in
+from compt.weights.safetensors import LazyState
+
+HF_CONFIG = "config.json"
+HF_PIXELS = "preprocessor_config.json"
+WEIGHTS = (OPEN_CLIP_WEIGHTS, "model.safetensors")
+WEIGHT_PICKLES = (HF_WEIGHTS_NAME, "pytorch_model.bin")
+PICKLES = (".pt", ".pth", ".bin")
+
+_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+# What a config of Hugging Face leaves out has these values.
+_HF_TEXT: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": NORM_EPS,
+    "eos_token_id": VOCAB_SIZE - 1,
+}
+_HF_VISION: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "num_channels": 3,
+    "image_size": 224,
+    "patch_size": 32,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": NORM_EPS,
+}
+_HF_EMBEDDING = 512
+# transformers reads this number as "the highest token", whatever the vocabulary.
+_HF_HIGHEST = 2
+
+
+def read_file(path: Path) -> Found:
+    """A file of weights: .safetensors, or what torch.save wrote. Raises ArtefactError."""
+    if path.suffix == ".safetensors":
+        return Found(LazyState(path.parent, [path.name]), [path])
+    if path.suffix not in PICKLES:
+        raise ArtefactError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)} files and from folders")
+    return Found(Tensors(dict(tensors_in(load_torch_file(path)))), [path])
+
+
+def read_open_clip(folder: Path) -> Found:
+    """A folder with open_clip's config and weights. Raises ArtefactError."""
+    config = read_object(inside(folder, CONFIG))
+    spec = spec_from_open_clip(config, name=folder.name)
+    found = read_plain(folder)
+    return Found(found.weights, found.files, spec, dict(config.get("preprocess_cfg") or {}))
+
+
+def read_hugging_face(folder: Path) -> Found:
+    """A folder of transformers' CLIPModel: config.json and weights. Raises ArtefactError."""
+    spec = spec_from_hugging_face(read_object(inside(folder, HF_CONFIG)), folder.name)
+    pixels = read_object(inside(folder, HF_PIXELS)) if (folder / HF_PIXELS).exists() else {}
+    preprocess = {
+        ours: pixels[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels
+    }
+    if pixels.get("resample") in _RESAMPLING:
+        preprocess["interpolation"] = _RESAMPLING[pixels["resample"]]
+    found = read_plain(folder)
+    return Found(found.weights, found.files, spec, preprocess)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether `read_plain` finds something to read."""
+    return bool(_candidates(folder))
+
+
+def read_plain(folder: Path) -> Found:
+    """The weights in a folder, whatever says what they are of: a file of one of the usual names, the files that an
+    index lists, else the one .safetensors file that is there. Raises ArtefactError.
+    """
+    candidates = _candidates(folder)
+    if not candidates:
+        raise ArtefactError(f"{folder}: no weights in it: none of {', '.join((*WEIGHTS, INDEX, *WEIGHT_PICKLES))}")
+    if candidates[0] == INDEX:
+        names = sorted(set(weight_map(folder, inside(folder, INDEX).name).values()))
+        weights = open_state(folder, [inside(folder, name).name for name in names], INDEX)
+        return Found(weights, [folder / name for name in names])
+    if candidates[0] not in (*WEIGHTS, *WEIGHT_PICKLES) and len(candidates) > 1:
+        raise ArtefactError(
+            f"{folder}: {len(candidates)} .safetensors files and no {INDEX}; give one of them by itself"
+        )
+    return read_file(inside(folder, candidates[0]))
+
+
+def _candidates(folder: Path) -> list[str]:
+    there = {path.name for path in folder.iterdir()}
+    usual = [name for name in (*WEIGHTS, INDEX) if name in there]
+    return (
+        usual
+        or sorted(name for name in there if name.endswith(".safetensors"))
+        or [name for name in WEIGHT_PICKLES if name in there]
+    )
+
+
+def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
+    """The ModelSpec of a config.json of transformers' CLIPModel. Raises ArtefactError naming what does not fit."""
+    if config.get("model_type") != "clip":
+        raise ArtefactError(
+            f"{HF_CONFIG} of {name}: model_type is {config.get('model_type')!r}; only models of type 'clip' are read"
+        )
+    try:
+        text, vision = (
+            default | dict(config.get(f"{part}_config") or {}) | dict(config.get(f"{part}_config_dict") or {})
+            for part, default in (("text", _HF_TEXT), ("vision", _HF_VISION))
+        )
+        embed_dim = config.get("projection_dim", _HF_EMBEDDING)
+        _check_types(name, "", {"projection_dim": embed_dim}, {"projection_dim": _HF_EMBEDDING})
+        _check_types(name, "text_config.", text, _HF_TEXT)
+        _check_types(name, "vision_config.", vision, _HF_VISION)
+        _check_hugging_face(name, text, vision)
+        return ModelSpec(
+            name=name,
+            arch="vit",
+            width=vision["hidden_size"],
+            depth=vision["num_hidden_layers"],
+            heads=vision["num_attention_heads"],
+            head_width=vision["hidden_size"] // vision["num_attention_heads"],
+            text_width=text["hidden_size"],
+            text_depth=text["num_hidden_layers"],
+            text_heads=text["num_attention_heads"],
+            text_head_width=text["hidden_size"] // text["num_attention_heads"],
+            image_size=vision["image_size"],
+            patch_size=vision["patch_size"],
+            context_length=text["max_position_embeddings"],
+            vocab_size=text["vocab_size"],
+            embed_dim=embed_dim,
+            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+            quick_gelu=text["hidden_act"] == "quick_gelu",
+            norm_eps=float(vision["layer_norm_eps"]),
+            text_norm_eps=float(text["layer_norm_eps"]),
+        )
+    except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
+        raise ArtefactError(f"{HF_CONFIG} of {name}: {error}") from error
+
+
+def _check_types(name: str, part: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    words = {int: "a whole number", float: "a number", str: "a word"}
+    for key, default in defaults.items():
+        value, kind = given[key], type(default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ArtefactError(f"{HF_CONFIG} of {name}: {part}{key} is {value!r}; it must be {words[kind]}")
+
+
+def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
+    ratios = {part["intermediate_size"] / part["hidden_size"] for part in (text, vision)}
+    acts = {part["hidden_act"] for part in (text, vision)}
+    wrong = None
+    if vision["num_channels"] != 3:
+        wrong = f"vision_config.num_channels is {vision['num_channels']}; it must be 3"
+    elif len(ratios) != 1:
+        wrong = f"towers of different intermediate_size / hidden_size ({sorted(ratios)}) are not supported"
+    elif len(acts) != 1 or not acts <= {"gelu", "quick_gelu"}:
+        wrong = f"hidden_act is {' and '.join(sorted(map(str, acts)))}; it must be gelu or quick_gelu in both towers"
+    elif text["eos_token_id"] not in (_HF_HIGHEST, text["vocab_size"] - 1):
+        wrong = f"text_config.eos_token_id is {text['eos_token_id']}; text is read at the highest token here"
+    if wrong:
+        raise ArtefactError(f"{HF_CONFIG} of {name}: {wrong}")
+
+
+def pixels_of(found: Found, spec: ModelSpec) -> dict[str, Any]:
+    """How pictures are prepared: what the source says, else as OpenAI's models have it."""
+    return {
+        "mean": list(OPENAI_MEAN),
+        "std": list(OPENAI_STD),
+        "interpolation": "bicubic",
+        **found.preprocess,
+        "size": spec.image_size,
+    }

@@ -1,0 +1,188 @@
+"""Which model weights are of, where nothing says it: the sizes out of the shapes, and comparing shapes with a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import fields, replace
+from functools import cache
+from typing import Any
+
+import open_clip
+
+from compt.errors import ArtefactError, ConfigError, nearest
+from compt.models.clip import build
+from compt.models.open_clip_config import spec_from_open_clip
+from compt.models.presets import PRESETS, ModelSpec
+from compt.weights.lazy import FLOATS, View
+from compt.weights.names import OPENAI_SIZES
+from compt.weights.safetensors import LazyState
+
+HEAD_WIDTH = 64
+_FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The model of this name: a preset of compt, or a config that open_clip brings. Raises ConfigError."""
+    if name in PRESETS:
+        return PRESETS[name]
+    known = open_clip.list_models()
+    if name not in known:
+        raise ConfigError(
+            f"unknown model '{name}'{nearest(name, [*PRESETS, *known])}; name a preset ({', '.join(PRESETS)}) "
+            "or a model config of open_clip"
+        )
+    try:
+        return spec_from_open_clip(open_clip.get_model_config(name) or {}, name)
+    except ArtefactError as error:
+        raise ConfigError(str(error)) from error
+
+
+def infer_spec(view: View, leftover: Collection[str], name: str, option: str) -> ModelSpec:
+    """The model whose parameters have these shapes, with heads of 64 channels; `name` is for one that is not known.
+
+    Shapes do not tell the number of heads, the activation or a LayerNorm's eps. Raises ArtefactError, naming `option`,
+    where the width allows no heads of 64, where a known model of the same shapes has other heads, and for a Swin that
+    is no preset.
+    """
+    hint = f"name the model with {option}"
+    try:
+        spec = (_swin if "visual.trunk.patch_embed.proj.weight" in view else _vit)(view, name, hint)
+    except (KeyError, IndexError, ZeroDivisionError, ConfigError, ValueError) as error:
+        missing = f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+        raise ArtefactError(f"{name}: the shapes are those of no model ({missing}); {hint}") from error
+    for other in _known():
+        if _sizes(other) == _sizes(spec) and (other.heads, other.text_heads) != (spec.heads, spec.text_heads):
+            raise ArtefactError(
+                f"{name}: the shapes are those of {other.name} (heads of {other.head_width} and {other.text_head_width}"
+                f" channels), but also of a model with heads of {HEAD_WIDTH}; {hint}"
+            )
+    spec = replace(spec, quick_gelu=set(leftover) >= OPENAI_SIZES)
+    return next((other for other in _known() if other == replace(spec, name=other.name)), spec)
+
+
+def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
+    """Raise ArtefactError listing, key by key, what of `view` does not fit the model, if anything does not.
+
+    Weights are floats: fp16, bf16, fp32 or fp64. Nothing is read for it.
+    """
+    wanted = _shapes(spec, len(view), where)
+    lists = (
+        ("missing", [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in view]),
+        ("unexpected", [f"{name} {list(view.shape(name))}" for name in view if name not in wanted]),
+        (
+            "of another shape",
+            [
+                f"{name} {list(view.shape(name))}, the model has {list(shape)}"
+                for name, shape in wanted.items()
+                if name in view and view.shape(name) != shape
+            ],
+        ),
+        (
+            "of another dtype",
+            [
+                f"{name} {str(view.dtype(name)).removeprefix('torch.')}, weights are {_FLOATS}"
+                for name in view
+                if name in wanted and view.dtype(name) not in FLOATS
+            ],
+        ),
+    )
+    lines = [f"  {what}: {entry}" for what, entries in lists for entry in entries]
+    if lines:
+        counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists if entries)
+        head = f"{where}: the weights are not those of this model, {spec.name}: {counts}"
+        raise ArtefactError("\n".join([head, *lines]))
+
+
+def _shapes(spec: ModelSpec, parameters: int, where: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of a model to compare so many parameters with; of sizes from a file, which need not make sense."""
+    layers = spec.depth + spec.text_depth
+    if layers > parameters:
+        raise ArtefactError(f"{where}: {spec.name} has {layers} layers, the weights only {parameters} parameters")
+    try:
+        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+    except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of numbers that it cannot count to
+        raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({_first_line(error)})") from error
+    return wanted | {"logit_scale": ()}
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def _vit(view: View, name: str, hint: str) -> ModelSpec:
+    width, _, patch, _ = view.shape("visual.conv1.weight")
+    tokens = view.shape("visual.positional_embedding")[0]
+    grid = math.isqrt(tokens - 1)
+    if grid * grid != tokens - 1:
+        raise ValueError(f"visual.positional_embedding has {tokens} positions, not a square and one")
+    return ModelSpec(
+        arch="vit",
+        width=width,
+        depth=_layers(view, "visual.transformer.resblocks."),
+        heads=_heads(width, "image", hint),
+        image_size=grid * patch,
+        patch_size=patch,
+        mlp_ratio=view.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0] / width,
+        embed_dim=view.shape("visual.proj")[1],
+        no_ln_pre="visual.ln_pre.weight" not in view,
+        **_text(view, name, hint),
+    )
+
+
+def _swin(view: View, name: str, hint: str) -> ModelSpec:
+    """The preset with such stages: neither picture size nor shift can be told from shapes."""
+    width = view.shape("visual.trunk.patch_embed.proj.weight")[0]
+    depths = tuple(
+        _layers(view, f"visual.trunk.layers.{stage}.blocks.") for stage in range(_layers(view, "visual.trunk.layers."))
+    )
+    table = view.shape("visual.trunk.layers.0.blocks.0.attn.relative_position_bias_table")[0]
+    for preset in PRESETS.values():
+        if (preset.width, preset.depths, (2 * preset.window - 1) ** 2) == (width, depths, table):
+            text = _text(view, name, hint)
+            return replace(preset, embed_dim=view.shape("visual.head.proj.weight")[0], **text)
+    raise ValueError(f"a Swin of width {width} with stages of {depths} blocks is no preset")
+
+
+def _text(view: View, name: str, hint: str) -> dict[str, Any]:
+    context, width = view.shape("positional_embedding")
+    return {
+        "name": name,
+        "text_width": width,
+        "text_depth": _layers(view, "transformer.resblocks."),
+        "text_heads": _heads(width, "text", hint),
+        "context_length": context,
+        "vocab_size": view.shape("token_embedding.weight")[0],
+    }
+
+
+def _heads(width: int, tower: str, hint: str) -> int:
+    if width % HEAD_WIDTH:
+        raise ValueError(f"the {tower} width {width} is not a multiple of {HEAD_WIDTH}, the usual width of a head")
+    return width // HEAD_WIDTH
+
+
+def _layers(view: View, start: str) -> int:
+    numbers = {int(key[len(start) :].partition(".")[0]) for key in view if key.startswith(start)}
+    if numbers != set(range(len(numbers))) or not numbers:
+        raise ValueError(f"{start}* are not numbered from 0 on")
+    return len(numbers)
+
+
+@cache
+def _known() -> tuple[ModelSpec, ...]:
+    return (*PRESETS.values(), *_open_clips())
+
+
+def _open_clips() -> Iterator[ModelSpec]:
+    for name in open_clip.list_models():
+        try:
+            yield model_spec(name)
+        except ConfigError:
+            continue
+
+
+def _sizes(spec: ModelSpec) -> tuple[Any, ...]:
+    """What decides the shapes of all parameters."""
+    apart = ("name", "heads", "head_width", "text_heads", "text_head_width", "quick_gelu", "norm_eps", "text_norm_eps")
+    return tuple(getattr(spec, field.name) for field in fields(spec) if field.name not in apart)

@@ -1,0 +1,151 @@
+"""Weights as sources give them: names and shapes known, tensors read one at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from compt.errors import ArtefactError
+from compt.files import sha256_file
+from compt.models.presets import ModelSpec
+from compt.weights.safetensors import LazyState
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The types that weights may have."""
+
+
+class Weights(Mapping[str, Tensor]):
+    """Parameter name -> tensor on the CPU, read when asked for; shapes are known without reading."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+
+    @abstractmethod
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a parameter's elements, without reading it; its name where it is none of torch's."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a path holds before anything is decided: its weights under the names they have there, its files, and what
+    a config beside them says.
+    """
+
+    weights: Weights | LazyState
+    files: Sequence[Path]
+    spec: ModelSpec | None = None
+    preprocess: dict[str, Any] = field(default_factory=dict)
+
+
+class Tensors(Weights):
+    """Tensors of an open file. They are views of the file: each is copied when it is asked for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = dict(tensors)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[name].clone(memory_format=torch.contiguous_format)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type of a parameter's elements."""
+        return self._tensors[name].dtype
+
+
+@dataclass(frozen=True)
+class Part:
+    """One parameter made of one or several of a source: taken as it is, transposed, or stacked along dimension 0."""
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    change: Literal["same", "transpose", "stack", "reshape"] = "same"
+
+
+class View(Weights):
+    """Weights under other names, each made of the source's when it is asked for."""
+
+    def __init__(self, weights: Weights | LazyState, parts: Mapping[str, Part]) -> None:
+        self._weights = weights
+        self._parts = dict(parts)
+
+    def __getitem__(self, name: str) -> Tensor:
+        part = self._parts[name]
+        if part.change == "stack":
+            return torch.cat([self._weights[source] for source in part.names])
+        tensor = self._weights[part.names[0]]
+        if part.change == "transpose":
+            return tensor.T.contiguous()
+        return tensor.reshape(part.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without reading it."""
+        return self._parts[name].shape
+
+    def dtype(self, name: str) -> torch.dtype | str:
+        """The type of a parameter's elements, without reading it; of several tensors the first that is no float."""
+        found = [self._weights.dtype(source) for source in self._parts[name].names]
+        return next((dtype for dtype in found if dtype not in FLOATS), found[0])
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises ArtefactError where it is missing or is (or leads) elsewhere.
+
+    A snapshot in Hugging Face's cache is a folder of links into `blobs` beside it: those are followed.
+    """
+    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
+    path, home = folder / name, folder.resolve()
+    real = path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
+        raise ArtefactError(f"{path}: a link out of its folder, to {real}; it is not followed")
+    if not real.is_file():
+        raise ArtefactError(f"{path}: missing")
+    return path
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """One SHA-256 for the contents of `files`, in the order of their names. Raises ArtefactError.
+
+    A process reads a file once for it, unless it changes.
+    """
+    lines = []
+    for path in sorted(files, key=lambda path: path.name):
+        try:
+            found = path.stat()
+            lines.append(_sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns))
+        except OSError as error:
+            raise ArtefactError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+@cache
+def _sha256(path: Path, *identity: int) -> str:
+    return sha256_file(path)

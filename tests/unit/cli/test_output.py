@@ -1,0 +1,136 @@
+"""What a person is shown is what stands there: no part of it is taken for an emoji or for markup."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from compt.cli.main import main
+from compt.models.clip import build
+from compt.models.init import export_state
+from compt.models.presets import PRESETS
+from compt.text import TextTable, terminal
+from compt.train.metrics import MetricsWriter
+from compt.weights.artefact import write_artefact
+from tests.helpers.curves import NANO, link, write_run
+from tests.helpers.recipe import write_recipe
+
+PLAIN = "a:x:b [bold]c[/]"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["compt", *map(str, words)])
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["plan", PLAIN], PLAIN),
+        (["chain", PLAIN], PLAIN),
+        (["macs", "vit_nano", "--tokens", "5:x:b"], "5:x:b"),
+        (["plan", "RECIPE", "--set", "a:x:b=1"], "a:x:b"),
+        (["curves", PLAIN], PLAIN),
+        (["report", PLAIN], PLAIN),
+        (["macs", "a:x:b"], "a:x:b"),
+        (["export", PLAIN, "RECIPE"], PLAIN),
+        (["expand", PLAIN, "vit_nano", "--dry-run"], PLAIN),
+        (["expand", "RECIPE", "vit_nano", PLAIN, "--width", PLAIN], PLAIN),
+    ],
+    ids=lambda words: words[0] if isinstance(words, list) else "",
+)
+def test_errors(
+    words: list[str], shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = str(write_recipe(tmp_path / "tiny.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, *(recipe if word == "RECIPE" else word for word in words)) != 0
+    assert shown in capsys.readouterr().err
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    for width in (60, 300):
+        console = terminal()
+        console.width = width
+        console.print(TextTable(f"1 {PLAIN}", (f"2 {PLAIN}", f"3 {PLAIN}"), [(f"4 {PLAIN}", f"5 {PLAIN}")]).rich())
+        output = " ".join(capsys.readouterr().out.split())
+        assert all(f"{number} {PLAIN}" in output for number in range(1, 6)), output
+
+
+def test_where_results_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a:x:b [bold]c"
+    folder = write_run(tmp_path / "a:x:b", [NANO, link(5, 20.0)])
+    assert run(monkeypatch, "curves", folder, "--out", out) == 0
+    assert f"Written: {out}" in capsys.readouterr().out
+    assert json.loads((out / "curves.json").read_text())
+
+
+def test_where_a_model_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "a:x:b [bold]c"
+    write_artefact(tmp_path / "a:x:b", export_state(build(PRESETS["vit_pico"], seed=0)), PRESETS["vit_pico"], {})
+    assert run(monkeypatch, "expand", tmp_path / "a:x:b", "vit_pico", out) == 0
+    assert f"Wrote {out}" in capsys.readouterr().out
+    assert (out / "manifest.json").exists()
+
+
+def test_lines_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with MetricsWriter(tmp_path, total_steps=2, batch=1, title=PLAIN) as writer:
+        writer.log(1, {"loss": 1.0})
+        writer.log_evaluation(1, {"a:x:b/top1": 50.0})
+    output = capsys.readouterr().err
+    assert PLAIN in output
+    assert "a:x:b/top1" in output
+
+
+def test_there_is_one_console(root: Path) -> None:
+    makers = [path for path in root.glob("compt/**/*.py") if f"{Console.__name__}(" in path.read_text(encoding="utf-8")]
+    assert [str(path.relative_to(root)) for path in makers] == ["compt/text.py"]
+
+
+@pytest.mark.parametrize(("threads", "torch"), [(0, False), (1, False), (0, True)])
+def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
+    threads: int, torch: bool, tmp_path: Path
+) -> None:
+    """Where one waits within torch's C++, winding down would abort the process."""
+    script = (
+        "import atexit, sys, threading\n"
+        "from compt.cli.main import run\n"
+        "class Late:\n"
+        "    def __del__(self): print('wound down')\n"
+        "kept = Late()\n"
+        "atexit.register(print, 'atexit')\n"
+        f"sys.modules.update({{'torch': None}} if {torch} else {{}})\n"
+        f"for _ in range({threads}): threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "sys.argv = ['compt', 'plan', 'nowhere.yaml']\n"
+        "run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nowhere.yaml" in done.stderr
+    assert done.stdout.split("\n")[:-1] == (["atexit"] if threads or torch else ["atexit", "wound down"])
+
+
+def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from compt import cli\n"
+        "def app(_): raise KeyError('no such thing')\n"
+        "cli.app, sys.modules['torch'] = app, None\n"
+        "cli.run()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.endswith("KeyError: 'no such thing'\n")
+    assert done.stderr.count("Traceback") == 1

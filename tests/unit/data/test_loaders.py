@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from PIL import Image
+
+from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
+from compt.data.decode import MAX_PIXELS, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
+from compt.data.index import Index, open_index
+from compt.data.order import caption_choice, epoch_order
+from compt.data.batch import Batch
+from compt.data.tokens import CaptionTokens
+from compt.errors import ConfigError, DataError, Interrupted
+from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
+
+TOKENIZER = SimpleTokenizer()
+N, BATCH = 22, 6
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    make_shards(tmp_path, n=N, shards=3)
+    return open_index("*.tar", tmp_path)
+
+
+def load(index: Index, **other) -> list[Batch]:
+    settings = {
+        "seed": 5,
+        "batch": BATCH,
+        "image_size": 16,
+        "captions": 2,
+        "context_length": 12,
+        "start_step": 0,
+        "total_steps": 8,
+        "window": 2,
+        "crop_scale": (0.5, 1.0),
+        "tokenizer": TOKENIZER,
+    }
+    return list(train_loader(index, **(settings | other)))
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert len(ours) == len(theirs)
+    for one, two in zip(ours, theirs, strict=True):
+        assert one.keys == two.keys
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.tokens, two.tokens)
+        assert (one.skipped, one.few_captions) == (two.skipped, two.few_captions)
+
+
+def test_batches_are_what_the_order_says(index: Index) -> None:
+    batches = load(index)
+    assert len(batches) == 8
+    per_epoch = N // BATCH
+    decoder = PillowDecoder()
+    for step, batch in enumerate(batches):
+        epoch, place = divmod(step, per_epoch)
+        ids = epoch_order(5, epoch, index.sizes, 2)[place * BATCH : (place + 1) * BATCH]
+        assert batch.keys == [index.key(i) for i in ids]
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.shape == (BATCH, 3, 16, 16)
+        assert batch.images.is_contiguous()
+        chosen = [[texts(int(i), 3)[c] for c in caption_choice(5, epoch, index.key(i), 3, 2)] for i in ids]
+        expected = TOKENIZER([text for image in chosen for text in image], context_length=12).view(BATCH, 2, 12)
+        longest = int((expected != 0).sum(-1).max())
+        assert torch.equal(batch.tokens, expected[..., :longest])
+        assert (batch.skipped, batch.few_captions) == ({}, 0)
+    assert decoder.decode(picture(0, 40, 36), lambda w, h: (0, 0, w, h), 16).shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("cache", [False, True])
+def test_any_step_opens_as_if_the_run_had_come_there(index: Index, workers: int, cache: bool) -> None:
+    whole = load(index)
+    for start in (0, 1, 3, 5):
+        assert_same(load(index, start_step=start, workers=workers, cache=cache), whole[start:])
+
+
+def test_ranks_cut_the_same_global_batch(index: Index) -> None:
+    whole = load(index)
+    for world in (2, 3):
+        parts = [load(index, rank=rank, world_size=world) for rank in range(world)]
+        for step, batch in enumerate(whole):
+            assert [key for part in parts for key in part[step].keys] == batch.keys
+            assert torch.equal(torch.cat([part[step].images for part in parts]), batch.images)
+            for rank in range(world):
+                tokens = parts[rank][step].tokens
+                share = batch.tokens[rank * BATCH // world : (rank + 1) * BATCH // world]
+                assert torch.equal(tokens, share[..., : tokens.shape[-1]])
+                assert not share[..., tokens.shape[-1] :].any()
+
+
+def test_epochs_draw_new_crops_captions_and_order(index: Index) -> None:
+    batches = load(index, total_steps=6)
+    first, second = batches[:3], batches[3:]
+    assert len({key for batch in first for key in batch.keys}) == 18, "no sample twice in an epoch"
+    assert [key for batch in first for key in batch.keys] != [key for batch in second for key in batch.keys]
+    where = {key: batch.images[i] for batch in first for i, key in enumerate(batch.keys)}
+    again = {key: batch.images[i] for batch in second for i, key in enumerate(batch.keys)}
+    shared = where.keys() & again.keys()
+    assert sum(torch.equal(where[key], again[key]) for key in shared) < len(shared) / 4
+    assert not torch.equal(load(index, seed=6)[0].images, batches[0].images)
+
+
+def test_too_small_sets_and_uneven_ranks_are_refused_at_once(index: Index) -> None:
+    with pytest.raises(DataError, match="22 samples are fewer than one batch of 23"):
+        load(index, batch=23)
+    with pytest.raises(DataError, match="batch of 6 cannot be cut into 4 equal parts"):
+        load(index, world_size=4)
+    with pytest.raises(ConfigError, match="unknown decoder 'pilow' .*did you mean 'pillow'"):
+        load(index, decoder="pilow")
+
+
+BROKEN = b"\x89PNG\r\n\x1a\n broken"
+
+
+def faulty(folder: Path, n: int = 30, bad: tuple[int, ...] = (3, 11), bare: tuple[int, ...] = (7,)) -> Index:
+    """Samples of which some have undecodable images, some no usable caption, and number 5 one empty caption."""
+    members = []
+    for i in range(n):
+        image, text = sample(f"{i:09d}", i)
+        if i in bad:
+            image = (image[0], BROKEN if i % 2 else picture(i, 40, 36)[:150])
+        if i in bare:
+            text = (text[0], json.dumps({"captions": ["  ", ""], "class": i % 7}).encode())
+        if i == 5:
+            text = (text[0], json.dumps({"captions": ["", *texts(5, 3)], "class": 5}).encode())
+        members += [image, text]
+    write_tar(folder / "f.tar", members)
+    return open_index("f.tar", folder)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_unusable_samples_are_replaced_and_counted(tmp_path: Path, workers: int, cache: bool) -> None:
+    index = faulty(tmp_path, bad=(3, 10))
+    batches = load(index, total_steps=10, workers=workers, cache=cache)
+    skipped = sum((Counter(batch.skipped) for batch in batches), Counter())
+    keys = [key for batch in batches for key in batch.keys]
+    assert len(keys) == 60
+    assert not {"000000003", "000000010", "000000007"} & set(keys)
+    assert skipped["image"] >= 4, "each of two broken images comes once in each of two epochs"
+    # Sample 7 and the empty caption of sample 5, once an epoch each, and more as substitutes.
+    assert skipped["caption"] >= 4
+    assert skipped.keys() == {"image", "caption"}
+    assert_same(batches, load(index, total_steps=10))
+    assert_same(batches[4:], load(index, start_step=4, total_steps=10))
+
+
+def test_empty_captions_are_never_drawn(tmp_path: Path) -> None:
+    index = faulty(tmp_path, n=6, bad=(), bare=())
+    empty = 2  # start and end only
+    for batch in load(index, total_steps=20):
+        assert ((batch.tokens != 0).sum(-1) > empty).all()
+        assert batch.skipped == {"caption": 1}
+
+
+def test_few_captions_are_counted(index: Index) -> None:
+    batch = load(index, captions=5, total_steps=1)[0]
+    assert batch.tokens.shape[:2] == (BATCH, 5)
+    assert batch.few_captions == BATCH
+
+
+def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
+    index = faulty(tmp_path, n=100, bad=(1, 3), bare=())
+    settings = {"batch": 50, "image_size": 8, "total_steps": 40}
+    assert len(load(index, max_bad_share=0.1, **settings)) == 40
+    seen = 0
+    with pytest.raises(
+        DataError,
+        match=r"of the last 1021 samples that.*max_bad_share 0\.01.*f\.tar: 00000000[13]: image: not an image",
+    ):
+        for batch in train_loader(
+            index,
+            seed=0,
+            captions=1,
+            context_length=12,
+            start_step=0,
+            tokenizer=TOKENIZER,
+            max_bad_share=0.01,
+            **settings,
+        ):
+            seen += len(batch)
+    assert seen >= 950, "fewer than 1,000 samples are no judgement"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_set_that_yields_nothing_stops_naming_shard_key_and_cause(tmp_path: Path, workers: int) -> None:
+    index = faulty(tmp_path, n=8, bad=tuple(range(8)), bare=())
+    with pytest.raises(DataError) as error:
+        load(index, workers=workers)
+    assert str(error.value).startswith(
+        f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is f.tar: 00000000"
+    )
+    assert ": image: " in str(error.value)
+    assert "Traceback" not in str(error.value)
+
+
+def test_a_shard_cut_after_indexing_is_counted_as_tar(tmp_path: Path) -> None:
+    shard = make_shards(tmp_path, n=12, shards=1)[0]
+    index = open_index("*.tar", tmp_path)
+    shard.write_bytes(shard.read_bytes()[: index.entry(10).image_offset + 5])
+    skipped = sum((Counter(batch.skipped) for batch in load(index)), Counter())
+    assert skipped.keys() == {"tar"}
+
+
+@pytest.mark.parametrize("size", [(40, 36), (64, 20), (17, 90), (16, 16), (33, 33), (16, 31), (7, 5)])
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_evaluation_pixels_are_those_of_open_clip(size: tuple[int, int], mode: str) -> None:
+    data = picture(3, *size, mode=mode)
+    transform = open_clip.image_transform(16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    theirs = (transform(Image.open(io.BytesIO(data))) * 255).round().to(torch.uint8)
+    assert np.array_equal(evaluation_pixels(data, 16), theirs.numpy())
+
+
+def test_transparency_lies_on_white_and_modes_become_rgb() -> None:
+    def decoded(image: Image.Image, file_format: str = "PNG", **options) -> np.ndarray:
+        blob = io.BytesIO()
+        image.save(blob, file_format, **options)
+        return np.asarray(to_rgb(open_image(blob.getvalue())))
+
+    clear = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    assert (decoded(clear) == 255).all()
+    assert (decoded(clear.convert("LA")) == 255).all()
+    assert (decoded(clear, "WEBP", lossless=True) == 255).all()
+    palette = Image.new("P", (4, 4), 3)
+    palette.putpalette(list(range(30)))
+    assert (decoded(palette) == [9, 10, 11]).all()
+    assert (decoded(palette, transparency=3) == 255).all()
+    deep = Image.fromarray(np.full((4, 4), 0x80FF, np.uint16))
+    assert (decoded(deep) == 0x80).all()
+    assert decoded(Image.new("CMYK", (4, 4)), "JPEG").shape == (4, 4, 3)
+    assert (decoded(Image.new("1", (4, 4), 1)) == 255).all()
+
+
+def test_orientation_in_exif_is_ignored() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    blob = io.BytesIO()
+    Image.new("RGB", (8, 4)).save(blob, "JPEG", exif=exif)
+    assert to_rgb(open_image(blob.getvalue())).size == (8, 4)
+
+
+@pytest.mark.parametrize("name", ["open", "load"])
+def test_a_signal_while_a_picture_is_read_makes_it_no_broken_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(*_: object, **__: object) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    blob = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(blob, "PNG")
+    monkeypatch.setattr(Image if name == "open" else Image.Image, name, asked)
+    if name == "load":
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", asked)
+    with pytest.raises(Interrupted):
+        to_rgb(open_image(blob.getvalue()))
+
+
+@pytest.mark.parametrize("extension", ["PNG", "JPEG", "WEBP"])
+def test_kept_images_give_the_same_pixels(extension: str) -> None:
+    data = picture(1, 300, 170, extension)
+    decoder = PillowDecoder()
+    kept = decoder.keep(data, 16)
+    for box in [(0, 0, 300, 170), (10, 20, 150, 160), (3, 3, 40, 40), (0, 0, 20, 18)]:
+        crop = lambda w, h, box=box: box
+        assert np.array_equal(decoder.cut(kept, crop, 16), decoder.decode(data, crop, 16))
+    assert sorted(kept.scaled) == ([1, 2, 4, 8] if extension == "JPEG" else [1])
+
+
+def test_reduced_decoding_stays_near_the_full_one() -> None:
+    data = picture(2, 320, 320, "JPEG")
+    box = (16, 32, 272, 288)
+    full = np.asarray(Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BICUBIC, box=box)).transpose(
+        2, 0, 1
+    )
+    ours = PillowDecoder().decode(data, lambda w, h: box, 32)
+    assert np.abs(full.astype(int) - ours).max() <= 4
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_bombs_and_broken_images_are_unusable() -> None:
+    wide = io.BytesIO()
+    Image.new("1", (MAX_PIXELS // 9000 + 1, 9000)).save(wide, "PNG")
+    half = picture(0, 60, 60, "JPEG")
+    for data in (
+        wide.getvalue(),
+        b"",
+        b"\x00" * 100,
+        half[: len(half) // 2],
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+    ):
+        for decode in (
+            lambda d: PillowDecoder().decode(d, lambda w, h: (0, 0, w, h), 8),
+            lambda d: evaluation_pixels(d, 8),
+        ):
+            with pytest.raises(Unusable) as error:
+                decode(data)
+            assert error.value.cause == "image"
+
+
+def test_a_cut_caption_keeps_its_end() -> None:
+    tokens = CaptionTokens(8, TOKENIZER)
+    for text in ("a", "a b c d e f g h i j k", "ÄÖ &amp; ☃"):
+        expected = TOKENIZER([text], context_length=8)[0]
+        ids = tokens.ids(text)
+        assert ids.tolist() == expected[expected != 0].tolist()
+        assert ids[-1] == TOKENIZER.eot_token_id
+    assert tokens.length("a b c d e f g h i j k") == 13
+
+
+def test_memory_bounds_the_cache_not_the_result(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load(index)
+    monkeypatch.setattr("compt.data.loaders.CACHE_BYTES", 40_000)
+    loader = train_loader(
+        index,
+        seed=5,
+        batch=BATCH,
+        image_size=16,
+        captions=2,
+        context_length=12,
+        start_step=0,
+        total_steps=8,
+        window=2,
+        crop_scale=(0.5, 1.0),
+        tokenizer=TOKENIZER,
+        cache=True,
+    )
+    assert_same(list(loader), whole)
+    assert 1 < len(loader.reads._drawer._kept) < 10
+
+
+def test_memory_is_pinned_only_where_a_gpu_is_used(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[bool] = []
+    monkeypatch.setattr("compt.data.loaders.DataLoader", lambda *_, pin_memory, **__: pinned.append(pin_memory) or [])
+    # A machine with a GPU, on which a run was told to take the CPU, and one that has put its model there.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for used in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+        load(index)
+        list(eval_loader(index, image_size=8, batch=2))
+    assert pinned == [False, False, True, True]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_sees_every_sample_once(tmp_path: Path, workers: int, world: int) -> None:
+    make_shards(tmp_path, n=23, shards=2, classes=5)
+    index = open_index("*.tar", tmp_path)
+    ids: list[int] = []
+    for rank in range(world):
+        loader = eval_loader(
+            index, image_size=16, batch=4, rank=rank, world_size=world, label="cls", captions=True, workers=workers
+        )
+        for batch in loader:
+            assert len(batch) == len(batch.ids) == len(batch.images) <= 4
+            assert batch.keys == [index.key(i) for i in batch.ids]
+            assert batch.labels.tolist() == [i % 5 for i in batch.ids]
+            assert batch.captions == [texts(i, 3) for i in batch.ids]
+            for image, i in zip(batch.images, batch.ids, strict=True):
+                assert np.array_equal(image, evaluation_pixels(picture(i, 40, 36), 16))
+            ids += batch.ids
+    assert sorted(ids) == list(range(23))
+
+
+def test_evaluation_names_what_it_cannot_use(tmp_path: Path) -> None:
+    index = faulty(tmp_path, n=12)
+    batches = list(eval_loader(index, image_size=8, batch=5, label="class", captions=True))
+    assert sum((Counter(batch.skipped) for batch in batches), Counter()) == {"image": 2, "caption": 1}
+    bad = [line for batch in batches for line in batch.bad]
+    assert [line[:25] for line in bad] == [
+        "f.tar: 000000003: image: ",
+        "f.tar: 000000007: caption",
+        "f.tar: 000000011: image: ",
+    ]
+    assert [i for batch in batches for i in batch.ids] == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert [label for batch in batches for label in batch.labels.tolist()] == [
+        i % 7 for i in (0, 1, 2, 4, 5, 6, 8, 9, 10)
+    ]
+    plain = next(iter(eval_loader(index, image_size=8, batch=2)))
+    assert (plain.labels, plain.captions) == (None, None)
+    for label in ("cls", "nothing"):
+        with pytest.raises(DataError, match=f"f.tar: 000000000 has no whole number as label '{label}'"):
+            list(eval_loader(index, image_size=8, batch=5, label=label))
+
+
+def test_validation_batches_are_fixed_and_whole(index: Index) -> None:
+    settings = {"batch": 5, "image_size": 16, "captions": 2, "context_length": 12, "tokenizer": TOKENIZER}
+    whole = list(fixed_caption_batches(index, **settings))
+    assert [len(batch) for batch in whole] == [5, 5, 5, 5]
+    assert len({key for batch in whole for key in batch.keys}) == 20
+    assert_same(list(fixed_caption_batches(index, **settings, workers=2, cache=True)), whole)
+    parts = [list(fixed_caption_batches(index, **settings, rank=rank, world_size=3)) for rank in range(3)]
+    for number, batch in enumerate(whole):
+        assert_same([parts[number % 3][number // 3]], [batch])
+    key = whole[0].keys[0]
+    number = int(key[4:])
+    assert np.array_equal(whole[0].images[0], evaluation_pixels(picture(number, 40, 36), 16))
+    expected = [texts(number, 3)[0], texts(number, 3)[1]]
+    ids = TOKENIZER(expected, context_length=12)[:, : whole[0].tokens.shape[-1]]
+    assert torch.equal(whole[0].tokens[0], ids)
+    assert [len(batch) for batch in fixed_caption_batches(index, **(settings | {"batch": 50}))] == [N]
+    assert len(fixed_caption_batches(index, **settings, max_batches=2)) == 2

@@ -1,0 +1,528 @@
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from typer.testing import CliRunner
+
+from compt.cli.main import app
+from compt.data.batch import EvalBatch
+from compt.data.decode import evaluation_pixels
+from compt.data.index import open_index
+from compt.data.loaders import fixed_caption_batches
+from compt.errors import ConfigError, DataError
+from compt.evaluate.contact import save_contact_sheet
+from compt.evaluate.encoder import Encoder, load_arrays
+from compt.evaluate.retrieval import query_ranks, retrieval
+from compt.evaluate.sets import (
+    EvalSettings,
+    check_sets,
+    class_names,
+    evaluate_set,
+    evaluate_sets,
+    read_classnames,
+    read_templates,
+    set_pins,
+)
+from compt.evaluate.validation import validation_loss
+from compt.evaluate.zeroshot import classifier, fill, true_ranks, zero_shot
+from compt.files import hash_json
+from compt.models.clip import build
+from compt.models.pixels import to_input
+from compt.models.presets import ModelSpec
+from compt.recipe.read import EvalSet
+from compt.train.losses import contrastive_loss
+from tests.helpers import evaluation as cases
+from tests.helpers.shards import make_shards, picture, write_tar
+
+MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+SPEC = ModelSpec(
+    "tiny", "vit", 32, 2, 2, 32, 2, 2,
+    image_size=32, patch_size=8, context_length=16, embed_dim=24, head_width=16, text_head_width=16,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return build(SPEC, seed=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> open_clip.tokenizer.SimpleTokenizer:
+    return open_clip.tokenizer.SimpleTokenizer(context_length=16)
+
+
+# pixels
+
+
+def test_to_input_is_torchvisions_normalisation() -> None:
+    from torchvision.transforms.functional import normalize
+
+    images = torch.randint(0, 256, (4, 3, 5, 6), dtype=torch.uint8)
+    expected = normalize(images / 255, MEAN, STD)
+    assert torch.allclose(to_input(images, MEAN, STD), expected, atol=1e-6)
+    assert to_input(images, MEAN, STD, torch.bfloat16).dtype == torch.bfloat16
+    assert images.dtype == torch.uint8
+
+
+# zero-shot
+
+
+def test_classifier_equals_open_clips(model, tokenizer) -> None:
+    names = ["red cat", "a much longer name of a blue dog", "tree", "house {}", "fish", "ox", "bee"]
+    templates = ["a photo of a {}.", "art of the {}", "{}"]
+    expected = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, templates, 3)
+    encoder = Encoder(model, MEAN, STD)
+    for batch in (1, 4, 100):  # across and within classes
+        found = classifier(encoder, names, templates, tokenizer, batch)
+        assert found.shape == (24, 7)
+        assert torch.allclose(found, expected, atol=1e-5)
+    curly = [template.replace("{}", "{c}") for template in templates]
+    assert torch.allclose(classifier(encoder, names, curly, tokenizer), expected, atol=1e-5)
+
+
+def test_fill() -> None:
+    assert fill("a photo of {c}.", "x") == "a photo of x."
+    assert fill("{} and {}", "x{}\\1") == "x{}\\1 and x{}\\1"
+    with pytest.raises(DataError, match=r"'a photo' has no place"):
+        fill("a photo", "x")
+
+
+def _naive_zero_shot(weights: torch.Tensor, n: int, classes: int) -> tuple[list[int], list[int]]:
+    """Predictions and ranks, one sample and one class at a time."""
+    table = cases.encoder().model.image_table.detach()
+    predictions, ranks = [], []
+    for i, label in enumerate(cases.labels_of(n, classes).tolist()):
+        feature = table[i] / table[i].norm()
+        scores = [float(feature @ weights[:, c]) for c in range(classes)]
+        predictions.append(max(range(classes), key=lambda c: scores[c]))
+        ranks.append(sorted(range(classes), key=lambda c: -scores[c]).index(label))
+    return predictions, ranks
+
+
+def test_zero_shot_against_one_by_one() -> None:
+    n, classes = 83, 9
+    weights = F.normalize(torch.randn(cases.WIDTH, classes, generator=torch.Generator().manual_seed(1)), dim=0)
+    result = zero_shot(cases.encoder(), cases.Loader(n, classes), weights, name="set", pins={"data": "f"})
+    predictions, ranks = _naive_zero_shot(weights, n, classes)
+    labels = cases.labels_of(n, classes).numpy()
+    assert result.ids.tolist() == list(range(n))
+    assert result.labels.tolist() == labels.tolist()
+    assert result.predictions.tolist() == predictions
+    assert result.ranks.tolist() == ranks
+    correct = np.array(ranks) == 0
+    assert (result.predictions == result.labels).tolist() == correct.tolist() == result.correct.tolist()
+    assert result.top1 == pytest.approx(100 * correct.mean())
+    assert result.top5 == pytest.approx(100 * (np.array(ranks) < 5).mean())
+    assert result.headline() == {"top1": result.top1, "top5": result.top5}
+    record = result.to_dict()
+    per_class = [100 * correct[labels == c].mean() for c in range(classes)]
+    assert record["per_class"] == pytest.approx(per_class)
+    assert record["mean_per_class"] == pytest.approx(np.mean(per_class))
+    assert record["chance"] == pytest.approx(100 / 9)
+    assert record["n"] == n
+    assert record["pins"] == {"data": "f"}
+    low, high = record["top1_interval"]
+    assert low < record["top1"] < high
+
+
+def test_few_classes_have_no_top5_and_absent_classes_no_share() -> None:
+    weights = F.normalize(torch.randn(cases.WIDTH, 5), dim=0)
+    loader = [EvalBatch(cases.images_of([1, 2]), ["a", "b"], [0, 1], torch.tensor([4, 4]))]
+    result = zero_shot(cases.encoder(), loader, weights)
+    assert result.top5 is None
+    assert list(result.headline()) == ["top1"]
+    assert result.per_class[:4] == [None] * 4
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_ties_go_to_the_lower_class_and_broken_scores_are_wrong() -> None:
+    scores = torch.tensor([[1.0, 2.0, 2.0, 0.0]] * 3 + [[float("nan")] * 4, [0.0, float("inf"), 0.0, 0.0]])
+    labels = torch.tensor([1, 2, 0, 0, 1])
+    ranks, first = true_ranks(scores, labels)
+    assert ranks.tolist() == [0, 1, 2, 3, 3]
+    assert first.tolist() == [1, 1, 1, -1, -1]
+    assert true_ranks(torch.tensor([[float("nan")]]), torch.tensor([0]))[0].tolist() == [1]
+
+
+def test_a_sample_seen_twice_is_an_error() -> None:
+    loader = [EvalBatch(cases.images_of([1, 2]), ["a", "b"], [7, 7], torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match="twice"):
+        zero_shot(cases.encoder(), loader, torch.eye(cases.WIDTH))
+
+
+def test_labels_that_cannot_be_used() -> None:
+    batch = EvalBatch(cases.images_of([1, 2]), ["a/b", "c"], [0, 1], torch.tensor([0, 6]))
+    with pytest.raises(DataError, match=r"'emoji': names.txt has 6 class names, but sample c has label 6"):
+        zero_shot(cases.encoder(), [batch], torch.eye(cases.WIDTH), name="emoji", classes_from="names.txt")
+    batch.labels = None
+    with pytest.raises(DataError, match="'emoji': a/b has no label"):
+        zero_shot(cases.encoder(), [batch], torch.eye(cases.WIDTH), name="emoji")
+    with pytest.raises(DataError, match="'emoji': not one sample can be read: s.tar: k: image: broken"):
+        empty = EvalBatch(torch.zeros(0, 3, 2, 2, dtype=torch.uint8), [], [], bad=["s.tar: k: image: broken"])
+        zero_shot(cases.encoder(), [empty], torch.eye(cases.WIDTH), name="emoji")
+
+
+def test_the_models_mode_comes_back(model, tokenizer) -> None:
+    model.train()
+    weights = classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
+    assert model.training
+    assert not weights.requires_grad
+    with Encoder(model, MEAN, STD).frozen():
+        assert not any(module.training for module in model.modules())
+        assert not torch.is_grad_enabled()
+    assert model.training
+    model.eval()
+    classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
+    assert not model.training
+
+
+def test_bf16_is_used_for_the_model_but_not_for_scores(model, tokenizer) -> None:
+    full = classifier(Encoder(model, MEAN, STD), ["cat", "dog"], ["{}"], tokenizer)
+    half = classifier(Encoder(model, MEAN, STD, torch.bfloat16), ["cat", "dog"], ["{}"], tokenizer)
+    assert half.dtype == torch.float32
+    assert not torch.equal(full, half)
+    assert torch.allclose(full, half, atol=0.02)
+
+
+# retrieval
+
+
+def _naive_ranks(n: int) -> tuple[list[int], list[int]]:
+    source = cases.encoder().model
+    captions = cases.captions_of(n)
+    image = F.normalize(source.image_table.detach()[:n], dim=-1)
+    text = [
+        (i, F.normalize(source.text_table.detach()[int(c.split()[-1])], dim=-1))
+        for i, cs in enumerate(captions)
+        for c in cs
+    ]
+    image_ranks = []
+    for i in range(n):
+        order = sorted(range(len(text)), key=lambda t: -float(image[i] @ text[t][1]))
+        image_ranks.append(next(place for place, t in enumerate(order) if text[t][0] == i))
+    text_ranks = []
+    for owner, feature in text:
+        order = sorted(range(n), key=lambda i: -float(image[i] @ feature))
+        text_ranks.append(order.index(owner))
+    return image_ranks, text_ranks
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_retrieval_against_one_by_one(chunk: int) -> None:
+    n = 41
+    result = retrieval(cases.encoder(), cases.Loader(n, with_captions=True), cases.tokenize, name="set", chunk=chunk)
+    image_ranks, text_ranks = _naive_ranks(n)
+    assert result.image_ranks.tolist() == image_ranks
+    assert result.text_ranks.tolist() == text_ranks
+    assert result.ids.tolist() == list(range(n))
+    assert result.owners.tolist() == [i for i, own in enumerate(cases.captions_of(n)) for _ in own]
+    scores = result.headline()
+    for k in (1, 5, 10):
+        assert scores[f"image_to_text_r{k}"] == pytest.approx(100 * np.mean([r < k for r in image_ranks]))
+        assert scores[f"text_to_image_r{k}"] == pytest.approx(100 * np.mean([r < k for r in text_ranks]))
+    assert 0 < scores["image_to_text_r10"] < 100
+    assert result.to_dict()["texts"] == len(text_ranks)
+
+
+def test_retrieval_ties_and_broken_features_count_against_the_model() -> None:
+    same = torch.ones(4, 3)
+    of = torch.arange(4)
+    assert query_ranks(same, same, of, of).tolist() == [3, 3, 3, 3]
+    broken = torch.full((4, 3), float("nan"))
+    assert query_ranks(broken, same, of, of).tolist() == [3, 3, 3, 3]
+    # Two captions of one image that score alike do not stand in each other's way.
+    assert query_ranks(same[:1], same[:2], torch.tensor([0]), torch.tensor([0, 0])).tolist() == [0]
+
+
+def test_retrieval_names_an_image_without_caption() -> None:
+    batch = EvalBatch(cases.images_of([1, 2]), ["a", "b"], [0, 1], captions=[["text 1"], []])
+    with pytest.raises(DataError, match="'set': b has no caption"):
+        retrieval(cases.encoder(), [batch], cases.tokenize, name="set")
+
+
+def test_scores_never_need_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    largest = 0
+    original = torch.Tensor.masked_fill
+
+    def spy(self: torch.Tensor, *arguments: object) -> torch.Tensor:
+        nonlocal largest
+        largest = max(largest, self.shape[0])
+        return original(self, *arguments)
+
+    monkeypatch.setattr(torch.Tensor, "masked_fill", spy)
+    retrieval(cases.encoder(), cases.Loader(50, with_captions=True), cases.tokenize, chunk=8)
+    assert largest == 8
+
+
+# validation loss
+
+
+def test_validation_loss_is_the_mean_over_images() -> None:
+    source = cases.encoder()
+    total = images = 0.0
+    for batch in cases.validation_batches(3):
+        with torch.no_grad():
+            image = source.model.encode_image(batch.images / 255)
+            text = source.model.encode_text(batch.tokens.flatten(0, 1)).view(len(image), 3, -1)
+            total += float(contrastive_loss(image, text, torch.tensor([2.0]).exp()).task) * len(image)
+        images += len(image)
+    assert images == 18
+    assert validation_loss(source, cases.validation_batches(3)) == pytest.approx(total / images, rel=1e-6)
+    with pytest.raises(DataError, match="no batch"):
+        validation_loss(source, [])
+
+
+def test_validation_loss_of_shards_does_not_change(tmp_path: Path, model) -> None:
+    make_shards(tmp_path, n=24)
+    index = open_index(str(tmp_path), tmp_path)
+    batches = fixed_caption_batches(index, batch=8, image_size=32, captions=2, context_length=16)
+    first = validation_loss(Encoder(model, MEAN, STD), batches)
+    assert first == validation_loss(Encoder(model, MEAN, STD), batches)
+    assert 1 < first < 4  # an untrained model guesses among eight: ln 8 and more
+
+
+# whole sets
+
+
+def _settings(base: Path) -> EvalSettings:
+    return EvalSettings(MEAN, STD, base=base, batch=7)
+
+
+def _set(folder: Path, classes: int = 7) -> EvalSet:
+    make_shards(folder / "test", n=26, classes=classes)
+    (folder / "classnames.txt").write_text("".join(f"thing {i}\n" for i in range(classes)))
+    (folder / "zeroshot_classification_templates.txt").write_text("a photo of {c}\nart of {c}\n")
+    return EvalSet(name="things", data=["data/test"])
+
+
+def test_a_set_in_clip_benchmarks_layout(tmp_path: Path, model, tokenizer) -> None:
+    item = _set(tmp_path / "data")
+    result = evaluate_set(model, item, _settings(tmp_path))
+    names, templates = [f"thing {i}" for i in range(7)], ["a photo of {c}", "art of {c}"]
+    assert result.n == 26
+    assert result.labels.tolist() == [i % 7 for i in range(26)]
+    # open_clip's own preprocessing, model call and classifier
+    stock = open_clip.model.CLIP(**SPEC.open_clip_config())
+    state = model.state_dict()
+    stock.load_state_dict({**state, "logit_scale": state["logit_scale"].reshape(())})
+    stock.eval()
+    transform = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD)
+    pictures = [Image.open(io.BytesIO(picture(i, 40, 36))) for i in range(26)]
+    weights = open_clip.build_zero_shot_classifier(stock, tokenizer, names, [t.replace("{c}", "{}") for t in templates])
+    with torch.no_grad():
+        scores = stock.encode_image(torch.stack([transform(p) for p in pictures]), normalize=True) @ weights
+    assert result.predictions.tolist() == scores.argmax(dim=1).tolist()
+    # open_clip's own model gives the same through our code
+    assert evaluate_set(stock, item, _settings(tmp_path)).predictions.tolist() == result.predictions.tolist()
+
+
+def test_pins_change_with_what_they_pin(tmp_path: Path, model) -> None:
+    item = _set(tmp_path / "data")
+    pins = evaluate_set(model, item, _settings(tmp_path)).pins
+    assert set(pins) == {"data", "classnames", "templates", "label"}
+    assert evaluate_set(model, item, _settings(tmp_path)).pins == pins
+    (tmp_path / "data" / "zeroshot_classification_templates.txt").write_text("a photo of the {c}\n")
+    other = evaluate_set(model, item, _settings(tmp_path)).pins
+    assert {key for key in pins if pins[key] != other[key]} == {"templates"}
+
+
+def test_pins_without_a_model(tmp_path: Path, model, monkeypatch: pytest.MonkeyPatch) -> None:
+    item, settings = _set(tmp_path / "data"), _settings(tmp_path)
+    find = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])
+    _folders(tmp_path / "pictures")
+    folders = EvalSet(name="pictures", data=["pictures"])
+    results = evaluate_sets(model, [item, find, folders], settings)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a collective: one rank could not call it alone")
+
+    monkeypatch.setattr("compt.dist.collectives.on_main", refuse)
+    for each in (item, find, folders):
+        assert set_pins(each, settings) == results[each.name].pins
+    assert class_names(item, settings)[:2] == ["thing 0", "thing 1"]
+    first = set_pins(item, settings)
+    (tmp_path / "data" / "classnames.txt").write_text("".join(f"{i}\n" for i in range(7)))
+    assert {key for key, value in set_pins(item, settings).items() if value != first[key]} == {"classnames"}
+    make_shards(tmp_path / "data" / "test", n=20, classes=7)
+    assert set_pins(item, settings)["data"] != first["data"]
+
+
+@pytest.mark.parametrize("name", ["things", "pictures"])
+def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, name: str) -> None:
+    _folders(tmp_path / "pictures")
+    item, settings = _set(tmp_path / "data"), _settings(tmp_path)
+    if name == "pictures":
+        item = EvalSet(name="pictures", data=["pictures"])
+    check_sets([item], settings, contact_sheet=name)
+    result = evaluate_set(model, item, settings)
+    names = class_names(item, settings)
+    save_contact_sheet(tmp_path / "scores", item, tmp_path, names, result.ids, result.labels, 32)
+    stored = load_arrays(tmp_path / "scores" / "contact.npz")
+    assert stored["images"].shape == (result.n, 3, 32, 32)
+    assert stored["ids"].tolist() == result.ids.tolist()
+    assert stored["labels"].tolist() == result.labels.tolist()
+    assert stored["classnames"].tolist() == names
+    # Ids of the folders go by the class: ant, blue_dog, cat, made of pictures 10.., 0.., 20...
+    source = picture(3, 40, 36) if name == "things" else picture(0, 40, 50)
+    assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
+
+
+def test_a_contact_sheet_of_a_retrieval_set_is_refused_early(tmp_path: Path) -> None:
+    find = EvalSet(name="find", task="retrieval", data=["nowhere"])
+    with pytest.raises(ConfigError, match=r"evaluation\.contact_sheet = 'find' is a retrieval set"):
+        check_sets([find], _settings(tmp_path), contact_sheet="find")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--batch", "0"), ("--workers", "-1")])
+def test_the_command_refuses_sizes_that_cannot_be(option: str, value: str) -> None:
+    result = CliRunner().invoke(app, ["eval", "model", "--data", "data", option, value])
+    assert result.exit_code == 2
+    assert isinstance(result.exception, SystemExit)
+    assert f"Invalid value for '{option}'" in result.output
+
+
+def test_a_label_in_the_json(tmp_path: Path, model) -> None:
+    item = _set(tmp_path / "data")
+    by_json = EvalSet(name="things", data=["data/test"], label="class")
+    result = evaluate_set(model, by_json, _settings(tmp_path))
+    assert result.labels.tolist() == [i % 7 for i in range(26)]
+    assert result.pins["label"] == "class"
+    with pytest.raises(DataError, match="000000.tar: 000000000 has no whole number as label 'colour'"):
+        evaluate_set(model, EvalSet(name="things", data=["data/test"], label="colour"), _settings(tmp_path))
+    assert item.label == "cls"
+
+
+def test_retrieval_of_a_set_and_several_sets(tmp_path: Path, model) -> None:
+    item = _set(tmp_path / "data")
+    found = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])
+    results = evaluate_sets(model, [item, found], _settings(tmp_path))
+    assert list(results) == ["things", "find"]
+    assert results["find"].n == 26
+    assert len(results["find"].owners) == 78
+    assert set(results["find"].pins) == {"data"}
+
+
+def test_results_on_the_disk(tmp_path: Path, model) -> None:
+    item = _set(tmp_path / "data")
+    result = evaluate_set(model, item, _settings(tmp_path))
+    result.save(tmp_path / "out")
+    arrays = load_arrays(tmp_path / "out" / "things.npz")
+    assert {key: value.tolist() for key, value in arrays.items()} == {
+        key: value.tolist() for key, value in result.arrays().items()
+    }
+    assert json.loads((tmp_path / "out" / "things.json").read_text()) == result.to_dict()
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["things.json", "things.npz"]
+    result.name = "a/b"
+    result.save(tmp_path / "out")
+    assert (tmp_path / "out" / "a%2Fb.json").exists()
+    stored = tmp_path / "out" / "things.npz"
+    whole = stored.read_bytes()
+    middle = len(whole) // 3
+    for torn in (b"PK torn", whole[:-30], whole[:middle] + bytes(40) + whole[middle + 40 :], b""):
+        stored.write_bytes(torn)
+        with pytest.raises(DataError, match=r"things\.npz"):
+            load_arrays(stored)
+
+
+def test_an_unreadable_image_is_counted(tmp_path: Path, model, caplog) -> None:
+    members = [(f"{i}.png", picture(i, 32, 32)) if i % 2 else (f"{i}.png", b"no image") for i in range(8)]
+    write_tar(tmp_path / "a.tar", [m for i in range(8) for m in (members[i], (f"{i}.cls", b"1"))])
+    (tmp_path / "classnames.txt").write_text("one\ntwo\n")
+    result = evaluate_set(model, EvalSet(name="set", data=["a.tar"]), _settings(tmp_path))
+    assert result.ids.tolist() == [1, 3, 5, 7]
+    assert result.to_dict()["skipped"] == {"image": 4}
+    assert "a.tar: 0: image" in result.to_dict()["skipped_examples"][0]
+    assert "a.tar: 0: image" in caplog.text
+
+
+def _folders(folder: Path) -> Path:
+    for number, name in enumerate(["blue_dog", "ant", "cat"]):
+        (folder / name / "more").mkdir(parents=True)
+        for i in range(3):
+            place = folder / name / "more" if i == 2 else folder / name
+            (place / f"{i}.PNG").write_bytes(picture(10 * number + i, 40, 50))
+        (folder / name / "notes.txt").write_text("no image")
+    return folder
+
+
+def test_class_folders_are_a_set(tmp_path: Path, model, tokenizer) -> None:
+    from torchvision.datasets import ImageFolder
+
+    folder = _folders(tmp_path / "pictures")
+    item = EvalSet(name="pictures", data=["pictures"])
+    result = evaluate_set(model, item, _settings(tmp_path))
+    reference = ImageFolder(str(folder))
+    assert result.labels.tolist() == [label for _, label in reference.samples]
+    assert result.pins["classnames"] == hash_json(["ant", "blue dog", "cat"])
+    encoder = Encoder(model, MEAN, STD)
+    transform = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD)
+    weights = classifier(encoder, ["ant", "blue dog", "cat"], ["a photo of {c}"], tokenizer)
+    with encoder.frozen():
+        features = model.encode_image(torch.stack([transform(image) for image, _ in reference]))
+    assert result.predictions.tolist() == (features @ weights).argmax(dim=1).tolist()
+    (folder / "classnames.txt").write_text("insect\ndog\nfeline\n")
+    named = evaluate_set(model, item, _settings(tmp_path))
+    assert named.pins["classnames"] != result.pins["classnames"]
+    assert named.pins["data"] == result.pins["data"]
+    (folder / "cat" / "0.PNG").write_bytes(b"broken")
+    broken = evaluate_set(model, item, _settings(tmp_path))
+    assert broken.n == 8
+    assert broken.skipped == {"image": 1}
+    assert "cat/0.PNG" in broken.examples[0]
+    assert broken.pins["data"] != result.pins["data"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_class_folders_with_workers(tmp_path: Path, model, workers: int) -> None:
+    _folders(tmp_path / "pictures")
+    settings = EvalSettings(MEAN, STD, base=tmp_path, batch=2, workers=workers)
+    result = evaluate_set(model, EvalSet(name="pictures", data=["pictures"]), settings)
+    assert result.ids.tolist() == list(range(9))
+
+
+def test_messages_name_file_and_value(tmp_path: Path, model) -> None:
+    item = _set(tmp_path / "data")
+    settings = _settings(tmp_path)
+    names = tmp_path / "data" / "classnames.txt"
+    names.write_text("one\ntwo\n\n")
+    with pytest.raises(DataError, match=r"data/classnames\.txt has 2 class names, but sample 000000002 has label 2"):
+        evaluate_set(model, item, settings)
+    names.write_text("one\n\nthree\n")
+    with pytest.raises(DataError, match=r"classnames\.txt: line 2 is empty"):
+        read_classnames(names)
+    names.write_text("\n")
+    with pytest.raises(DataError, match=r"classnames\.txt: is empty"):
+        read_classnames(names)
+    names.unlink()
+    with pytest.raises(
+        DataError, match=r"'things': there is no classnames\.txt in .*data/test nor in .*data; name one"
+    ):
+        evaluate_set(model, item, settings)
+    templates = tmp_path / "t.txt"
+    templates.write_text("a {c}\na photo\n")
+    with pytest.raises(DataError, match=r"t\.txt: line 2 'a photo' has no place"):
+        read_templates(templates)
+    with pytest.raises(DataError, match=r"class names .*gone\.txt: cannot be read: No such file"):
+        evaluate_set(model, EvalSet(name="x", data=["data/test"], classnames="gone.txt"), settings)
+    with pytest.raises(DataError, match="nowhere"):
+        evaluate_set(model, EvalSet(name="x", data=["nowhere"]), settings)
+
+
+def test_class_folders_that_cannot_be_used(tmp_path: Path, model) -> None:
+    folder = _folders(tmp_path / "pictures")
+    with pytest.raises(DataError, match="'find': class folders .*pictures have no captions"):
+        evaluate_set(model, EvalSet(name="find", task="retrieval", data=["pictures"]), _settings(tmp_path))
+    (folder / "classnames.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match=r"classnames\.txt: 2 for the 3 folders"):
+        evaluate_set(model, EvalSet(name="set", data=["pictures"]), _settings(tmp_path))
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="class folder .*empty holds no image"):
+        evaluate_set(model, EvalSet(name="set", data=["pictures"]), _settings(tmp_path))

@@ -1,0 +1,336 @@
+"""The report of runs in every state: one page that needs no other file, and Markdown with pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from compt.errors import RunError
+from compt.files import read_json, write_json
+from compt.report.content import acceleration, read_job, sentence, tiles, unfinished
+from compt.report.figures import COLOURS, Point
+from compt.report.summary import score_file, summarise
+from compt.report.write import contact_sheet, write_report
+from tests.helpers.run import RECIPE, make_run, recipe
+
+REST = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")
+VOID = {"meta", "img", "link", "br", "hr", "input", "path", "use"}
+
+
+class Page(HTMLParser):
+    """Tags that are open, attributes that name other files, and the text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.tags: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "srcset")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def report(run: Path) -> tuple[Page, str]:
+    """The page and the Markdown, with what has to hold for each."""
+    path = write_report(run)
+    assert path == run / "report.html"
+    source = path.read_text(encoding="utf-8")
+    page = Page(source)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert all(reference.startswith(("#", "data:image/")) for reference in page.references), "needs another file"
+    assert "http" not in source.replace(f"{COLOURS}", "")
+    assert not re.search(r"\bnan\b|\bNone\b|Undefined", page.text)
+    markdown = (run / "report.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)]*)\)", markdown):
+        picture = Image.open(run / target)
+        assert min(picture.size) > 100
+    return page, markdown
+
+
+def open_run(folder: Path, **options: Any) -> None:
+    states = {"2-vit_micro": "training", "3-vit_mini": "planned", **dict.fromkeys(REST, "planned")}
+    make_run(folder, **({"states": states, "at": 0.4} | options))
+
+
+def headline(run: Path) -> str:
+    state = read_json(run / "run.json")
+    return sentence(summarise(run), state, [read_job(run, plan) for plan in state["jobs"]])
+
+
+def test_a_finished_run(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    page, markdown = report(tmp_path)
+    for text in (
+        "7 of 7 models trained; vit_mini reaches 26.0 % top-1 on test_style (chance 0.5 %)",
+        "Accuracy against cost",
+        "CoM-PT vit_mini",
+        "control-equal_epochs",
+        "val_style (select)",
+        "Recall at 1 / 5 / 10",
+        "Example CPU @ 2.10GHz",
+        "compt chain recipes/shapes.yaml --baselines",
+        "9f8e7d6c5b4a",
+        "same as 1-vit_nano",
+        "2 image",
+        "name: shapes",
+    ):
+        assert text in page.text, text
+    assert "a control, the last model from scratch, at its own MACs alone" in page.text
+    assert "control-equal_macs (from scratch, the link's MACs)" in page.text
+    assert "Not finished" not in page.text
+    assert page.tags.count("svg") == 6
+    assert page.tags.count("img") == 40
+    pictures = sorted(path.name for path in (tmp_path / "report").iterdir())
+    assert pictures == ["accuracy.png", "contact.png", "cost.png", "curves.png"]
+    assert all(f"](report/{name})" in markdown for name in pictures)
+    assert "Not finished" not in markdown
+    assert "| CoM-PT vit_mini | 12 | 26.00 [21.9, 30.5] |" in markdown
+
+
+def test_the_sentence_says_what_is_there(tmp_path: Path) -> None:
+    make_run(tmp_path / "whole")
+    said = headline(tmp_path / "whole")
+    assert "+2.0 points against the same model trained individually: lossless [95 %: " in said
+    assert "+15.0 points against the same model from scratch for the link's epochs [95 %: +11" in said
+    assert "equal_macs" not in said
+    assert said.endswith("the chain costs 3.0x fewer MACs than its members trained individually.")
+    make_run(tmp_path / "chain", baselines=False)
+    assert headline(tmp_path / "chain") == (
+        "3 of 3 models trained; vit_mini reaches 26.0 % top-1 on test_style (chance 0.5 %)."
+    )
+    open_run(tmp_path / "open")
+    assert "the chain will cost 3.0x fewer" in headline(tmp_path / "open")
+    make_run(tmp_path / "none", use=recipe(evaluation=None), baselines=False)
+    assert headline(tmp_path / "none") == "3 of 3 models trained."
+
+
+def test_a_control_is_drawn_at_its_own_cost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, float] = {}
+
+    def note(primary: str, chain: object, alone: object, controls: list[Point]) -> None:
+        drawn.update({point.label: point.macs for point in controls})
+
+    made = make_run(tmp_path)
+    monkeypatch.setattr("compt.report.write.figures.accuracy_figure", note)
+    write_report(tmp_path)
+    assert drawn == {
+        "the link's epochs": made.job("control-equal_epochs").cost.total_macs,
+        "the link's MACs": made.job("control-equal_macs").cost.total_macs,
+    }
+
+
+def test_tiles_and_acceleration(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    state = read_json(tmp_path / "run.json")
+    assert acceleration(state) == pytest.approx(made.acceleration())
+    shown = tiles(summarise(tmp_path), state)
+    assert [value for value, _, _ in shown][:4] == ["26.0", "+2.0", "+15.0", f"{made.acceleration():.2f}"]
+    state["jobs"] = [job for job in state["jobs"] if job["name"] != "baseline-vit_mini-s0"]
+    assert acceleration(state) is None
+
+
+def test_a_run_with_a_job_in_training(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    page, markdown = report(tmp_path)
+    assert "2-vit_micro: training, step 200 of 580; last log line 20" in page.text
+    assert "Not begun: 3-vit_mini, baseline-vit_micro-s0" in page.text
+    assert "**Not finished.**" in markdown
+    assert "r, distillation over contrastive loss" in page.text, "curves of the job in training are there"
+
+
+def test_states_in_words(tmp_path: Path) -> None:
+    states = {"2-vit_micro": "training", "3-vit_mini": "expanded", "control-equal_macs": "evaluated"}
+    make_run(tmp_path, states=states)
+    jobs = [read_job(tmp_path, plan) for plan in read_json(tmp_path / "run.json")["jobs"]]
+    said = {job.name: job.progress() for job in jobs}
+    assert said["2-vit_micro"] == "trained, not scored yet"
+    assert said["3-vit_mini"] == "weights made"
+    assert said["control-equal_macs"] == "done"
+    assert unfinished(jobs)[1] == "3-vit_mini: weights made."
+    report(tmp_path)
+
+
+def test_a_job_that_logged_nothing_yet_or_was_killed_in_a_line(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    log = tmp_path / "jobs" / "2-vit_micro" / "metrics.jsonl"
+    log.write_text(log.read_text() + '{"kind": "train", "step": 240, "task": null, "samples": 1}\n{"kind": "tr')
+    assert "step 240 of 580" in report(tmp_path)[0].text
+    log.unlink()
+    assert "2-vit_micro: training, step 0 of 580." in report(tmp_path)[0].text
+
+
+def test_a_run_without_any_job(tmp_path: Path) -> None:
+    made = make_run(tmp_path / "run")
+    everything = {job.name: "planned" for job in made.jobs}
+    make_run(tmp_path / "empty", states=everything)
+    page, markdown = report(tmp_path / "empty")
+    assert "0 of 7 models trained; the chain will cost" in page.text
+    assert "No model has been scored on test_style yet." in page.text
+    assert "No model has been scored on test_style yet." in markdown
+    assert "Held-out pictures" not in page.text
+
+
+def test_a_run_without_baselines(tmp_path: Path) -> None:
+    make_run(tmp_path, baselines=False)
+    page, _ = report(tmp_path)
+    assert "Differences" not in page.text
+    assert "CoM-PT vit_mini" in page.text
+
+
+def test_a_run_without_evaluation(tmp_path: Path) -> None:
+    make_run(tmp_path, use=recipe(evaluation=None))
+    page, _ = report(tmp_path)
+    assert "names no primary evaluation set" in page.text
+    assert "All evaluation sets" not in page.text
+
+
+def test_a_run_of_one_link(tmp_path: Path) -> None:
+    one = {"links": RECIPE["chain"]["links"][:1]}
+    make_run(tmp_path, use=recipe(chain=one), baselines=True, controls=())
+    assert "1 of 1 models trained" in report(tmp_path)[0].text
+
+
+def test_missing_answers(tmp_path: Path) -> None:
+    make_run(tmp_path / "none", npz=False)
+    page, _ = report(tmp_path / "none")
+    assert "CoM-PT vit_mini" in page.text
+    assert "Held-out pictures" not in page.text
+    make_run(tmp_path / "some")
+    score_file(tmp_path / "some", "3-vit_mini", "test_style").unlink()
+    page, _ = report(tmp_path / "some")
+    assert "Held-out pictures" in page.text
+    assert "✗" not in page.text, "without answers nothing is marked"
+    contact = score_file(tmp_path / "some", "3-vit_mini", "contact")
+    contact.write_bytes(contact.read_bytes()[:200])
+    page, _ = report(tmp_path / "some")
+    assert "what 2-vit_micro takes them for" in page.text
+
+
+def test_without_the_recipe_file_or_a_metrics_folder(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    (tmp_path / "recipe.yaml").unlink()
+    for path in tmp_path.rglob("metrics.jsonl"):
+        path.unlink()
+    page, markdown = report(tmp_path)
+    assert page.tags.count("svg") == 4
+    assert "### Recipe" not in markdown
+    (tmp_path / "recipe.yaml").write_text("- [no recipe")
+    report(tmp_path)
+
+
+def test_the_contact_sheet(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    sheet = contact_sheet(tmp_path, read_json(tmp_path / "run.json"), summarise(tmp_path))
+    assert sheet is not None
+    assert (sheet.job, sheet.name, len(sheet.pictures)) == ("3-vit_mini", "test_style", 40)
+    assert 0 < sheet.right < 40
+    for picture in sheet.pictures:
+        assert picture.right == (picture.name == picture.answer)
+        assert picture.mark == ("✓" if picture.right else "✗")
+        kind, content = picture.encoded()
+        assert (kind, Image.open(io.BytesIO(content)).size) == ("image/png", (32, 32))
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    assert 'class="right"' in source
+    assert "&lt;wide&gt; &amp; low" in source
+    assert "<wide>" not in source
+
+
+def test_names_are_no_markup(tmp_path: Path) -> None:
+    sets = [{"name": "SET", "data": "a.tar", "role": "select"}]
+    make_run(tmp_path, use=recipe(name="NAME", evaluation={"primary": "SET", "sets": sets}))
+    for path in [*tmp_path.rglob("*.json*"), tmp_path / "recipe.yaml"]:
+        odd = path.read_text().replace("NAME", "<script>alert(1)</script>").replace("SET", "<b>x</b>|y$a$")
+        path.write_text(odd)
+    page, markdown = report(tmp_path)
+    assert "<script>alert(1)</script>" in page.text
+    assert "<script>" not in markdown.split("### Recipe")[0]
+    assert r"&lt;b>x&lt;/b>\|y$a$ (select)" in markdown
+
+
+def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
+    open_run(tmp_path)
+    log = tmp_path / "jobs" / "2-vit_micro" / "metrics.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for line in lines:
+        line.update({key: None for key in ("task", "loss", "r") if key in line})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report(tmp_path)
+
+
+def test_counts_of_what_went_wrong(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    path = tmp_path / "jobs" / "3-vit_mini" / "manifest.json"
+    manifest = read_json(path)
+    manifest["trained"] |= {"nonfinite_steps": 1234, "skipped_samples": {"image": 5, "tar": 6}}
+    manifest["scores"]["test_style"]["skipped"] = {"image": 3}
+    manifest["machine"]["device"] = "Another GPU"
+    write_json(path, manifest)
+    manifest = tmp_path / "jobs" / "1-vit_nano" / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "scores": {}})
+    page, _ = report(tmp_path)
+    assert "1,234" in page.text
+    assert "5 image, 6 tar" in page.text
+    assert "Example CPU @ 2.10GHz, Another GPU" in page.text
+
+
+def test_a_page_is_written_anew_and_alike(tmp_path: Path) -> None:
+    make_run(tmp_path)
+
+    def content() -> list[str]:
+        texts = [write_report(tmp_path).read_text(encoding="utf-8"), (tmp_path / "report.md").read_text("utf-8")]
+        return [re.sub(r"Written \S+", "", text) for text in texts]
+
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "old.png").write_bytes(b"")
+    assert content() == content()
+    assert not (tmp_path / "report" / "old.png").exists()
+
+
+def test_drawing_follows_the_pages_colours(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    source = write_report(tmp_path).read_text(encoding="utf-8")
+    drawn = "".join(re.findall(r"<svg.*?</svg>", source, re.DOTALL))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) == set()
+    used = set(re.findall(r"var\(--(\w+)\)", drawn))
+    assert used - {"font"} <= COLOURS.keys()
+    dark = source[source.index("prefers-color-scheme: dark") :].split("}\n}")[0]
+    assert all(f"--{name}:" in dark for name in COLOURS)
+
+
+def test_what_is_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=re.escape(f"{tmp_path / 'no'} is no run folder")):
+        write_report(tmp_path / "no")
+    (tmp_path / "run.json").write_text("[")
+    with pytest.raises(RunError, match=r"run\.json: cannot be read"):
+        write_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()

@@ -1,0 +1,117 @@
+"""What a step sends to a GPU, and what it asks of one: nothing that a process would wait for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.checkpoint import filesystem
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compt.engines.state_dcp import load_state, save_state
+from compt.models.clip import build
+from compt.models.pixels import to_input
+from compt.models.presets import resolve
+from compt.train.task import DistillTask
+
+SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
+GPU = torch.device("cuda", 0)
+
+
+class PretendedGpu(TorchDispatchMode):
+    """A GPU of shapes without numbers: to ask one of them is an error.
+
+    `copies`: of each between it and the CPU whether one waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pinned: set[int] = set()
+        self.copies: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        aten = torch.ops.aten
+        if func is aten.is_pinned.default:
+            return args[0].data_ptr() in self.pinned
+        if func is aten._pin_memory.default:
+            self.pinned.add(args[0].data_ptr())
+            return args[0]
+        fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+        to_gpu = torch.device(kwargs.get("device") or "cpu").type == "cuda"
+        if not fake and not to_gpu:
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        if func is aten._to_copy.default:
+            self._note(kwargs.get("device") or args[0].device, args[0], kwargs.get("non_blocking"))
+        elif func is aten.copy_.default:
+            self._note(args[0], args[1], args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+        return func(*args, **kwargs)
+
+    def _note(self, to: Tensor | torch.device, source: Tensor, non_blocking: bool | None) -> None:
+        """A copy to a tensor or, where torch takes memory for it (pinned, if it is not to wait), to a device."""
+        device = to.device if isinstance(to, Tensor) else torch.device(to)
+        if device.type != source.device.type:
+            host = to if device.type == "cpu" else source
+            self.copies.append(not non_blocking or (isinstance(host, Tensor) and not self._is_pinned(host)))
+
+    def _is_pinned(self, host: Tensor) -> bool:
+        return not isinstance(host, FakeTensor) and host.data_ptr() in self.pinned
+
+
+@pytest.mark.parametrize("buckets", [1, 2])
+def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int) -> None:
+    lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        task = DistillTask(build(SPEC, GPU), build(SPEC, GPU), text_buckets=buckets)
+        images: Tensor = torch.zeros((4, 3, 16, 16), dtype=torch.uint8, device=GPU)
+        tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
+        gpu.copies.clear()
+        inputs = to_input(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), tokens, lengths
+        loss, _ = task.loss(task.module(*inputs), task.targets(*inputs))
+    assert loss.device == GPU
+    # What pixels are normalised by; the captions in the order of their lengths, for student and teacher.
+    assert gpu.copies == [False] * (2 * buckets - 1)
+
+
+@pytest.mark.parametrize(
+    ("copy", "waits"),
+    [
+        (lambda gpu, cpu: gpu.cpu(), [True]),
+        (lambda gpu, cpu: gpu.to("cpu", non_blocking=True), [False]),
+        (lambda gpu, cpu: gpu.copy_(cpu), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu, non_blocking=True), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu.pin_memory()), [True]),
+        (lambda gpu, cpu: gpu.copy_(cpu.pin_memory(), non_blocking=True), [False]),
+        (lambda gpu, cpu: cpu.copy_(gpu), [True]),
+        (lambda gpu, cpu: cpu.to(GPU), [True]),
+        (lambda gpu, cpu: cpu.pin_memory().to(GPU, non_blocking=True), [False]),
+        (lambda gpu, cpu: gpu.cpu().to(GPU, non_blocking=True), [True, True]),
+        (lambda gpu, cpu: gpu.copy_(gpu.to(torch.float64)), []),
+    ],
+)
+def test_the_pretended_gpu_notices(copy: Callable[[Tensor, Tensor], Tensor], waits: list[bool]) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        there, here = torch.zeros(3, device=GPU), torch.zeros(3)
+        gpu.copies.clear()
+        copy(there, here)
+    assert gpu.copies == waits
+
+
+def test_a_thread_that_writes_asks_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's reader ahead makes itself a stream: on the first GPU of the machine, whosever that is."""
+    made: list[Any] = []
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", lambda *_, **__: made.append(1))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    state = {"weight": torch.arange(6.0)}
+    save_state(state, tmp_path, asynchronous=True)()
+    assert not made
+    found = {"weight": torch.zeros(6)}
+    load_state(found, tmp_path)
+    assert torch.equal(found["weight"], state["weight"])

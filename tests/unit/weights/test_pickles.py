@@ -1,0 +1,246 @@
+"""Hostile files of every kind: each is refused, and what it wanted to run has not run. Each payload works where it is
+loaded without care, or the test would show nothing.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import pickle
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.metadata import Metadata
+
+from compt.errors import ArtefactError
+from compt.weights.open import open_model
+from compt.weights.pickles import Inert, load_dcp_metadata, load_torch_file, tensors_in
+from tests.unit.weights.written import SPEC, STEPS, load_deepspeed
+
+TAG = f"global_step{STEPS}"
+
+
+class Calls:
+    """Pickles as a call of `function(*arguments)`."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return self.function, self.arguments
+
+
+def payloads(mark: Path) -> dict[str, Any]:
+    """Each leaves the file `mark` when it runs."""
+    code = f"open({str(mark)!r}, 'w').close()"
+    return {
+        "system": Calls(os.system, f"touch {mark}"),
+        "eval": Calls(builtins.eval, code),
+        "exec": Calls(builtins.exec, code),
+        "getattr": Calls(getattr, Calls(__import__, "os"), "system"),
+        "makedirs": Calls(os.makedirs, str(mark)),
+        "copyfile": Calls(shutil.copyfile, __file__, str(mark)),
+    }
+
+
+LOUD = ["system", "eval", "exec", "makedirs", "copyfile"]
+
+
+@pytest.mark.parametrize("name", LOUD)
+def test_the_payloads_work(tmp_path, name):
+    mark = tmp_path / "mark"
+    pickle.loads(pickle.dumps(payloads(mark)[name]))
+    assert mark.exists()
+
+
+@pytest.fixture(params=[*LOUD, "getattr"])
+def payload(request, tmp_path):
+    mark = tmp_path / "mark"
+    yield payloads(mark)[request.param]
+    assert not mark.exists(), "the payload has run"
+
+
+def hostile(payload: Any) -> dict[str, Any]:
+    return {"epoch": 1, "state_dict": {"module.visual.proj": torch.ones(2), "module.token_embedding.weight": payload}}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".pth"])
+def test_files_of_torch_save(tmp_path, payload, suffix, zipped):
+    path = tmp_path / f"model{suffix}"
+    torch.save(hostile(payload), path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ArtefactError, match="refused: it asks for"):
+        open_model(path, SPEC)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_plain_pickles(tmp_path, payload, protocol):
+    path = tmp_path / "model.pt"
+    path.write_bytes(pickle.dumps(hostile(payload), protocol=protocol))
+    with pytest.raises(ArtefactError, match="refused|not a file that torch.save wrote"):
+        open_model(path, SPEC)
+
+
+def test_in_a_metadata(tmp_path, payload):
+    for content in (payload, Metadata({"a": payload}), Metadata({}, storage_data=payload, planner_data=[payload])):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(content))
+        with pytest.raises(ArtefactError, match="refused: it asks for"):
+            open_model(tmp_path, SPEC)
+
+
+def test_the_metadata_of_a_rank_alone_is_not_looked_at(dcps, tmp_path, payload):
+    shutil.copytree(dcps / "alone", tmp_path / "copy")
+    (tmp_path / "copy" / "__0.metadata").write_bytes(pickle.dumps(payload))
+    assert len(open_model(tmp_path / "copy", SPEC).state) == 50
+
+
+def test_in_the_tensors_of_a_distributed_checkpoint(dcps, tmp_path, payload):
+    """The bytes of one tensor are a file of torch.save of their own."""
+    shutil.copytree(dcps / "alone", tmp_path / "copy")
+    metadata = pickle.loads((tmp_path / "copy" / ".metadata").read_bytes())
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    for index, place in metadata.storage_data.items():
+        if index.fqn == "student.model.visual.proj":
+            place.relative_path, place.offset, place.length = "bad.distcp", 0, len(buffer.getvalue())
+    (tmp_path / "copy" / "bad.distcp").write_bytes(buffer.getvalue())
+    (tmp_path / "copy" / ".metadata").write_bytes(pickle.dumps(metadata))
+    state = open_model(tmp_path / "copy", SPEC).state
+    with pytest.raises(ArtefactError, match=r"cannot read student.model.visual.proj"):
+        state["visual.proj"]
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+@pytest.mark.parametrize("kind", ["optim", "model"])
+def test_in_the_files_of_deepspeed(zeros, tmp_path, payload, name, kind):
+    shutil.copytree(zeros / name, tmp_path / name)
+    path = sorted((tmp_path / name / TAG).glob(f"*{kind}_states.pt"))[-1]
+    values = load_deepspeed(path)
+    values["optimizer_state_dict" if kind == "optim" else "module"]["more"] = payload
+    torch.save(values, path)
+    with pytest.raises(ArtefactError, match="refused: it asks for"):
+        open_model(tmp_path / name, SPEC)
+
+
+def test_scripts_in_the_folder_are_not_run(zeros, tmp_path):
+    shutil.copytree(zeros / "zero2", tmp_path / "copy")
+    for name in ("zero_to_fp32.py", "setup.py", "deepspeed.py", "sitecustomize.py"):
+        (tmp_path / "copy" / name).write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    assert len(open_model(tmp_path / "copy", SPEC).state) == 50
+    assert not (tmp_path / "mark").exists()
+
+
+def test_a_class_that_pretends_to_be_of_deepspeed_is_never_imported(tmp_path, monkeypatch):
+    """Any name below `deepspeed.` is replaced by something inert, whatever the arguments."""
+    (tmp_path / "deepspeed").mkdir()
+    mark = tmp_path / "mark"
+    (tmp_path / "deepspeed" / "__init__.py").write_text("")
+    (tmp_path / "deepspeed" / "evil.py").write_text(f"open({str(mark)!r}, 'w').close()\ndef run(*a): pass")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"\x80\x02cdeepspeed.evil\nrun\nX\x02\x00\x00\x00hiq\x00\x85R.")
+        archive.writestr("model/version", "3\n")
+        archive.writestr("model/byteorder", "little")
+    found = load_torch_file(path)
+    assert isinstance(found, Inert)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/etc/evil", "model/../../evil", "model\\..\\evil", "model/data/.."])
+def test_archives_that_lead_out_of_themselves(tmp_path, name):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.ones(2)}, path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(name, b"x")
+    with pytest.raises(ArtefactError, match="leads out of the archive"):
+        open_model(path, SPEC)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_with_the_way_round(tmp_path):
+    path = tmp_path / "ViT-B-32.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    with pytest.raises(ArtefactError, match=r"TorchScript archive.*torch\.jit\.load"):
+        open_model(path, SPEC)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"PK\x03\x04" + b"0" * 40, b"\x80\x02}q\x00.", b"\x80\x02.", b"\x80"])
+def test_garbage(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"model\.pt: (not|refused|no CLIP model)"):
+        open_model(path, SPEC)
+    (tmp_path / ".metadata").write_bytes(content)
+    with pytest.raises(ArtefactError, match=r"metadata: not the metadata"):
+        load_dcp_metadata(tmp_path / ".metadata")
+
+
+def test_archives_of_the_oldest_torch(tmp_path):
+    path = tmp_path / "model.pt"
+    with tarfile.open(path, "w") as archive:
+        for name in ("pickle", "storages", "tensors", "sys_info"):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            archive.addfile(member)
+        archive.addfile(tarfile.TarInfo("../mark"))
+    with pytest.raises(ArtefactError, match=r"model\.pt: not a file that torch.save wrote"):
+        open_model(path, SPEC)
+    assert not (tmp_path.parent / "mark").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_dicts_without_end(tmp_path, zipped):
+    endless: dict[str, Any] = {"a": torch.ones(1)}
+    endless["b"] = endless
+    torch.save(endless, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ArtefactError, match="dicts in dicts"):
+        open_model(tmp_path / "model.pt", SPEC)
+
+
+def test_torn_files(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.ones(2000)}, path)
+    whole = path.read_bytes()
+    for size in range(0, len(whole), 997):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ArtefactError, match=r"model\.pt"):
+            open_model(path, SPEC)
+
+
+def test_what_is_let_through(tmp_path):
+    """Numbers, strings, lists, tensors and parameters, in the old format and the new one."""
+    import argparse
+
+    import numpy as np
+
+    values = {
+        "epoch": 3,
+        "args": argparse.Namespace(lr=1.0),
+        "best": np.float64(0.5),
+        "state_dict": {"w": torch.arange(4.0), "p": torch.nn.Parameter(torch.ones(2, 3).T)},
+        "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}, "param_groups": [{"t": torch.ones(1)}]},
+    }
+    for zipped in (True, False):
+        path = tmp_path / "model.pt"
+        if not zipped:
+            values.pop("args"), values.pop("best")
+        torch.save(values, path, _use_new_zipfile_serialization=zipped)
+        found = dict(tensors_in(load_torch_file(path)))
+        assert set(found) == {"state_dict.w", "state_dict.p"}
+        assert torch.equal(found["state_dict.w"], torch.arange(4.0))
+        assert type(found["state_dict.p"]) is torch.Tensor
+
+
+def test_tensors_that_are_not_plain_are_refused(tmp_path):
+    for tensor in (torch.eye(2).to_sparse(), torch.empty(2, device="meta")):
+        path = tmp_path / "model.pt"
+        torch.save({"a": {"b": tensor}}, path)
+        with pytest.raises(ArtefactError, match=r"a\.b: a Tensor|not a plain"):
+            open_model(path, SPEC)
