@@ -16,8 +16,8 @@ from compt.engines.base import COMPUTE_DTYPES, Engine
 from compt.engines.open import open_engine
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
-from compt.recipe.read import EngineConfig, Optimizer
-from compt.recipe.schema import Ema
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Ema, Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 
@@ -131,7 +131,7 @@ def make_task(cell: Cell, dtype: torch.dtype = torch.float32) -> ClipTask:
         return ClipTask(empty, seed=SEED)
     weights = start(teacher, SEED + 1)
     if cell.task == "sharded teacher":
-        from compt.engines.frozen import shard_frozen
+        from compt.engines.shards import shard_frozen
 
         model = shard_frozen(build(teacher, device="meta"), weights, dtype=dtype, device=torch.device("cpu"))
     else:

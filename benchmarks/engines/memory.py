@@ -27,12 +27,12 @@ from compt.cost.memory import Engine as Name
 from compt.cost.memory import held_bytes
 from compt.dist import collectives as dist
 from compt.engines.base import Engine, parameter_groups
-from compt.engines.frozen import shard_frozen
 from compt.engines.open import open_engine
-from compt.engines.shards import reshard
+from compt.engines.shards import reshard, shard_frozen
 from compt.models.clip import ClipModel, build
 from compt.models.presets import ModelSpec, resolve
-from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.text import TextTable, terminal
 from compt.train.accumulate import cached_backward
 from compt.train.task import DistillTask

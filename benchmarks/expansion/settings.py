@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from compt.models.growth import DEPTH, WIDTH_OPERATORS
-from compt.recipe.read import Recipe, load_recipe, parse_recipe
+from compt.recipe.read import load_recipe, parse_recipe
+from compt.recipe.schema import Recipe
 
 TEACHER, STUDENT = "teacher", "student"
 """What the two models of a pair are called in their recipes."""

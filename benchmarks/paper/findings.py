@@ -45,13 +45,13 @@ from compt.design.epochs import (
     PRIOR,
     EpochModel,
     Floats,
-    Link,
+    LinkEpochs,
     Range,
+    StartPrior,
     allotted,
     log2_size,
     paper_matches,
 )
-from compt.design.start import StartPrior
 from compt.models.presets import PRESETS, ModelSpec
 
 CC3M, MERGED = IMAGES["cc3m"], IMAGES["merged15m"]
@@ -302,7 +302,7 @@ def families() -> list[Prediction]:
     for family, held_out in FAMILIES.items():
         model = EpochModel.fit([match for match in paper_matches() if not held_out(match)])
         for match in filter(held_out, paper_matches()):
-            link = Link(
+            link = LinkEpochs(
                 match.student, match.teacher, match.position, match.images, match.baseline_epochs, match.distilled
             )
             drawn, middle = model.draws([link])[:, 0], model.epochs(link)

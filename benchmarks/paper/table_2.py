@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from benchmarks.common import COLOUR, UNEXPLAINED, Cell, Result, explain, key_of, main, number
 from benchmarks.paper.accounting import SOURCES, chain, individual
 from compt.cost.gpus import PAPER_DEVICE
-from compt.cost.paper import TABLE_2, Family
+from compt.cost.paper import TABLE_2, PaperFamily
 from compt.cost.speed import fitted, published_times
 from compt.text import TextTable
 
@@ -94,7 +94,7 @@ def _values(table: Mapping[str, Sequence[float]], at: int, summed: bool) -> dict
     return {way: sum(values[: at + 1]) if summed else values[at] for way, values in table.items()}
 
 
-def macs_cells(name: str, family: Family) -> Iterator[Cell]:
+def macs_cells(name: str, family: PaperFamily) -> Iterator[Cell]:
     """Costs and speed-ups in MACs, each model alone and then summed up, by every way of counting."""
     models, dataset, inferred = family.models, family.dataset, not family.published_epochs
     costs = {way: individual(source, models, family.baseline_epochs, dataset) for way, source in SOURCES.items()}
@@ -126,7 +126,7 @@ def macs_cells(name: str, family: Family) -> Iterator[Cell]:
                 )
 
 
-def projected_hours(name: str, family: Family) -> tuple[list[float], list[float]]:
+def projected_hours(name: str, family: PaperFamily) -> tuple[list[float], list[float]]:
     """Hundreds of A100 hours of the baselines and of the links by the model of `compt.cost.speed`."""
     model = fitted()
     hours = {
@@ -139,7 +139,7 @@ def projected_hours(name: str, family: Family) -> tuple[list[float], list[float]
     return alone, [alone[0], *(hours[student, teacher] for student, teacher in pairs)]
 
 
-def hours_cells(name: str, family: Family) -> Iterator[Cell]:
+def hours_cells(name: str, family: PaperFamily) -> Iterator[Cell]:
     """Hours have no published inputs; their sums and ratios are held against the printed hours."""
     alone, links = projected_hours(name, family)
     for at, model in enumerate(family.models):

@@ -9,7 +9,8 @@ import torch
 
 from compt.bench.step import Setup, TrainingStep
 from compt.plan.jobs import Job
-from compt.recipe.read import Recipe, split_batch
+from compt.recipe.read import split_batch
+from compt.recipe.schema import Recipe
 
 
 def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size: int = 1) -> float:

@@ -17,8 +17,8 @@ from compt.engines.base import COMPUTE_DTYPES, Precision
 from compt.engines.open import open_engine
 from compt.models.clip import build
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
-from compt.recipe.engine import EngineName
-from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.engine import EngineConfig, EngineName
+from compt.recipe.schema import Optimizer
 from compt.train.loop import training_step
 from compt.train.losses import ImageToText
 from compt.train.task import ClipTask, DistillTask

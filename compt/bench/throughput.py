@@ -56,7 +56,7 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
     return good
 
 
-class _Search:
+class _LargestBatch:
     """Asks by trial whether a batch fits; after a failure the next trial starts from an empty device.
 
     On a CPU a trial is not begun for which the memory that is left would not do, or whose step would take longer than
@@ -128,7 +128,7 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     """
     torch.manual_seed(setup.seed)
     before = 0 if device.type == "cuda" else _resident_bytes("VmRSS")
-    search = _Search(setup, device)
+    search = _LargestBatch(setup, device)
     size = batch or largest_batch(search.fits, most)
     timed = None
     while size and timed is None:

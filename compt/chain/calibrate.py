@@ -28,7 +28,7 @@ from compt.evaluate.encoder import load_arrays
 from compt.evaluate.stats import paired_bootstrap, verdict
 from compt.files import disk_errors, write_json
 from compt.plan.jobs import Job, Plan, first_student, recipe_cost, try_name
-from compt.recipe.read import EvalSet, Recipe
+from compt.recipe.schema import EvalSet, Recipe
 
 GROWTH = 1.25
 """Times that all lengths are multiplied by after a try that was not lossless."""

@@ -21,8 +21,8 @@ from compt.data.loaders import train_loader
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import LONG, beat
 from compt.engines.base import COMPUTE_DTYPES
-from compt.engines.frozen import shard_frozen
 from compt.engines.open import open_engine
+from compt.engines.shards import shard_frozen
 from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
@@ -31,9 +31,11 @@ from compt.files import write_json
 from compt.models.clip import ClipModel, build
 from compt.models.init import DrawnState
 from compt.plan.jobs import Job, recipe_cost
+from compt.plan.links import Start
 from compt.plan.remedies import explained
-from compt.plan.start import Start
-from compt.recipe.read import EngineConfig, Recipe, split_batch
+from compt.recipe.engine import EngineConfig
+from compt.recipe.read import split_batch
+from compt.recipe.schema import Recipe
 from compt.train.checkpoint import find_latest, name_of, open_weights
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release

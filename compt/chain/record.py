@@ -15,7 +15,7 @@ from compt.bench.throughput import device_name
 from compt.errors import RunError
 from compt.files import read_json
 from compt.plan.jobs import Job
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 from compt.train.checkpoint import find_latest
 from compt.weights.artefact import versions
 

@@ -25,9 +25,9 @@ from compt.errors import ArtefactError, ConfigError, DataError, RunError, neares
 from compt.evaluate.sets import EvalSettings, check_sets
 from compt.files import disk_errors, write_json, write_text
 from compt.plan.jobs import Job, Plan, make_plan
-from compt.plan.start import AVERAGE, Start
-from compt.recipe.processes import check_engines
-from compt.recipe.read import Recipe
+from compt.plan.links import AVERAGE, Start
+from compt.recipe.deepspeed import check_engines
+from compt.recipe.schema import Recipe
 from compt.train.signals import StopSignal
 
 _log = logging.getLogger(__name__)

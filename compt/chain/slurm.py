@@ -12,8 +12,8 @@ from pathlib import Path
 from compt.errors import RunError
 from compt.files import read_json
 from compt.plan.jobs import Job, make_plan
-from compt.recipe.processes import check_engines
-from compt.recipe.read import Recipe
+from compt.recipe.deepspeed import check_engines
+from compt.recipe.schema import Recipe
 
 SCRIPT = Path("slurm/link.sbatch")
 """What each job runs, relative to the checkout's top folder."""

@@ -24,7 +24,8 @@ from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.plan.jobs import make_plan
 from compt.recipe.engine import EngineName
-from compt.recipe.read import Recipe, load_recipe
+from compt.recipe.read import load_recipe
+from compt.recipe.schema import Recipe
 from compt.text import TextTable, hours, ratio, terminal
 
 if TYPE_CHECKING:

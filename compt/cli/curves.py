@@ -49,11 +49,11 @@ def curves(
 
 
 def _write(found: Curves, out: Path) -> None:
-    from compt.report.curves import curves_figure
+    from compt.report.figures import links_figure
 
     write_json(out / "curves.json", found.to_json())
     if found.links:
-        svg, png = curves_figure(found)
+        svg, png = links_figure(found)
         write_text(out / "curves.svg", svg)
         write_bytes(out / "curves.png", png)
 

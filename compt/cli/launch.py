@@ -102,7 +102,7 @@ def zero_stage(path: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Record:
+class LaunchRecord:
     """What a process of a launch tells: `code` when it has ended in order, `agreed` whether all ranks ended so."""
 
     pid: int
@@ -128,21 +128,21 @@ def recorded() -> Iterator[None]:
     for number in SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    begun = Record(os.getpid(), int(rank))
+    begun = LaunchRecord(os.getpid(), int(rank))
     begun.write(Path(folder))
     try:
         yield
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
         agreed = bool(getattr(error.__context__, "everywhere", False))
-        Record(begun.pid, begun.rank, code, agreed).write(Path(folder))
+        LaunchRecord(begun.pid, begun.rank, code, agreed).write(Path(folder))
         raise
 
 
 # --- the side of the launcher
 
 
-def exit_code(launcher: int, signalled: bool, records: Sequence[Record]) -> int:
+def exit_code(launcher: int, signalled: bool, records: Sequence[LaunchRecord]) -> int:
     """The code to end with: 75 only for a run that goes on when it is started again.
 
     `launcher` is the return code of the launcher itself, negative for a signal, and `signalled` whether `compt launch`
@@ -193,9 +193,9 @@ class Launch:
         """A signal for the processes that train."""
         self._wanted.append(number)
 
-    def records(self) -> list[Record]:
+    def records(self) -> list[LaunchRecord]:
         """What the processes have told, those of a rank that was started again included."""
-        return [Record(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
+        return [LaunchRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
 
     def run(self) -> int:
         """Start the launcher, wait for the end and return the exit code. Raises ConfigError."""

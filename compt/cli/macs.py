@@ -15,7 +15,7 @@ from compt.cost.published import PAPER_PARAMETER_MACS, PAPER_TEXT_PASSES, PAPER_
 from compt.cost.training import Breakdown, Mode, Part, Record, exact_breakdown
 from compt.errors import ConfigError, nearest
 from compt.models.presets import ModelSpec, resolve
-from compt.plan.growth import check_growth
+from compt.plan.links import check_growth
 from compt.recipe.schema import checked_sizes
 from compt.text import TextTable, count, macs, terminal
 

@@ -29,7 +29,8 @@ from compt.cli.slurm import slurm_app
 from compt.cli.tools import data_app, evaluate, export
 from compt.dist.environment import own_rank
 from compt.errors import ComptError, ConfigError
-from compt.recipe.read import Recipe, load_recipe
+from compt.recipe.read import load_recipe
+from compt.recipe.schema import Recipe
 from compt.text import terminal
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from compt.cost.gpus import Device, find_device
 from compt.cost.speed import Throughput
 from compt.errors import ConfigError
 from compt.plan.forecast import Machine, default_gpus
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 from compt.recipe.types import checked_caption_tokens
 
 KIND = "a100-80"

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from compt.errors import ConfigError, nearest
 from compt.models.presets import is_own_swin
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.text import TextTable, terminal
 
 if TYPE_CHECKING:

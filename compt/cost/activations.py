@@ -42,7 +42,7 @@ class Formats:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockShape:
     """One transformer block on a picture or a caption of `positions` tokens.
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `padding`: positions that fill
@@ -113,7 +113,7 @@ class Tower:
     positions and width; `matrices`, weights of which autocast keeps a copy. `tensors`: how many parameters it has.
     """
 
-    blocks: tuple[Block, ...]
+    blocks: tuple[BlockShape, ...]
     products: float
     norms: tuple[tuple[float, int], ...]
     matrices: int
@@ -133,7 +133,7 @@ class Tower:
 def _vit(spec: ModelSpec) -> Tower:
     patches = (spec.image_size // spec.patch_size) ** 2
     positions, hidden = patches + 1, int(spec.width * spec.mlp_ratio)
-    block = Block(spec.width, hidden, spec.heads, positions, wide_stream=False, quick_gelu=spec.quick_gelu)
+    block = BlockShape(spec.width, hidden, spec.heads, positions, wide_stream=False, quick_gelu=spec.quick_gelu)
     read = replace(block, readout=True)
     first = () if spec.no_ln_pre else ((positions, spec.width),)
     return Tower(
@@ -147,7 +147,7 @@ def _vit(spec: ModelSpec) -> Tower:
 
 def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
     side, width = spec.image_size // spec.patch_size, spec.width
-    blocks: list[Block] = []
+    blocks: list[BlockShape] = []
     norms: list[tuple[float, int]] = [(side**2, width)]
     products: float = 3 * spec.image_size**2 if images_kept else 0
     matrices = 3 * spec.patch_size**2 * width
@@ -160,7 +160,7 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
             matrices += 8 * width**2
             width *= 2
         hidden, padding = int(width * spec.mlp_ratio), (math.ceil(side / window) * window) ** 2 - side**2
-        block = Block(width, hidden, heads, side**2, window**2, padding, wide_stream=not stage)
+        block = BlockShape(width, hidden, heads, side**2, window**2, padding, wide_stream=not stage)
         # A window of one place shifts by none.
         shifted = replace(block, masked=side > window > 1)
         blocks += [shifted if at % 2 else block for at in range(depth)]
@@ -183,7 +183,7 @@ def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
     """The text tower on one caption of `tokens` computed tokens on average (default: the context)."""
     positions, _ = token_moments(tokens, spec.context_length)
     width, hidden = spec.text_width, int(spec.text_width * spec.mlp_ratio)
-    block = Block(width, hidden, spec.text_heads, positions, quick_gelu=spec.quick_gelu)
+    block = BlockShape(width, hidden, spec.text_heads, positions, quick_gelu=spec.quick_gelu)
     read = replace(block, readout=True, causal=True)
     return Tower(
         blocks=(*[block] * (spec.text_depth - 1), read),

@@ -24,7 +24,7 @@ from typing import Literal, get_args
 
 from compt.cost.activations import (
     FP32,
-    Block,
+    BlockShape,
     Formats,
     Shape,
     backward_bytes,
@@ -106,7 +106,7 @@ class _Sizes:
         return (self.all - self.vectors) / n + self.vectors
 
 
-def _blocks(spec: ModelSpec) -> list[Block]:
+def _blocks(spec: ModelSpec) -> list[BlockShape]:
     formats = Formats.of("fp32", autocast=False)
     return [*image_tower(spec, formats).blocks, *text_tower(spec).blocks]
 

@@ -57,7 +57,7 @@ class Efficiency:
 
 
 @dataclass(frozen=True)
-class Family:
+class PaperFamily:
     """One block of Table 2. `speedup` has the same four cells as ratios; accuracies are zero-shot top-1, in percent.
 
     `chain_epochs` are printed (Table D) for Merged-15M alone; `published_epochs` tells the two kinds apart. The others
@@ -81,7 +81,7 @@ def _rows(*rows: tuple[float, float, float, float]) -> tuple[Efficiency, ...]:
 
 
 TABLE_2 = {
-    "cc3m_vit": Family(
+    "cc3m_vit": PaperFamily(
         dataset="cc3m",
         models=("vit_t16", "vit_s16", "vit_b16", "vit_l16"),
         baseline_epochs=128,
@@ -99,7 +99,7 @@ TABLE_2 = {
         baseline_top1=(26.16, 30.16, 31.80, 33.77),
         chain_top1=(26.16, 30.24, 31.83, 34.27),
     ),
-    "cc3m_swin": Family(
+    "cc3m_swin": PaperFamily(
         dataset="cc3m",
         models=("swin_t", "swin_s", "swin_b", "swin_l"),
         baseline_epochs=128,
@@ -117,7 +117,7 @@ TABLE_2 = {
         baseline_top1=(33.84, 35.88, 36.13, 36.77),
         chain_top1=(33.84, 36.19, 36.71, 37.06),
     ),
-    "merged15m_vit": Family(
+    "merged15m_vit": PaperFamily(
         dataset="merged15m",
         models=("vit_s16", "vit_m16", "vit_b16", "vit_l16"),
         baseline_epochs=64,

@@ -29,7 +29,7 @@ from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
 from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
 from compt.recipe.engine import EngineName
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

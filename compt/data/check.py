@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass
-class _Part:
+class _Account:
     """Findings in one run of samples of one shard."""
 
     shard: int
@@ -114,10 +114,10 @@ class CheckReport:
         return result
 
 
-def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) -> _Part:
+def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) -> _Account:
     """Examine samples `start` to `stop` of a shard."""
     shard, start, stop = work
-    part = _Part(shard)
+    part = _Account(shard)
     reader = SampleReader(index)
     for sample in range(start, stop):
         part.samples += 1
@@ -170,7 +170,7 @@ def check(
     examine = partial(_examine, index, CaptionTokens(context_length))
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
     works = list(_works(index))
-    total = _Part(0)
+    total = _Account(0)
     bad: Counter[int] = Counter()
     for part in _run(examine, works, workers):
         _merge(total, part)
@@ -186,8 +186,8 @@ def check(
 
 
 def _run(
-    examine: Callable[[tuple[int, int, int]], _Part], works: list[tuple[int, int, int]], workers: int
-) -> Iterator[_Part]:
+    examine: Callable[[tuple[int, int, int]], _Account], works: list[tuple[int, int, int]], workers: int
+) -> Iterator[_Account]:
     if workers < 2:
         yield from map(examine, works)
         return
@@ -197,18 +197,18 @@ def _run(
         yield from pool.map(_examine_here, works)
 
 
-_in_worker: list[Callable[[tuple[int, int, int]], _Part]] = []
+_in_worker: list[Callable[[tuple[int, int, int]], _Account]] = []
 
 
-def _begin(examine: Callable[[tuple[int, int, int]], _Part]) -> None:
+def _begin(examine: Callable[[tuple[int, int, int]], _Account]) -> None:
     _in_worker[:] = [examine]
 
 
-def _examine_here(work: tuple[int, int, int]) -> _Part:
+def _examine_here(work: tuple[int, int, int]) -> _Account:
     return _in_worker[0](work)
 
 
-def _merge(total: _Part, part: _Part) -> None:
+def _merge(total: _Account, part: _Account) -> None:
     total.samples += part.samples
     total.captions += part.captions
     total.labels += part.labels
@@ -221,7 +221,7 @@ def _merge(total: _Part, part: _Part) -> None:
         total.first.setdefault(cause, where)
 
 
-def _report(index: Index, total: _Part, bad: Counter[int], context_length: int) -> CheckReport:
+def _report(index: Index, total: _Account, bad: Counter[int], context_length: int) -> CheckReport:
     lengths, count = total.lengths, int(total.lengths.sum())
     below = np.cumsum(lengths)
 

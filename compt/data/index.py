@@ -35,7 +35,7 @@ _HELD_ROWS = 1 << 20
 """Rows of shards' tables that one process keeps in memory (about 100 MB)."""
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """Where one sample lies: byte positions in its shard. See `scan.COLUMNS`."""
 
     shard: int
@@ -107,12 +107,12 @@ class Index:
         """The number of the shard that holds a sample."""
         return int(self.ends.searchsorted(sample, side="right"))
 
-    def entry(self, sample: int) -> Entry:
+    def entry(self, sample: int) -> IndexEntry:
         """Where a sample lies."""
         shard = self.shard_of(sample)
         rows, keys = self.table(shard)
         start, size, *where = rows[sample - int(self.starts[shard])].tolist()
-        return Entry(shard, keys[start : start + size].decode("utf-8", "surrogateescape"), *where)
+        return IndexEntry(shard, keys[start : start + size].decode("utf-8", "surrogateescape"), *where)
 
     def key(self, sample: int) -> str:
         """A sample's key, as webdataset forms it."""

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from compt.data.captions import usable
 from compt.data.decode import DECODERS, Pixels, Unusable, evaluation_pixels
-from compt.data.index import Entry, Index
+from compt.data.index import IndexEntry, Index
 from compt.data.order import epoch_order, substitute
 from compt.data.batch import Batch, EvalBatch
 from compt.data.samples import Drawer, Drawn, Kind, SampleReader
@@ -135,7 +135,7 @@ class _Draws(Dataset["Read | Failure"]):
         return None
 
 
-class _Watch:
+class _BadShare:
     """Stops a run whose share of unusable samples, over the last 1,000 or more, is above `max_share`."""
 
     def __init__(self, max_share: float) -> None:
@@ -175,7 +175,7 @@ class TrainLoader:
         return self.count
 
     def __iter__(self) -> Iterator[Batch]:
-        watch = _Watch(self.max_bad_share)
+        watch = _BadShare(self.max_bad_share)
         for read in _loader(self.reads, self.steps, self.workers):
             if isinstance(read, Failure):
                 raise DataError(read.message)
@@ -330,7 +330,7 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
         batch.captions = texts if self._captions else None
         return batch
 
-    def _label_of(self, entry: Entry) -> int | None:
+    def _label_of(self, entry: IndexEntry) -> int | None:
         """The label, 0 when none is asked for, None when it is missing."""
         if self._label is None:
             return 0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from compt.data.captions import CaptionTable, from_json, from_text
 from compt.data.decode import Crop, Decoder, Kept, Pixels, Unusable, evaluation_pixels
-from compt.data.index import Entry, Index
+from compt.data.index import IndexEntry, Index
 from compt.data.order import caption_choice, crop_box
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT
 from compt.data.tokens import CaptionTokens, Ids
@@ -61,15 +61,15 @@ class SampleReader:
         self.index = index
         self._files = Files()
 
-    def image(self, entry: Entry) -> bytes:
+    def image(self, entry: IndexEntry) -> bytes:
         """The image's file. Raises Unusable("tar")."""
         return self._files.read(self.index.shards[entry.shard].shard, entry.image_offset, entry.image_size)
 
-    def json(self, entry: Entry) -> bytes:
+    def json(self, entry: IndexEntry) -> bytes:
         """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
         return self._files.read(self.index.shards[entry.shard].shard, entry.json_offset, entry.json_size)
 
-    def captions(self, entry: Entry) -> list[str]:
+    def captions(self, entry: IndexEntry) -> list[str]:
         """All captions, empty ones included. Raises Unusable("tar")."""
         if entry.text_kind == KIND_TABLE:
             assert self.index.captions is not None, "only an index with a table has rows of it"
@@ -161,7 +161,7 @@ class Drawer:
         self._kept[sample] = found
         return found
 
-    def _texts(self, entry: Entry) -> tuple[list[str], int]:
+    def _texts(self, entry: IndexEntry) -> tuple[list[str], int]:
         captions = self.reader.captions(entry)
         texts = [text for text in captions if text.strip()]
         if not texts:

@@ -20,7 +20,7 @@ from compt.cost.counts import parameters
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec
-from compt.plan.growth import check_growth
+from compt.plan.links import check_growth
 
 SMALLEST = 16
 """A candidate has at least one part in so many of the smallest preset's parameters, as Table G counts them."""

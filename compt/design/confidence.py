@@ -13,7 +13,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from compt.design.epochs import GROWTH_SPREAD, IMAGES_AT, EpochModel, Floats, Link, features
+from compt.design.epochs import GROWTH_SPREAD, IMAGES_AT, EpochModel, Floats, LinkEpochs, features
 
 MEDIAN = 0.5
 """The confidence that is planned with unless another is asked for."""
@@ -62,7 +62,7 @@ def _quantiles(
     return table
 
 
-def known_epochs(model: EpochModel, link: Link, confidence: float = MEDIAN) -> float:
+def known_epochs(model: EpochModel, link: LinkEpochs, confidence: float = MEDIAN) -> float:
     """Epochs of a link that was measured, or that bounds are known of, which are enough with `confidence`."""
     if confidence == MEDIAN:
         return model.epochs(link)

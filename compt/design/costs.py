@@ -13,7 +13,7 @@ from compt.cost.gpus import Device
 from compt.cost.speed import Conditions, Throughput, speed
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import recipe_cost
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 
 Floats = NDArray[np.float64]
 Cost = Callable[[ModelSpec, ModelSpec | None], float]

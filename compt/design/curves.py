@@ -157,7 +157,7 @@ def read_curves(
             # A run folder that was copied holds the same model again.
             same = hash_json([training.hash, training.model_hash, training.scores[name].pins])
             scored.setdefault(same, training)
-    return _Reader(name, target, average_seeds, lineage, list(scored.values()), skipped).curves()
+    return _CurveReader(name, target, average_seeds, lineage, list(scored.values()), skipped).curves()
 
 
 def matches(
@@ -191,7 +191,7 @@ def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: It
     return on
 
 
-class _Reader:
+class _CurveReader:
     """Puts the trainings of some runs together to curves."""
 
     def __init__(

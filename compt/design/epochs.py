@@ -28,7 +28,6 @@ from compt.cost.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTR
 from compt.cost.published import paper_parameters
 from compt.design.curves import Match
 from compt.design.regression import Posterior, truncated_t
-from compt.design.start import StartPrior
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec
 
@@ -41,7 +40,6 @@ stands for the predecessor's quality."""
 IMAGES_AT = FEATURES.index("log2 images")
 REFERENCE_IMAGES = IMAGES["cc3m"]
 REFERENCE_SIZE = paper_parameters(PRESETS["vit_t16"])
-START = StartPrior()
 
 PRIOR_MEANS = np.array([math.log(0.25), 0.2, -0.1, 0.0, -0.1, 0.4])
 PRIOR_SPREADS = np.array([1.0, 0.2, 0.15, 0.25, 0.15, 0.4])
@@ -75,7 +73,47 @@ LEVEL = 0.8
 
 
 @dataclass(frozen=True)
-class Link:
+class StartPrior:
+    """How the best first model depends on the number of images: stated, not fitted.
+
+    The smallest model that fits the data has `smallest` parameters: a power law through ViT-T at CC3M and ViT-S at
+    Merged-15M, the best starts that the paper names (figure 6). Each halving of a predecessor below that multiplies its
+    student's epochs by `factor`, uncertain by a factor of `spread` in either direction (one standard deviation; never
+    below 1). Below and above those two data sets the exponent may be another one: `growth` times that between them.
+    """
+
+    factor: float = 2.0
+    spread: float = math.sqrt(2.0)
+
+    def log2_smallest(self, images: ArrayLike, growth: ArrayLike = 1.0) -> Floats:
+        """Base-2 logarithm of the parameters of the smallest model that fits, broadcast over the arguments."""
+        ends = [IMAGES["cc3m"], IMAGES["merged15m"]]
+        sizes = [math.log2(paper_parameters(PRESETS[name])) for name in ("vit_t16", "vit_s16")]
+        power = (sizes[1] - sizes[0]) / math.log2(ends[1] / ends[0])
+        wanted = np.asarray(images, dtype=np.float64)
+        inside = np.clip(wanted, ends[0], ends[1])
+        beyond = np.log2(wanted / inside)
+        return np.asarray(sizes[0] + power * (np.log2(inside / ends[0]) + np.asarray(growth) * beyond))
+
+    def smallest(self, images: float) -> float:
+        """Parameters (as Table G counts them) of the smallest model that fits `images` pictures."""
+        return float(2.0 ** self.log2_smallest(images))
+
+    def fits(self, log2_sizes: ArrayLike, images: float) -> NDArray[np.bool_]:
+        """Whether models of 2 ** `log2_sizes` parameters are large enough for `images` pictures."""
+        return self.halvings(log2_sizes, images) < 1e-6
+
+    def halvings(self, log2_teacher: ArrayLike, images: ArrayLike, growth: ArrayLike = 1.0) -> Floats:
+        """How far predecessors of 2 ** `log2_teacher` parameters are below the smallest that fits, in halvings."""
+        below = self.log2_smallest(images, growth) - np.asarray(log2_teacher, dtype=np.float64)
+        return np.asarray(np.maximum(0.0, below))
+
+
+START = StartPrior()
+
+
+@dataclass(frozen=True)
+class LinkEpochs:
     """A link whose epochs are asked for; fields as in `compt.design.curves.Match`."""
 
     student: ModelSpec
@@ -93,7 +131,7 @@ class Bound:
     No point of the fit; what the fit says of the epochs of this very link is conditioned on it. Both are in epochs.
     """
 
-    link: Link
+    link: LinkEpochs
     source: str
     more_than: float | None = None
     at_most: float | None = None
@@ -165,7 +203,7 @@ def allotted(match: Match) -> bool:
     return match.low is None and match.high == match.epochs
 
 
-def _row(link: Link | Match) -> Floats:
+def _row(link: LinkEpochs | Match) -> Floats:
     return features(log2_size(link.student), log2_size(link.teacher), link.position, link.images, not link.distilled)
 
 
@@ -296,22 +334,22 @@ class EpochModel:
 
     def links(
         self, specs: Sequence[ModelSpec], *, images: int, baseline_epochs: float, distilled: bool = True
-    ) -> list[Link]:
+    ) -> list[LinkEpochs]:
         """The links of a chain. A position counts the models before it that fit the data, and is at least 1."""
         sizes = [log2_size(spec) for spec in specs]
         fits = np.ones(len(specs)) if self.start is None else self.start.fits(sizes, images)
         return [
-            Link(specs[at], specs[at - 1], max(1, int(fits[:at].sum())), images, baseline_epochs, distilled)
+            LinkEpochs(specs[at], specs[at - 1], max(1, int(fits[:at].sum())), images, baseline_epochs, distilled)
             for at in range(1, len(specs))
         ]
 
-    def measured(self, link: Link) -> Match | None:
+    def measured(self, link: LinkEpochs) -> Match | None:
         """The own match of this very link, the latest given; position counts only where several differ in it."""
         same = [match for match in self.own if _key(match) == _key(link)]
         here = [match for match in same if match.position == link.position]
         return next(reversed(here or same), None)
 
-    def epochs(self, link: Link) -> float:
+    def epochs(self, link: LinkEpochs) -> float:
         """Epochs that `link` needs: measured, or the median of the fit; at most those of the baseline."""
         match, bound = self.measured(link), self.bound(link)
         if match is not None:
@@ -323,15 +361,15 @@ class EpochModel:
             logs = self.log_fraction(*sizes, link.position, link.images, link.distilled)
         return float(link.baseline_epochs * np.exp(np.minimum(0.0, logs)))
 
-    def bound(self, link: Link) -> Bound | None:
+    def bound(self, link: LinkEpochs) -> Bound | None:
         """What is known of the epochs of this very link, where it was not measured, the latest given."""
         return next((bound for bound in reversed(self.bounds) if _key(bound.link) == _key(link)), None)
 
-    def known(self) -> list[Link | Match]:
+    def known(self) -> list[LinkEpochs | Match]:
         """The links whose epochs do not follow from their features alone."""
         return [*self.own, *(bound.link for bound in self.bounds)]
 
-    def _conditioned(self, link: Link, bound: Bound, shares: ArrayLike) -> Floats:
+    def _conditioned(self, link: LinkEpochs, bound: Bound, shares: ArrayLike) -> Floats:
         """Quantiles, at `shares`, of log f of `link`, not capped at 0, given that its epochs lie within `bound`.
 
         The predictive is taken for a mixture of Student t's over the factor of `GROWTH_SPREAD`, to each of which the
@@ -349,7 +387,7 @@ class EpochModel:
         high = math.log(bound.at_most / link.baseline_epochs) if bound.at_most else math.inf
         return truncated_t(shares, 2 * post.shape, middles, np.sqrt(variances), low, max(low, high))
 
-    def draws(self, links: Sequence[Link], *, count: int = DRAWS, seed: int = 0) -> Floats:
+    def draws(self, links: Sequence[LinkEpochs], *, count: int = DRAWS, seed: int = 0) -> Floats:
         """Joint draws [count, n] of the epochs of `links` from the posterior predictive; the same seed, the same draws.
 
         Coefficients, noise variance, start factor and growth beyond the points are common to a draw, the noise itself
@@ -380,7 +418,7 @@ class EpochModel:
                 logs[:, at] = self._conditioned(link, bound, (ranks + 0.5) / count)
         return np.asarray(np.array([link.baseline_epochs for link in links]) * np.exp(np.minimum(0.0, logs)))
 
-    def predict(self, link: Link) -> Range:
+    def predict(self, link: LinkEpochs) -> Range:
         """The epochs of one link with their range."""
         return Range.of(self.epochs(link), self.draws([link])[:, 0])
 
@@ -396,12 +434,12 @@ class EpochModel:
             f"paper extrapolates {speedup:g}x, where the fit to its points gives no saving: train a pair, use --runs."
         )
 
-    def outside(self, link: Link) -> list[str]:
+    def outside(self, link: LinkEpochs) -> list[str]:
         """Names of the features of `link` that lie outside those of the points."""
         return [] if self.measured(link) else self.edges.outside(_row(link))
 
 
-def _key(link: Link | Match) -> tuple[object, ...]:
+def _key(link: LinkEpochs | Match) -> tuple[object, ...]:
     """What makes two links the same; names of models do not count."""
     specs = (replace(link.student, name=""), replace(link.teacher, name=""))
     return (*specs, link.images, round(link.baseline_epochs, 3), link.distilled)

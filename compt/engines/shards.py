@@ -6,7 +6,8 @@ gathered, and afterwards given up.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from compt.dist import collectives as dist
 from compt.engines.blocks import models_in
 from compt.errors import ConfigError
-from compt.models.clip import set_buffers, shardable_blocks
+from compt.models.clip import ClipModel, set_buffers, shardable_blocks
 from compt.models.init import load_state
 
 
@@ -145,3 +146,43 @@ def _slice_of(value: Tensor, own: DTensor) -> Tensor:
     rows = -(-len(value) // mesh.size(mesh.ndim - 1))
     start = min(rows * mesh.get_local_rank(mesh.ndim - 1), len(value))
     return value[start : start + rows]
+
+
+def shard_frozen(
+    model: ClipModel, weights: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str
+) -> ClipModel:
+    """A model from the "meta" device with the values `weights` in `dtype`, of which each rank holds a share.
+
+    Its encode_image, encode_text and encode_captions gather it block by block, without gradient: all ranks call them
+    equally often. No rank ever holds the whole, neither now nor later; `weights` are read one at a time. What trains
+    beside it may be any engine. Raises ArtefactError when the weights are not those of the model.
+    """
+    device = torch.device(device)
+    model.requires_grad_(False).eval().to(dtype)
+    mesh = make_mesh(device)
+    for part in units(model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    fill_shards(model, model, weights, device)
+    parts = sharded_parts(model)
+    for name in ("encode_image", "encode_text"):
+        register_fsdp_forward_method(model, name)
+        setattr(model, name, _forgetting(getattr(model, name), parts))
+    return model
+
+
+def _forgetting(method: Callable[..., Tensor], parts: list[FSDPModule]) -> Callable[..., Tensor]:
+    """`method` without gradient. `fully_shard` notes every forward for the backward to come; none does."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **options: Any) -> Tensor:
+        with torch.no_grad():
+            features = method(*args, **options)
+        for part in parts:
+            group = part._get_fsdp_state()._fsdp_param_group
+            if group is not None:
+                group.comm_ctx.post_forward_order.clear()
+                group._post_forward_indices.clear()
+        return features
+
+    return call

@@ -47,7 +47,7 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
     returned function waits for the end of all ranks' writing. It, or this one, raises RunError on all ranks where a
     rank could not write; Gone where one was lost; and where one met another fault that, and DistError on the others.
     """
-    writer = _Writer(folder)
+    writer = _DcpWriter(folder)
     own = _share(state)
     group = dist.group_beside()
     given: dict[str, Any] = {"storage_writer": writer, "process_group": group, "no_dist": group is None}
@@ -110,7 +110,7 @@ def check_names(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[in
         raise ArtefactError("this state is of another model or engine: " + "; ".join(problems[:_LISTED]) + more)
 
 
-class _Writer(FileSystemWriter):
+class _DcpWriter(FileSystemWriter):
     """torch's writer, which says what is wrong with the disk where torch's archive hides it behind its own fault."""
 
     def write_data(self, *arguments: Any) -> Any:

@@ -12,7 +12,7 @@ from compt.data.index import open_index
 from compt.data.samples import SampleReader
 from compt.evaluate.encoder import save_result
 from compt.evaluate.folder import class_folders_of, read_class_folders
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 
 PICTURES = 40
 

@@ -26,13 +26,13 @@ from compt.evaluate.sets import EvalSettings, evaluate_set, labelled
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult, fill
 from compt.expand.execute import expand
-from compt.expand.plan import Plan
+from compt.expand.plan import ExpansionPlan
 from compt.models.clip import ClipModel, build, materialise
 from compt.models.growth import TOWERS
 from compt.models.init import init_parameters, load_state
 from compt.models.pixels import to_input
 from compt.models.presets import ModelSpec
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.weights.artefact import Artefact
 
 TOLERANCE = 1e-10
@@ -232,7 +232,7 @@ def _loaded(
 
 def verify(
     teacher: Artefact,
-    plan: Plan,
+    plan: ExpansionPlan,
     seed: int,
     item: EvalSet,
     settings: EvalSettings,

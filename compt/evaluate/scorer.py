@@ -17,7 +17,7 @@ from compt.evaluate.sets import EvalSettings, class_names, evaluate_set
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.models.clip import ClipModel
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

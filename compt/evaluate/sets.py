@@ -17,29 +17,12 @@ from compt.data.index import expand_patterns, open_index
 from compt.data.loaders import eval_loader
 from compt.dist import collectives as dist
 from compt.errors import ConfigError, DataError
-from compt.evaluate.encoder import Encoder, Tokenize, load_arrays
+from compt.evaluate.encoder import Encoder, Tokenize
 from compt.evaluate.folder import FolderLoader, class_folders_of, read_class_folders
 from compt.evaluate.retrieval import RetrievalResult, retrieval
 from compt.evaluate.zeroshot import PLACEHOLDER, ZeroShotResult, classifier, zero_shot
 from compt.files import hash_json
-from compt.recipe.read import EvalSet
-
-__all__ = [
-    "Encoder",
-    "EvalSettings",
-    "Result",
-    "RetrievalResult",
-    "ZeroShotResult",
-    "check_sets",
-    "class_names",
-    "evaluate_set",
-    "evaluate_sets",
-    "labelled",
-    "load_arrays",
-    "read_classnames",
-    "read_templates",
-    "set_pins",
-]
+from compt.recipe.schema import EvalSet
 
 Result = ZeroShotResult | RetrievalResult
 
@@ -101,7 +84,7 @@ def _beside(places: Iterable[Path], name: str) -> Path | None:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _OpenedSet:
     """A set that is ready to be read. places: folders in which class names and templates may lie."""
 
     loader: Iterable[EvalBatch]
@@ -110,7 +93,7 @@ class _Opened:
     classes: tuple[str, ...] | None = None
 
 
-def _open(item: EvalSet, settings: EvalSettings, image_size: int = 1, *, together: bool = False) -> _Opened:
+def _open(item: EvalSet, settings: EvalSettings, image_size: int = 1, *, together: bool = False) -> _OpenedSet:
     """`together`: all ranks call this, and those after the first wait for what it has to index."""
     shares: dict[str, Any] = {"rank": dist.rank(), "world_size": dist.world_size(), "workers": settings.workers}
     folder = class_folders_of(item.data, settings.base)
@@ -119,17 +102,17 @@ def _open(item: EvalSet, settings: EvalSettings, image_size: int = 1, *, togethe
             raise DataError(f"evaluation set '{item.name}': class folders {folder} have no captions to retrieve")
         data = read_class_folders(folder)
         loader = FolderLoader(data, image_size, settings.batch, **shares)
-        return _Opened(loader, data.fingerprint, (folder,), data.classes)
+        return _OpenedSet(loader, data.fingerprint, (folder,), data.classes)
     if together:
         dist.on_main(lambda: open_index(item.data, settings.base, settings.index_dir) and None)
     index = open_index(item.data, settings.base, settings.index_dir)
     kind: dict[str, Any] = {"label": item.label} if item.task == "zeroshot" else {"captions": True}
     shards = eval_loader(index, image_size=image_size, batch=settings.batch, **kind, **shares)
     place = expand_patterns(item.data, settings.base)[0].parent
-    return _Opened(shards, index.fingerprint, (place, place.parent))
+    return _OpenedSet(shards, index.fingerprint, (place, place.parent))
 
 
-def _class_names(item: EvalSet, settings: EvalSettings, data: _Opened) -> tuple[list[str], str]:
+def _class_names(item: EvalSet, settings: EvalSettings, data: _OpenedSet) -> tuple[list[str], str]:
     """Names and, for messages, where they come from."""
     path = settings.base / item.classnames if item.classnames else _beside(data.places, CLASSNAMES)
     if path is not None:
@@ -143,7 +126,7 @@ def _class_names(item: EvalSet, settings: EvalSettings, data: _Opened) -> tuple[
     raise DataError(f"evaluation set '{item.name}': there is no {CLASSNAMES} in {looked}; name one as `classnames`")
 
 
-def _templates(item: EvalSet, settings: EvalSettings, data: _Opened) -> list[str]:
+def _templates(item: EvalSet, settings: EvalSettings, data: _OpenedSet) -> list[str]:
     path = settings.base / item.templates if item.templates else _beside(data.places, TEMPLATES)
     if path is not None:
         return read_templates(path)
@@ -179,7 +162,7 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     return result
 
 
-def _pins(item: EvalSet, settings: EvalSettings, data: _Opened) -> dict[str, str]:
+def _pins(item: EvalSet, settings: EvalSettings, data: _OpenedSet) -> dict[str, str]:
     pins = {"data": data.fingerprint}
     if item.task == "zeroshot":
         pins["classnames"] = hash_json(_class_names(item, settings, data)[0])

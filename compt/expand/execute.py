@@ -20,7 +20,7 @@ from torch import Tensor
 from compt.errors import ArtefactError
 from compt.expand.linalg import complete
 from compt.expand.operators import MEAN, AxisMap, Floats, Indices
-from compt.expand.plan import Entry, Plan
+from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
 
@@ -60,7 +60,7 @@ class SeededDraw:
         return init_tensor(InitRule("uniform"), self.seed, f"{name} (noise)", shape).double()
 
 
-def expand_parameter(entry: Entry, read: Read, draw: Draw) -> Tensor:
+def expand_parameter(entry: ExpandedParameter, read: Read, draw: Draw) -> Tensor:
     """One student parameter, a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
 
     `draw` is called only where the plan keeps some of the student's own initialization or makes copies that differ.
@@ -93,7 +93,7 @@ class ExpandedState(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, plan: Plan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
+        self, plan: ExpansionPlan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
     ) -> None:
         if plan.needs_average and average is None:
             raise ArtefactError(
@@ -131,14 +131,14 @@ class ExpandedState(Mapping[str, Tensor]):
 
 
 def expand_state(
-    plan: Plan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
+    plan: ExpansionPlan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """All student parameters in memory. Raises ArtefactError when the teacher does not fit the plan."""
     return dict(ExpandedState(plan, state, draw, average))
 
 
 def expand(
-    plan: Plan, state: Mapping[str, Tensor], seed: int, average: Mapping[str, Tensor] | None = None
+    plan: ExpansionPlan, state: Mapping[str, Tensor], seed: int, average: Mapping[str, Tensor] | None = None
 ) -> ExpandedState:
     """The student whose new elements are those that it would have, initialized from scratch with `seed`.
 
@@ -147,7 +147,7 @@ def expand(
     return ExpandedState(plan, state, SeededDraw(plan.student, seed), average)
 
 
-def _planned(tensor: Tensor, entry: Entry) -> Tensor:
+def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:
     # Inside a model logit_scale has shape [1], in exported weights it is a scalar.
     if entry.source_shape == () and tensor.numel() == 1:
         tensor = tensor.reshape(())
@@ -172,7 +172,7 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(part.isfinite().all()) for part in rows.split(step))
 
 
-def _ground(entry: Entry, dtype: torch.dtype, draw: Draw) -> Tensor:
+def _ground(entry: ExpandedParameter, dtype: torch.dtype, draw: Draw) -> Tensor:
     """What stands where nothing is known of the teacher: own initialization and zeros."""
     if not entry.new:
         return torch.zeros(entry.shape, dtype=dtype) if entry.zeroed else torch.empty(entry.shape, dtype=dtype)
@@ -207,7 +207,7 @@ def _offsets(runs: list[slice]) -> Iterator[tuple[slice, slice]]:
         at += size
 
 
-def _copied(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
+def _copied(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Tensor:
     block = source
     for dim, axis in enumerate(entry.maps):
         index = axis.index[axis.known, 0]
@@ -220,7 +220,7 @@ def _copied(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
     return result
 
 
-def _computed(entry: Entry, source: Tensor, draw: Draw) -> Iterator[tuple[tuple[list[slice], ...], Tensor]]:
+def _computed(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Iterator[tuple[tuple[list[slice], ...], Tensor]]:
     """The known elements in float64, some rows at a time, and where they belong."""
     maps = [_scaled(axis, draw) if axis.shared and axis.noise else axis for axis in entry.maps]
     rows, *others = maps
@@ -318,7 +318,7 @@ def _scaled(axis: AxisMap, draw: Draw) -> AxisMap:
 class _Factors:
     """By what the weights that read copies are multiplied, so that copies learn apart and their sum stays."""
 
-    def __init__(self, entry: Entry, maps: list[AxisMap], draw: Draw) -> None:
+    def __init__(self, entry: ExpandedParameter, maps: list[AxisMap], draw: Draw) -> None:
         self.maps = maps
         self.dim = next((dim for dim, axis in enumerate(maps) if axis.noise), None)
         if self.dim is None:
@@ -342,7 +342,7 @@ class _Factors:
         return values * (1 + self.maps[self.dim].noise * noise)
 
 
-def _completed(entry: Entry, source: Tensor, draw: Draw) -> Tensor:
+def _completed(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Tensor:
     """Where a matrix grows under `netexpand`: an orthonormal complement instead of the student's own numbers."""
     block = torch.cat([values for _, values in _computed(entry, source, draw)]).flatten(1)
     own = draw.own(entry.name, entry.shape).double().flatten(1)

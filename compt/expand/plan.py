@@ -19,7 +19,7 @@ from compt.models.presets import ModelSpec
 
 
 @dataclass(frozen=True)
-class Entry:
+class ExpandedParameter:
     """One student parameter. `gather` takes `sources[0]` through `maps`, one a dimension; the others need no source.
 
     `average`: the source is the teacher's moving average. `roles`: of how many matrices, one above the other, each is
@@ -64,7 +64,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExpansionPlan:
     """How `student` starts from `teacher`. `layers`: for each layer stack, the source of each layer (-1: none).
 
     `student` has the eps of norms that the operators give it. A plan is a function of the two descriptions and the
@@ -75,7 +75,7 @@ class Plan:
     student: ModelSpec
     config: ExpandConfig
     layers: dict[str, list[int]]
-    entries: tuple[Entry, ...]
+    entries: tuple[ExpandedParameter, ...]
 
     HEADER = ("parameter", "shape", "rule", "source", "copied", "new", "zero")
 
@@ -160,7 +160,7 @@ class Plan:
         return {"parameters": self.parameters, "copied": self.copied, "new": self.new, "zeroed": self.zeroed}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Plan:
+    def from_json(cls, values: Mapping[str, Any]) -> ExpansionPlan:
         """The inverse of `to_json`. Raises ArtefactError when the rebuilt plan is not the one described."""
         try:
             plan = make_plan(
@@ -177,7 +177,7 @@ class Plan:
         return plan
 
 
-def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | None = None) -> Plan:
+def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | None = None) -> ExpansionPlan:
     """Plan the expansion of `teacher` into `student`; no weights are read or allocated.
 
     Between a ViT and a Swin the image tower keeps its own initialization and the rest is expanded. Raises ConfigError
@@ -189,16 +189,16 @@ def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | Non
     for spec in (teacher, student):
         axes.check_parameters(spec)
     layers = growth.stack_sources(teacher, student, config)
-    planner = _Planner(teacher, student, config, layers)
+    planner = _ExpansionPlanner(teacher, student, config, layers)
     entries = tuple(planner.entry(parameter) for parameter in axes.parameters(student).values())
-    return Plan(teacher, student, config, layers, entries)
+    return ExpansionPlan(teacher, student, config, layers, entries)
 
 
 # What resizes the axes that do not follow the width operator.
 _OTHER_AXES = {"prefix": "insert", "grid": "bicubic", "offsets": "bicubic", "pixels": "pseudo-inverse"}
 
 
-class _Planner:
+class _ExpansionPlanner:
     """Plans single parameters; maps of equal dimensions are made once and shared."""
 
     def __init__(
@@ -211,19 +211,19 @@ class _Planner:
         self.teacher = axes.parameters(teacher)
         self.maps: dict[tuple[str, Use, Dim, Dim], AxisMap] = {}
 
-    def entry(self, parameter: Parameter) -> Entry:
+    def entry(self, parameter: Parameter) -> ExpandedParameter:
         name, shape = parameter.name, parameter.shape
         tower = self.config.image if parameter.in_image_tower else self.config.text
         if self.cross and parameter.in_image_tower:
-            return Entry(name, shape, "own", "own: image tower of another architecture")
+            return ExpandedParameter(name, shape, "own", "own: image tower of another architecture")
         source_name, where, average = name, "", False
         if parameter.stack:
             layer = self.layers[parameter.stack][parameter.layer]
             added = self.added[parameter.stack][parameter.layer]
             if added and tower.zero_new_outputs and parameter.closes_branch:
-                return Entry(name, shape, "zero", f"zero: layer {parameter.layer} is added")
+                return ExpandedParameter(name, shape, "zero", f"zero: layer {parameter.layer} is added")
             if layer < 0:
-                return Entry(name, shape, "own", f"own: layer {parameter.layer} has no source")
+                return ExpandedParameter(name, shape, "own", f"own: layer {parameter.layer} has no source")
             average = added and tower.depth == "netexpand" and not self.config.reference_compatible
             of = "average of " if average else ""
             source_name, where = parameter.name_in_layer(layer), f"layer {parameter.layer} ← {of}{layer}"
@@ -236,7 +236,7 @@ class _Planner:
             tower.width == "netexpand" and parameter.is_matrix and any(len(m.known) < len(m.index) for m in maps)
         )
         roles = parameter.roles if completed else 0
-        return Entry(name, shape, "gather", rule, (source_name,), source.shape, maps, average, roles)
+        return ExpandedParameter(name, shape, "gather", rule, (source_name,), source.shape, maps, average, roles)
 
     def _map(self, operator: str, use: Use, old: Dim, new: Dim) -> AxisMap:
         key = (operator, use, old, new)
@@ -278,8 +278,8 @@ def _operators(config: ExpandConfig) -> str:
     return "; ".join(f"{name}: {text}" for name, text in texts.items())
 
 
-def _shares(part: Entry | Plan) -> tuple[str, str, str]:
-    size = part.size if isinstance(part, Entry) else part.parameters
+def _shares(part: ExpandedParameter | ExpansionPlan) -> tuple[str, str, str]:
+    size = part.size if isinstance(part, ExpandedParameter) else part.parameters
     return f"{part.copied / size:.1%}", f"{part.new / size:.1%}", f"{part.zeroed / size:.1%}"
 
 

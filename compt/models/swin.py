@@ -9,8 +9,6 @@ from timm.models.swin_transformer import SwinTransformer
 
 from compt.models.presets import swin_sizes
 
-__all__ = ["register_swin"]
-
 
 def register_swin(name: str) -> None:
     """Let timm, and so stock open_clip, build the Swin called `name` (`presets.swin_name`) in this process.

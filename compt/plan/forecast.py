@@ -11,16 +11,15 @@ from typing import Any
 
 from compt.cost.counts import parameters
 from compt.cost.gpus import Device
-from compt.cost.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes
+from compt.cost.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
 from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
-from compt.plan.forecast_memory import memory_of
-from compt.plan.growth import broken_promises
 from compt.plan.hours import Hours, job_hours, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
-from compt.plan.start import Start
-from compt.recipe.read import Recipe
+from compt.plan.links import Start, broken_promises
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Recipe
 
 MOST_GPUS = 8
 """GPUs that are planned with unless a number is given: those of a node."""
@@ -409,3 +408,47 @@ def _fit_json(fit: Fit) -> dict[str, Any]:
             ("recomputed", fit.recomputed, fit.recomputed_fits),
         )
     }
+
+
+def memory_of(
+    recipe: Recipe,
+    job: Job,
+    engine: Engine,
+    gpus: int,
+    *,
+    micro_batch: int | None = None,
+    recompute: bool = False,
+    config: EngineConfig | None = None,
+) -> Memory:
+    """Bytes of each of `gpus` GPUs that train `job`; `micro_batch` and `config` replace the recipe's."""
+    config = config or recipe.engine_of(job.spec.name)
+    return memory_per_gpu(
+        job.spec,
+        job.teacher_spec if job.alpha else None,
+        engine=engine,
+        world_size=gpus,
+        batch=recipe.optimizer.batch,
+        captions=recipe.data.captions,
+        tokens=recipe.data.caption_tokens,
+        precision=recipe.optimizer.precision,
+        micro_batch=micro_batch or config.micro_batch,
+        recompute=recompute,
+        loss_chunk=config.loss_chunk,
+        shard_teacher=config.shard_teacher,
+        ema=recipe.optimizer.ema is not None,
+        replicas=config.fsdp2.replicas if engine == config.name else 1,
+        reshard=config.fsdp2.reshard_after_forward or engine != config.name,
+    )
+
+
+def not_modelled(config: EngineConfig) -> tuple[str, ...]:
+    """Settings of an engine that change what it holds, and that its memory here does not know."""
+    given = {
+        "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU": config.fsdp2.cpu_offload,
+        "whole gradients between micro-batches, with engine.fsdp2.reshard_after_forward: false": (
+            not config.fsdp2.reshard_after_forward and config.micro_batch is not None
+        ),
+        "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
+        "what engine.compile keeps otherwise": config.compile,
+    }
+    return tuple(text for text, there in given.items() if there)

@@ -20,7 +20,7 @@ from compt.cost.speed import (
 )
 from compt.cost.training import JobCost, Mode
 from compt.plan.jobs import Job, Plan
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 
 
 @dataclass(frozen=True)

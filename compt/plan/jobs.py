@@ -17,10 +17,10 @@ from compt.errors import ConfigError, nearest
 from compt.files import hash_json
 from compt.models.growth import ExpandConfig, check_config, grown_spec
 from compt.models.presets import ModelSpec
-from compt.plan.growth import averaging, check_growth, check_start
-from compt.plan.start import Start, planned_start
+from compt.plan.links import Start, averaging, check_growth, check_start, planned_start
 from compt.recipe.expansion import expand_result, expansion
-from compt.recipe.read import Control, Duration, Link, Recipe
+from compt.recipe.schema import Control, Link, Recipe
+from compt.recipe.types import Duration
 
 Kind = Literal["link", "baseline", "control", "try"]
 

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from compt.errors import RunError, is_out_of_memory
-from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES
-from compt.plan.forecast_memory import memory_of, not_modelled
+from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, memory_of, not_modelled
 from compt.plan.jobs import Job
-from compt.recipe.engine import changed_engine
-from compt.recipe.read import EngineConfig, Recipe
+from compt.recipe.engine import EngineConfig, changed_engine
+from compt.recipe.schema import Recipe
 from compt.text import count
 
 SMALLER = 0.9

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from compt.errors import ConfigError, nearest
 from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
-from compt.recipe.schema import Optimizer
+from compt.recipe.schema import Optimizer, Recipe
 
 AUTO = "auto"
 """A value that is left to the recipe or, below zero_optimization, to the file of ds_configs."""
@@ -393,3 +393,24 @@ def _zero_value(file: _File, place: str, key: str, value: Any) -> Any:
         else:
             raise file.unknown(f"{place}.", name, ("device", "pin_memory"))
     return dict(value)
+
+
+def check_engines(recipe: Recipe, models: Iterable[str], world_size: int | None, base: Path, where: str) -> None:
+    """Raise ConfigError, beginning with `where`, for the engine of a model that cannot run on `world_size` processes.
+
+    Files are read and held against the recipe; relative paths start at `base`. None: the number is not known yet, and
+    what depends on it is left out.
+    """
+    for model in dict.fromkeys(models):
+        engine = recipe.engine_of(model)
+        try:
+            if world_size is not None:
+                split_batch(recipe.optimizer.batch, world_size, engine.micro_batch)
+                if world_size % engine.fsdp2.replicas:
+                    raise ConfigError(
+                        f"engine.fsdp2.replicas = {engine.fsdp2.replicas} does not divide the {world_size} processes"
+                    )
+            if engine.name.startswith("zero"):
+                deepspeed_config(engine, recipe.optimizer, world_size, base)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None

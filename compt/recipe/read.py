@@ -14,48 +14,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compt.errors import ConfigError, nearest
-from compt.recipe.engine import EngineConfig, EngineName
-from compt.recipe.expansion import Expand
 from compt.recipe.schema import (
-    Baselines,
-    Chain,
-    Control,
-    Data,
-    Distill,
-    Ema,
-    EvalSet,
-    Evaluation,
-    Family,
-    Link,
-    Member,
-    Optimizer,
     Recipe,
 )
-from compt.recipe.types import Duration, Section
-
-__all__ = [
-    "Baselines",
-    "Chain",
-    "Control",
-    "Data",
-    "Distill",
-    "Duration",
-    "Ema",
-    "EngineConfig",
-    "EngineName",
-    "EvalSet",
-    "Evaluation",
-    "Expand",
-    "Family",
-    "Link",
-    "Member",
-    "Optimizer",
-    "Recipe",
-    "Section",
-    "load_recipe",
-    "parse_recipe",
-    "split_batch",
-]
+from compt.recipe.types import Duration
 
 
 class _Loader(yaml.SafeLoader):

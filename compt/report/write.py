@@ -34,13 +34,13 @@ PICTURES = "report"
 """Folder beside report.md with its figures."""
 
 
-def _points(rows: list[Row]) -> list[figures.Point]:
+def _points(rows: list[Row]) -> list[figures.Dot]:
     """Scored models at the MACs spent up to each, unscored ones and failed tries included in the cost."""
     points, total = [], 0.0
     for row in rows:
         total += row.macs
         if row.kind != "try" and row.top1 is not None and row.low is not None and row.high is not None:
-            points.append(figures.Point(row.model, total, row.top1, row.low, row.high))
+            points.append(figures.Dot(row.model, total, row.top1, row.low, row.high))
     return points
 
 
@@ -52,7 +52,7 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
     whole = [rows for rows in summary.individual.values() if [row.model for row in rows] == order[: len(rows)]]
     alone = [points for rows in whole if len(points := _points(rows)) and any(r.kind == "baseline" for r in rows)]
     controls = [
-        figures.Point(
+        figures.Dot(
             CONTROLS.get(row.job, row.job).removeprefix("from scratch, "),
             row.macs,
             row.top1,

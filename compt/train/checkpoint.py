@@ -23,12 +23,13 @@ from typing import Any
 
 from compt.dist import collectives as dist
 from compt.engines.base import Engine
+from compt.engines.zero.state import open_average
 from compt.errors import ArtefactError, RunError
 from compt.files import hash_json, new_folder, read_json, sha256_file, write_json, write_text
-from compt.train.weights import module_weights
-from compt.train.weights import open_weights as _open_weights
-from compt.weights.lazy import Weights
-from compt.weights.writers import Writers
+from compt.weights.artefact import Writers
+from compt.weights.dcp import read_dcp
+from compt.weights.deepspeed import read_zero
+from compt.weights.lazy import TensorSource, View, Weights
 
 RECORD = "state.json"
 STATE = "state"
@@ -41,6 +42,8 @@ _log = logging.getLogger(__name__)
 
 _Files = dict[str, dict[str, Any]]
 """Name below the checkpoint's folder -> bytes and SHA-256."""
+_MODEL, _AVERAGE = "model.", "ema."
+"""Prefixes in a state: the model within the module that is trained (the rest is projectors), and the average."""
 
 
 @dataclass
@@ -181,7 +184,12 @@ def open_weights(path: Path, average: bool = False) -> Weights:
     Any process by itself, whatever engine wrote; a tensor is read when it is asked for and none is kept. Raises
     ArtefactError when the checkpoint is torn, or has no average.
     """
-    return _open_weights(path / STATE, _read_record(path)["format"], average)
+    folder, kind = path / STATE, _read_record(path)["format"]
+    weights = (_average if average else module_weights)(folder, kind)
+    names = {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)}
+    if not names:
+        raise ArtefactError(f"{folder}: no model in it")
+    return _view(weights, names)
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -260,3 +268,33 @@ def _remove_leftovers(folder: Path) -> None:
         for path in folder.iterdir():
             if _LEFTOVER.fullmatch(path.name):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def module_weights(folder: Path, format: str) -> Weights:
+    """The values of a module's state by the module's own names. Raises ArtefactError for a torn or forged folder."""
+    if format == "dcp":
+        weights = read_dcp(folder).weights
+        return _view(weights, {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)})
+    if format == "deepspeed":
+        weights = read_zero(folder).weights
+        return _view(weights, {name: name for name in weights})
+    raise ArtefactError(f"{folder}: of format '{format}', which this compt does not know")
+
+
+def _average(folder: Path, format: str) -> Weights:
+    """As `module_weights`, the moving average where a parameter has one."""
+    if format == "deepspeed":
+        found = open_average(folder)
+        return _view(found, {name: name for name in found})
+    weights = read_dcp(folder).weights
+    if f"{_AVERAGE}updates" not in weights:
+        raise ArtefactError(f"{folder}: no moving average of the weights in it")
+    own = {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)}
+    averages = {name: f"{_AVERAGE}{name}" for name in own}
+    return _view(weights, own | {name: place for name, place in averages.items() if place in weights})
+
+
+def _view(weights: Any, names: Mapping[str, str]) -> View:
+    """Weights under other names; logit_scale, which training keeps as [1], a scalar."""
+    shapes = {name: () if name == "logit_scale" else tuple(weights.shape(source)) for name, source in names.items()}
+    return View(weights, {name: TensorSource((source,), shapes[name], "reshape") for name, source in names.items()})

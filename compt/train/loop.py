@@ -23,9 +23,8 @@ from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.pixels import to_input
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
-from compt.train.metrics import MetricsWriter
+from compt.train.metrics import MetricsWriter, straggler_report
 from compt.train.signals import StopSignal
-from compt.train.stragglers import straggler_report
 from compt.train.task import Task, reduce_report
 
 

@@ -29,15 +29,17 @@ from compt.dist.rendezvous import HERE, is_host
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
 from compt.engines.base import COMPUTE_DTYPES, Engine
-from compt.engines.frozen import shard_frozen
 from compt.engines.open import open_engine
+from compt.engines.shards import shard_frozen
 from compt.errors import RunError, is_out_of_memory
 from compt.models.clip import build
 from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
 from compt.plan.remedies import Room, advice
-from compt.recipe.read import EngineConfig, Recipe, split_batch
+from compt.recipe.engine import EngineConfig
+from compt.recipe.read import split_batch
+from compt.recipe.schema import Recipe
 from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 

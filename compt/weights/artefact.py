@@ -19,18 +19,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, RunError
-from compt.files import leads_out, new_folder, read_json, sha256_file, write_json
+from compt.files import disk_errors, leads_out, new_folder, read_json, sha256_file, write_json
 from compt.models.clip import ClipModel, build, materialise
 from compt.models.init import load_state
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
-from compt.weights.writers import Writers
 
 FORMAT = "compt-model"
 FORMAT_VERSION = 1
@@ -192,7 +192,7 @@ def write_artefact(
 
 
 @dataclass(frozen=True)
-class _Part:
+class _Shard:
     """One file of weights: of which model ("" for the one that the folder is of), and what is in it."""
 
     model: str
@@ -208,14 +208,14 @@ _Written = tuple[str, int]
 """SHA-256 of a file, and how many bytes its tensors take."""
 
 
-def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Part]:
+def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Shard]:
     parts = []
     for model, state in states.items():
         shapes = _expected_shapes(state, spec)
         files = split_files(shapes, max_shard_bytes)
         for number, names in enumerate(files):
             file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
-            parts.append(_Part(model, file, {name: shapes[name] for name in names}))
+            parts.append(_Shard(model, file, {name: shapes[name] for name in names}))
     return parts
 
 
@@ -228,8 +228,8 @@ def _begin(folder: Path, models: Iterable[str], undo: contextlib.ExitStack) -> P
 
 
 def _write_own(
-    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Part], writers: Writers
-) -> dict[_Part, _Written]:
+    folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Shard], writers: Writers
+) -> dict[_Shard, _Written]:
     """Write the files that fall to this process."""
     if not folder.is_dir():
         raise RunError(f"cannot write {folder}: rank {writers.rank} does not see it; all ranks need one file system")
@@ -244,7 +244,7 @@ def _write_own(
 
 def _describe(
     folder: Path,
-    files: Sequence[tuple[_Part, _Written]],
+    files: Sequence[tuple[_Shard, _Written]],
     spec: ModelSpec,
     manifest: Mapping[str, Any],
     preprocess: dict[str, Any],
@@ -403,3 +403,42 @@ def read_object(path: Path) -> dict[str, Any]:
 
 def _cause(error: Exception) -> str:
     return f"{error.args[0]} is missing" if isinstance(error, KeyError) else str(error)
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Those who write `folder`: every rank, each of which then calls every method, or this process, which is rank 0."""
+
+    folder: Path
+    together: bool
+
+    @property
+    def rank(self) -> int:
+        """Which of them this one is."""
+        return dist.rank() if self.together else 0
+
+    @property
+    def number(self) -> int:
+        """How many they are."""
+        return dist.world_size() if self.together else 1
+
+    def all(self, action: Callable[[], T]) -> T:
+        """Do it in each of them. A ComptError in one is raised in all, and so is an OSError, as a RunError."""
+
+        def guarded() -> T:
+            with disk_errors(self.folder):
+                return action()
+
+        return dist.on_all(guarded) if self.together else guarded()
+
+    def main(self, action: Callable[[], T]) -> T:
+        """Do it in the first; its result in all of them."""
+        result: Any = self.all(lambda: action() if self.rank == 0 else None)
+        return dist.broadcast_object(result) if self.together else result  # type: ignore[no-any-return]
+
+    def gather(self, value: T) -> list[T]:
+        """The value of each, in all of them."""
+        return dist.gather_objects(value) if self.together else [value]

@@ -23,13 +23,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from compt.errors import ArtefactError
-from compt.weights.lazy import Found, Weights, inside
+from compt.weights.lazy import FoundWeights, Weights, inside
 from compt.weights.pickles import load_dcp_metadata
 
 METADATA = ".metadata"
 
 
-class _Reader(FileSystemReader):
+class _DcpReader(FileSystemReader):
     """torch's reader with metadata that was read and checked already, where torch would unpickle whatever is there."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
@@ -47,7 +47,7 @@ class DcpWeights(Weights):
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self._folder = folder
         self._metadata = metadata
-        self._reader = _Reader(folder, metadata)
+        self._reader = _DcpReader(folder, metadata)
         self._entries: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()
@@ -88,7 +88,7 @@ class DcpWeights(Weights):
         return self._entries[name].properties.dtype
 
 
-def read_dcp(folder: Path) -> Found:
+def read_dcp(folder: Path) -> FoundWeights:
     """The tensors of a folder of torch.distributed.checkpoint. Raises ArtefactError for a forged or torn one."""
     path = inside(folder, METADATA)
     metadata = load_dcp_metadata(path)
@@ -109,7 +109,7 @@ def read_dcp(folder: Path) -> Found:
         fault = _fault(name, metadata)
         if fault:
             raise ArtefactError(f"{path}: {name}: {fault}")
-    return Found(weights, [path, *files])
+    return FoundWeights(weights, [path, *files])
 
 
 def _fault(name: str, metadata: Metadata) -> str | None:

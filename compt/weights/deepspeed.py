@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compt.errors import ArtefactError
-from compt.weights.lazy import FLOATS, Found, Weights, inside
+from compt.weights.lazy import FLOATS, FoundWeights, Weights, inside
 from compt.weights.pickles import load_torch_file, tensors_in
 
 LATEST = "latest"
@@ -78,11 +78,11 @@ def is_zero_folder(folder: Path) -> bool:
     )
 
 
-def read_zero(folder: Path) -> Found:
+def read_zero(folder: Path) -> FoundWeights:
     """The weights in fp32, where there are some, of a checkpoint folder or of one tag of it. Raises ArtefactError."""
     opened = _open(folder)
     with _laid_out(opened.folder):
-        return Found(_weights(opened), opened.files)
+        return FoundWeights(_weights(opened), opened.files)
 
 
 def read_zero_state(folder: Path, note: str) -> ZeroState:
@@ -118,7 +118,7 @@ def read_zero_state(folder: Path, note: str) -> ZeroState:
         return ZeroState(weights, moments, steps.pop() if steps else 0.0, noted)
 
 
-class _Opened(NamedTuple):
+class _OpenedFile(NamedTuple):
     """The files of a folder, in the order of ranks, and what is in them; optimizers are there with ZeRO."""
 
     folder: Path
@@ -127,7 +127,7 @@ class _Opened(NamedTuple):
     optimizers: list[Any]
 
 
-def _open(folder: Path) -> _Opened:
+def _open(folder: Path) -> _OpenedFile:
     if not any(_MODEL.fullmatch(path.name) for path in folder.iterdir()):
         folder = _tag_folder(folder)
     _refuse_parallel(folder)
@@ -138,7 +138,7 @@ def _open(folder: Path) -> _Opened:
         if not optims and stage:
             raise ArtefactError(f"{folder}: the *_optim_states.pt files, which hold the weights in fp32, are missing")
         optimizers = [load_torch_file(path)["optimizer_state_dict"] for path in optims]
-        return _Opened(folder, [*models, *optims], states, optimizers)
+        return _OpenedFile(folder, [*models, *optims], states, optimizers)
 
 
 @contextlib.contextmanager
@@ -152,7 +152,7 @@ def _laid_out(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _weights(opened: _Opened) -> ZeroWeights:
+def _weights(opened: _OpenedFile) -> ZeroWeights:
     if opened.optimizers:
         return ZeroWeights(_assemble(opened))
     return ZeroWeights(
@@ -197,7 +197,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _assemble(opened: _Opened) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+def _assemble(opened: _OpenedFile) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
     folder, states, optimizers = opened.folder, opened.states, opened.optimizers
     first, state = optimizers[0], states[0]
     # Where bfloat16 has an optimizer of its own (stage 1), the field that names the stage is missing.
@@ -231,7 +231,7 @@ def _masters(optimizer: Mapping[str, Any]) -> list[Tensor]:
     return [_vector(part) for part in optimizer[key]]
 
 
-def _cut(opened: _Opened, vectors: Sequence[Sequence[Any]]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+def _cut(opened: _OpenedFile, vectors: Sequence[Sequence[Any]]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
     """The parameters in vectors that are laid out like the masters. `vectors[rank]`, at least as long as they are."""
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in opened.states[0]["param_shapes"]]
     cut = []

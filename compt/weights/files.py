@@ -12,7 +12,7 @@ from compt.errors import ArtefactError, ConfigError
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import NORM_EPS, OPENAI_MEAN, OPENAI_STD, VOCAB_SIZE, ModelSpec
 from compt.weights.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
-from compt.weights.lazy import Found, Tensors, inside
+from compt.weights.lazy import FoundWeights, Tensors, inside
 from compt.weights.pickles import load_torch_file, tensors_in
 from compt.weights.safetensors import LazyState
 
@@ -51,24 +51,24 @@ _HF_EMBEDDING = 512
 _HF_HIGHEST = 2
 
 
-def read_file(path: Path) -> Found:
+def read_file(path: Path) -> FoundWeights:
     """A file of weights: .safetensors, or what torch.save wrote. Raises ArtefactError."""
     if path.suffix == ".safetensors":
-        return Found(LazyState(path.parent, [path.name]), [path])
+        return FoundWeights(LazyState(path.parent, [path.name]), [path])
     if path.suffix not in PICKLES:
         raise ArtefactError(f"{path}: weights are read from .safetensors, {', '.join(PICKLES)} files and from folders")
-    return Found(Tensors(dict(tensors_in(load_torch_file(path)))), [path])
+    return FoundWeights(Tensors(dict(tensors_in(load_torch_file(path)))), [path])
 
 
-def read_open_clip(folder: Path) -> Found:
+def read_open_clip(folder: Path) -> FoundWeights:
     """A folder with open_clip's config and weights. Raises ArtefactError."""
     config = read_object(inside(folder, CONFIG))
     spec = spec_from_open_clip(config, name=folder.name)
     found = read_plain(folder)
-    return Found(found.weights, found.files, spec, dict(config.get("preprocess_cfg") or {}))
+    return FoundWeights(found.weights, found.files, spec, dict(config.get("preprocess_cfg") or {}))
 
 
-def read_hugging_face(folder: Path) -> Found:
+def read_hugging_face(folder: Path) -> FoundWeights:
     """A folder of transformers' CLIPModel: config.json and weights. Raises ArtefactError."""
     spec = spec_from_hugging_face(read_object(inside(folder, HF_CONFIG)), folder.name)
     pixels = read_object(inside(folder, HF_PIXELS)) if (folder / HF_PIXELS).exists() else {}
@@ -78,7 +78,7 @@ def read_hugging_face(folder: Path) -> Found:
     if pixels.get("resample") in _RESAMPLING:
         preprocess["interpolation"] = _RESAMPLING[pixels["resample"]]
     found = read_plain(folder)
-    return Found(found.weights, found.files, spec, preprocess)
+    return FoundWeights(found.weights, found.files, spec, preprocess)
 
 
 def has_weights(folder: Path) -> bool:
@@ -86,7 +86,7 @@ def has_weights(folder: Path) -> bool:
     return bool(_candidates(folder))
 
 
-def read_plain(folder: Path) -> Found:
+def read_plain(folder: Path) -> FoundWeights:
     """The weights in a folder, whatever says what they are of: a file of one of the usual names, the files that an
     index lists, else the one .safetensors file that is there. Raises ArtefactError.
     """
@@ -96,7 +96,7 @@ def read_plain(folder: Path) -> Found:
     if candidates[0] == INDEX:
         names = sorted(set(weight_map(folder, inside(folder, INDEX).name).values()))
         weights = open_state(folder, [inside(folder, name).name for name in names], INDEX)
-        return Found(weights, [folder / name for name in names])
+        return FoundWeights(weights, [folder / name for name in names])
     if candidates[0] not in (*WEIGHTS, *WEIGHT_PICKLES) and len(candidates) > 1:
         raise ArtefactError(
             f"{folder}: {len(candidates)} .safetensors files and no {INDEX}; give one of them by itself"
@@ -179,7 +179,7 @@ def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str,
         raise ArtefactError(f"{HF_CONFIG} of {name}: {wrong}")
 
 
-def pixels_of(found: Found, spec: ModelSpec) -> dict[str, Any]:
+def pixels_of(found: FoundWeights, spec: ModelSpec) -> dict[str, Any]:
     """How pictures are prepared: what the source says, else as OpenAI's models have it."""
     return {
         "mean": list(OPENAI_MEAN),

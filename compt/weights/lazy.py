@@ -35,7 +35,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundWeights:
     """What a path holds before anything is decided: its weights under the names they have there, its files, and what
     a config beside them says.
     """
@@ -71,7 +71,7 @@ class Tensors(Weights):
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSource:
     """One parameter made of one or several of a source: taken as it is, transposed, or stacked along dimension 0."""
 
     names: tuple[str, ...]
@@ -82,7 +82,7 @@ class Part:
 class View(Weights):
     """Weights under other names, each made of the source's when it is asked for."""
 
-    def __init__(self, weights: Weights | LazyState, parts: Mapping[str, Part]) -> None:
+    def __init__(self, weights: Weights | LazyState, parts: Mapping[str, TensorSource]) -> None:
         self._weights = weights
         self._parts = dict(parts)
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from compt.errors import ArtefactError
-from compt.weights.lazy import Part, View, Weights
+from compt.weights.lazy import TensorSource, View, Weights
 from compt.weights.safetensors import LazyState
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -74,11 +74,12 @@ def open_clip_view(
         parts = _from_hugging_face(own, weights)
     else:
         parts = {
-            name: Part((source,), tuple(weights.shape(source))) for name, source in _swin_now(_text_at_top(own)).items()
+            name: TensorSource((source,), tuple(weights.shape(source)))
+            for name, source in _swin_now(_text_at_top(own)).items()
         }
     scale = parts.get("logit_scale")
     if scale is not None and scale.shape == (1,):
-        parts["logit_scale"] = Part(scale.names, (), "reshape")
+        parts["logit_scale"] = TensorSource(scale.names, (), "reshape")
     return View(weights, parts), sorted(left_out), leftover
 
 
@@ -155,18 +156,20 @@ def _swin_now(own: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _from_hugging_face(own: Mapping[str, str], weights: Weights | LazyState) -> dict[str, Part]:
-    parts: dict[str, Part] = {}
+def _from_hugging_face(own: Mapping[str, str], weights: Weights | LazyState) -> dict[str, TensorSource]:
+    parts: dict[str, TensorSource] = {}
     known = {theirs: (name, turned) for name, theirs, turned in _HUGGING_FACE}
     for theirs, source in own.items():
         shape = tuple(weights.shape(source))
         layer = _HUGGING_FACE_LAYER.fullmatch(theirs)
         if theirs in known:
             name, turned = known[theirs]
-            parts[name] = Part((source,), shape[::-1], "transpose") if turned else Part((source,), shape)
+            parts[name] = (
+                TensorSource((source,), shape[::-1], "transpose") if turned else TensorSource((source,), shape)
+            )
         elif layer and layer[3] in _HUGGING_FACE_BLOCK:
             place = f"{_HUGGING_FACE_TOWERS[layer[1]]}.resblocks.{layer[2]}"
-            parts[f"{place}.{_HUGGING_FACE_BLOCK[layer[3]]}.{layer[4]}"] = Part((source,), shape)
+            parts[f"{place}.{_HUGGING_FACE_BLOCK[layer[3]]}.{layer[4]}"] = TensorSource((source,), shape)
         elif layer and layer[3] == "self_attn.q_proj":
             roles = [own.get(theirs.replace(".q_proj.", f".{role}_proj.")) for role in "qkv"]
             packed = tuple(role for role in roles if role is not None)
@@ -174,7 +177,7 @@ def _from_hugging_face(own: Mapping[str, str], weights: Weights | LazyState) -> 
             if len(packed) == 3 and len(shapes) == 1:
                 rows = sum(weights.shape(role)[0] for role in packed)
                 name = f"{_HUGGING_FACE_TOWERS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
-                parts[name] = Part(packed, (rows, *shape[1:]), "stack")
+                parts[name] = TensorSource(packed, (rows, *shape[1:]), "stack")
         elif not (layer and layer[3] in ("self_attn.k_proj", "self_attn.v_proj")):
-            parts[theirs] = Part((source,), shape)  # not known: the comparison with the model reports it
+            parts[theirs] = TensorSource((source,), shape)  # not known: the comparison with the model reports it
     return parts

@@ -15,7 +15,7 @@ from compt.weights import dcp, files, tags
 from compt.weights import deepspeed as zero
 from compt.weights.artefact import CONFIG, MANIFEST, Artefact, read_artefact
 from compt.weights.infer import compare, infer_spec
-from compt.weights.lazy import Found, digest_of
+from compt.weights.lazy import FoundWeights, digest_of
 from compt.weights.names import OPENAI_SIZES, open_clip_view
 from compt.weights.safetensors import LazyState
 
@@ -67,7 +67,7 @@ def average_of(artefact: Artefact) -> Mapping[str, Tensor] | None:
     return found.state
 
 
-def _find(path: Path, verify: bool) -> Found:
+def _find(path: Path, verify: bool) -> FoundWeights:
     if path.is_file():
         return files.read_file(path)
     if path.is_dir():
@@ -93,7 +93,7 @@ def _find(path: Path, verify: bool) -> Found:
     raise ArtefactError(f"{path}: no such model: neither a folder, nor a file, nor ARCH:TAG of open_clip's pretrained")
 
 
-def _open_other(path: Path, found: Found, spec: ModelSpec | None, prefix: str | None) -> Artefact:
+def _open_other(path: Path, found: FoundWeights, spec: ModelSpec | None, prefix: str | None) -> Artefact:
     view, left_out, leftover = open_clip_view(found.weights, prefix, str(path), PREFIX_OPTION)
     if found.spec is not None:
         _compare_specs(path, found.spec, spec)

@@ -17,7 +17,7 @@ from compt.errors import ArtefactError, nearest
 from compt.files import sha256_file
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.weights.files import read_file
-from compt.weights.lazy import Found
+from compt.weights.lazy import FoundWeights
 
 _TAG = re.compile(r"([\w.-]+):([\w.-]+)")
 
@@ -33,7 +33,7 @@ def clip_cache() -> Path:
     return Path("~/.cache/clip").expanduser()
 
 
-def read_tag(arch: str, tag: str, verify: bool = True) -> Found:
+def read_tag(arch: str, tag: str, verify: bool = True) -> FoundWeights:
     """The weights of a tag. Raises ArtefactError for an unknown one, and for one that is not on the disk, saying where
     it was looked for and what brings it there.
 
@@ -59,7 +59,7 @@ def read_tag(arch: str, tag: str, verify: bool = True) -> Found:
                 _check_digest(path, str(config.get("url", "")))
             pixels = {key: list(config[key]) for key in ("mean", "std") if key in config}
             pixels |= {key: config[key] for key in ("interpolation",) if key in config}
-            return Found(found.weights, found.files, spec, pixels)
+            return FoundWeights(found.weights, found.files, spec, pixels)
     raise ArtefactError(
         f"{arch}:{tag}: not on this machine: neither {' nor '.join(looked)}. To bring it there, run "
         f"python -c \"import open_clip; open_clip.create_model('{arch}', pretrained='{tag}')\" where there is a network"

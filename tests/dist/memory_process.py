@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.handoff.process import Memory, status
 from compt.dist import collectives as dist
 from compt.chain.run import only, prepare, run_only
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 from compt.chain.job import JobRun
 from tests.helpers.recipe import recipe_of
 

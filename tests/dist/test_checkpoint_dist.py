@@ -208,7 +208,7 @@ def test_what_one_rank_cannot_write_all_ranks_raise_and_the_previous_stays(tmp_p
 
 def die_in_a_save(folder: Path, asynchronous: bool) -> None:
     Saver(folder).save(engine(3, sharded=True), 5, KEPT)
-    write = state_dcp._Writer.write_data
+    write = state_dcp._DcpWriter.write_data
 
     def die(*arguments: Any) -> Any:
         done = write(*arguments)
@@ -216,7 +216,7 @@ def die_in_a_save(folder: Path, asynchronous: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return done
 
-    state_dcp._Writer.write_data = die  # type: ignore[method-assign]
+    state_dcp._DcpWriter.write_data = die  # type: ignore[method-assign]
     saver = Saver(folder, asynchronous=asynchronous)
     saver.save(engine(4, sharded=True), 10, KEPT)
     saver.finish()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from compt.dist import collectives as dist
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.data.batch import EvalBatch
 from compt.errors import DataError
 from compt.evaluate.sets import EvalSettings, evaluate_set

@@ -19,7 +19,7 @@ from compt.train.accumulate import cached_backward
 from compt.engines.base import AdamWSettings
 from compt.engines.ddp import DataParallelEngine
 from compt.engines.base import Precision
-from compt.engines.frozen import shard_frozen
+from compt.engines.shards import shard_frozen
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.shards import local, make_mesh, sharded_parts
 from compt.errors import ArtefactError, ConfigError

@@ -135,7 +135,7 @@ def test_a_rank_ends_just_after_it_has_come() -> None:
 
 ENDING = """
 import os, sys
-from compt import dist
+from compt.dist import collectives as dist
 from compt.errors import ComptError
 if os.environ["RANK"] == "1":
     dist.choose_interface = lambda place: os._exit(9)
@@ -163,7 +163,7 @@ def test_who_tells_does_so_before_torchrun_stops_it(tmp_path: Path) -> None:
 SPEAKING = """
 import os
 import torch.distributed
-from compt import dist
+from compt.dist import collectives as dist
 from compt.errors import ComptError
 def init_process_group(*arguments, **options):
     raise RuntimeError("Gloo connectFullMesh failed")
@@ -203,7 +203,8 @@ def test_who_tells_of_an_error_of_all_does_so_before_torchrun_stops_it(tmp_path:
 
 AGREED = """
 import os, time
-from compt import cli, dist
+from compt.cli import main as cli
+from compt.dist import collectives as dist
 from compt.errors import RunError
 def app(_):
     dist.init("cpu")
@@ -221,7 +222,7 @@ cli.run()
 LIMITS = """
 import os, sys
 import torch
-from compt import dist
+from compt.dist import collectives as dist
 dist.init("cpu", timeout_seconds=333.0, connect_seconds=8.0)
 print(dist._timeout().total_seconds(), torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds())
 sys.stdout.flush()
@@ -232,7 +233,7 @@ os._exit(0)
 LEFT = """
 import os
 from pathlib import Path
-from compt import dist
+from compt.dist import collectives as dist
 def threads():
     return [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
 dist.init("cpu")

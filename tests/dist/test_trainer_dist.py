@@ -198,12 +198,12 @@ def test_a_signal_to_torchrun_saves(torchrun: Any, tmp_path: Path) -> None:
 
 FAILING = """
 import os, sys
-from compt.data import dataset
+from compt.data import loaders as dataset
 from compt.errors import DataError
 if os.environ["RANK"] == "1":
     def add(self, read):
         raise DataError("shard 000007.tar, key 8 is no picture")
-    dataset._Watch.add = add
+    dataset._BadShare.add = add
 sys.argv[0] = {launcher!r}
 exec(open({launcher!r}).read())
 """

@@ -21,7 +21,8 @@ from torch.distributed import distributed_c10d
 
 from compt.dist import collectives as dist
 from compt.train.accumulate import cached_backward
-from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.recipe.deepspeed import deepspeed_config
 from compt.engines.base import AdamWSettings
 from compt.engines.scale import LossScale
@@ -266,7 +267,7 @@ def flushed() -> Iterator[list[str]]:
 
 def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> list[dict[str, Any]]:
     """Train two steps, save, go on; then once more from what was saved, which has to be the same bit for bit."""
-    from compt.engines.zero.engine import open_average
+    from compt.engines.zero.state import open_average
     from compt.weights.deepspeed import read_zero
 
     results = []

@@ -14,10 +14,10 @@ from compt.dist import collectives as dist
 from compt.errors import RunError, is_out_of_memory
 from compt.plan.jobs import make_plan
 from compt.plan.remedies import Room, advice, explained
-from compt.recipe.read import EngineConfig, load_recipe
-from compt.train.metrics import read_metrics
+from compt.recipe.engine import EngineConfig
+from compt.recipe.read import load_recipe
+from compt.train.metrics import read_metrics, straggler_report
 from compt.train.micro_batch import Trial, fits_apart, largest, steps
-from compt.train.stragglers import straggler_report
 from tests.dist.spawn import run_ranks
 from tests.faults.group import Group
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, recipe_of

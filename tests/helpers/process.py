@@ -154,7 +154,7 @@ def chain_with_workers(base: Path, run: Path, *changes: str) -> None:
 
 def hold(run: Path, ready: Any, release: Any) -> None:
     """Hold the lock of a run folder until told otherwise."""
-    from compt.chain.run import locked
+    from compt.chain.locks import locked
 
     with locked(run):
         ready.set()

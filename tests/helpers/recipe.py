@@ -19,7 +19,8 @@ from compt.chain.run import prepare, run_chain
 from compt.errors import Interrupted
 from compt.files import sha256_file
 from compt.plan.jobs import Plan
-from compt.recipe.read import Recipe, parse_recipe
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Recipe
 from compt.train import loop as trainer
 from compt.train.metrics import read_metrics
 from tests.helpers.shards import make_shards

@@ -17,7 +17,8 @@ from compt.evaluate.retrieval import RetrievalResult
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.files import write_json
 from compt.plan.jobs import Job, Plan, make_plan
-from compt.recipe.read import Recipe, parse_recipe
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Recipe
 
 CLASSES = 200
 PICTURES = 400

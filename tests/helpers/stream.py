@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from compt.expand.execute import expand
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
@@ -38,7 +38,7 @@ class Case:
     config: ExpandConfig
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ExpansionPlan:
         return make_plan(*self.pair, self.config)
 
 

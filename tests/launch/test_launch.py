@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from compt.cli.launch import Record, chain_words, exit_code, zero_stage
+from compt.cli.launch import LaunchRecord, chain_words, exit_code, zero_stage
 from compt.cli.main import app
 from compt.errors import ConfigError
 from tests.helpers.ports import free_port
@@ -151,8 +151,8 @@ def test_no_launcher_takes_an_option_for_its_own(launcher: str) -> None:
 # --- exit codes
 
 
-def records(*codes: int | None, agreed: bool = False) -> list[Record]:
-    return [Record(100 + rank, rank, code, agreed) for rank, code in enumerate(codes)]
+def records(*codes: int | None, agreed: bool = False) -> list[LaunchRecord]:
+    return [LaunchRecord(100 + rank, rank, code, agreed) for rank, code in enumerate(codes)]
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def records(*codes: int | None, agreed: bool = False) -> list[Record]:
         (-9, False, records(None, None), 137),
     ],
 )
-def test_the_code_to_end_with(launcher: int, signalled: bool, told: list[Record], expected: int) -> None:
+def test_the_code_to_end_with(launcher: int, signalled: bool, told: list[LaunchRecord], expected: int) -> None:
     assert exit_code(launcher, signalled, told) == expected
 
 

@@ -1,4 +1,4 @@
-"""The house rules, held by reading the source: who imports whom, what is light, what things are called, how long they are."""
+"""The house rules, held by reading the source: who imports whom, what is light, names, lengths."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PACKAGES = (
     "__main__",
 )
 
-# Modules that load neither torch nor a library that does: a recipe is checked, planned, costed and designed in a moment.
+# Modules that load neither torch nor a library that does: checking, planning and designing take a moment.
 LIGHT = (
     "compt.errors",
     "compt.files",
@@ -89,7 +89,21 @@ FUNCTION_LINES = 100
 LONGER: dict[str, str] = {}
 
 # Files of fewer than 60 lines: why each is a file.
-SMALLER: dict[str, str] = {}
+SMALLER: dict[str, str] = {
+    "compt/bench/estimate.py": "one question: how long will this run take",
+    "compt/chain/start.py": "the model that a chain starts from; jobs and calibration both open it",
+    "compt/cli/doctor.py": "a command group of its own",
+    "compt/data/batch.py": "the type that data hands to training",
+    "compt/dist/child.py": "light child processes import nothing else",
+    "compt/engines/average.py": "every engine has it",
+    "compt/engines/blocks.py": "every engine has it",
+    "compt/engines/scale.py": "every engine has it",
+    "compt/evaluate/contact.py": "the contact sheet",
+    "compt/evaluate/validation.py": "the validation loss",
+    "compt/expand/resize.py": "resizing of positions, which axes and operators use",
+    "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",
+    "compt/models/swin.py": "imports timm, for those who register a Swin only",
+}
 
 
 def module_of(path: str) -> str:

@@ -16,7 +16,8 @@ import yaml
 from compt.cli.launch import chain_words
 from compt.cli.main import app
 from compt.models.presets import NORM_EPS, PRESETS
-from compt.plan.jobs import Start, make_plan
+from compt.plan.jobs import make_plan
+from compt.plan.links import Start
 from compt.recipe.read import load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ from compt.engines.base import COMPUTE_DTYPES, Engine, Precision
 from compt.engines.open import open_engine
 from compt.models.clip import build, caption_lengths
 from compt.models.presets import ModelSpec, resolve
-from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 

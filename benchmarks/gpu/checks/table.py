@@ -41,7 +41,7 @@ from compt.engines.base import AdamWSettings, Engine, Precision
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import caption_lengths
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD
-from compt.recipe.read import EngineConfig
+from compt.recipe.engine import EngineConfig
 from compt.train.accumulate import cached_backward
 from compt.train.loop import training_step
 from compt.train.task import ClipTask

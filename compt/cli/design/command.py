@@ -11,16 +11,16 @@ from pathlib import Path
 import typer
 import yaml
 
-from compt.cli.design.tables import Asked, Design, design_json, design_notes, design_tables
+from compt.cli.design.tables import Design, DesignRequest, design_json, design_notes, design_tables
 from compt.design.candidates import Candidates, candidates
 from compt.design.confidence import MEDIAN
 from compt.design.costs import Costs, distils, epoch_steps, hours_costs, macs_costs
 from compt.design.curves import LinkCurve, matches
-from compt.design.epochs import Bound, EpochModel, Link, paper_matches
+from compt.design.epochs import Bound, EpochModel, LinkEpochs, paper_matches
 from compt.design.outcome import Outcome, Setting, designed_recipe, outcome
 from compt.design.search import (
     MOST_MEMBERS,
-    Found,
+    FoundChain,
     Problem,
     by_size,
     found,
@@ -34,7 +34,8 @@ from compt.errors import ConfigError, nearest
 from compt.files import write_text
 from compt.plan.forecast import Machine, check_shares, make_forecast
 from compt.plan.jobs import make_plan
-from compt.recipe.read import Recipe, parse_recipe
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Recipe
 from compt.text import terminal
 
 UNITS = ("macs", "hours")
@@ -103,7 +104,7 @@ def _asked(
     budget: float | None,
     confidence: float | None,
     runs: Sequence[Path],
-) -> Asked:
+) -> DesignRequest:
     """The options, checked against each other."""
     if unit is not None and unit not in UNITS:
         raise ConfigError(f"--in {unit}: should be macs or hours{nearest(unit, UNITS)}")
@@ -119,10 +120,10 @@ def _asked(
     if confidence is not None and not 0 < confidence < 1:
         raise ConfigError(f"--confidence {confidence:g}: should be a probability between 0 and 1, such as 0.9")
     in_hours = unit == "hours" or objective == "budget"
-    return Asked(objective, in_hours, size, budget, MEDIAN if confidence is None else confidence, tuple(runs))
+    return DesignRequest(objective, in_hours, size, budget, MEDIAN if confidence is None else confidence, tuple(runs))
 
 
-def _check(recipe: Recipe, asked: Asked) -> None:
+def _check(recipe: Recipe, asked: DesignRequest) -> None:
     """Raise ConfigError for recipes that no chain can be designed for."""
     settings, images, batch = recipe.baselines, recipe.data.images, recipe.optimizer.batch
     if settings is None:
@@ -148,7 +149,7 @@ def _check(recipe: Recipe, asked: Asked) -> None:
         )
 
 
-def _setting(recipe: Recipe, machine: Machine | None, asked: Asked, on: str | None) -> Setting:
+def _setting(recipe: Recipe, machine: Machine | None, asked: DesignRequest, on: str | None) -> Setting:
     settings = recipe.baselines
     assert settings is not None
     steps = settings.train.to_steps(recipe.data.images, recipe.optimizer.batch)
@@ -167,17 +168,17 @@ def _bound(curve: LinkCurve) -> Bound | None:
     if curve.match is not None or curve.baseline is None or (curve.more_than is None and curve.at_most is None):
         return None
     distilled = float(curve.settings.get("distill.alpha", 0.0)) > 0
-    link = Link(curve.student, curve.teacher, curve.position, curve.images, curve.baseline.epochs, distilled)
+    link = LinkEpochs(curve.student, curve.teacher, curve.position, curve.images, curve.baseline.epochs, distilled)
     runs = sorted({job.rpartition("/")[0] for point in curve.points for job in point.jobs})
     return Bound(link, f"on {curve.evaluation_set}: {', '.join(runs)}", curve.more_than, curve.at_most)
 
 
-def _design(setting: Setting, source: str, asked: Asked) -> Design:
+def _design(setting: Setting, source: str, asked: DesignRequest) -> Design:
     """The chosen chain among others; chains that several of them come to stand once."""
     search = _Search(setting, asked)
     best = search.best(search.task)
     chosen = search.simplest(best)
-    tags: dict[Found, list[str]] = {chosen: ["chosen"]}
+    tags: dict[FoundChain, list[str]] = {chosen: ["chosen"]}
     if best != chosen:
         tags[best] = [asked.best]
     for one in search.of_each_length(search.task, best.chain[-1]):
@@ -199,7 +200,7 @@ def _design(setting: Setting, source: str, asked: Asked) -> Design:
 class _Search:
     """The searches that one design takes."""
 
-    def __init__(self, setting: Setting, asked: Asked) -> None:
+    def __init__(self, setting: Setting, asked: DesignRequest) -> None:
         self.setting, self.asked = setting, asked
         recipe = setting.recipe
         self.models = candidates(recipe.family.specs())
@@ -225,20 +226,20 @@ class _Search:
             confidence=self.asked.confidence,
         )
 
-    def best(self, task: Problem) -> Found:
+    def best(self, task: Problem) -> FoundChain:
         """The optimum. Raises ConfigError where there is no such chain."""
         if self.asked.objective == "budget":
             return within_budget(task, self.asked.limit, self.asked.size)
         return (least_cost if self.asked.objective == "cost" else most_acceleration)(task, self.asked.size)
 
-    def of_each_length(self, task: Problem, last: int) -> list[Found]:
+    def of_each_length(self, task: Problem, last: int) -> list[FoundChain]:
         """The best chain of each possible number of models that ends in `last`."""
         cheapest = by_size(task.of_fitting() if self.asked.objective == "budget" else task, last)
         if self.asked.objective == "acceleration":
             return [most_acceleration(task, length) for length in cheapest]
         return list(cheapest.values())
 
-    def simplest(self, best: Found) -> Found:
+    def simplest(self, best: FoundChain) -> FoundChain:
         """`best`, or a simpler chain that is hardly worse: as good a family within the same budget."""
         last = best.chain[-1]
         presets = [self._placed(one) for one in self.of_each_length(self.few, self.kept.index(last))]
@@ -249,18 +250,18 @@ class _Search:
             others = [one for one in others if len(one.chain) == self.asked.size]
         return simplest([best, *others], self.models.presets, self.asked.loss)
 
-    def presets(self) -> Found | None:
+    def presets(self) -> FoundChain | None:
         """The best chain of presets; None where they give none of that size, or within the budget."""
         try:
             return self._placed(self.best(self.few))
         except ConfigError:
             return None
 
-    def _placed(self, one: Found) -> Found:
+    def _placed(self, one: FoundChain) -> FoundChain:
         """A chain of presets by its places among all candidates."""
         return found(self.task, [self.kept[at] for at in one.chain])
 
-    def by_hand(self) -> Found | None:
+    def by_hand(self) -> FoundChain | None:
         """The recipe's own chain with the model's epochs; None where one of its links is no growth."""
         try:
             make_plan(self.setting.recipe, world_size=self.setting.gpus)
@@ -269,12 +270,12 @@ class _Search:
         places = {self.models.specs[at].name: at for at in self.models.wanted}
         return found(self.task, [places[link.model] for link in self.setting.recipe.chain.links])
 
-    def outcome(self, one: Found, tags: Sequence[str]) -> Outcome:
+    def outcome(self, one: FoundChain, tags: Sequence[str]) -> Outcome:
         """What a chain is expected to come to; `tags` follow its number of models."""
         label = ", ".join([f"{len(one.chain)} model{'s' * (len(one.chain) > 1)}", *tags])
         return outcome(self.setting, label, [self.models.specs[at] for at in one.chain], one.epochs)
 
-    def as_given(self, by_hand: Found | None) -> list[Outcome]:
+    def as_given(self, by_hand: FoundChain | None) -> list[Outcome]:
         """The recipe's own chain with its own epochs."""
         if by_hand is None:
             return []

@@ -15,13 +15,13 @@ from compt.design.confidence import MEDIAN
 from compt.design.curves import Match
 from compt.design.epochs import FEATURES, LEVEL, Range
 from compt.design.outcome import Outcome, Setting, outcome
-from compt.design.search import SIMPLER, Found
+from compt.design.search import SIMPLER, FoundChain
 from compt.plan.forecast import Forecast
 from compt.text import TextTable, count, macs
 
 
 @dataclass(frozen=True)
-class Asked:
+class DesignRequest:
     """What a chain is searched for: the options of the command, already checked.
 
     `objective`: cost, acceleration or budget. Costs are GPU-hours where `in_hours`, MACs else.
@@ -49,7 +49,7 @@ class Asked:
         """What the best chain has."""
         return f"greatest acceleration in {self.unit}" if self.objective == "acceleration" else f"least {self.unit}"
 
-    def loss(self, one: Found) -> float:
+    def loss(self, one: FoundChain) -> float:
         """What the best of several chains has the least of."""
         return 1 / one.acceleration if self.objective == "acceleration" else one.cost
 
@@ -75,7 +75,7 @@ class Asked:
 class Design:
     """What a search found: the chosen chain, the best one, others to compare with, and the recipe that trains it."""
 
-    asked: Asked
+    asked: DesignRequest
     setting: Setting
     chosen: Outcome
     best: Outcome
@@ -224,7 +224,7 @@ def _on_start(design: Design) -> list[str]:
     return [*notes, caution] if caution else notes
 
 
-def _inside(asked: Asked, value: Range, ours: Range) -> bool:
+def _inside(asked: DesignRequest, value: Range, ours: Range) -> bool:
     return value.middle >= ours.low if asked.objective == "acceleration" else value.middle <= ours.high
 
 
@@ -236,13 +236,13 @@ def _called(one: Outcome) -> str:
     return f"{len(one.specs)} model{'s' * (len(one.specs) > 1)} ({_names(one)})"
 
 
-def _shown(asked: Asked, value: Range) -> str:
+def _shown(asked: DesignRequest, value: Range) -> str:
     if asked.objective == "acceleration":
         return f"{value.middle:.2f}x"
     return f"~{_number(value.middle)}" if asked.in_hours else macs(value.middle)
 
 
-def _shown_hours(asked: Asked, one: Outcome) -> str:
+def _shown_hours(asked: DesignRequest, one: Outcome) -> str:
     value = asked.value(one, other=True).middle
     return f"{value:.2f}x" if asked.objective == "acceleration" else f"~{_number(value)}"
 
@@ -325,7 +325,7 @@ def _hours(found: Range, kind: str) -> str:
     return f"{'' if kind == 'measured' else '~'}{_number(found.middle)} ({_ends(found)})"
 
 
-def _times(asked: Asked, one: Outcome) -> str:
+def _times(asked: DesignRequest, one: Outcome) -> str:
     found = one.gpu_hours_acceleration if asked.in_hours else one.acceleration
     assert found is not None
     middle, low = f"{found.middle:.2f}", f"{found.low:.2f}"

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from compt.cli.expand.request import Asked, Prepared, prepare
+from compt.cli.expand.request import ExpandRequest, Prepared, prepare
 from compt.cli.expand.tables import plan_tables, summary_table, verification_tables
 from compt.cli.tools import evaluation_set, show
 from compt.errors import ArtefactError
 from compt.files import write_json
 from compt.models.growth import DEPTH, WIDTH_OPERATORS
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.text import TextTable, terminal
 
 if TYPE_CHECKING:
@@ -145,15 +145,15 @@ def expand(
         "shard-size": shard_size,
     }
     models = (teacher_model, teacher_prefix)
-    asked = Asked(teacher, student, out, options, set_ or [], *models, from_manifest, dry_run, bool(verify))
+    asked = ExpandRequest(teacher, student, out, options, set_ or [], *models, from_manifest, dry_run, bool(verify))
     score = None
     if verify:
-        score = _Score(evaluation_set(verify, "zeroshot", label, classnames, templates), batch, workers, device)
+        score = _Verify(evaluation_set(verify, "zeroshot", label, classnames, templates), batch, workers, device)
     _run(asked, score, _Output(dry_run, as_json, out_json))
 
 
 @dataclass(frozen=True)
-class _Score:
+class _Verify:
     """The options of --verify."""
 
     item: EvalSet
@@ -171,7 +171,7 @@ class _Output:
     file: Path | None
 
 
-def _run(asked: Asked, score: _Score | None, output: _Output) -> None:
+def _run(asked: ExpandRequest, score: _Verify | None, output: _Output) -> None:
     from compt.dist import collectives as dist
 
     try:
@@ -257,20 +257,20 @@ def _write(prepared: Prepared) -> None:
         )
 
 
-def _check_data(prepared: Prepared, score: _Score) -> None:
+def _check_data(prepared: Prepared, score: _Verify) -> None:
     from compt.evaluate.sets import check_sets
 
     check_sets([score.item], _settings(prepared, score))
 
 
-def _settings(prepared: Prepared, score: _Score) -> Any:
+def _settings(prepared: Prepared, score: _Verify) -> Any:
     from compt.evaluate.sets import EvalSettings
 
     pixels = prepared.teacher.preprocess
     return EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), score.batch, score.workers)
 
 
-def _verified(prepared: Prepared, score: _Score, device: torch.device) -> Verification:
+def _verified(prepared: Prepared, score: _Verify, device: torch.device) -> Verification:
     from compt.dist import collectives as dist
     from compt.evaluate.expansion import verify
     from compt.weights.artefact import read_artefact

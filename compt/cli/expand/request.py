@@ -19,7 +19,7 @@ from compt.recipe.schema import checked_sizes
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compt.expand.plan import Plan
+    from compt.expand.plan import ExpansionPlan
     from compt.weights.artefact import Artefact
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**
 
 
 @dataclass(frozen=True)
-class Asked:
+class ExpandRequest:
     """The arguments; an option that was not given is None. `options`: those that --from-manifest stands for."""
 
     teacher: str
@@ -61,7 +61,7 @@ class Prepared:
     """
 
     teacher: Artefact
-    plan: Plan
+    plan: ExpansionPlan
     seed: int
     out: Path | None
     writes: bool
@@ -91,7 +91,7 @@ class Prepared:
         return notes
 
 
-def prepare(asked: Asked) -> Prepared:
+def prepare(asked: ExpandRequest) -> Prepared:
     """Read what is needed to plan, no weights. Raises ConfigError or ArtefactError."""
     manifest = None
     if asked.from_manifest is not None:
@@ -102,7 +102,7 @@ def prepare(asked: Asked) -> Prepared:
         raise ConfigError("name the student: a preset, or with --from-manifest FILE the model that was made before")
     config = growth_config(asked.options)
     from compt.dist import collectives as dist
-    from compt.expand.plan import Plan
+    from compt.expand.plan import ExpansionPlan
     from compt.weights.artefact import check_free
     from compt.weights.open import average_of
 
@@ -114,7 +114,7 @@ def prepare(asked: Asked) -> Prepared:
         teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix, verify=careful)
         prepared = _new(asked, teacher, config)
     else:
-        plan = Plan.from_json(manifest["expansion"])
+        plan = ExpansionPlan.from_json(manifest["expansion"])
         known = asked.teacher_model or plan.teacher
         teacher = open_source(asked.teacher, known, asked.teacher_prefix, verify=careful)
         prepared = _repeated(asked, teacher, plan, manifest)
@@ -129,7 +129,7 @@ def prepare(asked: Asked) -> Prepared:
     return prepared
 
 
-def _new(asked: Asked, teacher: Artefact, config: ExpandConfig) -> Prepared:
+def _new(asked: ExpandRequest, teacher: Artefact, config: ExpandConfig) -> Prepared:
     from compt.expand.plan import make_plan
 
     assert asked.student is not None
@@ -147,7 +147,7 @@ def _new(asked: Asked, teacher: Artefact, config: ExpandConfig) -> Prepared:
     return Prepared(teacher, plan, seed, asked.out, asked.writes, fields, shown, fields["shard_bytes"], None, taken)
 
 
-def _repeating(asked: Asked, path: Path) -> tuple[Asked, dict[str, Any]]:
+def _repeating(asked: ExpandRequest, path: Path) -> tuple[ExpandRequest, dict[str, Any]]:
     """The arguments without the student, which the manifest names: what stands in its place is OUT."""
     given = [f"--{name}" for name, value in asked.options.items() if value is not None]
     given += ["--set"] if asked.sizes else []
@@ -176,7 +176,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
-def _repeated(asked: Asked, teacher: Artefact, plan: Plan, manifest: dict[str, Any]) -> Prepared:
+def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, manifest: dict[str, Any]) -> Prepared:
     from compt.weights.artefact import MAX_SHARD_BYTES, OWN_FIELDS
 
     if teacher.hash != manifest["parent_hash"]:

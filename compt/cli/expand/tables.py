@@ -12,7 +12,7 @@ from compt.text import TextTable, count
 
 if TYPE_CHECKING:
     from compt.evaluate.expansion import Verification
-    from compt.expand.plan import Entry, Plan
+    from compt.expand.plan import ExpandedParameter, ExpansionPlan
 
 _IN_LAYER = re.compile(r"(?P<stack>.*blocks)\.(?P<layer>\d+)\.(?P<leaf>.*)")
 _STAGE = re.compile(r"\.layers\.(\d+)\.")
@@ -23,15 +23,15 @@ HEADER = ("parameter", "shape: rule", "copied", "new", "zero")
 
 
 @dataclass
-class _Part:
+class _TowerRows:
     """Entries that stand together, in the plan's order: a stack of layers, or a tower's other parameters."""
 
     title: str
     prefix: str
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[ExpandedParameter] = field(default_factory=list)
 
 
-def plan_tables(plan: Plan) -> Iterator[TextTable]:
+def plan_tables(plan: ExpansionPlan) -> Iterator[TextTable]:
     """Every parameter, a table a stack of layers and a table for the rest of a tower; the layers' own sums."""
     for part in _parts(plan):
         rows: list[tuple[str, ...]] = []
@@ -48,7 +48,7 @@ def plan_tables(plan: Plan) -> Iterator[TextTable]:
         yield TextTable(title, HEADER, rows, left=2)
 
 
-def summary_table(plan: Plan, rounded_to: str | None = None, notes: Sequence[str] = ()) -> TextTable:
+def summary_table(plan: ExpansionPlan, rounded_to: str | None = None, notes: Sequence[str] = ()) -> TextTable:
     """Sums by part and in all; below, the operators and which tower is exact, or why it is not.
 
     `rounded_to`: the type of the student's weights, where that is less than float32.
@@ -78,7 +78,7 @@ def _tower(config: ExpandConfig, image: bool) -> str:
     return f"width {tower.width}, depth {tower.depth}{zero}"
 
 
-def _promises(plan: Plan, rounded_to: str | None) -> Iterator[str]:
+def _promises(plan: ExpansionPlan, rounded_to: str | None) -> Iterator[str]:
     rounding = f", but for rounding to {rounded_to}, in which it is stored" if rounded_to else ""
     for tower in TOWERS:
         reasons = plan.inexact[tower]
@@ -89,24 +89,24 @@ def _promises(plan: Plan, rounded_to: str | None) -> Iterator[str]:
             yield f"The {tower} tower will compute what the teacher's does (in float64 to 1e-10){rounding}."
 
 
-def _parts(plan: Plan) -> list[_Part]:
-    parts: dict[str, _Part] = {}
+def _parts(plan: ExpansionPlan) -> list[_TowerRows]:
+    parts: dict[str, _TowerRows] = {}
     for entry in plan.entries:
         inside = _IN_LAYER.match(entry.name)
         image = entry.name.startswith("visual.")
         tower = "Image tower" if image else "Text tower"
         if entry.name == "logit_scale":
-            part = _Part("Both towers", "")
+            part = _TowerRows("Both towers", "")
         elif inside is None:
-            part = _Part(f"{tower}, outside its layers", "visual." if image else "")
+            part = _TowerRows(f"{tower}, outside its layers", "visual." if image else "")
         else:
             stage = _STAGE.search(entry.name)
-            part = _Part(f"{tower}, stage {stage[1]}" if stage else f"{tower}, layers", f"{inside['stack']}.")
+            part = _TowerRows(f"{tower}, stage {stage[1]}" if stage else f"{tower}, layers", f"{inside['stack']}.")
         parts.setdefault(part.title, part).entries.append(entry)
     return list(parts.values())
 
 
-def _layer_row(plan: Plan, stack: str, layer: int, entries: Sequence[Entry]) -> tuple[str, ...]:
+def _layer_row(plan: ExpansionPlan, stack: str, layer: int, entries: Sequence[ExpandedParameter]) -> tuple[str, ...]:
     sources = plan.layers.get(stack)
     if sources is None or sources[layer] < 0:
         text = "own"
@@ -119,7 +119,7 @@ def _layer_row(plan: Plan, stack: str, layer: int, entries: Sequence[Entry]) -> 
     return (name, f"{text}; {size.replace(' ', NO_BREAK)}", *shares)
 
 
-def _shape_and_rule(entry: Entry) -> str:
+def _shape_and_rule(entry: ExpandedParameter) -> str:
     """`64→128 × 256: insert res`: the teacher's size and the student's where they differ; then how."""
     rule = _OF_LAYER.sub("", entry.rule)
     if not entry.shape:
@@ -131,12 +131,12 @@ def _shape_and_rule(entry: Entry) -> str:
     return f"{' × '.join(sizes)}: {rule}"
 
 
-def _sum_row(name: str, entries: Sequence[Entry]) -> tuple[str, ...]:
+def _sum_row(name: str, entries: Sequence[ExpandedParameter]) -> tuple[str, ...]:
     size = sum(entry.size for entry in entries)
     return (name, f"{count(size)}", *_shares(entries))
 
 
-def _shares(entries: Sequence[Entry]) -> tuple[str, str, str]:
+def _shares(entries: Sequence[ExpandedParameter]) -> tuple[str, str, str]:
     size = sum(entry.size for entry in entries)
     counts = (sum(getattr(entry, what) for entry in entries) for what in ("copied", "new", "zeroed"))
     copied, new, zeroed = (_share(number, size) for number in counts)

@@ -15,9 +15,10 @@ from compt.cost.memory import ENGINES, Engine
 from compt.cost.training import Mode
 from compt.errors import ConfigError, nearest
 from compt.plan.forecast import MODES, Machine, check_shares, make_forecast
-from compt.plan.start import Start, is_described
-from compt.recipe.processes import check_engines
-from compt.recipe.read import Recipe, load_recipe
+from compt.plan.links import Start, is_described
+from compt.recipe.deepspeed import check_engines
+from compt.recipe.read import load_recipe
+from compt.recipe.schema import Recipe
 from compt.text import terminal
 
 OBJECTIVES = ("cost", "acceleration", "budget")

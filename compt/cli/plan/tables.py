@@ -13,12 +13,11 @@ from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS
 from compt.cost.speed import OF_THE_AUTHORS, Conditions, Throughput
 from compt.cost.training import Mode
 from compt.models.growth import ExpandConfig
-from compt.plan.forecast import Estimate, Fit, Forecast, Totals
-from compt.plan.forecast_memory import not_modelled
-from compt.plan.growth import broken_promises
+from compt.plan.forecast import Estimate, Fit, Forecast, Totals, not_modelled
 from compt.plan.hours import Hours
+from compt.plan.links import broken_promises
 from compt.recipe.expansion import expand_words
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 from compt.text import TextTable, count, hours, macs, ratio
 
 PARTS = tuple(field.name for field in fields(Memory))

@@ -396,4 +396,3 @@ def alive() -> None:
         _open[-1].alive()
 
 
-__all__: Sequence[str] = ("FOLDER", "LONG", "SILENCE", "Cause", "Watch", "alive", "beat", "collective_timeout")

@@ -20,11 +20,9 @@ from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero.parts import Parts
 from compt.engines.zero.start import destroy, fill_partitioned, forget_module, start_deepspeed
-from compt.engines.zero.state import open_average, open_zero, save_zero, take_moments
+from compt.engines.zero.state import open_zero, save_zero, take_moments
 from compt.models.clip import shardable_blocks
 from compt.weights.lazy import Weights
-
-__all__ = ["ZeroEngine", "open_average"]
 
 
 class ZeroEngine:

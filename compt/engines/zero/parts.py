@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Part:
+class Partition:
     """`count` elements of a parameter from its element `start` on, which lie in vector `vector` from `at` on."""
 
     vector: int
@@ -38,10 +38,10 @@ class Parts:
         self._optimizer = optimizer
         self.parameters = dict(names)
         self.masters: list[Tensor]
-        found: dict[int, Part]
+        found: dict[int, Partition]
         if stage == 0:
             self.masters = list(names.values())
-            found = {id(p): Part(i, 0, 0, p.numel()) for i, p in enumerate(names.values())}
+            found = {id(p): Partition(i, 0, 0, p.numel()) for i, p in enumerate(names.values())}
         elif stage == 3:
             self.masters = optimizer.fp32_partitioned_groups_flat
             found = self._of_each()
@@ -50,7 +50,7 @@ class Parts:
             found = self._of_groups()
         self.where = {name: found[id(parameter)] for name, parameter in names.items()}
 
-    def _of_groups(self) -> dict[int, Part]:
+    def _of_groups(self) -> dict[int, Partition]:
         """Stages 1 and 2: the parameters of a group lie end to end in one vector, of which a rank has one part."""
         # DeepSpeed's own list of fragments is wrong where gradients are dealt out in turns.
         found = {}
@@ -62,12 +62,12 @@ class Parts:
             for parameter, offset in zip(group, offsets, strict=True):
                 first, last = max(low, offset), min(high, offset + parameter.numel())
                 if first < last:
-                    found[id(parameter)] = Part(vector, first - low, first - offset, last - first)
+                    found[id(parameter)] = Partition(vector, first - low, first - offset, last - first)
                 else:
-                    found[id(parameter)] = Part(vector, 0, 0, 0)
+                    found[id(parameter)] = Partition(vector, 0, 0, 0)
         return found
 
-    def _of_each(self) -> dict[int, Part]:
+    def _of_each(self) -> dict[int, Partition]:
         """Stage 3: a rank has an equal part of each parameter; the last ones are padded."""
         found = {}
         rank = torch_dist.get_rank()
@@ -76,7 +76,7 @@ class Parts:
             for parameter in group:
                 share = parameter.partition_numel()
                 start = min(rank * share, parameter.ds_numel)
-                found[id(parameter)] = Part(vector, at, start, min(share, parameter.ds_numel - start))
+                found[id(parameter)] = Partition(vector, at, start, min(share, parameter.ds_numel - start))
                 at += share
         return found
 

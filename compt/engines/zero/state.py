@@ -37,7 +37,7 @@ _UPDATES = "updates"
 _LISTED = 8
 
 
-class Writer:
+class ZeroWriter:
     """Takes the place of DeepSpeed's writer of files: flushes them, keeps errors until all ranks can hear of them."""
 
     def __init__(self) -> None:
@@ -96,7 +96,7 @@ def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[
 
     All ranks call it. Raises RunError on all of them where one could not write.
     """
-    writer = Writer()
+    writer = ZeroWriter()
     engine.checkpoint_engine = writer
     # Its scripts that make one file of many are programs, which a checkpoint has no need of.
     engine._copy_recovery_script = lambda path: None

@@ -185,7 +185,7 @@ def test_a_cpu_stops_at_long_steps_and_before_its_memory_ends(monkeypatch: pytes
     assert measure(ALONE, CPU, None, 32, 0.0).batch == 1
     monkeypatch.setattr(throughput, "CPU_STEP_SECONDS", 1e6)
     monkeypatch.setattr(throughput, "_available_bytes", lambda: 1000)
-    search = throughput._Search(ALONE, CPU)
+    search = throughput._LargestBatch(ALONE, CPU)
     search.last_batch, search.first_peak, search.last_peak = 4, 10**12, 10**12 + 3000  # 1000 bytes a sample
     assert search._is_too_much(8)
     monkeypatch.setattr(throughput, "_resident_bytes", lambda key: 10**12 + 6200)

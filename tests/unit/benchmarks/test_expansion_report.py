@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import expansion
 from benchmarks.expansion import report as expansion_report
+from benchmarks.expansion import study as expansion
 from benchmarks.expansion.collect import collect
 from benchmarks.expansion.report import BEGIN, END, README, RESULTS, judge, read_results, scatter, write_report
 from benchmarks.expansion.run import STUDY

@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from benchmarks.gpu import checks as gpu_checks
 from benchmarks.gpu.checks import chain as gpu_checks_chain
 from benchmarks.gpu.checks import processes as gpu_checks_processes
+from benchmarks.gpu.checks import table as gpu_checks
 from benchmarks.gpu.checks.cases import CASES, LINK, compare, oracle, train
 from benchmarks.gpu.checks.chain import JOBS, STEPS, STOP
 from benchmarks.gpu.checks.finding import Finding

@@ -203,10 +203,10 @@ def imports(path: Path, root: Path) -> list[Path]:
 
 def test_the_source_is_all_that_checks_import(root: Path) -> None:
     covered = {path for pattern in gpu_suite.SOURCES for path in root.glob(pattern)}
-    found = [root / "benchmarks" / "gpu_suite.py"]
+    found = [root / "benchmarks" / "gpu" / "suite.py"]
     for path in found:
         found += [other for other in imports(path, root) if other not in found]
-    assert {path.name for path in found} >= {"gpu_checks_chain.py", "counting.py", "helpers_shards.py"}
+    assert {path.name for path in found} >= {"chain.py", "counting.py", "shards.py"}
     assert [path for path in found if path not in covered] == []
     assert all(any(root.glob(pattern)) for pattern in gpu_suite.SOURCES)
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import handoff
+from benchmarks.handoff import study as handoff
 from benchmarks.handoff.run import Pair, Random, check_space, limited, model_bytes
 from benchmarks.handoff.study import MEMORY, PAIRS, STREAM, findings, record, table
 from compt.cost import counts

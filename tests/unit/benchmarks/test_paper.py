@@ -460,7 +460,7 @@ def test_a_result_is_written_whole(tmp_path: Path) -> None:
 )
 def test_results_are_as_committed(make: Callable[[], Result], tmp_path: Path) -> None:
     result = make()
-    assert make.__module__ == f"benchmarks.{result.name}"
+    assert make.__module__ == f"benchmarks.paper.{result.name}"
     place, committed = common.write(result, tmp_path), RESULTS / result.name
     names = sorted(path.name for path in place.iterdir())
     assert names == sorted(path.name for path in committed.iterdir())

@@ -23,8 +23,9 @@ from filelock import FileLock
 from compt.chain import locks as chain_locks
 from compt.chain import run as chain_module
 from compt.chain.job import JobRun
+from compt.chain.locks import locked
 from compt.chain.record import STATES, steps_left
-from compt.chain.run import difference, locked, prepare, run_only, start_anew, waiting
+from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
 from compt.data.loaders import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError

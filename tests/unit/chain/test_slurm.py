@@ -17,7 +17,7 @@ from compt.cli.main import app
 from compt.errors import ConfigError, RunError
 from compt.files import write_json
 from compt.plan.jobs import make_plan
-from compt.recipe.read import Recipe
+from compt.recipe.schema import Recipe
 from tests.helpers.recipe import recipe_of, write_recipe
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -20,7 +20,7 @@ from compt.cli.expand import command as cli_expand
 from compt.cli.expand.request import read_bytes, read_sizes, student_spec
 from compt.cli.main import app, main
 from compt.errors import ArtefactError, ComptError, ConfigError, DataError
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
 from compt.models.init import export_state
@@ -65,7 +65,7 @@ def refused(*words: object) -> ComptError:
     return caught.value
 
 
-def plan() -> Plan:
+def plan() -> ExpansionPlan:
     """Of `small` to `vit_pico` with `GROWN`."""
     heads = {"head_width": 8, "text_head_width": 8}
     sizes = {"width": 32, "text_width": 24, "embed_dim": 24, "depth": 4}
@@ -180,7 +180,7 @@ def test_the_manifest_repeats_the_same_bytes(teacher: Path, tmp_path: Path) -> N
     assert first.manifest["parent_hash"] == read_artefact(teacher).hash
     assert first.preprocess["std"] == [0.2, 0.3, 0.4]
     assert len(content(tmp_path / "first")) > 4
-    assert Plan.from_json(first.manifest["expansion"]).config == ExpandConfig.both("lemon", "stack", noise=0.2)
+    assert ExpansionPlan.from_json(first.manifest["expansion"]).config == ExpandConfig.both("lemon", "stack", noise=0.2)
     manifest = tmp_path / "first" / "manifest.json"
     run(teacher, tmp_path / "second", "--from-manifest", manifest)
     run(teacher, "vit_pico", tmp_path / "third", "--from-manifest", manifest.parent)
@@ -280,7 +280,7 @@ def test_verify_scores_what_was_written(
 def test_a_broken_promise_ends_with_an_exit_code(
     teacher: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Plan, "inexact", {"image": (), "text": ("ln_final.weight: for a test",)})
+    monkeypatch.setattr(ExpansionPlan, "inexact", {"image": (), "text": ("ln_final.weight: for a test",)})
     words = ["expand", str(teacher), "vit_pico", *GROWN, "--verify", str(data / "*.tar")]
     monkeypatch.setattr(sys, "argv", ["compt", *words])
     with pytest.raises(SystemExit) as ended:

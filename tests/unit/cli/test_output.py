@@ -125,7 +125,7 @@ def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
 def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path) -> None:
     script = (
         "import sys\n"
-        "from compt import cli\n"
+        "from compt.cli import main as cli\n"
         "def app(_): raise KeyError('no such thing')\n"
         "cli.app, sys.modules['torch'] = app, None\n"
         "cli.run()\n"

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from compt.cli.main import main
-from compt.cost.speed import DEVICES
+from compt.cost.gpus import DEVICES
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec
 from compt.plan.forecast import Machine
 from tests.unit.plan.test_forecast import SECONDS, VALUES, measured

@@ -41,7 +41,8 @@ from compt.models.clip import build
 from compt.models.init import export_state
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.recipe.deepspeed import deepspeed_config
-from compt.recipe.read import EngineConfig, Optimizer
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.losses import contrastive_loss
 from compt.train.task import ClipTask, DistillTask, StudentModule

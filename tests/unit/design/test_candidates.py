@@ -16,8 +16,10 @@ from compt.design.costs import epoch_steps, hours_costs, macs_costs
 from compt.design.epochs import log2_size
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec, resolve
-from compt.plan.jobs import check_growth, recipe_cost
-from compt.recipe.read import Recipe, load_recipe
+from compt.plan.jobs import recipe_cost
+from compt.plan.links import check_growth
+from compt.recipe.read import load_recipe
+from compt.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 VITS = [spec for spec in PRESETS.values() if spec.arch == "vit"]

@@ -21,14 +21,14 @@ from compt.design.epochs import (
     PRIOR,
     Bound,
     EpochModel,
-    Link,
+    LinkEpochs,
     Range,
+    StartPrior,
     features,
     log2_size,
     paper_matches,
 )
 from compt.design.regression import truncated_t
-from compt.design.start import StartPrior
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, resolve
 
@@ -38,9 +38,9 @@ T, S, B, L = (PRESETS[f"vit_{size}16"] for size in "tsbl")
 
 def link(
     student: str = "vit_s16", teacher: str = "vit_t16", position: int = 1, images: int = CC3M, **other: object
-) -> Link:
+) -> LinkEpochs:
     values = {"baseline_epochs": 128.0, "distilled": True, **other}
-    return Link(PRESETS[student], PRESETS[teacher], position, images, **values)  # type: ignore[arg-type]
+    return LinkEpochs(PRESETS[student], PRESETS[teacher], position, images, **values)  # type: ignore[arg-type]
 
 
 def fitted(**options: object) -> EpochModel:
@@ -284,7 +284,7 @@ def test_the_paper_is_a_wide_prior() -> None:
 def test_a_measured_link_takes_its_measurement() -> None:
     measured = Match(resolve("vit_s16"), resolve("vit_t16"), 1, CC3M, 128.0, 40.0, "here", low=36.0, high=44.0)
     model = fitted(own=[measured])
-    renamed = Link(replace(S, name="other"), T, 3, CC3M, 128.0)
+    renamed = LinkEpochs(replace(S, name="other"), T, 3, CC3M, 128.0)
     assert model.epochs(renamed) == 40.0
     found = model.predict(renamed)
     assert 36.0 < found.low < 40.0 < found.high < 44.0
@@ -341,7 +341,7 @@ FAR = 30_000_000
         (link("vit_l16", "vit_s16", 1, FAR), {"at_most": 100.0}, 0.03),
     ],
 )
-def test_a_bound_conditions_the_prediction(one: Link, ends: dict[str, float], close: float) -> None:
+def test_a_bound_conditions_the_prediction(one: LinkEpochs, ends: dict[str, float], close: float) -> None:
     """Against the draws that keep to the bound: those that do not are thrown away."""
     free = fitted().draws([one], count=400_000)[:, 0]
     kept = free[free > ends["more_than"]] if "more_than" in ends else free[free <= ends["at_most"]]

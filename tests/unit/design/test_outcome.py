@@ -13,7 +13,7 @@ from compt.cost.paper import IMAGES
 from compt.design.candidates import candidates
 from compt.design.confidence import known_epochs, log_fraction
 from compt.design.costs import macs_costs
-from compt.design.epochs import Bound, EpochModel, Link, log2_size, paper_matches
+from compt.design.epochs import Bound, EpochModel, LinkEpochs, log2_size, paper_matches
 from compt.design.outcome import Setting, designed_recipe, outcome
 from compt.design.search import found, problem
 from compt.models.presets import PRESETS
@@ -102,7 +102,7 @@ def test_a_quantile_is_that_of_the_draws(images: int) -> None:
     students = np.array([log2_size(PRESETS[student]) for student, _, _ in pairs])
     teachers = np.array([log2_size(teacher) for _, teacher, _ in pairs])
     positions = np.array([position for _, _, position in pairs])
-    links = [Link(PRESETS[student], teacher, position, images, 1e9) for student, teacher, position in pairs]
+    links = [LinkEpochs(PRESETS[student], teacher, position, images, 1e9) for student, teacher, position in pairs]
     draws = MODEL.draws(links, count=40_000, seed=7) / 1e9
     for confidence in (0.2, 0.4, 0.6, 0.8, 0.95):
         fraction = np.exp(log_fraction(MODEL, students, teachers, positions, images, True, confidence))
@@ -117,7 +117,7 @@ def test_the_search_plans_with_that_confidence() -> None:
     names = ("vit_t16", "vit_s16", "vit_b16")
     recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml")
     models = candidates({name: PRESETS[name] for name in names})
-    pair = Link(PRESETS["vit_s16"], PRESETS["vit_t16"], 1, CC3M, 128.0)
+    pair = LinkEpochs(PRESETS["vit_s16"], PRESETS["vit_t16"], 1, CC3M, 128.0)
     model = EpochModel.fit(paper_matches(), bounds=[Bound(pair, "here", more_than=30.0)])
     costs = macs_costs(recipe, models.specs)
     task = problem(models, costs, model, images=CC3M, baseline_epochs=128.0, confidence=0.9)

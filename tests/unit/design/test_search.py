@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from compt.cost.paper import IMAGES
 from compt.design.candidates import candidates
 from compt.design.costs import macs_costs
-from compt.design.epochs import Bound, EpochModel, Link, log2_size, paper_matches
+from compt.design.epochs import Bound, EpochModel, LinkEpochs, log2_size, paper_matches
 from compt.design.search import (
     LEAST_STEP,
     SIMPLER,
-    Found,
+    FoundChain,
     Problem,
     by_size,
     found,
@@ -113,7 +113,7 @@ def best_within(task: Problem, budget: float) -> tuple[int, int, float] | None:
     return max(ranks, default=None)
 
 
-def rank(found: Found) -> tuple[int, int, float]:
+def rank(found: FoundChain) -> tuple[int, int, float]:
     return (found.chain[-1], len(found.chain), -found.cost)
 
 
@@ -150,10 +150,10 @@ def test_a_simpler_chain_is_preferred_where_it_is_hardly_worse(task: Problem, pr
 def test_what_is_simpler() -> None:
     """Fewer models, then fewer that are no presets, then less cost; each only within 3 % of the least."""
     chains = {
-        "best": Found((0, 1, 2, 9), (), 100.0, 500.0),
-        "shorter": Found((1, 3, 9), (), 102.9, 500.0),
-        "of presets": Found((2, 4, 9), (), 102.95, 500.0),
-        "too dear": Found((2, 9), (), 103.1, 500.0),
+        "best": FoundChain((0, 1, 2, 9), (), 100.0, 500.0),
+        "shorter": FoundChain((1, 3, 9), (), 102.9, 500.0),
+        "of presets": FoundChain((2, 4, 9), (), 102.95, 500.0),
+        "too dear": FoundChain((2, 9), (), 103.1, 500.0),
     }
 
     def chosen(*names: str) -> str:
@@ -233,7 +233,7 @@ def test_epochs_are_those_of_the_model_rounded_up() -> None:
 
 def test_a_bounded_link_enters_the_search() -> None:
     names = ("vit_t16", "vit_s16")
-    pair = Link(PRESETS["vit_s16"], PRESETS["vit_t16"], 1, CC3M, 128.0)
+    pair = LinkEpochs(PRESETS["vit_s16"], PRESETS["vit_t16"], 1, CC3M, 128.0)
     recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml")
     models = candidates({name: PRESETS[name] for name in names})
     costs = macs_costs(recipe, models.specs)

@@ -17,13 +17,13 @@ from compt.errors import ArtefactError, DataError
 from compt.evaluate.expansion import COMPARED_EXACTLY, TOLERANCE, Difference, check_kept, verify
 from compt.evaluate.sets import EvalSettings, evaluate_set
 from compt.expand.execute import expand
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
 from compt.models.init import export_state
 from compt.models.pixels import to_input
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, resolve
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from tests.helpers.shards import WORDS, make_shards, picture
 
@@ -63,7 +63,7 @@ def item(data: Path, files: str = "*.tar", **other: Any) -> EvalSet:
 SETTINGS = EvalSettings(OPENAI_MEAN, OPENAI_STD, batch=BATCH)
 
 
-def check(teacher: Artefact, data: Path, plan: Plan, **other: Any) -> compt.evaluate.expansion.Verification:
+def check(teacher: Artefact, data: Path, plan: ExpansionPlan, **other: Any) -> compt.evaluate.expansion.Verification:
     return verify(teacher, plan, 3, item(data), SETTINGS, **other)
 
 
@@ -100,7 +100,7 @@ def test_the_scores_are_those_of_the_three_models(teacher: Artefact, data: Path)
         assert found.scores[name].loss == pytest.approx(loss_of(model, data), rel=1e-5)
 
 
-def expanded(plan: Plan, teacher: Artefact) -> dict[str, torch.Tensor]:
+def expanded(plan: ExpansionPlan, teacher: Artefact) -> dict[str, torch.Tensor]:
     return dict(expand(plan, teacher.state, 3))
 
 

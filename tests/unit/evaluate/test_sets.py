@@ -37,7 +37,7 @@ from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.pixels import to_input
 from compt.models.presets import ModelSpec
-from compt.recipe.read import EvalSet
+from compt.recipe.schema import EvalSet
 from compt.train.losses import contrastive_loss
 from tests.helpers import evaluation as cases
 from tests.helpers.shards import make_shards, picture, write_tar

@@ -13,11 +13,11 @@ from compt.errors import ArtefactError, ConfigError
 from compt.expand import axes as axes_module
 from compt.expand.axes import check_parameters, parameters
 from compt.expand.execute import expand_state
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models import growth
 from compt.models.growth import WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 from compt.models.presets import PRESETS, resolve
-from compt.plan.jobs import check_growth
+from compt.plan.links import check_growth
 from tests.unit.expand.cases import BIG, SMALL, TINY, Negative, sentinels, sized
 
 LADDERS = (
@@ -44,13 +44,13 @@ def test_every_step_of_the_shipped_ladders_plans(teacher, student):
     assert plan.copied >= smaller
     written = json.dumps(plan.to_json())
     assert len(written) < 2000
-    assert Plan.from_json(json.loads(written)) == plan
+    assert ExpansionPlan.from_json(json.loads(written)) == plan
 
 
 def test_rows_name_shape_rule_source_and_shares():
     plan = make_plan(TINY, SMALL, ExpandConfig.both(zero_new_outputs=True))
     rows = {row[0]: row for row in plan.rows()}
-    assert all(len(row) == len(Plan.HEADER) for row in plan.rows())
+    assert all(len(row) == len(ExpansionPlan.HEADER) for row in plan.rows())
     assert rows["visual.proj"] == (
         "visual.proj",
         "12×7",
@@ -72,14 +72,14 @@ def test_rows_name_shape_rule_source_and_shares():
 def test_a_plan_comes_back_from_its_description_and_counts_everything(width):
     config = ExpandConfig(TowerGrowth(width, "stack"), TowerGrowth(width, "interval", True), 0.25)
     plan = make_plan(SMALL, BIG, config)
-    again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+    again = ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json())))
     assert again == plan
     table = json.loads(json.dumps(plan.table_json()))
     assert again.table_json() == table
     assert table["totals"] == {key: plan.to_json()[key] for key in table["totals"]}
     for key in ("copied", "new", "zeroed"):
         assert sum(entry[key] for entry in table["parameters"]) == table["totals"][key]
-    assert all(len(row) == len(Plan.HEADER) for row in plan.rows())
+    assert all(len(row) == len(ExpansionPlan.HEADER) for row in plan.rows())
     assert (
         plan.rows()[-1][2]
         == f"image: width {width}, depth stack; text: width {width}, depth interval, new outputs zero"
@@ -91,9 +91,9 @@ def test_a_plan_comes_back_from_its_description_and_counts_everything(width):
 def test_a_plan_that_rebuilds_otherwise_is_refused():
     values = make_plan(TINY, SMALL).to_json()
     with pytest.raises(ArtefactError, match="'copied' is 1 but comes out as"):
-        Plan.from_json(values | {"copied": 1})
+        ExpansionPlan.from_json(values | {"copied": 1})
     with pytest.raises(ArtefactError, match="unreadable"):
-        Plan.from_json({"teacher": values["teacher"]})
+        ExpansionPlan.from_json({"teacher": values["teacher"]})
 
 
 @pytest.mark.parametrize(

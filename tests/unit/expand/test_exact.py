@@ -16,7 +16,7 @@ from torch import Tensor
 from compt.errors import ConfigError
 from compt.expand.execute import expand, expand_state
 from compt.expand.linalg import complete
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 from compt.models.presets import ModelSpec
 from tests.unit.expand.oracle import Marks, build, differences, numbered, random_weights, samples, swin, vit
@@ -51,7 +51,7 @@ class Grown:
 
     teacher: ModelSpec
     state: dict[str, Tensor]
-    plan: Plan
+    plan: ExpansionPlan
     student: ModelSpec
     expanded: dict[str, Tensor]
 
@@ -427,7 +427,7 @@ def test_a_plan_that_was_written_down_gives_the_same_bytes(width):
     for teacher, student in ((BARE, grown(BARE, 5, 3, depth=5)), (SWIN, grown(SWIN, 2, 3, depths=(2, 4, 2)))):
         state = {name: tensor.float() for name, tensor in random_weights(teacher).items()}
         plan = make_plan(teacher, student, ExpandConfig.both(width, "stack", noise=0.3))
-        again = Plan.from_json(json.loads(json.dumps(plan.to_json())))
+        again = ExpansionPlan.from_json(json.loads(json.dumps(plan.to_json())))
         same_bytes(dict(expand(plan, state, 7)), dict(expand(again, state, 7)))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from compt.expand import axes as axes_module
 from compt.expand.axes import Axis, parameters
 from compt.expand.execute import expand, expand_parameter
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.growth import ExpandConfig
 from compt.models.init import init_tensor, rule_for
 from compt.models.presets import PRESETS, ModelSpec
@@ -61,7 +61,7 @@ def gradients(model: nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def dead(plan: Plan, grads: dict[str, Tensor]) -> list[str]:
+def dead(plan: ExpansionPlan, grads: dict[str, Tensor]) -> list[str]:
     """Parameters with a new element whose gradient is zero, but for where that is so by construction."""
     found = []
     for entry in plan.entries:

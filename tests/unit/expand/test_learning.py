@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from compt.expand.execute import expand
-from compt.expand.plan import Plan, make_plan
+from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
 from compt.models.presets import ModelSpec
 from tests.unit.expand.oracle import build, differences, lines, random_weights, samples, swin, vit
@@ -29,7 +29,7 @@ PAIRS: dict[str, tuple[ModelSpec, ModelSpec]] = {
 }
 
 
-def grow(pair: str, config: ExpandConfig) -> tuple[Plan, dict[str, Tensor]]:
+def grow(pair: str, config: ExpandConfig) -> tuple[ExpansionPlan, dict[str, Tensor]]:
     teacher, student = PAIRS[pair]
     plan = make_plan(teacher, student, config)
     average = random_weights(teacher, 8) if plan.needs_average else None
@@ -110,7 +110,7 @@ def test_a_weight_that_cannot_learn_is_noticed():
     assert found["transformer.resblocks.0.mlp.c_fc.weight"] >= 8
 
 
-def apart(pair: str, plan: Plan, weights: Mapping[str, Tensor], kind: str) -> dict[str, float]:
+def apart(pair: str, plan: ExpansionPlan, weights: Mapping[str, Tensor], kind: str) -> dict[str, float]:
     """How far the copies of the first unit along what is written of `kind` are from one another, by parameter."""
     teacher, student = PAIRS[pair]
     stacks = {stack: sources for stack, sources in plan.layers.items() if sources}

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compt.cost import counts
 from compt.expand.execute import SeededDraw, expand, expand_state
-from compt.expand.plan import Plan
+from compt.expand.plan import ExpansionPlan
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
@@ -119,7 +119,7 @@ def test_again_from_the_manifest(teachers: Path, tmp_path: Path) -> None:
     manifest = read_artefact(tmp_path / "once").manifest
     teacher = read_artefact(teachers / "vit_small")
     assert teacher.hash == manifest["parent_hash"]
-    plan = Plan.from_json(manifest["expansion"])
+    plan = ExpansionPlan.from_json(manifest["expansion"])
     state = expand(plan, teacher.state, manifest["seed"], average_of(teacher))
     fields = {key: manifest[key] for key in ("parent_hash", "seed", "expansion")}
     write_artefact(tmp_path / "again", state, plan.student, fields, max_shard_bytes=5000)
@@ -148,7 +148,7 @@ def test_the_number_of_threads_changes_nothing(width: str) -> None:
 MEMORY = """
 import sys
 from pathlib import Path
-from compt.expand import ExpandConfig
+from compt.models.growth import ExpandConfig
 from tests.helpers.stream import Case, write_student
 from tests.unit.expand.test_stream import long_pair
 

@@ -17,11 +17,11 @@ from compt.cost.memory import ENGINES
 from compt.cost.speed import Measurement, Throughput
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec
-from compt.plan.forecast import Forecast, Machine, check_shares, default_gpus, make_forecast
-from compt.plan.forecast_memory import memory_of
+from compt.plan.forecast import Forecast, Machine, check_shares, default_gpus, make_forecast, memory_of
 from compt.plan.jobs import make_plan
-from compt.plan.start import Start, read_start
-from compt.recipe.read import Recipe, parse_recipe
+from compt.plan.links import Start, read_start
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Recipe
 
 A100, H100 = DEVICES["a100-80"], DEVICES["h100"]
 NODE = Machine(A100, 8)

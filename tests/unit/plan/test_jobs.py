@@ -15,10 +15,10 @@ from compt.cost.counts import parameters
 from compt.cost.training import exact_cost
 from compt.errors import ConfigError
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
-from compt.plan.growth import check_growth
 from compt.plan.jobs import Job, Plan, make_plan, recipe_cost
-from compt.plan.start import MODEL_FORMAT, Start
-from compt.recipe.read import Member, Recipe, load_recipe, parse_recipe
+from compt.plan.links import MODEL_FORMAT, Start, check_growth
+from compt.recipe.read import load_recipe, parse_recipe
+from compt.recipe.schema import Member, Recipe
 from compt.recipe.types import Duration, is_execution
 
 BASE: dict[str, Any] = {

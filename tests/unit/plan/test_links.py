@@ -19,10 +19,10 @@ from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.presets import NORM_EPS, PRESETS, resolve
 from compt.plan.forecast import make_forecast
-from compt.plan.growth import broken_promises, check_start
 from compt.plan.jobs import Job, make_plan
-from compt.plan.start import UNREAD, Start, is_described, planned_start
-from compt.recipe.read import Recipe, parse_recipe
+from compt.plan.links import UNREAD, Start, broken_promises, check_start, is_described, planned_start
+from compt.recipe.read import parse_recipe
+from compt.recipe.schema import Recipe
 
 ROOT = Path(__file__).resolve().parents[3]
 

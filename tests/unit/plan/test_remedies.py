@@ -11,11 +11,12 @@ import pytest
 from compt.cost.gpus import DEVICES
 from compt.cost.memory import Memory
 from compt.plan import remedies as out_of_memory
-from compt.plan.forecast import Machine, make_forecast
-from compt.plan.forecast_memory import memory_of
+from compt.plan.forecast import Machine, make_forecast, memory_of
 from compt.plan.jobs import Job, make_plan
 from compt.plan.remedies import Room, advice
-from compt.recipe.read import EngineConfig, Recipe, load_recipe
+from compt.recipe.engine import EngineConfig
+from compt.recipe.read import load_recipe
+from compt.recipe.schema import Recipe
 from compt.text import count
 from tests.helpers.recipe import recipe_of
 

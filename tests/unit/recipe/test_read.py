@@ -10,8 +10,9 @@ import yaml
 from compt.errors import ConfigError
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, expand_result, expand_words, expansion
-from compt.recipe.read import Duration, load_recipe, parse_recipe, split_batch
+from compt.recipe.read import load_recipe, parse_recipe, split_batch
 from compt.recipe.reference import EXPANSION_EXAMPLE, reference
+from compt.recipe.types import Duration
 
 ROOT = Path(__file__).resolve().parents[3]
 

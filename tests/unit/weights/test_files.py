@@ -25,7 +25,7 @@ from compt.models.presets import PRESETS, resolve
 from compt.weights import lazy as weights
 from compt.weights.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, write_artefact
 from compt.weights.infer import infer_spec, model_spec
-from compt.weights.lazy import Part, Tensors, View, Weights
+from compt.weights.lazy import Tensors, TensorSource, View, Weights
 from compt.weights.names import models_in, open_clip_view
 from compt.weights.open import average_of, open_model
 from tests.unit.weights.written import SPEC
@@ -515,8 +515,10 @@ def test_shapes_of_no_model_are_refused(state):
         ({"visual.positional_embedding": (6, 24)}, "has 6 positions"),
         ({"visual.proj": (24,)}, "the shapes are those of no model"),
     ):
-        parts = {name: Part((name,), tuple(value.shape)) for name, value in export_state(build(WIDE, seed=0)).items()}
-        parts |= {name: Part((name,), shape) for name, shape in change.items()}
+        parts = {
+            name: TensorSource((name,), tuple(value.shape)) for name, value in export_state(build(WIDE, seed=0)).items()
+        }
+        parts |= {name: TensorSource((name,), shape) for name, shape in change.items()}
         with pytest.raises(ArtefactError, match=message):
             infer_spec(View(Tensors({}), parts), [], "file", "--option")
 
