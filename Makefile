@@ -28,12 +28,13 @@ demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample a
 	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)
 
 test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not slurm" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not full and not slurm" $(ARGS)
 
-test-slow: $(STAMP) ## Run the long tests alone: matrices of engines, faults, memory under limits
+test-slow: $(STAMP) ## Run the long tests: engines, faults, launchers, memory under limits
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not slurm" $(ARGS)
 
-test-full: test test-slow test-slurm ## Run every test
+test-full: $(STAMP) test test-slow test-slurm ## Run every test, the complete matrices too (about an hour)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "full and not slurm" $(ARGS)
 
 test-slurm: $(STAMP) ## Run the scripts of slurm/ on a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests/slurm $(ARGS)

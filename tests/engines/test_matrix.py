@@ -1,4 +1,4 @@
-"""The engine matrix: a diagonal of it in `make test`, all of it among the slow tests, its tables on docs/engines.md."""
+"""The engine matrix: a diagonal of it in `make test`, all of it in `make test-full`, its tables on docs/engines.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_diagonal_of_the_matrix() -> None:
     assert matrix.misses(matrix.run(DIAGONAL)) == []
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_whole_matrix(engine: str, world: int) -> None:

@@ -9,14 +9,15 @@ import pytest
 
 from benchmarks.engines import memory, page
 from benchmarks.engines.cells import ENGINES, WORLDS
+from tests.helpers.cases import matrix
 
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("world", "pair", "engines"), [*((world, "vit", ENGINES) for world in WORLDS), (2, "swin", ("fsdp2", "zero2"))]
-)
+CELLS = [*((world, "vit", ENGINES) for world in WORLDS), (2, "swin", ("fsdp2", "zero2"))]
+
+
+@pytest.mark.parametrize(("world", "pair", "engines"), matrix(CELLS, CELLS[1:2]))
 def test_every_engine_holds_what_is_predicted(world: int, pair: str, engines: tuple[str, ...]) -> None:
     assert memory.misses(memory.run(world, engines, pairs=[pair])) == []
 

@@ -10,6 +10,7 @@ from benchmarks.engines import mutations, page
 from benchmarks.engines.broken import MUTATIONS
 from benchmarks.engines.cells import ENGINES
 from benchmarks.engines.oracle import TOLERANCES
+from tests.helpers.cases import matrix
 
 pytestmark = pytest.mark.dist
 
@@ -20,8 +21,7 @@ def name_of(group: list[mutations.Mutation]) -> str:
     return f"{group[0].cell.engine}-{group[0].cell.world_size}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("group", GROUPS, ids=name_of)
+@pytest.mark.parametrize("group", matrix(GROUPS, GROUPS[:1]), ids=name_of)
 def test_every_mutation_is_caught(group: list[mutations.Mutation]) -> None:
     assert mutations.misses(mutations.run(group)) == []
 

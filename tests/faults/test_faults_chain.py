@@ -16,6 +16,7 @@ from benchmarks.faults.campaign import PAGE, RESULT, page
 from compt.errors import RunError
 from tests.faults.at_random import ENGINES, kill_at_random
 from tests.faults.injected import FAULTS, Bench, disturb
+from tests.helpers.cases import matrix
 from tests.helpers.recipe import make_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     return Bench(make_data(tmp_path_factory.mktemp("faults")))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+# One of each kind: a process gone, one that hangs, a signal, a torn write, a full disk, bad numbers, no rendezvous.
+OFTEN = (
+    "kill -9 of rank 1",
+    "SIGSTOP of rank 1",
+    "SIGTERM to all, under zero2",
+    "kill -9 in an asynchronous checkpoint",
+    "disk full",
+    "gradient of one rank not a number, under fsdp2",
+    "port taken",
+    "newest checkpoint torn",
+)
+
+
+@pytest.mark.parametrize("fault", matrix(FAULTS, OFTEN))
 def test_a_fault(fault: str, bench: Bench, tmp_path: Path) -> None:
     if fault in NEEDS_DISK and (os.geteuid() or not shutil.which("mount")):
         pytest.skip("mounting a small disk needs root")
@@ -57,7 +70,7 @@ def test_a_fault(fault: str, bench: Bench, tmp_path: Path) -> None:
         assert (found.exit_codes, " / " in found.message) == ([5, 5], False), "each waited, and one said so"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_at_random_moments(bench: Bench, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     kill_at_random(bench, random.Random(1), 15, tmp_path, rows.append)

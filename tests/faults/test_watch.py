@@ -285,7 +285,7 @@ def test_a_rank_that_ends_in_order_while_it_is_looked_at(groups: Callable[..., G
     assert (ended.codes, ended.said) == ([0, 0], "")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]) -> None:
     group = groups(steps, None, 400)
     group.wait_for("begun")

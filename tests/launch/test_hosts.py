@@ -138,7 +138,7 @@ def test_a_chain_by_torchrun_on_two_hosts(hosts: Hosts, base: Path, whole: Path,
     assert_same(whole, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_by_srun_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
     job = free_port()
     for rank in (0, 1):
@@ -150,7 +150,7 @@ def test_a_chain_by_srun_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp
     assert_same(whole, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_by_deepspeed_with_a_hostfile(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("deepspeed")
     hostfile = tmp_path / "hostfile"
@@ -166,7 +166,7 @@ def test_a_chain_by_deepspeed_with_a_hostfile(hosts: Hosts, base: Path, whole: P
     assert_same(whole, tmp_path / "run")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_by_accelerate_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     port = str(free_port())

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer.main
 from compt.cli.launch import LaunchRecord, chain_words, exit_code, zero_stage
 from compt.cli.main import app
 from compt.errors import ConfigError
+from tests.helpers.cases import matrix
 from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,7 +193,15 @@ LAUNCHERS = {
     ],
     "deepspeed": ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "0"],
 }
-OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("accelerate", "deepspeed")]
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+FAILURES = (("1=fail", (3,)), ("1=die", (1, 137, 247)))
+OTHERS = ("accelerate", "deepspeed")
+
+
+def with_launchers(cases: Sequence[Any]) -> list[Any]:
+    """Every case under every launcher: torchrun in each run of the tests, each of the others with one case often."""
+    others = list(product(cases, OTHERS))
+    return [*product(cases, ["torchrun"]), *matrix(others, [others[0], others[-1]])]
 
 
 @pytest.fixture
@@ -246,8 +256,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", ["torchrun", *OTHERS])
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "launcher"), with_launchers(SIGNALS))
 def test_who_is_asked_to_stop_saves_and_75_comes_through(
     start: Start, tmp_path: Path, launcher: str, number: signal.Signals
 ) -> None:
@@ -275,11 +284,11 @@ def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Pat
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("launcher", ["torchrun", *OTHERS])
-@pytest.mark.parametrize(("plan", "codes"), [("1=fail", (3,)), ("1=die", (1, 137, 247))])
+@pytest.mark.parametrize(("failure", "launcher"), with_launchers(FAILURES))
 def test_a_failure_is_not_taken_for_a_request_to_stop(
-    start: Start, tmp_path: Path, launcher: str, plan: str, codes: tuple[int, ...]
+    start: Start, tmp_path: Path, failure: tuple[str, tuple[int, ...]], launcher: str
 ) -> None:
+    plan, codes = failure
     process = start(launcher, plan)
     output, _ = process.communicate(timeout=100)
     assert process.returncode in codes, output

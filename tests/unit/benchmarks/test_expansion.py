@@ -183,7 +183,7 @@ def test_a_study_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert item["difference"] == pytest.approx(ifd_only["end"][TINY.report] - insert["end"][TINY.report], rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_study_goes_on_after_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(tmp_path)
     torn, whole = Path("runs/torn"), Path("runs/whole")

@@ -146,7 +146,7 @@ def machine(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_bundle_makes_a_machine_with_torch_alone_run_the_suite(root: Path, tmp_path: Path) -> None:
     place = tmp_path / "bundle"
     words = ["-m", "benchmarks.gpu.bundle", "--out", str(place), "--python", PYTHON]

@@ -77,7 +77,7 @@ def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
         worker.stop()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_chain_by_the_real_command_passes_on_a_cpu() -> None:
     found = run_check("chain", "cpu")
     assert failed(found) == []

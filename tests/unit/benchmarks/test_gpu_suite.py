@@ -267,7 +267,7 @@ def test_item_kinds() -> None:
     assert Item("speed/x", "plain", 1.0, setup_of("vit_t16")).kind == "speed"
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_real_suite_goes_on_after_a_kill(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     out = tmp_path / "s.json"

@@ -116,7 +116,7 @@ def test_the_limit_is_one(mebibytes: int, lives: bool) -> None:
     assert limit.group is None or not limit.group.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_a_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = Pair(PAIRS["smoke"].teacher, PAIRS["smoke"].student, limit_share=None, load=True)
     monkeypatch.setitem(handoff.PAIRS, "smoke", pair)

@@ -455,7 +455,7 @@ def test_a_result_is_written_whole(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(make, marks=pytest.mark.slow) if make is memory.make else make for make in MAKERS],
+    [pytest.param(make, marks=pytest.mark.full) if make is memory.make else make for make in MAKERS],
     ids=[make.__module__.rpartition(".")[2] for make in MAKERS],
 )
 def test_results_are_as_committed(make: Callable[[], Result], tmp_path: Path) -> None:

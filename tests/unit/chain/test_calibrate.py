@@ -580,7 +580,7 @@ def test_killed_at_each_place_in_turn(base: Path, third: Path, tmp_path: Path) -
     assert_same(third, run)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_before_one_write_after_another(base: Path, third: Path, tmp_path: Path) -> None:
     run, killed = tmp_path / "run", 0
     while finish(start(calibrate_dying_at_write, 7 + 5 * killed, base, run)) == KILLED:

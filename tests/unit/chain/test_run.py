@@ -203,7 +203,7 @@ def test_killed_before_each_kind_of_write(base: Path, whole: Path, tmp_path: Pat
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.full)])
 def test_killed_at_random_moments(kills: int, base: Path, whole: Path, tmp_path: Path) -> None:
     rng, run, codes = random.Random(1), tmp_path / "run", []
     for _ in range(kills):

@@ -22,6 +22,7 @@ from compt.models.presets import PRESETS, ModelSpec
 from compt.models.swin import register_swin
 from compt.plan.jobs import make_plan as plan_recipe
 from compt.recipe.read import load_recipe
+from tests.helpers.cases import matrix
 from tests.unit.expand.oracle import random_weights, samples, shapes
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,8 +177,7 @@ def test_small_pairs_keep_what_is_promised(name):
     assert seen == {("image", False), ("text", False), ("text", True)}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LARGE_PAIRS)
+@pytest.mark.parametrize("name", matrix(LARGE_PAIRS, ("cc3m_vit: vit_t16 vit_s16", "cc3m_swin: swin_t swin_s")))
 def test_large_pairs_keep_what_is_promised(name):
     seen = check_promises(*LARGE_PAIRS[name], [ExpandConfig(), ExpandConfig.both("lemon", zero_new_outputs=True)])
     assert ("text", True) in seen
