@@ -20,6 +20,7 @@ from benchmarks.engines.cells import Cell
 from compt.dist import collectives as dist
 from compt.engines import base, ddp, fsdp2, shards
 from compt.engines.average import Average
+from compt.train import build as building
 from compt.train import losses
 from compt.train.task import ClipTask, surrogate
 
@@ -149,7 +150,7 @@ def _no_clipping(engine: Any) -> None:
 
 
 def _teacher_of_its_own() -> AbstractContextManager[Any]:
-    original = cells.make_task
+    original = building.build_task
 
     def made(*args: Any, **options: Any) -> ClipTask:
         task = original(*args, **options)
@@ -157,7 +158,7 @@ def _teacher_of_its_own() -> AbstractContextManager[Any]:
             task.teacher.visual.proj.mul_(-1 if dist.rank() else 1)  # type: ignore[attr-defined]
         return task
 
-    return mock.patch.object(cells, "make_task", made)
+    return mock.patch.object(building, "build_task", made)
 
 
 def _lost_slice(value: Tensor, own: Any) -> Tensor:

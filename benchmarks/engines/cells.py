@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from compt.dist import collectives as dist
-from compt.engines.base import COMPUTE_DTYPES, Engine
-from compt.engines.open import open_engine
+from compt.engines.base import Engine, Precision
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Ema, Optimizer
+from compt.recipe.schema import Distill, Ema, Optimizer
 from compt.train.accumulate import cached_backward
-from compt.train.task import ClipTask, DistillTask
+from compt.train.build import Blueprint, build_training
+from compt.train.task import ClipTask
 
 ENGINES = ("ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3")
 WORLDS = (1, 2, 4)
@@ -123,42 +123,28 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
         yield images, tokens.masked_fill(positions >= lengths, 0).masked_fill(positions == lengths - 1, 63)
 
 
-def make_task(cell: Cell, dtype: torch.dtype = torch.float32) -> ClipTask:
-    """The task of a cell, its student on the "meta" device, its teacher ready and of `dtype`."""
+def blueprint(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Blueprint:
+    """What a cell is built from. `settings` are further ones of the recipe's `engine`."""
     student, teacher = specs(cell)
-    empty = build(student, device="meta")
-    if teacher is None:
-        return ClipTask(empty, seed=SEED)
-    weights = start(teacher, SEED + 1)
-    if cell.task == "sharded teacher":
-        from compt.engines.shards import shard_frozen
-
-        model = shard_frozen(build(teacher, device="meta"), weights, dtype=dtype, device=torch.device("cpu"))
-    else:
-        model = build(teacher, seed=SEED + 1)
-        model.load_state_dict(weights)
-    return DistillTask(empty, model, alpha=ALPHA, seed=SEED, teacher_dtype=dtype)
-
-
-def open_cell(cell: Cell, precision: str = "fp32", **settings: Any) -> tuple[ClipTask, Engine]:
-    """Task and engine as a recipe would make them. `settings` are further ones of the recipe's `engine`."""
-    optimizer = OPTIMIZER.model_copy(update={"precision": precision})
-    task = make_task(cell, COMPUTE_DTYPES[precision])
     if cell.engine in DS_CONFIGS:
         settings["deepspeed_config"] = DS_CONFIGS[cell.engine]
-    micro = SAMPLES // cell.world_size // cell.accumulation
-    config = EngineConfig(name=cell.engine, device="cpu", micro_batch=micro, **settings)  # type: ignore[arg-type]
-    initial = task.module.initial(start(SPECS[cell.architecture], SEED))
-    engine = open_engine(
-        task.module,
-        config,
-        optimizer,
-        device=torch.device("cpu"),
-        initial=initial,
-        caps=task.caps,
+    settings |= {"name": cell.engine, "micro_batch": SAMPLES // cell.world_size // cell.accumulation}
+    return Blueprint(
+        student=student,
+        teacher=teacher,
+        distill=Distill(alpha=ALPHA),
+        optimizer=OPTIMIZER.model_copy(update={"precision": precision}),
+        engine=EngineConfig(device="cpu", shard_teacher=cell.task == "sharded teacher", **settings),
         base=Path(__file__).parent / "ds_configs",
+        seed=SEED,
     )
-    return task, engine
+
+
+def open_cell(cell: Cell, precision: Precision = "fp32", **settings: Any) -> tuple[ClipTask, Engine]:
+    """Task and engine as a recipe would make them; `settings` as in `blueprint`."""
+    plan = blueprint(cell, precision, **settings)
+    teacher = None if plan.teacher is None else start(plan.teacher, SEED + 1)
+    return build_training(plan, torch.device("cpu"), start(plan.student, SEED), teacher)
 
 
 @dataclass
@@ -172,7 +158,7 @@ class Trained:
     average: dict[str, Tensor]
 
 
-def train(cell: Cell, precision: str = "fp32", **settings: Any) -> Trained:
+def train(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Trained:
     """Train a cell for STEPS steps on this rank's share of each batch. All ranks call it."""
     task, engine = open_cell(cell, precision, **settings)
     share = SAMPLES // dist.world_size()

@@ -29,11 +29,11 @@ from benchmarks.engines.cells import (
     Cell,
     Trained,
     batches,
-    make_task,
     specs,
     start,
 )
 from compt.models.clip import ClipModel, build
+from compt.train.task import StudentModule
 
 TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "key biases": 1e-6, "parameters": 2e-4, "average": 2e-4}
 """Largest differences from the oracle, relative but for that of key biases.
@@ -69,7 +69,7 @@ def _reference(architecture: str, task: str) -> Reference:
     if teacher_spec is not None:
         teacher = build(teacher_spec).double()
         teacher.load_state_dict(start(teacher_spec, SEED + 1))
-        drawn = make_task(cell).module.initial({})
+        drawn = StudentModule(student, teacher_spec.embed_dim, seed=SEED).initial({})
         parameters |= {name: drawn[name].double().requires_grad_() for name in drawn}
     first = {name: value.detach().clone() for name, value in parameters.items()}
     decayed = {name: value.ndim >= 2 and "bias" not in name for name, value in parameters.items()}

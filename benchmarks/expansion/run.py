@@ -18,7 +18,7 @@ from compt.chain.run import prepare, run_jobs, running
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import read_json, write_json
-from compt.models.clip import ClipModel, build, materialise
+from compt.models.clip import build, materialise
 from compt.models.init import DrawnState, load_state
 
 STUDY, STEP_0 = "study.json", "step_0.json"
@@ -32,14 +32,14 @@ class StudyRun(JobRun):
 
     expanded = True
 
-    def _initial(self, model: ClipModel) -> Mapping[str, Tensor]:
-        state = super()._initial(model) if self.expanded else DrawnState(model, self.job.spec, self.job.seed)
+    def _initial(self) -> Mapping[str, Tensor] | None:
+        state = super()._initial() if self.expanded else None
         path = self.folder / STEP_0
         if not dist.any_true(path.exists()):
             self.say("scoring step 0")
             model = build(self.job.spec, device="meta")
             materialise(model, self.context.device)
-            load_state(model, state)
+            load_state(model, DrawnState(model, self.job.spec, self.job.seed) if state is None else state)
             scores = self.scorer.at_the_end(model, self.folder / "scores_0")
             values = {**self.scorer.held_out_loss(model), "scores": scores}
             dist.on_main(lambda: write_json(path, values))

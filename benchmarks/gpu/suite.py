@@ -31,9 +31,12 @@ from compt.cost.memory import memory_per_gpu
 from compt.cost.speed import Measurement
 from compt.cost.training import exact_cost
 from compt.dist import collectives as dist
+from compt.engines.base import Precision
 from compt.errors import ComptError, ConfigError, nearest
 from compt.files import write_json
 from compt.models.presets import PRESETS
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.text import TextTable, terminal
 from compt.weights.artefact import versions
 
@@ -61,9 +64,9 @@ SPEED_SECONDS = 75.0
 VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "recomputed": {"recompute": True},
-    "fsdp2": {"engine": "fsdp2"},
-    "zero2": {"engine": "zero2"},
-    "zero3": {"engine": "zero3"},
+    "fsdp2": {"name": "fsdp2"},
+    "zero2": {"name": "zero2"},
+    "zero3": {"name": "zero3"},
     "fp16": {"precision": "fp16"},
 }
 OF_VARIANTS = "vit_b16"
@@ -139,9 +142,14 @@ def source_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def setup_of(student: str, teacher: str | None = None, **other: Any) -> Setup:
-    """The job of a preset as recipes train it, at the full length of captions."""
-    return Setup(PRESETS[student], PRESETS[teacher] if teacher else None, **{"text_buckets": 4, **other})
+def setup_of(student: str, teacher: str | None = None, precision: Precision = "bf16", **engine: Any) -> Setup:
+    """The job of a preset as recipes train it, at the full length of captions; `engine` are settings of the engine."""
+    return Setup(
+        student=PRESETS[student],
+        teacher=PRESETS[teacher] if teacher else None,
+        optimizer=Optimizer(precision=precision),
+        engine=EngineConfig(**{"text_buckets": 4, **engine}),
+    )
 
 
 def all_items() -> list[Item]:
@@ -172,7 +180,7 @@ def batch_for(setup: Setup, device: torch.device) -> int:
     """A power of two whose step should take about `STEP_SECONDS` and whose memory should do; on a CPU a few."""
     if device.type == "cpu":
         return 4
-    peak = peak_flops(device, setup.precision) or GUESSED_PEAK
+    peak = peak_flops(device, setup.optimizer.precision) or GUESSED_PEAK
     memory = 0.85 * torch.cuda.mem_get_info(device)[1]
     batch = LARGEST
     while batch > 1:
@@ -182,13 +190,13 @@ def batch_for(setup: Setup, device: torch.device) -> int:
         needed = memory_per_gpu(
             setup.student,
             setup.teacher,
-            engine=setup.engine,
+            engine=setup.engine.name,
             world_size=1,
             batch=batch,
             captions=setup.captions,
             tokens=setup.tokens,
-            precision=setup.precision,
-            recompute=setup.recompute,
+            precision=setup.optimizer.precision,
+            recompute=setup.engine.recompute,
         )
         seconds = 2 * cost.sample_macs * batch / (peak * GUESSED_SHARE)
         if seconds <= STEP_SECONDS and needed.total_bytes <= memory:
@@ -337,7 +345,7 @@ def write_throughput(state: State, items: Sequence[Item], device: torch.device) 
     entries = []
     for item in items:
         record = state.find(item)
-        if record is not None and "measurement" in record and item.setup and item.setup.precision == "bf16":
+        if record is not None and "measurement" in record and item.setup and item.setup.optimizer.precision == "bf16":
             entries.append(Measurement.model_validate(record["measurement"]))
     if not entries:
         return None

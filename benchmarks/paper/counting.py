@@ -26,7 +26,10 @@ from compt.engines.base import COMPUTE_DTYPES, Precision
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import ClipModel, build, materialise
 from compt.models.presets import ModelSpec
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
+from compt.train.build import Blueprint, build_task
 from compt.train.losses import ImageToText
 from compt.train.task import ClipTask, DistillTask
 
@@ -162,14 +165,13 @@ def _shapes(case: Case) -> ClipTask:
     for module in models[0].modules():
         if case.recompute and hasattr(module, "grad_checkpointing"):
             module.grad_checkpointing = True
-    options: dict[str, Any] = {
-        "chunk": case.chunk,
-        "image_to_text": case.image_to_text,
-        "text_buckets": 2 if case.short else 1,
-    }
-    if len(models) == 1:
-        return ClipTask(models[0], **options)
-    return DistillTask(*models, teacher_dtype=COMPUTE_DTYPES[case.precision], **options)
+    plan = Blueprint(
+        student=case.student,
+        teacher=case.teacher,
+        optimizer=Optimizer(precision=case.precision, image_to_text=case.image_to_text),
+        engine=EngineConfig(loss_chunk=case.chunk, text_buckets=2 if case.short else 1),
+    )
+    return build_task(plan, *models)
 
 
 def _place(task: ClipTask, device: Device) -> ClipTask:

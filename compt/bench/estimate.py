@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -11,40 +13,32 @@ from compt.bench.step import Setup, TrainingStep
 from compt.plan.jobs import Job
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
+from compt.train.micro_batch import Trial, find_micro_batch
 
 
-def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size: int = 1) -> float:
-    """Median seconds of a training step on random pixels and captions as long as planned, on one process."""
-    config = recipe.engine_of(job.spec.name)
-    per_rank, micro = split_batch(recipe.optimizer.batch, world_size, config.micro_batch)
-    step = TrainingStep(
-        Setup(
-            job.spec,
-            job.teacher_spec if job.alpha else None,
-            captions=recipe.data.captions,
-            tokens=recipe.data.caption_tokens,
-            precision=recipe.optimizer.precision,
-            text_buckets=config.text_buckets,
-            micro_batch=micro,
-            loss_chunk=config.loss_chunk,
-            image_to_text=recipe.optimizer.image_to_text,
-            clip_grad_norm=recipe.optimizer.clip_grad_norm,
-            compile=config.compile,
-            engine=config.name,
-            recompute=config.recompute,
-        ),
-        device,
-    )
-    return median(step.seconds(step.data(per_rank)))
+def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size: int = 1, base: Path = Path()) -> float:
+    """Median seconds of a training step of `job`, on random images and captions as long as planned.
+
+    All ranks call it. `base` is the folder that relative paths of the recipe start from.
+    """
+    setup = Setup.of_job(job, recipe, base)
+    share, micro = split_batch(recipe.optimizer.batch, world_size, setup.engine.micro_batch)
+    if setup.engine.find_micro_batch:
+        micro = find_micro_batch(Trial.of(job, recipe, base, device))
+    setup = replace(setup, engine=setup.engine.model_copy(update={"micro_batch": micro}))
+    step = TrainingStep(setup, device)
+    return median(step.seconds(step.data(share)))
 
 
-def seconds_of(jobs: Sequence[tuple[Job, int]], recipe: Recipe, device: torch.device, world_size: int = 1) -> float:
+def seconds_of(
+    jobs: Sequence[tuple[Job, int]], recipe: Recipe, device: torch.device, world_size: int = 1, base: Path = Path()
+) -> float:
     """Seconds of training for (job, steps still to do); equal pairs of student and teacher are timed once."""
     known: dict[tuple[object, object], float] = {}
     total = 0.0
     for job, steps in jobs:
-        key = (job.spec, job.teacher_spec if job.alpha else None)  # of one name, and so of one engine
+        key = (job.spec, job.active_teacher)  # the engine follows from the student's name, which is in its spec
         if key not in known:
-            known[key] = seconds_per_step(job, recipe, device, world_size)
+            known[key] = seconds_per_step(job, recipe, device, world_size, base)
         total += steps * known[key]
     return total

@@ -5,65 +5,41 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor
 
 from compt.cost.counts import Tokens
 from compt.cost.speed import mean_tokens
 from compt.data.batch import Batch
-from compt.engines.base import COMPUTE_DTYPES, Precision
-from compt.engines.open import open_engine
-from compt.models.clip import build
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
-from compt.recipe.engine import EngineConfig, EngineName
-from compt.recipe.schema import Optimizer
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD
+from compt.plan.jobs import Job
+from compt.recipe.schema import Recipe
+from compt.train.build import Blueprint, build_training
 from compt.train.loop import training_step
-from compt.train.losses import ImageToText
-from compt.train.task import ClipTask, DistillTask
 
 LEARNING_RATE = 1e-5
 """Of the timed steps: small enough that random pixels lead nowhere."""
 
 
-@dataclass(frozen=True)
-class Setup:
-    """A training job as far as its speed depends on it; `tokens` as in `compt.cost`, the other fields as in a recipe.
+@dataclass(frozen=True, kw_only=True)
+class Setup(Blueprint):
+    """A training job and the batches that it is timed with: `captions` an image, `tokens` as in `compt.cost`."""
 
-    `teacher` is the model whose forward pass is computed too, None for a baseline.
-    """
-
-    student: ModelSpec
-    teacher: ModelSpec | None = None
     captions: int = 4
     tokens: Tokens = None
-    precision: Precision = "bf16"
-    text_buckets: int = 1
-    micro_batch: int | None = None
-    loss_chunk: int | None = None
-    image_to_text: ImageToText = "slot"
-    clip_grad_norm: float | None = None
-    compile: bool = False
-    engine: EngineName = "ddp"
-    recompute: bool = False
-    seed: int = 0
 
-
-def join_alone(device: torch.device) -> None:
-    """Make a process group of this process alone, where there is none: engines that shard ask for one."""
-    if not torch_dist.is_initialized():
-        torch_dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            store=torch_dist.HashStore(),  # type: ignore[attr-defined]
-            rank=0,
-            world_size=1,
-        )
+    @classmethod
+    def of_job(cls, job: Job, recipe: Recipe, base: Path) -> Setup:
+        """The setup of a planned job."""
+        data = recipe.data
+        return cls(**vars(Blueprint.of(job, recipe, base)), captions=data.captions, tokens=data.caption_tokens)
 
 
 def pieces_of(setup: Setup, batch: int) -> list[int]:
     """How many of `batch` samples go through the models at once, piece by piece."""
-    size = setup.micro_batch or batch
+    size = setup.engine.micro_batch or batch
     return [min(size, batch - start) for start in range(0, batch, size)]
 
 
@@ -81,7 +57,7 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     for rows in pieces_of(setup, batch):
         count, start = rows * setup.captions, 0
         lengths: list[int] = []
-        for group in torch.arange(count).chunk(setup.text_buckets):
+        for group in torch.arange(count).chunk(setup.engine.text_buckets):
             size = len(group)
             owed += count * _sum_between(shares, start / count, (start + size) / count)
             length = min(context, max(1, round(owed / size)))
@@ -119,30 +95,8 @@ class TrainingStep:
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
         self.setup, self.device = setup, device
-        student = build(setup.student, device=device)
-        if setup.teacher is None:
-            self.task = ClipTask(
-                student, image_to_text=setup.image_to_text, text_buckets=setup.text_buckets, chunk=setup.loss_chunk
-            )
-        else:
-            self.task = DistillTask(
-                student,
-                build(setup.teacher, device=device),
-                image_to_text=setup.image_to_text,
-                text_buckets=setup.text_buckets,
-                chunk=setup.loss_chunk,
-                teacher_dtype=COMPUTE_DTYPES[setup.precision],
-            )
+        self.task, self.engine = build_training(setup, device)
         self.task.module.train()
-        if setup.engine != "ddp":
-            join_alone(device)
-        self.engine = open_engine(
-            self.task.module,
-            EngineConfig(name=setup.engine, compile=setup.compile, recompute=setup.recompute),
-            Optimizer.model_construct(precision=setup.precision),  # unchecked: engines say what they know
-            device=device,
-            caps=self.task.caps,
-        )
 
     def data(self, batch: int) -> Batch:
         """Random uint8 pixels and captions of `batch` samples, as a loader hands them over."""
@@ -159,8 +113,8 @@ class TrainingStep:
             self.engine,
             batch,
             lr=LEARNING_RATE,
-            micro_batch=self.setup.micro_batch or len(batch),
-            clip_grad_norm=self.setup.clip_grad_norm,
+            micro_batch=self.setup.engine.micro_batch or len(batch),
+            clip_grad_norm=self.setup.optimizer.clip_grad_norm,
             mean=OPENAI_MEAN,
             std=OPENAI_STD,
         )

@@ -17,7 +17,7 @@ import torch
 
 from compt.bench.step import Setup, TrainingStep
 from compt.cost.gpus import Device, match_device
-from compt.cost.speed import Measurement, Throughput, mean_tokens, smaller
+from compt.cost.speed import Measurement, Throughput, mean_tokens, other_settings, smaller
 from compt.cost.training import exact_cost
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
@@ -141,8 +141,9 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
         return _failed(setup, None, "a batch of 1 does not fit into memory")
     data, times = timed
     peak = _peak_bytes(device)
-    pieces = caption_lengths(data.tokens).split(setup.micro_batch or size)
-    computed = sum(padded_tokens(piece.flatten(), setup.text_buckets) for piece in pieces) / (size * setup.captions)
+    pieces = caption_lengths(data.tokens).split(setup.engine.micro_batch or size)
+    positions = sum(padded_tokens(piece.flatten(), setup.engine.text_buckets) for piece in pieces)
+    computed = positions / (size * setup.captions)
     middle = median(times) / size
     return _asked(setup, size).model_copy(
         update={
@@ -158,24 +159,28 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
 
 
 def _asked(setup: Setup, batch: int | None) -> Measurement:
-    micro, chunk = setup.micro_batch, setup.loss_chunk
+    engine, micro, chunk = setup.engine, setup.engine.micro_batch, setup.engine.loss_chunk
     return Measurement(
         student=setup.student,
         teacher=setup.teacher,
         captions=setup.captions,
         tokens=mean_tokens(setup.student, setup.tokens),
-        text_buckets=setup.text_buckets,
+        text_buckets=engine.text_buckets,
         batch=batch,
         micro_batch=micro if batch is None else smaller(micro, batch),
         loss_chunk=chunk if batch is None else smaller(chunk, batch),
-        compile=setup.compile,
-        engine=setup.engine,
-        recompute=setup.recompute,
+        compile=engine.compile,
+        engine=engine.name,
+        recompute=engine.recompute,
+        settings=other_settings(setup.optimizer, engine),
     )
 
 
 _POLL = 0.5
-_ASKED = ("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
+_ASKED = (
+    *("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute"),
+    "settings",
+)
 
 
 def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
@@ -215,7 +220,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds: float) -> float | None:
-    peak = peak_flops(device, setup.precision)
+    peak = peak_flops(device, setup.optimizer.precision)
     cost = exact_cost(setup.student, setup.teacher, steps=1, batch=batch, captions=setup.captions, tokens=tokens)
     return 2 * cost.sample_macs / seconds / peak if peak else None
 
@@ -291,7 +296,7 @@ def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:
         device=device_name(device),
         kind=known.name if known else None,
         threads=torch.get_num_threads() if device.type == "cpu" else None,
-        precision=setup.precision,
+        precision=setup.optimizer.precision,
         seed=setup.seed,
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         command=command,

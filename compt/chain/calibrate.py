@@ -150,7 +150,7 @@ class FirstPair:
                 recipe_cost(
                     plan.recipe,
                     job.spec,
-                    job.teacher_spec if job.alpha else None,
+                    job.active_teacher,
                     1,
                     dist.world_size(),
                     plan.recipe.data.caption_tokens,

@@ -20,26 +20,22 @@ from compt.data.index import Index
 from compt.data.loaders import train_loader
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import LONG, beat
-from compt.engines.base import COMPUTE_DTYPES
-from compt.engines.open import open_engine
-from compt.engines.shards import shard_frozen
 from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
 from compt.files import write_json
-from compt.models.clip import ClipModel, build
-from compt.models.init import DrawnState
+from compt.models.clip import ClipModel
 from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
 from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
+from compt.train.build import Blueprint, build_training
 from compt.train.checkpoint import find_latest, name_of, open_weights
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release
-from compt.train.task import ClipTask, DistillTask
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from compt.weights.open import average_of
 
@@ -191,11 +187,9 @@ class JobRun:
     def _engine_config(self) -> EngineConfig:
         return self.context.recipe.engine_of(self.job.spec.name)
 
-    def _initial(self, model: ClipModel) -> Mapping[str, Tensor]:
-        """The weights before the first step: expanded where there is a teacher, else drawn from the seed."""
-        if self._parent is not None:
-            return dist.on_all(lambda: read_artefact(self.folder / "initial")).state
-        return DrawnState(model, self.job.spec, self.job.seed)
+    def _initial(self) -> Mapping[str, Tensor] | None:
+        """The expanded weights that training begins with; None where they are drawn from the seed instead."""
+        return None if self._parent is None else dist.on_all(lambda: read_artefact(self.folder / "initial")).state
 
     def _origin(self) -> dict[str, Any]:
         """How the weights that training began with were expanded, for the manifest of the trained model."""
@@ -206,31 +200,6 @@ class JobRun:
             key: initial.manifest[key] for key in ("expansion", "shard_bytes") if key in initial.manifest
         }
         return {**kept, "initial_hash": initial.hash}
-
-    def _task(self, student: ClipModel) -> ClipTask:
-        recipe, engine = self.context.recipe, self._engine_config
-        found = self._teacher()
-        options: dict[str, Any] = {
-            "image_to_text": recipe.optimizer.image_to_text,
-            "text_buckets": engine.text_buckets,
-            "chunk": engine.loss_chunk,
-            "seed": self.job.seed,
-        }
-        if found is None or self.job.alpha == 0:
-            return ClipTask(student, **options)
-        dtype, device = COMPUTE_DTYPES[recipe.optimizer.precision], self.context.device
-        if engine.shard_teacher:
-            teacher = shard_frozen(build(found.spec, device="meta"), found.state, dtype=dtype, device=device)
-        else:
-            teacher = found.load_model(device)
-        return DistillTask(
-            student,
-            teacher,
-            alpha=self.job.alpha,
-            average_towers=not recipe.chain.distill.reference_compatible,
-            teacher_dtype=dtype,
-            **options,
-        )
 
     def _settings(self) -> TrainSettings:
         recipe, job, images = self.context.recipe, self.job, len(self.context.index)
@@ -325,16 +294,12 @@ class JobRun:
         return path
 
     def _run_steps(self, settings: TrainSettings) -> TrainResult:
-        student = build(self.job.spec, device="meta")
-        task = self._task(student)
-        engine = open_engine(
-            task.module,
-            self._engine_config,
-            self.context.recipe.optimizer,
-            device=self.context.device,
-            initial=task.module.initial(self._initial(student)),
-            caps=task.caps,
-            base=self.context.base,
+        teacher = self._teacher() if self.job.active_teacher else None
+        task, engine = build_training(
+            Blueprint.of(self.job, self.context.recipe, self.context.base),
+            self.context.device,
+            self._initial(),
+            teacher.state if teacher else None,
         )
         return train(
             task,
@@ -393,14 +358,15 @@ class JobRun:
 
     def _cost(self, tokens: float) -> JobCost:
         """The cost of this job with the caption length that was really computed."""
-        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
-        return recipe_cost(self.context.recipe, job.spec, teacher, job.steps, dist.world_size(), tokens)
+        job = self.job
+        return recipe_cost(self.context.recipe, job.spec, job.active_teacher, job.steps, dist.world_size(), tokens)
 
     def _useful_macs(self, tokens: float) -> float:
         """MACs a sample that the result needs, with captions of `tokens` computed tokens."""
-        job, teacher = self.job, self.job.teacher_spec if self.job.alpha else None
+        job = self.job
         batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
-        return exact_cost(job.spec, teacher, steps=1, batch=batch, captions=captions, tokens=tokens).sample_macs
+        cost = exact_cost(job.spec, job.active_teacher, steps=1, batch=batch, captions=captions, tokens=tokens)
+        return cost.sample_macs
 
     def _score(self, model: ClipModel) -> dict[str, Any]:
         return self.scorer.at_the_end(model, self.folder / "scores")

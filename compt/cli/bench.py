@@ -22,8 +22,8 @@ from compt.errors import ConfigError, nearest
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
-from compt.plan.jobs import make_plan
-from compt.recipe.engine import EngineName
+from compt.plan.jobs import Job, make_plan
+from compt.recipe.engine import EngineConfig, EngineName, changed_engine
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import TextTable, hours, ratio, terminal
@@ -50,10 +50,11 @@ MOST = {"cuda": 8192, "cpu": 256}
 
 @dataclass(frozen=True)
 class _Jobs:
-    """Pairs of a model and its teacher (None for the first of a chain), and how a recipe trains them."""
+    """Pairs of a model and its teacher (None for the first of a chain); with a recipe, its links in the same order."""
 
     pairs: list[tuple[ModelSpec, ModelSpec | None]]
     recipe: Recipe | None = None
+    links: tuple[Job, ...] = ()
 
 
 def _jobs(models: list[str], family: Path | None) -> _Jobs:
@@ -61,12 +62,12 @@ def _jobs(models: list[str], family: Path | None) -> _Jobs:
     if family is not None:
         recipe = load_recipe(family, [])
         plan = make_plan(recipe, source=str(family))
-        pairs = [(job.spec, job.teacher_spec if job.alpha else None) for job in plan.links]
-        names = [spec.name for spec, _ in pairs]
+        names = [job.spec.name for job in plan.links]
         for name in models:
             if name not in names:
                 raise ConfigError(f"{family}: no link '{name}'{nearest(name, names)}; its chain has {', '.join(names)}")
-        return _Jobs([pair for pair in pairs if not models or pair[0].name in models], recipe)
+        links = tuple(job for job in plan.links if not models or job.spec.name in models)
+        return _Jobs([(job.spec, job.active_teacher) for job in links], recipe, links)
     for name in models:
         resolve(name)
     chains = [zip(chain, (None, *chain[:-1]), strict=True) for chain in CHAINS]
@@ -134,33 +135,37 @@ def _engine(text: str | None) -> EngineName | None:
     return found
 
 
-def _setups(jobs: _Jobs, captions: list[int], **other: Any) -> list[Setup]:
+def _setups(
+    jobs: _Jobs,
+    captions: list[int],
+    *,
+    tokens: Tokens,
+    precision: Any = None,
+    engine: EngineName | None = None,
+    compile: bool = False,
+    recompute: bool = False,
+    seed: int = 0,
+) -> list[Setup]:
     """Each model alone and, in a chain, with its teacher; for each number of captions."""
     from compt.bench.step import Setup
 
-    def ways(model: str) -> dict[str, Any]:
-        recipe = jobs.recipe
-        if recipe is None:
-            return {**other, "engine": other["engine"] or "ddp", "text_buckets": TEXT_BUCKETS}
-        engine = recipe.engine_of(model)
-        return {
-            **other,
-            "micro_batch": engine.micro_batch,
-            "loss_chunk": engine.loss_chunk,
-            "image_to_text": recipe.optimizer.image_to_text,
-            "clip_grad_norm": recipe.optimizer.clip_grad_norm,
-            "compile": other["compile"] or engine.compile,
-            "recompute": other["recompute"] or engine.recompute,
-            "engine": other["engine"] or engine.name,
-            "text_buckets": engine.text_buckets,
-        }
-
-    return [
-        Setup(spec, before, captions=number, **ways(spec.name))
-        for spec, teacher in jobs.pairs
-        for before in ((None, teacher) if teacher else (None,))
-        for number in captions
-    ]
+    if jobs.recipe is None:
+        common = EngineConfig(text_buckets=TEXT_BUCKETS)
+        plain = [Setup(student=spec, teacher=teacher, engine=common) for spec, teacher in jobs.pairs]
+    else:
+        plain = [Setup.of_job(job, jobs.recipe, Path.cwd()) for job in jobs.links]
+    asked = {"name": engine, "compile": compile, "recompute": recompute}
+    changes = {key: value for key, value in asked.items() if value} | {"async_checkpoints": False}  # nothing is saved
+    setups = []
+    for setup in plain:
+        config = changed_engine(setup.engine, changes)
+        if config.fsdp2.replicas > 1:  # this device alone is one group
+            config = changed_engine(config, {"fsdp2": {"replicas": 1}})
+        optimizer = setup.optimizer.model_copy(update={"precision": precision} if precision else {})
+        given = replace(setup, optimizer=optimizer, engine=config, tokens=tokens, seed=seed)
+        for teacher in (None, setup.teacher) if setup.teacher else (None,):
+            setups += [replace(given, teacher=teacher, captions=number) for number in captions]
+    return setups
 
 
 @bench_app.command()
@@ -207,7 +212,7 @@ def throughput(
     """
     jobs = _jobs(models or [], family)
     numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
-    asked = {"tokens": lengths, "engine": _engine(engine), "compile": compile_, "recompute": recompute, "seed": seed}
+    name = _engine(engine)
 
     from compt.bench.throughput import run
     from compt.dist import collectives as dist
@@ -216,7 +221,16 @@ def throughput(
     if dist.world_size() > 1:
         raise ConfigError("compt bench throughput measures one device: start it without torchrun")
     size = _batch(batch, gpus, jobs, str(family), chosen.type)
-    setups = _setups(jobs, numbers, precision=_precision(precision, jobs.recipe), **asked)
+    setups = _setups(
+        jobs,
+        numbers,
+        tokens=lengths,
+        precision=_precision(precision, jobs.recipe),
+        engine=name,
+        compile=compile_,
+        recompute=recompute,
+        seed=seed,
+    )
     console = terminal()
 
     def say(entry: Measurement, kept: bool) -> None:
@@ -246,6 +260,7 @@ def _how(entry: Measurement) -> str:
     """What is unusual about how a job ran, in words; mostly nothing."""
     ways: list[str] = [entry.engine if entry.engine != "ddp" else ""]
     ways += ["compiled" if entry.compile else "", "recomputed" if entry.recompute else ""]
+    ways += [f"{key} {value}" for key, value in entry.settings.items()]
     return " ".join(filter(None, ways))
 
 

@@ -159,7 +159,7 @@ def _say_estimate(context: Any, left: list[Any], say: Say) -> None:
     from compt.dist import collectives as dist
 
     steps = [(job, steps_left(job, context.job_folder(job.name))) for job in left]
-    seconds = seconds_of(steps, context.recipe, context.device, dist.world_size())
+    seconds = seconds_of(steps, context.recipe, context.device, dist.world_size(), context.base)
     say(
         f"About {max(1, round(seconds / 60))} min of training on this machine: {len(left)} models, "
         f"{sum(count for _, count in steps):,} steps of {context.recipe.optimizer.batch} images."

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -28,8 +29,8 @@ from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS, paper_cost
 from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
 from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
-from compt.recipe.engine import EngineName
-from compt.recipe.schema import Recipe
+from compt.recipe.engine import EngineConfig, EngineName
+from compt.recipe.schema import Optimizer, Recipe
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Conditions:
     text_buckets: int = 1
     engine: EngineName = "ddp"
     recompute: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """As of `other_settings`."""
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, model: str) -> Conditions:
@@ -65,6 +68,7 @@ class Conditions:
             engine.text_buckets,
             engine.name,
             engine.recompute,
+            other_settings(recipe.optimizer, engine),
         )
 
     def differences(self, found: Measurement) -> str:
@@ -81,15 +85,28 @@ def smaller(size: int | None, batch: int) -> int | None:
     return size if size is not None and size < batch else None
 
 
+def other_settings(optimizer: Optimizer, engine: EngineConfig) -> dict[str, Any]:
+    """What else of a recipe decides on the time of a step, by key, where it is not the default.
+
+    Without `engine.fsdp2.replicas`: measured is one process alone.
+    """
+    found = engine.model_dump(include={"shard_teacher", "deepspeed_config", "fsdp2"}, exclude_defaults=True)
+    own = found.pop("fsdp2", {})
+    own.pop("replicas", None)
+    found |= {f"fsdp2.{key}": value for key, value in own.items()}
+    ema = {"optimizer.ema": True} if optimizer.ema else {}
+    return {**{f"engine.{key}": value for key, value in found.items()}, **ema}
+
+
 _STRICT = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Measurement(BaseModel):
     """What a device did with one training job: a model alone, or with the forward pass of its teacher.
 
-    `tokens` is the mean of a caption's computed tokens that was asked for, `computed_tokens` what was computed. The
-    times of a sample are the median, least and greatest of `repeats` steps of `batch` samples. `failure` says why there
-    are no numbers, where the model does not fit.
+    `tokens` is the mean of a caption's computed tokens that was asked for, `computed_tokens` what was computed.
+    `settings` are those of `other_settings`. The times of a sample are the median, least and greatest of `repeats`
+    steps of `batch` samples. `failure` says why there are no numbers, where the model does not fit.
     """
 
     model_config = _STRICT
@@ -105,6 +122,7 @@ class Measurement(BaseModel):
     compile: bool = False
     engine: EngineName = "ddp"
     recompute: bool = False
+    settings: dict[str, Any] = {}
     repeats: int = Field(0, ge=0)
     seconds_per_sample: float | None = Field(None, gt=0)
     low: float | None = Field(None, gt=0)
@@ -174,14 +192,15 @@ class Throughput(BaseModel):
     def find(self, student: ModelSpec, teacher: ModelSpec | None, conditions: Conditions) -> Measurement | None:
         """The measurement of that very job, at the batch nearest to its own; one that failed is none.
 
-        Models, captions, precision, micro-batch, chunks of the loss, compilation, engine and recomputation are the
-        same; the computed tokens of a caption are, within 2 % or the half that a whole number of them may be off.
+        Models, captions, precision, micro-batch, chunks of the loss, compilation, engine, recomputation and the other
+        settings are the same; the computed tokens of a caption are, within 2 % or the half that a whole number of them
+        may be off.
         """
         if self.precision != conditions.precision:
             return None
         mean = mean_tokens(student, conditions.tokens)
         asked = Measurement(student=student, teacher=teacher, captions=conditions.captions, tokens=mean)
-        same = ("captions", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
+        same = ("captions", "micro_batch", "loss_chunk", "compile", "engine", "recompute", "settings")
 
         def distance(entry: Measurement) -> tuple[float, bool]:
             return abs(math.log((entry.batch or 1) / conditions.batch)), entry.text_buckets != conditions.text_buckets

@@ -115,6 +115,13 @@ def backend_of(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+def join_alone(device: torch.device) -> None:
+    """Make a process group of this process alone, if there is no group: what shards a model needs one."""
+    if not torch_dist.is_initialized():
+        store = torch_dist.HashStore()  # type: ignore[attr-defined]
+        torch_dist.init_process_group(backend_of(device), store=store, rank=0, world_size=1)
+
+
 def shutdown() -> None:
     """Leave the process group, if there is one."""
     _joined.clear()

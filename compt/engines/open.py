@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compt.dist import collectives as dist
 from compt.engines.base import AdamWSettings, Engine
 from compt.engines.ddp import DataParallelEngine
 from compt.recipe.deepspeed import deepspeed_config
@@ -30,7 +29,7 @@ def open_engine(
     """The engine that a recipe names, around `module`, which may be on the "meta" device and get its values `initial`.
 
     `caps`: largest values of parameters. `base`: where relative paths of the recipe start. Raises ConfigError for
-    settings that contradict each other or do not fit the number of processes.
+    settings that contradict each other.
     """
     settings = AdamWSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay)
     common: dict[str, Any] = {
@@ -60,5 +59,7 @@ def open_engine(
     # Importing DeepSpeed takes seconds, and it need not be installed for the others.
     from compt.engines.zero.engine import ZeroEngine
 
-    made = deepspeed_config(config, optimizer, dist.world_size(), base)
+    # Without the number of processes, as a timing on one device runs one rank's share of the recipe's batch. A run has
+    # compared the numbers before, and DeepSpeed is given neither of them.
+    made = deepspeed_config(config, optimizer, None, base)
     return ZeroEngine(module, settings, **common, stage=int(config.name.removeprefix("zero")), config=made)

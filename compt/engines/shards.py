@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -30,9 +28,7 @@ def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
 
     A process that is alone becomes a group of one. Raises ConfigError when `replicas` does not divide the processes.
     """
-    if not torch_dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch_dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+    dist.join_alone(device)
     world = dist.world_size()
     if world % replicas:
         fitting = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)

@@ -364,8 +364,7 @@ def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None
 
 def _disk(recipe: Recipe, job: Job) -> Disk:
     precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
-    teacher = job.teacher_spec if job.alpha else None
-    one = checkpoint_bytes(job.spec, teacher, ema=averaged, precision=precision)
+    one = checkpoint_bytes(job.spec, job.active_teacher, ema=averaged, precision=precision)
     before, left = _checkpoints(recipe, job)
     initial = artefact_bytes(job.spec) if job.teacher_spec is not None else 0
     model = artefact_bytes(job.spec, ema=averaged)
@@ -424,7 +423,7 @@ def memory_of(
     config = config or recipe.engine_of(job.spec.name)
     return memory_per_gpu(
         job.spec,
-        job.teacher_spec if job.alpha else None,
+        job.active_teacher,
         engine=engine,
         world_size=gpus,
         batch=recipe.optimizer.batch,

@@ -42,7 +42,7 @@ def job_hours(
     recipe: Recipe, job: Job, cost: JobCost, device: Device | None, gpus: int, throughput: Throughput | None
 ) -> Hours | None:
     """What `job` takes on `gpus` GPUs: measured, else projected for `device`; None where there is no device either."""
-    teacher = job.teacher_spec if job.alpha else None
+    teacher = job.active_teacher
     conditions = Conditions.of(recipe, gpus, job.spec.name)
     if device is not None:
         found = speed(job.spec, teacher, cost, device, conditions, throughput)

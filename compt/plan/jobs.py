@@ -61,6 +61,11 @@ class Job:
     expand: ExpandConfig | None = None
 
     @property
+    def active_teacher(self) -> ModelSpec | None:
+        """The model that this job distils from: None without a teacher, and with an alpha of 0."""
+        return self.teacher_spec if self.alpha else None
+
+    @property
     def hash(self) -> str:
         """Digest of `result`, which guards a resume."""
         return hash_json(self.result)
@@ -109,8 +114,7 @@ class Plan:
         """What `job` costs; `paper` counts images times epochs, `exact` what is left without partial batches."""
         if mode == "exact":
             return job.cost
-        teacher = job.teacher_spec if job.alpha else None
-        return paper_cost(job.spec, teacher, samples=job.epochs * self.images, steps=job.steps)
+        return paper_cost(job.spec, job.active_teacher, samples=job.epochs * self.images, steps=job.steps)
 
     def total_macs(self, mode: Mode = "exact") -> float:
         """MACs of everything that is really trained."""
@@ -335,10 +339,7 @@ class _Planner:
         steps = link.steps
         if kind != "equal_epochs":
             paid = links if kind == "equal_chain_macs" else links[-1:]
-            wanted = sum(
-                self.cost(job.spec, job.teacher_spec if job.alpha else None, job.steps, again=False).total_macs
-                for job in paid
-            )
+            wanted = sum(self.cost(job.spec, job.active_teacher, job.steps, again=False).total_macs for job in paid)
             steps = round(wanted / self.cost(link.spec, None, 1, again=False).total_macs)
         warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
         return self.scratch(f"control-{kind}", "control", self.specs[link.spec.name], steps, warmup, link.seed)

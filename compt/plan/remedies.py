@@ -52,7 +52,7 @@ def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room
         other = changed_engine(engine, {"micro_batch": micro_batch, **change})
         return memory_of(recipe, job, other.name, world_size, recompute=other.recompute, config=other).total_bytes
 
-    now, distils = needed({}), job.teacher_spec is not None and job.alpha > 0
+    now, distils = needed({}), job.active_teacher is not None
     most = SMALLER * now
     if room.total is not None:
         most = min(most, room.total * (1 - FRAGMENTED) - RESERVED_BYTES)

@@ -28,20 +28,13 @@ from compt.dist.child import end_with
 from compt.dist.rendezvous import HERE, is_host
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
-from compt.engines.base import COMPUTE_DTYPES, Engine
-from compt.engines.open import open_engine
-from compt.engines.shards import shard_frozen
 from compt.errors import RunError, is_out_of_memory
-from compt.models.clip import build
-from compt.models.init import DrawnState
-from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
 from compt.plan.remedies import Room, advice
-from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.accumulate import cached_backward
-from compt.train.task import ClipTask, DistillTask
+from compt.train.build import Blueprint, build_training
 
 STEPS = 2
 """Steps of a trial: the optimizer's moments are there from the first one on, so that the second needs most."""
@@ -53,22 +46,19 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True)
 class Trial:
-    """What the memory of a step depends on; `share` are the pictures of one process."""
+    """What the memory of a step depends on; `share` are the images of one process, with `captions` each."""
 
-    student: ModelSpec
-    teacher: ModelSpec | None
-    recipe: Recipe
-    config: EngineConfig
-    base: Path
+    blueprint: Blueprint
+    captions: int
     device: str
     share: int
 
     @classmethod
     def of(cls, job: Job, recipe: Recipe, base: Path, device: torch.device) -> Trial:
-        """That of a planned job, on as many processes as there are."""
-        config = recipe.engine_of(job.spec.name)
-        share, _ = split_batch(recipe.optimizer.batch, dist.world_size(), config.micro_batch)
-        return cls(job.spec, job.teacher_spec if job.alpha else None, recipe, config, base, str(device), share)
+        """The trial of a planned job, on as many processes as there are."""
+        blueprint = Blueprint.of(job, recipe, base)
+        share, _ = split_batch(recipe.optimizer.batch, dist.world_size(), blueprint.engine.micro_batch)
+        return cls(blueprint, recipe.data.captions, str(device), share)
 
 
 def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = None) -> int:
@@ -79,13 +69,13 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
     """
     # The trials are other processes: to them memory that this one keeps for later is taken.
     release(torch.device(trial.device))
-    most = min(trial.config.micro_batch or trial.share, trial.share)
+    most = min(trial.blueprint.engine.micro_batch or trial.share, trial.share)
     sizes = [size for size in range(1, most + 1) if trial.share % size == 0]
     found = largest(sizes, lambda size: (fits or fits_apart)(trial, size))
     if found is None:
         raise RunError(
-            f"{trial.student.name}: not even a micro-batch of one picture fits into memory; take engine.recompute, "
-            "engine.name: fsdp2 or zero3, or more GPUs (`compt plan --gpu …` counts)"
+            f"{trial.blueprint.student.name}: not even a micro-batch of one image fits into memory; "
+            "take engine.recompute, engine.name: fsdp2 or zero3, or more GPUs (`compt plan --gpu …` counts)"
         )
     return found
 
@@ -141,7 +131,7 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
     faults = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
     if faults:
         faults.sort(key=lambda text: _OTHER in text)
-        dist.fail(RunError(f"{trial.student.name}: looking for a micro-batch failed: {faults[0]}"))
+        dist.fail(RunError(f"{trial.blueprint.student.name}: looking for a micro-batch failed: {faults[0]}"))
     return True
 
 
@@ -208,46 +198,16 @@ def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
 
 def steps(trial: Trial, micro_batch: int) -> None:
     """Train as the recipe says, with drawn weights, random pictures and captions as long as the context."""
-    task, engine = _open(trial)
-    spec, data = trial.student, trial.recipe.data
+    task, engine = build_training(trial.blueprint, torch.device(trial.device))
+    task.module.train()
+    spec = trial.blueprint.student
     images = torch.zeros((trial.share, 3, spec.image_size, spec.image_size), device=engine.device).normal_()
-    tokens = torch.full((trial.share, data.captions, spec.context_length), 1, dtype=torch.int64)
+    tokens = torch.full((trial.share, trial.captions, spec.context_length), 1, dtype=torch.int64)
     tokens[..., -1] = spec.vocab_size - 1
     lengths = torch.full(tokens.shape[:2], spec.context_length)
     for _ in range(STEPS):
         cached_backward(task, engine, images, tokens.to(engine.device), micro_batch, lengths)
-        float(engine.step(1e-5, trial.recipe.optimizer.clip_grad_norm))
-
-
-def _open(trial: Trial) -> tuple[ClipTask, Engine]:
-    recipe, config, device = trial.recipe, trial.config, torch.device(trial.device)
-    student = build(trial.student, device="meta")
-    options: dict[str, Any] = {
-        "image_to_text": recipe.optimizer.image_to_text,
-        "text_buckets": config.text_buckets,
-        "chunk": config.loss_chunk,
-    }
-    if trial.teacher is None:
-        task = ClipTask(student, **options)
-    else:
-        dtype = COMPUTE_DTYPES[recipe.optimizer.precision]
-        if config.shard_teacher:
-            empty = build(trial.teacher, device="meta")
-            teacher = shard_frozen(empty, DrawnState(empty, trial.teacher, 0), dtype=dtype, device=device)
-        else:
-            teacher = build(trial.teacher, device=device)
-        task = DistillTask(student, teacher, teacher_dtype=dtype, **options)
-    engine = open_engine(
-        task.module,
-        config,
-        recipe.optimizer,
-        device=device,
-        initial=task.module.initial(DrawnState(student, trial.student, 0)),
-        caps=task.caps,
-        base=trial.base,
-    )
-    task.module.train()
-    return task, engine
+        float(engine.step(1e-5, trial.blueprint.optimizer.clip_grad_norm))
 
 
 def advise(job: Job, recipe: Recipe, device: torch.device, micro_batch: int) -> str:

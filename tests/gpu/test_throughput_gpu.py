@@ -13,10 +13,12 @@ from compt.cost.counts import parameters
 from compt.cost.speed import Measurement
 from compt.cost.training import exact_cost
 from compt.models.presets import PRESETS
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 
 CUDA = torch.device("cuda", 0)
 T, S = PRESETS["vit_t16"], PRESETS["vit_s16"]
-LINK = Setup(S, T, captions=4, tokens=30, text_buckets=4)
+LINK = Setup(student=S, teacher=T, captions=4, tokens=30, engine=EngineConfig(text_buckets=4))
 
 
 @pytest.fixture
@@ -34,7 +36,7 @@ def check(found: Measurement, setup: Setup) -> None:
     assert found.failure is None
     assert 0 < found.low <= found.seconds_per_sample <= found.high
     assert found.peak_memory_bytes > 16 * parameters(setup.student)  # weights, gradients and two moments in fp32
-    peak = peak_flops(CUDA, setup.precision)
+    peak = peak_flops(CUDA, setup.optimizer.precision)
     if peak is None:
         assert found.mfu is None
     else:
@@ -59,7 +61,7 @@ def test_the_batch_grows_until_memory_ends(little_memory: None) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_gpu_is_measured_in_its_own_process(precision: str) -> None:
-    setup = replace(LINK, precision=precision)
+    setup = replace(LINK, optimizer=Optimizer(precision=precision))
     found = measure_apart(setup, CUDA, 16, 8192, 0.1)
     check(found, setup)
     assert found.repeats >= 3

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.checks.finding import Finding, holds, largest
-from compt.bench.step import join_alone
-from compt.engines.base import COMPUTE_DTYPES, Engine, Precision
-from compt.engines.open import open_engine
+from compt.engines.base import Engine, Precision
 from compt.models.clip import build, caption_lengths
+from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
-from compt.train.task import ClipTask, DistillTask
+from compt.train.build import Blueprint, build_training
+from compt.train.task import ClipTask
 
 LR = 1e-3
 EPS = 1e-4
@@ -78,16 +78,6 @@ class Trained:
     after: dict[str, Tensor]
 
 
-def make_task(case: Case, device: torch.device, precision: Precision = "fp32") -> ClipTask:
-    """The task of a case; its weights do not depend on the device."""
-    student = build(case.student, device=device, seed=0)
-    if case.teacher is None:
-        return ClipTask(student, text_buckets=case.buckets)
-    teacher = build(case.teacher, device=device, seed=1)
-    dtype = COMPUTE_DTYPES[precision]
-    return DistillTask(student, teacher, text_buckets=case.buckets, teacher_dtype=dtype)
-
-
 def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
     """Random pictures and captions of 3 tokens to the whole context, on the CPU."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -103,12 +93,17 @@ def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, 
 def open_case(
     case: Case, device: torch.device, config: EngineConfig, precision: Precision = "fp32"
 ) -> tuple[ClipTask, Engine]:
-    """The task of a case and the engine that a recipe would get for it."""
-    if config.name != "ddp":
-        join_alone(device)
-    task = make_task(case, device, precision)
-    optimizer = Optimizer(precision=precision, eps=EPS)
-    return task, open_engine(task.module, config, optimizer, device=device, caps=task.caps)
+    """The task of a case and the engine that a recipe would get for it; weights do not depend on the device."""
+    plan = Blueprint(
+        student=case.student,
+        teacher=case.teacher,
+        optimizer=Optimizer(precision=precision, eps=EPS),
+        engine=config.model_copy(update={"text_buckets": case.buckets}),
+    )
+    teacher = None
+    if case.teacher is not None:
+        teacher = DrawnState(build(case.teacher, device="meta"), case.teacher, seed=1)
+    return build_training(plan, device, teacher_weights=teacher)
 
 
 def backward(case: Case, task: ClipTask, engine: Engine, step: int, part: slice = slice(None)) -> Tensor:

@@ -160,6 +160,7 @@ def _setting(asked: Conditions, mode: Mode) -> str:
     ways += [f"chunks of the loss of {asked.loss_chunk}" if asked.loss_chunk else ""]
     ways += ["compiled blocks" if asked.compile else "", "recomputed blocks" if asked.recompute else ""]
     ways += [f"the engine {asked.engine}" if asked.engine != "ddp" else ""]
+    ways += [f"{key} {value}" for key, value in asked.settings.items()]
     return ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])
 
 

@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
@@ -33,9 +32,7 @@ def start_deepspeed(device: torch.device) -> ModuleType:
     if device.type == "cuda":
         # For DeepSpeed that is the number of the GPU, then and later; Slurm may show each process its own alone.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
-    if not torch_dist.is_initialized():
-        store = torch_dist.HashStore()  # type: ignore[attr-defined]
-        torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=0, world_size=1)
+    dist.join_alone(device)
     try:
         deepspeed = importlib.import_module("deepspeed")
         backend = importlib.import_module("deepspeed.comm.torch")

@@ -18,21 +18,35 @@ from compt.bench.estimate import seconds_of
 from compt.bench.step import Setup, TrainingStep, random_captions
 from compt.bench.throughput import largest_batch, measure, measure_apart, run
 from compt.cost.gpus import DEVICES
-from compt.cost.speed import Measurement, Throughput
+from compt.cost.speed import Measurement, Throughput, other_settings
 from compt.cost.training import exact_cost
 from compt.errors import ConfigError, RunError
 from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.presets import PRESETS
 from compt.plan.jobs import make_plan
+from compt.recipe.engine import EngineConfig, Fsdp2
 from compt.recipe.read import load_recipe
+from compt.recipe.schema import Ema, Optimizer
 from compt.train.metrics import read_metrics
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 PICO, NANO = PRESETS["vit_pico"], PRESETS["vit_nano"]
-LINK = Setup(NANO, PICO, captions=2, tokens=6, precision="fp32")
+FP32, BF16 = Optimizer(precision="fp32"), Optimizer(precision="bf16")
+LINK = Setup(student=NANO, teacher=PICO, captions=2, tokens=6, optimizer=FP32)
 ALONE = replace(LINK, student=PICO, teacher=None)
+
+
+def with_engine(setup: Setup, changes: dict[str, Any]) -> Setup:
+    """`setup` with changes of its own fields and of those of its engine."""
+    own = {key: value for key, value in changes.items() if key in Setup.__dataclass_fields__}
+    return engine_of(replace(setup, **own), **{key: value for key, value in changes.items() if key not in own})
+
+
+def engine_of(setup: Setup, **engine: Any) -> Setup:
+    """`setup` with other settings of the engine."""
+    return replace(setup, engine=EngineConfig(**{**setup.engine.model_dump(exclude_unset=True), **engine}))
 
 
 @given(st.integers(0, 5000), st.integers(1, 4096))
@@ -53,11 +67,11 @@ def test_the_largest_batch_is_found(limit: int, most: int) -> None:
 
 
 def lengths_of(batch: int, **changes: Any) -> torch.Tensor:
-    return caption_lengths(random_captions(replace(LINK, **changes), batch, torch.Generator().manual_seed(0)))
+    return caption_lengths(random_captions(with_engine(LINK, changes), batch, torch.Generator().manual_seed(0)))
 
 
 def test_captions_are_as_long_as_is_to_be_computed() -> None:
-    tokens = random_captions(replace(LINK, tokens={9: 1.0, 5: 3.0}, text_buckets=4), 10, torch.Generator())
+    tokens = random_captions(with_engine(LINK, {"tokens": {9: 1.0, 5: 3.0}, "text_buckets": 4}), 10, torch.Generator())
     lengths = caption_lengths(tokens)
     assert tokens.shape == (10, 2, 9)
     assert sorted(lengths.flatten().tolist()) == [5] * 15 + [9] * 5
@@ -110,16 +124,16 @@ def test_a_step_trains_the_student_and_runs_the_teacher() -> None:
 
 
 def test_options_of_the_setup_arrive() -> None:
-    step = TrainingStep(replace(ALONE, text_buckets=3, loss_chunk=2, image_to_text="all", precision="bf16"), CPU)
-    assert (step.task.module.text_buckets, step.task.chunk, step.task.image_to_text) == (3, 2, "all")
+    step = TrainingStep(replace(engine_of(ALONE, text_buckets=3, loss_chunk=2), optimizer=BF16), CPU)
+    assert (step.task.module.text_buckets, step.task.chunk) == (3, 2)
     assert step.engine.precision == "bf16"
     pieces: list[int] = []
-    step = TrainingStep(replace(LINK, micro_batch=3), CPU)
+    step = TrainingStep(engine_of(LINK, micro_batch=3), CPU)
     forward = step.engine.forward
     step.engine.forward = lambda images, *more, **how: pieces.append(len(images)) or forward(images, *more, **how)
     step(step.data(7))
     assert pieces == [3, 3, 1] * 2
-    assert TrainingStep(replace(LINK, precision="bf16"), CPU).task.teacher_dtype == torch.bfloat16
+    assert TrainingStep(replace(LINK, optimizer=BF16), CPU).task.teacher_dtype == torch.bfloat16
 
 
 def test_seconds_are_those_of_steps_after_the_warm_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,30 +212,30 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [0.5, 0.1, 0.2]
     monkeypatch.setattr(TrainingStep, "seconds", lambda self, data, **options: times)
     monkeypatch.setattr(throughput, "known_device", lambda device: DEVICES["h200"])
-    setup = replace(LINK, tokens={4: 1.0, 8: 1.0}, text_buckets=2)
+    setup = with_engine(LINK, {"tokens": {4: 1.0, 8: 1.0}, "text_buckets": 2})
     found = measure(setup, CPU, 8, 32, 0.0)
     assert (found.seconds_per_sample, found.low, found.high) == (median(times) / 8, 0.1 / 8, 0.5 / 8)
     assert (found.tokens, found.computed_tokens, found.repeats) == (6.0, 6.0, 3)
     cost = exact_cost(NANO, PICO, steps=1, batch=8, captions=2, tokens=6.0)
     useful = cost.student_training_macs + cost.teacher_forward_macs + cost.loss_macs
     assert found.mfu == pytest.approx(2 * useful * 8 / 0.2 / 66.9e12)
-    one_bucket = measure(replace(setup, text_buckets=1), CPU, 8, 32, 0.0)
+    one_bucket = measure(engine_of(setup, text_buckets=1), CPU, 8, 32, 0.0)
     assert (one_bucket.tokens, one_bucket.computed_tokens) == (6.0, 6.0)
-    half = measure(replace(setup, tokens=6.5, text_buckets=2), CPU, 8, 32, 0.0)
+    half = measure(replace(setup, tokens=6.5), CPU, 8, 32, 0.0)
     assert (half.tokens, half.computed_tokens) == (6.5, 6.5)
     ways = {"micro_batch": 4, "loss_chunk": 4}
-    with_ways = measure(replace(setup, **ways), CPU, 8, 32, 0.0)
+    with_ways = measure(engine_of(setup, **ways), CPU, 8, 32, 0.0)
     assert {key: getattr(with_ways, key) for key in (*ways, "text_buckets", "compile")} == {
         **ways,
         "text_buckets": 2,
         "compile": False,
     }
-    in_one = measure(replace(setup, **ways), CPU, 4, 32, 0.0)
+    in_one = measure(engine_of(setup, **ways), CPU, 4, 32, 0.0)
     assert (in_one.micro_batch, in_one.loss_chunk) == (None, None)
     monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
     monkeypatch.setattr(TrainingStep, "data", lambda self, batch: found_data)
     found_data = SimpleNamespace(tokens=random_captions(setup, 8, torch.Generator()))
-    assert measure(replace(setup, compile=True), CPU, 8, 32, 0.0).compile
+    assert measure(engine_of(setup, compile=True), CPU, 8, 32, 0.0).compile
     monkeypatch.undo()
     assert throughput.known_device(CPU) is None
     assert throughput.peak_flops(CPU, "bf16") is None
@@ -241,22 +255,10 @@ def test_a_measurement_in_its_own_process() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_another_engine_is_measured_on_one_device(engine: Any) -> None:
-    setup = replace(LINK, engine=engine, recompute=True)
+    setup = engine_of(LINK, name=engine, recompute=True)
     found = measure_apart(setup, CPU, 4, 32, 0.0)
     assert (found.failure, found.engine, found.recompute, found.batch) == (None, engine, True, 4)
     assert 0 < found.low <= found.seconds_per_sample <= found.high
-
-
-def test_the_engine_of_the_setup_is_the_one_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr("compt.bench.step.join_alone", seen.append)
-    monkeypatch.setattr(
-        "compt.bench.step.open_engine",
-        lambda module, config, optimizer, **options: seen.append((config.name, config.compile, config.recompute)),
-    )
-    TrainingStep(replace(ALONE, engine="zero1", recompute=True), CPU)
-    TrainingStep(replace(ALONE, compile=True), CPU)
-    assert seen == [CPU, ("zero1", False, True), ("ddp", True, False)]
 
 
 class _Killed:
@@ -268,13 +270,15 @@ def test_a_killed_process_is_one_failed_job(capfd: pytest.CaptureFixture[str]) -
     found = measure_apart(ALONE, _Killed(), 4, 32, 0.0)
     assert found.failure == "its process was killed, as the system does where memory runs out"
     assert (found.student, found.batch) == (PICO, 4)
-    with pytest.raises(ConfigError, match=r"unknown precision 'fp17' \(did you mean 'fp16'\?\)"):
-        measure_apart(replace(ALONE, precision="fp17"), CPU, 4, 32, 0.0)
+    missing = engine_of(ALONE, name="zero1", deepspeed_config="/nowhere/mine.json")
+    with pytest.raises(ConfigError, match=r"/nowhere/mine\.json: engine\.deepspeed_config cannot be read"):
+        measure_apart(missing, CPU, 4, 32, 0.0)
     with pytest.raises(RunError, match=r"measuring vit_nano failed \(exit code 1\)"):
-        measure_apart(replace(LINK, precision="fp17"), CPU, 4, 32, 0.0)
-    assert "KeyError: 'fp17'" in capfd.readouterr().err
+        measure_apart(replace(LINK, captions="two"), CPU, 4, 32, 0.0)
+    assert "TypeError" in capfd.readouterr().err
 
 
+ENGINE_KEYS = ("text_buckets", "micro_batch", "loss_chunk", "compile", "recompute")
 SETUPS = [ALONE, replace(ALONE, captions=3), LINK, replace(LINK, captions=3)]
 
 
@@ -291,8 +295,8 @@ class Meter:
         self.seen.append(setup)
         done = {"failure": self.failure} if self.failure else {"seconds_per_sample": 0.5, "low": 0.25, "high": 1.0}
         asked = {"captions": setup.captions, "tokens": setup.tokens, "batch": batch or most, "repeats": 3}
-        keys = ("text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute")
-        asked |= {key: getattr(setup, key) for key in keys}
+        asked |= {key: getattr(setup.engine, key) for key in ENGINE_KEYS} | {"engine": setup.engine.name}
+        asked["settings"] = other_settings(setup.optimizer, setup.engine)
         return Measurement(student=setup.student, teacher=setup.teacher, **asked, **done)
 
 
@@ -350,15 +354,19 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
         {"loss_chunk": 2},
         {"compile": True},
         {"recompute": True},
-        {"engine": "fsdp2"},
+        {"name": "fsdp2"},
         {"text_buckets": 2},
+        {"shard_teacher": True},
+        {"name": "fsdp2", "fsdp2": Fsdp2(cpu_offload=True)},
+        {"name": "zero2", "deepspeed_config": "mine.json"},
         {"tokens": 8.0},
+        {"optimizer": Optimizer(precision="fp32", ema=Ema(decay=0.9))},
     ):
-        other = [replace(SETUPS[0], **changes)]
+        other = [with_engine(SETUPS[0], changes)]
         assert bench(out, Meter(), other, batch=4)[1] == [False], changes
         assert bench(out, Meter(), other, batch=4)[1] == [True], changes
     # Pieces larger than the batch are none.
-    assert bench(out, Meter(), [replace(SETUPS[0], micro_batch=4, loss_chunk=9)], batch=4)[1] == [True]
+    assert bench(out, Meter(), [engine_of(SETUPS[0], micro_batch=4, loss_chunk=9)], batch=4)[1] == [True]
 
 
 @pytest.mark.parametrize(
@@ -408,7 +416,7 @@ def test_metrics_have_the_mfu_where_the_peak_is_known(tmp_path: Path, monkeypatc
         assert cost["recompute_macs"] > 0.1 * useful
 
 
-def test_an_estimate_times_the_step_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_estimate_times_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Setup, int]] = []
     monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
     monkeypatch.setattr(TrainingStep, "data", lambda self, batch: batch)
@@ -417,17 +425,11 @@ def test_an_estimate_times_the_step_of_the_recipe(monkeypatch: pytest.MonkeyPatc
     )
     recipe = load_recipe(ROOT / "recipes" / "demo.yaml", ["engine.micro_batch=16", "engine.loss_chunk=8"])
     jobs = make_plan(recipe, world_size=2).links
-    assert seconds_of([(job, 10) for job in jobs], recipe, CPU, 2) == 10 * 2.0 * len(jobs)
-    assert [(setup.micro_batch, setup.loss_chunk, setup.tokens, batch) for setup, batch in seen] == [
-        (16, 8, 7.4, 64)
-    ] * len(jobs)
+    twice = [(job, 10) for job in (*jobs, *jobs)]
+    assert seconds_of(twice, recipe, CPU, 2) == 2 * 10 * 2.0 * len(jobs)
+    assert [(setup.engine.micro_batch, setup.tokens, batch) for setup, batch in seen] == [(16, 7.4, 64)] * len(jobs)
     seen.clear()
-    own = load_recipe(
-        ROOT / "recipes" / "demo.yaml",
-        ["chain.links.1.engine={name: fsdp2, recompute: true, micro_batch: 32, compile: true, text_buckets: 2}"],
-    )
-    seconds_of([(job, 10) for job in make_plan(own).links[:2]], own, CPU)
-    first, second = (setup for setup, _ in seen)
-    assert (first.engine, first.recompute, first.compile) == ("ddp", False, False)
-    found = (second.engine, second.recompute, second.micro_batch, second.compile, second.text_buckets)
-    assert found == ("fsdp2", True, 32, True, 2)
+    monkeypatch.setattr("compt.bench.estimate.find_micro_batch", lambda trial: trial.share // 4)
+    found = load_recipe(ROOT / "recipes" / "demo.yaml", ["engine.find_micro_batch=true"])
+    seconds_of([(jobs[0], 10)], found, CPU)
+    assert [(setup.engine.micro_batch, batch) for setup, batch in seen] == [(32, 128)]

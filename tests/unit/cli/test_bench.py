@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,6 @@ QUICK = [
     "--precision",
     "fp32",
 ]
-
-
-PLAIN = {"compile": False, "recompute": False, "engine": None}
 
 
 def compt(*words: str, width: int = 120) -> str:
@@ -273,27 +269,21 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     ) == [6]
     assert cli_bench._tokens("context", recipe) is cli_bench._tokens(None, recipe) is None
     assert cli_bench._tokens("20:0.7,40:0.3", recipe) == {20: 0.7, 40: 0.3}
-    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16", **PLAIN)
+    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16")
     assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
         ("vit_b16", None, 4),
         ("vit_b16", None, 6),
         ("vit_b16", "vit_s16", 4),
         ("vit_b16", "vit_s16", 6),
     ]
-    assert {setup.text_buckets for setup in setups} == {recipe.engine.text_buckets}
+    assert {setup.engine.text_buckets for setup in setups} == {recipe.engine.text_buckets}
     for device, gpus, batch in (("cuda", None, 128), ("cuda", 4, 256), ("cpu", None, 1024), ("cpu", 2, 512)):
         assert cli_bench._batch(None, gpus, jobs, "r.yaml", device) == batch
     assert cli_bench._batch("auto", None, jobs, "r.yaml", "cuda") is None
     assert cli_bench._batch("9", None, jobs, "r.yaml", "cuda") == 9
     assert cli_bench._batch(None, None, cli_bench._jobs([], None), "", "cuda") is None
-    ways = {"micro_batch": 64, "loss_chunk": 128, "compile": True, "recompute": True}
-    named = {"name": "fsdp2"}
-    engine = recipe.engine.model_copy(update=ways | named)
-    setups = cli_bench._setups(
-        replace(jobs, recipe=recipe.model_copy(update={"engine": engine})), [4], tokens=None, **PLAIN
-    )
-    assert [{key: getattr(setup, key) for key in ways} for setup in setups] == [ways] * 2
-    assert {setup.engine for setup in setups} == {"fsdp2"}
+    setups = cli_bench._setups(jobs, [4], tokens=None, engine="zero2", recompute=True)
+    assert {(setup.engine.name, setup.engine.recompute) for setup in setups} == {("zero2", True)}
 
 
 def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -> None:
@@ -301,9 +291,10 @@ def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -
     own = {"name": "fsdp2", "recompute": True, "micro_batch": 32, "text_buckets": 2}
     values["chain"]["links"][1]["engine"] = own
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], tokens=None, **PLAIN)
+    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], tokens=None)
     for setup in setups:
-        found = (setup.engine, setup.recompute, setup.micro_batch, setup.text_buckets)
+        engine = setup.engine
+        found = (engine.name, engine.recompute, engine.micro_batch, engine.text_buckets)
         other = ("ddp", False, None, values["engine"]["text_buckets"])
         assert found == (tuple(own.values()) if setup.student.name == "vit_s16" else other)
     file = str(file_of(tmp_path / "t.json", "h200", entry("vit_t16", None, 1e-3), entry("vit_s16", "vit_t16", 2e-3)))

@@ -60,13 +60,13 @@ def test_what_is_in_a_ring_goes_before_the_cache_is_emptied(monkeypatch: pytest.
 def test_a_link_leaves_nothing_of_its_engine_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     engines: list[weakref.ref[Any]] = []
-    opened = jobs.open_engine
+    built = jobs.build_training
 
-    def opening(*arguments: Any, **options: Any) -> Any:
-        engine = opened(*arguments, **options)
+    def building(*arguments: Any) -> Any:
+        task, engine = built(*arguments)
         engines.append(weakref.ref(engine))
         events.append("training")
-        return engine
+        return task, engine
 
     def releasing(device: torch.device) -> None:
         release(device)
@@ -77,7 +77,7 @@ def test_a_link_leaves_nothing_of_its_engine_to_the_next(tmp_path: Path, monkeyp
         return trial.share
 
     monkeypatch.setattr(jobs, "find_micro_batch", searching)
-    monkeypatch.setattr(jobs, "open_engine", opening)
+    monkeypatch.setattr(jobs, "build_training", building)
     monkeypatch.setattr(jobs, "release", releasing)
     chain(make_data(tmp_path), tmp_path / "run", "engine.find_micro_batch=true")
     nothing = "released on cpu, 0 left"

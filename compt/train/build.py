@@ -1,0 +1,115 @@
+"""Task, teacher and engine of a training job: the one place where they are made, for a run and for a timing of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compt.engines.base import COMPUTE_DTYPES, Engine
+from compt.engines.open import open_engine
+from compt.engines.shards import shard_frozen
+from compt.models.clip import ClipModel, build, materialise
+from compt.models.init import DrawnState, load_state
+from compt.models.presets import ModelSpec
+from compt.plan.jobs import Job
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Distill, Optimizer, Recipe
+from compt.train.task import ClipTask, DistillTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blueprint:
+    """What the training step of one job is made from, weights aside.
+
+    `teacher` is None when no teacher takes part; `distill.alpha` is the job's own. `base` is the folder that relative
+    paths of the recipe start from. `seed` draws the projectors, and all weights that are not given.
+    """
+
+    student: ModelSpec
+    teacher: ModelSpec | None = None
+    distill: Distill = field(default_factory=Distill)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    base: Path = Path()
+    seed: int = 0
+
+    @classmethod
+    def of(cls, job: Job, recipe: Recipe, base: Path) -> Blueprint:
+        """The blueprint of a planned job."""
+        return cls(
+            student=job.spec,
+            teacher=job.active_teacher,
+            distill=recipe.chain.distill.model_copy(update={"alpha": job.alpha}),
+            optimizer=recipe.optimizer,
+            engine=recipe.engine_of(job.spec.name),
+            base=base,
+            seed=job.seed,
+        )
+
+
+def build_training(
+    blueprint: Blueprint,
+    device: torch.device,
+    weights: Mapping[str, Tensor] | None = None,
+    teacher_weights: Mapping[str, Tensor] | None = None,
+) -> tuple[ClipTask, Engine]:
+    """The task of a job and the engine around it. All ranks call it.
+
+    `weights` are the student's before the first step, `teacher_weights` the teacher's; without them they are drawn.
+    Raises ArtefactError for weights of another model, ConfigError for settings that contradict each other.
+    """
+    # The student starts on the "meta" device, so that an engine that shards never holds the whole of it.
+    student = build(blueprint.student, device="meta")
+    teacher = None if blueprint.teacher is None else _open_teacher(blueprint, device, teacher_weights)
+    task = build_task(blueprint, student, teacher)
+    given = DrawnState(student, blueprint.student, blueprint.seed) if weights is None else weights
+    engine = open_engine(
+        task.module,
+        blueprint.engine,
+        blueprint.optimizer,
+        device=device,
+        initial=task.module.initial(given),
+        caps=task.caps,
+        base=blueprint.base,
+    )
+    return task, engine
+
+
+def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | None = None) -> ClipTask:
+    """The task around models that are there already, with the settings of the blueprint."""
+    optimizer, engine = blueprint.optimizer, blueprint.engine
+    if teacher is None:
+        return ClipTask(
+            student,
+            image_to_text=optimizer.image_to_text,
+            text_buckets=engine.text_buckets,
+            chunk=engine.loss_chunk,
+            seed=blueprint.seed,
+        )
+    return DistillTask(
+        student,
+        teacher,
+        alpha=blueprint.distill.alpha,
+        average_towers=not blueprint.distill.reference_compatible,
+        teacher_dtype=COMPUTE_DTYPES[optimizer.precision],
+        image_to_text=optimizer.image_to_text,
+        text_buckets=engine.text_buckets,
+        chunk=engine.loss_chunk,
+        seed=blueprint.seed,
+    )
+
+
+def _open_teacher(blueprint: Blueprint, device: torch.device, weights: Mapping[str, Tensor] | None) -> ClipModel:
+    """The frozen teacher: whole on every rank, or in shards with `engine.shard_teacher`."""
+    assert blueprint.teacher is not None
+    model = build(blueprint.teacher, device="meta")
+    given = DrawnState(model, blueprint.teacher, blueprint.seed) if weights is None else weights
+    if blueprint.engine.shard_teacher:
+        return shard_frozen(model, given, dtype=COMPUTE_DTYPES[blueprint.optimizer.precision], device=device)
+    materialise(model, device)
+    load_state(model, given)
+    return model

@@ -1,0 +1,151 @@
+"""A run, its estimate and its throughput build the same task and engine, with every setting of the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compt.bench.estimate import seconds_of
+from compt.bench.step import TrainingStep
+from compt.cli import bench as cli_bench
+from compt.engines import open as opening
+from compt.engines.fsdp2 import ShardedEngine
+from compt.engines.zero.engine import ZeroEngine
+from compt.train import build as building
+from compt.train import loop
+from compt.train.micro_batch import Trial, steps
+from tests.helpers.recipe import BATCH, chain, make_data, plan_of, recipe_of, write_recipe
+
+CPU = torch.device("cpu")
+
+CASES: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "sharded teacher": ("engine.shard_teacher=true",),
+    "offload and bf16 sums": ("engine.name=fsdp2", "engine.fsdp2={cpu_offload: true, reduce_precision: bf16}"),
+    "shards kept, moving average": (
+        *("engine.name=fsdp2", "engine.fsdp2={reshard_after_forward: false}"),
+        *("optimizer.ema={decay: 0.5}", "optimizer.precision=bf16"),
+    ),
+    "no distillation": ("chain.distill={alpha: 0}",),
+    "another alpha, towers added": ("chain.distill={alpha: 100, reference_compatible: true}",),
+    "alpha of a link": ("chain.links.1.alpha=7", "optimizer.betas=[0.8, 0.9]", "optimizer.weight_decay=0.3"),
+    "recompute, chunks, buckets": (
+        *("engine.recompute=true", "engine.loss_chunk=3", "engine.text_buckets=2", "engine.micro_batch=4"),
+        *("optimizer.image_to_text=all", "optimizer.clip_grad_norm=0.5"),
+    ),
+    "DeepSpeed's file": ("engine.name=zero2", "engine.deepspeed_config=mine.json"),
+}
+
+
+SHORT = ("chain.links.0.train={steps: 1}", "chain.links.0.warmup={steps: 0}", "evaluation=")
+
+
+class Taken(Exception):
+    """Ends a command before the first step of the second link, when all of it is built."""
+
+
+class Recorder:
+    """Notes what each engine class and task class is given, and the pieces and clipping of the first step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.notes: list[dict[str, Any]] = []
+        for kind in (opening.DataParallelEngine, ShardedEngine, ZeroEngine):
+            self._watch_class(monkeypatch, kind)
+        original_task, original_shard = building.build_task, building.shard_frozen
+
+        def build_task(blueprint: Any, student: Any, teacher: Any = None) -> Any:
+            task = original_task(blueprint, student, teacher)
+            note = {key: value for key, value in vars(task).items() if not isinstance(value, nn.Module)}
+            note |= {"task": type(task).__name__, "text_buckets": task.module.text_buckets}
+            note |= {"student": student.spec, "teacher": teacher and teacher.spec}
+            note["projectors"] = {name: _shape(value) for name, value in task.module.projector.named_parameters()}
+            self.notes.append(note)
+            return task
+
+        def shard_frozen(model: Any, weights: Any, **options: Any) -> Any:
+            self.notes.append({"sharded teacher": model.spec, **options})
+            return original_shard(model, weights, **options)
+
+        monkeypatch.setattr(building, "build_task", build_task)
+        monkeypatch.setattr(building, "shard_frozen", shard_frozen)
+
+        original_step = loop.training_step
+
+        def training_step(task: Any, engine: Any, batch: Any, **options: Any) -> Any:
+            if task.model.spec.name == "small":
+                self.notes = []
+                return original_step(task, engine, batch, **options)
+            self.notes.append({"rows": len(batch), **{key: options[key] for key in ("micro_batch", "clip_grad_norm")}})
+            raise Taken
+
+        monkeypatch.setattr(loop, "training_step", training_step)
+        monkeypatch.setattr("compt.bench.step.training_step", training_step)
+
+    def _watch_class(self, monkeypatch: pytest.MonkeyPatch, kind: type[Any]) -> None:
+        original = kind.__init__
+
+        def init(engine: Any, module: nn.Module, *arguments: Any, **options: Any) -> None:
+            given = {key: value for key, value in options.items() if key != "initial"}
+            state = {name: _shape(value) for name, value in module.state_dict().items()}
+            self.notes.append({"engine": kind.__name__, "settings": arguments, **given, "state": state})
+            original(engine, module, *arguments, **options)
+
+        monkeypatch.setattr(kind, "__init__", init)
+
+    def take(self, action: Callable[[], object]) -> list[dict[str, Any]]:
+        """What `action` builds up to its first step."""
+        self.notes = []
+        with pytest.raises(Taken):
+            action()
+        assert self.notes
+        return self.notes
+
+
+def _shape(value: Tensor) -> tuple[tuple[int, ...], bool]:
+    return tuple(value.shape), value.is_meta
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data, and with DeepSpeed's file."""
+    base = make_data(tmp_path_factory.mktemp("data"))
+    zero = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False}
+    (base / "mine.json").write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": BATCH}))
+    return base
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_and_throughput_time_the_step_that_the_chain_runs(
+    case: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (*SHORT, *CASES[case])
+    recipe, job = recipe_of(*changes), plan_of(data, tmp_path / "run", *changes).links[-1]
+    monkeypatch.chdir(data)  # relative paths of a recipe start where the command does
+    recorder = Recorder(monkeypatch)
+    with pytest.raises(Taken):  # the first link is trained
+        chain(data, tmp_path / "run", *changes)
+    wanted = recorder.notes
+
+    assert recorder.take(lambda: seconds_of([(job, 5)], recipe, CPU, 1, data)) == wanted
+
+    jobs = cli_bench._jobs(["large"], write_recipe(tmp_path / "recipe.yaml", *changes))
+    setup = cli_bench._setups(jobs, [recipe.data.captions], tokens=None, seed=recipe.seed)[-1]
+
+    def time() -> None:
+        step = TrainingStep(setup, CPU)
+        step(step.data(BATCH))
+
+    assert recorder.take(time) == wanted
+
+    def try_micro_batch() -> None:
+        trial = Trial.of(job, recipe, data, CPU)
+        steps(trial, trial.share)
+        raise Taken
+
+    assert recorder.take(try_micro_batch) == wanted[:-1]  # it takes no step of the trainer
