@@ -10,14 +10,14 @@ class ComptError(Exception):
     """Something that the user can mend. `str()` of it is the whole message."""
 
     exit_code = 1
-    everywhere = False
-    """Whether every rank raises it, so that one of them may speak for all."""
-    told = False
-    """Whether another process says it, so that this one ends without a word."""
+    agreed = False
+    """Whether a collective has raised it on every rank: then rank 0 alone prints it."""
+    printed = False
+    """Whether the watch has printed it."""
 
-    def shown_by(self, rank: str) -> bool:
-        """Whether the process of this rank is to show it."""
-        return not self.told and (rank == "0" or not self.everywhere)
+    def printed_by(self, rank: str) -> bool:
+        """Whether the process of this rank has to print it."""
+        return not self.printed and (rank == "0" or not self.agreed)
 
 
 class ConfigError(ComptError):
@@ -45,11 +45,7 @@ class RunError(ComptError):
 
 
 class Gone(RunError):
-    """A collective failed because another process has ended, or cannot be reached.
-
-    All that are left raise it, and nobody knows who they are: `told` is unset on the first of each machine, and on rank
-    1, as rank 0 may be the one that is gone.
-    """
+    """A collective failed because another process has exited or cannot be reached. The ranks that are left raise it."""
 
 
 class Interrupted(ComptError):

@@ -134,7 +134,7 @@ def recorded() -> Iterator[None]:
         yield
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
-        agreed = bool(getattr(error.__context__, "everywhere", False))
+        agreed = bool(getattr(error.__context__, "agreed", False))
         LaunchRecord(begun.pid, begun.rank, code, agreed).write(Path(folder))
         raise
 

@@ -7,8 +7,10 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,7 +23,7 @@ from compt.cli.bench import bench_app
 from compt.cli.curves import curves
 from compt.cli.doctor import doctor
 from compt.cli.expand.command import expand
-from compt.cli.launch import launch, recorded
+from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
 from compt.cli.options import Overrides, RecipePath
 from compt.cli.plan.command import plan
@@ -46,6 +48,9 @@ app = typer.Typer(
 app.add_typer(bench_app, name="bench")
 app.add_typer(data_app, name="data")
 app.add_typer(slurm_app, name="slurm")
+
+RANK_0_PRINTS = 3.0
+"""Seconds that other ranks wait for rank 0 to print an error on which all agreed."""
 
 RunFolder = Annotated[Path | None, typer.Option("--run", help="the run folder; default runs/NAME of the recipe")]
 
@@ -209,6 +214,19 @@ app.command()(export)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 
 
+def _print_error(error: ComptError, rank: str) -> None:
+    if error.agreed:
+        # A launcher stops all ranks when the first of them exits: rank 0 gets time to print, and all keep their exit
+        # code. Without this a fast rank 1 would take the message with it.
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    if error.printed_by(rank):
+        name = "compt" if rank == "0" else f"compt, rank {rank}"
+        terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
+    elif error.agreed:
+        time.sleep(RANK_0_PRINTS)
+
+
 @recorded()
 def main(words: Callable[[], list[str]] | None = None) -> None:
     """Entry point: one line for an error that the user can mend, with its own exit code.
@@ -219,14 +237,7 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
     try:
         app(None if words is None else words())
     except ComptError as error:
-        rank = own_rank(os.environ)
-        if error.shown_by(rank):
-            name = "compt" if rank == "0" else f"compt, rank {rank}"
-            terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
-        if error.everywhere and not error.told and "compt.dist.collectives" in sys.modules:
-            from compt.dist import collectives as dist
-
-            dist.after_first()
+        _print_error(error, own_rank(os.environ))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

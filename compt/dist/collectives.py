@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -16,19 +15,13 @@ from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist.environment import Place, connect_limit, find_place
-from compt.dist.rendezvous import SPEAKING, choose_interface, meet, tell_first
-from compt.dist.speaker import is_speaker
+from compt.dist.rendezvous import choose_interface, meet
 from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memory
 
 T = TypeVar("T")
 
-TELLING_SECONDS = 90.0
-"""For which ranks wait at most for the first to tell of an error of all: it may wait for slow ones to leave a watch."""
-
 _joined: list[Place] = []
 """This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
-_store: list[tuple[Any, int]] = []
-"""Where the group met, and which rank this is: it stays when the group is left."""
 _beside: list[Any] = []
 """A group, and the other one that `group_beside` made for it."""
 
@@ -42,8 +35,8 @@ def init(
     torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
     collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
     COMPT_CONNECT_SECONDS of the environment, or 60), and so do gloo's ways from each to each.
-    Raises ConfigError for an environment that contradicts itself or a missing device; RunError when the ranks do not
-    find each other, of which one has `told` unset: the lowest that is there.
+    Raises ConfigError for an environment that contradicts itself or a missing device, and RunError, on each rank that
+    is there, when the ranks do not find each other.
     """
     place = find_place(os.environ)
     if place is not None:
@@ -52,7 +45,6 @@ def init(
     if torch_dist.is_initialized() or place is None:
         return chosen
     limit = connect_limit(os.environ) if connect_seconds is None else connect_seconds
-    _store.clear()
     store = meet(place, limit)
     interface = choose_interface(place)
     if interface is not None:
@@ -72,24 +64,21 @@ def init(
             device_id=chosen if chosen.type == "cuda" else None,
         )
     except RuntimeError as error:
-        raise _not_joined(error, place, chosen, SPEAKING * limit) from error
+        raise _not_joined(error, place, chosen) from error
     store.set_timeout(timeout)
     distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
-    _joined[:], _store[:] = [place], [(store, place.rank)]
+    _joined[:] = [place]
     return chosen
 
 
-def _not_joined(error: RuntimeError, place: Place, device: torch.device, seconds: float) -> RunError:
-    """Of what all have met one tells, whom it takes up to `seconds` to find; of its own each does."""
+def _not_joined(error: RuntimeError, place: Place, device: torch.device) -> RunError:
     who, nccl = f"rank {place.rank} of {place.world_size}", device.type == "cuda"
     if _is_own(error) or (isinstance(error, torch_dist.DistBackendError) and "ncclRemoteError" not in str(error)):
         return RunError(f"{who} cannot join the others: {_reason(error)}")
-    failure = RunError(
-        f"{who} has no connection to the others ({_reason(error)}): one has ended since it came, or "
-        f"{'NCCL' if nccl else 'GLOO'}_SOCKET_IFNAME has to name the network interface to take"
+    return RunError(
+        f"{who} has no connection to the others ({_reason(error)}): one exited after it had connected, or "
+        f"{'NCCL' if nccl else 'GLOO'}_SOCKET_IFNAME must name the network interface to use"
     )
-    failure.told = not is_speaker(place, seconds)
-    return failure
 
 
 def _choose_device(device: str, place: Place | None) -> torch.device:
@@ -147,18 +136,6 @@ def group_beside() -> Any:
     return _beside[1]
 
 
-def after_first() -> None:
-    """For an error that all ranks raise: rank 0 calls this when it has told of it, the others wait until it has, up to
-    `TELLING_SECONDS`: a launcher stops all when one of them ends.
-
-    The group may have been left. From here on signals change nothing: the process is about to end.
-    """
-    for store, own in _store:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)
-        tell_first(store, own, TELLING_SECONDS)
-
-
 def share_timeout() -> None:
     """Make each group that this process has, whoever made it, give up as the first one does."""
     for group in list(distributed_c10d._world.pg_map):
@@ -210,12 +187,10 @@ def _reason(error: RuntimeError) -> str:
 
 
 def _gone(error: RuntimeError) -> Gone:
-    gone = Gone(
-        f"another process of this job has ended, or cannot be reached; look for its own message. Start the same "
+    return Gone(
+        f"another process of this job has exited or cannot be reached; look for its message. Start the same "
         f"command again to go on. ({_reason(error)})"
     )
-    gone.told = local_rank() != 0 and rank() != 1
-    return gone
 
 
 def barrier() -> None:
@@ -254,13 +229,13 @@ def agree(error: ComptError | None) -> None:
     """Raise the first rank's error on every rank; return where there is none. All ranks call it."""
     found = [other for other in gather_objects(error) if other is not None]
     if found:
-        found[0].everywhere, found[0].told = True, False
+        found[0].agreed = True
         raise found[0]
 
 
 def fail(error: ComptError) -> NoReturn:
-    """Raise an error that every rank has come to by itself, and of which one is to tell. All ranks call it."""
-    error.everywhere = True
+    """Raise an error that every rank has found for itself, so that rank 0 alone prints it. All ranks call it."""
+    error.agreed = True
     raise error
 
 

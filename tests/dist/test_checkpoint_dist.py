@@ -291,7 +291,7 @@ def lose_a_rank(folder: Path, asynchronous: bool) -> None:
 def test_a_rank_that_is_lost_in_a_save_is_not_a_fault_of_the_disk(tmp_path: Path, asynchronous: bool) -> None:
     with pytest.raises(AssertionError, match="rank 1: died"):
         run_ranks(lose_a_rank, 2, tmp_path, asynchronous)
-    assert (tmp_path / "told").read_text().startswith("Gone: another process of this job has ended")
+    assert (tmp_path / "told").read_text().startswith("Gone: another process of this job has exited")
 
 
 # --- what does not fit

@@ -120,7 +120,7 @@ def _work(folder: Path, environment: dict[str, str], function: Callable[..., Any
         function(*arguments)
         dist.shutdown()
     except ComptError as error:
-        if error.shown_by(rank):
+        if error.printed_by(rank):
             sys.stderr.write(f"compt: {error}\n")
         sys.stderr.flush()
         os._exit(error.exit_code)

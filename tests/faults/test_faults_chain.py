@@ -31,7 +31,7 @@ WANTED = {
     "SIGTERM to all": "stopped by SIGTERM",
     "disk full": "No space left on device",
     "run folder read-only": "Read-only file system",
-    "a rank is missing at the start": "did not come",
+    "a rank is missing at the start": "did not connect",
     "port taken": "port",
     "one rank out of memory": "out of memory (",
 }

@@ -109,7 +109,7 @@ def searched(folder: Path) -> None:
     assert [fits_apart(trial, size, limited) for size in (6, 3)] == [False, True]
     with pytest.raises(RunError, match="large: looking for a micro-batch failed: rank [01]: KeyError: 'no") as caught:
         fits_apart(trial, 6, failing)
-    assert caught.value.everywhere
+    assert caught.value.agreed
     assert torch.equal(before, torch.random.get_rng_state())
     dist.barrier()
 

@@ -1,4 +1,4 @@
-"""Join a group, sum the ranks, and say so; an error is told as `compt` tells it.
+"""Join a group, sum the ranks, and say so; print an error.
 
 TOGETHER=N of the environment: only when N of them are as far.
 """
@@ -33,6 +33,5 @@ if __name__ == "__main__":
         )
         dist.shutdown()
     except ComptError as error:
-        if not error.told:
-            print(f"rank {own_rank(os.environ)} says: {error}", flush=True)
+        print(error, flush=True)
         sys.exit(error.exit_code)

@@ -42,7 +42,7 @@ def main(folder: Path, plans: dict[str, str]) -> None:
         (folder / f"saved-{rank}").write_text(signal.Signals(heard[0]).name)
         stop = Interrupted("stopped")
         # With a rank that died there is nobody to agree with.
-        stop.everywhere = not plans
+        stop.agreed = not plans
         raise stop
     except ComptError as error:
         sys.exit(error.exit_code)

@@ -142,7 +142,7 @@ class Watch:
             except (ComptError, RuntimeError) as failure:
                 self._judge(failure)
                 raise
-        if self.world == 1 or error is None or (isinstance(error, ComptError) and error.everywhere):
+        if self.world == 1 or error is None or (isinstance(error, ComptError) and error.agreed):
             self._stop.set()
             self._wake.set()
             self._thread.join()
@@ -167,11 +167,11 @@ class Watch:
         if cause is None:
             return
         own = cause.kind == "failed" and cause.rank == self.rank
-        told = error if own else cause.error()
-        if isinstance(told, ComptError):
-            told.told = True
+        raised = error if own else cause.error()
+        if isinstance(raised, ComptError):
+            raised.printed = True
         if not own:
-            raise told from None
+            raise raised from None
 
     # --- the watching thread
 
@@ -394,5 +394,3 @@ def alive() -> None:
     """`Watch.alive` of the innermost watch; without one nothing."""
     if _open:
         _open[-1].alive()
-
-
