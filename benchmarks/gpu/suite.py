@@ -48,7 +48,6 @@ SOURCES = (
     "benchmarks/gpu/**/*.py",
     "benchmarks/paper/counting.py",
     "launchers/train.py",
-    "ds_configs/*.json",
     "tests/helpers/recipe.py",
     "tests/helpers/shards.py",
 )

@@ -1,12 +1,14 @@
-"""Reading recipes: strict YAML, overrides, and one clear message for whatever is wrong. No torch in here.
+"""Find and read recipes: strict YAML, overrides, and a clear message for each mistake.
 
-The sections and fields themselves are in `compt.recipe.schema` and `compt.recipe.types`.
+The sections and fields are in `compt.recipe.schema` and `compt.recipe.types`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compt.errors import ConfigError, nearest
-from compt.recipe.schema import (
-    Recipe,
-)
+from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key that stands twice."""
+    """YAML that reads 1e-3 as a number and refuses a key that occurs twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"line {key.start_mark.line + 1}: a key should be a plain word")
             if key.value in seen:
-                raise ConfigError(f"line {key.start_mark.line + 1}: the key '{key.value}' stands twice")
+                raise ConfigError(f"line {key.start_mark.line + 1}: the key '{key.value}' occurs twice")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -39,7 +39,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _yaml(text: str, source: str) -> Any:
+def read_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text. Raises ConfigError that names `source`."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -48,8 +49,16 @@ def _yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: {error}") from None
 
 
+def read_override(option: str, text: str, example: str) -> tuple[str, Any]:
+    """Key and value of a KEY=VALUE option; the value is YAML. Raises ConfigError that names the option."""
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{option} {text}: should be KEY=VALUE, as in {option} {example}")
+    return key, read_yaml(value, f"{option} {text}")
+
+
 def _child(place: Any, parents: Sequence[str], key: str, source: str) -> str | int:
-    """`key` as it indexes `place`. Raises ConfigError where there is no such item."""
+    """`key` as an index of `place`. Raises ConfigError for an item that does not exist."""
     where = ".".join(parents) or "the recipe"
     if isinstance(place, list):
         if not key.isdigit() or int(key) >= len(place):
@@ -61,11 +70,9 @@ def _child(place: Any, parents: Sequence[str], key: str, source: str) -> str | i
 
 
 def _set(values: Any, override: str) -> None:
-    """Apply one `a.b.0.c=YAML` override. A duration is replaced whole, whatever its unit was."""
+    """Apply one `a.b.0.c=YAML` override. A duration of another unit is replaced as a whole."""
     source = f"--set {override}"
-    path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"{source}: should be KEY=VALUE, as in --set optimizer.lr=5e-4")
+    path, value = read_override("--set", override, "optimizer.lr=5e-4")
     *parents, last = path.split(".")
     place = values
     for at, key in enumerate(parents):
@@ -76,7 +83,7 @@ def _set(values: Any, override: str) -> None:
     index = _child(place, parents, last, source)
     if isinstance(place, dict) and set(place) <= _UNITS and last in _UNITS:
         place.clear()
-    place[index] = _yaml(text, source)
+    place[index] = value
 
 
 _UNITS = set(Duration.model_fields)
@@ -96,7 +103,7 @@ def _keys(section: type[BaseModel]) -> list[str]:
 
 
 def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
-    """The section at a location of a recipe, or the closest around it."""
+    """The section at a location of a recipe, or the closest section around it."""
     section: type[BaseModel] = Recipe
     for key in location:
         field = section.model_fields.get("from_" if key == "from" else str(key))
@@ -105,56 +112,92 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
     return section
 
 
-def _message(source: str, error: ValidationError) -> str:
-    """One line for the first error: file, key, value, what is wrong, and the nearest that would be right."""
-    errors = error.errors()
-    # A misspelt key is missing as well; its own error says which one was meant.
-    first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])
-    location = [part for part in first["loc"] if not (isinstance(part, str) and "[" in part)]
-    key = ".".join(str(part) for part in location)
-    value = first.get("input")
-    shown = f"{key} = {value!r}" if key and isinstance(value, str | int | float | bool) else key
-    if first["type"] == "extra_forbidden":
-        known = _keys(_section_at(location[:-1]))
-        text = f"unknown key{nearest(str(location[-1]), known)}; known here: {', '.join(known)}"
-    elif first["type"] == "missing":
-        text = "is missing"
-    elif first["type"] == "dict_type":
-        text = "should be a mapping"
-    elif first["type"] == "model_type":
-        text = f"should be a section with the keys {', '.join(_keys(_section_at(location)))}"
-    elif first["type"] == "too_short":
-        text = "should not be empty"
-    elif first["type"] == "tuple_type":
-        text = "should be a list of numbers"
-    else:
-        text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
-        if first["type"] == "literal_error" and isinstance(value, str):
-            text += nearest(value, re.findall(r"'([^']*)'", first["ctx"]["expected"]))
-    others = len(errors) - 1
-    more = f" (and {others} more error{'s' * (others > 1)})" if others else ""
-    return f"{source}: {shown}{': ' if shown else ''}{text}{more}"
+def _lines(error: ValidationError) -> list[str]:
+    """A line for each mistake: key, value, what is wrong, and the nearest that would be right."""
+    lines: dict[str, str] = {}
+    meant = set()
+    # Unknown keys come first: a misspelt key is missing as well, and one line is enough for both.
+    for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
+        location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
+        key, value, kind = ".".join(map(str, location)), item.get("input"), item["type"]
+        text = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        if kind == "extra_forbidden":
+            known = _keys(_section_at(location[:-1]))
+            close = nearest(str(location[-1]), known)
+            meant |= {".".join(map(str, [*location[:-1], name])) for name in known if f"'{name}'" in close}
+            text = f"unknown key{close}; known here: {', '.join(known)}"
+        elif kind == "missing":
+            if key in meant:
+                continue
+            text = "is missing"
+        elif kind == "model_type":
+            text = f"should be a section with the keys {', '.join(_keys(_section_at(location)))}"
+        elif kind == "literal_error" and isinstance(value, str):
+            text += nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
+        text = _INSTEAD.get(kind, text)
+        shown = f"{key} = {value!r}" if key and isinstance(value, str | int | float | bool) else key
+        lines.setdefault(key, f"{shown}: {text}" if shown else text)
+    return list(lines.values())
+
+
+_INSTEAD = {
+    "dict_type": "should be a mapping",
+    "too_short": "should not be empty",
+    "tuple_type": "should be a list of numbers",
+}
+"""Words for pydantic's messages that name Python types."""
+
+_LISTED = 10
+"""The most mistakes that one message lists."""
 
 
 def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check plain values. Raises ConfigError naming `source`, the key, the value and what would be right."""
+    """Check plain values.
+
+    Raises ConfigError that names `source` and, for each mistake, the key, the value and what would be right.
+    """
     try:
         recipe = Recipe.model_validate(values)
         recipe.family.specs()
     except ValidationError as error:
-        raise ConfigError(_message(source, error)) from None
+        lines = _lines(error)
+        if len(lines) == 1:
+            raise ConfigError(f"{source}: {lines[0]}") from None
+        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+        listed = "".join(f"\n  {line}" for line in [*lines[:_LISTED], *more])
+        raise ConfigError(f"{source}: {len(lines)} mistakes{listed}") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return recipe
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """The recipes that come with compt, by name."""
+    folder = Path(str(resources.files("compt"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_recipe(name: str | Path) -> Path:
+    """The path of a recipe: `name` itself where such a file exists, else the shipped recipe of that name.
+
+    Raises ConfigError for a name without a file.
+    """
+    known = shipped_recipes()
+    if Path(name).exists():
+        return Path(name)
+    if str(name) in known:
+        return known[str(name)]
+    close = difflib.get_close_matches(Path(name).stem, known, cutoff=0.4) or list(known)
+    raise ConfigError(f"{name}: no such file, and no recipe of that name; the nearest are {', '.join(close)}")
+
+
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError with one message."""
+    """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    values = _yaml(text, str(path))
+    values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: should be a mapping with the keys {', '.join(_keys(Recipe))}")
     for override in overrides:
@@ -163,7 +206,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def split_batch(batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
-    """(images of a rank a step, images of a micro-batch). Raises ConfigError when they do not divide evenly."""
+    """Images of a rank in a step, and images of a micro-batch. Raises ConfigError when they do not divide evenly."""
     if batch % world_size:
         raise ConfigError(f"optimizer.batch {batch} cannot be shared evenly by {world_size} processes")
     per_rank = batch // world_size

@@ -43,8 +43,6 @@ def refused(folder: Path, text: Any, *words: str, **others: Any) -> None:
 def test_compts_own_settings_of_a_stage_are_the_files(stage: int) -> None:
     name = f"zero{stage}"
     file = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    packaged = json.loads((ROOT / "compt" / "ds_configs" / f"{name}.json").read_text())
-    assert file == packaged
     engine = EngineConfig.model_validate({"name": name, "micro_batch": 8})
     built_in = deepspeed_config(engine, Optimizer(batch=64), 2)
     named = EngineConfig.model_validate({"name": name, "micro_batch": 8, "deepspeed_config": f"ds_configs/{name}.json"})

@@ -10,7 +10,7 @@ import yaml
 from compt.errors import ConfigError
 from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
 from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, expand_result, expand_words, expansion
-from compt.recipe.read import load_recipe, parse_recipe, split_batch
+from compt.recipe.read import find_recipe, load_recipe, parse_recipe, shipped_recipes, split_batch
 from compt.recipe.reference import EXPANSION_EXAMPLE, reference
 from compt.recipe.types import Duration
 
@@ -138,7 +138,7 @@ WRONG = {
         "chain.links: 'wider' is no member of the family (did you mean",
     ),
     "link twice": ("model: wide", "model: vit_nano", "chain.links: a model stands there twice"),
-    "duplicate key": ("name: small", "name: small\nname: large", "line 3: the key 'name' stands twice"),
+    "duplicate key": ("name: small", "name: small\nname: large", "line 3: the key 'name' occurs twice"),
     "a key that is a list": ("name: small", "[a]: small", "line 2: a key should be a plain word"),
     "no YAML": ("members: [", "members: [[", "is not YAML:"),
     "missing section": ("data: {train: shards/*.tar, images: 2_000}", "", "data: is missing"),
@@ -296,9 +296,42 @@ def test_a_wrong_recipe_is_one_clear_line(case: str, write) -> None:
     assert "pydantic" not in text
 
 
-def test_several_errors_are_counted(write) -> None:
-    with pytest.raises(ConfigError, match=r"\(and 1 more error\)"):
-        load_recipe(write(RECIPE.replace("batch: 64", "batch: x").replace("lr: 1e-3", "lr: y")))
+def mistakes(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+    return str(caught.value).splitlines()
+
+
+def test_each_mistake_has_a_line(write) -> None:
+    path = write(
+        RECIPE.replace("batch: 64", "batch: x").replace("lr: 1e-3", "lr: y").replace("train: shards", "trian: s")
+    )
+    first, *lines = mistakes(path)
+    assert first == f"{path}: 3 mistakes"
+    assert [line.partition(":")[0] for line in lines] == [
+        "  data.trian = 's/*.tar'",
+        "  optimizer.batch = 'x'",
+        "  optimizer.lr = 'y'",
+    ], "the misspelt key is not counted a second time as missing"
+    assert "did you mean 'train'?" in lines[0]
+
+
+def test_a_long_list_of_mistakes_is_cut(write) -> None:
+    first, *lines = mistakes(write(RECIPE + "".join(f"key{n}: 1\n" for n in range(12))))
+    assert first.endswith("12 mistakes")
+    assert len(lines) == 11
+    assert lines[-1] == "  and 2 more"
+
+
+def test_a_recipe_is_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("demo") == shipped_recipes()["demo"]
+    (tmp_path / "demo").write_text("")
+    assert find_recipe("demo") == Path("demo"), "a file that exists comes first"
+    with pytest.raises(ConfigError, match=r"^cc3m_vti: no such file, and no recipe of that name.* cc3m_vit"):
+        find_recipe("cc3m_vti")
+    with pytest.raises(ConfigError, match="nearest are .*demo"):
+        find_recipe("lost/other.yaml")
 
 
 @pytest.mark.parametrize("content", ["", "- a", "just text"])
@@ -482,5 +515,5 @@ def test_batches_that_do_not_divide() -> None:
 
 
 def test_plain_values_are_checked_too() -> None:
-    with pytest.raises(ConfigError, match=r"^somewhere: name: is missing"):
+    with pytest.raises(ConfigError, match=r"^somewhere: 4 mistakes\n  name: is missing"):
         parse_recipe({}, "somewhere")
