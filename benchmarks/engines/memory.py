@@ -23,7 +23,6 @@ from benchmarks.common import one_line
 from benchmarks.engines.cells import ENGINES, WORLDS
 from benchmarks.engines.page import OUT, PAGE, about, write_results
 from benchmarks.paper.counting import Storages
-from compt.cost.memory import Engine as Name
 from compt.cost.memory import held_bytes
 from compt.dist import collectives as dist
 from compt.engines.base import Engine, parameter_groups
@@ -156,7 +155,7 @@ def _count(student: ModelSpec, teacher_spec: ModelSpec, name: str, shard_teacher
     before = Storages([*_living(), *weights.values(), *frozen.values(), *batch])
     engine = open_engine(
         task.module,
-        EngineConfig(name=name, device="cpu"),  # type: ignore[arg-type]
+        EngineConfig(name=name, device="cpu"),
         Optimizer(batch=ROWS * dist.world_size(), precision="fp32"),
         device=device,
         initial=task.module.initial(weights),
@@ -204,7 +203,7 @@ def run(world: int, engines: Sequence[str] = ENGINES, pairs: Iterable[str] = PAI
     for (pair, name, shared), found in zip(wanted, zip(*ranks, strict=True), strict=True):
         predicted = held_bytes(
             *PAIRS[pair],
-            engine=cast(Name, name),
+            engine=name,
             world_size=world,
             precision="fp32",
             shard_teacher=shared,

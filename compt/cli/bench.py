@@ -23,7 +23,7 @@ from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.plan.jobs import Job, make_plan
-from compt.recipe.engine import EngineConfig, EngineName, changed_engine
+from compt.recipe.engine import ENGINES, EngineConfig, changed_engine
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import TextTable, hours, ratio, terminal
@@ -127,12 +127,10 @@ def _precision(text: str | None, recipe: Recipe | None) -> Any:
     return name
 
 
-def _engine(text: str | None) -> EngineName | None:
-    known: tuple[EngineName, ...] = get_args(EngineName)
-    found = next((name for name in known if name == text), None)
-    if text is not None and found is None:
-        raise ConfigError(f"--engine {text}{nearest(text, known)}: should be {', '.join(known)}")
-    return found
+def _engine(text: str | None) -> str | None:
+    if text is not None and text not in ENGINES:
+        raise ConfigError(f"--engine {text}{nearest(text, ENGINES)}: should be {', '.join(ENGINES)}")
+    return text
 
 
 def _setups(
@@ -141,7 +139,7 @@ def _setups(
     *,
     tokens: Tokens,
     precision: Any = None,
-    engine: EngineName | None = None,
+    engine: str | None = None,
     compile: bool = False,
     recompute: bool = False,
     seed: int = 0,

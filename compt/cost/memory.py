@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Literal, get_args
 
 from compt.cost.activations import (
     FP32,
@@ -39,10 +38,7 @@ from compt.cost.activations import (
 from compt.cost.counts import Tokens, parameters, projector
 from compt.errors import ConfigError, nearest
 from compt.models.presets import ModelSpec
-
-Engine = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
-
-ENGINES: tuple[Engine, ...] = get_args(Engine)
+from compt.recipe.engine import ENGINES, EngineKind
 
 PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of a number that is computed with."""
@@ -171,74 +167,82 @@ class Held:
     teacher: float
 
 
-def _weights(engine: Engine, sizes: _Sizes, n: int) -> float:
-    if engine == "fsdp2":
-        return FP32 * sizes.cut(n)
-    if engine == "zero3":
-        return FP32 * (sizes.all / n + (sizes.small if n > 1 else 0))
-    return FP32 * sizes.all
+def _share(kind: EngineKind, sizes: _Sizes, n: int) -> float:
+    """Parameters of a rank of `n`, of what the engine shards."""
+    return sizes.cut(n) if kind.unsharded == "vectors" else sizes.all / n
 
 
-def _gathered(engine: Engine, sizes: _Sizes, n: int, compute: int, reshard: bool) -> float:
+def _weights(kind: EngineKind, sizes: _Sizes, n: int) -> float:
+    if "weights" not in kind.shards:
+        return FP32 * sizes.all
+    whole = sizes.small if kind.unsharded == "small" and n > 1 else 0
+    return FP32 * (_share(kind, sizes, n) + whole)
+
+
+def _gathered(kind: EngineKind, sizes: _Sizes, n: int, compute: int, reshard: bool) -> float:
     """Weights that are put together for a while, and copies in the compute type, at most."""
     copies = compute * sizes.copied if compute != FP32 else 0
-    if engine == "fsdp2":
+    if "weights" not in kind.shards:
+        return copies
+    if kind.gathers == "compute":
         blocks = 2 * sizes.block if reshard else sizes.all - sizes.root - sizes.embedding
         return FP32 * sizes.root + compute * blocks
-    if engine == "zero3":
-        return FP32 * min(max(sizes.block, sizes.embedding) + sizes.block, sizes.all * (1 - 1 / n)) + copies
-    return copies
+    return FP32 * min(max(sizes.block, sizes.embedding) + sizes.block, sizes.all * (1 - 1 / n)) + copies
 
 
-def _gradients(engine: Engine, sizes: _Sizes, n: int, several: bool = False) -> float:
-    """`several`: with several micro-batches, over which stage 1 adds up whole gradients."""
-    if engine == "fsdp2":
-        return FP32 * sizes.cut(n)
-    if engine in ("ddp", "zero0"):
+def _gradients(kind: EngineKind, sizes: _Sizes, n: int, several: bool = False) -> float:
+    """`several`: with several micro-batches."""
+    if "gradients" not in kind.shards:
         return FP32 * sizes.all
-    # Of a tensor that slices cut in two both ranks keep the whole gradient, but for stage 3, which cuts up each.
-    slices = sizes.all / n if engine == "zero3" else max(sizes.all / n, sizes.embedding)
-    return FP32 * (slices + (sizes.all if engine == "zero1" and several else 0))
+    share = _share(kind, sizes, n)
+    if "weights" not in kind.shards:
+        share = max(share, sizes.embedding)
+    return FP32 * (share + (sizes.all if kind.sums_whole_gradients and several else 0))
 
 
-def _optimizer(engine: Engine, sizes: _Sizes, n: int) -> float:
-    if engine in ("ddp", "fsdp2", "zero0"):
-        return _MOMENTS * (sizes.cut(n) if engine == "fsdp2" else sizes.all) + FP32 * sizes.tensors
-    return (_MOMENTS + FP32) * sizes.all / n  # DeepSpeed steps copies of the weights, though these are fp32 too
+def _optimizer(kind: EngineKind, sizes: _Sizes, n: int) -> float:
+    stepped = _share(kind, sizes, n) if "optimizer" in kind.shards else sizes.all
+    # DeepSpeed steps copies of the weights, though these are fp32 too; the others count the steps of each tensor.
+    return (_MOMENTS + FP32) * stepped if kind.steps_copies else _MOMENTS * stepped + FP32 * sizes.tensors
 
 
-def _buckets(engine: Engine) -> float:
+def _buckets(kind: EngineKind) -> float:
     """DeepSpeed's buffers, however small the model; two of them where the next is filled while one is sent off."""
-    return FP32 * ZERO_BUCKET * {"zero1": 2, "zero2": 2, "zero3": 1}.get(engine, 0)
+    return FP32 * ZERO_BUCKET * kind.buckets
 
 
 def held_bytes(
     spec: ModelSpec,
     teacher: ModelSpec | None,
     *,
-    engine: Engine,
+    engine: str,
     world_size: int,
     shard_teacher: bool = False,
     precision: str = "bf16",
     replicas: int = 1,
 ) -> Held:
     """What each of `world_size` ranks holds between backward and step, when most is held. Raises ConfigError."""
-    _check(engine, precision, world_size=world_size, replicas=replicas)
-    sizes, n = _sizes(spec, teacher), max(1, world_size // replicas) if engine == "fsdp2" else world_size
+    kind = _check(engine, precision, world_size=world_size, replicas=replicas)
+    sizes, n = _sizes(spec, teacher), _shards(kind, world_size, replicas)
     shared = world_size if shard_teacher else 1
     return Held(
-        weights=_weights(engine, sizes, n),
-        gradients=_gradients(engine, sizes, n),
-        optimizer=_optimizer(engine, sizes, n),
-        communication=_buckets(engine),
+        weights=_weights(kind, sizes, n),
+        gradients=_gradients(kind, sizes, n),
+        optimizer=_optimizer(kind, sizes, n),
+        communication=_buckets(kind),
         teacher=_teacher_weights(teacher, PRECISION_BYTES[precision], shared) if teacher else 0.0,
     )
 
 
-def _communication(engine: Engine, sizes: _Sizes, compute: int) -> float:
-    if engine == "fsdp2":
+def _shards(kind: EngineKind, world_size: int, replicas: int) -> int:
+    """How many ranks share one copy of the state."""
+    return max(1, world_size // replicas) if kind.settings == "fsdp2" else world_size
+
+
+def _communication(kind: EngineKind, sizes: _Sizes, compute: int) -> float:
+    if kind.gathers == "compute":
         return (compute + compute + FP32) * sizes.block  # gathered in one piece, and its gradient sent off in fp32
-    return _buckets(engine)  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
+    return _buckets(kind)  # DDP's buckets are the gradients themselves; stage 0 reduces after the backward pass
 
 
 def _masks(spec: ModelSpec, number: int) -> int:
@@ -250,7 +254,7 @@ def memory_per_gpu(
     spec: ModelSpec,
     teacher: ModelSpec | None,
     *,
-    engine: Engine,
+    engine: str,
     world_size: int,
     batch: int,
     captions: int,
@@ -276,25 +280,27 @@ def memory_per_gpu(
     """
     given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
     numbers = {name: value for name, value in given.items() if value is not None}
-    _check(engine, precision, world_size=world_size, batch=batch, captions=captions, replicas=replicas, **numbers)
-    n = max(1, world_size // replicas) if engine == "fsdp2" else world_size
+    sizes_given = {"world_size": world_size, "batch": batch, "captions": captions, "replicas": replicas}
+    kind = _check(engine, precision, **sizes_given, **numbers)
+    n = _shards(kind, world_size, replicas)
     rows = math.ceil(batch / world_size)
     piece = min(micro_batch or rows, rows)
-    step = _Step(spec, teacher, engine, world_size, rows, piece, captions, tokens, precision, n)
+    step = _Step(spec, teacher, kind, world_size, rows, piece, captions, tokens, precision, n)
     compute, formats, sizes = step.compute, step.formats, step.sizes
-    weights = _weights(engine, sizes, n) + _gathered(engine, sizes, n, compute, reshard)
+    weights = _weights(kind, sizes, n) + _gathered(kind, sizes, n, compute, reshard)
     if ema:
-        weights += _average(engine, sizes, n) + _COUNT
+        # Of what the optimizer steps on a rank.
+        weights += FP32 * (_share(kind, sizes, n) if "optimizer" in kind.shards else sizes.all) + _COUNT
     working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
     kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
         weights=weights,
-        gradients=_gradients(engine, sizes, n, step.several),
-        optimizer=_optimizer(engine, sizes, n),
+        gradients=_gradients(kind, sizes, n, step.several),
+        optimizer=_optimizer(kind, sizes, n),
         activations=step.piece * kept,
         teacher=_teacher(teacher, rows, captions, compute, world_size if shard_teacher else 1) if teacher else 0.0,
         loss=sum(step.loss(loss_chunk)),
-        buffers=step.inputs + _masks(spec, FP32) + _communication(engine, sizes, compute) + working,
+        buffers=step.inputs + _masks(spec, FP32) + _communication(kind, sizes, compute) + working,
     )
     alive = step.most_alive(parts.gradients, recompute, loss_chunk)
     copies = compute * sizes.copied if step.copies else 0
@@ -307,7 +313,7 @@ class _Step:
 
     spec: ModelSpec
     teacher: ModelSpec | None
-    engine: Engine
+    kind: EngineKind
     world_size: int
     rows: int
     piece: int
@@ -331,7 +337,7 @@ class _Step:
     @property
     def copies(self) -> bool:
         """Whether autocast copies weights, and lets them go with the activations."""
-        return self.engine != "fsdp2" and self.compute != FP32
+        return self.kind.gathers != "compute" and self.compute != FP32
 
     @property
     def inputs(self) -> int:
@@ -346,17 +352,17 @@ class _Step:
     @property
     def reserved(self) -> bool:
         """Whether the memory of the gradients is there throughout: in the buffers of DDP and of DeepSpeed."""
-        return self.world_size > 1 if self.engine == "ddp" else self.engine != "fsdp2"
+        return self.kind.reserved == "always" or (self.kind.reserved == "among several" and self.world_size > 1)
 
     @property
     def last_gradient(self) -> float:
         """What the end of a backward pass holds beside all gradients: that of the embeddings before it is added to
         what is there, or sent off.
         """
-        if self.engine == "fsdp2":
+        if self.kind.gathers == "compute":
             # Of the embeddings the gradient and, to be sent off, a copy; blocks are gathered no more then.
             copies = 2 if self.shards > 1 else 1
-            blocks = self.compute * 2 * self.sizes.block + _communication("fsdp2", self.sizes, self.compute)
+            blocks = self.compute * 2 * self.sizes.block + _communication(self.kind, self.sizes, self.compute)
             return max(0.0, FP32 * copies * self.sizes.embedding - blocks)
         return FP32 * self.sizes.embedding if self.reserved or self.several else 0
 
@@ -401,13 +407,6 @@ class _Step:
         return max(backward + FP32 * self.features, kept + working + (gradients if self.reserved else 0))
 
 
-def _average(engine: Engine, sizes: _Sizes, n: int) -> float:
-    """The moving average: of what the optimizer steps on a rank."""
-    if engine == "fsdp2":
-        return FP32 * sizes.cut(n)
-    return FP32 * sizes.all / (n if engine in ("zero1", "zero2", "zero3") else 1)
-
-
 def _teacher_weights(teacher: ModelSpec, compute: int, n: int) -> float:
     return compute * parameters(teacher) / n + _masks(teacher, compute)
 
@@ -421,7 +420,7 @@ def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int, n: int)
     return _teacher_weights(teacher, compute, n) + gathered + compute * rows * (1 + captions) * teacher.embed_dim
 
 
-def _check(engine: str, precision: str, **sizes: int) -> None:
+def _check(engine: str, precision: str, **sizes: int) -> EngineKind:
     if engine not in ENGINES:
         raise ConfigError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
     if precision not in PRECISION_BYTES:
@@ -430,6 +429,7 @@ def _check(engine: str, precision: str, **sizes: int) -> None:
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1")
+    return ENGINES[engine]
 
 
 def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:

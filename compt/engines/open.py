@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compt.engines.base import AdamWSettings, Engine
 from compt.engines.ddp import DataParallelEngine
+from compt.errors import ConfigError
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Optimizer
@@ -41,25 +42,34 @@ def open_engine(
         "compile": config.compile,
         "recompute": config.recompute,
     }
-    if config.name == "ddp":
-        return DataParallelEngine(module, settings, **common)
-    if config.name == "fsdp2":
-        from compt.engines.fsdp2 import ShardedEngine
+    if config.name not in OPENERS:
+        raise ConfigError(f"engine.name: {config.name} has no entry in compt.engines.open.OPENERS")
+    kind, own = OPENERS[config.name](config, optimizer, base)
+    return kind(module, settings, **common, **own)
 
-        own = config.fsdp2
-        return ShardedEngine(
-            module,
-            settings,
-            **common,
-            reshard_after_forward=own.reshard_after_forward,
-            replicas=own.replicas,
-            cpu_offload=own.cpu_offload,
-            reduce_precision=own.reduce_precision,
-        )
+
+Opener = Callable[[EngineConfig, Optimizer, Path], tuple[Callable[..., Engine], dict[str, Any]]]
+"""Gives the class of an engine and the arguments that it takes besides those of every engine."""
+
+
+def _ddp(config: EngineConfig, optimizer: Optimizer, base: Path) -> tuple[Callable[..., Engine], dict[str, Any]]:
+    return DataParallelEngine, {}
+
+
+def _fsdp2(config: EngineConfig, optimizer: Optimizer, base: Path) -> tuple[Callable[..., Engine], dict[str, Any]]:
+    from compt.engines.fsdp2 import ShardedEngine
+
+    return ShardedEngine, dict(config.fsdp2)
+
+
+def _zero(config: EngineConfig, optimizer: Optimizer, base: Path) -> tuple[Callable[..., Engine], dict[str, Any]]:
     # Importing DeepSpeed takes seconds, and it need not be installed for the others.
     from compt.engines.zero.engine import ZeroEngine
 
     # Without the number of processes, as a timing on one device runs one rank's share of the recipe's batch. A run has
     # compared the numbers before, and DeepSpeed is given neither of them.
-    made = deepspeed_config(config, optimizer, None, base)
-    return ZeroEngine(module, settings, **common, stage=int(config.name.removeprefix("zero")), config=made)
+    return ZeroEngine, {"stage": config.kind.stage, "config": deepspeed_config(config, optimizer, None, base)}
+
+
+OPENERS: dict[str, Opener] = {"ddp": _ddp, "fsdp2": _fsdp2, **{f"zero{stage}": _zero for stage in range(4)}}
+"""How each engine of `compt.recipe.engine.ENGINES` is opened. One from outside of compt adds itself here."""

@@ -11,14 +11,14 @@ from typing import Any
 
 from compt.cost.counts import parameters
 from compt.cost.gpus import Device
-from compt.cost.memory import ENGINES, Engine, Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
+from compt.cost.memory import Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
 from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
 from compt.plan.hours import Hours, job_hours, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
-from compt.recipe.engine import EngineConfig
+from compt.recipe.engine import ENGINES, EngineConfig
 from compt.recipe.schema import Recipe
 
 MOST_GPUS = 8
@@ -79,8 +79,8 @@ class Remedy:
     jobs: tuple[str, ...]
     micro_batch: int | None
     recompute: bool
-    engine: Engine | None
-    engine_recomputed: Engine | None
+    engine: str | None
+    engine_recomputed: str | None
 
 
 @dataclass(frozen=True)
@@ -107,10 +107,10 @@ class Estimate:
     """
 
     job: Job
-    engine: Engine
+    engine: str
     recompute: bool
     hours: Hours | None
-    memory: Mapping[Engine, Fit]
+    memory: Mapping[str, Fit]
     disk: Disk
 
     @property
@@ -412,7 +412,7 @@ def _fit_json(fit: Fit) -> dict[str, Any]:
 def memory_of(
     recipe: Recipe,
     job: Job,
-    engine: Engine,
+    engine: str,
     gpus: int,
     *,
     micro_batch: int | None = None,

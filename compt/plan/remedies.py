@@ -10,7 +10,7 @@ from typing import Any
 from compt.errors import RunError, is_out_of_memory
 from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, memory_of, not_modelled
 from compt.plan.jobs import Job
-from compt.recipe.engine import EngineConfig, changed_engine
+from compt.recipe.engine import EngineConfig, changed_engine, fully_sharded
 from compt.recipe.schema import Recipe
 from compt.text import count
 
@@ -63,7 +63,7 @@ def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room
     changes = [fitting, *others] if fitting else others
     named = [f"  {_written(change, engine, micro_batch)}: {count(needed(change))}B" for change in changes]
     if not named:
-        name = "fsdp2" if world_size > 1 else engine.name
+        name = fully_sharded(background=True)[0] if world_size > 1 else engine.name
         least = needed({"name": name, "micro_batch": 1, "recompute": True, "loss_chunk": 1, "shard_teacher": True})
         text = f"  None of these alone does by the planner's count, and all together take {count(least)}B:"
         named = [f"{text} take more GPUs, or larger ones"]
@@ -84,8 +84,7 @@ def _changes(engine: EngineConfig, world_size: int, share: int, distils: bool) -
     if not engine.recompute:
         yield {"recompute": True}
     if world_size > 1:
-        # DeepSpeed writes no checkpoint in the background.
-        names = ("fsdp2",) if engine.async_checkpoints else ("fsdp2", "zero3")
+        names = fully_sharded(background=engine.async_checkpoints)
         yield from ({"name": name} for name in names if name != engine.name)
         if distils and not engine.shard_teacher:
             yield {"shard_teacher": True}

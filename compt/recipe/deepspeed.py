@@ -147,7 +147,8 @@ def deepspeed_config(
     A relative path starts at `base`. Without `world_size`, what depends on it is left out. Raises ConfigError naming
     the file, the key, its value and the recipe's.
     """
-    stage = int(engine.name.removeprefix("zero"))
+    stage = engine.kind.stage
+    assert stage is not None
     own = _parse(_own_text(stage), f"ds_configs/zero{stage}.json")
     if engine.deepspeed_config is None:
         given, source = own, f"ds_configs/zero{stage}.json"
@@ -410,7 +411,7 @@ def check_engines(recipe: Recipe, models: Iterable[str], world_size: int | None,
                     raise ConfigError(
                         f"engine.fsdp2.replicas = {engine.fsdp2.replicas} does not divide the {world_size} processes"
                     )
-            if engine.name.startswith("zero"):
+            if engine.kind.stage is not None:
                 deepspeed_config(engine, recipe.optimizer, world_size, base)
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None

@@ -1,4 +1,4 @@
-"""The section `engine` of a recipe, and what a link says otherwise. No torch in here.
+"""The section `engine` of a recipe, what a link says otherwise, and the table of engines.
 
 All of it is *execution*: no engine changes the result.
 """
@@ -7,14 +7,85 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError, model_validator
+from pydantic import AfterValidator, ValidationError, model_validator
 
 from compt.errors import nearest
 from compt.recipe.types import Duration, Section, execution
 
-EngineName = Literal["ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
+Part = Literal["weights", "gradients", "optimizer"]
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What an engine shards over the processes and what it keeps: for forecasts of memory and for checks of a recipe.
+
+    The defaults are those of an engine that holds everything on every process.
+    """
+
+    name: str
+    shards: frozenset[Part] = frozenset()
+    """What a process holds only its share of. `gradients` without `weights` are shares of one long vector: both
+    processes keep the gradient of a tensor that the cut goes through."""
+    unsharded: Literal["nothing", "vectors", "small"] = "nothing"
+    """Parameters that every process holds all the same: `vectors` instead of a share of them, or all `small` tensors
+    (see ds_configs) in addition to the share."""
+    gathers: Literal["fp32", "compute"] = "fp32"
+    """Type that sharded weights are gathered in. Those gathered in the compute type need no copy by autocast."""
+    steps_copies: bool = False
+    """Whether the optimizer steps fp32 copies of the weights instead of the weights."""
+    sums_whole_gradients: bool = False
+    """Whether several micro-batches add up whole gradients, even where these are sharded in the end."""
+    buckets: int = 0
+    """Buffers of DeepSpeed's `reduce_bucket_size` numbers."""
+    reserved: Literal["always", "among several", "never"] = "among several"
+    """When the memory of gradients is taken during the whole step, not only from their backward on. `among several`: of
+    several processes."""
+    settings: Literal["fsdp2", "deepspeed_config"] | None = None
+    """The key of `engine` that is for engines of this kind alone."""
+    stage: int | None = None
+    """The stage of DeepSpeed's ZeRO."""
+    background: bool = True
+    """Whether it can write a checkpoint while training goes on."""
+
+
+def _zero(stage: int, *shards: Part, **more: Any) -> EngineKind:
+    common: dict[str, Any] = {"reserved": "always", "settings": "deepspeed_config", "background": False}
+    return EngineKind(f"zero{stage}", frozenset(shards), stage=stage, **common, **more)
+
+
+_EVERYTHING: frozenset[Part] = frozenset(("weights", "gradients", "optimizer"))
+
+ENGINES: dict[str, EngineKind] = {
+    kind.name: kind
+    for kind in (
+        EngineKind("ddp"),
+        EngineKind("fsdp2", _EVERYTHING, unsharded="vectors", gathers="compute", reserved="never", settings="fsdp2"),
+        _zero(0),
+        _zero(1, "gradients", "optimizer", steps_copies=True, sums_whole_gradients=True, buckets=2),
+        _zero(2, "gradients", "optimizer", steps_copies=True, buckets=2),
+        _zero(3, *_EVERYTHING, unsharded="small", steps_copies=True, buckets=1),
+    )
+}
+"""All engines by name. One from outside of compt adds itself here, and to `compt.engines.open.OPENERS`."""
+
+
+def fully_sharded(*, background: bool = False) -> list[str]:
+    """The engines that shard everything; with `background`, those that write checkpoints while training goes on."""
+    return [name for name, kind in ENGINES.items() if kind.shards == _EVERYTHING and kind.background >= background]
+
+
+def known_engine(name: str) -> str:
+    """`name`. Raises ValueError for an engine that is not in `ENGINES`."""
+    if name not in ENGINES:
+        *others, last = (f"'{known}'" for known in ENGINES)
+        raise ValueError(f"should be {', '.join(others)} or {last}{nearest(name, ENGINES)}")
+    return name
+
+
+EngineName = Annotated[str, AfterValidator(known_engine)]
 
 
 class Fsdp2(Section):
@@ -77,16 +148,24 @@ class EngineConfig(Section):
     timeout: float = execution(600.0, gt=0)
     """Seconds without a step, or in a collective, after which a process counts as hanging and the job is ended."""
 
+    @property
+    def kind(self) -> EngineKind:
+        """What the named engine shards and keeps."""
+        return ENGINES[self.name]
+
     @model_validator(mode="after")
     def _fitting(self) -> EngineConfig:
-        zero = self.name.startswith("zero")
-        if self.deepspeed_config is not None and not zero:
-            raise ValueError(f"deepspeed_config is for zero0 to zero3, not for name '{self.name}'")
-        if self.name != "fsdp2" and self.fsdp2 != Fsdp2():
-            raise ValueError(f"fsdp2 is for name 'fsdp2', not for '{self.name}'")
-        if zero and self.async_checkpoints:
-            raise ValueError("async_checkpoints: DeepSpeed writes while training waits; leave it out")
+        for key in _SETTINGS:
+            if getattr(self, key) != type(self).model_fields[key].default and self.kind.settings != key:
+                fitting = ", ".join(name for name, kind in ENGINES.items() if kind.settings == key)
+                raise ValueError(f"{key} is for name {fitting}, not for '{self.name}'")
+        if self.async_checkpoints and not self.kind.background:
+            raise ValueError(f"async_checkpoints: {self.name} writes while training waits; leave it out")
         return self
+
+
+_SETTINGS = ("fsdp2", "deepspeed_config")
+"""Keys that are for one kind of engine each."""
 
 
 @contextlib.contextmanager
@@ -111,7 +190,7 @@ def changed_engine(common: EngineConfig, own: dict[str, Any]) -> EngineConfig:
     """
     kept = common.model_dump(exclude_unset=True)
     if own.get("name", common.name) != common.name:
-        kept = {key: value for key, value in kept.items() if key not in ("fsdp2", "deepspeed_config")}
+        kept = {key: value for key, value in kept.items() if key not in _SETTINGS}
     both = {**kept, **own}
     if isinstance(own.get("fsdp2"), dict):
         both["fsdp2"] = {**kept.get("fsdp2", {}), **own["fsdp2"]}

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import AfterValidator, BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from compt.files import write_text
+from compt.recipe.engine import ENGINES, known_engine
 from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, Expand
 from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration, is_execution
@@ -107,6 +108,8 @@ def _type(annotation: Any, field: FieldInfo) -> str:
         return "mapping"
     if hasattr(annotation, "__metadata__"):
         return _type(arguments[0], field)
+    if AfterValidator(known_engine) in field.metadata:
+        return ", ".join(f"`{name}`" for name in ENGINES)
     limits = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

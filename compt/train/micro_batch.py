@@ -31,6 +31,7 @@ from compt.dist.watch.thread import LONG, beat
 from compt.errors import RunError, is_out_of_memory
 from compt.plan.jobs import Job
 from compt.plan.remedies import Room, advice
+from compt.recipe.engine import fully_sharded
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.accumulate import cached_backward
@@ -75,7 +76,8 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
     if found is None:
         raise RunError(
             f"{trial.blueprint.student.name}: not even a micro-batch of one image fits into memory; "
-            "take engine.recompute, engine.name: fsdp2 or zero3, or more GPUs (`compt plan --gpu …` counts)"
+            f"take engine.recompute, engine.name: {' or '.join(fully_sharded())}, or more GPUs "
+            "(`compt plan --gpu …` counts)"
         )
     return found
 

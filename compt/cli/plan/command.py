@@ -11,12 +11,12 @@ import typer
 
 from compt.cli.options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile
 from compt.cli.plan.tables import plan_tables
-from compt.cost.memory import ENGINES, Engine
 from compt.cost.training import Mode
 from compt.errors import ConfigError, nearest
 from compt.plan.forecast import MODES, Machine, check_shares, make_forecast
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
+from compt.recipe.engine import ENGINES
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import terminal
@@ -132,8 +132,8 @@ def _mode(name: str | None) -> Mode:
     return cast(Mode, _one_of("--mode", name or "exact", MODES))
 
 
-def _engine(name: str | None) -> Engine | None:
-    return None if name is None else cast(Engine, _one_of("--memory", name, ENGINES))
+def _engine(name: str | None) -> str | None:
+    return None if name is None else _one_of("--memory", name, tuple(ENGINES))
 
 
 def _objective(name: str | None) -> str:

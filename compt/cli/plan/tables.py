@@ -8,7 +8,7 @@ from dataclasses import fields
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from compt.cost.memory import ENGINES, Engine, Memory
+from compt.cost.memory import Memory
 from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS
 from compt.cost.speed import OF_THE_AUTHORS, Conditions, Throughput
 from compt.cost.training import Mode
@@ -16,6 +16,7 @@ from compt.models.growth import ExpandConfig
 from compt.plan.forecast import Estimate, Fit, Forecast, Totals, not_modelled
 from compt.plan.hours import Hours
 from compt.plan.links import broken_promises
+from compt.recipe.engine import ENGINES
 from compt.recipe.expansion import expand_words
 from compt.recipe.schema import Recipe
 from compt.text import TextTable, count, hours, macs, ratio
@@ -23,7 +24,7 @@ from compt.text import TextTable, count, hours, macs, ratio
 PARTS = tuple(field.name for field in fields(Memory))
 
 
-def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: Engine | None = None) -> RenderableType:
+def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: str | None = None) -> RenderableType:
     """All that a terminal shows of a plan; `parts_of` is the engine whose memory is shown part by part."""
     tables = [plan_table(forecast, mode), speedup_table(forecast, mode), memory_table(forecast)]
     shown: list[RenderableType] = []
@@ -222,7 +223,7 @@ def _engines(forecast: Forecast) -> str:
     return "; ".join(f"{', '.join(names)} {way}" for way, names in ways.items())
 
 
-def parts_table(forecast: Forecast, engine: Engine) -> TextTable:
+def parts_table(forecast: Forecast, engine: str) -> TextTable:
     """GB of each GPU with one engine, part by part. The forecast has to have a machine."""
     rows = [
         [item.job.name, *(_fit(item.memory[engine], part) for part in PARTS), _fit(item.memory[engine], None)]

@@ -27,7 +27,6 @@ from compt.cost.memory import (
     ENGINES,
     ZERO_BUCKET,
     ZERO_PERSISTENT,
-    Engine,
     Memory,
     artefact_bytes,
     checkpoint_bytes,
@@ -57,7 +56,7 @@ LITTLE_SWIN = resolve(
 WIDE = resolve("vit_nano", {"embed_dim": 96})  # its features need projectors to meet a teacher's
 
 
-def of(case: Case, engine: Engine = "ddp") -> Memory:
+def of(case: Case, engine: str = "ddp") -> Memory:
     """What the model says of a case."""
     short = case.tokens if case.short is None else case.short
     return memory_per_gpu(
@@ -338,7 +337,7 @@ def test_fsdp2_shards_and_gathers_so_much(
         ("zero3", "fp32", (4 + 4 + 12) / 8),
     ],
 )
-def test_bytes_per_parameter_of_the_engines(engine: Engine, precision: str, bytes_per_parameter: float) -> None:
+def test_bytes_per_parameter_of_the_engines(engine: str, precision: str, bytes_per_parameter: float) -> None:
     """ZeRO (arXiv 1910.02054, section 3.1) with fp32 weights, of which DeepSpeed steps a copy."""
     held = held_bytes(PRESETS["vit_l16"], None, engine=engine, world_size=8, precision=precision)
     count = sum(p.numel() for p in build(PRESETS["vit_l16"], device="meta").parameters())
@@ -358,7 +357,7 @@ def test_vectors_are_counted_and_are_few(name: str) -> None:
 
 @pytest.mark.parametrize(("precision", "size"), [("bf16", 2), ("fp32", 4)])
 def test_bytes_of_communication_by_hand(precision: str, size: int) -> None:
-    def buffers(spec: ModelSpec, engine: Engine, world_size: int = 8) -> float:
+    def buffers(spec: ModelSpec, engine: str, world_size: int = 8) -> float:
         return memory_per_gpu(
             spec, None, engine=engine, world_size=world_size, batch=8, captions=1, precision=precision
         ).buffers
@@ -416,7 +415,7 @@ def test_more_sharding_needs_less(precision: str, world_size: int) -> None:
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_memory_grows_with_what_is_asked_and_falls_with_gpus(engine: Engine, precision: str) -> None:
+def test_memory_grows_with_what_is_asked_and_falls_with_gpus(engine: str, precision: str) -> None:
     def need(spec: ModelSpec = NANO, teacher: ModelSpec | None = None, **changed: object) -> Memory:
         options = {"engine": engine, "world_size": 4, "precision": precision, **SIZES, **changed}
         return memory_per_gpu(spec, teacher, **options)  # type: ignore[arg-type]

@@ -257,7 +257,11 @@ WRONG = {
         "engine: {name: dpp}\nchain:",
         "engine.name = 'dpp': should be 'ddp', 'fsdp2', 'zero0', ",
     ),
-    "settings of another engine": ("chain:", "engine: {fsdp2: {replicas: 2}}\nchain:", "fsdp2 is for name 'fsdp2'"),
+    "settings of another engine": (
+        "chain:",
+        "engine: {fsdp2: {replicas: 2}}\nchain:",
+        "fsdp2 is for name fsdp2, not for 'ddp'",
+    ),
     "a link's engine": (
         "model: wide,",
         "model: wide, engine: {nme: zero2},",
