@@ -1,4 +1,4 @@
-"""The command `compt curves`: epochs that links need to match their baselines, measured on runs."""
+"""`compt curves`: the epochs that links need to match their baselines, measured on runs."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ _HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval
 
 
 def curves(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, or results that were kept of them")],
+    runs: Annotated[list[Path], typer.Argument(help="run folders, or results kept of them")],
     set_name: Annotated[
-        str | None, typer.Option("--set", metavar="NAME", help="the evaluation set; default the runs' primary one")
+        str | None, typer.Option("--set", metavar="NAME", help="evaluation set; default: the runs' primary one")
     ] = None,
     target: Annotated[
-        str, typer.Option(help=f"what is to be reached: baseline, or lossless ({LOSSLESS_POINTS} points below it)")
+        str, typer.Option(help=f"accuracy to reach: baseline, or lossless ({LOSSLESS_POINTS} points less)")
     ] = "baseline",
-    average_seeds: Annotated[bool, typer.Option("--average-seeds", help="take the seeds of a link together")] = False,
+    average_seeds: Annotated[bool, typer.Option("--average-seeds", help="average over the seeds of a link")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
     out: Annotated[
         Path | None, typer.Option(help="write curves.json, curves.svg and curves.png to this folder")
     ] = None,
 ) -> None:
-    """Measure how many epochs each link needs to match its baseline, by interpolating between complete trainings."""
+    """Measure how many epochs each link needs to match its baseline, by interpolating between complete schedules."""
     wanted = next((name for name in get_args(Target) if name == target), None)
     if wanted is None:
         known: tuple[str, ...] = get_args(Target)
@@ -64,25 +64,21 @@ def curves_table(found: Curves) -> TextTable:
     rows = [_row(name, link) for name, link in zip(labels, found.links, strict=True)]
     aim = "the baseline's accuracy" if found.target == "baseline" else f"{LOSSLESS_POINTS} points below the baseline"
     about = (
-        f"To match: to reach {aim}, by straight lines between ends of complete schedules, falling neighbours pooled; "
-        "never beyond the points. Speed-up: MACs of the baseline over those of the link, its teacher's included."
+        f"To match: to reach {aim}, on straight lines between complete schedules; falling neighbours are averaged, "
+        "nothing is extrapolated. Speed-up: MACs of the baseline over those of the link, its teacher's included."
     )
     notes = [about]
-    hows = {link.interval for link in found.links}
-    if "paired" in hows:
-        notes.append("Interval: bootstrap over pictures, the same for all models; it does not cover training seeds.")
-    if "independent" in hows:
-        who = [name for name, link in zip(labels, found.links, strict=True) if link.interval == "independent"]
-        notes.append(
-            f"Interval of {'; '.join(who)}: from each accuracy's own interval, as stored answers are missing or not on "
-            "the same pictures; wider than a paired one, and without training seeds."
-        )
+    if any(link.paired for link in found.links):
+        notes.append("Interval: bootstrap over images, the same for all models; it does not cover training seeds.")
+    without = [name for name, link in zip(labels, found.links, strict=True) if link.baseline and not link.paired]
+    if without:
+        notes.append(f"No interval of {'; '.join(without)}: stored answers are missing, or not on the same images.")
     notes += [f"{name}: {link.reason}." for name, link in zip(labels, found.links, strict=True) if link.reason]
     notes += [f"Left out: {item.job} {item.reason}." for item in found.skipped]
     if any(point.spread is not None for link in found.links for point in (*link.points, link.baseline) if point):
-        notes.append("±: standard deviation of top-1 over trainings.")
+        notes.append("±: standard deviation of top-1 over jobs.")
     if not rows:
-        notes.insert(0, "No link is trained to its end in these runs.")
+        notes.insert(0, "No link in these runs is trained to its end.")
     return TextTable(f"Epochs to match, on {found.evaluation_set}", _HEADER, rows, notes)
 
 

@@ -44,17 +44,6 @@ class Candidates:
     presets: frozenset[int]
     grows: NDArray[np.bool_]
 
-    def only(self, places: Sequence[int] | frozenset[int]) -> Candidates:
-        """The same with fewer models; the wanted ones have to be among them."""
-        kept = sorted(places)
-        renamed = {old: new for new, old in enumerate(kept)}
-        return Candidates(
-            tuple(self.specs[at] for at in kept),
-            tuple(renamed[at] for at in self.wanted),
-            frozenset(renamed[at] for at in self.presets if at in renamed),
-            self.grows[np.ix_(kept, kept)],
-        )
-
 
 def ladder(like: ModelSpec) -> tuple[ModelSpec, ...]:
     """The presets of the family that `like` belongs to, by rising parameters: same kind of image tower and heads.

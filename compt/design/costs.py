@@ -30,11 +30,6 @@ class Costs:
     alone: Floats
     links: Floats
 
-    def only(self, places: Sequence[int]) -> Costs:
-        """The same for fewer models."""
-        kept = list(places)
-        return Costs(self.unit, self.alone[kept], self.links[np.ix_(kept, kept)])
-
 
 def epoch_steps(recipe: Recipe) -> int:
     """Steps of one epoch; what is left of a batch is not trained on."""

@@ -1,4 +1,4 @@
-"""Where a curve of accuracy over epochs crosses a target, and how sure that is. No torch in here."""
+"""Where a curve of accuracy over epochs crosses a target, and how sure that is."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ Numbers = NDArray[np.float64]
 SAMPLES = 2000
 """Bootstrap draws of an interval."""
 
-_Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
 _CELLS = 10_000_000  # numbers of a bootstrap that are in memory at a time
 _ROUNDING = 1e-9  # points of accuracy
 
@@ -58,9 +57,9 @@ def crossing(epochs: ArrayLike, accuracy: ArrayLike, target: ArrayLike, weights:
 
 
 def paired_draws(shares: Sequence[Numbers], samples: int = SAMPLES, seed: int = 0) -> Numbers:
-    """Accuracies [samples, m] in percent of m models when the same pictures are drawn anew for all of them.
+    """Accuracies [samples, m] in percent of m models for bootstrap samples of the images, the same for all.
 
-    `shares` are m arrays [n]: how often each picture was right, 0 or 1, or the mean over trainings.
+    `shares` are m arrays [n]: whether each image was right, 0 or 1, or the mean over jobs.
     """
     patterns, counts = np.unique(np.stack(shares, axis=1), axis=0, return_counts=True)
     n = int(counts.sum())
@@ -71,19 +70,6 @@ def paired_draws(shares: Sequence[Numbers], samples: int = SAMPLES, seed: int = 
         for done in range(0, samples, step)
     ]
     return 100 * np.concatenate(drawn) / n
-
-
-def independent_draws(
-    means: Sequence[float], lows: Sequence[float], highs: Sequence[float], samples: int = SAMPLES, seed: int = 0
-) -> Numbers:
-    """Accuracies [samples, m] in percent, each drawn by itself from a normal of its own 95 % interval's width.
-
-    For models whose answers are not at hand: wider than `paired_draws`, as what pictures do to all models alike is not
-    taken out.
-    """
-    widths = (np.asarray(highs) - np.asarray(lows)) / (2 * _Z)
-    drawn = np.random.default_rng(seed).normal(np.asarray(means), widths, size=(samples, len(means)))
-    return np.clip(drawn, 0.0, 100.0)
 
 
 def interval(epochs: ArrayLike, draws: Numbers, margin: float, weights: ArrayLike) -> tuple[float | None, float | None]:

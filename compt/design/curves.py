@@ -1,23 +1,23 @@
-"""Epochs that a link needs to match its baseline: what was published, and what runs on disk have shown.
+"""Epochs that a link needs to match its baseline, measured on runs on disk.
 
 The procedure of figure 8 (CoM-PT, section 5.3.2): train a link for several lengths, each to the end of its own
 schedule, and interpolate the accuracies at those ends. A value from the middle of a schedule is no point: its learning
-rate had not come down. No torch in here.
+rate had not come down.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from compt.cost.paper import LOSSLESS_POINTS
-from compt.design.crossing import crossing, independent_draws, interval, paired_draws
-from compt.design.runs import Lineage, Skipped, Training, read_run
+from compt.design.crossing import Numbers, crossing, interval, paired_draws
+from compt.design.runs import FinishedJob, Lineage, Skipped, read_run
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json
 from compt.models.presets import ModelSpec
@@ -28,12 +28,11 @@ MARGINS: dict[Target, float] = {"baseline": 0.0, "lossless": LOSSLESS_POINTS}
 
 
 @dataclass(frozen=True)
-class Match:
-    """A link that reaches the accuracy of its individually trained baseline after `epochs` epochs.
+class LinkEpochs:
+    """A link of a chain: what the epochs that it needs depend on.
 
     `position` is 1 for the first model that grows from another one. `images` are those of the training set, and
-    `baseline_epochs` what the baseline took. `low` and `high` bound `epochs` where that is known. Without `distilled`
-    only the weights were passed on, not the features.
+    `baseline_epochs` what the baseline took. Without `distilled` only weights are passed on, not features.
     """
 
     student: ModelSpec
@@ -41,19 +40,34 @@ class Match:
     position: int
     images: int
     baseline_epochs: float
+    distilled: bool = True
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """The same for the same link; names of models and the position do not count."""
+        specs = (replace(self.student, name=""), replace(self.teacher, name=""))
+        return (*specs, self.images, round(self.baseline_epochs, 3), self.distilled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match(LinkEpochs):
+    """A link that reaches the accuracy of its individually trained baseline after `epochs` epochs.
+
+    `low` and `high` bound `epochs` where that is known.
+    """
+
     epochs: float
     source: str
     low: float | None = None
     high: float | None = None
-    distilled: bool = True
 
 
 @dataclass(frozen=True)
 class Point:
-    """All trainings of one length: `top1` is their mean in percent, `low` and `high` the mean ends of their intervals.
+    """All jobs of one length: `top1` is their mean in percent, `low` and `high` the mean ends of their intervals.
 
-    The intervals are over pictures. `spread` is the standard deviation of top-1 over the trainings, None for a single
-    one. `macs` are the mean of whole trainings, the teacher's share included.
+    The intervals are over images. `spread` is the standard deviation of top-1 over the jobs, None for a single one.
+    `macs` are the mean of whole jobs, the teacher's share included.
     """
 
     epochs: float
@@ -71,15 +85,15 @@ class LinkCurve:
     """Accuracy of one kind of link over its epochs, and the epochs at which it reaches `target`, in percent.
 
     `baseline` is the same model trained individually; `scratch` are other lengths of that. `low` and `high` are the
-    95 % interval of the epochs, `interval` how it was drawn; a side outside the points is None. Without a match,
-    `reason` says why, and `at_most` or `more_than` what is known of the epochs all the same. `settings` tell curves of
-    the same models apart.
+    95 % interval of the epochs; a side that is not known is None. Without a match, `reason` says why, and `at_most` or
+    `more_than` what is known of the epochs all the same. `settings` distinguish curves of the same models.
     """
 
     student: ModelSpec
     teacher: ModelSpec
     position: int
     images: int
+    distilled: bool
     evaluation_set: str
     points: tuple[Point, ...]
     baseline: Point | None = None
@@ -88,15 +102,30 @@ class LinkCurve:
     match: Match | None = None
     low: float | None = None
     high: float | None = None
-    interval: Literal["paired", "independent"] | None = None
+    paired: bool = False
+    """Whether there is an interval: whether all jobs stored their answers, on the same images."""
     at_most: float | None = None
     more_than: float | None = None
     reason: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
-    def acceleration(self, epochs: float) -> float | None:
-        """MACs of the baseline over those of the link trained for `epochs`, the teacher's forward passes included."""
+    @property
+    def link(self) -> LinkEpochs | None:
+        """The link, where it has a baseline."""
         if self.baseline is None:
+            return None
+        sizes = (self.student, self.teacher, self.position, self.images)
+        return LinkEpochs(*sizes, self.baseline.epochs, self.distilled)
+
+    @property
+    def source(self) -> str:
+        """Where it was measured."""
+        runs = sorted({job.rpartition("/")[0] for point in self.points for job in point.jobs})
+        return f"measured on {self.evaluation_set}: {', '.join(runs)}"
+
+    def acceleration(self, epochs: float | None) -> float | None:
+        """MACs of the baseline over those of the link trained for `epochs`, the teacher's forward passes included."""
+        if self.baseline is None or epochs is None:
             return None
         an_epoch = float(np.mean([point.macs / point.epochs for point in self.points]))
         return self.baseline.macs / (an_epoch * epochs)
@@ -104,7 +133,7 @@ class LinkCurve:
     def to_json(self) -> dict[str, Any]:
         """Plain values for files; with the accelerations at the match and at the ends of its interval."""
         ends = {"match": self.match.epochs if self.match else None, "low": self.high, "high": self.low}
-        speeds = {key: None if epochs is None else self.acceleration(epochs) for key, epochs in ends.items()}
+        speeds = {key: self.acceleration(epochs) for key, epochs in ends.items()}
         return {**asdict(self), "settings": dict(self.settings), "acceleration": speeds}
 
 
@@ -119,12 +148,11 @@ class Curves:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for files."""
+        links = [{"name": name, **link.to_json()} for name, link in zip(names(self.links), self.links, strict=True)]
         return {
             "evaluation_set": self.evaluation_set,
             "target": self.target,
-            "links": [
-                {"name": name, **link.to_json()} for name, link in zip(names(self.links), self.links, strict=True)
-            ],
+            "links": links,
             "skipped": [asdict(item) for item in self.skipped],
         }
 
@@ -140,238 +168,184 @@ def read_curves(
     """Every kind of link that `runs` hold, against every length of its baseline, in the order of their chain.
 
     `on` names the evaluation set; by default the one that all runs report on. Links that differ in more than their
-    length and warm-up are different kinds; with `average_seeds`, seeds are taken together. Baselines always are.
+    length and warm-up are different kinds; `average_seeds` averages over seeds. Seeds of baselines are always averaged.
     `option` is how the caller's command takes `on`, for messages.
-    Raises RunError for a folder that is no run, ConfigError for a set that no training was scored on.
+    Raises RunError for a folder that is no run, ConfigError for a set that no job was scored on.
     """
     found = [read_run(folder) for folder in runs]
-    trainings = [training for run in found for training in run.trainings]
+    jobs = [job for run in found for job in run.jobs]
     skipped = [item for run in found for item in run.skipped]
-    name = _evaluation_set(on, trainings, [run.primary for run in found], option)
-    lineage = Lineage(trainings)
-    scored: dict[str, Training] = {}
-    for training in trainings:
-        if name not in training.scores:
-            skipped.append(Skipped(training.label, f"was not scored on {name}"))
-        else:
+    name = _evaluation_set(on, jobs, [run.primary for run in found], option)
+    skipped += [Skipped(job.label, f"was not scored on {name}") for job in jobs if name not in job.manifest.scores]
+    scored: dict[str, FinishedJob] = {}
+    for job in jobs:
+        if name in job.manifest.scores:
             # A run folder that was copied holds the same model again.
-            same = hash_json([training.hash, training.model_hash, training.scores[name].pins])
-            scored.setdefault(same, training)
-    return _CurveReader(name, target, average_seeds, lineage, list(scored.values()), skipped).curves()
+            same = [job.manifest.hash, job.manifest.model_hash, job.manifest.scores[name].pins]
+            scored.setdefault(hash_json(same), job)
+    return _CurveReader(name, target, not average_seeds, Lineage(jobs), list(scored.values()), skipped).curves()
 
 
-def matches(
-    runs: Sequence[Path],
-    *,
-    on: str | None = None,
-    target: Target = "baseline",
-    average_seeds: bool = False,
-    option: str = "--set",
-) -> list[LinkCurve]:
-    """The links of `read_curves`, for the planner."""
-    return read_curves(runs, on=on, target=target, average_seeds=average_seeds, option=option).links
-
-
-def _evaluation_set(on: str | None, trainings: Sequence[Training], primaries: Iterable[str | None], option: str) -> str:
-    known = sorted({name for training in trainings for name in training.scores})
+def _evaluation_set(on: str | None, jobs: Sequence[FinishedJob], primaries: Iterable[str | None], option: str) -> str:
+    known = sorted({name for job in jobs for name in job.manifest.scores})
+    shown = f"scored were: {', '.join(known) or 'none'}"
     if on is None:
         named = sorted({name for name in primaries if name is not None})
         if len(named) != 1:
             reported = f"report on {' and '.join(named)}" if named else "name no set that they report on"
-            raise ConfigError(
-                f"the runs {reported}: give runs that report on one, or name it ({option} NAME); "
-                f"scored were: {', '.join(known) or 'none'}"
-            )
+            raise ConfigError(f"the runs {reported}: give runs that report on one, or name it ({option} NAME); {shown}")
         on = named[0]
-    if trainings and on not in known:
-        raise ConfigError(
-            f"{option} {on}: no training was scored on it by top-1{nearest(on, known)}; scored were: "
-            f"{', '.join(known) or 'none'}"
-        )
+    if jobs and on not in known:
+        raise ConfigError(f"{option} {on}: no job was scored on it by top-1{nearest(on, known)}; {shown}")
     return on
 
 
+@dataclass(frozen=True)
 class _CurveReader:
-    """Puts the trainings of some runs together to curves."""
+    """Sorts the jobs of some runs into curves."""
 
-    def __init__(
-        self,
-        name: str,
-        target: Target,
-        average_seeds: bool,
-        lineage: Lineage,
-        trainings: list[Training],
-        skipped: list[Skipped],
-    ) -> None:
-        self.name = name
-        self.target = target
-        self.seeds = not average_seeds
-        self.lineage = lineage
-        self.skipped = skipped
-        self.scratch = [training for training in trainings if training.parent_hash is None]
-        self.grown = [training for training in trainings if training.parent_hash is not None]
+    name: str
+    target: Target
+    seeds: bool
+    lineage: Lineage
+    jobs: list[FinishedJob]
+    skipped: list[Skipped]
 
     def curves(self) -> Curves:
         links = []
-        for members in _grouped(self.grown, self._kind_of):
+        for members in _grouped([job for job in self.jobs if job.manifest.parent_hash is not None], self._kind_of):
             specs = map(self.lineage.teacher_spec, members)
             spec = next((spec for spec in specs if spec is not None), None)
             if spec is None:
                 reason = "its teacher's sizes are not known: give the run that trained the teacher too"
-                self.skipped += [Skipped(member.label, reason) for member in members]
-                continue
-            links += self._against_baselines(self._one_warmup(members), spec)
+                self.skipped.extend(Skipped(member.label, reason) for member in members)
+            else:
+                links += self._against_baselines(self._one_warmup(members), spec)
         links.sort(key=lambda link: link.position)
         return Curves(self.name, self.target, links, self.skipped)
 
-    def _kind_of(self, training: Training) -> dict[str, Any]:
+    def _kind_of(self, job: FinishedJob) -> dict[str, Any]:
         return {
-            **training.settings,
-            "teacher": self.lineage.teacher(training, seeds=self.seeds),
-            "shards": training.data,
-            "evaluation": training.scores[self.name].pins,
-            **({"seed": training.seed} if self.seeds else {}),
+            **job.settings,
+            "teacher": self.lineage.teacher(job, seeds=self.seeds),
+            "shards": job.data,
+            "evaluation": job.manifest.scores[self.name].pins,
+            **({"seed": job.manifest.seed} if self.seeds else {}),
         }
 
-    def _family_of(self, training: Training) -> dict[str, Any]:
+    def _shared(self, job: FinishedJob) -> dict[str, Any]:
         """What a link and its baseline have in common."""
-        settings = training.settings
-        optimizer = {key: value for key, value in settings["optimizer"].items() if key != "lr"}
-        pins = training.scores[self.name].pins
+        settings = job.settings
         return {
             "model": settings["model"],
-            "data": [settings["data"], training.data],
-            "optimizer": optimizer,
-            **{f"pins {key}": value for key, value in pins.items()},
+            "data": [settings["data"], job.data],
+            "optimizer": {key: value for key, value in settings["optimizer"].items() if key != "lr"},
+            **{f"evaluation {key}": value for key, value in job.manifest.scores[self.name].pins.items()},
         }
 
-    def _one_warmup(self, members: list[Training]) -> list[Training]:
+    def _one_warmup(self, members: list[FinishedJob]) -> list[FinishedJob]:
         """Without those that share length and seed with one before, but not its warm-up: two points at one place."""
-        first: dict[tuple[int, int], Training] = {}
+        first: dict[tuple[int, int], FinishedJob] = {}
         kept = []
         for member in members:
-            other = first.setdefault((member.steps, member.seed), member)
-            if member.result.get("warmup_steps") == other.result.get("warmup_steps"):
+            other = first.setdefault((member.manifest.steps, member.manifest.seed), member)
+            if member.warmup_steps == other.warmup_steps:
                 kept.append(member)
             else:
                 reason = f"has the length and the seed of {other.label}, but another warm-up"
                 self.skipped.append(Skipped(member.label, reason))
         return kept
 
-    def _against_baselines(self, members: list[Training], teacher: ModelSpec) -> list[LinkCurve]:
-        one = members[0]
-        family = self._family_of(one)
-        same = [other for other in self.scratch if self._family_of(other) == family]
-        lone = LinkCurve(
+    def _against_baselines(self, members: list[FinishedJob], teacher: ModelSpec) -> list[LinkCurve]:
+        one, shared = members[0].manifest, self._shared(members[0])
+        curve = LinkCurve(
             student=one.spec,
             teacher=teacher,
             position=max(map(self.lineage.position, members)),
-            images=int(one.result["data"]["images"]),
+            images=one.images,
+            distilled=bool(one.alpha),
             evaluation_set=self.name,
             points=self._points(members),
-            settings=_flat(self._kind_of(one)),
+            settings=_flat(self._kind_of(members[0])),
         )
-        baselines = [other for other in same if "baseline" in other.kinds]
-        groups = _grouped(baselines, lambda other: [other.settings, other.steps, other.result.get("warmup_steps")])
+        scratch = [job for job in self.jobs if job.manifest.parent_hash is None]
+        same = [job for job in scratch if self._shared(job) == shared]
+        groups = _grouped(
+            [job for job in same if "baseline" in job.kinds],
+            lambda job: [job.settings, job.manifest.steps, job.warmup_steps],
+        )
         if not groups:
-            return [_with(lone, reason=self._no_baseline(family, one.spec))]
+            return [replace(curve, reason=self._no_baseline(scratch, shared, one.spec))]
         links = []
         for group in groups:
-            others = [other for other in same if other not in group and other.settings == group[0].settings]
-            links.append(self._fitted(lone, members, group, self._points(others)))
+            others = [job for job in same if job not in group and job.settings == group[0].settings]
+            links.append(self._crossed(replace(curve, scratch=self._points(others)), members, group))
         return links
 
-    def _no_baseline(self, family: Mapping[str, Any], spec: ModelSpec) -> str:
-        for other in self.scratch:
-            own = self._family_of(other)
-            if "baseline" in other.kinds and own["model"] == family["model"]:
-                differ = [key for key in sorted(own.keys() | family.keys()) if own.get(key) != family.get(key)]
-                return f"{other.label} is no baseline to it: {' and '.join(_WORDS.get(key, key) for key in differ)}"
+    def _no_baseline(self, scratch: Iterable[FinishedJob], shared: Mapping[str, Any], spec: ModelSpec) -> str:
+        for job in scratch:
+            own = self._shared(job)
+            if "baseline" in job.kinds and own["model"] == shared["model"]:
+                differ = [key for key in sorted(own.keys() | shared.keys()) if own.get(key) != shared.get(key)]
+                return f"{job.label} is no baseline to it: they differ in {' and '.join(differ)}"
         return f"there is no finished baseline of {spec.name}"
 
-    def _points(self, trainings: Sequence[Training]) -> tuple[Point, ...]:
+    def _points(self, jobs: Iterable[FinishedJob]) -> tuple[Point, ...]:
         """One for each length, in rising order."""
-        groups = _grouped(sorted(trainings, key=lambda training: training.steps), lambda training: training.steps)
-        return tuple(self._point(group) for group in groups)
+        return tuple(map(self._point, _by_length(jobs)))
 
-    def _point(self, group: Sequence[Training]) -> Point:
-        scores = [training.scores[self.name] for training in group]
+    def _point(self, group: Sequence[FinishedJob]) -> Point:
+        scores = [job.manifest.scores[self.name] for job in group]
+        top1 = [score.top1 for score in scores]
+        low, high = np.mean([score.top1_interval for score in scores], axis=0)
         return Point(
-            epochs=group[0].epochs,
-            top1=float(np.mean([score.top1 for score in scores])),
-            low=float(np.mean([score.low for score in scores])),
-            high=float(np.mean([score.high for score in scores])),
-            macs=float(np.mean([training.macs for training in group])),
-            jobs=tuple(training.label for training in group),
-            seeds=tuple(training.seed for training in group),
-            spread=float(np.std([score.top1 for score in scores], ddof=1)) if len(group) > 1 else None,
+            epochs=group[0].manifest.epochs,
+            top1=float(np.mean(top1)),
+            low=float(low),
+            high=float(high),
+            macs=float(np.mean([job.manifest.macs for job in group])),
+            jobs=tuple(job.label for job in group),
+            seeds=tuple(job.manifest.seed for job in group),
+            spread=float(np.std(top1, ddof=1)) if len(group) > 1 else None,
         )
 
-    def _fitted(
-        self, lone: LinkCurve, members: list[Training], group: list[Training], scratch: tuple[Point, ...]
-    ) -> LinkCurve:
+    def _crossed(self, curve: LinkCurve, members: list[FinishedJob], group: list[FinishedJob]) -> LinkCurve:
+        """`curve` with its baseline, the jobs of `group`, and where it reaches the target."""
         baseline, margin = self._point(group), MARGINS[self.target]
-        epochs = [point.epochs for point in lone.points]
-        weights = [len(point.jobs) for point in lone.points]
-        goal = baseline.top1 - margin
-        found = float(crossing(epochs, [point.top1 for point in lone.points], goal, weights))
-        draws, how = self._draws(lone, members, baseline, group)
-        low, high = interval(epochs, draws, margin, weights)
-        link = _with(lone, baseline=baseline, scratch=scratch, target=goal, low=low, high=high, interval=how)
+        epochs, weights = ([point.epochs for point in curve.points], [len(point.jobs) for point in curve.points])
+        found = float(crossing(epochs, [point.top1 for point in curve.points], baseline.top1 - margin, weights))
+        draws = self._draws([*_by_length(members), group])
+        low, high = (None, None) if draws is None else interval(epochs, draws, margin, weights)
+        curve = replace(curve, baseline=baseline, target=baseline.top1 - margin, low=low, high=high)
+        curve = replace(curve, paired=draws is not None)
         if found == -np.inf:
-            return _with(link, at_most=epochs[0], reason=f"its shortest schedule, {epochs[0]:.4g} epochs, is enough")
+            reason = f"its shortest schedule, {epochs[0]:.4g} epochs, is enough"
+            return replace(curve, at_most=epochs[0], reason=reason)
         if found == np.inf:
             reason = f"its longest schedule, {epochs[-1]:.4g} epochs, is not enough"
-            return _with(link, more_than=epochs[-1], reason=reason)
-        runs = sorted({job.rpartition("/")[0] for point in lone.points for job in point.jobs})
-        match = Match(
-            student=lone.student,
-            teacher=lone.teacher,
-            position=lone.position,
-            images=lone.images,
-            baseline_epochs=baseline.epochs,
-            epochs=found,
-            source=f"measured on {self.name}: {', '.join(runs)}",
-            low=low,
-            high=high,
-            distilled=float(members[0].result["distill"]["alpha"]) > 0,
-        )
-        return _with(link, match=match)
+            return replace(curve, more_than=epochs[-1], reason=reason)
+        assert curve.link is not None
+        return replace(curve, match=Match(**vars(curve.link), epochs=found, source=curve.source, low=low, high=high))
 
-    def _draws(
-        self, lone: LinkCurve, members: list[Training], baseline: Point, group: list[Training]
-    ) -> tuple[Any, Literal["paired", "independent"]]:
-        """Accuracies [samples, points + 1] of a bootstrap, the baseline last."""
-        columns = [*_grouped(sorted(members, key=lambda one: one.steps), lambda one: one.steps), group]
-        answers = [[training.answers(self.name) for training in column] for column in columns]
-        stored = [item for column in answers for item in column if item is not None]
-        complete = len(stored) == sum(map(len, columns))
-        if complete and len(stored[0][0]) > 1 and all(np.array_equal(ids, stored[0][0]) for ids, _ in stored):
-            shares = [np.mean([item[1] for item in column if item is not None], axis=0) for column in answers]
-            return paired_draws(shares), "paired"
-        points = [*lone.points, baseline]
-        ends = ([point.top1 for point in points], [point.low for point in points], [point.high for point in points])
-        return independent_draws(*ends), "independent"
+    def _draws(self, columns: Sequence[Sequence[FinishedJob]]) -> Numbers | None:
+        """Accuracies [samples, columns] of a bootstrap over images; None unless all jobs answered for the same ones."""
+        answers = [[job.answers(self.name) for job in column] for column in columns]
+        first = answers[0][0]
+        if first is None or len(first[0]) < 2:
+            return None
+        if any(one is None or not np.array_equal(one[0], first[0]) for column in answers for one in column):
+            return None
+        return paired_draws([np.mean([one[1] for one in column if one], axis=0) for column in answers])
 
 
-_WORDS = {
-    "data": "it was trained on other data",
-    "optimizer": "it was trained with another optimizer",
-    "pins data": "it was scored on other pictures",
-    "pins classnames": "it was scored with other class names",
-    "pins templates": "it was scored with other templates",
-    "pins label": "it was scored with other labels",
-}
+def _by_length(jobs: Iterable[FinishedJob]) -> list[list[FinishedJob]]:
+    return _grouped(sorted(jobs, key=lambda job: job.manifest.steps), lambda job: job.manifest.steps)
 
 
-def _with(link: LinkCurve, **values: Any) -> LinkCurve:
-    return LinkCurve(**{**vars(link), **values})
-
-
-def _grouped(trainings: Iterable[Training], key: Callable[[Training], Any]) -> list[list[Training]]:
-    groups: dict[str, list[Training]] = {}
-    for training in trainings:
-        groups.setdefault(hash_json(key(training)), []).append(training)
+def _grouped(jobs: Iterable[FinishedJob], key: Callable[[FinishedJob], Any]) -> list[list[FinishedJob]]:
+    groups: dict[str, list[FinishedJob]] = {}
+    for job in jobs:
+        groups.setdefault(hash_json(key(job)), []).append(job)
     return list(groups.values())
 
 
@@ -386,25 +360,19 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def names(links: Sequence[LinkCurve]) -> list[str]:
-    """`teacher → student` of each; where that stands for several, with the settings in which they differ."""
+    """`teacher → student` of each; where several share that, with the settings in which they differ."""
     plain = [f"{link.teacher.name} → {link.student.name}" for link in links]
-    counts = Counter(plain)
-    full = []
-    for name, link in zip(plain, links, strict=True):
+    settings = [
+        {**link.settings, **({"baseline epochs": link.baseline.epochs} if link.baseline else {})} for link in links
+    ]
+    counts, full = Counter(plain), []
+    for name, own in zip(plain, settings, strict=True):
         if counts[name] > 1:
-            told = [_told(other) for other, same in zip(links, plain, strict=True) if same == name]
-            own = _told(link)
-            differ = [key for key in own if any(other.get(key) != own[key] for other in told)]
+            others = [other for other, same in zip(settings, plain, strict=True) if same == name]
+            differ = [key for key in own if any(other.get(key) != own[key] for other in others)]
             name = ", ".join([name, *(f"{key} {_short(own[key])}" for key in differ)])
         full.append(name)
     return full
-
-
-def _told(link: LinkCurve) -> dict[str, Any]:
-    values = dict(link.settings)
-    if link.baseline is not None:
-        values["baseline epochs"] = link.baseline.epochs
-    return values
 
 
 def _short(value: Any) -> str:

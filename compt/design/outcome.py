@@ -1,4 +1,4 @@
-"""What a chain is expected to cost and to save, with ranges, and the recipe that trains it. No torch in here."""
+"""What a chain is expected to cost and to save, with ranges, and the recipe that trains it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from compt.cost.gpus import Device
 from compt.cost.speed import Conditions, Throughput, speed
 from compt.cost.training import JobCost
 from compt.design.candidates import ladder
-from compt.design.confidence import MEDIAN
 from compt.design.costs import distils, epoch_steps
-from compt.design.epochs import EpochModel, Floats, LinkEpochs, Range, log2_size
+from compt.design.curves import LinkEpochs
+from compt.design.epochs import EpochModel, Floats, Range, fits, log2_size
 from compt.models.presets import ModelSpec, resolve
 from compt.plan.jobs import recipe_cost
 from compt.recipe.read import parse_recipe
@@ -27,10 +27,7 @@ Kind = Literal["measured", "projected", "measured and projected"]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a chain is judged by: recipe, epochs model, machine; without a device there are no GPU-hours.
-
-    `confidence` is the probability with which the planned epochs of each link are enough.
-    """
+    """What a chain is judged by: recipe, epoch model, machine. Without a device there are no GPU-hours."""
 
     recipe: Recipe
     epochs: EpochModel
@@ -38,12 +35,15 @@ class Setting:
     device: Device | None = None
     gpus: int = 1
     throughput: Throughput | None = None
-    confidence: float = MEDIAN
 
     def links(self, specs: Sequence[ModelSpec]) -> list[LinkEpochs]:
-        """The links of a chain of `specs`."""
+        """The links of a chain of `specs`. A position counts the models before it that fit the data, at least 1."""
         images, distilled = self.recipe.data.images, distils(self.recipe)
-        return self.epochs.links(specs, images=images, baseline_epochs=self.baseline_epochs, distilled=distilled)
+        large = fits([log2_size(spec) for spec in specs], images)
+        return [
+            LinkEpochs(specs[at], specs[at - 1], max(1, int(large[:at].sum())), images, self.baseline_epochs, distilled)
+            for at in range(1, len(specs))
+        ]
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,12 @@ class HoursRange:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One chain. `epochs` are those that are trained, `needed` what the model says of each (a point for the first).
+    """One chain: `epochs` are trained, `needed` is what the model says of each (a point for the first).
 
-    `long_enough` is for each link the probability that its epochs are enough, `all_long_enough` that all are at once.
-    The middle of every other range is what `epochs` cost. Its ends are central quantiles (`LEVEL`) of what it comes to
-    where links that turn out too short go on until they are long enough; so no cost lies below its middle, but for
-    GPU-hours, which also span the bounds of the speeds. Accelerations are over the same models trained individually.
-    `positions` are those of the links after the first. GPU-hours are None without a device.
+    The middle of every other range is what `epochs` cost. The dear end is what they cost where every link that is
+    shorter than the upper end of its range goes on to there; the cheap end is the middle, except for GPU-hours, which
+    also span the bounds of the speeds. Accelerations are over the same models trained individually. `positions` are
+    those of the links after the first. GPU-hours are None without a device.
     """
 
     label: str
@@ -71,14 +70,12 @@ class Outcome:
     epochs: tuple[float, ...]
     needed: tuple[Range, ...]
     positions: tuple[int, ...]
-    long_enough: tuple[float, ...]
-    all_long_enough: float
     macs: Range
     baseline_macs: float
     acceleration: Range
-    gpu_hours: HoursRange | None
-    baseline_gpu_hours: HoursRange | None
-    gpu_hours_acceleration: Range | None
+    gpu_hours: HoursRange | None = None
+    baseline_gpu_hours: HoursRange | None = None
+    gpu_hours_acceleration: Range | None = None
     predicted: bool = True
     """Whether `epochs` are the model's, and not given."""
 
@@ -88,53 +85,37 @@ class Outcome:
 
 
 def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Sequence[float]) -> Outcome:
-    """What the chain of `specs`, trained for `epochs`, costs, and what it may come to.
-
-    Draws are joint and have one seed, so that outcomes differ by their chains alone.
-    """
-    links = setting.links(specs)
-    drawn, own = setting.epochs.draws(links), np.array(epochs, dtype=np.float64)
-    enough = drawn <= own[1:] * (1 + 1e-9)
-    spent = np.concatenate([np.full((len(drawn), 1), own[0]), np.maximum(drawn, own[1:])], axis=1)
-    e = setting.baseline_epochs
+    """What the chain of `specs`, trained for `epochs`, costs, and what it may come to."""
+    e, links = setting.baseline_epochs, setting.links(specs)
+    needed = (Range(e, e, e), *map(setting.epochs.predict, links))
+    own = np.array(epochs, dtype=np.float64)
+    longest = np.maximum(own, [one.high for one in needed])
     teachers: list[ModelSpec | None] = [None, *specs[:-1]] if distils(setting.recipe) else [None] * len(specs)
     jobs = list(zip(specs, teachers, strict=True))
-    costs = np.array([_epoch_cost(setting, *job).total_macs for job in jobs])
-    individual = float(e * sum(_epoch_cost(setting, spec, None).total_macs for spec in specs))
-    total = float(own @ costs)
+    macs = np.array([_epoch_cost(setting, *job).total_macs for job in jobs])
+    total, most = float(own @ macs), float(longest @ macs)
+    individual = e * sum(_epoch_cost(setting, spec, None).total_macs for spec in specs)
     found = Outcome(
         label=label,
         specs=tuple(specs),
         epochs=tuple(map(float, epochs)),
-        needed=(
-            Range(e, e, e),
-            *(Range.of(setting.epochs.epochs(link), drawn[:, at]) for at, link in enumerate(links)),
-        ),
+        needed=needed,
         positions=tuple(link.position for link in links),
-        long_enough=tuple(map(float, enough.mean(axis=0))),
-        all_long_enough=float(enough.all(axis=1).mean()),
-        macs=Range.of(total, spent @ costs),
+        macs=Range(total, total, most),
         baseline_macs=individual,
-        acceleration=Range.of(individual / total, individual / (spent @ costs)),
-        gpu_hours=None,
-        baseline_gpu_hours=None,
-        gpu_hours_acceleration=None,
+        acceleration=Range(individual / total, individual / most, individual / total),
     )
     if setting.device is None:
         return found
     (low, middle, high), kind, sources = _epoch_hours(setting, setting.device, jobs)
     alone, alone_kind, alone_sources = _epoch_hours(setting, setting.device, [(spec, None) for spec in specs])
-    time, individual_times = float(own @ middle), e * alone.sum(axis=1)
-    least, most = Range.of(time, spent @ low).low, Range.of(time, spent @ high).high
+    least, individual, greatest = (e * alone.sum(axis=1)).tolist()
+    time, longer = float(own @ middle), float(longest @ middle)
     return replace(
         found,
-        gpu_hours=HoursRange(Range(time, least, most), kind, sources),
-        baseline_gpu_hours=HoursRange(
-            Range(float(individual_times[1]), float(individual_times[0]), float(individual_times[2])),
-            alone_kind,
-            alone_sources,
-        ),
-        gpu_hours_acceleration=Range.of(individual_times[1] / time, individual_times[1] / (spent @ middle)),
+        gpu_hours=HoursRange(Range(time, float(own @ low), float(longest @ high)), kind, sources),
+        baseline_gpu_hours=HoursRange(Range(individual, least, greatest), alone_kind, alone_sources),
+        gpu_hours_acceleration=Range(individual / time, individual / longer, individual / time),
     )
 
 
@@ -146,19 +127,24 @@ def _epoch_cost(setting: Setting, student: ModelSpec, teacher: ModelSpec | None)
 def _epoch_hours(
     setting: Setting, device: Device, jobs: Sequence[tuple[ModelSpec, ModelSpec | None]]
 ) -> tuple[Floats, Kind, tuple[str, ...]]:
-    """GPU-hours [3, n] of an epoch of each job, at the least, the middle and the most; what those are, and whence."""
-    recipe, kinds, rows = setting.recipe, set(), []
-    sources: dict[str, None] = {}
-    for student, teacher in jobs:
-        conditions = Conditions.of(recipe, setting.gpus, student.name)
-        cost = _epoch_cost(setting, student, teacher)
-        found = speed(student, teacher, cost, device, conditions, setting.throughput)
-        rows.append([found.low, found.seconds_per_sample, found.high])
-        kinds.add(found.kind)
-        sources[f"{found.kind} {found.source}"] = None
-    samples = epoch_steps(recipe) * recipe.optimizer.batch
+    """GPU-hours [3, n] of an epoch of each job (least, middle, most), how they are known, and where from."""
+    recipe = setting.recipe
+    found = [
+        speed(
+            student,
+            teacher,
+            _epoch_cost(setting, student, teacher),
+            device,
+            Conditions.of(recipe, setting.gpus, student.name),
+            setting.throughput,
+        )
+        for student, teacher in jobs
+    ]
+    kinds = {one.kind for one in found}
     kind: Kind = kinds.pop() if len(kinds) == 1 else "measured and projected"
-    return np.array(rows).T * samples / 3600, kind, tuple(sources)
+    hours = np.array([[one.low, one.seconds_per_sample, one.high] for one in found]).T / 3600
+    sources = dict.fromkeys(f"{one.kind} {one.source}" for one in found)
+    return hours * epoch_steps(recipe) * recipe.optimizer.batch, kind, tuple(sources)
 
 
 def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence[float], source: str) -> dict[str, Any]:

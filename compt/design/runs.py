@@ -1,16 +1,15 @@
-"""Complete trainings, read from the manifests and score files of run folders alone. No torch in here.
+"""Finished jobs, read from the manifests and stored answers of run folders.
 
-A training that was stopped, or is still under way, is no end of a schedule and is left out with its reason.
+A job that was stopped, or still trains, is not at the end of its schedule: it is left out with its reason.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import textwrap
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -18,67 +17,111 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from compt.errors import ComptError, RunError
 from compt.files import hash_json, read_json
-from compt.models.presets import PRESETS, ModelSpec
+from compt.models.presets import ModelSpec
 
-_FINISHED = ("evaluated", "done")
-_UNFINISHED = ("planned", "expanded", "training")
 _LENGTH = ("steps", "warmup_steps")
 _SEEDS = ("seed", "order_seed")
+_LARGEST = 10**9
+"""No size of a model and no number of images is as large."""
 
 
-@dataclass(frozen=True)
-class Score:
-    """Top-1 accuracy of a finished model and its 95 % interval, in percent, over `n` pictures.
+class _Section(BaseModel):
+    model_config = ConfigDict(allow_inf_nan=False, frozen=True)
 
-    `pins` are hashes of what the numbers depend on beside the model.
+
+class _ListedJob(_Section):
+    name: str
+    kind: str
+    same_as: str | None = None
+
+
+class _RunState(_Section):
+    data_fingerprint: str
+    primary: str | None
+    jobs: list[_ListedJob]
+
+
+class Score(_Section):
+    """Top-1 accuracy of a finished model and its 95 % interval, in percent.
+
+    `pins` are hashes of what the number depends on beside the model.
     """
 
-    top1: float
-    low: float
-    high: float
-    n: int
-    pins: Mapping[str, Any]
+    top1: float = Field(ge=0, le=100)
+    top1_interval: tuple[float, float]
+    pins: dict[str, Any] = {}
 
 
-@dataclass(frozen=True)
-class Training:
-    """One complete training. `kinds` are what the run calls it: a link, a try, a baseline, a control, or several.
+class Manifest(_Section):
+    """What a finished job's manifest.json says.
 
-    `hash` is that of its recipe, `result`; `model_hash` and `parent_hash` are those of weights. `data` is the
-    fingerprint of the training shards. `macs` are those of the whole training, the teacher's share included.
+    `hash` is that of its recipe, `result`; `model_hash` and `parent_hash` are those of weights. `macs` are those of the
+    whole job, the teacher's share included.
     """
 
-    run: Path
-    job: str
-    kinds: frozenset[str]
+    kind: str
     spec: ModelSpec
-    epochs: float
-    steps: int
+    epochs: float = Field(gt=0)
+    steps: int = Field(lt=_LARGEST * 1000)
+    trained: int = Field(validation_alias=AliasPath("trained", "steps"))
     seed: int
-    macs: float
+    macs: float = Field(gt=0, validation_alias=AliasPath("cost", "total_macs"))
     hash: str
     model_hash: str
     parent_hash: str | None
+    images: int = Field(gt=0, lt=_LARGEST * 1000, validation_alias=AliasPath("result", "data", "images"))
+    lr: float = Field(validation_alias=AliasPath("result", "optimizer", "lr"))
+    alpha: float | None = Field(None, validation_alias=AliasPath("result", "distill", "alpha"))
+    result: dict[str, Any] = Field(repr=False)
+    scores: dict[str, Score] = Field(repr=False)
+
+    @model_validator(mode="after")
+    def _check(self) -> Manifest:
+        for key, size in vars(self.spec).items():
+            for one in size if isinstance(size, tuple) else (size,):
+                if isinstance(one, int | float) and abs(one) >= _LARGEST:
+                    raise ValueError(f"spec.{key}: no model is that large")
+        if self.parent_hash is not None and self.alpha is None:
+            raise ValueError("result.distill.alpha: is missing")
+        json.dumps([self.result, [score.pins for score in self.scores.values()]], allow_nan=False)
+        return self
+
+
+@dataclass(frozen=True)
+class FinishedJob:
+    """A job that trained to its end. `kinds` are what its run calls it: link, try, baseline, control, or several.
+
+    `data` is the fingerprint of the training shards.
+    """
+
+    run: Path
+    name: str
+    kinds: frozenset[str]
     data: str
-    result: Mapping[str, Any] = field(repr=False)
-    scores: Mapping[str, Score] = field(repr=False)
+    manifest: Manifest
 
     @property
     def label(self) -> str:
         """The run's folder, as it was given, and the job's name."""
-        return f"{self.run}/{self.job}"
+        return f"{self.run}/{self.name}"
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the weights, but lengths, seeds and the teacher."""
-        return {key: value for key, value in self.result.items() if key not in (*_LENGTH, *_SEEDS, "teacher")}
+        """What determines the weights, except lengths, seeds and the teacher."""
+        return {key: value for key, value in self.manifest.result.items() if key not in (*_LENGTH, *_SEEDS, "teacher")}
+
+    @property
+    def warmup_steps(self) -> int | None:
+        """Steps of warm-up, where the recipe has them."""
+        return self.manifest.result.get("warmup_steps")
 
     def answers(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
-        """Ids [n] of the pictures of a set and whether each was right [n]; None where they are missing or torn."""
-        path = self.run / "jobs" / self.job / "scores" / f"{quote(name, safe=' ()')}.npz"
+        """Ids [n] of a set's images and whether each was right [n]; None where they are missing or torn."""
+        path = self.run / "jobs" / self.name / "scores" / f"{quote(name, safe=' ()')}.npz"
         try:
             with np.load(path, allow_pickle=False) as stored:
                 return stored["ids"], stored["correct"].astype(bool)
@@ -99,28 +142,38 @@ class Run:
     """What one run folder holds. `primary` is the evaluation set that its report is about."""
 
     primary: str | None
-    trainings: list[Training]
+    jobs: list[FinishedJob]
     skipped: list[Skipped]
 
 
 def read_run(folder: Path) -> Run:
-    """Read FOLDER/run.json and every manifest below FOLDER/jobs.
+    """Read FOLDER/run.json and every manifest below FOLDER/jobs, those that run.json no longer lists too.
 
     Raises RunError where there is no run, or run.json is damaged. What is wrong with a manifest stands in `skipped`.
     """
-    state = _state(folder)
-    names: dict[str, set[str]] = {}
-    for job in sorted(state["jobs"], key=lambda job: job.get("same_as") is not None):
-        names.setdefault(job.get("same_as") or job["name"], set()).add(job["kind"])
-    begun = sorted(path.parent.name for path in folder.glob("jobs/*/manifest.json"))
-    trainings, skipped = [], []
-    for name in [*names, *(name for name in begun if name not in names)]:
-        found = _training(folder, name, names.get(name, set()), state["data_fingerprint"])
-        if isinstance(found, Training):
-            trainings.append(found)
+    path = folder / "run.json"
+    try:
+        state = _RunState.model_validate(_read(path))
+    except (FileNotFoundError, NotADirectoryError):
+        raise RunError(f"{folder} is no run folder: there is no {path.name} in it") from None
+    except ValidationError as error:
+        raise RunError(f"{path} is damaged: {_first(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
+    kinds: dict[str, set[str]] = {}
+    # Jobs that trained come before those that are the same model under another name.
+    for job in sorted(state.jobs, key=lambda job: job.same_as is not None):
+        kinds.setdefault(job.same_as or job.name, set()).add(job.kind)
+    for manifest in sorted(folder.glob("jobs/*/manifest.json")):
+        kinds.setdefault(manifest.parent.name, set())
+    found = Run(state.primary, [], [])
+    for name, known in kinds.items():
+        result = _job(folder, name, known, state.data_fingerprint)
+        if isinstance(result, FinishedJob):
+            found.jobs.append(result)
         else:
-            skipped.append(Skipped(f"{folder}/{name}", found))
-    return Run(state["primary"], trainings, skipped)
+            found.skipped.append(Skipped(f"{folder}/{name}", result))
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -130,158 +183,79 @@ def _read(path: Path) -> Any:
     return value
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong: key, value, what would be right."""
+    first = error.errors()[0]
+    key, text = ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "should")
+    shown = "" if first["type"] == "missing" else f" = {textwrap.shorten(ascii(first['input']), 60)}"
+    return f"{key}{shown}: {text}"
+
+
+def _job(folder: Path, name: str, kinds: Iterable[str], data: str) -> FinishedJob | str:
+    """A finished job, or why there is none."""
     try:
-        state = _read(path)
-    except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{folder} is no run folder: there is no {path.name} in it") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
-    _check_state(path, state)
-    return dict(state)
-
-
-def _check_state(path: Path, state: Any) -> None:
-    if not isinstance(state, dict) or not {"jobs", "data_fingerprint", "primary"} <= state.keys():
-        raise RunError(f"{path} is damaged: it lacks jobs or data_fingerprint or primary")
-    _check_text(path, "data_fingerprint", state["data_fingerprint"])
-    _check_text(path, "primary", state["primary"], none=True)
-    jobs = state["jobs"]
-    if not isinstance(jobs, list) or not all(isinstance(job, dict) and {"name", "kind"} <= job.keys() for job in jobs):
-        raise RunError(f"{path} is damaged: each of its jobs should have a name and a kind")
-    for at, job in enumerate(jobs):
-        for key in ("name", "kind", "same_as"):
-            _check_text(path, f"jobs.{at}.{key}", job.get(key), none=key == "same_as")
-
-
-def _check_text(path: Path, key: str, value: Any, *, none: bool = False) -> None:
-    if not (isinstance(value, str) or (none and value is None)):
-        wanted = "a text or null" if none else "a text"
-        raise RunError(f"{path} is damaged: {key} = {textwrap.shorten(ascii(value), 60)}: should be {wanted}")
-
-
-def _training(folder: Path, name: str, kinds: Iterable[str], data: str) -> Training | str:
-    """A complete training, or why there is none."""
-    path = folder / "jobs" / name / "manifest.json"
-    try:
-        manifest = _read(path)
-        state = manifest["state"]
-        if state in _UNFINISHED:
-            return f"is not finished ({state})"
-        if state not in _FINISHED:
-            return f"its manifest is damaged: '{state}' is no state"
-        done, steps = int(manifest["trained"]["steps"]), int(manifest["steps"])
-        if done != steps:
-            return f"was trained for {done} of {steps} steps: that is not the end of its schedule"
-        parent = manifest["parent_hash"]
-        training = Training(
-            run=folder,
-            job=name,
-            kinds=frozenset({str(manifest["kind"]), *kinds}),
-            spec=_spec(manifest["spec"]),
-            epochs=_positive(manifest, "epochs"),
-            steps=steps,
-            seed=int(manifest["seed"]),
-            macs=_positive(manifest["cost"], "total_macs"),
-            hash=str(manifest["hash"]),
-            model_hash=str(manifest["model_hash"]),
-            parent_hash=None if parent is None else str(parent),
-            data=str(data),
-            result=dict(manifest["result"]),
-            scores={key: _score(score) for key, score in manifest["scores"].items() if "top1" in score},
-        )
-        # What the fit looks up later: missing here, it is this manifest that is damaged.
-        int(training.result["data"]["images"]), float(training.result["optimizer"]["lr"])
-        if training.parent_hash is not None:
-            float(training.result["distill"]["alpha"])
-        json.dumps([training.result, manifest["scores"]], allow_nan=False)
-        return training
+        values = _read(folder / "jobs" / name / "manifest.json")
+        if values["state"] not in ("evaluated", "done"):
+            return f"is not finished ({values['state']})"
+        # Retrieval sets have no top-1.
+        scores = {key: score for key, score in dict(values["scores"]).items() if "top1" in score}
+        manifest = Manifest.model_validate({**values, "scores": scores})
     except FileNotFoundError:
         return "was not begun"
-    except (OSError, ValueError, OverflowError, RecursionError, AttributeError) as error:
-        return f"its manifest cannot be read: {error}"
+    except ValidationError as error:
+        return f"its manifest is damaged: {_first(error)}"
     except (KeyError, TypeError, ComptError) as error:
         return f"its manifest is damaged: {type(error).__name__}: {error}"
-
-
-def _spec(values: Mapping[str, Any]) -> ModelSpec:
-    spec = ModelSpec.from_dict(values)
-    for key, like in vars(PRESETS["swin_t"]).items():
-        if not _is_like(getattr(spec, key), like):
-            raise TypeError(f"spec.{key} = {getattr(spec, key)!r}")
-    return spec
-
-
-def _is_like(value: Any, like: Any) -> bool:
-    """Whether `value` is of the kind of `like`, and a number no larger than any model has."""
-    if isinstance(like, tuple):
-        return isinstance(value, tuple) and all(_is_like(item, 1) for item in value)
-    if isinstance(like, int | float) and not isinstance(like, bool):
-        kinds = (int,) if isinstance(like, int) else (int, float)
-        return type(value) in kinds and abs(value) < 1e9
-    return type(value) is type(like)
-
-
-def _positive(values: Mapping[str, Any], key: str) -> float:
-    value = float(values[key])
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{key} = {value}")
-    return value
-
-
-def _score(score: Mapping[str, Any]) -> Score:
-    low, high = map(float, score["top1_interval"])
-    top1 = float(score["top1"])
-    if not (0 <= top1 <= 100 and -math.inf < low <= high < math.inf):
-        raise ValueError(f"top1 = {top1}, top1_interval = {[low, high]}")
-    return Score(top1, low, high, int(score["n"]), dict(score.get("pins", {})))
+    except (OSError, ValueError, OverflowError, RecursionError) as error:
+        return f"its manifest cannot be read: {error}"
+    if manifest.trained != manifest.steps:
+        return f"was trained for {manifest.trained} of {manifest.steps} steps: that is not the end of its schedule"
+    return FinishedJob(folder, name, frozenset({manifest.kind, *kinds}), data, manifest)
 
 
 class Lineage:
-    """Who grew from whom, over all trainings that were read.
+    """Which job's model another one grew from, over all jobs that were read.
 
     A teacher is named by the recipe and the data that made it where any run shows them, so that a link of a chain and a
     link that starts from the same folder (`chain.from`) have the same teacher; else by the hash of its weights.
     """
 
-    def __init__(self, trainings: Sequence[Training]) -> None:
-        self._by_hash = {training.model_hash: training for training in reversed(trainings)}
-        self._names = {training.model_hash: [training.hash, training.data] for training in trainings}
+    def __init__(self, jobs: Sequence[FinishedJob]) -> None:
+        self._by_hash = {job.manifest.model_hash: job for job in reversed(jobs)}
+        self._names = {job.manifest.model_hash: [job.manifest.hash, job.data] for job in jobs}
 
-    def ancestors(self, training: Training) -> list[Training]:
+    def ancestors(self, job: FinishedJob) -> list[FinishedJob]:
         """Teacher, the teacher's teacher and so on, as far as the runs show them."""
-        found: list[Training] = []
-        seen = {training.model_hash}
-        parent = training.parent_hash
+        found: list[FinishedJob] = []
+        seen = {job.manifest.model_hash}
+        parent = job.manifest.parent_hash
         while parent is not None and parent not in seen and parent in self._by_hash:
             seen.add(parent)
             found.append(self._by_hash[parent])
-            parent = found[-1].parent_hash
+            parent = found[-1].manifest.parent_hash
         return found
 
-    def position(self, training: Training) -> int:
-        """Links that stand before this one: 1 for a model that grew from one trained from scratch, or from outside."""
-        line = [training, *self.ancestors(training)]
-        return len(line) - 1 + (line[-1].parent_hash is not None)
+    def position(self, job: FinishedJob) -> int:
+        """1 for a link whose teacher was trained from scratch or came from outside, 2 for the link after that, ..."""
+        line = [job, *self.ancestors(job)]
+        return len(line) - 1 + (line[-1].manifest.parent_hash is not None)
 
-    def teacher(self, training: Training, *, seeds: bool) -> str:
+    def teacher(self, job: FinishedJob, *, seeds: bool) -> str:
         """What the teacher is, as a digest; without `seeds` the same for teachers that differ only in them."""
-        assert training.parent_hash is not None
-        line = self.ancestors(training)
-        if seeds or not line:
-            return hash_json(self._names.get(training.parent_hash, training.parent_hash))
-        lengths = [[one.settings, one.steps, one.result.get("warmup_steps"), one.data] for one in line]
-        oldest = line[-1].parent_hash
-        return hash_json([*lengths, None if oldest is None else self._names.get(oldest, oldest)])
+        line, oldest = self.ancestors(job), job.manifest.parent_hash
+        lengths = []
+        if line and not seeds:
+            oldest = line[-1].manifest.parent_hash
+            lengths = [[one.settings, one.manifest.steps, one.warmup_steps, one.data] for one in line]
+        return hash_json([*lengths, oldest and self._names.get(oldest, oldest)])
 
-    def teacher_spec(self, training: Training) -> ModelSpec | None:
-        """The teacher's sizes, from its own training or from the record of the expansion; None where neither is."""
-        line = self.ancestors(training)
+    def teacher_spec(self, job: FinishedJob) -> ModelSpec | None:
+        """The teacher's sizes, from its own job or from the record of the expansion; None where neither is."""
+        line = self.ancestors(job)
         if line:
-            return line[0].spec
+            return line[0].manifest.spec
         try:
-            record = _read(training.run / "jobs" / training.job / "initial" / "manifest.json")
-            return _spec(record["expansion"]["teacher"])
-        except (OSError, ValueError, RecursionError, AttributeError, KeyError, TypeError, ComptError):
+            record = _read(job.run / "jobs" / job.name / "initial" / "manifest.json")
+            return TypeAdapter(ModelSpec).validate_python(record["expansion"]["teacher"])
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, ComptError):
             return None

@@ -1,11 +1,10 @@
-"""The best chain among many, by dynamic programming over its length and its last model. No torch in here.
+"""The best chain among many, by dynamic programming over its length and its last model.
 
-What a link costs depends on its position, its teacher and its student alone, so that the cheapest chain of k models
-that ends in model j is found from those of k - 1 models: exact, in k^2 n^2 steps. Costs are those of the
-epochs that are enough for each link with one probability, by default the median.
+What a link costs depends only on its position, its teacher and its student. So the cheapest chain of k models that ends
+in model j is found from those of k - 1 models: exact, in k^2 n^2 steps.
 
-A position counts the predecessors that fit the data (`StartPrior.smallest`); those too small for it hand on no more
-than the first. Without that, a few tiny models in front would make every later link cheap.
+A position counts the models before it that fit the data (`compt.design.epochs.fits`). If smaller ones counted, a few
+tiny models in front would make every later link cheap.
 """
 
 from __future__ import annotations
@@ -18,12 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compt.design.candidates import Candidates
-from compt.design.confidence import MEDIAN, known_epochs, log_fraction
 from compt.design.costs import Costs
-from compt.design.epochs import EpochModel, LinkEpochs, log2_size
+from compt.design.curves import LinkEpochs
+from compt.design.epochs import EpochModel, Floats, fits, log2_size
 from compt.errors import ConfigError
-
-Floats = NDArray[np.float64]
 
 LEAST_STEP = 1.5
 """A model that is not wanted has at least so many times the parameters of its predecessor, and so has its student.
@@ -59,18 +56,17 @@ class Problem:
         """[n]: whether no wanted model lies below."""
         return np.arange(len(self.first)) <= self.wanted[0]
 
-    def of_fitting(self) -> Problem:
-        """The same without the models that are too small for the data, unless they are wanted."""
-        out = ~self.fits
+    def without(self, out: NDArray[np.bool_]) -> Problem:
+        """The same without the models in `out` [n], unless they are wanted."""
+        out = out.copy()
         out[list(self.wanted)] = False
         links = self.links.copy()
         links[:, :, out] = np.inf
         return replace(self, first=np.where(out, np.inf, self.first), links=links)
 
-    @property
-    def most(self) -> int:
-        """Members of the longest chain."""
-        return len(self.links) + 1
+    def large_enough(self) -> Problem:
+        """The same without the models that are too small for the data, unless they are wanted."""
+        return self.without(~self.fits)
 
     def positions(self, chain: Sequence[int]) -> list[int]:
         """Position of each link of a chain: how many of the models before it fit the data, at least 1."""
@@ -106,40 +102,33 @@ def problem(
     baseline_epochs: float,
     distilled: bool = True,
     most: int = MOST_MEMBERS,
-    least_step: float = LEAST_STEP,
-    confidence: float = MEDIAN,
 ) -> Problem:
-    """All links that may be, with their epochs and costs. `most` bounds the members of a chain.
-
-    `confidence` is the probability with which the epochs of each link are enough.
-    """
+    """All possible links, with their epochs and costs. `most` bounds the models of a chain."""
     n, sizes = len(models.specs), np.array([log2_size(spec) for spec in models.specs])
     steps = max(1, most - 1)
     positions = np.arange(1, steps + 1)[:, None, None]
     students, teachers = sizes[None, None, :], sizes[None, :, None]
-    logs = log_fraction(epochs, students, teachers, positions, images, distilled, confidence)
+    logs = epochs.log_fraction(students, teachers, positions, images, distilled)
     needed = np.broadcast_to(baseline_epochs * np.exp(np.minimum(0.0, logs)), (steps, n, n)).copy()
     places = {replace(spec, name=""): at for at, spec in enumerate(models.specs)}
-    for one in epochs.known():
-        teacher, student = (places.get(replace(spec, name="")) for spec in (one.teacher, one.student))
+    for curve in epochs.own:
+        teacher, student = (places.get(replace(spec, name="")) for spec in (curve.teacher, curve.student))
         if teacher is not None and student is not None:
             for at in range(steps):
-                link = LinkEpochs(one.student, one.teacher, at + 1, images, baseline_epochs, distilled)
-                needed[at, teacher, student] = known_epochs(epochs, link, confidence)
+                link = LinkEpochs(curve.student, curve.teacher, at + 1, images, baseline_epochs, distilled)
+                needed[at, teacher, student] = epochs.predict(link).middle
     needed = whole_epochs(needed, baseline_epochs)
     wanted = np.zeros(n, dtype=bool)
     wanted[list(models.wanted)] = True
     order = np.arange(n)
     before = np.concatenate([[0], np.cumsum(wanted)])  # wanted models before each place
     passed = before[None, :n] - before[1 : n + 1, None]  # wanted ones strictly between row and column
-    far = sizes[None, :] - sizes[:, None] >= np.log2(least_step)
+    far = sizes[None, :] - sizes[:, None] >= np.log2(LEAST_STEP)
     allowed = models.grows & (order[:, None] < order[None, :]) & (passed <= 0)
     allowed &= far | (wanted[:, None] & wanted[None, :])
     links = np.where(allowed, needed * costs.links, np.inf)
-    fits = np.ones(n, dtype=bool)
-    if epochs.start is not None:
-        fits = epochs.start.fits(sizes, images)
-    return Problem(costs.alone * baseline_epochs, links, needed, baseline_epochs, models.wanted, fits)
+    large = fits(sizes, images)
+    return Problem(costs.alone * baseline_epochs, links, needed, baseline_epochs, models.wanted, large)
 
 
 @dataclass(frozen=True)
@@ -229,10 +218,11 @@ def most_acceleration(task: Problem, size: int | None = None) -> FoundChain:
     (acceleration so far) * cost - baseline cost, until none is below zero. Raises ConfigError where there is none.
     """
     best = least_cost(task, size)
+    alone = np.where(np.isfinite(task.first), task.first, 0.0)  # models that are left out cost infinity
     while True:
         rate = best.acceleration
-        first = np.where(task.allowed_first, rate * task.first - task.first, np.inf)
-        chains = cheapest(first, rate * task.links - task.first[None, None, :], task.fits, task.wanted[-1])
+        first = np.where(task.allowed_first, rate * task.first - alone, np.inf)
+        chains = cheapest(first, rate * task.links - alone, task.fits, task.wanted[-1])
         possible = [item for item in chains if item[1] and (size is None or len(item[1]) == size)]
         better = found(task, min(possible, key=lambda item: item[0])[1])
         if better.acceleration <= rate * (1 + 1e-12):
@@ -248,7 +238,7 @@ def within_budget(task: Problem, budget: float, size: int | None = None) -> Foun
     small for the data do not make a family better: those are only in it where they are wanted. Raises ConfigError where
     even the cheapest family costs more, with what that would be.
     """
-    task = task.of_fitting()
+    task = task.large_enough()
     cheap: list[FoundChain] = []
     for place, last in reversed(list(enumerate(task.wanted))):
         chains = [one for one in by_size(task, last).values() if size is None or len(one.chain) <= max(size, place + 1)]

@@ -447,8 +447,9 @@ def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label:
 
 
 def _meeting(axes: Axes, link: LinkCurve, epochs: float, target: float, right: float) -> None:
-    """A line down from where the curve meets its target; the interval of that, open where it leaves the points."""
-    low, high = (at if at is not None else end for at, end in ((link.low, 0.0), (link.high, right)))
-    axes.axvspan(low, high, color=COLOURS["m2"], alpha=0.12, linewidth=0)
+    """A line down from where the curve meets its target; its interval, open where it leaves the points."""
+    if link.paired:
+        low, high = (at if at is not None else end for at, end in ((link.low, 0.0), (link.high, right)))
+        axes.axvspan(low, high, color=COLOURS["m2"], alpha=0.12, linewidth=0)
     axes.axvline(epochs, color=COLOURS["m2"], linestyle="--", linewidth=1.2, label=f"meets it at {epochs:.2f}")
     axes.plot([epochs], [target], marker="D", color=COLOURS["m2"], markersize=6, linestyle="")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compt.design.curves import LinkCurve, LinkEpochs, Match, Point
 from compt.files import hash_json, write_json
 from compt.models.presets import resolve
 
@@ -123,3 +125,15 @@ def lengths(folder: Path, points: Mapping[int, float], baseline: Mapping[str, An
         extra = [baseline] if baseline is not None and not runs else []
         runs.append(write_run(folder / f"e{epochs}", [NANO, link(epochs, top1), *extra]))
     return runs
+
+
+def own(asked: LinkEpochs, epochs: float | None = None, **known: Any) -> LinkCurve:
+    """The curve of a link that was measured here: a match at `epochs`, or a bound."""
+    baseline = Point(asked.baseline_epochs, 30.0, 29.0, 31.0, 1e15, ("run/baseline",), (0,), None)
+    curve = LinkCurve(
+        asked.student, asked.teacher, asked.position, asked.images, asked.distilled, "val", (), baseline, **known
+    )
+    if epochs is None:
+        return curve
+    ends = {key: known.get(key) for key in ("low", "high")}
+    return replace(curve, match=Match(**vars(asked), epochs=epochs, source="here", **ends))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,52 @@ from rich.text import Text
 
 from compt.cli.plan.tables import warning
 from compt.cost.speed import OF_THE_AUTHORS
-from compt.design.confidence import MEDIAN
-from compt.design.curves import Match
-from compt.design.epochs import FEATURES, LEVEL, Range
+from compt.design.costs import distils
+from compt.design.epochs import START_FACTOR, Range, log2_smallest
 from compt.design.outcome import Outcome, Setting, outcome
 from compt.design.search import SIMPLER, FoundChain
+from compt.errors import ConfigError, nearest
 from compt.plan.forecast import Forecast
 from compt.text import TextTable, count, macs
+
+UNITS = ("macs", "hours")
 
 
 @dataclass(frozen=True)
 class DesignRequest:
-    """What a chain is searched for: the options of the command, already checked.
+    """What a chain is searched for: the options of the command.
 
-    `objective`: cost, acceleration or budget. Costs are GPU-hours where `in_hours`, MACs else.
+    `objective`: cost, acceleration or budget; the first two count `unit`, macs (default) or hours. `size` is how many
+    models the chain has (for `budget` at most). `runs` are folders whose links, measured on the evaluation set `on`,
+    replace the paper's numbers.
     """
 
     objective: str
-    in_hours: bool
-    size: int | None
-    budget_gpu_hours: float | None
-    confidence: float
-    runs: tuple[Path, ...]
+    unit: str | None = None
+    size: int | None = None
+    budget_gpu_hours: float | None = None
+    runs: tuple[Path, ...] = ()
+    on: str | None = None
+
+    def check(self) -> None:
+        """Raise ConfigError for options that contradict each other."""
+        unit, budget = self.unit, self.budget_gpu_hours
+        if unit is not None and unit not in UNITS:
+            raise ConfigError(f"--in {unit}: should be macs or hours{nearest(unit, UNITS)}")
+        if self.objective == "budget":
+            if unit is not None:
+                raise ConfigError(f"--in {unit}: is for the objectives cost and acceleration; a budget is of GPU-hours")
+            if budget is None:
+                raise ConfigError("--objective budget: needs --budget GPU_HOURS")
+            if not (budget > 0 and math.isfinite(budget)):
+                raise ConfigError(f"--budget {budget:g}: should be a number of GPU-hours above 0")
+        elif budget is not None:
+            raise ConfigError(f"--budget {budget:g}: is for --objective budget, not {self.objective}")
+
+    @property
+    def in_hours(self) -> bool:
+        """Whether costs are GPU-hours, not MACs."""
+        return self.unit == "hours" or self.objective == "budget"
 
     @property
     def limit(self) -> float:
@@ -40,35 +65,14 @@ class DesignRequest:
         return self.budget_gpu_hours or 0.0
 
     @property
-    def unit(self) -> str:
-        """What is counted, as it is shown."""
-        return "GPU-hours" if self.in_hours else "MACs"
-
-    @property
     def best(self) -> str:
         """What the best chain has."""
-        return f"greatest acceleration in {self.unit}" if self.objective == "acceleration" else f"least {self.unit}"
+        unit = "GPU-hours" if self.in_hours else "MACs"
+        return f"greatest acceleration in {unit}" if self.objective == "acceleration" else f"least {unit}"
 
     def loss(self, one: FoundChain) -> float:
         """What the best of several chains has the least of."""
         return 1 / one.acceleration if self.objective == "acceleration" else one.cost
-
-    def value(self, one: Outcome, other: bool = False) -> Range:
-        """What the objective counts of a chain, with its range; in the `other` unit if asked."""
-        hours = self.in_hours != other
-        if self.objective == "acceleration":
-            found = one.gpu_hours_acceleration if hours else one.acceleration
-        elif hours:
-            found = one.gpu_hours.hours if one.gpu_hours else None
-        else:
-            found = one.macs
-        assert found is not None
-        return found
-
-    def loses(self, one: Range, other: Range) -> float:
-        """The share by which the value `one` is worse than `other`; below zero where it is better."""
-        gained = other.middle / one.middle if self.objective == "acceleration" else one.middle / other.middle
-        return gained - 1
 
 
 @dataclass(frozen=True)
@@ -82,169 +86,77 @@ class Design:
     others: tuple[Outcome, ...]
     individually: Outcome
     values: dict[str, Any]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def missing(self) -> list[str]:
-        """Wanted models that are not in the chosen chain."""
-        names = {spec.name for spec in self.chosen.specs}
-        return [name for name in self.setting.recipe.family.specs() if name not in names]
 
     @property
     def goal(self) -> str:
         """The objective in words, and what it does not reach."""
         if self.asked.objective != "budget":
             return self.asked.best
-        without = f", without {', '.join(self.missing)}, which it does not reach" if self.missing else ""
+        reached = {spec.name for spec in self.chosen.specs}
+        missing = ", ".join(name for name in self.setting.recipe.family.specs() if name not in reached)
+        without = f", without {missing}, which it does not reach" if missing else ""
         return f"best family for {self.asked.limit:g} GPU-hours{without}"
 
+    @property
+    def extrapolated(self) -> dict[str, list[str]]:
+        """For each link what of it lies outside the published links."""
+        links = self.setting.links(self.chosen.specs)
+        return {link.student.name: self.setting.epochs.outside(link) for link in links}
 
-_EVEN = 0.005
-"""Chains that differ by no more than this share are as good as each other."""
-_WORDS = dict(
-    zip(
-        FEATURES[1:5],
-        ("size step", "place in the chain", "number of images", "size of the predecessor"),
-        strict=True,
-    )
-)
-
-
-def design_notes(design: Design) -> list[str]:
-    """What a reader has to know to judge the numbers."""
-    notes = [*_on_choice(design), *_on_epochs(design), *_on_start(design)]
-    setting, hours = design.setting, design.chosen.gpu_hours
-    if design.chosen.acceleration.middle <= 1 and len(design.chosen.specs) > 1:
-        notes.append("By this model a chain saves nothing here: individual training is no dearer.")
-    if hours is not None and setting.device is not None:
-        notes.append(
-            f"GPU-hours on {setting.device.title}: {'; '.join(hours.sources)}. "
-            "Their range also spans the bounds of its speed."
-        )
-        if hours.kind != "measured":
-            notes.append(OF_THE_AUTHORS)
-    if design.asked.objective == "budget":
-        notes.append(f"Budget {design.asked.limit:g} GPU-hours: kept by the planned epochs, not by the whole range.")
-    return notes
-
-
-def _on_choice(design: Design) -> list[str]:
-    """Where another chain of the table is as good as the chosen one, in any sense."""
-    asked, chosen, best = design.asked, design.chosen, design.best
-    ours = asked.value(chosen)
-    notes = []
-    if chosen is not best:
-        notes.append(
-            f"Simpler chains are preferred within {100 * SIMPLER:g} %: fewer models, then presets. "
-            f"{asked.best[0].upper() + asked.best[1:]}: {_called(best)}, "
-            f"{_shown(asked, asked.value(best))}, {100 * asked.loses(ours, asked.value(best)):.1f} % better than the "
-            "chosen chain."
-        )
-    rivals = [one for one in design.others if one.predicted and one is not chosen and one is not best]
-    rivals = [one for one in rivals if one.specs[-1] == chosen.specs[-1]]
-    simpler = [one for one in rivals if len(one.specs) < len(chosen.specs) and _inside(asked, asked.value(one), ours)]
-    if simpler and asked.objective != "budget":
-        near = min(simpler, key=lambda one: asked.loses(asked.value(one), ours))
-        notes.append(
-            f"Inside the range: {_called(near)}, {100 * asked.loses(asked.value(near), ours):.1f} % worse. The numbers "
-            "do not decide between them."
-        )
-    if chosen.gpu_hours is not None and asked.objective != "budget" and not asked.in_hours:
-        hours = asked.value(chosen, other=True)
-        most = max((*rivals, best), key=lambda one: asked.loses(hours, asked.value(one, other=True)))
-        if asked.loses(hours, asked.value(most, other=True)) > _EVEN:
-            notes.append(
-                f"Better in GPU-hours: {_called(most)}, {_shown_hours(asked, most)} against "
-                f"{_shown_hours(asked, chosen)}; --in hours searches by those."
+    def notes(self) -> list[str]:
+        """What a reader has to know to judge the numbers."""
+        setting, chosen, asked = self.setting, self.chosen, self.asked
+        model, images, found = setting.epochs, setting.recipe.data.images, []
+        if chosen is not self.best:
+            found.append(
+                f"Simpler chains are preferred within {100 * SIMPLER:g} %: fewer models, then presets. The best one, "
+                f"{self.best.label}, is in the second table."
             )
-    return notes
-
-
-def _on_epochs(design: Design) -> list[str]:
-    """How likely the epochs are enough, what they rest on, and which were measured."""
-    setting, chosen, asked = design.setting, design.chosen, design.asked
-    model, links = setting.epochs, setting.links(chosen.specs)
-    notes = []
-    if links:
-        planned = (
-            "the medians of the fit"
-            if asked.confidence == MEDIAN
-            else f"enough for each link with {_percent(asked.confidence)}"
+        factor = model.factor(distils(setting.recipe))
+        found.append(
+            f"Epochs: a line through {len(model.points)} published links (docs/design.md). Range: a factor of "
+            f"{factor:.2f} both ways, as far as the line was off at the worst known link. Behind costs and "
+            "accelerations: the bound if all links need the upper end. `compt chain --calibrate` tests the first pair "
+            "and lengthens all links until it is lossless."
         )
-        notes.append(
-            f"All links long enough: {_percent(chosen.all_long_enough)}. Epochs are {planned}; --confidence P plans "
-            "those that are enough for each link with probability P, and `compt chain --calibrate` tests the first "
-            "pair and lengthens all links until it is lossless."
+        measured = [curve for curve in model.own if curve.match is not None]
+        if asked.runs:
+            many, named = len(measured), ", ".join(map(str, asked.runs))
+            found.append(
+                f"The line is shifted by {many} measured link{'s' * (many > 1)} of {named}."
+                if many
+                else f"No link of {named} crosses its baseline."
+            )
+        for link in setting.links(chosen.specs):
+            curve = model.measured(link)
+            if curve is not None and curve.match is not None:
+                found.append(f"{link.teacher.name} to {link.student.name} is not predicted but {curve.source}.")
+            elif curve is not None:
+                bound = f"more than {curve.more_than:g}" if curve.more_than else f"at most {curve.at_most:g}"
+                found.append(f"{link.teacher.name} to {link.student.name}: {bound} epochs, {curve.source}.")
+        found.append(
+            f"Start: for {images:,} images the smallest model that fits has {count(2 ** log2_smallest(images))} "
+            "parameters (as the paper's table G counts); each halving below multiplies the next link's epochs by "
+            f"{START_FACTOR:g}. That is a stated rule, not a fit."
         )
-    named = ", ".join(map(str, asked.runs))
-    many = len(model.own)
-    basis = (
-        f"fitted to {many} measured link{'s' * (many > 1)} of {named}; the paper's {len(model.points) - many} "
-        "published numbers are no more than their wide prior"
-        if model.own
-        else f"fitted to the paper's {len(model.points)} published numbers"
-        + (f"; no link of {named} crosses its baseline" if asked.runs else "")
-    )
-    notes.append(
-        f"Epochs are those of a regression {basis} (docs/design.md). Behind them what may be needed, with "
-        f"{_percent(LEVEL)} if its form is right. Behind costs and accelerations the bound that holds with "
-        f"{_percent((1 + LEVEL) / 2)} where links that are too short go on until they are long enough."
-    )
-    for link in links:
-        match, bound = model.measured(link), model.bound(link)
-        if match is not None:
-            notes.append(f"{link.teacher.name} to {link.student.name} is not predicted but {match.source}.")
-        elif bound is not None:
-            known = f"more than {bound.more_than:g}" if bound.more_than is not None else f"at most {bound.at_most:g}"
-            notes.append(f"{link.teacher.name} to {link.student.name}: {known} epochs, measured {bound.source}.")
-    return notes
-
-
-def _on_start(design: Design) -> list[str]:
-    """The start prior, and what lies beyond the points of the fit."""
-    model, images, notes = design.setting.epochs, design.setting.recipe.data.images, []
-    links = design.setting.links(design.chosen.specs)
-    if model.start is not None:
-        notes.append(
-            f"Start: for {images:,} images the smallest model that fits has {count(model.start.smallest(images))} "
-            f"parameters (as the paper's table G counts); each halving below multiplies the next link's epochs by "
-            f"{model.start.factor:g}. That is a prior, not a fit."
-        )
-    beyond: dict[str, list[str]] = {}
-    for link in links:
-        for name in model.outside(link):
-            beyond.setdefault(_WORDS[name], []).append(link.student.name)
-    if beyond:
-        told = [
-            f"the {what} of {'every link' if len(models) == len(links) else ', '.join(models)}"
-            for what, models in beyond.items()
-        ]
-        notes.append(f"Extrapolated, beyond the points of the fit: {'; '.join(told)}.")
-    caution = model.caution(images)
-    return [*notes, caution] if caution else notes
-
-
-def _inside(asked: DesignRequest, value: Range, ours: Range) -> bool:
-    return value.middle >= ours.low if asked.objective == "acceleration" else value.middle <= ours.high
-
-
-def _names(one: Outcome) -> str:
-    return ", ".join(spec.name for spec in one.specs)
-
-
-def _called(one: Outcome) -> str:
-    return f"{len(one.specs)} model{'s' * (len(one.specs) > 1)} ({_names(one)})"
-
-
-def _shown(asked: DesignRequest, value: Range) -> str:
-    if asked.objective == "acceleration":
-        return f"{value.middle:.2f}x"
-    return f"~{_number(value.middle)}" if asked.in_hours else macs(value.middle)
-
-
-def _shown_hours(asked: DesignRequest, one: Outcome) -> str:
-    value = asked.value(one, other=True).middle
-    return f"{value:.2f}x" if asked.objective == "acceleration" else f"~{_number(value)}"
+        beyond = [f"{', '.join(names)} of {model}" for model, names in self.extrapolated.items() if names]
+        if beyond:
+            found.append(f"Extrapolated, beyond the published links: {'; '.join(beyond)}.")
+        if caution := model.caution(images):
+            found.append(caution)
+        if chosen.acceleration.middle <= 1 and len(chosen.specs) > 1:
+            found.append("By these numbers a chain saves nothing here: individual training costs no more.")
+        hours = chosen.gpu_hours
+        if hours is not None and setting.device is not None:
+            found.append(
+                f"GPU-hours on {setting.device.title}: {'; '.join(hours.sources)}. "
+                "Their range also spans the bounds of its speed."
+            )
+            if hours.kind != "measured":
+                found.append(OF_THE_AUTHORS)
+        if asked.objective == "budget":
+            found.append(f"Budget {asked.limit:g} GPU-hours: kept by the planned epochs, not by the whole range.")
+        return found
 
 
 def design_tables(design: Design, forecast: Forecast) -> RenderableType:
@@ -260,48 +172,43 @@ def _chain_table(design: Design, forecast: Forecast) -> TextTable:
     rows, links = [], forecast.plan.rows()[: len(chosen.specs)]
     for at, (spec, row, item) in enumerate(zip(chosen.specs, links, forecast.links, strict=True)):
         so_far = outcome(setting, "", chosen.specs[: at + 1], chosen.epochs[: at + 1])
-        longer = max(1.0, chosen.needed[at].high / chosen.epochs[at])
-        total, found = row["total_macs"], item.hours
+        needed, total, hours = chosen.needed[at], row["total_macs"], item.hours
+        longer = max(1.0, needed.high / chosen.epochs[at])
         cells = [
             f"{spec.name} {spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
             count(row["parameters"]),
-            f"{chosen.epochs[at]:.4g}" + (f" ({_ends(chosen.needed[at])})" if at else ""),
-            _percent(chosen.long_enough[at - 1]) if at else "",
-            _most(Range(total, total, total * longer)) if at else macs(total),
+            f"{chosen.epochs[at]:.4g}" + (f" ({_number(needed.low)}-{_number(needed.high)})" if at else ""),
+            _macs(Range(total, total, total * longer)),
         ]
-        if found is not None:
-            cells.append(_hours(Range(found.gpu_hours, found.low, found.high * longer), found.kind))
+        if hours is not None:
+            cells.append(_hours(Range(hours.gpu_hours, hours.low, hours.high * longer), hours.kind))
         rows.append([*cells, _times(design.asked, so_far) if at else ""])
-    header = ["Model", "Params", "Epochs", "Long enough", "MACs"]
-    header += [*(["GPU-hours"] if setting.device else []), "Acceleration"]
-    return TextTable(f"Chain for {setting.recipe.name}: {design.goal}", header, rows, design.notes)
+    header = ["Model", "Params", "Epochs", "MACs", *(["GPU-hours"] if setting.device else []), "Acceleration"]
+    return TextTable(f"Chain for {setting.recipe.name}: {design.goal}", header, rows, design.notes())
 
 
 def _others_table(design: Design) -> TextTable:
     """The chosen chain among others, and the wanted models without a chain."""
     alone, rows = design.individually, []
     for one in (*design.others, alone):
-        chain, hours = one is not alone, one.gpu_hours if one is not alone else one.baseline_gpu_hours
-        cells = [
-            f"{one.label}: {_names(one)}",
-            _percent(one.all_long_enough) if chain and one.long_enough else "",
-            _most(one.macs) if chain else macs(one.baseline_macs),
-            *([_hours(hours.hours, hours.kind)] if hours else []),
-            _times(design.asked, one) if chain else "1",
-        ]
-        rows.append(cells)
+        hours = one.baseline_gpu_hours if one is alone else one.gpu_hours
+        rows.append(
+            [
+                f"{one.label}: {', '.join(spec.name for spec in one.specs)}",
+                macs(one.baseline_macs) if one is alone else _macs(one.macs),
+                *([_hours(hours.hours, hours.kind)] if hours else []),
+                "1" if one is alone else _times(design.asked, one),
+            ]
+        )
+    in_hours = design.setting.device is not None
     note = (
-        f"{'~ is projected, not measured. ' if design.setting.device else ''}Long enough: all links at once. "
-        f"Acceleration: {design.asked.unit} of the same models trained individually for "
-        f"{design.setting.baseline_epochs:g} epochs over those of the chain. Chains share most of what is uncertain, "
-        "so that they differ by less than their ranges."
+        f"{'~ is projected, not measured. ' if in_hours else ''}Acceleration: "
+        f"{'GPU-hours' if design.asked.in_hours else 'MACs'} of the same models trained individually for "
+        f"{design.setting.baseline_epochs:g} epochs over those of the chain. Chains share most of what is uncertain: "
+        "they differ by less than their ranges."
     )
-    header = ["Chain", "Long enough", "MACs", *(["GPU-hours"] if design.setting.device else []), "Acceleration"]
+    header = ["Chain", "MACs", *(["GPU-hours"] if in_hours else []), "Acceleration"]
     return TextTable("Alternatives", header, rows, [note])
-
-
-def _ends(found: Range) -> str:
-    return f"{_number(found.low)}-{_number(found.high)}"
 
 
 def _number(value: float) -> str:
@@ -309,20 +216,14 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
 
 
-def _percent(share: float) -> str:
-    """Whole percents; what draws have shown to be near 0 or 100 is not said to be that."""
-    if share < 0.005:
-        return "<1 %"
-    return ">99 %" if 0.995 <= share < 1 else f"{100 * share:.0f} %"
-
-
-def _most(found: Range) -> str:
+def _macs(found: Range) -> str:
     middle, high = macs(found.middle), macs(found.high)
     return middle if middle == high else f"{middle} (<{high})"
 
 
 def _hours(found: Range, kind: str) -> str:
-    return f"{'' if kind == 'measured' else '~'}{_number(found.middle)} ({_ends(found)})"
+    ends = f"{_number(found.low)}-{_number(found.high)}"
+    return f"{'' if kind == 'measured' else '~'}{_number(found.middle)} ({ends})"
 
 
 def _times(asked: DesignRequest, one: Outcome) -> str:
@@ -333,37 +234,24 @@ def _times(asked: DesignRequest, one: Outcome) -> str:
 
 
 def design_json(design: Design) -> dict[str, Any]:
-    """Everything: the chain and its alternatives with ranges, the model of epochs and its points, the recipe."""
-    setting, model, alone = design.setting, design.setting.epochs, design.individually.baseline_gpu_hours
+    """Everything: the chain and its alternatives with ranges, the epoch model and its points, the recipe."""
+    setting, alone = design.setting, design.individually
     return {
         "objective": design.asked.objective,
         "unit": "gpu_hours" if design.asked.in_hours else "macs",
-        "confidence": design.asked.confidence,
         "preferred_within": SIMPLER,
         "images": setting.recipe.data.images,
         "baseline_epochs": setting.baseline_epochs,
-        "range_level": LEVEL,
         "chosen": design.chosen.to_json(),
         "best": design.best.to_json(),
         "alternatives": [one.to_json() for one in design.others],
         "individually": {
-            "models": [spec.name for spec in design.individually.specs],
-            "macs": design.individually.baseline_macs,
-            "gpu_hours": alone and asdict(alone),
+            "models": [spec.name for spec in alone.specs],
+            "macs": alone.baseline_macs,
+            "gpu_hours": alone.baseline_gpu_hours and asdict(alone.baseline_gpu_hours),
         },
-        "epochs_model": {
-            "features": list(FEATURES),
-            "coefficients": model.posterior.mean.tolist(),
-            "standard_deviations": model.posterior.spreads().tolist(),
-            "noise": model.posterior.noise,
-            "start_prior": model.start and asdict(model.start),
-            "points": [_point(match) for match in model.points],
-        },
-        "extrapolated": {link.student.name: model.outside(link) for link in setting.links(design.chosen.specs)},
-        "notes": list(design.notes),
+        "epochs_model": setting.epochs.to_json(),
+        "extrapolated": design.extrapolated,
+        "notes": design.notes(),
         "recipe": design.values,
     }
-
-
-def _point(match: Match) -> dict[str, Any]:
-    return {**asdict(match), "student": match.student.name, "teacher": match.teacher.name}

@@ -40,10 +40,6 @@ def plan(
         str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
     ] = None,
     budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
-    confidence: Annotated[
-        float | None,
-        typer.Option(metavar="P", help="with --auto: probability that a link is long enough; default 0.5, the median"),
-    ] = None,
     runs: Annotated[
         list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
     ] = None,
@@ -63,7 +59,7 @@ def plan(
     found, engine = _mode(mode), _engine(memory)
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
     searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
-    searched |= {"--confidence": confidence, "--runs": runs, "--runs-on": runs_on, "--out": out}
+    searched |= {"--runs": runs, "--runs-on": runs_on, "--out": out}
     _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
     if as_json:
         _refuse({"--mode": mode}, "is for tables; --json has the MACs of both modes")
@@ -73,26 +69,15 @@ def plan(
     counted = asked.given or loaded.engine.device != "cpu"
     if auto:
         from compt.cli.design.command import run_auto
+        from compt.cli.design.tables import DesignRequest
 
         if runs_on is not None and not runs:
             raise ConfigError(f"--runs-on {runs_on}: is for --runs, which is missing")
         goal = _objective(objective)
         counted = counted or goal == "budget" or in_ == "hours"
         machine = _machine(asked, loaded, str(recipe), counted, members=True)
-        run_auto(
-            loaded,
-            recipe,
-            objective=goal,
-            unit=in_,
-            size=members,
-            budget_gpu_hours=budget,
-            confidence=confidence,
-            machine=machine,
-            runs=runs or (),
-            on=runs_on,
-            out=out,
-            as_json=as_json,
-        )
+        request = DesignRequest(goal, in_, members, budget, tuple(runs or ()), runs_on)
+        run_auto(loaded, recipe, request, machine, out=out, as_json=as_json)
         return
     forecast = make_forecast(
         loaded,

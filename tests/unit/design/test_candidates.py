@@ -215,19 +215,6 @@ def test_measured_speeds_replace_projected_ones() -> None:
     assert without.links[:, 2] == pytest.approx([9 * an_hour] * 3)
 
 
-def test_fewer_candidates() -> None:
-    models = candidates(wanted("vit_b16"))
-    few = models.only(models.presets)
-    assert [spec.name for spec in few.specs] == ["vit_t16", "vit_c16", "vit_s16", "vit_m16", "vit_b16"]
-    assert few.wanted == (4,)
-    assert few.presets == frozenset(range(5))
-    costs = macs_costs(recipe(), models.specs)
-    kept = costs.only(sorted(models.presets))
-    assert kept.alone == pytest.approx(macs_costs(recipe(), few.specs).alone)
-    assert kept.links == pytest.approx(macs_costs(recipe(), few.specs).links)
-    assert few.grows.shape == (5, 5)
-
-
 @pytest.mark.parametrize(
     "sizes",
     [

@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from compt.cost.paper import IMAGES
 from compt.design.candidates import candidates
 from compt.design.costs import macs_costs
-from compt.design.epochs import Bound, EpochModel, LinkEpochs, log2_size, paper_matches
+from compt.design.curves import LinkEpochs
+from compt.design.epochs import EpochModel, log2_size, paper_matches
+from compt.design.outcome import Setting
 from compt.design.search import (
     LEAST_STEP,
     SIMPLER,
@@ -34,6 +36,7 @@ from compt.design.search import (
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS
 from compt.recipe.read import load_recipe
+from tests.helpers.curves import own
 
 ROOT = Path(__file__).resolve().parents[3]
 CC3M = IMAGES["cc3m"]
@@ -226,8 +229,9 @@ def test_epochs_are_those_of_the_model_rounded_up() -> None:
     names = ("vit_t16", "vit_s16", "vit_b16", "vit_l16")
     task, model = real(names), EpochModel.fit(paper_matches())
     chain = task.wanted
-    links = model.links([PRESETS[name] for name in names], images=CC3M, baseline_epochs=128.0)
-    assert task.epochs_of(chain) == [128.0, *np.ceil([2 * model.epochs(link) for link in links]) / 2]
+    recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml")
+    links = Setting(recipe, model, 128.0).links([PRESETS[name] for name in names])
+    assert task.epochs_of(chain) == [128.0, *np.ceil([2 * model.predict(link).middle for link in links]) / 2]
     assert whole_epochs([3.0, 3.01, 3.5, 200], 128).tolist() == [3.0, 3.5, 3.5, 128]
 
 
@@ -237,7 +241,7 @@ def test_a_bounded_link_enters_the_search() -> None:
     recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml")
     models = candidates({name: PRESETS[name] for name in names})
     costs = macs_costs(recipe, models.specs)
-    model = EpochModel.fit(paper_matches(), bounds=[Bound(replace(pair, position=7), "here", more_than=60.0)])
+    model = EpochModel.fit(paper_matches(), [own(replace(pair, position=7), more_than=60.0)])
     task = problem(models, costs, model, images=CC3M, baseline_epochs=128.0)
     planned = task.epochs[:, models.wanted[0], models.wanted[1]]
     assert 60 < planned.min() <= planned.max() < 128, "more than what was not enough"
