@@ -25,6 +25,7 @@ from compt.cost.paper import LOSSLESS_POINTS
 from compt.dist import collectives as dist
 from compt.errors import ConfigError, RunError, nearest
 from compt.evaluate.encoder import load_arrays
+from compt.evaluate.sets import task_class
 from compt.evaluate.stats import paired_bootstrap, verdict
 from compt.files import disk_errors, write_json
 from compt.plan.jobs import Job, Plan, first_student, recipe_cost, try_name
@@ -177,12 +178,12 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
         if name not in sets:
             known = f"; sets: {', '.join(sets)}" if sets else "; the recipe has none"
             raise ConfigError(f"--calibrate-on {name}: is no evaluation set of {source}{nearest(name, sets)}{known}")
-        if sets[name].task != "zeroshot":
+        if not task_class(sets[name].task).classifies:
             raise ConfigError(
                 f"--calibrate-on {name}: is a {sets[name].task} set; accuracies are compared: name a zero-shot one"
             )
         return name
-    shots = [item for item in sets.values() if item.task == "zeroshot"]
+    shots = [item for item in sets.values() if task_class(item.task).classifies]
     chosen = [item.name for item in shots if item.role == "select"]
     chosen += [item.name for item in shots if item.name == recipe.evaluation.primary]
     if not chosen:

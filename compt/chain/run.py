@@ -22,7 +22,8 @@ from compt.data.index import Index, open_index
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
-from compt.evaluate.sets import EvalSettings, check_sets
+from compt.evaluate.sets import check_sets
+from compt.evaluate.task import EvalSettings
 from compt.files import disk_errors, write_json, write_text
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start

@@ -7,17 +7,18 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from compt.errors import ConfigError, nearest
+from compt.errors import ConfigError
 from compt.models.presets import is_own_swin
-from compt.recipe.schema import EvalSet
+from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 from compt.text import TextTable, terminal
 
 if TYPE_CHECKING:
+    from compt.evaluate.task import ScoreRow
     from compt.models.presets import ModelSpec
     from compt.weights.artefact import Artefact
 
@@ -125,12 +126,13 @@ def index(
 
 def evaluation_set(data: list[str], task: str, label: str, classnames: Path | None, templates: Path | None) -> EvalSet:
     """The options that say what to score on. Raises ConfigError for an unknown task."""
-    kind: Literal["zeroshot", "retrieval"] = "zeroshot" if task == "zeroshot" else "retrieval"
-    if task not in ("zeroshot", "retrieval"):
-        raise ConfigError(f"--task {task}: should be zeroshot or retrieval{nearest(task, ('zeroshot', 'retrieval'))}")
+    try:
+        EVALUATION_TASKS(task)
+    except ValueError as error:
+        raise ConfigError(f"--task {task}: {error}") from None
     return EvalSet(
         name=Path(data[0]).parent.name if data[0].endswith(".tar") else Path(data[0]).name,
-        task=kind,
+        task=task,
         data=data,
         label=label,
         classnames=str(classnames) if classnames else None,
@@ -141,7 +143,7 @@ def evaluation_set(data: list[str], task: str, label: str, classnames: Path | No
 def evaluate(
     model: Source,
     data: Annotated[list[str], typer.Option(help="shards (may be repeated), or a folder of class folders")],
-    task: Annotated[str, typer.Option(help="zeroshot or retrieval")] = "zeroshot",
+    task: Annotated[str, typer.Option(help=" or ".join(EVALUATION_TASKS.table))] = "zeroshot",
     label: Annotated[str, typer.Option(help="cls, or the name of a whole number in each sample's .json")] = "cls",
     classnames: Annotated[Path | None, typer.Option(help="one a line; default classnames.txt beside the data")] = None,
     templates: Annotated[
@@ -160,7 +162,8 @@ def evaluate(
     """Score a model: zero-shot top-1 and top-5, or retrieval R@1, 5, 10 both ways. Runs under torchrun too."""
     from compt.dist import collectives as dist
     from compt.engines.base import COMPUTE_DTYPES
-    from compt.evaluate.sets import EvalSettings, class_names, evaluate_set
+    from compt.evaluate.sets import evaluate_set, task_class
+    from compt.evaluate.task import EvalSettings
     from compt.evaluate.zeroshot import ZeroShotResult
 
     if precision not in COMPUTE_DTYPES:
@@ -181,22 +184,32 @@ def evaluate(
             if as_json:
                 typer.echo(json.dumps(record, indent=2))
                 return
-            rows = [(key, f"{value:.2f}") for key, value in result.headline().items()]
-            if isinstance(result, ZeroShotResult):
-                low, high = record["top1_interval"]
-                rows += [("95 % interval of top1", f"{low:.2f} to {high:.2f}"), ("chance", f"{result.chance:.2f}")]
-                rows += [("classes", f"{result.classes:,}")]
-            rows += [("samples", f"{result.n:,}"), ("not readable", f"{sum(result.skipped.values()):,}")]
-            show(TextTable(f"{found.spec.name} on {item.name}, percent", ("", "value"), rows))
+            task_of_set = task_class(task)
+            rows = [*_scores(task_of_set.rows(record), record), ("samples", f"{result.n:,}")]
+            rows += [("not readable", f"{sum(result.skipped.values()):,}")]
+            show(TextTable(f"{found.spec.name} on {item.name}", ("", "value"), rows, [task_of_set.note]))
             if per_class and isinstance(result, ZeroShotResult):
-                names = class_names(item, settings)
                 shares = [
                     (name, "-" if share is None else f"{share:.1f}")
-                    for name, share in zip(names, result.per_class, strict=True)
+                    for name, share in zip(result.names, result.per_class, strict=True)
                 ]
                 show(TextTable("Top-1 of each class, percent", ("class", "top1"), shares))
     finally:
         dist.shutdown()
+
+
+def _scores(lines: list[ScoreRow], record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Every score of a set with its interval, then what is known of the set itself."""
+    rows: list[tuple[str, str]] = []
+    about: dict[str, float] = {}
+    for line in lines:
+        for key, value in line.scores.items():
+            if value is not None:
+                rows.append((key, f"{value:.{line.digits + 1}f}"))
+            if (interval := record.get(f"{key}_interval")) is not None:
+                rows.append((f"95 % interval of {key}", "{:.2f} to {:.2f}".format(*interval)))
+        about |= line.about
+    return rows + [(key, f"{value:,}" if isinstance(value, int) else f"{value:.2f}") for key, value in about.items()]
 
 
 def export(

@@ -20,13 +20,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from compt.data.captions import usable
 from compt.data.decode import DECODERS, Pixels, Unusable, evaluation_pixels
-from compt.data.index import IndexEntry, Index
+from compt.data.index import Index
 from compt.data.order import epoch_order, substitute
 from compt.data.batch import Batch, EvalBatch
-from compt.data.samples import Drawer, Drawn, Kind, SampleReader
-from compt.data.scan import json_label
+from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
 from compt.data.tokens import CaptionTokens, Ids, Tokenizer, pad
 from compt.errors import ConfigError, DataError, nearest
 
@@ -297,46 +295,33 @@ def fixed_caption_batches(
 class _Evaluations(Dataset["EvalBatch | Failure"]):
     """Reads batches of an evaluation set."""
 
-    def __init__(self, index: Index, image_size: int, label: str | None, captions: bool) -> None:
-        self._reader, self._size, self._label, self._captions = SampleReader(index), image_size, label, captions
+    def __init__(self, samples: EvalSamples, image_size: int) -> None:
+        self._samples, self._size = samples, image_size
 
     def __getitem__(self, ids: NDArray[np.int64]) -> EvalBatch | Failure:
-        index, reader = self._reader.index, self._reader
         batch = EvalBatch(torch.empty(0), [], [])
-        labels: list[int] = []
-        texts: list[list[str]] = []
+        found: list[EvalSample] = []
         pixels: list[Pixels] = []
         for sample in ids.tolist():
-            entry = index.entry(sample)
             try:
-                label = self._label_of(entry)
-                if label is None:
-                    return Failure(f"{index.describe(sample)} has no whole number as label '{self._label}'")
-                said = usable(reader.captions(entry)) if self._captions else []
-                if self._captions and not said:
-                    raise Unusable("caption", "it has no caption")
-                pixels.append(evaluation_pixels(reader.image(entry), self._size))
+                read = self._samples.read(sample)
+                pixels.append(evaluation_pixels(read.image, self._size))
             except Unusable as error:
-                batch.bad.append(f"{index.describe(sample)}: {error.cause}: {error}")
+                batch.bad.append(f"{self._samples.describe(sample)}: {error.cause}: {error}")
                 batch.skipped[error.cause] = batch.skipped.get(error.cause, 0) + 1
                 continue
-            labels.append(label)
-            texts.append(said)
-            batch.keys.append(entry.key)
+            except DataError as error:
+                return Failure(str(error))
+            found.append(read)
+            batch.keys.append(read.key)
             batch.ids.append(sample)
         stacked = np.stack(pixels) if pixels else np.zeros((0, 3, self._size, self._size), np.uint8)
         batch.images = torch.from_numpy(np.ascontiguousarray(stacked))
-        batch.labels = torch.tensor(labels, dtype=torch.int64) if self._label is not None else None
-        batch.captions = texts if self._captions else None
+        labels = [read.label for read in found if read.label is not None]
+        batch.labels = torch.tensor(labels, dtype=torch.int64) if labels else None
+        captions = [read.captions for read in found if read.captions is not None]
+        batch.captions = captions or None
         return batch
-
-    def _label_of(self, entry: IndexEntry) -> int | None:
-        """The label, 0 when none is asked for, None when it is missing."""
-        if self._label is None:
-            return 0
-        if self._label == "cls":
-            return entry.label if entry.label >= 0 else None
-        return json_label(self._reader.json(entry), self._label)
 
 
 @dataclass
@@ -358,21 +343,13 @@ class EvalLoader:
 
 
 def eval_loader(
-    index: Index,
-    *,
-    image_size: int,
-    batch: int,
-    rank: int = 0,
-    world_size: int = 1,
-    label: str | None = None,
-    captions: bool = False,
-    workers: int = 0,
+    samples: EvalSamples, *, image_size: int, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
 ) -> EvalLoader:
     """Every sample exactly once over all ranks: rank r has ids r, r + world_size, ... in batches of `batch`.
 
-    label: "cls" for the `.cls` member, or the name of a whole number in the `.json`. A sample that cannot be used is
-    named in its batch's `bad` and counted in `skipped`. Raises DataError while iterating when a label is missing.
+    A sample that cannot be used is named in its batch's `bad` and counted in `skipped`. Raises DataError while
+    iterating where the whole set cannot be used.
     """
-    ids = np.arange(rank, len(index), world_size, dtype=np.int64)
+    ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
     parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]
-    return EvalLoader(parts, _Evaluations(index, image_size, label, captions), workers)
+    return EvalLoader(parts, _Evaluations(samples, image_size), workers)

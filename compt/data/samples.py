@@ -7,14 +7,15 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from compt.data.captions import CaptionTable, from_json, from_text
+from compt.data.captions import CaptionTable, from_json, from_text, usable
 from compt.data.decode import Crop, Decoder, Kept, Pixels, Unusable, evaluation_pixels
 from compt.data.index import IndexEntry, Index
 from compt.data.order import caption_choice, crop_box
-from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT
+from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.tokens import CaptionTokens, Ids
+from compt.errors import DataError
 
 _OPEN_FILES = 128
 
@@ -82,6 +83,71 @@ class SampleReader:
         if entry.text_kind == KIND_JSON:
             return from_json(data)[0]
         return from_text(data) if entry.text_kind == KIND_TEXT else []
+
+
+class EvalSample(NamedTuple):
+    """One sample of an evaluation set: its image as it is stored, and what the task asked for."""
+
+    key: str
+    image: bytes
+    label: int | None = None
+    captions: list[str] | None = None
+
+
+class EvalSamples(Protocol):
+    """The samples of an evaluation set, numbered from 0. fingerprint: identity of the data, whatever folder they are in."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def __len__(self) -> int: ...
+
+    def describe(self, sample: int) -> str:
+        """Where a sample lies, for messages."""
+        ...
+
+    def image(self, sample: int) -> bytes:
+        """The image as it is stored. Raises Unusable."""
+        ...
+
+    def read(self, sample: int) -> EvalSample:
+        """Raises Unusable for a sample to leave out, DataError where the whole set cannot be used."""
+        ...
+
+
+class ShardSamples:
+    """Samples of shards. label: None, "cls" for the `.cls` member, or the name of a whole number in the `.json`."""
+
+    def __init__(self, index: Index, label: str | None = None, captions: bool = False) -> None:
+        self._reader, self._label, self._captions = SampleReader(index), label, captions
+        self.fingerprint = index.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._reader.index)
+
+    def describe(self, sample: int) -> str:
+        """`shard: key`."""
+        return self._reader.index.describe(sample)
+
+    def image(self, sample: int) -> bytes:
+        """The image's file. Raises Unusable("tar")."""
+        return self._reader.image(self._reader.index.entry(sample))
+
+    def read(self, sample: int) -> EvalSample:
+        """Image, label and captions. Raises DataError for a missing label, as then the set is not what was meant."""
+        entry = self._reader.index.entry(sample)
+        label = self._label_of(entry)
+        if label is None and self._label is not None:
+            raise DataError(f"{self.describe(sample)} has no whole number as label '{self._label}'")
+        captions = usable(self._reader.captions(entry)) if self._captions else None
+        if captions == []:
+            raise Unusable("caption", "it has no caption")
+        return EvalSample(entry.key, self._reader.image(entry), label, captions)
+
+    def _label_of(self, entry: IndexEntry) -> int | None:
+        if self._label == "cls":
+            return entry.label if entry.label >= 0 else None
+        return json_label(self._reader.json(entry), self._label) if self._label is not None else None
 
 
 class Drawn(NamedTuple):

@@ -47,6 +47,12 @@ class Encoder:
         """Where the model lies."""
         return next(self.model.parameters()).device
 
+    @property
+    def image_size(self) -> int:
+        """Pixels a side of the images that the model takes."""
+        size: Any = self.model.visual.image_size  # type: ignore[union-attr]
+        return int(size[0] if isinstance(size, tuple | list) else size)
+
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Evaluation mode without gradients; the model's own mode comes back at the end."""

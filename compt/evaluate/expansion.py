@@ -22,9 +22,10 @@ from compt.dist import collectives as dist
 from compt.errors import ArtefactError, DataError
 from compt.evaluate.encoder import Encoder
 from compt.evaluate.folder import class_folders_of
-from compt.evaluate.sets import EvalSettings, evaluate_set, labelled
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
-from compt.evaluate.zeroshot import ZeroShotResult, fill
+from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, fill
 from compt.expand.execute import expand
 from compt.expand.plan import ExpansionPlan
 from compt.models.clip import ClipModel, build, materialise
@@ -174,11 +175,11 @@ class _Pairs:
     def _named(self, spec: ModelSpec) -> Iterator[Batch]:
         from open_clip.tokenizer import SimpleTokenizer
 
-        loader, names, templates = labelled(self.item, self.settings, spec.image_size)
+        task = ZeroShot.open(self.item, self.settings)
         tokenize = SimpleTokenizer(context_length=spec.context_length)
-        for batch in loader:
-            if len(batch) and batch.labels is not None and int(batch.labels.max()) < len(names):
-                texts = [fill(templates[0], names[label]) for label in batch.labels.tolist()]
+        for batch in task.data.batches(spec.image_size, self.settings):
+            if len(batch) and batch.labels is not None and int(batch.labels.max()) < len(task.names):
+                texts = [fill(task.templates[0], task.names[label]) for label in batch.labels.tolist()]
                 yield Batch(batch.images, tokenize(texts)[:, None], batch.keys)
 
 

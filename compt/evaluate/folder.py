@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from compt.data.batch import EvalBatch
-from compt.data.decode import Pixels, Unusable, evaluation_pixels
+from compt.data.decode import Unusable
+from compt.data.samples import EvalSample
 from compt.data.scan import IMAGE_EXTENSIONS
 from compt.errors import DataError
 
@@ -26,6 +22,25 @@ class ClassFolders:
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def describe(self, sample: int) -> str:
+        """The path."""
+        return str(self.files[sample])
+
+    def image(self, sample: int) -> bytes:
+        """The file. Raises Unusable."""
+        try:
+            return self.files[sample].read_bytes()
+        except OSError as error:
+            raise Unusable("image", str(error)) from None
+
+    def read(self, sample: int) -> EvalSample:
+        """The file and its class. The key is the path below the folder."""
+        key = self.files[sample].relative_to(self.folder).as_posix()
+        return EvalSample(key, self.image(sample), self.labels[sample])
 
 
 def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
@@ -61,52 +76,3 @@ def read_class_folders(folder: Path) -> ClassFolders:
         for path in found:
             digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
     return ClassFolders(folder, tuple(classes), tuple(files), tuple(labels), digest.hexdigest())
-
-
-class _Reads(Dataset["Pixels | str"]):
-    def __init__(self, data: ClassFolders, image_size: int) -> None:
-        self._data, self._size = data, image_size
-
-    def __getitem__(self, sample: int) -> Pixels | str:
-        """uint8 [3, H, W], or why there is none."""
-        path = self._data.files[sample]
-        try:
-            return evaluation_pixels(path.read_bytes(), self._size)
-        except (Unusable, OSError) as error:
-            return f"{path}: image: {error}"
-
-
-@dataclass(frozen=True)
-class FolderLoader:
-    """This rank's share of the images, each exactly once over all ranks; it can be iterated again."""
-
-    data: ClassFolders
-    image_size: int
-    batch: int
-    rank: int = 0
-    world_size: int = 1
-    workers: int = 0
-
-    def __iter__(self) -> Iterator[EvalBatch]:
-        own = range(self.rank, len(self.data.files), self.world_size)
-        parts = [list(own[start : start + self.batch]) for start in range(0, len(own), self.batch)]
-        loader: DataLoader[Pixels | str] = DataLoader(
-            _Reads(self.data, self.image_size),
-            batch_sampler=parts,
-            collate_fn=list,
-            num_workers=self.workers,
-            multiprocessing_context="fork" if self.workers else None,
-        )
-        for ids, reads in zip(parts, loader, strict=True):
-            good = [(sample, pixels) for sample, pixels in zip(ids, reads, strict=True) if not isinstance(pixels, str)]
-            bad = [reason for reason in reads if isinstance(reason, str)]
-            size = self.image_size
-            images = np.stack([pixels for _, pixels in good]) if good else np.zeros((0, 3, size, size), np.uint8)
-            yield EvalBatch(
-                torch.from_numpy(images),
-                [self.data.files[sample].relative_to(self.data.folder).as_posix() for sample, _ in good],
-                [sample for sample, _ in good],
-                torch.tensor([self.data.labels[sample] for sample, _ in good], dtype=torch.int64),
-                bad=bad,
-                skipped={"image": len(bad)} if bad else {},
-            )

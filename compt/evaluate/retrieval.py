@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,59 +14,40 @@ from torch import Tensor
 from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
+from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, open_data
+from compt.recipe.schema import EvalSet
 
 KS = (1, 5, 10)
 
 
 @dataclass
-class RetrievalResult:
+class RetrievalResult(Result):
     """Recall at 1, 5 and 10 in percent, both ways.
 
-    A query's rank is how many wrong candidates score at least as high as its best right one: ties count against the
-    model, two images with the same caption included. image_ranks [images], text_ranks and owners (the image's id)
-    [texts], in ascending order of ids and, within an image, of captions.
+    The rank of a query is the number of wrong candidates that score at least as high as its best right one. So ties
+    count against the model, also between two images with the same caption. image_ranks [images]; text_ranks and owners
+    (the image's id) [captions], in ascending order of ids and, within an image, of captions.
     """
 
-    name: str
-    ids: NDArray[np.int64]
+    task: ClassVar[str] = "retrieval"
+
     image_ranks: NDArray[np.int64]
     owners: NDArray[np.int64]
     text_ranks: NDArray[np.int64]
-    skipped: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
-    pins: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def n(self) -> int:
-        """Images."""
-        return len(self.ids)
 
     def headline(self) -> dict[str, float]:
         """Recalls for a table or a curve: image_to_text_r1 ... text_to_image_r10."""
         ways = {"image_to_text": self.image_ranks, "text_to_image": self.text_ranks}
         return {f"{way}_r{k}": 100 * float((ranks < k).mean()) for way, ranks in ways.items() for k in KS}
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, as JSON values."""
-        return {
-            "name": self.name,
-            "task": "retrieval",
-            "n": self.n,
-            "texts": len(self.owners),
-            **self.headline(),
-            "skipped": self.skipped,
-            "skipped_examples": self.examples,
-            "pins": self.pins,
-        }
+    def details(self) -> dict[str, Any]:
+        """The number of captions and the recalls."""
+        return {"texts": len(self.owners), **self.headline()}
 
     def arrays(self) -> Arrays:
         """ids, image_ranks, owners, text_ranks."""
         return {name: getattr(self, name) for name in ("ids", "image_ranks", "owners", "text_ranks")}
-
-    def save(self, folder: Path) -> None:
-        """Write FOLDER/<name>.json and .npz. Raises RunError."""
-        save_result(folder, self.name, self.to_dict(), self.arrays())
 
 
 def query_ranks(
@@ -95,7 +75,6 @@ def retrieval(
     *,
     name: str = "retrieval",
     chunk: int = 256,
-    pins: Mapping[str, str] | None = None,
 ) -> RetrievalResult:
     """Recalls over all ranks' images and captions. Every rank holds all features and scores its own share of queries.
 
@@ -135,9 +114,8 @@ def retrieval(
         image_ranks,
         text_of.cpu().numpy(),
         text_ranks,
-        skipped,
-        examples,
-        dict(pins or {}),
+        skipped=skipped,
+        examples=examples,
     )
 
 
@@ -155,3 +133,30 @@ def _shared(
     own = torch.arange(dist.rank(), len(queries), dist.world_size(), device=queries.device)
     ranks = query_ranks(queries[own], candidates, query_of[own], candidate_of, chunk)
     return by_id(torch.stack([own, ranks], dim=1))[:, 1].copy()
+
+
+@dataclass(frozen=True)
+class Retrieval(EvaluationTask):
+    """Finding the captions of an image among all captions, and the image of a caption among all images."""
+
+    title: ClassVar[str] = "Retrieval"
+    note: ClassVar[str] = "Recall at 1 / 5 / 10 in percent."
+
+    @classmethod
+    def open(cls, item: EvalSet, settings: EvalSettings) -> Retrieval:
+        """The data with the captions. Raises DataError."""
+        return cls(item, settings, open_data(item, settings, captions=True))
+
+    def run(self, encoder: Encoder, tokenize: Tokenize) -> RetrievalResult:
+        """Rank all pairs, both ways."""
+        batches = self.data.batches(encoder.image_size, self.settings)
+        return retrieval(encoder, batches, tokenize, name=self.item.name)
+
+    @classmethod
+    def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:
+        """One line for each way."""
+        ways = {"image_to_text": "text by image", "text_to_image": "image by text"}
+        return [
+            ScoreRow(label, {key: record[key] for key in (f"{way}_r{k}" for k in KS)}, {"texts": record["texts"]})
+            for way, label in ways.items()
+        ]

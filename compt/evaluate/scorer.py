@@ -13,7 +13,8 @@ from compt.dist import collectives as dist
 from compt.engines.base import COMPUTE_DTYPES
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.encoder import Encoder
-from compt.evaluate.sets import EvalSettings, class_names, evaluate_set
+from compt.evaluate.sets import evaluate_set, open_set
+from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.models.clip import ClipModel
@@ -87,7 +88,6 @@ class Scorer:
             dist.on_main(functools.partial(result.save, folder))
             scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
             if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
-                names, size = class_names(item, settings), model.spec.image_size
-                sheet = functools.partial(save_contact_sheet, folder, item, self.base, names)
-                dist.on_main(functools.partial(sheet, result.ids, result.labels, size))
+                samples = open_set(item, settings).data.samples
+                dist.on_main(functools.partial(save_contact_sheet, folder, result, samples, model.spec.image_size))
         return scores

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,8 +18,13 @@ from torch.nn import functional
 from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches, save_result
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
 from compt.evaluate.stats import wilson
+from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, SetData, open_data
+from compt.files import hash_json
+from compt.recipe.schema import EvalSet
+
+_log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"\{c?\}")
 """Where the class name goes in a template: {c} as clip_benchmark writes it, or {}."""
@@ -55,28 +61,20 @@ def classifier(
 
 
 @dataclass
-class ZeroShotResult:
+class ZeroShotResult(Result):
     """Shares are in percent. top5 is None for five classes or fewer, where it would say nothing.
 
-    ids, labels, predictions, correct: one a sample, in ascending order of ids (positions in the data). A prediction
-    is -1 where the scores were not finite. per_class: None for a class without a sample. pins: hashes of what the
-    numbers depend on beside the model.
+    labels, predictions, ranks, correct: one per sample. A prediction is -1 where the scores were not finite. ranks: how
+    many classes score higher than the true one. per_class: None for a class without a sample. names: of the classes.
     """
 
-    name: str
+    task: ClassVar[str] = "zeroshot"
+
     classes: int
-    ids: NDArray[np.int64]
     labels: NDArray[np.int64]
     predictions: NDArray[np.int64]
     ranks: NDArray[np.int64]
-    skipped: dict[str, int] = field(default_factory=dict)
-    examples: list[str] = field(default_factory=list)
-    pins: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def n(self) -> int:
-        """Samples."""
-        return len(self.ids)
+    names: Sequence[str] = field(default=(), kw_only=True)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -109,32 +107,22 @@ class ZeroShotResult:
         """The numbers for a table or a curve."""
         return {"top1": self.top1} | ({"top5": self.top5} if self.top5 is not None else {})
 
-    def to_dict(self) -> dict[str, Any]:
-        """Everything but the arrays, as JSON values."""
+    def details(self) -> dict[str, Any]:
+        """Scores, their interval, the level of chance, and the accuracy of each class."""
         present = [share for share in self.per_class if share is not None]
         return {
-            "name": self.name,
-            "task": "zeroshot",
-            "n": self.n,
             "classes": self.classes,
             **self.headline(),
             "top1_interval": list(wilson(int(self.correct.sum()), self.n)),
             "mean_per_class": sum(present) / len(present),
             "chance": self.chance,
             "per_class": self.per_class,
-            "skipped": self.skipped,
-            "skipped_examples": self.examples,
-            "pins": self.pins,
         }
 
     def arrays(self) -> Arrays:
         """ids, labels, predictions, ranks (0: correct), correct."""
         names = ("ids", "labels", "predictions", "ranks", "correct")
         return {name: getattr(self, name) for name in names}
-
-    def save(self, folder: Path) -> None:
-        """Write FOLDER/<name>.json and .npz. Raises RunError."""
-        save_result(folder, self.name, self.to_dict(), self.arrays())
 
 
 def true_ranks(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +147,6 @@ def zero_shot(
     *,
     name: str = "zeroshot",
     classes_from: str = "the class names",
-    pins: Mapping[str, str] | None = None,
 ) -> ZeroShotResult:
     """Score this rank's batches with `weights` [D, classes] and put all ranks' samples together, each once.
 
@@ -191,4 +178,106 @@ def zero_shot(
     if not len(rows):
         raise DataError(f"evaluation set '{name}': not one sample can be read{': ' + examples[0] if examples else ''}")
     ids, labels, predictions, ranks = rows.T.copy()
-    return ZeroShotResult(name, classes, ids, labels, predictions, ranks, skipped, examples, dict(pins or {}))
+    return ZeroShotResult(name, ids, classes, labels, predictions, ranks, skipped=skipped, examples=examples)
+
+
+CLASSNAMES = "classnames.txt"
+TEMPLATES = "zeroshot_classification_templates.txt"
+DEFAULT_TEMPLATES = ("a photo of {c}",)
+"""For a set without templates; like all templates they enter the set's pins."""
+
+
+def _lines(path: Path, what: str) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if not lines:
+        raise DataError(f"{what} {path}: is empty")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DataError(f"{what} {path}: line {number} is empty")
+    return [line.strip() for line in lines]
+
+
+def read_classnames(path: Path) -> list[str]:
+    """One name a line, in the order of the labels. Raises DataError naming file and line."""
+    return _lines(path, "class names")
+
+
+def read_templates(path: Path) -> list[str]:
+    """One template a line, each with {c} or {}. Raises DataError naming file, line and template."""
+    templates = _lines(path, "templates")
+    for number, template in enumerate(templates, 1):
+        if not PLACEHOLDER.search(template):
+            raise DataError(
+                f"templates {path}: line {number} {template!r} has no place for the class name: write {{c}} or {{}}"
+            )
+    return templates
+
+
+@dataclass(frozen=True)
+class ZeroShot(EvaluationTask):
+    """Classification by class names in templates. source: where the names come from, for messages."""
+
+    title: ClassVar[str] = "Zero-shot classification"
+    note: ClassVar[str] = "Percent, top-1 / top-5."
+    classifies: ClassVar[bool] = True
+
+    names: list[str]
+    source: str
+    templates: list[str]
+
+    @classmethod
+    def open(cls, item: EvalSet, settings: EvalSettings) -> ZeroShot:
+        """The data with class names and templates. Raises DataError."""
+        data = open_data(item, settings, label=item.label)
+        names, source = _class_names(item, settings, data)
+        return cls(item, settings, data, names, source, _templates(item, settings, data))
+
+    def pins(self) -> dict[str, str]:
+        """The data, the class names, the templates and the name of the label."""
+        names = {"classnames": hash_json(self.names), "templates": hash_json(self.templates)}
+        return {**super().pins(), **names, "label": self.item.label}
+
+    def run(self, encoder: Encoder, tokenize: Tokenize) -> ZeroShotResult:
+        """Build the classifier and score every sample."""
+        weights = classifier(encoder, self.names, self.templates, tokenize, self.settings.batch)
+        batches = self.data.batches(encoder.image_size, self.settings)
+        result = zero_shot(encoder, batches, weights, name=self.item.name, classes_from=self.source)
+        result.names = self.names
+        return result
+
+    @classmethod
+    def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:
+        """One line: top-1 and top-5."""
+        about = {"names": record["classes"], "chance": record["chance"]}
+        return [ScoreRow("", {key: record.get(key) for key in ("top1", "top5")}, about)]
+
+
+def _beside(places: Iterable[Path], name: str) -> Path | None:
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str]:
+    """The names, and where they come from: the recipe's file, the file beside the data, or the class folders."""
+    path = settings.base / item.classnames if item.classnames else _beside(data.places, CLASSNAMES)
+    if path is not None:
+        names = read_classnames(path)
+        if data.classes is not None and len(names) != len(data.classes):
+            raise DataError(f"class names {path}: {len(names)} for the {len(data.classes)} folders in {data.places[0]}")
+        return names, str(path)
+    if data.classes is not None:
+        return [name.replace("_", " ") for name in data.classes], f"folder {data.places[0]}"
+    looked = " nor in ".join(str(place) for place in data.places)
+    raise DataError(f"evaluation set '{item.name}': there is no {CLASSNAMES} in {looked}; name one as `classnames`")
+
+
+def _templates(item: EvalSet, settings: EvalSettings, data: SetData) -> list[str]:
+    path = settings.base / item.templates if item.templates else _beside(data.places, TEMPLATES)
+    if path is not None:
+        return read_templates(path)
+    _log.info("evaluation set '%s' has no templates: using %s", item.name, DEFAULT_TEMPLATES)
+    return list(DEFAULT_TEMPLATES)

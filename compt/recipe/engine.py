@@ -12,8 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError, model_validator
 
-from compt.errors import nearest
-from compt.recipe.types import Duration, Section, execution
+from compt.recipe.types import Duration, OneOf, Section, execution
 
 Part = Literal["weights", "gradients", "optimizer"]
 
@@ -77,15 +76,7 @@ def fully_sharded(*, background: bool = False) -> list[str]:
     return [name for name, kind in ENGINES.items() if kind.shards == _EVERYTHING and kind.background >= background]
 
 
-def known_engine(name: str) -> str:
-    """`name`. Raises ValueError for an engine that is not in `ENGINES`."""
-    if name not in ENGINES:
-        *others, last = (f"'{known}'" for known in ENGINES)
-        raise ValueError(f"should be {', '.join(others)} or {last}{nearest(name, ENGINES)}")
-    return name
-
-
-EngineName = Annotated[str, AfterValidator(known_engine)]
+EngineName = Annotated[str, AfterValidator(OneOf(ENGINES))]
 
 
 class Fsdp2(Section):

@@ -13,10 +13,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from compt.files import write_text
-from compt.recipe.engine import ENGINES, known_engine
 from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, Expand
 from compt.recipe.schema import Recipe
-from compt.recipe.types import Duration, is_execution
+from compt.recipe.types import Duration, OneOf, is_execution
 
 _INTRODUCTION = """# Recipes
 
@@ -108,8 +107,9 @@ def _type(annotation: Any, field: FieldInfo) -> str:
         return "mapping"
     if hasattr(annotation, "__metadata__"):
         return _type(arguments[0], field)
-    if AfterValidator(known_engine) in field.metadata:
-        return ", ".join(f"`{name}`" for name in ENGINES)
+    for limit in field.metadata:
+        if isinstance(limit, AfterValidator) and isinstance(limit.func, OneOf):
+            return ", ".join(f"`{name}`" for name in limit.func.table)
     limits = [
         f"{sign} {getattr(limit, name):g}"
         for limit in field.metadata

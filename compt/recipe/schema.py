@@ -9,15 +9,36 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from compt.errors import ConfigError, nearest
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
 from compt.recipe.engine import EngineConfig, changed_engine, placed
 from compt.recipe.expansion import Expand, LinkExpand
-from compt.recipe.types import CaptionTokens, Count, Duration, Name, Pair, Paths, Section, Shards, Triple, execution
+from compt.recipe.types import (
+    CaptionTokens,
+    Count,
+    Duration,
+    Name,
+    OneOf,
+    Pair,
+    Paths,
+    Section,
+    Shards,
+    Triple,
+    execution,
+)
 
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
+
+
+DECODERS = OneOf({"pillow": "compt.data.decode:PillowDecoder"})
+"""Decoders of training images. To add one: write a `compt.data.decode.Decoder`, and its name and place here."""
+
+EVALUATION_TASKS = OneOf(
+    {"zeroshot": "compt.evaluate.zeroshot:ZeroShot", "retrieval": "compt.evaluate.retrieval:Retrieval"}
+)
+"""Tasks of evaluation sets. To add one: write a `compt.evaluate.task.EvaluationTask`, and its name and place here."""
 
 
 class Data(Section):
@@ -261,12 +282,12 @@ class Optimizer(Section):
 
 
 class EvalSet(Section):
-    """A zero-shot or retrieval task, on WebDataset shards in clip_benchmark's layout or a folder of class folders."""
+    """A task on WebDataset shards in clip_benchmark's layout, or on a folder with one folder per class."""
 
     name: Name
     """What the set is called in reports."""
-    task: Literal["zeroshot", "retrieval"] = "zeroshot"
-    """Classification by class names, or finding texts by pictures and pictures by texts."""
+    task: Annotated[str, AfterValidator(EVALUATION_TASKS)] = "zeroshot"
+    """`zeroshot`: classification by class names. `retrieval`: finding captions by image and images by caption."""
     data: Shards
     """Shards, as in `data.train`, or a folder."""
     role: Literal["select", "report"] = "report"

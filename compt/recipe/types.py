@@ -1,14 +1,18 @@
-"""What the sections of a recipe are built from: strict sections, counts, durations. No torch in here."""
+"""What the sections of a recipe are built from: strict sections, tables of names, counts, durations."""
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
+
+from compt.errors import nearest
 
 
 def execution(default: Any, **constraints: Any) -> Any:
@@ -21,6 +25,43 @@ def execution(default: Any, **constraints: Any) -> Any:
 def is_execution(field: FieldInfo) -> bool:
     """Whether a field was declared with `execution()`."""
     return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "execution"
+
+
+def later(default: Any) -> Any:
+    """A result field that older versions did not have: `result_fields` leaves it out while it has its default.
+
+    Otherwise the field would change the hash of every recipe, and no older run could be resumed.
+    """
+    return Field(default=default, json_schema_extra={"kind": "later"})
+
+
+def _adds_nothing(field: FieldInfo, value: Any) -> bool:
+    later_field = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "later"
+    return later_field and bool(value == field.default)
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """Accepts the names of a table and raises ValueError for others. A name added to the table is valid from then on.
+
+    A table may map a name to its class as "module:Class". `load` imports that when it is used, so that checking a
+    recipe stays fast.
+    """
+
+    table: Mapping[str, Any]
+
+    def __call__(self, name: str) -> str:
+        """`name` itself. Raises ValueError for one that the table does not have."""
+        if name not in self.table:
+            *others, last = map(repr, self.table)
+            choices = f"{', '.join(others)} or {last}" if others else last
+            raise ValueError(f"should be {choices}{nearest(name, self.table)}")
+        return name
+
+    def load(self, name: str) -> Any:
+        """The class called `name`."""
+        module, _, attribute = self.table[self(name)].partition(":")
+        return getattr(importlib.import_module(module), attribute)
 
 
 class Section(BaseModel):
@@ -39,7 +80,7 @@ class Section(BaseModel):
         return {
             name: _plain(getattr(self, name))
             for name, field in type(self).model_fields.items()
-            if not is_execution(field)
+            if not is_execution(field) and not _adds_nothing(field, getattr(self, name))
         }
 
 

@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+from compt.evaluate.sets import task_class
+from compt.evaluate.task import ScoreRow
+from compt.recipe.schema import EVALUATION_TASKS
 from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_state
 from compt.text import TextTable, count, hours
 from compt.train.metrics import FILE as METRICS
@@ -164,34 +167,37 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
 
 
 def score_tables(summary: Summary, roles: dict[str, str]) -> list[TextTable]:
-    """Every evaluation set, with every model; the longer of the two goes down the page."""
+    """A table for each task, with its sets and every model; the longer of the two goes down the page."""
     rows = [row for row in summary.rows if row.scores]
-    names = list(dict.fromkeys(name for row in rows for name in row.scores))
-    shots, recalls, skipped = [], [], []
-    for name in names:
-        one = next(row.scores[name] for row in rows if name in row.scores)
-        found = [row.scores.get(name, {}) for row in rows]
-        if one["task"] == "zeroshot":
-            label = f"{name} (select)" if roles.get(name) == "select" else name
-            about = [label, f"{one['n']:,}", f"{one['classes']:,}", percent(one["chance"])]
-            shots.append(about + [_joined(score, ("top1", "top5")) for score in found])
-        else:
-            for way, title in (("image_to_text", "text by picture"), ("text_to_image", "picture by text")):
-                keys = tuple(f"{way}_r{k}" for k in (1, 5, 10))
-                about = [f"{name}, {title}", f"{one['n']:,}", f"{one['texts']:,}"]
-                recalls.append(about + [_joined(score, keys) for score in found])
+    sets: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, score in row.scores.items():
+            sets.setdefault(score["task"], {})[name] = None
+    known = list(EVALUATION_TASKS.table)
+    order = sorted(sets, key=lambda task: known.index(task) if task in known else len(known))
+    return [_score_table(task, list(sets[task]), rows, roles) for task in order]
+
+
+def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, str]) -> TextTable:
+    kind = task_class(task)
+    lines, notes, about = [], [kind.note] if kind.note else [], dict[str, float]()
+    selected = [name for name in sets if roles.get(name) == "select"]
+    if selected:
+        notes.append("Settings may have been chosen on sets marked (select).")
+    for name in sets:
+        scores = [row.scores.get(name) for row in rows]
+        one = next(score for score in scores if score is not None)
+        shown = [kind.rows(score) if score is not None else None for score in scores]
+        for at, line in enumerate(kind.rows(one)):
+            about = line.about
+            label = f"{name} (select)" if name in selected else name
+            label += f", {line.label}" if line.label else ""
+            sizes = [f"{value:,}" if isinstance(value, int) else percent(value) for value in about.values()]
+            lines.append([label, f"{one['n']:,}", *sizes, *(_joined(own[at]) if own else "-" for own in shown)])
         lost = {cause: n for cause, n in one.get("skipped", {}).items() if n}
         if lost:
-            skipped.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
-    jobs = [row.job for row in rows]
-    tables = []
-    if shots:
-        notes = ["Percent, top-1 / top-5. Settings may have been chosen on sets marked (select).", *skipped]
-        tables.append(_turned("Zero-shot classification", ["Set", "pictures", "names", "chance", *jobs], shots, notes))
-    if recalls:
-        notes = ["Recall at 1 / 5 / 10 in percent.", *(skipped if not shots else [])]
-        tables.append(_turned("Retrieval", ["Set", "pictures", "texts", *jobs], recalls, notes))
-    return tables
+            notes.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
+    return _turned(kind.title, ["Set", "images", *about, *(row.job for row in rows)], lines, notes)
 
 
 def _turned(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> TextTable:
@@ -200,8 +206,8 @@ def _turned(title: str, header: list[str], rows: list[list[str]], notes: list[st
     return TextTable(title, header, rows, notes)
 
 
-def _joined(score: dict[str, Any], keys: tuple[str, ...]) -> str:
-    return " / ".join(f"{score[key]:.1f}" for key in keys if score.get(key) is not None) or "-"
+def _joined(line: ScoreRow) -> str:
+    return " / ".join(f"{value:.{line.digits}f}" for value in line.scores.values() if value is not None) or "-"
 
 
 def jobs_table(jobs: list[JobView]) -> TextTable:

@@ -13,7 +13,8 @@ from compt.dist import collectives as dist
 from compt.recipe.schema import EvalSet
 from compt.data.batch import EvalBatch
 from compt.errors import DataError
-from compt.evaluate.sets import EvalSettings, evaluate_set
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.task import EvalSettings
 from compt.evaluate.retrieval import retrieval
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import classifier, zero_shot

@@ -264,7 +264,7 @@ def _check_data(prepared: Prepared, score: _Verify) -> None:
 
 
 def _settings(prepared: Prepared, score: _Verify) -> Any:
-    from compt.evaluate.sets import EvalSettings
+    from compt.evaluate.task import EvalSettings
 
     pixels = prepared.teacher.preprocess
     return EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), score.batch, score.workers)

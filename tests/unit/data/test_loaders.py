@@ -17,6 +17,7 @@ from compt.data.decode import MAX_PIXELS, PillowDecoder, Unusable, evaluation_pi
 from compt.data.index import Index, open_index
 from compt.data.order import caption_choice, epoch_order
 from compt.data.batch import Batch
+from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
 from compt.errors import ConfigError, DataError, Interrupted
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
@@ -344,7 +345,7 @@ def test_memory_is_pinned_only_where_a_gpu_is_used(index: Index, monkeypatch: py
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
         load(index)
-        list(eval_loader(index, image_size=8, batch=2))
+        list(eval_loader(ShardSamples(index), image_size=8, batch=2))
     assert pinned == [False, False, True, True]
 
 
@@ -356,7 +357,12 @@ def test_evaluation_sees_every_sample_once(tmp_path: Path, workers: int, world: 
     ids: list[int] = []
     for rank in range(world):
         loader = eval_loader(
-            index, image_size=16, batch=4, rank=rank, world_size=world, label="cls", captions=True, workers=workers
+            ShardSamples(index, "cls", captions=True),
+            image_size=16,
+            batch=4,
+            rank=rank,
+            world_size=world,
+            workers=workers,
         )
         for batch in loader:
             assert len(batch) == len(batch.ids) == len(batch.images) <= 4
@@ -371,7 +377,7 @@ def test_evaluation_sees_every_sample_once(tmp_path: Path, workers: int, world: 
 
 def test_evaluation_names_what_it_cannot_use(tmp_path: Path) -> None:
     index = faulty(tmp_path, n=12)
-    batches = list(eval_loader(index, image_size=8, batch=5, label="class", captions=True))
+    batches = list(eval_loader(ShardSamples(index, "class", captions=True), image_size=8, batch=5))
     assert sum((Counter(batch.skipped) for batch in batches), Counter()) == {"image": 2, "caption": 1}
     bad = [line for batch in batches for line in batch.bad]
     assert [line[:25] for line in bad] == [
@@ -383,11 +389,11 @@ def test_evaluation_names_what_it_cannot_use(tmp_path: Path) -> None:
     assert [label for batch in batches for label in batch.labels.tolist()] == [
         i % 7 for i in (0, 1, 2, 4, 5, 6, 8, 9, 10)
     ]
-    plain = next(iter(eval_loader(index, image_size=8, batch=2)))
+    plain = next(iter(eval_loader(ShardSamples(index), image_size=8, batch=2)))
     assert (plain.labels, plain.captions) == (None, None)
     for label in ("cls", "nothing"):
         with pytest.raises(DataError, match=f"f.tar: 000000000 has no whole number as label '{label}'"):
-            list(eval_loader(index, image_size=8, batch=5, label=label))
+            list(eval_loader(ShardSamples(index, label), image_size=8, batch=5))
 
 
 def test_validation_batches_are_fixed_and_whole(index: Index) -> None:

@@ -15,7 +15,8 @@ from compt.data.index import open_index
 from compt.data.loaders import fixed_caption_batches
 from compt.errors import ArtefactError, DataError
 from compt.evaluate.expansion import COMPARED_EXACTLY, TOLERANCE, Difference, check_kept, verify
-from compt.evaluate.sets import EvalSettings, evaluate_set
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.task import EvalSettings
 from compt.expand.execute import expand
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build

@@ -21,18 +21,10 @@ from compt.errors import ConfigError, DataError
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.encoder import Encoder, load_arrays
 from compt.evaluate.retrieval import query_ranks, retrieval
-from compt.evaluate.sets import (
-    EvalSettings,
-    check_sets,
-    class_names,
-    evaluate_set,
-    evaluate_sets,
-    read_classnames,
-    read_templates,
-    set_pins,
-)
+from compt.evaluate.sets import check_sets, evaluate_set, open_set
+from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
-from compt.evaluate.zeroshot import classifier, fill, true_ranks, zero_shot
+from compt.evaluate.zeroshot import classifier, fill, read_classnames, read_templates, true_ranks, zero_shot
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.pixels import to_input
@@ -110,7 +102,7 @@ def _naive_zero_shot(weights: torch.Tensor, n: int, classes: int) -> tuple[list[
 def test_zero_shot_against_one_by_one() -> None:
     n, classes = 83, 9
     weights = F.normalize(torch.randn(cases.WIDTH, classes, generator=torch.Generator().manual_seed(1)), dim=0)
-    result = zero_shot(cases.encoder(), cases.Loader(n, classes), weights, name="set", pins={"data": "f"})
+    result = zero_shot(cases.encoder(), cases.Loader(n, classes), weights, name="set")
     predictions, ranks = _naive_zero_shot(weights, n, classes)
     labels = cases.labels_of(n, classes).numpy()
     assert result.ids.tolist() == list(range(n))
@@ -128,7 +120,6 @@ def test_zero_shot_against_one_by_one() -> None:
     assert record["mean_per_class"] == pytest.approx(np.mean(per_class))
     assert record["chance"] == pytest.approx(100 / 9)
     assert record["n"] == n
-    assert record["pins"] == {"data": "f"}
     low, high = record["top1_interval"]
     assert low < record["top1"] < high
 
@@ -339,20 +330,22 @@ def test_pins_without_a_model(tmp_path: Path, model, monkeypatch: pytest.MonkeyP
     find = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])
     _folders(tmp_path / "pictures")
     folders = EvalSet(name="pictures", data=["pictures"])
-    results = evaluate_sets(model, [item, find, folders], settings)
+    results = {each.name: evaluate_set(model, each, settings) for each in (item, find, folders)}
 
     def refuse(*_: object) -> None:
         raise AssertionError("a collective: one rank could not call it alone")
 
     monkeypatch.setattr("compt.dist.collectives.on_main", refuse)
     for each in (item, find, folders):
-        assert set_pins(each, settings) == results[each.name].pins
-    assert class_names(item, settings)[:2] == ["thing 0", "thing 1"]
-    first = set_pins(item, settings)
+        assert open_set(each, settings).pins() == results[each.name].pins
+    first = open_set(item, settings).pins()
     (tmp_path / "data" / "classnames.txt").write_text("".join(f"{i}\n" for i in range(7)))
-    assert {key for key, value in set_pins(item, settings).items() if value != first[key]} == {"classnames"}
+    assert {key for key, value in open_set(item, settings).pins().items() if value != first[key]} == {"classnames"}
     make_shards(tmp_path / "data" / "test", n=20, classes=7)
-    assert set_pins(item, settings)["data"] != first["data"]
+    assert open_set(item, settings).pins()["data"] != first["data"]
+
+
+FOLDERS = ["ant", "blue dog", "cat"]
 
 
 @pytest.mark.parametrize("name", ["things", "pictures"])
@@ -363,13 +356,12 @@ def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, na
         item = EvalSet(name="pictures", data=["pictures"])
     check_sets([item], settings, contact_sheet=name)
     result = evaluate_set(model, item, settings)
-    names = class_names(item, settings)
-    save_contact_sheet(tmp_path / "scores", item, tmp_path, names, result.ids, result.labels, 32)
+    save_contact_sheet(tmp_path / "scores", result, open_set(item, settings).data.samples, 32)
     stored = load_arrays(tmp_path / "scores" / "contact.npz")
     assert stored["images"].shape == (result.n, 3, 32, 32)
     assert stored["ids"].tolist() == result.ids.tolist()
     assert stored["labels"].tolist() == result.labels.tolist()
-    assert stored["classnames"].tolist() == names
+    assert stored["classnames"].tolist() == (FOLDERS if name == "pictures" else [f"thing {i}" for i in range(7)])
     # Ids of the folders go by the class: ant, blue_dog, cat, made of pictures 10.., 0.., 20...
     source = picture(3, 40, 36) if name == "things" else picture(0, 40, 50)
     assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
@@ -377,7 +369,7 @@ def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, na
 
 def test_a_contact_sheet_of_a_retrieval_set_is_refused_early(tmp_path: Path) -> None:
     find = EvalSet(name="find", task="retrieval", data=["nowhere"])
-    with pytest.raises(ConfigError, match=r"evaluation\.contact_sheet = 'find' is a retrieval set"):
+    with pytest.raises(ConfigError, match=r"evaluation\.contact_sheet = 'find': is a retrieval set"):
         check_sets([find], _settings(tmp_path), contact_sheet="find")
 
 
@@ -403,11 +395,11 @@ def test_a_label_in_the_json(tmp_path: Path, model) -> None:
 def test_retrieval_of_a_set_and_several_sets(tmp_path: Path, model) -> None:
     item = _set(tmp_path / "data")
     found = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])
-    results = evaluate_sets(model, [item, found], _settings(tmp_path))
-    assert list(results) == ["things", "find"]
-    assert results["find"].n == 26
-    assert len(results["find"].owners) == 78
-    assert set(results["find"].pins) == {"data"}
+    assert evaluate_set(model, item, _settings(tmp_path)).n == 26
+    result = evaluate_set(model, found, _settings(tmp_path))
+    assert (result.name, result.n) == ("find", 26)
+    assert len(result.owners) == 78
+    assert set(result.pins) == {"data"}
 
 
 def test_results_on_the_disk(tmp_path: Path, model) -> None:

@@ -1,0 +1,178 @@
+"""What an evaluation task is: it opens a set, says what identifies it, scores a model on it, and shows the scores.
+
+To add a task, write an `EvaluationTask` in a module of its own and add its name and place to
+`compt.recipe.schema.EVALUATION_TASKS`. Recipes, `compt eval` and reports then know it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compt.data.index import expand_patterns, open_index
+from compt.data.loaders import EvalLoader, eval_loader
+from compt.data.samples import EvalSamples, ShardSamples
+from compt.dist import collectives as dist
+from compt.errors import DataError
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
+from compt.evaluate.folder import class_folders_of, read_class_folders
+from compt.recipe.schema import EvalSet
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How to evaluate. Relative paths of a set start at `base`. `tokenize`: None for open_clip's tokenizer."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    base: Path = Path()
+    batch: int = 256
+    workers: int = 0
+    dtype: torch.dtype = torch.float32
+    index_dir: Path | None = None
+    tokenize: Tokenize | None = None
+
+
+@dataclass(frozen=True)
+class SetData:
+    """The samples of a set. No image has been read yet.
+
+    places: folders to look in for the set's other files. classes: names of the class folders, None for shards.
+    """
+
+    samples: EvalSamples
+    places: tuple[Path, ...]
+    classes: tuple[str, ...] | None = None
+
+    def batches(self, image_size: int, settings: EvalSettings) -> EvalLoader:
+        """This rank's share of the samples, as images of `image_size` pixels a side."""
+        return eval_loader(
+            self.samples,
+            image_size=image_size,
+            batch=settings.batch,
+            rank=dist.rank(),
+            world_size=dist.world_size(),
+            workers=settings.workers,
+        )
+
+
+def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None, captions: bool = False) -> SetData:
+    """The samples of a set with what the task needs of each: its `label`, its `captions`, or both.
+
+    Shards that are new or changed are indexed first. Raises DataError.
+    """
+    folder = class_folders_of(item.data, settings.base)
+    if folder is not None:
+        if captions:
+            raise DataError(f"evaluation set '{item.name}': class folders {folder} have no captions")
+        data = read_class_folders(folder)
+        return SetData(data, (folder,), data.classes)
+    index = open_index(item.data, settings.base, settings.index_dir)
+    place = expand_patterns(item.data, settings.base)[0].parent
+    return SetData(ShardSamples(index, label, captions), (place, place.parent))
+
+
+@dataclass
+class Result(ABC):
+    """Scores of one model on one set, with an answer for each sample.
+
+    ids: positions of the samples in the data, int64 [n], ascending. skipped: samples that could not be read, by cause;
+    examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`).
+    """
+
+    task: ClassVar[str]
+    """The name of the task in recipes."""
+
+    name: str
+    ids: NDArray[np.int64]
+    skipped: dict[str, int] = field(default_factory=dict, kw_only=True)
+    examples: list[str] = field(default_factory=list, kw_only=True)
+    pins: dict[str, str] = field(default_factory=dict, kw_only=True)
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return len(self.ids)
+
+    @abstractmethod
+    def headline(self) -> dict[str, float]:
+        """The numbers for curves and tables, by name."""
+
+    @abstractmethod
+    def details(self) -> dict[str, Any]:
+        """The headline and everything else that is not an array, as JSON values."""
+
+    @abstractmethod
+    def arrays(self) -> Arrays:
+        """`ids`, and the answers in their order."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the arrays, as JSON values."""
+        return {
+            "name": self.name,
+            "task": self.task,
+            "n": self.n,
+            **self.details(),
+            "skipped": self.skipped,
+            "skipped_examples": self.examples,
+            "pins": self.pins,
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write FOLDER/<name>.json and .npz. Raises RunError."""
+        save_result(folder, self.name, self.to_dict(), self.arrays())
+
+
+class ScoreRow(NamedTuple):
+    """One line of a table of scores.
+
+    label: what the line shows, "" where the task has one line only. scores: numbers by their name in the record; None
+    where a set does not have that score. about: sizes and levels of the set itself. digits: decimals in a report.
+    """
+
+    label: str
+    scores: dict[str, float | None]
+    about: dict[str, float]
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationTask(ABC):
+    """A set, opened. A subclass is one way to score models."""
+
+    title: ClassVar[str] = "Further scores"
+    """Heading of the task's table in a report."""
+    note: ClassVar[str] = ""
+    """What the numbers of the table mean."""
+    classifies: ClassVar[bool] = False
+    """Whether each sample gets a class. The record then has top1, top1_interval, classes and chance, the arrays have
+    ids, labels, predictions and correct. Only such sets can be compared on, calibrated on, and shown as images."""
+
+    item: EvalSet
+    settings: EvalSettings
+    data: SetData
+
+    @classmethod
+    @abstractmethod
+    def open(cls, item: EvalSet, settings: EvalSettings) -> Self:
+        """Open the data and everything beside it, but read no image. Any rank may call this alone. Raises DataError."""
+
+    def pins(self) -> dict[str, str]:
+        """Hashes of what scores depend on beside the model: only scores with equal pins are compared."""
+        return {"data": self.data.samples.fingerprint}
+
+    @abstractmethod
+    def run(self, encoder: Encoder, tokenize: Tokenize) -> Result:
+        """Score a model. All ranks call this and get the same result. Raises DataError on every rank."""
+
+    @classmethod
+    def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:
+        """The lines that show `record`, which is what `Result.to_dict` wrote, perhaps by an older version."""
+        return [ScoreRow("", {key: value for key, value in record.items() if isinstance(value, float)}, {})]
