@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ValidationError, model_validator
 
+from compt.errors import nearest
 from compt.recipe.types import Duration, OneOf, Section, execution
 
 Part = Literal["weights", "gradients", "optimizer"]
