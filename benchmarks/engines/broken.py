@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from benchmarks.engines import cells
 from benchmarks.engines.cells import Cell
 from compt.dist import collectives as dist
-from compt.engines import base, ddp, fsdp2, shards
+from compt.engines import base, ddp, shards
 from compt.engines.average import Average
 from compt.train import build as building
 from compt.train import losses
@@ -296,7 +296,7 @@ MUTATIONS = (
         "fsdp2: norms and biases do not decay",
         "all parameters do",
         Cell("fsdp2", 2, 1, "contrastive", "swin"),
-        lambda: mock.patch.object(fsdp2, "decays", return_value=True),
+        lambda: mock.patch.object(base, "decays", return_value=True),
     ),
     Mutation(f"zero0: {_EVERY}", "summed", Cell("zero0", 2, 4), _on_engine(_summed_bucket)),
     Mutation(f"zero1: {_EVERY}", "slices are summed", Cell("zero1", 2, 4), _on_engine(_summed_slices)),

@@ -230,7 +230,7 @@ def _touched(pair: str, world: int) -> float:
     """
     task = DistillTask(*(build(spec, device="meta") for spec in PAIRS[pair]))
     kept = [0] * world
-    for group in parameter_groups(task.module, 0.0):
+    for group in parameter_groups(dict(task.module.named_parameters()), 0.0):
         ends = list(accumulate((tensor.numel() for tensor in group["params"]), initial=0))
         share = -(-ends[-1] // world)
         for start, end in pairwise(ends):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from compt.dist import collectives as dist
+from compt.engines.blocks import compute_exactly
 from compt.errors import ConfigError, nearest
 from compt.weights.lazy import Weights
 
@@ -102,12 +104,11 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "bias" not in name and "logit_scale" not in name
 
 
-def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups: what decays, what does not. An empty one is left out."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            groups[decays(name, parameter)].append(parameter)
+def parameter_groups(tensors: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups of parameters or their slices, by name: what decays and what does not; no empty group."""
+    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+    for name, tensor in tensors.items():
+        groups[decays(name, tensor)].append(tensor)
     return [
         {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
         for decay, parameters in groups.items()
@@ -115,10 +116,18 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
-def check_precision(precision: str) -> None:
-    """Raise ConfigError for a precision that there is not."""
-    if precision not in COMPUTE_DTYPES:
-        raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+class EngineHead:
+    """What every engine begins with. Raises ConfigError for an unknown precision."""
+
+    def __init__(self, module: nn.Module, precision: Precision, device: torch.device | str) -> None:
+        if precision not in COMPUTE_DTYPES:
+            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
+        self.rank = dist.rank()
+        self.world_size = dist.world_size()
+        self.device = torch.device(device)
+        self.precision = precision
+        self.unwrapped = module
+        compute_exactly(self.device)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
@@ -14,14 +12,10 @@ import torch.distributed as torch_dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from compt.dist import collectives as dist
-from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, decays, moments_of
-from compt.engines.blocks import compile_blocks, compute_exactly, recompute_blocks
-from compt.engines.scale import LossScale
-from compt.engines.shards import fill_shards, like, local, make_mesh, reshard, sharded_parts, units, whole
-from compt.engines.state_dcp import copy_weights, load_state, save_state
-from compt.weights.lazy import Weights
+from compt.engines.adamw import AdamWEngine
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Precision
+from compt.engines.blocks import compile_blocks, recompute_blocks
+from compt.engines.shards import fill_shards, local, make_mesh, reshard, sharded_parts, units, whole
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class _Root(nn.Module):
         return self.module(*inputs.values)
 
 
-class ShardedEngine:
+class ShardedEngine(AdamWEngine):
     """Cuts the module into slices, one for each rank (`Engine` says what each method does).
 
     The module has its values, or takes them from `initial` if it is on the "meta" device. Blocks are gathered one by
@@ -57,8 +51,6 @@ class ShardedEngine:
 
     Raises ConfigError for an unknown precision, or replicas that do not divide the ranks.
     """
-
-    format: Literal["dcp", "deepspeed"] = "dcp"
 
     def __init__(
         self,
@@ -77,15 +69,8 @@ class ShardedEngine:
         cpu_offload: bool = False,
         reduce_precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
-        check_precision(precision)
-        settings = settings or AdamWSettings()
-        self.device = torch.device(device)
+        super().__init__(module, precision, device)
         mesh = make_mesh(self.device, replicas)
-        self.rank = dist.rank()
-        self.world_size = dist.world_size()
-        self.precision = precision
-        self.unwrapped = module
-        compute_exactly(self.device)
         if recompute:
             recompute_blocks(module)
         if compile:
@@ -94,32 +79,19 @@ class ShardedEngine:
             module.to(self.device)
         self._early = reshard_after_forward
         self._hybrid = replicas > 1
-        self._offload = cpu_offload
         self._shards = mesh["shard"].get_group()
         self._root = _shard(module, mesh, precision, reduce_precision, reshard_after_forward, cpu_offload, self.device)
         if initial is not None:
             fill_shards(self._root, module, initial, self.device, torch.device("cpu") if cpu_offload else None)
-        self._names = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
         # The optimizer sees plain tensors that share the slices' memory, and so runs its fused kernel over them.
-        self._slices = {name: nn.Parameter(local(tensor.detach())) for name, tensor in self._names.items()}
-        self.optimizer = self._adamw(settings)
-        self._scale = LossScale(self.device) if precision == "fp16" else None
-        self._caps = [(self._slices[name], most) for name, most in (caps or {}).items()]
-        self._average = None if ema_decay is None else Average(self._slices, ema_decay)
-
-    def _adamw(self, settings: AdamWSettings) -> torch.optim.AdamW:
-        groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-        for name, tensor in self._slices.items():
-            groups[decays(name, tensor)].append(tensor)
-        given = [
-            {"params": tensors, "weight_decay": settings.weight_decay if decay else 0.0}
-            for decay, tensors in groups.items()
-            if tensors
-        ]
-        return torch.optim.AdamW(given, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, COMPUTE_DTYPES[self.precision], enabled=self.precision != "fp32")
+        slices = {
+            name: nn.Parameter(local(tensor.detach()))
+            for name, tensor in module.named_parameters()
+            if tensor.requires_grad
+        }
+        # An optimizer on the CPU has to wait for its switches.
+        control = torch.device("cpu") if cpu_offload else None
+        self._prepare(settings or AdamWSettings(), caps, ema_decay, slices, control)
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
         """Outputs of the module."""
@@ -134,7 +106,7 @@ class ShardedEngine:
         root.set_requires_gradient_sync(last or self._early)
         if self._hybrid:
             root.set_requires_all_reduce(last)
-        (loss if self._scale is None else loss * self._scale.scale).backward()
+        self._scaled(loss).backward()
         if last:
             self._average_vectors()
 
@@ -152,65 +124,23 @@ class ShardedEngine:
         for gradient, mean in zip(found, flat.split([gradient.numel() for gradient in found]), strict=True):
             gradient.copy_(mean.view_as(gradient))
 
-    def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and gradient of each trained parameter; zeros where there is none."""
-        scale = 1.0 if self._scale is None else float(self._scale.scale)
-        for name, parameter in self._names.items():
-            if parameter.grad is None:
-                yield name, torch.zeros(parameter.shape)
-            else:
-                yield name, whole(parameter.grad, self.device).to("cpu", torch.float32, copy=True) / scale
+    def _settle(self) -> None:
+        reshard(self._root)
 
     def _norm(self) -> Tensor:
-        """Of the whole gradient, still scaled: slices summed over the ranks that share them, vectors counted once."""
+        """Slices are summed over the ranks that share them, vectors counted once."""
+        for name, tensor in self._stepped.items():
+            gradient = self._names[name].grad
+            tensor.grad = None if gradient is None else local(gradient)
         cut = {name for name, parameter in self._names.items() if parameter is not local(parameter)}
         squares = []
         for wanted in (cut, self._names.keys() - cut):
-            found = [g for name in sorted(wanted) if (g := self._slices[name].grad) is not None]
+            found = [g for name in sorted(wanted) if (g := self._stepped[name].grad) is not None]
             norm = torch.nn.utils.get_total_norm(found, foreach=self.device.type == "cuda" or None)
             squares.append(norm.to(self.device, torch.float64).square())
         if self._shards.size() > 1:
             torch_dist.all_reduce(squares[0], group=self._shards)
         return (squares[0] + squares[1]).sqrt().float()
-
-    @torch.no_grad()
-    def step(self, lr: float, max_norm: float | None = None) -> Tensor:
-        """Clip, AdamW, caps, average, each rank its slices; the norm and whether it is finite are the same on all."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        for name, tensor in self._slices.items():
-            gradient = self._names[name].grad
-            tensor.grad = None if gradient is None else local(gradient)
-        norm = self._norm()
-        # The fused kernel's own switches, made for GradScaler: what divides gradients, and a value that turns the step
-        # into nothing without anybody waiting for the device. An optimizer on the CPU has to wait.
-        control = torch.device("cpu") if self._offload else self.device
-        if self._scale is not None:
-            norm = norm / self._scale.scale
-            self.optimizer.grad_scale = self._scale.scale.to(control)  # type: ignore[attr-defined]
-        if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._slices.values(), max_norm, norm)
-        found_inf = (~norm.isfinite()).float()
-        self.optimizer.found_inf = found_inf.to(control)  # type: ignore[attr-defined]
-        self.optimizer.step()
-        if self._scale is not None:
-            self._scale.update(found_inf)
-        for tensor, most in self._caps:
-            tensor.clamp_(max=most)
-        if self._average:
-            self._average.update(norm.isfinite())
-        for tensors in (self._slices, self._names):
-            for tensor in tensors.values():
-                tensor.grad = None
-        return norm
-
-    def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter and buffer."""
-        averages = self._average.tensors if average and self._average else {}
-        reshard(self._root)
-        for name, tensor in self.unwrapped.state_dict().items():
-            held = like(tensor, averages[name]) if name in averages else tensor
-            yield name, whole(held, self.device).to("cpu", copy=True)
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
@@ -236,38 +166,6 @@ class ShardedEngine:
             for hook, entries in silenced:
                 hook.update(entries)
             self.unwrapped.train(training)
-
-    def state(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, by name; the tensors are the live ones, but for the scaler's."""
-        reshard(self._root)
-        state = {f"model.{name}": tensor.detach() for name, tensor in self.unwrapped.state_dict().items()}
-        for name, parameter in self._names.items():
-            for key, tensor in moments_of(self.optimizer, self._slices[name]).items():
-                state[f"optim.{name}.{key}"] = tensor if key == "step" else like(parameter, tensor)
-        if self._average:
-            for name, tensor in self._average.state().items():
-                owner = name.removeprefix("ema.")
-                state[name] = like(self._names[owner], tensor) if owner in self._names else tensor
-        if self._scale is not None:
-            state |= self._scale.state()
-        return state
-
-    def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
-        """Each rank writes its slices, and a part of what all of them have."""
-        return save_state(self.state(), folder, asynchronous=asynchronous)
-
-    @torch.no_grad()
-    def load(self, folder: Path) -> None:
-        """Copy in place, from any number of ranks, sharded or not."""
-        state = self.state()
-        load_state(state, folder)
-        if self._scale is not None:
-            self._scale.load(state)
-
-    def set_weights(self, weights: Weights) -> None:
-        """Copy in place; of a tensor in shards each rank keeps its own."""
-        reshard(self._root)
-        dist.on_all(lambda: copy_weights(self.unwrapped, weights))
 
 
 def _shard(

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from compt.dist import collectives as dist
 from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Finish, Precision, check_precision, parameter_groups
-from compt.engines.blocks import compile_blocks, compute_exactly, fill, models_in, recompute_blocks
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, EngineHead, Finish, Precision, parameter_groups
+from compt.engines.blocks import compile_blocks, fill, models_in, recompute_blocks
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero.parts import Parts
@@ -25,7 +25,7 @@ from compt.models.clip import shardable_blocks
 from compt.weights.lazy import Weights
 
 
-class ZeroEngine:
+class ZeroEngine(EngineHead):
     """Trains a module under DeepSpeed (`Engine` says what each method does).
 
     `config` is DeepSpeed's JSON for this stage, as `compt.recipe.deepspeed` makes it: how the state is cut up and sent
@@ -51,17 +51,11 @@ class ZeroEngine:
         compile: bool = False,
         recompute: bool = False,
     ) -> None:
-        check_precision(precision)
+        super().__init__(module, precision, device)
         settings = settings or AdamWSettings()
-        self.rank = dist.rank()
-        self.world_size = dist.world_size()
-        self.device = torch.device(device)
-        self.precision = precision
         self.stage = stage
-        self.unwrapped = module
         self._deepspeed = start_deepspeed(self.device)
         json = _complete(config or {}, stage, self.world_size)
-        compute_exactly(self.device)
         groups = _named_groups(module, settings)  # before a parameter is cut up, and has no shape of its own
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)
@@ -297,7 +291,8 @@ def _weakly(method: Callable[[], None]) -> Callable[..., None]:
 def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:
     """AdamW's groups, of the names of parameters."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    groups = parameter_groups(module, settings.weight_decay)
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    groups = parameter_groups(trained, settings.weight_decay)
     return [{**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
 
 
