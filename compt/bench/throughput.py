@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import platform
 import signal
 import time
@@ -21,6 +20,7 @@ from compt.cost.speed import Measurement, Throughput, mean_tokens, other_setting
 from compt.cost.training import exact_cost
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
+from compt.dist.child import start_child
 from compt.errors import ComptError, ConfigError, RunError
 from compt.files import write_json
 from compt.models.clip import caption_lengths, padded_tokens
@@ -253,17 +253,8 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
 
     Raises what `measure` raises of ComptError, and RunError for any other fault of the process, which it has printed.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_measurement, args=(sender, setup, device, batch, most, seconds), daemon=True)
-    # Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one instead.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    sender.close()
-    # A Ctrl-C that comes just before a wait without a limit would be heard after it.
+    process, receiver = start_child(_send_measurement, setup, device, batch, most, seconds)
+    # A Ctrl-C that comes just before a wait without a limit would only be heard after it.
     while not receiver.poll(_POLL):
         pass
     try:

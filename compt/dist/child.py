@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
+
+
+def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
+    """Start `target(sender, *arguments)` in a new process; returns the process and the pipe's end to `receiver.poll`.
+
+    `receiver.recv` raises EOFError when the process ended without an answer. The process ends with its parent.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked process may not use CUDA after its parent did
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_run, args=(target, os.getpid(), sender, *arguments), daemon=True)
+    # A Ctrl-C in the terminal reaches the whole process group, and the child would print a traceback. So it ignores
+    # SIGINT from its first moment on, which it only does if its parent ignores the signal while it starts the child.
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        process.start()
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    # Or the pipe would still have an open end here when the child is dead, and `recv` would wait for ever.
+    sender.close()
+    return process, receiver
+
+
+def _run(target: Callable[..., None], parent: int, sender: Any, *arguments: Any) -> None:
+    end_with(parent)
+    target(sender, *arguments)
 
 
 def end_with(parent: int) -> None:

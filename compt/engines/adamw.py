@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -26,7 +27,7 @@ from compt.engines.state_dcp import copy_weights, load_state, save_state
 from compt.weights.lazy import Weights
 
 
-class AdamWEngine(EngineHead):
+class AdamWEngine(EngineHead, ABC):
     """Everything but how the module is wrapped, run and clipped (`Engine` says what each method does).
 
     A subclass calls `_prepare` when its parameters are in place, and gives `forward`, `backward`, `scoring`, `_norm`.
@@ -66,9 +67,9 @@ class AdamWEngine(EngineHead):
     def _settle(self) -> None:
         """Leave in the module what this rank keeps of its parameters; an engine that gathers them gives them up."""
 
+    @abstractmethod
     def _norm(self) -> Tensor:
-        """Norm of the whole gradient, still scaled."""
-        raise NotImplementedError
+        """Norm of the whole gradient, still scaled: a scalar on the device, the same on all ranks."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Name and gradient of each trained parameter; zeros where there is none."""

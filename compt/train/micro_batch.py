@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import gc
 import itertools
-import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from compt.dist import collectives as dist
-from compt.dist.child import end_with
+from compt.dist.child import start_child
 from compt.dist.rendezvous import HERE, is_host
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
@@ -115,17 +114,8 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
     """
     beat(0, "looking for a micro-batch", LONG)
     number = next(_numbers)
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    place = (dist.rank(), dist.world_size(), number, os.getpid())
-    process = context.Process(target=_try, args=(sender, place, trial, micro_batch, action or steps), daemon=True)
-    # The terminal's Ctrl-C reaches the whole group: the process would print where it stood. It ends with this one.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        process.start()
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    sender.close()
+    place = (dist.rank(), dist.world_size(), number)
+    process, receiver = start_child(_try, place, trial, micro_batch, action or steps)
     outcome = _outcome(process, receiver, number)
     outcomes: list[str] = dist.gather_objects(outcome)
     if "memory" in outcomes:
@@ -164,7 +154,7 @@ def _outcome(process: Any, receiver: Any, number: int) -> str:
 
 
 def _try(
-    sender: Any, place: tuple[int, int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
+    sender: Any, place: tuple[int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
 ) -> None:
     try:
         _join(place, torch.device(trial.device))
@@ -182,10 +172,9 @@ def _try(
     os._exit(0)
 
 
-def _join(place: tuple[int, int, int, int], device: torch.device) -> None:
+def _join(place: tuple[int, int, int], device: torch.device) -> None:
     """Make the group of the trial processes, in the store of the processes that they stand beside."""
-    rank, world, number, parent = place
-    end_with(parent)
+    rank, world, number = place
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world == 1:

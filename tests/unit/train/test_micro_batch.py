@@ -97,10 +97,9 @@ def test_trials_meet_where_the_processes_beside_them_did(
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
     if agent is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
-    monkeypatch.setattr(fit, "end_with", lambda parent: None)
     monkeypatch.setattr(fit.torch_dist, "TCPStore", lambda *place: reached.append(place[:2]))
     monkeypatch.setattr(fit, "PrefixStore", lambda prefix, store: prefix)
     monkeypatch.setattr(fit.torch_dist, "init_process_group", lambda *kind, **group: reached.append((kind, group)))
-    fit._join((rank, 2, 5, 1), torch.device("cpu"))
+    fit._join((rank, 2, 5), torch.device("cpu"))
     group = {"store": "compt/fit/5", "rank": rank, "world_size": 2}
     assert reached == [(address, 4321), (("gloo",), group)]
