@@ -1,4 +1,4 @@
-"""The moving average of weights, kept where the weights themselves are: whole tensors or the shards of a rank."""
+"""The moving average of weights, kept where the weights are: whole tensors, or the shards of a rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Average:
-    """Averages of `tensors` (fp32, by name): the first update copies them, each later one keeps `decay` of what is."""
+    """Averages of `tensors` (fp32, by name). The first update copies them; later ones keep `decay` of the average."""
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
         self._sources = dict(tensors)
@@ -20,7 +20,10 @@ class Average:
 
     @torch.no_grad()
     def update(self, finite: Tensor) -> None:
-        """Take in the tensors as they are now, unless the scalar `finite` is false; nobody waits for it to be known."""
+        """Take in the tensors as they are now, unless the scalar `finite` is false.
+
+        `finite` is a tensor, and enters as a weight: an `if` would make the CPU wait for the GPU.
+        """
         finite = finite.to(self.updates.device)
         weight = torch.where(self.updates == 0, 1.0, 1.0 - self._decay) * finite
         for name, tensor in self._sources.items():
@@ -29,5 +32,5 @@ class Average:
         self.updates += finite
 
     def state(self) -> dict[str, Tensor]:
-        """The live tensors for a checkpoint: `ema.NAME` and `ema.updates`."""
+        """The live tensors for a checkpoint: `ema.NAME`, and the number of updates as `ema.updates`."""
         return {f"ema.{name}": tensor for name, tensor in self.tensors.items()} | {"ema.updates": self.updates}

@@ -1,4 +1,4 @@
-"""What a trainer asks of an engine: the way in which one module is wrapped, run, stepped, saved and loaded."""
+"""The interface of an engine: how one module is wrapped, run, stepped, saved and loaded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from compt.weights.lazy import Weights
 Precision = Literal["fp32", "bf16", "fp16"]
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""The dtype of activations, and of a frozen teacher, by precision. Parameters stay in fp32."""
+"""The dtype of activations and of a frozen teacher, by precision. Parameters stay in fp32."""
 
 Finish = Callable[[], list[Path]]
-"""Waits until this process's part of a save is on the disk; returns the files that it wrote."""
+"""Waits until this process's part of a save is on disk, and returns the files that it wrote."""
 
 
 @dataclass(frozen=True)
@@ -35,72 +35,73 @@ class AdamWSettings:
 
 
 class Engine(Protocol):
-    """Every engine gives one process's results in fp32: loss, gradient norm, parameters after k steps.
+    """Trains one module. Every engine gives the results of one process in fp32: loss, gradient norm, parameters.
 
-    Every method is called on all ranks together.
+    All ranks call every method together.
     """
 
     rank: int
     world_size: int
     device: torch.device
     unwrapped: nn.Module
-    """The module itself, with its own parameter names; what is in its parameters is the engine's affair."""
+    """The module, with its own parameter names. What its parameters hold depends on the engine."""
     format: Literal["dcp", "deepspeed"]
-    """What `save` writes: engines of one format load each other's."""
+    """What `save` writes. Engines of one format load each other's files."""
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
-        """The module's outputs, in mixed precision. `last` as in the `backward` that will follow."""
+        """The module's outputs, in mixed precision. `last` is that of the `backward` that follows."""
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Add to the gradients; they are averaged over ranks in the backward that is the `last` before a step."""
+        """Add to the gradients. The backward that is the `last` before a step averages them over ranks."""
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and gradient of each trained parameter, whole, averaged over ranks and unscaled: fp32, on the CPU.
+        """Name and gradient of each trained parameter: whole, averaged over ranks, unscaled, fp32, on the CPU.
 
-        After the `last` backward and before `step`; one at a time, so that no rank holds all of them.
+        Valid between the `last` backward and `step`. They come one at a time, so that no rank holds all of them.
         """
 
     def step(self, lr: float, max_norm: float | None = None) -> Tensor:
-        """One step of the optimizer with gradients scaled down to `max_norm`, if given; then they are forgotten.
+        """Step the optimizer with gradients scaled down to `max_norm`, if given, and clear them.
 
-        Returns the norm of the whole gradient before that: a scalar tensor, the same on all ranks, not waited for where
-        that can be helped. When it is not finite, parameters, moments and average stay as they are on all ranks.
+        Returns the norm of the whole gradient before clipping: a scalar tensor, the same on all ranks. The CPU does not
+        wait for it, except under ZeRO. If it is not finite, parameters, moments and average stay as they are on all
+        ranks.
         """
 
     def weights(self, average: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Name and fp32 value of each parameter and buffer of the module's state, or of its moving average.
 
-        Whole, on the CPU, one at a time, so that no rank holds all of them.
+        They come whole, on the CPU, and one at a time, so that no rank holds all of them.
         """
 
     def scoring(self) -> AbstractContextManager[None]:
-        """Within it the module is in evaluation mode, and each rank may run it alone, any number of times.
+        """Put the module into evaluation mode, and let each rank run it alone, any number of times.
 
-        Any method of the module or of a part of it may be called, without gradient.
+        Inside, any method of the module or of a part of it may be called, without gradient.
         """
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
-        """Begin to write parameters, moments, average and scaler into `folder`, which all ranks see and is empty.
+        """Begin to write parameters, moments, average and scaler into `folder`, which is empty and seen by all ranks.
 
-        What is written is the state at this moment; with `asynchronous`, the disk is written to while training goes
-        on, where the engine can. Raises RunError when it cannot be written, or the returned function does.
+        The state of this moment is written. With `asynchronous`, an engine that can writes while training goes on.
+        This method or the returned function raises RunError when the state cannot be written.
         """
 
     def load(self, folder: Path) -> None:
-        """The inverse; another number of ranks may have saved. Settings are not part of it.
+        """Load what `save` wrote, on any number of ranks. Settings, such as the learning rate, are not part of it.
 
         Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
         """
 
     def set_weights(self, weights: Weights) -> None:
-        """Take over other values of the module's state, each read once; moments and average stay as they are.
+        """Take other values for the module's state, each read once. Moments and average stay as they are.
 
         Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
         """
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies: as in open_clip not to vectors (biases, norms), bias tables and logit_scale."""
+    """Whether weight decay applies. As in open_clip, not to vectors (biases, norms), bias tables and logit_scale."""
     return parameter.ndim >= 2 and "bias" not in name and "logit_scale" not in name
 
 
@@ -131,7 +132,7 @@ class EngineHead:
 
 
 def moments_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:
-    """AdamW's live state of a parameter; zeros before its first step, which is what AdamW itself would start from."""
+    """AdamW's live state of a parameter. Before the first step these are zeros, which AdamW would start from too."""
     state: dict[str, Tensor] = optimizer.state[tensor]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)

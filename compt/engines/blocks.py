@@ -1,6 +1,6 @@
-"""What is done to the blocks of a module from outside, in this order: recompute, compile, then an engine's sharding.
+"""Changes of the blocks of a module, in this order: 1. recompute, 2. compile, 3. an engine's sharding.
 
-None of it changes a parameter's name.
+None of them changes a parameter's name.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ def models_in(module: nn.Module) -> Iterator[ClipModel]:
 
 
 def recompute_blocks(module: nn.Module) -> None:
-    """Keep the inputs of blocks only, and compute their activations again in backward."""
+    """Keep only the inputs of blocks, and compute their activations again in backward."""
     for model in models_in(module):
         model.set_grad_checkpointing(True)
 
 
 def compile_blocks(module: nn.Module, *, hooked: bool = True) -> None:
-    """Compile each block in place, with the hooks that are put on it; unless `hooked` its forward alone."""
-    # Blocks share their code, of which torch otherwise keeps 8 variants and leaves the rest uncompiled: first and last
-    # blocks, both towers, each stage of a Swin, with and without gradient, captions of other lengths.
+    """Compile each block in place, with its hooks; without `hooked` only its forward."""
+    # All blocks share their code. By default torch keeps 8 compiled variants of it and runs the rest uncompiled, but
+    # there are more: first and last blocks, both towers, each stage of a Swin, with and without gradient, and captions
+    # of other lengths.
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     for model in models_in(module):
         for block in shardable_blocks(model):
@@ -53,7 +54,7 @@ def fill(module: nn.Module, initial: Mapping[str, Tensor], device: torch.device)
 
 
 def compute_exactly(device: torch.device) -> None:
-    """Turn TF32 off: the loss has to be true fp32, and in bf16 and fp16 autocast covers all that it could speed up."""
+    """Turn TF32 off. The loss has to be true fp32, and autocast covers all that TF32 could speed up."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False

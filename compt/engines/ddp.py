@@ -19,8 +19,8 @@ from compt.engines.blocks import compile_blocks, fill, recompute_blocks
 class DataParallelEngine(AdamWEngine):
     """Replicates the module on every rank (`Engine` says what each method does).
 
-    The module is moved to `device`, or takes its values from `initial` if it is on the "meta" device; its parameters
-    stay in their dtype. `caps` are largest values of parameters, held after each step.
+    The module is moved to `device`, or takes its values from `initial` if it is on the "meta" device. Its parameters
+    keep their dtype. `caps` are the largest values of parameters, enforced after each step.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class DataParallelEngine(AdamWEngine):
         return contextlib.nullcontext()
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
-        """Outputs of the module. DDP decides here, not in backward, whether gradients will be averaged."""
+        """Outputs of the module. DDP decides here, not in backward, whether it will average gradients."""
         with self._sync(last), self._autocast():
             outputs: dict[str, Tensor] = self.module(*inputs)
         return outputs
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Backward of `loss`, scaled in fp16; averaged over ranks when `last`, here and in the forward before."""
+        """Backward of `loss`, scaled in fp16. Averages gradients if `last`, here and in the forward before."""
         with self._sync(last):
             self._scaled(loss).backward()
 

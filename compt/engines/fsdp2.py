@@ -20,13 +20,13 @@ from compt.engines.shards import fill_shards, local, make_mesh, reshard, sharded
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What `forward` is given, kept from `fully_shard`, which would send lengths of captions to the GPU and wait."""
+    """Inputs of `forward`, wrapped: `fully_shard` would move bare tensors, also lengths of captions, to the GPU."""
 
     values: tuple[Any, ...]
 
 
 class _Root(nn.Module):
-    """The outermost unit: what is in no other one, gathered for a whole forward and backward."""
+    """The outermost unit: all that is in no other unit. It stays gathered for a whole forward and backward."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -40,14 +40,14 @@ class ShardedEngine(AdamWEngine):
     """Cuts the module into slices, one for each rank (`Engine` says what each method does).
 
     The module has its values, or takes them from `initial` if it is on the "meta" device. Blocks are gathered one by
-    one. Vectors (norms, biases, logit_scale), a thousandth of a model, are whole on every rank: they stay in fp32 where
+    one. Vectors (norms, biases, logit_scale), a thousandth of a model, are whole on every rank. They stay in fp32 where
     matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters. `caps` are
-    largest values of parameters, held after each step.
+    the largest values of parameters, enforced after each step.
 
-    `reshard_after_forward`: gather each block again for backward, and reduce the gradients of every piece of a batch at
-    once; else weights stay gathered from forward to backward, and whole gradients until the last piece. `replicas`:
-    groups of ranks that each hold everything. `cpu_offload`: slices and the optimizer are on the CPU.
-    `reduce_precision`: what gradients of matrices are summed in.
+    `reshard_after_forward`: gather each block again for backward, and reduce gradients after every piece of a batch.
+    Otherwise weights stay gathered from forward to backward, and gradients stay whole until the last piece.
+    `replicas`: groups of ranks that each hold everything. `cpu_offload`: slices and the optimizer are on the CPU.
+    `reduce_precision`: the type that gradients of matrices are summed in.
 
     Raises ConfigError for an unknown precision, or replicas that do not divide the ranks.
     """
@@ -100,7 +100,11 @@ class ShardedEngine(AdamWEngine):
         return outputs
 
     def backward(self, loss: Tensor, *, last: bool = True) -> None:
-        """Backward of `loss`, scaled in fp16; where blocks are gathered twice, ranks also sum their gradients twice."""
+        """Backward of `loss`, scaled in fp16.
+
+        With `reshard_after_forward` ranks sum gradients after every piece of a batch: whole ones would need the memory
+        that sharding has saved.
+        """
         root = cast(FSDPModule, self._root)
         root.set_is_last_backward(last)
         root.set_requires_gradient_sync(last or self._early)
@@ -112,7 +116,7 @@ class ShardedEngine(AdamWEngine):
 
     @torch.no_grad()
     def _average_vectors(self) -> None:
-        """What every rank holds whole, `fully_shard` leaves alone."""
+        """Average the gradients of vectors, which `fully_shard` leaves alone, in one collective."""
         if self.world_size == 1:
             return
         found = [p.grad for p in self._names.values() if p is local(p) and p.grad is not None]
@@ -144,7 +148,10 @@ class ShardedEngine(AdamWEngine):
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[None]:
-        """Every rank gathers all parameters first, in fp32, and runs the module as if it had never been sharded."""
+        """Gather all parameters on every rank, in fp32, and run the module as if it had never been sharded.
+
+        The hooks of `fully_shard` are taken off meanwhile: they would make the ranks wait for each other.
+        """
         reshard(self._root)
         training = self.unwrapped.training
         kept = [(part._parameters, dict(part._parameters)) for part in self.unwrapped.modules()]
@@ -179,11 +186,11 @@ def _shard(
 ) -> nn.Module:
     """Cut the module in place, unit by unit; returns the root, through which it has to be called.
 
-    Blocks compute nothing but matrix products with their matrices: these may be rounded before they are gathered, as
-    autocast would round them afterwards. What is beside the blocks is gathered as it is.
+    Blocks only use their matrices in matrix products. So these are rounded before they are gathered, where autocast
+    would round them afterwards: the same numbers, and half the traffic. Everything else is gathered in fp32.
     """
     rounded = None if precision == "fp32" else COMPUTE_DTYPES[precision]
-    # As None where nothing is to be converted, so that a double precision module stays one.
+    # None where nothing is converted, so that a module in double precision stays in it.
     reduced = {"fp32": torch.float32 if rounded else None, "bf16": torch.bfloat16}[reduce_precision]
     common: dict[str, Any] = {
         "mesh": mesh,

@@ -1,4 +1,4 @@
-"""Engines: ways to train one module on one or several devices."""
+"""Opening the engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def open_engine(
     caps: Mapping[str, float] | None = None,
     base: Path = Path(),
 ) -> Engine:
-    """The engine that a recipe names, around `module`, which may be on the "meta" device and get its values `initial`.
+    """The engine that a recipe names, around `module`, which may be on the "meta" device and take its values `initial`.
 
-    `caps`: largest values of parameters. `base`: where relative paths of the recipe start. Raises ConfigError for
-    settings that contradict each other.
+    `caps`: largest values of parameters. `base`: the folder that relative paths of the recipe start from. Raises
+    ConfigError for settings that contradict each other.
     """
     settings = AdamWSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay)
     common: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""Modules in shards, by torch's `fully_shard`: the processes, what is gathered together, and values in and out.
+"""Sharded modules, by torch's `fully_shard`: the mesh of processes, the units that are gathered, values in and out.
 
-Every process holds a slice of each parameter, cut along the first dimension; before a unit runs its parameters are
-gathered, and afterwards given up.
+Every process holds a slice of each parameter, cut along the first dimension. The parameters of a unit are gathered
+before it runs and given up afterwards.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from compt.models.init import load_state
 def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
     """All processes as [replicas, shards]: `replicas` groups, each of which holds the whole in shards.
 
-    A process that is alone becomes a group of one. Raises ConfigError when `replicas` does not divide the processes.
+    A single process becomes a group of one. Raises ConfigError when `replicas` does not divide the processes.
     """
     dist.join_alone(device)
     world = dist.world_size()
@@ -40,7 +40,7 @@ def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
 
 
 def units(module: nn.Module) -> list[nn.Module]:
-    """What is gathered and given up by itself: blocks and, as the largest of the rest, token embeddings."""
+    """The units that are gathered one by one: blocks and, as the largest of the rest, token embeddings."""
     found: list[nn.Module] = []
     for model in models_in(module):
         found += [*shardable_blocks(model), model.token_embedding]
@@ -53,26 +53,26 @@ def sharded_parts(module: nn.Module) -> list[FSDPModule]:
 
 
 def reshard(module: nn.Module) -> None:
-    """Give up whatever is gathered: the parameters that one finds in the module are then the slices."""
+    """Give up gathered weights, so that the parameters of the module are the slices."""
     for part in sharded_parts(module):
         part.reshard()
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor: the same memory."""
+    """What this process holds of a tensor, in the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def like(sharded: Tensor, slices: Tensor) -> Tensor:
-    """Tensors of each process, the same memory, as one that lies in shards as `sharded` does, if it does."""
+    """The `slices` of all processes as one tensor in the same memory, sharded as `sharded` is, if it is."""
     return DTensor(slices, sharded._spec, requires_grad=False) if isinstance(sharded, DTensor) else slices
 
 
 def whole(tensor: Tensor, device: torch.device) -> Tensor:
-    """The whole of a tensor on the processes' `device`; all of them call it."""
+    """The whole of a tensor, on the `device` of each process. All of them call it."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().to(device)
-    # Slices may wait on the CPU, where the processes of GPUs cannot talk to each other.
+    # Slices may be on the CPU, but NCCL only gathers what is on a GPU.
     return like(tensor, local(tensor.detach()).to(device)).full_tensor()  # type: ignore[attr-defined, no-any-return]
 
 
@@ -85,11 +85,11 @@ def fill_shards(
 ) -> None:
     """Give a module from the "meta" device memory and the values `initial`, of which each process keeps its slices.
 
-    They are read one at a time; nothing but that one is ever whole. `root` is the outermost sharded module, `module`
-    the one that `initial` names parameters of. Slices may be on another device than all else. Raises ArtefactError
-    when the values are not those of the module.
+    Values are read one at a time, and only that one is ever whole. `root` is the outermost sharded module; `initial`
+    names the parameters of `module`. Slices may be on another device than the rest. Raises ArtefactError for values of
+    another module.
     """
-    # Through the root, as sharded modules see to slices that are shorter than the others.
+    # Through the root: `fully_shard` pads slices that are shorter than the others when its root is moved.
     root.to_empty(device=slices_on or device)
     if slices_on not in (None, device):
         _move_whole(module, device)
@@ -108,7 +108,7 @@ def _move_whole(module: nn.Module, device: torch.device) -> None:
 
 
 class _Slices(Mapping[str, Tensor]):
-    """Whole tensors as shards like those of `own`, cut when they are asked for."""
+    """Whole tensors, cut into shards like those of `own` when they are read."""
 
     def __init__(self, values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
         self._values, self._own = values, own
@@ -128,13 +128,13 @@ class _Slices(Mapping[str, Tensor]):
         return len(self._values)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole, without reading it where that can be known."""
+        """The shape of the whole tensor, without reading it if the source knows it."""
         known: Any = getattr(self._values, "shape", None)
         return tuple(known(name) if known else self._values[name].shape)
 
 
 def _slice_of(value: Tensor, own: DTensor) -> Tensor:
-    """This process's rows of `value`: all slices but the last ones have as many."""
+    """This process's rows of `value`. The last slices may have fewer rows than the others, or none."""
     mesh = own.device_mesh
     *others, last = own.placements
     assert last == Shard(0)
@@ -147,11 +147,11 @@ def _slice_of(value: Tensor, own: DTensor) -> Tensor:
 def shard_frozen(
     model: ClipModel, weights: Mapping[str, Tensor], *, dtype: torch.dtype, device: torch.device | str
 ) -> ClipModel:
-    """A model from the "meta" device with the values `weights` in `dtype`, of which each rank holds a share.
+    """A frozen model from the "meta" device with the values `weights` in `dtype`, of which each rank holds a share.
 
-    Its encode_image, encode_text and encode_captions gather it block by block, without gradient: all ranks call them
-    equally often. No rank ever holds the whole, neither now nor later; `weights` are read one at a time. What trains
-    beside it may be any engine. Raises ArtefactError when the weights are not those of the model.
+    Its encode_image, encode_text and encode_captions gather it block by block, without gradient. All ranks have to call
+    them equally often. No rank ever holds the whole model; `weights` are read one at a time. The student may train with
+    any engine. Raises ArtefactError for weights of another model.
     """
     device = torch.device(device)
     model.requires_grad_(False).eval().to(dtype)
@@ -168,7 +168,7 @@ def shard_frozen(
 
 
 def _forgetting(method: Callable[..., Tensor], parts: list[FSDPModule]) -> Callable[..., Tensor]:
-    """`method` without gradient. `fully_shard` notes every forward for the backward to come; none does."""
+    """`method` without gradient. `fully_shard` keeps a list of forwards for a backward that never comes: clear it."""
 
     @functools.wraps(method)
     def call(*args: Any, **options: Any) -> Tensor:

@@ -1,7 +1,7 @@
-"""A training state on the disk as torch.distributed.checkpoint lays it out, for the engines of format "dcp".
+"""A training state on disk in the layout of torch.distributed.checkpoint, for the engines of format "dcp".
 
-A state is a flat dict: name -> tensor, the same on every rank, or DTensor, of which each rank holds its shards. Every
-rank writes: of a DTensor what it holds, of the other tensors a share. Any number of ranks reads it again.
+A state is a flat dict: name -> tensor, which is the same on every rank, or DTensor, of which each rank holds its
+shards. Every rank writes its shards of DTensors, and a share of the other tensors. Any number of ranks can read it.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from compt.weights.safetensors import share_out
 
 _LISTED = 8
 _ARCHIVE = "inline_container.cc"
-"""In what torch says when its archive could not be written."""
+"""Part of torch's message when it could not write its archive."""
 
-# Without a process group that is what is wanted; a thread says it too, where no context could keep it quiet.
+# Without a process group this is intended. A thread warns too, which no context manager could silence.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool = False) -> Finish:
-    """Write `state` into `folder`, which all ranks see and is empty; all ranks call it.
+    """Write `state` into `folder`, which is empty and seen by all ranks; all ranks call it.
 
-    The state at this moment is written, whatever happens to its tensors later: with `asynchronous` each rank copies
-    what it will write to the CPU's memory and returns; a thread writes. Only one such save may be under way. The
-    returned function waits for the end of all ranks' writing. It, or this one, raises RunError on all ranks where a
-    rank could not write; Gone where one was lost; and where one met another fault that, and DistError on the others.
+    The state of this moment is written, even if its tensors change later: with `asynchronous` each rank copies its part
+    to the CPU's memory and returns, and a thread writes. Only one such save may run at a time. The returned function
+    waits until all ranks have written. It, or this function, raises RunError on all ranks when a rank could not write,
+    and Gone when a rank was lost. Any other fault is raised on its own rank, and DistError on the others.
     """
     writer = _DcpWriter(folder)
     own = _share(state)
@@ -55,10 +55,10 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
         _run(lambda: save(own, **given), folder)
         files = _files(folder)
         return lambda: files
-    # What is written is on the CPU by then, and a look at the GPU from the thread would be at the machine's first.
+    # The copies are on the CPU by then. torch would still ask CUDA for a stream; in a thread it takes the first GPU's.
     writer.per_thread_copy_ahead = 0
-    options = StagingOptions(False, False, False, False)  # no CUDA that a machine may not have, done on return
-    with warnings.catch_warnings(action="ignore"):  # torch calls one of its own functions that it deprecates
+    options = StagingOptions(False, False, False, False)  # no CUDA, which may be missing; the copy is done on return
+    with warnings.catch_warnings(action="ignore"):  # torch calls a function that it has deprecated itself
         pending = cast("Future[Metadata]", async_save(own, async_stager=DefaultStager(options), **given))
 
     def finish() -> list[Path]:
@@ -69,9 +69,9 @@ def save_state(state: Mapping[str, Tensor], folder: Path, *, asynchronous: bool 
 
 
 def load_state(state: Mapping[str, Tensor], folder: Path) -> None:
-    """Copy what is in `folder` into the tensors of `state`; of a DTensor each rank reads the shards it holds.
+    """Copy what is in `folder` into the tensors of `state`; each rank reads its shards of a DTensor.
 
-    All ranks call it; another number of them may have saved. Raises ArtefactError on all of them, before anything is
+    All ranks call it; another number of ranks may have saved. Raises ArtefactError on all of them, before anything is
     changed, when a name or a shape does not fit, or when the folder is torn or forged.
     """
     weights = dist.on_all(lambda: _open(state, folder))
@@ -80,9 +80,9 @@ def load_state(state: Mapping[str, Tensor], folder: Path) -> None:
 
 @torch.no_grad()
 def copy_weights(module: nn.Module, weights: Weights) -> None:
-    """Copy the values of a module's state into it, read one tensor at a time; of a DTensor each rank keeps its shards.
+    """Copy the values of a module's state into it, read one tensor at a time; each rank keeps its shards of a DTensor.
 
-    Any process by itself. Raises ArtefactError before anything is changed when a name or a shape does not fit.
+    Any process may call it alone. Raises ArtefactError before anything is changed when a name or a shape does not fit.
     """
     own = module.state_dict()
     check_names(
@@ -111,7 +111,7 @@ def check_names(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[in
 
 
 class _DcpWriter(FileSystemWriter):
-    """torch's writer, which says what is wrong with the disk where torch's archive hides it behind its own fault."""
+    """torch's writer, but it raises the disk's own OSError, which torch's archive hides behind a RuntimeError."""
 
     def write_data(self, *arguments: Any) -> Any:
         try:
@@ -148,7 +148,7 @@ def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What this rank writes: its shards, and of the tensors that all ranks have the same those that fall to it."""
+    """What this rank writes: its shards, and its part of the tensors that are the same on all ranks."""
     common = [name for name, tensor in state.items() if not isinstance(tensor, DTensor)]
     owners = share_out([state[name].numel() for name in common], dist.world_size())
     others = {name for name, owner in zip(common, owners, strict=True) if owner != dist.rank()}
@@ -156,28 +156,28 @@ def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """What this rank wrote."""
+    """The files that this rank wrote."""
     own = sorted(folder.glob(f"__{dist.rank()}_*.distcp"))
     return [folder / METADATA, *own] if dist.is_main() else own
 
 
 def _run(action: Callable[[], object], folder: Path) -> None:
-    """Do it. What one rank met becomes a RunError on all where it is the disk's, and Gone where a rank was lost.
+    """Run `action`. A disk error of one rank becomes a RunError on all; a lost rank becomes Gone.
 
-    Any other fault stays what it is on the rank that met it. The others raise DistError, not a ComptError: that one
-    does not go on to agree about it either.
+    Any other fault stays as it is on its own rank. The others raise DistError and not a ComptError: ranks agree about
+    ComptErrors in a collective, and the rank with the fault would not take part in it.
     """
     with disk_errors(folder):
         try:
             with dist.together() if torch_dist.is_initialized() else contextlib.nullcontext():
                 action()
-        except CheckpointException as error:  # no Exception; around what each rank met, and raised on all
+        except CheckpointException as error:  # a BaseException with the faults of each rank, raised on all of them
             met = {rank: fault for rank, (fault, _) in error.failures.items()}
             said = next((fault for fault in met.values() if isinstance(fault, (OSError, ComptError))), None)
             fault = said or met.get(dist.rank())
             if fault is not None:
                 raise fault from error
             rank, fault = next(iter(met.items()))
-            # Without its words, from which a lack of memory is told.
+            # Without its message: `is_out_of_memory` reads that, and this rank has memory.
             text = f"rank {rank} could not write its share of a checkpoint: {type(fault).__name__}"
             raise torch_dist.DistError(text) from error

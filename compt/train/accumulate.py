@@ -20,9 +20,15 @@ def cached_backward(
     """Add the gradients of this rank's batch; returns the detached loss and the task's report.
 
     images float [b, 3, H, W], tokens int64 [b, M, T], lengths as in `Task`. At most `micro_batch` samples pass through
-    the models at a time. First all features are computed without a graph, the loss gives the gradient of each feature,
-    and a second forward of each piece carries it to the parameters; one piece alone takes the direct way. The module's
-    forward must be deterministic, and every rank must have as many pieces.
+    the models at once. The usual accumulation, a mean of the losses of small batches, would leave out the negatives of
+    the other pieces. Instead:
+
+    1. A forward of each piece, without a graph, gives all features.
+    2. The loss of the whole batch gives the gradient of each feature.
+    3. A second forward of each piece carries these gradients to the parameters.
+
+    A single piece takes the direct way. The module's forward must be deterministic, and every rank must have the same
+    number of pieces.
     """
     size = micro_batch or len(images)
     pieces = [
@@ -40,7 +46,7 @@ def cached_backward(
         features = _join([_widened(engine.forward(*piece)) for piece in pieces])
     leaves = {name: feature.requires_grad_() for name, feature in features.items()}
     loss, report = task.loss(leaves, targets)
-    # Outside the engine: here no parameter takes part, and fp16's scaling belongs to the parameters' backward alone.
+    # Not by the engine's backward, which scales fp16 losses: no parameter takes part here, and the scale is for these.
     gradients = dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
     del leaves, features, targets
     rows = {name: [g] * len(pieces) if name in SHARED_OUTPUTS else g.split(size) for name, g in gradients.items()}
@@ -52,12 +58,12 @@ def cached_backward(
 
 
 def _widened(outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    # In fp32 the small gradients of single features do not underflow before they are scaled.
+    # In fp16 the small gradients of single features would underflow, as they are scaled only in the second backward.
     return {name: value if value.dtype == torch.float64 else value.float() for name, value in outputs.items()}
 
 
 def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Outputs of all pieces: rows one after another, a shared output once."""
+    """Outputs of all pieces: rows one after another, shared outputs once."""
     return {
         name: parts[0][name] if name in SHARED_OUTPUTS else torch.cat([part[name] for part in parts])
         for name in parts[0]

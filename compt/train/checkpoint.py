@@ -1,6 +1,6 @@
-"""Resume checkpoints: folders that all ranks fill together, and of which a whole one is always there.
+"""Checkpoints to resume from: folders that all ranks fill together. At any moment one of them is whole.
 
-FOLDER/step-00001234/state.json   what the trainer keeps, which engine wrote, and each file's size and hash
+FOLDER/step-00001234/state.json   what the trainer keeps, the engine that wrote, and each file's size and hash
 FOLDER/step-00001234/state/       what the engine wrote
 FOLDER/latest                     names the newest folder, for people and other tools
 
@@ -61,9 +61,9 @@ class Saver:
     """Writes checkpoints below `folder`, which all ranks see. All ranks make one, and call every method together.
 
     The newest `keep` stay, and those of steps that `keep_every` divides. `asynchronous`: a checkpoint is written while
-    training goes on, one at a time, and takes its place when `poll`, `finish` or the next `save` finds it written; a
-    process that is killed before leaves the one before. Whatever cannot be written raises RunError on all ranks, here
-    or there, and the checkpoints that were there stay.
+    training goes on, one at a time. It takes its place when `poll`, `finish` or the next `save` finds it written; a
+    process that is killed earlier leaves the previous one. If a checkpoint cannot be written, one of these methods
+    raises RunError on all ranks, and the older checkpoints stay.
     """
 
     def __init__(self, folder: Path, keep: int = 2, keep_every: int | None = None, asynchronous: bool = False) -> None:
@@ -74,9 +74,9 @@ class Saver:
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any]) -> None:
-        """Write the engine's state and `state` (JSON) as they are now, then delete the checkpoints that are too many.
+        """Write the engine's state and `state` (JSON) as they are now, then delete old checkpoints.
 
-        Those of later steps are deleted too: this training went another way. Raises RunError.
+        Checkpoints of later steps are deleted too: this run went another way. Raises RunError.
         """
         self.finish()
         final = self.folder / name_of(step)
@@ -98,12 +98,12 @@ class Saver:
             self.finish()
 
     def poll(self) -> None:
-        """Put a checkpoint that is written by now into its place. Raises RunError when it could not be."""
+        """Put a checkpoint into its place if it is written by now. Raises RunError when it could not be written."""
         if self._pending is not None and not dist.any_true(not self._pending.files.done()):
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if there is one. Raises RunError when it could not be."""
+        """Wait for the checkpoint that is being written, if any. Raises RunError when it could not be written."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -128,22 +128,22 @@ class Saver:
 
 
 def name_of(step: int) -> str:
-    """What the folder of the checkpoint after `step` steps is called."""
+    """The name of the folder of the checkpoint after `step` steps."""
     return f"step-{step:08d}"
 
 
 def find_latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint below `folder`, hashes checked; None without one. Logs those it passes over."""
+    """The newest whole checkpoint below `folder`, hashes checked; None if there is none. Logs the ones it skips."""
     for _, path in sorted(_steps(folder), reverse=True):
         fault = _fault(path, hashes=True)
         if not fault:
             return path
-        _log.warning("passing over checkpoint %s: %s", path, fault)
+        _log.warning("skipping checkpoint %s: %s", path, fault)
     return None
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What the trainer gave to `save`. Sizes of files are checked here, contents by `find_latest`.
+    """The `state` that the trainer gave to `save`. This checks the sizes of files, `find_latest` their contents.
 
     Raises ArtefactError naming the path and the fault when the checkpoint is torn.
     """
@@ -159,8 +159,8 @@ def format_of(path: Path) -> str:
 def load(path: Path, engine: Engine) -> dict[str, Any]:
     """Load a checkpoint into an engine that has made no step, and return what the trainer gave to `save`.
 
-    All ranks call it; any number of ranks and any engine may have saved. An engine of another format takes over the
-    weights alone, and says so. Raises ArtefactError, on all ranks, when it is torn or of another model.
+    All ranks call it; any number of ranks and any engine may have saved. An engine of another format takes only the
+    weights, and logs that. Raises ArtefactError, on all ranks, when it is torn or of another model.
     """
     record = dist.on_all(lambda: _read_record(path))
     if record["format"] == engine.format:
@@ -169,7 +169,7 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
         if dist.is_main():
             _log.warning(
                 "%s was written by another kind of engine (%s): its weights are taken over; the optimizer's moments "
-                "and the moving average start anew",
+                "and the moving average start from zero",
                 path,
                 record["engine"],
             )
@@ -181,7 +181,7 @@ def load(path: Path, engine: Engine) -> dict[str, Any]:
 def open_weights(path: Path, average: bool = False) -> Weights:
     """The weights of the model in a checkpoint, or their moving average, under open_clip's names; projectors left out.
 
-    Any process by itself, whatever engine wrote; a tensor is read when it is asked for and none is kept. Raises
+    Any process may call it alone, whatever engine wrote. A tensor is read when it is needed, and none is kept. Raises
     ArtefactError when the checkpoint is torn, or has no average.
     """
     folder, kind = path / STATE, _read_record(path)["format"]
@@ -205,7 +205,7 @@ def _check_seen(folder: Path, rank: int) -> None:
 
 
 def _describe(folder: Path, files: list[Path]) -> _Files:
-    """What this rank wrote below `folder`."""
+    """Size and hash of the files that this rank wrote below `folder`."""
     return {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
         for path in files
@@ -220,7 +220,7 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _fault(path: Path, *, hashes: bool) -> str:
-    """What is wrong with a checkpoint folder; empty when it is whole."""
+    """What is wrong with a checkpoint folder; an empty text if it is whole."""
     try:
         record = read_json(path / RECORD)
         if _FORMER in record["files"]:
@@ -252,7 +252,7 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
     kept |= {path for number, path in gone_by if keep_every and number % keep_every == 0}
     for _, path in steps:
         if path not in kept:
-            # Renamed first: a process killed in the middle leaves rubbish, not a torn checkpoint.
+            # Renamed first, so that a process killed while it deletes leaves no torn checkpoint.
             rubbish = path.with_name(f".{path.name}.tmp-deleted")
             try:
                 os.rename(path, rubbish)
@@ -271,7 +271,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def module_weights(folder: Path, format: str) -> Weights:
-    """The values of a module's state by the module's own names. Raises ArtefactError for a torn or forged folder."""
+    """The values of a module's state under the module's own names. Raises ArtefactError for a torn or forged folder."""
     if format == "dcp":
         weights = read_dcp(folder).weights
         return _view(weights, {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)})
@@ -282,7 +282,7 @@ def module_weights(folder: Path, format: str) -> Weights:
 
 
 def _average(folder: Path, format: str) -> Weights:
-    """As `module_weights`, the moving average where a parameter has one."""
+    """Like `module_weights`, with the moving average in place of each parameter that has one."""
     if format == "deepspeed":
         found = open_average(folder)
         return _view(found, {name: name for name in found})

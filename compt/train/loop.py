@@ -30,7 +30,7 @@ from compt.train.task import Task, reduce_report
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """Everything the loop needs to know; lengths are in optimizer steps, `batch` is global.
+    """Everything the loop needs to know. Lengths are in optimizer steps; `batch` counts the images of all ranks.
 
     `identity` is what a resume must agree with: the hash of the result fields and the fingerprint of the data.
     """
@@ -63,7 +63,7 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training used: device-hours are those of its steps, over all processes, without evaluations."""
+    """What a finished run used. Device-hours are those of its steps, over all processes, without evaluations."""
 
     steps: int
     samples: int
@@ -72,9 +72,9 @@ class TrainResult:
     skipped_samples: dict[str, int]
     few_captions: int
     tokens_per_caption: float
-    """Mean token positions that were computed for a caption, padding to the longest of its group included."""
+    """Mean token positions computed for a caption, with the padding to the longest of its group."""
     moments_anew: tuple[int, ...] = ()
-    """Steps after which AdamW's moments and the moving average began anew, as another kind of engine went on."""
+    """Steps after which AdamW's moments and the moving average started from zero, as another kind of engine went on."""
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -87,10 +87,10 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
 @dataclass
 class _Counts:
-    """What accumulates over a run and lives through a resume.
+    """What adds up over a run and survives a resume.
 
     `few_captions`, `text_tokens` and `skipped` are this rank's own. `moments_anew`: steps after which an engine of
-    another kind took over weights alone.
+    another kind took over the weights alone.
     """
 
     step: int = 0
@@ -110,7 +110,7 @@ class _Counts:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> _Counts:
-        """The inverse; rank 0 takes over what is summed over ranks."""
+        """Read what `to_state` gave. Rank 0 takes the sums over ranks, the others start from zero."""
         counts = cls(**{**state, "skipped": Counter(state["skipped"])})
         if not dist.is_main():
             counts.few_captions = counts.text_tokens = 0
@@ -120,8 +120,10 @@ class _Counts:
 
 @dataclass
 class _Window:
-    """Steps since the last log line, their seconds, how many of these went by in waiting for data (this rank's own, and
-    with that of others), and the token positions that this rank computed for its captions.
+    """What happened since the last log line.
+
+    `seconds` of all `steps`; of these `waited` for data of any rank, `own_wait` for this rank's own. `text_tokens` are
+    the token positions that this rank computed for its `captions`.
     """
 
     steps: int = 0
@@ -140,7 +142,7 @@ def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
     state = dist.on_all(lambda: checkpoint.read_state(path))
     changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
     if changed:
-        dist.agree(RunError(f"{path} belongs to another training: its {' and '.join(changed)} differs from this run's"))
+        dist.agree(RunError(f"{path} belongs to another run: its {' and '.join(changed)} differs from this run's"))
     checkpoint.load(path, engine)
     counts = _Counts.from_state(state["counts"])
     if checkpoint.format_of(path) != engine.format:
@@ -149,7 +151,7 @@ def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
 
 
 def _state(counts: _Counts, settings: TrainSettings) -> dict[str, Any]:
-    """What a checkpoint says beside the engine's state."""
+    """What a checkpoint keeps beside the engine's state."""
     return {
         "identity": dict(settings.identity),
         "counts": counts.to_state(),
@@ -179,117 +181,158 @@ def train(
 ) -> TrainResult:
     """Train `task` until `settings.total_steps`, from the newest checkpoint below `folder` or from the start.
 
-    `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores and is called
-    on all ranks. The state after the last step is the newest checkpoint.
+    `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores; all ranks call
+    it. The state after the last step is the newest checkpoint.
 
-    Raises Interrupted after a save when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data that
-    cannot be used; RunError on too many non-finite steps in a row or a checkpoint that cannot be written.
+    Raises Interrupted after it has saved, when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data
+    that cannot be used; RunError for too many non-finite steps in a row and for a checkpoint that cannot be written.
     """
     beat(0, "opening the newest checkpoint", LONG)
     counts = _restore(folder / "checkpoints", engine, settings)
-    total = settings.total_steps
-    if counts.step < total:
-        writer = MetricsWriter(folder, total_steps=total, batch=settings.batch, start_step=counts.step, title=title)
-        saver = checkpoint.Saver(
+    if counts.step < settings.total_steps:
+        # Batches are closed here. The loader's processes would otherwise live until the garbage collector comes, which
+        # then waits for each of them for seconds.
+        batches = _batches(open_loader, counts.step)
+        with _Loop(task, engine, settings, folder, title, counts) as loop, contextlib.closing(batches):
+            while counts.step < settings.total_steps and not loop.stopping:
+                loop.step(loop.next_batch(batches))
+                loop.log()
+                loop.evaluate(evaluate)
+                loop.save()
+            loop.end()
+    return _result(counts, settings)
+
+
+class _Loop(contextlib.ExitStack):
+    """What a loop holds on to between its steps. All ranks call every method together."""
+
+    def __init__(
+        self, task: Task, engine: Engine, settings: TrainSettings, folder: Path, title: str, counts: _Counts
+    ) -> None:
+        super().__init__()
+        self._task, self._engine, self._settings = task, engine, settings
+        self._title, self._counts = title, counts
+        self._writer = MetricsWriter(
+            folder, total_steps=settings.total_steps, batch=settings.batch, start_step=counts.step, title=title
+        )
+        self._saver = checkpoint.Saver(
             folder / "checkpoints",
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
             asynchronous=settings.async_checkpoints,
         )
-        task.module.train()
-        if engine.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(engine.device)
-        # Closed at once: the loader's processes would else wait for the garbage collector, seconds each.
-        with writer, StopSignal() as stop, contextlib.closing(_batches(open_loader, counts.step)) as batches:
-            window = _Window()
-            norms = _Norms(settings.max_nonfinite, title)
-            patience = LONG  # the first step compiles, and opens shards
-            while counts.step < total:
-                beat(counts.step, "waiting for data", patience)
-                started = time.perf_counter()
-                batch, own = _next(batches, stop)
-                window.own_wait += own
-                window.waited += time.perf_counter() - started
-                beat(counts.step, "training", patience)
-                patience = 1.0
-                lr = learning_rate(counts.step, settings)
-                report, norm = _step(task, engine, batch, lr, settings)
-                norms.put(counts.step + 1, norm)
-                norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
-                _count(counts, window, settings, batch, time.perf_counter() - started)
-                if _is_due(counts.step, settings.log_every, total):
-                    line = {**reduce_report(report), "lr": lr, "grad_norm": float(norm)}
-                    writer.log(counts.step, line | _numbers(counts, window, settings, engine.device))
-                    window = _Window()
-                    saver.poll()
-                else:
-                    writer.advance(counts.step)
-                if evaluate is not None and _is_due(counts.step, settings.evaluate_every, total):
-                    beat(counts.step, "evaluating", LONG)
-                    with engine.scoring():
-                        scores = evaluate()
-                    writer.log_evaluation(counts.step, {"epoch": counts.step / settings.steps_per_epoch, **scores})
-                stopping = stop.raised()
-                if stopping or _is_due(counts.step, settings.checkpoint_every, total):
-                    beat(counts.step, "writing a checkpoint", LONG)
-                    norms.read(counts)
-                    saver.save(engine, counts.step, _state(counts, settings))
-                if stopping:
-                    break
-            beat(counts.step, "writing a checkpoint", LONG)
-            saver.finish()
-            if stop.raised_at_last():
-                text = f"{title}: stopped by {stop.name} at step {counts.step} of {total}; saved. "
-                dist.agree(Interrupted(text + "Start the same command again to go on.") if stop.name else None)
-    return _result(counts, settings)
+        self._stop = StopSignal()
+        self._window, self._norms = _Window(), _Norms(settings.max_nonfinite, title)
+        self._report: dict[str, Tensor] = {}
+        self._norm = torch.zeros(())
+        self._lr = self._started = 0.0
+        self._patience = LONG  # the first step compiles, and opens shards
+        self.stopping = False
+        """Whether a rank was asked to stop before the last step, whose state is saved."""
+
+    def __enter__(self) -> _Loop:
+        super().__enter__()
+        self.enter_context(self._writer)
+        self.enter_context(self._stop)
+        self._task.module.train()
+        if self._engine.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._engine.device)
+        return self
+
+    def next_batch(self, batches: Iterator[Batch]) -> Batch:
+        """This rank's next batch. Raises a DataError of one rank on all, as none can finish the step without it."""
+        beat(self._counts.step, "waiting for data", self._patience)
+        batch, fault, self._started = None, None, time.perf_counter()
+        try:
+            batch = next(batches)
+        except DataError as error:
+            fault = error
+        self._window.own_wait += time.perf_counter() - self._started
+        # The ranks tell each other in one collective what they need to agree on: broken data, and a request to stop.
+        faulty, self._stop.agreed = dist.any_of(fault is not None, bool(self._stop.name))
+        if faulty:
+            dist.agree(fault)
+        self._window.waited += time.perf_counter() - self._started
+        assert batch is not None
+        return batch
+
+    def step(self, batch: Batch) -> None:
+        """Forward, backward and update for one global batch.
+
+        A norm that is not finite means that the engine left the update out: on all ranks, as their gradients are equal.
+        """
+        counts, settings = self._counts, self._settings
+        beat(counts.step, "training", self._patience)
+        self._patience = 1.0
+        self._lr = learning_rate(counts.step, settings)
+        self._report, self._norm = training_step(
+            self._task,
+            self._engine,
+            batch,
+            lr=self._lr,
+            micro_batch=settings.micro_batch,
+            clip_grad_norm=settings.clip_grad_norm,
+            mean=settings.mean,
+            std=settings.std,
+        )
+        self._norms.put(counts.step + 1, self._norm)
+        self._norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
+        _count(counts, self._window, settings, batch, time.perf_counter() - self._started)
+
+    def _is_due(self, every: int | None) -> bool:
+        return _is_due(self._counts.step, every, self._settings.total_steps)
+
+    def log(self) -> None:
+        """Write a line of metrics when one is due, and move the progress on."""
+        step = self._counts.step
+        if not self._is_due(self._settings.log_every):
+            self._writer.advance(step)
+            return
+        line = {**reduce_report(self._report), "lr": self._lr, "grad_norm": float(self._norm)}
+        self._writer.log(step, line | _numbers(self._counts, self._window, self._settings, self._engine.device))
+        self._window = _Window()
+        self._saver.poll()
+
+    def evaluate(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
+        """Score the model as it is, when that is due."""
+        step = self._counts.step
+        if evaluate is not None and self._is_due(self._settings.evaluate_every):
+            beat(step, "evaluating", LONG)
+            with self._engine.scoring():
+                scores = evaluate()
+            self._writer.log_evaluation(step, {"epoch": step / self._settings.steps_per_epoch, **scores})
+
+    def save(self) -> None:
+        """Write a checkpoint when one is due, or when a rank was asked to stop."""
+        self.stopping = self._stop.raised()
+        if self.stopping or self._is_due(self._settings.checkpoint_every):
+            beat(self._counts.step, "writing a checkpoint", LONG)
+            self._norms.read(self._counts)
+            self._saver.save(self._engine, self._counts.step, _state(self._counts, self._settings))
+
+    def end(self) -> None:
+        """Wait for the last checkpoint. Raises Interrupted when a rank was asked to stop, even after the last step."""
+        step = self._counts.step
+        beat(step, "writing a checkpoint", LONG)
+        self._saver.finish()
+        if self._stop.raised_at_last():
+            place = f"step {step} of {self._settings.total_steps}"
+            text = f"{self._title}: stopped by {self._stop.name} at {place}; saved. "
+            text += "Start the same command again to go on."
+            # A rank that was not asked itself raises what the others do.
+            dist.agree(Interrupted(text) if self._stop.name else None)
 
 
 def _batches(open_loader: Callable[[int], Iterable[Batch]], step: int) -> Generator[Batch, None, None]:
     yield from open_loader(step)
 
 
-def _next(batches: Iterator[Batch], stop: StopSignal) -> tuple[Batch, float]:
-    """The next batch, and the seconds that this rank waited for it; `stop` learns what other ranks were told.
-
-    A DataError of one rank is raised on all, as none could finish the step without the others.
-    """
-    batch, fault, started = None, None, time.perf_counter()
-    try:
-        batch = next(batches)
-    except DataError as error:
-        fault = error
-    seconds = time.perf_counter() - started
-    faulty, stop.agreed = dist.any_of(fault is not None, bool(stop.name))
-    if faulty:
-        dist.agree(fault)
-    assert batch is not None
-    return batch, seconds
-
-
-def _step(
-    task: Task, engine: Engine, batch: Batch, lr: float, settings: TrainSettings
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and update for one global batch; returns the report and the norm of the gradient, unread.
-
-    A norm that is not finite means that the engine left the update out: on all ranks, as they have the same gradients.
-    """
-    return training_step(
-        task,
-        engine,
-        batch,
-        lr=lr,
-        micro_batch=settings.micro_batch,
-        clip_grad_norm=settings.clip_grad_norm,
-        mean=settings.mean,
-        std=settings.std,
-    )
-
-
 class _Norms:
-    """Norms of gradients that were not read yet, as reading one waits for its step.
+    """Norms of gradients that the CPU has not read yet.
 
-    The loop reads them one step late, so that the next step is already on its way, and all of them before anything is
-    logged, evaluated or saved. A run that has to stop takes at most one step more, of which nothing is kept.
+    Reading a norm waits until the GPU has finished its step. Read at once, the GPU would then wait for the CPU to
+    prepare the next step. So the loop reads a norm one step late, when the next step is already queued, and all norms
+    before it logs, evaluates or saves. A run that has to stop takes at most one step more, and keeps nothing of it.
     """
 
     def __init__(self, most_in_a_row: int, title: str) -> None:
@@ -297,7 +340,7 @@ class _Norms:
         self._unread: deque[tuple[int, Tensor]] = deque()
 
     def put(self, step: int, norm: Tensor) -> None:
-        """The norm of `step`, which has only been begun."""
+        """Keep the norm of `step`, which the GPU may still be computing."""
         self._unread.append((step, norm))
 
     def read(self, counts: _Counts, leave: int = 0) -> None:
@@ -326,7 +369,10 @@ def training_step(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Forward, backward and update of one process's `batch`; the report and the gradient's norm are not waited for."""
+    """Forward, backward and update of one process's `batch`.
+
+    Returns the task's report and the norm of the gradient, without waiting for the GPU to finish.
+    """
     images = to_input(batch.images.to(engine.device, non_blocking=True), mean, std)
     tokens = batch.tokens.to(engine.device, non_blocking=True)
     _, report = cached_backward(task, engine, images, tokens, micro_batch, caption_lengths(batch.tokens))
@@ -349,7 +395,7 @@ def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Bat
 
 
 def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
-    """What a log line says beside losses."""
+    """What a log line has beside losses."""
     return {
         "epoch": counts.step / settings.steps_per_epoch,
         "samples_per_s": window.steps * settings.batch / window.seconds,
@@ -365,9 +411,9 @@ def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: 
 
 
 def _mfu(window: _Window, settings: TrainSettings) -> dict[str, float]:
-    """Model FLOPs utilisation: two FLOPs a useful MAC, over what the devices could have done, waits for data included.
+    """Model FLOPs utilisation: two FLOPs a useful MAC, over the devices' peak; waiting for data counts as time.
 
-    Nothing where the peak of the device is not known.
+    Empty where the peak of the device is not known.
     """
     if settings.peak_flops is None or settings.useful_macs is None:
         return {}
@@ -380,7 +426,7 @@ def _over_ranks(counts: Counter[str]) -> dict[str, int]:
 
 
 def _memory_gib(device: torch.device) -> float:
-    """Peak memory: what this training allocated on the device, or this process's resident set on a CPU."""
+    """Peak memory in GiB: what this run allocated on the GPU, or this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

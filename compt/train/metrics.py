@@ -1,4 +1,4 @@
-"""What a training reports: one JSON line a log step, the same to TensorBoard, and a line of progress for people."""
+"""Metrics of a run: one JSON line a log step, the same to TensorBoard, and a line of progress for people."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from compt.text import terminal
 FILE = "metrics.jsonl"
 TENSORBOARD = "tb"
 PLAIN_EVERY = 10.0
-"""Seconds between two lines of progress where the output is no terminal."""
+"""Seconds between two lines of progress when the output is not a terminal."""
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _log = logging.getLogger(__name__)
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl in their order, all or of one kind ("train" or "eval"); [] without a file.
 
-    A line that was torn by a kill is left out; a number that was not finite comes back as nan.
+    A line that a kill has torn is left out. A number that was not finite comes back as nan.
     """
     if not path.exists():
         return []
@@ -54,7 +54,7 @@ def _parse(line: str) -> dict[str, Any] | None:
 
 
 def _cut_back(path: Path, step: int) -> None:
-    """Take out the lines after `step`, which will be trained again, and a torn one; atomically."""
+    """Remove the lines after `step`, which will be trained again, and a torn line; atomically."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8", errors="replace")
@@ -67,8 +67,8 @@ def _cut_back(path: Path, step: int) -> None:
 class MetricsWriter:
     """Writes FOLDER/metrics.jsonl and FOLDER/tb and shows progress, on rank 0 only; a context manager.
 
-    A training that goes on from `start_step` first cuts off what was logged after it, so no step stands there twice.
-    `batch` is global: a line's `samples` is step * batch. Lines have a `kind`: "train" or "eval".
+    A run that resumes at `start_step` first cuts off what was logged after it, so that no step is logged twice. `batch`
+    counts the images of all ranks: a line's `samples` is step * batch. Lines have a `kind`: "train" or "eval".
     """
 
     def __init__(
@@ -125,14 +125,14 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.stop()
-        # On a full disk closing fails as well, and would hide the message about the line that could not be written.
+        # On a full disk closing fails too, and would hide the error of the line that could not be written.
         for output in (self._board, self._file):
             if output is not None:
                 with contextlib.suppress(OSError):
                     output.close()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """A training line; `loss`, `r` and `samples_per_s` of `values` are shown. Raises RunError on a full disk."""
+        """Write a training line and show its `loss`, `r` and `samples_per_s`. Raises RunError on a full disk."""
         if not self._active:
             return
         self._write("train", step, values)
@@ -140,7 +140,7 @@ class MetricsWriter:
         self.advance(step)
 
     def log_evaluation(self, step: int, scores: Mapping[str, float]) -> None:
-        """A line of scores, under the same step, samples and epoch as training lines. Raises RunError."""
+        """Write a line of scores, with step, samples and epoch as in training lines. Raises RunError."""
         if not self._active:
             return
         self._write("eval", step, scores)
@@ -160,7 +160,7 @@ class MetricsWriter:
             self._print(f"{self._title}: {', '.join(parts)}")
 
     def _print(self, line: str) -> None:
-        # soft_wrap: a CI log has one line for it, however long; markup and highlight would colour names and paths.
+        # soft_wrap keeps one line in a log file, however long; markup and highlight would colour names and paths.
         self._console.print(line, soft_wrap=True, markup=False, highlight=False)
 
     def _remaining(self, step: int) -> str:
@@ -174,7 +174,7 @@ class MetricsWriter:
         path = self._folder / FILE
         with disk_errors(path):
             assert self._file is not None, "the writer is used inside its with block"
-            # nan and Infinity are no JSON: a curve has a gap there.
+            # JSON has no nan and no infinity: null makes a gap in the curve.
             plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
@@ -199,7 +199,7 @@ def _short(value: float) -> str:
 
 
 def _columns(width: int) -> list[Any]:
-    """Fits 60 columns: the title gives way first, and a narrow terminal has a percentage instead of a bar."""
+    """Columns that fit a terminal of 60: the title is cut first, and a narrow terminal shows no bar."""
     title = Column(ratio=1, no_wrap=True, overflow="ellipsis", min_width=6)
     whole = Column(no_wrap=True)
     return [
@@ -212,12 +212,12 @@ def _columns(width: int) -> list[Any]:
 
 
 def straggler_report(seconds: float, waited: float, steps: int) -> dict[str, float]:
-    """Of the `steps` since the last report: what one took on the slowest rank and on average, and the longest wait.
+    """Seconds a step on the slowest rank and on average, and the longest wait for data, since the last report.
 
-    `seconds` are those that this rank was at work by itself, `waited` those of them in which it waited for its data. As
-    ranks wait for each other within a step too, a slow GPU shows less than slow data. One small collective, so all
-    ranks call it. Seconds a step: step_seconds_max, step_seconds_mean and data_wait_max; slowest_rank. In one process
-    nothing.
+    `seconds` are those of `steps` in which this rank did not wait for the data of others; in `waited` of them it waited
+    for its own. Ranks also wait for each other within a step, so a slow GPU shows less than slow data. Returns
+    step_seconds_max, step_seconds_mean, data_wait_max and slowest_rank; {} in a single process. One small collective:
+    all ranks call it.
     """
     if dist.world_size() == 1:
         return {}

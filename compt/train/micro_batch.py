@@ -1,9 +1,9 @@
-"""The largest micro-batch that a training's memory holds, found by trial steps.
+"""The largest micro-batch that fits into memory, found by trial steps.
 
-A step that lacks memory on one rank leaves the others waiting in a collective, and what it had begun to change is
-changed. So each trial runs in a process of its own beside each rank: the trial processes are a group by themselves,
-end together when one of them fails, and leave model, optimizer, random numbers and data as they were.
-(`accelerate.utils.find_executable_batch_size` repeats a function within one process and knows of no other rank.)
+A step that runs out of memory on one rank leaves the others waiting in a collective, and may have changed weights
+already. So each rank starts a child process for each trial. The children form a process group of their own, and end
+together when one of them fails; model, optimizer, random numbers and data of the ranks stay as they were.
+(`accelerate.utils.find_executable_batch_size` repeats a function within one process, and does not know other ranks.)
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_training
 
 STEPS = 2
-"""Steps of a trial: the optimizer's moments are there from the first one on, so that the second needs most."""
+"""Steps of a trial. The first one creates the optimizer's moments, so the second needs most memory."""
 
 _OTHER = "another rank's trial failed"
 _POLL = 0.2
@@ -62,12 +62,12 @@ class Trial:
 
 
 def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = None) -> int:
-    """The largest divisor of the share, up to `engine.micro_batch` where that is given, with which a step fits.
+    """The largest divisor of the share, up to `engine.micro_batch` if given, with which a step fits into memory.
 
-    All ranks call it and get the same. `fits` says of a size whether it does, the same on all ranks (default: by
-    trial). Raises RunError where not even one picture at a time fits, or a trial fails for another reason.
+    All ranks call it and get the same. `fits` says whether a size fits, the same on all ranks (default: by trial).
+    Raises RunError when not even one image at a time fits, or when a trial fails for another reason.
     """
-    # The trials are other processes: to them memory that this one keeps for later is taken.
+    # The trials are other processes, which cannot use memory that torch keeps for this one.
     release(torch.device(trial.device))
     most = min(trial.blueprint.engine.micro_batch or trial.share, trial.share)
     sizes = [size for size in range(1, most + 1) if trial.share % size == 0]
@@ -82,9 +82,9 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
 
 
 def release(device: torch.device) -> None:
-    """Give the device back what torch holds of it for nothing that is still in use; on the CPU there is no such thing.
+    """Give GPU memory that torch caches back to the device; a CPU has no such cache.
 
-    What is in a ring of references, as engines are, goes first.
+    Engines are part of cycles of references, so the garbage collector runs first.
     """
     gc.collect()
     if device.type == "cuda":
@@ -92,8 +92,9 @@ def release(device: torch.device) -> None:
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending `sizes` that `fits`, which holds for all below one that does: the last first, as it
-    often does, then by halves. None where none does.
+    """The largest of ascending `sizes` that `fits`; None if none does. Whatever is smaller than one that fits fits too.
+
+    Tries the last size first, as it often fits, and then halves the range.
     """
     if fits(sizes[-1]):
         return sizes[-1]
@@ -108,9 +109,9 @@ def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
 
 
 def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], None] | None = None) -> bool:
-    """Whether steps with `micro_batch` fit on every rank, by a process beside each. Raises RunError for other faults.
+    """Whether steps with `micro_batch` fit on every rank, by a trial in a child process of each.
 
-    `action(trial, micro_batch)` is what they run (default: `steps`).
+    The children run `action(trial, micro_batch)` (default: `steps`). Raises RunError for other faults.
     """
     beat(0, "looking for a micro-batch", LONG)
     number = next(_numbers)
@@ -128,7 +129,10 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
 
 
 def _outcome(process: Any, receiver: Any, number: int) -> str:
-    """An empty text for a trial that ran, "memory", or what else went wrong; one of another rank's ends this."""
+    """The outcome of this rank's trial: an empty text if it ran, "memory", or another fault.
+
+    A failed trial is noted in the store, and the other ranks then kill theirs, which would wait for it for ever.
+    """
     store = _get_default_store() if dist.world_size() > 1 else None
     key, outcome = f"compt/fit/{number}/failed", _OTHER
     while True:
@@ -137,7 +141,7 @@ def _outcome(process: Any, receiver: Any, number: int) -> str:
                 outcome = receiver.recv()
             except EOFError:
                 process.join()
-                # Killed: as the system does where memory runs out.
+                # SIGKILL is what the system sends when memory runs out.
                 killed = process.exitcode == -signal.SIGKILL
                 outcome = "memory" if killed else f"its process ended with code {process.exitcode}"
             break
@@ -168,12 +172,12 @@ def _try(
             outcome = f"{_OTHER} ({outcome})"
     sender.send(outcome)
     sender.close()
-    # Leaving the group in order would wait for the trials of other ranks.
+    # Leaving the process group in order would wait for the trials of other ranks.
     os._exit(0)
 
 
 def _join(place: tuple[int, int, int], device: torch.device) -> None:
-    """Make the group of the trial processes, in the store of the processes that they stand beside."""
+    """Form the process group of the trials, in the store of the ranks that started them."""
     rank, world, number = place
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -188,7 +192,7 @@ def _join(place: tuple[int, int, int], device: torch.device) -> None:
 
 
 def steps(trial: Trial, micro_batch: int) -> None:
-    """Train as the recipe says, with drawn weights, random pictures and captions as long as the context."""
+    """Train as the recipe says, with drawn weights, random images and captions as long as the context."""
     task, engine = build_training(trial.blueprint, torch.device(trial.device))
     task.module.train()
     spec = trial.blueprint.student
@@ -202,13 +206,13 @@ def steps(trial: Trial, micro_batch: int) -> None:
 
 
 def advise(job: Job, recipe: Recipe, device: torch.device, micro_batch: int) -> str:
-    """What to change when the training of `job` has run out of this device's memory."""
+    """What to change in the recipe after `job` has run out of this device's memory."""
     config = recipe.engine_of(job.spec.name)
     return advice(recipe, job, config, dist.world_size(), room_of(device), micro_batch)
 
 
 def room_of(device: torch.device) -> Room:
-    """Free and all bytes of a GPU, or of the machine's memory where the system tells."""
+    """Free and total bytes of a GPU, or of the machine's memory if the system reports them."""
     if device.type == "cuda":
         return Room(*torch.cuda.mem_get_info(device))
     path, found = Path("/proc/meminfo"), {}

@@ -1,4 +1,4 @@
-"""Signals that ask a training to save and end."""
+"""Signals that ask a run to save and end."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from compt.dist import collectives as dist
 from compt.errors import Interrupted
 
 _SAME = {False: 1.0, True: 5.0}
-"""Seconds after a request in which another is the same: in the loop that is to stop, and where it raises at once."""
+"""Seconds after a request in which another signal counts as the same request, by `at_once`."""
 
 
 class StopSignal:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into Interrupted: `at_once`, or when the loop asks at the end of its step.
 
-    A second Ctrl-C ends the process. What comes within a second of the first is the same request: torchrun passes on
-    what the terminal has already sent to everyone. Of objects within one another the innermost hears a request; another
-    one takes what comes in the next five seconds for the same, as the process is ending then.
+    A second Ctrl-C ends the process. A signal within a second of the first is the same request: torchrun passes on what
+    the terminal has already sent to every process. When objects are nested, the innermost hears a request. An object
+    that raises `at_once` ignores signals for five seconds after it, as the process is ending then.
     """
 
     _open: ClassVar[list[StopSignal]] = []
-    """Those that were entered, the outermost first: it knows when anything was asked."""
+    """Objects that were entered, the outermost first. That one keeps the time of the last request."""
 
     def __init__(self, at_once: bool = False) -> None:
         self.name = ""
         self.agreed = False
-        """Whether all ranks know that one of them was asked to stop."""
+        """Whether all ranks know that one of them was asked to stop. The loop sets it."""
         self._at_once = at_once
         self._asked_at = -math.inf
         self._previous: dict[int, Any] = {}
@@ -56,15 +56,15 @@ class StopSignal:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         if self.name and kind is None:
-            # It came too late for the loop: whoever listens outside has not heard it yet.
+            # The signal came after the loop's last question, so nobody outside has heard it. Send it to them again.
             for outer in self._open:
                 outer._asked_at = -math.inf
             signal.raise_signal(signal.Signals[self.name])
 
     def raised(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks, who tell each other as each step begins."""
+        """Whether any rank was asked to stop. All ranks get the same answer, as they exchange it when a step begins."""
         return self.agreed or (dist.world_size() == 1 and bool(self.name))
 
     def raised_at_last(self) -> bool:
-        """Whether any rank was asked to stop, before or since: all ask each other once more, as no step follows."""
+        """Whether any rank was asked to stop until now. Ranks ask each other once more, as no step follows."""
         return dist.any_true(bool(self.name))

@@ -28,10 +28,11 @@ from compt.weights.lazy import Weights
 class ZeroEngine(EngineHead):
     """Trains a module under DeepSpeed (`Engine` says what each method does).
 
-    `config` is DeepSpeed's JSON for this stage, as `compt.recipe.deepspeed` makes it: how the state is cut up and sent
-    around. What is computed is said by the other arguments, and DeepSpeed's own words for it are left out of `config`:
-    parameters are fp32 and computed with under autocast, as in the other engines; accumulation, clipping and the fp16
-    loss scale are the caller's and this class's. At stage 3 no rank ever holds a whole module from the "meta" device.
+    `config` is DeepSpeed's JSON for this stage, as `compt.recipe.deepspeed` makes it. It says how the state is cut up
+    and sent around; what is computed follows from the other arguments, and DeepSpeed's own keys for that are taken out.
+    As in the other engines, parameters are fp32 and computed with under autocast. The caller accumulates gradients;
+    this class clips them and scales the loss in fp16. At stage 3 no rank ever holds a whole module from the "meta"
+    device.
     """
 
     format: Literal["dcp", "deepspeed"] = "deepspeed"
@@ -56,7 +57,7 @@ class ZeroEngine(EngineHead):
         self.stage = stage
         self._deepspeed = start_deepspeed(self.device)
         json = _complete(config or {}, stage, self.world_size)
-        groups = _named_groups(module, settings)  # before a parameter is cut up, and has no shape of its own
+        groups = _named_groups(module, settings)  # before parameters are cut up and lose their shapes
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)
         elif initial is not None:
@@ -64,10 +65,10 @@ class ZeroEngine(EngineHead):
         if recompute:
             recompute_blocks(module)
         if compile:
-            # A part of a block that is still cut up has no shape that Dynamo could trace.
+            # Dynamo cannot trace a part of a block that is still cut up, as it has no shape.
             compile_blocks(module, hooked=stage != 3)
         self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        # On a CPU too: DeepSpeed's own for that is compiled at first use, and this one has all it needs.
+        # torch's AdamW on a CPU too. DeepSpeed's own AdamW for CPUs would be compiled at first use.
         self.optimizer = torch.optim.AdamW(
             [{**group, "params": [self._trained[name] for name in group["params"]]} for group in groups],
             lr=0.0,
@@ -81,17 +82,18 @@ class ZeroEngine(EngineHead):
         dist.share_timeout()
         if compile and stage == 3:
             self._gather_blocks_whole()
-        # Its hooks on gradients hold on to it where the garbage collector cannot see: the next link needs the memory.
+        # DeepSpeed's hooks on gradients hold the engine where the garbage collector does not look. Without `destroy`
+        # its memory would be missing for the next link.
         weakref.finalize(self, destroy, self._engine).atexit = False
-        # DeepSpeed's `torch_autocast`, without what it does besides: the sums of gradients in half precision, a loss
-        # scaler that each rank updates by itself, and a switch that stays on for the next engine of the process.
+        # This is DeepSpeed's `torch_autocast`, set here because the key of its JSON does more: it sums gradients in
+        # half precision, lets each rank update a loss scaler alone, and stays on for the next engine of the process.
         self._engine._config.torch_autocast_enabled = precision != "fp32"
         self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
         self._parts = Parts(stage, self._zero, self._trained)
-        # With ZeRO on the CPU: DeepSpeed takes it as a number, and says without a GPU whether a step was skipped.
+        # On the CPU with ZeRO: DeepSpeed takes the scale as a number, and knows on the CPU whether it skipped a step.
         self._scale = LossScale(torch.device("cpu") if stage else self.device) if precision == "fp16" else None
         self._caps = dict(caps or {})
-        # Before DeepSpeed copies what was stepped to the module.
+        # A hook, as the caps have to come before DeepSpeed copies what was stepped to the module.
         self.optimizer.register_step_post_hook(_weakly(self._cap))
         self._average = None if ema_decay is None else Average(self._vectors(), ema_decay)
 
@@ -107,7 +109,7 @@ class ZeroEngine(EngineHead):
         stepped = {id(vector) for group in self.optimizer.param_groups for vector in group["params"]}
         skipped = getattr(self.optimizer, "found_inf", torch.zeros(())) > 0
         for name, most in self._caps.items():
-            # DeepSpeed steps one vector after another.
+            # DeepSpeed calls the optimizer once for each vector.
             if id(self._parts.masters[self._parts.where[name].vector]) in stepped:
                 held = self._parts.held(name, self._parts.weight)
                 held.copy_(torch.where(skipped.to(held.device), held, held.clamp(max=most)))
@@ -137,7 +139,7 @@ class ZeroEngine(EngineHead):
             yield name, whole / float(self._scale.scale) if self._scale else whole
 
     def step(self, lr: float, max_norm: float | None = None) -> Tensor:
-        """Clip, AdamW, caps, average. With ZeRO the norm is waited for: DeepSpeed asks whether it is finite."""
+        """Clip, AdamW, caps, average. Stages 1 to 3 wait for the norm: DeepSpeed checks it on the CPU."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         norm = self._step_shards(max_norm) if self.stage else self._step_whole(max_norm)
@@ -181,7 +183,7 @@ class ZeroEngine(EngineHead):
 
     @contextmanager
     def scoring(self) -> Iterator[None]:
-        """Evaluation mode. At stage 3 every rank holds the whole module meanwhile."""
+        """Evaluation mode. At stage 3 every rank holds the whole module inside."""
         training = self.unwrapped.training
         self.unwrapped.eval()
         try:
@@ -196,9 +198,9 @@ class ZeroEngine(EngineHead):
             yield
             return
         with self._deepspeed.zero.GatheredParameters(list(self.unwrapped.parameters())):
-            # The hooks would gather and give up weights block by block, on all ranks together.
+            # The hooks would gather and give up weights block by block, and ranks that score alone would hang.
             home = self._zero.parameter_offload
-            # And the one at the start of the module's forward would compare the ranks' order of blocks.
+            # The hook at the start of the module's forward would compare the ranks' order of blocks.
             start = home.module._forward_pre_hooks[home.fwd_pre_hook.id]
             home.fwd_pre_hook.remove()
             self._unhook()
@@ -219,17 +221,17 @@ class ZeroEngine(EngineHead):
         home._register_deepspeed_module(home.module)
 
     def _gather_blocks_whole(self) -> None:
-        """Gather all of a block before its forward, instead of part by part while it runs."""
+        """Gather a block as a whole before its forward, instead of part by part while it runs."""
         self._unhook()
-        # Not before DeepSpeed's start: it would sum the gradients of such a leaf at each call of the block, and a block
-        # is called for captions of each length in one forward.
+        # Not before `initialize`: DeepSpeed would then sum the gradients of such a leaf at each call of the block, and
+        # one forward calls a block once for captions of each length.
         for model in models_in(self.unwrapped):
             for block in shardable_blocks(model):
                 self._deepspeed.utils.set_z3_leaf_module(block, True)
         self._hook()
 
     def save(self, folder: Path, *, asynchronous: bool = False) -> Finish:
-        """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background: it is done on return."""
+        """Write DeepSpeed's files and the average. DeepSpeed cannot write in the background."""
         note: dict[str, Any] = {"stage": self.stage, "names": self._order}
         if self._scale:
             note |= {name: tensor.item() for name, tensor in self._scale.state().items()}
@@ -238,7 +240,7 @@ class ZeroEngine(EngineHead):
 
     @torch.no_grad()
     def load(self, folder: Path) -> None:
-        """The inverse; another number of ranks, and another stage, may have saved."""
+        """Load what any number of ranks, and any stage, saved."""
         own = self._shapes()
         state, average = dist.on_all(lambda: open_zero(Path(folder), self._parts, own, self._average is not None))
         self._take(state.weights)
@@ -253,7 +255,7 @@ class ZeroEngine(EngineHead):
 
     @torch.no_grad()
     def set_weights(self, weights: Weights) -> None:
-        """Take over other values of the module's state; moments and average stay. All ranks call it.
+        """Take other values for the module's state; moments and average stay. All ranks call it.
 
         Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
         """
@@ -277,7 +279,7 @@ class ZeroEngine(EngineHead):
 
 
 def _weakly(method: Callable[[], None]) -> Callable[..., None]:
-    """Calls a method as long as its object is there, and does not hold it."""
+    """Call a method as long as its object exists, without keeping it alive."""
     found = weakref.WeakMethod(method)
 
     def call(*_: Any) -> None:
@@ -289,7 +291,7 @@ def _weakly(method: Callable[[], None]) -> Callable[..., None]:
 
 
 def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:
-    """AdamW's groups, of the names of parameters."""
+    """AdamW's groups, with names instead of parameters."""
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
     groups = parameter_groups(trained, settings.weight_decay)
@@ -297,13 +299,13 @@ def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, 
 
 
 def _complete(config: Mapping[str, Any], stage: int, world_size: int) -> dict[str, Any]:
-    """What DeepSpeed is given: `config` with what it must have, and without what is done here."""
+    """The JSON for DeepSpeed: `config` with the keys that it must have, and without what this class does itself."""
     json = copy.deepcopy(dict(config))
     zero = json.setdefault("zero_optimization", {})
     zero["stage"] = stage
-    # It would put its own function in the place of torch's for the whole process.
+    # It would replace torch's linear function in the whole process.
     zero["memory_efficient_linear"] = False
-    # DeepSpeed counts neither samples nor pieces: the caller says which backward is the last.
+    # DeepSpeed does not count samples or pieces here: the caller says which backward is the last.
     json |= {"train_batch_size": world_size, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     json["zero_force_ds_cpu_optimizer"] = False
     json["gradient_clipping"] = 0.0

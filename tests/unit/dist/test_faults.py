@@ -324,7 +324,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     spoil(newest / "state" / "__0_0.distcp")
     assert find_latest(newest.parent) == older
     assert_finishes(base, half, whole)
-    assert f"passing over checkpoint {newest}: state/__0_0.distcp does not have its recorded hash" in caplog.text
+    assert f"skipping checkpoint {newest}: state/__0_0.distcp does not have its recorded hash" in caplog.text
 
 
 def test_without_a_whole_checkpoint_it_starts_from_the_expanded_weights(base: Path, whole: Path, half: Path) -> None:

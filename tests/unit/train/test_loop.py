@@ -272,7 +272,7 @@ def test_it_goes_on_from_the_last_checkpoint_where_it_was_killed(tmp_path: Path)
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:
     Bench(tmp_path, total_steps=2).train()
     for key in ("recipe", "data"):
-        with pytest.raises(RunError, match=f"belongs to another training: its {key} differs"):
+        with pytest.raises(RunError, match=f"belongs to another run: its {key} differs"):
             Bench(tmp_path, identity={**SETTINGS.identity, key: "other"}).train()
 
 
