@@ -20,7 +20,7 @@ from compt.train.build import Blueprint, build_training
 from compt.train.loop import training_step
 
 LEARNING_RATE = 1e-5
-"""Of the timed steps: small enough that random pixels lead nowhere."""
+"""Learning rate of the timed steps: so small that random pixels do no harm."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,16 @@ class Setup(Blueprint):
 
 
 def pieces_of(setup: Setup, batch: int) -> list[int]:
-    """How many of `batch` samples go through the models at once, piece by piece."""
+    """The sizes of the pieces of a batch that go through the models one after another."""
     size = setup.engine.micro_batch or batch
     return [min(size, batch - start) for start in range(0, batch, size)]
 
 
 def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
-    """The lengths of the captions of each piece of a batch, ascending; what is computed of them is `setup.tokens`.
+    """Lengths of the captions of each piece of a batch, ascending, so that `setup.tokens` tokens are computed.
 
-    Those are lengths with padding, and no batch of some text buckets computes just any distribution. So all captions of
-    a bucket are as long as the mean of its part of the distribution; what rounding leaves goes to the next bucket.
+    `tokens` counts padding to the longest caption of a bucket. So all captions of a bucket have one length: the mean
+    of the bucket's part of the distribution. What is left by rounding goes to the next bucket.
     """
     context = setup.student.context_length
     tokens = setup.tokens if isinstance(setup.tokens, Mapping) else {mean_tokens(setup.student, setup.tokens): 1.0}
@@ -69,7 +69,7 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
 
 
 def _sum_between(shares: Sequence[tuple[float, float]], low: float, high: float) -> float:
-    """The lengths of a distribution times their shares, from the quantile `low` to `high`."""
+    """The sum of lengths times shares of a distribution, between the quantiles `low` and `high`."""
     total = end = 0.0
     for length, share in shares:
         start, end = end, end + share
@@ -78,7 +78,7 @@ def _sum_between(shares: Sequence[tuple[float, float]], low: float, high: float)
 
 
 def random_captions(setup: Setup, batch: int, generator: torch.Generator) -> Tensor:
-    """Tokens int64 [batch, captions, T], each with its end of text and zeros behind it."""
+    """Tokens int64 [batch, captions, T]; each caption ends with the end of text and zeros."""
     spec = setup.student
     shape = (batch, setup.captions)
     pieces = [torch.tensor(piece) for piece in caption_lengths_of(setup, batch)]
@@ -91,7 +91,7 @@ def random_captions(setup: Setup, batch: int, generator: torch.Generator) -> Ten
 
 
 class TrainingStep:
-    """A model, its engine and, in a chain, its teacher, all with random weights; each call is one step of training."""
+    """A model, its engine and its teacher, if any, all with random weights. Each call is one training step."""
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
         self.setup, self.device = setup, device
@@ -99,7 +99,7 @@ class TrainingStep:
         self.task.module.train()
 
     def data(self, batch: int) -> Batch:
-        """Random uint8 pixels and captions of `batch` samples, as a loader hands them over."""
+        """Random uint8 pixels and captions of `batch` samples, as a loader gives them."""
         generator = torch.Generator().manual_seed(self.setup.seed)
         size = self.setup.student.image_size
         images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
@@ -107,7 +107,7 @@ class TrainingStep:
         return made.pin_memory() if self.device.type == "cuda" else made
 
     def __call__(self, batch: Batch) -> None:
-        """Forward, backward and update, waited for."""
+        """Forward, backward and update; waits until the GPU is done."""
         training_step(
             self.task,
             self.engine,
@@ -122,7 +122,7 @@ class TrainingStep:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, batch: Batch, *, warm_up: int = 1, repeats: int = 3, seconds: float = 0.0) -> list[float]:
-        """Seconds of each of at least `repeats` steps after `warm_up` others, until they are `seconds` together."""
+        """Seconds of each step after `warm_up` others: at least `repeats` steps, and at least `seconds` in sum."""
         for _ in range(warm_up):
             self(batch)
         times: list[float] = []

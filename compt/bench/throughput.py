@@ -1,4 +1,4 @@
-"""How fast this machine trains: the trainer's own step on random pixels and captions, timed job by job."""
+"""How fast this machine trains: the trainer's own step on random pixels and captions, timed for each job."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from compt.models.clip import caption_lengths, padded_tokens
 from compt.weights.artefact import versions
 
 CPU_STEP_SECONDS = 5.0
-"""The longest step that a search for a batch goes up to on a CPU, whose memory is seldom what ends it."""
+"""Longest step of a search for a batch on a CPU, where memory is seldom the limit."""
 
 
 def largest_batch(fits: Callable[[int], bool], most: int) -> int:
     """The largest batch up to `most` that `fits`: by doubling, then by halving the gap to within a sixteenth.
 
-    0 where not even a batch of one does. What is given back was seen to fit. (`accelerate`'s search only ever halves
-    from its start, and so stops up to a factor of two below the largest.)
+    0 if not even a batch of one does. The returned batch was tried. (`accelerate`'s search only halves from its start,
+    and so stops up to a factor of two below the largest.)
     """
     good, bad, size = 0, most + 1, 1
     while good < most:
@@ -57,10 +57,10 @@ def largest_batch(fits: Callable[[int], bool], most: int) -> int:
 
 
 class _LargestBatch:
-    """Asks by trial whether a batch fits; after a failure the next trial starts from an empty device.
+    """Finds by trial whether a batch fits; after a failure the next trial starts from an empty device.
 
-    On a CPU a trial is not begun for which the memory that is left would not do, or whose step would take longer than
-    `CPU_STEP_SECONDS`, as the trials before it tell.
+    On a CPU a trial is skipped if, by the trials before it, it needs more memory than is left or its step takes longer
+    than `CPU_STEP_SECONDS`.
     """
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class _LargestBatch:
         try:
             if self.step is None:
                 self.step = TrainingStep(self.setup, self.device)
-                self.step(self.step.data(1))  # AdamW's moments exist from the first step on
+                self.step(self.step.data(1))  # creates AdamW's moments
                 self.first_peak = _peak_bytes(self.device) or 0
             data = self.step.data(batch)
             started = time.perf_counter()
@@ -85,12 +85,12 @@ class _LargestBatch:
             self.last_peak, self.last_batch = _peak_bytes(self.device) or 0, batch
             return True
         except torch.OutOfMemoryError:
-            pass  # until here the error's frames hold tensors
+            pass  # clear after this block: inside it, the error's frames hold tensors
         self._clear()
         return False
 
     def time(self, batch: int, seconds: float) -> tuple[Batch, list[float]] | None:
-        """The data and the seconds of each timed step, with the peak of memory counted anew; None without memory."""
+        """The data and the seconds of each timed step, with a fresh peak of memory; None without enough memory."""
         try:
             self.step = self.step or TrainingStep(self.setup, self.device)
             if self.device.type == "cuda":
@@ -123,8 +123,8 @@ class _LargestBatch:
 def measure(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:
     """Time `setup` in this process with `batch` samples a step, or with as many as fit, up to `most`.
 
-    The peak of memory is torch's own on CUDA, and on a CPU what the process's resident set grew by (None where the
-    system does not tell).
+    The peak of memory is torch's own on CUDA, and on a CPU the growth of the process's resident set (None if the system
+    does not report it).
     """
     torch.manual_seed(setup.seed)
     before = 0 if device.type == "cuda" else _resident_bytes("VmRSS")
@@ -135,7 +135,7 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
         timed = search.time(size, seconds)
         if timed is None and batch is not None:
             return _failed(setup, batch, f"a batch of {batch} does not fit into memory")
-        if timed is None:  # seen to fit once, but not again and again
+        if timed is None:  # it fitted once, but not several times
             size -= max(1, size // 16)
     if timed is None:
         return _failed(setup, None, "a batch of 1 does not fit into memory")
@@ -184,7 +184,7 @@ _ASKED = (
 
 
 def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
-    """Whether `entry` is of that very job, with `batch` samples a step where that is given."""
+    """Whether `entry` is a measurement of exactly this job, with `batch` samples a step if that is given."""
     asked = _asked(setup, entry.batch)
     same = all(getattr(entry, key) == getattr(asked, key) for key in _ASKED)
     return same and entry.same_models(asked) and (batch is None or entry.batch == batch)
@@ -195,13 +195,13 @@ def _failed(setup: Setup, batch: int | None, why: str) -> Measurement:
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The dense peak of one GPU in FLOP/s by its datasheet; None for a CPU and for a GPU that is not known."""
+    """The dense peak of one GPU in FLOP/s by its datasheet; None for a CPU and for an unknown GPU."""
     known = known_device(device)
     return known.peak_flops[precision] if known else None
 
 
 def known_device(device: torch.device) -> Device | None:
-    """The datasheet of the device at hand, if there is one."""
+    """The datasheet of `device`, if compt has one."""
     if device.type != "cuda":
         return None
     found = torch.cuda.get_device_properties(device)
@@ -226,7 +226,7 @@ def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds:
 
 
 def _resident_bytes(key: str) -> int | None:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process; unlike getrusage's peak, never that of its parent."""
+    """`VmRSS` (now) or `VmHWM` (peak) of this process. getrusage's peak would include that of the parent."""
     status = Path("/proc/self/status")
     if not status.exists():
         return None
@@ -249,9 +249,9 @@ def _available_bytes() -> int | None:
 
 
 def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:
-    """`measure` in a process of its own, so that memory is counted from nothing and a kill ends this job only.
+    """`measure` in a child process, so that memory is counted from zero and a kill only ends this job.
 
-    Raises what `measure` raises of ComptError, and RunError for any other fault of the process, which it has printed.
+    Raises the ComptErrors of `measure`, and RunError for any other fault of the process, which has printed it.
     """
     process, receiver = start_child(_send_measurement, setup, device, batch, most, seconds)
     # A Ctrl-C that comes just before a wait without a limit would only be heard after it.
@@ -265,9 +265,9 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
     if isinstance(found, ComptError):
         raise found
     if found is None and process.exitcode == -signal.SIGKILL:
-        return _failed(setup, batch, "its process was killed, as the system does where memory runs out")
+        return _failed(setup, batch, "its process was killed, which the system does when memory runs out")
     if found is None:
-        raise RunError(f"measuring {setup.student.name} failed (exit code {process.exitcode}); its error stands above")
+        raise RunError(f"measuring {setup.student.name} failed (exit code {process.exitcode}); its error is above")
     return cast(Measurement, found)
 
 
@@ -281,7 +281,7 @@ def _send_measurement(sender: Any, *arguments: Any) -> None:
 
 
 def new_file(device: torch.device, setup: Setup, command: str) -> Throughput:
-    """A throughput file of this machine, without entries, for jobs that are set up as `setup` is."""
+    """A throughput file of this machine, without entries, for jobs with the precision and seed of `setup`."""
     known = known_device(device)
     return Throughput(
         device=device_name(device),
@@ -313,9 +313,9 @@ def run(
 ) -> Throughput:
     """Measure each of `setups`, all of one precision, and write `out` after every one, so that a rerun goes on there.
 
-    What `out` has already is not measured again, unless `fresh`; what it has of another `batch` or setting stays too.
-    `show` is called with each entry and whether it was there before. Raises ConfigError where `out` is damaged or of
-    another machine, other versions or another precision.
+    What `out` has is not measured again, unless `fresh`; its entries of another `batch` or setting stay. `show` is
+    called with each entry and whether it was there before. Raises ConfigError when `out` is damaged or of another
+    machine, other versions or another precision.
     """
     made = held = new_file(device, setups[0], command)
     if out is not None and out.exists() and not fresh:
@@ -325,7 +325,7 @@ def run(
             if old != new:
                 raise ConfigError(
                     f"{out} holds measurements with {key} {_shown(old)}, this one has {_shown(new)}; "
-                    "write to another file, or start it anew with --fresh"
+                    "write to another file, or replace this one with --fresh"
                 )
     for setup in setups:
         found = next((entry for entry in held.entries if _answers(entry, setup, batch)), None)

@@ -36,7 +36,7 @@ GROWTH = 1.25
 
 
 class NotLossless(RunError):
-    """No length below that of the baseline was lossless."""
+    """No length shorter than the baseline's was lossless."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class FirstPair:
         if tries[-1].lossless:
             return tuple(factors)
         steps, factor = pair(plan)[0].steps, factors[-1] * GROWTH
-        # Of a few steps the same number may come out again.
+        # With few steps, two scales can round to the same number of steps.
         while round(steps * factor) == round(steps * factors[-1]):
             factor *= GROWTH
         return (*factors, factor)
@@ -136,7 +136,7 @@ class FirstPair:
                 if read_manifest(folder / "jobs" / job.name)["state"] != "planned":
                     raise RunError(
                         f"{folder}: {job.name} was begun without a first-pair test, which may change its teacher; take "
-                        f"another run folder, or remove {folder / 'jobs' / job.name} to train it anew"
+                        f"another run folder, or remove {folder / 'jobs' / job.name} to train it again"
                     )
         return _tries_of(folder)
 
@@ -146,7 +146,7 @@ class FirstPair:
         at = first_student(plan.recipe)
         factor, key = 1.0, f"{self.source}: chain.links.{at}.train = {plan.recipe.chain.links[at].train}"
         if self.target is not None:
-            # What is computed twice to save memory is left out, so that it changes no length.
+            # Without what is computed twice to save memory: it must not change a length.
             own, alone = (
                 recipe_cost(
                     plan.recipe,
@@ -260,7 +260,7 @@ def _judge(folder: Path, test: FirstPair, plan: Plan, scales: Sequence[float], s
 
 
 def _record(test: FirstPair, plan: Plan, scales: Sequence[float], tries: Sequence[Try], outcome: str) -> dict[str, Any]:
-    """What stands in run.json. `factor` is accepted, or being tried; the sums of MACs are planned."""
+    """The record in run.json. `factor` is accepted, or being tried; the sums of MACs are planned."""
     link, baseline = pair(plan)
     return {
         "dataset": test.dataset,
@@ -301,7 +301,7 @@ def _compare(folder: Path, test: FirstPair, plan: Plan, number: int, factor: flo
     if pins != their_pins or not np.array_equal(ids, their_ids):
         raise RunError(
             f"{folder}: {link.name} and {baseline.name} were not scored on the same {test.dataset}; restore the set, "
-            f"or remove {own} and {other} to train them anew"
+            f"or remove {own} and {other} to train them again"
         )
     if len(right) < 2:
         raise RunError(f"{folder}: {test.dataset} has {len(right)} pictures: too few to compare on")

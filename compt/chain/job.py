@@ -1,4 +1,4 @@
-"""One model of a run, from plan to numbers: expand, train, evaluate. Each state is on disk before the next begins."""
+"""One job of a run: expand, train, evaluate. Each state is on disk before the next begins."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from compt.weights.open import average_of
 
 INITIAL_SHARD_BYTES = 200_000_000
-"""The size of a file of `initial/`, in bytes of float32: small enough for several ranks to have something to write."""
+"""Size of a file of `initial/`, in bytes of float32: small enough that several ranks have a file to write."""
 
 
 @dataclass(frozen=True)
 class RunContext:
     """What all jobs of a run share.
 
-    `base` is the folder that relative paths of the recipe start from, `start` describes the model at `chain.from`.
+    Relative paths of the recipe start at `base`. `start` describes the model at `chain.from`.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class RunContext:
 
 
 class JobRun:
-    """Carries one job from the state on disk to done. All ranks take every step together; rank 0 writes."""
+    """Takes one job from its state on disk to done. All ranks take every step together; rank 0 writes the manifest."""
 
     def __init__(self, job: Job, context: RunContext, say: Callable[[str], None]) -> None:
         self.job = job
@@ -74,7 +74,7 @@ class JobRun:
         self.manifest: dict[str, Any] = dist.broadcast_object(read_manifest(self.folder) if dist.is_main() else None)
 
     def run(self) -> None:
-        """Go on from where the manifest stands. Raises what training and evaluation raise."""
+        """Go on from the state in the manifest. Raises what training and evaluation raise."""
         steps = {
             "planned": self._begin,
             "expanded": lambda: self._enter("training"),
@@ -93,7 +93,7 @@ class JobRun:
         release(self.context.device)
 
     def _note_start(self) -> None:
-        """Where each part of the work was done: a resumed job may have moved to another machine."""
+        """Note the machine in the manifest, as a resumed job may have moved to another one."""
         here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
         here["engine"] = self._engine_config.name
         self.manifest["starts"] = [*self.manifest.get("starts", []), dist.broadcast_object(here)]
@@ -103,7 +103,7 @@ class JobRun:
         dist.on_main(lambda: write_json(self.folder / MANIFEST, self.manifest))
 
     def _check_teacher(self) -> None:
-        """Raise RunError when the teacher was trained anew after this job had grown from it."""
+        """Raise RunError when the teacher was trained again after this job was expanded from it."""
         if self.job.teacher is None or self.manifest["state"] == "planned":
             return
         teacher = self.context.job_folder(self.job.teacher)
@@ -111,15 +111,15 @@ class JobRun:
         def compare() -> None:
             if read_manifest(teacher).get("model_hash") != self.manifest["parent_hash"]:
                 raise RunError(
-                    f"{self.folder}: grew from another {self.job.teacher} than the one that is there now; "
-                    f"remove {self.folder} to train it anew"
+                    f"{self.folder}: was expanded from another {self.job.teacher} than the one that is there now; "
+                    f"remove {self.folder} to train it again"
                 )
 
         dist.on_main(compare)
 
     @property
     def _parent(self) -> str | None:
-        """The job or the path that this model starts from."""
+        """The job, or the path, of the model that this one is expanded from."""
         return self.job.teacher or (str(self.job.start) if self.job.start else None)
 
     def _teacher(self) -> Artefact | None:
@@ -192,7 +192,7 @@ class JobRun:
         return None if self._parent is None else dist.on_all(lambda: read_artefact(self.folder / "initial")).state
 
     def _origin(self) -> dict[str, Any]:
-        """How the weights that training began with were expanded, for the manifest of the trained model."""
+        """How the initial weights were expanded, for the manifest of the trained model."""
         if self._parent is None:
             return {}
         initial = dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False))
@@ -260,9 +260,9 @@ class JobRun:
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
-        release(self.context.device)  # what follows needs the engine's memory
+        release(self.context.device)  # scoring needs the engine's memory
         beat(result.steps, "writing the model", LONG)
-        # From the checkpoint of the last step: each process reads what it writes, and none has the whole model.
+        # From the last checkpoint: each process reads only what it writes, so that none holds the whole model.
         last = self._last_checkpoint(result.steps)
         fields = {
             **origin,
@@ -282,7 +282,7 @@ class JobRun:
         )
 
     def _last_checkpoint(self, step: int) -> Path:
-        """The checkpoint of the last step. Raises RunError, on all ranks, where it was damaged since it was written."""
+        """The checkpoint of the last step. Raises RunError, on all ranks, when it was damaged since it was written."""
         folder = self.folder / "checkpoints"
         path: Path | None = dist.broadcast_object(find_latest(folder) if dist.is_main() else None)
         if path is None or path.name != name_of(step):
@@ -312,14 +312,14 @@ class JobRun:
         )
 
     def _steps_left(self) -> int:
-        """None after a stop between the last checkpoint and the model."""
+        """Steps still to train: 0 after a stop between the last checkpoint and the model."""
         left: int = dist.broadcast_object(steps_left(self.job, self.folder) if dist.is_main() else None)
         return left
 
     def _find_micro_batch(self) -> int:
-        """The largest that fits; it is noted where this part of the work was done."""
+        """The largest micro-batch that fits; the manifest notes it beside the machine."""
         found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
-        self.say(f"{self.job.name}: {found} pictures of a process fit into memory at once")
+        self.say(f"{self.job.name}: {found} images of a process fit into memory at once")
         self.manifest["starts"][-1]["micro_batch"] = found  # written with the next state
         return found
 
@@ -339,7 +339,7 @@ class JobRun:
         )
 
     def _scored(self, artefact: Artefact) -> dict[str, Any]:
-        """What the manifest says of a trained model; each rank holds it whole, unless there is nothing to score."""
+        """Scores for the manifest. Each rank loads the whole model, unless there is nothing to score."""
         if not self.scorer.has_work:
             return {"scores": {}}
         self.say(f"{self.job.name}: evaluating")
@@ -347,22 +347,22 @@ class JobRun:
         return {"scores": self._score(model), **self.scorer.held_out_loss(model)}
 
     def _trained(self) -> Artefact:
-        """This job's model. Raises RunError for one that was trained otherwise or on other data."""
+        """This job's model. Raises RunError if another recipe or other data trained it."""
         artefact = read_artefact(self.folder / "model")
         made = (artefact.manifest.get("recipe_hash"), artefact.manifest.get("data_fingerprint"))
         if made != (self.job.hash, self.context.index.fingerprint):
             raise RunError(
-                f"{artefact.path}: comes from another recipe or other data; remove {self.folder} to train it anew"
+                f"{artefact.path}: comes from another recipe or other data; remove {self.folder} to train it again"
             )
         return artefact
 
     def _cost(self, tokens: float) -> JobCost:
-        """The cost of this job with the caption length that was really computed."""
+        """The cost of this job with the measured length of captions."""
         job = self.job
         return recipe_cost(self.context.recipe, job.spec, job.active_teacher, job.steps, dist.world_size(), tokens)
 
     def _useful_macs(self, tokens: float) -> float:
-        """MACs a sample that the result needs, with captions of `tokens` computed tokens."""
+        """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory."""
         job = self.job
         batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
         cost = exact_cost(job.spec, job.active_teacher, steps=1, batch=batch, captions=captions, tokens=tokens)

@@ -1,4 +1,4 @@
-"""What keeps processes apart that share a run folder: one is at all of its jobs, or several at a job each."""
+"""Locks of a run folder: one process trains all of its jobs, or several processes train one job each."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from compt.errors import RunError
 from compt.files import disk_errors
 
 WHOLE, SHARED = "lock", "run.lock"
-"""Held by the process that a folder belongs to, and by whoever writes what processes share, for the moment."""
+"""The first is held by the process that works in a folder; the second while a process writes files that all share."""
 LOCKS = (WHOLE, SHARED)
 SECONDS = 60.0
-"""How long to wait for another process that writes."""
+"""Seconds to wait for another process that writes."""
 
 
 @contextlib.contextmanager
 def locked(
     folder: Path, meanwhile: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
 ) -> Iterator[None]:
-    """Hold the folder of a run or a job on rank 0, against other processes. Raises RunError when one of them has it.
+    """Hold the folder of a run or a job, on rank 0. Raises RunError when another process holds it.
 
-    It is made and taken within `meanwhile`, which rank 0 alone enters.
+    The folder is made and locked inside `meanwhile`, which only rank 0 enters.
     """
     lock = FileLock(folder / WHOLE)
 
@@ -47,8 +47,9 @@ def locked(
 
 @contextlib.contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Be the only process that writes what jobs of a run share, for a moment; for rank 0. Raises RunError when another
-    one does not come to an end with it.
+    """Be the only process that writes the files that jobs of a run share; for rank 0.
+
+    Raises RunError when another process writes for more than `SECONDS`.
     """
     lock = FileLock(folder / SHARED)
     with disk_errors(folder):

@@ -1,4 +1,4 @@
-"""What a job keeps on disk beside models and checkpoints: how far it is, and on which machines it was."""
+"""A job's manifest on disk: its state, and the machines that it ran on."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 
 
 def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict[str, Any]:
-    """A JSON object that has `keys`. Raises RunError, which ends in `remedy`, for a file that was damaged."""
+    """A JSON object that has `keys`. Raises RunError, which ends in `remedy`, for a damaged file."""
     try:
         record = read_json(path)
     except (OSError, ValueError) as error:
@@ -37,11 +37,11 @@ def read_record(path: Path, keys: Iterable[str], remedy: str) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """A job's manifest; {"state": "planned"} where nothing was begun. Raises RunError for one that was damaged."""
+    """A job's manifest; {"state": "planned"} before it begins. Raises RunError for a damaged one."""
     path = folder / MANIFEST
     if not path.exists():
         return {"state": "planned"}
-    remedy = f"restore it, or remove {folder} to train it anew"
+    remedy = f"restore it, or remove {folder} to train it again"
     manifest = read_record(path, ("state", "hash", "result"), remedy)
     if manifest["state"] not in STATES:
         raise RunError(f"{path} is damaged: '{manifest['state']}' is no state; {remedy}")
@@ -49,17 +49,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
-    """What scores depend on beside the model; when it changes, models are scored again."""
+    """What scores depend on beside the model. When it changes, models are scored again."""
     return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
 
 
 def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:
-    """Whether a job is trained, and scored as the recipe says."""
+    """Whether a job is trained and scored as the recipe says."""
     return bool(manifest["state"] == "done" and manifest["sets"] == evaluation_identity(recipe))
 
 
 def steps_left(job: Job, folder: Path) -> int:
-    """Steps that `job` has still to train, given its folder."""
+    """Steps that `job` still has to train, by what is in its folder."""
     if (folder / "model").exists():
         return 0
     latest = find_latest(folder / "checkpoints")
@@ -67,7 +67,7 @@ def steps_left(job: Job, folder: Path) -> int:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete the temporary forms of these files and folders, left by a process that was killed while it wrote them."""
+    """Delete temporary files and folders of these names, which a process left that was killed while it wrote."""
     for path in [path for name in names for path in folder.glob(f".{name}.*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -77,7 +77,7 @@ def remove_leftovers(folder: Path, *names: str) -> None:
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Versions, and the processor or GPU that computes."""
+    """Versions of the software, and the name of the processor or GPU."""
     return {**versions(), "device": device_name(device), "threads": str(torch.get_num_threads())}
 
 

@@ -1,4 +1,4 @@
-"""A run: the links of a chain one after another, then baselines and controls. Everything it knows lies on disk."""
+"""A run: the links of a chain one after another, then baselines and controls. Its whole state is on disk."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STATE, RECIPE = "run.json", "recipe.yaml"
 
 
 def from_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its picklable result on all; a ComptError in there is raised on all."""
+    """Run `action` on rank 0 and return its picklable result on all ranks. Its ComptErrors are raised on all ranks."""
     found: list[T] = []
     dist.on_main(lambda: found.append(action()))
     result: T = dist.broadcast_object(found[0] if found else None)
@@ -68,23 +68,23 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    """run.json; {} without one. Raises RunError for one that was damaged."""
+    """run.json; {} without one. Raises RunError for a damaged one."""
     path = folder / STATE
     if not path.exists():
         return {}
-    return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written anew")
+    return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written again")
 
 
 def read_calibration(folder: Path) -> dict[str, Any] | None:
-    """What a first-pair test was begun with, and its finished tries in their order; None where none was begun.
+    """The settings of a first-pair test, and its finished tries in order; None if none was begun.
 
-    Tries stand in the manifests, run.json has a copy of those whose folders were removed. Raises RunError.
+    Tries are in the manifests; run.json has a copy of those whose folders were removed. Raises RunError.
     """
     record = _read_state(folder).get("calibration")
     tries = {item["number"]: item for item in (record or {"tries": []})["tries"]}
     for path in sorted((folder / "jobs").glob("*")):
         found = read_manifest(path).get("calibration")
-        # One that failed counts when its folder has been set aside.
+        # A try that failed counts once its folder is set aside under its own name.
         if found is not None and path.name == found["job"]:
             tries[found["number"]] = found
     ordered = [tries[number] for number in sorted(tries)]
@@ -96,9 +96,9 @@ def read_calibration(folder: Path) -> dict[str, Any] | None:
 
 
 def accepted_scales(folder: Path) -> tuple[float, ...]:
-    """The lengths that a first-pair test tried and then accepted; () where none was begun.
+    """The lengths that a first-pair test tried, the accepted one last; () if none was begun.
 
-    Raises RunError for one that did not come to an end.
+    Raises RunError for a test that has not finished.
     """
     record = read_calibration(folder)
     if record is None:
@@ -115,9 +115,9 @@ def accepted_scales(folder: Path) -> tuple[float, ...]:
 
 
 def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
-    """Refuse a recipe or data under which something already begun in `folder` would not have come out the same.
+    """Raise RunError, with the fields that differ, if a begun job of `folder` would give another result now.
 
-    Jobs that were not begun may change freely. Raises RunError with the fields that differ.
+    The recipe or the data may have changed. Jobs that were not begun may change freely.
     """
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
@@ -141,14 +141,14 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
             raise RunError(
                 f"{folder}: the recipe has changed since {job.name} was begun:\n  {lines}\n"
                 f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
-                "built on it) to train it anew."
+                "built on it) to train it again."
             )
 
 
 def open_data(recipe: Recipe, base: Path) -> Index:
     """The index of the training shards. Raises DataError.
 
-    Rank 0 builds what is missing, then one process of each machine, which may have a cache folder of its own.
+    Rank 0 builds what is missing. Then one process of each machine does: each may have its own cache folder.
     """
     data = recipe.data
     folder = base / data.index_dir if data.index_dir else None
@@ -163,9 +163,9 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
 
 def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
-    """Write STATE and RECIPE, and remove what processes that were killed left of them; when the run was started.
+    """Write STATE and RECIPE, and return when the run was started. Raises RunError.
 
-    Raises RunError.
+    Removes temporary files of killed processes.
     """
     with writing(context.folder):
         remove_leftovers(context.folder, STATE, RECIPE)
@@ -198,16 +198,16 @@ def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | 
 
 @contextlib.contextmanager
 def _as_it_was(folder: Path, started: str) -> Iterator[None]:
-    """Keep others from starting the run anew. Raises RunError where one of them has, since it was `started`."""
+    """Keep others from restarting the run. Raises RunError when one of them did, after this one was `started`."""
     with writing(folder):
         if _read_state(folder).get("started") != started:
-            raise RunError(f"{folder}: another process has started this run anew; start the same command again")
+            raise RunError(f"{folder}: another process has restarted this run; start the same command again")
         yield
 
 
 @contextlib.contextmanager
 def named(source: str, key: str) -> Iterator[None]:
-    """Put the recipe's file and the key in front of the message of an error about what the key names."""
+    """Put the recipe's file and the key in front of the message of an error about data or a model."""
     try:
         yield
     except (DataError, ArtefactError) as error:
@@ -237,7 +237,7 @@ def plan_run(
     source: str = "recipe",
     scales: Sequence[float] = (),
 ) -> Plan:
-    """`make_plan` for the data and the model to start from that were found. Raises ConfigError."""
+    """`make_plan` with the data and the start model that were found. Raises ConfigError."""
     return make_plan(
         context.recipe,
         baselines=baselines,
@@ -263,8 +263,8 @@ def prepare(
 ) -> tuple[RunContext, Plan]:
     """Join the process group, open the data, and check everything that can be checked before anything is trained.
 
-    `names`: the jobs that this process is going to train; without them all. `scales` are those of `make_plan`, from the
-    plan without them; by default what the folder's first-pair test found.
+    `names`: the jobs that this process will train (default: all). `scales` gives those of `make_plan` from the plan
+    without them (default: what the folder's first-pair test found).
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
     device = dist.init(recipe.engine.device, timeout_seconds=collective_timeout(recipe.engine.timeout))
@@ -292,7 +292,7 @@ def prepare(
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:
-    """The jobs that are still to be trained or scored, in their order: the same on every rank."""
+    """The jobs that still have to be trained or scored, in their order; the same on every rank."""
     left = [
         job
         for job in plan.jobs
@@ -311,7 +311,7 @@ def running(folder: Path) -> Iterator[None]:
 def run_jobs(
     context: RunContext, plan: Plan, jobs: Iterable[Job], say: Say, calibration: dict[str, Any] | None = None
 ) -> None:
-    """Carry some jobs of the plan to their end; call this within `running`. Raises what training raises.
+    """Finish some jobs of the plan; call this inside `running`. Raises what training raises.
 
     `calibration` replaces the record of the first-pair test in run.json.
     """
@@ -321,15 +321,15 @@ def run_jobs(
         for job in jobs:
             if job.same_as is None:
                 watch.about(job.name)
-                # Another process may be at other jobs of this run.
+                # Another process may work at other jobs of this run.
                 with locked(context.job_folder(job.name), lambda: _as_it_was(context.folder, started)):
                     JobRun(job, context, say).run()
 
 
 def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
-    """Carry every job of the plan to its end, from wherever the folder stands.
+    """Finish every job of the plan, from whatever state the folder has.
 
-    Raises what training raises, and Interrupted on SIGTERM, SIGUSR1 and Ctrl-C; whatever was finished stays.
+    Raises what training raises, and Interrupted on SIGTERM, SIGUSR1 and Ctrl-C. Finished work stays.
     """
     with running(context.folder):
         run_jobs(context, plan, plan.jobs, say)
@@ -338,8 +338,7 @@ def run_chain(context: RunContext, plan: Plan, say: Say) -> None:
 def only(plan: Plan, names: Sequence[str], folder: Path) -> list[Job]:
     """The jobs called `names`, in the plan's order.
 
-    Raises ConfigError for a name that is none of them, RunError where one grows from a model that is not done and not
-    named.
+    Raises ConfigError for an unknown name, and RunError when a job grows from a model that is neither done nor named.
     """
     known = {job.name: job for job in plan.jobs}
     for name in names:
@@ -357,7 +356,7 @@ def only(plan: Plan, names: Sequence[str], folder: Path) -> list[Job]:
 
 
 def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> None:
-    """Carry some jobs to their end; other processes may carry others of the same run at the same time.
+    """Finish some jobs. Other processes may train others of the same run at the same time.
 
     Raises as `run_chain` does.
     """
@@ -366,7 +365,7 @@ def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> 
 
 
 def start_anew(folder: Path) -> None:
-    """Remove a run folder, unless a process is using it or it is no run folder. Raises RunError."""
+    """Remove a run folder. Raises RunError if a process is using it, or if it is no run folder."""
     if not folder.exists():
         return
     state = folder / STATE
@@ -374,9 +373,9 @@ def start_anew(folder: Path) -> None:
         raise RunError(f"{folder} holds other files than a run's; it is not removed")
     with contextlib.ExitStack() as locks, disk_errors(folder):
         locks.enter_context(locked(folder))
-        # First: none begins another job then.
+        # First, so that no process begins another job from here on.
         locks.enter_context(writing(folder))
-        # Processes that are at single jobs hold these alone.
+        # Processes that train single jobs only hold the locks of these.
         for job in sorted((folder / "jobs").glob("*/")):
             locks.enter_context(locked(job))
         for path in folder.iterdir():
@@ -384,5 +383,5 @@ def start_anew(folder: Path) -> None:
                 shutil.rmtree(path)
             elif path.name not in (*LOCKS, state.name):
                 path.unlink()
-        # Last: as long as it is there, this can be done again.
+        # Last: without run.json a half-removed folder would be refused as no run folder, the next time.
         state.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A chain as dependent jobs of Slurm: one for each link, on as many nodes as it asks for. No torch in here."""
+"""A chain as dependent jobs of Slurm: one for each link, on as many nodes as it asks for."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def clash(orders: Sequence[Order], run: Path) -> str | None:
     asked = subprocess.run(
         ["squeue", "--me", "--noheader", "--format=%F\t%Z\t%o"], capture_output=True, text=True, check=False
     )
-    # A squeue that fails is left to sbatch, which says why.
+    # If squeue fails, sbatch will fail too, with the reason.
     lines = [line.split("\t", 2) for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
     found = {
         number: order.name

@@ -1,4 +1,4 @@
-"""Opening the model from outside that a chain starts from."""
+"""Opening the existing model that a chain starts from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compt.weights.open import MODEL_OPTION, PREFIX_OPTION, open_model
 
 
 def hash_of(model: Artefact) -> str:
-    """The hash of a model that all ranks opened, found out by rank 0. All ranks call it. Raises ArtefactError."""
+    """The hash of a model that all ranks opened, computed by rank 0. All ranks call it. Raises ArtefactError."""
     found: list[str] = []
     dist.on_main(lambda: found.append(model.hash))
     return str(dist.broadcast_object(found[0] if found else None))
@@ -32,6 +32,6 @@ def open_start(chain: Chain, base: Path) -> Artefact:
     try:
         return open_model(base / chain.from_, spec, chain.from_prefix)
     except ArtefactError as error:
-        # Options of the command line have keys of recipes for counterparts.
+        # The message names options of the command line; in a recipe these are keys.
         text = str(error).replace(MODEL_OPTION, "chain.from_model").replace(PREFIX_OPTION, "chain.from_prefix")
         raise ArtefactError(text) from error

@@ -135,7 +135,7 @@ def test_a_run_notes_the_micro_batch_that_it_found(tmp_path: Path, monkeypatch: 
         ("large", "small", 12),
     ]
     assert manifest(tmp_path / "run", SECOND)["starts"][-1]["micro_batch"] == 4
-    assert f"{FIRST}: 4 pictures of a process fit into memory at once" in said
+    assert f"{FIRST}: 4 images of a process fit into memory at once" in said
 
 
 def test_nothing_is_looked_for_where_no_step_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -268,7 +268,7 @@ class _Killed:
 
 def test_a_killed_process_is_one_failed_job(capfd: pytest.CaptureFixture[str]) -> None:
     found = measure_apart(ALONE, _Killed(), 4, 32, 0.0)
-    assert found.failure == "its process was killed, as the system does where memory runs out"
+    assert found.failure == "its process was killed, which the system does when memory runs out"
     assert (found.student, found.batch) == (PICO, 4)
     missing = engine_of(ALONE, name="zero1", deepspeed_config="/nowhere/mine.json")
     with pytest.raises(ConfigError, match=r"/nowhere/mine\.json: engine\.deepspeed_config cannot be read"):

@@ -408,7 +408,7 @@ def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
     shutil.rmtree(run / "jobs" / FIRST)
     chain(base, run)  # on the same machine it comes out the same, and the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"grew from another {FIRST}"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"was expanded from another {FIRST}"):
         patch.setattr("compt.chain.job.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
         chain(base, run)
 
@@ -672,7 +672,7 @@ def test_a_job_is_not_begun_in_a_run_that_was_started_anew(
         return started
 
     monkeypatch.setattr(chain_module, "_write_state", overtaken)
-    with pytest.raises(RunError, match="another process has started this run anew; start the same command again"):
+    with pytest.raises(RunError, match="another process has restarted this run; start the same command again"):
         run_only(context, plan, [plan.job(SECOND)], print)
     assert not (half / "jobs").exists()
 

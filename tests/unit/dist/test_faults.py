@@ -380,7 +380,7 @@ def test_a_damaged_manifest(text: str, base: Path, half: Path, whole: Path) -> N
     path = half / "jobs" / SECOND / "manifest.json"
     kept = path.read_bytes()
     path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RunError, match=rf"{path}.*remove {path.parent} to train it anew"):
+    with pytest.raises(RunError, match=rf"{path}.*remove {path.parent} to train it again"):
         chain(base, half)
     path.write_bytes(kept)
     assert_finishes(base, half, whole)
@@ -390,7 +390,7 @@ def test_a_damaged_manifest(text: str, base: Path, half: Path, whole: Path) -> N
 def test_a_damaged_record_of_the_run(text: str, base: Path, half: Path, whole: Path) -> None:
     path = half / "run.json"
     path.write_text(text)
-    with pytest.raises(RunError, match=rf"{path} (cannot be read|is damaged): .*; remove it: it is written anew"):
+    with pytest.raises(RunError, match=rf"{path} (cannot be read|is damaged): .*; remove it: it is written again"):
         chain(base, half)
     path.unlink()
     assert_finishes(base, half, whole)
