@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from compt.models.growth import DEPTH, WIDTH_OPERATORS
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.read import load_recipe, parse_recipe
 from compt.recipe.schema import Recipe
 
@@ -47,7 +47,7 @@ EXACT = Variant("net2net_duplicate_zero", width="net2net", zero_new_outputs=True
 WIDTHS = (
     Variant("insert"),
     SCRATCH,
-    *(Variant(operator, width=operator) for operator in WIDTH_OPERATORS[1:]),
+    *(Variant(operator, width=operator) for operator in [*WIDTH_OPERATORS][1:]),
     IFD_ONLY,
     IWI_ONLY,
 )
@@ -56,7 +56,7 @@ DEPTHS = (
     SCRATCH,
     _depth("duplicate", True),
     EXACT,
-    *(_depth(operator, False) for operator in DEPTH if operator != "duplicate"),
+    *(_depth(operator, False) for operator in DEPTH_OPERATORS if operator != "duplicate"),
     *(_depth(operator, True) for operator in ("constant", "interval")),
 )
 

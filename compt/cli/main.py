@@ -22,6 +22,7 @@ from compt import __version__
 from compt.cli.bench import bench_app
 from compt.cli.curves import curves
 from compt.cli.doctor import doctor
+from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
@@ -209,7 +210,7 @@ app.command()(curves)
 app.command("macs")(macs_command)
 app.command("eval")(evaluate)
 app.command()(doctor)
-app.command()(expand)
+app.command(help=EXPAND_HELP)(expand)
 app.command()(export)
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(launch)
 

@@ -42,6 +42,20 @@ SourcePrefix = Annotated[
     typer.Option("--prefix", "--teacher-prefix", metavar="P", help="of its parameters' names, as module.student."),
 ]
 
+_SCORING = "Scoring"
+Label = Annotated[str, typer.Option(help="cls, or the key of a class number in each .json", rich_help_panel=_SCORING)]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(help="one name a line; default classnames.txt beside the data", rich_help_panel=_SCORING),
+]
+Templates = Annotated[
+    Path | None,
+    typer.Option(help="one a line with {c}; default: the file beside the data", rich_help_panel=_SCORING),
+]
+BatchSize = Annotated[int, typer.Option(help="images per step", min=1, rich_help_panel=_SCORING)]
+Workers = Annotated[int, typer.Option(help="processes that decode", min=0, rich_help_panel=_SCORING)]
+DeviceName = Annotated[str, typer.Option(help="auto, cpu or cuda", rich_help_panel=_SCORING)]
+
 
 def open_source(path: str, model: str | ModelSpec | None, prefix: str | None, verify: bool = True) -> Artefact:
     """The model of a command's arguments, its digests compared with `verify`. Raises ConfigError or ArtefactError."""
@@ -144,14 +158,12 @@ def evaluate(
     model: Source,
     data: Annotated[list[str], typer.Option(help="shards (may be repeated), or a folder of class folders")],
     task: Annotated[str, typer.Option(help=" or ".join(EVALUATION_TASKS.table))] = "zeroshot",
-    label: Annotated[str, typer.Option(help="cls, or the name of a whole number in each sample's .json")] = "cls",
-    classnames: Annotated[Path | None, typer.Option(help="one a line; default classnames.txt beside the data")] = None,
-    templates: Annotated[
-        Path | None, typer.Option(help="one a line with {c}; default: the file beside the data")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="images a step", min=1)] = 256,
-    workers: Annotated[int, typer.Option(help="processes that decode", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
+    label: Label = "cls",
+    classnames: ClassNames = None,
+    templates: Templates = None,
+    batch: BatchSize = 256,
+    workers: Workers = 0,
+    device: DeviceName = "auto",
     precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16")] = "fp32",
     out: Annotated[Path | None, typer.Option(help="also write NAME.json and NAME.npz to this folder")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="also the accuracy of each class")] = False,

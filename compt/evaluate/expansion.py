@@ -26,7 +26,7 @@ from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, fill
-from compt.expand.execute import expand
+from compt.expand.execute import Mapped, expand
 from compt.expand.plan import ExpansionPlan
 from compt.models.clip import ClipModel, build, materialise
 from compt.models.growth import TOWERS
@@ -119,22 +119,6 @@ class Verification:
             "captions": self.captions,
             "skipped": self.skipped,
         }
-
-
-@dataclass(frozen=True)
-class _Doubled(Mapping[str, Tensor]):
-    """Weights in float64, one at a time."""
-
-    state: Mapping[str, Tensor]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.state[name].double()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
 
 
 @dataclass(frozen=True)
@@ -277,10 +261,9 @@ def verify(
     dot_products = None
     if not all(plan.inexact[tower] for tower in TOWERS):
         say("comparing in float64")
-        before = _features(
-            _loaded(teacher.spec, _Doubled(teacher.state), place, torch.float64), pairs, COMPARED_EXACTLY
-        )
-        doubled = expand(plan, _Doubled(teacher.state), seed, _Doubled(average) if average is not None else None)
+        double = Mapped(teacher.state, Tensor.double)
+        before = _features(_loaded(teacher.spec, double, place, torch.float64), pairs, COMPARED_EXACTLY)
+        doubled = expand(plan, double, seed, Mapped(average, Tensor.double) if average is not None else None)
         after = _features(_loaded(plan.student, doubled, place, torch.float64), pairs, COMPARED_EXACTLY)
         exact = {tower: _moved(before[tower], after[tower]) for tower in TOWERS if not plan.inexact[tower]}
         if len(exact) == len(TOWERS):

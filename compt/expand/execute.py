@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.expand.linalg import complete
-from compt.expand.operators import MEAN, AxisMap, Floats, Indices
+from compt.expand.maps import MEAN, AxisMap, Floats, Indices
 from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
@@ -81,6 +81,23 @@ def expand_parameter(entry: ExpandedParameter, read: Read, draw: Draw) -> Tensor
     return result
 
 
+@dataclass(frozen=True)
+class Mapped(Mapping[str, Tensor]):
+    """A state whose tensors go through `function` when they are read, one at a time."""
+
+    state: Mapping[str, Tensor]
+    function: Callable[[Tensor], Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.function(self.state[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.state)
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
 class ExpandedState(Mapping[str, Tensor]):
     """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
 
@@ -97,8 +114,8 @@ class ExpandedState(Mapping[str, Tensor]):
     ) -> None:
         if plan.needs_average and average is None:
             raise ArtefactError(
-                f"depth operator netexpand takes added layers from the moving average of {plan.teacher.name}, "
-                "but there is none beside them; train the teacher with optimizer.ema, or choose another depth operator"
+                f"the depth operator takes added layers from the moving average of {plan.teacher.name}, which has "
+                "none; train the teacher with optimizer.ema, or choose another depth operator"
             )
         self._entries = {entry.name: entry for entry in plan.entries}
         self._teacher, self._state, self._average = plan.teacher.name, state, average

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from compt.cost import counts
 from compt.errors import ArtefactError, ConfigError
-from compt.expand import axes, operators
+from compt.expand import axes, maps
 from compt.expand.axes import Axis, Dim, Parameter, Use
-from compt.expand.operators import AxisMap
+from compt.expand.maps import AxisMap
 from compt.models import growth
 from compt.models.growth import ExpandConfig, Tower
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 
 
@@ -77,8 +78,6 @@ class ExpansionPlan:
     layers: dict[str, list[int]]
     entries: tuple[ExpandedParameter, ...]
 
-    HEADER = ("parameter", "shape", "rule", "source", "copied", "new", "zero")
-
     @cached_property
     def inexact(self) -> dict[Tower, tuple[str, ...]]:
         """For each tower, why its function is not preserved; nothing where it is, exactly. See `growth.inexact`."""
@@ -108,20 +107,6 @@ class ExpansionPlan:
     def zeroed(self) -> int:
         """Elements set to zero."""
         return sum(entry.zeroed for entry in self.entries)
-
-    def rows(self) -> list[tuple[str, ...]]:
-        """One row of text a parameter, under `HEADER`, and a row of totals."""
-        rows = [
-            (
-                entry.name,
-                "×".join(map(str, entry.shape)) or "scalar",
-                entry.rule,
-                ", ".join(entry.sources) or "-",
-                *_shares(entry),
-            )
-            for entry in self.entries
-        ]
-        return [*rows, ("total", f"{self.parameters:,}", _operators(self.config), self.teacher.name, *_shares(self))]
 
     def to_json(self) -> dict[str, Any]:
         """A small description that `from_json` rebuilds the plan from: operators, models, layer sources and totals."""
@@ -224,31 +209,30 @@ class _ExpansionPlanner:
                 return ExpandedParameter(name, shape, "zero", f"zero: layer {parameter.layer} is added")
             if layer < 0:
                 return ExpandedParameter(name, shape, "own", f"own: layer {parameter.layer} has no source")
-            average = added and tower.depth == "netexpand" and not self.config.reference_compatible
+            average = added and DEPTH_OPERATORS[tower.depth].average and not self.config.reference_compatible
             of = "average of " if average else ""
             source_name, where = parameter.name_in_layer(layer), f"layer {parameter.layer} ← {of}{layer}"
         source = self.teacher[source_name]
         dims = zip(parameter.uses, source.dims, parameter.dims, strict=True)
-        maps = tuple(self._map(tower.width, use, old, new) for use, old, new in dims)
+        along = tuple(self._map(tower.width, use, old, new) for use, old, new in dims)
         grown = _grown(tower.width, source, parameter)
         rule = ", ".join(part for part in (grown or "copy", where) if part)
-        completed = (
-            tower.width == "netexpand" and parameter.is_matrix and any(len(m.known) < len(m.index) for m in maps)
-        )
+        grows = any(len(m.known) < len(m.index) for m in along)
+        completed = WIDTH_OPERATORS[tower.width].complement and parameter.is_matrix and grows
         roles = parameter.roles if completed else 0
-        return ExpandedParameter(name, shape, "gather", rule, (source_name,), source.shape, maps, average, roles)
+        return ExpandedParameter(name, shape, "gather", rule, (source_name,), source.shape, along, average, roles)
 
     def _map(self, operator: str, use: Use, old: Dim, new: Dim) -> AxisMap:
         key = (operator, use, old, new)
         if key not in self.maps:
-            if operator == "insert_packed" and len(old) > 1:
+            if WIDTH_OPERATORS[operator].packed and len(old) > 1:
                 sizes = (math.prod(axis.size for axis in dim) for dim in (old, new))
-                self.maps[key] = operators.prefix(*sizes)
+                self.maps[key] = maps.prefix(*sizes)
             else:
                 pairs = zip(old, new, strict=True)
                 noise = self.config.noise
-                self.maps[key] = operators.pack(
-                    operators.axis_map(operator, a.kind, use, a.size, b.size, noise) for a, b in pairs
+                self.maps[key] = maps.pack(
+                    maps.axis_map(operator, a.kind, use, a.size, b.size, noise) for a, b in pairs
                 )
         return self.maps[key]
 
@@ -265,22 +249,6 @@ def _grown(operator: str, source: Parameter, parameter: Parameter) -> str:
 
 def _rule(operator: str, axis: Axis) -> str:
     return _OTHER_AXES.get(axis.kind, operator)
-
-
-def _operators(config: ExpandConfig) -> str:
-    towers = {name: config.tower(name) for name in growth.TOWERS}
-    texts = {
-        name: f"width {each.width}, depth {each.depth}" + (", new outputs zero" if each.zero_new_outputs else "")
-        for name, each in towers.items()
-    }
-    if config.image == config.text:
-        return texts["image"]
-    return "; ".join(f"{name}: {text}" for name, text in texts.items())
-
-
-def _shares(part: ExpandedParameter | ExpansionPlan) -> tuple[str, str, str]:
-    size = part.size if isinstance(part, ExpandedParameter) else part.parameters
-    return f"{part.copied / size:.1%}", f"{part.new / size:.1%}", f"{part.zeroed / size:.1%}"
 
 
 def _check(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> None:

@@ -258,8 +258,8 @@ class _Planner:
             if isinstance(teacher, Start):
                 lacks = f"there is none at chain.from = '{chain.from_}'"
             raise ConfigError(
-                f"{key}: depth netexpand fills the layers that '{link.model}' adds to its {towers[0]} tower from the "
-                f"moving average of the weights that it grows from; {lacks}"
+                f"{key}: depth {config.tower(towers[0]).depth} fills the layers that '{link.model}' adds to its "
+                f"{towers[0]} tower from the moving average of the weights that it grows from; {lacks}"
             )
         return config
 

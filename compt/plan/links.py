@@ -9,15 +9,10 @@ from pathlib import Path
 from compt.cost.counts import parameters
 from compt.errors import ConfigError, nearest
 from compt.files import read_json
-from compt.models.growth import TOWERS, ExpandConfig, Tower, check_sizes, inexact
+from compt.models.growth import TOWERS, ExpandConfig, Tower, check_sizes, disagreeing, inexact
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import PRESETS, VOCAB_SIZE, ModelSpec
 from compt.recipe.schema import Chain
-
-EXACT = frozenset({"net2net", "lemon", "insert_exact"})
-"""Width operators that promise to keep what a model computes."""
-
-_AGREE = ("quick_gelu", "no_ln_pre", "head_width", "text_head_width")
-_IMAGE = ("no_ln_pre", "head_width")
 
 
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
@@ -37,12 +32,7 @@ def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = Tru
 
 def check_start(start: ModelSpec, student: ModelSpec) -> None:
     """`check_growth` for a model from outside; where sizes must agree, the error says what the recipe has to say."""
-    alike = start.arch == student.arch
-    wanted = {
-        name: getattr(start, name)
-        for name in _AGREE
-        if getattr(start, name) != getattr(student, name) and (alike or name not in _IMAGE)
-    }
+    wanted = {name: getattr(start, name) for name in disagreeing(start, student)}
     if wanted:
         found = ", ".join(f"{name} is {_yaml(getattr(student, name))}" for name in wanted)
         write = ", ".join(f"{name}: {_yaml(value)}" for name, value in wanted.items())
@@ -60,19 +50,21 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def averaging(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> list[str]:
+def averaging(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> list[Tower]:
     """The towers that take layers from the moving average of the teacher's weights."""
     if config.reference_compatible:
         return []
     image = teacher.arch == student.arch and (teacher.depth, teacher.depths) != (student.depth, student.depths)
-    grows = {"image": image, "text": teacher.text_depth != student.text_depth}
-    return [tower for tower in TOWERS if grows[tower] and config.tower(tower).depth == "netexpand"]
+    grows: dict[Tower, bool] = {"image": image, "text": teacher.text_depth != student.text_depth}
+    return [tower for tower in TOWERS if grows[tower] and DEPTH_OPERATORS[config.tower(tower).depth].average]
 
 
 def broken_promises(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> dict[Tower, tuple[str, ...]]:
     """For each tower whose width operator promises to keep what the model computes, and cannot for this pair, why."""
     found = inexact(teacher, student, config)
-    return {tower: found[tower] for tower in TOWERS if config.tower(tower).width in EXACT and found[tower]}
+    return {
+        tower: found[tower] for tower in TOWERS if WIDTH_OPERATORS[config.tower(tower).width].exact and found[tower]
+    }
 
 
 MODEL_FORMAT = ("compt-model", 1)

@@ -6,38 +6,9 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from compt.errors import nearest
-from compt.models.growth import DEPTH, TOWERS, WIDTH_OPERATORS, ExpandConfig, Tower, TowerGrowth
+from compt.models.growth import TOWERS, ExpandConfig, Tower, TowerGrowth
+from compt.models.operators import wrong_operator
 from compt.recipe.types import Section
-
-WIDTH_MEANING = {
-    "insert": "the predecessor's channels and heads first, fresh ones behind them",
-    "duplicate": "the predecessor's channels and heads again and again, undivided",
-    "interpolate": "stretched: each new channel or head is blended from the two that lie nearest in the predecessor",
-    "net2net": "as `duplicate`, but what reads copies is divided by their number: exact where all that grows in the "
-    "residual stream grows by a whole factor",
-    "lemon": "as `net2net`, with the mean of all channels in the rest that no whole copy fills, and norms rescaled: "
-    "exact at any ratio for text towers and for ViTs without `ln_pre`",
-    "insert_exact": "as `insert`, but fresh channels stay silent at first and norms are rescaled: exact at any ratio "
-    "for text towers and for ViTs without `ln_pre`",
-    "netexpand": "as `insert`, with orthonormal complements of the predecessor's rows instead of fresh weights",
-    "insert_packed": "as `insert`, but each matrix is one block, without regard to heads and to query, key and value: "
-    "what the authors' code does",
-}
-"""What each width operator does; the keys are growth's."""
-
-DEPTH_MEANING = {
-    "duplicate": "each layer repeated in place",
-    "stack": "all layers, then again from the first",
-    "constant": "fresh layers on top",
-    "interval": "fresh layers in between",
-    "netexpand": "as `duplicate`, but repeated layers come from the moving average of the predecessor's weights, which "
-    "needs `optimizer.ema`",
-}
-"""What each depth operator does; the keys are growth's."""
-
-_COPYING = frozenset({"duplicate", "net2net", "lemon"})
-_KNOWN = {"width": WIDTH_OPERATORS, "depth": tuple(DEPTH)}
 
 
 class TowerExpand(Section):
@@ -53,23 +24,27 @@ class TowerExpand(Section):
     @field_validator("width", "depth")
     @classmethod
     def _operator(cls, value: str | None, info: ValidationInfo) -> str | None:
-        known = _KNOWN[str(info.field_name)]
-        if value is not None and value not in known:
-            raise ValueError(f"unknown operator{nearest(value, known)}; known: {', '.join(known)}")
+        if value is not None and (wrong := wrong_operator(str(info.field_name), value)):
+            raise ValueError(wrong)
         return value
 
 
-class LinkExpand(TowerExpand):
+class BothExpand(TowerExpand):
+    """Operators of both towers; what is left out is as in `chain.expand`."""
+
+    noise: float | None = Field(default=None, ge=0, lt=1)
+    """As in `chain.expand.noise`."""
+    reference_compatible: bool | None = None
+    """As in `chain.expand.reference_compatible`."""
+
+
+class LinkExpand(BothExpand):
     """How this link's weights come from its predecessor's, where that is not as `chain.expand` says.
 
     Fields that are left out are the chain's. What stands here for both towers comes before what the chain says for one;
     what stands here for one tower comes before all else. Not for a link that starts from scratch.
     """
 
-    noise: float | None = Field(default=None, ge=0, lt=1)
-    """As in `chain.expand.noise`."""
-    reference_compatible: bool | None = None
-    """As in `chain.expand.reference_compatible`."""
     image: TowerExpand = TowerExpand()
     """Operators of the image tower alone."""
     text: TowerExpand = TowerExpand()
@@ -122,7 +97,7 @@ def expand_result(config: ExpandConfig) -> dict[str, Any]:
     """
     towers: dict[str, Any] = {tower: config.to_dict()[tower] for tower in TOWERS}
     result: dict[str, Any] = towers["image"] if config.image == config.text else towers
-    if config.noise and {config.image.width, config.text.width} & _COPYING:
+    if config.noise and config.copies:
         result["noise"] = config.noise
     if config.reference_compatible:
         result["reference_compatible"] = True
@@ -135,7 +110,7 @@ def expand_words(config: ExpandConfig) -> str:
         words = _words(config.image)
     else:
         words = "; ".join(f"{tower} tower: {_words(config.tower(tower))}" for tower in TOWERS)
-    if {config.image.width, config.text.width} & _COPYING:
+    if config.copies:
         words += f"; noise {config.noise:g}"
     return words + ("; layers as the authors' code" if config.reference_compatible else "")
 

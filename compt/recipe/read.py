@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -102,9 +102,8 @@ def _keys(section: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
 
 
-def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
-    """The section at a location of a recipe, or the closest section around it."""
-    section: type[BaseModel] = Recipe
+def _section_at(section: type[BaseModel], location: Sequence[int | str]) -> type[BaseModel]:
+    """The section at a location below `section`, or the closest section around it."""
     for key in location:
         field = section.model_fields.get("from_" if key == "from" else str(key))
         if field is not None:
@@ -112,7 +111,7 @@ def _section_at(location: Sequence[int | str]) -> type[BaseModel]:
     return section
 
 
-def _lines(error: ValidationError) -> list[str]:
+def _lines(error: ValidationError, section: type[BaseModel]) -> list[str]:
     """A line for each mistake: key, value, what is wrong, and the nearest that would be right."""
     lines: dict[str, str] = {}
     meant = set()
@@ -122,7 +121,7 @@ def _lines(error: ValidationError) -> list[str]:
         key, value, kind = ".".join(map(str, location)), item.get("input"), item["type"]
         text = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if kind == "extra_forbidden":
-            known = _keys(_section_at(location[:-1]))
+            known = _keys(_section_at(section, location[:-1]))
             close = nearest(str(location[-1]), known)
             meant |= {".".join(map(str, [*location[:-1], name])) for name in known if f"'{name}'" in close}
             text = f"unknown key{close}; known here: {', '.join(known)}"
@@ -131,7 +130,7 @@ def _lines(error: ValidationError) -> list[str]:
                 continue
             text = "is missing"
         elif kind == "model_type":
-            text = f"should be a section with the keys {', '.join(_keys(_section_at(location)))}"
+            text = f"should be a section with the keys {', '.join(_keys(_section_at(section, location)))}"
         elif kind == "literal_error" and isinstance(value, str):
             text += nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
         text = _INSTEAD.get(kind, text)
@@ -151,6 +150,15 @@ _LISTED = 10
 """The most mistakes that one message lists."""
 
 
+def _refuse(source: str, error: ValidationError, section: type[BaseModel]) -> ConfigError:
+    lines = _lines(error, section)
+    if len(lines) == 1:
+        return ConfigError(f"{source}: {lines[0]}")
+    more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
+    listed = "".join(f"\n  {line}" for line in [*lines[:_LISTED], *more])
+    return ConfigError(f"{source}: {len(lines)} mistakes{listed}")
+
+
 def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
     """Check plain values.
 
@@ -160,15 +168,32 @@ def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(values)
         recipe.family.specs()
     except ValidationError as error:
-        lines = _lines(error)
-        if len(lines) == 1:
-            raise ConfigError(f"{source}: {lines[0]}") from None
-        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-        listed = "".join(f"\n  {line}" for line in [*lines[:_LISTED], *more])
-        raise ConfigError(f"{source}: {len(lines)} mistakes{listed}") from None
+        raise _refuse(source, error, Recipe) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return recipe
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def parse_pairs(section: type[S], text: str, option: str) -> S:
+    """A section from the text of an option: KEY=VALUE pairs with commas between, values in YAML.
+
+    Raises ConfigError that names the option and, for each mistake, the key, the value and what would be right.
+    """
+    values: dict[str, Any] = {}
+    for pair in text.split(",") if text else ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ConfigError(f"{option} {text}: should be KEY=VALUE pairs with the keys {', '.join(_keys(section))}")
+        if key in values:
+            raise ConfigError(f"{option} {text}: sets {key} twice")
+        values[key] = read_yaml(value, f"{option} {pair}")
+    try:
+        return section.model_validate(values)
+    except ValidationError as error:
+        raise _refuse(option, error, section) from None
 
 
 def shipped_recipes() -> dict[str, Path]:

@@ -13,7 +13,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from compt.files import write_text
-from compt.recipe.expansion import DEPTH_MEANING, WIDTH_MEANING, Expand
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
+from compt.recipe.expansion import Expand
 from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration, OneOf, is_execution
 
@@ -71,9 +72,9 @@ def _section(path: str, section: type[BaseModel], execution: bool | None) -> Ite
 
 def _operators() -> Iterator[str]:
     """The operators of widths and depths, and how they are chosen for one link or one tower."""
-    for what, meaning in (("width", WIDTH_MEANING), ("depth", DEPTH_MEANING)):
+    for what, operators in (("width", WIDTH_OPERATORS), ("depth", DEPTH_OPERATORS)):
         yield f"| {what} operator | what it does |\n|---|---|"
-        yield from (f"| `{name}` | {text} |" for name, text in meaning.items())
+        yield from (f"| `{operator.name}` | {operator.meaning} |" for operator in operators.values())
         yield ""
     yield "What is not said for a tower is as for both, what is not said for a link is as for the chain:\n"
     yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"

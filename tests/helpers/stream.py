@@ -12,7 +12,8 @@ from torch import Tensor
 
 from compt.expand.execute import expand
 from compt.expand.plan import ExpansionPlan, make_plan
-from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
+from compt.models.growth import ExpandConfig
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
 from compt.weights.open import average_of
@@ -47,7 +48,7 @@ def _cases() -> dict[str, Case]:
     for arch, pair in (("vit", VIT), ("swin", SWIN)):
         for width in WIDTH_OPERATORS:
             found[f"{arch}, width {width}"] = Case(pair, ExpandConfig.both(width))
-        for depth in DEPTH:
+        for depth in DEPTH_OPERATORS:
             found[f"{arch}, depth {depth}"] = Case(pair, ExpandConfig.both(depth=depth))
         found[f"{arch}, new outputs zero"] = Case(pair, ExpandConfig.both("lemon", "stack", True))
         reference = ExpandConfig.both("insert_packed", reference_compatible=True)

@@ -49,6 +49,7 @@ LIGHT = (
     "compt.models",
     "compt.models.presets",
     "compt.models.growth",
+    "compt.models.operators",
     "compt.recipe",
     "compt.recipe.*",
     "compt.cost",

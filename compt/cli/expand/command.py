@@ -1,24 +1,33 @@
-"""`compt expand`: a larger model from a smaller one, what is copied from where, and what it computes at step 0."""
+"""`compt expand`: make a larger model from a smaller one, show where its weights come from, and verify it at step 0."""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from compt.cli.expand.request import ExpandRequest, Prepared, prepare
 from compt.cli.expand.tables import plan_tables, summary_table, verification_tables
-from compt.cli.tools import evaluation_set, show
+from compt.cli.tools import (
+    BatchSize,
+    ClassNames,
+    DeviceName,
+    Label,
+    Source,
+    Templates,
+    Workers,
+    evaluation_set,
+    progress_bar,
+    show,
+)
 from compt.errors import ArtefactError
 from compt.files import write_json
-from compt.models.growth import DEPTH, WIDTH_OPERATORS
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.schema import EvalSet
 from compt.text import TextTable, terminal
 
@@ -27,174 +36,125 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compt.evaluate.expansion import Verification
-
-Operator = str | None
-
-_HOW = "How it is expanded"
-_MODELS = "Models"
-_SCORE = "Verification"
+    from compt.evaluate.task import EvalSettings
 
 
-def _option(panel: str, text: str, *names: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+def _choices(names: Iterable[str]) -> str:
+    first, *others = names
+    return ", ".join([f"{first} (default)", *others])
 
 
-Width = Annotated[
-    Operator, _option(_HOW, f"for widths: {', '.join(WIDTH_OPERATORS)}", metavar="OP", show_default="insert")
-]
-Depth = Annotated[Operator, _option(_HOW, f"for layers: {', '.join(DEPTH)}", metavar="OP", show_default="duplicate")]
-Zero = Annotated[bool, _option(_HOW, "added layers start as the identity", "--zero-new-outputs")]
-ImageWidth = Annotated[Operator, _option(_HOW, "--width, of the image tower alone", metavar="OP")]
-ImageDepth = Annotated[Operator, _option(_HOW, "--depth, of the image tower alone", metavar="OP")]
-ImageZero = Annotated[bool, _option(_HOW, "of the image tower alone", "--image-zero-new-outputs")]
-TextWidth = Annotated[Operator, _option(_HOW, "--width, of the text tower alone", metavar="OP")]
-TextDepth = Annotated[Operator, _option(_HOW, "--depth, of the text tower alone", metavar="OP")]
-TextZero = Annotated[bool, _option(_HOW, "of the text tower alone", "--text-zero-new-outputs")]
-Noise = Annotated[
-    float | None, _option(_HOW, "share by which what reads copies differs", metavar="X", show_default="0.1")
-]
-Reference = Annotated[bool, _option(_HOW, "fill the layers the authors' code fills", "--reference-compatible")]
-Seed = Annotated[int | None, _option(_HOW, "draws what is new", show_default="0")]
-FromManifest = Annotated[Path | None, _option(_HOW, "again as a manifest.json says it was done", metavar="FILE")]
+HELP = f"""Inverse weight initialization: make a larger model from a smaller one.
+
+The pairs of --both, --image and --text are KEY=VALUE with commas between, as in width=lemon,depth=stack. \
+Keys and values are those of the recipe's section `expand`; a tower's own pairs come first:
+
+- width: {_choices(WIDTH_OPERATORS)}
+
+- depth: {_choices(DEPTH_OPERATORS)}
+
+- zero_new_outputs: true if added layers start as the identity; default false
+
+- noise (--both only): relative noise that tells copies apart; default 0.1
+
+- reference_compatible (--both only): fill the layers that the authors' code fills; default false
+
+With --dry-run, or with --verify and no OUT, nothing is written. \
+Under torchrun each process writes its share of the files. \
+The exit code is 4 if a tower breaks the plan's promise to keep its function."""
+
+_HOW, _MODELS, _OUTPUT = "Expansion", "Models", "Output"
+
+
+def _option(panel: str, text: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, show_default=default or True, rich_help_panel=panel)
+
+
+Pairs = Annotated[str, _option(_HOW, "both towers", metavar="PAIRS", default="width=insert,depth=duplicate")]
 Sizes = Annotated[
-    list[str] | None,
-    _option(
-        _MODELS,
-        "change the student: width=512, no_ln_pre=true, depths=2-2-8-2; may be repeated",
-        "--set",
-        metavar="FIELD=VALUE",
-    ),
+    list[str] | None, _option(_MODELS, "change the student: width=512, depths=2-2-8-2", "--set", metavar="FIELD=VALUE")
 ]
-TeacherModel = Annotated[str | None, _option(_MODELS, "what TEACHER is, where it does not say so", metavar="NAME")]
-TeacherPrefix = Annotated[str | None, _option(_MODELS, "of its parameters' names, as module.student.", metavar="P")]
-Verify = Annotated[
-    list[str] | None,
-    _option(
-        _SCORE,
-        "score teacher, student and a random student on shards, or a folder of class folders; may be repeated",
-        metavar="DATA",
-    ),
-]
-Label = Annotated[str, _option(_SCORE, "as in compt eval")]
-ClassNames = Annotated[Path | None, _option(_SCORE, "as in compt eval")]
-Templates = Annotated[Path | None, _option(_SCORE, "as in compt eval")]
-Batch = Annotated[int, _option(_SCORE, "images a step, and of a loss", min=1)]
-Workers = Annotated[int, _option(_SCORE, "processes that decode", min=0)]
-Device = Annotated[str, _option(_SCORE, "auto, cpu or cuda")]
 
 
 def expand(
-    teacher: Annotated[
-        str, typer.Argument(help="a model: folder, file, checkpoint, or ARCH:TAG of open_clip's", show_default=False)
-    ],
+    teacher: Source,
     student: Annotated[
         str | None, typer.Argument(help="the larger model: a preset, or a name of open_clip's", show_default=False)
     ] = None,
     out: Annotated[Path | None, typer.Argument(help="the folder to write", show_default=False)] = None,
-    width: Width = None,
-    depth: Depth = None,
-    zero: Zero = False,
-    image_width: ImageWidth = None,
-    image_depth: ImageDepth = None,
-    image_zero: ImageZero = False,
-    text_width: TextWidth = None,
-    text_depth: TextDepth = None,
-    text_zero: TextZero = False,
-    noise: Noise = None,
-    reference_compatible: Reference = False,
-    seed: Seed = None,
-    from_manifest: FromManifest = None,
-    set_: Sizes = None,
-    teacher_model: TeacherModel = None,
-    teacher_prefix: TeacherPrefix = None,
-    shard_size: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="largest file to write: 500MB, 2GiB", show_default="5GB")
+    both: Pairs = "",
+    image: Annotated[str, _option(_HOW, "the image tower", metavar="PAIRS", default="as --both")] = "",
+    text: Annotated[str, _option(_HOW, "the text tower", metavar="PAIRS", default="as --both")] = "",
+    seed: Annotated[int | None, _option(_HOW, "seed of new weights", default="0")] = None,
+    from_manifest: Annotated[
+        Path | None, _option(_HOW, "repeat the expansion recorded in this manifest.json", metavar="FILE")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="write nothing; show every parameter")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
-    out_json: Annotated[Path | None, typer.Option(metavar="FILE", help="also write that JSON to a file")] = None,
-    verify: Verify = None,
+    set_: Sizes = None,
+    teacher_model: Annotated[
+        str | None, _option(_MODELS, "what TEACHER is, where it does not say so", metavar="NAME")
+    ] = None,
+    teacher_prefix: Annotated[
+        str | None, _option(_MODELS, "prefix of the teacher's names, as in module.student.", metavar="P")
+    ] = None,
+    shard_size: Annotated[
+        str | None, _option(_OUTPUT, "largest file to write: 500MB, 2GiB", metavar="SIZE", default="5GB")
+    ] = None,
+    dry_run: Annotated[bool, _option(_OUTPUT, "write nothing; show every parameter", "--dry-run")] = False,
+    as_json: Annotated[bool, _option(_OUTPUT, "print everything as JSON", "--json")] = False,
+    out_json: Annotated[Path | None, _option(_OUTPUT, "also write that JSON to a file", metavar="FILE")] = None,
+    verify: Annotated[
+        list[str] | None,
+        _option("Scoring", "compare with the teacher on shards or class folders; repeatable", metavar="DATA"),
+    ] = None,
     label: Label = "cls",
     classnames: ClassNames = None,
     templates: Templates = None,
-    batch: Batch = 256,
+    batch: BatchSize = 256,
     workers: Workers = 0,
-    device: Device = "auto",
+    device: DeviceName = "auto",
 ) -> None:
-    """Inverse weight initialization: make a larger model from a smaller one.
-
-    Runs alone, or on every process that torchrun starts: each writes its share of the files.
-
-    With --dry-run, or with --verify and no OUT, nothing is written.
-
-    The exit code is 4 where a tower does not compute what the plan promises.
-    """
-    options = {
-        "width": width,
-        "depth": depth,
-        "zero-new-outputs": zero or None,
-        "image-width": image_width,
-        "image-depth": image_depth,
-        "image-zero-new-outputs": image_zero or None,
-        "text-width": text_width,
-        "text-depth": text_depth,
-        "text-zero-new-outputs": text_zero or None,
-        "noise": noise,
-        "reference-compatible": reference_compatible or None,
-        "seed": seed,
-        "shard-size": shard_size,
-    }
-    models = (teacher_model, teacher_prefix)
-    asked = ExpandRequest(teacher, student, out, options, set_ or [], *models, from_manifest, dry_run, bool(verify))
-    score = None
-    if verify:
-        score = _Verify(evaluation_set(verify, "zeroshot", label, classnames, templates), batch, workers, device)
-    _run(asked, score, _Output(dry_run, as_json, out_json))
-
-
-@dataclass(frozen=True)
-class _Verify:
-    """The options of --verify."""
-
-    item: EvalSet
-    batch: int
-    workers: int
-    device: str
-
-
-@dataclass(frozen=True)
-class _Output:
-    """How the result is shown."""
-
-    every_parameter: bool
-    as_json: bool
-    file: Path | None
-
-
-def _run(asked: ExpandRequest, score: _Verify | None, output: _Output) -> None:
+    """Run `compt expand`; its help is `HELP`."""
     from compt.dist import collectives as dist
+    from compt.evaluate.expansion import check_kept
+    from compt.evaluate.sets import check_sets
+    from compt.evaluate.task import EvalSettings
 
+    operators = {"both": both, "image": image, "text": text}
+    options = {"seed": seed, "shard-size": shard_size, "set": set_}
+    source = (teacher_model, teacher_prefix)
+    asked = ExpandRequest(teacher, student, out, operators, options, *source, from_manifest, dry_run, bool(verify))
+    item = evaluation_set(verify, "zeroshot", label, classnames, templates) if verify else None
     try:
-        place = dist.init(score.device if score else "cpu")
+        place = dist.init(device if verify else "cpu")
         prepared = dist.on_all(lambda: prepare(asked))
-        if score:
-            _check_data(prepared, score)
-        if dist.is_main() and not output.as_json:
-            tables = plan_tables(prepared.plan) if output.every_parameter else ()
+        pixels = prepared.teacher.preprocess
+        settings = EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), batch, workers)
+        check_sets([item] if item else [], settings)
+        if dist.is_main() and not as_json:
+            tables = plan_tables(prepared.plan) if dry_run else ()
             _show(*tables, summary_table(prepared.plan, prepared.rounded_to, prepared.notes))
         if prepared.writes:
             _write(prepared)
-            if dist.is_main() and not output.as_json:
+            if dist.is_main() and not as_json:
                 terminal().print(f"Wrote {prepared.out}\n", markup=False, soft_wrap=True)
-        found = _verified(prepared, score, place) if score else None
+        found = _verify(prepared, item, settings, place) if item else None
         if dist.is_main():
-            _show_result(prepared, found, output)
+            if out_json is not None:
+                write_json(out_json, _record(prepared, found))
+            if as_json:
+                typer.echo(json.dumps(_record(prepared, found), indent=2))
+            elif found:
+                _show(*verification_tables(found, prepared.plan))
         if found:
-            from compt.evaluate.expansion import check_kept
-
             dist.on_all(lambda: check_kept(found, prepared.plan.student.name))
     finally:
         dist.shutdown()
+
+
+def _show(*tables: TextTable) -> None:
+    for table in tables:
+        show(table)
+        terminal().print()
 
 
 def _record(prepared: Prepared, found: Verification | None) -> dict[str, Any]:
@@ -209,28 +169,9 @@ def _record(prepared: Prepared, found: Verification | None) -> dict[str, Any]:
     }
 
 
-def _show_result(prepared: Prepared, found: Verification | None, output: _Output) -> None:
-    if output.file is not None:
-        write_json(output.file, _record(prepared, found))
-    if output.as_json:
-        typer.echo(json.dumps(_record(prepared, found), indent=2))
-    elif found:
-        names = {
-            "teacher": f"teacher {prepared.plan.teacher.name}",
-            "student": f"expanded {prepared.plan.student.name}",
-            "random": f"random {prepared.plan.student.name}",
-        }
-        _show(*verification_tables(found, names))
-
-
-def _show(*tables: TextTable) -> None:
-    for table in tables:
-        show(table)
-        terminal().print()
-
-
 def _write(prepared: Prepared) -> None:
     from compt.dist import collectives as dist
+    from compt.expand.execute import Mapped
     from compt.expand.execute import expand as run_expand
     from compt.weights.artefact import versions, write_artefact
 
@@ -240,14 +181,22 @@ def _write(prepared: Prepared) -> None:
     def same(made: str) -> None:
         if prepared.repeats not in (None, made):
             raise ArtefactError(
-                f"{prepared.out}: is not written: it would not hold the bytes that the manifest describes; that was "
-                f"made with {prepared.versions}, this is {versions()}"
+                f"{prepared.out}: not written, because its bytes would differ from those in the manifest, which was "
+                f"made with {prepared.versions}; this is {versions()}"
             )
 
-    with _progress(prepared) as count:
+    # The bar counts the tensors of this rank; each rank writes about the same number.
+    total, done = -(-len(state) // dist.world_size()), itertools.count(1)
+    with progress_bar("writing") if dist.is_main() else contextlib.nullcontext() as progress:
+
+        def counted(tensor: Tensor) -> Tensor:
+            if progress:
+                progress(next(done), total)
+            return tensor
+
         write_artefact(
             prepared.out,
-            _Counted(state, count),
+            Mapped(state, counted),
             prepared.plan.student,
             prepared.fields,
             max_shard_bytes=prepared.shard_bytes,
@@ -257,27 +206,12 @@ def _write(prepared: Prepared) -> None:
         )
 
 
-def _check_data(prepared: Prepared, score: _Verify) -> None:
-    from compt.evaluate.sets import check_sets
-
-    check_sets([score.item], _settings(prepared, score))
-
-
-def _settings(prepared: Prepared, score: _Verify) -> Any:
-    from compt.evaluate.task import EvalSettings
-
-    pixels = prepared.teacher.preprocess
-    return EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), score.batch, score.workers)
-
-
-def _verified(prepared: Prepared, score: _Verify, device: torch.device) -> Verification:
+def _verify(prepared: Prepared, item: EvalSet, settings: EvalSettings, place: torch.device) -> Verification:
     from compt.dist import collectives as dist
     from compt.evaluate.expansion import verify
     from compt.weights.artefact import read_artefact
 
-    out = prepared.out if prepared.writes else None
-    written = dist.on_all(lambda: read_artefact(out)) if out is not None else None
-    status = terminal(stderr=True)
+    out, status = prepared.out if prepared.writes else None, terminal(stderr=True)
 
     def say(text: str) -> None:
         if dist.is_main() and status.is_terminal:
@@ -287,45 +221,10 @@ def _verified(prepared: Prepared, score: _Verify, device: torch.device) -> Verif
         prepared.teacher,
         prepared.plan,
         prepared.seed,
-        score.item,
-        _settings(prepared, score),
-        student=written,
+        item,
+        settings,
+        student=dist.on_all(lambda: read_artefact(out)) if out is not None else None,
         average=prepared.average,
-        device=device,
+        device=place,
         say=say,
     )
-
-
-@dataclass(frozen=True)
-class _Counted(Mapping[str, "Tensor"]):
-    """A state that says how many bytes were read from it."""
-
-    state: Mapping[str, Tensor]
-    count: Callable[[int], None]
-
-    def __getitem__(self, name: str) -> Tensor:
-        tensor = self.state[name]
-        self.count(tensor.nbytes)
-        return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
-
-
-@contextlib.contextmanager
-def _progress(prepared: Prepared) -> Iterator[Callable[[int], None]]:
-    """A bar of this rank's bytes, on the first rank's terminal alone."""
-    from compt.dist import collectives as dist
-
-    if not (dist.is_main() and sys.stderr.isatty()):
-        yield lambda size: None
-        return
-    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    element = prepared.teacher.state["ln_final.weight"].element_size()
-    total = prepared.plan.parameters * element // dist.world_size()
-    with Progress(*columns, console=terminal(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=total)
-        yield lambda size: progress.advance(task, size)

@@ -1,19 +1,22 @@
-"""From the arguments of `compt expand` to what is to be done: the teacher, the student, the plan."""
+"""From the arguments of `compt expand` to the teacher, the student and the plan."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from compt.cli.tools import open_source
 from compt.errors import ArtefactError, ConfigError
 from compt.files import read_json
-from compt.models.growth import TOWERS, ExpandConfig, TowerGrowth
+from compt.models.growth import ExpandConfig, disagreeing
 from compt.models.presets import PRESETS, ModelSpec, resized
+from compt.plan.links import MANIFEST
+from compt.recipe.expansion import BothExpand, Expand, LinkExpand, TowerExpand, expansion
+from compt.recipe.read import parse_pairs, read_yaml
 from compt.recipe.schema import checked_sizes
 
 if TYPE_CHECKING:
@@ -22,24 +25,22 @@ if TYPE_CHECKING:
     from compt.expand.plan import ExpansionPlan
     from compt.weights.artefact import Artefact
 
-T = TypeVar("T")
-
-MANIFEST = "manifest.json"
 _OF_EXPANSION = ("job", "recipe_hash", "seed", "parent", "parent_hash", "expansion", "shard_bytes")
-"""What the manifest of a trained model has of that of its expanded weights."""
+"""Fields that the manifest of a trained model shares with the manifest of its expanded weights."""
+_PIXELS = ("mean", "std", "interpolation")
 _LISTED = 5
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
 class ExpandRequest:
-    """The arguments; an option that was not given is None. `options`: those that --from-manifest stands for."""
+    """The arguments. `operators`: the texts of --both, --image and --text. `options`: --seed, --shard-size, --set."""
 
     teacher: str
     student: str | None
     out: Path | None
+    operators: Mapping[str, str]
     options: Mapping[str, Any]
-    sizes: Sequence[str]
     teacher_model: str | None
     teacher_prefix: str | None
     from_manifest: Path | None
@@ -54,10 +55,10 @@ class ExpandRequest:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is to be done. `fields`, `preprocess`: for the student's manifest.
+    """What to do. `fields` and `preprocess` go into the student's manifest.
 
-    `taken`: what the student takes over from the teacher. `repeats`: the hash of weights that must come out, made with
-    `versions`.
+    `taken`: the sizes that the student takes over from the teacher. `repeats`: the hash of the weights that must come
+    out, made with `versions` of the libraries.
     """
 
     teacher: Artefact
@@ -68,39 +69,39 @@ class Prepared:
     fields: dict[str, Any]
     preprocess: dict[str, Any]
     shard_bytes: int
-    average: Mapping[str, Tensor] | None
+    average: Mapping[str, Tensor] | None = None
     taken: dict[str, Any] = field(default_factory=dict)
     repeats: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
     def rounded_to(self) -> str | None:
-        """The type of the teacher's weights, in which the student is stored, where it is less than float32."""
+        """The type of the teacher's weights, in which the student is stored, if it is less than float32."""
         kind = self.teacher.state["text_projection"].dtype
         return str(kind).removeprefix("torch.") if kind.itemsize < 4 else None
 
     @property
     def notes(self) -> list[str]:
-        """What is taken over, and what is left out of the source, in words."""
+        """Sentences on what the student takes over, and on what is left out of the teacher's files."""
         said = [f"{key} {str(value).lower()}" for key, value in self.taken.items()]
         notes = [f"Taken over from the teacher: {', '.join(said)}."] if said else []
         left_out = self.teacher.manifest.get("left_out", [])
         if left_out:
             more = f" and {len(left_out) - _LISTED} more" if len(left_out) > _LISTED else ""
-            notes.append(f"Not of the model, left out: {', '.join(left_out[:_LISTED])}{more}.")
+            notes.append(f"Left out, because they are not part of the model: {', '.join(left_out[:_LISTED])}{more}.")
         return notes
 
 
 def prepare(asked: ExpandRequest) -> Prepared:
-    """Read what is needed to plan, no weights. Raises ConfigError or ArtefactError."""
+    """Read what the plan needs; no weights are read. Raises ConfigError or ArtefactError."""
     manifest = None
     if asked.from_manifest is not None:
         asked, manifest = _repeating(asked, asked.from_manifest)
     if asked.writes and asked.out is None:
         raise ConfigError("name the folder to write, or add --dry-run, or --verify DATA")
-    if asked.student is None and manifest is None:
-        raise ConfigError("name the student: a preset, or with --from-manifest FILE the model that was made before")
-    config = growth_config(asked.options)
+    if asked.student is None:
+        raise ConfigError("name the student: a preset; or give --from-manifest FILE to repeat an expansion")
+    config = growth_config(asked.operators)
     from compt.dist import collectives as dist
     from compt.expand.plan import ExpansionPlan
     from compt.weights.artefact import check_free
@@ -108,51 +109,46 @@ def prepare(asked: ExpandRequest) -> Prepared:
 
     if asked.out is not None and asked.writes:
         check_free(asked.out, Path(asked.teacher))
-    # One rank's look at the digests is enough, and a plan needs none.
+    # One rank compares the digests of the files. A plan alone needs no weights, and so no digests.
     careful = (asked.writes or asked.verifies) and dist.is_main()
-    if manifest is None:
-        teacher = open_source(asked.teacher, asked.teacher_model, asked.teacher_prefix, verify=careful)
-        prepared = _new(asked, teacher, config)
+    recorded = ExpansionPlan.from_json(manifest["expansion"]) if manifest else None
+    model = asked.teacher_model or (recorded.teacher if recorded else None)
+    teacher = open_source(asked.teacher, model, asked.teacher_prefix, verify=careful)
+    if manifest is not None and recorded is not None:
+        prepared = _repeated(asked, teacher, recorded, manifest)
     else:
-        plan = ExpansionPlan.from_json(manifest["expansion"])
-        known = asked.teacher_model or plan.teacher
-        teacher = open_source(asked.teacher, known, asked.teacher_prefix, verify=careful)
-        prepared = _repeated(asked, teacher, plan, manifest)
+        prepared = _new(asked, teacher, asked.student, config)
     if prepared.plan.needs_average:
         average = average_of(teacher)
         if average is None and asked.writes:
             raise ConfigError(
-                f"depth netexpand takes added layers from the moving average of the teacher's weights, and "
-                f"{asked.teacher} has none (optimizer.ema in the recipe keeps one); take another depth operator"
+                f"this depth operator takes added layers from the moving average of the teacher's weights, but "
+                f"{asked.teacher} has none; train it with optimizer.ema, or choose another depth operator"
             )
         prepared = replace(prepared, average=average)
     return prepared
 
 
-def _new(asked: ExpandRequest, teacher: Artefact, config: ExpandConfig) -> Prepared:
+def _new(asked: ExpandRequest, teacher: Artefact, student: str, config: ExpandConfig) -> Prepared:
     from compt.expand.plan import make_plan
 
-    assert asked.student is not None
-    spec, taken = student_spec(teacher.spec, asked.student, asked.sizes)
+    spec, taken = student_spec(teacher.spec, student, asked.options["set"] or ())
     plan = make_plan(teacher.spec, spec, config)
-    seed, shard_size = asked.options["seed"] or 0, asked.options["shard-size"]
+    seed, shard_bytes = asked.options["seed"] or 0, read_bytes(asked.options["shard-size"])
     fields: dict[str, Any] = {"parent": Path(asked.teacher).name}
-    if asked.writes:  # the hash of some models takes reading them whole
+    if asked.writes:  # for some formats the hash takes reading the whole model
         fields["parent_hash"] = teacher.hash
-    fields["expansion"] = plan.to_json()
-    fields |= {"seed": seed, "shard_bytes": read_bytes(shard_size)}
-    shown: dict[str, Any] = {
-        key: teacher.preprocess[key] for key in ("mean", "std", "interpolation") if key in teacher.preprocess
-    }
-    return Prepared(teacher, plan, seed, asked.out, asked.writes, fields, shown, fields["shard_bytes"], None, taken)
+    fields |= {"expansion": plan.to_json(), "seed": seed, "shard_bytes": shard_bytes}
+    pixels = {key: value for key, value in teacher.preprocess.items() if key in _PIXELS}
+    return Prepared(teacher, plan, seed, asked.out, asked.writes, fields, pixels, shard_bytes, taken=taken)
 
 
 def _repeating(asked: ExpandRequest, path: Path) -> tuple[ExpandRequest, dict[str, Any]]:
-    """The arguments without the student, which the manifest names: what stands in its place is OUT."""
-    given = [f"--{name}" for name, value in asked.options.items() if value is not None]
-    given += ["--set"] if asked.sizes else []
-    if given:
-        raise ConfigError(f"{given[0]}: --from-manifest says it already; leave one of them out")
+    """The request with the student of the manifest at `path`. With it, the argument STUDENT may be OUT instead."""
+    given = {**asked.operators, **asked.options}
+    extra = next((name for name, value in given.items() if value not in (None, "", [])), None)
+    if extra:
+        raise ConfigError(f"--{extra}: --from-manifest already determines it; leave one of them out")
     manifest = _manifest(path / MANIFEST if path.is_dir() else path)
     name = str(manifest["spec"].get("name"))
     if asked.student not in (None, name):
@@ -172,7 +168,7 @@ def _manifest(path: Path) -> dict[str, Any]:
     needed = {"expansion": dict, "seed": int, "parent_hash": str, "hash": str, "spec": dict, "preprocess": dict}
     for key, kind in needed.items():
         if not isinstance(values, dict) or not isinstance(values.get(key), kind):
-            raise ArtefactError(f"{path}: not the manifest of an expanded model: no {key} in it")
+            raise ArtefactError(f"{path}: not the manifest of an expanded model: it has no {key}")
     return dict(values)
 
 
@@ -185,52 +181,23 @@ def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, mani
             f"({manifest.get('parent', 'unnamed')}, hash {manifest['parent_hash'][:16]}; this one: {teacher.hash[:16]})"
         )
     fields, made = {key: value for key, value in manifest.items() if key not in OWN_FIELDS}, manifest["hash"]
-    if "initial_hash" in manifest:  # a trained model: what it was before
+    if "initial_hash" in manifest:  # the manifest of a trained model: repeat what it was before training
         fields = {key: value for key, value in fields.items() if key in _OF_EXPANSION}
         fields |= {"step": 0, "samples": 0, "epochs": 0.0}
         made = manifest["initial_hash"]
+    pixels = {key: manifest["preprocess"][key] for key in _PIXELS}
+    shard_bytes, versions = manifest.get("shard_bytes", MAX_SHARD_BYTES), dict(manifest.get("versions", {}))
+    place = (asked.out, asked.writes)
     return Prepared(
-        teacher,
-        plan,
-        manifest["seed"],
-        asked.out,
-        asked.writes,
-        fields,
-        {key: manifest["preprocess"][key] for key in ("mean", "std", "interpolation")},
-        manifest.get("shard_bytes", MAX_SHARD_BYTES),
-        None,
-        repeats=made,
-        versions=dict(manifest.get("versions", {})),
+        teacher, plan, manifest["seed"], *place, fields, pixels, shard_bytes, repeats=made, versions=versions
     )
 
 
-def growth_config(options: Mapping[str, Any]) -> ExpandConfig:
-    """The operators; `options`: width, image-width, …, zero-new-outputs, noise, reference-compatible, None: not given.
-
-    Raises ConfigError naming the option.
-    """
-
-    def tower(name: str) -> TowerGrowth:
-        values: dict[str, Any] = {}
-        for key in ("width", "depth", "zero-new-outputs"):
-            for option in (key, f"{name}-{key}"):
-                if options[option] is not None:
-                    values[key.replace("-", "_")] = options[option]
-                    _named(option, lambda: TowerGrowth(**values))
-        return TowerGrowth(**values)
-
-    image, text = map(tower, TOWERS)
-    config = ExpandConfig(image, text, reference_compatible=bool(options["reference-compatible"]))
-    if options["noise"] is None:
-        return config
-    return _named("noise", lambda: replace(config, noise=options["noise"]))
-
-
-def _named(option: str, make: Callable[[], T]) -> T:
-    try:
-        return make()
-    except ConfigError as error:
-        raise ConfigError(f"--{option}: {error}") from None
+def growth_config(operators: Mapping[str, str]) -> ExpandConfig:
+    """The operators from the texts of --both, --image and --text. Raises ConfigError naming the option and the key."""
+    both = parse_pairs(BothExpand, operators["both"], "--both")
+    image, text = (parse_pairs(TowerExpand, operators[name], f"--{name}") for name in ("image", "text"))
+    return expansion(Expand(), LinkExpand(**both.model_dump(), image=image, text=text))
 
 
 def read_bytes(text: str | None) -> int:
@@ -247,55 +214,37 @@ def read_bytes(text: str | None) -> int:
 
 
 def read_sizes(given: Sequence[str]) -> dict[str, Any]:
-    """`--set FIELD=VALUE`: a number, true, false, or a list as 2-2-8-2. Raises ConfigError."""
+    """`FIELD=VALUE` texts of --set: YAML values, or a list as 2-2-8-2. Raises ConfigError."""
     values: dict[str, Any] = {}
     for text in given:
         key, _, value = text.partition("=")
-        if value in ("true", "false"):
-            values[key] = value == "true"
-        elif re.fullmatch(r"\d+(-\d+)+", value):
-            values[key] = tuple(map(int, value.split("-")))
-        elif re.fullmatch(r"\d+", value):
-            values[key] = int(value)
-        else:
-            try:
-                values[key] = float(value)
-            except ValueError:
-                raise ConfigError(
-                    f"--set {text}: should be FIELD=VALUE with a number, true, false, or a list as in depths=2-2-8-2"
-                ) from None
+        is_list = re.fullmatch(r"\d+(-\d+)+", value)
+        values[key] = [int(part) for part in value.split("-")] if is_list else read_yaml(value, f"--set {text}")
     return values
 
 
 def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[ModelSpec, dict[str, Any]]:
-    """The student called `name` with `sizes`, and what it takes over from the teacher.
+    """The student called `name` with `sizes`, and the sizes that it takes over from the teacher.
 
-    Taken over unless set: what has to agree (activation, widths of heads, ln_pre), and of pictures, windows,
-    context and vocabulary what would shrink. Raises ConfigError.
+    Unless set, it takes over what must agree (activation, head widths, ln_pre), and the image, window, context and
+    vocabulary sizes that would shrink. Raises ConfigError.
     """
     from compt.weights.infer import model_spec
 
     base = teacher if name == teacher.name else model_spec(name)
+    given = read_sizes(sizes)
     try:
-        values = checked_sizes("swin_t" if base.arch == "swin" else "vit_b16", read_sizes(sizes))
+        values = checked_sizes("swin_t" if base.arch == "swin" else "vit_b16", given)
     except ConfigError as error:
-        raise error if str(error).startswith("--set") else ConfigError(f"--set {error}") from None
+        raise ConfigError(f"--set {error}") from None
     alike = base.arch == teacher.arch
-    taken = {
-        key: getattr(teacher, key)
-        for key in ("quick_gelu", "text_head_width", *(("head_width", "no_ln_pre") if alike else ()))
-        if key not in values and getattr(base, key) != getattr(teacher, key)
-    }
-    taken |= {
-        key: getattr(teacher, key)
-        for key in ("context_length", "vocab_size")
-        if key not in values and getattr(base, key) < getattr(teacher, key)
-    }
-    picture = ("image_size", "patch_size")
-    if alike and not any(key in values for key in picture) and _patches(base) < _patches(teacher):
-        taken |= {key: getattr(teacher, key) for key in picture if getattr(base, key) != getattr(teacher, key)}
-    if alike and "window" not in values and base.arch == "swin" and base.window < teacher.window:
-        taken["window"] = teacher.window
+    names = disagreeing(teacher, base)
+    shrinking = ("context_length", "vocab_size", *(("window",) if alike and base.arch == "swin" else ()))
+    names += [key for key in shrinking if getattr(base, key) < getattr(teacher, key)]
+    image = ("image_size", "patch_size")
+    if alike and not any(key in values for key in image) and _patches(base) < _patches(teacher):
+        names += [key for key in image if getattr(base, key) != getattr(teacher, key)]
+    taken = {key: getattr(teacher, key) for key in names if key not in values}
     return resized(base, {**taken, **values}), taken
 
 

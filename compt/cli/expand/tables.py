@@ -1,4 +1,4 @@
-"""An expansion plan as tables that people can read."""
+"""Tables that show an expansion plan and its verification."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from compt.models.growth import TOWERS, ExpandConfig, added_layers
+from compt.models.growth import TOWERS, added_layers
+from compt.recipe.expansion import expand_words
 from compt.text import TextTable, count
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 _IN_LAYER = re.compile(r"(?P<stack>.*blocks)\.(?P<layer>\d+)\.(?P<leaf>.*)")
 _STAGE = re.compile(r"\.layers\.(\d+)\.")
-# The first row of a layer says it once for all its parameters.
+# What the first row of a layer says for all its parameters.
 _OF_LAYER = re.compile(r"(, layer \d+ ← .*|: layer \d+ (is added|has no source))$")
 NO_BREAK = "\u00a0"
 HEADER = ("parameter", "shape: rule", "copied", "new", "zero")
@@ -24,7 +25,7 @@ HEADER = ("parameter", "shape: rule", "copied", "new", "zero")
 
 @dataclass
 class _TowerRows:
-    """Entries that stand together, in the plan's order: a stack of layers, or a tower's other parameters."""
+    """Entries of one table, in the plan's order: a stack of layers, or a tower's other parameters."""
 
     title: str
     prefix: str
@@ -32,7 +33,7 @@ class _TowerRows:
 
 
 def plan_tables(plan: ExpansionPlan) -> Iterator[TextTable]:
-    """Every parameter, a table a stack of layers and a table for the rest of a tower; the layers' own sums."""
+    """Every parameter: a table for each stack of layers, with sums per layer, and one for the rest of each tower."""
     for part in _parts(plan):
         rows: list[tuple[str, ...]] = []
         layer = ""
@@ -49,44 +50,27 @@ def plan_tables(plan: ExpansionPlan) -> Iterator[TextTable]:
 
 
 def summary_table(plan: ExpansionPlan, rounded_to: str | None = None, notes: Sequence[str] = ()) -> TextTable:
-    """Sums by part and in all; below, the operators and which tower is exact, or why it is not.
+    """Sums by part and in total; below, the operators, and for each tower whether it is exact, or why not.
 
-    `rounded_to`: the type of the student's weights, where that is less than float32.
+    `rounded_to`: the type of the student's weights, if it is less than float32.
     """
     rows = [_sum_row(part.title, part.entries) for part in _parts(plan)]
     rows.append(_sum_row("all", plan.entries))
     header = ("part", "parameters", *HEADER[2:])
     title = f"{plan.teacher.name} to {plan.student.name}"
-    return TextTable(title, header, rows, [operators(plan.config), *_promises(plan, rounded_to), *notes])
-
-
-def operators(config: ExpandConfig) -> str:
-    """The operators of both towers in one sentence."""
-    said = {tower: _tower(config, tower == "image") for tower in TOWERS}
-    if said["image"] == said["text"]:
-        text = f"Both towers: {said['image']}."
-    else:
-        text = f"Image tower: {said['image']}. Text tower: {said['text']}."
-    if config.reference_compatible:
-        text += " Layers as the authors' code fills them (reference-compatible)."
-    return text
-
-
-def _tower(config: ExpandConfig, image: bool) -> str:
-    tower = config.image if image else config.text
-    zero = ", outputs of added layers zero" if tower.zero_new_outputs else ""
-    return f"width {tower.width}, depth {tower.depth}{zero}"
+    words = expand_words(plan.config)
+    return TextTable(title, header, rows, [f"{words[0].upper()}{words[1:]}.", *_promises(plan, rounded_to), *notes])
 
 
 def _promises(plan: ExpansionPlan, rounded_to: str | None) -> Iterator[str]:
-    rounding = f", but for rounding to {rounded_to}, in which it is stored" if rounded_to else ""
+    rounding = f", up to rounding to {rounded_to}, in which it is stored" if rounded_to else ""
     for tower in TOWERS:
         reasons = plan.inexact[tower]
         if reasons:
             more = f" (and {len(reasons) - 1} more such)" if len(reasons) > 1 else ""
-            yield f"The {tower} tower will not compute what the teacher's does: {reasons[0]}{more}."
+            yield f"The {tower} tower changes its function: {reasons[0]}{more}."
         else:
-            yield f"The {tower} tower will compute what the teacher's does (in float64 to 1e-10){rounding}."
+            yield f"The {tower} tower keeps its function (in float64 to 1e-10){rounding}."
 
 
 def _parts(plan: ExpansionPlan) -> list[_TowerRows]:
@@ -126,7 +110,7 @@ def _shape_and_rule(entry: ExpandedParameter) -> str:
         return f"scalar: {rule}"
     old = entry.source_shape if len(entry.source_shape) == len(entry.shape) else entry.shape
     sizes = [str(new) if a == new else f"{a}→{new}" for a, new in zip(old, entry.shape, strict=True)]
-    for size in sizes:  # the rule says it again
+    for size in sizes:  # the rule repeats it
         rule = re.sub(rf" {size}(?=[,;]|$)", "", rule)
     return f"{' × '.join(sizes)}: {rule}"
 
@@ -146,34 +130,31 @@ def _shares(entries: Sequence[ExpandedParameter]) -> tuple[str, str, str]:
 def _share(number: int, size: int) -> str:
     if number in (0, size):
         return "100%" if number else "-"
-    # Neither everything nor nothing is said of a share that is not.
+    # Rounding must not turn a share into 0% or 100%.
     return f"{min(max(100 * number / size, 0.1), 99.9):.1f}%"
 
 
-def verification_tables(found: Verification, names: dict[str, str]) -> Iterator[TextTable]:
-    """Scores and features; `names`: what to call teacher, student and random."""
-    rows = [
-        (
-            names[name],
-            f"{scores.loss:.4f}",
-            f"{scores.top1:.2f}",
-            *([f"{scores.top5:.2f}"] if scores.top5 is not None else []),
-        )
-        for name, scores in found.scores.items()
-    ]
+def verification_tables(found: Verification, plan: ExpansionPlan) -> Iterator[TextTable]:
+    """The scores of teacher, student and random student, and how far features moved."""
+    student = plan.student.name
+    names = {"teacher": f"teacher {plan.teacher.name}", "student": f"expanded {student}", "random": f"random {student}"}
+    rows = []
+    for name, scores in found.scores.items():
+        top5 = [] if scores.top5 is None else [f"{scores.top5:.2f}"]
+        rows.append((names[name], f"{scores.loss:.4f}", f"{scores.top1:.2f}", *top5))
     header = ("model", "loss", "top-1 %", "top-5 %")[: len(rows[0])]
     note = (
         f"Loss: contrastive, in batches of {found.batch}, captions: {found.captions}. Accuracy: zero-shot, "
-        f"{found.samples:,} pictures, {found.classes:,} classes."
+        f"{found.samples:,} images, {found.classes:,} classes."
     )
     if found.skipped:
-        note += f" {found.skipped:,} pictures could not be read."
+        note += f" {found.skipped:,} images could not be read."
     yield TextTable("At step 0", header, rows, [note])
     features = []
     for tower, part in found.differences.items():
         promise = "not exact" if part.reasons else "exact: kept" if part.kept else "exact: BROKEN"
         features.append((tower, promise, f"{part.float32:.1e}", "-" if part.float64 is None else f"{part.float64:.1e}"))
-    notes = ["The largest difference of an element of features of length one; of dot products where they grew longer."]
+    notes = ["Largest difference of an element of normalized features, or of their dot products if they grew longer."]
     if found.dot_products is not None:
-        notes.append(f"Dot products of images with texts, in float64: {found.dot_products:.1e}.")
+        notes.append(f"Dot products of image and text features, in float64: {found.dot_products:.1e}.")
     yield TextTable("Features, teacher to student", ("tower", "promise", "float32", "float64"), features, notes, left=2)

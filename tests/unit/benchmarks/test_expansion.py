@@ -32,7 +32,7 @@ from benchmarks.expansion.settings import (
 )
 from compt.errors import ConfigError, RunError
 from compt.files import write_json
-from compt.models.growth import DEPTH, WIDTH_OPERATORS
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.train import loop as trainer
 from tests.conftest import ROOT
 from tests.helpers.process import KILLED, die, finish, start
@@ -55,7 +55,7 @@ def test_the_study_has_every_operator() -> None:
     assert [variant.width for variant in WIDTHS if variant.compared] == list(WIDTH_OPERATORS)
     assert {variant.depth for variant in WIDTHS} == {"duplicate"}
     plain = [variant for variant in DEPTHS if variant.compared and not variant.zero_new_outputs]
-    assert {variant.depth for variant in plain} == set(DEPTH)
+    assert {variant.depth for variant in plain} == set(DEPTH_OPERATORS)
     assert {variant.width for variant in DEPTHS} - {EXACT.width} == {"insert"}
     assert len({variant.depth for variant in DEPTHS if variant.zero_new_outputs}) >= 3
 

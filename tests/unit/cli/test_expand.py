@@ -115,12 +115,12 @@ def test_a_dry_run_shows_every_parameter(teacher: Path, columns: int) -> None:
 
 
 def test_a_dry_run_names_operators_and_promises(teacher: Path) -> None:
-    output = run(teacher, "vit_pico", "--dry-run", *GROWN, "--zero-new-outputs", "--text-width", "lemon")
+    output = run(teacher, "vit_pico", "--dry-run", *GROWN, "--both", "zero_new_outputs=true", "--text", "width=lemon")
     assert re.search(
-        r"Image tower: width insert, depth duplicate, outputs of added layers zero. Text tower: width lemon,", output
+        r"Image tower: width insert, depth duplicate, outputs of new layers zero; text tower: width lemon,", output
     )
-    assert "The text tower will compute what the teacher's does (in float64 to 1e-10)." in output
-    assert re.search(r"The image tower will not compute what the teacher's does: visual\.\S+: ", output)
+    assert "The text tower keeps its function (in float64 to 1e-10)." in output
+    assert re.search(r"The image tower changes its function: visual\.\S+: ", output)
     closing = [words for name, words in shown_parameters(output) if name.endswith("3.mlp.c_proj.weight")]
     assert closing == [["32", "×", "128:", "zero", "-", "-", "100%"]]
 
@@ -129,9 +129,9 @@ def test_a_dry_run_names_operators_and_promises(teacher: Path) -> None:
 def test_a_promise_of_half_precision_says_so(tmp_path: Path, dtype: torch.dtype) -> None:
     weights = {name: tensor.to(dtype) for name, tensor in export_state(build(TEACHER, seed=1)).items()}
     write_artefact(tmp_path / "model", weights, TEACHER, {})
-    output = run(tmp_path / "model", "vit_pico", "--dry-run", *GROWN, "--text-width", "lemon", columns=200)
-    promise = "The text tower will compute what the teacher's does (in float64 to 1e-10)"
-    rounding = "" if dtype.itemsize > 4 else f", but for rounding to {str(dtype)[6:]}, in which it is stored"
+    output = run(tmp_path / "model", "vit_pico", "--dry-run", *GROWN, "--text", "width=lemon", columns=200)
+    promise = "The text tower keeps its function (in float64 to 1e-10)"
+    rounding = "" if dtype.itemsize > 4 else f", up to rounding to {str(dtype)[6:]}, in which it is stored"
     assert f"{promise}{rounding}.\n" in output
 
 
@@ -172,7 +172,7 @@ def test_swin_stages_have_tables_of_their_own(tmp_path: Path) -> None:
 
 
 def test_the_manifest_repeats_the_same_bytes(teacher: Path, tmp_path: Path) -> None:
-    words = ("--width", "lemon", "--depth", "stack", "--noise", "0.2", "--seed", 5, "--shard-size", "300kB")
+    words = ("--both", "width=lemon,depth=stack,noise=0.2", "--seed", 5, "--shard-size", "300kB")
     output = run(teacher, "vit_pico", tmp_path / "first", *GROWN, *words)
     assert f"Wrote {tmp_path / 'first'}" in output
     first = read_artefact(tmp_path / "first")
@@ -215,7 +215,7 @@ def test_other_bytes_than_the_manifest_says_are_an_error(teacher: Path, tmp_path
     for out in ("one", "two"):
         error = refused(teacher, tmp_path / out, "--from-manifest", tmp_path / "other.json")
         assert isinstance(error, ArtefactError)
-        assert "not hold the bytes that the manifest describes; that was made with {'torch': '1.0'}" in str(error)
+        assert "its bytes would differ from those in the manifest, which was made with {'torch': '1.0'}" in str(error)
     assert content(tmp_path / "one") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "other.json"]
 
@@ -242,7 +242,7 @@ def test_two_processes_write_the_same_bytes_and_say_it_once(teacher: Path, data:
 
 def test_verify_without_out_writes_nothing(teacher: Path, data: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
-    words = (teacher, "vit_pico", *GROWN, "--text-width", "lemon", "--batch", 4, "--verify", data / "*.tar")
+    words = (teacher, "vit_pico", *GROWN, "--text", "width=lemon", "--batch", 4, "--verify", data / "*.tar")
     output = run(*words, "--out-json", tmp_path / "found.json")
     found = json.loads((tmp_path / "found.json").read_text())["verification"]
     assert sorted(tmp_path.rglob("*")) == [*before, tmp_path / "found.json"]
@@ -268,7 +268,7 @@ def test_verify_scores_what_was_written(
         write_artefact(prepared.out, other, prepared.plan.student, {})
 
     monkeypatch.setattr(cli_expand, "_write", write_something_else)
-    words = ("--width", "duplicate", "--verify", data / "*.tar", "--json")
+    words = ("--both", "width=duplicate", "--verify", data / "*.tar", "--json")
     found = json.loads(run(teacher, "vit_pico", tmp_path / "out", *GROWN, *words))
     assert found["out"] == str(tmp_path / "out")
     again = json.loads(run(teacher, "vit_pico", *GROWN, *words))
@@ -303,7 +303,7 @@ OPENAI = replace(
 def test_a_student_takes_over_what_has_to_agree(tmp_path: Path) -> None:
     write_teacher(tmp_path / "given", OPENAI)
     output = run(tmp_path / "given", "vit_nano", tmp_path / "student")
-    taken = "quick_gelu true, text_head_width 8, head_width 8, no_ln_pre true, context_length 40, vocab_size 49410"
+    taken = "quick_gelu true, no_ln_pre true, head_width 8, text_head_width 8, context_length 40, vocab_size 49410"
     note = f"Taken over from the teacher: {taken}, image_size 64."
     assert note in " ".join(output.split())
     made = read_artefact(tmp_path / "student").spec
@@ -361,7 +361,7 @@ def test_values_of_set() -> None:
         "mlp_ratio": 3.5,
         "no_ln_pre": True,
         "quick_gelu": False,
-        "depths": (2, 2, 8, 2),
+        "depths": [2, 2, 8, 2],
     }
 
 
@@ -378,22 +378,43 @@ def test_shard_sizes(text: str | None, size: int) -> None:
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
-        (["OUT", "--width", "insrt"], ConfigError, "--width: unknown width operator 'insrt' (did you mean 'insert'?)"),
-        (["OUT", "--text-depth", "stak"], ConfigError, "--text-depth: unknown depth operator 'stak' (did you mean"),
-        (["OUT", "--noise", "2"], ConfigError, "--noise: noise 2 is not a share"),
+        (
+            ["OUT", "--both", "width=insrt"],
+            ConfigError,
+            "--both: width = 'insrt': unknown width operator (did you mean 'insert'?); known: insert, duplicate, ",
+        ),
+        (["OUT", "--text", "depth=stak"], ConfigError, "--text: depth = 'stak': unknown depth operator (did you mean"),
+        (["OUT", "--both", "noise=2"], ConfigError, "--both: noise = 2: should be less than 1"),
+        (
+            ["OUT", "--both", "widht=insert"],
+            ConfigError,
+            "widht = 'insert': unknown key (did you mean 'width'?)",
+        ),
+        (["OUT", "--image", "noise=0.2"], ConfigError, "unknown key; known here: width, depth, zero_new_outputs"),
+        (["OUT", "--both", "zero_new_outputs=1"], ConfigError, "zero_new_outputs = 1: should be a valid boolean"),
+        (["OUT", "--both", "lemon"], ConfigError, "--both lemon: should be KEY=VALUE pairs with the keys width, depth"),
+        (["OUT", "--text", "depth=stack,depth=stack"], ConfigError, "--text depth=stack,depth=stack: sets depth twice"),
         (["OUT", "--set", "widht=64"], ConfigError, "--set widht: unknown key (did you mean 'width'?)"),
-        (["OUT", "--set", "width=wide"], ConfigError, "--set width=wide: should be FIELD=VALUE with a number"),
-        (["OUT", "--set", "depth=2-2"], ConfigError, "--set depth = (2, 2): should be a whole number"),
+        (["OUT", "--set", "width=wide"], ConfigError, "--set width = 'wide': should be a whole number"),
+        (["OUT", "--set", "depth=2-2"], ConfigError, "--set depth = [2, 2]: should be a whole number"),
         (["OUT", "--set", "width=12"], ConfigError, "width 12 is not a multiple of the head width 8"),
         (["OUT", "--set", "width=8"], ConfigError, "its width 8 is smaller than the 16 of 'small'"),
         (["OUT", "--shard-size", "5 apples"], ConfigError, "--shard-size 5 apples: should be a size in bytes"),
-        (["OUT", "--depth", "netexpand", *GROWN], ConfigError, "takes added layers from the moving average"),
+        (["OUT", "--both", "depth=netexpand", *GROWN], ConfigError, "takes added layers from the moving average"),
         (["OUT", "--verify", "NOWHERE/*.tar"], DataError, "NOWHERE"),
         (["OUT", "--verify", "UNNAMED/*.tar"], DataError, "there is no classnames.txt"),
         (["OUT", "--verify", "DATA/*.tar", "--classnames", "none.txt"], DataError, "class names"),
         (["OUT", "--from-manifest", "none.json"], ArtefactError, "none.json: No such file"),
-        (["OUT", "--from-manifest", "TEACHER"], ArtefactError, "not the manifest of an expanded model: no expansion"),
-        (["OUT", "--from-manifest", "none.json", "--seed", "3"], ConfigError, "--seed: --from-manifest says it"),
+        (
+            ["OUT", "--from-manifest", "TEACHER"],
+            ArtefactError,
+            "not the manifest of an expanded model: it has no",
+        ),
+        (
+            ["OUT", "--from-manifest", "none.json", "--seed", "3"],
+            ConfigError,
+            "--seed: --from-manifest already",
+        ),
         (["OUT", "--verify", "DATA/*.tar", "--device", "tpu"], ConfigError, "device 'tpu' is not supported"),
         ([], ConfigError, "name the folder to write, or add --dry-run, or --verify DATA"),
         (["TAKEN"], ArtefactError, "exists and is not a model folder that compt wrote"),

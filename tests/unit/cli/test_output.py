@@ -43,7 +43,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
         (["macs", "a:x:b"], "a:x:b"),
         (["export", PLAIN, "RECIPE"], PLAIN),
         (["expand", PLAIN, "vit_nano", "--dry-run"], PLAIN),
-        (["expand", "RECIPE", "vit_nano", PLAIN, "--width", PLAIN], PLAIN),
+        (["expand", "RECIPE", "vit_nano", PLAIN, "--both", f"width={PLAIN}"], PLAIN),
     ],
     ids=lambda words: words[0] if isinstance(words, list) else "",
 )

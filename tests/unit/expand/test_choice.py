@@ -15,7 +15,8 @@ from compt.expand.axes import check_parameters, parameters
 from compt.expand.execute import expand_state
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models import growth
-from compt.models.growth import WIDTH_OPERATORS, ExpandConfig, TowerGrowth
+from compt.models.growth import ExpandConfig, TowerGrowth
+from compt.models.operators import WIDTH_OPERATORS
 from compt.models.presets import PRESETS, resolve
 from compt.plan.links import check_growth
 from tests.unit.expand.cases import BIG, SMALL, TINY, Negative, sentinels, sized
@@ -47,24 +48,16 @@ def test_every_step_of_the_shipped_ladders_plans(teacher, student):
     assert ExpansionPlan.from_json(json.loads(written)) == plan
 
 
-def test_rows_name_shape_rule_source_and_shares():
+def test_entries_have_a_rule_and_counts():
     plan = make_plan(TINY, SMALL, ExpandConfig.both(zero_new_outputs=True))
-    rows = {row[0]: row for row in plan.rows()}
-    assert all(len(row) == len(ExpansionPlan.HEADER) for row in plan.rows())
-    assert rows["visual.proj"] == (
-        "visual.proj",
-        "12×7",
-        "insert res 8→12, emb 6→7",
-        "visual.proj",
-        "57.1%",
-        "42.9%",
-        "0.0%",
-    )
-    zeroed = rows["visual.transformer.resblocks.1.attn.out_proj.weight"]
-    assert zeroed[2:] == ("zero: layer 1 is added", "-", "0.0%", "0.0%", "100.0%")
-    assert rows["positional_embedding"][2] == "insert context 5→6, text_res 4→8"
-    assert rows["logit_scale"][1] == "scalar"
-    assert plan.rows()[-1][0] == "total"
+    entries = {entry.name: entry for entry in plan.entries}
+    projection = entries["visual.proj"]
+    assert (projection.shape, projection.rule) == ((12, 7), "insert res 8→12, emb 6→7")
+    assert (projection.copied, projection.new, projection.zeroed) == (48, 36, 0)
+    zeroed = entries["visual.transformer.resblocks.1.attn.out_proj.weight"]
+    assert (zeroed.rule, zeroed.sources) == ("zero: layer 1 is added", ())
+    assert (zeroed.copied, zeroed.new, zeroed.zeroed) == (0, 0, 144)
+    assert entries["positional_embedding"].rule == "insert context 5→6, text_res 4→8"
     assert plan.copied + plan.new + plan.zeroed == plan.parameters
 
 
@@ -79,11 +72,6 @@ def test_a_plan_comes_back_from_its_description_and_counts_everything(width):
     assert table["totals"] == {key: plan.to_json()[key] for key in table["totals"]}
     for key in ("copied", "new", "zeroed"):
         assert sum(entry[key] for entry in table["parameters"]) == table["totals"][key]
-    assert all(len(row) == len(ExpansionPlan.HEADER) for row in plan.rows())
-    assert (
-        plan.rows()[-1][2]
-        == f"image: width {width}, depth stack; text: width {width}, depth interval, new outputs zero"
-    )
     assert set(table["inexact"]) == {"image", "text"}
     assert table["inexact"]["image"]
 
@@ -141,7 +129,7 @@ def test_positions_and_patches_are_resized_but_not_as_the_authors_code(changes):
 
 
 def test_one_table_says_what_must_agree(monkeypatch):
-    monkeypatch.setattr(growth, "_SAME", ("embed_dim",))
+    monkeypatch.setattr(growth, "SAME", ("embed_dim",))
     with pytest.raises(ConfigError, match="its embed_dim is 10"):
         make_plan(SMALL, BIG)
     with pytest.raises(ConfigError, match="its embed_dim is 10"):
@@ -149,9 +137,9 @@ def test_one_table_says_what_must_agree(monkeypatch):
 
 
 def test_unknown_operators_are_named_with_the_nearest():
-    with pytest.raises(ConfigError, match=r"unknown width operator 'insrt' .*'insert'"):
+    with pytest.raises(ConfigError, match=r"width = 'insrt': unknown width operator .*'insert'"):
         ExpandConfig.both("insrt")
-    with pytest.raises(ConfigError, match="unknown depth operator 'x'; known: duplicate, stack"):
+    with pytest.raises(ConfigError, match="unknown depth operator; known: duplicate, stack"):
         ExpandConfig.both(depth="x")
 
 

@@ -17,7 +17,8 @@ from compt.errors import ConfigError
 from compt.expand.execute import expand, expand_state
 from compt.expand.linalg import complete
 from compt.expand.plan import ExpansionPlan, make_plan
-from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
+from compt.models.growth import ExpandConfig, TowerGrowth
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from tests.unit.expand.oracle import Marks, build, differences, numbered, random_weights, samples, swin, vit
 
@@ -165,7 +166,7 @@ def test_finer_grids_are_not_promised():
 # --- depths --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", DEPTH)
+@pytest.mark.parametrize("depth", DEPTH_OPERATORS)
 @pytest.mark.parametrize("teacher", [T, SWIN], ids=lambda spec: spec.name)
 def test_depth_is_exact_where_added_layers_say_nothing(teacher, depth):
     if teacher.arch == "swin":
@@ -188,7 +189,7 @@ def test_lost_layers_are_not_promised():
         exact(T, deeper, ExpandConfig.both(depth=depth, zero_new_outputs=True))
 
 
-@pytest.mark.parametrize("depth", DEPTH)
+@pytest.mark.parametrize("depth", DEPTH_OPERATORS)
 @pytest.mark.parametrize("width", ["net2net", "lemon", "insert_exact"])
 def test_width_and_depth_together_are_exact(width, depth):
     deeper = grown(BARE, 4, 6, depth=4, text_depth=4, embed_dim=7)
@@ -328,7 +329,9 @@ def some_pair(draw: random.Random) -> tuple[ModelSpec, ModelSpec, ExpandConfig]:
     student = grown(teacher, heads + draw.choice([0, 1, heads]), text_heads + draw.choice([0, 1, text_heads]), **other)
     # The operators that can be exact come more often, or nearly all pairs were inexact.
     widths = [*WIDTH_OPERATORS, *["net2net", "lemon", "insert_exact"] * 4]
-    towers = [TowerGrowth(draw.choice(widths), draw.choice(list(DEPTH)), draw.random() < 0.75) for _ in range(2)]
+    towers = [
+        TowerGrowth(draw.choice(widths), draw.choice(list(DEPTH_OPERATORS)), draw.random() < 0.75) for _ in range(2)
+    ]
     return teacher, student, ExpandConfig(*towers, noise=draw.choice([0.0, 0.1, 0.5]))
 
 
@@ -409,7 +412,7 @@ def test_insertion_in_two_steps_is_insertion_in_one():
 def test_a_model_to_its_own_size_is_the_same_bytes(teacher, width):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         state = {name: tensor.to(dtype) for name, tensor in random_weights(teacher).items()}
-        for depth in DEPTH:
+        for depth in DEPTH_OPERATORS:
             plan = make_plan(teacher, teacher, ExpandConfig.both(width, depth, True))
             assert not any(plan.inexact.values())
             same_bytes(state, dict(expand(plan, state, 1)))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from compt.expand.execute import expand
 from compt.expand.plan import ExpansionPlan, make_plan
-from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
+from compt.models.growth import ExpandConfig
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from tests.unit.expand.oracle import build, differences, lines, random_weights, samples, swin, vit
 
@@ -93,7 +94,7 @@ def test_every_weight_learns_after_one_step(width, pair):
     assert dead(train(plan.student, state, 1), plan.student) == {}
 
 
-@pytest.mark.parametrize("depth", DEPTH)
+@pytest.mark.parametrize("depth", DEPTH_OPERATORS)
 @pytest.mark.parametrize("width", ["insert", "net2net", "insert_exact"])
 def test_layers_that_start_silent_learn_after_one_step(width, depth):
     for pair in ("vit", "swin"):

@@ -19,7 +19,8 @@ from torch import Tensor
 from compt.errors import ArtefactError, ConfigError
 from compt.expand.execute import expand_state
 from compt.expand.plan import make_plan
-from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig, TowerGrowth
+from compt.models.growth import ExpandConfig, TowerGrowth
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from tests.unit.expand.oracle import (
     Line,
@@ -79,7 +80,7 @@ def test_every_width_operator_puts_each_element_where_the_oracle_does(width, pai
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("depth", DEPTH)
+@pytest.mark.parametrize("depth", DEPTH_OPERATORS)
 @pytest.mark.parametrize("pair", ["part", "deep", "swin", "swin part"])
 def test_every_depth_operator_takes_the_layers_of_the_oracle(pair, depth, zero):
     teacher, student = PAIRS[pair]

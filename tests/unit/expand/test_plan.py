@@ -16,10 +16,11 @@ from compt.expand import axes as axes_module
 from compt.expand import execute
 from compt.expand.axes import Axis, parameters
 from compt.expand.execute import SeededDraw, expand, expand_state
-from compt.expand.operators import OWN, WIDTH, ZERO, AxisMap, pack, prefix
+from compt.expand.maps import OWN, ZERO, AxisMap, pack, prefix
 from compt.expand.plan import make_plan
-from compt.models.growth import DEPTH, ExpandConfig, added_layers, layer_sources
+from compt.models.growth import ExpandConfig, added_layers, layer_sources
 from compt.models.init import init_tensor, rule_for
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from tests.unit.expand.cases import (
     BIG,
@@ -133,12 +134,12 @@ def test_duplicate_repeats_heads_whole_and_leaves_positions_alone():
     ],
 )
 def test_depth_maps_by_hand(operator, p, q, expected):
-    assert DEPTH[operator](p, q) == expected
+    assert DEPTH_OPERATORS[operator].sources(p, q) == expected
 
 
-@pytest.mark.parametrize("operator", DEPTH)
+@pytest.mark.parametrize("operator", DEPTH_OPERATORS)
 def test_equal_depth_is_the_identity(operator):
-    assert all(DEPTH[operator](depth, depth) == list(range(depth)) for depth in range(1, 30))
+    assert all(DEPTH_OPERATORS[operator].sources(depth, depth) == list(range(depth)) for depth in range(1, 30))
 
 
 def test_pairs_keep_the_parity_of_shifted_windows():
@@ -168,7 +169,7 @@ def test_layer_sources_reach_the_right_tensors():
 
 def test_own_size_gives_the_same_bytes_and_new_storage():
     old = sentinels(BIG)
-    for width in WIDTH:
+    for width in WIDTH_OPERATORS:
         plan = make_plan(BIG, replace(BIG, name="again"), ExpandConfig.both(width))
         new = expand_state(plan, old, Refuse())
         assert plan.copied == plan.parameters
@@ -312,7 +313,7 @@ def test_the_teachers_dtype_is_looked_up_once_and_only_where_it_is_needed():
     assert len(reads) == 2
 
 
-@pytest.mark.parametrize("width", WIDTH)
+@pytest.mark.parametrize("width", WIDTH_OPERATORS)
 def test_threads_do_not_show_in_a_single_bit(width):
     teacher, student = (
         sized("wide", 24, 1, 4, 1),
@@ -333,7 +334,7 @@ def test_threads_do_not_show_in_a_single_bit(width):
         assert all(torch.equal(tensor, other[name]) for other in found[1:]), name
 
 
-@pytest.mark.parametrize("width", WIDTH)
+@pytest.mark.parametrize("width", WIDTH_OPERATORS)
 def test_what_is_computed_some_rows_at_a_time_is_what_is_computed_at_once(monkeypatch, width):
     plan = make_plan(SMALL, replace(BIG, image_size=16, patch_size=4), ExpandConfig.both(width))
     old = {name: tensor.sin().to(torch.bfloat16) for name, tensor in sentinels(SMALL).items()}
@@ -344,7 +345,7 @@ def test_what_is_computed_some_rows_at_a_time_is_what_is_computed_at_once(monkey
         assert torch.equal(tensor, whole[name]), name
 
 
-@pytest.mark.parametrize("width", WIDTH)
+@pytest.mark.parametrize("width", WIDTH_OPERATORS)
 def test_what_is_not_finite_is_named_and_refused(monkeypatch, width):
     """One number of a parameter is enough, in whichever of the parts that are looked at it is."""
     monkeypatch.setattr(execute, "_CHUNK", 7)
@@ -385,7 +386,7 @@ def test_a_scaling_operator_reaches_single_and_packed_axes(monkeypatch):
     def halved(kind, use, old: int, new: int, noise: float) -> AxisMap:
         return replace(prefix(old, new), weight=np.where(np.arange(new) == 0, 0.5, 1.0)[:, None])
 
-    monkeypatch.setitem(WIDTH, "insert", halved)
+    monkeypatch.setattr("compt.expand.maps.insert", halved)
     old = sentinels(TINY)
     new = expand_state(make_plan(TINY, SMALL, ExpandConfig()), old, Negative())
     source = old[f"{BLOCK}.0.attn.in_proj_bias"].reshape(3, 2, HEAD)

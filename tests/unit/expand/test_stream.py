@@ -17,7 +17,8 @@ from torch import Tensor
 from compt.cost import counts
 from compt.expand.execute import SeededDraw, expand, expand_state
 from compt.expand.plan import ExpansionPlan
-from compt.models.growth import DEPTH, WIDTH_OPERATORS, ExpandConfig
+from compt.models.growth import ExpandConfig
+from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
 from compt.weights.open import average_of
@@ -54,7 +55,7 @@ def in_memory(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tenso
 def test_every_operator_is_among_the_cases() -> None:
     towers = [tower for case in CASES.values() for tower in (case.config.image, case.config.text)]
     assert {tower.width for tower in towers} == set(WIDTH_OPERATORS)
-    assert {tower.depth for tower in towers} == set(DEPTH)
+    assert {tower.depth for tower in towers} == set(DEPTH_OPERATORS)
 
 
 class Watched(Mapping[str, Tensor]):

@@ -1,12 +1,12 @@
-"""Expansion operators: which teacher elements, with which weights, make each student element along an axis.
+"""Maps along axes: which teacher elements, with which weights, make each student element.
 
-A width operator is a function of the axis's kind, its use, the two sizes and the share of noise, and gives an
-`AxisMap`. Adding one is a function, its entry in `WIDTH`, and its name in `compt.models.growth.WIDTH_OPERATORS`.
+The functions of type `Maps` belong to the width operators; `compt.models.operators.WIDTH_OPERATORS` names them.
 """
 
 from __future__ import annotations
 
 import math
+import pkgutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from compt.expand.axes import Kind, Use
 from compt.expand.resize import grid_weights, offset_weights, pixel_weights
-from compt.models.growth import norm_factor
+from compt.models.operators import WIDTH_OPERATORS
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -74,7 +74,8 @@ class AxisMap:
         return np.bincount(taken, minlength=self.source_size).astype(np.int64)
 
 
-Operator = Callable[[Kind, Use, int, int, float], AxisMap]
+Maps = Callable[[Kind, Use, int, int, float], AxisMap]
+"""The maps of a width operator: (kind of axis, use, teacher size, student size, noise) -> the map of the axis."""
 
 
 def prefix(old: int, new: int, rest: int = OWN) -> AxisMap:
@@ -145,21 +146,8 @@ def insert_exact(kind: Kind, use: Use, old: int, new: int, noise: float) -> Axis
 
 
 def _gain(operator: str, old: int, new: int) -> Floats | None:
-    factor = norm_factor(operator, old, new)
+    factor = WIDTH_OPERATORS[operator].norm_factor(old, new)
     return None if factor == 1 else np.full((new, 1), math.sqrt(factor))
-
-
-WIDTH: dict[str, Operator] = {
-    "insert": insert,
-    "duplicate": duplicate,
-    "interpolate": interpolate,
-    "net2net": net2net,
-    "lemon": lemon,
-    "insert_exact": insert_exact,
-    # These differ from `insert` in what an axis alone does not show: see `complement` and `axis_map`'s callers.
-    "netexpand": insert,
-    "insert_packed": insert,
-}
 
 
 def _dense(weight: Floats) -> AxisMap:
@@ -203,7 +191,8 @@ def axis_map(operator: str, kind: Kind, use: Use, old: int, new: int, noise: flo
         return _offsets(old, new)
     if kind == "pixels":
         return _dense(pixel_weights(old, new))
-    return WIDTH[operator](kind, use, old, new, noise)
+    maps: Maps = pkgutil.resolve_name(WIDTH_OPERATORS[operator].maps)
+    return maps(kind, use, old, new, noise)
 
 
 def pack(maps: Iterable[AxisMap]) -> AxisMap:
