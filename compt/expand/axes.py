@@ -21,12 +21,13 @@ from compt.models.presets import ModelSpec
 from compt.models.swin import register_swin
 
 Kind = Literal["res", "hidden", "emb", "fixed", "prefix", "grid", "offsets", "pixels"]
-"""What an axis is. `res`: a residual stream; `hidden`: MLP units or heads; `emb`: the joint embedding; `fixed` never
-changes. Whatever the width operator, `prefix` (texts' positions, vocabulary) keeps its beginning, and `grid` (a ViT's
-positions, class token first), `offsets` (relative positions in a window), `pixels` (a side of a patch) are resized."""
+"""What an axis is. Width operators act on `res` (a residual stream), `hidden` (MLP units or heads) and `emb` (the joint
+embedding). `fixed` never changes. For every operator, `prefix` (text positions, vocabulary) keeps its beginning, and
+`grid` (positions of a ViT, class token first), `offsets` (relative positions in a window) and `pixels` (a side of a
+patch) are resized."""
 
 Use = Literal["write", "read", "gain", "shift"]
-"""What a parameter does along a dimension: makes what is there, consumes it, or is a LayerNorm's weight or bias."""
+"""What a parameter does along a dimension: writes it, reads it, or is a LayerNorm's weight (gain) or bias (shift)."""
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ Dim = tuple[Axis, ...]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One parameter: its dimensions, what it does along each and, inside a stack, its layer.
+    """One parameter: its dimensions, what it does along each, and its layer if it is in a stack.
 
-    `closes_branch`: a residual branch ends in it.
+    `closes_branch`: it is the last parameter of a residual branch.
     """
 
     name: str
@@ -67,13 +68,13 @@ class Parameter:
 
     @property
     def is_matrix(self) -> bool:
-        """Whether it maps inputs to outputs: matrices and the convolution over patches, not embeddings or tables."""
+        """Whether it is a matrix or the patch convolution, and not an embedding or a table."""
         places = any(axis.kind in {"prefix", "grid", "offsets"} for dim in self.dims for axis in dim)
         return len(self.dims) > 1 and not places
 
     @property
     def roles(self) -> int:
-        """How many matrices stand one above the other: three in packed attention, else one."""
+        """The number of matrices that are stacked in it: three in packed attention, otherwise one."""
         return math.prod(axis.size for axis in self.dims[0] if axis.name == "qkv") if self.dims else 1
 
     def name_in_layer(self, layer: int) -> str:
@@ -83,7 +84,7 @@ class Parameter:
 
 
 def parameters(spec: ModelSpec) -> dict[str, Parameter]:
-    """Every parameter of a model by name, in open_clip's shapes; logit_scale as exported, a scalar (shape `()`)."""
+    """Every parameter of a model by name, in open_clip's shapes. logit_scale is a scalar of shape `()`, as exported."""
     image = _vit_tower(spec) if spec.arch == "vit" else _swin_tower(spec)
     found = [*image, *_text_tower(spec), Parameter("logit_scale", ())]
     return {parameter.name: parameter for parameter in found}
@@ -91,9 +92,9 @@ def parameters(spec: ModelSpec) -> dict[str, Parameter]:
 
 @functools.lru_cache(maxsize=64)
 def check_parameters(spec: ModelSpec) -> None:
-    """Compare `parameters` with the real model (built without memory).
+    """Compare `parameters` with the real model, built on the meta device.
 
-    Raises ConfigError when a parameter has no axes here, is not in the model, or has another shape there.
+    Raises ConfigError if a parameter has no axes here, is not in the model, or has another shape there.
     """
     if spec.arch == "swin":
         register_swin(spec.timm_name)
@@ -104,14 +105,14 @@ def check_parameters(spec: ModelSpec) -> None:
     described = {name: parameter.shape for name, parameter in parameters(spec).items()}
     for name, shape in real.items():
         if name not in described:
-            raise ConfigError(f"model {spec.name}: no axes are known for parameter {name} of shape {list(shape)}")
+            raise ConfigError(f"model {spec.name}: compt.expand.axes has no parameter {name} of shape {list(shape)}")
         if described[name] != shape:
             raise ConfigError(
                 f"model {spec.name}: parameter {name} has shape {list(shape)}, its axes say {list(described[name])}"
             )
     for name in described:
         if name not in real:
-            raise ConfigError(f"model {spec.name}: parameter {name} is described but the model has none")
+            raise ConfigError(f"model {spec.name}: compt.expand.axes has a parameter {name}, but the model does not")
 
 
 def _norm(name: str, dim: Dim, **layer: Any) -> Iterator[Parameter]:
@@ -125,7 +126,7 @@ def _linear(name: str, out: Dim, into: Dim, **layer: Any) -> Iterator[Parameter]
 
 
 def _attention_axes(prefix: str, heads: int, head_width: int, suffix: str = "") -> tuple[Dim, Dim]:
-    """The dimensions of the packed input projection's rows and of the output projection's columns."""
+    """The dimensions of the rows of the packed input projection and of the columns of the output projection."""
     per_head = (Axis(f"{prefix}head{suffix}", heads, "hidden"), Axis(f"{prefix}hd", head_width))
     return (Axis("qkv", 3), *per_head), per_head
 
@@ -177,7 +178,7 @@ def _patches(name: str, spec: ModelSpec, res: Dim) -> Parameter:
 
 
 def _swin_tower(spec: ModelSpec) -> Iterator[Parameter]:
-    """The Swin of timm >= 0.9 behind open_clip's adapter: stages 1, 2, 3 begin with the patch merging."""
+    """The Swin of timm >= 0.9 behind open_clip's adapter: every stage but the first begins with patch merging."""
     trunk = "visual.trunk"
     res: Dim = (Axis("res.0", spec.width, "res"),)
     yield _patches(f"{trunk}.patch_embed.proj.weight", spec, res)

@@ -1,8 +1,7 @@
-"""Carrying out an expansion plan, one parameter at a time.
+"""Carry out an expansion plan, one parameter at a time.
 
-Copies stay in the teacher's dtype, bit for bit. Whatever is computed is computed in float64, some rows at a time, by
-operations whose results do not depend on the number of threads: element by element, sums by numpy or one tap after
-another, linear algebra on one thread.
+Copies keep the teacher's dtype, bit for bit. Everything else is computed in float64, some rows at a time. Results do
+not depend on the number of threads: sums are numpy's or are taken tap after tap, and linear algebra runs on one thread.
 """
 
 from __future__ import annotations
@@ -25,46 +24,46 @@ from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
 
 Read = Callable[[str, bool], Tensor]
-"""(teacher parameter name, whether its moving average is meant) -> its tensor."""
+"""(name of a teacher parameter, whether to read its moving average) -> its tensor."""
 
 _OWN = ("zero", "own")
-"""Actions that take nothing from the teacher."""
+"""Actions that need no source."""
 
 _CHUNK = 1 << 20
 """Elements that are computed at a time."""
 
 
 class Draw(Protocol):
-    """Where a student's random numbers come from. What is given is a new tensor, which may be written to."""
+    """The source of a student's random numbers. Both methods return a new tensor, which the caller may change."""
 
     def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The fp32 initialization that the student's parameter would have from scratch."""
+        """The float32 initialization that the student's parameter would have from scratch."""
 
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform in [-1, 1], float64: by how much copies differ."""
+        """Uniform in [-1, 1], float64: the noise between copies."""
 
 
 class SeededDraw:
-    """Random numbers as a function of (seed, parameter name, element) alone; `own` as for a model from scratch."""
+    """Random numbers that depend on (seed, parameter name, element) only."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         self.spec = spec
         self.seed = seed
 
     def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The fp32 initialization of the parameter in `shape`."""
+        """The float32 initialization of the parameter in `shape`."""
         return init_tensor(rule_for(self.spec, name, shape), self.seed, name, shape)
 
     def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform in [-1, 1], float64, from a stream apart from that of `own`."""
+        """Uniform in [-1, 1], float64, independent of `own`."""
         return init_tensor(InitRule("uniform"), self.seed, f"{name} (noise)", shape).double()
 
 
 def expand_parameter(entry: ExpandedParameter, read: Read, draw: Draw) -> Tensor:
-    """One student parameter, a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
+    """One student parameter: a new tensor of `entry.shape` in the teacher's dtype (float32 without a source).
 
-    `draw` is called only where the plan keeps some of the student's own initialization or makes copies that differ.
-    Raises ArtefactError when the teacher's tensor has not the planned shape, or holds NaN or infinities.
+    `draw` is called only if some of the student's own initialization stays or copies get noise. Raises ArtefactError if
+    the teacher's tensor does not have the planned shape, or holds NaN or infinities.
     """
     if entry.action == "zero":
         return torch.zeros(entry.shape, dtype=torch.float32)
@@ -99,14 +98,14 @@ class Mapped(Mapping[str, Tensor]):
 
 
 class ExpandedState(Mapping[str, Tensor]):
-    """The student's parameters in the plan's order, each computed when it is asked for and kept by nobody.
+    """The student's parameters in the plan's order. Each is computed when it is read, and not kept.
 
-    One from the teacher has its source's dtype. Those of zeros, or of the student's own initialization alone,
-    have the dtype of the teacher's weights: that of the first parameter which the plan takes from them, but for
-    logit_scale, which is kept in float32 beside weights of any type (float32 where nothing is taken).
+    A parameter has the dtype of its source. One without a source has the dtype of the first parameter that the plan
+    takes from the teacher (float32 if there is none). logit_scale does not count: it is float32 beside weights of any
+    dtype.
 
-    Raises ArtefactError: here when the plan needs a moving average and there is none, at the parameter when the teacher
-    does not fit the plan or is not finite there.
+    Raises ArtefactError: here if the plan needs a moving average and there is none, and when a parameter is read whose
+    source does not fit the plan or is not finite.
     """
 
     def __init__(
@@ -150,16 +149,16 @@ class ExpandedState(Mapping[str, Tensor]):
 def expand_state(
     plan: ExpansionPlan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """All student parameters in memory. Raises ArtefactError when the teacher does not fit the plan."""
+    """All student parameters in memory. Raises ArtefactError if the teacher does not fit the plan."""
     return dict(ExpandedState(plan, state, draw, average))
 
 
 def expand(
     plan: ExpansionPlan, state: Mapping[str, Tensor], seed: int, average: Mapping[str, Tensor] | None = None
 ) -> ExpandedState:
-    """The student whose new elements are those that it would have, initialized from scratch with `seed`.
+    """The student's parameters; new elements are those of a student from scratch with `seed`.
 
-    `average` is the moving average of the teacher's weights, for plans that need it. Raises as `ExpandedState`.
+    `average` is the moving average of the teacher's weights, for plans that need it. Raises like `ExpandedState`.
     """
     return ExpandedState(plan, state, SeededDraw(plan.student, seed), average)
 
@@ -170,27 +169,27 @@ def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:
         tensor = tensor.reshape(())
     if tuple(tensor.shape) != entry.source_shape:
         raise ArtefactError(
-            f"teacher parameter {entry.sources[0]} has shape {list(tensor.shape)}, planned {list(entry.source_shape)}"
+            f"teacher parameter {entry.sources[0]} has shape {list(tensor.shape)}, but the plan has "
+            f"{list(entry.source_shape)}"
         )
     tensor = tensor.detach()
     if not _is_finite(tensor):
         whose = "in the moving average, " if entry.average else ""
         raise ArtefactError(
-            f"teacher parameter {entry.sources[0]} is not finite: {whose}some of its numbers are NaN or infinite; "
-            "nothing grows from it"
+            f"teacher parameter {entry.sources[0]} is not finite: {whose}some of its numbers are NaN or infinite"
         )
     return tensor
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinities, looked at some rows at a time."""
+    """Whether a tensor holds neither NaN nor infinities. Checks some rows at a time, to save memory."""
     rows = tensor if tensor.ndim else tensor[None]
     step = max(1, _CHUNK // max(1, rows[:1].numel()))
     return all(bool(part.isfinite().all()) for part in rows.split(step))
 
 
 def _ground(entry: ExpandedParameter, dtype: torch.dtype, draw: Draw) -> Tensor:
-    """What stands where nothing is known of the teacher: own initialization and zeros."""
+    """The parameter before anything from the teacher is placed in it: own initialization and zeros."""
     if not entry.new:
         return torch.zeros(entry.shape, dtype=dtype) if entry.zeroed else torch.empty(entry.shape, dtype=dtype)
     result = draw.own(entry.name, entry.shape).to(dtype)
@@ -201,7 +200,7 @@ def _ground(entry: ExpandedParameter, dtype: torch.dtype, draw: Draw) -> Tensor:
 
 
 def _runs(positions: Indices) -> list[slice]:
-    """Ascending positions as runs without gaps."""
+    """Ascending positions as slices without gaps."""
     if not len(positions):
         return []
     ends = np.flatnonzero(np.diff(positions) != 1)
@@ -210,13 +209,13 @@ def _runs(positions: Indices) -> list[slice]:
 
 
 def _place(result: Tensor, values: Tensor, where: tuple[list[slice], ...]) -> None:
-    """Copy `values` to the product of runs `where`, one list a dimension; by slices, which need no index tensors."""
+    """Copy `values` to the product of the runs `where`, one list per dimension. Slices need no index tensors."""
     for runs in itertools.product(*([*_offsets(each)] for each in where)):
         result[tuple(to for to, _ in runs)] = values[tuple(of for _, of in runs)]
 
 
 def _offsets(runs: list[slice]) -> Iterator[tuple[slice, slice]]:
-    """Each run, and where its elements are when all runs stand one behind the other."""
+    """Each run with its place when all runs are put one behind the other."""
     at = 0
     for run in runs:
         size = run.stop - run.start
@@ -238,7 +237,7 @@ def _copied(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Tensor:
 
 
 def _computed(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Iterator[tuple[tuple[list[slice], ...], Tensor]]:
-    """The known elements in float64, some rows at a time, and where they belong."""
+    """The known elements in float64, some rows at a time, with their places."""
     maps = [_scaled(axis, draw) if axis.shared and axis.noise else axis for axis in entry.maps]
     rows, *others = maps
     factors = _Factors(entry, maps, draw)
@@ -257,7 +256,7 @@ def _computed(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Iterator[
 
 
 def _take(block: Tensor, dim: int, axis: AxisMap, positions: Indices, mean: Tensor | None) -> Tensor:
-    """The student's `positions` along one dimension in float64: tap after tap, so that no sum is reordered."""
+    """The student's `positions` along one dimension in float64. Tap after tap, so that no sum is reordered."""
     index = axis.index[positions]
     shape = [1] * block.ndim
     shape[dim] = -1
@@ -275,7 +274,7 @@ def _take(block: Tensor, dim: int, axis: AxisMap, positions: Indices, mean: Tens
 
 
 def _mean_along(block: Tensor, dim: int, axis: AxisMap) -> Tensor | None:
-    """float64 [.., 1, ..], where the map asks for it; by numpy, whose sums do not depend on threads."""
+    """float64 [.., 1, ..] if the map needs it, else None. numpy's sums do not depend on the number of threads."""
     if not axis.centre and not (axis.index == MEAN).any():
         return None
     total = np.add.reduce(block.contiguous().numpy(), axis=dim, keepdims=True)
@@ -283,7 +282,7 @@ def _mean_along(block: Tensor, dim: int, axis: AxisMap) -> Tensor | None:
 
 
 def _mean_of_rows(source: Tensor) -> Tensor:
-    """float64 [1, ..]."""
+    """The mean over the rows of a tensor: float64 [1, ..]."""
     step = max(1, _CHUNK // max(1, source[:1].numel()))
     total: Floats = np.zeros((1, *source.shape[1:]))
     for start in range(0, len(source), step):
@@ -293,7 +292,7 @@ def _mean_of_rows(source: Tensor) -> Tensor:
 
 
 def _centred(noise: Tensor, dim: int, axis: AxisMap) -> Tensor:
-    """The noise of the known positions, with the mean over the copies of each teacher element taken off."""
+    """The noise of the known positions, minus its mean over the copies of each teacher element."""
     known = axis.index[axis.known, 0]
     values = noise.index_select(dim, torch.from_numpy(axis.known))
     counts = axis.copies()
@@ -303,7 +302,8 @@ def _centred(noise: Tensor, dim: int, axis: AxisMap) -> Tensor:
     rank = _ranks(known)
     for copy in range(int(counts.max(initial=0))):
         of = np.flatnonzero(rank == copy)
-        # One copy after another: no two of a round go to the same sum.
+        # The first copies of all elements, then the second ones, and so on: in one round no two go to the same sum,
+        # so that threads cannot change the order of additions.
         sums.index_add_(dim, torch.from_numpy(known[of]), values.index_select(dim, torch.from_numpy(of)))
     shape = [1] * values.ndim
     shape[dim] = -1
@@ -312,7 +312,7 @@ def _centred(noise: Tensor, dim: int, axis: AxisMap) -> Tensor:
 
 
 def _ranks(sources: Indices) -> Indices:
-    """For each position, how many earlier ones have the same source."""
+    """For each position, the number of earlier positions with the same source."""
     order = np.argsort(sources, kind="stable")
     ordered = sources[order]
     first = np.searchsorted(ordered, ordered, side="left")
@@ -322,18 +322,18 @@ def _ranks(sources: Indices) -> Indices:
 
 
 def _scaled(axis: AxisMap, draw: Draw) -> AxisMap:
-    """Shared noise as weights. Both towers draw it under the same name, so that products of embeddings stay."""
+    """The map with its shared noise in the weights. Both towers draw the same noise, so that products stay."""
     size = len(axis.index)
     noise = _centred(draw.noise("emb", (size,)).double(), 0, axis).numpy()
     counts = axis.copies()[axis.index[:, 0]]
-    # Centred over three or more copies it can leave [-1, 1]; the root needs it inside.
+    # With three or more copies, subtracting the mean can take the noise out of [-1, 1]; the root needs it inside.
     inside = np.minimum(1.0, counts / np.maximum(2.0 * (counts - 1), 1.0))
     weight = np.ones((size, 1)) if axis.weight is None else axis.weight
     return replace(axis, weight=weight * np.sqrt(1 + axis.noise * inside * noise)[:, None], noise=0.0)
 
 
 class _Factors:
-    """By what the weights that read copies are multiplied, so that copies learn apart and their sum stays."""
+    """Factors of the weights that read copies: copies learn apart, and their sum stays."""
 
     def __init__(self, entry: ExpandedParameter, maps: list[AxisMap], draw: Draw) -> None:
         self.maps = maps
@@ -345,7 +345,7 @@ class _Factors:
             self.noise = _centred(self.noise, 0, maps[0])
 
     def apply(self, values: Tensor, rows: Indices) -> Tensor:
-        """`values` of the student's `rows`, multiplied."""
+        """`values` of the student's `rows`, times their factors."""
         if self.dim is None:
             return values
         if self.dim == 0:
@@ -360,7 +360,7 @@ class _Factors:
 
 
 def _completed(entry: ExpandedParameter, source: Tensor, draw: Draw) -> Tensor:
-    """Where a matrix grows under `netexpand`: an orthonormal complement instead of the student's own numbers."""
+    """A matrix that grows by an orthonormal complement instead of the student's own initialization."""
     block = torch.cat([values for _, values in _computed(entry, source, draw)]).flatten(1)
     own = draw.own(entry.name, entry.shape).double().flatten(1)
     rows, *others = entry.maps

@@ -1,4 +1,4 @@
-"""Linear algebra whose results are the same for every number of threads."""
+"""Linear algebra whose results do not depend on the number of threads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch's linear algebra on one thread: how it splits sums over threads would show in the last bits."""
+    """Run torch's linear algebra on one thread. Splitting sums over threads would change the last bits."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -22,12 +22,12 @@ def one_thread() -> Iterator[None]:
 
 
 def complete(block: Tensor, own: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """A matrix like `own` [m, n] with `block` at [rows, columns] and an orthonormal complement to it; float64 all.
+    """A matrix [m, n] with `block` at [rows, columns] and an orthonormal complement of it, drawn from `own` [m, n].
 
-    Where rows grow, old rows are zero in new columns, and new rows are orthonormal to each other and to the old ones:
-    as many as there is room for, then as many again, from other draws. Where columns alone grow, the same for the
-    transpose. New rows are made from those of `own`; their length is the block's root mean square singular value. Where
-    there is no room at all, those of `own` stay. `rows` and `columns` are int64 positions.
+    Everything is float64; `rows` and `columns` are int64 positions. Where rows grow, old rows are zero in new columns.
+    New rows are orthonormal to each other and to the old ones, times the root mean square singular value of the block.
+    If the complement has fewer dimensions than there are new rows, further rows form another orthonormal set; if it has
+    none, the rows of `own` stay. Where only columns grow, the same is done to the transpose.
     """
     if len(rows) == len(own):
         return complete(block.T, own.T, columns, rows).T
@@ -43,20 +43,20 @@ def complete(block: Tensor, own: Tensor, rows: Tensor, columns: Tensor) -> Tenso
         basis = own.new_zeros((len(right), own.shape[1]))
         basis[:, columns] = right
         for part in new.split(room) if room else ():
-            # Householder: the columns behind those of the basis are orthonormal to it, whatever was drawn.
+            # QR by Householder reflections: the columns of Q behind the basis are orthonormal to it for any draw.
             both = torch.cat([basis, own[part]]).T
             result[part] = torch.linalg.qr(both).Q[:, len(basis) :].T * length
     return result
 
 
 def _root_mean_square(block: Tensor) -> float:
-    """Of the singular values; by numpy, whose sums do not depend on threads."""
+    """Root mean square of the singular values. numpy's sums do not depend on the number of threads."""
     squares = block.contiguous().numpy() ** 2
     return math.sqrt(float(squares.sum()) / min(block.shape))
 
 
 def _row_space(block: Tensor) -> Tensor:
-    """Orthonormal rows that span those of `block`: [rank, columns]."""
+    """An orthonormal basis of the row space of `block`: [rank, columns]."""
     _, values, right = torch.linalg.svd(block, full_matrices=False)
     least = float(values[0]) * max(block.shape) * torch.finfo(block.dtype).eps
     rank = int((values > least).sum())

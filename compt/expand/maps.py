@@ -1,6 +1,6 @@
 """Maps along axes: which teacher elements, with which weights, make each student element.
 
-The functions of type `Maps` belong to the width operators; `compt.models.operators.WIDTH_OPERATORS` names them.
+`insert` to `insert_exact` are the functions of the width operators; the table in `compt.models.operators` names them.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from compt.expand.axes import Kind, Use
-from compt.expand.resize import grid_weights, offset_weights, pixel_weights
+from compt.expand.linalg import one_thread
 from compt.models.operators import WIDTH_OPERATORS
 
 Indices = NDArray[np.int64]
 Floats = NDArray[np.float64]
 
 OWN = -1
-"""In `AxisMap.index`: the student's own initialization."""
+"""In `AxisMap.index`: keep the student's own initialization."""
 ZERO = -2
-"""In `AxisMap.index`: zero, also where another dimension says `OWN`."""
+"""In `AxisMap.index`: zero, even if another dimension says `OWN`."""
 MEAN = -3
-"""In `AxisMap.index`: the mean of all the teacher's elements along the axis."""
+"""In `AxisMap.index`: the mean of the teacher's elements along the axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +35,9 @@ class AxisMap:
     """A linear map along one dimension: student element k is the sum over j of `weight[k, j]` teacher[`index[k, j]`].
 
     `index` is int64 [student size, taps]; its first column may hold `OWN`, `ZERO` or `MEAN` instead. `weight` is
-    float64 of the same shape, or None for 1. `centre`: the teacher's mean along the dimension is subtracted first.
-    `noise`: by which share copies of one teacher element differ, so that the sum over them stays: every element of a
-    tensor by itself, or, where `shared`, one number a position, whose squares' mean over the copies stays 1.
+    float64 of the same shape, or None for 1. `centre`: subtract the teacher's mean along the dimension first.
+    `noise`: relative noise between the copies of a teacher element, such that their sum stays. Every element of a
+    tensor has its own; with `shared` there is one number per position, and the mean of its squares over copies is 1.
     """
 
     index: Indices
@@ -58,18 +59,18 @@ class AxisMap:
 
     @property
     def identity(self) -> bool:
-        """Whether the dimension passes through unchanged."""
+        """Whether the map changes nothing."""
         same = self.index.shape == (self.source_size, 1) and self.plain
         return same and bool((self.index[:, 0] == np.arange(self.source_size)).all())
 
     @property
     def plain(self) -> bool:
-        """Whether known elements are copies, bit for bit."""
+        """Whether known elements are bitwise copies."""
         simple = self.weight is None and not self.centre and not self.noise and self.index.shape[1] == 1
         return simple and not bool((self.index == MEAN).any())
 
     def copies(self) -> Indices:
-        """How many student positions each teacher element goes to: int64 [source size]."""
+        """The number of copies of each teacher element: int64 [source size]."""
         taken = self.index[self.index[:, 0] >= 0, 0]
         return np.bincount(taken, minlength=self.source_size).astype(np.int64)
 
@@ -95,7 +96,7 @@ def insert(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
 
 
 def duplicate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
-    """Element k from k mod old, nothing divided (figure A a)."""
+    """Element k from k mod old, nothing divided (figure A a of the paper)."""
     axis = _repeated(old, new)
     if kind == "emb":
         return replace(axis, noise=noise, shared=True)
@@ -103,7 +104,7 @@ def duplicate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap
 
 
 def interpolate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
-    """Linear resize with half-pixel centres, as torch's `F.interpolate(mode="linear", align_corners=False)`."""
+    """Linear resize with half-pixel centres, as `torch.nn.functional.interpolate(mode="linear")`."""
     at = np.maximum((np.arange(new) + 0.5) * (old / new) - 0.5, 0.0)
     low = np.minimum(at.astype(np.int64), old - 1)
     upper = at - low
@@ -112,7 +113,7 @@ def interpolate(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisM
 
 
 def net2net(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
-    """Element k from k mod old; what reads copies divided by their number, the joint embedding by its root."""
+    """Element k from k mod old; readers divide by the number of copies, the joint embedding by its root."""
     axis = duplicate(kind, use, old, new, noise)
     count = axis.copies()[axis.index].astype(np.float64)
     if kind == "emb":
@@ -121,7 +122,7 @@ def net2net(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
 
 
 def lemon(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
-    """Along the residual stream whole copies and, behind them, the stream's mean; elsewhere `net2net` (LEMON, 4)."""
+    """In the residual stream, whole copies and then the mean of the stream (LEMON, section 4); elsewhere `net2net`."""
     if kind != "res":
         return net2net(kind, use, old, new, noise)
     times = new // old
@@ -134,7 +135,7 @@ def lemon(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
 
 
 def insert_exact(kind: Kind, use: Use, old: int, new: int, noise: float) -> AxisMap:
-    """Insertion into a stream of mean zero whose new channels are zero; new hidden units are not read yet."""
+    """Insertion: the stream gets mean zero and its new channels are zero; nothing reads new hidden units yet."""
     if kind == "emb":
         return net2net(kind, use, old, new, noise)
     if kind == "hidden":
@@ -150,17 +151,52 @@ def _gain(operator: str, old: int, new: int) -> Floats | None:
     return None if factor == 1 else np.full((new, 1), math.sqrt(factor))
 
 
+_A = -0.5
+
+
+def _cubic(x: Floats) -> Floats:
+    """Keys' cubic convolution kernel with a = -1/2, as torch's antialiased resizing has it."""
+    x = np.abs(x)
+    near = ((_A + 2) * x - (_A + 3)) * x * x + 1
+    far = ((_A * x - 5 * _A) * x + 8 * _A) * x - 4 * _A
+    return np.where(x < 1, near, np.where(x < 2, far, 0.0))
+
+
+def bicubic(old: int, new: int) -> Floats:
+    """[new, old], float64: one side of `torch.nn.functional.interpolate(mode="bicubic", antialias=True)`."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    weight = np.zeros((new, old))
+    for k in range(new):
+        centre = scale * (k + 0.5)
+        low = max(int(centre - 2 * stretch + 0.5), 0)
+        high = min(int(centre + 2 * stretch + 0.5), old)
+        taps = _cubic((np.arange(low, high, dtype=np.float64) - centre + 0.5) / stretch)
+        weight[k, low:high] = taps / taps.sum()
+    return weight
+
+
+def _patch_weights(old: int, new: int) -> Floats:
+    """[new, old] for one side of a patch: the transposed pseudo-inverse of resizing (FlexiViT, section 3.4).
+
+    The new filter gives for a resized patch the token that the old filter gives for the patch.
+    """
+    with one_thread():
+        found = torch.linalg.pinv(torch.from_numpy(bicubic(old, new).T.copy()))
+    return np.asarray(found.contiguous().numpy())
+
+
 def _dense(weight: Floats) -> AxisMap:
-    """The map of a matrix [student size, teacher size], as few taps as hold all that is not zero."""
+    """The map of a matrix [student size, teacher size], with as few taps as hold its nonzero elements."""
     taps = max(1, int((weight != 0).sum(axis=1).max()))
     index = np.sort(np.argsort(weight == 0, axis=1, kind="stable")[:, :taps], axis=1)
     return AxisMap(index.astype(np.int64), weight.shape[1], np.take_along_axis(weight, index, axis=1))
 
 
 def _grid(old: int, new: int) -> AxisMap:
-    """Positions of a ViT: the class token, then a square of patches, row by row."""
+    """Positions of a ViT: the class token, then a square of patches, row by row, as open_clip's `resize_pos_embed`."""
     sides = math.isqrt(old - 1), math.isqrt(new - 1)
-    side = _dense(grid_weights(*sides))
+    side = _dense(bicubic(*sides))
     square = pack([side, side])
     index = np.zeros((new, square.index.shape[1]), dtype=np.int64)
     weight = np.zeros(index.shape, dtype=np.float64)
@@ -171,15 +207,14 @@ def _grid(old: int, new: int) -> AxisMap:
 
 
 def _offsets(old: int, new: int) -> AxisMap:
-    """Relative positions of a Swin's window: a square of 2 window - 1 a side."""
-    side = _dense(offset_weights(math.isqrt(old), math.isqrt(new)))
+    """Relative positions in a Swin's window: a square with 2 window - 1 positions a side."""
+    side = _dense(bicubic(math.isqrt(old), math.isqrt(new)))
     return pack([side, side])
 
 
 def axis_map(operator: str, kind: Kind, use: Use, old: int, new: int, noise: float = 0.0) -> AxisMap:
-    """The map of one axis; positions and pixels do not ask for the operator. Equal sizes: the identity.
-
-    Raises ConfigError where no map is known.
+    """The map of one axis. For positions and pixels it does not depend on the operator; for equal sizes it changes
+    nothing.
     """
     if old == new or kind == "fixed":
         return _repeated(old, new)
@@ -190,7 +225,7 @@ def axis_map(operator: str, kind: Kind, use: Use, old: int, new: int, noise: flo
     if kind == "offsets":
         return _offsets(old, new)
     if kind == "pixels":
-        return _dense(pixel_weights(old, new))
+        return _dense(_patch_weights(old, new))
     maps: Maps = pkgutil.resolve_name(WIDTH_OPERATORS[operator].maps)
     return maps(kind, use, old, new, noise)
 
@@ -198,7 +233,8 @@ def axis_map(operator: str, kind: Kind, use: Use, old: int, new: int, noise: flo
 def pack(maps: Iterable[AxisMap]) -> AxisMap:
     """The map of a packed dimension from the maps of its axes, outermost first.
 
-    Zero along any axis is zero; else own along any axis is own. Means and centring act on whole dimensions alone.
+    Zero along any axis gives zero; otherwise own along any axis gives own. Raises ValueError for a map with a mean or
+    with centring, which act on whole dimensions only.
     """
     packed, *inner = maps
     for axis in inner:
@@ -209,7 +245,7 @@ def pack(maps: Iterable[AxisMap]) -> AxisMap:
 def _pair(outer: AxisMap, inner: AxisMap) -> AxisMap:
     a, b = outer.index, inner.index
     if outer.centre or inner.centre or (a == MEAN).any() or (b == MEAN).any():
-        raise ValueError("a mean cannot be taken along one axis of a packed dimension")
+        raise ValueError("one axis of a packed dimension cannot take a mean")
     index = a[:, None, :, None] * inner.source_size + b[None, :, None, :]
     first, second = a[:, None, 0], b[None, :, 0]
     index[(first < 0) | (second < 0)] = OWN

@@ -1,4 +1,4 @@
-"""What expansion will do to every parameter, worked out from the two model descriptions alone."""
+"""The plan of an expansion: what happens to every parameter. It needs the two model descriptions, but no weights."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from compt.models.presets import ModelSpec
 
 @dataclass(frozen=True)
 class ExpandedParameter:
-    """One student parameter. `gather` takes `sources[0]` through `maps`, one a dimension; the others need no source.
+    """One student parameter. `gather` maps `sources[0]` by `maps`, one per dimension; `own` and `zero` need no source.
 
-    `average`: the source is the teacher's moving average. `roles`: of how many matrices, one above the other, each is
-    filled with an orthonormal complement instead of own initialization; 0: none.
+    `average`: the source is in the moving average of the teacher's weights. `roles`: the number of matrices stacked in
+    it that each get an orthonormal complement instead of the student's own initialization; 0 for none.
     """
 
     name: str
@@ -44,32 +44,31 @@ class ExpandedParameter:
 
     @property
     def copied(self) -> int:
-        """How many elements come from the teacher, scaled, blended or as they are."""
+        """The number of elements that come from the teacher: copied, scaled or blended."""
         return math.prod(len(m.known) for m in self.maps) if self.action == "gather" else 0
 
     @property
     def new(self) -> int:
-        """How many elements are drawn: the student's own initialization, or an orthonormal complement."""
+        """The number of elements from the student's own initialization or an orthonormal complement."""
         return self.size - self.copied - self.zeroed
 
     @property
     def zeroed(self) -> int:
-        """How many elements are set to zero."""
+        """The number of elements that are set to zero."""
         if self.action != "gather":
             return self.size if self.action == "zero" else 0
         if self.roles:
             rows, *others = (len(m.known) for m in self.maps)
-            # Old rows are zero in new columns where there are new rows; where columns alone grow, they are drawn.
+            # With new rows, old rows are zero in new columns. If only columns grow, the new ones are drawn.
             return 0 if rows == self.shape[0] else rows * (math.prod(self.shape[1:]) - math.prod(others))
         return self.size - math.prod(len(m.index) - len(m.zero) for m in self.maps)
 
 
 @dataclass(frozen=True)
 class ExpansionPlan:
-    """How `student` starts from `teacher`. `layers`: for each layer stack, the source of each layer (-1: none).
+    """How `student` grows from `teacher`. `layers`: for each layer stack, the source of each layer (-1: none).
 
-    `student` has the eps of norms that the operators give it. A plan is a function of the two descriptions and the
-    config; two plans of the same three are equal.
+    `student` has the LayerNorm eps that the operators need. Teacher, student and config determine the plan.
     """
 
     teacher: ModelSpec
@@ -80,7 +79,7 @@ class ExpansionPlan:
 
     @cached_property
     def inexact(self) -> dict[Tower, tuple[str, ...]]:
-        """For each tower, why its function is not preserved; nothing where it is, exactly. See `growth.inexact`."""
+        """For each tower, the reasons why its function changes; see `growth.inexact`."""
         return growth.inexact(self.teacher, self.student, self.config)
 
     @property
@@ -90,26 +89,26 @@ class ExpansionPlan:
 
     @property
     def parameters(self) -> int:
-        """Elements in all."""
+        """The number of elements."""
         return sum(entry.size for entry in self.entries)
 
     @property
     def copied(self) -> int:
-        """Elements that come from the teacher."""
+        """The number of elements that come from the teacher."""
         return sum(entry.copied for entry in self.entries)
 
     @property
     def new(self) -> int:
-        """Elements that keep the student's own initialization."""
+        """The number of elements from the student's own initialization or an orthonormal complement."""
         return sum(entry.new for entry in self.entries)
 
     @property
     def zeroed(self) -> int:
-        """Elements set to zero."""
+        """The number of elements that are set to zero."""
         return sum(entry.zeroed for entry in self.entries)
 
     def to_json(self) -> dict[str, Any]:
-        """A small description that `from_json` rebuilds the plan from: operators, models, layer sources and totals."""
+        """A small description for manifests: operators, models, layer sources and totals. `from_json` reads it."""
         return {
             "config": self.config.to_dict(),
             "teacher": self.teacher.to_dict(),
@@ -119,7 +118,7 @@ class ExpansionPlan:
         }
 
     def table_json(self) -> dict[str, Any]:
-        """Everything there is to read about the plan, parameter by parameter, in plain values."""
+        """The whole plan, parameter by parameter, in plain values."""
         return {
             "teacher": self.teacher.to_dict(),
             "student": self.student.to_dict(),
@@ -146,7 +145,7 @@ class ExpansionPlan:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ExpansionPlan:
-        """The inverse of `to_json`. Raises ArtefactError when the rebuilt plan is not the one described."""
+        """Rebuild a plan from `to_json`. Raises ArtefactError if it does not have the recorded layers and totals."""
         try:
             plan = make_plan(
                 ModelSpec.from_dict(values["teacher"]),
@@ -158,7 +157,7 @@ class ExpansionPlan:
         rebuilt = plan.to_json()
         for key in ("layers", "parameters", "copied", "new", "zeroed"):
             if rebuilt[key] != values.get(key):
-                raise ArtefactError(f"expansion plan: '{key}' is {values.get(key)} but comes out as {rebuilt[key]}")
+                raise ArtefactError(f"expansion plan: '{key}' is {values.get(key)}, but compt plans {rebuilt[key]}")
         return plan
 
 
@@ -166,7 +165,7 @@ def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | Non
     """Plan the expansion of `teacher` into `student`; no weights are read or allocated.
 
     Between a ViT and a Swin the image tower keeps its own initialization and the rest is expanded. Raises ConfigError
-    when an axis would shrink, sizes or operators that must agree do not, or a parameter has no known axes.
+    if an axis would shrink, if sizes or operators that must agree do not, or if a parameter has no known axes.
     """
     config = config or ExpandConfig()
     _check(teacher, student, config)
@@ -179,12 +178,12 @@ def make_plan(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig | Non
     return ExpansionPlan(teacher, student, config, layers, entries)
 
 
-# What resizes the axes that do not follow the width operator.
+# How axes are resized that do not depend on the width operator.
 _OTHER_AXES = {"prefix": "insert", "grid": "bicubic", "offsets": "bicubic", "pixels": "pseudo-inverse"}
 
 
 class _ExpansionPlanner:
-    """Plans single parameters; maps of equal dimensions are made once and shared."""
+    """Plans single parameters. Parameters with equal dimensions share their maps."""
 
     def __init__(
         self, teacher: ModelSpec, student: ModelSpec, config: ExpandConfig, layers: dict[str, list[int]]

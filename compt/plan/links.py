@@ -1,4 +1,4 @@
-"""What the planner asks of expansions: which pairs may follow each other in a chain, and what they need. No torch."""
+"""Links of a chain: which model may grow from which, what that needs, and the model that the first link grows from."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from compt.recipe.schema import Chain
 
 
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
-    """Raise ConfigError where `student` cannot grow from `teacher`: an axis that shrinks, or sizes that must agree.
+    """Raise ConfigError where `student` cannot grow from `teacher`: `check_sizes`, and it must have more parameters.
 
-    Between a ViT and a Swin the image towers have no axis in common; the numbers of parameters are compared instead.
-    `strictly`: a student of its teacher's size is refused too.
+    Without `strictly`, as many parameters are enough.
     """
     before, after = parameters(teacher), parameters(student)
     if after < before or (strictly and after == before):
@@ -31,18 +30,20 @@ def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = Tru
 
 
 def check_start(start: ModelSpec, student: ModelSpec) -> None:
-    """`check_growth` for a model from outside; where sizes must agree, the error says what the recipe has to say."""
+    """`check_growth` for a model at `chain.from`. Where sizes must agree, the error says what to write."""
     wanted = {name: getattr(start, name) for name in disagreeing(start, student)}
     if wanted:
         found = ", ".join(f"{name} is {_yaml(getattr(student, name))}" for name in wanted)
         write = ", ".join(f"{name}: {_yaml(value)}" for name, value in wanted.items())
         raise ConfigError(
-            f"its {found}, unlike that of '{start.name}' at chain.from; for all members, write "
+            f"its {found}, but '{start.name}' at chain.from differs; to make all members agree, write "
             f"family.common: {{{write}}}"
         )
     if start.vocab_size < VOCAB_SIZE:
-        words = f"{start.vocab_size} tokens, CLIP's tokenizer {VOCAB_SIZE}"
-        raise ConfigError(f"'{start.name}' at chain.from knows {words}")
+        raise ConfigError(
+            f"'{start.name}' at chain.from has a vocabulary of {start.vocab_size} tokens, but CLIP's tokenizer has "
+            f"{VOCAB_SIZE}"
+        )
     check_growth(start, student, strictly=False)
 
 
@@ -60,7 +61,7 @@ def averaging(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> l
 
 
 def broken_promises(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> dict[Tower, tuple[str, ...]]:
-    """For each tower whose width operator promises to keep what the model computes, and cannot for this pair, why."""
+    """For each tower whose width operator keeps the function in general, but not for this pair, the reasons."""
     found = inexact(teacher, student, config)
     return {
         tower: found[tower] for tower in TOWERS if WIDTH_OPERATORS[config.tower(tower).width].exact and found[tower]
@@ -68,20 +69,20 @@ def broken_promises(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig
 
 
 MODEL_FORMAT = ("compt-model", 1)
-"""What the manifest of a model folder calls itself, and its version."""
+"""Format and version in the manifest of a model folder."""
 MANIFEST = "manifest.json"
 AVERAGE = "ema"
-"""The folder in it with the moving average of the weights, and what the manifest calls it."""
+"""The folder in it with the moving average of the weights, and its name in the manifest."""
 UNREAD = "unread"
-"""Stands for the hash of weights that were not read."""
+"""The hash of weights that were not read."""
 
 
 @dataclass(frozen=True)
 class Start:
     """A model that the first link grows from: its sizes and the hash of its weights.
 
-    `mean` and `std` are what its pictures were normalised with, red, green and blue, where that is known. `averaged`:
-    whether there is a moving average of its weights; None where that is not known.
+    `mean` and `std` (red, green, blue) normalized its images, if known. `averaged`: whether it has a moving average of
+    its weights; None if unknown.
     """
 
     spec: ModelSpec
@@ -92,40 +93,40 @@ class Start:
 
 
 def is_described(chain: Chain, base: Path) -> bool:
-    """Whether the sizes of the model at `chain.from` are known without torch: compt wrote it, or the recipe says."""
+    """Whether the sizes of the model at `chain.from` are known without torch: compt wrote it, or a preset names it."""
     assert chain.from_ is not None
     return (base / chain.from_ / MANIFEST).exists() or chain.from_model in PRESETS
 
 
 def planned_start(chain: Chain, base: Path) -> Start:
-    """The model at `chain.from` as far as it is known without torch; one that compt did not write stays unread.
+    """The model at `chain.from`, without loading torch. Weights that compt did not write are not read.
 
-    Raises ConfigError for one whose sizes are not known.
+    Raises ConfigError if its sizes are unknown.
     """
     assert chain.from_ is not None
     if chain.from_model is None or (base / chain.from_ / MANIFEST).exists():
         return read_start(base / chain.from_)
     if chain.from_model not in PRESETS:
         raise ConfigError(
-            f"chain.from_model = '{chain.from_model}': is no preset{nearest(chain.from_model, PRESETS)}, "
-            "and reading open_clip's models takes torch"
+            f"chain.from_model = '{chain.from_model}': is not a preset{nearest(chain.from_model, PRESETS)}, "
+            "and a model of open_clip can only be read with torch"
         )
     return Start(PRESETS[chain.from_model], UNREAD, averaged=None)
 
 
 def read_start(folder: Path) -> Start:
-    """What the manifest of a model folder says that compt wrote. Raises ConfigError where it is none."""
+    """Read the manifest of a model folder that compt wrote. Raises ConfigError."""
     path = folder / MANIFEST
     try:
         manifest = read_json(path)
         if (manifest["format"], manifest["format_version"]) != MODEL_FORMAT:
-            raise ValueError("it is of another format or version than this compt reads")
+            raise ValueError("its format or version is not the one that this compt reads")
         spec, preprocess = ModelSpec.from_dict(manifest["spec"]), manifest["preprocess"]
         averaged = AVERAGE in manifest.get("extra", {})
         return Start(spec, str(manifest["hash"]), preprocess["mean"], preprocess["std"], averaged)
     except KeyError as error:
-        cause = f"{error.args[0]} is missing in it; a run's model folders are RUN/jobs/NAME/model"
+        cause = f"{error.args[0]} is missing; a run's model folders are RUN/jobs/NAME/model"
     except (OSError, ValueError, TypeError, ConfigError) as error:
         cause = getattr(error, "strerror", None) or str(error)
-    other = "" if path.exists() else "; for a model that compt did not write, name which it is in chain.from_model"
+    other = "" if path.exists() else "; for a model that compt did not write, name it in chain.from_model"
     raise ConfigError(f"chain.from = '{folder}': cannot read {path} ({cause}){other}")

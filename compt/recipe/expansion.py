@@ -1,4 +1,4 @@
-"""The recipe's sections about expansion, and the operators that they come to for each link. No torch in here."""
+"""The sections of a recipe about expansion, and the operators that follow from them for each link."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from compt.models.growth import TOWERS, ExpandConfig, Tower, TowerGrowth
+from compt.models.growth import TOWERS, ExpandConfig, TowerGrowth
 from compt.models.operators import wrong_operator
 from compt.recipe.types import Section
 
 
 class TowerExpand(Section):
-    """Operators of one tower; what is left out is as for both towers."""
+    """Operators of one tower. A field that is left out has the value for both towers."""
 
     width: str | None = None
-    """Operator for widths, as in `chain.expand.width`."""
+    """Width operator, as in `chain.expand.width`."""
     depth: str | None = None
-    """Operator for depths, as in `chain.expand.depth`."""
+    """Depth operator, as in `chain.expand.depth`."""
     zero_new_outputs: bool | None = None
     """As in `chain.expand.zero_new_outputs`."""
 
@@ -30,7 +30,7 @@ class TowerExpand(Section):
 
 
 class BothExpand(TowerExpand):
-    """Operators of both towers; what is left out is as in `chain.expand`."""
+    """Operators of both towers. A field that is left out has the value of `chain.expand`."""
 
     noise: float | None = Field(default=None, ge=0, lt=1)
     """As in `chain.expand.noise`."""
@@ -39,10 +39,10 @@ class BothExpand(TowerExpand):
 
 
 class LinkExpand(BothExpand):
-    """How this link's weights come from its predecessor's, where that is not as `chain.expand` says.
+    """How this link grows from its predecessor, where it differs from `chain.expand`.
 
-    Fields that are left out are the chain's. What stands here for both towers comes before what the chain says for one;
-    what stands here for one tower comes before all else. Not for a link that starts from scratch.
+    The value for one tower of this link comes first, then the value for both towers of this link, then the chain's
+    value for the tower, then the chain's value for both. Not for a link that starts from scratch.
     """
 
     image: TowerExpand = TowerExpand()
@@ -52,48 +52,48 @@ class LinkExpand(BothExpand):
 
 
 class Expand(LinkExpand):
-    """Inverse weight initialization: how a model's weights come from its predecessor's, in every link."""
+    """Inverse weight initialization: how the weights of a model come from its predecessor, for every link."""
 
     width: str = "insert"
-    """Operator for widths: one of those in the table below."""
+    """Width operator: a name from the table below."""
     depth: str = "duplicate"
-    """Operator for depths: one of those in the table below."""
+    """Depth operator: a name from the table below."""
     zero_new_outputs: bool = False
-    """Whether added layers start with zero outputs, so that they change nothing at first."""
+    """Set the outputs of added layers to zero, so that they change nothing at first."""
     noise: float = Field(default=0.1, ge=0, lt=1)
-    """Where an operator makes copies (`duplicate`, `net2net`, `lemon`): the share by which weights that read copies
-    differ at most, so that copies learn apart. The differences cancel: the model's outputs stay. 0: copies stay equal
-    forever."""
+    """Relative noise, at most this much, on the weights that read copies of a unit, so that copies learn apart. It
+    cancels over the copies: the outputs of the model stay. It matters for operators that make copies. With 0, copies
+    stay equal forever."""
     reference_compatible: bool = False
-    """Whether layers are filled as the authors' code fills them: those of a ViT image tower twice each where its depth
-    doubles, all others from the first on, one by one, whatever `depth` says."""
+    """Fill the layers that the authors' code fills: in a ViT image tower whose depth doubles, each layer twice;
+    otherwise layer by layer from the first on. `depth` has no effect then."""
 
 
 def expansion(chain: Expand, link: LinkExpand | None) -> ExpandConfig:
-    """What the chain's section and a link's own come to."""
-    link = LinkExpand() if link is None else link
-    noise = chain.noise if link.noise is None else link.noise
-    compatible = chain.reference_compatible if link.reference_compatible is None else link.reference_compatible
-    return ExpandConfig(
-        **{tower: TowerGrowth(**_tower(chain, link, tower)) for tower in TOWERS},
-        noise=noise,
-        reference_compatible=compatible,
-    )
-
-
-def _tower(chain: Expand, link: LinkExpand, tower: Tower) -> dict[str, Any]:
-    """The fields of one tower, each from the first section that has it."""
-    sections: list[TowerExpand] = [getattr(link, tower), link, getattr(chain, tower), chain]
-    return {
-        name: next(value for section in sections if (value := getattr(section, name)) is not None)
-        for name in TowerExpand.model_fields
+    """The operators of a link, from the chain's section and its own."""
+    link = link or LinkExpand()
+    towers: dict[str, Any] = {
+        tower: TowerGrowth(
+            **{name: _first(name, getattr(link, tower), link, getattr(chain, tower), chain) for name in _TOWER_FIELDS}
+        )
+        for tower in TOWERS
     }
+    both = {name: _first(name, link, chain) for name in ("noise", "reference_compatible")}
+    return ExpandConfig(**towers, **both)
+
+
+_TOWER_FIELDS = tuple(TowerExpand.model_fields)
+
+
+def _first(name: str, *sections: TowerExpand) -> Any:
+    """The value of a field in the first section that sets it."""
+    return next(value for section in sections if (value := getattr(section, name)) is not None)
 
 
 def expand_result(config: ExpandConfig) -> dict[str, Any]:
-    """What of an expansion changes the weights: equal for two that come to the same, and plain for plain ones.
+    """What determines the weights, for the hash of a job: equal for two configs that give the same weights.
 
-    Where both towers have the same operators, these alone; the noise only where an operator makes copies.
+    Two equal towers are written once; the noise is left out where no operator makes copies.
     """
     towers: dict[str, Any] = {tower: config.to_dict()[tower] for tower in TOWERS}
     result: dict[str, Any] = towers["image"] if config.image == config.text else towers
@@ -105,14 +105,14 @@ def expand_result(config: ExpandConfig) -> dict[str, Any]:
 
 
 def expand_words(config: ExpandConfig) -> str:
-    """The operators in words: `width lemon, depth stack`, each tower apart where they differ."""
+    """The operators in words: `width lemon, depth stack`; one part for each tower if they differ."""
     if config.image == config.text:
         words = _words(config.image)
     else:
         words = "; ".join(f"{tower} tower: {_words(config.tower(tower))}" for tower in TOWERS)
     if config.copies:
         words += f"; noise {config.noise:g}"
-    return words + ("; layers as the authors' code" if config.reference_compatible else "")
+    return words + ("; layers as in the authors' code" if config.reference_compatible else "")
 
 
 def _words(tower: TowerGrowth) -> str:

@@ -101,7 +101,6 @@ SMALLER: dict[str, str] = {
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",
     "compt/evaluate/validation.py": "the validation loss",
-    "compt/expand/resize.py": "resizing of positions, which axes and operators use",
     "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",
     "compt/models/swin.py": "imports timm, for those who register a Swin only",
 }

@@ -78,7 +78,7 @@ def test_a_plan_comes_back_from_its_description_and_counts_everything(width):
 
 def test_a_plan_that_rebuilds_otherwise_is_refused():
     values = make_plan(TINY, SMALL).to_json()
-    with pytest.raises(ArtefactError, match="'copied' is 1 but comes out as"):
+    with pytest.raises(ArtefactError, match="'copied' is 1, but compt plans"):
         ExpansionPlan.from_json(values | {"copied": 1})
     with pytest.raises(ArtefactError, match="unreadable"):
         ExpansionPlan.from_json({"teacher": values["teacher"]})
@@ -150,12 +150,12 @@ def test_a_parameter_without_axes_is_an_error(monkeypatch):
         return {name: parameter for name, parameter in known(spec).items() if name != "visual.proj"}
 
     monkeypatch.setattr(axes_module, "parameters", without_projection)
-    with pytest.raises(ConfigError, match=r"no axes are known for parameter visual\.proj of shape \[8, 6\]"):
+    with pytest.raises(ConfigError, match=r"compt\.expand\.axes has no parameter visual\.proj of shape \[8, 6\]"):
         make_plan(replace(TINY, name="fresh"), SMALL)
 
 
 def test_a_description_that_the_real_model_does_not_follow_is_an_error():
-    with pytest.raises(ConfigError, match=r"layers\.2\.blocks\.6\.norm1\.weight is described but the model has none"):
+    with pytest.raises(ConfigError, match=r"layers\.2\.blocks\.6\.norm1\.weight , but the model does not"):
         check_parameters(replace(PRESETS["swin_t"], depths=(2, 2, 8, 2), depth=14))
     with pytest.raises(ConfigError, match=r"bias_table has shape \[169, 3\], its axes say \[225, 3\]"):
         check_parameters(replace(PRESETS["swin_t"], window=8))

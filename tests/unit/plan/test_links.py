@@ -225,14 +225,15 @@ def test_sizes_that_have_to_agree_with_a_model_from_outside() -> None:
     start = resolve("vit_s16", {"quick_gelu": True, "no_ln_pre": True, "name": "theirs"})
     message = refused(recipe("vit_b16", chain={"from": "theirs"}), start=Start(start, "1"))
     assert message == (
-        "mine.yaml: chain.links.0.model = 'vit_b16': its quick_gelu is false, no_ln_pre is false, unlike that of "
-        "'theirs' at chain.from; for all members, write family.common: {quick_gelu: true, no_ln_pre: true}"
+        "mine.yaml: chain.links.0.model = 'vit_b16': its quick_gelu is false, no_ln_pre is false, but "
+        "'theirs' at chain.from differs; to make all members agree, write "
+        "family.common: {quick_gelu: true, no_ln_pre: true}"
     )
     written = recipe("vit_b16", chain={"from": "x"}, family={"common": {"quick_gelu": True, "no_ln_pre": True}})
     assert make_plan(written, start=Start(start, "1")).links[0].spec.quick_gelu
     with pytest.raises(ConfigError, match=r"write family\.common: \{head_width: 32, text_head_width: 32\}"):
         check_start(PRESETS["vit_nano"], PRESETS["vit_s16"])
-    with pytest.raises(ConfigError, match=r"'few' at chain\.from knows 64 tokens, CLIP's tokenizer 49408"):
+    with pytest.raises(ConfigError, match=r"'few' at chain\.from has a vocabulary of 64 tokens, but CLIP's .* 49408"):
         check_start(resolve("vit_s16", {"vocab_size": 64, "name": "few"}), PRESETS["vit_b16"])
     # Between two architectures the image towers need not agree.
     check_start(resolve("vit_s16", {"no_ln_pre": True}), PRESETS["swin_b"])
@@ -249,9 +250,9 @@ def test_a_model_that_compt_did_not_write(tmp_path: Path) -> None:
     ]
     assert (link.start, link.teacher_spec, link.alpha) == (theirs, PRESETS["vit_pico"], 500.0)
     message = refused(recipe("vit_nano", chain={"from": str(tmp_path)}))
-    assert message.endswith("for a model that compt did not write, name which it is in chain.from_model")
+    assert message.endswith("for a model that compt did not write, name it in chain.from_model")
     message = refused(recipe("vit_nano", chain={"from": "a", "from_model": "vit_pixo"}))
-    assert "chain.from_model = 'vit_pixo': is no preset (did you mean 'vit_pico'?)" in message
+    assert "chain.from_model = 'vit_pixo': is not a preset (did you mean 'vit_pico'?)" in message
 
 
 def test_a_prefix_belongs_to_the_result_and_a_model_s_name_does_not() -> None:

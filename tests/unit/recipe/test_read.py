@@ -479,7 +479,7 @@ def test_operators_in_words() -> None:
     assert expand_words(ExpandConfig(noise=0.7)) == "width insert, depth duplicate"
     assert expand_words(ExpandConfig(TowerGrowth("lemon", "stack", True), noise=0.2, reference_compatible=True)) == (
         "image tower: width lemon, depth stack, outputs of new layers zero; text tower: width insert, depth duplicate; "
-        "noise 0.2; layers as the authors' code"
+        "noise 0.2; layers as in the authors' code"
     )
 
 
