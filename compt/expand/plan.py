@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compt.cost import counts
 from compt.errors import ArtefactError, ConfigError
 from compt.expand import axes, maps
-from compt.expand.axes import Axis, Dim, Parameter, Use
+from compt.expand.axes import Axis, Dim, Kind, Parameter, Use
 from compt.expand.maps import AxisMap
 from compt.models import growth
 from compt.models.growth import ExpandConfig, Tower
@@ -224,16 +224,19 @@ class _ExpansionPlanner:
     def _map(self, operator: str, use: Use, old: Dim, new: Dim) -> AxisMap:
         key = (operator, use, old, new)
         if key not in self.maps:
-            if WIDTH_OPERATORS[operator].packed and len(old) > 1:
-                sizes = (math.prod(axis.size for axis in dim) for dim in (old, new))
-                self.maps[key] = maps.prefix(*sizes)
-            else:
-                pairs = zip(old, new, strict=True)
-                noise = self.config.noise
-                self.maps[key] = maps.pack(
-                    maps.axis_map(operator, a.kind, use, a.size, b.size, noise) for a, b in pairs
-                )
+            if WIDTH_OPERATORS[operator].packed:
+                old, new = _packed(old), _packed(new)
+            noise = self.config.noise
+            self.maps[key] = maps.pack(
+                maps.axis_map(operator, a.kind, use, a.size, b.size, noise) for a, b in zip(old, new, strict=True)
+            )
         return self.maps[key]
+
+
+def _packed(dim: Dim) -> Dim:
+    """A dimension as one axis, of the kind of its axis that can grow."""
+    kind: Kind = next((axis.kind for axis in dim if axis.kind != "fixed"), "fixed")
+    return (Axis(dim[0].name, math.prod(axis.size for axis in dim), kind),)
 
 
 def _grown(operator: str, source: Parameter, parameter: Parameter) -> str:
