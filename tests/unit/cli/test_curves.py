@@ -68,16 +68,17 @@ def test_what_is_known_without_a_baseline_and_what_was_left_out(tmp_path: Path) 
 def test_how_an_interval_was_made_is_said(tmp_path: Path) -> None:
     jobs = [NANO, BASELINE, link(10, 24.0, "a"), link(20, 28.0, "b"), link(20, 29.0, "c", seed=1)]
     paired = curves_table(read_curves([write_run(tmp_path / "a", jobs)], average_seeds=True))
-    alone = curves_table(read_curves([write_run(tmp_path / "b", jobs, answers=False)]))
-    assert any("bootstrap over pictures" in note for note in paired.notes)
+    assert any("bootstrap over images" in note for note in paired.notes)
     assert any("standard deviation" in note for note in paired.notes)
     assert "20:28.50±0.71" in paired.rows[0][1]
-    assert not any("bootstrap over pictures" in note or "standard deviation" in note for note in alone.notes)
-    assert any("seed 0; vit_nano → vit_micro, seed 1: from each accuracy's own" in note for note in alone.notes)
+    without = curves_table(read_curves([write_run(tmp_path / "b", jobs, answers=False)]))
+    assert not any("bootstrap over images" in note or "standard deviation" in note for note in without.notes)
+    assert any("seed 0; vit_nano → vit_micro, seed 1: stored answers are missing" in note for note in without.notes)
+    assert [row[4] for row in without.rows] == ["-", "-"]
     (tmp_path / "a" / "jobs" / "c" / "scores" / f"{SET}.npz").unlink()
     notes = curves_table(read_curves([tmp_path / "a"])).notes
-    assert any("bootstrap over pictures" in note for note in notes)
-    assert any(note.startswith("Interval of vit_nano → vit_micro, seed 1: from each") for note in notes)
+    assert any("bootstrap over images" in note for note in notes)
+    assert any(note.startswith("No interval of vit_nano → vit_micro, seed 1: ") for note in notes)
 
 
 @pytest.mark.parametrize("width", [60, 120])
@@ -127,7 +128,7 @@ def test_the_figure_has_a_panel_for_each_link_and_marks_only_what_is_there(tmp_p
 
 def test_runs_without_a_link(tmp_path: Path) -> None:
     run_folder, out = write_run(tmp_path / "run", [NANO, BASELINE]), tmp_path / "out"
-    assert "No link is trained to its end in these runs." in shown(run_folder, "--out", out)
+    assert "No link in these runs is trained to its end." in shown(run_folder, "--out", out)
     assert [path.name for path in out.iterdir()] == ["curves.json"]
 
 
@@ -146,7 +147,7 @@ def test_options_reach_the_fit(tmp_path: Path) -> None:
             ConfigError,
             "--target lossles: should be baseline or lossless .did you mean 'lossless'",
         ),
-        (["--set", "nothing"], ConfigError, f"--set nothing: no training was scored on it.*scored were: {SET}"),
+        (["--set", "nothing"], ConfigError, f"--set nothing: no job was scored on it.*scored were: {SET}"),
         (["nowhere"], RunError, "nowhere is no run folder"),
     ],
 )

@@ -120,9 +120,9 @@ def test_what_a_person_sees(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None
         row = next(line for line in text.splitlines() if line.strip().startswith(spec["name"]))
         assert f"{epochs:g}" in row
         assert needed["low"] == needed["high"] or f"({needed['low']:.3g}-{needed['high']:.3g})" in row
-    for words in ("11 published numbers", "prior, not a fit", "Extrapolated", "A100 80 GB: projected", "compt bench"):
+    for words in ("9 published links", "is a stated rule", "Extrapolated", "A100 80 GB: projected", "compt bench"):
         assert words in text
-    for label in ("5 models, chosen, presets only: vit_t16, vit_c16", "4 models, the recipe's: ", "its own epochs"):
+    for label in ("5 models, chosen: vit_t16, vit_c16", "4 models: vit_t16", "the recipe's, its own epochs"):
         assert label in text
     assert "individually: " in text
 
@@ -155,48 +155,21 @@ def test_a_simpler_chain_is_preferred_and_that_is_said(auto: Auto) -> None:
     own = next(one for one in values["alternatives"] if not one["predicted"])
     assert chosen["gpu_hours"]["hours"]["middle"] < own["gpu_hours"]["hours"]["middle"]
     text = " ".join(auto()[1].split())
-    more = 100 * (chosen["macs"]["middle"] / best["macs"]["middle"] - 1)
-    assert "Simpler chains are preferred within 3 %: fewer models, then presets. Least MACs: 6 models" in text
-    assert f"{more:.1f} % better than the chosen chain" in text
-    assert "6 models, least MACs: vit_192x8" in text
-    four = next(one for one in values["alternatives"] if len(one["specs"]) == 4 and one["predicted"])
-    more = 100 * (four["macs"]["middle"] / chosen["macs"]["middle"] - 1)
-    assert f"Inside the range: 4 models (vit_t16, vit_s16, vit_b16, vit_l16), {more:.1f} % worse." in text
+    assert "Simpler chains are preferred within 3 %: fewer models, then presets. The best one, 6 models, least" in text
+    assert "6 models, least MACs: vit_192x4" in text
 
 
 def test_hours_are_another_objective(auto: Auto) -> None:
-    values = as_json(auto, "--in", "hours", "--members", "6")
-    assert values["unit"] == "gpu_hours"
-    macs = as_json(auto, "--members", "6")
-    hours = [one["chosen"]["gpu_hours"]["hours"]["middle"] for one in (values, macs)]
+    words = ("--members", "6")
+    values, macs = (as_json(auto, *words, *more) for more in (("--in", "hours"), ()))
+    assert (values["unit"], macs["unit"]) == ("gpu_hours", "macs")
+    hours = [one["best"]["gpu_hours"]["hours"]["middle"] for one in (values, macs)]
     assert hours[0] < hours[1]
-    assert values["chosen"]["macs"]["middle"] > macs["chosen"]["macs"]["middle"]
-    text = " ".join(auto("--members", "6")[1].split())
-    cheaper = min(
-        (one for one in macs["alternatives"] if one["predicted"]), key=lambda one: one["gpu_hours"]["hours"]["middle"]
-    )
-    assert f"Better in GPU-hours: {len(cheaper['specs'])} models (vit_t16, vit_c16" in text
-    assert f"~{cheaper['gpu_hours']['hours']['middle']:.3g} against ~{hours[1]:.3g}; --in hours" in text
-    assert "--in hours searches" not in auto("--in", "hours", "--members", "6")[1]
+    assert values["best"]["macs"]["middle"] > macs["best"]["macs"]["middle"]
     words = ("--objective", "acceleration", "--members", "5")
     gains = [as_json(auto, *words, *more)["best"] for more in (("--in", "hours"), ())]
     assert gains[0]["gpu_hours_acceleration"]["middle"] > gains[1]["gpu_hours_acceleration"]["middle"]
     assert gains[0]["acceleration"]["middle"] < gains[1]["acceleration"]["middle"]
-
-
-def test_a_confidence_plans_longer_links(auto: Auto) -> None:
-    found = [as_json(auto, "--confidence", level, "--members", "5")["chosen"] for level in ("0.5", "0.8", "0.95")]
-    for level, one in zip((0.5, 0.8, 0.95), found, strict=True):
-        assert all(level - 0.02 < share < level + 0.08 for share in one["long_enough"]), (level, one["long_enough"])
-        assert one["all_long_enough"] <= min(one["long_enough"])
-    assert found[0]["all_long_enough"] < 0.2
-    assert found[2]["all_long_enough"] > 0.8
-    assert found[0]["acceleration"]["middle"] > found[1]["acceleration"]["middle"] > found[2]["acceleration"]["middle"]
-    assert as_json(auto, "--members", "5")["chosen"] == found[0]
-    text = " ".join(auto("--confidence", "0.95")[1].split())
-    assert f"All links long enough: {100 * found[2]['all_long_enough']:.0f} %. Epochs are enough for each" in text
-    assert "compt chain --calibrate" in text
-    assert "Epochs are the medians of the fit" in " ".join(auto()[1].split())
 
 
 def test_a_budget(auto: Auto) -> None:
@@ -315,7 +288,7 @@ def test_runs_that_report_on_two_sets(auto: Auto, tmp_path: Path) -> None:
     values = as_json(auto, *runs, "--runs-on", "test_style", "--members", "2", recipe=str(recipe))
     assert values["chosen"]["epochs"] == [60.0, 25.0]
     code, text, errors = auto(*runs, "--runs-on", "test_stile", recipe=str(recipe))
-    assert "--runs-on test_stile: no training was scored on it by top-1 (did you mean 'test_style'?)" in errors
+    assert "--runs-on test_stile: no job was scored on it by top-1 (did you mean 'test_style'?)" in errors
 
 
 def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
@@ -329,7 +302,7 @@ def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
             runs += ["--runs", str(write_run(tmp_path / f"{seed}-{epochs}", jobs))]
     values = as_json(auto, *runs, "--members", "2", recipe=str(recipe))
     assert values["chosen"]["epochs"] == [60.0, 20.0]
-    assert "fitted to 1 measured link of" in " ".join(values["notes"])
+    assert "shifted by 1 measured link of" in " ".join(values["notes"])
 
 
 @pytest.mark.parametrize(
@@ -337,13 +310,10 @@ def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
     [
         (("--in", "hour"), "--in hour: should be macs or hours (did you mean 'hours'?)"),
         (("--in", "macs", "--objective", "budget", "--budget", "1"), "--in macs: is for the objectives cost and"),
-        (("--confidence", "90"), "--confidence 90: should be a probability between 0 and 1, such as 0.9"),
-        (("--confidence", "0"), "--confidence 0: should be"),
-        (("--confidence", "nan"), "--confidence nan: should be"),
         (("--runs-on", "x"), "--runs-on x: is for --runs, which is missing"),
         (
             ("--set", "data.images=20000"),
-            "recipes/cc3m_vit.yaml: baselines.warmup = 8000 steps: 8000 steps are longer than the training",
+            "recipes/cc3m_vit.yaml: baselines.warmup = 8000 steps: 8000 steps are longer than baselines.train",
         ),
         (("--members", "3"), "--members 3: family.members names 4 models"),
         (("--members", "30"), "--members 30: there is no chain of 30 models"),
@@ -382,13 +352,15 @@ def test_it_takes_no_torch() -> None:
 def test_the_page_shows_what_is_printed(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "108")
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    shown = "\n".join(line.rstrip() for line in auto()[1].splitlines()).rstrip()
+    table = auto()[1].partition("\n\nSimpler chains")[0]
+    shown = "\n".join(line.rstrip() for line in table.splitlines())
     assert f"```text\n{shown}\n```" in page
 
 
 def test_a_simpler_chain_keeps_the_budget(auto: Auto) -> None:
     """With 300 GPU-hours one of presets is preferred; where only the best chain is affordable, that is taken."""
-    words = ("--objective", "budget", "--budget")
+    links = "chain.links=[{model: vit_l16, train: {epochs: 20}, warmup: {steps: 10}}]"
+    words = ("--set", "family.members=[vit_t16, vit_l16]", "--set", links, "--objective", "budget", "--budget")
     values = as_json(auto, *words, "300")
     best, chosen = (values[key]["gpu_hours"]["hours"]["middle"] for key in ("best", "chosen"))
     assert best < chosen <= 300
@@ -400,13 +372,13 @@ def test_a_simpler_chain_keeps_the_budget(auto: Auto) -> None:
 
 def test_more_images_than_were_published(auto: Auto) -> None:
     merged = "recipes/merged15m_vit.yaml"
-    words = "are beyond the 12,927,058 of the largest data set in the fit"
+    words = "are beyond the 12,927,058 of the largest published data set"
     assert words in auto("--set", "data.images=13000000", recipe=merged)[1]
     assert words not in auto(recipe=merged)[1]
 
 
 def test_no_chain_stands_twice(auto: Auto) -> None:
     for words in (("--objective", "acceleration"), ("--in", "hours"), ("--objective", "budget", "--budget", "400")):
-        found = as_json(auto, *words, "--confidence", "0.7")["alternatives"]
+        found = as_json(auto, *words)["alternatives"]
         chains = [tuple(spec["name"] for spec in one["specs"]) for one in found if one["predicted"]]
         assert len(set(chains)) == len(chains)

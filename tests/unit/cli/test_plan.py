@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from compt.cli.design.tables import DesignRequest
 from compt.cli.main import main
 from compt.cost.gpus import DEVICES
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec
@@ -191,7 +192,6 @@ REFUSED = {
             ("--budget", r"50\.0"),
             ("--runs", "runs/a"),
             ("--in", "hours"),
-            ("--confidence", "0.9"),
             ("--runs-on", "val"),
             ("--out", "best"),
         )
@@ -237,39 +237,20 @@ def test_auto_hands_on_what_was_asked(
     fake = SimpleNamespace(run_auto=lambda *words, **options: calls.append((words, options)))
     monkeypatch.setitem(sys.modules, "compt.cli.design.command", fake)
     assert plan("--auto")[0] == 0
-    (recipe, source), options = calls.pop()
+    (recipe, source, *asked), options = calls.pop()
     assert (recipe.name, source) == ("three", Path("r.yaml"))
-    assert options == {
-        "objective": "cost",
-        "unit": None,
-        "size": None,
-        "budget_gpu_hours": None,
-        "confidence": None,
-        "machine": Machine(DEVICES["a100-80"], 8),
-        "runs": (),
-        "on": None,
-        "out": None,
-        "as_json": False,
-    }
+    assert asked == [DesignRequest("cost"), Machine(DEVICES["a100-80"], 8)]
+    assert options == {"out": None, "as_json": False}
     speeds = measured({"one": 1e-3}, kind="h100")
     (tmp_path / "h100.json").write_text(speeds.model_dump_json())
     words = "--auto --objective budget --members 3 --budget 120 --runs a --runs b --out best.yaml --json --gpus 4"
-    words += " --in hours --confidence 0.9 --runs-on val"
+    words += " --in hours --runs-on val"
     assert plan(*words.split(), "--throughput", "h100.json", "--set", "name=other")[0] == 0
-    (recipe, _), options = calls.pop()
+    (recipe, _, *asked), options = calls.pop()
     assert recipe.name == "other"
-    assert options == {
-        "objective": "budget",
-        "unit": "hours",
-        "size": 3,
-        "budget_gpu_hours": 120.0,
-        "confidence": 0.9,
-        "machine": Machine(DEVICES["h100"], 4, speeds),
-        "runs": [Path("a"), Path("b")],
-        "on": "val",
-        "out": Path("best.yaml"),
-        "as_json": True,
-    }
+    runs = (Path("a"), Path("b"))
+    assert asked == [DesignRequest("budget", "hours", 3, 120.0, runs, "val"), Machine(DEVICES["h100"], 4, speeds)]
+    assert options == {"out": Path("best.yaml"), "as_json": True}
 
 
 # Without torch
