@@ -29,23 +29,23 @@ _LARGEST = 10**9
 """No size of a model and no number of images is as large."""
 
 
-class _Record(BaseModel):
+class _RunFile(BaseModel):
     model_config = ConfigDict(allow_inf_nan=False, frozen=True)
 
 
-class _ListedJob(_Record):
+class _ListedJob(_RunFile):
     name: str
     kind: str
     same_as: str | None = None
 
 
-class _RunState(_Record):
+class _RunState(_RunFile):
     data_fingerprint: str
     primary: str | None
     jobs: list[_ListedJob]
 
 
-class Score(_Record):
+class Score(_RunFile):
     """Top-1 accuracy of a finished model and its 95 % interval, in percent.
 
     `pins` are hashes of what the number depends on beside the model.
@@ -56,7 +56,7 @@ class Score(_Record):
     pins: dict[str, Any] = {}
 
 
-class Manifest(_Record):
+class Manifest(_RunFile):
     """What a finished job's manifest.json says.
 
     `hash` is that of its recipe, `result`; `model_hash` and `parent_hash` are those of weights. `macs` are those of the

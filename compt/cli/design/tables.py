@@ -116,8 +116,11 @@ class Design:
         found.append(
             f"Epochs: a line through {len(model.points)} published links (docs/design.md). Range: a factor of "
             f"{factor:.2f} both ways, as far as the line was off at the worst known link. Behind costs and "
-            "accelerations: the bound if all links need the upper end. `compt chain --calibrate` tests the first pair "
-            "and lengthens all links until it is lossless."
+            "accelerations: the bound if all links need the upper end."
+        )
+        found.append(
+            "With another recipe or data set links may need several times as many epochs: test the first pair with "
+            "`compt chain --calibrate`, or give measured links with --runs."
         )
         measured = [curve for curve in model.own if curve.match is not None]
         if asked.runs:
