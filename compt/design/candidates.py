@@ -1,9 +1,9 @@
-"""Models that may stand in an automatically designed chain: the wanted ones, presets, and sizes between. No torch here.
+"""Models that a designed chain may contain: the wanted ones, presets, and sizes between.
 
 ViTs: every width that is a multiple of the head width and every depth, in the proportions of the presets. The text
 tower follows from the image tower: its width and depth are interpolated over the presets, in the logarithm of
-width^2 * depth, so that every preset has its own; where the next larger wanted model has another text tower than that,
-its candidates' are wider and deeper in proportion. Swins: presets only.
+width^2 * depth, which gives every preset its own. If the next larger wanted model has another text tower than that, its
+candidates' text towers change in proportion. Swins: presets only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.links import check_growth
 
 SMALLEST = 16
-"""A candidate has at least one part in so many of the smallest preset's parameters, as Table G counts them."""
+"""A candidate has at least the smallest preset's parameters (as Table G counts them) divided by this."""
 
 _COMMON = (
     *("context_length", "vocab_size", "embed_dim", "image_size", "patch_size", "mlp_ratio", "no_ln_pre"),
@@ -48,8 +48,8 @@ class Candidates:
 def ladder(like: ModelSpec) -> tuple[ModelSpec, ...]:
     """The presets of the family that `like` belongs to, by rising parameters: same kind of image tower and heads.
 
-    A ViT with heads of another width than any preset's is taken for one of the paper's. Presets that differ in their
-    pictures alone count once.
+    A ViT with heads of another width than any preset's is taken for one of the paper's. Presets that differ only in
+    their images count once.
     """
     same = [spec for spec in PRESETS.values() if spec.arch == like.arch]
     family = [spec for spec in same if spec.head_width == like.head_width] or [
@@ -77,7 +77,7 @@ def text_shape(spec: ModelSpec, presets: Sequence[ModelSpec]) -> tuple[float, fl
 
 
 def _below(spec: ModelSpec, above: ModelSpec, presets: Sequence[ModelSpec]) -> ModelSpec:
-    """The image tower of `spec` with what goes with it where `above` is the next larger wanted model.
+    """The image tower of `spec` with the other sizes that suit `above`, the next larger wanted model.
 
     The text tower's width is the nearest multiple of its head width, the depth the nearest whole number.
     """
@@ -112,7 +112,7 @@ def check_wanted(wanted: Sequence[ModelSpec]) -> tuple[ModelSpec, ...]:
 def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
     """The wanted models and all that may stand before or between them; none has more parameters than the largest.
 
-    A candidate takes joint embedding, context, picture and the like from the next larger wanted model. Raises
+    A candidate takes joint embedding, context, image size and the like from the next larger wanted model. Raises
     ConfigError for wanted models that cannot stand in one chain.
     """
     rising = check_wanted(list(wanted.values()))
@@ -176,7 +176,7 @@ _AXES = ("width", "depth", "text_width", "text_depth", "embed_dim", "context_len
 def _grows(specs: Sequence[ModelSpec], counts: Sequence[int]) -> NDArray[np.bool_]:
     """[n, n]: whether parameters, `counts`, rise and no axis shrinks from row to column.
 
-    Axes are compared all at once; for Swins, few and with stages, `check_growth` is asked.
+    Axes are compared all at once; Swins are few and have stages, so `check_growth` decides.
     """
     sizes = np.array(
         [

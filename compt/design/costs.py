@@ -1,4 +1,4 @@
-"""What an epoch of each possible link costs, for all pairs of candidates at once. No torch in here."""
+"""What an epoch of each possible link costs, for all pairs of candidates at once."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Costs:
 
 
 def epoch_steps(recipe: Recipe) -> int:
-    """Steps of one epoch; what is left of a batch is not trained on."""
+    """Steps of one epoch; an incomplete last batch is dropped."""
     return recipe.data.images // recipe.optimizer.batch
 
 
 def distils(recipe: Recipe) -> bool:
-    """Whether features are distilled along the chain, and not only weights passed on."""
+    """Whether links distil features, and do not only inherit weights."""
     return recipe.chain.distill.alpha > 0
 
 
@@ -60,7 +60,7 @@ def hours_costs(
 ) -> Costs:
     """GPU-hours of an epoch on `gpus` `device`s, as a plan of `recipe` counts them.
 
-    Measured where `throughput` has the very job, else projected. Raises ConfigError for a precision that the device
+    Measured if `throughput` has exactly this job, else projected. Raises ConfigError for a precision that the device
     does not have.
     """
     samples = epoch_steps(recipe) * recipe.optimizer.batch

@@ -151,8 +151,8 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     """`recipe` as plain values, with family and links replaced by `chain`; called NAME_auto. What was set stays set.
 
     The first model takes the baselines' length and warm-up. Warm-up, learning rate, alpha and expansion of a link are
-    those of the recipe's own link of that model, or else of its second link. Raises ConfigError where a chain does not
-    come out that the planner accepts the models of.
+    those of the recipe's own link of that model, or else of its second link. `source` names the chain in messages.
+    Raises ConfigError for models that no recipe can have.
     """
     values: dict[str, Any] = _plain(recipe)
     own = {link.model: link for link in recipe.chain.links[1:]}
@@ -177,7 +177,7 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     values["name"] = f"{recipe.name}_auto"
     values["family"] |= {"members": [one["name"] if list(one) == ["name"] else one for one in members]}
     values["chain"] |= {"links": links}
-    made = parse_recipe(values, f"the chain designed from {source}").family.specs()
+    made = parse_recipe(values, source).family.specs()
     assert list(made.values()) == list(chain), (made, chain)
     return values
 
