@@ -19,7 +19,7 @@ from compt.engines.blocks import compile_blocks, fill, models_in, recompute_bloc
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import check_names
 from compt.engines.zero.parts import Parts
-from compt.engines.zero.start import destroy, fill_partitioned, forget_module, start_deepspeed
+from compt.engines.zero.start import check_zero, destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero.state import open_zero, save_zero, take_moments
 from compt.models.clip import shardable_blocks
 from compt.weights.lazy import Weights
@@ -57,6 +57,7 @@ class ZeroEngine(EngineHead):
         self.stage = stage
         self._deepspeed = start_deepspeed(self.device)
         json = _complete(config or {}, stage, self.world_size)
+        check_zero(json)
         groups = _named_groups(module, settings)  # before parameters are cut up and lose their shapes
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)

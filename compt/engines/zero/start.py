@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
@@ -49,6 +50,22 @@ def start_deepspeed(device: torch.device) -> ModuleType:
     # What it warns of, as each skipped step, is in the metrics.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
+
+
+def check_zero(config: Mapping[str, Any]) -> None:
+    """Raise ConfigError, on all ranks, for settings of zero_optimization that DeepSpeed's own model of them refuses."""
+    model = importlib.import_module("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+
+    def check() -> None:
+        try:
+            model(**config["zero_optimization"])
+        except ValidationError as error:
+            problems = [
+                f"zero_optimization.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()
+            ]
+            raise ConfigError(f"engine.deepspeed_config: DeepSpeed refuses {'; '.join(problems)}") from None
+
+    dist.on_all(check)
 
 
 def forget_module(module: nn.Module) -> None:
