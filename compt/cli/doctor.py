@@ -1,8 +1,9 @@
-"""`compt doctor`: whether the nodes are fit for a training. Imports no torch until it runs."""
+"""`compt doctor`: whether machines are fit for a run."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,26 +18,26 @@ _SHOWN = {"ok": "green", "note": "yellow", "wrong": "bold red", "not checked": "
 
 
 def doctor(
-    run: Annotated[Path, typer.Argument(help="the folder that runs are going to lie in")] = Path("runs"),
+    run: Annotated[Path, typer.Argument(help="folder that will hold the runs")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Check this machine, or every node under srun or torchrun. Exit code 1 where something is wrong.
+    """Check this machine, or every node under srun or torchrun. Exit code 1 if something is wrong.
 
-    Driver, CUDA, NCCL and GPUs; the same versions everywhere; a run folder that all nodes see, with renames and locks
-    that work; clocks, network and limits.
+    It checks that all nodes have the same driver, CUDA and packages; GPUs and their free memory; limits; that all nodes
+    see the run folder, with working renames and locks; and collectives over gloo and NCCL.
     """
     from compt.dist import collectives as dist
-    from compt.dist.doctor.findings import examine, is_fit, to_json
+    from compt.dist.doctor.together import examine
 
-    try:
-        findings = examine(run)
-        text = json.dumps(to_json(findings), indent=2)
-        # The others wait: a launcher stops all when one of them ends.
-        dist.on_main(lambda: typer.echo(text) if as_json else _show(findings))
-    finally:
-        dist.shutdown()
-    if not is_fit(findings):
+    findings = examine(run)
+    fit = all(finding.state != "wrong" for finding in findings)
+    text = json.dumps({"ok": fit, "findings": [asdict(finding) for finding in findings]}, indent=2)
+    # All ranks wait for rank 0: a launcher stops them when the first one exits.
+    dist.on_main(lambda: typer.echo(text) if as_json else _show(findings))
+    if not fit:
+        # Without leaving the group, which would wait for a collective that hangs.
         raise typer.Exit(1)
+    dist.shutdown()
 
 
 def _show(findings: list[Finding]) -> None:

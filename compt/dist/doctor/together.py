@@ -1,111 +1,109 @@
-"""What only several processes can find out: whether they see one disk, one time, and each other's numbers."""
+"""Checks that need several processes: a disk that all nodes share, its renames and locks, and collectives."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
+import errno
 import os
 import secrets
 import shutil
+import threading
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from concurrent.futures import Future
 from pathlib import Path
 
+import torch
+import torch.distributed as torch_dist
 from filelock import FileLock, Timeout
 
 from compt.dist import collectives as dist
-from compt.dist.environment import Place
-from compt.dist.doctor.trial import Collective, try_collective
+from compt.dist.doctor.findings import Finding, facts_here, judge
+from compt.dist.environment import Place, find_place
 from compt.errors import RunError
 from compt.files import disk_errors
 
 WAIT_SECONDS = 10.0
 RENAMES = 100
-ROUNDS = 8
+SLOW_DISK = 1.0
+"""Seconds after which it is a note that other nodes see a file late."""
+COLLECTIVE_SECONDS = 60.0
+NUMBERS = 2**20
+"""Length of the vector to sum: 4 MiB of float32."""
 
 
-@dataclass(frozen=True)
-class Together:
-    """What the processes found with each other; lists go by rank.
+def examine(folder: Path) -> list[Finding]:
+    """Check this machine, or under srun or torchrun every node; the findings are the same on all ranks.
 
-    `alone`: there is one process only, and nothing else was looked at. `seconds`: until a file of rank 0 was seen.
-    `unseen`: ranks that did not see it, after which the disk was not looked at further; `torn`: those that read half a
-    file while rank 0 replaced it; `unlocked`: those that could take a lock that rank 0 held. `clocks`: each one's
-    clock minus rank 0's, in seconds. `collectives`: by backend.
+    `folder` will hold the runs: it is created, written to, and left as it was. Raises ConfigError or RunError when the
+    processes do not find each other or `folder` cannot be written to.
     """
+    # Joining changes the environment.
+    place = find_place(os.environ)
+    # On CPUs, over gloo: a GPU that is missing on one node must be a finding, not a hang.
+    dist.init("cpu")
+    # The disk first, which creates the folder. NCCL last: it may take the process with it.
+    disk = check_disk(folder)
+    findings = judge(dist.gather_objects(facts_here(folder, place)))
+    return [*findings, *disk, *(check_collectives(place) if place and dist.world_size() > 1 else [])]
 
-    alone: bool = False
-    seconds: list[float] = field(default_factory=list)
-    unseen: list[int] = field(default_factory=list)
-    torn: list[int] = field(default_factory=list)
-    unlocked: list[int] = field(default_factory=list)
-    clocks: list[float] = field(default_factory=list)
-    collectives: dict[str, Collective] = field(default_factory=dict)
 
-
-def check_together(folder: Path, here: Place | None) -> Together:
-    """Try all of it; the same answer on all ranks, which all call it. Raises RunError where nothing can be written.
-
-    `here` is what the environment said of the process before it joined the group.
-    """
+def check_disk(folder: Path) -> list[Finding]:
+    """Check whether all ranks see a file of rank 0, its renames and its lock. Raises RunError where it cannot write."""
 
     def make() -> None:
         with disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
+    def fill() -> None:
+        with disk_errors(place):
+            place.mkdir()
+            (place / "first").write_bytes(b"1")
+            (place / "replaced").write_bytes(_content(0))
+
     dist.on_all(make)
-    if dist.world_size() == 1:
-        dist.on_main(lambda: _write(folder))
-        return Together(alone=True)
     # The token tells this call's folder from one on another machine's disk.
     place = folder / f".doctor-{dist.broadcast_object(secrets.token_hex(8))}"
-    dist.on_main(lambda: _fill(place))
+    dist.on_main(fill)
     try:
+        if dist.world_size() == 1:
+            return [Finding("shared disk", "not checked", "one process: start it under srun or torchrun on all nodes")]
         seconds = dist.gather_objects(_seconds_until(place / "first"))
-        unseen = [rank for rank, value in enumerate(seconds) if value is None]
-        torn = [] if unseen else _ranks(dist.on_all(lambda: _reads_torn(place / "replaced")))
-        unlocked = [] if unseen else _ranks(_gets_lock(place / "lock"))
+        if blind := _listed(value is None for value in seconds):
+            remedy = "put the run folder on a disk that all nodes have (NFS, Lustre, GPFS)"
+            return [Finding("shared disk", "wrong", f"ranks {blind} do not see what rank 0 wrote", remedy)]
+        torn = _listed(dist.gather_objects(dist.on_all(lambda: _reads_torn(place / "replaced"))))
+        unlocked = _listed(dist.gather_objects(_gets_lock(place / "lock")))
     finally:
         if dist.is_main():
             shutil.rmtree(place, ignore_errors=True)
-    return Together(
-        seconds=[value or 0.0 for value in seconds],
-        unseen=unseen,
-        torn=torn,
-        unlocked=unlocked,
-        clocks=clock_differences(),
-        collectives=_collectives(here),
-    )
-
-
-def _write(folder: Path) -> None:
-    with disk_errors(folder):
-        path = folder / f".doctor-{secrets.token_hex(8)}"
-        path.write_bytes(b"1")
-        path.unlink()
-
-
-def _fill(place: Path) -> None:
-    with disk_errors(place):
-        place.mkdir()
-        (place / "first").write_bytes(b"1")
-        (place / "replaced").write_bytes(_content(0))
+    found = f"a file of rank 0 is seen after {max(seconds):.2f} s"
+    remedy = "mount it with a shorter attribute cache (NFS: actimeo=1)"
+    findings = [Finding("shared disk", "ok" if max(seconds) < SLOW_DISK else "note", found, remedy)]
+    found = f"ranks {torn} read half a file, or none" if torn else "atomic"
+    remedy = "use a POSIX file system: resuming relies on it"
+    findings.append(Finding("renaming", "wrong" if torn else "ok", found, remedy))
+    found = f"ranks {unlocked} took a lock that rank 0 held" if unlocked else "work"
+    remedy = "mount with locks (Lustre: -o flock, NFS: no nolock): two jobs could write one run folder"
+    return [*findings, Finding("locks", "wrong" if unlocked else "ok", found, remedy)]
 
 
 def _content(number: int) -> bytes:
     return f"{number:06d}\n".encode() * 1000
 
 
-def _ranks(flag: bool) -> list[int]:
-    return [rank for rank, found in enumerate(dist.gather_objects(flag)) if found]
+def _listed(flags: Iterable[bool]) -> str:
+    return ", ".join(str(rank) for rank, flag in enumerate(flags) if flag)
 
 
 def _seconds_until(path: Path) -> float | None:
-    """How long it takes to see a file; None after `WAIT_SECONDS`."""
+    """Return how long it takes to see a file; None after WAIT_SECONDS."""
     start = time.monotonic()
     while not path.exists():
         if time.monotonic() - start > WAIT_SECONDS:
             return None
-        # Some network file systems look again only when the folder is read.
+        # Some network file systems only look again when the folder is listed.
         with contextlib.suppress(OSError):
             os.listdir(path.parent)
         time.sleep(0.02)
@@ -113,7 +111,7 @@ def _seconds_until(path: Path) -> float | None:
 
 
 def _reads_torn(path: Path) -> bool:
-    """Rank 0 replaces a file many times over; whether this rank, reading it meanwhile, found none or half of one."""
+    """Rank 0 replaces a file many times; whether this rank, reading it meanwhile, found no file or half of one."""
     if dist.is_main():
         for number in range(1, RENAMES + 1):
             with disk_errors(path):
@@ -121,31 +119,26 @@ def _reads_torn(path: Path) -> bool:
                 fresh.write_bytes(_content(number))
                 os.replace(fresh, path)
         return False
-    last = _content(RENAMES)
     end = time.monotonic() + WAIT_SECONDS
     while time.monotonic() < end:
         try:
             content = path.read_bytes()
         except OSError as error:
-            # A stale handle of NFS: the file was replaced between opening and reading.
-            if error.errno == 116:
+            # NFS: the file was replaced between opening and reading, which is no defect.
+            if error.errno == errno.ESTALE:
                 continue
             return True
         if content != content[:7] * 1000:
             return True
-        if content == last:
+        if content == _content(RENAMES):
             return False
         time.sleep(0.001)
     return True
 
 
 def _gets_lock(path: Path) -> bool:
-    """Whether this rank could take a lock that rank 0 holds."""
+    """Whether this rank can take a lock that rank 0 holds."""
     lock = FileLock(path)
-
-    def hold() -> None:
-        with disk_errors(path):
-            lock.acquire(timeout=WAIT_SECONDS)
 
     def take() -> bool:
         try:
@@ -156,30 +149,66 @@ def _gets_lock(path: Path) -> bool:
             raise RunError(f"{path} cannot be locked: {error.strerror or error}") from None
         return True
 
-    dist.on_main(hold)
+    dist.on_main(take)
     taken = dist.on_all(lambda: not dist.is_main() and take())
     lock.release(force=True)
     return taken
 
 
-def clock_differences() -> list[float]:
-    """Each rank's clock minus rank 0's, in seconds, as well as a barrier can tell: the smallest of several tries."""
-    best = [float("inf")] * dist.world_size()
-    for _ in range(ROUNDS):
-        dist.barrier()
-        times = dist.gather_objects(time.time())
-        best = [min(old, now - times[0], key=abs) for old, now in zip(best, times, strict=True)]
-    return best
-
-
-def _collectives(here: Place | None) -> dict[str, Collective]:
-    """An all-reduce over gloo, and over NCCL where every rank has a GPU of its own."""
-    import torch
-
-    token = dist.broadcast_object(secrets.token_hex(8))
-    found = {"gloo": try_collective("gloo", "cpu", f"{token}-gloo")}
+def check_collectives(place: Place) -> list[Finding]:
+    """Run an all-reduce over gloo, and over NCCL if every rank has its own GPU."""
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    own = here.gpu(visible) if here else 0
-    if not dist.any_true(own >= visible):
-        found["nccl"] = try_collective("nccl", f"cuda:{own}", f"{token}-nccl")
-    return found
+    own = place.gpu(visible)
+    lacks, some = dist.any_of(own >= visible, visible > 0)
+    findings = [_try_collective("gloo", torch.device("cpu"))]
+    if not lacks:
+        findings.append(_try_collective("nccl", torch.device("cuda", own)))
+    elif some:
+        findings.append(Finding("nccl", "not checked", "not every process has its own GPU: start one for each GPU"))
+    return findings
+
+
+def _try_collective(backend: str, device: torch.device) -> Finding:
+    """Run an all-reduce over `backend`; the finding is the same on all ranks, also where some of them hang.
+
+    A collective that hangs cannot be cancelled: it stays behind in a daemon thread until the process ends.
+    """
+    answer: Future[float] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(_all_reduce(backend, device))
+        except Exception as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    own: float | str
+    try:
+        own = answer.result(COLLECTIVE_SECONDS)
+    except TimeoutError:
+        own = f"no answer within {COLLECTIVE_SECONDS:g} s"
+    except Exception as error:
+        own = next(iter(str(error).splitlines()), type(error).__name__)
+    found = dist.gather_objects(own)
+    problems = {value: _listed(other == value for other in found) for value in found if isinstance(value, str)}
+    if not problems:
+        return Finding(backend, "ok", f"all-reduce of 4 MiB in {1000 * max(found):.1f} ms")
+    text = "; ".join(f"{value} (rank {ranks})" for value, ranks in problems.items())
+    remedy = "read what NCCL_DEBUG=INFO prints; check cables, driver, and the interface (docs/cluster.md)"
+    return Finding(backend, "wrong", f"all-reduce of 4 MiB failed: {text}", remedy)
+
+
+def _all_reduce(backend: str, device: torch.device) -> float:
+    """Return the seconds of a second call: the first one sets up the connections. Raises RuntimeError."""
+    # Longer than the wait for it: at its own limit NCCL ends the process.
+    group = torch_dist.new_group(backend=backend, timeout=datetime.timedelta(seconds=4 * COLLECTIVE_SECONDS))
+    elapsed, size = 0.0, dist.world_size()
+    for _ in range(2):
+        numbers = torch.full((NUMBERS,), float(dist.rank() + 1), device=device)
+        begun = time.perf_counter()
+        torch_dist.all_reduce(numbers, group=group)
+        total = float(numbers.double().mean())
+        elapsed = time.perf_counter() - begun
+        if abs(total - size * (size + 1) / 2) > 1e-6:
+            raise RuntimeError("the sum was wrong")
+    return elapsed

@@ -25,7 +25,19 @@ from compt.errors import ArtefactError, ComptError, ConfigError, DataError, RunE
 from compt.chain.job import JobRun
 from compt.train.metrics import MetricsWriter
 from compt.train.loop import TrainResult, TrainSettings
-from tests.helpers.recipe import FIRST, SECOND, chain, equal, lines, make_data, manifest, plan_of, stopped_at, weights, write_recipe
+from tests.helpers.recipe import (
+    FIRST,
+    SECOND,
+    chain,
+    equal,
+    lines,
+    make_data,
+    manifest,
+    plan_of,
+    stopped_at,
+    weights,
+    write_recipe,
+)
 from tests.helpers.shards import sample, write_tar
 
 
