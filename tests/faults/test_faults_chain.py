@@ -26,8 +26,8 @@ NEEDS_DISK = ("disk full", "run folder read-only")
 WANTED = {
     "kill -9 of rank 0": "rank 0 (host",
     "kill -9 of rank 1": "rank 1 (host",
-    "SIGSTOP of rank 1": "is stopped",
-    "a rank sleeps in the data": "does not get on, and all wait for it",
+    "SIGSTOP of rank 1": "has been stopped",
+    "a rank sleeps in the data": "is stuck, and all others wait for it",
     "SIGTERM to all": "stopped by SIGTERM",
     "disk full": "No space left on device",
     "run folder read-only": "Read-only file system",

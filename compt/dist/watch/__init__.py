@@ -1,1 +1,1 @@
-"""The watch over ranks: who hangs or dies is named, and the job ends."""
+"""The watch over ranks: names the rank that hangs or dies, and ends the job."""

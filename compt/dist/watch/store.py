@@ -1,4 +1,4 @@
-"""What the watch asks of others: the store, signs of life in it, and the system about processes of this machine."""
+"""What the watch reads and writes: the store, heartbeats in it, and the state of processes of this machine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 PIECE = 0.5
-"""Seconds for which `Post.ask` waits at a time."""
+"""Seconds that `Post.ask` waits at a time."""
 
 
 class Lost(Exception):
@@ -26,9 +26,9 @@ class Lost(Exception):
 
 
 class Post:
-    """A store whose answers are waited for no longer than asked.
+    """A store with a time limit for each request.
 
-    torch's client waits for ever for a store whose process is stopped, so a thread of its own does.
+    torch's client waits forever for a store whose process is stopped, so the requests run in a thread of their own.
     """
 
     def __init__(self, store: Any) -> None:
@@ -42,18 +42,18 @@ class Post:
             action, answer = self._work.get()
             try:
                 answer.put((True, action(self._store)))
-            except Exception as error:  # whatever torch's store raises
+            except Exception as error:  # torch's store raises many kinds
                 answer.put((False, error))
 
     def ask(self, action: Callable[[Any], T], seconds: float) -> T:
-        """`action(store)`. Raises Lost when that fails or takes more than `seconds`, and ever after."""
+        """Return `action(store)`. Raises Lost if that fails or takes longer than `seconds`, and at every later call."""
         if self._lost:
             raise Lost
         answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._work.put((action, answer))
         good: bool = False
         value: Any = None
-        # In pieces: a process that is stopped for a while has waited for one of them, however long that was.
+        # In pieces: while this process is stopped the clock goes on, but it costs one piece only.
         while seconds > 0:
             with contextlib.suppress(queue.Empty):
                 good, value = answer.get(timeout=min(seconds, PIECE))
@@ -68,9 +68,10 @@ class Post:
 
 @dataclass(frozen=True)
 class Life:
-    """A process's sign of life: who it is, and what its main thread does since `age` seconds. `tick` is ever another.
+    """A process's heartbeat: who it is, and what its main thread has been doing for `age` seconds.
 
-    `count` tells how far the main thread is, `where` in which line. `left`: it ended its work in order.
+    `tick` increases with every heartbeat, `count` with every `beat` of the main thread. `where` is its line. `left`: the
+    process ended its work in order.
     """
 
     tick: int
@@ -91,22 +92,22 @@ class Life:
     def here(
         cls, tick: int, rank: int, name: str, count: int, step: int, doing: str, age: float, where: str, left: bool
     ) -> Life:
-        """This process's own."""
+        """Return the heartbeat of this process."""
         pid = os.getpid()
         host, place = _place()
         return cls(tick, rank, host, place, pid, _born(pid), name, count, step, doing, round(age, 1), where, left)
 
     def to_json(self) -> str:
-        """For the store."""
+        """Return JSON for the store."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: bytes) -> Life:
-        """The inverse."""
+        """Read what `to_json` wrote."""
         return cls(**json.loads(text))
 
     def named(self, older: float = 0.0) -> str:
-        """`rank 1 (host n2, pid 4242), at step 7, computing for 3 s`; `older` are seconds since it was shown."""
+        """Return `rank 1 (host n2, pid 4242), at step 7, computing for 3 s`; `older`: seconds since the heartbeat."""
         where = f" in {self.where}" if self.where else ""
         name = f" of {self.name}" if self.name else ""
         return (
@@ -117,7 +118,7 @@ class Life:
 
 @functools.cache
 def _place() -> tuple[str, str]:
-    """The name of this machine, and what tells apart processes whose numbers mean the same."""
+    """Return the name of this machine, and a key of its boot and pid namespace, in which a pid names one process."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return socket.gethostname(), f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -126,19 +127,19 @@ def _place() -> tuple[str, str]:
 
 
 def is_here(life: Life) -> bool:
-    """Whether a process is one of this machine, or container, and the system tells about it."""
+    """Whether a process runs on this machine, in this container, so that /proc shows it."""
     return life.place != "" and life.place == _place()[1]
 
 
 def _stat(pid: int) -> tuple[str, int]:
-    """State and time of start of a process. Raises OSError."""
+    """Return the state and start time of a process. Raises OSError."""
     words = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     return words[0], int(words[19])
 
 
 @functools.cache
 def _born(pid: int) -> int:
-    """When this process was started; 0 where the system does not tell."""
+    """Return when a process was started; 0 if unknown."""
     try:
         return _stat(pid)[1]
     except OSError:
@@ -146,13 +147,13 @@ def _born(pid: int) -> int:
 
 
 def process_state(pid: int, born: int) -> str:
-    """`gone`, `stopped` or `running`, for a process of this machine that began at `born`."""
+    """Return `gone`, `stopped` or `running` for a process of this machine that was started at `born`."""
     try:
         state, began = _stat(pid)
     except (FileNotFoundError, ProcessLookupError, IndexError):
         return "gone"
     except OSError:
-        return "running"  # too many open files, here
+        return "running"  # this process has too many open files
     if state in ("Z", "X", "x") or (born and began != born):
         return "gone"
     return "stopped" if state in ("T", "t") else "running"

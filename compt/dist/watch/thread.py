@@ -1,9 +1,9 @@
-"""Ends a job on all its processes, with the cause named once, when one of them dies, hangs or fails by itself.
+"""When a process dies, hangs or fails alone, end the job on all processes and name the cause once.
 
-Collectives wait for everyone: without this a process whose neighbour is gone waits as long as their timeout, and a
-launcher that does not kill the others, as `srun` does not unless told, leaves them there. So each process has a thread
-that shows a sign of life in the store through which the processes found each other, looks for that of the next
-process, and measures how long its own main thread has not got on. Whoever finds a cause posts it; all read it there.
+Collectives wait for every rank. Without the watch, ranks whose neighbour is gone wait until the timeout, and a launcher
+that does not kill them, such as `srun` by default, leaves them there. So each process has a thread that writes a
+heartbeat to the store in which the ranks met, reads the heartbeat of the next rank, and measures how long its own main
+thread has made no progress. A thread that finds a cause posts it in the store, where all others read it.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from compt.dist.watch.store import Life, Lost, Post
 from compt.errors import ComptError, Gone, Interrupted
 
 FOLDER = "faults"
-"""Where in the run folder stacks and causes go."""
+"""Folder below the run folder for stacks and causes."""
 SILENCE = 20.0
-"""Seconds without a sign of life after which a process counts as dead."""
+"""Seconds without a heartbeat after which a process counts as dead."""
 LEAVING = 60.0
-"""Seconds for which who holds the store waits at an orderly end for others that are slow to leave."""
+"""Seconds that the rank with the store waits, at an orderly end, for slower ranks."""
 LONG = 6.0
-"""How many times longer than a step the long phases may take: evaluation, expansion, the first step, writing."""
+"""How many times longer than a step the long phases may take: evaluation, expansion, first step, writing."""
 
 _INTERVAL = 0.5
 _NONE = "-"
 
 
 def collective_timeout(timeout: float) -> float:
-    """Seconds for a collective's own timeout, so that the watch speaks first and long phases are not cut off."""
+    """Return the timeout for collectives: longer than the watch takes, and long enough for the long phases."""
     return timeout * LONG + 2 * SILENCE
 
 
 @dataclass(frozen=True)
 class _Beat:
-    """What the main thread does since `at` (of the monotonic clock); `count` is the same on all ranks at one place."""
+    """What the main thread has been doing since `at` (monotonic clock); at one place all ranks have the same `count`."""
 
     count: int
     step: int
@@ -62,13 +62,13 @@ class _Beat:
 
 
 class Watch:
-    """Watches over the processes of a job within its `with` block; all of them enter and leave it.
+    """Watches the processes of a job within its `with` block, which all of them enter and leave.
 
-    `beat(step, doing)` says that the main thread got on; `timeout` seconds without one (times the `patience` of what it
-    does) count as hanging. Stacks are written below `folder`. In one process a hang leads to the stacks and no more.
+    `beat(step, doing)` reports progress of the main thread; `timeout` seconds without one (times the `patience` of what
+    it does) count as hanging. Stacks are written below `folder`. A job of one process only writes its stacks.
 
-    An error that only one process raises ends the job on all of them; the block then raises RunError where another
-    process was to blame. Processes that cannot raise it, as they are stuck, end with its exit code at once.
+    An error that only one process raises ends the job on all of them; on the others the block raises RunError.
+    Processes that are stuck and cannot raise it end with its exit code at once.
     """
 
     def __init__(self, folder: Path, timeout: float) -> None:
@@ -91,15 +91,15 @@ class Watch:
     # --- the main thread
 
     def beat(self, step: int, doing: str, patience: float = 1.0) -> None:
-        """The main thread begins to do something: cheap. Every rank makes the same calls in the same order."""
+        """Report that the main thread starts something. Every rank makes the same calls in the same order."""
         self._beat = _Beat(self._beat.count + 1, step, doing, patience, time.monotonic())
 
     def about(self, name: str) -> None:
-        """What the steps from here on belong to."""
+        """Set the name of the job that the next steps belong to."""
         self._name = name
 
     def alive(self) -> None:
-        """The main thread gets on with the same thing; ranks may call it unequally often."""
+        """Report progress with the same thing; ranks may call it any number of times."""
         now = self._beat
         self._beat = _Beat(now.count, now.step, now.doing, now.patience, time.monotonic())
 
@@ -119,7 +119,7 @@ class Watch:
         return self
 
     def _join(self) -> None:
-        """Meet the other ranks in the store, through a connection of this watch's own."""
+        """Meet the other ranks in the store, over a connection for this watch alone."""
         found = _get_default_store().clone()  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
         store.set(str(self.rank), self._life().to_json())
@@ -151,16 +151,16 @@ class Watch:
 
     @property
     def _error_file(self) -> str:
-        return f"rank-{self.rank}-error-{self._token}.txt"  # other jobs may share the folder
+        return f"rank-{self.rank}-error-{self._token}.txt"  # jobs may share the folder
 
     def _judge(self, error: BaseException) -> None:
-        """Raise what another rank is to blame for; return where this rank's `error` is the cause."""
+        """Raise the cause if another rank is to blame; return if this rank's `error` is the cause."""
         if not _said(error):
             self._write(self._error_file, "".join(traceback.format_exception(error)))
         self._error, self._asked_at = error, time.monotonic()
         self._wake.set()
         while self._cause is None and self._thread.is_alive():
-            # The launcher's signal, because another rank died, shall not hide why.
+            # Ignore the launcher's SIGTERM here: it follows from another rank's death and would hide the cause.
             with contextlib.suppress(Interrupted):
                 self._verdict.wait(1.0)
         cause = self._cause
@@ -190,7 +190,7 @@ class Watch:
             if self._stop.is_set():
                 break
             now = time.monotonic()
-            if now - before > 5 * self._interval:  # this process was stopped, and maybe all were: nobody is to blame
+            if now - before > 5 * self._interval:  # this process was stopped, maybe with all others: no one is to blame
                 self._forgive(now - before)
             try:
                 cause = self._look()
@@ -204,7 +204,7 @@ class Watch:
         self._leave(max(LEAVING, self._silence))
 
     def _leave(self, seconds: float, dead: int = -1) -> None:
-        """Say that this rank asks no more; who holds the store waits up to `seconds` until all that live have too."""
+        """Tell the others that this rank leaves; the rank with the store first waits up to `seconds` for them."""
         self._left, until = True, time.monotonic() + seconds
         with contextlib.suppress(Lost):
             self._exchange()
@@ -228,7 +228,7 @@ class Watch:
         return Life.here(self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left)
 
     def _look(self) -> Cause | None:
-        """Show a sign of life, look at that of others and at the main thread; a cause where there is one."""
+        """Write a heartbeat, then check those of others and the main thread; return a cause or None."""
         posted = self._exchange()
         if posted is not None:
             return posted
@@ -244,7 +244,7 @@ class Watch:
         for seen in self._seen.values():
             seen.look()
         if self._store_is_with_rank_0 and self.rank and self._seen[0].gone:
-            raise Lost  # asking it would fill the terminal with torch's warnings
+            raise Lost  # a request would fill the terminal with torch's warnings
 
         def action(store: Any) -> tuple[list[bytes], dict[int, bytes]]:
             store.set(str(self.rank), own)
@@ -262,7 +262,7 @@ class Watch:
         return None if text == _NONE else Cause(**json.loads(text))
 
     def _look_at_all(self) -> None:
-        """See the newest sign of life of every other rank; of new ones not yet a living one."""
+        """Read the newest heartbeat of every other rank. One read for the first time does not yet count as alive."""
         new = set(range(self.world)) - {self.rank, *self._seen}
         self._seen.update((rank, Seen()) for rank in new)
         self._exchange()
@@ -276,12 +276,12 @@ class Watch:
         return hanging(lives, self.timeout, self._beat.patience, self.folder)
 
     def _answer(self, error: BaseException) -> Cause | None:
-        """Whether what the main thread raised comes from another rank or from this one; None: not known yet."""
+        """Decide whether another rank or this one caused the main thread's error; None: not known yet."""
         self._look_at_all()
         other = dead(self._seen, self._silence)
         if other is not None:
             return self._published(other)
-        # Launchers stop the others when one has died: a signal is no cause as long as not all others have been heard.
+        # A launcher signals the others when one rank dies, so first every other rank has to send a new heartbeat.
         unheard = any(
             seen.life is not None and not seen.life.left and seen.at <= self._asked_at for seen in self._seen.values()
         )
@@ -296,7 +296,7 @@ class Watch:
         return self._published(Cause("failed", self.rank, f"{self._life().named()} failed: {what} (more in {place})"))
 
     def _published(self, cause: Cause | None) -> Cause | None:
-        """Post a cause; the one that was posted first is what counts."""
+        """Post a cause and return the one that was posted first."""
         if cause is None:
             return None
         text = json.dumps(asdict(cause) | {"finder": self.rank})
@@ -305,10 +305,10 @@ class Watch:
     # --- the end
 
     def _end(self, cause: Cause) -> None:
-        """Let one rank speak; then let the main thread raise the cause, or end the process where it cannot."""
+        """Print the cause on one rank. Then let the main thread raise it, or end the process if it cannot."""
         if cause.kind in ("hung", "silent"):
             self._dump()
-        if self._claims(cause):
+        if self._prints(cause):
             sys.stderr.write(f"compt: {cause.text}\n")
             sys.stderr.flush()
         if cause.kind == "silent" and cause.rank in self._seen:
@@ -317,39 +317,29 @@ class Watch:
         if self._error is not None:
             self._cause = cause
             self._verdict.set()
-            time.sleep(self._silence)  # the main thread ends the process, unless leaving the group hangs once more
+            time.sleep(self._silence)  # the main thread ends the process, unless leaving the group hangs
         sys.stderr.flush()
         os._exit(cause.exit_code)
 
-    def _claims(self, cause: Cause) -> bool:
-        """Whether this rank is the one to speak: the lowest of those that live and get on."""
-        # Who is to blame may come back to life just now, and is ended by the finder before it has spoken.
-        mute = cause.kind in ("hung", "silent") and cause.rank == self.rank
+    def _prints(self, cause: Cause) -> bool:
+        """Whether this rank prints the cause: its finder, or the first rank to write the file if each found it alone."""
+        if cause.finder not in (-1, self.rank):
+            return False
         try:
-            if cause.kind == "lost" or cause.finder < 0:
-                raise Lost
-            if not mute:
-                self._post.ask(lambda store: store.set(f"here/{self.rank}", ""), self._silence)
-            time.sleep(1.5 * self._interval)  # by then all others have read the cause too
-            lower = range(self.rank)
-            if mute or self._post.ask(lambda s: any(s.check([f"here/{rank}"]) for rank in lower), self._silence):
-                return False
-        except Lost:
-            time.sleep((1.5 + 1.2 * min(self.rank, 10)) * self._interval)
-        # Also where the store told: those who lose it before they have read the cause find this file.
-        try:
-            return self._write(f"cause-{self._token}.txt", cause.text + "\n", mode="x")
+            # The finder writes it too: a rank that loses the store before it reads the cause finds this file.
+            written = self._write(f"cause-{self._token}.txt", cause.text + "\n", mode="x")
         except FileExistsError:
             return False
+        return written or cause.finder == self.rank or self.rank <= 1
 
     def _kill(self, other: Seen) -> None:
-        """End a process of this machine that cannot end itself, and holds memory, ports and the run folder."""
+        """End a process of this machine that cannot end itself, and still holds memory, ports and the run folder."""
         if other.life is not None and other.state in ("stopped", "running"):
             with contextlib.suppress(OSError):
                 os.kill(other.life.pid, signal.SIGKILL)
 
     def _write(self, name: str, text: str, mode: str = "w") -> bool:
-        """Write a file of the faults' folder; without a disk it stays unwritten. Raises FileExistsError in mode "x"."""
+        """Write a file in the folder of faults; return whether it worked. Raises FileExistsError in mode "x"."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with (self.folder / name).open(mode, encoding="utf-8") as file:
@@ -357,11 +347,11 @@ class Watch:
         except FileExistsError:
             raise
         except OSError:
-            return self.rank <= 1 if mode == "x" else False
+            return False
         return True
 
     def _dump(self) -> None:
-        """Write where every thread of this process is."""
+        """Write the stack of every thread of this process."""
         stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
         beat = self._beat
         who = f"rank {self.rank} of {self.world}, {socket.gethostname()}, pid {os.getpid()}"
@@ -375,22 +365,22 @@ class Watch:
 
 
 def _said(error: BaseException) -> TypeGuard[ComptError]:
-    """Whether an error's message says all there is to know."""
+    """Whether an error needs no traceback."""
     return isinstance(error, ComptError) and not isinstance(error, Gone)
 
 
 _open: list[Watch] = []
 _numbers = itertools.count()
-"""Every rank opens as many watches, so that the keys of each are its own."""
+"""Numbers the watches of this process, the same on all ranks, so that each has its own keys in the store."""
 
 
 def beat(step: int, doing: str, patience: float = 1.0) -> None:
-    """`Watch.beat` of the innermost watch; without one nothing."""
+    """Call `Watch.beat` of the innermost watch, if there is one."""
     if _open:
         _open[-1].beat(step, doing, patience)
 
 
 def alive() -> None:
-    """`Watch.alive` of the innermost watch; without one nothing."""
+    """Call `Watch.alive` of the innermost watch, if there is one."""
     if _open:
         _open[-1].alive()
