@@ -1,4 +1,4 @@
-"""Processes that a rank starts beside its own, for what may fail or hang: they end with it."""
+"""Child processes for risky work; they exit when their parent rank exits."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def _run(target: Callable[..., None], parent: int, sender: Any, *arguments: Any)
 
 
 def end_with(parent: int) -> None:
-    """End this process within about a second of the process `parent`, which started it: a killed one ends nothing.
+    """Start a thread that ends this process about a second after `parent`, the process that started it.
 
-    Returns at once.
+    A parent that is killed cannot end its children.
     """
 
     def wait() -> None:

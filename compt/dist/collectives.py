@@ -1,4 +1,4 @@
-"""The few collectives that the rest of the program needs. Without a process group every one of them is the identity."""
+"""Joining the process group, and the few collectives that compt needs. In one process each of them is the identity."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as torch_dist
-import torch.distributed.nn  # before a group exists: what is imported later keeps it in defaults, and its threads alive
+import torch.distributed.nn  # before a group exists: default arguments in there would keep it and its threads alive
 from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
@@ -21,9 +21,9 @@ from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memo
 T = TypeVar("T")
 
 _joined: list[Place] = []
-"""This process's place in the group that `init` joined: later LOCAL_RANK may say another number, that of the GPU."""
+"""This process's place in the group that `init` joined. LOCAL_RANK may change later: DeepSpeed's is the GPU's index."""
 _beside: list[Any] = []
-"""A group, and the other one that `group_beside` made for it."""
+"""The default group, and the second one that `group_beside` made for it."""
 
 
 def init(
@@ -31,10 +31,9 @@ def init(
 ) -> torch.device:
     """Join the process group that the environment describes and return this process's device.
 
-    `compt.dist.environment` says which environments: torchrun's and its like, or srun's, which is completed with
-    torchrun's variables. A process that is alone joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A
-    collective gives up after `timeout_seconds`, the first contact of all ranks after `connect_seconds` (by default
-    COMPT_CONNECT_SECONDS of the environment, or 60), and so do gloo's ways from each to each.
+    The environment is torchrun's, or srun's, which this completes with torchrun's variables (compt.dist.environment). A
+    single process joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A collective times out after
+    `timeout_seconds`, the meeting of all ranks after `connect_seconds` (default: COMPT_CONNECT_SECONDS, or 60).
     Raises ConfigError for an environment that contradicts itself or a missing device, and RunError, on each rank that
     is there, when the ranks do not find each other.
     """
@@ -51,7 +50,7 @@ def init(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     timeout, short = (datetime.timedelta(seconds=seconds) for seconds in (timeout_seconds, limit))
     level: Any = torch_dist.get_debug_level()  # type: ignore[attr-defined]
-    if level.name == "DETAIL":  # nobody can change the limit of its groups later
+    if level.name == "DETAIL":  # the timeout of its groups cannot be changed later
         short = timeout
     store.set_timeout(short)
     try:
@@ -85,10 +84,10 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if device != "auto" and device.partition(":")[0] != "cuda":
-        raise ConfigError(f"device '{device}' is not supported; take auto, cpu or cuda")
+        raise ConfigError(f"device '{device}' is not supported; use auto, cpu or cuda")
     chosen = torch.device("cuda" if device == "auto" else device)
     if not torch.cuda.is_available():
-        raise ConfigError(f"device '{device}' was asked for, but torch sees no CUDA device")
+        raise ConfigError(f"device '{device}': torch sees no CUDA device")
     if chosen.index is None:
         own = place.gpu(torch.cuda.device_count()) if place is not None else int(os.environ.get("LOCAL_RANK", "0"))
         chosen = torch.device("cuda", own)
@@ -99,8 +98,8 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
 
 
 def backend_of(device: torch.device) -> str:
-    """What a group of processes on such devices talks over."""
-    # On GPU machines too small messages go over gloo: none of them makes a process wait for its GPU.
+    """Return the backend for processes on such devices."""
+    # Small messages use gloo on GPU machines too, so that they do not wait for the GPU.
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -120,12 +119,12 @@ def shutdown() -> None:
 
 
 def new_cpu_group() -> Any:
-    """Another process group of all ranks, on the CPU, that gives up as the first one does. All ranks call it."""
+    """Make another process group of all ranks, on the CPU, with the timeout of the first. All ranks call it."""
     return torch_dist.new_group(backend="gloo", timeout=_timeout())
 
 
 def group_beside() -> Any:
-    """A second group on the CPU, made when all ranks first ask: a thread may use it while training uses the first.
+    """Return a second group on the CPU, which a thread may use while training uses the first. All ranks call it.
 
     None without a group.
     """
@@ -137,25 +136,25 @@ def group_beside() -> Any:
 
 
 def share_timeout() -> None:
-    """Make each group that this process has, whoever made it, give up as the first one does."""
+    """Give every group of this process, DeepSpeed's too, the timeout of the first one."""
     for group in list(distributed_c10d._world.pg_map):
         distributed_c10d._set_pg_timeout(_timeout(), group)
 
 
 def _timeout() -> datetime.timedelta:
-    """That of the first group; torch's own default for others is half an hour."""
+    """Return the timeout of the first group; torch's default for others is half an hour."""
     first: Any = torch_dist.group.WORLD
     found: datetime.timedelta = first._get_backend(first._device_types[0]).options._timeout
     return found
 
 
 def rank() -> int:
-    """Index of this process, 0 when alone."""
+    """Return the index of this process, 0 in a single process."""
     return torch_dist.get_rank() if torch_dist.is_initialized() else 0
 
 
 def world_size() -> int:
-    """Number of processes, 1 when alone."""
+    """Return the number of processes."""
     return torch_dist.get_world_size() if torch_dist.is_initialized() else 1
 
 
@@ -166,7 +165,7 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What torch raises in a collective where another process is missing, as Gone."""
+    """Raise Gone for what torch raises in a collective when another process is missing."""
     try:
         yield
     except RuntimeError as error:
@@ -181,7 +180,7 @@ def _is_own(error: RuntimeError) -> bool:
 
 def _reason(error: RuntimeError) -> str:
     lines = str(error).splitlines() or [type(error).__name__]
-    # NCCL's first line names the kind of failure alone.
+    # NCCL's first line only names the kind of failure.
     last = [line.strip() for at, line in enumerate(lines) if at and lines[at - 1].startswith("Last error")]
     return ": ".join([lines[0], *last])
 
@@ -201,7 +200,7 @@ def barrier() -> None:
 
 
 def broadcast_object(value: Any, source: int = 0) -> Any:
-    """The `source` rank's picklable `value`, on every rank."""
+    """Return the picklable `value` of rank `source` on every rank."""
     if world_size() == 1:
         return value
     box = [value if rank() == source else None]
@@ -211,7 +210,7 @@ def broadcast_object(value: Any, source: int = 0) -> Any:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """Every rank's picklable `value`, in the order of ranks, on every rank."""
+    """Return the picklable `value` of every rank, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -221,12 +220,12 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def local_rank() -> int:
-    """Index of this process on its machine, 0 when alone."""
+    """Return the index of this process on its machine, 0 in a single process."""
     return _joined[0].local_rank if _joined else 0
 
 
 def agree(error: ComptError | None) -> None:
-    """Raise the first rank's error on every rank; return where there is none. All ranks call it."""
+    """Raise the error of the lowest rank that has one on every rank. All ranks call it."""
     found = [other for other in gather_objects(error) if other is not None]
     if found:
         found[0].agreed = True
@@ -251,7 +250,7 @@ def on_all(action: Callable[[], T]) -> T:
 
 
 def on_main(action: Callable[[], object]) -> None:
-    """Run `action` on rank 0 while the others wait; a ComptError in there is raised on every rank."""
+    """Run `action` on rank 0 while the others wait; its ComptError is raised on every rank."""
     on_all(lambda: action() if is_main() else None)
 
 
@@ -265,27 +264,27 @@ def _reduce_scalar(value: float, operation: Any) -> float:
 
 
 def all_reduce_sum(value: float) -> float:
-    """Sum of a number over ranks (exact for integers below 2^53)."""
+    """Return the sum of a number over ranks (exact for integers below 2^53)."""
     return _reduce_scalar(value, ReduceOp.SUM)
 
 
 def all_reduce_mean(value: float) -> float:
-    """Mean of a number over ranks."""
+    """Return the mean of a number over ranks."""
     return _reduce_scalar(value, ReduceOp.SUM) / world_size()
 
 
 def all_reduce_max(value: float) -> float:
-    """Maximum of a number over ranks."""
+    """Return the maximum of a number over ranks."""
     return _reduce_scalar(value, ReduceOp.MAX)
 
 
 def any_true(flag: bool) -> bool:
-    """Whether the flag is set on any rank: the same answer on all of them."""
+    """Whether the flag is set on any rank."""
     return any_of(flag)[0]
 
 
 def any_of(*flags: bool) -> tuple[bool, ...]:
-    """Of each flag whether it is set on any rank, with one collective: the same answer on all of them."""
+    """Whether each flag is set on any rank, in one collective."""
     if world_size() == 1:
         return flags
     tensor = torch.tensor(flags, dtype=torch.uint8)
@@ -295,7 +294,7 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
 
 
 def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Mean over ranks of named scalar tensors, with one collective and one wait for the device."""
+    """Return the mean over ranks of named scalar tensors, in one collective and one wait for the device."""
     if not values:
         return {}
     stacked = torch.stack([value.detach().double().reshape(()) for value in values.values()])
@@ -308,7 +307,7 @@ def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 class _Gather(torch.autograd.Function):
-    """Concatenate over ranks; backward sums what every rank sends back to this rank's rows."""
+    """Concatenate over ranks; backward sums the gradients of all ranks for this rank's rows."""
 
     @staticmethod
     def forward(ctx: Any, local: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which process this is of which group, and where the group meets: read from what a launcher left in the environment.
+"""This process's place in its group, and where the group meets: read from the launcher's environment variables.
 
-torchrun, deepspeed, accelerate and whoever else sets RANK are believed first; then `srun`. No torch in here.
+RANK, which torchrun, deepspeed and accelerate set, counts before the variables of `srun`.
 """
 
 from __future__ import annotations
@@ -16,34 +16,32 @@ from compt.errors import ConfigError
 Environment = Mapping[str, str]
 
 FIRST_PORT, PORTS = 10_000, 20_000
-"""Below what systems hand out by themselves (32768 and more), and above what belongs to services."""
+"""Below the ports that systems hand out (32768 and above), and above those of services."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """One process of a group. `nodes` are the names of its machines where the launcher tells them, else ()."""
+    """One process of a group, and the host and port where the group meets."""
 
     rank: int
     world_size: int
     local_rank: int
     master: str
     port: int
-    nodes: tuple[str, ...] = ()
-    node: int = 0
     by_slurm: bool = False
-    """Whether `srun` started the process itself."""
+    """Whether `srun` started the process, without another launcher."""
 
     @property
     def address(self) -> str:
-        """Where the group meets, for messages: host:port, or [host]:port for an IPv6 address."""
+        """The meeting point for messages: host:port, or [host]:port for an IPv6 address."""
         return f"[{self.master}]:{self.port}" if ":" in self.master else f"{self.master}:{self.port}"
 
     def gpu(self, visible: int) -> int:
-        """The number of this process's GPU among as many as it sees. Slurm may show each task its own alone."""
+        """The index of this process's GPU among the visible ones. Slurm may show each task only its own."""
         return 0 if self.by_slurm and visible == 1 else self.local_rank
 
     def variables(self) -> dict[str, str]:
-        """The variables that torch and DeepSpeed read."""
+        """The environment variables that torch and DeepSpeed read."""
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -54,18 +52,18 @@ class Place:
 
 
 def expand_nodes(text: str) -> list[str]:
-    """Names of a Slurm node list in its order: "a[01-03,7],b9-[1-2]x" -> a01 a02 a03 a7 b9-1x b9-2x.
+    """Expand a Slurm node list in its order: "a[01-03,7],b9-[1-2]x" -> a01 a02 a03 a7 b9-1x b9-2x.
 
-    Raises ConfigError for text that is no node list.
+    Raises ConfigError for text that is not a node list.
     """
     names: list[str] = []
     for entry in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         parts = re.split(r"\[([^\[\]]*)\]", entry)
         choices = [list(_numbers(part, text)) if at % 2 else [part] for at, part in enumerate(parts)]
         names += ["".join(choice) for choice in itertools.product(*choices)]
-    # What the pattern passes over is a bracket without its other half, or a comma too many.
+    # findall() skips an unmatched bracket or an extra comma, so check the whole text.
     if not names or not re.fullmatch(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?:,(?:[^,\[\]]|\[[^\[\]]*\])+)*", text):
-        raise ConfigError(f"'{text}' is no list of Slurm nodes such as gpu[01-04,7]")
+        raise ConfigError(f"'{text}' is not a list of Slurm nodes such as gpu[01-04,7]")
     return names
 
 
@@ -73,33 +71,33 @@ def _numbers(ranges: str, text: str) -> Iterator[str]:
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"'{text}' is no list of Slurm nodes: '{part}' is no range")
+            raise ConfigError(f"'{text}' is not a list of Slurm nodes: '{part}' is not a range")
         yield from (str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1))
 
 
 def expand_counts(text: str) -> list[int]:
-    """Tasks of each node: "2(x3),1" -> [2, 2, 2, 1]. Raises ConfigError."""
+    """Expand Slurm's tasks per node: "2(x3),1" -> [2, 2, 2, 1]. Raises ConfigError."""
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if not match:
-            raise ConfigError(f"'{text}' is no list of Slurm's tasks of each node such as 8(x2),4")
+            raise ConfigError(f"'{text}' is not a list of Slurm's tasks per node such as 8(x2),4")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
 
 def find_place(environment: Environment) -> Place | None:
-    """This process's place; None for one that is alone. Raises ConfigError for a contradictory environment."""
+    """Return this process's place; None for a single process. Raises ConfigError for a contradictory environment."""
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _from_launcher(environment)
-    # The script of a job has SLURM_NTASKS and SLURM_PROCID too, but is no task of a step: it runs once.
+    # A job script has SLURM_NTASKS and SLURM_PROCID too, but it is not a task of a step: it runs once.
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
         return _from_slurm(environment)
     return None
 
 
 def own_rank(environment: Environment) -> str:
-    """The rank to name in a message before a group is joined; "0" for a process that is alone or cannot tell."""
+    """Return the rank for messages before a group is joined; "0" for a single process."""
     if "RANK" in environment:
         return environment["RANK"]
     return environment.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in environment else "0"
@@ -112,11 +110,11 @@ def _from_launcher(environment: Environment) -> Place:
             raise ConfigError(f"{other} is set but {name} is not: start with torchrun, set it, or unset {other}")
     rank, world = _number(environment, "RANK"), _number(environment, "WORLD_SIZE", least=1)
     local = _number(environment, "LOCAL_RANK") if "LOCAL_RANK" in environment else 0
-    _check(rank < world, f"RANK={rank} has to be below WORLD_SIZE={world}")
+    _check(rank < world, f"RANK={rank} must be below WORLD_SIZE={world}")
     _check(local <= rank, f"LOCAL_RANK={local} is above RANK={rank}: ranks are counted node by node")
     if "LOCAL_WORLD_SIZE" in environment:
         size = _number(environment, "LOCAL_WORLD_SIZE", least=1)
-        _check(local < size, f"LOCAL_RANK={local} has to be below LOCAL_WORLD_SIZE={size}")
+        _check(local < size, f"LOCAL_RANK={local} must be below LOCAL_WORLD_SIZE={size}")
         _check(size <= world, f"LOCAL_WORLD_SIZE={size} is above WORLD_SIZE={world}")
     return Place(rank, world, local, _host(environment["MASTER_ADDR"]), _port(environment))
 
@@ -128,12 +126,12 @@ def _from_slurm(environment: Environment) -> Place | None:
     if world == 1:
         return None
     remedy = "; start with torchrun on each node instead, or set RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT"
-    _check("SLURM_HET_SIZE" not in environment, f"the job is made of several Slurm jobs (SLURM_HET_SIZE){remedy}")
-    _check(rank < world, f"SLURM_PROCID={rank} has to be below SLURM_STEP_NUM_TASKS={world}")
+    _check("SLURM_HET_SIZE" not in environment, f"the job consists of several Slurm jobs (SLURM_HET_SIZE){remedy}")
+    _check(rank < world, f"SLURM_PROCID={rank} must be below SLURM_STEP_NUM_TASKS={world}")
     _check(
         environment.get("SLURM_NTASKS", str(world)) == str(world),
-        f"SLURM_STEP_NUM_TASKS={world} and SLURM_NTASKS={environment.get('SLURM_NTASKS')}: the job was sent from "
-        "inside another's step, whose variables came along; unset SLURM_STEP_NUM_TASKS, or start with srun",
+        f"SLURM_STEP_NUM_TASKS={world} and SLURM_NTASKS={environment.get('SLURM_NTASKS')}: the job was submitted from "
+        "inside the step of another job and has its variables; unset SLURM_STEP_NUM_TASKS, or start with srun",
     )
     listed = next((name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST") if environment.get(name)), None)
     _check(
@@ -146,22 +144,22 @@ def _from_slurm(environment: Environment) -> Place | None:
     _check(node < len(nodes), f"SLURM_NODEID={node} is not among the {len(nodes)} nodes of {shown}")
     if "SLURM_STEP_TASKS_PER_NODE" in environment:
         counts = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
-        told = f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']}"
-        _check(len(counts) == len(nodes), f"{told} is for {len(counts)} nodes, {shown} has {len(nodes)}")
-        _check(sum(counts) == world, f"{told} makes {sum(counts)} tasks, SLURM_STEP_NUM_TASKS={world}")
-        _check(local < counts[node], f"SLURM_LOCALID={local}: node {node} has {counts[node]} tasks by {told}")
+        text = f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']}"
+        _check(len(counts) == len(nodes), f"{text} is for {len(counts)} nodes, {shown} has {len(nodes)}")
+        _check(sum(counts) == world, f"{text} makes {sum(counts)} tasks, SLURM_STEP_NUM_TASKS={world}")
+        _check(local < counts[node], f"SLURM_LOCALID={local}: node {node} has {counts[node]} tasks by {text}")
     if "MASTER_ADDR" not in environment:
         _check(
             rank > 0 or node == 0,
-            f"rank 0 runs on node {node} of {shown}, and others would look for it on the first: set MASTER_ADDR, or "
-            "leave out --distribution=arbitrary",
+            f"rank 0 runs on node {node} of {shown}, but the others look for it on the first: set MASTER_ADDR, or "
+            "remove --distribution=arbitrary",
         )
     master = _host(environment["MASTER_ADDR"]) if "MASTER_ADDR" in environment else nodes[0]
-    return Place(rank, world, local, master, _slurm_port(environment), tuple(nodes), node, by_slurm=True)
+    return Place(rank, world, local, master, _slurm_port(environment), by_slurm=True)
 
 
 def _slurm_port(environment: Environment) -> int:
-    """MASTER_PORT, or one that follows from the job and its step: the steps of a node's jobs take different ones."""
+    """Return MASTER_PORT, or a port computed from job and step, so that jobs on one node use different ports."""
     if "MASTER_PORT" in environment:
         return _port(environment)
     job, step = _number(environment, "SLURM_JOB_ID"), _number(environment, "SLURM_STEP_ID")
@@ -176,7 +174,7 @@ def _check(good: bool, message: str) -> None:
 def _number(environment: Environment, name: str, least: int = 0) -> int:
     text = environment.get(name)
     if text is None or not re.fullmatch(r"\d+", text) or int(text) < least:
-        raise ConfigError(f"{name}={'' if text is None else text}: has to be a whole number of {least} or more")
+        raise ConfigError(f"{name}={'' if text is None else text}: must be a whole number, {least} or more")
     return int(text)
 
 
@@ -184,8 +182,8 @@ def _port(environment: Environment) -> int:
     port = _number(environment, "MASTER_PORT")
     if port == 0:
         raise ConfigError(
-            "MASTER_PORT=0: every process has to know the port: take one from 1, or on one node torchrun --standalone, "
-            "which finds a free one"
+            "MASTER_PORT=0: every process must know the port: set one from 1, or on one node use torchrun --standalone, "
+            "which finds a free port"
         )
     if port >= 2**16:
         raise ConfigError(f"MASTER_PORT={port}: ports end at {2**16 - 1}")
@@ -193,15 +191,15 @@ def _port(environment: Environment) -> int:
 
 
 def _host(text: str) -> str:
-    """A name or an address; an IPv6 address may stand in brackets, as in URLs. Raises ConfigError."""
+    """Return a host name or an address; an IPv6 address may be in brackets, as in URLs. Raises ConfigError."""
     host = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if ":" in host:
         try:
-            # A link-local address names its interface after a %.
+            # This accepts link-local addresses too, with their interface after a %.
             ipaddress.IPv6Address(host)
         except ValueError:
             raise ConfigError(
-                f"MASTER_ADDR={text}: is neither a name nor an address; the port goes into MASTER_PORT"
+                f"MASTER_ADDR={text}: is neither a name nor an address; put the port into MASTER_PORT"
             ) from None
     if not host or re.search(r"[\s/\[\]]", host):
         raise ConfigError(f"MASTER_ADDR={text}: is neither a name nor an address")
@@ -209,12 +207,12 @@ def _host(text: str) -> str:
 
 
 def connect_limit(environment: Environment) -> float:
-    """Seconds in which the ranks have to find each other: COMPT_CONNECT_SECONDS, or 60. Raises ConfigError."""
+    """Return the time limit for the ranks to meet: COMPT_CONNECT_SECONDS, or 60. Raises ConfigError."""
     text = environment.get("COMPT_CONNECT_SECONDS", "60")
     try:
         seconds = float(text)
     except ValueError:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
-        raise ConfigError(f"COMPT_CONNECT_SECONDS={text}: has to be a number of seconds above 0")
+        raise ConfigError(f"COMPT_CONNECT_SECONDS={text}: must be a number of seconds above 0")
     return seconds
