@@ -1,4 +1,4 @@
-"""A chain as dependent jobs of Slurm: one for each link, on as many nodes as it asks for."""
+"""A chain as dependent Slurm jobs: one for each link, each on its own number of nodes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from compt.recipe.deepspeed import check_engines
 from compt.recipe.schema import Recipe
 
 SCRIPT = Path("slurm/link.sbatch")
-"""What each job runs, relative to the checkout's top folder."""
+"""What each job runs; relative to the checkout's top folder."""
 ARRAY = "baselines"
-"""What the order is called that trains these."""
+"""Name of the order for the job array of baselines."""
 
 _RUN = re.compile(r" --run-folder (.+?) --(?:set|only|baselines) ")
 
@@ -27,8 +27,8 @@ _RUN = re.compile(r" --run-folder (.+?) --(?:set|only|baselines) ")
 class Order:
     """One call of sbatch.
 
-    `name` is what it trains, `after` the order whose job has to end well first. `options` are those of sbatch but for
-    the dependency, `words` what the script is given. `models` are the jobs of the plan in it: several in a job array.
+    `name` is the job of the plan that it trains, `after` the order whose Slurm job must succeed first. `options` go to
+    sbatch, without the dependency; `words` go to the script. `models` are its jobs of the plan: several in a job array.
     """
 
     name: str
@@ -39,15 +39,15 @@ class Order:
     words: tuple[str, ...]
 
     def command(self, after_id: str | None) -> list[str]:
-        """The arguments of sbatch, with the id of the job to wait for. Raises nothing; runs nothing."""
+        """Return the command; `after_id` is the Slurm id of the job to wait for."""
         waits = (f"--dependency=afterok:{after_id}", "--kill-on-invalid-dep=yes") if after_id else ()
         return ["sbatch", "--parsable", *self.options, *waits, str(SCRIPT), *self.words]
 
 
 def names(recipe: Recipe, source: str, *, baselines: bool) -> list[str]:
-    """What `compt chain --only` calls the links of a recipe, or with `baselines` the members trained individually.
+    """Return the names for `compt chain --only` of a recipe's links, or with `baselines` of its baselines.
 
-    A baseline that is the same training as a link goes by the link's name. Raises ConfigError.
+    A baseline that is the same job as a link has the link's name. Raises ConfigError.
     """
     plan = make_plan(recipe, baselines=baselines, controls=(), source=source)
     kind = "baseline" if baselines else "link"
@@ -55,7 +55,7 @@ def names(recipe: Recipe, source: str, *, baselines: bool) -> list[str]:
 
 
 def is_done(job: Job, recipe: Recipe, run: Path) -> bool:
-    """Whether a run folder has this very model, trained and scored as the recipe says."""
+    """Whether a run folder has exactly this model, trained and scored as the recipe says."""
     try:
         manifest = read_json(run / "jobs" / job.name / "manifest.json")
     except (OSError, ValueError):
@@ -76,12 +76,12 @@ def make_orders(
     options: Sequence[str] = (),
     baselines: bool = False,
 ) -> list[Order]:
-    """What has to be sent for a recipe, in its order; links that `run` already has are left out.
+    """Return the orders for a recipe, in its order, without links that `run` already has.
 
-    A link without `nodes` of its own takes `nodes` of `gpus` GPUs each. `overrides` are those the recipe was read with,
-    `options` go to every sbatch. With `baselines`, one job array trains them beside the chain.
-    Raises ConfigError for a chain that cannot be trained, a batch that some link's processes cannot share, and an
-    engine that they cannot run.
+    A link without its own `nodes` gets `nodes`, with `gpus` GPUs each. `overrides` are those of the recipe; `options`
+    go to every sbatch. With `baselines`, a job array trains the baselines beside the chain.
+    Raises ConfigError for a chain that cannot be trained, a batch that a link's processes cannot share evenly, and an
+    engine that cannot run on them.
     """
     plan = make_plan(recipe, baselines=baselines, controls=(), source=str(source))
     sets = [word for override in overrides for word in ("--set", override)]
@@ -116,16 +116,17 @@ def make_orders(
 
 
 def clash(orders: Sequence[Order], run: Path) -> str | None:
-    """What to do about jobs of the same models in `run` that the user has in the queue, running or waiting; None
-    without any, and where there is no queue to look into.
+    """Return a message about the user's jobs in Slurm's queue that train the same models in `run`; None without any.
+
+    None also without squeue.
     """
     if shutil.which("squeue") is None:
         return None
-    # The job's number, that of the whole array where it is a part of one; where it was sent from, and its command.
+    # %F: the number of the job, or of its array; %Z: the folder it was submitted from; %o: its command.
     asked = subprocess.run(
         ["squeue", "--me", "--noheader", "--format=%F\t%Z\t%o"], capture_output=True, text=True, check=False
     )
-    # If squeue fails, sbatch will fail too, with the reason.
+    # If squeue fails, sbatch will fail too, and says why.
     lines = [line.split("\t", 2) for line in asked.stdout.splitlines()] if asked.returncode == 0 else []
     found = {
         number: order.name
@@ -137,28 +138,28 @@ def clash(orders: Sequence[Order], run: Path) -> str | None:
         return None
     numbers = sorted(found, key=int)
     jobs = ", ".join(f"{found[number]} (job {number})" for number in numbers)
-    return f"{run}: in Slurm's queue already: {jobs}; wait for them, or first `scancel {' '.join(numbers)}`"
+    return f"{run}: already in Slurm's queue: {jobs}; wait for them, or run `scancel {' '.join(numbers)}` first"
 
 
 def _trains(command: str, order: Order) -> bool:
-    """Whether a job's command, its words with blanks between, is one for the order's models."""
+    """Whether a job's command, its words joined by blanks, trains the models of the order."""
     return command.endswith(f" --only {order.name}") or (order.name == ARRAY and " --baselines --each " in command)
 
 
 def _run_of(command: str, sent_from: Path) -> Path | None:
-    """The run folder that a job's command names."""
+    """Return the run folder in a job's command."""
     named = _RUN.search(command)
     return (sent_from / named[1]).resolve() if named else None
 
 
 def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict[str, str]:
-    """Give the orders for a run folder to sbatch, one after another; the id of each order's job.
+    """Submit the orders for a run folder, one after another; return the Slurm id of each.
 
-    Raises RunError where there is no sbatch, where the queue has one of them already, and where sbatch refuses one:
-    what was sent before is then cancelled.
+    Raises RunError without sbatch, if the queue already has one of them, and if sbatch refuses one; those submitted
+    before are then cancelled.
     """
     if shutil.which("sbatch") is None:
-        raise RunError("there is no sbatch here; submit from a login node of a Slurm cluster")
+        raise RunError("sbatch is not installed here; submit from a login node of a Slurm cluster")
     if text := clash(orders, run):
         raise RunError(text)
     sent: dict[str, str] = {}
@@ -168,7 +169,7 @@ def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict
         if done.returncode:
             if sent:
                 subprocess.run(["scancel", *sent.values()], capture_output=True, check=False)
-            cancelled = f" Cancelled again: {', '.join(sent.values())}." if sent else ""
+            cancelled = f" Cancelled: {', '.join(sent.values())}." if sent else ""
             raise RunError(f"sbatch refused {order.name}: {' '.join(done.stderr.split())}{cancelled}")
         # With several clusters the line is ID;CLUSTER.
         sent[order.name] = done.stdout.strip().partition(";")[0]

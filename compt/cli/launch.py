@@ -1,8 +1,7 @@
-"""What stands between launchers and `compt chain`: their options, exit codes and ways with signals. No torch in here.
+"""Launchers around `compt chain`: their options, exit codes and signals.
 
-torchrun, deepspeed and accelerate start processes well, but end with a code of their own, give a training that is asked
-to stop 30 seconds before they kill it, and die of SIGUSR1. `compt launch` stands around them and passes signals to the
-processes that train, and their exit code to whoever started it.
+torchrun, deepspeed and accelerate end with exit codes of their own, kill a run 30 seconds after asking it to stop, and
+die of SIGUSR1. `compt launch` runs a launcher, passes signals to the ranks, and ends with their exit code.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from compt.dist.environment import own_rank
 from compt.errors import ConfigError, Interrupted
 
 FOLDER = "COMPT_LAUNCH"
-"""Names the folder in which each process that `compt launch` is responsible for leaves its record."""
+"""Environment variable with the folder in which each rank under `compt launch` leaves its record."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 POLL = 0.1
@@ -36,29 +35,29 @@ POLL = 0.1
 
 
 def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> list[str]:
-    """Arguments of `compt` for those of launchers/train.py: `compt chain`, with what launchers add or need otherwise.
+    """Translate the arguments of launchers/train.py into those of `compt`, starting with `chain`.
 
-    `--recipe R` is its argument, `--run-folder` its `--run` (which launchers take for an option of theirs).
-    `--local_rank N`, from deepspeed and old launchers, becomes LOCAL_RANK in `environment` where that is missing.
+    `--recipe R` becomes the argument R, `--run-folder` becomes `--run` (launchers have an option of that name).
+    `--local_rank N`, from deepspeed and old launchers, becomes LOCAL_RANK in `environment` unless it is set.
     `--deepspeed_config F` sets engine.deepspeed_config, and engine.name by the stage in the file unless `--set` does;
     `--deepspeed` beside it changes nothing. Raises ConfigError.
     """
     kept: list[str] = []
     config: str | None = None
-    asked = False
+    bare = False
     left = list(words)
     while left:
         word = left.pop(0)
         name, equals, value = word.partition("=")
         if name == "--deepspeed" and not equals:
-            asked = True
+            bare = True
             continue
         if name not in ("--recipe", "--run-folder", "--local_rank", "--local-rank", "--deepspeed_config"):
             kept.append(word)
             continue
         if not equals:
             if not left:
-                raise ConfigError(f"{name}: its value is missing")
+                raise ConfigError(f"{name} needs a value")
             value = left.pop(0)
         if name == "--recipe":
             kept.append(value)
@@ -72,8 +71,8 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
         kept += ["--set", f"engine.deepspeed_config={json.dumps(config)}"]
         if not _sets_engine(kept):
             kept += ["--set", f"engine.name=zero{zero_stage(Path(config))}"]
-    elif asked:
-        raise ConfigError("--deepspeed: say which: --deepspeed_config FILE, or --set engine.name=zero2")
+    elif bare:
+        raise ConfigError("--deepspeed needs --deepspeed_config FILE, or --set engine.name=zero2")
     return ["chain", *kept]
 
 
@@ -84,13 +83,13 @@ def _sets_engine(words: Sequence[str]) -> bool:
 
 
 def zero_stage(path: Path) -> int:
-    """The ZeRO stage in a JSON file of DeepSpeed's; 0 where it names none, as DeepSpeed has it. Raises ConfigError."""
+    """Return the ZeRO stage in a JSON file of DeepSpeed; 0 if it has none, as in DeepSpeed. Raises ConfigError."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
     except ValueError as error:
-        raise ConfigError(f"--deepspeed_config {path}: is no JSON ({error})") from None
+        raise ConfigError(f"--deepspeed_config {path}: is not JSON ({error})") from None
     section = values.get("zero_optimization", {}) if isinstance(values, dict) else None
     stage = section.get("stage", 0) if isinstance(section, dict) else None
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
@@ -98,12 +97,12 @@ def zero_stage(path: Path) -> int:
     return int(stage)
 
 
-# --- the side of a process that trains
+# --- in each rank
 
 
 @dataclass(frozen=True)
 class LaunchRecord:
-    """What a process of a launch tells: `code` when it has ended in order, `agreed` whether all ranks ended so."""
+    """A rank's record: `code` is its exit code, None while it runs; `agreed`: all ranks ended with the same error."""
 
     pid: int
     rank: int
@@ -111,7 +110,7 @@ class LaunchRecord:
     agreed: bool = False
 
     def write(self, folder: Path) -> None:
-        """Replace the process's record; where `compt launch` runs on another machine there is no such folder."""
+        """Replace the record. There is no such folder if `compt launch` runs on another machine."""
         with contextlib.suppress(OSError):
             new = folder / f"{self.pid}.new"
             new.write_text(json.dumps(self.__dict__), encoding="utf-8")
@@ -120,7 +119,7 @@ class LaunchRecord:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[None]:
-    """Leave a record for `compt launch`, if this process runs within one, and listen to signals as usual again."""
+    """Leave a record for `compt launch`, if this process runs under it, and restore the handling of signals."""
     folder, rank = os.environ.get(FOLDER), own_rank(os.environ)
     if folder is None or not rank.isdecimal():
         yield
@@ -139,15 +138,14 @@ def recorded() -> Iterator[None]:
         raise
 
 
-# --- the side of the launcher
+# --- in `compt launch`
 
 
 def exit_code(launcher: int, signalled: bool, records: Sequence[LaunchRecord]) -> int:
-    """The code to end with: 75 only for a run that goes on when it is started again.
+    """Return the code to end with: 75 only for a run that continues when it is started again.
 
-    `launcher` is the return code of the launcher itself, negative for a signal, and `signalled` whether `compt launch`
-    was asked to stop. A launcher asks the processes that are left to stop when one of them fails: these end with 75
-    too, but neither together nor on request.
+    `launcher` is the return code of the launcher, negative for a signal; `signalled`: `compt launch` got a signal. When
+    one rank fails, the launcher signals the others: they end with 75 too, but this was not agreed by all.
     """
     if launcher == 0:
         return 0
@@ -170,35 +168,35 @@ def _ignore_signals() -> None:
 
 
 class Launch:
-    """A launcher's command and the processes that come of it on this machine."""
+    """A launcher's command and the ranks that it starts on this machine."""
 
     def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
         self._command, self._folder, self._environment = command, folder, environment
         self._wanted: list[int] = []
-        self._told: dict[int, int] = {}
+        self._sent: dict[int, int] = {}
 
     def _start(self) -> subprocess.Popen[bytes]:
         try:
             return subprocess.Popen(
                 self._command,
-                # Else torchrun, and accelerate with it, would end a training 30 seconds after a signal.
+                # By default torchrun, and accelerate with it, would end a run 30 seconds after a signal.
                 env={**self._environment, FOLDER: str(self._folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
                 process_group=0,
                 preexec_fn=_ignore_signals,  # noqa: PLW1509  (this process has one thread)
             )
         except OSError as error:
-            raise ConfigError(f"compt launch: '{self._command[0]}' cannot be run ({error.strerror})") from None
+            raise ConfigError(f"compt launch: '{self._command[0]}' cannot be started ({error.strerror})") from None
 
     def want(self, number: int, _: object = None) -> None:
-        """A signal for the processes that train."""
+        """Note a signal for the ranks."""
         self._wanted.append(number)
 
     def records(self) -> list[LaunchRecord]:
-        """What the processes have told, those of a rank that was started again included."""
+        """Read the records, also those of a rank that was started again."""
         return [LaunchRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
 
     def run(self) -> int:
-        """Start the launcher, wait for the end and return the exit code. Raises ConfigError."""
+        """Start the launcher, wait for its end and return the exit code. Raises ConfigError."""
         with _handled(self.want):
             child = self._start()
             while (code := child.poll()) is None:
@@ -211,18 +209,18 @@ class Launch:
             return exit_code(code, bool(self._wanted), found)
 
     def _deliver(self, launcher: int) -> None:
-        """Pass on what was asked for since, to a process that came later too."""
+        """Send the noted signals to all ranks, also to those that started later."""
         if not self._wanted:
             return
         running = [record.pid for record in self.records() if record.code is None]
-        if not running and not self._told:
-            # Nothing has begun that could be saved.
+        if not running and not self._sent:
+            # No rank has started, so there is nothing to save.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(launcher, signal.SIGHUP)
         for pid in running:
-            for number in self._wanted[self._told.get(pid, 0) :]:
+            for number in self._wanted[self._sent.get(pid, 0) :]:
                 _send(pid, number)
-            self._told[pid] = len(self._wanted)
+            self._sent[pid] = len(self._wanted)
 
 
 def _send(pid: int, number: int) -> None:
@@ -242,14 +240,14 @@ def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 def launch(
     command: Annotated[
-        list[str], typer.Argument(help="torchrun, deepspeed or accelerate with its options", show_default=False)
+        list[str], typer.Argument(help="torchrun, deepspeed or accelerate, with its options", show_default=False)
     ],
 ) -> None:
-    """Run a launcher; end with the training's exit code, and give it time to save when it is to stop.
+    """Run a launcher, end with the exit code of its ranks, and give them time to save.
 
     compt launch torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml
 
-    SIGTERM, SIGUSR1 and Ctrl-C go to the processes that train, which save and end with code 75.
+    SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which save and end with code 75.
     """
     with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
         sys.exit(Launch(command, Path(folder), os.environ).run())

@@ -53,7 +53,7 @@ def finished(cluster: Cluster, files: Files, tmp_path_factory: pytest.TempPathFa
     job = cluster.submit(*command, **settings, NODES="2")
     shown = cluster.wait_for(job, "COMPLETED")
     assert shown["NumNodes"] == "2"
-    assert "back to the queue for that many nodes" in cluster.said(job)
+    assert "requeue for that many nodes" in cluster.said(job)
     return run
 
 
@@ -84,8 +84,8 @@ def test_without_data_nothing_is_queued(cluster: Cluster, files: Files, tmp_path
     [
         ({"RECIPE": "/nowhere.yaml"}, "RECIPE='/nowhere.yaml' cannot be read"),
         ({"NODES": "two"}, "NODES='two' should be a whole number"),
-        ({"GPUS": "0"}, "GPUS='0', those of a node, should be a whole number"),
-        ({"PYTHON": "/nowhere/python"}, "PYTHON='/nowhere/python' cannot be run"),
+        ({"GPUS": "0"}, "GPUS='0' (per node) should be a whole number"),
+        ({"PYTHON": "/nowhere/python"}, "PYTHON='/nowhere/python' cannot be started"),
     ],
 )
 def test_a_wrong_setting_is_not_queued(
@@ -138,7 +138,7 @@ def test_a_notice_of_the_end_brings_the_chain_back(
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     shown = cluster.wait_for(job, "COMPLETED")
     assert shown["Restarts"] == "1"
-    assert "interrupted; back to the queue" in cluster.said(job)
+    assert "interrupted; requeued" in cluster.said(job)
     assert processes(run, FIRST) == [2]
     assert processes(run, SECOND) == [2, 2]
     assert steps(run, SECOND) == list(range(1, 61))

@@ -109,7 +109,7 @@ def test_sending_passes_on_ids_and_words_as_they_are(tmp_path: Path, monkeypatch
 
 def test_a_refused_job_takes_back_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = fake_sbatch(tmp_path, monkeypatch, refuse="2-large")
-    with pytest.raises(RunError, match=r"sbatch refused 2-large: no such account Cancelled again: \d+\."):
+    with pytest.raises(RunError, match=r"sbatch refused 2-large: no such account Cancelled: \d+\."):
         send(orders_of(recipe_of(), tmp_path / "run", gpus=1), tmp_path / "run", print)
     assert log.read_text().splitlines()[-1].startswith("scancel ")
 
@@ -136,7 +136,7 @@ def test_what_is_in_the_queue_is_not_sent_twice(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(RunError) as refused:
         send(orders, run, print)
     jobs = "1-small (job 9), 2-large (job 12), baselines (job 14)"
-    wanted = f"{run}: in Slurm's queue already: {jobs}; wait for them, or first `scancel 9 12 14`"
+    wanted = f"{run}: already in Slurm's queue: {jobs}; wait for them, or run `scancel 9 12 14` first"
     assert str(refused.value) == wanted
     assert not log.exists(), "nothing was sent"
     # One that is left out as it is done may still be ending.
@@ -152,7 +152,7 @@ def test_a_queue_that_cannot_be_asked_is_left_to_sbatch(tmp_path: Path, monkeypa
 
 def test_without_sbatch_there_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(RunError, match="no sbatch here"):
+    with pytest.raises(RunError, match="sbatch is not installed here"):
         send(orders_of(recipe_of(), tmp_path, gpus=1), tmp_path, print)
 
 
@@ -166,11 +166,11 @@ def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeyp
     assert str(recipe) in first
     assert "--partition=a b" in first
     assert "--dependency=afterok:ID_OF_1-small" in second
-    assert shown.stderr == "Nothing was sent; --submit does.\n"
+    assert shown.stderr == "Nothing was submitted; add --submit.\n"
     (tmp_path / "queue").write_text(f"17\t{root}\tslurm/link.sbatch x --run-folder runs/tiny --only 2-large\n")
     shown = CliRunner().invoke(app, ["slurm", "submit", str(recipe), "--gpus", "1"])
     assert len(shown.stdout.splitlines()) == 2
-    assert shown.stderr.startswith("Nothing was sent; --submit would refuse: runs/tiny: in Slurm's queue already: 2-la")
+    assert shown.stderr.startswith("Nothing was submitted; --submit would fail: runs/tiny: already in Slurm's queue: 2")
     assert not log.exists()
 
 
