@@ -1,7 +1,7 @@
-"""Faults put into a real chain of two processes, and kill -9 at random moments: what became of each.
+"""Put faults into a real chain of two processes, and kill it at random moments; compare each end with a whole run.
 
-`python -m benchmarks.faults` writes docs/results/faults/result.json, and the page docs/faults.md from it. Called again
-it goes on where it was stopped. It takes about half an hour, and root for the faults that need a small disk.
+`python -m benchmarks.faults` writes docs/results/faults/result.json, and the page docs/faults.md from it. Run again, it
+continues where it stopped. It takes about half an hour, and needs root for the faults with a small disk.
 """
 
 from __future__ import annotations
@@ -32,50 +32,52 @@ KILLS, SEED = 50, 6
 TEXT = """# What happens when something breaks
 
 Each fault below was put into a real chain: two links, two processes on one machine, a checkpoint after every step,
-`engine.timeout: {timeout:g}`, and `engine.name: ddp` where no other engine is named. Then the same command was given
-again, and its end compared with a run that nothing had disturbed: weights and scores bit for bit, log lines, and for
-each step the samples that it saw.
+`engine.timeout: {timeout:g}`, and `engine.name: ddp` where no other engine is named. Then the same command was run
+again, and its end compared with an undisturbed run: weights and scores bit for bit, log lines, and the samples of
+each step.
 
 {machines}
 
-`python -m benchmarks.faults` makes this page; docs/results/faults/result.json has the whole of every message.
+`python -m benchmarks.faults` writes this page; docs/results/faults/result.json has the full messages, as the program
+printed them on that day.
 
 {faults}
 
-*Ended in*: seconds from the fault until the last process had ended. *Same*: whether the same command went on to the
-weights of the undisturbed run. *Steps again*: those after the newest checkpoint, which were trained a second time from
-it. *Samples lost or twice*: steps of the final model that saw other samples than without the fault.
+*Ended in*: seconds from the fault until the last process had ended. *Same*: whether the same command reached the
+weights of the undisturbed run. *Steps again*: steps after the newest checkpoint, which were trained a second time.
+*Samples lost or twice*: steps of the final model that saw other samples than without the fault.
 
 {random}
 
-Who is killed before the processes have met is missed after `COMPT_CONNECT_SECONDS`, {connect:g} in these runs.
+If a process is killed before the ranks have met, the others end after `COMPT_CONNECT_SECONDS`, {connect:g} in these
+runs.
 
-## How it is found
+## How a fault is found
 
-A thread of each process (`compt/dist/watch/thread.py`) shows a sign of life twice a second, where the processes have
-found each other, and measures how long its own main thread has not got on.
+A thread of each process (`compt/dist/watch/thread.py`) writes a heartbeat twice a second to the store in which the
+ranks met. It also measures how long its own main thread has made no progress.
 
-- A process of the same machine that is **gone** is noticed within a second; one of another machine, or one that is
-  stopped, after 20 s of silence, or half of `engine.timeout` where that is shorter.
-- A process that **does not get on** for `engine.timeout` seconds counts as hanging. Evaluation, expansion, the first
-  step and writing may take six times as long. Who has got least far is named; the stacks of all processes lie in
-  `RUN/faults/rank-N-….txt`.
-- The **lowest process that lives** tells the cause, once, and writes it to `RUN/faults/cause-….txt`. All processes end
-  with its exit code, also those whose main thread is stuck in a collective; one that is stopped is killed by those of
-  its machine.
-- Before that thread begins, while recipe and data are read, a message between processes fails: rank 1 and the first of
-  each machine say so.
-- When the whole job is suspended and goes on, nobody is to blame.
+- A process of the same machine that is **gone** is noticed within a second. One of another machine, or one that is
+  stopped, is noticed after 20 s without a heartbeat, or half of `engine.timeout` where that is shorter.
+- A process without **progress** for `engine.timeout` seconds counts as hanging. Evaluation, expansion, the first step
+  and writing may take six times as long. The rank that is furthest behind is named; `RUN/faults/rank-N-….txt` has the
+  stacks of all processes.
+- The rank that **finds** the cause prints it once and writes it to `RUN/faults/cause-….txt`. All processes end with
+  its exit code, also those whose main thread is stuck in a collective. A process that is stopped is killed by the
+  others on its machine.
+- Before that thread starts, while recipe and data are read, a collective fails on every rank, and each prints its own
+  line.
+- If the whole job is suspended and continued, no rank is to blame.
 
-**Out of memory** on any rank ends all with the changes of the recipe that should fit, in numbers of the planner.
-`engine.find_micro_batch: true` looks for the largest micro-batch before a training, by trial steps in processes of
-their own. With several processes the log has `step_seconds_max`, `step_seconds_mean`, `data_wait_max` and
+**Out of memory** on any rank ends all of them. The message lists changes of the recipe that should fit, computed by
+the planner. `engine.find_micro_batch: true` searches for the largest micro-batch before a run, with trial steps in
+child processes. With several processes the log has `step_seconds_max`, `step_seconds_mean`, `data_wait_max` and
 `slowest_rank`.
 """
 
 
 def fault_table(rows: list[dict[str, Any]]) -> TextTable:
-    """A row each fault."""
+    """Return a table with a row for each fault."""
     return TextTable(
         "Faults",
         ["Fault", "Exit codes", "Ended in", "Message", "Same", "Steps again", "Samples lost or twice"],
@@ -95,7 +97,7 @@ def fault_table(rows: list[dict[str, Any]]) -> TextTable:
 
 
 def random_table(rows: list[dict[str, Any]]) -> TextTable:
-    """The campaign of random kills, a row each engine."""
+    """Return a table of the random kills, with a row for each engine."""
     engines = list(dict.fromkeys(row["engine"] for row in rows))
     return TextTable(
         "kill -9 at random moments",
@@ -127,9 +129,9 @@ def _random_row(engine: str, rows: list[dict[str, Any]]) -> list[str]:
 
 
 def page(result: dict[str, Any]) -> str:
-    """docs/faults.md."""
+    """Return the text of docs/faults.md."""
     machine = f"{result['date']}, {result['device']}, {result['cores']} cores, torch {result['versions']['torch']}."
-    # Of a result that several starts have made; `--fresh` begins without one.
+    # Several starts may have made a result; `--fresh` drops the note.
     machine += f"\n\n{result['note']}" if result.get("note") else ""
     return TEXT.format(
         timeout=result["timeout"],
@@ -141,7 +143,7 @@ def page(result: dict[str, Any]) -> str:
 
 
 def measure(only: list[str], kills: int, seed: int, fresh: bool) -> None:
-    """Run what RESULT does not have yet, and write it after every fault."""
+    """Run what RESULT does not have yet, and write RESULT after every fault."""
     from tests.faults.at_random import CONNECT_SECONDS, kill_at_random
     from tests.faults.injected import FAULTS, TIMEOUT, Bench, disturb
     from tests.helpers.recipe import make_data
@@ -162,7 +164,7 @@ def measure(only: list[str], kills: int, seed: int, fresh: bool) -> None:
 
     def keep(fault: dict[str, Any] | None = None, killed: dict[str, Any] | None = None) -> None:
         if fault is not None:
-            # Names of this machine and of temporary folders say nothing.
+            # Remove the names of this machine and of temporary folders.
             fault["message"] = fault["message"].replace(str(folder), "…").replace(platform.node(), "host")
             rows = {row["fault"]: row for row in [*result["faults"], fault]}
             result["faults"] = [rows[name] for name in FAULTS if name in rows]
@@ -190,11 +192,11 @@ def measure(only: list[str], kills: int, seed: int, fresh: bool) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", action="append", default=[], help="faults that contain this word, once more")
-    parser.add_argument("--kills", type=int, default=KILLS, help="kills at random moments")
+    parser.add_argument("--only", action="append", default=[], help="run the faults with this word again")
+    parser.add_argument("--kills", type=int, default=KILLS, help="number of kills at random moments")
     parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--fresh", action="store_true", help="forget the result that is there")
-    parser.add_argument("--page", action="store_true", help="write the page from the result that is there")
+    parser.add_argument("--fresh", action="store_true", help="discard the existing result")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the existing result")
     options = parser.parse_args()
     with one_line():
         if not options.page:

@@ -186,9 +186,13 @@ class Watch:
     def _watch(self) -> None:
         before = time.monotonic()
         while True:
-            self._wake.wait(0.1 if self._error else self._interval)
+            self._wake.wait(self._interval)
             if self._stop.is_set():
                 break
+            if self._error is not None:
+                # The sockets of a dying rank 0 close just before /proc shows it as gone: asking its store in between
+                # would print torch's C++ stack.
+                time.sleep(0.1)
             now = time.monotonic()
             if now - before > 5 * self._interval:  # this process was stopped, maybe with all others: no one is to blame
                 self._forgive(now - before)
