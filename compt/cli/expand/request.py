@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from compt.cli.tools import open_source
 from compt.errors import ArtefactError, ConfigError
@@ -29,7 +32,6 @@ _OF_EXPANSION = ("job", "recipe_hash", "seed", "parent", "parent_hash", "expansi
 """Fields that the manifest of a trained model shares with the manifest of its expanded weights."""
 _PIXELS = ("mean", "std", "interpolation")
 _LISTED = 5
-_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -186,11 +188,9 @@ def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, mani
         fields |= {"step": 0, "samples": 0, "epochs": 0.0}
         made = manifest["initial_hash"]
     pixels = {key: manifest["preprocess"][key] for key in _PIXELS}
-    shard_bytes, versions = manifest.get("shard_bytes", MAX_SHARD_BYTES), dict(manifest.get("versions", {}))
-    place = (asked.out, asked.writes)
-    return Prepared(
-        teacher, plan, manifest["seed"], *place, fields, pixels, shard_bytes, repeats=made, versions=versions
-    )
+    shard_bytes = manifest.get("shard_bytes", MAX_SHARD_BYTES)
+    prepared = Prepared(teacher, plan, manifest["seed"], asked.out, asked.writes, fields, pixels, shard_bytes)
+    return replace(prepared, repeats=made, versions=dict(manifest.get("versions", {})))
 
 
 def growth_config(operators: Mapping[str, str]) -> ExpandConfig:
@@ -206,11 +206,11 @@ def read_bytes(text: str | None) -> int:
 
     if text is None:
         return MAX_SHARD_BYTES
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text.strip())
-    size = int(float(found[1]) * _UNITS[found[2].upper()]) if found and found[2].upper() in _UNITS else 0
-    if size < 1:
-        raise ConfigError(f"--shard-size {text}: should be a size in bytes, as 500MB or 2GiB")
-    return size
+    with contextlib.suppress(ValidationError):
+        size = int(TypeAdapter(ByteSize).validate_python(text))
+        if size > 0:
+            return size
+    raise ConfigError(f"--shard-size {text}: should be a size in bytes, as 500MB or 2GiB")
 
 
 def read_sizes(given: Sequence[str]) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def read_sizes(given: Sequence[str]) -> dict[str, Any]:
     for text in given:
         key, _, value = text.partition("=")
         is_list = re.fullmatch(r"\d+(-\d+)+", value)
-        values[key] = [int(part) for part in value.split("-")] if is_list else read_yaml(value, f"--set {text}")
+        values[key] = [int(part) for part in value.split("-")] if is_list else read_yaml(value, text)
     return values
 
 
@@ -232,9 +232,8 @@ def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[M
     from compt.weights.infer import model_spec
 
     base = teacher if name == teacher.name else model_spec(name)
-    given = read_sizes(sizes)
     try:
-        values = checked_sizes("swin_t" if base.arch == "swin" else "vit_b16", given)
+        values = checked_sizes("swin_t" if base.arch == "swin" else "vit_b16", read_sizes(sizes))
     except ConfigError as error:
         raise ConfigError(f"--set {error}") from None
     alike = base.arch == teacher.arch
@@ -242,11 +241,8 @@ def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[M
     shrinking = ("context_length", "vocab_size", *(("window",) if alike and base.arch == "swin" else ()))
     names += [key for key in shrinking if getattr(base, key) < getattr(teacher, key)]
     image = ("image_size", "patch_size")
-    if alike and not any(key in values for key in image) and _patches(base) < _patches(teacher):
+    sides = [spec.image_size // spec.patch_size for spec in (base, teacher)]
+    if alike and not any(key in values for key in image) and sides[0] < sides[1]:
         names += [key for key in image if getattr(base, key) != getattr(teacher, key)]
     taken = {key: getattr(teacher, key) for key in names if key not in values}
     return resized(base, {**taken, **values}), taken
-
-
-def _patches(spec: ModelSpec) -> int:
-    return spec.image_size // spec.patch_size
