@@ -1,7 +1,7 @@
-"""What an expansion does to a model, measured at step 0: scores of teacher, student and a random model, and features.
+"""Verify an expansion at step 0: score teacher, student and a random model, and compare features.
 
-Where the plan promises that a tower computes what it did, that is checked in float64: with weights that are expanded in
-float64 as well, so that only the operators can be to blame.
+If the plan promises that a tower keeps its function, float64 checks it. The weights are expanded in float64 as well, so
+that a difference can only come from the operators.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from compt.recipe.schema import EvalSet
 from compt.weights.artefact import Artefact
 
 TOLERANCE = 1e-10
-"""Features of length one, in float64, differ by less where a plan promises exactness."""
+"""Normalized features in float64 differ by less than this if the plan promises exactness."""
 
 COMPARED = 64
-"""Pairs of each rank whose features are compared in float32."""
+"""Pairs per rank whose features are compared in float32."""
 
 COMPARED_EXACTLY = 16
-"""Pairs of each rank whose features are compared in float64."""
+"""Pairs per rank whose features are compared in float64."""
 
 MODELS = ("teacher", "student", "random")
 
@@ -52,7 +52,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one model. `loss`: contrastive loss in nats; `top1`, `top5` in percent (`top5` None for five classes)."""
+    """Scores of one model. `loss` is contrastive, in nats; `top1` and `top5` are percent. `top5` may be None."""
 
     loss: float
     top1: float
@@ -61,10 +61,10 @@ class Scores:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the features of a tower, of length one, moved: the largest absolute difference of an element.
+    """How far the normalized features of a tower moved: the largest absolute difference of an element.
 
-    Where the joint embedding grew it is that of the dot products between the features of one tower. `reasons`: why
-    the plan does not promise exactness; `float64` is measured where there is none.
+    If the joint embedding grew, dot products between features of the tower are compared instead. `reasons`: why the
+    plan does not promise exactness; `float64` is measured if there are none.
     """
 
     float32: float
@@ -73,13 +73,14 @@ class Difference:
 
     @property
     def kept(self) -> bool:
-        """False where a promise is broken."""
+        """False if a promise is broken."""
         return bool(self.reasons) or (self.float64 is not None and self.float64 < TOLERANCE)
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found. `dot_products`: of an image with a text, in float64, where both towers are promised."""
+    """What `verify` found. `dot_products`: largest difference of dot products between images and texts, in float64, if
+    the plan promises both towers."""
 
     scores: dict[str, Scores]
     differences: dict[str, Difference]
@@ -91,13 +92,13 @@ class Verification:
     skipped: int
 
     def broken(self) -> list[str]:
-        """One line for each promise that does not hold."""
+        """One line for each broken promise."""
         found = [
             f"{tower} tower: its features differ by {difference.float64:.1e}, the plan promises less than {TOLERANCE:g}"
             for tower, difference in self.differences.items()
             if not difference.kept
         ]
-        # A NaN is not below any bound.
+        # Written with "not", so that a NaN counts as broken.
         if self.dot_products is not None and not found and not self.dot_products < TOLERANCE:
             found.append(f"dot products of images with texts differ by {self.dot_products:.1e}, both towers are exact")
         return found
@@ -123,25 +124,25 @@ class Verification:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Pictures with captions: of the shards, or, where these have none, class names in the first template."""
+    """Images with captions: those of the shards, or, if there are none, class names in the first template."""
 
     item: EvalSet
     settings: EvalSettings
 
     def __post_init__(self) -> None:
         if self.item.task != "zeroshot":
-            raise DataError(f"evaluation set '{self.item.name}': an expansion is verified on a set with classes")
+            raise DataError(f"evaluation set '{self.item.name}': should be a zero-shot set, which has classes")
 
     @property
     def captioned(self) -> bool:
-        """Whether the data bring captions."""
+        """Whether the data have captions."""
         if class_folders_of(self.item.data, self.settings.base) is not None:
             return False
         index = open_index(self.item.data, self.settings.base, self.settings.index_dir)
         return bool(index.column("captions").any())
 
     def batches(self, spec: ModelSpec) -> Iterable[Batch]:
-        """This rank's, tokens [B, 1, T]; the same for every model of the same picture size and context."""
+        """This rank's batches, tokens [B, 1, T]. Models with the same image size and context get the same ones."""
         settings = self.settings
         if self.captioned:
             return fixed_caption_batches(
@@ -171,7 +172,7 @@ Features = dict[str, Tensor]
 
 
 def _features(model: ClipModel, pairs: _Pairs, count: int) -> Features:
-    """Features of length one of this rank's first pairs, [count, embed_dim] a tower, in the model's dtype."""
+    """Normalized features of this rank's first pairs: [count, embed_dim] per tower, in the model's dtype."""
     encoder = Encoder(model, pairs.settings.mean, pairs.settings.std)
     found: dict[str, list[Tensor]] = {tower: [] for tower in TOWERS}
     left = count
@@ -189,7 +190,7 @@ def _features(model: ClipModel, pairs: _Pairs, count: int) -> Features:
 
 
 def _moved(before: Tensor, after: Tensor) -> float:
-    """The largest difference over all ranks, inf where there is a NaN; dot products where the embedding grew."""
+    """The largest difference over all ranks, inf for a NaN; of dot products if the embedding grew."""
     if before.shape != after.shape:
         before, after = before @ before.T, after @ after.T
     return _largest(before, after)
@@ -229,9 +230,9 @@ def verify(
 ) -> Verification:
     """Score teacher, expanded student and a random student on one zero-shot set, and compare features.
 
-    `student` is the model that was written; without it the expansion is done in memory. The random student has the
-    initialization of `seed`. `settings` gives the batch (pictures of a step and of a contrastive loss) and the dtype of
-    the scores. One model is held at a time; all ranks call it. Raises DataError for data that cannot be used.
+    `student` is the model that was written; without it, the expansion happens in memory. The random student has the
+    initialization of `seed`. `settings` has the batch size, of a step and of a contrastive loss, and the dtype of the
+    scores. All ranks call this; each holds one model at a time. Raises DataError if the data cannot be used.
     """
     place = torch.device(device)
     pairs = _Pairs(item, settings)
@@ -288,7 +289,7 @@ def verify(
 
 
 def check_kept(found: Verification, name: str) -> None:
-    """Raise ArtefactError where a promise is broken, naming the towers."""
+    """Raise ArtefactError if a promise is broken; it names the towers."""
     broken = found.broken()
     if broken:
         raise ArtefactError(f"{name}: the expansion does not keep its promise: {'; '.join(broken)}")
