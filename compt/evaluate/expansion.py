@@ -80,7 +80,8 @@ class Difference:
 @dataclass(frozen=True)
 class Verification:
     """What `verify` found. `dot_products`: largest difference of dot products between images and texts, in float64, if
-    the plan promises both towers."""
+    the plan promises both towers.
+    """
 
     scores: dict[str, Scores]
     differences: dict[str, Difference]
