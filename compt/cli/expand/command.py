@@ -119,10 +119,9 @@ def expand(
     from compt.evaluate.sets import check_sets
     from compt.evaluate.task import EvalSettings
 
-    operators = {"both": both, "image": image, "text": text}
-    options = {"seed": seed, "shard-size": shard_size, "set": set_}
+    options = {"both": both, "image": image, "text": text, "seed": seed, "shard-size": shard_size, "set": set_}
     source = (teacher_model, teacher_prefix)
-    asked = ExpandRequest(teacher, student, out, operators, options, *source, from_manifest, dry_run, bool(verify))
+    asked = ExpandRequest(teacher, student, out, options, *source, from_manifest, dry_run, bool(verify))
     item = evaluation_set(verify, "zeroshot", label, classnames, templates) if verify else None
     try:
         place = dist.init(device if verify else "cpu")

@@ -36,12 +36,11 @@ _LISTED = 5
 
 @dataclass(frozen=True)
 class ExpandRequest:
-    """The arguments. `operators`: the texts of --both, --image and --text. `options`: --seed, --shard-size, --set."""
+    """The arguments. `options`: --both, --image, --text, --seed, --shard-size, --set; a manifest determines them."""
 
     teacher: str
     student: str | None
     out: Path | None
-    operators: Mapping[str, str]
     options: Mapping[str, Any]
     teacher_model: str | None
     teacher_prefix: str | None
@@ -103,7 +102,7 @@ def prepare(asked: ExpandRequest) -> Prepared:
         raise ConfigError("name the folder to write, or add --dry-run, or --verify DATA")
     if asked.student is None:
         raise ConfigError("name the student: a preset; or give --from-manifest FILE to repeat an expansion")
-    config = growth_config(asked.operators)
+    config = growth_config(asked.options)
     from compt.dist import collectives as dist
     from compt.expand.plan import ExpansionPlan
     from compt.weights.artefact import check_free
@@ -147,8 +146,7 @@ def _new(asked: ExpandRequest, teacher: Artefact, student: str, config: ExpandCo
 
 def _repeating(asked: ExpandRequest, path: Path) -> tuple[ExpandRequest, dict[str, Any]]:
     """The request with the student of the manifest at `path`. With it, the argument STUDENT may be OUT instead."""
-    given = {**asked.operators, **asked.options}
-    extra = next((name for name, value in given.items() if value not in (None, "", [])), None)
+    extra = next((name for name, value in asked.options.items() if value not in (None, "", [])), None)
     if extra:
         raise ConfigError(f"--{extra}: --from-manifest already determines it; leave one of them out")
     manifest = _manifest(path / MANIFEST if path.is_dir() else path)
@@ -193,10 +191,10 @@ def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, mani
     return replace(prepared, repeats=made, versions=dict(manifest.get("versions", {})))
 
 
-def growth_config(operators: Mapping[str, str]) -> ExpandConfig:
+def growth_config(options: Mapping[str, Any]) -> ExpandConfig:
     """The operators from the texts of --both, --image and --text. Raises ConfigError naming the option and the key."""
-    both = parse_pairs(BothExpand, operators["both"], "--both")
-    image, text = (parse_pairs(TowerExpand, operators[name], f"--{name}") for name in ("image", "text"))
+    both = parse_pairs(BothExpand, options["both"], "--both")
+    image, text = (parse_pairs(TowerExpand, options[name], f"--{name}") for name in ("image", "text"))
     return expansion(Expand(), LinkExpand(**both.model_dump(), image=image, text=text))
 
 
