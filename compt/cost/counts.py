@@ -1,8 +1,7 @@
-"""Parameters and forward MACs of the models' parts, from their shapes alone.
+"""Parameters and forward MACs of the parts of a model, from their shapes.
 
-One MAC is one multiplication with its addition, two floating-point operations. Counted are matrix products and
-convolutions, as in torch's own counter; norms, biases, activations, softmax, embedding lookups and the scaling of
-logits are not.
+One MAC is one multiplication with its addition: two floating-point operations. Matrix products and convolutions count,
+as in `torch.utils.flop_counter`. Norms, biases, activations, softmax, embedding lookups and logit scaling do not.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from compt.models.presets import ModelSpec
 from compt.recipe.types import checked_caption_tokens
 
 Tokens = float | Mapping[int, float] | None
-"""Tokens that are computed for a caption, padding included: a mean, or the share of captions of each length (any
-non-negative weights, normalised here); None for the whole context. Attention grows with the square of a length, so
-that a mean's cost is slightly below the mean cost; a distribution is counted exactly."""
+"""Tokens computed per caption, padding included: a mean, a mapping of lengths to shares of captions (non-negative, with
+any sum), or None for the whole context. Attention grows with the square of the length, so a mean costs slightly less
+than the lengths behind it; a distribution is counted exactly."""
 
 
 @dataclass(frozen=True)
@@ -42,19 +41,19 @@ def total(counts: Iterable[Count]) -> Count:
 
 
 def linear(inputs: int, outputs: int, positions: float, *, bias: bool = True) -> Count:
-    """A dense layer applied at `positions` places."""
+    """A dense layer, applied at each of `positions` positions."""
     return Count(inputs * outputs + bias * outputs, positions * inputs * outputs)
 
 
 def attention_matmuls(width: int, pairs: float) -> Count:
-    """The two products of attention over `pairs` of query and key: their scores, and the values weighted by them."""
+    """The two products of attention for `pairs` of query and key: scores, and weighted values."""
     return Count(0, 2 * pairs * width)
 
 
 def token_moments(tokens: Tokens, context: int) -> tuple[float, float]:
-    """The mean of a caption's computed tokens and the mean of their square, each length cut to `context`.
+    """The means of the length of a caption and of its square, in tokens, with each length cut to `context`.
 
-    A mean stands for captions of that one length. Raises ConfigError for lengths or shares that cannot be.
+    A mean counts as captions of that one length. Raises ConfigError for impossible lengths or shares.
     """
     if tokens is None:
         return context, context**2
@@ -89,8 +88,8 @@ def _blocks(
 ) -> list[tuple[str, Count]]:
     """Pre-norm transformer blocks with full attention, the same in both towers.
 
-    `positions` is the (mean) length of a sequence and `squared` the (mean) square of it. With `readout` the last block
-    has all positions as keys and values, but only one as query: the one that is read.
+    `positions` is the (mean) length of a sequence, `squared` its (mean) square. With `readout` the last block has all
+    positions as keys and values, but only one query: the position whose output is read.
     """
     hidden = int(width * mlp_ratio)
     parts = [("norms", _norm(width) * 2 * depth)]
@@ -132,7 +131,7 @@ def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
             side = math.ceil(side / 2)
             parts += [("merging", _norm(4 * width) + linear(4 * width, 2 * width, side**2, bias=False))]
             width *= 2
-        windows = math.ceil(side / window) ** 2  # a side that is no multiple of the window is padded for attention
+        windows = math.ceil(side / window) ** 2  # attention pads a side to a multiple of the window
         tokens = windows * window**2
         hidden = int(width * spec.mlp_ratio)
         parts += [
@@ -146,25 +145,25 @@ def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
 
 
 def image_tower(spec: ModelSpec, *, readout: bool = True) -> dict[str, Count]:
-    """Parameters and MACs a picture of the image tower, by kind of module.
+    """Parameters of the image tower and MACs per image, by kind of module.
 
-    `readout`: the last block of a ViT computes only the class token, as `compt.models` does; without, every position,
-    as stock open_clip.
+    With `readout` the last block of a ViT computes only the class token, as in `compt.models`; without it every
+    position, as in stock open_clip.
     """
     return _sum_by_name(_swin(spec) if spec.arch == "swin" else _vit(spec, readout))
 
 
 def text_tower(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) -> dict[str, Count]:
-    """Parameters and MACs a caption of the text tower, by kind of module; `readout` as in `image_tower`.
+    """Parameters of the text tower and MACs per caption, by kind of module; `readout` as in `image_tower`.
 
-    `tokens` are those that are computed, after trimming; no length counts beyond the context. Raises ConfigError for
-    lengths that cannot be.
+    `tokens` are the computed ones, after trimming; lengths are cut to the context. Raises ConfigError for impossible
+    lengths.
     """
     return text_tower_of(spec, *token_moments(tokens, spec.context_length), readout=readout)
 
 
 def text_tower_of(spec: ModelSpec, positions: float, squared: float, *, readout: bool) -> dict[str, Count]:
-    """`text_tower` for captions of `positions` tokens and `squared`, the mean of that and of its square, uncapped."""
+    """`text_tower` from the mean length of captions and the mean of its square, without cutting to the context."""
     return _sum_by_name(
         [
             ("embeddings", Count((spec.vocab_size + spec.context_length) * spec.text_width)),
@@ -176,18 +175,18 @@ def text_tower_of(spec: ModelSpec, positions: float, squared: float, *, readout:
 
 
 def parameters(spec: ModelSpec) -> int:
-    """All parameters of a model, the logit scale among them."""
+    """All parameters of a model, including the logit scale."""
     return total(image_tower(spec).values()).parameters + total(text_tower(spec).values()).parameters + 1
 
 
 def forward_macs(spec: ModelSpec, captions: int, tokens: Tokens = None, *, readout: bool = True) -> float:
-    """MACs of one forward pass of one picture with `captions` captions of `tokens` tokens (default: the context)."""
+    """MACs of a forward pass of one image with `captions` captions of `tokens` tokens (default: the context)."""
     image = total(image_tower(spec, readout=readout).values()).macs
     return image + captions * total(text_tower(spec, tokens, readout=readout).values()).macs
 
 
 def projectors(student: ModelSpec, teacher: ModelSpec) -> dict[Literal["image", "text"], Count]:
-    """The projector of each tower, applied once, for feature distillation; none where embeddings are equally wide."""
+    """The projector of each tower for feature distillation, applied once; none if both embeddings have one width."""
     if student.embed_dim == teacher.embed_dim:
         return {}
     one = linear(student.embed_dim, teacher.embed_dim, 1)
@@ -195,7 +194,7 @@ def projectors(student: ModelSpec, teacher: ModelSpec) -> dict[Literal["image", 
 
 
 def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
-    """Both projectors, for a picture with `captions` captions."""
+    """Both projectors, for an image with `captions` captions."""
     both = projectors(student, teacher)
     return Count(
         total(both.values()).parameters,
@@ -204,5 +203,5 @@ def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
 
 
 def contrastive_macs(batch: int, captions: int, embed_dim: int) -> int:
-    """Forward MACs a step of the two similarity products: captions against images, and images against captions."""
+    """Forward MACs per step of the two similarity products: captions with images, and images with captions."""
     return 2 * batch * batch * captions * embed_dim

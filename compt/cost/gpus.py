@@ -1,4 +1,4 @@
-"""GPUs by their datasheets. No torch in here."""
+"""Datasheets of GPUs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from compt.errors import ConfigError, nearest
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU by its datasheet: dense peak in FLOP/s by precision, memory's bandwidth in bytes per second.
+    """The datasheet of a GPU: dense peak in FLOP/s by precision, memory bandwidth in bytes per second.
 
-    `fp32` runs without tensor cores, as this program's engines do; `tf32` is there for comparison. `memory_bytes` are
-    not the datasheet's round number but what CUDA leaves to programs, as PyTorch's messages report it ("total capacity
-    of 79.15 GiB"); between drivers that differs by some 0.1 GiB.
+    `fp32` is without tensor cores, which compt's engines do not use in fp32; `tf32` is for comparison. `memory_bytes`
+    is what CUDA leaves to programs, as PyTorch's messages report it ("total capacity of 79.15 GiB"), not the round
+    number of the datasheet. It differs between drivers by about 0.1 GiB.
     """
 
     name: str
@@ -45,7 +45,7 @@ DEVICES: dict[str, Device] = {
 }
 ALIASES = {"a100": "a100-80"}
 PAPER_DEVICE = DEVICES["a100-80"]
-"""What the paper's hours were measured on (its section 4 and Table C)."""
+"""The GPU of the paper's hours (section 4 and Table C)."""
 
 
 def find_device(name: str) -> Device:
@@ -59,7 +59,7 @@ def find_device(name: str) -> Device:
 
 
 def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
-    """The datasheet of what CUDA calls `cuda_name`; None for other GPUs, other forms (PCIe Hopper) and parts of one."""
+    """The datasheet of the GPU that CUDA calls `cuda_name`; None for other GPUs, PCIe Hoppers and MIG slices."""
     words = set(re.split(r"[\s_-]+", cuda_name.upper()))
     if "MIG" in words:
         return None
@@ -73,7 +73,7 @@ def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
 
 
 def utilisation(macs: float, seconds: float, device: Device, precision: str = "bf16") -> float:
-    """The share of the device's dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` make."""
+    """The share of the dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` reach."""
     return 2 * macs / seconds / peak(device, precision)
 
 

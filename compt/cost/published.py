@@ -1,10 +1,10 @@
-"""The accounting of the published tables (CoM-PT, Table G and Table 2), with its own assumptions.
+"""The accounting of the published tables (CoM-PT, Table G and Table 2).
 
-- A sample is a picture with six captions of 77 tokens, padding included, whatever is configured; the paper's text says
-  four captions, its Table G fits six (one raw and five generated).
-- Training costs 3 Cf - C1 + 9 P a sample, see `paper_training_macs`; a teacher adds its forward pass.
-- P and the forward pass leave out what the table leaves out: of the text tower's parameters all but the blocks, the
-  logit scale, and the two products of Swin's attention.
+- A sample is an image with six captions of 77 tokens, padding included, whatever the recipe says. The paper's text says
+  four captions, but Table G fits six (one raw and five generated).
+- Training costs 3 Cf - C1 + 9 P per sample, see `paper_training_macs`; a teacher adds its forward pass.
+- As in the table, P has only the blocks of the text tower and no logit scale, and the forward pass of a Swin has no
+  attention products.
 - There are no projectors, no loss, no trimming, and no readout: every block computes every position.
 """
 
@@ -18,15 +18,15 @@ from compt.cost.training import Breakdown, JobCost, Record, Tower, backward_macs
 from compt.models.presets import ModelSpec
 
 PAPER_TEXT_PASSES = 6
-"""Captions a sample in Table G's forward MACs (the paper's text says 4; one raw and five generated fit the table)."""
+"""Captions per sample in Table G's forward MACs (the paper's text says 4; one raw and five generated fit the table)."""
 PAPER_TOKENS = 77
 """Tokens of a caption in the published accounting, padding included."""
 PAPER_PARAMETER_MACS = 9
-"""MACs that the published tables charge per parameter and *sample* for AdamW (its text says 3)."""
+"""MACs of AdamW per parameter and *sample* in the published tables (the paper's text says 3)."""
 
 
 def _towers(spec: ModelSpec) -> Iterator[tuple[Tower, dict[str, Count], int]]:
-    """Each tower with its counts as Table G has them, and its passes a sample."""
+    """Each tower with its counts as in Table G, and its forward passes per sample."""
     image = image_tower(spec, readout=False)
     if spec.arch == "swin":
         image["attention_matmuls"] = Count()
@@ -38,30 +38,30 @@ def _towers(spec: ModelSpec) -> Iterator[tuple[Tower, dict[str, Count], int]]:
 
 
 def paper_parameters(spec: ModelSpec) -> int:
-    """Parameters as Table G counts them: the image tower with its projection, and the text blocks alone.
+    """Parameters as in Table G: the image tower with its projection, and the blocks of the text tower.
 
-    Left out are the text tower's embeddings, final norm and projection, and the logit scale.
+    The text tower's embeddings, final norm and projection, and the logit scale are left out.
     """
     return sum(total(counts.values()).parameters for _, counts, _ in _towers(spec))
 
 
 def paper_forward_macs(spec: ModelSpec) -> float:
-    """Forward MACs a sample as in Table G: six captions of 77 tokens, Swin without its attention's two products."""
+    """Forward MACs per sample as in Table G: six captions of 77 tokens, a Swin without its attention products."""
     return sum(times * total(counts.values()).macs for _, counts, times in _towers(spec))
 
 
 def paper_training_macs(forward: float, patch_embedding: float, parameters: float) -> float:
-    """Training MACs a sample as in Table G: 3 Cf - C1 + 9 P.
+    """Training MACs per sample as in Table G: 3 Cf - C1 + 9 P.
 
-    Cf is the forward pass, whose backward costs twice as much; C1 the patch embedding, whose input needs no gradient;
-    P the parameters of `paper_parameters`. 9 P stands for AdamW and is charged per sample, though an optimizer steps
-    once a batch: the published figures need it so.
+    Cf is the forward pass; its backward costs twice as much. C1 is the patch embedding, whose input needs no gradient.
+    P are the parameters of `paper_parameters`. 9 P is for AdamW, charged per sample although an optimizer steps once
+    per batch, because only that gives the published numbers.
     """
     return 3 * forward - patch_embedding + PAPER_PARAMETER_MACS * parameters
 
 
 def paper_breakdown(spec: ModelSpec, teacher: ModelSpec | None, *, batch: int = 1) -> Breakdown:
-    """The published accounting of a training of `spec`, part by part; parameters are those that it charges."""
+    """The published accounting of training `spec`, part by part, with the parameters that it counts."""
     records: list[Record] = []
     for tower, counts, times in _towers(spec):
         for module, count in counts.items():
@@ -84,5 +84,5 @@ def paper_breakdown(spec: ModelSpec, teacher: ModelSpec | None, *, batch: int = 
 
 
 def paper_cost(spec: ModelSpec, teacher: ModelSpec | None, *, samples: float, steps: int) -> JobCost:
-    """The cost of `samples` samples in the published accounting; projectors, loss and trimming are not in it."""
+    """The cost of `samples` samples in the published accounting, which has no projectors, loss or trimming."""
     return paper_breakdown(spec, teacher).cost(samples, steps)

@@ -1,4 +1,4 @@
-"""What training costs, part by part: forward, backward, what is computed again, and the optimizer's update."""
+"""The cost of training, part by part: forward, backward, recomputation, and the optimizer's update."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ OPTIMIZER_PARAMETER_MACS = 3
 """MACs of AdamW per parameter and step: two moments and the update."""
 
 FIRST_LAYER = "patch_embedding"
-"""The only products whose input needs no gradient, so that their backward costs once, not twice, their forward."""
+"""The only products whose input needs no gradient: backward costs as much as forward, not twice as much."""
 CHECKPOINTED_SHARE = {"attention_projections": 1.0, "attention_matmuls": 1.0, "mlp": 0.5}
-"""Share of each kind's forward that a checkpointed block computes again in backward. torch ends a recomputation with
-the last tensor that backward asks for, the input of the MLP's second product: that product is spared."""
+"""Share of the forward pass that a checkpointed block computes again in backward, by kind of module. torch stops
+recomputing at the last tensor that backward needs, the input of the MLP's second product, which is skipped."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One kind of module in one tower of one part of a training.
+    """The cost of one kind of module, in one tower of one part.
 
-    MACs are those of a sample, a picture with all its captions; `step_update_macs` those of a step, whatever the batch.
-    A teacher's parameters are counted, but not trained. `tower` is "both" for what belongs to neither.
+    MACs are per sample (an image with all its captions), but `step_update_macs` is per step, for any batch size. A
+    teacher's parameters are counted, but not trained. `tower` is "both" for what belongs to neither tower.
     """
 
     part: Part
@@ -44,11 +44,11 @@ class Record:
 
     @property
     def sample_macs(self) -> float:
-        """All that is paid for each sample."""
+        """MACs per sample."""
         return self.forward_macs + self.backward_macs + self.recompute_macs + self.update_macs
 
     def step_macs(self, batch: int) -> float:
-        """All that is paid for a step of `batch` samples."""
+        """MACs per step of `batch` samples."""
         return batch * self.sample_macs + self.step_update_macs
 
     def to_json(self) -> dict[str, Any]:
@@ -58,15 +58,15 @@ class Record:
 
 @dataclass(frozen=True)
 class JobCost:
-    """What it costs to train one model: MACs per sample (a picture with its captions), per step, and in total."""
+    """The cost of training one model: MACs per sample (an image with its captions), per step, and in total."""
 
     mode: Mode
     student_forward_macs: float
     student_training_macs: float
-    """Forward and backward of the student and its projectors; in `paper` mode with the optimizer's share."""
+    """Forward and backward of the student and its projectors; in `paper` mode including the optimizer."""
     teacher_forward_macs: float = 0.0
     recompute_macs: float = 0.0
-    """What the student and the loss compute again to save memory."""
+    """MACs that the student and the loss compute again to save memory."""
     loss_macs: float = 0.0
     optimizer_step_macs: float = 0.0
     samples: float = 0.0
@@ -74,12 +74,12 @@ class JobCost:
 
     @property
     def sample_macs(self) -> float:
-        """All that is paid for each sample, the teacher included, the optimizer not."""
+        """MACs per sample, including the teacher, without the optimizer."""
         return self.student_training_macs + self.teacher_forward_macs + self.recompute_macs + self.loss_macs
 
     @property
     def total_macs(self) -> float:
-        """The whole training: samples times `sample_macs`, and the optimizer's steps."""
+        """MACs of the whole training run: all samples, and the optimizer's steps."""
         return self.samples * self.sample_macs + self.steps * self.optimizer_step_macs
 
     def to_json(self) -> dict[str, Any]:
@@ -89,14 +89,14 @@ class JobCost:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """All that the training of one model pays for, at `batch` samples a step."""
+    """The cost of training one model in steps of `batch` samples, by part, tower and kind of module."""
 
     mode: Mode
     batch: int
     records: tuple[Record, ...]
 
     def sum(self, *fields: str, parts: tuple[Part, ...] = ("student", "projector", "loss", "teacher")) -> float:
-        """The sum of the named fields over the records of `parts`, exact to the last digit."""
+        """The sum of the named fields over the records of `parts`, by `math.fsum`."""
         values = (getattr(record, field) for record in self.records if record.part in parts for field in fields)
         return math.fsum(values)
 
@@ -106,7 +106,7 @@ class Breakdown:
         return math.fsum(record.step_macs(self.batch) for record in self.records)
 
     def cost(self, samples: float, steps: int) -> JobCost:
-        """The same, summed up for a training of `samples` samples in `steps` steps."""
+        """The sums, for a training run of `samples` samples in `steps` steps."""
         trained: tuple[Part, ...] = ("student", "projector")
         return JobCost(
             mode=self.mode,
@@ -122,9 +122,9 @@ class Breakdown:
 
 
 def backward_macs(module: str, forward: float) -> float:
-    """The gradients by the weights and by the input, each as large as the forward pass; the first layer has no second.
+    """MACs of backward: the gradients of both factors, each as large as the forward pass; one for the first layer.
 
-    So it is for any matrix product, whichever of its factors are weights.
+    This holds for any matrix product, whichever of its factors are weights.
     """
     return forward if module == FIRST_LAYER else 2 * forward
 
@@ -140,13 +140,12 @@ def exact_breakdown(
     checkpointing: bool = False,
     chunked_loss: bool = False,
 ) -> Breakdown:
-    """What this program computes in a training of `spec`. `teacher` is the model whose features are distilled, if any.
+    """The cost of training `spec` with compt, distilling features of `teacher` if there is one.
 
-    `batch` is the global one; `tokens` are the computed ones of a caption (default: the context; each length capped at
-    each model's own). Three ways of saving memory compute something again: `recompute`, where the batch of a process is
-    split into micro-batches, runs the student and its projectors forward twice; `checkpointing` its blocks, in
-    backward; `chunked_loss`, where a process has more rows than the loss takes at a time, the similarities. Raises
-    ConfigError for lengths that cannot be.
+    `batch` is the global batch size; `tokens` are the computed tokens of a caption (default: the context; lengths are
+    cut to the context of each model). Three ways to save memory compute something again. `recompute`: micro-batches
+    run the student and its projectors forward twice. `checkpointing`: blocks run forward again in backward.
+    `chunked_loss`: the similarities are computed again. Raises ConfigError for impossible lengths.
     """
 
     def trained(part: Part, tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:
@@ -183,7 +182,7 @@ def exact_breakdown(
 
 
 def frozen(tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:
-    """What a teacher has in `tower`: forward passes alone."""
+    """The records of a teacher's tower: only forward passes."""
     for module, count in counts.items():
         yield Record("teacher", tower, module, count.parameters, forward_macs=times * count.macs)
 
@@ -200,7 +199,7 @@ def exact_cost(
     checkpointing: bool = False,
     chunked_loss: bool = False,
 ) -> JobCost:
-    """The cost of `steps` steps of this program: the sums of `exact_breakdown`, whose arguments these are."""
+    """The cost of `steps` steps: the sums of `exact_breakdown`, which has the same arguments."""
     breakdown = exact_breakdown(
         spec,
         teacher,
