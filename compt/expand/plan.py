@@ -245,12 +245,9 @@ def _grown(operator: str, source: Parameter, parameter: Parameter) -> str:
     for old, new in zip(source.dims, parameter.dims, strict=True):
         for a, b in zip(old, new, strict=True):
             if a.size != b.size:
-                by_operator.setdefault(_rule(operator, a), []).append(f"{a.name} {a.size}→{b.size}")
+                rule = _OTHER_AXES.get(a.kind, operator)
+                by_operator.setdefault(rule, []).append(f"{a.name} {a.size}→{b.size}")
     return "; ".join(f"{rule} {', '.join(grown)}" for rule, grown in by_operator.items())
-
-
-def _rule(operator: str, axis: Axis) -> str:
-    return _OTHER_AXES.get(axis.kind, operator)
 
 
 def _check(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> None:
