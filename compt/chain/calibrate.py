@@ -1,7 +1,7 @@
 """The first-pair test of CoM-PT's third rule (section 3.1.2): how short the links may be.
 
-The first link that grows from another model is trained and compared with the same model trained individually. While it
-is not lossless, it and all links after it are lengthened in proportion, and it is trained again.
+The test trains the first link that grows from another model, and compares it with the same model trained individually.
+While the link is not lossless, it and all links after it become longer in proportion, and it trains again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from compt.plan.jobs import Job, Plan, first_student, recipe_cost, try_name
 from compt.recipe.schema import EvalSet, Recipe
 
 GROWTH = 1.25
-"""Times that all lengths are multiplied by after a try that was not lossless."""
+"""Factor by which all lengths grow after a try that was not lossless."""
 
 
 class NotLossless(RunError):
@@ -41,11 +41,11 @@ class NotLossless(RunError):
 
 @dataclass(frozen=True)
 class Try:
-    """One length of the link that is tried, against its model trained individually, on the same pictures.
+    """One length of the link that is tried, against its model trained individually, on the same images.
 
     `factor` multiplies the recipe's lengths. `speedup` is what `baseline` cost in MACs over `macs`, which include the
     teacher's forward passes. Accuracies (top-1) are in percent, `difference` (try minus baseline) and its 95 % interval
-    (paired bootstrap over pictures) in points. `lossless` is the decision and follows from the difference alone;
+    (paired bootstrap over images) in points. `lossless` is the decision and follows from the difference alone;
     `verdict` is what the interval says. `job` is where the try's files are, once it is decided.
     """
 
@@ -114,7 +114,7 @@ class FirstPair:
         if tries[-1].lossless:
             return tuple(factors)
         steps, factor = pair(plan)[0].steps, factors[-1] * GROWTH
-        # With few steps, two scales can round to the same number of steps.
+        # With few steps, two factors can round to the same number of steps.
         while round(steps * factor) == round(steps * factors[-1]):
             factor *= GROWTH
         return (*factors, factor)
@@ -146,7 +146,7 @@ class FirstPair:
         at = first_student(plan.recipe)
         factor, key = 1.0, f"{self.source}: chain.links.{at}.train = {plan.recipe.chain.links[at].train}"
         if self.target is not None:
-            # Without what is computed twice to save memory: it must not change a length.
+            # Recomputed activations do not count: saving memory must not change a length.
             own, alone = (
                 recipe_cost(
                     plan.recipe,
@@ -172,7 +172,7 @@ class FirstPair:
 
 
 def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
-    """Where the test compares: the set called `name`, else the first to select on, else the primary one."""
+    """The set to compare on: `name`, else the first with the role `select`, else the primary one."""
     sets: dict[str, EvalSet] = {item.name: item for item in recipe.evaluation.sets}
     if name is not None:
         if name not in sets:
@@ -195,19 +195,19 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
 
 
 def pair(plan: Plan) -> tuple[Job, Job]:
-    """The link that is tried, and its model trained individually."""
+    """The tried link, and the same model trained individually."""
     at = first_student(plan.recipe)
     return plan.links[at], plan.individual[at]
 
 
 def hopeless(plan: Plan) -> bool:
-    """Whether the link that is tried has become as long as its baseline."""
+    """Whether the tried link has become as long as its baseline."""
     link, baseline = pair(plan)
     return link.steps >= baseline.steps
 
 
 def in_words(found: Try) -> str:
-    """What a try has shown, without the decision."""
+    """The result of a try, without the decision."""
     return (
         f"{found.difference:+.2f} points on {found.dataset} [95 %: {found.low:+.1f} to {found.high:+.1f}] against "
         f"{found.baseline}, at {found.epochs:.3g} epochs ({found.speedup:.2f}x fewer MACs)"
@@ -215,7 +215,7 @@ def in_words(found: Try) -> str:
 
 
 def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: Any) -> None:
-    """Carry out the first-pair test, from wherever the folder stands, and then the whole chain at the accepted lengths.
+    """Run the first-pair test, continuing what the folder holds, then the whole chain at the accepted lengths.
 
     `options` are those of `compt.chain.run.plan_run`. Raises NotLossless where no length was lossless, and what
     training raises.
@@ -252,7 +252,7 @@ def _tries_of(folder: Path) -> list[Try]:
 
 
 def _judge(folder: Path, test: FirstPair, plan: Plan, scales: Sequence[float], say: Say) -> None:
-    """Compare the try that is finished with its baseline, and act on it."""
+    """Compare the finished try with its baseline, and keep or reject it."""
     found = from_main(lambda: _compare(folder, test, plan, len(scales), scales[-1]))
     what = "lossless" if found.lossless else "not lossless"
     say(f"{pair(plan)[0].name}, try {found.number}: {in_words(found)}: {what}.")
@@ -260,7 +260,7 @@ def _judge(folder: Path, test: FirstPair, plan: Plan, scales: Sequence[float], s
 
 
 def _record(test: FirstPair, plan: Plan, scales: Sequence[float], tries: Sequence[Try], outcome: str) -> dict[str, Any]:
-    """The record in run.json. `factor` is accepted, or being tried; the sums of MACs are planned."""
+    """The record for run.json. `factor` is accepted, or being tried; the sums of MACs are planned."""
     link, baseline = pair(plan)
     return {
         "dataset": test.dataset,
@@ -288,7 +288,7 @@ def _no_length(folder: Path, plan: Plan, tries: Sequence[Try]) -> str:
 
 
 def _answers(folder: Path, dataset: str) -> tuple[dict[str, Any], NDArray[np.int64], NDArray[np.bool_]]:
-    """What a job's score on `dataset` depends on beside the model, the pictures' ids, and which were right."""
+    """What a job's score on `dataset` depends on beside the model, the ids of its images, and which were right."""
     stored = load_arrays(folder / "scores" / f"{quote(dataset, safe=' ()')}.npz")
     pins = read_manifest(folder)["scores"][dataset].get("pins", {})
     return pins, stored["ids"], stored["correct"].astype(bool)
@@ -304,7 +304,7 @@ def _compare(folder: Path, test: FirstPair, plan: Plan, number: int, factor: flo
             f"or remove {own} and {other} to train them again"
         )
     if len(right) < 2:
-        raise RunError(f"{folder}: {test.dataset} has {len(right)} pictures: too few to compare on")
+        raise RunError(f"{folder}: {test.dataset} has {len(right)} images: too few to compare on")
     difference, low, high = paired_bootstrap(right, theirs)
     manifest, cost = read_manifest(own), read_manifest(other)["cost"]["total_macs"]
     lossless = difference > -LOSSLESS_POINTS

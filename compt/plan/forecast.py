@@ -1,4 +1,4 @@
-"""What a plan asks of machines: GPU-hours, memory of a GPU, disk, and what a chain saves. No torch in here.
+"""What a plan asks of machines: GPU-hours, memory of a GPU, disk, and what a chain saves.
 
 Joins the jobs of `compt.plan.jobs` with the speeds of `compt.cost.speed` and the memory of `compt.cost.memory`.
 """
@@ -22,9 +22,9 @@ from compt.recipe.engine import ENGINES, EngineConfig
 from compt.recipe.schema import Recipe
 
 MOST_GPUS = 8
-"""GPUs that are planned with unless a number is given: those of a node."""
+"""GPUs to plan for by default: those of a node."""
 RESERVED_BYTES = 1e9
-"""Memory of a GPU for CUDA's context, its libraries and the collectives, in no estimate of a training."""
+"""Memory of a GPU for CUDA's context, its libraries and the collectives; no estimate of a job includes it."""
 FRAGMENTED = 0.05
 """Share of a GPU's memory that the allocator may lose to fragments."""
 MODES: tuple[Mode, ...] = ("exact", "paper")
@@ -45,7 +45,7 @@ _SPEEDUPS = ("hours_speedup", "hours_accumulated_speedup")
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind that share a training; `throughput` holds what was measured on them."""
+    """GPUs of one kind that train one job together; `throughput` holds what was measured on them."""
 
     device: Device
     gpus: int
@@ -53,7 +53,7 @@ class Machine:
 
     @property
     def room_bytes(self) -> float:
-        """Memory of a GPU that is left for a training."""
+        """Memory of a GPU that is left for a job."""
         return self.device.memory_bytes * (1 - FRAGMENTED) - RESERVED_BYTES
 
 
@@ -69,11 +69,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Jobs too large for the machine, and changes of which each alone lets all of them fit.
+    """Jobs too large for the machine, and changes that each let all of them fit.
 
-    `micro_batch`: the largest `engine.micro_batch` that does. `recompute`: whether `engine.recompute` does, where some
-    keep activations. `engine`: the first `engine.name` that does, `engine_recomputed` the first that does with
-    recomputed activations. None where nothing of that kind does.
+    `micro_batch`: the largest `engine.micro_batch` that fits. `recompute`: whether `engine.recompute` is enough, if
+    some jobs keep activations. `engine`: the first `engine.name` that fits; `engine_recomputed`: the first that fits with
+    recomputed activations. None: no change of that kind is enough.
     """
 
     jobs: tuple[str, ...]
@@ -101,7 +101,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one job asks for. Without a machine there are neither hours nor memory.
+    """What one job needs. Without a machine there are neither hours nor memory.
 
     `engine` and `recompute` are how the recipe trains it.
     """
@@ -115,20 +115,20 @@ class Estimate:
 
     @property
     def needed_bytes(self) -> float:
-        """Memory of a GPU as the recipe trains the job. There has to be a machine."""
+        """Memory of a GPU as the recipe trains the job. Needs a machine."""
         fit = self.memory[self.engine]
         return (fit.recomputed if self.recompute else fit.stored).total_bytes
 
     @property
     def fits(self) -> bool:
-        """Whether that is there. There has to be a machine."""
+        """Whether the GPU has `needed_bytes`. Needs a machine."""
         fit = self.memory[self.engine]
         return fit.recomputed_fits if self.recompute else fit.stored_fits
 
 
 @dataclass(frozen=True)
 class Totals:
-    """Sums over several trainings; `parameters` of all their models together."""
+    """Sums over several jobs; `parameters` of all their models together."""
 
     models: int
     parameters: int
@@ -204,7 +204,7 @@ class Forecast:
         return sum(item.disk.end_bytes for item in self.trained)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; docs/planning.md says what stands under each key."""
+        """Everything as plain values; docs/planning.md lists the keys."""
         recipe, machine, speedups = self.plan.recipe, self.machine, self.speedups()
         rows = {mode: self.plan.rows(mode) for mode in MODES}
         groups = {"chain": self.links, "individual": list(self.individual), "run": self.trained}

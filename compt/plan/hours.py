@@ -1,4 +1,4 @@
-"""GPU-hours of a plan's chain and of its members trained individually, beside the paper's. No torch in here."""
+"""GPU-hours of a plan's chain and of its members trained individually, beside the paper's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Hours:
 def job_hours(
     recipe: Recipe, job: Job, cost: JobCost, device: Device | None, gpus: int, throughput: Throughput | None
 ) -> Hours | None:
-    """What `job` takes on `gpus` GPUs: measured, else projected for `device`; None where there is no device either."""
+    """GPU-hours of `job` on `gpus` GPUs: measured, else projected for `device`, else None."""
     teacher = job.active_teacher
     conditions = Conditions.of(recipe, gpus, job.spec.name)
     if device is not None:
@@ -56,7 +56,7 @@ def job_hours(
 
 
 def sum_hours(items: Sequence[Hours]) -> Hours:
-    """One training after another, of one at least."""
+    """The sum of at least one job, one after another."""
     kinds = {item.kind for item in items}
     return Hours(
         gpu_hours=sum(item.gpu_hours for item in items),
@@ -70,7 +70,7 @@ def sum_hours(items: Sequence[Hours]) -> Hours:
 
 @dataclass(frozen=True)
 class HoursRow:
-    """A link of the chain; None stands for a job that was neither measured nor can be projected, and sums with it."""
+    """A link of the chain. None: the job, or one of a sum, is neither measured nor can be projected."""
 
     model: str
     epochs: float
@@ -107,9 +107,9 @@ def _so_far(items: Sequence[Hours | None]) -> Hours | None:
 def family_hours(
     plan: Plan, mode: Mode, device: Device | None, throughput: Throughput | None = None, gpus: int = 1
 ) -> list[HoursRow]:
-    """One row a link, smallest model first; without `baselines` in the recipe nothing is known of the individual ones.
+    """A row for each link, smallest model first; without `baselines` in the recipe, individual hours are None.
 
-    `plan` is one for `gpus` processes. `device` is what unmeasured jobs are projected for; None leaves them open.
+    `plan` is for `gpus` processes. Jobs that were not measured are projected for `device`; None leaves them open.
     """
 
     def hours(job: Job) -> Hours | None:

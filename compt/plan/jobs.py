@@ -1,6 +1,6 @@
-"""From a recipe to its jobs: what is trained, from what, for how many steps, at what cost. No torch in here.
+"""From a recipe to its jobs: what is trained, from what, for how many steps, at what cost.
 
-Impossible chains are refused here, before anything starts.
+An impossible chain is an error here, before anything starts.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Job:
 
     `teacher` names the job whose model this one is expanded and distilled from; for the first link with `chain.from`,
     `start` is where that model is instead. A job with neither starts from scratch; one with either has `expand`, and
-    the eps of norms that go with it in `spec`. `samples` are pictures seen,
+    the eps of norms that go with it in `spec`. `samples` are images seen,
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
     this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
@@ -117,7 +117,7 @@ class Plan:
         return paper_cost(job.spec, job.active_teacher, samples=job.epochs * self.images, steps=job.steps)
 
     def total_macs(self, mode: Mode = "exact") -> float:
-        """MACs of everything that is really trained."""
+        """MACs of all jobs; a model that two jobs share counts once."""
         return sum(self.cost(job, mode).total_macs for job in self.jobs if job.same_as is None)
 
     def acceleration(self, mode: Mode = "exact") -> float | None:

@@ -1,4 +1,4 @@
-"""What to change in a recipe when a training runs out of memory, in numbers of the planner."""
+"""What to change in a recipe when a job runs out of memory, with the planner's numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from compt.recipe.schema import Recipe
 from compt.text import count
 
 SMALLER = 0.9
-"""A remedy has to need at most this share of what has just failed, by the same count."""
+"""A remedy must need at most this share of what failed, by the same count."""
 
 
 @dataclass(frozen=True)
 class Room:
-    """Bytes of a device, or of the machine's memory: free now, and all; None where nobody tells."""
+    """Bytes of a device, or of the machine's memory: free now, and in all; None if unknown."""
 
     free: int | None = None
     total: int | None = None
@@ -28,7 +28,7 @@ class Room:
 
 @contextlib.contextmanager
 def explained(advice: Callable[[], str]) -> Iterator[None]:
-    """Raise RunError with `advice()` for a lack of memory within the block."""
+    """Turn an out-of-memory error within the block into a RunError with `advice()`."""
     text = ""
     try:
         yield
@@ -37,15 +37,16 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
             raise
         first = next(iter(str(error).splitlines()), "")
         text = f"{advice()}\n({first or type(error).__name__})"
-    if text:  # outside of the except clause: its frames hold tensors
+    # Raised outside of the except clause: a chained traceback would keep its tensors alive.
+    if text:
         raise RunError(text)
 
 
 def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room: Room, micro_batch: int) -> str:
-    """What happened while `job` was trained with `micro_batch` pictures at once, and changes of which each may do.
+    """What failed while `job` trained with `micro_batch` images at once, and changes that may each suffice.
 
-    Their numbers are those of `compt plan`, for each of `world_size` processes. Named is what needs less than nine
-    tenths of what has just failed and fits into the device, as far as its size is known.
+    The numbers are those of `compt plan`, for each of `world_size` processes. A change is named if it needs less than
+    nine tenths of what failed and fits into the device, as far as its size is known.
     """
 
     def needed(change: Mapping[str, Any]) -> float:
@@ -80,7 +81,7 @@ def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room
 
 
 def _changes(engine: EngineConfig, world_size: int, share: int, distils: bool) -> Iterator[dict[str, Any]]:
-    """Keys of `engine` with values that may do, but for smaller micro-batches. `share`: pictures of a process."""
+    """Values of `engine` that may suffice, without smaller micro-batches. `share`: images of a process."""
     if not engine.recompute:
         yield {"recompute": True}
     if world_size > 1:
@@ -93,7 +94,7 @@ def _changes(engine: EngineConfig, world_size: int, share: int, distils: bool) -
 
 
 def _written(change: Mapping[str, Any], engine: EngineConfig, micro_batch: int) -> str:
-    """A change as a recipe has it, with what it replaces where that is given."""
+    """A change as a recipe writes it, with the value that it replaces."""
     ((key, value),) = change.items()
     now = {"micro_batch": micro_batch, "name": engine.name}
     text = f"engine.{key}: {str(value).lower()}"

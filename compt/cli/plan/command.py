@@ -1,4 +1,4 @@
-"""`compt plan`: what a recipe would train and what it costs, and which chain to train. Imports no torch."""
+"""`compt plan`: what a recipe would train and what it costs, and which chain to train."""
 
 from __future__ import annotations
 
@@ -30,31 +30,33 @@ def plan(
     kind: Kind = None,
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="also plan the members' individual trainings")] = False,
-    mode: Annotated[str | None, typer.Option(help="how MACs are counted: exact (default) or paper")] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="also plan the individual runs of all members")
+    ] = False,
+    mode: Annotated[str | None, typer.Option(help="count MACs as exact (default) or paper")] = None,
     memory: Annotated[str | None, typer.Option(metavar="ENGINE", help="show this engine's memory part by part")] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="find the chain instead of showing the recipe's")] = False,
+    auto: Annotated[bool, typer.Option("--auto", help="find a chain instead of showing the recipe's")] = False,
     objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
-    members: Annotated[int | None, typer.Option(help="with --auto: how many models the family has")] = None,
+    members: Annotated[int | None, typer.Option(help="with --auto: number of models in the chain")] = None,
     in_: Annotated[
         str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
     ] = None,
     budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from; may be repeated")
+        list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from (repeatable)")
     ] = None,
     runs_on: Annotated[
-        str | None, typer.Option(metavar="SET", help="with --runs: the evaluation set that decides; default theirs")
+        str | None, typer.Option(metavar="SET", help="with --runs: evaluation set that decides; default: theirs")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe, to a new file")
+        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe to a new file")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
 ) -> None:
-    """Show what a recipe would train, for how long, and what it costs; starts nothing.
+    """Show what a recipe would train, for how long, and what it costs. Starts nothing.
 
-    GPU-hours, wall time and memory are those of GPUs of one kind; where engine.device is cpu they are shown when
-    --kind, --gpus, --throughput or --memory is given.
+    GPU-hours, wall time and memory are for GPUs of one kind. With engine.device: cpu they appear only if you give
+    --kind, --gpus, --throughput or --memory.
     """
     found, engine = _mode(mode), _engine(memory)
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}

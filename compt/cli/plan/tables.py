@@ -1,4 +1,4 @@
-"""Tables of plans: what is trained and its cost, what it saves, memory of a GPU, disk. No torch in here."""
+"""Tables of plans: what is trained and its cost, what it saves, memory of a GPU, disk."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
         rows.append([row["job"], *(ratio(value).strip(" ()") for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
-    notes = [f"Over individual trainings of {epochs:.3g} epochs; so far: over all models up to this one."]
+    notes = [f"Over individual runs of {epochs:.3g} epochs; so far: over all models up to this one."]
     start = forecast.plan.recipe.chain.from_
     if start is not None:
         notes.append(f"What the training of {start} cost is in no figure.")
