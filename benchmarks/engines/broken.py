@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import partialmethod
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -58,7 +58,8 @@ def _on_engine(change: Callable[[Any], None]) -> Apply:
 
 
 def _no_gather() -> AbstractContextManager[Any]:
-    return mock.patch("compt.train.task.contrastive_loss", partial(losses.contrastive_loss, gather=False))
+    original = losses.ContrastiveLoss.__call__
+    return mock.patch.object(losses.ContrastiveLoss, "__call__", partialmethod(original, gather=False))
 
 
 def _sum_buckets(engine: Any) -> None:

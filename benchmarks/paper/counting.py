@@ -31,7 +31,7 @@ from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_task
 from compt.train.losses import ImageToText
-from compt.train.task import ClipTask, DistillTask
+from compt.train.task import SHARED_OUTPUTS, ClipTask, DistillTask
 
 Device = Literal["cpu", "cuda"]
 
@@ -168,7 +168,7 @@ def _shapes(case: Case) -> ClipTask:
     plan = Blueprint(
         student=case.student,
         teacher=case.teacher,
-        optimizer=Optimizer(precision=case.precision, image_to_text=case.image_to_text),
+        optimizer=Optimizer(loss=case.student.loss, precision=case.precision, image_to_text=case.image_to_text),
         engine=EngineConfig(loss_chunk=case.chunk, text_buckets=2 if case.short else 1),
     )
     return build_task(plan, *models)
@@ -222,11 +222,11 @@ def kept(case: Case, device: Device) -> Kept:
         flat = tokens.flatten(0, 1), task.module.text_buckets, lengths.flatten()
         text, _, _ = run(lambda: task.model.encode_captions(*flat))
         _, copied, outputs = run(lambda: task.module(images, tokens, lengths))
-        scale = outputs.pop("logit_scale")
-        with _keeping([*known, *targets.values(), scale]) as losses:
+        learnt = {name: outputs.pop(name) for name in SHARED_OUTPUTS & outputs.keys()}
+        with _keeping([*known, *targets.values(), *learnt.values()]) as losses:
             for output in outputs.values():
                 losses.add(output)
-            task.loss({**outputs, "logit_scale": scale}, targets)
+            task.loss({**outputs, **learnt}, targets)
         return Kept(image, text, losses.bytes, copied)
 
 

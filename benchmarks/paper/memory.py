@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.common import Result, main, percent
 from benchmarks.paper.counting import Case, kept, most_alive
-from compt.cost.activations import Formats, Shape, contrastive_working, image_tower, text_tower
+from compt.cost.activations import Formats, Shape, image_tower, task_loss_working, text_tower
 from compt.cost.memory import Memory, memory_per_gpu
 from compt.models.presets import PRESETS, resolve
 from compt.text import TextTable
@@ -79,7 +79,7 @@ def kept_records() -> list[dict[str, Any]]:
         shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk)
         text = text_tower(case.student, case.tokens).kept(formats, case.recompute)
         image = image_tower(case.student, formats).kept(formats, case.recompute)
-        losses = predicted(case).loss - contrastive_working(shape)
+        losses = predicted(case).loss - task_loss_working(shape)
         records += [
             _compared(case, "image tower", case.rows * image, counted.image),
             _compared(case, "text tower", case.rows * case.captions * text, counted.text),

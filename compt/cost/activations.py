@@ -248,9 +248,9 @@ def working_of_towers(spec: ModelSpec, formats: Formats, *, captions: int, token
 
 @dataclass(frozen=True)
 class Shape:
-    """What the contrastive loss compares: `rows` pictures of this GPU with `captions` each, on `world_size` GPUs.
+    """What a loss compares: `rows` images of this GPU with `captions` each, on `world_size` GPUs.
 
-    `width` of the joint embedding; `chunk` pictures at a time, None for all.
+    `width` of the joint embedding; `chunk` images at a time, None for all. `pairwise` as in `LossTraits`.
     """
 
     rows: int
@@ -258,10 +258,11 @@ class Shape:
     captions: int
     width: int
     chunk: int | None = None
+    pairwise: bool = False
 
     @property
     def treated(self) -> int:
-        """Pictures whose similarities are held at once."""
+        """Images whose similarities are held at once."""
         return min(self.chunk or self.rows, self.rows)
 
     @property
@@ -281,21 +282,31 @@ class Shape:
         return scaled + 2 * _INDEX * self.treated * self.captions + 2 * self.matrix
 
 
-def contrastive_kept(shape: Shape, compute: int) -> float:
-    """Bytes that `contrastive_loss` keeps for backward: features of length one, and both similarities.
+def task_loss_kept(shape: Shape, compute: int) -> float:
+    """Bytes that a loss keeps for backward: features of length one, and both similarities.
 
-    `compute` bytes of a number in the features. In chunks the similarities are computed again, and are not in here.
+    `compute` bytes of a number in the features. In chunks the similarities are computed again, and are not in here. A
+    pairwise loss keeps the gradients of its features instead of similarities.
     """
-    whole = _unit_bytes(shape.rows * (1 + shape.captions), shape.width, compute)
+    vectors = shape.rows * (1 + shape.captions)
+    whole = _unit_bytes(vectors, shape.width, compute)
+    if shape.pairwise:
+        return whole + FP32 * vectors * shape.width
     whole += shape.gathered if shape.world_size > 1 else 0
     return whole + (shape.similarities if shape.treated == shape.rows else 0)
 
 
-def contrastive_working(shape: Shape) -> float:
+def task_loss_working(shape: Shape) -> float:
     """Bytes that its backward pass adds at most: the gradients of one direction before and after its softmax.
 
-    In chunks also a chunk's similarities, and the gradient of the features of all GPUs, to which every chunk adds.
+    In chunks also a chunk's similarities, and the gradient of the features of all GPUs, to which every chunk adds. A
+    pairwise loss holds the captions of one rank with their gradient, twice while they travel, and three numbers for
+    each of their pairs with the images treated at once.
     """
+    if shape.pairwise:
+        block = FP32 * shape.rows * shape.captions
+        travelling = 2 * block * shape.width * (2 if shape.world_size > 1 else 1)
+        return travelling + 3 * block * shape.treated
     gradients = 2 * shape.matrix
     return gradients if shape.treated == shape.rows else gradients + shape.gathered + shape.similarities
 

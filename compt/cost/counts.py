@@ -175,8 +175,14 @@ def text_tower_of(spec: ModelSpec, positions: float, squared: float, *, readout:
 
 
 def parameters(spec: ModelSpec) -> int:
-    """All parameters of a model, including the logit scale."""
-    return total(image_tower(spec).values()).parameters + total(text_tower(spec).values()).parameters + 1
+    """All parameters of a model, including the learned scalars."""
+    counts = (*image_tower(spec).values(), *text_tower(spec).values(), *scalars(spec).values())
+    return total(counts).parameters
+
+
+def scalars(spec: ModelSpec) -> dict[str, Count]:
+    """The learned scalars, which cost no matrix product."""
+    return {scalar.name: Count(1) for scalar in spec.scalars}
 
 
 def forward_macs(spec: ModelSpec, captions: int, tokens: Tokens = None, *, readout: bool = True) -> float:
@@ -202,6 +208,9 @@ def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
     )
 
 
-def contrastive_macs(batch: int, captions: int, embed_dim: int) -> int:
-    """Forward MACs per step of the two similarity products: captions with images, and images with captions."""
-    return 2 * batch * batch * captions * embed_dim
+def similarity_macs(batch: int, captions: int, embed_dim: int, *, pairwise: bool = False) -> int:
+    """Forward MACs per step of the similarity products: captions against images, and images against captions.
+
+    `pairwise`: the loss takes one product for both (`LossTraits`).
+    """
+    return (1 if pairwise else 2) * batch * batch * captions * embed_dim

@@ -27,17 +27,18 @@ from compt.cost.activations import (
     Formats,
     Shape,
     backward_bytes,
-    contrastive_kept,
-    contrastive_working,
     distillation_bytes,
     image_tower,
     kept_by_towers,
+    task_loss_kept,
+    task_loss_working,
     text_tower,
     working_of_towers,
 )
 from compt.cost.counts import Tokens, parameters, projector
 from compt.errors import ConfigError, nearest
 from compt.models.presets import ModelSpec
+from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.engine import ENGINES, EngineKind
 
 PRECISION_BYTES: Mapping[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -380,8 +381,9 @@ class _Step:
         if self.teacher:
             vectors = self.rows * (1 + self.captions)
             kept += distillation_bytes(vectors=vectors, width=self.teacher.embed_dim, compute=kind)
-        shape = Shape(self.rows, self.world_size, self.captions, self.spec.embed_dim, chunk)
-        return kept + contrastive_kept(shape, kind), contrastive_working(shape)
+        pairwise = LOSS_TRAITS[self.spec.loss].pairwise
+        shape = Shape(self.rows, self.world_size, self.captions, self.spec.embed_dim, chunk, pairwise)
+        return kept + task_loss_kept(shape, kind), task_loss_working(shape)
 
     def most_alive(self, gradients: float, recompute: bool, chunk: int | None) -> float:
         """Bytes of activations, losses, gradients and what is between them, at their greatest together."""

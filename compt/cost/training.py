@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from compt.cost.counts import Count, Tokens, contrastive_macs, image_tower, projectors, text_tower
+from compt.cost.counts import Count, Tokens, image_tower, projectors, scalars, similarity_macs, text_tower
 from compt.models.presets import ModelSpec
+from compt.models.scalars import LOSS_TRAITS
 
 Mode = Literal["exact", "paper"]
 Part = Literal["student", "projector", "loss", "teacher"]
@@ -166,18 +167,19 @@ def exact_breakdown(
     records = [
         *trained("student", "image", image_tower(spec), 1),
         *trained("student", "text", text_tower(spec, tokens), captions),
-        *trained("student", "both", {"logit_scale": Count(1)}, 1),
+        *trained("student", "both", scalars(spec), 1),
     ]
     if teacher is not None:
         for tower, one in projectors(spec, teacher).items():
             records += trained("projector", tower, {"projection": one}, 1 if tower == "image" else captions)
-    similarities = contrastive_macs(batch, captions, spec.embed_dim) / batch
-    again = similarities if chunked_loss else 0.0
+    pairwise = LOSS_TRAITS[spec.loss].pairwise
+    similarities = similarity_macs(batch, captions, spec.embed_dim, pairwise=pairwise) / batch
+    again = similarities if chunked_loss and not pairwise else 0.0
     records.append(Record("loss", "both", "similarities", 0, similarities, 2 * similarities, again))
     if teacher is not None:
         records += frozen("image", image_tower(teacher), 1)
         records += frozen("text", text_tower(teacher, tokens), captions)
-        records += frozen("both", {"logit_scale": Count(1)}, 1)
+        records += frozen("both", scalars(teacher), 1)
     return Breakdown("exact", batch, tuple(records))
 
 

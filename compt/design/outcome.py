@@ -177,7 +177,7 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     values["name"] = f"{recipe.name}_auto"
     values["family"] |= {"members": [one["name"] if list(one) == ["name"] else one for one in members]}
     values["chain"] |= {"links": links}
-    made = parse_recipe(values, source).family.specs()
+    made = parse_recipe(values, source).specs()
     assert list(made.values()) == list(chain), (made, chain)
     return values
 

@@ -335,6 +335,19 @@ def gather_with_grad(local: Tensor) -> Tensor:
     return _Gather.apply(local)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def pass_on(tensor: Tensor) -> Tensor:
+    """Send this rank's tensor to the next rank and return the one that the previous rank sent, without gradient.
+
+    Shape and dtype are the same on all ranks; the last rank sends to the first. All ranks call it.
+    """
+    received, ranks = torch.empty_like(tensor), world_size()
+    sending = torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), (rank() + 1) % ranks)
+    receiving = torch_dist.P2POp(torch_dist.irecv, received, (rank() - 1) % ranks)
+    for work in torch_dist.batch_isend_irecv([sending, receiving]):
+        work.wait()
+    return received
+
+
 def gather(local: Tensor) -> Tensor:
     """[b_r, ...] on rank r -> [sum of b_r, ...] on all ranks, in the order of ranks, without gradient.
 

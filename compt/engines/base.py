@@ -101,8 +101,8 @@ class Engine(Protocol):
 
 
 def decays(name: str, parameter: Tensor) -> bool:
-    """Whether weight decay applies. As in open_clip, not to vectors (biases, norms), bias tables and logit_scale."""
-    return parameter.ndim >= 2 and "bias" not in name and "logit_scale" not in name
+    """Whether weight decay applies. As in open_clip, not to vectors (biases, norms, learned scalars) or bias tables."""
+    return parameter.ndim >= 2 and "bias" not in name
 
 
 def parameter_groups(tensors: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:

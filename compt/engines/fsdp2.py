@@ -40,9 +40,9 @@ class ShardedEngine(AdamWEngine):
     """Cuts the module into slices, one for each rank (`Engine` says what each method does).
 
     The module has its values, or takes them from `initial` if it is on the "meta" device. Blocks are gathered one by
-    one. Vectors (norms, biases, logit_scale), a thousandth of a model, are whole on every rank. They stay in fp32 where
-    matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters. `caps` are
-    the largest values of parameters, enforced after each step.
+    one. Vectors (norms, biases, learned scalars), a thousandth of a model, are whole on every rank. They stay in fp32
+    where matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters. `caps`
+    are the largest values of parameters, enforced after each step.
 
     `reshard_after_forward`: gather each block again for backward, and reduce gradients after every piece of a batch.
     Otherwise weights stay gathered from forward to backward, and gradients stay whole until the last piece.

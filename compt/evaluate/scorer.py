@@ -19,6 +19,7 @@ from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.models.clip import ClipModel
 from compt.recipe.schema import Recipe
+from compt.train.losses import loss_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Scorer:
         return self.looks_on or bool(self.recipe.evaluation.sets)
 
     def held_out_loss(self, model: ClipModel) -> dict[str, float]:
-        """{"validation_loss": …}, the contrastive loss on the validation shards; {} where the recipe has none."""
+        """{"validation_loss": …}, the task loss on the validation shards; {} where the recipe has none."""
         recipe, settings = self.recipe, self.settings
         if not recipe.evaluation.validation:
             return {}
@@ -68,7 +69,7 @@ class Scorer:
             world_size=dist.world_size(),
         )
         encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
-        return {"validation_loss": validation_loss(encoder, batches, recipe.optimizer.image_to_text)}
+        return {"validation_loss": validation_loss(encoder, batches, loss_of(recipe.optimizer, recipe.engine))}
 
     def during_training(self, model: ClipModel) -> dict[str, float]:
         """What may be looked at before the end: the validation loss and the `select` sets."""

@@ -1,4 +1,4 @@
-"""The contrastive loss on held-out pairs: comparable between models, as nothing is drawn and nothing distilled."""
+"""The task loss on held-out pairs: comparable between models of one loss, since nothing is drawn or distilled."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from compt.dist import collectives as dist
 from compt.dist.watch.thread import alive
 from compt.errors import DataError
 from compt.evaluate.encoder import Encoder
-from compt.train.losses import ImageToText, contrastive_loss
+from compt.train.losses import ContrastiveLoss, Loss, learnt_scalars
 
 
-def validation_loss(encoder: Encoder, batches: Iterable[Batch], image_to_text: ImageToText = "slot") -> float:
-    """Mean over images of the loss of fixed batches, of which every rank has some (`fixed_caption_batches`).
+def validation_loss(encoder: Encoder, batches: Iterable[Batch], loss: Loss | None = None) -> float:
+    """Mean over images of the loss of fixed batches (`fixed_caption_batches`), which the ranks share out.
 
-    The loss depends on the size of a batch, which gives the number of wrong candidates: compare equal ones only.
+    `loss`: None for the contrastive one. A loss depends on the number of wrong candidates, and so on the batch size:
+    compare values of equal batches only.
     Raises DataError, on every rank, when a batch cannot be read or there is none.
     """
+    loss = loss or ContrastiveLoss()
     total, images, fault = 0.0, 0, ""
     with encoder.frozen():
         try:
@@ -26,10 +28,10 @@ def validation_loss(encoder: Encoder, batches: Iterable[Batch], image_to_text: I
                 image = encoder.images(batch.images)
                 captions = batch.tokens.shape[1]
                 text = encoder.texts(batch.tokens.flatten(0, 1)).view(len(image), captions, -1)
-                scale = encoder.model.logit_scale.float().exp().reshape(())  # type: ignore[operator]
-                # Ranks may have unequal numbers of batches, so that each loss is one rank's own.
-                loss = contrastive_loss(image, text, scale, image_to_text=image_to_text, gather=False)
-                total += float(loss.task) * len(image)
+                learnt = learnt_scalars(encoder.model, loss.scalars)
+                # Ranks may have unequal numbers of batches, so each value is of this rank's batch alone.
+                value, _ = loss({"image": image, "text": text, **learnt}, gather=False)
+                total += float(value) * len(image)
                 images += len(image)
         except DataError as error:
             fault = str(error)

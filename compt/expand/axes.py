@@ -84,9 +84,9 @@ class Parameter:
 
 
 def parameters(spec: ModelSpec) -> dict[str, Parameter]:
-    """Every parameter of a model by name, in open_clip's shapes. logit_scale is a scalar of shape `()`, as exported."""
+    """Every parameter of a model by name, in open_clip's shapes. Learned scalars have the shape `()`, as exported."""
     image = _vit_tower(spec) if spec.arch == "vit" else _swin_tower(spec)
-    found = [*image, *_text_tower(spec), Parameter("logit_scale", ())]
+    found = [*image, *_text_tower(spec), *(Parameter(scalar.name, ()) for scalar in spec.scalars)]
     return {parameter.name: parameter for parameter in found}
 
 

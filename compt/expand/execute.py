@@ -22,6 +22,7 @@ from compt.expand.maps import MEAN, AxisMap, Floats, Indices
 from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
+from compt.models.scalars import SCALAR_NAMES
 
 Read = Callable[[str, bool], Tensor]
 """(name of a teacher parameter, whether to read its moving average) -> its tensor."""
@@ -101,8 +102,8 @@ class ExpandedState(Mapping[str, Tensor]):
     """The student's parameters in the plan's order. Each is computed when it is read, and not kept.
 
     A parameter has the dtype of its source. One without a source has the dtype of the first parameter that the plan
-    takes from the teacher (float32 if there is none). logit_scale does not count: it is float32 beside weights of any
-    dtype.
+    takes from the teacher (float32 if there is none). Learned scalars do not count: they are float32 beside weights of
+    any dtype.
 
     Raises ArtefactError: here if the plan needs a moving average and there is none, and when a parameter is read whose
     source does not fit the plan or is not finite.
@@ -124,7 +125,7 @@ class ExpandedState(Mapping[str, Tensor]):
         entry = self._entries[name]
         with torch.no_grad():
             made = expand_parameter(entry, self._read, self._draw)
-            return made.to(self._dtype) if entry.action in _OWN else made
+            return made.to(self._dtype) if entry.action in _OWN and name not in SCALAR_NAMES else made
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
@@ -135,7 +136,7 @@ class ExpandedState(Mapping[str, Tensor]):
     @cached_property
     def _dtype(self) -> torch.dtype:
         taken = (entry.sources[0] for entry in self._entries.values() if entry.action not in _OWN)
-        first = next((name for name in taken if name != "logit_scale"), None)
+        first = next((name for name in taken if name not in SCALAR_NAMES), None)
         return torch.float32 if first is None else self._read(first, False).dtype
 
     def _read(self, name: str, average: bool) -> Tensor:
@@ -164,7 +165,7 @@ def expand(
 
 
 def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:
-    # Inside a model logit_scale has shape [1], in exported weights it is a scalar.
+    # A learnt scalar has shape [1] inside a model, and () in files.
     if entry.source_shape == () and tensor.numel() == 1:
         tensor = tensor.reshape(())
     if tuple(tensor.shape) != entry.source_shape:

@@ -200,6 +200,8 @@ class _ExpansionPlanner:
         tower = self.config.image if parameter.in_image_tower else self.config.text
         if self.cross and parameter.in_image_tower:
             return ExpandedParameter(name, shape, "own", "own: image tower of another architecture")
+        if not parameter.dims and name not in self.teacher:
+            return ExpandedParameter(name, shape, "own", "own: the teacher has none")
         source_name, where, average = name, "", False
         if parameter.stack:
             layer = self.layers[parameter.stack][parameter.layer]

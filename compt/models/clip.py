@@ -20,6 +20,7 @@ from compt.errors import ConfigError
 from compt.models.init import init_parameters
 from compt.models.pixels import sent
 from compt.models.presets import ModelSpec
+from compt.models.scalars import exported_shape
 from compt.models.swin import register_swin
 
 
@@ -87,7 +88,7 @@ def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
 
 
 class ClipModel(open_clip.model.CLIP):
-    """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. logit_scale has shape [1]."""
+    """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. Learnt scalars have shape [1]."""
 
     def __init__(self, spec: ModelSpec) -> None:
         if spec.arch == "swin":
@@ -207,6 +208,12 @@ def build(spec: ModelSpec, device: torch.device | str = "cpu", seed: int | None 
         materialise(model, device)
         init_parameters(model, spec, seed)
     return model
+
+
+def exported_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
+    """Name -> shape in files of every parameter of a model, which is not built in memory for it."""
+    state = build(spec, device="meta").state_dict()
+    return {name: exported_shape(name, tensor.shape) for name, tensor in state.items()}
 
 
 def materialise(model: ClipModel, device: torch.device | str) -> None:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 
 from compt.errors import ArtefactError
 from compt.models.presets import ModelSpec
-
-LOGIT_SCALE = math.log(1 / 0.07)
-"""Where the logarithm of the inverse temperature starts."""
+from compt.models.scalars import SCALAR_NAMES, exported_shape
 
 _CHUNK = 1 << 20
 _LISTED = 8
@@ -52,8 +50,9 @@ def rule_for(spec: ModelSpec, name: str, shape: Sequence[int]) -> InitRule:
     Raises ValueError for a name that is no parameter of the model.
     """
     rule = None
-    if name == "logit_scale":
-        return InitRule("constant", LOGIT_SCALE)
+    for scalar in spec.scalars:
+        if name == scalar.name:
+            return InitRule("constant", scalar.initial)
     if name.startswith("visual.trunk.") or name == "visual.head.proj.weight":
         rule = _swin_rule(spec, name, shape)
     elif name.startswith("visual."):
@@ -204,16 +203,15 @@ def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
 
 
 def export_state(model: nn.Module) -> dict[str, Tensor]:
-    """open_clip's state dict on the CPU: `logit_scale` a scalar, all else as it is."""
+    """open_clip's state dict on the CPU: the learnt scalars in shape (), all else as it is."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    state["logit_scale"] = state["logit_scale"].reshape(())
-    return state
+    return {name: tensor.reshape(exported_shape(name, tensor.shape)) for name, tensor in state.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `model`, one tensor at a time; nothing may be missing or left over.
 
-    A logit_scale may be a scalar or [1].
+    A learnt scalar may have shape () or [1].
 
     Raises ArtefactError naming the missing, the unexpected and the misshapen parameters; the model is then untouched.
     """
@@ -224,7 +222,9 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     shape_of: Callable[[str], Sequence[int]] = getattr(state, "shape", lambda name: state[name].shape)
     found = {name: tuple(shape_of(name)) for name in own if name in state}
     found |= {
-        name: tuple(own[name].shape) for name in found if name.endswith("logit_scale") and math.prod(found[name]) == 1
+        name: tuple(own[name].shape)
+        for name in found
+        if name.rpartition(".")[2] in SCALAR_NAMES and math.prod(found[name]) == 1
     }
     problems += _listed(
         "of another shape",

@@ -10,6 +10,7 @@ import open_clip.model
 
 from compt.errors import ArtefactError, ConfigError
 from compt.models.presets import NORM_EPS, ModelSpec, swin_sizes
+from compt.models.scalars import SCALAR_NAMES, loss_with
 from compt.models.swin import register_swin
 
 _TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs")
@@ -30,8 +31,9 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
         embed_dim = int(config["embed_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"open_clip config of {name}: embed_dim, vision_cfg and text_cfg are needed") from error
+    initial = {f"init_{scalar}": scalar for scalar in SCALAR_NAMES}
     for key, value in config.items():
-        if key not in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu") and value:
+        if key not in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *initial) and value:
             raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
     _refuse_others(name, "text_cfg", text, open_clip.model.CLIPTextCfg, _TEXT_FIELDS)
     vision = asdict(open_clip.model.CLIPVisionCfg()) | _supported(name, vision)
@@ -48,6 +50,7 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
             "text_head_width": text["width"] // text["heads"],
             "text_norm_eps": _norm_eps(name, "text_cfg", text),
             "quick_gelu": bool(config.get("quick_gelu")),
+            "loss": loss_with(["logit_scale", *(initial[key] for key in initial if config.get(key) is not None)]),
         }
         return (_swin_spec if vision["timm_model_name"] else _vit_spec)(name, vision, text, common)
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:

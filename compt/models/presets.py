@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 from compt.errors import ConfigError, nearest
+from compt.models.scalars import DEFAULT_LOSS, LOSS_TRAITS, Scalar
 
 VOCAB_SIZE = 49_408
 """Size of OpenAI CLIP's byte-pair vocabulary."""
@@ -23,7 +24,7 @@ NORM_EPS = 1e-5
 """What a LayerNorm adds to the variance, unless an expansion changed it."""
 
 # Left out of written descriptions where they have their default, so that the hash of a model without them stays.
-_OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps")
+_OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps", "loss")
 # Fields that count something.
 _COUNTS = (
     *("width", "head_width", "depth", "text_width", "text_head_width", "text_depth"),
@@ -39,9 +40,10 @@ class ModelSpec:
     sum of `depths`, and an empty `timm_name` is filled in from the sizes. Widths are in channels; `image_size` and
     `patch_size` in pixels; `window` in patches; `context_length` in tokens. `quick_gelu`: the activation of OpenAI's
     own models instead of GELU; a Swin's image tower has GELU anyway. `norm_eps`, `text_norm_eps`: what the LayerNorms
-    of a ViT and of the text tower add to the variance.
+    of a ViT and of the text tower add to the variance. `loss`: the loss that the model is trained with, which decides
+    its learnt scalars (`LOSS_TRAITS`).
 
-    Raises ConfigError for sizes that no model has.
+    Raises ConfigError for sizes that no model has, and for an unknown loss.
     """
 
     name: str
@@ -68,6 +70,7 @@ class ModelSpec:
     quick_gelu: bool = False
     norm_eps: float = NORM_EPS
     text_norm_eps: float = NORM_EPS
+    loss: str = DEFAULT_LOSS
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "heads", "text_heads"):
@@ -95,6 +98,11 @@ class ModelSpec:
         least = min(self.width, self.text_width)
         if not (math.isfinite(self.mlp_ratio) and least * self.mlp_ratio >= 1):
             raise ConfigError(f"model {self.name}: mlp_ratio is {self.mlp_ratio}; it must be at least 1 / {least}")
+        if self.loss not in LOSS_TRAITS:
+            raise ConfigError(
+                f"model {self.name}: loss is '{self.loss}'{nearest(self.loss, LOSS_TRAITS)}; known: "
+                f"{', '.join(LOSS_TRAITS)}"
+            )
         if self.arch == "swin":
             self._check_swin()
             if not self.timm_name:
@@ -132,6 +140,11 @@ class ModelSpec:
         """Channels that leave the image tower before its projection."""
         return self.width * 2 ** (len(self.depths) - 1) if self.arch == "swin" else self.width
 
+    @property
+    def scalars(self) -> tuple[Scalar, ...]:
+        """The learnt scalars."""
+        return LOSS_TRAITS[self.loss].scalars
+
     def open_clip_config(self) -> dict[str, Any]:
         """The model config that stock open_clip builds this model from."""
         vision: dict[str, Any] = {"image_size": self.image_size}
@@ -165,7 +178,10 @@ class ModelSpec:
         if self.text_norm_eps != NORM_EPS:
             text["norm_kwargs"] = {"eps": self.text_norm_eps}
         activation = {"quick_gelu": True} if self.quick_gelu else {}
-        return {"embed_dim": self.embed_dim, **activation, "vision_cfg": vision, "text_cfg": text}
+        # open_clip gives a model a logit_bias where its config says what it starts from.
+        usual = LOSS_TRAITS[DEFAULT_LOSS].scalars[0].initial
+        initial = {f"init_{one.name}": one.initial for one in self.scalars if one.initial != usual}
+        return {"embed_dim": self.embed_dim, **activation, **initial, "vision_cfg": vision, "text_cfg": text}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for manifests; `from_dict` reads them back."""

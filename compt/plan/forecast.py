@@ -72,8 +72,8 @@ class Remedy:
     """Jobs too large for the machine, and changes that each let all of them fit.
 
     `micro_batch`: the largest `engine.micro_batch` that fits. `recompute`: whether `engine.recompute` is enough, if
-    some jobs keep activations. `engine`: the first `engine.name` that fits; `engine_recomputed`: the first that fits with
-    recomputed activations. None: no change of that kind is enough.
+    some jobs keep activations. `engine`: the first `engine.name` that fits; `engine_recomputed`: the first that fits
+    with recomputed activations. None: no change of that kind is enough.
     """
 
     jobs: tuple[str, ...]

@@ -200,7 +200,7 @@ class _Planner:
         self.batch = recipe.optimizer.batch
         if self.images < self.batch:
             raise ConfigError(f"optimizer.batch = {self.batch}: there are only {self.images} images (data.images)")
-        self.specs = recipe.family.specs()
+        self.specs = recipe.specs()
         self.world_size = world_size
 
     def plan(

@@ -7,12 +7,14 @@ docstrings below the fields are what docs/recipes.md is made of.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from compt.errors import ConfigError, nearest
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
+from compt.models.scalars import DEFAULT_LOSS, LOSS_TRAITS
 from compt.recipe.engine import EngineConfig, changed_engine, placed
 from compt.recipe.expansion import Expand, LinkExpand
 from compt.recipe.types import (
@@ -250,6 +252,12 @@ class Ema(Section):
     """Share of the average that each step keeps."""
 
 
+def _known_loss(name: str) -> str:
+    if name not in LOSS_TRAITS:
+        raise ValueError(f"should be {' or '.join(LOSS_TRAITS)}{nearest(name, LOSS_TRAITS)}")
+    return name
+
+
 class Optimizer(Section):
     """AdamW with linear warm-up and a cosine decay to zero, and the task loss."""
 
@@ -262,15 +270,20 @@ class Optimizer(Section):
     eps: float = Field(default=1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay; none on norms, biases and the logit scale."""
+    """Decoupled weight decay; none on norms, biases and learnt scalars."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
     """Largest norm of the whole gradient; without it nothing is clipped."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Type that matrix products are computed in. Weights, normalisation and losses are fp32."""
     ema: Ema | None = None
     """Moving average, stored beside the weights; the weights themselves pass on to the next link."""
+    loss: Annotated[str, AfterValidator(_known_loss)] = DEFAULT_LOSS
+    """Task loss: `contrastive`, the softmax loss of CLIP, or `siglip`, the sigmoid loss of single pairs, which adds a
+    learnt `logit_bias` to the models. A link copies the learnt scalars of its teacher; one that the teacher does not
+    have starts as from scratch."""
     image_to_text: Literal["slot", "all"] = "slot"
-    """Captions among which a picture looks for its own: those of the same `slot` of every picture, or `all`."""
+    """Captions among which an image looks for its own: those of the same `slot` of every image, or `all`. The sigmoid
+    loss has no such choice: each image meets every caption by itself."""
     max_nonfinite: int = execution(10, gt=0)
     """Skipped steps in a row (a loss or gradient that is not finite) after which a run stops."""
 
@@ -279,6 +292,17 @@ class Optimizer(Section):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {self.betas[0]}, {self.betas[1]} have to be at least 0 and below 1")
         return self
+
+    @model_validator(mode="after")
+    def _candidates(self) -> Optimizer:
+        if LOSS_TRAITS[self.loss].pairwise and self.image_to_text != "slot":
+            raise ValueError(f"image_to_text: leave it out; the loss '{self.loss}' compares no candidates")
+        return self
+
+    def result_fields(self) -> dict[str, Any]:
+        """The fields that change the result. `loss` is left out where it is the default: older runs were hashed so."""
+        fields = super().result_fields()
+        return {name: value for name, value in fields.items() if (name, value) != ("loss", DEFAULT_LOSS)}
 
 
 class EvalSet(Section):
@@ -378,6 +402,10 @@ class Recipe(Section):
             with placed(f"chain.links.{at}.engine"):
                 self.engine_of(link.model)
         return self
+
+    def specs(self) -> dict[str, ModelSpec]:
+        """The family's members by name, with the learnt scalars of the loss. Raises ConfigError as `Family.specs`."""
+        return {name: replace(spec, loss=self.optimizer.loss) for name, spec in self.family.specs().items()}
 
     def engine_of(self, model: str) -> EngineConfig:
         """How the family member `model` is trained: `engine` with what its link says otherwise.

@@ -18,6 +18,7 @@ from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Distill, Optimizer, Recipe
+from compt.train.losses import loss_of
 from compt.train.task import ClipTask, DistillTask
 
 
@@ -82,23 +83,17 @@ def build_training(
 def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | None = None) -> ClipTask:
     """The task around models that are there already, with the settings of the blueprint."""
     optimizer, engine = blueprint.optimizer, blueprint.engine
+    loss = loss_of(optimizer, engine)
     if teacher is None:
-        return ClipTask(
-            student,
-            image_to_text=optimizer.image_to_text,
-            text_buckets=engine.text_buckets,
-            chunk=engine.loss_chunk,
-            seed=blueprint.seed,
-        )
+        return ClipTask(student, loss, text_buckets=engine.text_buckets, seed=blueprint.seed)
     return DistillTask(
         student,
         teacher,
+        loss,
         alpha=blueprint.distill.alpha,
         average_towers=not blueprint.distill.reference_compatible,
         teacher_dtype=COMPUTE_DTYPES[optimizer.precision],
-        image_to_text=optimizer.image_to_text,
         text_buckets=engine.text_buckets,
-        chunk=engine.loss_chunk,
         seed=blueprint.seed,
     )
 

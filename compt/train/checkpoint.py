@@ -26,6 +26,7 @@ from compt.engines.base import Engine
 from compt.engines.zero.state import open_average
 from compt.errors import ArtefactError, RunError
 from compt.files import hash_json, new_folder, read_json, sha256_file, write_json, write_text
+from compt.models.scalars import exported_shape
 from compt.weights.artefact import Writers
 from compt.weights.dcp import read_dcp
 from compt.weights.deepspeed import read_zero
@@ -295,6 +296,6 @@ def _average(folder: Path, format: str) -> Weights:
 
 
 def _view(weights: Any, names: Mapping[str, str]) -> View:
-    """Weights under other names; logit_scale, which training keeps as [1], a scalar."""
-    shapes = {name: () if name == "logit_scale" else tuple(weights.shape(source)) for name, source in names.items()}
+    """Weights under other names; learnt scalars, which training keeps as [1], in shape ()."""
+    shapes = {name: exported_shape(name, weights.shape(source)) for name, source in names.items()}
     return View(weights, {name: TensorSource((source,), shapes[name], "reshape") for name, source in names.items()})

@@ -1,4 +1,4 @@
-"""Tasks: what is trained and by which loss. A new way of pretraining is one class here, chosen in `jobs`."""
+"""Tasks: what is trained and by which loss. A new way of pretraining is one class here, chosen where tasks are made."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from compt.errors import ConfigError
 from compt.models.clip import ClipModel
 from compt.models.init import init_tensor, linear_rule
 from compt.models.presets import VOCAB_SIZE
-from compt.train.losses import ImageToText, contrastive_loss, ifd_loss
+from compt.models.scalars import SCALAR_NAMES
+from compt.train.losses import ContrastiveLoss, Loss, ifd_loss, learnt_scalars
 
-MAX_LOGIT_SCALE = math.log(100)
-"""Cap of the learnt logarithm of the inverse temperature."""
-
-SHARED_OUTPUTS = frozenset({"logit_scale"})
+SHARED_OUTPUTS = frozenset(SCALAR_NAMES)
 """Outputs of a module that belong to the whole batch; every other output has a row for each sample."""
 
 Scalars = dict[str, Tensor]
@@ -87,11 +85,11 @@ class StudentModule(nn.Module):
         return _InitialState(model, self._shapes, self._drawn)
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """`image` [b, D] and `text` [b, M, D], not normalised; `logit_scale` [1], exponentiated; with projectors also
-        `image_projected` [b, D'] and `text_projected` [b, M, D'].
+        """`image` [b, D] and `text` [b, M, D], not normalised; each learnt scalar [1], exponentiated where it is a
+        logarithm; with projectors also `image_projected` [b, D'] and `text_projected` [b, M, D'].
         """
         image, text = encode(self.model, images, tokens, lengths, self.text_buckets)
-        outputs = {"image": image, "text": text, "logit_scale": self.model.logit_scale.exp().reshape(1)}
+        outputs = {"image": image, "text": text, **learnt_scalars(self.model, self.model.spec.scalars)}
         for tower, projector in self.projector.items():
             outputs[f"{tower}_projected"] = projector(outputs[tower])
         return outputs
@@ -169,9 +167,10 @@ def fit_images(images: Tensor, size: int) -> Tensor:
 
 
 class ClipTask:
-    """Contrastive training of images with several captions each: baselines and the first link of a chain.
+    """Training on images with several captions each, by one loss: baselines and the first link of a chain.
 
-    `image_to_text` and `chunk` are `contrastive_loss`'s; `text_buckets` is `ClipModel.encode_captions`'s.
+    `loss` takes the learnt scalars that the model has; None: the contrastive loss. `text_buckets` as in
+    `ClipModel.encode_captions`. Raises ValueError for a model of another loss's scalars.
     """
 
     name = "clip"
@@ -179,16 +178,20 @@ class ClipTask:
     def __init__(
         self,
         model: ClipModel,
+        loss: Loss | None = None,
         *,
-        image_to_text: ImageToText = "slot",
         text_buckets: int = 1,
-        chunk: int | None = None,
         seed: int = 0,
         projected: int | None = None,
     ) -> None:
+        self.task_loss = loss or ContrastiveLoss()
+        has, takes = ({one.name for one in scalars} for scalars in (model.spec.scalars, self.task_loss.scalars))
+        if has != takes:
+            raise ValueError(
+                f"model {model.spec.name} has the scalars {', '.join(sorted(has))}; the loss '{self.task_loss.name}' "
+                f"takes {', '.join(sorted(takes))}"
+            )
         self.module = StudentModule(model, projected, text_buckets, seed)
-        self.image_to_text: ImageToText = image_to_text
-        self.chunk = chunk
 
     @property
     def model(self) -> ClipModel:
@@ -200,36 +203,23 @@ class ClipTask:
         return {}
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
-        """The contrastive loss; reports loss, task, t2v, v2t, logit_scale."""
-        parts = contrastive_loss(
-            outputs["image"],
-            outputs["text"],
-            outputs["logit_scale"],
-            image_to_text=self.image_to_text,
-            chunk=self.chunk,
-        )
-        report = {
-            "loss": parts.task,
-            "task": parts.task,
-            "t2v": parts.text_to_image,
-            "v2t": parts.image_to_text,
-            "logit_scale": outputs["logit_scale"].reshape(()),
-        }
-        return parts.task, _detached(report)
+        """The task loss; reports `loss` and the terms of the task loss, `task` among them."""
+        value, terms = self.task_loss(outputs)
+        return value, _detached({"loss": value, **terms})
 
     @property
     def caps(self) -> Mapping[str, float]:
-        """logit_scale stays at or below ln 100."""
-        return {"model.logit_scale": MAX_LOGIT_SCALE}
+        """The caps of the learnt scalars that have one."""
+        return {f"model.{one.name}": one.cap for one in self.task_loss.scalars if one.cap is not None}
 
 
 class DistillTask(ClipTask):
-    """Contrastive training plus inverse feature distillation from a frozen predecessor: every later link.
+    """A task loss plus inverse feature distillation from a frozen teacher: every later link.
 
-    The teacher is taken over: frozen, put into evaluation mode and cast to `teacher_dtype` (the compute dtype). It is
-    in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in `ifd_loss`. `seed`
-    draws the projectors. A teacher for pictures of another size or a shorter context sees the same ones fitted to it;
-    its vocabulary has to hold all tokens that the student's data has. Raises ConfigError where it cannot.
+    The task freezes the teacher, puts it into evaluation mode and casts it to `teacher_dtype` (the compute dtype). The
+    teacher is in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in
+    `ifd_loss`. `seed` draws the projectors. A teacher for another image size or a shorter context sees the same images
+    and captions fitted to it. Raises ConfigError where the teacher's vocabulary lacks tokens of the student's data.
     """
 
     name = "clip_distill"
@@ -238,23 +228,15 @@ class DistillTask(ClipTask):
         self,
         model: ClipModel,
         teacher: ClipModel,
+        loss: Loss | None = None,
         *,
         alpha: float = 500.0,
         average_towers: bool = True,
-        image_to_text: ImageToText = "slot",
         text_buckets: int = 1,
-        chunk: int | None = None,
         seed: int = 0,
         teacher_dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__(
-            model,
-            image_to_text=image_to_text,
-            text_buckets=text_buckets,
-            chunk=chunk,
-            seed=seed,
-            projected=teacher.spec.embed_dim,
-        )
+        super().__init__(model, loss, text_buckets=text_buckets, seed=seed, projected=teacher.spec.embed_dim)
         if teacher.spec.vocab_size < min(model.spec.vocab_size, VOCAB_SIZE):
             raise ConfigError(
                 f"'{teacher.spec.name}' knows {teacher.spec.vocab_size} tokens, too few to teach "
@@ -278,7 +260,7 @@ class DistillTask(ClipTask):
         return {"image": image, "text": text}
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
-        """Contrastive plus distillation; adds ifd, ifd_image, ifd_text (all times alpha) and r = ifd / task."""
+        """Task loss plus distillation; adds ifd, ifd_image, ifd_text (all times alpha) and r = ifd / task."""
         task, report = super().loss(outputs, targets)
         image, text = (outputs.get(f"{tower}_projected", outputs[tower]) for tower in ("image", "text"))
         ifd = ifd_loss(

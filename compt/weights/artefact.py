@@ -1,6 +1,6 @@
 """The model folder that passes from link to link and to users: safetensors, open_clip's config, a manifest.
 
-model-00001-of-0000N.safetensors    the weights under open_clip's names, logit_scale a scalar
+model-00001-of-0000N.safetensors    the weights under open_clip's names, learnt scalars in shape ()
 model.safetensors.index.json        which file holds which parameter (N > 1)
 open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds the model from (N = 1)
 manifest.json                       spec, preprocessing, tokenizer, versions, digests, and what the writer adds
@@ -27,7 +27,7 @@ from torch import Tensor
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import disk_errors, leads_out, new_folder, read_json, sha256_file, write_json
-from compt.models.clip import ClipModel, build, materialise
+from compt.models.clip import ClipModel, build, exported_shapes, materialise
 from compt.models.init import load_state
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
@@ -278,12 +278,12 @@ def _describe(
 
 
 def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+    shapes = exported_shapes(spec)
     odd = sorted(set(state) ^ set(shapes))
     if odd:
         more = " …" if len(odd) > 8 else ""
         raise ArtefactError(f"the weights to write are not those of model {spec.name}: {', '.join(odd[:8])}{more}")
-    return shapes | {"logit_scale": ()}
+    return shapes
 
 
 def read_artefact(folder: Path, verify: bool = True) -> Artefact:

@@ -11,7 +11,7 @@ from typing import Any
 import open_clip
 
 from compt.errors import ArtefactError, ConfigError, nearest
-from compt.models.clip import build
+from compt.models.clip import exported_shapes
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec
 from compt.weights.lazy import FLOATS, View
@@ -100,10 +100,9 @@ def _shapes(spec: ModelSpec, parameters: int, where: str) -> dict[str, tuple[int
     if layers > parameters:
         raise ArtefactError(f"{where}: {spec.name} has {layers} layers, the weights only {parameters} parameters")
     try:
-        wanted = {name: tuple(tensor.shape) for name, tensor in build(spec, device="meta").state_dict().items()}
+        return exported_shapes(spec)
     except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of numbers that it cannot count to
         raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({_first_line(error)})") from error
-    return wanted | {"logit_scale": ()}
 
 
 def _first_line(error: Exception) -> str:

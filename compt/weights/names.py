@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 from compt.errors import ArtefactError
+from compt.models.scalars import SCALAR_NAMES
 from compt.weights.lazy import TensorSource, View, Weights
 from compt.weights.safetensors import LazyState
 
@@ -38,7 +39,7 @@ _HUGGING_FACE = (
     ("ln_final.weight", "text_model.final_layer_norm.weight", False),
     ("ln_final.bias", "text_model.final_layer_norm.bias", False),
     ("text_projection", "text_projection.weight", True),
-    ("logit_scale", "logit_scale", False),
+    *((name, name, False) for name in SCALAR_NAMES),
 )
 _HUGGING_FACE_TOWERS = {"vision_model.encoder.layers": "visual.transformer", "text_model.encoder.layers": "transformer"}
 _HUGGING_FACE_BLOCK = {
@@ -56,7 +57,7 @@ def open_clip_view(
 ) -> tuple[View, list[str], list[str]]:
     """The one model in `weights` under open_clip's names; what was left out of it; what stood in the same place.
 
-    `prefix` chooses among several models, by its name or a part of it between dots. `logit_scale` becomes a scalar.
+    `prefix` chooses among several models, by its name or a part of it between dots. Learnt scalars get shape ().
     Raises ArtefactError, with `where` in front, when there is no model or no single one; it lists those it found and
     names `option`, by which the caller chooses.
     """
@@ -77,9 +78,9 @@ def open_clip_view(
             name: TensorSource((source,), tuple(weights.shape(source)))
             for name, source in _swin_now(_text_at_top(own)).items()
         }
-    scale = parts.get("logit_scale")
-    if scale is not None and scale.shape == (1,):
-        parts["logit_scale"] = TensorSource(scale.names, (), "reshape")
+    for name in SCALAR_NAMES:
+        if name in parts and parts[name].shape == (1,):
+            parts[name] = TensorSource(parts[name].names, (), "reshape")
     return View(weights, parts), sorted(left_out), leftover
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.models.presets import ModelSpec
+from compt.models.scalars import loss_with
 from compt.weights import dcp, files, tags
 from compt.weights import deepspeed as zero
 from compt.weights.artefact import CONFIG, MANIFEST, Artefact, read_artefact
@@ -37,9 +38,9 @@ def open_model(
     are taken from the shapes. `prefix`: which of several models in the source, as "student" or "module.ema".
     `verify`: compare digests, where the source has some.
 
-    The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and logit_scale as a scalar. What lies in
-    the source beside the model (projectors, buffers, another model) is named in `manifest["left_out"]`; otherwise the
-    manifest of a model that compt did not write is empty. Raises ArtefactError, listing key by key what does not fit.
+    The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and learnt scalars in shape (). The
+    manifest of a model that compt did not write holds `left_out` alone: what else the source holds (projectors,
+    buffers, another model). Raises ArtefactError, listing key by key what does not fit.
     """
     path = Path(path)
     if (path / MANIFEST).is_file():
@@ -100,6 +101,8 @@ def _open_other(path: Path, found: FoundWeights, spec: ModelSpec | None, prefix:
         spec = found.spec
     elif spec is None:
         spec = infer_spec(view, leftover, path.name, MODEL_OPTION)
+    if found.spec is None:
+        spec = replace(spec, loss=loss_with(view))
     if set(leftover) >= OPENAI_SIZES and not spec.quick_gelu:
         raise ArtefactError(
             f"{path}: weights of OpenAI's own, whose activation is QuickGELU, and {spec.name} has GELU; "
@@ -116,7 +119,9 @@ def _compare_state(found: Artefact) -> None:
 
 
 def _compare_specs(path: Path, found: ModelSpec, wanted: ModelSpec | None) -> None:
-    if wanted is None or replace(found, name=wanted.name) == wanted:
+    # The user names sizes; the source says which learnt scalars, and so which loss, the model has.
+    if wanted is None or replace(found, name=wanted.name, loss=wanted.loss) == wanted:
         return
-    differ = [f.name for f in fields(wanted) if f.name != "name" and getattr(wanted, f.name) != getattr(found, f.name)]
+    names = (field.name for field in fields(wanted) if field.name not in ("name", "loss"))
+    differ = [name for name in names if getattr(wanted, name) != getattr(found, name)]
     raise ArtefactError(f"{path}: not a {wanted.name}: {', '.join(differ)} differ")

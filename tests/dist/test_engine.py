@@ -16,7 +16,7 @@ from compt.engines.base import AdamWSettings, decays
 from compt.engines.ddp import DataParallelEngine
 from compt.engines.base import Precision
 from compt.errors import ArtefactError, ConfigError
-from compt.train.losses import ImageToText
+from compt.train.losses import ContrastiveLoss, ImageToText
 from compt.models.clip import ClipModel, build
 from compt.models.presets import resolve
 from compt.train.task import ClipTask, DistillTask
@@ -138,7 +138,7 @@ def test_accumulation_equals_one_large_batch(teacher: int | None, world: int, mi
 
 def test_accumulation_with_chunks_buckets_and_all_captions() -> None:
     loss, gradients = reference(24, "all")
-    task = make_task(24, torch.float64, image_to_text="all", chunk=3, text_buckets=2)
+    task = make_task(24, torch.float64, loss=ContrastiveLoss("all", chunk=3), text_buckets=2)
     engine = DataParallelEngine(task.module)
     images, tokens = own_rows(torch.float64)
     found, _ = cached_backward(task, engine, images, tokens, 5, tokens.argmax(dim=-1) + 1)

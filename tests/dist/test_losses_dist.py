@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
 from torch import Tensor
+from torch.nn import functional
 
 from compt.dist import collectives as dist
-from compt.train.losses import ImageToText, contrastive_loss
+from compt.train.losses import ImageToText, contrastive_loss, siglip_loss
 from tests.dist.spawn import run_ranks
-from tests.unit.train.test_losses import oracle
+from tests.unit.train.test_losses import oracle, pairs_oracle
 
 N, M, IN, D = 6, 3, 5, 8
 
@@ -26,6 +28,7 @@ def data() -> dict[str, Tensor]:
         "image": draw(IN, D),
         "text": draw(IN, D),
         "scale": torch.tensor([1.5], dtype=torch.float64),
+        "bias": torch.tensor([-4.0], dtype=torch.float64),
     }
 
 
@@ -65,6 +68,58 @@ def test_two_ranks_equal_the_loops(image_to_text: ImageToText, chunk: int | None
         for name, weight in weights.items():
             assert weight.grad is not None
             torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-9, atol=1e-11)
+
+
+def local_pair_gradients(chunk: int | None) -> tuple[float, float, dict[str, Tensor]]:
+    """As `local_gradients`, of the sigmoid loss."""
+    values = data()
+    share = N // dist.world_size()
+    own = slice(dist.rank() * share, (dist.rank() + 1) * share)
+    weights = {name: values[name].requires_grad_() for name in ("image", "text", "scale", "bias")}
+    image, text = values["x"][own] @ weights["image"], values["y"][own] @ weights["text"]
+    loss, positive = siglip_loss(image, text, weights["scale"].exp(), weights["bias"], chunk=chunk)
+    loss.backward()
+    gradients = {}
+    for name, weight in weights.items():
+        assert weight.grad is not None
+        torch.distributed.all_reduce(weight.grad)
+        gradients[name] = weight.grad / dist.world_size()
+    return dist.all_reduce_mean(loss.item()), dist.all_reduce_mean(positive.item()), gradients
+
+
+@pytest.mark.parametrize(("ranks", "chunk"), [(2, None), (2, 2), (3, 1)])
+def test_siglip_on_several_ranks_equals_the_loops(ranks: int, chunk: int | None) -> None:
+    values = data()
+    weights = {name: values[name].requires_grad_() for name in ("image", "text", "scale", "bias")}
+    image, text = values["x"] @ weights["image"], values["y"] @ weights["text"]
+    expected, matching = pairs_oracle(image, text, weights["scale"].exp(), weights["bias"])
+    expected.backward()
+    for loss, positive, gradients in run_ranks(local_pair_gradients, ranks, chunk):
+        assert loss == pytest.approx(expected.item(), rel=1e-10)
+        assert positive == pytest.approx(matching.item(), rel=1e-10)
+        for name, weight in weights.items():
+            assert weight.grad is not None
+            torch.testing.assert_close(gradients[name], weight.grad, rtol=1e-9, atol=1e-11)
+
+
+def open_clip_pair_gradients() -> tuple[float, dict[str, Tensor]]:
+    """open_clip's own sigmoid loss on several ranks, one caption an image."""
+    values, size = data(), dist.world_size()
+    own = slice(dist.rank() * N // size, (dist.rank() + 1) * N // size)
+    weights = {name: values[name].requires_grad_() for name in ("image", "text", "scale", "bias")}
+    image, text = values["x"][own] @ weights["image"], values["y"][own, 0] @ weights["text"]
+    features = (functional.normalize(value, dim=-1) for value in (image, text))
+    theirs = SigLipLoss(rank=dist.rank(), world_size=size)(*features, weights["scale"].exp(), weights["bias"])
+    ours, _ = siglip_loss(image, text[:, None], weights["scale"].exp(), weights["bias"])
+    names = list(weights)
+    gradients = [torch.autograd.grad(loss, list(weights.values()), retain_graph=True) for loss in (ours, theirs)]
+    return abs(ours.item() - theirs.item()), {name: a - b for name, a, b in zip(names, *gradients, strict=True)}
+
+
+def test_siglip_on_two_ranks_equals_open_clip_s() -> None:
+    for loss, gradients in run_ranks(open_clip_pair_gradients, 2):
+        assert loss < 1e-12
+        assert max(difference.abs().max().item() for difference in gradients.values()) < 1e-12
 
 
 def collectives() -> dict[str, object]:

@@ -105,7 +105,7 @@ def _setting(recipe: Recipe, machine: Machine | None, asked: DesignRequest) -> S
 def _design(setting: Setting, source: str, asked: DesignRequest) -> Design:
     """The chosen chain among others."""
     recipe, baseline_epochs = setting.recipe, setting.baseline_epochs
-    models = candidates(recipe.family.specs())
+    models = candidates(recipe.specs())
     if asked.in_hours:
         assert setting.device is not None
         costs = hours_costs(recipe, models.specs, setting.device, gpus=setting.gpus, throughput=setting.throughput)

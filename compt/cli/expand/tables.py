@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from compt.models.growth import TOWERS, added_layers
+from compt.models.scalars import SCALAR_NAMES
 from compt.recipe.expansion import expand_words
 from compt.text import TextTable, count
 
@@ -79,7 +80,7 @@ def _parts(plan: ExpansionPlan) -> list[_TowerRows]:
         inside = _IN_LAYER.match(entry.name)
         image = entry.name.startswith("visual.")
         tower = "Image tower" if image else "Text tower"
-        if entry.name == "logit_scale":
+        if entry.name in SCALAR_NAMES:
             part = _TowerRows("Both towers", "")
         elif inside is None:
             part = _TowerRows(f"{tower}, outside its layers", "visual." if image else "")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from compt.cost.counts import (
     Tokens,
-    contrastive_macs,
     forward_macs,
     image_tower,
     parameters,
     projector,
+    similarity_macs,
     text_tower,
     token_moments,
     total,
@@ -136,7 +136,7 @@ def test_student_and_teacher_add_up() -> None:
     projectors = projector(WIDE, PRESETS["vit_t16"], 4)
     extra = 48 * (3 * projectors.macs + forward_macs(PRESETS["vit_t16"], 4)) + 3 * 3 * projectors.parameters
     assert both.total_macs - alone.total_macs == pytest.approx(extra, rel=1e-12)
-    assert both.loss_macs == alone.loss_macs == 3 * contrastive_macs(16, 4, 640) / 16
+    assert both.loss_macs == alone.loss_macs == 3 * similarity_macs(16, 4, 640) / 16
 
 
 @pytest.mark.parametrize("teacher", [None, "vit_t16"])

@@ -22,7 +22,7 @@ from benchmarks.paper.counting import (
     static_tensors,
     step,
 )
-from compt.cost.activations import Formats, Shape, contrastive_working, image_tower, text_tower
+from compt.cost.activations import Formats, Shape, image_tower, task_loss_working, text_tower
 from compt.cost.memory import (
     ENGINES,
     ZERO_BUCKET,
@@ -175,7 +175,7 @@ def check_kept(case: Case, device: str, rel: float) -> None:
     shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk)
 
     assert (image, text) == (pytest.approx(counted.image, rel=rel), pytest.approx(counted.text, rel=rel))
-    assert memory.loss - contrastive_working(shape) == pytest.approx(counted.loss, rel=max(rel, 1e-3))
+    assert memory.loss - task_loss_working(shape) == pytest.approx(counted.loss, rel=max(rel, 1e-3))
     if not case.recompute:
         assert memory.activations == pytest.approx(image + text)
         whole = of(replace(case, precision="fp32"))

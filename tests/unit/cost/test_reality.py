@@ -19,14 +19,16 @@ import torch
 from torch import nn
 
 from compt.cost import counts
-from compt.cost.counts import Count, Tokens, contrastive_macs, image_tower, parameters, text_tower
+from compt.cost.counts import Count, Tokens, image_tower, parameters, similarity_macs, text_tower
 from compt.cost.training import Breakdown, exact_breakdown
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import ClipModel, build
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.models.swin import register_swin
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
-from compt.train.losses import contrastive_loss
+from compt.train.losses import contrastive_loss, loss_of
 from compt.train.task import ClipTask, DistillTask
 from tests.unit.cost.oracle import Phase, Place, counted, parameters_by_place
 
@@ -156,7 +158,8 @@ def trained(
     """What one step of this program runs for captions of `lengths` [b, M], and the parameters that take part."""
     student = build(spec, device=device)
     student.set_grad_checkpointing(checkpointing)
-    options: dict[str, Any] = {"chunk": loss_chunk, "text_buckets": text_buckets, "image_to_text": image_to_text}
+    loss = loss_of(Optimizer(loss=spec.loss, image_to_text=image_to_text), EngineConfig(loss_chunk=loss_chunk))
+    options: dict[str, Any] = {"loss": loss, "text_buckets": text_buckets}
     task = DistillTask(student, build(teacher, device=device), **options) if teacher else ClipTask(student, **options)
     modules = (task.module, task.teacher) if isinstance(task, DistillTask) else (task.module,)
     engine = DataParallelEngine(task.module, device=device)
@@ -296,7 +299,7 @@ def test_each_process_computes_its_share_of_the_similarities(
         contrastive_loss(image, text, scale, image_to_text=image_to_text).task.backward()
 
     step = counted(backward)
-    assert 2 * sum(step.values()) == 3 * contrastive_macs(8, 3, 16)
+    assert 2 * sum(step.values()) == 3 * similarity_macs(8, 3, 16)
     whole = exact_breakdown(resolve("vit_nano", {"embed_dim": 16}), None, batch=8, captions=3)
     assert 2 * sum(step.values()) == 8 * whole.sum("forward_macs", "backward_macs", parts=("loss",))
 

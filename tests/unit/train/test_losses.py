@@ -6,9 +6,22 @@ import math
 
 import pytest
 import torch
+from open_clip.loss import SigLipLoss
 from torch import Tensor
+from torch.nn import functional
 
-from compt.train.losses import ImageToText, contrastive_loss, feature_distance, ifd_loss
+from compt.models.scalars import LOSS_TRAITS, SCALAR_NAMES
+from compt.recipe.engine import EngineConfig
+from compt.recipe.schema import Optimizer
+from compt.train.losses import (
+    LOSSES,
+    ImageToText,
+    contrastive_loss,
+    feature_distance,
+    ifd_loss,
+    loss_of,
+    siglip_loss,
+)
 
 
 def oracle(image: Tensor, text: Tensor, scale: Tensor, image_to_text: ImageToText) -> tuple[Tensor, Tensor, Tensor]:
@@ -145,3 +158,97 @@ def test_without_gathering_a_rank_is_alone(monkeypatch, image_to_text):
     assert [float(value) for value in found] == [float(value) for value in alone]
     with pytest.raises(AssertionError, match="a collective"):
         contrastive_loss(image, text, torch.tensor(14.0))
+
+
+def pairs_oracle(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Algorithm 1 of SigLIP written as loops over images and captions: (whole, share of the matching pairs)."""
+    n, m, _ = text.shape
+    v = [image[i] / image[i].norm() for i in range(n)]
+    t = [[text[i, j] / text[i, j].norm() for j in range(m)] for i in range(n)]
+    whole, matching = image.new_zeros(()), image.new_zeros(())
+    for i in range(n):
+        for k in range(n):
+            for j in range(m):
+                z = 1 if i == k else -1
+                value = torch.log1p(torch.exp(-z * (scale * (v[i] * t[k][j]).sum() + bias))).reshape(())
+                whole = whole + value
+                matching = matching + (value if i == k else 0)
+    return whole / (n * m), matching / (n * m)
+
+
+def pair_inputs(m: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+    image, text, scale = inputs(m=m, dtype=dtype)
+    return image, text, scale, torch.tensor([-4.5], dtype=dtype, requires_grad=True)
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 4, 99])
+@pytest.mark.parametrize("captions", [1, 3])
+def test_siglip_equals_the_loops(chunk: int | None, captions: int) -> None:
+    values = pair_inputs(captions)
+    ours, expected = siglip_loss(*values, chunk=chunk), pairs_oracle(*values)
+    torch.testing.assert_close(torch.stack(ours), torch.stack(expected), rtol=1e-12, atol=1e-12)
+    assert not ours[1].requires_grad
+    gradients = torch.autograd.grad(3 * ours[0], values)
+    for gradient, correct in zip(gradients, torch.autograd.grad(3 * expected[0], values), strict=True):
+        torch.testing.assert_close(gradient, correct, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("captions", [1, 3])
+def test_siglip_is_the_mean_of_open_clip_s_over_the_slots(captions: int) -> None:
+    image, text, scale, bias = values = pair_inputs(captions)
+    unit_image, unit_text = (functional.normalize(value, dim=-1) for value in (image, text))
+    slots = [SigLipLoss()(unit_image, unit_text[:, slot], scale, bias) for slot in range(captions)]
+    expected, ours = torch.stack(slots).mean(), siglip_loss(*values)[0]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+    gradients = torch.autograd.grad(ours, values)
+    for gradient, correct in zip(gradients, torch.autograd.grad(expected, values), strict=True):
+        torch.testing.assert_close(gradient, correct, rtol=1e-10, atol=1e-12)
+
+
+def test_siglip_treats_half_precision_in_fp32_and_needs_no_gradient() -> None:
+    values = pair_inputs(dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = siglip_loss(*values)[0]
+        with torch.no_grad():
+            alone = siglip_loss(*values, chunk=2)[0]
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), siglip_loss(*(value.double() for value in values))[0])
+    torch.testing.assert_close(alone, ours.detach())
+    assert {value.dtype for value in torch.autograd.grad(ours, values)} == {torch.bfloat16}
+
+
+def test_siglip_keeps_features_and_gradients_but_no_logits() -> None:
+    sizes: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    image, text, scale = inputs(n=64, m=2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        siglip_loss(image, text, scale, torch.zeros(1))
+    assert max(sizes) == text.numel()
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_object_is_its_function(name: str, chunk: int | None) -> None:
+    image, text, scale, bias = (value.detach() for value in pair_inputs())
+    loss = loss_of(Optimizer(loss=name), EngineConfig(loss_chunk=chunk))
+    value, terms = loss({"image": image, "text": text, "logit_scale": scale, "logit_bias": bias}, gather=False)
+    expected = (
+        contrastive_loss(image, text, scale)[0] if name == "contrastive" else siglip_loss(image, text, scale, bias)[0]
+    )
+    torch.testing.assert_close(value, expected)
+    assert {"task", *(one.name for one in loss.scalars)} <= terms.keys()
+    shares = ("positive", "negative") if name == "siglip" else ("t2v", "v2t")
+    torch.testing.assert_close(sum(terms[share] for share in shares), value * (1 if name == "siglip" else 2))
+
+
+def test_every_loss_has_its_traits() -> None:
+    assert LOSSES.keys() == LOSS_TRAITS.keys()
+    for name, traits in LOSS_TRAITS.items():
+        names = [scalar.name for scalar in traits.scalars]
+        assert LOSSES[name].name == name
+        assert set(names) <= set(SCALAR_NAMES)
+        assert names[0] == "logit_scale"

@@ -232,7 +232,7 @@ def test_weights_of_openai_need_their_activation(tmp_path, state):
 def test_what_does_not_fit_is_listed_key_by_key(tmp_path, state):
     wrong = dict(state)
     del wrong["ln_final.bias"], wrong["visual.conv1.weight"]
-    wrong |= {"logit_bias": torch.zeros(()), "visual.proj": torch.ones(24, 8), "visual.extra": torch.ones(1)}
+    wrong |= {"logit_extra": torch.zeros(()), "visual.proj": torch.ones(24, 8), "visual.extra": torch.ones(1)}
     torch.save(wrong, tmp_path / "model.pt")
     with pytest.raises(ArtefactError) as error:
         open_model(tmp_path / "model.pt", SPEC)
@@ -242,7 +242,7 @@ def test_what_does_not_fit_is_listed_key_by_key(tmp_path, state):
         "  missing: ln_final.bias [16]",
         "  missing: visual.conv1.weight [24, 3, 4, 4]",
         "  of another shape: visual.proj [24, 8], the model has [24, 7]",
-        "  unexpected: logit_bias []",
+        "  unexpected: logit_extra []",
         "  unexpected: visual.extra [1]",
     ]
     with pytest.raises(ArtefactError, match=r"110 missing, 2 unexpected, 47 of another shape\n") as error:
