@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from open_clip.loss import ClipLoss
+from open_clip.loss import ClipLoss, SigLipLoss
 from torch import Tensor
 
 from benchmarks.engines.cells import (
@@ -111,10 +111,9 @@ def _loss(
     captions = tokens.flatten(0, 1)
     image = student.encode_image(images)
     text = student.encode_text(captions).unflatten(0, tokens.shape[:2])
-    losses = [
-        ClipLoss()(F.normalize(image, dim=-1), F.normalize(text[:, slot], dim=-1), student.logit_scale.exp())
-        for slot in range(CAPTIONS)
-    ]
+    scale, bias = student.logit_scale.exp(), student.logit_bias
+    one, scalars = (ClipLoss(), (scale,)) if bias is None else (SigLipLoss(), (scale, bias))
+    losses = [one(F.normalize(image, dim=-1), F.normalize(text[:, slot], dim=-1), *scalars) for slot in range(CAPTIONS)]
     loss = torch.stack(losses).mean()
     if teacher is None:
         return loss

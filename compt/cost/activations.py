@@ -286,12 +286,11 @@ def task_loss_kept(shape: Shape, compute: int) -> float:
     """Bytes that a loss keeps for backward: features of length one, and both similarities.
 
     `compute` bytes of a number in the features. In chunks the similarities are computed again, and are not in here. A
-    pairwise loss keeps the gradients of its features instead of similarities.
+    pairwise loss keeps neither: of each feature it keeps the gradient, which takes the place of the one of length one.
     """
-    vectors = shape.rows * (1 + shape.captions)
-    whole = _unit_bytes(vectors, shape.width, compute)
+    whole = _unit_bytes(shape.rows * (1 + shape.captions), shape.width, compute)
     if shape.pairwise:
-        return whole + FP32 * vectors * shape.width
+        return whole
     whole += shape.gathered if shape.world_size > 1 else 0
     return whole + (shape.similarities if shape.treated == shape.rows else 0)
 

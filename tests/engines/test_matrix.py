@@ -7,7 +7,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks.engines import matrix, page
-from benchmarks.engines.cells import ARCHITECTURES, ENGINES, MAX_NORM, STEPS, TASKS, WORLDS, Cell, Trained, cells, train
+from benchmarks.engines.cells import (
+    ARCHITECTURES,
+    ENGINES,
+    MAX_NORM,
+    SIGLIP,
+    STEPS,
+    TASKS,
+    WORLDS,
+    Cell,
+    Trained,
+    cells,
+    train,
+)
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
 from compt.errors import RunError
 from tests.dist.spawn import run_ranks
@@ -21,6 +33,7 @@ DIAGONAL = (
     Cell("zero1", 2, 4, "distillation", "vit"),
     Cell("zero2", 2, 4, "projector", "swin"),
     Cell("zero3", 2, 4, "sharded teacher", "vit"),
+    *(Cell(engine, 2, 4, SIGLIP, "vit") for engine in ("ddp", "fsdp2", "zero2")),
 )
 BF16 = {"loss": 2e-3, "norm": 2e-2}
 """Largest relative difference from ddp's in bf16: it rounds at other places, eight bits of precision."""

@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from compt.models.scalars import SCALAR_NAMES
+
 Phase = Literal["forward", "backward", "again"]
 
 # Nodes through which a parameter is looked at before it is multiplied.
@@ -34,7 +36,7 @@ _KINDS = (
     ("ln_final.", "final_norm"),
     (".norm", "norms"),
     (".ln_", "norms"),
-    ("logit_scale", "logit_scale"),
+    *((name, name) for name in SCALAR_NAMES),
     ("embedding", "embeddings"),
     ("proj", "projection"),
 )
@@ -58,7 +60,7 @@ def place_of(name: str) -> Place:
     part, name = ("teacher", name.removeprefix("teacher.")) if name.startswith("teacher.") else ("student", name)
     name = "." + name.removeprefix("model.")
     kind = next(kind for piece, kind in _KINDS if piece in name)
-    tower = "both" if kind == "logit_scale" else "image" if name.startswith(".visual.") else "text"
+    tower = "both" if kind in SCALAR_NAMES else "image" if name.startswith(".visual.") else "text"
     return Place(part, tower, kind)
 
 

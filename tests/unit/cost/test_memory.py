@@ -39,6 +39,7 @@ from compt.errors import ConfigError
 from compt.models.clip import build
 from compt.models.init import export_state
 from compt.models.presets import PRESETS, ModelSpec, resolve
+from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Optimizer
@@ -155,6 +156,7 @@ GPU_CASES = [
     Case(PRESETS["vit_t16"], rows=2, captions=4, tokens=30),
     Case(resolve("vit_t16", {"no_ln_pre": True}), rows=1, captions=1, tokens=77, precision="fp32", recompute=True),
     Case(QUICK, rows=2, captions=3, tokens=11),
+    Case(replace(NANO, loss="siglip"), rows=16, captions=3, tokens=11),
     Case(LITTLE_SWIN, rows=2, captions=2, tokens=20),
     Case(PRESETS["swin_t"], PRESETS["vit_t16"], rows=1, captions=2, tokens=77),
     Case(PRESETS["swin_t"], rows=1, captions=2, tokens=20, recompute=True),
@@ -172,7 +174,8 @@ def check_kept(case: Case, device: str, rel: float) -> None:
     mean = (case.tokens + (case.short or case.tokens)) / 2
     image = case.rows * image_tower(case.student, formats).kept(formats, case.recompute)
     text = case.rows * case.captions * text_tower(case.student, mean).kept(formats, case.recompute)
-    shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk)
+    pairwise = LOSS_TRAITS[case.student.loss].pairwise
+    shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk, pairwise)
 
     assert (image, text) == (pytest.approx(counted.image, rel=rel), pytest.approx(counted.text, rel=rel))
     assert memory.loss - task_loss_working(shape) == pytest.approx(counted.loss, rel=max(rel, 1e-3))

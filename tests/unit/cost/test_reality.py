@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from compt.cost import counts
-from compt.cost.counts import Count, Tokens, image_tower, parameters, similarity_macs, text_tower
+from compt.cost.counts import Count, Tokens, image_tower, parameters, scalars, similarity_macs, text_tower
 from compt.cost.training import Breakdown, exact_breakdown
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import ClipModel, build
@@ -28,7 +28,7 @@ from compt.models.swin import register_swin
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Optimizer
 from compt.train.accumulate import cached_backward
-from compt.train.losses import contrastive_loss, loss_of
+from compt.train.losses import contrastive_loss, loss_of, siglip_loss
 from compt.train.task import ClipTask, DistillTask
 from tests.unit.cost.oracle import Phase, Place, counted, parameters_by_place
 
@@ -71,7 +71,7 @@ def forward_of(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) 
 
 
 def parameters_of(spec: ModelSpec) -> dict[Place, int]:
-    towers = {"image": image_tower(spec), "text": text_tower(spec), "both": {"logit_scale": Count(1)}}
+    towers = {"image": image_tower(spec), "text": text_tower(spec), "both": scalars(spec)}
     return {
         Place("student", tower, module): count.parameters
         for tower, table in towers.items()
@@ -302,6 +302,24 @@ def test_each_process_computes_its_share_of_the_similarities(
     assert 2 * sum(step.values()) == 3 * similarity_macs(8, 3, 16)
     whole = exact_breakdown(resolve("vit_nano", {"embed_dim": 16}), None, batch=8, captions=3)
     assert 2 * sum(step.values()) == 8 * whole.sum("forward_macs", "backward_macs", parts=("loss",))
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_the_sigmoid_loss_computes_half_of_that_and_nothing_again(
+    chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compt.train.losses.world_size", lambda: 2)
+    monkeypatch.setattr("compt.train.losses.pass_on", lambda block: block)
+    image, text, scale, bias = (torch.ones(*shape, requires_grad=True) for shape in ((4, 16), (4, 3, 16), (1,), (1,)))
+
+    def whole() -> None:
+        siglip_loss(image, text, scale, bias, chunk=chunk)[0].backward()
+
+    step = counted(whole)
+    assert 2 * sum(step.values()) == 3 * similarity_macs(8, 3, 16, pairwise=True)
+    spec = replace(PRESETS["vit_pico"], embed_dim=16, loss="siglip")
+    cost = exact_breakdown(spec, None, batch=8, captions=3, chunked_loss=chunk is not None)
+    assert 8 * cost.sum("forward_macs", "backward_macs", "recompute_macs", parts=("loss",)) == 2 * sum(step.values())
 
 
 # The comparisons above see every term: each is left out once, and they have to notice.
