@@ -1,8 +1,8 @@
-"""CLIP from open_clip's modules: the same parameters under the same names, with a cheaper way through them.
+"""CLIP from open_clip's modules: the same parameters under the same names, with a cheaper forward pass.
 
 Two savings are exact and need no option. Text is cut after the longest caption: the mask is causal and the feature is
-read at the end-of-text token, so nothing behind it matters. And the last block of a transformer computes only the
-token that is read (class token or end of text), whose keys and values alone need the others.
+read at the end-of-text token, so later tokens do not matter. The last block of a transformer computes only the token
+that is read (class token or end of text); it needs the other tokens for keys and values alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from compt.models.swin import register_swin
 
 
 class Block(nn.Module):
-    """open_clip's residual attention block around the same submodules, without `nn.MultiheadAttention`'s detours."""
+    """open_clip's residual attention block with the same submodules, calling attention directly."""
 
     def __init__(self, stock: ResidualAttentionBlock, causal: bool) -> None:
         super().__init__()
@@ -36,14 +36,13 @@ class Block(nn.Module):
         self.causal = causal
 
     def get_weight_dtype(self) -> torch.dtype:
-        """open_clip asks the first block for the dtype of the tower."""
+        """The dtype of the weights; open_clip reads the dtype of a tower from its first block."""
         return cast(nn.Linear, self.mlp.c_fc).weight.dtype
 
     def forward(self, x: Tensor, read: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
         """[N, L, D] -> [N, L, D]; with `read` (int64 [N], a position each) only those tokens: [N, D].
 
-        `attn_mask` is there for open_clip's own callers: the only mask that a CLIP has is the causal one, and the
-        block knows whether it applies.
+        `attn_mask` is ignored: open_clip's own callers pass the causal mask, and the block knows whether it applies.
         """
         if read is None:
             x = x + self._attention(self.ln_1(x))
@@ -74,7 +73,7 @@ class Block(nn.Module):
 
 
 def caption_lengths(tokens: Tensor) -> Tensor:
-    """Tokens int64 [..., L] -> int64 [...]: each to its end of text, the highest number in it."""
+    """Tokens int64 [..., L] -> int64 [...]: the length of each caption up to its end of text, its highest token."""
     return tokens.argmax(dim=-1) + 1
 
 
@@ -83,7 +82,7 @@ def _length_groups(lengths: Tensor, buckets: int) -> tuple[Tensor, ...]:
 
 
 def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
-    """How many token positions `encode_captions` computes for captions of these lengths (int64 [N], on the CPU)."""
+    """The token positions that `encode_captions` computes for captions of these lengths (int64 [N], on the CPU)."""
     return sum(len(group) * int(lengths[group[-1]]) for group in _length_groups(lengths, buckets))
 
 
@@ -100,7 +99,7 @@ class ClipModel(open_clip.model.CLIP):
             _use_blocks(self.visual.transformer, causal=False)
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """Images float [N, 3, H, W], already normalised by mean and std -> [N, embed_dim], of any length."""
+        """Images float [N, 3, H, W], normalised by mean and std -> features [N, embed_dim], not of unit length."""
         if isinstance(self.visual, VisionTransformer):
             features = self._encode_vit(self.visual, image)
         else:
@@ -108,9 +107,9 @@ class ClipModel(open_clip.model.CLIP):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False, length: int | None = None) -> Tensor:
-        """Tokens int64 [N, L] with L <= context_length -> [N, embed_dim], of any length.
+        """Tokens int64 [N, L] with L <= context_length -> features [N, embed_dim], not of unit length.
 
-        `length`, when the caller knows the longest caption, spares the wait for a GPU to tell it.
+        `length`: the longest caption. Without it the CPU waits for the GPU to find it.
         """
         if length is None:
             length = int(caption_lengths(text).max()) if len(text) else 1
@@ -124,11 +123,11 @@ class ClipModel(open_clip.model.CLIP):
     def encode_captions(self, tokens: Tensor, buckets: int = 1, lengths: Tensor | None = None) -> Tensor:
         """As `encode_text`, in up to `buckets` groups of similar length, each cut to its own longest caption.
 
-        tokens int64 [N, L] -> [N, embed_dim] in the order of `tokens`. `lengths` (int64 [N], on the CPU) as `length`
-        above.
+        tokens int64 [N, L] -> [N, embed_dim] in the order of `tokens`. `lengths`: the captions' lengths, int64 [N] on
+        the CPU; without them the CPU waits for the GPU to find them. Raises ConfigError for fewer than one group.
         """
         if buckets < 1:
-            raise ConfigError(f"text buckets: {buckets}; at least 1 is needed")
+            raise ConfigError(f"text_buckets is {buckets}; it must be at least 1")
         if lengths is None:
             lengths = caption_lengths(tokens)
         lengths = lengths.cpu()
@@ -145,7 +144,7 @@ class ClipModel(open_clip.model.CLIP):
 
     @staticmethod
     def _encode_vit(visual: VisionTransformer, image: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is one matrix product over the flattened patches.
+        # A convolution with its kernel's size as stride is one matrix product over the flattened patches.
         n, channels = image.shape[:2]
         (rows, columns), (height, width) = visual.grid_size, visual.patch_size
         if tuple(image.shape[2:]) != (rows * height, columns * width):
@@ -174,7 +173,7 @@ def _run_blocks(transformer: Transformer, x: Tensor, read: Tensor) -> Tensor:
 
 
 def _check_swin(spec: ModelSpec, visual: Any) -> None:
-    """Stock open_clip passes a timm model nothing but its name, so a Swin has exactly the sizes behind its name."""
+    """Raise ConfigError unless a Swin has the sizes of its timm name: stock open_clip passes timm the name alone."""
     trunk = visual.trunk
     found = {
         "image_size": trunk.patch_embed.img_size[0],
@@ -195,9 +194,9 @@ def _check_swin(spec: ModelSpec, visual: Any) -> None:
 def build(spec: ModelSpec, device: torch.device | str = "cpu", seed: int | None = None) -> ClipModel:
     """The model of `spec` in fp32.
 
-    With a `seed` the parameters are those of `init_parameters`; without one open_clip's own draw from torch's global
-    generator; on the "meta" device there are none (see `materialise`). Raises ConfigError for a Swin whose sizes are
-    not those of its timm name.
+    With a `seed` the parameters are those of `init_parameters`; without one open_clip draws them from torch's global
+    generator; on the "meta" device they have no values (see `materialise`). Raises ConfigError for a Swin whose sizes
+    are not those of its timm name.
     """
     device = torch.device(device)
     with torch.device("meta" if seed is not None else device):
@@ -211,19 +210,19 @@ def build(spec: ModelSpec, device: torch.device | str = "cpu", seed: int | None 
 
 
 def exported_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name -> shape in files of every parameter of a model, which is not built in memory for it."""
+    """Name -> shape in files of every parameter of a model. Allocates no weights."""
     state = build(spec, device="meta").state_dict()
     return {name: exported_shape(name, tensor.shape) for name, tensor in state.items()}
 
 
 def materialise(model: ClipModel, device: torch.device | str) -> None:
-    """Give a model from the "meta" device memory on `device`: parameters unset, buffers as they should be."""
+    """Give a model from the "meta" device memory on `device`: buffers have their values, parameters have none yet."""
     model.to_empty(device=device)
     set_buffers(model)
 
 
 def set_buffers(model: ClipModel) -> None:
-    """The values of buffers that no state dict has: masks and positions."""
+    """Set the buffers that no state dict has: masks and positions."""
     with torch.no_grad():
         model.attn_mask.fill_(float("-inf")).triu_(1)
         for module in model.modules():
@@ -232,7 +231,7 @@ def set_buffers(model: ClipModel) -> None:
 
 
 def shardable_blocks(model: ClipModel) -> list[nn.Module]:
-    """The repeated parts that a sharding engine wraps one by one: image blocks, then text blocks."""
+    """The blocks that a sharding engine wraps one by one: those of the image tower, then those of the text tower."""
     if isinstance(model.visual, VisionTransformer):
         image: list[nn.Module] = list(model.visual.transformer.resblocks)
     else:

@@ -1,7 +1,7 @@
-"""Initialization as a pure function of (seed, parameter name, element index), distributed as open_clip's and timm's.
+"""Initialization as a pure function of (seed, parameter name, element index), distributed as in open_clip and timm.
 
-Element i of a parameter depends on nothing but those three, so any slice can be drawn alone: the values are the same
-for every number of ranks and every way of sharding, and an expansion that keeps some rows draws just those.
+Element i of a parameter depends on these three alone, so any slice can be drawn alone. The values are the same for
+every number of ranks and every way of sharding, and an expansion draws only the rows that it needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class InitRule:
 
 _ZEROS = InitRule("zeros")
 _ONES = InitRule("ones")
-# timm cuts at ±2 in absolute value, 100 standard deviations away.
+# timm truncates at the values ±2, which are 100 standard deviations away.
 _TIMM = InitRule("trunc_normal", 0.02, 2.0)
 
 
@@ -47,7 +47,7 @@ def linear_rule(fan_in: int) -> InitRule:
 def rule_for(spec: ModelSpec, name: str, shape: Sequence[int]) -> InitRule:
     """The distribution that open_clip 3.3 (timm 1.0.31 for Swin) gives the parameter `name` of `spec`.
 
-    Raises ValueError for a name that is no parameter of the model.
+    Raises ValueError for a name that is not a parameter of the model.
     """
     rule = None
     for scalar in spec.scalars:
@@ -133,7 +133,7 @@ def _uniform(seed: int, name: str, start: int, count: int) -> Tensor:
     key = int.from_bytes(hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest(), "little")
     # Philox gives four 64-bit words for every value of its counter.
     words = np.random.Philox(key=key, counter=start // 4).random_raw(start % 4 + count)[start % 4 :]
-    # 52 bits and a half: exact in float64, symmetric, and never 0 or 1, where the inverse normal is infinite.
+    # 52 bits plus one half: exact in float64, symmetric, never 0 or 1, where the inverse normal would be infinite.
     return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
@@ -170,7 +170,7 @@ def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
 
 
 class DrawnState(Mapping[str, Tensor]):
-    """The fresh parameters of a model, each drawn when it is asked for: those of `init_parameters`."""
+    """The parameters of `init_parameters` by name. Each access draws one."""
 
     def __init__(self, model: nn.Module, spec: ModelSpec, seed: int) -> None:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -187,7 +187,7 @@ class DrawnState(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # a mapping's own answer would draw the tensor
+        return name in self._shapes  # Mapping's own __contains__ would draw the tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without drawing it."""
@@ -196,7 +196,7 @@ class DrawnState(Mapping[str, Tensor]):
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
-    """Fill every parameter of `model` in place, on whatever device it is."""
+    """Fill every parameter of `model` in place, on its own device."""
     drawn = DrawnState(model, spec, seed)
     for name, parameter in model.named_parameters():
         parameter.copy_(drawn[name])
@@ -209,16 +209,15 @@ def export_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into `model`, one tensor at a time; nothing may be missing or left over.
+    """Copy `state` into `model`, one tensor at a time. A learnt scalar may have shape () or [1].
 
-    A learnt scalar may have shape () or [1].
-
-    Raises ArtefactError naming the missing, the unexpected and the misshapen parameters; the model is then untouched.
+    Raises ArtefactError, which lists the missing, the unexpected and the misshapen parameters; the model is then
+    unchanged.
     """
     own = model.state_dict()
     problems = _listed("missing", [name for name in own if name not in state])
     problems += _listed("unexpected", [name for name in state if name not in own])
-    # States that are read from files know shapes without reading; none is read whole.
+    # States of files know shapes without reading tensors.
     shape_of: Callable[[str], Sequence[int]] = getattr(state, "shape", lambda name: state[name].shape)
     found = {name: tuple(shape_of(name)) for name in own if name in state}
     found |= {

@@ -1,4 +1,4 @@
-"""Reading open_clip's model configs: which of them are models that compt has, and which setting stands against it."""
+"""Reading open_clip's model configs into ModelSpecs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from compt.models.swin import register_swin
 
 _TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs")
 _VIT_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs")
-# A pretrained tower is loaded over anyway, and stochastic depth is no part of the function.
+# The weights of a pretrained tower are replaced anyway, and stochastic depth does not change the trained function.
 _SWIN_FIELDS = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_drop_path")
 
 
 def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> ModelSpec:
     """The ModelSpec of an open_clip model config, bare or under "model_cfg".
 
-    timm then knows the Swin of a config that compt has written, so that stock open_clip can build it too. Raises
-    ArtefactError naming the first setting that compt's models do not have.
+    Registers the Swin of a config that compt wrote with timm, so that stock open_clip can build it too. Raises
+    ArtefactError, which names the first setting that compt's models do not have.
     """
     config = config.get("model_cfg", config)
     try:
@@ -98,7 +98,7 @@ def _refuse_others(name: str, part: str, given: dict[str, Any], defaults: type, 
 
 
 def _norm_eps(name: str, part: str, given: dict[str, Any]) -> float:
-    """The eps among a tower's keyword arguments of LayerNorm."""
+    """The eps in a tower's keyword arguments of LayerNorm. Raises ArtefactError for other arguments."""
     arguments = given["norm_kwargs"] or {}
     eps = arguments.get("eps", NORM_EPS) if isinstance(arguments, dict) else None
     if not isinstance(eps, int | float) or isinstance(eps, bool) or set(arguments) - {"eps"}:

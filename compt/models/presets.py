@@ -1,4 +1,4 @@
-"""Model sizes: the paper's ViT and Swin families (Table G) and a small family for CPUs. No torch in here."""
+"""Model sizes: the paper's ViT and Swin families (Table G) and a small family for CPUs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 NORM_EPS = 1e-5
 """What a LayerNorm adds to the variance, unless an expansion changed it."""
 
-# Left out of written descriptions where they have their default, so that the hash of a model without them stays.
+# Left out of written descriptions where they have their default: descriptions and hashes are older than these fields.
 _OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps", "loss")
 # Fields that count something.
 _COUNTS = (
@@ -34,10 +34,10 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The full description of one CLIP model: image tower, text tower, joint embedding.
+    """The full description of one CLIP model: image tower, text tower, joint embedding, learnt scalars.
 
-    For a Swin, `width` and `heads` are those of the first stage, each stage has twice the last one's, `depth` is the
-    sum of `depths`, and an empty `timm_name` is filled in from the sizes. Widths are in channels; `image_size` and
+    For a Swin, `width` and `heads` are those of the first stage and double with each stage, `depth` is the sum of
+    `depths`, and an empty `timm_name` is filled in from the sizes. Widths are in channels; `image_size` and
     `patch_size` in pixels; `window` in patches; `context_length` in tokens. `quick_gelu`: the activation of OpenAI's
     own models instead of GELU; a Swin's image tower has GELU anyway. `norm_eps`, `text_norm_eps`: what the LayerNorms
     of a ViT and of the text tower add to the variance. `loss`: the loss that the model is trained with, which decides
@@ -131,13 +131,13 @@ class ModelSpec:
 
     @property
     def stage_windows(self) -> tuple[int, ...]:
-        """Side of the attention windows in each stage of a Swin, in places: none is larger than the stage."""
+        """Side of the attention windows in each stage of a Swin, in places; no window is larger than its stage."""
         side = self.image_size // self.patch_size
         return tuple(min(self.window, math.ceil(side / 2**stage)) for stage in range(len(self.depths)))
 
     @property
     def final_width(self) -> int:
-        """Channels that leave the image tower before its projection."""
+        """Channels of the image tower before its projection."""
         return self.width * 2 ** (len(self.depths) - 1) if self.arch == "swin" else self.width
 
     @property
@@ -146,7 +146,7 @@ class ModelSpec:
         return LOSS_TRAITS[self.loss].scalars
 
     def open_clip_config(self) -> dict[str, Any]:
-        """The model config that stock open_clip builds this model from."""
+        """The model config from which stock open_clip builds this model."""
         vision: dict[str, Any] = {"image_size": self.image_size}
         if self.arch == "swin":
             vision |= {
@@ -194,7 +194,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
-        """The inverse of `to_dict`. Raises ConfigError on an unknown field."""
+        """The model that `to_dict` described. Raises ConfigError for an unknown field."""
         known = {field.name for field in fields(cls)}
         for key in values:
             if key not in known:
@@ -233,7 +233,7 @@ def _small(name: str, image: tuple[int, int], text: tuple[int, int]) -> ModelSpe
     )
 
 
-# Of timm's own Swins: width, depths, window, image_size.
+# timm's own Swins: width, depths, window, image_size.
 _TIMM_SWINS: dict[str, tuple[int, tuple[int, ...], int, int]] = {
     f"swin_{size}_patch4_window{window}_{pixels}": (width, (2, 2, third, 2), window, pixels)
     for size, width, third, resolutions in (
@@ -258,14 +258,14 @@ def swin_name(spec: ModelSpec) -> str:
     """The name of a Swin's image tower in timm's registry: timm's own, or one that spells out all sizes.
 
     `compt_swin_w112_d2-2-8-2_h16_p4_win7_mlp2p5_224`: width, depths, head width, patch size, window, mlp_ratio (left
-    out where it is 4), image size. `swin_sizes` reads it back; compt.models registers it with timm.
+    out where it is 4), image size. `swin_sizes` reads the name; `compt.models.swin.register_swin` registers it.
     """
     usual = spec.head_width == 32 and spec.patch_size == 4 and spec.mlp_ratio == 4
     for name, sizes in _TIMM_SWINS.items():
         if usual and sizes == (spec.width, spec.depths, spec.window, spec.image_size):
             return name
     depths = "-".join(map(str, spec.depths))
-    # A dot would begin the tag of pretrained weights.
+    # timm would take what follows a dot for the tag of pretrained weights.
     ratio = "" if spec.mlp_ratio == 4 else f"_mlp{float(spec.mlp_ratio)!r}".removesuffix(".0").replace(".", "p")
     return (
         f"compt_swin_w{spec.width}_d{depths}_h{spec.head_width}_p{spec.patch_size}_win{spec.window}{ratio}"
@@ -274,14 +274,14 @@ def swin_name(spec: ModelSpec) -> str:
 
 
 def is_own_swin(name: str) -> bool:
-    """Whether timm knows `name` only after `compt.models.swin.register_swin` was called with it."""
+    """Whether timm knows `name` only after `compt.models.swin.register_swin(name)`."""
     return _OWN_SWIN.fullmatch(name) is not None
 
 
 def swin_sizes(name: str) -> dict[str, Any]:
     """The fields of ModelSpec that belong to the image tower called `name` in timm's registry.
 
-    Raises ConfigError where `name` is neither one of timm's Swins that compt has nor one that `swin_name` gives.
+    Raises ConfigError unless `name` is one of timm's Swins that compt has, or a name made by `swin_name`.
     """
     values: dict[str, Any] = {"head_width": 32, "patch_size": 4, "mlp_ratio": 4.0}
     own = _OWN_SWIN.fullmatch(name)
@@ -341,7 +341,7 @@ PRESETS: dict[str, ModelSpec] = {
 
 
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The preset `name` with fields replaced, as by `resized`. Raises ConfigError for an unknown name too."""
+    """The preset `name` with fields replaced by `resized`. Raises ConfigError, also for an unknown name."""
     if name not in PRESETS:
         raise ConfigError(f"unknown model '{name}'{nearest(name, PRESETS)}; known: {', '.join(PRESETS)}")
     return resized(PRESETS[name], overrides or {})
@@ -350,8 +350,8 @@ def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
 def resized(spec: ModelSpec, overrides: Mapping[str, Any]) -> ModelSpec:
     """A model with fields replaced. Raises ConfigError for an unknown field or an impossible size.
 
-    A changed width changes the number of heads with it, unless the heads are given too. A Swin's depth is given stage
-    by stage, as `depths`; what follows from its sizes (heads of each stage, name in timm's registry) changes with them.
+    A changed width changes the number of heads, unless the heads are given too. The depth of a Swin is given as
+    `depths`, stage by stage; the heads of its stages and its timm name follow from its sizes.
     """
     name, values = spec.name, dict(overrides)
     known = {field.name for field in fields(ModelSpec)}

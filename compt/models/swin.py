@@ -1,4 +1,4 @@
-"""Swins of any size in timm's registry, where open_clip looks for an image tower by its name alone."""
+"""Swins of any size in timm's registry, where open_clip finds an image tower by its name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from compt.models.presets import swin_sizes
 def register_swin(name: str) -> None:
     """Let timm, and so stock open_clip, build the Swin called `name` (`presets.swin_name`) in this process.
 
-    timm's own names and names that are registered already stay as they are. Raises ConfigError for any other name.
+    Leaves timm's own names and registered names as they are. Raises ConfigError for a name that is no Swin's.
     """
     if is_model(name):
         return

@@ -74,7 +74,7 @@ def _pairs(rows: list[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
 def _curves(jobs: list[JobView]) -> figures.Figure | None:
     models = list(dict.fromkeys(job.model for job in jobs))
     sets = sorted({key for job in jobs for row in job.evals for key in row if key.endswith("/top1")})
-    panels = {"task": "Contrastive loss", "r": "r, distillation over contrastive loss"}
+    panels = {"task": "Task loss", "r": "r, distillation over task loss"}
     panels |= {"validation_loss": "Validation loss"} | {key: f"Top-1 on {key[:-5]}, %" for key in sets}
     curves = []
     for job in jobs:
@@ -190,7 +190,7 @@ CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
     "line; a control, the last model from scratch, at its own MACs alone.",
     "curves": "Solid: chain; dashed: trained individually; dotted: controls; dash-dotted: failed tries. r is the "
-    "weighted feature loss over the contrastive loss.",
+    "weighted feature loss over the task loss.",
     "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
 }
 

@@ -234,11 +234,11 @@ def siglip_loss(
     _check(image, text, chunk)
     with torch.autocast(image.device.type, enabled=False):
         inputs = (unit(image), unit(text), _wide(scale).reshape(()), _wide(bias).reshape(()))
-        sums: tuple[Tensor, Tensor] = _Pairs.apply(*inputs, chunk or len(image), gather)  # type: ignore[no-untyped-call]
+        sums: tuple[Tensor, Tensor] = _SigmoidPairs.apply(*inputs, chunk or len(image), gather)  # type: ignore[no-untyped-call]
         return sums
 
 
-class _Pairs(torch.autograd.Function):
+class _SigmoidPairs(torch.autograd.Function):
     """The sigmoid loss of all pairs, and its share of the matching ones. The forward pass computes the gradients too.
 
     The loss is a sum over pairs, so a block of captions is done with as soon as this rank's images have met it. If

@@ -1,4 +1,4 @@
-"""Tasks: what is trained and by which loss. A new way of pretraining is one class here, chosen where tasks are made."""
+"""Tasks: a trainable module, its targets and its loss. A new way of pretraining is one class here."""
 
 from __future__ import annotations
 
@@ -27,35 +27,36 @@ Scalars = dict[str, Tensor]
 class Task(Protocol):
     """One trainable module and its loss.
 
-    `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` (optional) int64
-    [b, M] on the CPU, the tokens of each caption, spares a GPU the question.
+    `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` int64 [b, M] on the
+    CPU, the tokens of each caption. Without `lengths` the CPU waits for the GPU to find them.
     """
 
     name: str
 
     @property
     def model(self) -> ClipModel:
-        """The model that is trained, without anything that exists for training only."""
+        """The model that is trained, without parts that only training needs."""
 
     @property
     def module(self) -> nn.Module:
-        """All that is trained; `forward(images, tokens, lengths)` gives the outputs by name."""
+        """Everything that is trained; `forward(images, tokens, lengths)` returns the outputs by name."""
 
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """What the loss needs and nothing is trained by, a row for each sample, without gradient."""
+        """Inputs of the loss that are not trained, a row for each sample, without gradient."""
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
         """This rank's loss (the mean over ranks is the global one) and detached scalars to report."""
 
     @property
     def caps(self) -> Mapping[str, float]:
-        """Largest values of parameters of the module, held after each step of the optimizer."""
+        """Parameter of the module -> its largest value. The engine clamps them after each step."""
 
 
 class StudentModule(nn.Module):
-    """A CLIP model and, where a teacher's embedding is of another width, a linear projector for each tower.
+    """A CLIP model and, where the teacher's embedding has another width, a linear projector for each tower.
 
-    State: `model.*` and `projector.image.*`, `projector.text.*`. The projectors are kept for resuming only.
+    State: `model.*` and `projector.image.*`, `projector.text.*`. Only checkpoints have the projectors; the trained
+    model does not.
     """
 
     def __init__(self, model: ClipModel, projected: int | None = None, text_buckets: int = 1, seed: int = 0) -> None:
@@ -78,9 +79,9 @@ class StudentModule(nn.Module):
         return init_tensor(linear_rule(self.model.spec.embed_dim), self._seed, name, self._shapes[name])
 
     def initial(self, model: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """The values of this module's state before the first step, each read or drawn when asked for.
+        """The values of this module's state before the first step: `model` for the model, drawn ones for projectors.
 
-        `model` are those of the model.
+        Each access reads or draws one value.
         """
         return _InitialState(model, self._shapes, self._drawn)
 
@@ -96,7 +97,7 @@ class StudentModule(nn.Module):
 
 
 class _InitialState(Mapping[str, Tensor]):
-    """The model's values from wherever they are, and those that projectors are drawn with."""
+    """The model's values from their source, and drawn values for the projectors."""
 
     def __init__(
         self, model: Mapping[str, Tensor], drawn: Mapping[str, tuple[int, ...]], draw: Callable[[str], Tensor]
@@ -114,7 +115,7 @@ class _InitialState(Mapping[str, Tensor]):
         return len(self._model) + len(self._drawn)
 
     def __contains__(self, name: object) -> bool:
-        # A mapping's own answer would read the tensor.
+        # Mapping's own __contains__ would read the tensor.
         return name in self._drawn or (isinstance(name, str) and name.startswith("model.") and name[6:] in self._model)
 
     @staticmethod
@@ -125,7 +126,7 @@ class _InitialState(Mapping[str, Tensor]):
         return rest
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a value, without reading it where that can be known."""
+        """The shape of a value. Reads the value only where its source does not know the shape."""
         if name in self._drawn:
             return self._drawn[name]
         known = getattr(self._model, "shape", None)
@@ -143,7 +144,7 @@ def encode(
 
 
 def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[Tensor, Tensor | None]:
-    """Captions as the tokenizer would have cut them to `context` tokens: the last one kept becomes the end of text.
+    """Captions cut to `context` tokens as the tokenizer cuts them: the last token becomes the end of text.
 
     tokens int64 [b, M, T] -> [b, M, min(T, context)]; `lengths` as in `Task`.
     """
@@ -156,10 +157,10 @@ def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[
 
 
 def fit_images(images: Tensor, size: int) -> Tensor:
-    """Pictures [b, 3, H, W] as float [b, 3, size, size], resized as wholes: bicubic, antialiased where they shrink.
+    """Images [b, 3, H, W] resized to float [b, 3, size, size], uncropped: bicubic, antialiased where they shrink.
 
-    Weights of a resize sum to one, so that it does not matter that the colours are normalised already; as nothing is
-    rounded or clipped to 256 levels, values differ slightly from those of a picture decoded at `size`.
+    The weights of a resize sum to one, so it commutes with normalising colours. Values are not rounded to 256 levels,
+    so they differ slightly from those of an image decoded at `size`.
     """
     if images.shape[-2:] == (size, size):
         return images
@@ -199,7 +200,7 @@ class ClipTask:
         return self.module.model
 
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """Nothing: the batch itself says which caption belongs to which image."""
+        """Nothing: the batch says which caption belongs to which image."""
         return {}
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
@@ -251,7 +252,7 @@ class DistillTask(ClipTask):
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
         """The teacher's features: image [b, D'], text [b, M, D'], not normalised.
 
-        Pictures are resized to its image size (`fit_images`), captions cut to its context (`cut_captions`).
+        `fit_images` resizes the images to its image size, `cut_captions` cuts the captions to its context.
         """
         tokens, lengths = cut_captions(tokens, lengths, self.teacher.spec.context_length)
         with torch.autocast(images.device.type, enabled=False):
@@ -276,7 +277,7 @@ def _detached(report: Mapping[str, Tensor]) -> Scalars:
 
 
 def reduce_report(report: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means over ranks of a report, with one collective; r is the ratio of the means, not the mean of ratios."""
+    """Means over ranks of a report, with one collective; r is the ratio of means, not the mean of ratios."""
     means = mean_of_scalars(report)
     if "r" in means:
         means["r"] = means["ifd"] / means["task"] if means["task"] else math.nan
@@ -284,10 +285,10 @@ def reduce_report(report: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def surrogate(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tensor], micro_batches: int) -> Tensor:
-    """A scalar whose backward puts `gradients` (of the loss by each output) on the parameters behind `outputs`.
+    """A scalar whose backward passes `gradients` (of the loss by each output) on to the parameters behind `outputs`.
 
-    `gradients` has the rows of this micro-batch, and for SHARED_OUTPUTS the whole gradient, of which each of the
-    `micro_batches` carries its share.
+    `gradients` has the rows of this micro-batch. For SHARED_OUTPUTS it has the whole gradient, and each of the
+    `micro_batches` takes an equal share.
     """
     terms = []
     for name, output in outputs.items():

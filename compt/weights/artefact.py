@@ -3,8 +3,8 @@
 model-00001-of-0000N.safetensors    the weights under open_clip's names, learnt scalars in shape ()
 model.safetensors.index.json        which file holds which parameter (N > 1)
 open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds the model from (N = 1)
-manifest.json                       spec, preprocessing, tokenizer, versions, digests, and what the writer adds
-ema/                                further weights of the same model, a model folder of their own
+manifest.json                       spec, preprocessing, tokenizer, versions, digests, and the caller's own fields
+ema/                                other weights of the same model, in a model folder of their own
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ _TOKENIZER = "open_clip.SimpleTokenizer"
 
 @dataclass(frozen=True)
 class Artefact:
-    """A model on disk. `manifest` is empty for a model that compt did not write, but for what was left out of it.
+    """A model on disk. For a model that compt did not write, `manifest` has at most the key `left_out`.
 
-    `digest` is the hash, or what finds it out.
+    `digest` is the hash of the weights, or a function that computes it.
     """
 
     path: Path
@@ -64,7 +64,7 @@ class Artefact:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 of the weights; every byte of a model that compt did not write is read for it, when first asked."""
+        """SHA-256 of the weights. For a model that compt did not write, the first access reads all of its files."""
         return self.digest if isinstance(self.digest, str) else self.digest()
 
     def load_model(self, device: torch.device | str = "cpu") -> ClipModel:
@@ -76,7 +76,7 @@ class Artefact:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computed a model, for manifests."""
+    """Versions of the packages that compute a model, for manifests."""
     found = {"python": platform.python_version()}
     for package, key in (("compt", "compt"), ("torch", "torch"), ("open_clip_torch", "open_clip"), ("timm", "timm")):
         try:
@@ -87,10 +87,10 @@ def versions() -> dict[str, str]:
 
 
 def check_free(folder: Path, source: Path | None = None) -> None:
-    """Raise ArtefactError unless a model may be written to `folder`: nothing is there, or only a model of ours.
+    """Raise ArtefactError unless a model may be written to `folder`: it is empty, missing, or holds only our model.
 
-    One that holds other files as well would lose them. A `source` that is read at the same time may neither be in
-    `folder` nor hold it, wherever links lead.
+    Writing replaces the folder, so other files in it would be lost. A `source` that is read at the same time may
+    neither lie in `folder` nor contain it; links are followed for that.
     """
     folder = Path(folder)
     if source is not None and Path(source).exists():
@@ -107,7 +107,7 @@ def check_free(folder: Path, source: Path | None = None) -> None:
 def _check_apart(folder: Path, source: Path) -> None:
     target, origin = folder.resolve(), source.resolve()
     if origin == target:
-        raise ArtefactError(f"{folder}: would be replaced by what is made of it; name another folder")
+        raise ArtefactError(f"{folder}: is read and would be replaced; name another folder")
     if origin.is_relative_to(target):
         raise ArtefactError(f"{folder}: holds {source}, which is read; name another folder")
     if target.is_relative_to(origin):
@@ -147,16 +147,16 @@ def write_artefact(
     together: bool = False,
     check: Callable[[str], None] | None = None,
 ) -> None:
-    """Write a model folder; it appears whole or not at all, and replaces an older one, but nothing else.
+    """Write a model folder. It appears whole or not at all, and replaces an older model folder, but nothing else.
 
-    `state` is asked for one tensor at a time, and none is kept. `manifest` takes the caller's own fields (JSON).
-    `extra_states` ({"ema": state}) become sub-folders that are model folders themselves. A file holds the parameters
-    that take `max_shard_bytes` in float32. `together`: every rank calls this with the same arguments, and each writes
-    its share of the files, on a file system that all of them see; otherwise one process writes. The folder is the same
-    byte by byte for any number of ranks; what one of them raises, all raise. The first of them calls `check` with
-    the hash of the weights before the folder appears: what that raises leaves everything as it was.
+    Takes one tensor at a time from `state` and keeps none. `manifest` has the caller's own fields (JSON).
+    `extra_states` ({"ema": state}) become sub-folders that are model folders themselves. A file holds as many
+    parameters as take `max_shard_bytes` in float32. `together`: every rank calls this with the same arguments and
+    writes its share of the files, on a file system that all ranks see; otherwise one process writes. The folder is the
+    same byte by byte for any number of ranks. An error of one rank is raised on all. Rank 0 calls `check` with the hash
+    of the weights before the folder appears; if `check` raises, nothing has changed.
     Raises ArtefactError for weights of another model or a folder in use (`check_free`), RunError when it cannot be
-    written, ValueError for a manifest field that is not the caller's to set.
+    written, ValueError for a manifest field that the caller may not set.
     """
     folder = Path(folder)
     taken = sorted(OWN_FIELDS & set(manifest))
@@ -180,7 +180,7 @@ def write_artefact(
 
         def finish() -> None:
             hashes: dict[str, str] = {}
-            for name in states:  # the model itself comes last: its manifest names the others
+            for name in states:  # the model itself comes last: its manifest holds the hashes of the others
                 files = [(part, written[part]) for part in parts if part.model == name]
                 extra = {} if name else hashes
                 hashes[name] = _describe(temporary / name, files, spec, manifest, preprocess, extra)
@@ -193,7 +193,7 @@ def write_artefact(
 
 @dataclass(frozen=True)
 class _Shard:
-    """One file of weights: of which model ("" for the one that the folder is of), and what is in it."""
+    """One file of weights: the model it belongs to ("" for the folder's own), its name, and its parameters."""
 
     model: str
     file: str
@@ -205,7 +205,7 @@ class _Shard:
 
 
 _Written = tuple[str, int]
-"""SHA-256 of a file, and how many bytes its tensors take."""
+"""SHA-256 of a file, and the bytes of its tensors."""
 
 
 def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Shard]:
@@ -230,7 +230,7 @@ def _begin(folder: Path, models: Iterable[str], undo: contextlib.ExitStack) -> P
 def _write_own(
     folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Shard], writers: Writers
 ) -> dict[_Shard, _Written]:
-    """Write the files that fall to this process."""
+    """Write the files that this process owns."""
     if not folder.is_dir():
         raise RunError(f"cannot write {folder}: rank {writers.rank} does not see it; all ranks need one file system")
     written = {}
@@ -250,7 +250,7 @@ def _describe(
     preprocess: dict[str, Any],
     extra: dict[str, str],
 ) -> str:
-    """Write all but the weights of one model; returns the hash of its weights."""
+    """Write all files of one model but its weights; returns the hash of the weights."""
     if len(files) > 1:
         total = sum(size for _, (_, size) in files)
         weight_map = {name: part.file for part, _ in files for name in part.shapes}
@@ -287,10 +287,10 @@ def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
 
 
 def read_artefact(folder: Path, verify: bool = True) -> Artefact:
-    """Open a model folder that compt wrote; tensors are read when asked for.
+    """Open a model folder that compt wrote; each access to its state reads one tensor.
 
-    Sizes are always compared with the manifest, contents (SHA-256) with `verify`. Raises ArtefactError when something
-    is missing, torn, altered, or not a model folder.
+    Compares the sizes of files with the manifest, and with `verify` their contents (SHA-256). Raises ArtefactError when
+    something is missing, torn or altered, and for a folder that is no model folder.
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
@@ -323,10 +323,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
 
 
 def open_state(folder: Path, weights: Sequence[str], index: str | None) -> LazyState:
-    """The parameters in the files `weights`, of which an index, if there is one, has to say the truth.
-
-    Raises ArtefactError.
-    """
+    """The parameters in the files `weights`. Raises ArtefactError, also for an index that lists other contents."""
     state = LazyState(folder, weights)
     if index is not None:
         listed = weight_map(folder, index)
@@ -336,15 +333,15 @@ def open_state(folder: Path, weights: Sequence[str], index: str | None) -> LazyS
 
 
 def weight_map(folder: Path, index: str) -> dict[str, str]:
-    """Parameter -> name of its file, out of an index. Raises ArtefactError, also for a file outside the folder."""
+    """Parameter -> name of its file, from an index. Raises ArtefactError, also for a file outside the folder."""
     listed = read_object(folder / index).get("weight_map")
     if not isinstance(listed, dict):
-        raise ArtefactError(f"{folder / index}: no weight_map in it")
+        raise ArtefactError(f"{folder / index}: has no weight_map")
     return {name: _plain_name(folder, file) for name, file in listed.items()}
 
 
 def export_open_clip(source: Artefact, folder: Path) -> None:
-    """Write a model as stock open_clip's own folder: one weight file and its config, one tensor at a time.
+    """Write a model as a folder of stock open_clip: one weight file and its config. Reads one tensor at a time.
 
     Raises ArtefactError for a folder in use (`check_free`).
     """
@@ -363,7 +360,7 @@ def _weights_hash(digests: Mapping[str, str]) -> str:
 
 
 def _plain_name(folder: Path, name: Any) -> str:
-    """A file name that cannot lead out of its folder. Raises ArtefactError otherwise."""
+    """`name`, if it is a file name that cannot lead out of its folder. Raises ArtefactError otherwise."""
     if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
     return name
@@ -410,23 +407,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Writers:
-    """Those who write `folder`: every rank, each of which then calls every method, or this process, which is rank 0."""
+    """The processes that write `folder`: all ranks, which then all call every method, or this process as rank 0."""
 
     folder: Path
     together: bool
 
     @property
     def rank(self) -> int:
-        """Which of them this one is."""
+        """The rank of this process."""
         return dist.rank() if self.together else 0
 
     @property
     def number(self) -> int:
-        """How many they are."""
+        """The number of processes."""
         return dist.world_size() if self.together else 1
 
     def all(self, action: Callable[[], T]) -> T:
-        """Do it in each of them. A ComptError in one is raised in all, and so is an OSError, as a RunError."""
+        """Run `action` on each. A ComptError of one is raised on all; an OSError becomes a RunError."""
 
         def guarded() -> T:
             with disk_errors(self.folder):
@@ -435,10 +432,10 @@ class Writers:
         return dist.on_all(guarded) if self.together else guarded()
 
     def main(self, action: Callable[[], T]) -> T:
-        """Do it in the first; its result in all of them."""
+        """Run `action` on rank 0 and return its result on all."""
         result: Any = self.all(lambda: action() if self.rank == 0 else None)
         return dist.broadcast_object(result) if self.together else result  # type: ignore[no-any-return]
 
     def gather(self, value: T) -> list[T]:
-        """The value of each, in all of them."""
+        """The values of all processes, on all."""
         return dist.gather_objects(value) if self.together else [value]

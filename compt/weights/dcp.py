@@ -30,19 +30,19 @@ METADATA = ".metadata"
 
 
 class _DcpReader(FileSystemReader):
-    """torch's reader with metadata that was read and checked already, where torch would unpickle whatever is there."""
+    """torch's reader with metadata that is read and checked already. torch's own would unpickle the file unchecked."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
         self._metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The metadata it was made with."""
+        """The metadata given to the constructor."""
         return self._metadata
 
 
 class DcpWeights(Weights):
-    """The tensors of a folder; nothing else in it (numbers, pickled objects) is ever asked for."""
+    """The tensors of a folder. Numbers and pickled objects in it are never read."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         self._folder = folder
@@ -67,15 +67,16 @@ class DcpWeights(Weights):
         return len(self._entries)
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of these names into those given, which have their shapes; of a DTensor its own shards only.
+        """Read the tensors of these names into the given ones, of the same shapes; into a DTensor only its own shards.
 
-        Any process by itself. Raises ArtefactError for a torn file; some of the tensors are then changed.
+        No collective: any process may call it alone. Raises ArtefactError for a torn file; some of the tensors have
+        changed then.
         """
         for name, tensor in tensors.items():
             try:
-                with warnings.catch_warnings(action="ignore"):  # it says that it reads without a process group
+                with warnings.catch_warnings(action="ignore"):  # torch warns that it reads without a process group
                     load({name: tensor.detach()}, storage_reader=self._reader, no_dist=True)
-            except CheckpointException as error:  # no Exception; around what each rank met
+            except CheckpointException as error:  # derives from BaseException; holds each rank's error
                 cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
                 raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
 
@@ -92,7 +93,7 @@ def read_dcp(folder: Path) -> FoundWeights:
     """The tensors of a folder of torch.distributed.checkpoint. Raises ArtefactError for a forged or torn one."""
     path = inside(folder, METADATA)
     metadata = load_dcp_metadata(path)
-    # Of the other fields torch reads only this one; what they hold is not looked at.
+    # torch reads this field too, so it must hold nothing from the file.
     metadata.storage_meta = StorageMeta()
     storage = metadata.storage_data
     if not isinstance(storage, dict):
@@ -113,7 +114,7 @@ def read_dcp(folder: Path) -> FoundWeights:
 
 
 def _fault(name: str, metadata: Metadata) -> str | None:
-    """What is wrong with the description of a tensor: its chunks must make it up, each once, each in a file."""
+    """What is wrong with the description of a tensor, if anything: its chunks must cover it once and be in files."""
     entry = metadata.state_dict_metadata[name]
     assert isinstance(entry, TensorStorageMetadata)
     size, properties = entry.size, entry.properties
@@ -142,7 +143,7 @@ def _overlap(boxes: list[list[tuple[int, int]]]) -> bool:
     for place, one in enumerate(boxes):
         for other in boxes[place + 1 :]:
             if one and other[0][0] >= one[0][1]:
-                break  # and so have all behind it: cut along the first dimension alone, none is looked at twice
+                break  # the boxes are sorted: all later ones begin behind this one too
             if all(a[0] < b[1] and b[0] < a[1] for a, b in zip(one, other, strict=True)):
                 return True
     return False

@@ -3,7 +3,7 @@
 `*_model_states.pt` names the parameters and their shapes, group by group. Stages 1 and 2 lay the parameters of a group
 end to end in one vector, which is cut into equal parts, one for each rank. Stage 3 cuts each parameter into equal parts
 and lays a rank's parts end to end. The parts are in `*_optim_states.pt`. Frozen parameters have no place in an
-optimizer: they are kept, whole or cut in the same way, with the names.
+optimizer: the file with the names holds them, whole or cut in the same way.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OTHERS = re.compile(r"layer_.*_states\.pt|.*expert_.*_states\.pt|expp_rank_.*_s
 
 
 class ZeroWeights(Weights):
-    """Parameters as pieces of vectors: for each its shape and where its elements are, in order."""
+    """Parameters as pieces of vectors: for each its shape and the vectors that hold its elements, in order."""
 
     def __init__(self, pieces: Mapping[str, tuple[tuple[int, ...], list[Tensor]]]) -> None:
         self._pieces = dict(pieces)
@@ -38,7 +38,7 @@ class ZeroWeights(Weights):
     def __getitem__(self, name: str) -> Tensor:
         shape, pieces = self._pieces[name]
         whole = torch.cat([piece.reshape(-1) for piece in pieces])[: math.prod(shape)].reshape(shape)
-        # What is frozen is kept in the dtype of training.
+        # Frozen parameters are stored in the dtype of training.
         return whole.float() if whole.dtype in (torch.bfloat16, torch.float16) else whole
 
     def __iter__(self) -> Iterator[str]:
@@ -52,19 +52,19 @@ class ZeroWeights(Weights):
         return self._pieces[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """The type of a parameter's elements as they are stored; of several pieces the first that is no float."""
+        """The type of a parameter's elements in the file; of several pieces the first type that is no float."""
         found = [piece.dtype for piece in self._pieces[name][1]]
         return next((dtype for dtype in found if dtype not in FLOATS), found[0] if found else torch.float32)
 
 
 class ZeroState(NamedTuple):
-    """All that a training goes on from: of the moments nothing before the first step."""
+    """All that training needs to resume. There are no moments before the first step."""
 
     weights: ZeroWeights
     moments: dict[str, ZeroWeights]
     steps: float
     noted: dict[str, Any]
-    """What was saved beside DeepSpeed's own state, under the key that the reader asks for."""
+    """What the engine saved beside DeepSpeed's own state, under the key that the reader names."""
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -79,7 +79,7 @@ def is_zero_folder(folder: Path) -> bool:
 
 
 def read_zero(folder: Path) -> FoundWeights:
-    """The weights in fp32, where there are some, of a checkpoint folder or of one tag of it. Raises ArtefactError."""
+    """The weights of a checkpoint folder or of one tag in it: fp32 where the file has them. Raises ArtefactError."""
     opened = _open(folder)
     with _laid_out(opened.folder):
         return FoundWeights(_weights(opened), opened.files)
@@ -88,7 +88,7 @@ def read_zero(folder: Path) -> FoundWeights:
 def read_zero_state(folder: Path, note: str) -> ZeroState:
     """As `read_zero`, with AdamW's state of each trained parameter. Raises ArtefactError.
 
-    A checkpoint without ZeRO tells the order of its optimizer's parameters in its note: `names`.
+    In a checkpoint without ZeRO, `names` in the note has the order of the optimizer's parameters.
     """
     opened = _open(folder)
     with _laid_out(opened.folder):
@@ -119,7 +119,7 @@ def read_zero_state(folder: Path, note: str) -> ZeroState:
 
 
 class _OpenedFile(NamedTuple):
-    """The files of a folder, in the order of ranks, and what is in them; optimizers are there with ZeRO."""
+    """The files of a folder in the order of ranks, and their contents; without ZeRO there are no optimizers."""
 
     folder: Path
     files: list[Path]
@@ -143,7 +143,7 @@ def _open(folder: Path) -> _OpenedFile:
 
 @contextlib.contextmanager
 def _laid_out(folder: Path) -> Iterator[None]:
-    """Say of a file that has not what DeepSpeed writes which folder it is in."""
+    """Turn errors of files that DeepSpeed did not write into an ArtefactError that names the folder."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
@@ -214,7 +214,7 @@ def _assemble(opened: _OpenedFile) -> dict[str, tuple[tuple[int, ...], list[Tens
         found[name] = (shape, [other["frozen_param_fragments"][name] for other in (states if three else [state])])
     found |= _cut(opened, [_masters(optimizer) for optimizer in optimizers])
     if not three:
-        # Stage 1 says nothing of what is frozen; it is with the module, whole.
+        # Stage 1 does not list frozen parameters; the module's state has them, whole.
         found = {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(state["module"])} | found
     for name, (shape, pieces) in found.items():
         if sum(piece.numel() for piece in pieces) < math.prod(shape):
@@ -226,18 +226,18 @@ def _assemble(opened: _OpenedFile) -> dict[str, tuple[tuple[int, ...], list[Tens
 
 
 def _masters(optimizer: Mapping[str, Any]) -> list[Tensor]:
-    """The vectors of a rank that its optimizer steps."""
+    """The fp32 vectors that a rank's optimizer steps."""
     key = "fp32_flat_groups" if "fp32_flat_groups" in optimizer else "single_partition_of_fp32_groups"
     return [_vector(part) for part in optimizer[key]]
 
 
 def _cut(opened: _OpenedFile, vectors: Sequence[Sequence[Any]]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
-    """The parameters in vectors that are laid out like the masters. `vectors[rank]`, at least as long as they are."""
+    """The parameters in `vectors[rank]`, which are laid out like the masters and at least as long."""
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in opened.states[0]["param_shapes"]]
     cut = []
     for optimizer, parts in zip(opened.optimizers, vectors, strict=True):
         masters = _masters(optimizer)
-        # What fills up the last rank's part is left out of a master, not of its moments.
+        # The moments of the last rank have padding at the end; its masters have none.
         cut.append([_vector(part)[: len(own)] for own, part in zip(masters, parts, strict=True)])
     first = opened.optimizers[0]
     if "fp32_flat_groups" in first:
@@ -270,7 +270,7 @@ def _cut_groups(
 ) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
     """Stages 1 and 2. `vectors[rank][group]`."""
     found = {}
-    # The vector of a group is filled up to a multiple of this, so that its parts are equal and aligned.
+    # DeepSpeed pads the vector of a group to a multiple of this, so that its parts are equal and aligned.
     unit = 2 * len(vectors)
     for number, group in enumerate(groups):
         parts = [rank[number] for rank in vectors]
@@ -289,7 +289,7 @@ def _cut_groups(
 def _cut_each(
     folder: Path, groups: Sequence[Mapping[str, tuple[int, ...]]], vectors: Sequence[Sequence[Tensor]]
 ) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
-    """Stage 3. `vectors[rank]` is cut into further pieces where the optimizer works through it in several goes."""
+    """Stage 3. `vectors[rank]` has several pieces where the optimizer steps it in sub-groups."""
     found = {}
     at = 0
     for group in groups:

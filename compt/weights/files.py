@@ -1,4 +1,4 @@
-"""Weights in single files and in folders, with the configs of open_clip and Hugging Face that say what they are of."""
+"""Weights in single files and in folders, with the configs of open_clip and Hugging Face that describe the model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHT_PICKLES = (HF_WEIGHTS_NAME, "pytorch_model.bin")
 PICKLES = (".pt", ".pth", ".bin")
 
 _RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
-# What a config of Hugging Face leaves out has these values.
+# The values of what a config of Hugging Face leaves out.
 _HF_TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 512,
@@ -52,7 +52,7 @@ _HF_HIGHEST = 2
 
 
 def read_file(path: Path) -> FoundWeights:
-    """A file of weights: .safetensors, or what torch.save wrote. Raises ArtefactError."""
+    """A file of weights: .safetensors, or a file of torch.save. Raises ArtefactError."""
     if path.suffix == ".safetensors":
         return FoundWeights(LazyState(path.parent, [path.name]), [path])
     if path.suffix not in PICKLES:
@@ -87,8 +87,9 @@ def has_weights(folder: Path) -> bool:
 
 
 def read_plain(folder: Path) -> FoundWeights:
-    """The weights in a folder, whatever says what they are of: a file of one of the usual names, the files that an
-    index lists, else the one .safetensors file that is there. Raises ArtefactError.
+    """The weights in a folder: a file of one of the usual names, the files of an index, or the only .safetensors file.
+
+    Reads no config. Raises ArtefactError.
     """
     candidates = _candidates(folder)
     if not candidates:
@@ -98,9 +99,7 @@ def read_plain(folder: Path) -> FoundWeights:
         weights = open_state(folder, [inside(folder, name).name for name in names], INDEX)
         return FoundWeights(weights, [folder / name for name in names])
     if candidates[0] not in (*WEIGHTS, *WEIGHT_PICKLES) and len(candidates) > 1:
-        raise ArtefactError(
-            f"{folder}: {len(candidates)} .safetensors files and no {INDEX}; give one of them by itself"
-        )
+        raise ArtefactError(f"{folder}: {len(candidates)} .safetensors files and no {INDEX}; name one of the files")
     return read_file(inside(folder, candidates[0]))
 
 
@@ -180,7 +179,7 @@ def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str,
 
 
 def pixels_of(found: FoundWeights, spec: ModelSpec) -> dict[str, Any]:
-    """How pictures are prepared: what the source says, else as OpenAI's models have it."""
+    """How images are prepared: as the source says, else as for OpenAI's models."""
     return {
         "mean": list(OPENAI_MEAN),
         "std": list(OPENAI_STD),

@@ -1,4 +1,4 @@
-"""Which model weights are of, where nothing says it: the sizes out of the shapes, and comparing shapes with a model."""
+"""The model that weights belong to, found from their shapes, and the comparison of shapes with a model."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
 
 
 def model_spec(name: str) -> ModelSpec:
-    """The model of this name: a preset of compt, or a config that open_clip brings. Raises ConfigError."""
+    """The model of this name: a preset of compt or a model config of open_clip. Raises ConfigError."""
     if name in PRESETS:
         return PRESETS[name]
     known = open_clip.list_models()
@@ -39,11 +39,11 @@ def model_spec(name: str) -> ModelSpec:
 
 
 def infer_spec(view: View, leftover: Collection[str], name: str, option: str) -> ModelSpec:
-    """The model whose parameters have these shapes, with heads of 64 channels; `name` is for one that is not known.
+    """The model whose parameters have these shapes, with heads of 64 channels; called `name` unless it is a known one.
 
-    Shapes do not tell the number of heads, the activation or a LayerNorm's eps. Raises ArtefactError, naming `option`,
-    where the width allows no heads of 64, where a known model of the same shapes has other heads, and for a Swin that
-    is no preset.
+    Shapes do not determine the number of heads, the activation or a LayerNorm's eps. Raises ArtefactError, which names
+    `option`, where the width allows no heads of 64, where a known model of the same shapes has other heads, and for a
+    Swin that is no preset.
     """
     hint = f"name the model with {option}"
     try:
@@ -62,9 +62,9 @@ def infer_spec(view: View, leftover: Collection[str], name: str, option: str) ->
 
 
 def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
-    """Raise ArtefactError listing, key by key, what of `view` does not fit the model, if anything does not.
+    """Raise ArtefactError unless `view` fits the model; the error lists every parameter that does not.
 
-    Weights are floats: fp16, bf16, fp32 or fp64. Nothing is read for it.
+    Weights are fp16, bf16, fp32 or fp64. Reads no tensor.
     """
     wanted = _shapes(spec, len(view), where)
     lists = (
@@ -95,13 +95,13 @@ def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
 
 
 def _shapes(spec: ModelSpec, parameters: int, where: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model to compare so many parameters with; of sizes from a file, which need not make sense."""
+    """The shapes of a model. Sizes come from a file and may be absurd: `parameters` is how many the file holds."""
     layers = spec.depth + spec.text_depth
     if layers > parameters:
         raise ArtefactError(f"{where}: {spec.name} has {layers} layers, the weights only {parameters} parameters")
     try:
         return exported_shapes(spec)
-    except (RuntimeError, TypeError, OverflowError) as error:  # what torch says of numbers that it cannot count to
+    except (RuntimeError, TypeError, OverflowError) as error:  # torch cannot count to such sizes
         raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({_first_line(error)})") from error
 
 
@@ -130,7 +130,7 @@ def _vit(view: View, name: str, hint: str) -> ModelSpec:
 
 
 def _swin(view: View, name: str, hint: str) -> ModelSpec:
-    """The preset with such stages: neither picture size nor shift can be told from shapes."""
+    """The preset with these stages: shapes determine neither the image size nor the shift of windows."""
     width = view.shape("visual.trunk.patch_embed.proj.weight")[0]
     depths = tuple(
         _layers(view, f"visual.trunk.layers.{stage}.blocks.") for stage in range(_layers(view, "visual.trunk.layers."))
@@ -182,6 +182,6 @@ def _open_clips() -> Iterator[ModelSpec]:
 
 
 def _sizes(spec: ModelSpec) -> tuple[Any, ...]:
-    """What decides the shapes of all parameters."""
+    """The fields that determine the shapes of all parameters."""
     apart = ("name", "heads", "head_width", "text_heads", "text_head_width", "quick_gelu", "norm_eps", "text_norm_eps")
     return tuple(getattr(spec, field.name) for field in fields(spec) if field.name not in apart)

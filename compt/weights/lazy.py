@@ -1,4 +1,4 @@
-"""Weights as sources give them: names and shapes known, tensors read one at a time."""
+"""Weights of a source: names and shapes are known, tensors are read one at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Weights(Mapping[str, Tensor]):
-    """Parameter name -> tensor on the CPU, read when asked for; shapes are known without reading."""
+    """Parameter name -> tensor on the CPU. Each access reads the tensor; shapes are known without reading."""
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -31,14 +31,12 @@ class Weights(Mapping[str, Tensor]):
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype | str:
-        """The type of a parameter's elements, without reading it; its name where it is none of torch's."""
+        """The type of a parameter's elements, without reading it; the source's name of a type that torch lacks."""
 
 
 @dataclass(frozen=True)
 class FoundWeights:
-    """What a path holds before anything is decided: its weights under the names they have there, its files, and what
-    a config beside them says.
-    """
+    """What a path holds: its weights under the source's own names, its files, and what a config beside them says."""
 
     weights: Weights | LazyState
     files: Sequence[Path]
@@ -47,7 +45,7 @@ class FoundWeights:
 
 
 class Tensors(Weights):
-    """Tensors of an open file. They are views of the file: each is copied when it is asked for."""
+    """Tensors of an open file. They are views of the file; each access returns a copy."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
@@ -72,7 +70,7 @@ class Tensors(Weights):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One parameter made of one or several of a source: taken as it is, transposed, or stacked along dimension 0."""
+    """One parameter, made of one or several of the source's: as they are, transposed, or stacked along dimension 0."""
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
@@ -80,7 +78,7 @@ class TensorSource:
 
 
 class View(Weights):
-    """Weights under other names, each made of the source's when it is asked for."""
+    """Weights under other names. Each access makes the tensor from the source's."""
 
     def __init__(self, weights: Weights | LazyState, parts: Mapping[str, TensorSource]) -> None:
         self._weights = weights
@@ -109,15 +107,15 @@ class View(Weights):
         return self._parts[name].shape
 
     def dtype(self, name: str) -> torch.dtype | str:
-        """The type of a parameter's elements, without reading it; of several tensors the first that is no float."""
+        """The type of a parameter's elements, without reading it; of several types the first that is no float."""
         found = [self._weights.dtype(source) for source in self._parts[name].names]
         return next((dtype for dtype in found if dtype not in FLOATS), found[0])
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`. Raises ArtefactError where it is missing or is (or leads) elsewhere.
+    """The file `name` of `folder`. Raises ArtefactError where it is missing, or is a link out of the folder.
 
-    A snapshot in Hugging Face's cache is a folder of links into `blobs` beside it: those are followed.
+    Links into `blobs` beside a snapshot in Hugging Face's cache are followed: such a snapshot consists of them.
     """
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
@@ -134,7 +132,7 @@ def inside(folder: Path, name: str) -> Path:
 def digest_of(files: Sequence[Path]) -> str:
     """One SHA-256 for the contents of `files`, in the order of their names. Raises ArtefactError.
 
-    A process reads a file once for it, unless it changes.
+    A process reads each file once, and again only after it has changed.
     """
     lines = []
     for path in sorted(files, key=lambda path: path.name):

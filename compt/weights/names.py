@@ -1,4 +1,4 @@
-"""Names of parameters as others write them, and open_clip's: prefixes, wrappers, other layouts of the same model."""
+"""From other programs' parameter names to open_clip's: prefixes, wrappers, other layouts of the same model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.
 _ANCHOR = "token_embedding.weight"
 _SHOWN = 6
 
-# What training leaves beside the weights of a model and the model does without.
+# What training writes beside the weights, and a model does not need.
 _LEFTOVERS = re.compile(
     r"(projector|visual_proj|text_proj|optim|optimizer)\..*"
     r"|(.*\.)?(attn_mask|relative_position_index|position_ids)"
@@ -24,7 +24,7 @@ _OPTIMIZER = re.compile(r"(.*\.)?(optim|optimizer)\.")
 OPENAI_SIZES = frozenset({"input_resolution", "context_length", "vocab_size"})
 """What OpenAI's own state dicts hold beside the weights."""
 
-# Hugging Face's names, apart from the blocks: name here, name there, whether it is transposed.
+# Hugging Face's names outside the blocks: open_clip's name, their name, whether they store it transposed.
 _HUGGING_FACE = (
     ("visual.class_embedding", "vision_model.embeddings.class_embedding", False),
     ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight", False),
@@ -55,11 +55,11 @@ _HUGGING_FACE_LAYER = re.compile(r"((?:vision|text)_model\.encoder\.layers)\.(\d
 def open_clip_view(
     weights: Weights | LazyState, prefix: str | None, where: str, option: str
 ) -> tuple[View, list[str], list[str]]:
-    """The one model in `weights` under open_clip's names; what was left out of it; what stood in the same place.
+    """The one model in `weights` under open_clip's names, all names left out, and those left out of the model itself.
 
-    `prefix` chooses among several models, by its name or a part of it between dots. Learnt scalars get shape ().
-    Raises ArtefactError, with `where` in front, when there is no model or no single one; it lists those it found and
-    names `option`, by which the caller chooses.
+    `prefix` chooses among several models, by the model's prefix or a part of it between dots. Learnt scalars get shape
+    (). Raises ArtefactError, which begins with `where`, for no model, and for several models without a choice: it lists
+    them and names `option`, the option that chooses.
     """
     raw = _unwrapped(weights, where)
     models = models_in(raw)
@@ -99,7 +99,7 @@ def models_in(names: Iterable[str]) -> list[str]:
 
 
 def _unwrapped(weights: Iterable[str], where: str) -> dict[str, str]:
-    """Name without what wrappers of modules put into it -> name in the source."""
+    """Name without the parts that module wrappers add -> name in the source."""
     raw: dict[str, str] = {}
     for source in weights:
         name = source
@@ -131,7 +131,7 @@ def _choose(found: list[str], prefix: str | None, names: Iterable[str], where: s
 
 
 def _short(name: str, models: Iterable[str]) -> str:
-    """What a tensor that is left out belongs to: another model, an optimizer, else itself."""
+    """A short name for a tensor that is left out: its model or optimizer with a `*`, else its own name."""
     for root in models:
         if name.startswith(root):
             return f"{root}*"
@@ -140,14 +140,14 @@ def _short(name: str, models: Iterable[str]) -> str:
 
 
 def _text_at_top(own: Mapping[str, str]) -> dict[str, str]:
-    """open_clip's layout with the text tower as a module of its own, turned into the one without."""
+    """open_clip's layout with a module `text`, turned into the layout without it."""
     if "text." + _ANCHOR not in own:
         return dict(own)
     return {name.removeprefix("text."): source for name, source in own.items()}
 
 
 def _swin_now(own: Mapping[str, str]) -> dict[str, str]:
-    """timm before 0.9 kept a Swin's patch merging at the end of a stage; since then it begins the next one."""
+    """Since timm 0.9 a Swin's patch merging begins a stage; before, it ended the previous one."""
     if not any(name.startswith("visual.trunk.layers.0.downsample.") for name in own):
         return dict(own)
     pattern = re.compile(r"(visual\.trunk\.layers\.)(\d+)(\.downsample\..*)")
@@ -180,5 +180,5 @@ def _from_hugging_face(own: Mapping[str, str], weights: Weights | LazyState) -> 
                 name = f"{_HUGGING_FACE_TOWERS[layer[1]]}.resblocks.{layer[2]}.attn.in_proj_{layer[4]}"
                 parts[name] = TensorSource(packed, (rows, *shape[1:]), "stack")
         elif not (layer and layer[3] in ("self_attn.k_proj", "self_attn.v_proj")):
-            parts[theirs] = TensorSource((source,), shape)  # not known: the comparison with the model reports it
+            parts[theirs] = TensorSource((source,), shape)  # unknown: the comparison with the model reports it
     return parts

@@ -1,4 +1,4 @@
-"""Opening a model, whoever wrote it and whatever it is in."""
+"""Opening a model of any program, in any supported format."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _AVERAGE = "ema"
 def open_model(
     path: str | Path, spec: ModelSpec | None = None, prefix: str | None = None, verify: bool = True
 ) -> Artefact:
-    """A model to start from; its weights are read one parameter at a time, when they are asked for.
+    """A model to start from; each access to its state reads one parameter.
 
     `path`: a folder of compt, open_clip, Hugging Face (CLIP), torch.distributed.checkpoint or DeepSpeed (ZeRO 0 to 3),
-    or with weights alone; a .safetensors, .pt, .pth or .bin file; or ARCH:TAG, a pretrained tag of open_clip that is on
-    the disk already.
-    `spec`: the model, where the source does not say what it is, or to compare with what it says; without it the sizes
-    are taken from the shapes. `prefix`: which of several models in the source, as "student" or "module.ema".
+    or a folder with weights alone; a .safetensors, .pt, .pth or .bin file; or ARCH:TAG, a pretrained tag of open_clip
+    whose weights are on the disk already.
+    `spec`: the model. Needed where the source does not describe it and its shapes do not determine it; otherwise
+    compared with the source. `prefix`: which of several models in the source, such as "student" or "module.ema".
     `verify`: compare digests, where the source has some.
 
     The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and learnt scalars in shape (). The
@@ -54,9 +54,9 @@ def open_model(
 
 
 def average_of(artefact: Artefact) -> Mapping[str, Tensor] | None:
-    """The moving average of the weights that lies beside them in a folder of compt, None where there is none.
+    """The moving average of the weights in a folder of compt, None without one.
 
-    Raises ArtefactError when it is not the one that belongs to the model.
+    Raises ArtefactError when the average does not belong to the model.
     """
     expected = artefact.manifest.get("extra", {}).get(_AVERAGE)
     if expected is None:
@@ -87,7 +87,7 @@ def _find(path: Path, verify: bool) -> FoundWeights:
             f"{files.HF_CONFIG} (Hugging Face), {dcp.METADATA} (torch.distributed.checkpoint), {zero.LATEST} or "
             "*_model_states.pt (DeepSpeed) in it"
         )
-    # The last part alone, because callers may have put a folder in front of it.
+    # Only the last part: callers may have joined the tag to a folder.
     tag = tags.split_tag(path.name)
     if tag is not None:
         return tags.read_tag(*tag, verify=verify)
@@ -114,7 +114,7 @@ def _open_other(path: Path, found: FoundWeights, spec: ModelSpec | None, prefix:
 
 
 def _compare_state(found: Artefact) -> None:
-    assert isinstance(found.state, LazyState)  # what compt writes is read lazily
+    assert isinstance(found.state, LazyState)  # read_artefact opens files lazily
     compare(found.state, found.spec, str(found.path))
 
 

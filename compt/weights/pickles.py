@@ -1,7 +1,7 @@
-"""Reading pickles of others without running what they ask for: only listed names are ever looked up.
+"""Reading other programs' pickles without running their code: only listed names are looked up.
 
-Files of `torch.save` go through torch's own restricted unpickler (`weights_only=True`), everything else through one
-with a list of its own. Classes that a checkpoint mentions but no weight needs are replaced by `Inert`.
+torch's restricted unpickler (`weights_only=True`) reads files of `torch.save`; an unpickler with a list of its own
+reads everything else. `Inert` replaces classes that a checkpoint mentions and no weight needs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _METADATA_NAMES = {
 
 
 class Inert:
-    """Stands for an object of a class that is not looked up: takes any arguments and any state, and does nothing."""
+    """Replaces an object whose class is not looked up. It takes any arguments and any state, and does nothing."""
 
     def __new__(cls, *arguments: Any) -> Inert:  # noqa: D102
         return super().__new__(cls)
@@ -75,10 +75,10 @@ class Inert:
 
 
 def load_torch_file(path: Path) -> Any:
-    """What `torch.save` wrote to `path`: dicts, lists, numbers, strings, and tensors that stay on the disk until used.
+    """The contents of a file of `torch.save`: dicts, lists, numbers, strings, and tensors that stay on disk until used.
 
-    Files of torch before 1.6 are read too, into memory. Raises ArtefactError for anything that asks for other classes
-    or functions than those of weights (nothing of it is called), for a torn file, and for a TorchScript archive.
+    Files of torch before 1.6 are read into memory. Raises ArtefactError for a file that refers to classes or functions
+    that no weights need (none of them is called), for a torn file, and for a TorchScript archive.
     """
     zipped = _check_archive(path)
     try:
@@ -100,8 +100,10 @@ def load_torch_file(path: Path) -> Any:
 
 
 def tensors_in(values: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested dicts, under its keys joined by dots. Lists and keys that are no text are passed by: that
-    is where optimizers keep theirs. Raises ArtefactError for a tensor of another kind, and for dicts without end.
+    """Every tensor in nested dicts, under its keys joined by dots.
+
+    Lists and keys that are no strings are skipped: optimizers keep their tensors there. Raises ArtefactError for a
+    tensor that is not plain (sparse, quantized, a subclass), and for dicts nested too deep.
     """
     if depth > _DEEPEST:
         raise ArtefactError(f"{prefix}: dicts in dicts, {_DEEPEST} deep")
@@ -151,13 +153,13 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 def _check_archive(path: Path) -> bool:
-    """Whether `path` is a zip archive as torch.save writes it; False for one of the format before."""
+    """Whether `path` is a zip archive of torch.save; False for torch's older format."""
     try:
         if not zipfile.is_zipfile(path):
             return False
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    # zipfile says NotImplementedError of an archive made for a newer version of the format than it reads.
+    # zipfile raises NotImplementedError for versions of the zip format that it cannot read.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
     for name in names:
@@ -178,12 +180,12 @@ def _inert_names(path: Path) -> list[str]:
 
 
 def _stand_in(name: str) -> type[Inert]:
-    # torch keeps its list by value, so that each name needs a class of its own.
+    # torch keeps its list by class, so each name needs a class of its own.
     return type(name.rpartition(".")[2], (Inert,), {})
 
 
 def _asked_for(error: Exception) -> str | None:
-    """The name that torch's unpickler refused, out of its message."""
+    """The name that torch's unpickler refused, found in its message."""
     found = re.search(r"(?:Unsupported global|unsupported|Trying to load unsupported)[: ]+GLOBAL (\S+)", str(error))
     return found[1] if found else None
 

@@ -1,8 +1,11 @@
 """safetensors files written and read one tensor at a time, so that no more than one tensor is in memory.
 
 A file is an 8-byte little-endian header length, the header (JSON: for each tensor its type, shape and place), and the
-tensors' bytes without gaps (https://github.com/huggingface/safetensors#format). The library's own writer needs every
-tensor of a file at once, and its reader maps the file, whose pages then count as memory of the process.
+tensors' bytes without gaps (https://github.com/huggingface/safetensors#format).
+
+The library checks the header here, but neither writes nor reads tensors. Its writer needs every tensor of a file at
+once. Its reader maps the file: the pages count as memory of the process, and a file that becomes shorter while it is
+mapped kills the process with SIGBUS, where a read raises an error.
 """
 
 from __future__ import annotations
@@ -46,9 +49,9 @@ _WIDEST = 8  # bytes an element
 
 
 def split_files(shapes: Mapping[str, Shape], max_bytes: int) -> list[list[str]]:
-    """Which parameters go to which file: in order, up to `max_bytes` of float32 in each; a larger one stands alone.
+    """Which parameters go to which file: in order, up to `max_bytes` of float32 in each; a larger one has its own file.
 
-    A function of names and shapes alone, so that every process finds the same whatever the types turn out to be.
+    The result depends on names and shapes alone, so every process finds the same files whatever the types are.
     """
     files: list[list[str]] = [[]]
     size = 0
@@ -63,7 +66,7 @@ def split_files(shapes: Mapping[str, Shape], max_bytes: int) -> list[list[str]]:
 
 
 def share_out(sizes: Sequence[int], writers: int) -> list[int]:
-    """The writer of each file: the largest first, each to the one that has least; the same in every process."""
+    """The writer of each file: the largest file first, each to the writer with the least so far."""
     loads = [0] * writers
     owner = [0] * len(sizes)
     for file in sorted(range(len(sizes)), key=lambda number: (-sizes[number], number)):
@@ -77,10 +80,10 @@ def write_tensors(
 ) -> int:
     """Write the parameters named in `shapes` as one safetensors file and flush it; returns the bytes of the tensors.
 
-    `state` is asked for one tensor at a time, and none is kept; a tensor whose size is no multiple of 8 elements may be
-    asked for twice. The file's bytes depend on names, shapes, types, values and `metadata`, and the header comes last:
-    a file that was not finished cannot be read. Raises ArtefactError for a tensor of another shape or of a type that
-    the format has not, RunError when the disk is full.
+    Takes one tensor at a time from `state` and keeps none; it may take a tensor twice whose size is no multiple of 8
+    elements. The file's bytes depend on names, shapes, types, values and `metadata` alone. The header is written last,
+    so an unfinished file cannot be read. Raises ArtefactError for a tensor of another shape or of a type that the
+    format does not have, RunError when the disk is full.
     """
     room = _header_room(shapes, metadata)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -106,7 +109,7 @@ def write_tensors(
 
 
 def _append(file: BinaryIO, path: Path, name: str, state: Mapping[str, Tensor], shape: Shape) -> tuple[str, int]:
-    # A function of its own, so that the tensor is gone before the next one is made.
+    # In a loop of the caller, the variable would hold one tensor while the next one is made.
     tensor = state[name].detach()
     if tuple(tensor.shape) != shape and not (shape == () and tensor.numel() == 1):
         raise ArtefactError(f"the weights to write: {name} is {list(tensor.shape)} where the model has {list(shape)}")
@@ -119,9 +122,10 @@ def _append(file: BinaryIO, path: Path, name: str, state: Mapping[str, Tensor], 
 
 
 def _aligned(state: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[str]:
-    """An order in which each tensor starts at a multiple of its element's size, as readers need: gaps are not allowed.
+    """An order in which each tensor starts at a multiple of its element's size.
 
-    8 elements of any type keep that for whatever follows; the few other tensors come last, wide types first.
+    Readers need that, and the format allows no gaps. A tensor of a multiple of 8 elements keeps any alignment for the
+    next one; the few other tensors come last, wide types first.
     """
     ragged = [name for name, shape in shapes.items() if math.prod(shape) % 8]
     if len(ragged) > 1:
@@ -131,7 +135,7 @@ def _aligned(state: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> list[s
 
 
 def _header_room(shapes: Mapping[str, Shape], metadata: Mapping[str, str]) -> int:
-    """The most bytes that a header can take, whatever the types; a multiple of 8, as the tensors begin behind it."""
+    """The most bytes that a header can take, whatever the types; a multiple of 8, because the tensors follow it."""
     most = _WIDEST * sum(math.prod(shape) for shape in shapes.values())
     entries = {
         name: {"dtype": _LONGEST, "shape": list(shape), "data_offsets": [most, most]} for name, shape in shapes.items()
@@ -144,10 +148,10 @@ def _json(value: Any) -> bytes:
 
 
 class TensorFile:
-    """A safetensors file, opened and checked; its tensors are read into memory of their own when asked for."""
+    """A safetensors file, opened and checked; `read` reads one tensor into memory of its own."""
 
     def __init__(self, path: Path) -> None:
-        """Raises ArtefactError for a file that cannot be read or is not of the format."""
+        """Raises ArtefactError for a file that cannot be read or is no safetensors file."""
         self.path = Path(path)
         try:
             with safe_open(self.path, framework="np") as checked:  # the header is sound, and the tensors fill the file
@@ -202,10 +206,10 @@ class TensorFile:
 
 
 class LazyState(Mapping[str, Tensor]):
-    """Parameter name -> tensor, read from its safetensors file only when asked for, and kept by nobody."""
+    """Parameter name -> tensor. Each access reads the tensor from its safetensors file; none is kept."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
-        """Raises ArtefactError for a file that is not of the format, and for a parameter that is in two of them."""
+        """Raises ArtefactError for a file that is no safetensors file, and for a parameter that is in two files."""
         self._files: dict[str, TensorFile] = {}
         for name in names:
             file = TensorFile(Path(folder) / name)

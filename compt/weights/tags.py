@@ -1,4 +1,4 @@
-"""open_clip's pretrained tags, ARCH:TAG, whose weights are on the disk already. Nothing is ever downloaded."""
+"""open_clip's pretrained tags, ARCH:TAG, whose weights are on the disk already. This module downloads nothing."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ _TAG = re.compile(r"([\w.-]+):([\w.-]+)")
 
 
 def split_tag(text: str) -> tuple[str, str] | None:
-    """("ViT-B-32", "laion2b_s34b_b79k") for "ViT-B-32:laion2b_s34b_b79k", None for what is no tag."""
+    """("ViT-B-32", "laion2b_s34b_b79k") for "ViT-B-32:laion2b_s34b_b79k", None where `text` is no tag."""
     match = _TAG.fullmatch(text)
     return (match[1], match[2]) if match else None
 
 
 def clip_cache() -> Path:
-    """Where open_clip keeps what it downloads from elsewhere than Hugging Face."""
+    """The folder for open_clip's downloads that do not come from Hugging Face."""
     return Path("~/.cache/clip").expanduser()
 
 
 def read_tag(arch: str, tag: str, verify: bool = True) -> FoundWeights:
-    """The weights of a tag. Raises ArtefactError for an unknown one, and for one that is not on the disk, saying where
-    it was looked for and what brings it there.
+    """The weights of a tag. `verify`: compare the digest that some addresses contain.
 
-    With `verify` the digest that is part of some addresses is compared.
+    Raises ArtefactError for an unknown tag, and for weights that are not on the disk: it lists the places it looked in
+    and the command that downloads them.
     """
     known = open_clip.list_models()
     if arch not in known:
@@ -61,13 +61,13 @@ def read_tag(arch: str, tag: str, verify: bool = True) -> FoundWeights:
             pixels |= {key: config[key] for key in ("interpolation",) if key in config}
             return FoundWeights(found.weights, found.files, spec, pixels)
     raise ArtefactError(
-        f"{arch}:{tag}: not on this machine: neither {' nor '.join(looked)}. To bring it there, run "
+        f"{arch}:{tag}: not on this machine: neither {' nor '.join(looked)}. To download it, run "
         f"python -c \"import open_clip; open_clip.create_model('{arch}', pretrained='{tag}')\" where there is a network"
     )
 
 
 def _places(config: dict[str, Any]) -> Iterator[tuple[str, Path | None]]:
-    """Where the file of a tag may be: the place in words, and its path if it is there. open_clip's own order."""
+    """The places of a tag's file in open_clip's order: a description, and the path where the file exists."""
     if config.get("hf_hub"):
         repository, _, name = str(config["hf_hub"]).rpartition("/")
         for file in _names(name or HF_WEIGHTS_NAME):

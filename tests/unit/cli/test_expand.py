@@ -418,7 +418,7 @@ def test_shard_sizes(text: str | None, size: int) -> None:
         (["OUT", "--verify", "DATA/*.tar", "--device", "tpu"], ConfigError, "device 'tpu' is not supported"),
         ([], ConfigError, "name the folder to write, or add --dry-run, or --verify DATA"),
         (["TAKEN"], ArtefactError, "exists and is not a model folder that compt wrote"),
-        (["TEACHER"], ArtefactError, "would be replaced by what is made of it"),
+        (["TEACHER"], ArtefactError, "is read and would be replaced"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )

@@ -166,7 +166,7 @@ def test_a_run_with_a_job_in_training(tmp_path: Path) -> None:
     assert "2-vit_micro: training, step 200 of 580; last log line 20" in page.text
     assert "Not begun: 3-vit_mini, baseline-vit_micro-s0" in page.text
     assert "**Not finished.**" in markdown
-    assert "r, distillation over contrastive loss" in page.text, "curves of the job in training are there"
+    assert "r, distillation over task loss" in page.text, "curves of the job in training are there"
 
 
 def test_states_in_words(tmp_path: Path) -> None:

@@ -387,7 +387,7 @@ def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path):
         paths = [str(tmp_path / word) if word == "model" else word for word in words]
         found = CliRunner().invoke(app, paths).exception
         assert isinstance(found, ArtefactError)
-        assert "would be replaced by what is made of it" in str(found)
+        assert "is read and would be replaced" in str(found)
     check_free(tmp_path / "model")
     check_free(tmp_path / "nothing" / "there")
 
@@ -400,7 +400,7 @@ def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path):
         ("link/ema", "model", "model: holds .*ema, which is read"),
         ("WEIGHTS", "model", r"model: holds .*safetensors, which is read"),
         ("model/ema", "link", "link: holds .*ema, which is read"),
-        ("model", "link", "would be replaced by what is made of it"),
+        ("model", "link", "is read and would be replaced"),
         ("model", "model/ema", "ema: lies in .*model, which is read"),
         ("model", "link/new", "new: lies in .*model, which is read"),
     ],
