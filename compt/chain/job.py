@@ -241,6 +241,7 @@ class JobRun:
             captions=recipe.data.captions,
             context_length=self.job.spec.context_length,
             crop_scale=recipe.data.crop_scale,
+            decoder=recipe.data.decoder,
             window=recipe.data.shuffle_shards,
             start_step=start_step,
             total_steps=self.job.steps,

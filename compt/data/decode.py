@@ -1,22 +1,28 @@
-"""Bytes to pixels with Pillow: random crops for training, open_clip's preprocessing for evaluation."""
+"""Encoded images to pixels: the interface of decoders, and Pillow, which decodes crops for training and whole images
+as open_clip does for evaluation.
+
+To add a decoder of training images, write a `Decoder` in a module of its own and add its name and place to
+`compt.recipe.schema.DECODERS`; a recipe can then name it as `data.decoder`.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from compt.data.order import Box
 from compt.errors import ComptError
 
 Pixels = NDArray[np.uint8]
-Crop = Callable[[int, int], Box]
-"""Width and height of the whole image to the box to cut."""
 Cause = Literal["image", "caption", "tar"]
 
 MAX_PIXELS = 89_478_485
@@ -35,35 +41,44 @@ class Unusable(Exception):
         self.cause: Cause = cause
 
 
-class Decoder(Protocol):
-    """What a training loader needs of a decoder. It has no say in order, crops or captions."""
-
-    def decode(self, data: bytes, crop: Crop, size: int) -> Pixels:
-        """uint8 [3, size, size] of the crop. Raises Unusable."""
-        ...
-
-    def keep(self, data: bytes, size: int) -> Kept:
-        """The decoded image, from which any crop can be cut later. Raises Unusable."""
-        ...
-
-    def cut(self, kept: Kept, crop: Crop, size: int) -> Pixels:
-        """The same pixels as `decode` gives. Raises Unusable."""
-        ...
-
-
 @dataclass
-class Kept:
-    """A decoded image: `scaled[d]` is the image at 1/d of its size as the JPEG decoder gives it."""
+class Encoded:
+    """An image as it is stored, with its size in pixels.
 
+    header: the image with only its header read, for a decoder that runs in the same process. It serves one decoding.
+    """
+
+    data: bytes
     width: int
     height: int
-    scaled: dict[int, Image.Image]
-    jpeg: bool
+    header: Image.Image | None = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pixels."""
-        return sum(image.width * image.height * 4 for image in self.scaled.values())
+        """What it takes in memory."""
+        return len(self.data)
+
+
+class Decoder(ABC):
+    """Turns the encoded images of a batch into pixels. It has no influence on order, crops or captions."""
+
+    in_worker: ClassVar[bool] = True
+    """Whether it runs in the loader's worker processes. A decoder that uses a GPU has to run in the training process:
+    the workers are forked, and CUDA does not survive a fork."""
+
+    @abstractmethod
+    def decode(
+        self, keys: Sequence[str], images: Sequence[Encoded], boxes: Sequence[Box], size: int
+    ) -> tuple[Tensor, dict[int, Unusable]]:
+        """The box of each image, resized: uint8 [B, 3, size, size], on any device.
+
+        The mapping has the images that cannot be decoded, by their place in the batch; their pixels are not used. The
+        loader counts each by its cause and puts another sample in its place.
+        """
+
+    def keep(self, image: Encoded, size: int) -> Encoded:
+        """What `engine.cache` keeps in memory of an image, from which any box can be cut later. Raises Unusable."""
+        return replace(image, header=None)
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -105,48 +120,75 @@ def _planes(image: Image.Image) -> Pixels:
     return np.frombuffer(image.tobytes(), np.uint8).reshape(image.height, image.width, 3).transpose(2, 0, 1)
 
 
-class PillowDecoder:
-    """Decodes on the CPU, large JPEGs at the smallest of 1, 1/2, 1/4, 1/8 that still covers the crop."""
+class PillowDecoder(Decoder):
+    """Decodes on the CPU, bicubic with antialiasing.
 
-    def decode(self, data: bytes, crop: Crop, size: int) -> Pixels:
-        """uint8 [3, size, size] of the crop, bicubic with antialiasing. Raises Unusable."""
-        image = open_image(data)
-        width, height = image.size
-        box = crop(width, height)
-        return self._cut(self._load(image, self._denominator(image, box, size)), box, width, height, size)
+    A large JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that still covers the box: this takes a
+    fraction of the time, since the JPEG decoder itself scales.
+    """
 
-    def keep(self, data: bytes, size: int) -> Kept:
-        """The image at every scale that `decode` may choose for crops to `size`. Raises Unusable."""
-        image = open_image(data)
-        width, height = image.size
-        smallest = self._denominator(image, (0, 0, width, height), size)
-        scaled = {1: self._load(image, 1)}
-        for power in (2, 4, 8):
-            if power <= smallest:
-                scaled[power] = self._load(open_image(data), power)
-        return Kept(width, height, scaled, jpeg=image.format == "JPEG")
+    def decode(
+        self, keys: Sequence[str], images: Sequence[Encoded], boxes: Sequence[Box], size: int
+    ) -> tuple[Tensor, dict[int, Unusable]]:
+        """The box of each image."""
+        pixels = np.empty((len(images), 3, size, size), np.uint8)
+        broken: dict[int, Unusable] = {}
+        for place, (image, box) in enumerate(zip(images, boxes, strict=True)):
+            try:
+                pixels[place] = self.pixels(image, box, size)
+            except Unusable as error:
+                broken[place] = error
+        return torch.from_numpy(pixels), broken
 
-    def cut(self, kept: Kept, crop: Crop, size: int) -> Pixels:
-        """The same pixels as `decode` gives for the bytes behind `kept`."""
-        box = crop(kept.width, kept.height)
-        scale = _covering(box, size) if kept.jpeg else 1
-        return self._cut(kept.scaled[scale], box, kept.width, kept.height, size)
-
-    @staticmethod
-    def _denominator(image: Image.Image, box: Box, size: int) -> int:
-        return _covering(box, size) if image.format == "JPEG" else 1
-
-    @staticmethod
-    def _load(image: Image.Image, denominator: int) -> Image.Image:
-        if denominator > 1:
-            image.draft("RGB", (image.width // denominator, image.height // denominator))
-        return to_rgb(image)
-
-    @staticmethod
-    def _cut(image: Image.Image, box: Box, width: int, height: int, size: int) -> Pixels:
-        x, y = image.width / width, image.height / height
+    def pixels(self, image: Encoded, box: Box, size: int) -> Pixels:
+        """uint8 [3, size, size] of one image. Raises Unusable."""
+        if isinstance(image, Kept):
+            decoded = image.scaled[_covering(box, size) if image.jpeg else 1]
+        else:
+            opened = image.header or open_image(image.data)
+            decoded = _load(opened, _covering(box, size) if opened.format == "JPEG" else 1)
+        # The box is in pixels of the whole image.
+        x, y = decoded.width / image.width, decoded.height / image.height
         part = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-        return _planes(image.resize((size, size), _BICUBIC, box=part))
+        return _planes(decoded.resize((size, size), _BICUBIC, box=part))
+
+    def keep(self, image: Encoded, size: int) -> Kept:
+        """The decoded image, at every scale that a box may need. Raises Unusable."""
+        opened = image.header or open_image(image.data)
+        jpeg = opened.format == "JPEG"
+        smallest = _covering((0, 0, image.width, image.height), size) if jpeg else 1
+        scaled = {1: _load(opened, 1)}
+        for scale in (2, 4, 8):
+            if scale <= smallest:
+                scaled[scale] = _load(open_image(image.data), scale)
+        return Kept(b"", image.width, image.height, scaled=scaled, jpeg=jpeg)
+
+
+@dataclass
+class Kept(Encoded):
+    """A decoded image: `scaled[d]` is the image at 1/d of its size."""
+
+    scaled: dict[int, Image.Image] = field(default_factory=dict)
+    jpeg: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Pillow takes four bytes for a pixel."""
+        return sum(image.width * image.height * 4 for image in self.scaled.values())
+
+
+def _load(image: Image.Image, denominator: int) -> Image.Image:
+    if denominator > 1:
+        image.draft("RGB", (image.width // denominator, image.height // denominator))
+    return to_rgb(image)
+
+
+class EvaluationDecoder(PillowDecoder):
+    """Whole images, as evaluation preprocesses them; boxes are ignored."""
+
+    def pixels(self, image: Encoded, box: Box, size: int) -> Pixels:
+        """uint8 [3, size, size]. Raises Unusable."""
+        return _centre(image.header or open_image(image.data), size)
 
 
 def _covering(box: Box, size: int) -> int:
@@ -160,7 +202,11 @@ def evaluation_pixels(data: bytes, size: int) -> Pixels:
 
     The shortest side is resized to `size` (bicubic), then the centre is cut. Raises Unusable.
     """
-    image = to_rgb(open_image(data))
+    return _centre(open_image(data), size)
+
+
+def _centre(image: Image.Image, size: int) -> Pixels:
+    image = to_rgb(image)
     width, height = image.size
     if width <= height:
         target = (size, max(size, int(size * height / width)))
@@ -171,6 +217,3 @@ def evaluation_pixels(data: bytes, size: int) -> Pixels:
     left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
     return _planes(image.crop((left, top, left + size, top + size)))
 
-
-DECODERS: dict[str, Callable[[], Decoder]] = {"pillow": PillowDecoder}
-"""Decoders by the name that a recipe gives."""

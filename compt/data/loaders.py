@@ -11,8 +11,9 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,13 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from compt.data.decode import DECODERS, Pixels, Unusable, evaluation_pixels
+from compt.data.decode import Decoder, EvaluationDecoder, Pixels, Unusable, evaluation_pixels
 from compt.data.index import Index
 from compt.data.order import epoch_order, substitute
 from compt.data.batch import Batch, EvalBatch
 from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
 from compt.data.tokens import CaptionTokens, Ids, Tokenizer, pad
-from compt.errors import ConfigError, DataError, nearest
+from compt.errors import DataError
+from compt.recipe.schema import DECODERS
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row after which a set counts as yielding nothing."""
@@ -93,44 +95,83 @@ class Failure(NamedTuple):
     message: str
 
 
-class _Draws(Dataset["Read | Failure"]):
-    """Reads whole batches."""
+@dataclass
+class Share:
+    """One rank's share of a step while it is made. For each place in it: the sample that stands there, and how many
+    samples were tried for it. bad: place and description of each sample that was replaced.
+    """
 
-    def __init__(self, drawer: Drawer, kind: Kind) -> None:
-        self._drawer, self._kind = drawer, kind
+    epoch: int
+    asked: list[int]
+    samples: list[int]
+    tried: list[int]
+    drawn: list[Drawn] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    bad: list[tuple[int, str]] = field(default_factory=list)
 
-    def __getitem__(self, reference: Reference) -> Read | Failure:
-        size = self._kind.image_size
-        images = np.empty((len(reference.ids), 3, size, size), np.uint8)
-        rows: list[Ids] = []
-        keys: list[str] = []
-        bad: list[str] = []
-        skipped: Counter[str] = Counter()
-        few = 0
-        for place, sample in enumerate(reference.ids.tolist()):
-            drawn = self._draw(sample, reference.epoch, skipped, bad)
-            if drawn is None:
-                return Failure(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is {bad[-1]}")
-            images[place] = drawn.pixels
-            rows.extend(drawn.tokens)
-            keys.append(drawn.key)
-            few += drawn.few
-            if drawn.empty_captions:
-                skipped["caption"] += drawn.empty_captions
-        batch = Batch(torch.from_numpy(images), pad(rows, self._kind.captions), keys, dict(skipped), few)
-        return Read(batch, len(bad), bad[0] if bad else "")
 
-    def _draw(self, asked: int, epoch: int, skipped: Counter[str], bad: list[str]) -> Drawn | None:
-        """The sample, or the first substitute that can be used; None when there is none within the limit."""
-        index, sample = self._drawer.reader.index, asked
-        for attempt in range(MAX_SUBSTITUTES):
+class _Draws(Dataset["Read | Share | Failure"]):
+    """Makes whole batches: draws the samples, decodes them, and replaces those that cannot be used."""
+
+    def __init__(self, drawer: Drawer, kind: Kind, decoder: Decoder) -> None:
+        self._drawer, self._kind, self._decoder = drawer, kind, decoder
+
+    def __getitem__(self, reference: Reference) -> Read | Share | Failure:
+        ids = reference.ids.tolist()
+        share = Share(reference.epoch, ids, list(ids), [0] * len(ids))
+        try:
+            share.drawn = [self._draw(share, place) for place in range(len(ids))]
+            return self.decode(share) if self._decoder.in_worker else share
+        except DataError as error:
+            return Failure(str(error))
+
+    def decode(self, share: Share) -> Read:
+        """The finished batch. Raises DataError where a place finds no sample that can be used.
+
+        A sample may turn out to be broken only here. Its substitute is then drawn and decoded as well, so a decoder in
+        the training process gets the same samples as one in a worker.
+        """
+        places, pixels = list(range(len(share.drawn))), torch.empty(0)
+        while places:
+            drawn = [share.drawn[place] for place in places]
+            keys, images, boxes, *_ = zip(*drawn, strict=True)
+            decoded, broken = self._decoder.decode(keys, images, boxes, self._kind.image_size)
+            if len(places) == len(share.drawn):
+                pixels = decoded
+            else:
+                pixels[places] = decoded
+            places = [places[at] for at in sorted(broken)]
+            for place, error in zip(places, (broken[at] for at in sorted(broken)), strict=True):
+                self._replace(share, place, error)
+                share.drawn[place] = self._draw(share, place)
+        for one in share.drawn:
+            if one.empty_captions:
+                share.skipped["caption"] += one.empty_captions
+        rows = [ids for one in share.drawn for ids in one.tokens]
+        few = sum(one.few for one in share.drawn)
+        keys_in_order = [one.key for one in share.drawn]
+        batch = Batch(pixels, pad(rows, self._kind.captions), keys_in_order, dict(share.skipped), few)
+        return Read(batch, len(share.bad), min(share.bad, key=itemgetter(0))[1] if share.bad else "")
+
+    def _draw(self, share: Share, place: int) -> Drawn:
+        """The sample of a place, or the first substitute whose captions and header can be read."""
+        while True:
             try:
-                return self._drawer.draw(sample, epoch)
+                return self._drawer.draw(share.samples[place], share.epoch)
             except Unusable as error:
-                skipped[error.cause] += 1
-                bad.append(f"{index.describe(sample)}: {error.cause}: {error}")
-                sample = substitute(self._kind.seed, epoch, index.key(asked), attempt, len(index))
-        return None
+                self._replace(share, place, error)
+
+    def _replace(self, share: Share, place: int, error: Unusable) -> None:
+        """Count an unusable sample and put a substitute in its place. Raises DataError after `MAX_SUBSTITUTES`."""
+        index = self._drawer.reader.index
+        share.skipped[error.cause] += 1
+        share.bad.append((place, f"{index.describe(share.samples[place])}: {error.cause}: {error}"))
+        attempt = share.tried[place]
+        share.tried[place] += 1
+        if share.tried[place] == MAX_SUBSTITUTES:
+            raise DataError(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is {share.bad[-1][1]}")
+        key = index.key(share.asked[place])
+        share.samples[place] = substitute(self._kind.seed, share.epoch, key, attempt, len(index))
 
 
 class _BadShare:
@@ -165,7 +206,7 @@ class TrainLoader:
 
     steps: Iterable[Reference]
     count: int
-    reads: Dataset[Read | Failure]
+    reads: _Draws
     workers: int
     max_bad_share: float
 
@@ -177,6 +218,8 @@ class TrainLoader:
         for read in _loader(self.reads, self.steps, self.workers):
             if isinstance(read, Failure):
                 raise DataError(read.message)
+            if isinstance(read, Share):
+                read = self.reads.decode(read)
             watch.add(read)
             yield read.batch
 
@@ -244,21 +287,20 @@ def train_loader(
     batch: images of a step over all ranks. captions: drawn for each image. window: shards that are shuffled together.
     cache: keep decoded images and token ids in memory, up to `CACHE_BYTES`. Workers, cache, and how the ranks are cut
     do not change the samples. Raises DataError at once when the set or the batch is too small, and, while iterating,
-    when too many samples cannot be used; ConfigError for an unknown decoder.
+    when too many samples cannot be used; ValueError for an unknown decoder.
     """
-    if decoder not in DECODERS:
-        raise ConfigError(f"unknown decoder '{decoder}'{nearest(decoder, DECODERS)}; known: {', '.join(DECODERS)}")
     if batch % world_size:
         raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
     if len(index) < batch:
         raise DataError(f"{len(index)} samples are fewer than one batch of {batch}; take a smaller batch or more data")
     kind = Kind(image_size, captions, crop_scale, seed)
     tokens = CaptionTokens(context_length, tokenizer)
-    drawer = Drawer(index, kind, tokens, DECODERS[decoder](), CACHE_BYTES if cache else 0)
+    chosen: Decoder = DECODERS.load(decoder)()
+    drawer = Drawer(index, kind, tokens, chosen, CACHE_BYTES if cache else 0)
     if cache and workers:
         drawer.fill()
     steps = Steps(index.sizes, seed, window, batch, start_step, total_steps, rank, world_size)
-    return TrainLoader(steps, len(steps), _Draws(drawer, kind), workers, max_bad_share)
+    return TrainLoader(steps, len(steps), _Draws(drawer, kind, chosen), workers, max_bad_share)
 
 
 def fixed_caption_batches(
@@ -272,9 +314,6 @@ def fixed_caption_batches(
     world_size: int = 1,
     workers: int = 0,
     tokenizer: Tokenizer | None = None,
-    max_batches: int | None = None,
-    max_bad_share: float = 0.01,
-    cache: bool = False,
 ) -> TrainLoader:
     """Whole batches for a validation loss that can be compared between models: same images, crops and captions.
 
@@ -283,13 +322,11 @@ def fixed_caption_batches(
     """
     order = epoch_order(0, 0, index.sizes, max(len(index.sizes), 1))
     whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order]
-    steps = [Reference(0, ids) for ids in whole[:max_batches][rank::world_size]]
+    steps = [Reference(0, ids) for ids in whole[rank::world_size]]
     kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
-    tokens = CaptionTokens(context_length, tokenizer)
-    drawer = Drawer(index, kind, tokens, DECODERS["pillow"](), CACHE_BYTES if cache else 0)
-    if cache and workers:
-        drawer.fill()
-    return TrainLoader(steps, len(steps), _Draws(drawer, kind), workers, max_bad_share)
+    decoder = EvaluationDecoder()
+    drawer = Drawer(index, kind, CaptionTokens(context_length, tokenizer), decoder)
+    return TrainLoader(steps, len(steps), _Draws(drawer, kind, decoder), workers, max_bad_share=0.01)
 
 
 class _Evaluations(Dataset["EvalBatch | Failure"]):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from compt.data.captions import CaptionTable, from_json, from_text, usable
-from compt.data.decode import Crop, Decoder, Kept, Pixels, Unusable, evaluation_pixels
+from compt.data.decode import Decoder, Encoded, Unusable, open_image
 from compt.data.index import IndexEntry, Index
-from compt.data.order import caption_choice, crop_box
+from compt.data.order import Box, caption_choice, crop_box
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.tokens import CaptionTokens, Ids
 from compt.errors import DataError
@@ -151,12 +150,25 @@ class ShardSamples:
 
 
 class Drawn(NamedTuple):
-    """One image and its captions as a step sees them. few: captions were drawn with replacement."""
+    """An image that is still to be decoded, the box to cut from it, and its captions as a step sees them.
+
+    few: captions were drawn with replacement.
+    """
 
     key: str
-    pixels: Pixels
+    image: Encoded
+    box: Box
     tokens: list[Ids]
     few: bool
+    empty_captions: int
+
+
+class _Stored(NamedTuple):
+    """A sample before anything is drawn: its image and its usable captions."""
+
+    key: str
+    image: Encoded
+    texts: list[str]
     empty_captions: int
 
 
@@ -172,16 +184,16 @@ class Kind:
 
 
 class Drawer:
-    """Draws samples. Decoded images and token ids are kept up to `memory` bytes; the result is the same without."""
+    """Draws samples. Up to `memory` bytes of them stay in memory; what is drawn is the same without."""
 
     def __init__(self, index: Index, kind: Kind, tokens: CaptionTokens, decoder: Decoder, memory: int = 0) -> None:
         self.reader = SampleReader(index)
         self._kind, self._tokens, self._decoder = kind, tokens, decoder
         self._free = memory
-        self._kept: dict[int, tuple[str, Kept | Pixels, list[Ids], int] | Unusable] = {}
+        self._kept: dict[int, _Stored | Unusable] = {}
 
     def fill(self) -> None:
-        """Decode into memory now, so that worker processes share it."""
+        """Read into memory now, so that the worker processes share it."""
         for sample in range(len(self.reader.index)):
             if self._free <= 0:
                 break
@@ -189,38 +201,30 @@ class Drawer:
 
     def draw(self, sample: int, epoch: int) -> Drawn:
         """One sample at one epoch. Raises Unusable."""
-        if self._free <= 0 and sample not in self._kept:
-            return self._draw_from_disk(sample, epoch)
-        found = self._kept.get(sample) or self._remember(sample)
+        found = self._kept.get(sample)
+        if found is None:
+            found = self._remember(sample) if self._free > 0 else self._read(sample)
         if isinstance(found, Unusable):
             raise Unusable(found.cause, str(found))
-        key, image, tokens, empty = found
-        if isinstance(image, Kept):
-            image = self._decoder.cut(image, self._crop(key, epoch), self._kind.image_size)
-        chosen = [tokens[i] for i in self._choose(key, epoch, len(tokens))]
-        return Drawn(key, image, chosen, self._few(len(tokens)), empty)
+        key, image, texts, empty = found
+        chosen = [self._tokens.ids(texts[i]) for i in self._choose(key, epoch, len(texts))]
+        return Drawn(key, image, self._box(key, epoch, image), chosen, len(texts) < self._kind.captions, empty)
 
-    def _draw_from_disk(self, sample: int, epoch: int) -> Drawn:
+    def _read(self, sample: int) -> _Stored:
         entry = self.reader.index.entry(sample)
         texts, empty = self._texts(entry)
-        data, size = self.reader.image(entry), self._kind.image_size
-        if self._kind.fixed:
-            pixels = evaluation_pixels(data, size)
-        else:
-            pixels = self._decoder.decode(data, self._crop(entry.key, epoch), size)
-        chosen = [self._tokens.ids(texts[i]) for i in self._choose(entry.key, epoch, len(texts))]
-        return Drawn(entry.key, pixels, chosen, self._few(len(texts)), empty)
+        data = self.reader.image(entry)
+        opened = open_image(data)
+        # Pillow's image can go to no other process.
+        header = opened if self._decoder.in_worker else None
+        return _Stored(entry.key, Encoded(data, opened.width, opened.height, header), texts, empty)
 
-    def _remember(self, sample: int) -> tuple[str, Kept | Pixels, list[Ids], int] | Unusable:
-        entry = self.reader.index.entry(sample)
-        found: tuple[str, Kept | Pixels, list[Ids], int] | Unusable
+    def _remember(self, sample: int) -> _Stored | Unusable:
+        found: _Stored | Unusable
         try:
-            texts, empty = self._texts(entry)
-            data, size = self.reader.image(entry), self._kind.image_size
-            image = evaluation_pixels(data, size) if self._kind.fixed else self._decoder.keep(data, size)
-            tokens = [self._tokens.ids(text) for text in texts]
-            found = (entry.key, image, tokens, empty)
-            self._free -= image.nbytes + sum(ids.nbytes for ids in tokens)
+            read = self._read(sample)
+            found = read._replace(image=self._decoder.keep(read.image, self._kind.image_size))
+            self._free -= found.image.nbytes + sum(self._tokens.ids(text).nbytes for text in found.texts)
         except Unusable as error:
             found = error
         self._free -= 1024  # the objects around the pixels
@@ -234,14 +238,13 @@ class Drawer:
             raise Unusable("caption", "it has no caption" if not captions else "all its captions are empty")
         return texts, len(captions) - len(texts)
 
-    def _few(self, n: int) -> bool:
-        return n < self._kind.captions
-
     def _choose(self, key: str, epoch: int, n: int) -> list[int]:
         wanted = self._kind.captions
         if self._kind.fixed:
             return [place * n // wanted for place in range(wanted)]
         return caption_choice(self._kind.seed, epoch, key, n, wanted)
 
-    def _crop(self, key: str, epoch: int) -> Crop:
-        return partial(crop_box, self._kind.seed, epoch, key, scale=self._kind.crop_scale)
+    def _box(self, key: str, epoch: int, image: Encoded) -> Box:
+        if self._kind.fixed:
+            return 0, 0, image.width, image.height
+        return crop_box(self._kind.seed, epoch, key, image.width, image.height, self._kind.crop_scale)

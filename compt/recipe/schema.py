@@ -29,6 +29,7 @@ from compt.recipe.types import (
     Shards,
     Triple,
     execution,
+    later,
 )
 
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
@@ -59,6 +60,8 @@ class Data(Section):
     number of steps of the controls of equal MACs, and nothing else that is trained."""
     crop_scale: Pair = (0.9, 1.0)
     """Smallest and largest share of a picture's area that a random crop keeps."""
+    decoder: Annotated[str, AfterValidator(DECODERS)] = later("pillow")
+    """What decodes the training images. Evaluation always decodes with `pillow`."""
     mean: Triple = OPENAI_MEAN
     """Mean of red, green and blue, of values between 0 and 1."""
     std: Triple = OPENAI_STD
