@@ -20,12 +20,13 @@ from compt.data.decode import Decoder, Encoded, Unusable
 from compt.data.index import Index, open_index
 from compt.data.loaders import MAX_SUBSTITUTES, train_loader
 from compt.data.order import Box
-from compt.errors import ConfigError, DataError
+from compt.errors import ConfigError, DataError, RunError
 from compt.plan.jobs import make_plan
 from compt.recipe.read import parse_recipe
 from compt.recipe.reference import reference
 from compt.recipe.schema import DECODERS, Recipe
 from tests.helpers import run as runs
+from tests.helpers.recipe import FIRST, chain, equal, lines, make_data, stopped_at, weights
 from tests.helpers.shards import make_shards
 from tests.unit.data.test_loaders import assert_same, faulty, load
 
@@ -145,3 +146,20 @@ def test_it_is_a_part_of_a_runs_identity_and_pillow_changes_no_hash() -> None:
 def test_a_recipe_can_only_name_decoders_of_the_table() -> None:
     with pytest.raises(ConfigError, match=r"data\.decoder = 'dali': should be 'pillow'"):
         named("dali")
+
+
+ONE_LINK = ("chain.links=[{model: small, train: {steps: 4}, warmup: {steps: 1}}]", "baselines=", "evaluation=")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_trains_with_it_and_resumes_exactly(tmp_path: Path, workers: int) -> None:
+    base = make_data(tmp_path / "data")
+    changes = [*ONE_LINK, "data.decoder=mean_colour", f"engine.workers={workers}"]
+    chain(base, tmp_path / "whole", *changes)
+    assert MeanColour.processes == {os.getpid()}
+    stopped_at(base, tmp_path / "stopped", 3, *changes)
+    with pytest.raises(RunError, match=r"data\.decoder"):
+        chain(base, tmp_path / "stopped", *ONE_LINK)
+    chain(base, tmp_path / "stopped", *changes)
+    assert equal(weights(tmp_path / "whole", FIRST), weights(tmp_path / "stopped", FIRST))
+    assert lines(tmp_path / "whole", FIRST) == lines(tmp_path / "stopped", FIRST)
