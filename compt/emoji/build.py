@@ -1,7 +1,6 @@
 """The emoji data set: colour emoji of seven open styles, 16 English captions each, split by style and concept.
 
-`build` lays the set out as WebDataset shards from the committed sample or from npm. `python -m compt.emoji.build OUT`
-writes the sample itself anew.
+`build` writes the set as WebDataset shards, from the sample in the repository or from npm.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ import hashlib
 import io
 import itertools
 import json
-import sys
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,9 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from compt.emoji.concepts import TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels
-from compt.emoji.sample import CELL, read_sample, write_sample
-from compt.emoji.text import subgroup_text
+from compt.emoji.sample import CELL, TABLE, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels, read_sample
 from compt.errors import DataError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 
@@ -92,7 +89,7 @@ def build(out: Path, size: int = CELL, from_npm: bool = False, *, progress: bool
         raise DataError(f"the emoji sample has {CELL} pixels a side; add --from-npm to render {size}")
     _check_free(out)
     if from_npm:
-        from compt.emoji.packages import read_npm
+        from compt.emoji.npm import read_npm
 
         return lay_out(read_npm(size, progress=progress), out, "npm")
     return lay_out(read_sample(), out, "sample")
@@ -203,6 +200,12 @@ def _index(names: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
 
 
+def subgroup_text(subgroup: str) -> str:
+    """A Unicode group or subgroup in words: 'animal-mammal' is 'animal mammal'."""
+    words: str = TABLE["subgroups"].get(subgroup) or re.sub(r"[-_\s]+", " ", subgroup.replace("&", " and ")).lower()
+    return words
+
+
 def _lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
@@ -237,19 +240,3 @@ def _write_shard(
                 member = tarfile.TarInfo(f"{sample.key}.{extension}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Write the sample anew from npm into the one folder named."""
-    from compt.emoji.packages import read_npm
-
-    if len(arguments) != 1:
-        raise SystemExit("usage: python -m compt.emoji.build OUT")
-    try:
-        write_sample(Path(arguments[0]), read_npm(CELL, progress=True))
-    except DataError as error:
-        raise SystemExit(str(error)) from error
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

