@@ -1,4 +1,4 @@
-"""Verify any WebDataset: every image decodes, every sample has captions, and how long they are."""
+"""Check a WebDataset: does every image decode, does every sample have captions, and how long are they?"""
 
 from __future__ import annotations
 
@@ -21,135 +21,132 @@ from compt.data.samples import SampleReader
 from compt.data.tokens import CaptionTokens
 
 _CHUNK = 500
+"""Samples that a worker process checks at a time."""
 _LONGEST = 4096
-"""Longer captions count as so long."""
+"""Longer captions are counted as this long, in tokens."""
 Progress = Callable[[int, int], None]
 """Samples done, samples in all."""
 
 
 @dataclass
-class _Account:
-    """Findings in one run of samples of one shard."""
+class Findings:
+    """What some of the samples hold.
 
-    shard: int
+    labels: samples with a class number. lengths: captions by their number of tokens, start and end included. smallest,
+    largest: width and height in pixels. captions_per_image: images by their number of captions. causes: unusable
+    samples and empty captions by cause; first: `shard: key: reason` of the first of each cause.
+    """
+
     samples: int = 0
-    captions: int = 0
     labels: int = 0
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LONGEST + 1, np.int64))
     smallest: tuple[int, int] = (1 << 30, 1 << 30)
     largest: tuple[int, int] = (0, 0)
-    few: Counter[int] = field(default_factory=Counter)
+    captions_per_image: Counter[int] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
     first: dict[str, str] = field(default_factory=dict)
 
-    def fault(self, cause: str, where: str) -> None:
-        self.causes[cause] += 1
+    def fault(self, cause: str, where: str, count: int = 1) -> None:
+        """Count something that cannot be used."""
+        self.causes[cause] += count
         self.first.setdefault(cause, where)
 
+    def size(self, width: int, height: int) -> None:
+        """Note the size of an image."""
+        self.smallest = min(self.smallest[0], width), min(self.smallest[1], height)
+        self.largest = max(self.largest[0], width), max(self.largest[1], height)
 
-@dataclass(frozen=True)
-class ShardCount:
-    """Samples of one shard, and how many of them cannot be used."""
+    def add(self, other: Findings) -> None:
+        """Add the findings on later samples."""
+        self.samples += other.samples
+        self.labels += other.labels
+        self.lengths += other.lengths
+        if other.largest != (0, 0):
+            self.size(*other.smallest)
+            self.size(*other.largest)
+        self.captions_per_image += other.captions_per_image
+        self.causes += other.causes
+        self.first = {**other.first, **self.first}
 
-    name: str
-    samples: int
-    bad: int
+    @property
+    def captions(self) -> int:
+        """Captions that are not empty."""
+        return int(self.lengths.sum())
+
+    @property
+    def mean_tokens(self) -> float:
+        """Mean length of a caption, 0 where there is none."""
+        return float((self.lengths * np.arange(len(self.lengths))).sum() / max(self.captions, 1))
+
+    def tokens(self, share: float) -> int:
+        """The length that this share of the captions does not exceed: 0.5 gives the median, 1 the longest."""
+        return int(np.searchsorted(np.cumsum(self.lengths), share * self.captions)) if self.captions else 0
+
+    def share_over(self, tokens: int) -> float:
+        """The share of captions that are longer."""
+        return float(self.lengths[tokens + 1 :].sum() / max(self.captions, 1))
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What a data set holds.
+    """The findings on all samples of `index`."""
 
-    causes: unusable samples and empty captions by cause. first: `shard: key: reason` of the first of each cause.
-    Token counts include start and end. captions_per_image: images by number of captions.
-    """
-
-    shards: list[ShardCount]
-    samples: int
-    captions: int
-    labels: int
-    causes: dict[str, int]
-    first: dict[str, str]
-    mean_tokens: float
-    median_tokens: int
-    p95_tokens: int
-    max_tokens: int
+    index: Index
+    found: Findings
     context_length: int
-    share_over_context: float
-    captions_per_image: dict[int, int]
-    smallest_image: tuple[int, int]
-    largest_image: tuple[int, int]
-    fingerprint: str
 
     @property
     def ok(self) -> bool:
         """Whether every sample can be used whole."""
-        return not self.causes
+        return not self.found.causes
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each finding, for a table."""
-        p95 = self.p95_tokens
-        counts = [shard.samples for shard in self.shards]
-        fewest, most = (
-            (min(self.captions_per_image), max(self.captions_per_image)) if self.captions_per_image else (0, 0)
-        )
-        result = [
-            ("shards", f"{len(self.shards):,}"),
-            ("samples", f"{self.samples:,} ({min(counts):,} to {max(counts):,} a shard)"),
-            ("captions", f"{self.captions:,} ({fewest} to {most} an image)"),
+        found, index = self.found, self.index
+        images = found.captions_per_image or {0: 0}
+        smallest = found.smallest if found.largest != (0, 0) else (0, 0)
+        rows = [
+            ("shards", f"{len(index.shards):,}"),
+            ("samples", f"{found.samples:,} ({index.sizes.min():,} to {index.sizes.max():,} a shard)"),
+            ("captions", f"{found.captions:,} ({min(images)} to {max(images)} an image)"),
             (
                 "tokens a caption",
-                f"mean {self.mean_tokens:.1f}, median {self.median_tokens}, 95 % {p95}, longest {self.max_tokens}",
+                f"mean {found.mean_tokens:.1f}, median {found.tokens(0.5)}, 95 % {found.tokens(0.95)}, "
+                f"longest {found.tokens(1)}",
             ),
-            (f"over {self.context_length} tokens", f"{100 * self.share_over_context:.2f} %"),
-            (
-                "image sizes",
-                " to ".join(f"{width} x {height}" for width, height in (self.smallest_image, self.largest_image)),
-            ),
-            ("labels (.cls)", f"{self.labels:,}"),
-            ("fingerprint", self.fingerprint[:16]),
+            (f"over {self.context_length} tokens", f"{100 * found.share_over(self.context_length):.2f} %"),
+            ("image sizes", " to ".join(f"{width} x {height}" for width, height in (smallest, found.largest))),
+            ("labels (.cls)", f"{found.labels:,}"),
+            ("fingerprint", index.fingerprint[:16]),
         ]
-        for cause, count in sorted(self.causes.items()):
-            result.append((f"unusable: {cause}", f"{count:,}, first {self.first[cause]}"))
-        return result
+        for cause, count in sorted(found.causes.items()):
+            rows.append((f"unusable: {cause}", f"{count:,}, first {found.first[cause]}"))
+        return rows
 
 
-def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) -> _Account:
+def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) -> Findings:
     """Examine samples `start` to `stop` of a shard."""
     shard, start, stop = work
-    part = _Account(shard)
+    found = Findings(samples=stop - start)
     reader = SampleReader(index)
     for sample in range(start, stop):
-        part.samples += 1
         entry = index.entry(sample)
         where = f"{index.shards[shard].shard.name}: {entry.key}"
-        part.labels += entry.label >= 0
+        found.labels += entry.label >= 0
         try:
             image = to_rgb(open_image(reader.image(entry)))
-            part.smallest = min(part.smallest[0], image.width), min(part.smallest[1], image.height)
-            part.largest = max(part.largest[0], image.width), max(part.largest[1], image.height)
-        except Unusable as error:
-            part.fault(error.cause, f"{where}: {error}")
-            continue
-        try:
+            found.size(image.width, image.height)
             captions = reader.captions(entry)
         except Unusable as error:
-            part.fault(error.cause, f"{where}: {error}")
+            found.fault(error.cause, f"{where}: {error}")
             continue
         said = usable(captions)
         if len(said) < len(captions) or not said:
-            part.fault("caption", f"{where}: {'an empty caption' if captions else 'it has no caption'}")
-        part.few[len(said)] += 1
-        part.captions += len(said)
+            found.fault("caption", f"{where}: {'an empty caption' if captions else 'it has no caption'}")
+        found.captions_per_image[len(said)] += 1
         for caption in said:
-            part.lengths[min(tokens.length(caption), _LONGEST)] += 1
-    return part
-
-
-def _works(index: Index) -> Iterator[tuple[int, int, int]]:
-    for shard, (start, end) in enumerate(zip(index.starts.tolist(), index.ends.tolist(), strict=True)):
-        for first in range(start, end, _CHUNK):
-            yield shard, first, min(first + _CHUNK, end)
+            found.lengths[min(tokens.length(caption), _LONGEST)] += 1
+    return found
 
 
 def check(
@@ -162,87 +159,47 @@ def check(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Read every sample once. `workers` processes do it (default: one a CPU, none for few samples).
+    """Read every sample once, with `workers` processes (default: one per CPU; one in all for few samples).
 
-    Raises DataError for what the index cannot be built from: a missing or compressed shard, no sample at all.
+    Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
     index = open_index(patterns, base, index_dir, captions_csv)
     examine = partial(_examine, index, CaptionTokens(context_length))
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
-    works = list(_works(index))
-    total = _Account(0)
-    bad: Counter[int] = Counter()
+    works = [
+        (shard, first, min(first + _CHUNK, end))
+        for shard, (start, end) in enumerate(zip(index.starts.tolist(), index.ends.tolist(), strict=True))
+        for first in range(start, end, _CHUNK)
+    ]
+    total = Findings()
     for part in _run(examine, works, workers):
-        _merge(total, part)
-        bad[part.shard] += sum(part.causes.values())
+        total.add(part)
         if progress:
             progress(total.samples, len(index))
-    for number, shard in enumerate(index.shards):
+    for shard in index.shards:
         for cause, count in shard.dropped.items():
-            total.causes[cause] += count
-            total.first.setdefault(cause, f"{shard.shard.name}: {shard.first[cause]}")
-            bad[number] += count
-    return _report(index, total, bad, context_length)
+            total.fault(cause, f"{shard.shard.name}: {shard.first[cause]}", count)
+    return CheckReport(index, total, context_length)
 
 
 def _run(
-    examine: Callable[[tuple[int, int, int]], _Account], works: list[tuple[int, int, int]], workers: int
-) -> Iterator[_Account]:
+    examine: Callable[[tuple[int, int, int]], Findings], works: list[tuple[int, int, int]], workers: int
+) -> Iterator[Findings]:
     if workers < 2:
         yield from map(examine, works)
         return
-    # A fork hands `examine` over as it is; the tokenizer in it cannot be pickled.
+    # `examine` reaches the workers through the fork: the tokenizer in it cannot be pickled.
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(examine,)) as pool:
         yield from pool.map(_examine_here, works)
 
 
-_in_worker: list[Callable[[tuple[int, int, int]], _Account]] = []
+_in_worker: list[Callable[[tuple[int, int, int]], Findings]] = []
 
 
-def _begin(examine: Callable[[tuple[int, int, int]], _Account]) -> None:
+def _begin(examine: Callable[[tuple[int, int, int]], Findings]) -> None:
     _in_worker[:] = [examine]
 
 
-def _examine_here(work: tuple[int, int, int]) -> _Account:
+def _examine_here(work: tuple[int, int, int]) -> Findings:
     return _in_worker[0](work)
-
-
-def _merge(total: _Account, part: _Account) -> None:
-    total.samples += part.samples
-    total.captions += part.captions
-    total.labels += part.labels
-    total.lengths += part.lengths
-    total.smallest = min(total.smallest[0], part.smallest[0]), min(total.smallest[1], part.smallest[1])
-    total.largest = max(total.largest[0], part.largest[0]), max(total.largest[1], part.largest[1])
-    total.few += part.few
-    total.causes += part.causes
-    for cause, where in part.first.items():
-        total.first.setdefault(cause, where)
-
-
-def _report(index: Index, total: _Account, bad: Counter[int], context_length: int) -> CheckReport:
-    lengths, count = total.lengths, int(total.lengths.sum())
-    below = np.cumsum(lengths)
-
-    def quantile(share: float) -> int:
-        return int(np.searchsorted(below, share * count)) if count else 0
-
-    return CheckReport(
-        shards=[ShardCount(shard.shard.name, shard.samples, bad[number]) for number, shard in enumerate(index.shards)],
-        samples=total.samples,
-        captions=total.captions,
-        labels=total.labels,
-        causes=dict(total.causes),
-        first=total.first,
-        mean_tokens=float((lengths * np.arange(len(lengths))).sum() / count) if count else 0.0,
-        median_tokens=quantile(0.5),
-        p95_tokens=quantile(0.95),
-        max_tokens=int(np.flatnonzero(lengths)[-1]) if count else 0,
-        context_length=context_length,
-        share_over_context=float(lengths[context_length + 1 :].sum() / count) if count else 0.0,
-        captions_per_image=dict(sorted(total.few.items())),
-        smallest_image=total.smallest if total.largest != (0, 0) else (0, 0),
-        largest_image=total.largest,
-        fingerprint=index.fingerprint,
-    )
