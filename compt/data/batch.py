@@ -1,4 +1,4 @@
-"""What the loaders hand out."""
+"""The batches that the loaders return."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 class Batch:
     """One rank's share of one step.
 
-    images: uint8 [B, 3, H, W]. tokens: int64 [B, M, T], T the longest caption of the share, zeros after each end.
-    skipped: unusable samples and empty captions that were met, by cause. few_captions: images with fewer than M
-    captions, for which captions were drawn with replacement.
+    images: uint8 [B, 3, H, W]. tokens: int64 [B, M, T]: M captions per image, T the length of the longest one here, zeros
+    after the end of each. skipped: unusable samples and empty captions, by cause. few_captions: images with fewer than M
+    captions; theirs were drawn with replacement.
     """
 
     images: Tensor
@@ -32,10 +32,10 @@ class Batch:
 
 @dataclass
 class EvalBatch:
-    """Samples of an evaluation set, each exactly once over all ranks.
+    """Samples of an evaluation set. Over all ranks and batches each sample comes exactly once.
 
-    images: uint8 [B, 3, H, W]. ids: their positions in the index. labels: int64 [B] or None. captions: a list an
-    image, or None. bad: `shard: key: cause: reason` of each sample that could not be decoded and is missing here.
+    images: uint8 [B, 3, H, W]. ids: their positions in the index. labels: int64 [B] or None. captions: a list
+    per image, or None. bad: `shard: key: cause: reason` of each sample that is missing here because it cannot be used.
     """
 
     images: Tensor

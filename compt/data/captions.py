@@ -1,4 +1,4 @@
-"""The captions of a sample: a list in `.json`, the lines of `.txt`, or a row of a CSV keyed by the sample key."""
+"""The captions of a sample: a list in its `.json`, the lines of its `.txt`, or the row of a CSV that has its key."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def split_sentences(text: str) -> list[str]:
 
 
 def usable(captions: list[str]) -> list[str]:
-    """The captions that hold more than white space."""
+    """The captions that have more than white space."""
     return [caption for caption in captions if caption.strip()]
 
 
 def from_columns(values: dict[str, Any]) -> list[str]:
-    """Captions of DreamLIP's columns, in the order of the columns."""
+    """The captions in DreamLIP's columns, in the order of the columns."""
     captions: list[str] = []
     for column in DREAMLIP_COLUMNS:
         value = values.get(column)
@@ -49,7 +49,7 @@ def from_columns(values: dict[str, Any]) -> list[str]:
 
 
 def from_json(data: bytes) -> tuple[list[str], bool]:
-    """Captions, and whether they are a list meant for training (img2dataset's single `caption` yields to a `.txt`)."""
+    """The captions, and whether they come before a `.txt`. img2dataset's single `caption` does not."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -65,18 +65,18 @@ def from_json(data: bytes) -> tuple[list[str], bool]:
 
 
 def from_text(data: bytes) -> list[str]:
-    """One caption a line. A final newline ends the last line and begins none."""
+    """One caption per line. A final newline starts no further line."""
     return data.decode("utf-8", "replace").removesuffix("\n").splitlines()
 
 
 def key_hash(key: bytes) -> int:
-    """64 bits of a key, for looking up rows of a CSV."""
+    """A 64-bit hash of a key, to find its row of a CSV."""
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
 class CaptionTable:
-    """A captions CSV as one JSON line a sample and a sorted table of key hashes; both stay on the disk."""
+    """A captions CSV, converted to one JSON line per sample and a sorted table of key hashes. Both stay on disk."""
 
     folder: Path
     digest: str
@@ -95,7 +95,7 @@ class CaptionTable:
     def find(self, keys: list[bytes]) -> NDArray[np.int64]:
         """Offset, size and number of captions of each key, int64 [n, 3]; -1 where the CSV has no such key.
 
-        A key with folders is looked up whole first, then by its last part.
+        A key with slashes is looked up as a whole first, then by its last part.
         """
         found = np.full((len(keys), 3), -1, dtype=np.int64)
         for candidates in (keys, [key.rsplit(b"/", 1)[-1] for key in keys]):
@@ -109,17 +109,17 @@ class CaptionTable:
 
     @staticmethod
     def parse(line: bytes, key: str) -> list[str]:
-        """The captions of one line. Raises ValueError when the line is another sample's."""
+        """The captions of one line. Raises ValueError where the line belongs to another sample."""
         owner, captions = json.loads(line)
         if owner not in (key, key.rsplit("/", 1)[-1]):
-            raise ValueError(f"the captions table holds '{owner}' where '{key}' belongs")
+            raise ValueError(f"the captions table has a line of '{owner}' in the place of '{key}'")
         return [str(caption) for caption in captions]
 
 
 def convert_csv(path: Path, parent: Path, progress: Callable[[str], None] | None = None) -> CaptionTable:
-    """Lay a captions CSV out below `parent`, reusing an earlier conversion of the same file.
+    """Convert a captions CSV to a folder in `parent`, or reuse an earlier conversion of the same file.
 
-    Rows of one key that follow each other are one sample's. Raises DataError when the file or its columns are unusable.
+    Successive rows with one key are one sample. Raises DataError where the file or its columns cannot be used.
     """
     try:
         stat = path.stat()
@@ -156,11 +156,11 @@ def _lay_out(path: Path, blob: BinaryIO, folder: Path) -> tuple[int, int, str]:
             offset += len(line)
             rows += 1
     if not rows:
-        raise DataError(f"captions CSV {path} holds no rows")
+        raise DataError(f"captions CSV {path} has no rows")
     records = np.memmap(unsorted, dtype=_RECORD, mode="r")
     order = np.argsort(records["hash"], kind="stable")
     hashes = records["hash"][order]
-    # The first row of a key wins; the others are never found and only counted.
+    # `find` returns the first row of a key; others with that key are only counted.
     repeated = int((hashes[1:] == hashes[:-1]).sum())
     with (folder / "rows.bin").open("wb") as table:
         for first in range(0, rows, 1 << 20):
@@ -171,7 +171,7 @@ def _lay_out(path: Path, blob: BinaryIO, folder: Path) -> tuple[int, int, str]:
 
 
 def _samples(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Key and captions of each sample, neighbouring rows of one key merged."""
+    """Key and captions of each sample. Successive rows with one key are merged."""
     csv.field_size_limit(1 << 24)
     try:
         with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
@@ -192,14 +192,14 @@ def _samples(path: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _columns(path: Path, names: list[str]) -> tuple[str, Callable[[dict[str, Any]], list[str]]]:
-    """The key column, and a function from a row to its captions."""
+    """The key column, and a function that returns the captions of a row."""
     known = [name for name in names if name in DREAMLIP_COLUMNS]
     plain = [name for name in names if name.lower().startswith(("caption", "text"))]
     keys = [name for name in names if name.lower() in _KEY_COLUMNS]
     keys += [name for name in names if name not in known + plain]
     if not keys or not known + plain:
         raise DataError(
-            f"captions CSV {path} has the columns {', '.join(names) or '(none)'}; it needs one named 'key' and "
+            f"captions CSV {path} has the columns {', '.join(names) or '(none)'}; it needs a column 'key', and "
             f"DreamLIP's ({', '.join(DREAMLIP_COLUMNS)}) or ones whose names begin with 'caption'"
         )
     if known:
@@ -208,5 +208,5 @@ def _columns(path: Path, names: list[str]) -> tuple[str, Callable[[dict[str, Any
 
 
 def _plain_key(value: str) -> str:
-    """A sample key from a cell that may hold a file name."""
+    """The sample key in a cell, which may be a file name."""
     return re.sub(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", "", value.strip(), flags=re.IGNORECASE)

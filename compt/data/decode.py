@@ -26,15 +26,16 @@ Pixels = NDArray[np.uint8]
 Cause = Literal["image", "caption", "tar"]
 
 MAX_PIXELS = 89_478_485
-"""Images above this are refused before any pixel is decoded (the size from which Pillow warns of a bomb)."""
-# No other reader is tried: some of Pillow's run external programs. The likely one first saves a third of the time.
+"""Larger images are refused before any pixel is decoded; Pillow warns of decompression bombs from this size on."""
+# Only these readers are tried: some others of Pillow run external programs. Trying the likely one first saves a third
+# of the time.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAGIC = {b"\x89PNG": ("PNG",), b"RIFF": ("WEBP",)}
 _BICUBIC = Image.Resampling.BICUBIC
 
 
 class Unusable(Exception):
-    """A sample that cannot be used, for one `cause`."""
+    """A sample cannot be used. `cause` says which part of it is to blame."""
 
     def __init__(self, cause: Cause, reason: str) -> None:
         super().__init__(reason)
@@ -82,12 +83,12 @@ class Decoder(ABC):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image with only its header read. Raises Unusable when it is none, or too large to be decoded safely."""
+    """Open an image and read only its header. Raises Unusable for other data, and for an image too large to decode safely."""
     try:
         image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], _FORMATS))
-    except ComptError:  # a signal
+    except ComptError:  # a signal handler raised it, which says nothing about the image
         raise
-    except Exception as error:  # a broken file makes Pillow's readers raise nearly anything
+    except Exception as error:  # Pillow's readers raise almost anything for a broken file
         raise Unusable("image", f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise Unusable("image", f"{image.width} x {image.height} pixels are too many to decode safely")
@@ -95,7 +96,7 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to RGB, transparency on white, 16-bit grey scaled to 8. EXIF orientation is ignored. Raises Unusable."""
+    """Decode to RGB: transparency becomes white, 16-bit grey is scaled to 8 bits, EXIF orientation is ignored. Raises Unusable."""
     try:
         if image.mode == "RGB" and "transparency" not in image.info:
             image.load()
@@ -192,15 +193,15 @@ class EvaluationDecoder(PillowDecoder):
 
 
 def _covering(box: Box, size: int) -> int:
-    """The largest of 1, 2, 4, 8 by which the box can be divided without falling below `size`."""
+    """The largest of 1, 2, 4, 8 by which the box can be scaled down without becoming smaller than `size`."""
     shortest = min(box[2] - box[0], box[3] - box[1])
     return next((scale for scale in (8, 4, 2) if shortest >= scale * size), 1)
 
 
 def evaluation_pixels(data: bytes, size: int) -> Pixels:
-    """uint8 [3, size, size] as open_clip's `image_transform(size, is_train=False)` before its normalisation.
+    """uint8 [3, size, size], the same as open_clip's `image_transform(size, is_train=False)` before normalization.
 
-    The shortest side is resized to `size` (bicubic), then the centre is cut. Raises Unusable.
+    The shorter side is resized to `size` (bicubic), then the centre is cut out. Raises Unusable.
     """
     return _centre(open_image(data), size)
 

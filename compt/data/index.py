@@ -1,4 +1,4 @@
-"""The index of a WebDataset: one small file a shard, read when needed, reused while the shard is unchanged."""
+"""The index of a WebDataset: one small file per shard, read when needed and reused while the shard is unchanged."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ INDEX_FOLDER = ".compt-index"
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
 _HELD_ROWS = 1 << 20
-"""Rows of shards' tables that one process keeps in memory (about 100 MB)."""
+"""Rows of the shards' tables that one process keeps in memory (about 100 MB)."""
 
 
 class IndexEntry(NamedTuple):
-    """Where one sample lies: byte positions in its shard. See `scan.COLUMNS`."""
+    """Where the parts of one sample are: offsets and sizes in bytes in its shard. See `scan.COLUMNS`."""
 
     shard: int
     key: str
@@ -53,7 +53,7 @@ class IndexEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One shard's file of the index, without its table."""
+    """The index of one shard, without its table."""
 
     shard: Path
     file: Path
@@ -63,7 +63,7 @@ class ShardIndex:
     first: dict[str, str]
 
     def table(self) -> tuple[NDArray[np.int64], bytes]:
-        """The rows, int64 [samples, len(COLUMNS)], and all keys in one string."""
+        """The rows, int64 [samples, len(COLUMNS)], and all keys, joined."""
         with np.load(self.file, allow_pickle=False) as stored:
             return stored["rows"], stored["keys"].tobytes()
 
@@ -71,8 +71,8 @@ class ShardIndex:
 class Index:
     """All samples of a list of shards, numbered in the order of the shards and of their members.
 
-    sizes: samples a shard, int64 [shards]. fingerprint: identity of the data (names of the shards, keys, sizes), the
-    same in any folder. dropped: members that are no samples, by cause ("tar", "image", "duplicate").
+    sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes; it
+    does not depend on the folder. dropped: members that make no sample, by cause ("tar", "image", "duplicate").
     """
 
     def __init__(self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None) -> None:
@@ -92,7 +92,7 @@ class Index:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
-        """A shard's rows and keys; the tables used last are kept, up to `_HELD_ROWS`."""
+        """A shard's rows and keys. The most recent tables stay in memory, up to `_HELD_ROWS`."""
         found = self._tables.get(shard)
         if found is not None:
             self._tables.move_to_end(shard)
@@ -104,11 +104,11 @@ class Index:
         return found
 
     def shard_of(self, sample: int) -> int:
-        """The number of the shard that holds a sample."""
+        """The number of the shard that a sample is in."""
         return int(self.ends.searchsorted(sample, side="right"))
 
     def entry(self, sample: int) -> IndexEntry:
-        """Where a sample lies."""
+        """Where the parts of a sample are."""
         shard = self.shard_of(sample)
         rows, keys = self.table(shard)
         start, size, *where = rows[sample - int(self.starts[shard])].tolist()
@@ -119,7 +119,7 @@ class Index:
         return self.entry(sample).key
 
     def column(self, name: str) -> NDArray[np.int64]:
-        """One column of `scan.COLUMNS` for all samples, [len(self)]; shards are read one at a time."""
+        """One column of `scan.COLUMNS` for all samples, [len(self)]. Shards are read one at a time."""
         at = COLUMNS.index(name)
         parts = [shard.table()[0][:, at] for shard in self.shards]
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
@@ -131,14 +131,14 @@ class Index:
 
 
 def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
-    """Shard files for globs, brace ranges and folders, relative ones taken from `base`; each file once.
+    """The shards that globs, brace ranges and folders name, each once. Relative ones start at `base`.
 
-    Raises DataError that names a pattern or a shard that is not there.
+    Raises DataError for a pattern that matches nothing and for a missing shard.
     """
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(f"shards '{pattern}': only files can be read; mount the storage or copy the shards first")
+            raise DataError(f"shards '{pattern}': only local files can be read; mount the storage or copy the shards")
         try:
             names = list(braceexpand.braceexpand(pattern))
         except ValueError as error:  # unbalanced braces
@@ -170,12 +170,12 @@ def _short_hash(path: Path) -> str:
 
 
 def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
-    """The folders that may hold the index of shards in one folder, the preferred one first."""
+    """The folders where the index of one folder's shards may be, the preferred one first."""
     return [out] if out is not None else [shards_folder / INDEX_FOLDER, _cache_root() / _short_hash(shards_folder)]
 
 
 def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
-    """Where to write the index of the shards in one folder, created: `out`, else beside them, else the user's cache."""
+    """The folder to write an index to: `out`, else beside the shards, else in the user's cache. It is created."""
     last: OSError | None = None
     folders = _folders(shards_folder, out)
     for folder in folders:
@@ -186,12 +186,12 @@ def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
         except OSError as error:
             last = error
     raise DataError(
-        f"cannot write an index in {folders[-1]}: {last and last.strerror}; name a folder that can be written"
+        f"cannot write an index in {folders[-1]}: {last and last.strerror}; name a writable folder with data.index_dir or --out"
     )
 
 
 def _file_name(shard: Path, out: Path | None) -> str:
-    # Shards of one name from several folders may share `out`.
+    # Shards with one name in several folders may share `out`.
     return f"{shard.name}-{_short_hash(shard.parent)}.npz" if out is not None else f"{shard.name}.npz"
 
 
@@ -207,7 +207,7 @@ def _identity(shard: Path, table: CaptionTable | None) -> dict[str, Any]:
 
 
 def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | None:
-    """The stored index of a shard, or None when it is missing, torn or of another state of the shard."""
+    """The stored index of a shard; None where it is missing, damaged, or older than the shard."""
     try:
         with np.load(file, allow_pickle=False) as stored:
             meta = json.loads(stored["meta"].tobytes())
@@ -244,7 +244,7 @@ def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardInde
     _store(file, identity, scan_shard(shard, table))
     stored = _load(shard, file, identity)
     if stored is None:
-        raise DataError(f"shard {shard} changed while it was indexed; index it again when nothing writes to it")
+        raise DataError(f"shard {shard} changed while it was indexed; index it again once it is complete")
     return stored
 
 
@@ -265,8 +265,8 @@ def build_index(
 ) -> Index:
     """Index the shards, scanning only those without a valid stored index.
 
-    `workers` processes scan (default: one a CPU up to 8, none for little data). Raises DataError when a shard is
-    missing, compressed or unreadable, when the index cannot be written, or when there is no sample at all.
+    `workers` processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError
+    where a shard is missing, compressed or unreadable, the index cannot be written, or there is no sample at all.
     """
     table = convert_csv(captions_csv, index_folder(shards[0].parent, out)) if captions_csv and shards else None
     done: dict[int, ShardIndex] = {}
@@ -307,5 +307,5 @@ def open_index(
     captions_csv: Path | None = None,
     progress: Progress | None = None,
 ) -> Index:
-    """The index of the shards that match, built where it is missing. Raises DataError as its parts do."""
+    """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does."""
     return build_index(expand_patterns(patterns, base), index_dir, progress, captions_csv)

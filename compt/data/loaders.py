@@ -1,7 +1,7 @@
 """Loaders: batches of training, of the validation loss, and of evaluation sets.
 
-A step's samples are a function of (index, seed, batch, step) alone: the workers get references (epoch, ids), so any
-step opens without replaying those before it, and the number of workers and ranks changes nothing.
+The samples of a step depend only on the index, the seed, the batch and the step. Workers get references (epoch, ids).
+So any step opens without replaying earlier ones, and the number of workers and ranks changes nothing.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from compt.errors import DataError
 from compt.recipe.schema import DECODERS
 
 MAX_SUBSTITUTES = 20
-"""Unusable samples in a row after which a set counts as yielding nothing."""
+"""Unusable samples in a row, for one place of a batch, after which loading stops."""
 WATCHED_SAMPLES = 1000
-"""The share of unusable samples is judged over at least so many."""
+"""The share of unusable samples is judged over at least this many samples."""
 CACHE_BYTES = 1 << 30
 """The most that `cache=True` keeps in memory."""
 
 
 class Reference(NamedTuple):
-    """What a worker is told: the samples of one rank's share of a step."""
+    """The samples of one rank's share of a step, as a worker gets them."""
 
     epoch: int
     ids: NDArray[np.int64]
 
 
 class Steps(Sampler[Reference]):
-    """References from `start` to `stop`. Step s holds samples [s B, (s + 1) B) of the stream of epochs.
+    """References of the steps from `start` to `stop`. Step s has samples s B to (s + 1) B of its epoch's order.
 
-    An epoch has floor(n / B) steps; the samples left over are dropped. Rank r has the r-th contiguous part of a step.
+    An epoch has floor(n / B) steps; the samples left over are dropped. Rank r takes the r-th contiguous part of a step.
     """
 
     def __init__(
@@ -90,15 +90,18 @@ class Read(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """The message of an error in a worker; an exception would arrive with a traceback in its message."""
+    """The message of an error in a worker. An exception would arrive with the worker's traceback in its message."""
 
     message: str
 
 
 @dataclass
 class Share:
-    """One rank's share of a step while it is made. For each place in it: the sample that stands there, and how many
-    samples were tried for it. bad: place and description of each sample that was replaced.
+    """One rank's share of a step, before its images are decoded.
+
+    asked: the samples that the order names. samples, tried, drawn: for each place the sample that is there now, the
+    number of samples that could not be used before it, and what was drawn of it. bad: place and description of each
+    sample that was replaced.
     """
 
     epoch: int
@@ -175,7 +178,7 @@ class _Draws(Dataset["Read | Share | Failure"]):
 
 
 class _BadShare:
-    """Stops a run whose share of unusable samples, over the last 1,000 or more, is above `max_share`."""
+    """Stops a run if more than `max_share` of its last 1,000 or more samples are unusable."""
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -183,8 +186,8 @@ class _BadShare:
         self._seen = self._bad = 0
 
     def add(self, read: Read) -> None:
-        """Count one batch. Raises DataError naming shard, key and cause of a sample of it."""
-        # A substitute that cannot be used either was a sample tried as well.
+        """Count one batch. Raises DataError, which names shard, key and cause of one sample."""
+        # An unusable substitute counts as a sample that was tried, too.
         tried = len(read.batch) + read.replaced
         self._recent.append((tried, read.replaced))
         self._seen += tried
@@ -195,14 +198,14 @@ class _BadShare:
             self._bad -= bad
         if read.replaced and self._seen >= WATCHED_SAMPLES and self._bad > self._max_share * self._seen:
             raise DataError(
-                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than max_bad_share "
+                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than data.max_bad_share "
                 f"{self._max_share:g} allows; for example {read.offender}"
             )
 
 
 @dataclass
 class TrainLoader:
-    """One rank's batches from one step to another. Iterating again begins at the same step again."""
+    """One rank's batches of a range of steps. Each iteration starts at the first of them."""
 
     steps: Iterable[Reference]
     count: int
@@ -229,10 +232,10 @@ def _same(value: Any) -> Any:
 
 
 def _shield(parent: int, _worker: int) -> None:
-    """In a worker: leave signals that go to all processes of a run to `parent`, which trains, and end when it ends.
+    """In a worker: ignore signals that go to all processes of a run, and exit when `parent`, which trains, exits.
 
-    Batch systems and terminals signal every process; a worker that dies of it takes down the step and the save. torch's
-    own watch over the parent begins too late for one that is killed while its workers start.
+    Batch systems and terminals signal every process. A worker that dies from it would take down the current step and the
+    save that follows. torch's own watch over the parent starts too late if the parent is killed while workers start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 
@@ -253,11 +256,11 @@ def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Data
         sampler=sampler,
         collate_fn=_same,
         num_workers=workers,
-        # Forked workers share the memory of decoded samples and the tables of the index.
+        # Forked workers share the cached samples and the tables of the index.
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=partial(_shield, os.getpid()),
         prefetch_factor=4 if workers else None,
-        # A process that computes on a GPU has begun to use it by now; one that was told to take the CPU never does.
+        # By now a process that trains on a GPU has used it. On a GPU machine a process that trains on the CPU never does.
         pin_memory=torch.cuda.is_initialized(),
     )
 
@@ -285,9 +288,9 @@ def train_loader(
     """This rank's batches of steps `start_step` to `total_steps`.
 
     batch: images of a step over all ranks. captions: drawn for each image. window: shards that are shuffled together.
-    cache: keep decoded images and token ids in memory, up to `CACHE_BYTES`. Workers, cache, and how the ranks are cut
-    do not change the samples. Raises DataError at once when the set or the batch is too small, and, while iterating,
-    when too many samples cannot be used; ValueError for an unknown decoder.
+    decoder: a name of `DECODERS`. cache: keep images and captions in memory, up to `CACHE_BYTES`. Workers, cache and the
+    number of ranks do not change the samples. Raises DataError at once where the set is smaller than a batch or the
+    ranks cannot share a batch evenly, and while iterating where too many samples cannot be used; ValueError for an unknown decoder.
     """
     if batch % world_size:
         raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
@@ -315,10 +318,10 @@ def fixed_caption_batches(
     workers: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> TrainLoader:
-    """Whole batches for a validation loss that can be compared between models: same images, crops and captions.
+    """Whole batches for a validation loss: the same images and captions in the same order for every model.
 
-    Evaluation preprocessing, `captions` evenly spread over those of an image, one fixed order. Batch b goes to rank
-    b mod world_size; samples beyond the last whole batch are left out, unless there is not even one.
+    Images are preprocessed as for evaluation; the `captions` of an image are evenly spread over all it has. Batch b goes
+    to rank b mod world_size. Samples beyond the last whole batch are left out, unless there is no whole batch.
     """
     order = epoch_order(0, 0, index.sizes, max(len(index.sizes), 1))
     whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order]
@@ -363,7 +366,7 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
 
 @dataclass
 class EvalLoader:
-    """One rank's batches of an evaluation set; it can be iterated again."""
+    """One rank's batches of an evaluation set. It can be iterated several times."""
 
     ids: list[NDArray[np.int64]]
     reads: Dataset[EvalBatch | Failure]

@@ -1,7 +1,7 @@
 """Which samples, captions and crops a step sees: pure functions of (seed, epoch, ...).
 
-Only the raw words of a counter-based generator and of a hash are used, so that neither a library's version nor the
-number of workers or ranks can move the order.
+Only the raw words of a counter-based generator and of a hash are used: other versions of a library, and other numbers of
+workers or ranks, give the same order.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Box = tuple[int, int, int, int]
-"""Left, top, right, bottom in pixels; right and bottom are outside."""
+"""Left, top, right, bottom in pixels; right and bottom are exclusive."""
 
 _EIGHT_WORDS = struct.Struct("<8Q")
 _UNIT = 2.0**-53
@@ -32,8 +32,8 @@ def epoch_order(
 ) -> NDArray[np.int64]:
     """A permutation of all sample ids, [sum(shard_sizes)].
 
-    Shards are permuted, then the samples within each window of `window` successive shards, so that reading stays
-    nearly sequential. Raises ValueError when `window` is below 1.
+    Shards are permuted, then the samples within each window of `window` successive shards. So reading stays nearly
+    sequential. Raises ValueError where `window` is below 1.
     """
     if window < 1:
         raise ValueError(f"window is {window}; it must be at least 1")
@@ -53,9 +53,9 @@ def epoch_order(
 
 
 def caption_choice(seed: int, epoch: int, key: str, n: int, m: int) -> list[int]:
-    """`m` of `n` caption ids, uniform and without replacement; with replacement when there are fewer than `m`.
+    """`m` of `n` caption ids, uniform and without replacement; with replacement where `n` is below `m`.
 
-    Raises ValueError when there is no caption.
+    Raises ValueError where there is no caption.
     """
     if n < 1:
         raise ValueError(f"sample {key} has no captions")
@@ -80,9 +80,9 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """A box with the distribution of torchvision's RandomResizedCrop: area in `scale`, aspect log-uniform in `ratio`.
+    """A box with the distribution of torchvision's RandomResizedCrop: area uniform in `scale`, aspect log-uniform in `ratio`.
 
-    Ten attempts, then the largest central box within `ratio`.
+    After ten attempts that do not fit, the largest central box within `ratio`.
     """
     area = width * height
     words: tuple[int, ...] = ()
@@ -107,5 +107,5 @@ def crop_box(
 
 
 def substitute(seed: int, epoch: int, key: str, attempt: int, n: int) -> int:
-    """The id, below `n`, of the sample that stands in for the unusable sample `key` at this attempt."""
+    """The id, below `n`, of the sample that replaces the unusable sample `key` at this attempt."""
     return _words(seed, epoch, "substitute", key, attempt)[0] * n >> 64

@@ -1,4 +1,4 @@
-"""One sample from its shard: bytes by position, pixels, captions; with a memory of decoded samples for small sets."""
+"""Samples from their shards: encoded images, labels and captions by position, and what a training step draws of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OPEN_FILES = 128
 
 
 class Files:
-    """Reads by position. A descriptor may pass through a fork: `pread` has no position to share."""
+    """Reads files by position. Open descriptors survive a fork: `pread` does not use the position that processes share."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -34,7 +34,7 @@ class Files:
                 if len(self._open) > _OPEN_FILES:
                     os.close(self._open.popitem(last=False)[1])
             data = os.pread(descriptor, size, offset)
-            while 0 < len(data) < size:  # one call reads at most 2 GiB, or less where it is interrupted
+            while 0 < len(data) < size:  # one call reads 2 GiB at most, and less if a signal interrupts it
                 more = os.pread(descriptor, size - len(data), offset + len(data))
                 if not more:
                     break
@@ -42,11 +42,11 @@ class Files:
         except OSError as error:
             raise Unusable("tar", f"cannot be read: {error.strerror}") from None
         if len(data) < size:
-            raise Unusable("tar", f"{path.name} ends before the sample does: it changed after it was indexed")
+            raise Unusable("tar", f"{path.name} ends inside a sample: the file changed after it was indexed")
         return data
 
     def close(self) -> None:
-        """Close all files; the next read opens them again."""
+        """Close all files. The next read opens them again."""
         while self._open:
             os.close(self._open.popitem()[1])
 
@@ -55,7 +55,7 @@ class Files:
 
 
 class SampleReader:
-    """Bytes and captions of the samples of an index."""
+    """Encoded images and captions of the samples of an index."""
 
     def __init__(self, index: Index) -> None:
         self.index = index
@@ -102,7 +102,7 @@ class EvalSamples(Protocol):
     def __len__(self) -> int: ...
 
     def describe(self, sample: int) -> str:
-        """Where a sample lies, for messages."""
+        """The place of a sample, for messages."""
         ...
 
     def image(self, sample: int) -> bytes:
@@ -133,7 +133,7 @@ class ShardSamples:
         return self._reader.image(self._reader.index.entry(sample))
 
     def read(self, sample: int) -> EvalSample:
-        """Image, label and captions. Raises DataError for a missing label, as then the set is not what was meant."""
+        """Image, label and captions. Raises DataError for a missing label: `label` then fits none of the samples."""
         entry = self._reader.index.entry(sample)
         label = self._label_of(entry)
         if label is None and self._label is not None:
@@ -174,7 +174,7 @@ class _Stored(NamedTuple):
 
 @dataclass
 class Kind:
-    """What a drawn sample looks like. fixed: evaluation pixels and evenly spread captions, the same at every epoch."""
+    """What is drawn of a sample. fixed: the whole image and evenly spread captions, the same in every epoch."""
 
     image_size: int
     captions: int
@@ -227,7 +227,7 @@ class Drawer:
             self._free -= found.image.nbytes + sum(self._tokens.ids(text).nbytes for text in found.texts)
         except Unusable as error:
             found = error
-        self._free -= 1024  # the objects around the pixels
+        self._free -= 1024  # the Python objects around the data
         self._kept[sample] = found
         return found
 

@@ -1,4 +1,4 @@
-"""Reading the headers of one tar shard: where each sample's members lie. Member names never touch the file system."""
+"""Scan the headers of a tar shard for the position of each sample's members. No member name is used as a path."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7
 
 @dataclass
 class ShardScan:
-    """What one shard holds. `dropped` counts by cause what cannot become a sample; `first` names the first of each."""
+    """The samples of one shard. dropped: members that make no sample, by cause; first: the key of the first of each cause."""
 
     rows: NDArray[np.int64]
     keys: bytes
@@ -48,12 +48,12 @@ class ShardScan:
     first: dict[str, str] = field(default_factory=dict)
 
     def drop(self, cause: str, key: str) -> None:
-        """Count one loss."""
+        """Count a member that makes no sample."""
         self.dropped[cause] = self.dropped.get(cause, 0) + 1
         self.first.setdefault(cause, key)
 
     def digest(self) -> str:
-        """Identity of keys, sizes, captions and labels, whatever the folder and the positions in the tar."""
+        """Hash of keys, sizes, captions and labels. Folder and positions in the tar do not enter it."""
         sha = hashlib.sha256(self.keys)
         columns = [COLUMNS.index(name) for name in ("key_size", "image_size", "text_size", "captions", "label")]
         sha.update(np.ascontiguousarray(self.rows[:, columns]).tobytes())
@@ -61,19 +61,19 @@ class ShardScan:
 
 
 def refuse_compressed(path: Path) -> None:
-    """Raise DataError for a compressed tar, saying how to unpack it."""
+    """Raise DataError for a compressed tar. The message says how to unpack it."""
     with path.open("rb") as file:
         head = file.read(6)
     for magic, command in _COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
-                f"{path} is compressed; shards must be plain tars, so that any sample can be opened by its position: "
+                f"{path} is compressed; shards must be plain tars, so any sample can be opened by its position: "
                 f"unpack it with `{command} {path.name}`"
             )
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension as webdataset splits them; None for a name without either, or of metadata."""
+    """Key and lower-case extension, as webdataset splits them; None for a name without either and for metadata."""
     match = _NAME.match(name)
     if match is None or _META.match(name):
         return None
@@ -89,7 +89,7 @@ class _Group:
 
 
 def scan_shard(path: Path, table: CaptionTable | None = None) -> ShardScan:
-    """Scan a plain tar once. A truncated or damaged tar gives the samples that are whole and counts the one cut.
+    """Scan a plain tar once. A truncated or damaged tar gives its whole samples; the cut one is counted.
 
     Raises DataError for a compressed or unreadable file.
     """
@@ -117,7 +117,7 @@ class _Scanner:
             # `r:` is tarfile's reader of uncompressed archives; it knows GNU and PAX long names.
             with tarfile.open(fileobj=self.file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # a shard's headers are not kept
+                    archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps all headers
                     name = split_name(member.name) if member.isreg() else None
                     if name is None:
                         continue
@@ -142,12 +142,12 @@ class _Scanner:
         return self._finish()
 
     def _ends_well(self, offset: int) -> bool:
-        """Whether the archive ends with its block of zeros rather than at a place where it was cut or damaged."""
+        """Whether the archive ends with its block of zeros. Without it the file was cut or damaged."""
         block = os.pread(self.file.fileno(), tarfile.BLOCKSIZE, offset)
         return len(block) == tarfile.BLOCKSIZE and not any(block)
 
     def close(self, group: _Group | None) -> None:
-        """Turn a finished group of members into a row, or count why it is none."""
+        """Turn a finished group of members into a row, or count why it makes no sample."""
         if group is None:
             return
         if group.key in self.seen or group.repeated:

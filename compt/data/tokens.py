@@ -1,4 +1,4 @@
-"""Captions to token ids with open_clip's tokenizer, each distinct caption encoded once while it is remembered."""
+"""Captions to token ids with open_clip's tokenizer. The most recent captions are remembered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Ids = NDArray[np.int64]
 
 
 class Tokenizer(Protocol):
-    """What is needed of open_clip's `SimpleTokenizer`."""
+    """The part of open_clip's `SimpleTokenizer` that is used."""
 
     sot_token_id: int
     eot_token_id: int
@@ -25,7 +25,7 @@ class Tokenizer(Protocol):
 
 
 class CaptionTokens:
-    """Token ids of captions, cut to `context_length` with the end token kept (text towers pool there)."""
+    """Token ids of captions, cut to `context_length`. The end token stays, since text towers pool there."""
 
     def __init__(self, context_length: int, tokenizer: Tokenizer | None = None, remembered: int = 1 << 17) -> None:
         self.context_length = context_length
@@ -40,13 +40,13 @@ class CaptionTokens:
         return ids
 
     def length(self, text: str) -> int:
-        """Tokens of a caption before any cut, start and end included."""
+        """Number of tokens of a whole caption, start and end included."""
         return len(self._tokenizer.encode(text)) + 2
 
 
 @cache
 def _of_clip() -> Tokenizer:
-    """OpenAI CLIP's byte pairs, whose table is read once."""
+    """The byte-pair tokenizer of OpenAI's CLIP. Its table is read once."""
     from open_clip.tokenizer import SimpleTokenizer
 
     tokenizer: Tokenizer = SimpleTokenizer()
@@ -54,7 +54,7 @@ def _of_clip() -> Tokenizer:
 
 
 def pad(rows: list[Ids], captions: int) -> Tensor:
-    """int64 [len(rows) / captions, captions, T], T the longest row, zeros after each row's end."""
+    """int64 [len(rows) / captions, captions, T]: T is the length of the longest row; zeros follow each row's end."""
     lengths = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
     longest = int(lengths.max()) if len(rows) else 0
     tokens = np.zeros((len(rows), longest), dtype=np.int64)

@@ -32,7 +32,7 @@ LARGEST = 1024
 
 @dataclass(frozen=True)
 class Split:
-    """One folder of the set."""
+    """One folder of the set, as it was written."""
 
     name: str
     styles: tuple[str, ...]
@@ -43,7 +43,7 @@ class Split:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What `build` laid out. `dropped` counts drawings by style and cause."""
+    """What `build` wrote. dropped: drawings left out, by style and cause."""
 
     out: Path
     size: int
@@ -78,10 +78,10 @@ class Sample:
 
 
 def build(out: Path, size: int = CELL, from_npm: bool = False, *, progress: bool = False) -> BuildReport:
-    """Lay the set out in `out`: train/, val_style/, test_style/, val_concepts/, test_concepts/ and manifest.json.
+    """Write the set to `out`: train/, val_style/, test_style/, val_concepts/, test_concepts/ and manifest.json.
 
-    The sample has 32 pixels a side; other sizes need `from_npm`. An `out` that this function made is replaced, any
-    other folder with files in it is refused. The same source gives the same bytes. Raises DataError.
+    The sample has 32 pixels a side; other sizes need `from_npm`. An earlier set in `out` is replaced; any other folder
+    with files in it is refused. The same source gives the same bytes. Raises DataError.
     """
     if not 8 <= size <= LARGEST:
         raise DataError(f"image size {size} is not between 8 and {LARGEST} pixels")
@@ -96,10 +96,10 @@ def build(out: Path, size: int = CELL, from_npm: bool = False, *, progress: bool
 
 
 def split(emoji: EmojiSet) -> dict[str, list[Sample]]:
-    """The samples of every folder, shuffled by their keys' hashes.
+    """The samples of every folder, ordered by the hashes of their keys.
 
-    No held-out concept and no drawing of the validation and test styles is in `train`. `*_style` holds the concepts
-    that training shows in another style, `*_concepts` those that it shows in none.
+    `train` has no held-out concept and no drawing of the validation and test styles. `*_style` has the concepts that
+    training shows in another style, `*_concepts` those that training never shows.
     """
     training = [style for style in emoji.drawings if style not in (VALIDATION_STYLE, TEST_STYLE)]
     known = {i for style in training for i in emoji.drawings[style] if not emoji.concepts[i].held_out}
@@ -123,7 +123,7 @@ def split(emoji: EmojiSet) -> dict[str, list[Sample]]:
 
 
 def lay_out(emoji: EmojiSet, out: Path, source: str) -> BuildReport:
-    """Write the shards, class files and manifest of `emoji`. Raises DataError when `out` cannot be written."""
+    """Write shards, class files and manifest. Raises DataError where `out` cannot be written."""
     _check_free(out)
     folders = split(emoji)
     if not folders["train"]:
@@ -186,11 +186,11 @@ def _check_free(out: Path) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         ours = False
     if not ours:
-        raise DataError(f"{out} holds other files; name a new folder")
+        raise DataError(f"{out} has other files in it; name a new folder")
 
 
 def _parts(samples: list[Sample], count: int) -> list[list[Sample]]:
-    """`count` runs of nearly equal length, none of them empty."""
+    """`count` parts of nearly equal length; fewer where some would be empty."""
     count = min(count, len(samples))
     edges = [len(samples) * number // count for number in range(count + 1)] if count else [0]
     return [samples[start:end] for start, end in itertools.pairwise(edges)]
@@ -211,7 +211,7 @@ def _lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _encode(pixels: Pixels) -> bytes:
-    """PNG without compression: quickest to decode, and the same bytes whatever zlib wrote it."""
+    """PNG without compression: it decodes fastest, and its bytes do not depend on the version of zlib."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=0)
     return file.getvalue()
@@ -220,7 +220,7 @@ def _encode(pixels: Pixels) -> bytes:
 def _write_shard(
     path: Path, samples: Iterable[Sample], classes: dict[str, int], groups: dict[str, int], subgroups: dict[str, int]
 ) -> None:
-    """`<key>.png`, `<key>.json` and, where there are `classes`, `<key>.cls`."""
+    """Write `<key>.png`, `<key>.json` and, with `classes`, `<key>.cls` of each sample."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
         for sample in samples:
             concept = sample.concept
@@ -236,7 +236,7 @@ def _write_shard(
             if classes:
                 members["cls"] = str(classes[concept.name]).encode()
             for extension, data in members.items():
-                # A fresh TarInfo has mtime 0, owner 0 and mode 644: nothing of this machine gets into the shard.
+                # A new TarInfo has mtime 0, owner 0 and mode 644, so the shard is the same on every machine.
                 member = tarfile.TarInfo(f"{sample.key}.{extension}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))

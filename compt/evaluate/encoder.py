@@ -1,4 +1,4 @@
-"""What zero-shot, retrieval and validation share: a frozen model, its features, and results on the disk."""
+"""What all evaluations share: the features of a frozen model, reading over ranks, and result files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Encoder:
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
+        """The device that the model is on."""
         return next(self.model.parameters()).device
 
     @property
@@ -55,7 +55,7 @@ class Encoder:
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
-        """Evaluation mode without gradients; the model's own mode comes back at the end."""
+        """Evaluation mode without gradients. Afterwards the model has its own mode again."""
         training = self.model.training
         self.model.eval()
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -83,12 +83,12 @@ class Losses:
         self._examples: list[str] = []
 
     def add(self, batch: EvalBatch) -> None:
-        """Note what is missing from a batch."""
+        """Count what is missing from a batch."""
         self._counts.update(batch.skipped)
         self._examples += batch.bad[: EXAMPLES - len(self._examples)]
 
     def over_ranks(self) -> tuple[dict[str, int], list[str]]:
-        """Counts by cause and a few of the samples, the same on every rank."""
+        """Counts by cause, and a few samples as examples; the same on every rank."""
         counts: Counter[str] = Counter()
         examples: list[str] = []
         for other, named in dist.gather_objects((dict(self._counts), self._examples)):
@@ -98,7 +98,7 @@ class Losses:
 
 
 def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) -> Losses:
-    """Call `use` for every batch of this rank that has an image. A DataError on one rank is raised on all of them."""
+    """Call `use` for every batch of this rank that has an image. A DataError on one rank is raised on all ranks."""
     losses, fault = Losses(), ""
     try:
         for batch in loader:
@@ -108,7 +108,7 @@ def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) 
                 use(batch)
     except DataError as error:
         fault = str(error)
-    # Without this the other ranks would wait in their next collective for the one that left.
+    # Without this exchange the other ranks would wait in their next collective for the rank that failed.
     faults = [text for text in dist.gather_objects(fault) if text]
     if faults:
         raise DataError(faults[0])
@@ -116,9 +116,9 @@ def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) 
 
 
 def by_id(rows: Tensor) -> NDArray[np.int64]:
-    """int64 [n_r, C] with the sample id in column 0, of every rank -> [n, C] of all in ascending order of ids.
+    """Each rank's rows [n_r, C], with the sample id in column 0 -> all rows [n, C] in ascending order of ids.
 
-    Raises ValueError when an id comes twice: the loader did not share the samples out.
+    Raises ValueError where an id comes twice: the loaders did not share the samples between the ranks.
     """
     every = dist.gather(rows).cpu().numpy()
     every = every[every[:, 0].argsort(kind="stable")]
@@ -130,7 +130,7 @@ def by_id(rows: Tensor) -> NDArray[np.int64]:
 def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write FOLDER/NAME.npz (plain arrays), then FOLDER/NAME.json, each atomically. Raises RunError.
 
-    A slash and the like in NAME are written as in a URL.
+    Characters of NAME that are unsafe in file names, such as a slash, are written as in a URL.
     """
     name = quote(name, safe=" ()")
     buffer = io.BytesIO()
@@ -140,7 +140,7 @@ def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapp
 
 
 def load_arrays(path: Path) -> Arrays:
-    """The arrays of a result's .npz, read without pickle. Raises DataError when it is missing or torn."""
+    """The arrays of a result's .npz, read without pickle. Raises DataError where it is missing or damaged."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}

@@ -1,4 +1,4 @@
-"""A folder with one sub-folder a class as an evaluation set, as torchvision's ImageFolder reads it."""
+"""An evaluation set in a folder with one sub-folder per class, as torchvision's ImageFolder reads it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from compt.errors import DataError
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images with the number of their class. fingerprint: hash of the images' names and sizes in bytes."""
+    """Images with their class numbers. fingerprint: hash of the images' names and sizes in bytes."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -44,13 +44,13 @@ class ClassFolders:
 
 
 def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
-    """The folder of class folders that the `data` of an evaluation set names; None where it names shards."""
+    """The folder of class folders that the `data` of an evaluation set names; None where `data` names shards."""
     path = base / Path(data[0]).expanduser()
     return path if len(data) == 1 and is_class_folders(path) else None
 
 
 def is_class_folders(path: Path) -> bool:
-    """Whether `path` is a folder of folders and no folder of shards."""
+    """Whether `path` is a folder that has folders and no shards."""
     return path.is_dir() and not any(path.glob("*.tar")) and any(item.is_dir() for item in _visible(path))
 
 
@@ -59,7 +59,7 @@ def _visible(path: Path) -> list[Path]:
 
 
 def read_class_folders(folder: Path) -> ClassFolders:
-    """All images below the sub-folders; classes are numbered in the order of the sub-folders' names.
+    """All images below the sub-folders. Classes are numbered in the order of the sub-folders' names.
 
     Raises DataError for a class folder without an image.
     """
@@ -69,7 +69,7 @@ def read_class_folders(folder: Path) -> ClassFolders:
         paths = (path for path in place.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
         found = sorted(path for path in paths if path.is_file())
         if not found:
-            raise DataError(f"class folder {place} holds no image ({', '.join(sorted(IMAGE_EXTENSIONS))})")
+            raise DataError(f"class folder {place} has no image ({', '.join(sorted(IMAGE_EXTENSIONS))})")
         classes.append(place.name)
         files += found
         labels += [label] * len(found)

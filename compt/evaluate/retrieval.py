@@ -1,4 +1,4 @@
-"""Image-to-text and text-to-image retrieval with any number of captions an image."""
+"""Image-to-text and text-to-image retrieval with any number of captions per image."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RetrievalResult(Result):
     text_ranks: NDArray[np.int64]
 
     def headline(self) -> dict[str, float]:
-        """Recalls for a table or a curve: image_to_text_r1 ... text_to_image_r10."""
+        """The recalls: image_to_text_r1 ... text_to_image_r10."""
         ways = {"image_to_text": self.image_ranks, "text_to_image": self.text_ranks}
         return {f"{way}_r{k}": 100 * float((ranks < k).mean()) for way, ranks in ways.items() for k in KS}
 
@@ -53,7 +53,7 @@ class RetrievalResult(Result):
 def query_ranks(
     queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int = 256
 ) -> Tensor:
-    """Ranks int64 [Q] of the best right candidate of each query, `chunk` queries' scores in memory at a time.
+    """Ranks int64 [Q] of the best right candidate of each query. Scores of `chunk` queries are in memory at a time.
 
     queries [Q, D], candidates [K, D]; a candidate is right where candidate_of [K] equals query_of [Q].
     """
@@ -63,7 +63,7 @@ def query_ranks(
         scores = queries[own] @ candidates.T
         right = candidate_of == query_of[own, None]
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
-        # "Not below" instead of "at least": where a score is no number, the candidate counts against the model.
+        # "Not below" instead of "at least": a NaN then counts against the model.
         ranks.append((~(scores < best) & ~right).sum(dim=1))
     return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=queries.device)
 
@@ -76,10 +76,10 @@ def retrieval(
     name: str = "retrieval",
     chunk: int = 256,
 ) -> RetrievalResult:
-    """Recalls over all ranks' images and captions. Every rank holds all features and scores its own share of queries.
+    """Recalls over the images and captions of all ranks. Every rank has all features and scores its share of queries.
 
-    Memory: (images + texts) * D numbers and `chunk` rows of scores. Raises DataError, on every rank, for an image
-    without a caption or a set without a readable image.
+    Memory: (images + captions) * D numbers and `chunk` rows of scores. Raises DataError, on every rank, for an image
+    without a caption and for a set without a readable image.
     """
     images: list[Tensor] = []
     texts: list[Tensor] = []
@@ -102,7 +102,7 @@ def retrieval(
     skipped, examples = losses.over_ranks()
     width = int(dist.all_reduce_max(images[0].shape[1] if images else 0))
     if not width:
-        raise DataError(f"evaluation set '{name}': not one sample can be read{': ' + examples[0] if examples else ''}")
+        raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
     nothing = torch.zeros(0, width, device=encoder.device)
     image, image_of = _everywhere(torch.cat([nothing, *images]), ids)
     text, text_of = _everywhere(torch.cat([nothing, *texts]), owners)
@@ -120,7 +120,7 @@ def retrieval(
 
 
 def _everywhere(features: Tensor, owners: list[int]) -> tuple[Tensor, Tensor]:
-    """All ranks' rows in ascending order of owners; an owner's rows, which lie on one rank, keep their order."""
+    """The rows of all ranks in ascending order of owners. Rows of one owner come from one rank and keep their order."""
     of = dist.gather(torch.tensor(owners, dtype=torch.int64, device=features.device))
     order = of.argsort(stable=True)
     return dist.gather(features)[order], of[order]
@@ -129,7 +129,7 @@ def _everywhere(features: Tensor, owners: list[int]) -> tuple[Tensor, Tensor]:
 def _shared(
     queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int
 ) -> NDArray[np.int64]:
-    """`query_ranks` with the queries shared out over the ranks."""
+    """`query_ranks`, with the queries shared between the ranks."""
     own = torch.arange(dist.rank(), len(queries), dist.world_size(), device=queries.device)
     ranks = query_ranks(queries[own], candidates, query_of[own], candidate_of, chunk)
     return by_id(torch.stack([own, ranks], dim=1))[:, 1].copy()

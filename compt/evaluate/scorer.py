@@ -1,4 +1,4 @@
-"""What a recipe's evaluation section asks of a model, during training and at its end."""
+"""Scores models as a recipe's evaluation section says, during training and at its end."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Scorer:
 
     @property
     def looks_on(self) -> bool:
-        """Whether there is something to look at before the end of a training."""
+        """Whether there is something to score before the end of training."""
         evaluation = self.recipe.evaluation
         return bool(evaluation.validation) or any(item.role == "select" for item in evaluation.sets)
 
     @property
     def has_work(self) -> bool:
-        """Whether there is something to score at all."""
+        """Whether there is anything to score."""
         return self.looks_on or bool(self.recipe.evaluation.sets)
 
     def held_out_loss(self, model: ClipModel) -> dict[str, float]:
@@ -72,7 +72,7 @@ class Scorer:
         return {"validation_loss": validation_loss(encoder, batches, loss_of(recipe.optimizer, recipe.engine))}
 
     def during_training(self, model: ClipModel) -> dict[str, float]:
-        """What may be looked at before the end: the validation loss and the `select` sets."""
+        """What may be looked at before the end of training: the validation loss and the scores on the `select` sets."""
         scores = self.held_out_loss(model)
         for item in self.recipe.evaluation.sets:
             if item.role == "select":
@@ -81,7 +81,7 @@ class Scorer:
         return scores
 
     def at_the_end(self, model: ClipModel, folder: Path) -> dict[str, Any]:
-        """Score every set; the answers to single samples, and the pictures of a contact sheet, go to `folder`."""
+        """Score every set. The answers to single samples, and the images of a contact sheet, go to `folder`."""
         evaluation, settings = self.recipe.evaluation, self.settings
         scores: dict[str, Any] = {}
         for item in evaluation.sets:

@@ -58,7 +58,7 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
 
 
 def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: str | None = None) -> None:
-    """Open every set and what lies beside it; all ranks call this.
+    """Open every set and the files beside it; all ranks call this.
 
     Raises DataError for the first set that cannot be used, ConfigError where `contact_sheet` names one without classes.
     """

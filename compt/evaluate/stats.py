@@ -1,4 +1,4 @@
-"""How sure a comparison is: intervals, and what they say about "lossless"."""
+"""Confidence intervals, and what they say about "lossless"."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from compt.cost.paper import LOSSLESS_POINTS
 
 Verdict = Literal["lossless", "not lossless", "undecided"]
 
-_Z = 1.959963984540054  # 97.5 % of the normal distribution lie below
-_CELLS = 10_000_000  # numbers of a bootstrap that are in memory at a time
+_Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+_CELLS = 10_000_000  # numbers of a bootstrap in memory at a time
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """95 % interval of a share, in percent (Wilson 1927): it holds for few samples and near 0 and 100."""
+    """95 % interval of a share, in percent (Wilson 1927). It also holds for few samples and near 0 and 100."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n}")
     if n == 0:
@@ -42,9 +42,9 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """(accuracy of a - accuracy of b, low, high) in points, with the 95 % percentile interval.
 
-    Both arrays [n] are over the same samples in the same order. With `clusters` [n] (any numbers or names, such as the
-    concept that several images show) whole clusters are drawn, as their samples are not independent.
-    Raises ValueError for unequal lengths and for fewer than two things to draw from.
+    Both arrays [n] have the same samples in the same order. `clusters` [n] (numbers or names, such as the concept that
+    several images show) groups samples that are not independent: whole clusters are then drawn.
+    Raises ValueError for unequal lengths, and for fewer than two samples or clusters.
     """
     a, b = np.asarray(correct_a, dtype=np.float64), np.asarray(correct_b, dtype=np.float64)
     if a.ndim != 1 or a.shape != b.shape:
@@ -65,7 +65,7 @@ def paired_bootstrap(
 def _draw_samples(gains: NDArray[np.float64], samples: int, generator: np.random.Generator) -> NDArray[np.float64]:
     if len(gains) < 2:
         raise ValueError(f"a bootstrap over {len(gains)} samples says nothing")
-    # Gains are -1, 0 or 1: drawing how often each comes is the same as drawing the samples, and takes no memory.
+    # Gains have few distinct values. To draw how often each occurs is the same as to draw samples, and takes no memory.
     values, counts = np.unique(gains, return_counts=True)
     drawn = generator.multinomial(len(gains), counts / len(gains), size=samples)
     means: NDArray[np.float64] = drawn @ values / len(gains)
@@ -91,8 +91,8 @@ def _draw_clusters(
 def verdict(difference: float, low: float, high: float, margin: float = LOSSLESS_POINTS) -> Verdict:
     """What the interval of (chain - baseline) in points says.
 
-    "lossless": all of it above -margin. "not lossless": all of it below. "undecided": it spans -margin, or a number
-    is not finite.
+    "lossless": the whole interval is above -margin. "not lossless": it is below. "undecided": it spans -margin, or a
+    number is not finite.
     """
     if not all(map(math.isfinite, (difference, low, high))):
         return "undecided"
@@ -102,7 +102,7 @@ def verdict(difference: float, low: float, high: float, margin: float = LOSSLESS
 
 
 def mean_and_spread(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation (n - 1) over seeds, None for a single one. Raises ValueError for none."""
+    """Mean and sample standard deviation (n - 1) over seeds; None for a single seed. Raises ValueError for no value."""
     if not values:
         raise ValueError("no values")
     array = np.asarray(values, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Zero-shot classification as CLIP's authors do it: class names in templates are the classifier."""
+"""Zero-shot classification as CLIP's authors do it: the classifier is made of class names in templates."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from compt.recipe.schema import EvalSet
 _log = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"\{c?\}")
-"""Where the class name goes in a template: {c} as clip_benchmark writes it, or {}."""
+"""The place of the class name in a template: {c} as in clip_benchmark, or {}."""
 
 
 def fill(template: str, classname: str) -> str:
-    """A template with the class name in its place. Raises DataError when there is no place."""
+    """The template with the class name in its place. Raises DataError where it has no place for one."""
     if not PLACEHOLDER.search(template):
         raise DataError(f"template {template!r} has no place for the class name: write {{c}} or {{}}")
     return PLACEHOLDER.sub(lambda _: classname, template)
@@ -40,13 +40,15 @@ def fill(template: str, classname: str) -> str:
 def classifier(
     encoder: Encoder, classnames: Sequence[str], templates: Sequence[str], tokenize: Tokenize, batch: int = 256
 ) -> Tensor:
-    """[D, classes] in fp32 on the model's device: per class the mean of its templates' unit features, made unit again.
+    """fp32 [D, classes] on the model's device: the normalized mean of the normalized features of each class's texts.
 
-    The same as open_clip's `build_zero_shot_classifier`. Classes are shared out over the ranks; `batch` texts are
-    encoded at a time.
+    The same as open_clip's `build_zero_shot_classifier`. The ranks share the classes; `batch` texts are encoded at a
+    time.
     """
     if not classnames or not templates:
-        raise DataError(f"a zero-shot classifier of {len(classnames)} class names and {len(templates)} templates")
+        raise DataError(
+            f"a zero-shot classifier needs class names and templates, not {len(classnames)} and {len(templates)}"
+        )
     own = range(dist.rank(), len(classnames), dist.world_size())
     texts = [fill(template, classnames[at]) for at in own for template in templates]
     with encoder.frozen():
@@ -83,17 +85,17 @@ class ZeroShotResult(Result):
 
     @property
     def top1(self) -> float:
-        """Percent whose class has the highest score; among equal scores the lower class number is higher."""
+        """Percent of samples whose class has the highest score. Of equal scores the lower class number wins."""
         return 100 * float(self.correct.mean())
 
     @property
     def top5(self) -> float | None:
-        """Percent whose class is among the five highest."""
+        """Percent of samples whose class is among the five highest."""
         return 100 * float((self.ranks < 5).mean()) if self.classes > 5 else None
 
     @property
     def chance(self) -> float:
-        """Percent that guessing gets."""
+        """Percent that random guesses reach."""
         return 100 / self.classes
 
     @property
@@ -104,7 +106,7 @@ class ZeroShotResult(Result):
         return [100 * float(hit / n) if n else None for hit, n in zip(hits, counts, strict=True)]
 
     def headline(self) -> dict[str, float]:
-        """The numbers for a table or a curve."""
+        """top1, and top5 where there is one."""
         return {"top1": self.top1} | ({"top5": self.top5} if self.top5 is not None else {})
 
     def details(self) -> dict[str, Any]:
@@ -126,10 +128,10 @@ class ZeroShotResult(Result):
 
 
 def true_ranks(scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Scores [B, C], labels int64 [B] -> (how many classes stand before the true one, the first class), int64 [B].
+    """Scores [B, C], labels int64 [B] -> (number of classes before the true one, the first class), each int64 [B].
 
-    Of equal scores the lower class number stands first, whatever the device. Where a score is not finite all other
-    classes stand before the true one and there is no first (-1): a broken model is never right.
+    Of equal scores the lower class number comes first, on any device. Where a score is not finite, all other classes
+    come before the true one and the first class is -1: a broken model is never right.
     """
     classes = torch.arange(scores.shape[1], device=scores.device)
     true = scores.gather(1, labels[:, None])
@@ -148,10 +150,10 @@ def zero_shot(
     name: str = "zeroshot",
     classes_from: str = "the class names",
 ) -> ZeroShotResult:
-    """Score this rank's batches with `weights` [D, classes] and put all ranks' samples together, each once.
+    """Score this rank's batches with `weights` [D, classes] and collect the answers of all ranks.
 
-    Raises DataError, on every rank, for a batch without labels, a label that `classes_from` has no name for, or a set
-    without a readable sample.
+    Raises DataError, on every rank, for a batch without labels, for a label without a class name, and for a set without
+    a readable sample. `classes_from` names the source of the class names in messages.
     """
     classes = weights.shape[1]
     parts = [torch.zeros(0, 4, dtype=torch.int64)]
@@ -176,7 +178,7 @@ def zero_shot(
     rows = by_id(torch.cat(parts))
     skipped, examples = losses.over_ranks()
     if not len(rows):
-        raise DataError(f"evaluation set '{name}': not one sample can be read{': ' + examples[0] if examples else ''}")
+        raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
     ids, labels, predictions, ranks = rows.T.copy()
     return ZeroShotResult(name, ids, classes, labels, predictions, ranks, skipped=skipped, examples=examples)
 
