@@ -9,7 +9,6 @@ import hashlib
 import io
 import itertools
 import json
-import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -19,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from compt.emoji.sample import CELL, TABLE, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels, read_sample
+from compt.emoji.sample import CELL, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels, read_sample, subgroup_text
 from compt.errors import DataError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 
@@ -198,12 +197,6 @@ def _parts(samples: list[Sample], count: int) -> list[list[Sample]]:
 
 def _index(names: Sequence[str]) -> dict[str, int]:
     return {name: number for number, name in enumerate(names)}
-
-
-def subgroup_text(subgroup: str) -> str:
-    """A Unicode group or subgroup in words: 'animal-mammal' is 'animal mammal'."""
-    words: str = TABLE["subgroups"].get(subgroup) or re.sub(r"[-_\s]+", " ", subgroup.replace("&", " and ")).lower()
-    return words
 
 
 def _lines(path: Path, lines: Iterable[str]) -> None:

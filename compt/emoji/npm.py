@@ -28,8 +28,18 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from compt.emoji.build import subgroup_text
-from compt.emoji.sample import CAPTIONS, CELL, STYLES, TABLE, Concept, EmojiSet, Pixels, Style, write_sample
+from compt.emoji.sample import (
+    CAPTIONS,
+    CELL,
+    STYLES,
+    TABLE,
+    Concept,
+    EmojiSet,
+    Pixels,
+    Style,
+    subgroup_text,
+    write_sample,
+)
 from compt.errors import DataError
 from compt.text import terminal
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,12 @@ TABLE = _table()
 """Styles, subgroups, sentences and aliases: `table.yaml`."""
 
 STYLES: dict[str, Style] = {name: Style(name, **values) for name, values in TABLE["styles"].items()}
+
+
+def subgroup_text(subgroup: str) -> str:
+    """A Unicode group or subgroup in words: 'animal-mammal' is 'animal mammal'."""
+    words: str = TABLE["subgroups"].get(subgroup) or re.sub(r"[-_\s]+", " ", subgroup.replace("&", " and ")).lower()
+    return words
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def test_patterns(tmp_path: Path) -> None:
         ("a/{000002..000005}.tar", "000004.tar' (from 'a/{000002..000005}.tar')"),
         ("b/*.tar", "no shard matches"),
         ("b/x.tar", "there is no shard"),
-        ("s3://bucket/x.tar", "only files"),
+        ("s3://bucket/x.tar", "only local files"),
         ("a/{1..2.tar", "{1..2"),
     ]:
         with pytest.raises(DataError) as error:
@@ -286,7 +286,7 @@ def test_csv_columns_rows_and_errors(tmp_path: Path) -> None:
     assert count == 2
     assert json.loads(table.blob.read_bytes()[offset : offset + size]) == ["a", ["one", "two"]]
     assert (table.find([b"nobody"]) == -1).all()
-    with pytest.raises(ValueError, match="where 'z' belongs"):
+    with pytest.raises(ValueError, match="in the place of 'z'"):
         table.parse(b'["a", []]', "z")
     csv.write_text("x,y\n1,2\n")
     with pytest.raises(DataError, match="columns x, y"):
