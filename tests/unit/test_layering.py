@@ -97,7 +97,6 @@ SMALLER: dict[str, str] = {
     "compt/data/batch.py": "the type that data hands to training",
     "compt/dist/child.py": "light child processes import nothing else",
     "compt/engines/average.py": "every engine has it",
-    "compt/engines/blocks.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",
     "compt/evaluate/validation.py": "the validation loss",
