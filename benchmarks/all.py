@@ -37,7 +37,7 @@ MAKERS: tuple[Callable[[], Result], ...] = (
 
 
 def summary(results: Sequence[Result]) -> TextTable:
-    """How many published cells each result compares, and how many agree; results without any are left out."""
+    """Per result: how many published cells it compares, and how many agree. Skips results without published cells."""
     rows = []
     for result in results:
         published = sum(cell.published is not None for cell in result.cells)
@@ -67,7 +67,7 @@ def summary(results: Sequence[Result]) -> TextTable:
 
 
 def exceptions(results: Sequence[Result]) -> TextTable:
-    """Every cell that differs, with what explains it or that nothing does; a cell that two results show, once."""
+    """Every cell that differs, with its reason if one is known. A cell that two results share appears once."""
     cells: dict[str, tuple[str, Cell]] = {}
     for result in results:
         for cell in result.cells:
@@ -91,7 +91,7 @@ def exceptions(results: Sequence[Result]) -> TextTable:
 def main(argv: Sequence[str] | None = None) -> None:
     """Write all results and print how many cells agree."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: the committed one)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: the committed one)")
     options = parser.parse_args(argv)
     with one_line():
         results = []
@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
         write_text(options.out / "summary.md", page + "\n")
     terminal().print(summary(results).rich())
-    print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.paper.table_2`")
+    print(f"written: {options.out}; to print one result: python -m benchmarks.paper.table_2")
 
 
 if __name__ == "__main__":

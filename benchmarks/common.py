@@ -1,7 +1,7 @@
-"""What the benchmarks share: cells that are compared, results that are written, plots that come out the same.
+"""Shared parts of the benchmarks: comparing cells with published numbers, writing results, reproducible plots.
 
-A `Result` is a folder below `benchmarks/results`: `result.json`, `cells.csv`, a CSV for each further table of records,
-`table.md`, and an SVG for each plot. The same input writes the same bytes.
+A `Result` becomes a folder below `benchmarks/results`: `result.json`, `cells.csv`, one CSV for each other table of
+records, `table.md`, and one SVG per plot. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from compt.text import TextTable, terminal
 
 RESULTS = Path(__file__).resolve().parent / "results"
 TOLERANCE = 0.025
-"""Our counters may differ from a published number by this share of it."""
+"""Largest relative difference between our counters and a published number."""
 SIGNIFICANT = 6
-"""Digits that are kept in JSON and CSV: fewer than two machines could disagree on."""
+"""Digits kept in JSON and CSV: few enough that two machines write the same ones."""
 UNEXPLAINED = "Nothing that is published explains it."
 """Part of the note of each cell whose difference has no known cause."""
 
@@ -39,18 +39,22 @@ Record = Mapping[str, Any]
 
 
 def key_of(row: str, quantity: str) -> str:
-    """The name of a cell, by which reasons refer to it."""
+    """The name of a cell. `explain` finds a cell's reason by it."""
     return f"{row} / {quantity}"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One published number and what the same number comes to here; None where there is no such figure.
+    """One published number, and the same number computed here. A field is None if it cannot be computed.
 
-    `from_inputs` is computed from the paper's own published inputs, `from_counters` from `compt.cost` in its paper
-    mode (or from a model of hardware, where `projected`), `from_printed` from other printed cells of the same table
-    (sums and ratios), `exact` is what this program itself executes. `digits` are those printed after the point.
-    `tolerance` is the share by which the counters may differ; None: not judged.
+    Args:
+        from_inputs: computed from the paper's published inputs
+        from_counters: computed by `compt.cost` in its paper mode (or by a hardware model, if `projected`)
+        from_printed: computed from other printed cells of the same table (sums and ratios)
+        exact: what this program executes
+        digits: digits after the decimal point in the paper
+        tolerance: largest relative difference of the counters; None: not judged
+        inferred: an unpublished input had to be inferred
     """
 
     row: str
@@ -65,7 +69,6 @@ class Cell:
     tolerance: float | None = TOLERANCE
     projected: bool = False
     inferred: bool = False
-    """Whether an input that was never published had to be inferred."""
     note: str = ""
 
     @property
@@ -73,19 +76,19 @@ class Cell:
         return key_of(self.row, self.quantity)
 
     def difference(self, value: float | None) -> float | None:
-        """`value` over the published number, minus one; None where either is missing or the published one is 0."""
+        """`value` over the published number, minus 1. None if one is missing or the published number is 0."""
         return None if value is None or not self.published else value / self.published - 1
 
     @property
     def equal(self) -> bool | None:
-        """Whether the paper's inputs give the printed number: half a unit of its last digit, nothing propagated."""
+        """Whether the paper's inputs round to the printed number. Rounding of the inputs is ignored."""
         if self.published is None or self.from_inputs is None:
             return None
         return rounds_to(self.from_inputs, self.published, self.digits)
 
     @property
     def close(self) -> bool | None:
-        """Whether the counters agree within the tolerance, or print as the same number."""
+        """Whether the counters agree within the tolerance or round to the printed number."""
         difference = self.difference(self.from_counters)
         if self.published is None or self.from_counters is None or difference is None or self.tolerance is None:
             return None
@@ -93,11 +96,11 @@ class Cell:
 
     @property
     def misses(self) -> bool:
-        """Whether one of the two comparisons fails, so that a reason is owed."""
+        """Whether one of the two comparisons fails. Such a cell needs a reason."""
         return self.equal is False or self.close is False
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure, the differences in percent, and the two verdicts."""
+        """All values, the differences in percent, and the two verdicts."""
         percent = {
             f"{name}_difference_percent": _percent(self.difference(getattr(self, name)))
             for name in ("from_inputs", "from_counters")
@@ -122,7 +125,7 @@ class Cell:
 
 
 def rounds_to(value: float, printed: float, digits: int) -> bool:
-    """Whether `value` may be printed as `printed` with `digits` after the point; a half goes either way."""
+    """Whether `value` rounds to `printed` with `digits` after the decimal point. A half may round up or down."""
     return abs(value - printed) <= 0.5 * 10.0**-digits * (1 + 1e-9)
 
 
@@ -131,15 +134,15 @@ def _percent(share: float | None) -> float | None:
 
 
 def explain(cells: Iterable[Cell], reasons: Mapping[str, str]) -> tuple[Cell, ...]:
-    """The cells with their reasons as notes; a miss without one says that nothing explains it.
+    """Return the cells with their reasons as notes. A cell that differs without a reason gets `UNEXPLAINED`.
 
-    Raises ValueError for a reason that names no cell, or one that does not miss.
+    Raises ValueError for a reason whose key names no cell that differs.
     """
     cells = tuple(cells)
     missing = {cell.key for cell in cells if cell.misses}
     for key in reasons:
         if key not in missing:
-            raise ValueError(f"'{key}' has a reason, but is no cell that misses; those are: {sorted(missing)}")
+            raise ValueError(f"reason for '{key}': no cell that differs has this key; these do: {sorted(missing)}")
     return tuple(
         replace(cell, note=" ".join(filter(None, (cell.note, reasons.get(cell.key, UNEXPLAINED)))))
         if cell.misses
@@ -150,7 +153,7 @@ def explain(cells: Iterable[Cell], reasons: Mapping[str, str]) -> tuple[Cell, ..
 
 @dataclass(frozen=True)
 class Result:
-    """What one benchmark found. `records` are further tables, by the name of their CSV; `plots` draw into an axis."""
+    """The outcome of one benchmark. `records`: other tables, by the name of their CSV. `plots` draw into an axis."""
 
     name: str
     title: str
@@ -161,14 +164,14 @@ class Result:
     plots: Mapping[str, Callable[[Axes], None]] = field(default_factory=dict)
 
     def all_tables(self) -> list[TextTable]:
-        """One table for each compared quantity, then the further ones."""
+        """One table for each compared quantity, then `tables`."""
         quantities = dict.fromkeys(cell.quantity for cell in self.cells)
         groups = [[cell for cell in self.cells if cell.quantity == quantity] for quantity in quantities]
         return [*map(cell_table, groups), *self.tables]
 
 
 def cell_table(cells: Sequence[Cell]) -> TextTable:
-    """The cells of one quantity, a row each; under it the reasons of those that miss."""
+    """The cells of one quantity, one row each, with the reasons of those that differ below the table."""
     counters = "Projected" if any(cell.projected for cell in cells) else "From our counters"
     columns: list[tuple[str, list[str]]] = [
         ("", [cell.row + (" (inferred)" if cell.inferred else "") for cell in cells]),
@@ -196,17 +199,17 @@ def cell_table(cells: Sequence[Cell]) -> TextTable:
 
 
 def number(value: float | None, digits: int) -> str:
-    """With `digits` after the point; "-" for none."""
+    """Format `value` with `digits` after the decimal point; "-" for None."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """0.0123 -> "+1.23 %"; "-" for none."""
+    """Format a share: 0.0123 -> "+1.23 %"; "-" for None."""
     return "-" if share is None else f"{round(100 * share, digits) + 0.0:+.{digits}f} %"
 
 
 def rounded(value: Any) -> Any:
-    """`value` with every float in it cut to `SIGNIFICANT` digits, so that files do not depend on the last bit."""
+    """Round every float in `value` to `SIGNIFICANT` digits, so that files do not depend on the last bit."""
     if isinstance(value, float):
         return float(f"{value:.{SIGNIFICANT}g}")
     if isinstance(value, Mapping):
@@ -227,14 +230,14 @@ def _csv(records: Sequence[Record]) -> str:
 
 
 def markdown(result: Result) -> str:
-    """The whole result as a page, plots by reference."""
+    """The result as a Markdown page that links to its plots."""
     parts = [f"# {result.title}", *result.findings]
     parts += [f"![{name.replace('_', ' ')}]({name}.svg)" for name in result.plots]
     return "\n\n".join([*parts, *(table.markdown().strip() for table in result.all_tables())]) + "\n"
 
 
 def svg(name: str, draw: Callable[[Axes], None]) -> str:
-    """A plot as SVG text without date or chance: letters as outlines, so that it looks alike everywhere."""
+    """A plot as SVG: no date, fixed ids, and text as outlines, so that it does not depend on the machine's fonts."""
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
         canvas = Figure(figsize=(8, 4.2), layout="constrained")
         draw(canvas.add_subplot())
@@ -244,7 +247,7 @@ def svg(name: str, draw: Callable[[Axes], None]) -> str:
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
-    """Write every file of `result` below `folder`/name and return that folder; files of other names stay."""
+    """Write every file of `result` into `folder`/name and return that folder. Other files there stay."""
     place = folder / result.name
     cells = [cell.to_json() for cell in result.cells]
     value = {"title": result.title, "findings": list(result.findings), "cells": cells, **result.records}
@@ -273,7 +276,7 @@ def show(result: Result, console: Console | None = None) -> None:
 def main(make: Callable[[], Result], argv: Sequence[str] | None = None) -> None:
     """The command line of one benchmark: print the result and write its files."""
     parser = argparse.ArgumentParser(description=(make.__doc__ or "").strip())
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (default: the committed one)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results (default: the committed one)")
     options = parser.parse_args(argv)
     with one_line():
         result = make()
@@ -284,7 +287,7 @@ def main(make: Callable[[], Result], argv: Sequence[str] | None = None) -> None:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """End the program with an error that a person can mend, without a traceback, and with its exit code."""
+    """Print a ComptError as one line, without a traceback, and exit with its exit code."""
     try:
         yield
     except ComptError as error:
@@ -293,9 +296,9 @@ def one_line() -> Iterator[None]:
 
 
 COLOUR = COLOURS
-"""By meaning: ink, muted, grid, paper, chain, teacher, other, alone, control."""
+"""Colors by meaning: ink, muted, grid, paper, chain, teacher, other, alone, control."""
 SERIES = MODEL_COLOURS
-"""For lines side by side; people with colour-blindness tell them apart."""
+"""Colors of lines in one plot. They are distinguishable with color blindness."""
 
 _STYLE: Any = {
     "text.parse_math": False,

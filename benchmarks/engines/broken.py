@@ -1,4 +1,4 @@
-"""Things that could be wrong with an engine, made wrong while the program runs, one at a time."""
+"""Faults that the engine matrix must notice. Each one breaks one thing in the running program."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Apply = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A claim, what is made wrong so that it does not hold, and the cell that has to notice."""
+    """A claim, the change that breaks it, and the cell that must notice."""
 
     claim: str
     change: str
@@ -42,7 +42,7 @@ def _patched(place: str, new: Any) -> Apply:
 
 
 def _on_engine(change: Callable[[Any], None]) -> Apply:
-    """Change each engine when it has been made."""
+    """Apply `change` to each engine after it is built."""
 
     def apply() -> AbstractContextManager[Any]:
         original = cells.open_cell
@@ -102,7 +102,7 @@ def _rows_of_others(outputs: Mapping[str, Tensor], gradients: Mapping[str, Tenso
 def _small_losses(
     task: Any, engine: Any, images: Tensor, tokens: Tensor, micro: int, lengths: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """What gradient accumulation usually is: the mean of the losses of small batches."""
+    """Ordinary gradient accumulation: the mean of the losses of small batches."""
     total = torch.zeros(())
     pieces = list(zip(images.split(micro), tokens.split(micro), strict=True))
     for at, piece in enumerate(pieces):
@@ -114,7 +114,7 @@ def _small_losses(
 
 
 def _scale_alone(engine: Any) -> None:
-    """All vectors are averaged but logit_scale."""
+    """Average all vectors except logit_scale."""
     parameter, original = engine._names["model.logit_scale"], engine._average_vectors
 
     def average() -> None:
@@ -128,7 +128,7 @@ def _scale_alone(engine: Any) -> None:
 def _no_division(engine: Any) -> None:
     for part in shards.sharded_parts(engine._root):
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo knows no other sums with a factor
+        part.set_force_sum_reduction_for_comms(True)  # gloo supports no sum with a factor
 
 
 def _own_norm(engine: Any) -> None:
@@ -185,7 +185,7 @@ def _summed_parts(engine: Any) -> None:
 
 
 def _divided_by_pieces(engine: Any) -> None:
-    """What DeepSpeed does unasked with a loss when it accumulates: the pieces' gradients here are shares already."""
+    """DeepSpeed's default: divide each micro-batch's loss by their number. Here they are parts of a mean already."""
     original = engine._engine.backward
     pieces = 4
     engine._engine.backward = lambda loss, **_: original(loss / pieces, scale_wrt_gas=False)
@@ -201,57 +201,63 @@ def _old_weights() -> AbstractContextManager[Any]:
 
 _DDP, _DDP_4 = Cell("ddp", 2), Cell("ddp", 2, 4)
 _EVERY = "gradients are averaged over ranks"
-_STEPPED = "the next step runs with the weights that were stepped"
+_STEPPED = "the next step uses the updated weights"
 _WHOLE_NORM = "the norm is that of the whole gradient"
+_OWN_NORM = "each rank uses the norm of its own slices"
 
 MUTATIONS = (
-    Mutation("the loss sees the negatives of all ranks", "features are not gathered", _DDP, _no_gather),
+    Mutation("the loss uses the negatives of all ranks", "features are not gathered", _DDP, _no_gather),
     Mutation(
-        "gathering carries gradients back",
+        "gradients flow back through gathering",
         "gathered features are detached",
         _DDP,
         _patched("compt.train.losses.gather_with_grad", dist.gather),
     ),
     Mutation(
-        "each rank's rows have the labels of their place in the batch",
+        "each rank's labels are its positions in the global batch",
         "labels start at 0 on every rank",
         _DDP,
         _patched("compt.train.losses.rank", lambda: 0),
     ),
     Mutation(
         f"ddp: {_EVERY}",
-        "summed",
+        "gradients are summed",
         _DDP,
         _on_engine(_sum_buckets),
     ),
     Mutation(
-        "ddp: the projectors' gradients are averaged too",
+        "ddp: the projectors' gradients are averaged",
         "projectors are left out of DistributedDataParallel",
         Cell("ddp", 2, 1, "projector"),
         _projector_alone,
     ),
-    Mutation("ddp: the last micro-batch averages all", "no micro-batch does", _DDP_4, _on_engine(_never_last)),
+    Mutation(
+        "ddp: the last micro-batch averages gradients",
+        "no micro-batch averages them",
+        _DDP_4,
+        _on_engine(_never_last),
+    ),
     Mutation(
         "micro-batches share the negatives of the whole batch",
-        "the mean of the losses of micro-batches",
+        "the loss is the mean of micro-batch losses",
         _DDP_4,
         _patched("benchmarks.engines.cells.cached_backward", _small_losses),
     ),
     Mutation(
-        "logit_scale's gradient counts once, not for each micro-batch",
-        "not divided by their number",
+        "logit_scale's gradient counts once per step",
+        "it counts once per micro-batch",
         _DDP_4,
         _patched("compt.train.accumulate.surrogate", _whole_scale),
     ),
     Mutation(
         "each micro-batch gets the gradients of its own features",
-        "rows of a micro-batch are exchanged",
+        "rows of a micro-batch are shifted by one",
         Cell("ddp", 2, 4, "distillation", "swin"),
         _patched("compt.train.accumulate.surrogate", _rows_of_others),
     ),
     Mutation(
         "the towers' distances are averaged",
-        "summed",
+        "distances are summed",
         Cell("ddp", 1, 1, "distillation"),
         _patched(
             "compt.train.task.ifd_loss",
@@ -260,68 +266,75 @@ MUTATIONS = (
     ),
     Mutation(
         "all ranks have the same teacher",
-        "one of them has another",
+        "one rank has another teacher",
         Cell("ddp", 2, 1, "projector", "vit"),
         _teacher_of_its_own,
     ),
     Mutation(
-        "a teacher in shards is the whole teacher",
-        "one rank's slices are lost",
+        "a sharded teacher equals the whole teacher",
+        "one rank's slices are zero",
         Cell("ddp", 2, 1, "sharded teacher", "swin"),
         _patched("compt.engines.shards._slice_of", _lost_slice),
     ),
-    Mutation("ddp: gradients are clipped", "they are not", Cell("ddp", 1), _on_engine(_no_clipping)),
+    Mutation("ddp: gradients are clipped", "gradients are not clipped", Cell("ddp", 1), _on_engine(_no_clipping)),
     Mutation(
         "ddp: norms and biases do not decay",
-        "all parameters do",
+        "all parameters decay",
         Cell("ddp", 1, 1, "contrastive", "swin"),
         lambda: mock.patch.object(base, "decays", return_value=True),
     ),
     Mutation(
         "the average follows the weights",
-        "it stays what it was first",
+        "the average keeps its first value",
         Cell("ddp", 1),
         lambda: mock.patch.object(Average, "update", _once(Average.update)),
     ),
     Mutation(f"fsdp2: {_EVERY}", "slices are summed", Cell("fsdp2", 2), _on_engine(_no_division)),
     Mutation(
-        "fsdp2: vectors are averaged too, in the last micro-batch",
-        "they are not",
+        "fsdp2: the last micro-batch averages gradients of vectors",
+        "gradients of vectors are not averaged",
         Cell("fsdp2", 2, 4, "projector"),
         _on_engine(lambda engine: setattr(engine, "_average_vectors", lambda: None)),
     ),
-    Mutation("fsdp2: logit_scale's gradient is averaged", "it is not", Cell("fsdp2", 2), _on_engine(_scale_alone)),
-    Mutation(f"fsdp2: {_WHOLE_NORM}", "of each rank's slices", Cell("fsdp2", 2), _on_engine(_own_norm)),
-    Mutation(f"fsdp2: {_STEPPED}", "weights stay gathered over the step", Cell("fsdp2", 2), _on_engine(_stay_gathered)),
+    Mutation(
+        "fsdp2: logit_scale's gradient is averaged",
+        "logit_scale's gradient is not averaged",
+        Cell("fsdp2", 2),
+        _on_engine(_scale_alone),
+    ),
+    Mutation(f"fsdp2: {_WHOLE_NORM}", _OWN_NORM, Cell("fsdp2", 2), _on_engine(_own_norm)),
+    Mutation(
+        f"fsdp2: {_STEPPED}", "weights stay gathered during the step", Cell("fsdp2", 2), _on_engine(_stay_gathered)
+    ),
     Mutation(
         "fsdp2: norms and biases do not decay",
-        "all parameters do",
+        "all parameters decay",
         Cell("fsdp2", 2, 1, "contrastive", "swin"),
         lambda: mock.patch.object(base, "decays", return_value=True),
     ),
-    Mutation(f"zero0: {_EVERY}", "summed", Cell("zero0", 2, 4), _on_engine(_summed_bucket)),
+    Mutation(f"zero0: {_EVERY}", "gradients are summed", Cell("zero0", 2, 4), _on_engine(_summed_bucket)),
     Mutation(f"zero1: {_EVERY}", "slices are summed", Cell("zero1", 2, 4), _on_engine(_summed_slices)),
     Mutation(
-        "zero1: gradients are averaged once",
-        "after each micro-batch",
+        "zero1: gradients are averaged once per step",
+        "they are averaged after each micro-batch",
         Cell("zero1", 2, 4, "projector"),
         _on_engine(_every_piece_last),
     ),
     Mutation(
-        "zero2: DeepSpeed leaves the loss of a micro-batch as it is",
-        "it divides by their number",
+        "zero2: DeepSpeed does not scale the loss of a micro-batch",
+        "it divides by the number of micro-batches",
         Cell("zero2", 2, 4),
         _on_engine(_divided_by_pieces),
     ),
     Mutation(f"zero2: {_EVERY}", "slices are summed", Cell("zero2", 2, 4), _on_engine(_summed_slices)),
-    Mutation(f"zero2: {_WHOLE_NORM}", "of each rank's slices", Cell("zero2", 2), _on_engine(_own_norm_zero)),
-    Mutation("zero2: gradients are clipped", "they are not", Cell("zero2", 2), _on_engine(_no_clipping)),
-    Mutation(f"zero2: {_STEPPED}", "each rank keeps the others' old ones", Cell("zero2", 2), _old_weights),
+    Mutation(f"zero2: {_WHOLE_NORM}", _OWN_NORM, Cell("zero2", 2), _on_engine(_own_norm_zero)),
+    Mutation("zero2: gradients are clipped", "gradients are not clipped", Cell("zero2", 2), _on_engine(_no_clipping)),
+    Mutation(f"zero2: {_STEPPED}", "each rank keeps old weights of the others", Cell("zero2", 2), _old_weights),
     Mutation(f"zero3: {_EVERY}", "slices are summed", Cell("zero3", 2, 4), _on_engine(_summed_parts)),
-    Mutation(f"zero3: {_WHOLE_NORM}", "of each rank's slices", Cell("zero3", 2), _on_engine(_own_norm_zero)),
+    Mutation(f"zero3: {_WHOLE_NORM}", _OWN_NORM, Cell("zero3", 2), _on_engine(_own_norm_zero)),
     Mutation(
         f"zero3: {_STEPPED}",
-        "what was stepped is not copied to the module's slices",
+        "updated weights are not copied to the module's slices",
         Cell("zero3", 2, 1, "projector"),
         _on_engine(_old_parts),
     ),

@@ -1,4 +1,4 @@
-"""The cells of the engine matrix: small models, their tasks and batches, and one engine's training on its rank."""
+"""The cells of the engine matrix: small models, their tasks and batches, and training with one engine on one rank."""
 
 from __future__ import annotations
 
@@ -30,27 +30,28 @@ TASKS = {
     "projector": 24,
     "sharded teacher": 24,
 }
-"""Width of the teacher's embedding, where there is a teacher; the student's is 16."""
+"""Width of the teacher's embedding, or None without a teacher. The student's width is 16."""
 SIGLIP = "siglip"
 """Another task, of the sigmoid loss without a teacher. The tests run cells of it; the measured matrix has none."""
 ARCHITECTURES = ("vit", "swin")
 
 DS_CONFIGS = {f"zero{stage}": f"zero{stage}.json" for stage in (1, 2, 3)}
-"""With those that are for real models, tiny ones would go in one bucket, and their weights would never be cut up."""
+"""Files of `benchmarks/engines/ds_configs`. The files for real models would put a tiny model in one bucket and never
+partition its weights."""
 
 STEPS = 3
 SAMPLES, CAPTIONS, TOKENS = 16, 2, 10
-"""A global batch: pictures, captions of each, tokens of the longest caption."""
+"""The global batch: images, captions per image, tokens of the longest caption."""
 SEED = 0
 LR = (2e-3, 3e-3, 3e-3)
 MAX_NORM = 4.0
-"""Below every norm that comes up, so that clipping is always at work."""
+"""Below every gradient norm here, so that every step clips."""
 ALPHA = 500.0
 EMA_DECAY = 0.5
 OPTIMIZER = Optimizer(
     batch=SAMPLES, eps=1e-4, weight_decay=0.1, clip_grad_norm=MAX_NORM, precision="fp32", ema=Ema(decay=EMA_DECAY)
 )
-"""The eps is large, or noise in gradients that are zero (of key biases) would become steps."""
+"""The eps is large: the exact gradient of a key bias is zero, and a small eps would turn its noise into steps."""
 
 _SIZES = {
     "image_size": 16,
@@ -63,14 +64,14 @@ _SIZES = {
 }
 SPECS: dict[str, ModelSpec] = {
     "vit": resolve("vit_pico", {**_SIZES, "head_width": 16}),
-    # Windows of 4 places on a side of 8: the second block's are shifted, and there is a patch merging.
+    # Windows of 4 on a side of 8: the second block has shifted windows, and one patch merging follows.
     "swin": resolve("swin_t", {**_SIZES, "patch_size": 2, "width": 16, "head_width": 8, "window": 4, "depths": (2, 1)}),
 }
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine on one number of processes, with one way of cutting a batch, one task and one architecture."""
+    """One engine, number of processes, number of micro-batches (`accumulation`), task and architecture."""
 
     engine: str
     world_size: int
@@ -85,7 +86,7 @@ class Cell:
 
 
 def cells(engine: str, world_size: int) -> list[Cell]:
-    """All cells that one start of processes goes through."""
+    """All cells that one group of processes runs."""
     return [
         Cell(engine, world_size, accumulation, task, architecture)
         for architecture in ARCHITECTURES
@@ -95,9 +96,9 @@ def cells(engine: str, world_size: int) -> list[Cell]:
 
 
 def start(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
-    """First values of a model in fp32, by name: its initialization, with biases and norms moved off 0 and 1.
+    """A model's initial fp32 values by name, with biases and norms moved away from 0 and 1.
 
-    Zeros and ones hide mistakes: a bias that is 0 stays the same when it decays.
+    Zeros and ones hide mistakes: weight decay does not change a bias of 0.
     """
     generator = torch.Generator().manual_seed(seed + 100)
     values = {name: value.detach().clone() for name, value in build(spec, seed=seed).state_dict().items()}
@@ -117,7 +118,7 @@ def specs(cell: Cell) -> tuple[ModelSpec, ModelSpec | None]:
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
-    """The global batch of each step: pictures [N, 3, H, W], captions [N, M, T] of 3 to T tokens."""
+    """The global batch of each step: images [N, 3, H, W], captions [N, M, T] of 3 to T tokens."""
     generator = torch.Generator().manual_seed(SEED + 5)
     positions = torch.arange(TOKENS)
     for _ in range(STEPS):
@@ -128,7 +129,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def blueprint(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Blueprint:
-    """What a cell is built from. `settings` are further ones of the recipe's `engine`."""
+    """The blueprint of a cell. `settings` are more fields of the recipe's `engine`."""
     student, teacher = specs(cell)
     if cell.engine in DS_CONFIGS:
         settings["deepspeed_config"] = DS_CONFIGS[cell.engine]
@@ -145,7 +146,7 @@ def blueprint(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Blu
 
 
 def open_cell(cell: Cell, precision: Precision = "fp32", **settings: Any) -> tuple[ClipTask, Engine]:
-    """Task and engine as a recipe would make them; `settings` as in `blueprint`."""
+    """Build task and engine as a run does; `settings` as in `blueprint`."""
     plan = blueprint(cell, precision, **settings)
     teacher = None if plan.teacher is None else start(plan.teacher, SEED + 1)
     return build_training(plan, torch.device("cpu"), start(plan.student, SEED), teacher)
@@ -153,7 +154,7 @@ def open_cell(cell: Cell, precision: Precision = "fp32", **settings: Any) -> tup
 
 @dataclass
 class Trained:
-    """What one rank saw of a training: a number a step, gradients of first and last step, weights in the end."""
+    """What one rank saw: loss and norm of each step, gradients of the first and last step, the final weights."""
 
     losses: list[float]
     norms: list[float]
@@ -163,7 +164,7 @@ class Trained:
 
 
 def train(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Trained:
-    """Train a cell for STEPS steps on this rank's share of each batch. All ranks call it."""
+    """Train a cell for STEPS steps on this rank's share of each batch. All ranks must call it."""
     task, engine = open_cell(cell, precision, **settings)
     share = SAMPLES // dist.world_size()
     own = slice(dist.rank() * share, (dist.rank() + 1) * share)
@@ -178,5 +179,5 @@ def train(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Trained
     found.weights = dict(engine.weights())
     found.average = dict(engine.weights(average=True))
     del engine, task
-    gc.collect()  # DeepSpeed's objects hold each other, and hooks on the module
+    gc.collect()  # DeepSpeed's objects refer to each other in cycles
     return found

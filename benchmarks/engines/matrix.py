@@ -1,6 +1,6 @@
-"""Every engine against one process, cell by cell: `python -m benchmarks.engines.matrix`.
+"""Compare every engine with one process, cell by cell: `python -m benchmarks.engines.matrix`.
 
-Writes docs/results/engines/matrix.json and the tables of docs/engines.md. It needs DeepSpeed, no GPU, and takes about
+Writes docs/results/engines/matrix.json and the tables of docs/engines.md. Needs DeepSpeed but no GPU, and takes about
 ten minutes on two idle cores.
 """
 
@@ -20,20 +20,19 @@ from compt.text import TextTable, terminal
 
 FILE = "matrix.json"
 QUANTITIES = tuple(TOLERANCES)
-_NOTE = """Of ViT and Swin the larger. Gradients: tensor by tensor, relative to the norm of each, at the first and the
-third step. Weights after three steps and their moving average, tensor by tensor, relative to the distance from their
-start."""
+_NOTE = """Each number is the larger of ViT and Swin. Gradients: per tensor, relative to its norm, at the first and
+third step. Weights after three steps and their moving average: per tensor, relative to the distance from the start."""
 TIMEOUT = 1500.0
-"""Seconds for the cells of one start of processes."""
+"""Time limit for one group of processes, in seconds."""
 
 
 def compare(wanted: Sequence[Cell]) -> list[dict[str, float]]:
-    """The differences of each cell from its oracle, as this rank sees them. All ranks call it."""
+    """The differences of each cell from its oracle on this rank. All ranks must call it."""
     return [differences(train(cell), reference(cell)) for cell in wanted]
 
 
 def run(wanted: Sequence[Cell]) -> list[dict[str, Any]]:
-    """Cells of one number of processes in one start of them; of each quantity the largest difference on any rank."""
+    """Run cells with one group of processes; returns the largest difference of each quantity on any rank."""
     from tests.dist.spawn import run_ranks
 
     (world,) = {cell.world_size for cell in wanted}
@@ -45,7 +44,7 @@ def run(wanted: Sequence[Cell]) -> list[dict[str, Any]]:
 
 
 def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What is further from the oracle than its tolerance, in words."""
+    """One line for each difference above its tolerance."""
     return [
         f"{Cell(*(record[key] for key in Cell.__dataclass_fields__))}: {quantity} differs by "
         f"{scientific(record[quantity])}, more than {tolerance:g}"
@@ -56,7 +55,7 @@ def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """By engine, processes, micro-batches and task; by engine and quantity."""
+    """Two tables: by engine, processes, micro-batches and task; and by engine and quantity."""
     records = results["cells"]
 
     def largest(quantities: Iterable[str], **wanted: Any) -> str:
@@ -96,17 +95,17 @@ def tables(results: Mapping[str, Any]) -> list[TextTable]:
             "Largest difference over all cells",
             ("Engine", *(quantity.capitalize() for quantity in QUANTITIES)),
             [*by_quantity, limits],
-            ("Key biases: the norm of a gradient that is zero in exact numbers, absolutely.",),
+            ("Key biases: the absolute norm of a gradient that is exactly zero in theory.",),
         ),
     ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the cells and write what came out; exit code 1 where a tolerance is missed."""
+    """Run the cells and write the result. Exit code 1 if a difference is above its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
     parser.add_argument("--worlds", nargs="+", type=int, choices=WORLDS, default=WORLDS)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON (default: the committed one)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (default: the committed one)")
     options = parser.parse_args(argv)
     whole = set(options.engines) == set(ENGINES) and set(options.worlds) == set(WORLDS)
     records = []
@@ -123,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")
         else:
-            print("not written: not all engines and processes took part; with --out they need not")
+            print("not written: this was not every engine and number of processes; add --out to write a part")
     found = misses(records)
     print("\n".join(found) or "every difference is within its tolerance")
     sys.exit(1 if found else 0)

@@ -1,7 +1,7 @@
-"""Bytes that each engine holds on a rank, counted, against `compt.cost.memory`: `python -m benchmarks.engines.memory`.
+"""Count the bytes that each engine holds on a rank, and compare them with `compt.cost.memory`.
 
-Writes docs/results/engines/memory.json and a table of docs/engines.md. In fp32, on CPU processes, with the settings of
-DeepSpeed that `ds_configs` has.
+`python -m benchmarks.engines.memory` writes docs/results/engines/memory.json and a table of docs/engines.md. It runs in
+fp32 on CPU processes, with the DeepSpeed settings of `ds_configs`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,16 @@ PAIRS: dict[str, tuple[ModelSpec, ModelSpec]] = {
         resolve("vit_t16", {"vocab_size": 8192, "embed_dim": 192}),
     ),
 }
-"""Student and teacher, of different embeddings, so that there are projectors."""
+"""Student and teacher. Their embedding widths differ, so that there are projectors."""
 ROWS = 2
 PARTS = ("weights", "gradients", "optimizer", "communication", "teacher")
-_NOTE = """{:.1f} M parameters in fp32, at the end of a backward pass, blocks given up. In brackets what
-compt.cost.memory predicts. Of ddp: weights, gradients and optimizer. Communication: DeepSpeed's buckets, whose size is
-a setting and does not depend on the model. With zero1 and zero2 a rank holds the whole gradient of each tensor that its
-slice touches (and what is counted is just these); of those that stand out of it, only the embedding's is predicted."""
+_NOTE = """{:.1f} M parameters in fp32, at the end of a backward pass, after blocks are resharded. In brackets: what
+compt.cost.memory predicts. Of ddp: weights, gradients and optimizer, relative to ddp. Communication: DeepSpeed's
+buckets, whose size is a setting and does not depend on the model. With zero1 and zero2 a rank holds the whole gradient
+of each tensor that its slice touches, and the counts equal exactly these; for parts outside the slice, the prediction
+includes only the embedding's."""
 TOLERANCE = 0.01
-"""Largest difference of a part from what is predicted: shards are padded to equal sizes."""
+"""Largest relative difference of a part from its prediction: padding makes shards equal in size."""
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -63,7 +64,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _parameters(module: nn.Module) -> list[Tensor]:
-    """What this rank has of a module's parameters: slices, or the whole."""
+    """This rank's part of a module's parameters: slices, or whole tensors."""
     found = []
     for parameter in module.parameters():
         found.append(_local(parameter.detach()))
@@ -73,7 +74,7 @@ def _parameters(module: nn.Module) -> list[Tensor]:
 
 
 def _optimizer(engine: Any) -> list[Tensor]:
-    """Moments, and what is stepped."""
+    """Moments, and the tensors that the optimizer updates."""
     found = [value for state in engine.optimizer.state.values() for value in state.values()]
     if hasattr(engine, "_parts"):
         found += [master.detach() for master in engine._parts.masters]
@@ -91,7 +92,7 @@ def _gradients(engine: Any) -> list[Tensor]:
 
 
 def _watch_buckets(engine: Any) -> list[int]:
-    """Bytes of what DeepSpeed sends gradients off in, noted in each backward: stages 1 and 2 give it up at its end."""
+    """Record the bytes of DeepSpeed's gradient buckets in each backward; stages 1 and 2 free them at its end."""
     noted = [0]
     if getattr(engine, "stage", 0) == 0:
         return noted
@@ -138,7 +139,7 @@ def _batch(student: ModelSpec) -> tuple[Tensor, Tensor]:
 
 
 def count(cells: Sequence[tuple[str, str, bool]]) -> list[dict[str, int]]:
-    """Bytes of each part on this rank, for pairs, engines, and whether the teacher is in shards. All ranks call it."""
+    """Bytes of each part on this rank, for each (pair, engine, sharded teacher). All ranks must call it."""
     return [_count(*PAIRS[pair], name, shared) for pair, name, shared in cells]
 
 
@@ -161,7 +162,7 @@ def _count(student: ModelSpec, teacher_spec: ModelSpec, name: str, shard_teacher
         initial=task.module.initial(weights),
     )
     noted = _watch_buckets(engine)
-    # The second backward: only a step makes the moments.
+    # Count after a second backward: the moments exist only after a step.
     cached_backward(task, engine, *batch)
     engine.step(1e-3)
     cached_backward(task, engine, *batch)
@@ -178,7 +179,7 @@ def _teacher(teacher: ClipModel) -> list[Tensor]:
 
 
 def engine_bytes(engine: Engine, before: Iterable[Tensor]) -> dict[str, int]:
-    """Bytes after a backward and before the step, when most is held; `other` is what nobody claims."""
+    """Bytes after a backward and before the step, when a rank holds most. `other` belongs to no known part."""
     if type(engine).__name__ == "ShardedEngine":
         reshard(cast(Any, engine)._root)
     known = Storages(before)
@@ -194,7 +195,7 @@ def engine_bytes(engine: Engine, before: Iterable[Tensor]) -> dict[str, int]:
 
 
 def run(world: int, engines: Sequence[str] = ENGINES, pairs: Iterable[str] = PAIRS) -> list[dict[str, Any]]:
-    """Each engine with a whole teacher and one in shards, counted on the rank that holds most, and predicted."""
+    """Count and predict each engine with a whole and a sharded teacher, on the rank that holds most."""
     from tests.dist.spawn import run_ranks
 
     wanted = [(pair, name, shared) for pair in pairs for name in engines for shared in (False, True)]
@@ -224,9 +225,9 @@ def run(world: int, engines: Sequence[str] = ENGINES, pairs: Iterable[str] = PAI
 
 @cache
 def _touched(pair: str, world: int) -> float:
-    """Bytes of gradients on the rank with most of them under zero1 and zero2: of each tensor in its slices, the whole.
+    """Bytes of gradients on the rank that holds most under zero1 and zero2: every tensor that its slices touch, whole.
 
-    Every group of parameters is laid end to end and cut into equal slices.
+    ZeRO concatenates each parameter group and cuts it into equal slices.
     """
     task = DistillTask(*(build(spec, device="meta") for spec in PAIRS[pair]))
     kept = [0] * world
@@ -240,9 +241,9 @@ def _touched(pair: str, world: int) -> float:
 
 
 def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Parts that differ from what is predicted by more than is allowed, in words.
+    """One line for each part whose count differs too much from its prediction.
 
-    Gradients of zero1 and zero2 are held to the tensors that slices touch; predicted is no more than these.
+    Gradients of zero1 and zero2 must equal the tensors that slices touch; the prediction must not be larger.
     """
     found = []
     for record, part in product(records, PARTS):
@@ -258,7 +259,7 @@ def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """Engines and processes in rows, parts in columns, for each pair of models."""
+    """One table for each pair of models: engines and processes in rows, parts in columns."""
     return [_table(pair, [one for one in results["records"] if one["models"] == pair]) for pair in PAIRS]
 
 
@@ -285,21 +286,24 @@ def _table(pair: str, records: Sequence[Mapping[str, Any]]) -> TextTable:
                 f"{own / base[record['world_size']]:.0%}" if record["world_size"] in base else "-",
             )
         )
-    header = ("Engine", "Processes", *(part.capitalize() for part in PARTS), "Teacher in shards", "Of ddp")
+    header = ("Engine", "Processes", *(part.capitalize() for part in PARTS), "Sharded teacher", "Of ddp")
     student, teacher = PAIRS[pair]
     count = sum(parameter.numel() for parameter in build(student, device="meta").parameters())
     note = " ".join(_NOTE.format(count / 1e6).split())
     return TextTable(
-        f"Megabytes of a rank with {student.name} under {teacher.name}, counted and predicted", header, rows, (note,)
+        f"Megabytes per rank, student {student.name}, teacher {teacher.name}: counted and predicted",
+        header,
+        rows,
+        (note,),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Count, compare and write; exit code 1 where a prediction is wrong."""
+    """Count, compare and write. Exit code 1 if a prediction is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", nargs="+", type=int, choices=WORLDS, default=WORLDS)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON (default: the committed one)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (default: the committed one)")
     options = parser.parse_args(argv)
     with one_line():
         records = [record for world in options.worlds for record in run(world, options.engines)]
@@ -311,9 +315,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")
     found = misses(records)
-    print("\n".join(found) or "every part is as predicted")
+    print("\n".join(found) or "every part agrees with its prediction")
     for record in records:
-        print(record["models"], record["engine"], record["world_size"], "unclaimed:", record["counted_bytes"]["other"])
+        print(
+            record["models"], record["engine"], record["world_size"], "other bytes:", record["counted_bytes"]["other"]
+        )
     sys.exit(1 if found else 0)
 
 

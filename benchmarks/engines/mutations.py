@@ -1,8 +1,7 @@
-"""What turns the engine matrix red: `python -m benchmarks.engines.mutations`.
+"""Check that the engine matrix notices faults: `python -m benchmarks.engines.mutations`.
 
-For each claim of exactness one thing is broken while the program runs, and the cell named beside it compared with the
-oracle again. Writes docs/results/engines/mutations.json and a table of docs/engines.md; the exit code is 1 when a
-mutation is not caught.
+For each claim of exactness, it breaks one thing in the running program and compares one cell with the oracle again.
+Writes docs/results/engines/mutations.json and a table of docs/engines.md. Exit code 1 if a mutation is not caught.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ Pair = tuple[dict[str, float], dict[str, float]]
 
 
 def compare(numbers: Sequence[int]) -> list[Pair]:
-    """For each mutation, by its place in MUTATIONS: the differences without it and with it. All ranks call it."""
+    """For each index into MUTATIONS: the differences without and with the mutation. All ranks must call it."""
     sound: dict[Cell, dict[str, float]] = {}
     found = []
     for mutation in (MUTATIONS[number] for number in numbers):
@@ -43,7 +42,7 @@ def compare(numbers: Sequence[int]) -> list[Pair]:
 
 
 def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
-    """Mutations of one engine and one number of processes, in one start of them."""
+    """Run mutations of one engine and one number of processes with one group of processes."""
     from tests.dist.spawn import run_ranks
 
     (world,) = {mutation.cell.world_size for mutation in mutations}
@@ -52,7 +51,7 @@ def run(mutations: Sequence[Mutation]) -> list[dict[str, Any]]:
 
 
 def _record(mutation: Mutation, pairs: Iterable[Pair]) -> dict[str, Any]:
-    """The quantity that notices most, by the largest difference on any rank."""
+    """The quantity that exceeds its tolerance most, by the largest difference on any rank."""
     sound, broken = (
         {quantity: max(found[quantity] for found in side) for quantity in TOLERANCES}
         for side in zip(*pairs, strict=True)
@@ -72,7 +71,7 @@ def _record(mutation: Mutation, pairs: Iterable[Pair]) -> dict[str, Any]:
 
 
 def groups(mutations: Iterable[Mutation] = MUTATIONS) -> list[list[Mutation]]:
-    """What goes into one start of processes."""
+    """The mutations by engine and number of processes: each group runs in one group of processes."""
 
     def key(mutation: Mutation) -> tuple[int, int]:
         return ENGINES.index(mutation.cell.engine), mutation.cell.world_size
@@ -81,18 +80,18 @@ def groups(mutations: Iterable[Mutation] = MUTATIONS) -> list[list[Mutation]]:
 
 
 def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Mutations that nobody noticed, and cells that are red without any."""
+    """One line for each mutation that was not caught, and for each cell that fails without a mutation."""
     found = []
     for record in records:
         if not record["caught"]:
             found.append(f"not caught: {record['claim']}: {record['mutation']} ({record['cell']})")
         if not record["sound"]:
-            found.append(f"red without a mutation: {record['cell']}")
+            found.append(f"fails without a mutation: {record['cell']}")
     return found
 
 
 def tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """A mutation in a row."""
+    """One row per mutation."""
     rows = [
         (
             record["claim"],
@@ -107,15 +106,17 @@ def tables(results: Mapping[str, Any]) -> list[TextTable]:
         for record in results["mutations"]
     ]
     header = ("Claim", "Mutation", "Cell", "Quantity", "Unmutated", "Mutated", "Tolerance", "Caught")
-    note = "Quantity: the one that notices most; its largest difference from the oracle without and with the mutation."
+    note = (
+        "Quantity: the one most above its tolerance. Its largest difference from the oracle without and with the fault."
+    )
     return [TextTable("Mutations", header, rows, (note,), left=4)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Break one thing after another and write what came of it."""
+    """Run all mutations and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES)
-    parser.add_argument("--out", type=Path, default=OUT, help="folder of the JSON (default: the committed one)")
+    parser.add_argument("--out", type=Path, default=OUT, help="folder for the JSON (default: the committed one)")
     options = parser.parse_args(argv)
     records = []
     with one_line():
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")
         else:
-            print("not written: not all engines took part; with --out they need not")
+            print("not written: this was not every engine; add --out to write a part")
     found = misses(records)
     print("\n".join(found) or f"all {len(records)} mutations are caught")
     sys.exit(1 if found else 0)

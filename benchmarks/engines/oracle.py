@@ -1,7 +1,7 @@
-"""What every engine has to give: one process, the whole batch, double precision, torch's AdamW, open_clip's loss.
+"""The expected result of every engine: one process, the whole batch, double precision, torch's AdamW, open_clip's loss.
 
-Nothing of `compt.engines` or of `accumulate`, `losses` and `task` in `compt.train` takes part, but for the values that
-projectors are drawn with; the models' forward is the same, and has tests of its own against open_clip.
+The oracle shares the models' forward pass with the program (tested against open_clip elsewhere) and the initial
+projectors. It uses nothing else of `compt.engines` or of `accumulate`, `losses` and `task` in `compt.train`.
 """
 
 from __future__ import annotations
@@ -36,25 +36,24 @@ from compt.models.clip import ClipModel, build
 from compt.train.task import StudentModule
 
 TOLERANCES = {"loss": 1e-5, "norm": 1e-5, "gradients": 1e-5, "key biases": 1e-6, "parameters": 2e-4, "average": 2e-4}
-"""Largest differences from the oracle, relative but for that of key biases.
+"""Largest allowed differences from the oracle.
 
-`gradients`: of any tensor, to its norm, in the first step and in the last. `parameters` and their moving `average`: of
-any tensor, to the distance that it went from its start (fp32 can hold no better what is 1 and moves by a thousandth).
-`key biases`: norm of the part of a gradient that is zero in
-exact numbers, absolutely.
+`loss`, `norm`: relative, at each step. `gradients`: per tensor, relative to its norm, at the first and last step.
+`parameters` and their moving `average`: per tensor, relative to its distance from the start (fp32 resolves a weight of
+1 that moves by a thousandth no better). `key biases`: the absolute norm of a gradient that is exactly zero in theory.
 """
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An oracle's training, in double precision, and where it began."""
+    """The oracle's result in double precision, and the weights it started from."""
 
     start: dict[str, Tensor]
     trained: Trained
 
 
 def reference(cell: Cell) -> Reference:
-    """The oracle of a cell: engine, processes and micro-batches make no difference to it, nor do a teacher's shards."""
+    """The oracle's result for a cell. Engine, processes, micro-batches and a sharded teacher do not change it."""
     return _reference(cell.architecture, "projector" if cell.task == "sharded teacher" else cell.task)
 
 
@@ -107,7 +106,7 @@ def _loss(
     images: Tensor,
     tokens: Tensor,
 ) -> Tensor:
-    """Section 3.2 of the paper: open_clip's loss of each slot of captions, and distances of normalised features."""
+    """Section 3.2 of the paper: open_clip's loss for each caption slot, plus distances of normalized features."""
     captions = tokens.flatten(0, 1)
     image = student.encode_image(images)
     text = student.encode_text(captions).unflatten(0, tokens.shape[:2])
@@ -133,7 +132,7 @@ def _loss(
 
 
 def differences(found: Trained, expected: Reference) -> dict[str, float]:
-    """The largest differences, by the names of TOLERANCES; infinite where anything is not a number or is missing."""
+    """The largest differences, by the names in TOLERANCES. Infinite if a value is NaN or a tensor is missing."""
     correct = expected.trained
     result = {
         "loss": _largest(abs(a - b) / abs(b) for a, b in zip(found.losses, correct.losses, strict=True)),
@@ -161,7 +160,7 @@ def _largest(values: Iterable[float]) -> float:
 def _compared(
     found: Mapping[str, Tensor], correct: Mapping[str, Tensor], scale: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """Largest norm of a difference over that of `scale`, tensor by tensor; largest norm among key biases alone."""
+    """Largest norm of a tensor's difference over that of its `scale`, and the largest norm among key biases."""
     shared = {name: value for name, value in found.items() if name in scale}
     if shared.keys() != scale.keys():
         return math.inf, math.inf

@@ -1,4 +1,4 @@
-"""Results of the engine benchmarks as JSON in docs/results/engines and as tables on the page docs/engines.md."""
+"""Write results of the engine benchmarks as JSON in docs/results/engines and as tables in docs/engines.md."""
 
 from __future__ import annotations
 
@@ -49,26 +49,26 @@ def about() -> dict[str, Any]:
 
 
 def sources(results: Mapping[str, Any]) -> str:
-    """Where and when, in a line."""
+    """One line that says where and when the numbers were measured."""
     names = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     where = f"{results['machine']}, CPU processes with {results['backend']}"
     return f"Measured {results['date'][:10]} on {where}; {names}; seed {results['seed']}."
 
 
 def section(file: str, results: Mapping[str, Any], tables: list[TextTable]) -> str:
-    """What stands between the marks of `file` on the page."""
+    """The text that belongs between the marks of `file`."""
     parts = [table.markdown().strip() for table in tables]
     return "\n\n".join([*parts, f"{sources(results)} All numbers: [{file}](results/engines/{file})."])
 
 
 def marks(file: str) -> tuple[str, str]:
-    """The lines on the page between which the tables of a file of results stand."""
+    """The two lines of the page that enclose the tables of a results file."""
     name = file.removesuffix(".json")
     return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
 
 
 def shown(page: str, file: str) -> str:
-    """What stands on a page between the marks of `file`. Raises RunError where they are missing."""
+    """The text on a page between the marks of `file`. Raises RunError if a mark is missing."""
     return _parts(page, file)[1].strip("\n")
 
 
@@ -77,14 +77,14 @@ def _parts(page: str, file: str) -> tuple[str, str, str]:
     before, found, rest = page.partition(begin)
     inside, closed, after = rest.partition(end)
     if not (found and closed):
-        raise RunError(f"{PAGE} lacks the lines {begin} and {end}, between which the numbers go")
+        raise RunError(f"{PAGE}: needs the lines {begin} and {end}; the tables go between them")
     return before + begin, inside, end + after
 
 
 def write_results(
     file: str, results: Mapping[str, Any], tables: list[TextTable], folder: Path = OUT, page: Path | None = None
 ) -> Path:
-    """Write the JSON, and the tables onto the page, if one is given; what stands around them stays. Raises RunError."""
+    """Write the JSON, and the tables between the marks of `page` if given. Raises RunError if a mark is missing."""
     path = folder / file
     write_text(path, json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     if page is not None:
@@ -94,5 +94,5 @@ def write_results(
 
 
 def read_results(file: str, folder: Path = OUT) -> dict[str, Any]:
-    """What a benchmark wrote."""
+    """Read the JSON that a benchmark wrote."""
     return dict(json.loads((folder / file).read_text(encoding="utf-8")))

@@ -44,7 +44,7 @@ def test_what_nobody_notices_and_what_is_red_anyway_are_told() -> None:
     assert mutations.misses([loud]) == []
     assert mutations.misses([quiet, mutations._record(mutation, [(wrong, wrong)])]) == [
         f"not caught: {mutation.claim}: {mutation.change} ({mutation.cell})",
-        f"red without a mutation: {mutation.cell}",
+        f"fails without a mutation: {mutation.cell}",
     ]
     nothing = {**exact, "loss": float("inf")}
     assert mutations._record(mutation, [(exact, nothing)])["caught"]
