@@ -1,4 +1,4 @@
-# `make help` tells what there is. The environment is .venv, made when it is missing or when what it is made from changes.
+# `make help` lists the targets. They make the environment .venv if it is missing or if its inputs have changed.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -6,64 +6,64 @@ SHELL := /bin/bash
 
 WORKERS ?= 2
 ARGS ?=
-# On a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. Fewer of the package's extras: `export EXTRAS=dev`.
+# For a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `export EXTRAS=dev`.
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,data,deepspeed,accelerate
 
-# The first python on the path that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
+# The first Python on the PATH that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(shell $(p) -c \
 	'import sys, venv, ensurepip; (3, 11) <= sys.version_info < (3, 14) and print("$(p)")' 2>/dev/null)))
 
-# The stamp carries a checksum of what the environment is made from, and of where it stands: a virtual environment cannot be moved.
+# The stamp's name holds a checksum of the environment's inputs and of its path: a virtual environment cannot be moved.
 MADE_FROM := $(shell { cat pyproject.toml setup.py $(CONSTRAINTS); echo "$(CURDIR) $(EXTRAS)"; } | cksum | tr ' ' '-')
 STAMP := .venv/.made-from-$(MADE_FROM)
 RUN := .venv/bin/python -m
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, WORKERS=2 (tests), ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo),"
-	@echo "  KEEP=1 (fresh-check), EXTRAS=dev and CONSTRAINTS=constraints-cu12.txt (the environment)"
+	@echo "  Variables: PYTHON=python3.12, EXTRAS=dev and CONSTRAINTS=constraints-cu12.txt (environment), WORKERS=2 (tests),"
+	@echo "  ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo: start over), KEEP=1 (fresh-check: keep the clone)"
 
 demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report
 	@.venv/bin/compt demo $(if $(FRESH),--fresh) $(ARGS)
 
-test: $(STAMP) ## Run the tests (no GPU needed; GPU tests are skipped without one)
+test: $(STAMP) ## Run the tests (without a GPU, the GPU tests are skipped)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not full and not slurm" $(ARGS)
 
-test-slow: $(STAMP) ## Run the long tests: engines, faults, launchers, memory under limits
+test-slow: $(STAMP) ## Run the long tests: engines, faults, launchers, memory limits
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not slurm" $(ARGS)
 
-test-full: $(STAMP) test test-slow test-slurm ## Run every test, the complete matrices too (about an hour)
+test-full: $(STAMP) test test-slow test-slurm ## Run every test, including the complete matrices (about an hour)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "full and not slurm" $(ARGS)
 
-test-slurm: $(STAMP) ## Run the scripts of slurm/ on a Slurm of two nodes on this machine (needs root, slurm-wlm and munge)
+test-slurm: $(STAMP) ## Test slurm/ on a Slurm cluster of two nodes on this machine (needs root, slurm-wlm, munge)
 	@OMP_NUM_THREADS=1 $(RUN) pytest tests/slurm $(ARGS)
 
 benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/results
 	@$(RUN) benchmarks.all
 
-gpu-bundle: $(STAMP) ## Pack the wheels that a GPU machine without a network lacks into build/gpu-bundle (docs/gpu.md)
+gpu-bundle: $(STAMP) ## Pack wheels for a GPU machine without a network into build/gpu-bundle (docs/gpu.md)
 	@$(RUN) benchmarks.gpu.bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali)
 
 lint: $(STAMP) ## Check the style (ruff)
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 
-format: $(STAMP) ## Mend the style (ruff)
+format: $(STAMP) ## Fix the style (ruff)
 	@$(RUN) ruff check --fix .
 	@$(RUN) ruff format .
 
 type: $(STAMP) ## Check the types (mypy --strict)
 	@$(RUN) mypy
 
-fresh-check: ## Run demo and test in a fresh clone of the committed state, as a stranger would
+fresh-check: ## Run venv, demo and test in a fresh clone of the last commit
 	@KEEP=$(KEEP) bash .ci/fresh-check
 
-clean: ## Remove .venv and what the tools leave; runs/ and data/ stay
+clean: ## Remove .venv, builds and caches; keep runs/ and data/
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-venv: $(STAMP) ## Make the environment, or bring it up to date, and stop there
+venv: $(STAMP) ## Make or update the environment, and nothing else
 	@echo ".venv is up to date"
 
 define need
@@ -71,18 +71,18 @@ define need
 endef
 
 $(STAMP):
-	@test -n "$(PYTHON)" || $(call need,python 3.11 to 3.13 with venv: 'apt install python3 python3-venv' or name one with PYTHON=…)
+	@test -n "$(PYTHON)" || $(call need,python 3.11 to 3.13 with venv: run 'apt install python3 python3-venv', or name one with PYTHON=…)
 	@"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
-		|| $(call need,python 3.11 to 3.13 with venv: $(PYTHON) is not such a one; try 'apt install python3-venv')
+		|| $(call need,python 3.11 to 3.13 with venv, and $(PYTHON) is not; try 'apt install python3-venv', or name another with PYTHON=…)
 	@test -x .venv/bin/python || test "$$(df -Pk . | awk 'NR==2{print int($$4/1048576)}')" -ge 8 \
-		|| $(call need,8 GB of free disk here for PyTorch; $$(df -Ph . | awk 'NR==2{print $$4}') are free)
-	@echo "setting up .venv: about 3 minutes, 5 GB, most of it PyTorch's CUDA libraries (used only where there is a GPU) …"
-	@# A python that still runs and has the same version is brought up to date; anything else is made anew.
+		|| $(call need,8 GB of free disk for PyTorch; only $$(df -Ph . | awk 'NR==2{print $$4}') is free here)
+	@echo "setting up .venv: about 3 minutes and 5 GB, most of it PyTorch's CUDA libraries (used only with a GPU) …"
+	@# Update a .venv whose Python runs and has the same version; replace any other.
 	@version='import sys; print(sys.version_info[:2])'; \
 		test "$$(.venv/bin/python -c "import pip; $$version" 2>/dev/null)" = "$$("$(PYTHON)" -c "$$version")" || "$(PYTHON)" -m venv --clear .venv
 	@rm -f .venv/.made-from-*
 	@start=$$SECONDS; if [ -t 1 ]; then quiet=; else quiet='-q --progress-bar off'; fi; \
 		$(RUN) pip --log .venv/install.log --disable-pip-version-check install $$quiet \
-		-c $(CONSTRAINTS) -e '.[$(EXTRAS)]' || { echo "the installation failed; the whole of it is in .venv/install.log" >&2; exit 1; }; \
+		-c $(CONSTRAINTS) -e '.[$(EXTRAS)]' || { echo "the installation failed; see .venv/install.log" >&2; exit 1; }; \
 		echo "set up .venv in $$((SECONDS - start)) s"
 	@touch $@

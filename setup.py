@@ -1,4 +1,4 @@
-"""For tools that still call setup.py; everything is in pyproject.toml."""
+"""Entry point for tools that still call setup.py. All settings are in pyproject.toml."""
 
 from setuptools import setup
 

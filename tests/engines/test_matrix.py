@@ -64,7 +64,7 @@ def test_every_engine_in_bf16_is_close_to_ddp() -> None:
             assert trained.losses != pytest.approx(exact.losses, rel=1e-6), f"{engine} computed in fp32"
 
 
-def test_the_oracle_is_no_easy_one() -> None:
+def test_the_oracle_clips_and_moves_weights() -> None:
     """Clipping is at work in every step, and every tensor has a gradient and moves."""
     for architecture in ARCHITECTURES:
         for task in TASKS:
@@ -78,7 +78,7 @@ def test_the_oracle_is_no_easy_one() -> None:
                 assert not value.equal(found.start[name]), name
 
 
-def test_a_missing_tensor_and_a_wrong_number_are_infinitely_far() -> None:
+def test_missing_tensors_and_nans_count_as_infinite() -> None:
     expected = reference(Cell("ddp", 1))
     exact = expected.trained
     assert max(differences(exact, expected).values()) == 0.0
@@ -94,7 +94,7 @@ def test_a_missing_tensor_and_a_wrong_number_are_infinitely_far() -> None:
     ]
 
 
-def test_the_page_shows_what_was_measured(root: Path) -> None:
+def test_the_page_shows_the_committed_results(root: Path) -> None:
     results = page.read_results(matrix.FILE)
     assert matrix.misses(results["cells"]) == []
     assert results["tolerances"] == TOLERANCES
@@ -105,7 +105,7 @@ def test_the_page_shows_what_was_measured(root: Path) -> None:
     assert page.shown(text, matrix.FILE) == page.section(matrix.FILE, results, matrix.tables(results))
 
 
-def test_results_go_between_the_marks_and_nowhere_else(tmp_path: Path) -> None:
+def test_results_replace_only_the_text_between_the_marks(tmp_path: Path) -> None:
     begin, end = page.marks(matrix.FILE)
     target = tmp_path / "page.md"
     target.write_text(f"before\n{begin}\nold\n{end}\nafter\n", encoding="utf-8")

@@ -18,11 +18,11 @@ CELLS = [*((world, "vit", ENGINES) for world in WORLDS), (2, "swin", ("fsdp2", "
 
 
 @pytest.mark.parametrize(("world", "pair", "engines"), matrix(CELLS, CELLS[1:2]))
-def test_every_engine_holds_what_is_predicted(world: int, pair: str, engines: tuple[str, ...]) -> None:
+def test_every_engine_holds_the_predicted_bytes(world: int, pair: str, engines: tuple[str, ...]) -> None:
     assert memory.misses(memory.run(world, engines, pairs=[pair])) == []
 
 
-def test_a_part_that_differs_is_told() -> None:
+def test_a_part_that_differs_is_reported() -> None:
     parts = dict.fromkeys(memory.PARTS, 1000)
     record = {"models": "vit", "engine": "ddp", "world_size": 2, "counted_bytes": parts, "predicted_bytes": dict(parts)}
     assert memory.misses([record]) == []
@@ -32,7 +32,7 @@ def test_a_part_that_differs_is_told() -> None:
     assert len(memory.misses([record])) == 1
 
 
-def test_gradients_of_stages_one_and_two_are_those_of_tensors_that_a_slice_touches() -> None:
+def test_zero1_and_zero2_hold_whole_gradients_of_tensors_in_their_slice() -> None:
     (record,) = (
         one
         for one in page.read_results(memory.FILE)["records"]
@@ -50,7 +50,7 @@ def test_gradients_of_stages_one_and_two_are_those_of_tensors_that_a_slice_touch
         assert told.startswith("swin, zero2 on 4: gradients counted ")
 
 
-def test_the_page_shows_what_was_counted(root: Path) -> None:
+def test_the_page_shows_the_committed_results(root: Path) -> None:
     results = page.read_results(memory.FILE)
     assert memory.misses(results["records"]) == []
     found = [

@@ -32,7 +32,7 @@ def test_every_engine_and_every_mutation_is_in_one_group() -> None:
     assert len({(mutation.claim, mutation.change) for mutation in MUTATIONS}) == len(MUTATIONS)
 
 
-def test_what_nobody_notices_and_what_is_red_anyway_are_told() -> None:
+def test_uncaught_mutations_and_failing_cells_are_reported() -> None:
     mutation = MUTATIONS[0]
     exact = dict.fromkeys(TOLERANCES, 0.0)
     wrong = {**exact, "norm": 2 * TOLERANCES["norm"], "parameters": 1.5 * TOLERANCES["parameters"]}
@@ -50,7 +50,7 @@ def test_what_nobody_notices_and_what_is_red_anyway_are_told() -> None:
     assert mutations._record(mutation, [(exact, nothing)])["caught"]
 
 
-def test_the_page_shows_what_was_measured(root: Path) -> None:
+def test_the_page_shows_the_committed_results(root: Path) -> None:
     results = page.read_results(mutations.FILE)
     assert mutations.misses(results["mutations"]) == []
     found = [(record["claim"], record["mutation"], record["cell"]) for record in results["mutations"]]

@@ -48,7 +48,7 @@ def check(found: Measurement, setup: Setup) -> None:
         assert 0 < found.mfu < 1
 
 
-def test_the_batch_grows_until_memory_ends(little_memory: None) -> None:
+def test_the_batch_grows_until_memory_is_full(little_memory: None) -> None:
     found = measure(LINK, CUDA, None, 8192, 0.0)
     check(found, LINK)
     assert 8 <= found.batch < 8192
@@ -67,7 +67,7 @@ def test_a_gpu_is_measured_in_its_own_process(precision: str) -> None:
     assert found.repeats >= 3
 
 
-def test_the_gpu_at_hand_has_the_memory_that_is_planned_with() -> None:
+def test_this_gpu_has_the_memory_the_planner_assumes() -> None:
     known = known_device(CUDA)
     if known is None:
         pytest.skip(f"no datasheet of {torch.cuda.get_device_name(CUDA)}")

@@ -55,13 +55,13 @@ def test_node_lists(text: str, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a[1-2", "a]1[", "a,,b", "a,", "a[1-]", "a[3-1]", "a[x]", "a[[1]]", "a[1;2]"])
-def test_what_is_no_node_list(text: str) -> None:
+def test_invalid_node_lists_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="not a list of Slurm nodes"):
         expand_nodes(text)
 
 
 @given(st.lists(st.tuples(st.sampled_from(["a", "gpu-", "n1x"]), st.integers(0, 120), st.integers(1, 15)), min_size=1))
-def test_ranges_are_what_writing_them_out_gives(parts: list[tuple[str, int, int]]) -> None:
+def test_ranges_equal_their_written_out_lists(parts: list[tuple[str, int, int]]) -> None:
     text = ",".join(f"{name}[{first:03}-{first + more:03}]" for name, first, more in parts)
     assert expand_nodes(text) == [
         f"{name}{number:03}" for name, first, more in parts for number in range(first, first + more + 1)
@@ -87,7 +87,7 @@ def test_recorded_steps(name: str, nodes: int, each: int) -> None:
     assert {(place.world_size, place.master, place.port) for place in found} == {(nodes * each, "big15", found[0].port)}
 
 
-def test_a_step_on_a_part_of_the_job() -> None:
+def test_a_step_on_some_nodes_of_the_job() -> None:
     found = places("slurm_part_of_a_job")
     assert [(place.rank, place.local_rank, place.master) for place in found] == [
         *((0, 0, "big15"), (1, 1, "big15"), (2, 0, "big15")),
@@ -101,7 +101,7 @@ def test_the_script_of_a_job_is_one_process() -> None:
     assert own_rank(script) == "0"
 
 
-def test_a_script_with_the_variables_of_a_step_it_was_sent_from() -> None:
+def test_a_batch_script_with_variables_of_another_step_is_refused() -> None:
     (script,) = recorded("slurm_script_from_a_step")
     with pytest.raises(ConfigError, match="submitted from inside the step of another job.*unset SLURM_STEP_NUM_TASKS"):
         find_place(script)
@@ -112,7 +112,7 @@ def test_a_step_of_one_task_is_one_process() -> None:
     assert find_place(step) is None
 
 
-def test_torchrun_within_srun_is_believed() -> None:
+def test_torchrun_variables_take_precedence_over_srun() -> None:
     for task in recorded("slurm_2_nodes"):
         place = find_place({**task, **TORCHRUN})
         assert place == Place(5, 8, 1, "head", 29400)

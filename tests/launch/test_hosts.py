@@ -58,7 +58,7 @@ def slurm(hosts: Hosts, rank: int, job: int, each: int = 1) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("spelling", ["{4}", "{6}", "[{6}]"])
-def test_two_hosts_meet(namespaces: Hosts, tmp_path: Path, spelling: str) -> None:
+def test_two_hosts_connect(namespaces: Hosts, tmp_path: Path, spelling: str) -> None:
     master = spelling.replace("{4}", namespaces.address(0)).replace("{6}", namespaces.address(0, 6))
     for rank in (0, 1):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": "29400"}
@@ -67,7 +67,7 @@ def test_two_hosts_meet(namespaces: Hosts, tmp_path: Path, spelling: str) -> Non
     assert outputs(namespaces, 0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
 
 
-def test_an_interface_that_is_named_is_taken(namespaces: Hosts, tmp_path: Path) -> None:
+def test_a_given_interface_is_used(namespaces: Hosts, tmp_path: Path) -> None:
     for rank in (0, 1):
         place = slurm(namespaces, rank, 1)
         namespaces.start(rank, MEMBER, tmp_path, **place, GLOO_SOCKET_IFNAME=f"cable{rank}")
@@ -82,7 +82,7 @@ def test_srun_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
         assert said.startswith(f"rank {rank} of 4: 6")
 
 
-def test_every_rank_names_a_master_that_is_not_there(namespaces: Hosts, tmp_path: Path) -> None:
+def test_every_rank_names_a_missing_master(namespaces: Hosts, tmp_path: Path) -> None:
     for rank in range(4):
         place = slurm(namespaces, rank, 2, each=2)
         master = {"MASTER_ADDR": "10.213.77.9", "COMPT_CONNECT_SECONDS": "20", "TOGETHER": "4"}

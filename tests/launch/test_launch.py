@@ -49,7 +49,7 @@ def test_options_of_launchers(words: str, expected: str) -> None:
     assert chain_words(words.split(), {}) == ["chain", *expected.split()]
 
 
-def test_a_local_rank_is_taken_where_none_is_set() -> None:
+def test_the_local_rank_option_sets_a_missing_variable() -> None:
     for before in ({}, {"LOCAL_RANK": "5"}):
         environment = dict(before)
         chain_words(["--local_rank=3", "r.yaml"], environment)
@@ -59,7 +59,7 @@ def test_a_local_rank_is_taken_where_none_is_set() -> None:
 @pytest.mark.parametrize(
     "spelling", ["--deepspeed_config {}", "--deepspeed_config={}", "--deepspeed --deepspeed_config {}"]
 )
-def test_deepspeeds_file_names_the_engine(zero2: Path, spelling: str) -> None:
+def test_a_deepspeed_file_sets_the_engine(zero2: Path, spelling: str) -> None:
     words = chain_words(["--recipe", "r.yaml", *spelling.format(zero2).split()], {})
     assert words == ["chain", "r.yaml", "--set", f'engine.deepspeed_config="{zero2}"', "--set", "engine.name=zero2"]
 
@@ -73,7 +73,7 @@ def test_deepspeeds_file_names_the_engine(zero2: Path, spelling: str) -> None:
         ["--set=engine={device: cpu}"],
     ],
 )
-def test_an_engine_that_is_set_stays(zero2: Path, given: list[str]) -> None:
+def test_a_given_engine_takes_precedence_over_the_file(zero2: Path, given: list[str]) -> None:
     words = chain_words(["r.yaml", *given, "--deepspeed_config", str(zero2)], {})
     assert words == ["chain", "r.yaml", *given, "--set", f'engine.deepspeed_config="{zero2}"']
 
@@ -89,7 +89,7 @@ def test_an_engine_that_is_set_stays(zero2: Path, given: list[str]) -> None:
         ("[]", "stage should be 0, 1, 2 or 3"),
     ],
 )
-def test_a_file_that_is_none_of_deepspeeds(tmp_path: Path, text: str | None, message: str) -> None:
+def test_a_file_that_is_not_for_deepspeed_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "ds.json"
     if text is not None:
         path.write_text(text)
@@ -103,12 +103,12 @@ def test_a_file_without_a_stage_is_stage_0(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--recipe"], ["r.yaml", "--deepspeed_config"], ["r.yaml", "--local_rank"]])
-def test_a_value_that_is_missing(words: list[str]) -> None:
+def test_a_missing_value_is_refused(words: list[str]) -> None:
     with pytest.raises(ConfigError, match="needs a value"):
         chain_words(words, {})
 
 
-def test_deepspeed_alone_says_too_little() -> None:
+def test_deepspeed_without_a_file_is_refused() -> None:
     with pytest.raises(ConfigError, match="--deepspeed needs --deepspeed_config"):
         chain_words(["r.yaml", "--deepspeed"], {})
 
@@ -143,7 +143,7 @@ def script_words(launcher: str, words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
-def test_no_launcher_takes_an_option_for_its_own(launcher: str) -> None:
+def test_no_launcher_consumes_our_options(launcher: str) -> None:
     pytest.importorskip("torch" if launcher == "torchrun" else launcher)
     for name in chain_options():
         for words in ([name, "value", "--set", "a=b"], [f"{name}=value"]):
@@ -180,7 +180,7 @@ def records(*codes: int | None, agreed: bool = False) -> list[LaunchRecord]:
         (-9, False, records(None, None), 137),
     ],
 )
-def test_the_code_to_end_with(launcher: int, signalled: bool, ranks: list[LaunchRecord], expected: int) -> None:
+def test_the_exit_code_of_a_launch(launcher: int, signalled: bool, ranks: list[LaunchRecord], expected: int) -> None:
     assert exit_code(launcher, signalled, ranks) == expected
 
 
@@ -257,9 +257,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("number", "launcher"), with_launchers(SIGNALS))
-def test_who_is_asked_to_stop_saves_and_75_comes_through(
-    start: Start, tmp_path: Path, launcher: str, number: signal.Signals
-) -> None:
+def test_a_stop_request_saves_and_exits_75(start: Start, tmp_path: Path, launcher: str, number: signal.Signals) -> None:
     process = start(launcher)
     until_begun(process, tmp_path)
     process.send_signal(number)
@@ -270,7 +268,7 @@ def test_who_is_asked_to_stop_saves_and_75_comes_through(
 
 @pytest.mark.dist
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_every_process_as_from_slurm(start: Start, tmp_path: Path, number: signal.Signals) -> None:
     process = start("torchrun")
     until_begun(process, tmp_path)
     everyone = children(process.pid)
@@ -285,7 +283,7 @@ def test_a_signal_to_every_process_as_slurm_sends_it(start: Start, tmp_path: Pat
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("failure", "launcher"), with_launchers(FAILURES))
-def test_a_failure_is_not_taken_for_a_request_to_stop(
+def test_a_failure_is_not_reported_as_a_stop(
     start: Start, tmp_path: Path, failure: tuple[str, tuple[int, ...]], launcher: str
 ) -> None:
     plan, codes = failure
@@ -296,7 +294,7 @@ def test_a_failure_is_not_taken_for_a_request_to_stop(
         assert (tmp_path / "saved-0").read_text() == "SIGTERM", "the launcher asked what was left to stop"
 
 
-def test_a_launch_that_has_not_begun_is_ended(tmp_path: Path) -> None:
+def test_a_launch_that_has_not_started_is_ended(tmp_path: Path) -> None:
     words = [sys.executable, "-c", "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)"]
     process = subprocess.Popen([sys.executable, "-m", "compt", "launch", *words], cwd=tmp_path)
     deadline = time.monotonic() + 60
@@ -306,7 +304,7 @@ def test_a_launch_that_has_not_begun_is_ended(tmp_path: Path) -> None:
     assert process.wait(30) == 75
 
 
-def test_a_launcher_that_is_not_there() -> None:
+def test_a_missing_launcher_is_one_line() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "compt", "launch", "torchrunn", "train.py"], capture_output=True, text=True, check=False
     )

@@ -57,7 +57,7 @@ def finished(cluster: Cluster, files: Files, tmp_path_factory: pytest.TempPathFa
     return run
 
 
-def test_a_chain_on_two_nodes_comes_to_its_end(finished: Path) -> None:
+def test_a_chain_finishes_on_two_nodes(finished: Path) -> None:
     for job in (FIRST, SECOND):
         assert manifest(finished, job)["state"] == "done"
         assert processes(finished, job) == [2]
@@ -65,7 +65,7 @@ def test_a_chain_on_two_nodes_comes_to_its_end(finished: Path) -> None:
     assert (finished / "report.html").exists()
 
 
-def test_without_data_nothing_is_queued(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_missing_data_is_not_queued(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     settings = {**files.settings(files.recipe("missing"), tmp_path), "DATA": ""}
     refused = cluster.run("slurm/chain_vit.sbatch", check=False, **settings)
     assert refused.returncode == 2
@@ -114,9 +114,7 @@ def test_nodes_that_contradict_sbatch_end_the_job(cluster: Cluster, files: Files
     assert "has 2 nodes, but NODES=3" in cluster.said(job)
 
 
-def test_a_requeue_in_the_middle_changes_nothing(
-    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
-) -> None:
+def test_a_requeue_does_not_change_the_result(cluster: Cluster, files: Files, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = begin(cluster, files, files.recipe("requeued"), run)
     at_step(run, FIRST, 33)
@@ -128,7 +126,7 @@ def test_a_requeue_in_the_middle_changes_nothing(
     assert results(run) == results(finished)
 
 
-def test_a_notice_of_the_end_brings_the_chain_back(
+def test_a_chain_requeues_on_the_signal_before_its_time_limit(
     cluster: Cluster, files: Files, finished: Path, tmp_path: Path
 ) -> None:
     """What --signal=B:USR1@120 sends before a time limit, sent at once."""
@@ -145,7 +143,7 @@ def test_a_notice_of_the_end_brings_the_chain_back(
     assert results(run) == results(finished)
 
 
-def test_a_time_limit_brings_the_chain_back(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_a_chain_requeues_after_a_time_limit(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     """Slurm's own notice, which comes up to half a minute earlier than asked for; typed as `sbatch --export`."""
     run = tmp_path / "run"
     recipe = files.recipe("limited", "chain.links.0.train.steps=9000", "engine.checkpoint_every.steps=9000")
@@ -169,7 +167,7 @@ def test_a_time_limit_brings_the_chain_back(cluster: Cluster, files: Files, tmp_
     assert done == list(range(1, len(done) + 1))
 
 
-def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(
+def test_a_killed_rank_ends_the_job_and_the_same_command_resumes(
     cluster: Cluster, files: Files, finished: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -188,9 +186,7 @@ def test_a_killed_rank_ends_the_job_and_the_same_command_goes_on(
     assert results(run) == results(finished)
 
 
-def test_a_node_that_goes_down_brings_the_chain_back(
-    cluster: Cluster, files: Files, finished: Path, tmp_path: Path
-) -> None:
+def test_a_chain_requeues_after_a_node_failure(cluster: Cluster, files: Files, finished: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = begin(cluster, files, files.recipe("powerless"), run)
     at_step(run, FIRST, 50)

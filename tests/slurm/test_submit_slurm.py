@@ -52,7 +52,7 @@ def test_each_link_has_its_own_nodes(cluster: Cluster, files: Files, tmp_path: P
     assert send(cluster, files, recipe, run, data, "--nodes", "2") == {}
 
 
-def test_a_failed_link_ends_what_depends_on_it(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_a_failed_link_cancels_the_links_after_it(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     run = tmp_path / "run"
     jobs = send(cluster, files, files.recipe("failing", *SHORT), run, "/nowhere/*.tar")
     shown = cluster.wait_for(jobs[FIRST], "FAILED")
@@ -63,7 +63,7 @@ def test_a_failed_link_ends_what_depends_on_it(cluster: Cluster, files: Files, t
     assert cluster.said(jobs[SECOND]) == ""
 
 
-def test_baselines_as_a_job_array(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_baselines_run_as_a_job_array(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     """One task for each member; the first one's baseline is the first link, as both are the same training here."""
     run = tmp_path / "run"
     recipe = files.recipe("array", "chain.links.0.train.steps=4", "chain.links.0.warmup.steps=1")
@@ -77,7 +77,7 @@ def test_baselines_as_a_job_array(cluster: Cluster, files: Files, tmp_path: Path
     assert [manifest(run, name)["state"] for name in names] == ["done", "done"]
 
 
-def test_typed_arrays_have_to_be_long_enough(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_an_array_that_is_too_short_is_refused(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     recipe = files.recipe("short_array")
     command = ("sbatch", "--array=0-0", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
     job = cluster.submit(*command, cluster.output, "slurm/baseline_array.sbatch", **files.settings(recipe, tmp_path))
@@ -85,7 +85,7 @@ def test_typed_arrays_have_to_be_long_enough(cluster: Cluster, files: Files, tmp
     assert "has 2 baselines: submit with --array=0-1" in cluster.said(cluster.show(job)["JobId"])
 
 
-def test_a_model_is_scored_by_two_nodes(cluster: Cluster, files: Files, tmp_path: Path) -> None:
+def test_two_nodes_evaluate_a_model(cluster: Cluster, files: Files, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = cluster.submit(
         *("slurm/chain_vit.sbatch", "--cpus-per-task=1", cluster.output, "--", "--only", FIRST),
@@ -108,7 +108,7 @@ def test_a_model_is_scored_by_two_nodes(cluster: Cluster, files: Files, tmp_path
     assert [scores[key] for key in ("top1", "n", "pins")] == [own[key] for key in ("top1", "n", "pins")]
 
 
-def test_scoring_without_a_model_is_not_queued(cluster: Cluster) -> None:
+def test_an_evaluation_without_a_model_is_not_queued(cluster: Cluster) -> None:
     refused = cluster.run("slurm/eval.sbatch", check=False, DATA="x", PYTHON=sys.executable)
     assert (refused.returncode, refused.stderr.split(":")[:2]) == (2, ["eval.sbatch", " MODEL is missing"])
 
@@ -126,7 +126,7 @@ def test_the_doctor_sees_both_nodes(cluster: Cluster, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_doctor_says_that_a_disk_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_doctor_reports_a_disk_that_is_not_shared(cluster: Cluster, tmp_path: Path) -> None:
     script = 'mount -t tmpfs none "$1" && exec "$0" -m compt doctor "$1"'
     own = ("unshare", "--mount", "--propagation", "private", "sh", "-c", script, sys.executable, str(tmp_path))
     told = cluster.run("srun", "--nodes=2", "--ntasks-per-node=1", *own, check=False)

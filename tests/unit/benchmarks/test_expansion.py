@@ -61,7 +61,7 @@ def test_the_study_has_every_operator() -> None:
 
 
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
-def test_the_first_seed_comes_first_whole_and_teachers_before_students(setting: Setting) -> None:
+def test_seeds_run_one_after_another_and_teachers_before_students(setting: Setting) -> None:
     planned = list(trainings(setting))
     assert [training.seed for training in planned] == sorted(training.seed for training in planned)
     assert len({training.folder for training in planned}) == len(planned)
@@ -184,7 +184,7 @@ def test_a_study_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.full
-def test_a_study_goes_on_after_kills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_place(tmp_path)
     torn, whole = Path("runs/torn"), Path("runs/whole")
     for at, step in ((1, 2), (2, 1)):
@@ -239,7 +239,7 @@ def test_a_folder_of_another_study_is_refused(place: Path) -> None:
         collect(run)
 
 
-def test_what_cannot_be_trained_is_left_out(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variants_that_cannot_train_are_skipped(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A link whose operator refuses does not keep the others from being trained; a teacher does."""
     trained = []
 

@@ -133,7 +133,7 @@ def compared(variant: str, by_seed: list[float], low: float, high: float) -> dic
     return {**record, "difference": mean, "low": low, "high": high}
 
 
-def test_what_is_told_apart() -> None:
+def test_which_differences_count() -> None:
     items = [
         compared("duplicate", [-3.2, -2.8], -3.9, -2.1),
         compared("net2net", [1.0, 2.0], 0.3, 2.7),
@@ -197,7 +197,7 @@ def test_nothing_trained_yet(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.svg"))
 
 
-def test_the_committed_page_is_that_of_the_committed_results() -> None:
+def test_the_committed_page_matches_the_committed_results() -> None:
     folder = ROOT / expansion.RESULTS
     if not (folder / RESULTS).exists():
         pytest.skip("the study has not been committed yet")

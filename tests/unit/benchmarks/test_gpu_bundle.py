@@ -33,7 +33,7 @@ def bundle(tmp_path: Path) -> dict[str, Any]:
     return {"wheels": [{**record, "optional": record["wheel"] == "dali.whl"} for record in records]}
 
 
-def test_parts_hold_no_more_than_they_may_and_join_bit_for_bit(tmp_path: Path, bundle: dict[str, Any]) -> None:
+def test_parts_stay_below_their_limit_and_join_bit_for_bit(tmp_path: Path, bundle: dict[str, Any]) -> None:
     folder = tmp_path / "bundle"
     sizes = {part.name: sum(path.stat().st_size for path in part.iterdir()) for part in folder.iterdir()}
     assert sorted(sizes) == [f"part-{at:02}" for at in range(1, 6)]
@@ -58,7 +58,7 @@ def test_a_damaged_part_is_named(tmp_path: Path, bundle: dict[str, Any]) -> None
     assert "\n" not in str(error.value)
 
 
-def test_optional_wheels_may_follow_and_others_may_not(tmp_path: Path, bundle: dict[str, Any]) -> None:
+def test_only_optional_wheels_may_be_missing(tmp_path: Path, bundle: dict[str, Any]) -> None:
     folder = tmp_path / "bundle"
     away = folder / "part-04" / "dali.whl.02"
     away.rename(tmp_path / "later")
@@ -81,7 +81,7 @@ def test_everything_but_torch_is_in_the_bundle() -> None:
     assert sorted(re.split("[><=]", text)[0] for text in expected()) == ["torch", "torchvision"]
 
 
-def test_what_the_machine_has_stays_out(tmp_path: Path) -> None:
+def test_packages_on_the_machine_are_left_out(tmp_path: Path) -> None:
     present = tmp_path / "machine.txt"
     present.write_text("numpy==2.5.2\ntimm==1.0.1\nPillow==13.0.0\n-e git+somewhere\n")
     versions = read_present(present)
@@ -96,7 +96,7 @@ def test_what_the_machine_has_stays_out(tmp_path: Path) -> None:
         closure(["no-such-package>=1"], PYTHON, {})
 
 
-def test_another_python_or_none_of_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_python_or_missing_torch_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         gpu_bundle_run.BundleError, match=rf"this is python {PYTHON}, the bundle is for 3\.9: make gpu-bundle"
     ):
@@ -147,7 +147,7 @@ def machine(folder: Path) -> Path:
 
 
 @pytest.mark.full
-def test_a_bundle_makes_a_machine_with_torch_alone_run_the_suite(root: Path, tmp_path: Path) -> None:
+def test_the_suite_runs_from_a_bundle_where_only_torch_is_installed(root: Path, tmp_path: Path) -> None:
     place = tmp_path / "bundle"
     words = ["-m", "benchmarks.gpu.bundle", "--out", str(place), "--python", PYTHON]
     made = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, check=False)

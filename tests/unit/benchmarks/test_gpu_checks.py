@@ -41,7 +41,7 @@ def test_a_check_of_one_process_passes_on_a_cpu(name: str) -> None:
     assert failed(found) == []
 
 
-def test_only_the_peak_of_memory_needs_a_gpu() -> None:
+def test_only_peak_memory_needs_a_gpu() -> None:
     assert run_check("memory", "cpu") == []
 
 
@@ -84,7 +84,7 @@ def test_a_chain_by_the_real_command_passes_on_a_cpu() -> None:
     assert len(found) == 5 + 7 * len(JOBS)
 
 
-def test_who_waits_within_a_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_within_a_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     """As CUDA would say it, of a number that is read of each step's pictures."""
     modes: list[str] = []
 
@@ -122,7 +122,7 @@ with (place / "metrics.jsonl").open("a") as file:
 
 
 @pytest.mark.parametrize(("how", "code"), [("saves", 75), ("ends", 3), ("hangs", -9)])
-def test_a_command_is_stopped_once_it_trains_and_ended_with_its_children(how: str, code: int, tmp_path: Path) -> None:
+def test_a_training_command_is_stopped_and_its_children_end(how: str, code: int, tmp_path: Path) -> None:
     until = time.monotonic() + (10.0 if how == "hangs" else 60.0)
     words = [sys.executable, "-c", TRAINS, how]
     assert gpu_checks_chain.start(words, tmp_path / "run", until, "1-small") == code
@@ -150,7 +150,7 @@ sys.exit(75 if code == 75 else 1)
 """Passes a request on only after a time in which a fast link makes all of its steps."""
 
 
-def test_a_fast_link_is_stopped_within_its_steps(tmp_path: Path) -> None:
+def test_a_fast_link_is_stopped_before_its_last_step(tmp_path: Path) -> None:
     fast = TRAINS.replace("0.01", "0.03").replace("int(1e6)", str(STEPS))
     words = [sys.executable, "-c", LAUNCHER, fast]
     assert gpu_checks_chain.start(words, tmp_path / "run", time.monotonic() + 60.0, "1-small") == 75
@@ -158,7 +158,7 @@ def test_a_fast_link_is_stopped_within_its_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_sums_of_processes_are_asked_of_their_group(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_use_the_process_group(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that does nothing is seen with two processes; of one process nothing else could come."""
     asked: list[Tensor] = []
     monkeypatch.setattr(torch.distributed, "all_reduce", asked.append)
@@ -204,7 +204,7 @@ def write_job(
         ({"scores": {"held_out": {"top1": math.nan}, "choose": {"top1": 1.0}}}, ["scores"]),
     ],
 )
-def test_what_a_stop_changes_is_seen(changes: dict[str, Any], what: list[str], tmp_path: Path) -> None:
+def test_a_difference_after_a_stop_is_detected(changes: dict[str, Any], what: list[str], tmp_path: Path) -> None:
     whole, halves = write_job(tmp_path / "whole"), write_job(tmp_path / "halves", **changes)
     kept = gpu_checks_chain._lines(halves, "1-small")[: gpu_checks_chain.STOP]
     for most in (0.0, gpu_checks_chain.AGAIN):
@@ -226,7 +226,7 @@ def test_what_a_stop_changes_is_seen(changes: dict[str, Any], what: list[str], t
         ({"steps": STOP, "state": "evaluated"}, False),
     ],
 )
-def test_a_link_that_was_not_stopped_is_seen(
+def test_a_link_that_was_not_stopped_is_detected(
     left: dict[str, Any], passes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where the link ended before the request came, which then stopped the next one."""
@@ -247,14 +247,14 @@ def test_a_link_that_was_not_stopped_is_seen(
     assert len(set(limits)) == 1
 
 
-def test_a_number_that_is_none_fails() -> None:
+def test_nan_fails() -> None:
     assert Finding("x", 1.0, 1.0).passed
     assert not Finding("x", 1.1, 1.0).passed
     assert not Finding("x", math.nan, 1.0).passed
     assert not Finding("x", 0.1, 1.0, 0.5).passed
 
 
-def test_differences_are_seen() -> None:
+def test_differences_are_detected() -> None:
     right = oracle(LINK)
     assert failed(compare("same", right, right)) == []
     rounded = {name: g.bfloat16().float() for name, g in right.gradients.items()}
@@ -279,7 +279,7 @@ def test_the_cases_cover_what_may_go_wrong() -> None:
     assert "projector.image.weight" in oracle(LINK).gradients
 
 
-def test_a_step_that_is_not_skipped_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_should_be_skipped_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     original = DataParallelEngine.step
 
     def step(self: Any, *arguments: Any, **options: Any) -> Tensor:
@@ -294,7 +294,7 @@ def test_a_step_that_is_not_skipped_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     )
 
 
-def test_another_optimizer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_optimizer_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
     class Unfused(torch.optim.AdamW):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **{**options, "fused": False})

@@ -84,7 +84,7 @@ def test_correctness_comes_first_and_every_preset_is_in_it() -> None:
     assert sum(item.search for item in items) == 1
 
 
-def test_a_second_call_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_resumes_after_a_kill(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s.json"
 
     def kill(call: int) -> None:
@@ -112,7 +112,7 @@ def test_a_second_call_goes_on_after_a_kill(tmp_path: Path, capsys: pytest.Captu
     assert len(Fake.asked) == 5
 
 
-def test_it_ends_before_its_time_and_says_what_is_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_suite_ends_in_time_and_names_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s.json"
     assert suite(out, *ONLY, "--budget", "305") == 0
     assert names(out) == NAMES[:3]
@@ -122,7 +122,7 @@ def test_it_ends_before_its_time_and_says_what_is_left(tmp_path: Path, capsys: p
     assert "Left" not in capsys.readouterr().out
 
 
-def test_what_only_lacked_time_is_left_and_what_hangs_is_recorded(tmp_path: Path) -> None:
+def test_items_without_time_are_left_and_hanging_items_are_recorded(tmp_path: Path) -> None:
     out = tmp_path / "s.json"
 
     def hang(call: int) -> None:
@@ -139,7 +139,7 @@ def test_what_only_lacked_time_is_left_and_what_hangs_is_recorded(tmp_path: Path
     assert names(out) == NAMES  # what hung for as long as it may is not tried again
 
 
-def test_a_failed_check_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_check_sets_the_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bad = [{"what": "worst gradient", "value": 0.5, "most": 1e-4, "least": -float("inf"), "passed": False}]
     Fake.on = staticmethod(lambda call: bad if call == 2 else None)  # type: ignore[assignment]
     assert suite(tmp_path / "s.json") == 1
@@ -154,7 +154,9 @@ def test_a_failed_check_is_the_exit_code(tmp_path: Path, capsys: pytest.CaptureF
     assert "its process died (exit code -11)" in capsys.readouterr().out
 
 
-def test_checks_are_of_a_source_and_everything_of_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_depend_on_the_source_and_all_results_on_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "s.json"
     suite(out)
     monkeypatch.setattr(gpu_suite, "source_hash", lambda: "another")
@@ -169,7 +171,7 @@ def test_checks_are_of_a_source_and_everything_of_a_device(tmp_path: Path, monke
     assert len(Fake.asked) == 5
 
 
-def test_the_source_is_what_training_consists_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_includes_all_training_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [
         "compt/a.py",
         "compt/b/c.py",
@@ -201,7 +203,7 @@ def imports(path: Path, root: Path) -> list[Path]:
     return files
 
 
-def test_the_source_is_all_that_checks_import(root: Path) -> None:
+def test_the_source_includes_all_imports_of_the_checks(root: Path) -> None:
     covered = {path for pattern in gpu_suite.SOURCES for path in root.glob(pattern)}
     found = [root / "benchmarks" / "gpu" / "suite.py"]
     for path in found:
@@ -211,7 +213,7 @@ def test_the_source_is_all_that_checks_import(root: Path) -> None:
     assert all(any(root.glob(pattern)) for pattern in gpu_suite.SOURCES)
 
 
-def test_a_first_call_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_call_makes_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # a real process, which opens its log before there is a result
     out = tmp_path / "runs" / "new" / "s.json"
     assert suite(out, "--only", "check/scaler") == 0
@@ -219,14 +221,14 @@ def test_a_first_call_makes_its_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert out.with_suffix(".log").exists()
 
 
-def test_a_folder_that_cannot_be_gets_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_impossible_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert suite(tmp_path / "file" / "s.json", "--only", "check/scaler") == 2
     said = capsys.readouterr().err
     assert said == f"--out {tmp_path}/file/s.json: its folder cannot be made (File exists)\n"
 
 
-def test_bad_words_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "s.json"
     assert suite(out, "--only", "speed/vit_t17") == 2
     said = capsys.readouterr().err
@@ -239,7 +241,7 @@ def test_bad_words_get_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[st
         chosen_items(["nothing"])
 
 
-def test_batches_are_of_a_length_and_a_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_fit_the_step_time_and_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     monkeypatch.setattr(gpu_suite, "peak_flops", lambda device, precision: 989e12)
     sizes: dict[int, list[int]] = {}
@@ -268,7 +270,7 @@ def test_item_kinds() -> None:
 
 
 @pytest.mark.full
-def test_a_real_suite_goes_on_after_a_kill(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_suite_resumes_after_a_kill(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     out = tmp_path / "s.json"
     words = [sys.executable, "-m", "benchmarks.gpu.suite", "--device", "cpu", "--out", str(out), "--seconds", "0"]

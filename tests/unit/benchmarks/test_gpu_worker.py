@@ -16,7 +16,7 @@ from benchmarks.gpu.worker import Worker, WorkerError, WorkerTimeout
 from tests.helpers.process import ended
 
 
-def test_a_worker_outlives_what_runs_in_it(tmp_path: Path) -> None:
+def test_a_worker_survives_a_failing_function(tmp_path: Path) -> None:
     worker = Worker(tmp_path / "log")
     try:
         first = worker.run(os.getpid, seconds=60)
@@ -48,7 +48,7 @@ Worker(pathlib.Path(sys.argv[1])).run(subprocess.run, sys.argv[2:], seconds=600)
 
 
 @pytest.mark.parametrize("how", ["stopped", "left"])
-def test_what_a_worker_started_ends_with_it(how: str, root: Path, tmp_path: Path) -> None:
+def test_children_of_a_worker_end_with_it(how: str, root: Path, tmp_path: Path) -> None:
     pids, words = tmp_path / "pids", [*LAUNCHES, str(tmp_path / "pids")]
     if how == "stopped":
         worker = Worker(tmp_path / "log")
@@ -82,7 +82,7 @@ class Dying:
 
 
 @pytest.mark.parametrize("when", ["before", "unseen", "unread"])
-def test_no_request_is_to_blame_for_a_worker_that_died_before(
+def test_a_request_is_repeated_if_its_worker_was_already_dead(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Worker(tmp_path / "log")
@@ -102,7 +102,7 @@ def test_no_request_is_to_blame_for_a_worker_that_died_before(
         worker.stop()
 
 
-def test_a_worker_that_dies_before_it_has_read_fails(tmp_path: Path) -> None:
+def test_a_worker_that_dies_before_reading_is_an_error(tmp_path: Path) -> None:
     """As where its log cannot be opened: each request is answered, and none more than once."""
     worker = Worker(tmp_path / "missing" / "log")
     for _ in range(2):

@@ -52,7 +52,7 @@ def run(way: str, writers: int, codes: list[int], kills: int = 0) -> dict[str, A
     }
 
 
-def test_the_pair_is_of_two_billion_parameters() -> None:
+def test_the_large_student_has_two_billion_parameters() -> None:
     assert 2e9 < counts.parameters(PAIR.student) < 2.1e9
     assert 0.45 < counts.parameters(PAIR.teacher) / counts.parameters(PAIR.student) < 0.55
     assert model_bytes(PAIR.student) == 4 * counts.parameters(PAIR.student)
@@ -60,7 +60,7 @@ def test_the_pair_is_of_two_billion_parameters() -> None:
     assert PAIR.limit < PAIR.both_bytes / 2
 
 
-def test_what_is_reported() -> None:
+def test_the_report() -> None:
     rows = [record(PAIR, run(STREAM, 2, [0, 0])), record(PAIR, run(MEMORY, 1, [-9], kills=1))]
     assert (rows[0]["seconds"], rows[0]["bytes_read"], rows[0]["peak_extra_bytes"]) == (11.0, 4 * 10**9, 6 * 10**8)
     assert rows[0]["peak_extra_of_largest"] == pytest.approx(6e8 / (4 * 49_408 * 1280))
@@ -80,7 +80,7 @@ def test_what_is_reported() -> None:
     assert table([record(PAIR, run(STREAM, 2, [0, 1]))]).rows[0][-1] == "failed: 1: died"
 
 
-def test_random_weights_are_the_same_however_they_are_asked_for() -> None:
+def test_random_weights_do_not_depend_on_the_reading_order() -> None:
     spec = PAIRS["smoke"].teacher
     one, other = Random(spec), Random(spec)
     names = list(one)
@@ -88,7 +88,7 @@ def test_random_weights_are_the_same_however_they_are_asked_for() -> None:
     assert not torch.equal(one["visual.ln_post.weight"], one["visual.ln_post.bias"])
 
 
-def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_is_too_small_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_space(tmp_path, [PAIRS["smoke"]])
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=10**9))
@@ -97,7 +97,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("mebibytes", "lives"), [(20, True), (400, False)])
-def test_the_limit_is_one(mebibytes: int, lives: bool) -> None:
+def test_the_memory_limit_holds(mebibytes: int, lives: bool) -> None:
     code = f"block = b'x' * ({mebibytes} << 20); print(len(block))"
     with limited(100 << 20) as limit:
         command = ["sh", "-c", f'{limit.commands} && exec "$@"', "sh", sys.executable, "-c", code]

@@ -57,7 +57,7 @@ EPOCHS = {"cc3m_vit": (128, 24, 18, 15), "cc3m_swin": (128, 24, 16, 12), "merged
 
 
 @pytest.mark.parametrize("name", COMPARED)
-def test_every_cell_that_differs_has_a_reason_and_no_other_has_one(name: str) -> None:
+def test_exactly_the_cells_that_differ_have_a_reason(name: str) -> None:
     cells, reasons = COMPARED[name]
     assert {cell.key for cell in cells() if cell.misses} == set(reasons)
     assert all(len(reason) > 20 for reason in reasons.values())
@@ -144,7 +144,7 @@ def test_only_the_implied_embedding_fits_table_g() -> None:
         assert fitting == [table_g.EMBEDDING.get(name, 512)], name
 
 
-def test_what_the_printed_macs_imply() -> None:
+def test_conclusions_from_the_printed_macs() -> None:
     rows = {row["model"]: row for row in table_g.implied()}
     assert {round(row["captions"]) for row in rows.values()} == {6}
     odd = {
@@ -193,7 +193,7 @@ def test_inferred_epochs_are_the_nearest_to_the_printed_costs() -> None:
             assert round(family.chain[at].macs / epoch) in (EPOCHS[name][at], EPOCHS[name][at] - 1), (name, at)
 
 
-def test_reasons_of_table_2_are_what_they_say() -> None:
+def test_reasons_of_table_2_state_true_numbers() -> None:
     cells = {cell.key: cell for cell in table_2.cells()}
     for key, reason in table_2.REASONS.items():
         cell = cells[key]
@@ -218,7 +218,7 @@ def test_reasons_of_table_2_are_what_they_say() -> None:
     assert needed == pytest.approx(66.72e9, rel=1e-4)
 
 
-def test_epochs_that_the_printed_speedups_would_mean() -> None:
+def test_epochs_implied_by_the_printed_speedups() -> None:
     family, implied = TABLE_2["cc3m_vit"], []
     for at in range(1, 4):
         student, teacher = family.models[at], family.models[at - 1]
@@ -364,7 +364,7 @@ def test_figure_8() -> None:
     assert whole.from_inputs == pytest.approx(by_hand)
 
 
-def test_figure_9_longest_links_make_exactly_four() -> None:
+def test_the_longest_links_of_figure_9_give_exactly_four() -> None:
     for row in figure_9.sustained():
         epochs = (row["baseline_epochs"], *row["longest_epochs"])
         models, source = TABLE_2["cc3m_vit"].models, accounting.published
@@ -416,16 +416,16 @@ def test_verdicts_of_a_cell() -> None:
     assert Cell("a", "b", None, from_inputs=1.0).equal is None
 
 
-def test_reasons_have_to_fit() -> None:
+def test_a_reason_must_name_a_cell_that_differs() -> None:
     good, bad = Cell("good", "x", 1.0, from_inputs=1.0), Cell("bad", "x", 1.0, from_inputs=2.0)
     assert [cell.note for cell in explain((good, bad), {})] == ["", UNEXPLAINED]
     assert explain((bad,), {"bad / x": "because"})[0].note == "because"
     for key in ("good / x", "other / x"):
-        with pytest.raises(ValueError, match="is no cell that misses"):
+        with pytest.raises(ValueError, match="no cell that differs has this key"):
             explain((good, bad), {key: "because"})
 
 
-def test_a_result_is_written_whole(tmp_path: Path) -> None:
+def test_a_result_writes_all_its_files(tmp_path: Path) -> None:
     cells = explain((Cell("one", "x", 1.0, from_inputs=1.2),), {"one / x": "a reason"})
     result = Result(
         name="probe",
@@ -458,7 +458,7 @@ def test_a_result_is_written_whole(tmp_path: Path) -> None:
     [pytest.param(make, marks=pytest.mark.full) if make is memory.make else make for make in MAKERS],
     ids=[make.__module__.rpartition(".")[2] for make in MAKERS],
 )
-def test_results_are_as_committed(make: Callable[[], Result], tmp_path: Path) -> None:
+def test_results_match_the_committed_ones(make: Callable[[], Result], tmp_path: Path) -> None:
     result = make()
     assert make.__module__ == f"benchmarks.paper.{result.name}"
     place, committed = common.write(result, tmp_path), RESULTS / result.name
@@ -498,7 +498,7 @@ def test_a_command_runs(root: Path, tmp_path: Path) -> None:
     assert (tmp_path / "table_4a" / "table.md").exists()
 
 
-def test_one_error_where_nothing_can_be_written(
+def test_an_unwritable_folder_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -514,7 +514,9 @@ def test_one_error_where_nothing_can_be_written(
         assert shown.err.count("\n") == 1
 
 
-def test_all_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_benchmarks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("benchmarks.all.MAKERS", [make for make in MAKERS if make is not memory.make])
     run_all(["--out", str(tmp_path)])
     assert "written:" in capsys.readouterr().out
