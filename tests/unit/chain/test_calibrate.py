@@ -693,4 +693,4 @@ def test_options_of_the_test_alone(base: Path, monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_growth_is_the_one_that_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "calibration.md").read_text(encoding="utf-8")
-    assert f"multiplied by {GROWTH:g}" in page
+    assert f"by a factor of {GROWTH:g}" in page
