@@ -71,9 +71,9 @@ define need
 endef
 
 $(STAMP):
-	@test -n "$(PYTHON)" || $(call need,python 3.11 to 3.13 with venv: run 'apt install python3 python3-venv', or name one with PYTHON=…)
+	@test -n "$(PYTHON)" || $(call need,python 3.11 to 3.13 with venv: run 'apt install python3 python3-venv' or name one with PYTHON=…)
 	@"$(PYTHON)" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null \
-		|| $(call need,python 3.11 to 3.13 with venv, and $(PYTHON) is not; try 'apt install python3-venv', or name another with PYTHON=…)
+		|| $(call need,python 3.11 to 3.13 with venv; $(PYTHON) is not that: run 'apt install python3-venv' or name another with PYTHON=…)
 	@test -x .venv/bin/python || test "$$(df -Pk . | awk 'NR==2{print int($$4/1048576)}')" -ge 8 \
 		|| $(call need,8 GB of free disk for PyTorch; only $$(df -Ph . | awk 'NR==2{print $$4}') is free here)
 	@echo "setting up .venv: about 3 minutes and 5 GB, most of it PyTorch's CUDA libraries (used only with a GPU) …"
