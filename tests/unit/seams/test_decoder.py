@@ -114,7 +114,7 @@ def test_a_set_that_yields_nothing_stops(tmp_path: Path) -> None:
     index = faulty(tmp_path, n=8, bad=tuple(range(8)), bare=())
     with pytest.raises(DataError, match=f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is f.tar: "):
         painted(index, workers=1)
-    with pytest.raises(DataError, match="more than max_bad_share"):
+    with pytest.raises(DataError, match=r"more than data\.max_bad_share"):
         loader = train_loader(
             faulty(tmp_path, n=100, bad=tuple(range(0, 40, 2)), bare=()),
             seed=0,
