@@ -217,5 +217,5 @@ def test_few_pairs_are_compared_in_float64(teacher: Artefact, data: Path, monkey
 
 
 def test_a_retrieval_set_is_refused(teacher: Artefact, data: Path) -> None:
-    with pytest.raises(DataError, match="on a set with classes"):
+    with pytest.raises(DataError, match="should be a zero-shot set"):
         verify(teacher, make_plan(SMALL, DOUBLE), 0, item(data, task="retrieval"), SETTINGS)
