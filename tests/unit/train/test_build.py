@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from compt.bench.estimate import seconds_of
 from compt.bench.step import TrainingStep
 from compt.cli import bench as cli_bench
+from compt.dist import collectives as dist
 from compt.engines import open as opening
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.zero.engine import ZeroEngine
@@ -118,6 +119,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zero = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": False}
     (base / "mine.json").write_text(json.dumps({"zero_optimization": zero, "train_micro_batch_size_per_gpu": BATCH}))
     return base
+
+
+@pytest.fixture(autouse=True)
+def alone() -> Iterator[None]:
+    """Leaves the process group that sharding has made."""
+    yield
+    dist.shutdown()
 
 
 @pytest.mark.parametrize("case", CASES)
