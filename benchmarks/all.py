@@ -101,8 +101,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tables = (summary(results).markdown().strip(), exceptions(results).markdown().strip())
         page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
         write_text(options.out / "summary.md", page + "\n")
-    terminal().print(summary(results).rich())
-    print(f"written: {options.out}; to print one result: python -m benchmarks.paper.table_2")
+    terminal().print(summary(results))
+    print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.paper.table_2`")
 
 
 if __name__ == "__main__":

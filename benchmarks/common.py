@@ -269,7 +269,7 @@ def show(result: Result, console: Console | None = None) -> None:
         console.print(finding, markup=False)
         console.print()
     for table in result.all_tables():
-        console.print(table.rich())
+        console.print(table)
         console.print()
 
 

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {**about(), "tolerances": TOLERANCES, "cells": records}
         made = tables(results)
         for table in made:
-            terminal().print(table.rich())
+            terminal().print(table)
         if whole or options.out != OUT:
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")

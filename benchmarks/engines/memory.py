@@ -310,7 +310,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         results = {**about(), "tolerance": TOLERANCE, "records": records}
         made = tables(results)
         for table in made:
-            terminal().print(table.rich())
+            terminal().print(table)
         if set(options.worlds) == set(WORLDS) and set(options.engines) == set(ENGINES):
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")

@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             records += run(group)
         results = {**about(), "mutations": records}
         made = tables(results)
-        terminal().print(made[0].rich())
+        terminal().print(made[0])
         if set(options.engines) == set(ENGINES) or options.out != OUT:
             page = PAGE if options.out == OUT else None
             print(f"written: {write_results(FILE, results, made, options.out, page)}")

@@ -409,7 +409,7 @@ def suite(given: argparse.Namespace, started: float) -> int:
     for table in ([check_table(checks, name)] if checks else []) + (
         [speed_table(speeds, name, state.source)] if speeds else []
     ):
-        console.print(table.rich())
+        console.print(table)
     written = [str(state.path), str(write_throughput(state, items, device) or "")]
     console.print(f"Written: {', '.join(filter(None, written))}", markup=False, soft_wrap=True)
     if left:

@@ -1,19 +1,31 @@
-"""`compt bench …`: how fast this machine trains, and what a recipe takes in GPU-hours."""
+"""`compt bench …`: the training speed of this machine, and the GPU-hours of a recipe."""
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compt.cli.options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile, read_tokens
+from compt.cli.options import (
+    AsJson,
+    CaptionLengths,
+    DeviceName,
+    EngineName,
+    Gpus,
+    Kind,
+    MachineOptions,
+    Overrides,
+    RecipePath,
+    ThroughputFile,
+    complete_recipe,
+    print_json,
+    read_tokens,
+)
 from compt.cli.plan.tables import unmeasured
-from compt.cli.tools import show
 from compt.cost.counts import Tokens
 from compt.cost.published import PAPER_TEXT_PASSES
 from compt.cost.speed import OF_THE_AUTHORS, Measurement, Throughput, fitted
@@ -23,17 +35,15 @@ from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.plan.jobs import Job, make_plan
-from compt.recipe.engine import ENGINES, EngineConfig, changed_engine
-from compt.recipe.read import load_recipe
+from compt.recipe.engine import EngineConfig, changed_engine
+from compt.recipe.read import find_recipe, load_recipe
 from compt.recipe.schema import Recipe
-from compt.text import TextTable, hours, ratio, terminal
+from compt.text import TextTable, hours, say, show
 
 if TYPE_CHECKING:
     from compt.bench.step import Setup
 
-bench_app = typer.Typer(
-    help="Measure how fast this machine trains, and turn speeds into GPU-hours.", no_args_is_help=True
-)
+Precision = Literal["fp32", "bf16", "fp16"]
 
 CHAINS = (
     ("vit_pico", "vit_nano", "vit_micro", "vit_mini", "vit_midi", "vit_maxi"),
@@ -41,7 +51,7 @@ CHAINS = (
     ("swin_t", "swin_s", "swin_b", "swin_l"),
     ("swin_b384", "swin_l384"),
 )
-"""Chains that presets are measured in without a recipe: each model's teacher is the one before it."""
+"""Chains of presets: each model is measured with the one before it as its teacher."""
 TEXT_BUCKETS = 4
 """As in the recipes of the paper's chains."""
 MOST = {"cuda": 8192, "cpu": 256}
@@ -58,9 +68,9 @@ class _Jobs:
 
 
 def _jobs(models: list[str], family: Path | None) -> _Jobs:
-    """The jobs asked for, in the order of their chains. Raises ConfigError for an unknown model."""
+    """The jobs to measure, in the order of their chains. Raises ConfigError for an unknown model."""
     if family is not None:
-        recipe = load_recipe(family, [])
+        recipe = load_recipe(family)
         plan = make_plan(recipe, source=str(family))
         names = [job.spec.name for job in plan.links]
         for name in models:
@@ -82,7 +92,7 @@ def _jobs(models: list[str], family: Path | None) -> _Jobs:
 
 
 def _captions(text: str | None, recipe: Recipe | None) -> list[int]:
-    """Without a wish: the recipe's number (or the paper's text's), and what the published MACs imply."""
+    """Captions an image. By default the recipe's number, or the paper's, and the number that its MACs imply."""
     if text is None:
         return sorted({recipe.data.captions if recipe else 4, PAPER_TEXT_PASSES})
     numbers = [int(part) for part in text.split(",") if part.strip().isdigit()]
@@ -98,12 +108,12 @@ def _tokens(text: str | None, recipe: Recipe | None) -> Tokens:
 
 
 def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device: str) -> int | None:
-    """Samples a step, None for the most that fit; without a wish a GPU's share of the recipe's batch.
+    """Images of a step, None for the most that fit; by default a GPU's share of the recipe's batch.
 
-    `device` is the type of that at hand: of CPUs only one is meant, unless `gpus` are given.
+    `device` is the type of this device. The default is one CPU.
     """
     if gpus is not None and (jobs.recipe is None or text is not None):
-        raise ConfigError(f"--gpus {gpus}: says what the batch of --family is shared by, without --batch")
+        raise ConfigError(f"--gpus {gpus}: needs --family, and does not go with --batch")
     if text is None and jobs.recipe is not None:
         batch = jobs.recipe.optimizer.batch
         number = MachineOptions(None, gpus, None).number(
@@ -116,21 +126,6 @@ def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device:
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"--batch {text}: should be auto or a number from 1")
     return int(text)
-
-
-def _precision(text: str | None, recipe: Recipe | None) -> Any:
-    from compt.engines.base import COMPUTE_DTYPES
-
-    name = text or (recipe.optimizer.precision if recipe else "bf16")
-    if name not in COMPUTE_DTYPES:
-        raise ConfigError(f"--precision {name}{nearest(name, COMPUTE_DTYPES)}: should be {', '.join(COMPUTE_DTYPES)}")
-    return name
-
-
-def _engine(text: str | None) -> str | None:
-    if text is not None and text not in ENGINES:
-        raise ConfigError(f"--engine {text}{nearest(text, ENGINES)}: should be {', '.join(ENGINES)}")
-    return text
 
 
 def _setups(
@@ -166,51 +161,60 @@ def _setups(
     return setups
 
 
-@bench_app.command()
 def throughput(
-    models: Annotated[list[str] | None, typer.Argument(help="presets, or links of --family; default all")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODELS", help="presets, or links of --family", show_default="all"),
+    ] = None,
     family: Annotated[
-        Path | None, typer.Option(metavar="RECIPE", help="measure the jobs of this recipe, as it trains them")
+        Path | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="recipe whose jobs are measured, as it trains them",
+            callback=lambda path: path and find_recipe(path),
+            autocompletion=complete_recipe,
+        ),
     ] = None,
-    captions: Annotated[str | None, typer.Option(help="captions a picture; default the recipe's (4) and 6")] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(help="their computed length: 30, or 20:0.7,40:0.3, or context; default the recipe's or context"),
+    captions: Annotated[
+        str | None, typer.Option(metavar="N,...", help="captions an image", show_default="4 or the recipe's, and 6")
     ] = None,
+    tokens: CaptionLengths = None,
     batch: Annotated[
         str | None,
         typer.Option(
-            help="samples a step, or auto (default without --family) for the most that fit; else a GPU's share"
+            metavar="N|auto",
+            help="images of a step; auto: the most that fit",
+            show_default="auto; with --family a share",
         ),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(help="GPUs that are to share the recipe's batch; default as of plan, on a CPU 1")
+        int | None, typer.Option(metavar="N", help="GPUs that share the batch of --family", show_default="as in plan")
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(help="the most that auto tries; default 8192, on a CPU 256", min=1)
+        int | None, typer.Option(metavar="N", help="largest batch to try", show_default="8192, on a CPU 256", min=1)
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; default the recipe's or bf16")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
-    seconds: Annotated[
-        float, typer.Option(help="time each job for so long at least, three steps or more", min=0)
-    ] = 2.0,
-    engine: Annotated[
-        str | None, typer.Option(help="ddp, fsdp2 or zero0 to zero3, on this device alone; default the recipe's or ddp")
+    precision: Annotated[
+        Precision | None, typer.Option(help="number format", show_default="bf16 or the recipe's")
     ] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="let torch compile the blocks")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="compute blocks again in the backward")] = False,
-    seed: Annotated[int, typer.Option(help="of weights, pixels and captions")] = 0,
-    out: Annotated[Path, typer.Option(help="the file of results; a rerun goes on there")] = Path("throughput.json"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="forget what the file has")] = False,
+    device: DeviceName = "auto",
+    seconds: Annotated[float, typer.Option(metavar="S", help="time for each job, at least three steps", min=0)] = 2.0,
+    engine: Annotated[EngineName | None, typer.Option(help="engine", show_default="ddp or the recipe's")] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="compile the blocks with torch.compile")] = False,
+    recompute: Annotated[bool, typer.Option("--recompute", help="recompute blocks in the backward pass")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="seed of weights, images and captions")] = 0,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="file of results, which a rerun continues")] = Path(
+        "throughput.json"
+    ),
+    fresh: Annotated[bool, typer.Option("--fresh", help="delete earlier results")] = False,
 ) -> None:
-    """Time the real training step of each model, alone and as a link of a chain with its teacher's forward pass.
+    """Time the training steps of models on this device.
 
-    Pixels and captions are random. Every finished measurement is written at once; a model that does not fit into
-    memory is noted as such. MFU is the share of the device's dense peak, where that is known, at two FLOPs a MAC.
+    Times each model alone and as a link of a chain, with the forward pass of its teacher, on random images and
+    captions. Writes each result at once. A model that does not fit into memory is recorded as such. MFU is the share
+    of the dense peak of the device, if known, at two FLOPs a MAC.
     """
     jobs = _jobs(models or [], family)
     numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
-    name = _engine(engine)
 
     from compt.bench.throughput import run
     from compt.dist import collectives as dist
@@ -223,28 +227,27 @@ def throughput(
         jobs,
         numbers,
         tokens=lengths,
-        precision=_precision(precision, jobs.recipe),
-        engine=name,
+        precision=precision or (None if jobs.recipe else "bf16"),
+        engine=engine,
         compile=compile_,
         recompute=recompute,
         seed=seed,
     )
-    console = terminal()
+    shown: list[Measurement] = []
 
-    def say(entry: Measurement, kept: bool) -> None:
-        line = ", ".join(filter(None, [*_cells(entry), "from an earlier run" if kept else ""]))
-        console.print(f"{len(shown) + 1}/{len(setups)} {line}", markup=False, soft_wrap=True)
+    def tell(entry: Measurement, kept: bool) -> None:
+        line = ", ".join(filter(None, [*_words(entry), "from an earlier run" if kept else ""]))
+        say(f"{len(shown) + 1}/{len(setups)} {line}")
         shown.append(entry)
 
-    shown: list[Measurement] = []
     command = shlex.join(["compt", *sys.argv[1:]])
     most = max_batch or MOST[chosen.type]
-    made = run(setups, chosen, out, command=command, batch=size, most=most, seconds=seconds, fresh=fresh, show=say)
+    made = run(setups, chosen, out, command=command, batch=size, most=most, seconds=seconds, fresh=fresh, show=tell)
     show(_throughput_table(made, shown, size is None, most))
-    console.print(f"Written: {out}", markup=False, soft_wrap=True)
+    say(f"\nWrote {out}")
 
 
-def _cells(entry: Measurement) -> list[str]:
+def _words(entry: Measurement) -> list[str]:
     with_teacher = f" with {entry.teacher.name}" if entry.teacher else ""
     cells = [f"{entry.student.name}{with_teacher}", f"{entry.captions} captions of {entry.tokens:.3g}"]
     if how := _how(entry):
@@ -255,7 +258,7 @@ def _cells(entry: Measurement) -> list[str]:
 
 
 def _how(entry: Measurement) -> str:
-    """What is unusual about how a job ran, in words; mostly nothing."""
+    """Settings of a job that differ from the defaults, in words."""
     ways: list[str] = [entry.engine if entry.engine != "ddp" else ""]
     ways += ["compiled" if entry.compile else "", "recomputed" if entry.recompute else ""]
     ways += [f"{key} {value}" for key, value in entry.settings.items()]
@@ -271,57 +274,48 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
             " ".join(filter(None, [entry.student.name, _how(entry)])),
             entry.teacher.name if entry.teacher else "-",
         ]
-        lengths = [str(entry.captions), f"{entry.tokens:.3g}"]
+        cells = [*names, str(entry.captions), f"{entry.tokens:.3g}"]
         if entry.seconds_per_sample is None or entry.low is None or entry.high is None:
-            rows.append([*names, *lengths, "-", str(entry.failure), "-", "-"])
+            rows.append([*cells, "-", str(entry.failure), "-", "-", "-"])
             continue
-        rates = [1 / value for value in (entry.seconds_per_sample, entry.high, entry.low)]
-        rows.append(
-            [
-                *names,
-                *lengths,
-                str(entry.batch),
-                f"{rates[0]:,.4g} [{rates[1]:,.3g}-{rates[2]:,.3g}]",
-                "-" if entry.peak_memory_bytes is None else f"{entry.peak_memory_bytes / 2**30:.2f} GiB",
-                "-" if entry.mfu is None else f"{entry.mfu:.1%}",
-            ]
-        )
-    notes = ["Measured. Samples a second: median [slowest-fastest step]; a teacher's forward pass is included."]
+        memory, mfu = entry.peak_memory_bytes, entry.mfu
+        cells += [
+            str(entry.batch),
+            f"{1 / entry.seconds_per_sample:,.4g}",
+            f"{1 / entry.high:,.3g}-{1 / entry.low:,.3g}",
+        ]
+        rows.append([*cells, "-" if memory is None else f"{memory / 2**30:.2f}", "-" if mfu is None else f"{mfu:.1%}"])
+    notes = ["Measured. Samples/s: median, and slowest to fastest step, with the forward pass of the teacher."]
     if searched:
         limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s a step"
         notes.append(f"Batches are the largest that {limit}, {most} at most.")
     if made.kind is None:
-        notes.append("No MFU: the peak of this device is not known. Memory is what the process grew by.")
+        notes.append("No MFU: the peak of this device is not known. GiB is what the process grew by.")
     title = f"Throughput of {made.device}, {made.precision}"
-    header = ["Model", "Teacher", "Captions", "Tokens", "Batch", "Samples/s", "Peak memory", "MFU"]
-    return TextTable(title, header, rows, notes)
+    header = ["Model", "Teacher", "Captions", "Tokens", "Batch", "Samples/s", "Range", "GiB", "MFU"]
+    return TextTable(title, header, rows, notes, left=2)
 
 
-@bench_app.command("gpu-hours")
 def gpu_hours(
     recipe: RecipePath,
     throughput: ThroughputFile = None,
     kind: Kind = None,
     gpus: Gpus = None,
-    mode: Annotated[str, typer.Option(help="how MACs are counted: exact (this program) or paper")] = "exact",
+    mode: Annotated[Mode, typer.Option(help="count what compt computes (exact), or as published (paper)")] = "exact",
     set_: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the GPU-hours of a recipe's chain and of its models trained individually, as Table 2 of the paper does.
+    """Show the GPU-hours of a chain, and of its models alone.
 
-    What FILE has is measured; everything else is projected (docs/hardware.md) and says so. For a device whose peak is
-    not known nothing is projected, and --gpus is 1 unless given.
+    Has the form of Table 2 of the paper. GPU-hours are measured if FILE has them, else projected (docs/hardware.md).
+    For a device whose peak is not known nothing is projected, and --gpus is 1 by default.
     """
-    modes: tuple[Mode, ...] = get_args(Mode)
-    counted = next((known for known in modes if known == mode), None)
-    if counted is None:
-        raise ConfigError(f"--mode {mode}{nearest(mode, modes)}: should be {' or '.join(modes)}")
-    loaded, asked = load_recipe(recipe, set_ or []), MachineOptions(kind, gpus, throughput)
+    loaded, asked = load_recipe(recipe, set_), MachineOptions(kind, gpus, throughput)
     device, file = asked.device()
     number = asked.number(loaded, str(recipe), default_gpus(loaded.optimizer.batch) if device else 1)
     check_shares(loaded, number, str(recipe))
     plan = make_plan(loaded, source=str(recipe), world_size=number)
-    rows, paper = family_hours(plan, counted, device, file, number), published_rows(plan)
+    rows, paper = family_hours(plan, mode, device, file, number), published_rows(plan)
     title = device.title if device else str(file and file.device)
     if as_json:
         made = {
@@ -334,49 +328,59 @@ def gpu_hours(
             "rows": [row.to_json() for row in rows],
             "paper": [row.to_json() for row in paper],
         }
-        typer.echo(json.dumps(made, indent=2))
+        print_json(made)
         return
-    table = _hours_table(rows, f"GPU-hours of {plan.recipe.name} on {title}, mode '{mode}'", number)
-    notes = [*table.notes, *_hours_notes(rows, loaded, counted, number, file)]
-    show(replace(table, notes=notes))
-    if paper:
-        typer.echo()
-        show(_published_table(paper))
+    own = _hours_table(rows, f"GPU-hours of {plan.recipe.name} on {title}, mode '{mode}'")
+    so_far = _so_far_table(rows, number, _hours_notes(rows, loaded, mode, number, file))
+    show(own, so_far, *([_published_table(paper)] if paper else []))
 
 
-def _cell(value: Hours | None, speedup: float | None = None) -> str:
+def _cells(value: Hours | None, speedup: float | None = None) -> list[str]:
+    """GPU-hours, their range, the acceleration, and what they rest on."""
     if value is None:
-        return "not measured"
+        return ["not measured", "-", "-", "-"]
     low, high = hours(value.low).split(" "), hours(value.high).split(" ")
     span = f"{low[0]}-{high[0]}" if low[1] == high[1] else f"{' '.join(low)} - {' '.join(high)}"
     kind = "part projected" if value.kind == "measured and projected" else value.kind
-    return f"{hours(value.gpu_hours)}{ratio(speedup)} [{kind} {span}]"
+    return [hours(value.gpu_hours), span, "" if speedup is None else f"{speedup:.2f}x", kind]
 
 
-def _hours_table(rows: list[HoursRow], title: str, gpus: int) -> TextTable:
-    compared = rows[0].individual_epochs is not None
+_HOURS = ("GPU-hours", "Range", "Speed-up", "Basis")
+
+
+def _hours_table(rows: list[HoursRow], title: str) -> TextTable:
     body = []
     for row in rows:
-        cells = [row.model, f"{row.epochs:.3g}"]
+        name = row.model
         if row.individual_epochs is not None:
-            cells[1] += f"/{row.individual_epochs:.3g}"
-            cells += [_cell(row.individual), _cell(row.individual_accumulated)]
-        cells += [_cell(row.chain, row.speedup), _cell(row.chain_accumulated, row.accumulated_speedup)]
-        if gpus > 1:
-            cells.append(hours(row.chain_accumulated.wall_hours if row.chain_accumulated else None))
-        body.append(cells)
-    header = ["Model", "Epochs", *(["Individual", "Accumulated"] if compared else []), "Chain", "Accumulated"]
-    notes = ["[projected least-most]: by the model of docs/hardware.md, not measured."]
-    if compared:
-        notes.insert(0, "Epochs: in the chain/individually. (x): acceleration over the individual training.")
-    if gpus > 1:
-        header.append(f"Wall time, {gpus} GPUs")
-        notes.append("Wall time is that of the chain so far, as if the GPUs lost nothing to one another.")
-    return TextTable(title, header, body, notes)
+            body.append([name, "alone", f"{row.individual_epochs:.3g}", *_cells(row.individual)])
+            name = ""
+        body.append([name, "chain", f"{row.epochs:.3g}", *_cells(row.chain, row.speedup)])
+    notes = ["Projected: by the model of docs/hardware.md. Alone: trained from scratch, without a chain."]
+    return TextTable(title, ["Model", "Trained", "Epochs", *_HOURS], body, notes, left=2)
+
+
+def _so_far_table(rows: list[HoursRow], gpus: int, notes: list[str]) -> TextTable:
+    """Sums over all models up to each."""
+    body = []
+    for row in rows:
+        name, total = row.model, row.chain_accumulated
+        if row.individual_epochs is not None:
+            body.append([name, "alone", *_cells(row.individual_accumulated), ""])
+            name = ""
+        body.append(
+            [name, "chain", *_cells(total, row.accumulated_speedup), hours(total.wall_hours if total else None)]
+        )
+    header = ["Model", "Trained", *_HOURS, f"On {gpus} GPUs"]
+    if gpus == 1:
+        header, body = header[:-1], [row[:-1] for row in body]
+    else:
+        notes = [f"On {gpus} GPUs: wall time of the chain so far, without any waiting for ranks or data.", *notes]
+    return TextTable("Up to each model", header, body, notes, left=2)
 
 
 def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, file: Throughput | None) -> list[str]:
-    """What the hours come from, and what was not measured."""
+    """Where the hours come from, and what was not measured."""
     jobs: list[tuple[str, Hours | None]] = [(row.model, row.chain) for row in rows]
     if rows[0].individual_epochs is not None:
         jobs += [(f"{row.model} alone", row.individual) for row in rows]
@@ -389,34 +393,26 @@ def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, fi
     if file is not None and missing:
         notes.append(unmeasured(file, recipe, gpus, missing, mode))
     if len(known) < len(jobs):
-        notes.append("Nothing is projected for this device, whose peak is not known: measure with --family RECIPE.")
+        notes.append("Nothing is projected, as the peak of this device is not known: measure with --family RECIPE.")
     return notes
 
 
 def _published_table(rows: list[PublishedRow]) -> TextTable:
-    body = [
-        [
-            row.model,
-            f"{row.individual_hours:,.0f} h",
-            f"{row.individual_utilisation:.1%}",
-            f"{row.individual_error:+.1%}",
-            f"{row.individual_accumulated_hours:,.0f} h",
-            f"{row.chain_hours:,.0f} h{ratio(row.speedup)}",
-            f"{row.chain_utilisation:.1%}",
-            f"{row.chain_error:+.1%}",
-            f"{row.chain_accumulated_hours:,.0f} h{ratio(row.accumulated_speedup)}",
-        ]
-        for row in rows
-    ]
-    part = ["Use", "Model error"]
-    header = ["Model", "Individual", *part, "Accumulated", "Chain", *part, "Accumulated"]
+    body = []
+    for row in rows:
+        alone = [f"{row.individual_hours:,.0f} h", f"{row.individual_utilisation:.1%}", f"{row.individual_error:+.1%}"]
+        chain = [f"{row.chain_hours:,.0f} h", f"{row.chain_utilisation:.1%}", f"{row.chain_error:+.1%}"]
+        body.append([row.model, "alone", *alone, "", f"{row.individual_accumulated_hours:,.0f} h", ""])
+        total = f"{row.chain_accumulated_hours:,.0f} h"
+        body.append(["", "chain", *chain, f"{row.speedup:.2f}x", total, f"{row.accumulated_speedup:.2f}x"])
+    header = ["Model", "Trained", "GPU-hours", "Use", "Error", "Speed-up", "So far", "Speed-up"]
     model = fitted()
     notes = [
-        "Use: share of an A100's dense bf16 peak that the published MACs make in the published hours.",
+        "Use: the published MACs in the published hours, as a share of an A100's dense bf16 peak.",
         (
-            "Model error: projected over published hours, less 1. Model: seconds a sample = FLOPs / "
+            "Error: projected over published hours, less 1. Projection: seconds a sample = FLOPs / "
             f"({model.efficiency:.1%} of the peak) + channels x {model.bytes_per_channel:.0f} bytes / bandwidth + "
-            f"{1e3 * model.fixed_seconds:.3f} ms; a row held out of its fit is off by {model.error:.1%} at most."
+            f"{1e3 * model.fixed_seconds:.3f} ms; a row left out of its fit is off by {model.error:.1%} at most."
         ),
     ]
-    return TextTable("The paper's A100 hours (Table 2)", header, body, notes)
+    return TextTable("The paper's A100 hours (Table 2)", header, body, notes, left=2)

@@ -2,50 +2,49 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated
 
 import typer
 
+from compt.cli.options import AsJson, print_json
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.design.curves import Curves, LinkCurve, Point, Target, names, read_curves
-from compt.errors import ConfigError, nearest
 from compt.files import write_bytes, write_json, write_text
-from compt.text import TextTable, terminal
+from compt.text import TextTable, say, show
 
 _HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval", "Speed-up in MACs"]
 
 
 def curves(
-    runs: Annotated[list[Path], typer.Argument(help="run folders, or results kept of them")],
-    set_name: Annotated[
-        str | None, typer.Option("--set", metavar="NAME", help="evaluation set; default: the runs' primary one")
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="run folders, or results kept of them", show_default=False)
+    ],
+    on: Annotated[
+        str | None, typer.Option(metavar="SET", help="evaluation set", show_default="the primary set of the runs")
     ] = None,
     target: Annotated[
-        str, typer.Option(help=f"accuracy to reach: baseline, or lossless ({LOSSLESS_POINTS} points less)")
+        Target, typer.Option(help=f"accuracy to reach; lossless is {LOSSLESS_POINTS} points below the baseline")
     ] = "baseline",
     average_seeds: Annotated[bool, typer.Option("--average-seeds", help="average over the seeds of a link")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(help="write curves.json, curves.svg and curves.png to this folder")
+        Path | None, typer.Option(metavar="FOLDER", help="also write curves.json, curves.svg and curves.png here")
     ] = None,
 ) -> None:
-    """Measure how many epochs each link needs to match its baseline, by interpolating between complete schedules."""
-    wanted = next((name for name in get_args(Target) if name == target), None)
-    if wanted is None:
-        known: tuple[str, ...] = get_args(Target)
-        raise ConfigError(f"--target {target}: should be {' or '.join(known)}{nearest(target, known)}")
-    found = read_curves(runs, on=set_name, target=wanted, average_seeds=average_seeds)
+    """Measure how many epochs links need to match baselines.
+
+    Interpolates between complete training runs of different lengths.
+    """
+    found = read_curves(runs, on=on, target=target, average_seeds=average_seeds, option="--on")
     if out is not None:
         _write(found, out)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
+        print_json(found.to_json())
         return
-    console = terminal()
-    console.print(curves_table(found).rich())
+    show(curves_table(found))
     if out is not None:
-        console.print(f"Written: {out}", soft_wrap=True, markup=False)
+        say(f"Wrote {out}")
 
 
 def _write(found: Curves, out: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from compt.cli.options import AsJson, print_json
 from compt.text import terminal
 
 if TYPE_CHECKING:
@@ -18,22 +18,23 @@ _SHOWN = {"ok": "green", "note": "yellow", "wrong": "bold red", "not checked": "
 
 
 def doctor(
-    run: Annotated[Path, typer.Argument(help="folder that will hold the runs")] = Path("runs"),
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    run: Annotated[Path, typer.Argument(metavar="RUNS", help="folder that will hold the runs")] = Path("runs"),
+    as_json: AsJson = False,
 ) -> None:
-    """Check this machine, or every node under srun or torchrun. Exit code 1 if something is wrong.
+    """Check this machine, or every node under srun or torchrun.
 
     It checks that all nodes have the same driver, CUDA and packages; GPUs and their free memory; limits; that all nodes
     see the run folder, with working renames and locks; and collectives over gloo and NCCL.
+    Exits with code 1 if something is wrong.
     """
     from compt.dist import collectives as dist
     from compt.dist.doctor.together import examine
 
     findings = examine(run)
     fit = all(finding.state != "wrong" for finding in findings)
-    text = json.dumps({"ok": fit, "findings": [asdict(finding) for finding in findings]}, indent=2)
+    found = {"ok": fit, "findings": [asdict(finding) for finding in findings]}
     # All ranks wait for rank 0: a launcher stops them when the first one exits.
-    dist.on_main(lambda: typer.echo(text) if as_json else _show(findings))
+    dist.on_main(lambda: print_json(found) if as_json else _show(findings))
     if not fit:
         # Without leaving the group, which would wait for a collective that hangs.
         raise typer.Exit(1)

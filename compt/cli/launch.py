@@ -37,7 +37,7 @@ POLL = 0.1
 def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> list[str]:
     """Translate the arguments of launchers/train.py into those of `compt`, starting with `chain`.
 
-    `--recipe R` becomes the argument R, `--run-folder` becomes `--run` (launchers have an option of that name).
+    `--recipe R` becomes the argument R.
     `--local_rank N`, from deepspeed and old launchers, becomes LOCAL_RANK in `environment` unless it is set.
     `--deepspeed_config F` sets engine.deepspeed_config, and engine.name by the stage in the file unless `--set` does;
     `--deepspeed` beside it changes nothing. Raises ConfigError.
@@ -52,7 +52,7 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
         if name == "--deepspeed" and not equals:
             bare = True
             continue
-        if name not in ("--recipe", "--run-folder", "--local_rank", "--local-rank", "--deepspeed_config"):
+        if name not in ("--recipe", "--local_rank", "--local-rank", "--deepspeed_config"):
             kept.append(word)
             continue
         if not equals:
@@ -61,8 +61,6 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
             value = left.pop(0)
         if name == "--recipe":
             kept.append(value)
-        elif name == "--run-folder":
-            kept += ["--run", value]
         elif name == "--deepspeed_config":
             config = value
         else:
@@ -240,14 +238,17 @@ def _handled(handler: Callable[[int, object], None]) -> Iterator[None]:
 
 def launch(
     command: Annotated[
-        list[str], typer.Argument(help="torchrun, deepspeed or accelerate, with its options", show_default=False)
+        list[str],
+        typer.Argument(metavar="COMMAND", help="torchrun, deepspeed or accelerate, with options", show_default=False),
     ],
 ) -> None:
-    """Run a launcher, end with the exit code of its ranks, and give them time to save.
+    r"""Run a launcher, and exit with the exit code of its ranks.
 
-    compt launch torchrun --nproc_per_node 8 launchers/train.py --recipe recipes/cc3m_vit.yaml
+    \b
+    compt launch torchrun --nproc_per_node 8 launchers/train.py \
+        --recipe cc3m_vit --run-folder runs/cc3m
 
-    SIGTERM, SIGUSR1 and Ctrl-C go to the ranks, which save and end with code 75.
+    Passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks, gives them time to save, and exits with code 75.
     """
     with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
         sys.exit(Launch(command, Path(folder), os.environ).run())

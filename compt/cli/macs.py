@@ -1,52 +1,53 @@
-"""`compt macs`: what a model costs, part by part. No torch in here."""
+"""`compt macs`: the parameters and MACs of a model, part by part."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
-import yaml
 
-from compt.cli.options import read_tokens
+from compt.cli.options import AsJson, CaptionLengths, print_json, read_tokens
 from compt.cost.counts import Tokens
 from compt.cost.published import PAPER_PARAMETER_MACS, PAPER_TEXT_PASSES, PAPER_TOKENS, paper_breakdown
 from compt.cost.training import Breakdown, Mode, Part, Record, exact_breakdown
-from compt.errors import ConfigError, nearest
+from compt.errors import ConfigError
 from compt.models.presets import ModelSpec, resolve
 from compt.plan.links import check_growth
+from compt.recipe.read import read_override
 from compt.recipe.schema import checked_sizes
-from compt.text import TextTable, count, macs, terminal
+from compt.text import TextTable, count, show
 
 BATCH, CAPTIONS = 1024, 4
 SUMMED = ("parameters", "forward_macs", "backward_macs", "recompute_macs", "update_macs", "step_update_macs")
 
 
 def macs_command(
-    model: Annotated[str, typer.Argument(help="a preset, as vit_s16", show_default=False)],
-    set_: Annotated[list[str] | None, typer.Option("--set", metavar="SIZE=VALUE", help="as --set width=448")] = None,
-    teacher: Annotated[str | None, typer.Option(help="the preset whose features are distilled")] = None,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="preset, as vit_s16", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="set a size of the model, as in width=448; repeatable"),
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(metavar="NAME", help="preset of the teacher")] = None,
     teacher_set: Annotated[
-        list[str] | None, typer.Option("--teacher-set", metavar="SIZE=VALUE", help="a size of the teacher's")
+        list[str] | None,
+        typer.Option("--teacher-set", metavar="KEY=VALUE", help="set a size of the teacher; repeatable"),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="pictures a step, over all processes")] = BATCH,
+    batch: Annotated[int, typer.Option(metavar="N", min=1, help="images of a step, over all ranks")] = BATCH,
     captions: Annotated[
-        int | None, typer.Option(min=1, show_default=str(CAPTIONS), help="captions of a picture")
+        int | None, typer.Option(metavar="N", min=1, show_default=str(CAPTIONS), help="captions of an image")
     ] = None,
-    tokens: Annotated[
-        str | None,
-        typer.Option(show_default="the context", help="computed tokens of a caption: 30, or 20:0.7,40:0.3, or context"),
-    ] = None,
-    mode: Annotated[
-        str, typer.Option(help="exact: what this program computes; paper: the published accounting")
-    ] = "exact",
-    recompute: Annotated[bool, typer.Option("--recompute", help="with micro-batches, run forward twice")] = False,
+    tokens: CaptionLengths = None,
+    mode: Annotated[Mode, typer.Option(help="count what compt computes (exact), or as published (paper)")] = "exact",
+    recompute: Annotated[bool, typer.Option("--recompute", help="run forward twice, as with micro-batches")] = False,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with activation checkpointing")] = False,
     chunked_loss: Annotated[bool, typer.Option("--chunked-loss", help="with engine.loss_chunk")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show the parameters and MACs of a model and of a step of its training, by part, tower and kind of module."""
+    """Show the parameters and MACs of a model, part by part.
+
+    Counts a forward pass, a backward pass and a training step, by part, tower and kind of module.
+    """
     student = _model("--set", model, set_)
     source = None if teacher is None else _model("--teacher-set", teacher, teacher_set)
     if source is None and teacher_set:
@@ -56,16 +57,14 @@ def macs_command(
             check_growth(source, student, strictly=False)
         except ConfigError as error:
             raise ConfigError(f"{model} with --teacher {teacher}: {error}") from None
-    if mode not in get_args(Mode):
-        raise ConfigError(f"--mode {mode}: should be exact or paper{nearest(mode, get_args(Mode))}")
     length = None if tokens is None else read_tokens(tokens)
     options = {"recompute": recompute, "checkpointing": checkpointing, "chunked_loss": chunked_loss}
     if mode == "paper":
         given = [name for name, value in {"captions": captions, "tokens": tokens, **options}.items() if value]
         if given:
             raise ConfigError(
-                f"--{given[0].replace('_', '-')}: mode paper has its own {PAPER_TEXT_PASSES} captions of "
-                f"{PAPER_TOKENS} tokens and computes nothing again; leave it out"
+                f"--{given[0].replace('_', '-')}: --mode paper always counts {PAPER_TEXT_PASSES} captions of "
+                f"{PAPER_TOKENS} tokens and no recomputation; leave the option out"
             )
         breakdown = paper_breakdown(student, source, batch=batch)
         sample = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
@@ -75,31 +74,19 @@ def macs_command(
         sample = f"{number} captions of {_shown(length, student)} tokens"
     if as_json:
         asked = {"model": student.to_dict(), "teacher": source.to_dict() if source else None, "sample": sample}
-        typer.echo(json.dumps({**asked, **to_json(breakdown)}, indent=2))
+        print_json({**asked, **to_json(breakdown)})
     else:
         title = student.name + (f" from {source.name}" if source else "")
-        terminal().print(macs_table(breakdown, title, sample).rich())
+        show(macs_table(breakdown, title, sample))
 
 
 def _model(option: str, name: str, sizes: list[str] | None) -> ModelSpec:
-    values: dict[str, Any] = {}
-    for text in sizes or []:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"{option} {text}: should be SIZE=VALUE, as in {option} width=448")
-        values[key] = _yaml(f"{option} {text}", value)
+    values = dict(read_override(option, text, "width=448") for text in sizes or [])
     try:
         sizes_of_model = checked_sizes(name, values)
     except ConfigError as error:
         raise ConfigError(f"{option}: {error}") from None
     return resolve(name, sizes_of_model)
-
-
-def _yaml(source: str, text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"{source}: cannot be read as a value") from None
 
 
 def _shown(tokens: Tokens, spec: ModelSpec) -> str:
@@ -109,7 +96,7 @@ def _shown(tokens: Tokens, spec: ModelSpec) -> str:
 
 
 def sums(breakdown: Breakdown) -> Iterator[Record]:
-    """What each part of a training costs: a record a part, whose tower and module are those of all."""
+    """The cost of each part of a training run: one record a part, for both towers and all modules."""
     for part in dict.fromkeys(record.part for record in breakdown.records):
         yield _sum(breakdown, part)
 
@@ -134,7 +121,7 @@ def macs_table(breakdown: Breakdown, title: str, sample: str) -> TextTable:
         del columns["Again"]
 
     def row(name: str, record: Record) -> list[str]:
-        cells = [macs(value) if (value := column(record)) else "" for column in columns.values()]
+        cells = [count(value) if (value := column(record)) else "" for column in columns.values()]
         return [name, count(record.parameters) if record.parameters else "", *cells]
 
     rows = [

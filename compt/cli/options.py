@@ -1,38 +1,167 @@
-"""Arguments that several commands share, and how they are read. No torch in here."""
+"""Options that several commands share, how they are read, and how help is laid out."""
 
 from __future__ import annotations
 
+import contextlib
+import glob
+import json
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typer.core import TyperCommand
 
 from compt.cost.counts import Tokens
 from compt.cost.gpus import Device, find_device
 from compt.cost.speed import Throughput
 from compt.errors import ConfigError
 from compt.plan.forecast import Machine, default_gpus
-from compt.recipe.schema import Recipe
+from compt.recipe.engine import ENGINES
+from compt.recipe.read import find_recipe, shipped_recipes
+from compt.recipe.schema import EVALUATION_TASKS, Recipe
 from compt.recipe.types import checked_caption_tokens
+from compt.text import terminal
 
 KIND = "a100-80"
 """The GPU that is planned with unless one is named: the paper's."""
 
-RecipePath = Annotated[Path, typer.Argument(help="the recipe, a YAML file", show_default=False)]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="replace a field: --set optimizer.lr=5e-4")
+
+class PlainCommand(TyperCommand):
+    """A command whose help is plain text, with options under the heading of their panel."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words after the command, without braces around what is required."""
+        return [piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)]
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the sections of arguments and options."""
+        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+        for parameter in self.get_params(ctx):
+            argument = parameter.param_type_name == "argument"
+            title = getattr(parameter, "rich_help_panel", None) or ("Arguments" if argument else "Options")
+            if record := parameter.get_help_record(ctx):
+                name, text = record
+                # typer puts a default that is described in words into brackets of its own
+                text = re.sub(r"\[default: \((.*?)\)(?=[];])", r"[default: \1", text)
+                sections.setdefault(title, []).append((name.partition(" <")[0] if argument else name, text))
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """Names of shipped recipes, and paths, that begin with `incomplete`."""
+    paths = [f"{path}/" if Path(path).is_dir() else path for path in glob.glob(f"{glob.escape(incomplete)}*")]
+    return [name for name in shipped_recipes() if name.startswith(incomplete)] + sorted(paths)
+
+
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="YAML file, or the name of a shipped recipe",
+        show_default=False,
+        callback=find_recipe,
+        autocompletion=complete_recipe,
+    ),
 ]
-Kind = Annotated[str | None, typer.Option(help=f"kind of GPU: a100-40, a100-80, h100 or h200; default {KIND}")]
-Gpus = Annotated[int | None, typer.Option(help="GPUs that share a training; default 8, or fewer that share the batch")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="set a field, as in optimizer.lr=5e-4; repeatable"),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run-folder", "--run", metavar="FOLDER", help="run folder", show_default="runs/NAME of the recipe"),
+]
+Baselines = Annotated[bool, typer.Option("--baselines", help="also train every model from scratch")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Kind = Annotated[
+    Literal["a100", "a100-40", "a100-80", "h100", "h200"] | None,
+    typer.Option(help="kind of GPU to plan for", case_sensitive=False, show_default=KIND),
+]
+Gpus = Annotated[
+    int | None, typer.Option(metavar="N", help="GPUs of a job", show_default="8, or fewer that divide the batch")
+]
 ThroughputFile = Annotated[
     Path | None,
-    typer.Option("--throughput", metavar="FILE", help="speeds that `compt bench throughput` measured"),
+    typer.Option("--throughput", metavar="FILE", help="speeds measured by `compt bench throughput`"),
 ]
+CaptionLengths = Annotated[
+    str | None,
+    typer.Option("--tokens", metavar="LENGTHS", help="computed tokens a caption: 30, or 20:0.7,40:0.3, or context"),
+]
+_SCORING = "Scoring"
+DeviceName = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda or cuda:N",
+        autocompletion=lambda: ["auto", "cpu", "cuda"],
+    ),
+]
+BatchSize = Annotated[
+    int, typer.Option("--batch", metavar="N", help="images of a step", min=1, rich_help_panel=_SCORING)
+]
+Workers = Annotated[
+    int, typer.Option("--workers", metavar="N", help="processes that decode images", min=0, rich_help_panel=_SCORING)
+]
+Label = Annotated[
+    str,
+    typer.Option(
+        "--label", metavar="NAME", help="cls, or the field of each .json with the class", rich_help_panel=_SCORING
+    ),
+]
+ClassNames = Annotated[
+    Path | None,
+    typer.Option(
+        "--classnames",
+        metavar="FILE",
+        help="class names, one a line",
+        show_default="beside the data",
+        rich_help_panel=_SCORING,
+    ),
+]
+Templates = Annotated[
+    Path | None,
+    typer.Option(
+        "--templates",
+        metavar="FILE",
+        help="templates with {c}, one a line",
+        show_default="beside the data",
+        rich_help_panel=_SCORING,
+    ),
+]
+# Registries are open: their names become choices when the program starts, and are texts to a type checker.
+if TYPE_CHECKING:
+    EngineName = str
+    TaskName = str
+else:
+    EngineName = Literal[tuple(ENGINES)]
+    TaskName = Literal[tuple(EVALUATION_TASKS.table)]
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error; yields a function of (done, total)."""
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=terminal(stderr=True), transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    """Write a value to standard output as indented JSON."""
+    typer.echo(json.dumps(value, indent=2))
 
 
 def read_tokens(text: str) -> Tokens:
-    """`--tokens`: a mean, lengths with shares as in 20:0.7,40:0.3, or `context` (None)."""
+    """The value of `--tokens`: a mean, lengths with shares as in 20:0.7,40:0.3, or `context` (None)."""
     if text == "context":
         return None
     pairs = [part.split(":") for part in text.split(",")]
@@ -44,13 +173,13 @@ def read_tokens(text: str) -> Tokens:
             f"--tokens {text}: should be a length, lengths with shares as in 20:0.7,40:0.3, or context ({error})"
         ) from None
     if isinstance(tokens, dict) and len(tokens) < len(pairs):
-        raise ConfigError(f"--tokens {text}: names a length twice")
+        raise ConfigError(f"--tokens {text}: a length occurs twice")
     return tokens
 
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """The options that say what GPUs to plan for."""
+    """The options that name the GPUs to plan for."""
 
     kind: str | None
     gpus: int | None
@@ -58,32 +187,29 @@ class MachineOptions:
 
     @property
     def given(self) -> bool:
-        """Whether any of them is."""
+        """Whether any of them is given."""
         return (self.kind, self.gpus, self.throughput) != (None, None, None)
 
     def machine(self, recipe: Recipe, source: str) -> Machine:
-        """The GPUs with what was measured on them. Raises ConfigError, which names the option."""
+        """The GPUs, and the speeds measured on them. Raises ConfigError that names the option."""
         device, speeds = self.device()
         if device is None:
             raise ConfigError(
-                f"--throughput {self.throughput}: was measured on {speeds and speeds.device}, which is no kind of GPU "
-                "known here"
+                f"--throughput {self.throughput}: was measured on {speeds and speeds.device}, a GPU "
+                "that compt does not know"
             )
         return Machine(device, self.number(recipe, source, default_gpus(recipe.optimizer.batch)), speeds)
 
     def number(self, recipe: Recipe, source: str, default: int) -> int:
-        """How many GPUs. Raises ConfigError where each would not have a picture of the batch."""
+        """How many GPUs. Raises ConfigError for more GPUs than images in a batch."""
         batch = recipe.optimizer.batch
         if self.gpus is not None and not 1 <= self.gpus <= batch:
             raise ConfigError(f"--gpus {self.gpus}: should be from 1 to the {batch} of optimizer.batch in {source}")
         return self.gpus or default
 
     def device(self) -> tuple[Device | None, Throughput | None]:
-        """The GPU, None where speeds are of one whose peak is not known, and what was measured on it."""
-        try:
-            device = find_device(self.kind) if self.kind is not None else None
-        except ConfigError as error:
-            raise ConfigError(f"--kind {self.kind}: {error}") from None
+        """The GPU, None if its peak is not known, and the speeds measured on it."""
+        device = find_device(self.kind) if self.kind is not None else None
         if self.throughput is None:
             return device or find_device(KIND), None
         try:

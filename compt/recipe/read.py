@@ -203,12 +203,9 @@ def shipped_recipes() -> dict[str, Path]:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """The path of a recipe: `name` itself where such a file exists, else the shipped recipe of that name.
-
-    Raises ConfigError for a name without a file.
-    """
+    """The path of a recipe: `name` if that file exists, else the shipped recipe of that name. Raises ConfigError."""
     known = shipped_recipes()
-    if Path(name).exists():
+    if Path(name).exists() and not Path(name).is_dir():
         return Path(name)
     if str(name) in known:
         return known[str(name)]
@@ -216,7 +213,7 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"{name}: no such file, and no recipe of that name; the nearest are {', '.join(close)}")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -225,7 +222,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     values = read_yaml(text, str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: should be a mapping with the keys {', '.join(_keys(Recipe))}")
-    for override in overrides:
+    for override in overrides or ():
         _set(values, override)
     return parse_recipe(values, str(path))
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from compt.design.crossing import isotonic
 from compt.design.curves import Curves, LinkCurve, Point, names
-from compt.text import count, macs
+from compt.text import count
 
 # Colours that people with colour-blindness tell apart. In the page each is a variable of that name, so that a dark
 # page has its own; the PNGs have these.
@@ -168,7 +168,7 @@ def _cost_axis(axes: Axes, values: Sequence[float], narrow: bool) -> None:
     else:
         axes.set_xlim(0, high * 1.14)
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4 if narrow else 7))
-    axes.xaxis.set_major_formatter(_tick(macs))
+    axes.xaxis.set_major_formatter(_tick(count))
 
 
 def _line(axes: Axes, points: Sequence[Dot], colour: str, marker: str, style: str, label: str) -> None:
@@ -321,11 +321,11 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
                 axes.barh(places, widths, left=start, height=0.68, color=colour, label=name)
             start += widths
         for place, total in zip(places, start, strict=True):
-            axes.annotate(macs(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
+            axes.annotate(count(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
         axes.set_yticks(places, [bar.label for bar in bars])
         axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
         axes.invert_yaxis()
-        axes.xaxis.set_major_formatter(_tick(macs))
+        axes.xaxis.set_major_formatter(_tick(count))
         axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3 if narrow else 6))
         axes.set_xlim(0, start.max() * (1.25 if narrow else 1.12))
         axes.set_xlabel("training MACs")

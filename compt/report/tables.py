@@ -1,69 +1,93 @@
-"""Tables of what a run has shown, for terminals, Markdown and HTML."""
+"""Tables of results, for terminals, Markdown and HTML."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 from compt.report.summary import CONTROLS, Comparison, NotCompared, Row, Summary, accumulated
-from compt.text import TextTable, hours, macs, ratio
+from compt.text import TextTable, count, hours
+
+SAME = {
+    "control-equal_epochs": "same epochs",
+    "control-equal_macs": "same MACs",
+    "control-equal_chain_macs": "chain's MACs",
+}
+"""What a control has in common with the last link, in two words."""
 
 
-def _score(row: Row) -> str:
-    if row.top1 is None:
-        return "-" if row.state in ("done", "evaluated") else row.state
-    return f"{row.top1:.2f} [{row.low:.1f}, {row.high:.1f}]"
+def labels(summary: Summary) -> dict[str, str]:
+    """A short name for each job: 3-vit_mini; vit_mini alone; vit_mini, same epochs."""
+    found = {row.job: row.job for row in summary.links}
+    found |= {row.job: f"{row.model}, try {_number(row)}" for row in summary.tries}
+    found |= {row.job: _alone(row, row.seed, summary) for row in summary.baselines}
+    found |= {row.job: f"{row.model}, {SAME.get(row.job, row.job)}" for row in summary.controls}
+    return found
+
+
+def _alone(row: Row, seed: int, summary: Summary) -> str:
+    return f"{row.model} alone" + (f", seed {seed}" if len(summary.individual) > 1 else "")
+
+
+def results_table(summary: Summary) -> TextTable:
+    """Accuracy and cost of each model: the chain, then models trained alone."""
+    names = labels(summary)
+    rows = []
+    for row in (*summary.paid, *summary.baselines, *summary.controls):
+        scored = row.top1 is not None
+        state = "-" if row.state in ("done", "evaluated") else row.state
+        top1, interval = (f"{row.top1:.2f}", f"{row.low:.1f} to {row.high:.1f}") if scored else (state, "")
+        cost = [count(row.macs), hours(row.device_hours)]
+        rows.append([names[row.job], f"{row.epochs:.3g}", top1, interval, *cost])
+    top = next((row for row in summary.rows if row.classes), None)
+    notes = []
+    if top:
+        notes.append(
+            f"Top-1 in percent on {summary.primary}: {top.images:,} images, {top.classes:,} classes, chance "
+            f"{100 / top.classes:.2f}; 95 % interval by Wilson."
+        )
+    notes.append("MACs and device time of training, with the forward passes of the teacher.")
+    if summary.baselines:
+        notes.append("Alone: trained from scratch, without a chain.")
+    if summary.controls:
+        notes.append("Same epochs, same MACs, chain's MACs: trained from scratch for as long as the link or the chain.")
+    header = ["Model", "Epochs", "Top-1", "95 % interval", "MACs", "Time"]
+    return TextTable(f"Results of {summary.run}", header, rows, notes)
 
 
 def cost_table(summary: Summary) -> TextTable:
-    """In the shape of the paper's Table 2: baseline, then chain; individual and accumulated cost; speed-ups."""
+    """What each chain has cost up to each model, and the acceleration over the baselines, as in the paper's Table 2."""
+    names = labels(summary)
     by_link = {item.link: item for item in summary.comparisons}
-    rows = []
-    one = len(summary.individual) == 1
-    chains = [("Baseline" if one else f"Baseline, seed {seed},", own) for seed, own in summary.individual.items()]
-    # A first link alone is its own baseline: nothing was trained individually yet.
-    chains = [(label, own) for label, own in chains if any(row.kind == "baseline" for row in own)]
-    chains.append(("CoM-PT", summary.paid))
+    # A first link is its own baseline until another baseline has begun.
+    chains: list[tuple[int | None, list[Row]]] = [(None, summary.paid)]
+    chains += [item for item in summary.individual.items() if any(row.kind == "baseline" for row in item[1])]
     order = [row.model for row in summary.links]
-    for label, members in chains:
-        # Sums with a member missing are those of another family.
+    rows = []
+    for seed, members in chains:
+        # Without one of its members, a sum is that of another family.
         models = [row.model for row in members if row.kind != "try"]
         whole = models == order[: len(models)]
         total_macs = accumulated([row.macs if whole else None for row in members])
         total_hours = accumulated([row.device_hours if whole else None for row in members])
-        for at, row in enumerate(members):
-            found = by_link.get(row.job) if label == "CoM-PT" else None
-            running = total_macs[at]
-            rows.append(
-                [
-                    f"{label} {row.model}" + (f", try {_number(row)}" if row.kind == "try" else ""),
-                    f"{row.epochs:.3g}",
-                    _score(row),
-                    macs(row.macs) + ratio(found.macs_speedup if found else None),
-                    (macs(running) if running is not None else "-")
-                    + ratio(found.macs_speedup_accumulated if found else None),
-                    hours(row.device_hours) + ratio(found.hours_speedup if found else None),
-                    hours(total_hours[at]) + ratio(found.hours_speedup_accumulated if found else None),
-                ]
-            )
-    rows += [
-        [_control(row), f"{row.epochs:.3g}", _score(row), macs(row.macs), "", hours(row.device_hours), ""]
-        for row in summary.controls
-    ]
-    top = next((row for row in summary.rows if row.classes), None)
-    about = (
-        f"Top-1 in percent on {summary.primary}: {top.images:,} pictures, {top.classes:,} names, chance "
-        f"{100 / top.classes:.2f}; in brackets the 95 % interval (Wilson). "
-        if top
-        else ""
-    )
-    notes = [f"{about}MACs and device time of training, the teacher's forward passes included; (x) over the baseline."]
+        for row, macs, time in zip(members, total_macs, total_hours, strict=True):
+            name = names[row.job] if seed is None else _alone(row, seed, summary)
+            cells = [name, "-" if macs is None else count(macs), hours(time)]
+            rows.append(cells + (_accelerations(by_link.get(row.job) if seed is None else None) if by_link else []))
+    header, notes = ["Model", "MACs so far", "Time so far"], []
+    if by_link:
+        header += ["MACs", "so far", "Time", "so far"]
+        notes.append("x: cost of the baseline over that of the link; so far: of all models up to this one.")
     if summary.tries:
-        notes.append("Tries were not lossless; what they cost counts in what is accumulated.")
-    header = ["Model", "Epochs", "Top-1", "MACs", "MACs accumulated", "Device time", "Time accumulated"]
-    return TextTable(f"Results of {summary.run}", header, rows, notes)
+        notes.append("Tries were not lossless. Their cost counts in everything after them.")
+    return TextTable("Costs", header, rows, notes)
+
+
+def _accelerations(found: Comparison | None) -> list[str]:
+    if found is None:
+        return [""] * 4
+    values = (found.macs_speedup, found.macs_speedup_accumulated, found.hours_speedup, found.hours_speedup_accumulated)
+    return ["" if value is None else f"{value:.2f}x" for value in values]
 
 
 def comparison_table(summary: Summary) -> TextTable | None:
@@ -71,59 +95,57 @@ def comparison_table(summary: Summary) -> TextTable | None:
     items: list[Comparison | NotCompared] = [*summary.comparisons, *summary.control_comparisons, *summary.not_compared]
     if not items:
         return None
+    names = labels(summary)
     seeds = any(isinstance(item, Comparison) and item.seed_spread is not None for item in items)
-    rows = [_difference(item, seeds) for item in items]
+    rows = [_difference(item, names, seeds) for item in items]
     about = (
-        "Points of top-1, chain minus the other, on the same pictures; 95 % interval by paired bootstrap over them. "
-        "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (a control: 0)."
+        "Points of top-1, link minus the other model, on the same images; 95 % interval by paired bootstrap. "
+        "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (control: 0)."
     )
-    scope = "Interval and verdict cover the choice of pictures, not of training seeds: another seed moves results too."
+    scope = "The interval covers the choice of images, not training seeds: another seed moves results too."
     notes = [about, scope] if summary.comparisons or summary.control_comparisons else []
     notes += [f"Not compared: {item.link}, as {item.reason}." for item in summary.not_compared]
-    header = ["Chain's model", "against", "points", "95 % interval", "verdict"]
+    header = ["Link", "Against", "Points", "95 % interval", "Verdict"]
     if seeds:
-        header.append("SD over seeds")
-        notes.append(
-            "SD over seeds: standard deviation of the top-1 of the trainings that are compared with, in points."
-        )
-    return TextTable("Differences", header, rows, notes)
+        header.append("SD")
+        notes.append("SD: standard deviation over seeds of the other model's top-1, in points.")
+    return TextTable("Differences", header, rows, notes, left=2)
 
 
 def _number(row: Row) -> str:
-    """Of a failed try."""
+    """The number of a failed try."""
     return row.job.split("-")[1]
 
 
 def calibration_table(summary: Summary) -> TextTable | None:
-    """The first-pair test: each try against the baseline, what was decided, and what it cost; None without one."""
+    """The first-pair test, a column for each try: its length, cost and accuracy; None without such a test."""
     record = summary.calibration
     if record is None:
         return None
     tries: list[dict[str, Any]] = record["tries"]
     rows = [
-        [
-            f"{item['number']}, {'accepted' if item['lossless'] else 'failed'}",
-            f"{item['factor']:.3g}",
-            f"{item['epochs']:.3g}",
-            macs(item["macs"]) + ratio(item["speedup"]),
-            hours(item["device_hours"]),
-            f"{item['accuracy']:.2f}",
-            f"{item['difference']:+.2f} [{item['low']:+.2f}, {item['high']:+.2f}]",
-            item["verdict"],
-        ]
-        for item in tries
+        ["Outcome", *("accepted" if item["lossless"] else "failed" for item in tries)],
+        ["Lengths", *(f"{item['factor']:.3g}" for item in tries)],
+        ["Epochs", *(f"{item['epochs']:.3g}" for item in tries)],
+        ["MACs", *(count(item["macs"]) for item in tries)],
+        ["Acceleration", *(f"{item['speedup']:.2f}x" for item in tries)],
+        ["Time", *(hours(item["device_hours"]) for item in tries)],
+        ["Top-1", *(f"{item['accuracy']:.2f}" for item in tries)],
+        ["Points", *(f"{item['difference']:+.2f}" for item in tries)],
+        ["95 % interval", *(f"{item['low']:+.2f} to {item['high']:+.2f}" for item in tries)],
+        ["Verdict", *(item["verdict"] for item in tries)],
     ]
+    rows = rows if tries else []
     about = (
-        f"{record['link']} against {record['baseline']} on {record['dataset']}: top-1 and its difference on the same "
-        "pictures in points, in brackets the 95 % interval by paired bootstrap. The difference alone decides: lossless "
-        f"above -{record['margin']:g}, else lengths grow by {record['growth']:g}. Verdict: what the interval says."
+        f"{record['link']} against {record['baseline']} on {record['dataset']}: top-1, and the difference in points on "
+        "the same images with its 95 % interval by paired bootstrap. The difference alone decides: lossless above "
+        f"-{record['margin']:g}, else lengths grow by {record['growth']:g}. Verdict: what the interval says."
     )
     if tries:
-        cost = macs(tries[-1]["speedup"] * tries[-1]["macs"])
+        cost = count(tries[-1]["speedup"] * tries[-1]["macs"])
         about += f" The baseline's top-1 is {tries[-1]['baseline_accuracy']:.2f}; its {cost} MACs count in no chain."
     notes = [_decision(record), *_paid(record), about]
-    header = ["Try", "lengths", "epochs", "MACs", "device time", "top-1", "points", "verdict"]
-    return TextTable("Calibration", header, rows, notes)
+    return TextTable("Calibration", ["Try", *(str(item["number"]) for item in tries)], rows, notes)
 
 
 def _decision(record: dict[str, Any]) -> str:
@@ -150,7 +172,7 @@ def _paid(record: dict[str, Any]) -> list[str]:
     if not failed:
         return []
     cost = (
-        f"{macs(sum(item['macs'] for item in failed))} MACs and {hours(sum(item['device_hours'] for item in failed))}"
+        f"{count(sum(item['macs'] for item in failed))} MACs and {hours(sum(item['device_hours'] for item in failed))}"
     )
     words = f"{len(failed)} failed {'try' if len(failed) == 1 else 'tries'}: {cost} of device time."
     if record["outcome"] == "lossless":
@@ -162,13 +184,10 @@ def _paid(record: dict[str, Any]) -> list[str]:
     return [words]
 
 
-def _control(row: Row) -> str:
-    return f"{row.model} {CONTROLS[row.job]}" if row.job in CONTROLS else row.job
-
-
-def _difference(item: Comparison | NotCompared, seeds: bool) -> list[str]:
-    other = CONTROLS.get(item.others[0], item.others[0])
-    other += f" and {len(item.others) - 1} more" if len(item.others) > 1 else ""
+def _difference(item: Comparison | NotCompared, names: dict[str, str], seeds: bool) -> list[str]:
+    other = names[item.others[0]]
+    if len(item.others) > 1:
+        other = f"{other.partition(', seed ')[0]}, {len(item.others)} seeds"
     if isinstance(item, NotCompared):
         return [item.link, other, "-", "-", "not compared", *(["-"] if seeds else [])]
     verdict: str = item.verdict
@@ -180,12 +199,9 @@ def _difference(item: Comparison | NotCompared, seeds: bool) -> list[str]:
     return cells
 
 
-def summary_table(summary: Summary) -> RenderableType:
-    """All that a terminal shows at the end of a run."""
-    differences = comparison_table(summary)
-    calibration = calibration_table(summary)
-    further = [table for table in (differences, calibration) if table is not None]
-    parts = [cost_table(summary).rich()]
-    for table in further:
-        parts += [Text(), table.rich()]
-    return Group(*parts)
+def summary_tables(summary: Summary) -> Iterator[TextTable]:
+    """All tables that are shown at the end of a run."""
+    if summary.rows:
+        yield results_table(summary)
+        yield cost_table(summary)
+    yield from (table for table in (comparison_table(summary), calibration_table(summary)) if table)

@@ -24,8 +24,8 @@ from compt.report.content import (
     tiles,
     unfinished,
 )
-from compt.report.summary import CONTROLS, Row, Summary, read_state, score_file, stored_arrays, summarise
-from compt.report.tables import calibration_table, comparison_table, cost_table
+from compt.report.summary import Row, Summary, read_state, score_file, stored_arrays, summarise
+from compt.report.tables import SAME, summary_tables
 from compt.text import TextTable, escape_markdown
 from compt.weights.artefact import versions
 
@@ -53,7 +53,7 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
     alone = [points for rows in whole if len(points := _points(rows)) and any(r.kind == "baseline" for r in rows)]
     controls = [
         figures.Dot(
-            CONTROLS.get(row.job, row.job).removeprefix("from scratch, "),
+            SAME.get(row.job, row.job),
             row.macs,
             row.top1,
             row.low,
@@ -151,15 +151,13 @@ def _gather(run: Path) -> dict[str, Any]:
     jobs = [read_job(run, plan) for plan in state["jobs"]]
     path = run / "recipe.yaml"
     recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    tables = [cost_table(summary)] if summary.rows else []
-    further = [comparison_table(summary), calibration_table(summary)]
     return {
         "title": str(state.get("name") or summary.run),
         "run": summary.run,
         "sentence": sentence(summary, state, jobs),
         "tiles": tiles(summary, state),
         "unfinished": unfinished(jobs),
-        "results": [*tables, *(table for table in further if table)],
+        "results": list(summary_tables(summary)),
         "accuracy": _accuracy(summary),
         "curves": _curves(jobs),
         "costs": _costs(state),

@@ -94,6 +94,7 @@ SMALLER: dict[str, str] = {
     "compt/bench/estimate.py": "one question: how long will this run take",
     "compt/chain/start.py": "the model that a chain starts from; jobs and calibration both open it",
     "compt/cli/doctor.py": "a command group of its own",
+    "compt/cli/recipes.py": "a command group of its own",
     "compt/data/batch.py": "the type that data hands to training",
     "compt/dist/child.py": "light child processes import nothing else",
     "compt/engines/average.py": "every engine has it",

@@ -66,16 +66,16 @@ def test_torchrun_hands_on_what_belongs_to_its_script(words: list[str], monkeypa
     monkeypatch.setattr("compt.cli.main.main", lambda words: given.extend(words()))
     monkeypatch.setattr("sys.argv", words[at:])
     runpy.run_path(str(ROOT / words[at]), run_name="__main__")
-    assert given == ["chain", "recipes/cc3m_vit.yaml", "--run", "/shared/runs/cc3m"]
+    assert given == ["chain", "recipes/cc3m_vit.yaml", "--run-folder", "/shared/runs/cc3m"]
 
 
-@pytest.mark.parametrize("options", ["--recipe=a.yaml --run-folder=b", "a.yaml --run=b"])
+@pytest.mark.parametrize("options", ["--recipe=a.yaml --run-folder=b", "a.yaml --run-folder=b"])
 def test_the_launcher_s_other_spellings(options: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[str] = []
     monkeypatch.setattr("compt.cli.main.main", lambda words: given.extend(words()))
     monkeypatch.setattr("sys.argv", ["train.py", *options.split(), "--set", "name=c"])
     runpy.run_path(str(ROOT / "launchers/train.py"), run_name="__main__")
-    assert " ".join(given).replace("=b", " b") == "chain a.yaml --run b --set name=c"
+    assert " ".join(given).replace("=b", " b") == "chain a.yaml --run-folder b --set name=c"
 
 
 def test_there_is_a_command_for_torchrun() -> None:

@@ -18,7 +18,7 @@ from compt.design.outcome import Outcome, Setting, outcome
 from compt.design.search import SIMPLER, FoundChain
 from compt.errors import ConfigError, nearest
 from compt.plan.forecast import Forecast
-from compt.text import TextTable, count, macs
+from compt.text import TextTable, count
 
 UNITS = ("macs", "hours")
 
@@ -164,7 +164,7 @@ class Design:
 
 def design_tables(design: Design, forecast: Forecast) -> RenderableType:
     """The chain, what else there is, and a warning where a model does not fit into the memory of a GPU."""
-    parts = [_chain_table(design, forecast).rich(), Text(), _others_table(design).rich()]
+    parts: list[RenderableType] = [_chain_table(design, forecast), Text(), _others_table(design)]
     warned = warning(forecast)
     return Group(*parts, *([Text(), Text(warned, style="yellow")] if warned else []))
 
@@ -198,7 +198,7 @@ def _others_table(design: Design) -> TextTable:
         rows.append(
             [
                 f"{one.label}: {', '.join(spec.name for spec in one.specs)}",
-                macs(one.baseline_macs) if one is alone else _macs(one.macs),
+                count(one.baseline_macs) if one is alone else _macs(one.macs),
                 *([_hours(hours.hours, hours.kind)] if hours else []),
                 "1" if one is alone else _times(design.asked, one),
             ]
@@ -220,7 +220,7 @@ def _number(value: float) -> str:
 
 
 def _macs(found: Range) -> str:
-    middle, high = macs(found.middle), macs(found.high)
+    middle, high = count(found.middle), count(found.high)
     return middle if middle == high else f"{middle} (<{high})"
 
 

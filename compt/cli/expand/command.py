@@ -11,25 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from compt.cli.evaluate import Source, evaluation_set
 from compt.cli.expand.request import ExpandRequest, Prepared, prepare
 from compt.cli.expand.tables import plan_tables, summary_table, verification_tables
-from compt.cli.tools import (
-    BatchSize,
-    ClassNames,
-    DeviceName,
-    Label,
-    Source,
-    Templates,
-    Workers,
-    evaluation_set,
-    progress_bar,
-    show,
-)
+from compt.cli.options import BatchSize, ClassNames, DeviceName, Label, Templates, Workers, progress_bar
 from compt.errors import ArtefactError
 from compt.files import write_json
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.schema import EvalSet
-from compt.text import TextTable, terminal
+from compt.text import TextTable, show, terminal
 
 if TYPE_CHECKING:
     import torch
@@ -79,13 +69,14 @@ Sizes = Annotated[
 def expand(
     teacher: Source,
     student: Annotated[
-        str | None, typer.Argument(help="the larger model: a preset, or a name of open_clip's", show_default=False)
+        str | None,
+        typer.Argument(metavar="STUDENT", help="larger model: a preset, or a name of open_clip", show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Argument(help="the folder to write", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUT", help="folder to write", show_default=False)] = None,
     both: Pairs = "",
     image: Annotated[str, _option(_HOW, "the image tower", metavar="PAIRS", default="as --both")] = "",
     text: Annotated[str, _option(_HOW, "the text tower", metavar="PAIRS", default="as --both")] = "",
-    seed: Annotated[int | None, _option(_HOW, "seed of new weights", default="0")] = None,
+    seed: Annotated[int | None, _option(_HOW, "seed of new weights", metavar="N", default="0")] = None,
     from_manifest: Annotated[
         Path | None, _option(_HOW, "repeat the expansion recorded in this manifest.json", metavar="FILE")
     ] = None,

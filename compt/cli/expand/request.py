@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from compt.cli.tools import open_source
+from compt.cli.evaluate import open_source
 from compt.errors import ArtefactError, ConfigError
 from compt.files import read_json
 from compt.models.growth import ExpandConfig, disagreeing

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
 
-from compt.cli.options import Gpus, Kind, MachineOptions, Overrides, RecipePath, ThroughputFile
+from compt.cli.options import (
+    AsJson,
+    EngineName,
+    Gpus,
+    Kind,
+    MachineOptions,
+    Overrides,
+    RecipePath,
+    ThroughputFile,
+    print_json,
+)
 from compt.cli.plan.tables import plan_tables
 from compt.cost.training import Mode
 from compt.errors import ConfigError, nearest
-from compt.plan.forecast import MODES, Machine, check_shares, make_forecast
+from compt.plan.forecast import Machine, check_shares, make_forecast
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
-from compt.recipe.engine import ENGINES
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
-from compt.text import terminal
+from compt.text import show
 
 OBJECTIVES = ("cost", "acceleration", "budget")
 
@@ -30,11 +38,11 @@ def plan(
     kind: Kind = None,
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
-    baselines: Annotated[
-        bool, typer.Option("--baselines", help="also plan the individual runs of all members")
-    ] = False,
-    mode: Annotated[str | None, typer.Option(help="count MACs as exact (default) or paper")] = None,
-    memory: Annotated[str | None, typer.Option(metavar="ENGINE", help="show this engine's memory part by part")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="also plan the training of each model alone")] = False,
+    mode: Annotated[
+        Mode | None, typer.Option(help="count what compt computes, or as published", show_default="exact")
+    ] = None,
+    memory: Annotated[EngineName | None, typer.Option(help="show the memory of this engine, part by part")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="find a chain instead of showing the recipe's")] = False,
     objective: Annotated[str | None, typer.Option(help="with --auto: cost (default), acceleration or budget")] = None,
     members: Annotated[int | None, typer.Option(help="with --auto: number of models in the chain")] = None,
@@ -51,22 +59,21 @@ def plan(
     out: Annotated[
         Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe to a new file")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print everything as JSON (docs/planning.md)")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show what a recipe would train, for how long, and what it costs. Starts nothing.
+    """Show the models that a recipe trains and what they cost.
 
-    GPU-hours, wall time and memory are for GPUs of one kind. With engine.device: cpu they appear only if you give
-    --kind, --gpus, --throughput or --memory.
+    Starts nothing. GPU-hours, wall time and memory hold for one kind of GPU. A recipe with engine.device cpu shows
+    them only with --kind, --gpus, --throughput or --memory.
     """
-    found, engine = _mode(mode), _engine(memory)
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
     searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
     searched |= {"--runs": runs, "--runs-on": runs_on, "--out": out}
     _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
     if as_json:
-        _refuse({"--mode": mode}, "is for tables; --json has the MACs of both modes")
-        _refuse({"--memory": memory}, "is for tables; --json has the parts of memory of every engine")
-    loaded = load_recipe(recipe, set_ or [])
+        _refuse({"--mode": mode}, "is for tables; --json always has both modes")
+        _refuse({"--memory": memory}, "is for tables; --json always has every engine")
+    loaded = load_recipe(recipe, set_)
     asked = MachineOptions(kind, gpus, throughput)
     counted = asked.given or loaded.engine.device != "cpu"
     if auto:
@@ -89,9 +96,9 @@ def plan(
         source=str(recipe),
     )
     if as_json:
-        typer.echo(json.dumps(forecast.to_json(), indent=2))
+        print_json(forecast.to_json())
     else:
-        terminal().print(plan_tables(forecast, found, engine))
+        show(*plan_tables(forecast, mode or "exact", memory))
 
 
 def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *, members: bool) -> Machine | None:
@@ -113,14 +120,6 @@ def _refuse(options: Mapping[str, object], why: str) -> None:
         if value is not None:
             shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
             raise ConfigError(f"{name}{shown}: {why}")
-
-
-def _mode(name: str | None) -> Mode:
-    return cast(Mode, _one_of("--mode", name or "exact", MODES))
-
-
-def _engine(name: str | None) -> str | None:
-    return None if name is None else _one_of("--memory", name, tuple(ENGINES))
 
 
 def _objective(name: str | None) -> str:

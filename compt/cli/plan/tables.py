@@ -1,90 +1,94 @@
-"""Tables of plans: what is trained and its cost, what it saves, memory of a GPU, disk."""
+"""The tables of a plan: models and MACs, GPU-hours, acceleration, memory of a GPU, disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
 
-from rich.console import Group, RenderableType
-from rich.text import Text
-
 from compt.cost.memory import Memory
 from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS
 from compt.cost.speed import OF_THE_AUTHORS, Conditions, Throughput
 from compt.cost.training import Mode
 from compt.models.growth import ExpandConfig
-from compt.plan.forecast import Estimate, Fit, Forecast, Totals, not_modelled
+from compt.plan.forecast import Estimate, Forecast, Machine, not_modelled
 from compt.plan.hours import Hours
 from compt.plan.links import broken_promises
 from compt.recipe.engine import ENGINES
 from compt.recipe.expansion import expand_words
 from compt.recipe.schema import Recipe
-from compt.text import TextTable, count, hours, macs, ratio
+from compt.text import TextTable, count, digits, hours, ratio
 
 PARTS = tuple(field.name for field in fields(Memory))
 
 
-def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: str | None = None) -> RenderableType:
-    """All that a terminal shows of a plan; `parts_of` is the engine whose memory is shown part by part."""
-    tables = [plan_table(forecast, mode), speedup_table(forecast, mode), memory_table(forecast)]
-    shown: list[RenderableType] = []
-    for table in tables:
-        if table is not None:
-            shown += [table.rich(), Text()]
-    if forecast.machine is not None:
-        if parts_of is not None:
-            shown += [parts_table(forecast, parts_of).rich(), Text()]
-        warned = warning(forecast)
-        shown += [Text(warned, style="yellow"), Text()] if warned else []
-    return Group(*shown, disk_table(forecast).rich())
+def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: str | None = None) -> list[TextTable]:
+    """The tables of a plan; `parts_of` names the engine whose memory is shown part by part."""
+    machine = forecast.machine
+    tables = [plan_table(forecast, mode), hours_table(forecast, mode), speedup_table(forecast, mode)]
+    tables += [memory_table(forecast), parts_table(forecast, parts_of) if machine and parts_of else None]
+    return [table for table in (*tables, disk_table(forecast)) if table is not None]
 
 
-def plan_table(forecast: Forecast, mode: Mode = "exact") -> TextTable:
-    """A row for each job, then sums: the chain, its members trained individually, and all that a run trains."""
-    plan, machine = forecast.plan, forecast.machine
-    rows = []
-    for row, item in zip(plan.rows(mode), forecast.estimates, strict=True):
-        again = row["same_as"]
-        cells = [
-            row["job"],
-            count(row["parameters"]),
-            f"{row['epochs']:.3g}",
-            count(row["samples"]),
-            f"{row['steps']:,}",
-            f"as {again}" if again else macs(row["total_macs"]),
-            f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
-        ]
-        rows.append(cells + ([] if machine is None else ["", ""] if again else _hours(item.hours)))
+def _jobs_and_sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
+    """The sums below the jobs: the chain, its models alone, and everything that a run trains."""
     sums = [("Chain", forecast.links), ("Individually", list(forecast.individual))]
     if len(forecast.trained) > len(forecast.links):
         sums.append(("Whole run", forecast.trained))
-    rows += [_sum(name, forecast.totals(items), mode, forecast) for name, items in sums if items]
+    return [(name, items) for name, items in sums if items]
+
+
+def plan_table(forecast: Forecast, mode: Mode = "exact") -> TextTable:
+    """A row for each job, then the sums."""
+    plan = forecast.plan
+    rows = []
+    for row in plan.rows(mode):
+        again = row["same_as"]
+        rows.append(
+            [
+                row["job"],
+                count(row["parameters"]),
+                f"{row['epochs']:.3g}",
+                count(row["samples"]),
+                f"{row['steps']:,}",
+                f"as {again}" if again else count(row["total_macs"]),
+                f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
+            ]
+        )
+    for name, items in _jobs_and_sums(forecast):
+        total = forecast.totals(items)
+        cells = [name, count(total.parameters), f"{total.epochs:.3g}", count(total.samples), f"{total.steps:,}"]
+        rows.append([*cells, count(total.macs[mode]), ""])
     header = ["Model", "Params", "Epochs", "Samples", "Steps", "MACs", "Teacher"]
-    header += [] if machine is None else ["GPU-hours", "Wall time"]
     return TextTable(f"Plan of {plan.recipe.name}", header, rows, _notes(forecast, mode))
 
 
-def _sum(name: str, total: Totals, mode: Mode, forecast: Forecast) -> list[str]:
-    cells = [name, count(total.parameters), f"{total.epochs:.3g}", count(total.samples), f"{total.steps:,}"]
-    cells += [macs(total.macs[mode]), ""]
-    return cells + ([] if forecast.machine is None else _hours(total.hours))
+def hours_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
+    """GPU-hours and wall time of each job, then the sums; None without a machine."""
+    machine = forecast.machine
+    if machine is None:
+        return None
+    jobs = zip(forecast.plan.rows(mode), forecast.estimates, strict=True)
+    found = [(row["job"], None if row["same_as"] else item.hours) for row, item in jobs]
+    found += [(name, forecast.totals(items).hours) for name, items in _jobs_and_sums(forecast)]
+    rows = [
+        [name, f"{'' if item.kind == 'measured' else '~'}{digits(item.gpu_hours)}", span(item), hours(item.wall_hours)]
+        for name, item in found
+        if item is not None
+    ]
+    gpus = f"{machine.gpus} GPU{'s' * (machine.gpus > 1)}"
+    title = f"GPU-hours on {machine.device.title}"
+    header = ["Model", "GPU-hours", "Range", f"Wall time, {gpus}"]
+    return TextTable(title, header, rows, _hours_notes(forecast, machine, mode, gpus))
 
 
-def _hours(found: Hours | None) -> list[str]:
-    if found is None:
-        return ["", ""]
-    about = "" if found.kind == "measured" else "~"
-    return [f"{about}{_number(found.gpu_hours)} ({_number(found.low)}-{_number(found.high)})", hours(found.wall_hours)]
-
-
-def _number(value: float) -> str:
-    """Three digits, whole above a thousand."""
-    return f"{value:,.0f}" if value >= 999.5 or not value else f"{value:#.3g}".removesuffix(".")
+def span(found: Hours) -> str:
+    """The range of GPU-hours."""
+    return f"{digits(found.low)}-{digits(found.high)}"
 
 
 def _notes(forecast: Forecast, mode: Mode) -> list[str]:
-    plan, machine = forecast.plan, forecast.machine
-    data, precision = plan.recipe.data, plan.recipe.optimizer.precision
+    plan = forecast.plan
+    data = plan.recipe.data
     counted = "as this program computes (mode 'exact')"
     if mode == "paper":
         counted = f"as the paper counts: {PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens (mode 'paper')"
@@ -94,27 +98,32 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         "the MACs in its forward passes."
     )
     notes = [about, *_expansions(forecast)]
-    if machine is None:
+    if forecast.machine is None:
         notes.append(
-            "engine.device is cpu: GPU-hours and memory are shown with --kind, as in --kind a100-80; "
+            "engine.device is cpu: add --kind, as in --kind a100-80, for GPU-hours and memory. "
             "`compt chain --estimate` times this machine."
         )
-        return notes
-    found = forecast.totals([*forecast.trained, *forecast.individual]).hours
+    return notes
+
+
+def _hours_notes(forecast: Forecast, machine: Machine, mode: Mode, gpus: str) -> list[str]:
+    recipe = forecast.plan.recipe
+    items = [*forecast.trained, *forecast.individual]
+    found = forecast.totals(items).hours
     assert found is not None
-    notes.append(
-        f"GPU-hours on {machine.device.title}, {precision}, with their range: {'; '.join(found.sources)}"
-        f"{'' if found.kind == 'measured' else '; ~ marks what is projected, or a sum with such a part'}. "
-        f"{'' if mode == 'exact' else 'They are of what this program computes, in either mode. '}"
-        f"Wall time: GPU-hours over {machine.gpus} GPU{'s' * (machine.gpus > 1)}, as if none waited for another "
-        "or for data."
+    measured = found.kind == "measured"
+    about = (
+        f"In {recipe.optimizer.precision}, {'; '.join(found.sources)}"
+        f"{'' if measured else '; ~ marks a projection, or a sum with one'}. "
+        f"{'' if mode == 'exact' else 'GPU-hours are those of this program in either mode. '}"
+        f"Wall time: GPU-hours over {gpus}, without any waiting for ranks or data."
     )
-    if found.kind != "measured":
+    notes = [about]
+    if not measured:
         notes.append(OF_THE_AUTHORS)
-    if machine.throughput is not None and found.kind != "measured":
-        both = [*forecast.trained, *forecast.individual]
-        missing = {item.job.name: item.job.spec.name for item in both if item.hours and item.hours.kind != "measured"}
-        notes.append(unmeasured(machine.throughput, plan.recipe, machine.gpus, missing))
+    if machine.throughput is not None and not measured:
+        missing = {item.job.name: item.job.spec.name for item in items if item.hours and item.hours.kind != "measured"}
+        notes.append(unmeasured(machine.throughput, recipe, machine.gpus, missing))
     return notes
 
 
@@ -174,7 +183,7 @@ def _length(tokens: float | Mapping[int, float] | None) -> str:
 
 
 def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
-    """How many times less each link costs than its individual training; None where the recipe has no baselines."""
+    """How many times less each link costs than training its model alone; None if the recipe has no baselines."""
     if not forecast.individual:
         return None
     rows = []
@@ -183,10 +192,10 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
         rows.append([row["job"], *(ratio(value).strip(" ()") for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
-    notes = [f"Over individual runs of {epochs:.3g} epochs; so far: over all models up to this one."]
+    notes = [f"Over models trained alone for {epochs:.3g} epochs; so far: over all models up to this one."]
     start = forecast.plan.recipe.chain.from_
     if start is not None:
-        notes.append(f"What the training of {start} cost is in no figure.")
+        notes.append(f"No figure includes the cost of training {start}.")
     return TextTable("Acceleration", header, rows, notes)
 
 
@@ -195,22 +204,28 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     machine = forecast.machine
     if machine is None:
         return None
-    rows = [[item.job.name, *(_fit(item.memory[engine], None) for engine in ENGINES)] for item in forecast.trained]
+    rows = []
+    for item in forecast.trained:
+        fits = [item.memory[engine] for engine in ENGINES]
+        rows.append([item.job.name, *(_gb(fit.stored.total_bytes) + "!" * (not fit.stored_fits) for fit in fits)])
+        again = [_gb(fit.recomputed.total_bytes) + "!" * (not fit.recomputed_fits) for fit in fits]
+        rows.append(["  recomputed", *again])
     recipe = forecast.plan.recipe
     share = recipe.optimizer.batch // machine.gpus
     micro = sorted({min(recipe.engine_of(item.job.spec.name).micro_batch or share, share) for item in forecast.trained})
     pieces = f" in pieces of {' or '.join(f'{size:,}' for size in micro)}" if micro and micro[0] < share else ""
     room = f"{_gb(machine.room_bytes)} of {_gb(machine.device.memory_bytes)} GB"
     note = (
-        f"{share:,} images a GPU{pieces}, which has {room} for them. In brackets with the activations of the blocks "
-        f"recomputed; ! does not fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
+        f"{share:,} images a GPU{pieces}, which has {room} for them. Recomputed: with engine.recompute; ! does not "
+        f"fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
     )
     unknown: dict[str, list[str]] = {}
     for item in forecast.trained:
         for text in not_modelled(recipe.engine_of(item.job.spec.name)):
             unknown.setdefault(text, []).append(item.job.name)
     notes = [note, *(f"Not counted, in {', '.join(names)}: {text}." for text, names in unknown.items())]
-    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, notes)
+    warned = warning(forecast)
+    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [*notes, *([warned] if warned else [])])
 
 
 def _engines(forecast: Forecast) -> str:
@@ -224,27 +239,19 @@ def _engines(forecast: Forecast) -> str:
 
 
 def parts_table(forecast: Forecast, engine: str) -> TextTable:
-    """GB of each GPU with one engine, part by part. The forecast has to have a machine."""
-    rows = [
-        [item.job.name, *(_fit(item.memory[engine], part) for part in PARTS), _fit(item.memory[engine], None)]
-        for item in forecast.trained
-    ]
-    header = ["Model", *(part.capitalize() for part in PARTS), "Total"]
-    note = "In brackets with recomputed activations. Overlap: what two parts need, but not at the same time."
-    return TextTable(f"Memory with {engine}, in GB", header, rows, [note])
-
-
-def _fit(fit: Fit, part: str | None) -> str:
-    """Bytes with and without recomputed activations: of a part, or of all, where ! marks too many."""
-    if part is not None:
-        stored, again = (getattr(memory, part) for memory in (fit.stored, fit.recomputed))
-        return _gb(stored) + (f" ({_gb(again)})" if again != stored else "")
-    marks = ["" if fits else "!" for fits in (fit.stored_fits, fit.recomputed_fits)]
-    return f"{_gb(fit.stored.total_bytes)}{marks[0]} ({_gb(fit.recomputed.total_bytes)}{marks[1]})"
+    """GB of each GPU with one engine, a row a part. The forecast has to have a machine."""
+    rows = []
+    for item in forecast.trained:
+        fit = item.memory[engine]
+        for at, part in enumerate((*PARTS, "total_bytes")):
+            cells = [_gb(getattr(memory, part)) for memory in (fit.stored, fit.recomputed)]
+            rows.append(["" if at else item.job.name, part.removesuffix("_bytes"), *cells])
+    note = "Recomputed: with engine.recompute. Overlap: what two parts need, but not at the same time."
+    return TextTable(f"Memory with {engine}, in GB", ["Model", "Part", "GB", "Recomputed"], rows, [note], left=2)
 
 
 def _gb(size: float) -> str:
-    return _number(size / 1e9)
+    return digits(size / 1e9)
 
 
 def warning(forecast: Forecast) -> str | None:
@@ -268,7 +275,7 @@ def warning(forecast: Forecast) -> str | None:
 
 
 def disk_table(forecast: Forecast) -> TextTable:
-    """What each job keeps in its folder, and the run folder as a whole."""
+    """Disk space of each job, and of the run folder as a whole."""
     rows = [_disk(item) for item in forecast.trained]
     rows.append(["Run folder", "", "", "", _bytes(forecast.disk_peak_bytes()), _bytes(forecast.disk_end_bytes())])
     distances: dict[str, list[str]] = {}
@@ -283,7 +290,7 @@ def disk_table(forecast: Forecast) -> TextTable:
         f"A checkpoint every {every}; one more than are kept while the next is written, none after the end. "
         "Metrics, scores and the training set are not in it."
     )
-    return TextTable("Disk", ["Model", "Expanded", "Checkpoints", "Model, final", "At most", "Stays"], rows, [note])
+    return TextTable("Disk", ["Model", "Expanded", "Checkpoints", "Final model", "Peak", "End"], rows, [note])
 
 
 def _disk(item: Estimate) -> list[str]:

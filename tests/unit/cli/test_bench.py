@@ -74,12 +74,11 @@ def test_hardware_changes_hours_and_says_so(root: Path) -> None:
     totals = [made["rows"][-1]["chain_accumulated"]["gpu_hours"] for made in by_kind.values()]
     assert totals == sorted(totals, reverse=True)
     assert by_kind["h100"]["device"] == "H100 80 GB SXM"
-    text = compt("gpu-hours", recipe, "--kind", "h100", "--gpus", "8", width=60)
+    text = compt("gpu-hours", recipe, "--kind", "h100", "--gpus", "8", width=80)
     assert "on H100 80 GB SXM, mode 'exact'" in text
-    assert "Wall time, 8 GPUs" in text
-    assert text.count("[projected ") == 4 * 4 + 1  # each cell, and the note
+    assert text.count(" projected") == 4 * 4 + 1  # each row, and the note
     assert "The paper's A100 hours (Table 2)" in text
-    walls = re.findall(r"Wall time, 8 GPUs +([\d.]+) h", text)
+    walls = re.findall(r"projected +([\d.]+) h *$", text[text.index("On 8 GPUs") :], re.MULTILINE)
     eight = hours(root, "cc3m_vit", "--kind", "h100", "--gpus", "8")
     assert [row["chain_accumulated"]["wall_hours"] for row in eight["rows"]] == pytest.approx(
         [row["chain_accumulated"]["gpu_hours"] / 8 for row in by_kind["h100"]["rows"]]
@@ -141,10 +140,16 @@ def test_measured_hours_by_hand(root: Path, tmp_path: Path) -> None:
     assert second["chain_accumulated"]["gpu_hours"] == pytest.approx(seen * (128 * 1e-3 + 24 * 2e-3) / 3600)
     assert second["chain_accumulated"]["kind"] == "measured"
     assert [second["individual"]["kind"], third["chain"]["kind"]] == ["projected"] * 2
-    text = compt("gpu-hours", str(root / "recipes" / "cc3m_vit.yaml"), "--throughput", str(file), width=60)
-    assert text.count("[measured ") == 6
-    assert text.count("[part projected ") == 5
-    assert text.count("[projected ") == 5 + 1
+    text = compt("gpu-hours", str(root / "recipes" / "cc3m_vit.yaml"), "--throughput", str(file), width=80)
+    rows = [line for line in text.splitlines() if re.search(r" (alone|chain) ", line)]
+    bases = [re.search(r"(part projected|measured|projected) *([\d.,]+ h)? *$", row) for row in rows[:16]]
+    assert [
+        sum(found[1] == kind for found in bases if found) for kind in ("measured", "part projected", "projected")
+    ] == [
+        6,
+        5,
+        5,
+    ]
     flat = " ".join(text.split())
     assert "Hours are measured A machine, 2026-01-02; projected for H200" in flat
     assert "of the authors' program, host and loaders included; this one may be faster or slower" in flat
@@ -175,7 +180,7 @@ def test_what_the_file_does_not_have_is_said(root: Path, tmp_path: Path) -> None
     ):
         text = told("--set", change)
         assert said in text, change
-        assert "[measured" not in text, change
+        assert " measured " not in text, change
     assert "in bf16 with 6 captions of 77 tokens of vit_t16," in told("--mode", "paper")
 
 
@@ -192,10 +197,10 @@ def test_gpu_hours_are_those_of_the_plan(root: Path, gpus: str) -> None:
 def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Path) -> None:
     file = str(file_of(tmp_path / "t.json", None, entry("vit_t16", None, 1e-3)))
     recipe = str(root / "recipes" / "cc3m_vit.yaml")
-    text = compt("gpu-hours", recipe, "--throughput", file, width=60)
+    text = compt("gpu-hours", recipe, "--throughput", file, width=80)
     assert "on A machine" in text
     assert "measure with --family" in text
-    assert "[projected" not in text.replace("[projected least-most]", "")
+    assert "projected" not in text.split("\n\nProjected:")[0]
     made = hours(root, "cc3m_vit", "--throughput", file)
     assert made["kind"] is None
     assert [row["chain"] is None for row in made["rows"]] == [False, True, True, True]
@@ -206,11 +211,6 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gpu-hours", "{recipe}", "--kind", "a10"], r"--kind a10: unknown GPU 'a10' \(did you mean 'a100'\?\)"),
-        (
-            ["gpu-hours", "{recipe}", "--mode", "papre"],
-            r"--mode papre \(did you mean 'paper'\?\): should be exact or paper",
-        ),
         (["gpu-hours", "{recipe}", "--throughput", "none.json"], "--throughput: cannot read none.json"),
         (
             ["gpu-hours", "{recipe}", "--gpus", "3"],
@@ -219,13 +219,13 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         (["gpu-hours", "{recipe}", "--gpus", "5000"], "--gpus 5000: should be from 1 to the 1024"),
         (["gpu-hours", "{recipe}", "--gpus", "0"], "--gpus 0: should be from 1 to the 1024"),
         (["throughput", "--family", "{recipe}", "--gpus", "3"], "is not shared evenly by 3 GPUs"),
-        (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: says what the batch of"),
-        (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: says what the batch of --family is shared by"),
+        (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: needs --family"),
+        (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: needs --family"),
         (
             ["throughput", "vit_pico", "--tokens", "{{7: 0.8}}"],
             r"--tokens \{7: 0\.8\}: should be a length, lengths",
         ),
-        (["throughput", "vit_pico", "--tokens", "7:1,7:2"], "--tokens 7:1,7:2: names a length twice"),
+        (["throughput", "vit_pico", "--tokens", "7:1,7:2"], "--tokens 7:1,7:2: a length occurs twice"),
         (["throughput", "vit_l"], r"unknown model 'vit_l' \(did you mean"),
         (
             ["throughput", "vit_c16", "--family", "{recipe}"],
@@ -236,11 +236,6 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         (["throughput", "vit_pico", "--tokens", "20:0.7,40"], "--tokens 20:0.7,40: should be a length"),
         (["throughput", "vit_pico", "--tokens", "-3"], "--tokens -3: should be a length"),
         (["throughput", "vit_pico", "--batch", "0"], "--batch 0: should be auto or a number from 1"),
-        (["throughput", "vit_pico", "--precision", "fp8"], r"--precision fp8 .*: should be fp32, bf16, fp16"),
-        (
-            ["throughput", "vit_pico", "--engine", "zero"],
-            r"--engine zero \(did you mean 'zero.'\?\): should be ddp, fsdp2, zero0",
-        ),
         (["throughput", "vit_pico", "--device", "tpu"], "device 'tpu' is not supported"),
     ],
 )
@@ -358,7 +353,7 @@ def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None
     assert "from an earlier run" not in again
     assert [entry.recompute for entry in Throughput.read(out).entries] == [False] * 3 + [True] * 3
     assert "2 at most" in text
-    table = compt(*words, width=60).split("Throughput of")[1].split("Written:")[0]
+    table = compt(*words, width=60).split("Throughput of")[1].split("Wrote ")[0]
     assert max(map(len, table.splitlines())) <= 60
 
 

@@ -84,7 +84,7 @@ def test_how_an_interval_was_made_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [60, 120])
 def test_the_table_fits_a_terminal(tmp_path: Path, width: int) -> None:
     console = Console(file=io.StringIO(), width=width)
-    console.print(curves_table(read_curves(lengths(tmp_path, POINTS))).rich())
+    console.print(curves_table(read_curves(lengths(tmp_path, POINTS))))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, text.splitlines())) <= width
     assert all(word in text for word in ("5:20.00", "60:25.00", "12.50", "3.20x"))
@@ -142,12 +142,7 @@ def test_options_reach_the_fit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "error", "message"),
     [
-        (
-            ["--target", "lossles"],
-            ConfigError,
-            "--target lossles: should be baseline or lossless .did you mean 'lossless'",
-        ),
-        (["--set", "nothing"], ConfigError, f"--set nothing: no job was scored on it.*scored were: {SET}"),
+        (["--on", "nothing"], ConfigError, f"--on nothing: no job was scored on it.*scored were: {SET}"),
         (["nowhere"], RunError, "nowhere is no run folder"),
     ],
 )

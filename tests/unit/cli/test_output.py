@@ -60,7 +60,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     for width in (60, 300):
         console = terminal()
         console.width = width
-        console.print(TextTable(f"1 {PLAIN}", (f"2 {PLAIN}", f"3 {PLAIN}"), [(f"4 {PLAIN}", f"5 {PLAIN}")]).rich())
+        console.print(TextTable(f"1 {PLAIN}", (f"2 {PLAIN}", f"3 {PLAIN}"), [(f"4 {PLAIN}", f"5 {PLAIN}")]))
         output = " ".join(capsys.readouterr().out.split())
         assert all(f"{number} {PLAIN}" in output for number in range(1, 6)), output
 
@@ -71,7 +71,7 @@ def test_where_results_were_written(
     out = tmp_path / "a:x:b [bold]c"
     folder = write_run(tmp_path / "a:x:b", [NANO, link(5, 20.0)])
     assert run(monkeypatch, "curves", folder, "--out", out) == 0
-    assert f"Written: {out}" in capsys.readouterr().out
+    assert f"Wrote {out}" in capsys.readouterr().out
     assert json.loads((out / "curves.json").read_text())
 
 
@@ -126,7 +126,7 @@ def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path
     script = (
         "import sys\n"
         "from compt.cli import main as cli\n"
-        "def app(_): raise KeyError('no such thing')\n"
+        "def app(*_, **__): raise KeyError('no such thing')\n"
         "cli.app, sys.modules['torch'] = app, None\n"
         "cli.run()\n"
     )

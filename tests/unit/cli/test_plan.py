@@ -75,7 +75,7 @@ def test_the_options_are_heard(plan: Plan) -> None:
 @pytest.mark.parametrize("recipe", ["recipes/demo.yaml", "recipes/emoji.yaml"])
 def test_a_recipe_for_a_cpu_shows_gpus_only_when_asked(plan: Plan, recipe: str) -> None:
     assert as_json(plan, recipe=recipe)["machine"] is None
-    assert "GPU-hours and memory are shown with --kind" in plan(recipe=recipe)[1]
+    assert "add --kind" in plan(recipe=recipe)[1]
     for words in (("--kind", "h200"), ("--gpus", "2"), ("--set", "engine.device=cuda")):
         assert as_json(plan, *words, recipe=recipe)["machine"] is not None
     assert "Memory with ddp" in plan("--memory", "ddp", recipe=recipe)[1]
@@ -89,7 +89,7 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     assert values["jobs"][1]["hours"]["gpu_hours"] == pytest.approx(4 * 64_000 * 1e-4)
     assert values["jobs"][1]["hours"]["kind"] == "measured"
     text = plan("--throughput", str(path))[1]
-    assert re.search(r"2-two .* 25\.6 \(23\.0-30\.7\) ", text)
+    assert re.search(r"2-two +25\.6 +23\.0-30\.7 ", text)
     assert "measured NVIDIA A100-SXM4-80GB, 2026-01-02. Wall" in text
     assert (
         "2026-01-02 (measured at batch 80; this plan has 160 a GPU)"
@@ -103,7 +103,7 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     text = plan("--throughput", str(path))[1]
     assert "no measurement in bf16 with 2 captions of the whole context of 2-two, 3-three, control-" in text
     assert "baseline-two-s0, baseline-three-s0." in text
-    assert "~ marks what is projected" in text
+    assert "~ marks a projection" in text
     assert "of the authors' program, host and loaders included; this one may be faster or slower" in text
     assert "of the authors' program" not in plan("--set", "engine.device=cpu")[1]
 
@@ -155,7 +155,6 @@ REFUSED = {
         ["--gpus", "6"],
         r"r\.yaml: optimizer\.batch = 640: is not shared evenly by 6 GPUs; --gpus 5 or 8 would do",
     ),
-    "an unknown kind": (["--kind", "a10"], r"--kind a10: unknown GPU 'a10' \(did you mean 'a100'\?\); known: .*h200"),
     "a micro-batch that does not divide": (
         ["--set", "engine.micro_batch=48"],
         r"r\.yaml: engine\.micro_batch = 48: does not divide the 80 images of a process, 640 over 8; take 40",
@@ -171,16 +170,11 @@ REFUSED = {
     ),
     "speeds of no kind": (
         ["--throughput", "cpu.json"],
-        r"--throughput cpu\.json: was measured on .*, which is no kind",
+        r"--throughput cpu\.json: was measured on .*, a GPU that compt does not know",
     ),
     "damaged speeds": (
         ["--throughput", "torn.json"],
         r"--throughput: torn\.json is no throughput file of this program",
-    ),
-    "an unknown engine": (["--memory", "zero9"], r"--memory zero9: should be one of ddp, .*\(did you mean 'zero"),
-    "an unknown mode": (
-        ["--mode", "papper"],
-        r"--mode papper: should be one of exact, paper \(did you mean 'paper'\?\)",
     ),
     "no baselines": (["--baselines", "--set", "baselines=null"], r"r\.yaml: baselines: is missing"),
     "no chain": (["--set", "chain=3"], r"r\.yaml: chain = 3: should be a section with the keys"),
@@ -198,11 +192,11 @@ REFUSED = {
     },
     "--mode with --json": (
         ["--json", "--mode", "paper"],
-        r"--mode paper: is for tables; --json has the MACs of both modes$",
+        r"--mode paper: is for tables; --json always has both modes$",
     ),
     "--memory with --json": (
         ["--json", "--memory", "zero3"],
-        r"--memory zero3: is for tables; --json has the parts of memory of every engine$",
+        r"--memory zero3: is for tables; --json always has every engine$",
     ),
     "--baselines with --auto": (["--auto", "--baselines"], r"--baselines: does not go with --auto"),
     "--mode with --auto": (["--auto", "--mode", "paper"], r"--mode paper: does not go with --auto"),
@@ -303,7 +297,7 @@ def test_a_model_of_ours_to_start_from_takes_no_torch(plan: Plan, tmp_path: Path
     (tmp_path / "start").mkdir()
     (tmp_path / "start" / "manifest.json").write_text(json.dumps(manifest))
     text = without_torch("r.yaml", cwd=tmp_path)
-    assert "What the training of start cost is in no figure." in " ".join(text.split())
+    assert "No figure includes the cost of training start." in " ".join(text.split())
     first = as_json(plan)["jobs"][0]
     assert (first["name"], first["start"], first["teacher"]) == ("1-two", "start", None)
     assert first["macs"]["exact"]["teacher_share"] > 0

@@ -94,7 +94,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     for text in (
         "7 of 7 models trained; vit_mini reaches 26.0 % top-1 on test_style (chance 0.5 %)",
         "Accuracy against cost",
-        "CoM-PT vit_mini",
+        "3-vit_mini",
         "control-equal_epochs",
         "val_style (select)",
         "Recall at 1 / 5 / 10",
@@ -115,7 +115,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert pictures == ["accuracy.png", "contact.png", "cost.png", "curves.png"]
     assert all(f"](report/{name})" in markdown for name in pictures)
     assert "Not finished" not in markdown
-    assert "| CoM-PT vit_mini | 12 | 26.00 [21.9, 30.5] |" in markdown
+    assert "| 3-vit_mini | 12 | 26.00 | 21.9 to 30.5 |" in markdown
 
 
 def test_the_sentence_says_what_is_there(tmp_path: Path) -> None:
@@ -145,8 +145,8 @@ def test_a_control_is_drawn_at_its_own_cost(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("compt.report.write.figures.accuracy_figure", note)
     write_report(tmp_path)
     assert drawn == {
-        "the link's epochs": made.job("control-equal_epochs").cost.total_macs,
-        "the link's MACs": made.job("control-equal_macs").cost.total_macs,
+        "same epochs": made.job("control-equal_epochs").cost.total_macs,
+        "same MACs": made.job("control-equal_macs").cost.total_macs,
     }
 
 
@@ -205,7 +205,7 @@ def test_a_run_without_baselines(tmp_path: Path) -> None:
     make_run(tmp_path, baselines=False)
     page, _ = report(tmp_path)
     assert "Differences" not in page.text
-    assert "CoM-PT vit_mini" in page.text
+    assert "3-vit_mini" in page.text
 
 
 def test_a_run_without_evaluation(tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_a_run_of_one_link(tmp_path: Path) -> None:
 def test_missing_answers(tmp_path: Path) -> None:
     make_run(tmp_path / "none", npz=False)
     page, _ = report(tmp_path / "none")
-    assert "CoM-PT vit_mini" in page.text
+    assert "3-vit_mini" in page.text
     assert "Held-out pictures" not in page.text
     make_run(tmp_path / "some")
     score_file(tmp_path / "some", "3-vit_mini", "test_style").unlink()

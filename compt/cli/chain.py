@@ -1,0 +1,184 @@
+"""Commands on runs: `compt chain`, `compt demo`, `compt report`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from compt.cli.options import Baselines, Overrides, RecipePath, RunFolder, complete_recipe
+from compt.errors import ConfigError
+from compt.recipe.read import find_recipe, load_recipe
+from compt.recipe.schema import Recipe
+from compt.text import say
+
+if TYPE_CHECKING:
+    from compt.chain.calibrate import FirstPair
+
+
+def chain(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    run: RunFolder = None,
+    baselines: Baselines = False,
+    controls: Annotated[bool, typer.Option("--controls", help="also train the controls of the last link")] = False,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="NAME", help="train only this model of the run; repeatable")
+    ] = None,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="first time a few steps to predict the duration")
+    ] = False,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="lengthen the links until the first pair is lossless")
+    ] = False,
+    target: Annotated[
+        float | None, typer.Option(metavar="X", help="acceleration to try first, with --calibrate")
+    ] = None,
+    calibrate_on: Annotated[
+        str | None, typer.Option(metavar="SET", help="evaluation set to compare on, with --calibrate")
+    ] = None,
+) -> None:
+    """Train a chain, or continue the run in its folder.
+
+    Runs in one process, or in every process that torchrun starts. SIGTERM, SIGUSR1 and Ctrl-C save a checkpoint and
+    exit with code 75. The same command continues from there.
+    """
+    loaded = load_recipe(recipe, set_)
+    test = None
+    if calibrate and only:
+        raise ConfigError("--only: does not work with --calibrate, which trains models until a pair is lossless")
+    if calibrate:
+        from compt.chain.calibrate import FirstPair
+
+        test = FirstPair.of(loaded, target, calibrate_on, str(recipe))
+    elif target is not None or calibrate_on is not None:
+        raise ConfigError(f"{'--target' if target is not None else '--calibrate-on'}: needs --calibrate")
+    wanted = None if controls or baselines else ()
+    folder = run or Path("runs") / loaded.name
+    _ChainRequest(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or ()).run()
+
+
+def demo(
+    fresh: Annotated[bool, typer.Option("--fresh", help="delete an earlier run and start again")] = False,
+    run: Annotated[Path, typer.Option("--run-folder", "--run", metavar="FOLDER", help="run folder")] = Path(
+        "runs/demo"
+    ),
+    recipe: Annotated[
+        Path,
+        typer.Option(
+            metavar="RECIPE",
+            help="YAML file, or the name of a shipped recipe",
+            callback=find_recipe,
+            autocompletion=complete_recipe,
+        ),
+    ] = Path("demo"),
+    set_: Overrides = None,
+) -> None:
+    """Train a chain of small CLIP models on emoji images, on a CPU."""
+    from compt.chain.run import start_anew
+    from compt.emoji import build as emoji
+
+    loaded = load_recipe(recipe, set_)
+    if fresh:
+        start_anew(run)
+    data = Path("data/emoji")
+    if not (data / "manifest.json").exists():
+        _say(f"Writing the emoji sample to {data} …")
+        emoji.build(data)
+    _ChainRequest(loaded, run, str(recipe), baselines=False, controls=None, estimate=True).run()
+
+
+def report(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, finished or not", show_default=False)],
+) -> None:
+    """Show the results of a run and write its report.
+
+    Writes RUN/report.html and RUN/report.md.
+    """
+    from compt.report.summary import summarise
+    from compt.report.tables import summary_tables
+    from compt.report.write import write_report
+    from compt.text import show
+
+    show(*summary_tables(summarise(run)))
+    say(f"\nReport: {write_report(run)}")
+
+
+def _say(text: str) -> None:
+    """Print a line on rank 0."""
+    from compt.dist import collectives as dist
+
+    if dist.is_main():
+        say(text)
+
+
+@dataclass(frozen=True)
+class _ChainRequest:
+    """The arguments of `compt chain`. `controls`: None for all, `names` for --only."""
+
+    recipe: Recipe
+    folder: Path
+    source: str
+    baselines: bool
+    controls: tuple[str, ...] | None
+    estimate: bool
+    test: FirstPair | None = None
+    names: Sequence[str] = ()
+
+    def run(self) -> None:
+        """Train what is left of the run, then write its report."""
+        from compt.chain.calibrate import NotLossless, run_calibrated
+        from compt.dist import collectives as dist
+
+        wanted = {"baselines": self.baselines, "controls": self.controls, "source": self.source}
+        try:
+            context = self._train(wanted)
+            if self.test:
+                run_calibrated(context, self.test, _say, **wanted)
+            # All ranks wait for the report: Slurm kills the job soon after its first process exits.
+            dist.on_main(lambda: report(self.folder))
+        except NotLossless:
+            dist.on_main(lambda: report(self.folder))
+            raise
+        finally:
+            dist.shutdown()
+
+    def _train(self, wanted: dict[str, Any]) -> Any:
+        from compt.chain.calibrate import hopeless
+        from compt.chain.run import only, prepare, run_chain, run_only, waiting
+
+        scales = self.test.next_scales(self.folder) if self.test else None
+        context, made = prepare(self.recipe, self.folder, base=Path.cwd(), scales=scales, names=self.names, **wanted)
+        left = waiting(made, self.folder)
+        chosen = only(made, self.names, self.folder) if self.names else None
+        if chosen is not None:
+            left = [job for job in left if job in chosen]
+        if not left:
+            _say(f"{self.folder}: {' and '.join(self.names) or 'every model'} is done.")
+            return context
+        done = len([job for job in chosen or made.jobs if job.same_as is None]) - len(left)
+        if done and not (self.test and hopeless(made)):
+            _say(f"{self.folder}: {done} of {done + len(left)} models are done; continuing with {left[0].name}.")
+        if self.estimate:
+            _say_estimate(context, left)
+        if chosen is not None:
+            run_only(context, made, left, _say)
+        elif not self.test:
+            run_chain(context, made, _say)
+        return context
+
+
+def _say_estimate(context: Any, left: list[Any]) -> None:
+    from compt.bench.estimate import seconds_of
+    from compt.chain.record import steps_left
+    from compt.dist import collectives as dist
+
+    steps = [(job, steps_left(job, context.job_folder(job.name))) for job in left]
+    seconds = seconds_of(steps, context.recipe, context.device, dist.world_size(), context.base)
+    _say(
+        f"About {max(1, round(seconds / 60))} min of training on this machine: {len(left)} models, "
+        f"{sum(count for _, count in steps):,} steps of {context.recipe.optimizer.batch} images."
+    )

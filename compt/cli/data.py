@@ -1,0 +1,85 @@
+"""`compt data …`: build, check and index data sets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compt.cli.options import progress_bar
+from compt.text import TextTable, show
+
+Shards = Annotated[
+    list[str],
+    typer.Argument(metavar="SHARDS", help="tars, globs, or data-{000000..000331}.tar", show_default=False),
+]
+CaptionsCsv = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="captions by sample key, in the format of DreamLIP")
+]
+IndexFolder = Annotated[
+    Path | None,
+    typer.Option("--index-dir", "--out", metavar="FOLDER", help="folder of the index", show_default=".compt-index"),
+]
+
+
+def emoji(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")] = Path("data/emoji"),
+    size: Annotated[int, typer.Option(metavar="N", help="pixels a side; sizes other than 32 need --from-npm")] = 32,
+    from_npm: Annotated[bool, typer.Option("--from-npm", help="render the pinned npm packages")] = False,
+) -> None:
+    """Build the emoji data set as WebDataset shards.
+
+    The sample in the repository has 32 pixels a side. --from-npm renders the original drawings in any size.
+    """
+    from compt.emoji import build as builder
+
+    made = builder.build(out, size, from_npm, progress=sys.stderr.isatty())
+    note = (
+        f"{made.held_out} concepts are held out of training in every style. Drawings left out: "
+        f"{sum(made.dropped.values())}. Licences and hashes: {out / 'manifest.json'}."
+    )
+    show(TextTable(f"Emoji, {made.size} px, from {made.source}: {out}", builder.HEADER, made.rows(), [note]))
+
+
+def check(
+    shards: Shards,
+    captions_csv: CaptionsCsv = None,
+    index_dir: IndexFolder = None,
+    context_length: Annotated[int, typer.Option(metavar="N", help="tokens that the text tower takes")] = 77,
+    workers: Annotated[int | None, typer.Option(metavar="N", help="processes", show_default="one a core")] = None,
+) -> None:
+    """Read every sample of a WebDataset and report problems.
+
+    Checks that images decode and captions exist, and counts tokens. Exits with code 3 if there are problems.
+    """
+    from compt.data.check import check as run_check
+
+    with progress_bar("checking samples") as progress:
+        found = run_check(
+            shards,
+            Path.cwd(),
+            index_dir=index_dir,
+            captions_csv=captions_csv,
+            context_length=context_length,
+            workers=workers,
+            progress=progress,
+        )
+    show(TextTable("Every sample can be used" if found.ok else "Problems found", ("", "found"), found.rows()))
+    if not found.ok:
+        raise typer.Exit(3)
+
+
+def index(shards: Shards, out: IndexFolder = None, captions_csv: CaptionsCsv = None) -> None:
+    """Index the shards of a WebDataset.
+
+    Scans the tars once, so that training can start at any position of any epoch.
+    """
+    from compt.data.index import open_index
+
+    with progress_bar("indexing shards") as progress:
+        made = open_index(shards, Path.cwd(), out, captions_csv, progress)
+    rows = [("shards", f"{len(made.shards):,}"), ("samples", f"{len(made):,}"), ("fingerprint", made.fingerprint[:16])]
+    rows += [(f"left out: {cause}", f"{count:,}") for cause, count in sorted(made.dropped.items())]
+    show(TextTable("Indexed", ("", "found"), rows))

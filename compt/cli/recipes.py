@@ -1,0 +1,42 @@
+"""`compt recipes …`: the recipes that come with compt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from compt.cli.options import RecipePath
+from compt.errors import ConfigError
+from compt.files import write_bytes
+from compt.recipe.read import load_recipe, shipped_recipes
+from compt.text import TextTable, say, show
+
+
+def list_recipes() -> None:
+    """List the recipes that come with compt."""
+    rows = []
+    for name, path in shipped_recipes().items():
+        recipe = load_recipe(path)
+        rows.append((name, ", ".join(link.model for link in recipe.chain.links), str(recipe.optimizer.batch)))
+    show(TextTable("Recipes", ("Name", "Models of the chain", "Batch"), rows, left=2))
+
+
+def show_recipe(recipe: RecipePath) -> None:
+    """Print a recipe."""
+    typer.echo(recipe.read_text(encoding="utf-8"), nl=False)
+
+
+def copy(
+    recipe: RecipePath,
+    out: Annotated[
+        Path, typer.Argument(metavar="DEST", help="file or folder to write", show_default="this folder")
+    ] = Path(),
+) -> None:
+    """Copy a recipe, to change it."""
+    file = out / recipe.name if out.is_dir() else out
+    if file.exists():
+        raise ConfigError(f"{file}: exists already")
+    write_bytes(file, recipe.read_bytes())
+    say(f"Wrote {file}")
