@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from rich import box
 from rich.cells import cell_len
@@ -28,14 +29,21 @@ class TextTable:
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
         columns = list(zip(self.header, *self.rows, strict=True))
         widths = [max(map(cell_len, column)) for column in columns]
+        room = options.max_width - 2 * (len(widths) - 1)
         widest = widths.index(max(widths))
+        words = max(cell_len(word) for cell in columns[widest] for word in cell.split() or [""])
+        if sum(widths) - widths[widest] + words > room:
+            # Too wide even with that column broken at words: break the others before a bracket, as in 1.41 P (7.65x).
+            widths = [
+                max(cell_len(part) for cell in column for part in re.split(r" (?=\()", cell)) for column in columns
+            ]
+        widths[widest] = min(widths[widest], room - sum(widths) + widths[widest])
         for at, name in enumerate(self.header):
-            # If several columns could wrap, rich would break words before all room is used.
-            table.add_column(Text(name), justify="left" if at < self.left else "right", no_wrap=at != widest)
+            side: Literal["left", "right"] = "left" if at < self.left else "right"
+            table.add_column(Text(name), justify=side, width=widths[at])
         for row in self.rows:
             table.add_row(*map(Text, row))
-        widths[widest] = max(cell_len(word) for cell in columns[widest] for word in cell.split() or [""])
-        fits = sum(widths) + 2 * (len(widths) - 1) <= options.max_width
+        fits = widths[widest] >= words
         yield from (Text(self.title, "bold"), Text(), table if fits else Group(*self._blocks()))
         if self.notes:
             yield from (Text(), *(Text(note, "dim") for note in self.notes))
