@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         page = "\n\n".join(("# The paper's efficiency numbers recomputed", *tables))
         write_text(options.out / "summary.md", page + "\n")
     terminal().print(summary(results))
-    print(f"written: {options.out}; each command by itself prints its tables, as `python -m benchmarks.paper.table_2`")
+    print(f"written: {options.out}; to print one result: python -m benchmarks.paper.table_2")
 
 
 if __name__ == "__main__":
