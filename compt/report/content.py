@@ -180,10 +180,10 @@ def score_tables(summary: Summary, roles: dict[str, str]) -> list[TextTable]:
 
 def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, str]) -> TextTable:
     kind = task_class(task)
-    lines, notes, about = [], [kind.note] if kind.note else [], dict[str, float]()
+    lines, about = [], dict[str, float]()
     selected = [name for name in sets if roles.get(name) == "select"]
-    if selected:
-        notes.append("Settings may have been chosen on sets marked (select).")
+    caution = "Settings may have been chosen on sets marked (select)." if selected else ""
+    notes = [" ".join(filter(None, (kind.note, caution)))]
     for name in sets:
         scores = [row.scores.get(name) for row in rows]
         one = next(score for score in scores if score is not None)
@@ -197,7 +197,7 @@ def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, s
         lost = {cause: n for cause, n in one.get("skipped", {}).items() if n}
         if lost:
             notes.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
-    return _turned(kind.title, ["Set", "images", *about, *(row.job for row in rows)], lines, notes)
+    return _turned(kind.title, ["Set", "images", *about, *(row.job for row in rows)], lines, [*filter(None, notes)])
 
 
 def _turned(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> TextTable:

@@ -145,6 +145,14 @@ def test_a_stopped_run_is_reported_on(tmp_path: Path) -> None:
     assert f"{SECOND}: training, step {STOPPED_AT} of {STEPS}" in page
 
 
+def in_todays_words(lines: list[str]) -> list[str]:
+    """Reports said "picture" for image, and knew one task loss."""
+    words = {"picture": "image", "Contrastive loss": "Task loss", "contrastive loss": "task loss"}
+    for old, new in words.items():
+        lines = [line.replace(old, new) for line in lines]
+    return lines
+
+
 def test_a_finished_run_is_reported_on_as_it_was(tmp_path: Path) -> None:
     base = unpack(tmp_path, "finished")
     page = base / "finished" / "report.md"
@@ -152,5 +160,5 @@ def test_a_finished_run_is_reported_on_as_it_was(tmp_path: Path) -> None:
     page.unlink()
     compt(base, "report", "finished")
     *after, written = page.read_text().splitlines()
-    assert after == before
+    assert in_todays_words(after) == in_todays_words(before)
     assert written.startswith("Written ")

@@ -159,7 +159,7 @@ def test_too_many_bad_samples_stop_the_run_and_name_one(
         rewritten(data / "train" / shard, lambda name, blob: b"no" if name.endswith("png") else blob)
     run = tmp_path / "run"
     with pytest.raises(
-        DataError, match=r"of the last \d+ samples that were tried cannot be used, more than max_bad_share 0\.2 allows"
+        DataError, match=r"of the last \d+ samples that were tried cannot be used, more than data\.max_bad_share 0\.2 allows"
     ) as e:
         chain(data, run)
     assert "for example 00000" in str(e.value)
