@@ -1,8 +1,8 @@
-"""`python -m benchmarks.gpu.suite`: is this GPU's training right, and how fast is it? Within a few minutes.
+"""Check correctness and measure speed on this GPU within a few minutes: `python -m benchmarks.gpu.suite`.
 
-First the checks of `benchmarks.gpu.checks`, then throughput and MFU of the presets, each alone (a baseline) and after
-its predecessor (a link), the models of the paper before variants of one of them. Every result is written at once; a
-second call goes on with what is missing. Exit code 1 when a check failed.
+It runs the checks of `benchmarks.gpu.checks`, then measures throughput and MFU of the presets, each alone (a baseline)
+and with a teacher (a link); the paper's models come before variants of one of them. It writes every result at once, and
+a second call continues. Exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ SOURCES = (
     "tests/helpers/recipe.py",
     "tests/helpers/shards.py",
 )
-"""What checks consist of, and what they run: a check is repeated when one of these has changed."""
+"""The source of the checks and of what they run. A check is repeated when one of these files has changed."""
 BUDGET = 480.0
 STEP_SECONDS = 0.6
-"""What a timed step should take about, by the guess below: batches are as large as that allows, up to `LARGEST`."""
+"""Expected seconds of a timed step. The batch is as large as this allows, up to `LARGEST`."""
 GUESSED_PEAK, GUESSED_SHARE = 100e12, 0.25
 LARGEST = 512
 LEAST = {"check": 15.0, "speed": 10.0}
-"""Seconds of the budget without which an item is not begun."""
+"""No item starts with fewer seconds left than this."""
 SPEED_SECONDS = 75.0
 VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
@@ -73,7 +73,7 @@ OF_VARIANTS = "vit_b16"
 
 @dataclass(frozen=True)
 class Item:
-    """One thing to find out: a check, or the speed of `setup`. `process`: those of one kind share a process."""
+    """A check, or a measurement of the speed of `setup`. Items with the same `process` share a process."""
 
     name: str
     process: str
@@ -89,7 +89,7 @@ class Item:
 
 @dataclass
 class State:
-    """The file of results: records of any device and version; those of this machine and source count."""
+    """The results file. It holds records of any device and version, and uses those of this machine and source."""
 
     path: Path
     stamp: dict[str, Any]
@@ -98,7 +98,7 @@ class State:
 
     @classmethod
     def open(cls, path: Path, stamp: dict[str, Any], fresh: bool) -> State:
-        """Raises ConfigError for a file that is none of this program, and for a folder that cannot be."""
+        """Raises ConfigError for a file that this program did not write, or a folder that cannot be made."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # the log beside it comes before the first result
         except OSError as error:
@@ -110,12 +110,12 @@ class State:
                 state.records = [dict(record) for record in value["gpu_suite"]]
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
-                    f"{path} is no file of this program ({error}); name another, or give --fresh"
+                    f"{path}: not a results file of the suite ({error}); name another, or add --fresh"
                 ) from None
         return state
 
     def find(self, item: Item) -> dict[str, Any] | None:
-        """What is known of an item here. A check answers for the source that it ran with, a speed for any."""
+        """The record of an item for this machine. A check must have run with this source, a speed with any."""
 
         def answers(record: dict[str, Any]) -> bool:
             here = all(record.get(key) == value for key, value in self.stamp.items())
@@ -125,7 +125,7 @@ class State:
         return next(filter(answers, reversed(self.records)), None)
 
     def put(self, item: Item, seconds: float, found: dict[str, Any]) -> dict[str, Any]:
-        """Take in a result and write the file."""
+        """Add a result and write the file."""
         date = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         record = {"name": item.name, **self.stamp, "source": self.source, "date": date, "seconds": round(seconds, 1)}
         self.records.append({**record, **found})
@@ -142,7 +142,7 @@ def source_hash() -> str:
 
 
 def setup_of(student: str, teacher: str | None = None, precision: Precision = "bf16", **engine: Any) -> Setup:
-    """The job of a preset as recipes train it, at the full length of captions; `engine` are settings of the engine."""
+    """The job of a preset as recipes train it, with captions of full length. `engine` are fields of the engine."""
     return Setup(
         student=PRESETS[student],
         teacher=PRESETS[teacher] if teacher else None,
@@ -152,7 +152,7 @@ def setup_of(student: str, teacher: str | None = None, precision: Precision = "b
 
 
 def all_items() -> list[Item]:
-    """Everything, in the order of its value."""
+    """All items, the most important first."""
     items = [Item(f"check/{name}", check.process, check.seconds) for name, check in CHECKS.items()]
 
     def speed(name: str, setup: Setup, search: bool = False, process: str = "plain") -> Item:
@@ -176,7 +176,7 @@ def all_items() -> list[Item]:
 
 
 def batch_for(setup: Setup, device: torch.device) -> int:
-    """A power of two whose step should take about `STEP_SECONDS` and whose memory should do; on a CPU a few."""
+    """The batch: a power of two whose step should take about `STEP_SECONDS` and fit into memory. 4 on a CPU."""
     if device.type == "cpu":
         return 4
     peak = peak_flops(device, setup.optimizer.precision) or GUESSED_PEAK
@@ -205,7 +205,7 @@ def batch_for(setup: Setup, device: torch.device) -> int:
 
 
 def measure_speed(setup: Setup, device: str, batch: int | None, search: bool, seconds: float) -> dict[str, Any]:
-    """A measurement as plain values; a batch that does not fit after all is halved. Runs in the worker."""
+    """A measurement as plain values. Halves a batch that does not fit. Runs in the worker."""
     chosen = dist.init(device)
     gc.collect()
     if chosen.type == "cuda":
@@ -226,7 +226,7 @@ def check(name: str, device: str) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Options:
-    """How the items are run; `batch` None takes `batch_for`'s."""
+    """Runs items. If `batch` is None, `batch_for` chooses it."""
 
     device: str
     budget: float
@@ -251,7 +251,7 @@ def run_item(item: Item, worker: Worker, options: Options, limit: float) -> dict
 def run(
     items: Sequence[Item], state: State, options: Options, say: Callable[[Item, dict[str, Any], bool], None]
 ) -> list[Item]:
-    """Find out what is not known yet while the budget lasts; returns what is left."""
+    """Run items without a record until the budget ends; returns the items that are left."""
     started = time.monotonic()
     worker, process, left = Worker(state.path.with_suffix(".log")), "", []
     try:
@@ -282,7 +282,7 @@ def run(
 
 
 def worst(record: dict[str, Any]) -> str:
-    """The finding that failed, or the one nearest to its limit."""
+    """Describe the finding that failed, or the one nearest to its limit."""
     if "error" in record:
         return str(record["error"])
     findings = record["findings"]
@@ -300,7 +300,7 @@ def worst(record: dict[str, Any]) -> str:
 
 
 def check_table(records: Sequence[dict[str, Any]], device: str) -> TextTable:
-    """A row a check."""
+    """One row per check."""
     rows = [
         [
             record["name"].removeprefix("check/"),
@@ -316,7 +316,7 @@ def check_table(records: Sequence[dict[str, Any]], device: str) -> TextTable:
 
 
 def speed_table(records: Sequence[dict[str, Any]], device: str, source: str) -> TextTable:
-    """A row a measurement."""
+    """One row per measurement."""
     rows, old = [], False
     for record in records:
         name = record["name"].removeprefix("speed/")
@@ -340,7 +340,7 @@ def speed_table(records: Sequence[dict[str, Any]], device: str, source: str) -> 
 
 
 def write_throughput(state: State, items: Sequence[Item], device: torch.device) -> Path | None:
-    """The measurements in bf16 as a file for `compt plan --throughput`; None where there are none."""
+    """Write the bf16 measurements as a file for `compt plan --throughput`; None if there are none."""
     entries = []
     for item in items:
         record = state.find(item)
@@ -355,7 +355,7 @@ def write_throughput(state: State, items: Sequence[Item], device: torch.device) 
 
 
 def chosen_items(only: Sequence[str]) -> list[Item]:
-    """Those whose name fits one of the patterns. Raises ConfigError for a pattern that none fits."""
+    """The items whose name matches a pattern. Raises ConfigError for a pattern without a match."""
     items = all_items()
     for pattern in only:
         if not any(fnmatch.fnmatchcase(item.name, pattern) for item in items):
@@ -366,19 +366,25 @@ def chosen_items(only: Sequence[str]) -> list[Item]:
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="gpu_suite", description=(__doc__ or "").split("\n\n", 1)[1])
-    parser.add_argument("--out", type=Path, default=OUT, help=f"the file of results (default {OUT})")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds that the call may take (default 480)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"the results file (default {OUT})")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="time limit of this call in seconds (default 480)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help="as check/* or speed/vit_*")
-    parser.add_argument("--batch", type=int, help="samples a step (default: by memory and time; 4 on a CPU)")
-    parser.add_argument("--seconds", type=float, default=1.0, help="time each job for so long at least (default 1)")
-    parser.add_argument("--fresh", action="store_true", help="forget what the file has")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="run only matching items, such as check/* or speed/vit_*",
+    )
+    parser.add_argument("--batch", type=int, help="samples per step (default: by memory and time; 4 on a CPU)")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least seconds to time each job (default 1)")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
     parser.add_argument("--list", action="store_true", help="print the names of all items and stop")
     return parser.parse_args(argv)
 
 
 def suite(given: argparse.Namespace, started: float) -> int:
-    """Run the suite; the exit code. Raises ConfigError for options that cannot be."""
+    """Run the suite and return the exit code. Raises ConfigError for invalid options."""
     items = chosen_items(given.only)
     if given.list:
         print("\n".join(item.name for item in items))

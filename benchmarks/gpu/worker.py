@@ -1,4 +1,4 @@
-"""A process that does one thing after another and may crash or hang without taking the caller with it."""
+"""A worker process that runs one function after another. If it crashes or hangs, the caller survives."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from typing import Any
 
 
 class WorkerError(Exception):
-    """What was asked for failed, or its process died: the last line says how."""
+    """The function raised, or its process died. The message says how."""
 
 
 class WorkerTimeout(WorkerError):
-    """What was asked for took too long; its process was ended."""
+    """The function took too long, and its process was killed."""
 
 
 class Worker:
-    """Runs functions of modules in a process of its own, started when first needed; what it prints goes to `log`."""
+    """Runs functions of modules in a child process, started on first use. Its output goes to `log`."""
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -32,7 +32,7 @@ class Worker:
         self._pipe: Any = None
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
-        """What `function` returns; after a failure the next call has a new process.
+        """Return what `function` returns. After a failure the next call starts a new process.
 
         Raises WorkerTimeout after `seconds`, WorkerError when the function raises or its process dies.
         """
@@ -44,13 +44,13 @@ class Worker:
             except ConnectionError:
                 if not used:
                     raise
-                self.stop()  # it had not read the request, which is not what it died of
+                self.stop()  # it died before it read the request, so the request is not the cause
                 good, found = self._ask(request, seconds)
         except (EOFError, ConnectionError):
             code = self.stop()
             raise WorkerError(f"its process died (exit code {code}); {self._log} has what it printed") from None
         if not good:
-            self.stop()  # CUDA gives no right answers after some errors
+            self.stop()  # after some errors, CUDA results are wrong
             raise WorkerError(found)
         return found
 
@@ -74,7 +74,7 @@ class Worker:
         other.close()
 
     def stop(self) -> int | None:
-        """End the process, if there is one, with what it started; returns its exit code."""
+        """Kill the process, if there is one, and its children; returns its exit code."""
         if self._process is None:
             return None
         self._pipe.close()
@@ -100,7 +100,7 @@ def _serve(pipe: Connection, log: str) -> None:
         try:
             function, arguments = pipe.recv()
         except EOFError:
-            # The caller has gone, or wants no more. Whatever still runs here must not keep the process.
+            # The caller exited or closed the pipe. Exit at once: other threads must not keep the process alive.
             sys.stdout.flush()
             os._exit(0)
         try:
@@ -113,7 +113,7 @@ def _serve(pipe: Connection, log: str) -> None:
 
 
 def _follow() -> None:
-    """End this process, and what it started, with the one that started it."""
+    """Make this process and its children exit when its parent exits."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])
@@ -121,20 +121,20 @@ def _follow() -> None:
 
 
 def end_family(pid: int) -> None:
-    """Kill a process and all that came of it, in process groups of their own too, as `compt launch` and torchrun have.
+    """Kill a process and its descendants, also those in other process groups, as `compt launch` and torchrun make.
 
-    Where it is this one, it goes last. What outlived its own parent is not found.
+    If it is this process, it goes last. Misses processes whose parent has already exited.
     """
     for each in reversed(hold_family(pid)):
         send(each, signal.SIGKILL)
 
 
 def hold_family(pid: int) -> list[int]:
-    """Make a process and all that came of it stand still, but for this one; their numbers, parents first."""
+    """Stop (SIGSTOP) a process and its descendants, except this one; returns their ids, parents first."""
     found = [pid]
     for each in found:
         if each != os.getpid():
-            send(each, signal.SIGSTOP)  # lest it start another, which would be missed
+            send(each, signal.SIGSTOP)  # so that it cannot start another one, which we would miss
         found += _children(each)
     return found
 
@@ -148,6 +148,6 @@ def _children(pid: int) -> list[int]:
 
 
 def send(pid: int, number: int) -> None:
-    """A signal for a process, which may have ended."""
+    """Send a signal to a process that may have exited."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)

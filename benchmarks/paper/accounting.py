@@ -1,4 +1,4 @@
-"""MACs of chains and baselines by three ways of counting those of a sample."""
+"""MACs of chains and baselines, with three ways to count the MACs of a sample."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ MACS_UNIT = 1e19
 """Table 2 prints MACs in 1e10 G."""
 BATCH = 1024
 CAPTIONS = 4
-"""Captions a sample of the paper's recipe."""
+"""Captions per sample in the paper's recipe."""
 
 Source = Callable[[str, str | None], float]
-"""MACs to train a model on one sample, the forward pass of its teacher included: (model, teacher or None) -> MACs."""
+"""(model, teacher or None) -> MACs to train the model on one sample, including the teacher's forward pass."""
 
 
 def published(model: str, teacher: str | None = None) -> float:
@@ -30,23 +30,23 @@ def counters(model: str, teacher: str | None = None) -> float:
 
 
 def exact(model: str, teacher: str | None = None) -> float:
-    """What this program executes: four captions of 77 tokens, contrastive loss, the optimizer once in 1,024 samples."""
+    """What this program executes: 4 captions of 77 tokens, contrastive loss, one optimizer step per 1,024 samples."""
     before = PRESETS[teacher] if teacher else None
     cost = exact_cost(PRESETS[model], before, steps=1, batch=BATCH, captions=CAPTIONS)
     return cost.total_macs / cost.samples
 
 
 SOURCES: dict[str, Source] = {"from_inputs": published, "from_counters": counters, "exact": exact}
-"""By the field of a `Cell` that each one fills."""
+"""The sources, by the field of `Cell` that each one fills."""
 
 
 def individual(source: Source, models: Sequence[str], epochs: float, dataset: str) -> list[float]:
-    """MACs of training each model by itself, in `MACS_UNIT`."""
+    """MACs to train each model individually, in `MACS_UNIT`."""
     return [source(model, None) * epochs * IMAGES[dataset] / MACS_UNIT for model in models]
 
 
 def chain(source: Source, models: Sequence[str], epochs: Sequence[float], dataset: str) -> list[float]:
-    """MACs of each link, in `MACS_UNIT`; the first model is trained by itself."""
+    """MACs of each link, in `MACS_UNIT`. The first model has no teacher."""
     teachers = (None, *models[:-1])
     jobs = zip(models, teachers, epochs, strict=True)
     return [source(model, teacher) * length * IMAGES[dataset] / MACS_UNIT for model, teacher, length in jobs]
@@ -55,5 +55,5 @@ def chain(source: Source, models: Sequence[str], epochs: Sequence[float], datase
 def acceleration(
     source: Source, models: Sequence[str], epochs: Sequence[float], baseline_epochs: float, dataset: str
 ) -> float:
-    """Baselines of all models over the whole chain."""
+    """The MACs of all baselines divided by those of the whole chain."""
     return sum(individual(source, models, baseline_epochs, dataset)) / sum(chain(source, models, epochs, dataset))

@@ -1,7 +1,7 @@
-"""Counting the tensors of a real training step: what is kept for backward, and the most that is alive at once.
+"""Count the tensors of a real training step: memory kept for backward, and the peak.
 
 On a CPU the tensors are real. For a GPU the same modules run on tensors without memory (`FakeTensorMode`), with CUDA's
-autocast rules and the outputs of its attention kernels, so that no device is needed and none is measured.
+autocast rules and the outputs of its attention kernels. This needs no GPU, and measures none.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Device = Literal["cpu", "cuda"]
 
 @dataclass(frozen=True)
 class Case:
-    """One step of one process: its pictures, captions of `tokens` tokens each, and how it is computed."""
+    """One step of one process: its images, captions of `tokens` tokens each, and settings."""
 
     student: ModelSpec
     teacher: ModelSpec | None = None
@@ -46,10 +46,10 @@ class Case:
     captions: int = 2
     tokens: int = 16
     short: int | None = None
-    """Where given, every second caption has only so many tokens, and runs in a group of its own (on a CPU)."""
+    """If given, every second caption has this many tokens and runs in a text bucket of its own (only on a CPU)."""
     precision: Precision = "bf16"
     world_size: int = 1
-    """GPUs whose features are gathered: they are stood in for by copies of this one's."""
+    """GPUs whose features are gathered. Copies of this one's features replace the others'."""
     micro_batch: int | None = None
     recompute: bool = False
     chunk: int | None = None
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Kept:
-    """Bytes kept for backward by the towers and the losses (features included), and of half-precision weights."""
+    """Bytes kept for backward by the towers and the losses (with features), and by half-precision weight copies."""
 
     image: int
     text: int
@@ -71,7 +71,7 @@ def _address(tensor: Tensor) -> int:
 
 
 class Storages:
-    """Distinct storages that are met, each counted once; `known` ones never."""
+    """Counts the bytes of distinct storages, each once. `known` ones do not count."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         self.tensors: list[Tensor] = list(known)
@@ -84,13 +84,13 @@ class Storages:
     def add(self, tensor: Tensor) -> Tensor:
         if tensor not in self:
             self._known.add(_address(tensor))
-            self.tensors.append(tensor)  # or its address could be given to another
+            self.tensors.append(tensor)  # keep it alive, or another storage could get its address
             self.bytes += tensor.untyped_storage().nbytes()
         return tensor
 
 
 class _Copies(TorchDispatchMode):
-    """Notes the copies that autocast makes of parameters."""
+    """Records the copies that autocast makes of parameters."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -108,7 +108,7 @@ def _cuda_attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     """What `scaled_dot_product_attention` calls on a GPU: flash attention, or the efficient kernel in fp32 and with
-    a mask. torch asks the driver before it chooses, and there is none."""
+    a mask. torch needs a driver to choose one, and there is none here."""
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (part.to(torch.get_autocast_dtype("cuda")) for part in (query, key, value))
     if attn_mask is None and query.dtype != torch.float32:
@@ -116,14 +116,14 @@ def _cuda_attention(
     if attn_mask is not None:
         length = attn_mask.shape[-1]
         bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, float("-inf"))
-        bias = F.pad(bias, (0, -length % 8))[..., :length]  # the kernel wants rows that are aligned
+        bias = F.pad(bias, (0, -length % 8))[..., :length]  # the kernel needs aligned rows
         attn_mask = bias.expand(*query.shape[:3], length)
     efficient = torch.ops.aten._scaled_dot_product_efficient_attention
     return efficient(query, key, value, attn_mask, True, 0.0, is_causal)[0]  # type: ignore[no-any-return]
 
 
 def _encode_whole(model: ClipModel, tokens: Tensor, buckets: int = 1, lengths: Tensor | None = None) -> Tensor:
-    """`encode_captions` without looking at the numbers, of which there are none."""
+    """`encode_captions` without reading token values: fake tensors have none."""
     return model.encode_text(tokens, length=tokens.shape[-1])
 
 
@@ -139,7 +139,7 @@ def _pretended_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _autocast(device: Device, precision: Precision) -> Iterator[None]:
-    """torch.autocast, which without a driver refuses "cuda"; its rules need none."""
+    """torch.autocast, also for "cuda" without a driver, which torch.autocast refuses."""
     if device == "cpu" or precision == "fp32":
         with torch.autocast("cpu", COMPUTE_DTYPES[precision], enabled=precision != "fp32"):
             yield
@@ -160,7 +160,7 @@ def _gathered(local: Tensor, ranks: int) -> Tensor:
 
 
 def _shapes(case: Case) -> ClipTask:
-    """The task that `case` trains, without memory: timm needs real numbers while it builds, so this comes first."""
+    """The task of `case` on the meta device. Build it before `FakeTensorMode`: timm needs real numbers to build."""
     models = [build(spec, device="meta") for spec in (case.student, case.teacher) if spec is not None]
     for module in models[0].modules():
         if case.recompute and hasattr(module, "grad_checkpointing"):
@@ -175,7 +175,7 @@ def _shapes(case: Case) -> ClipTask:
 
 
 def _place(task: ClipTask, device: Device) -> ClipTask:
-    """Give the task memory on `device`, with numbers that no step turns into infinities."""
+    """Allocate the task on `device`, with small random weights so that no step overflows."""
     models = [task.model, *([task.teacher] if isinstance(task, DistillTask) else [])]
     task.module.projector.to_empty(device=device)
     for model in models:
@@ -187,7 +187,7 @@ def _place(task: ClipTask, device: Device) -> ClipTask:
 
 
 def make_batch(case: Case, device: Device) -> tuple[Tensor, Tensor, Tensor]:
-    """Images, tokens and lengths, as the trainer gives them to `cached_backward`."""
+    """Images, tokens and lengths, as the trainer passes them to `cached_backward`."""
     size = case.student.image_size
     images = torch.zeros(case.rows, 3, size, size, device=device)
     lengths = torch.full((case.rows * case.captions,), case.tokens)
@@ -198,7 +198,7 @@ def make_batch(case: Case, device: Device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def kept(case: Case, device: Device) -> Kept:
-    """Count what a forward pass of the whole local batch keeps, part by part. "cuda" is pretended."""
+    """Count what a forward pass of the whole local batch keeps, part by part. "cuda" is simulated."""
     task = _shapes(case)
     with contextlib.ExitStack() as stack:
         if device == "cuda":
@@ -232,7 +232,7 @@ def kept(case: Case, device: Device) -> Kept:
 
 @contextlib.contextmanager
 def _keeping(known: Iterable[Tensor]) -> Iterator[Storages]:
-    """Count what autograd saves meanwhile. A checkpoint holds its arguments itself, past autograd's hooks."""
+    """Count what autograd saves. A checkpoint holds its arguments without calling autograd's hooks: patch it too."""
     storages = Storages(known)
     original = torch.utils.checkpoint.checkpoint
 
@@ -250,7 +250,7 @@ def _keeping(known: Iterable[Tensor]) -> Iterator[Storages]:
 
 
 class Alive(TorchDispatchMode):
-    """The most bytes that storages hold at once which operators made and nobody has let go of; `known` ones aside."""
+    """Tracks the peak bytes of living storages that operators created, without the `known` ones."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -264,7 +264,7 @@ class Alive(TorchDispatchMode):
             if isinstance(leaf, Tensor) and _address(leaf) not in self._known:
                 storage = leaf.untyped_storage()
                 self._storages[storage._cdata] = weakref.ref(storage)
-        # Sizes are asked for each time: FSDP2 empties storages and fills them again.
+        # Read the sizes each time: FSDP2 resizes storages to zero and back.
         living: dict[int, Any] = {at: alive for at, ref in self._storages.items() if (alive := ref()) is not None}
         self._storages = {at: self._storages[at] for at in living}
         self.most = max(self.most, sum(storage.nbytes() for storage in living.values()))
@@ -285,7 +285,7 @@ def step(engine: DataParallelEngine, task: ClipTask, case: Case, batch: tuple[Te
 
 
 def most_alive(case: Case) -> int:
-    """Most bytes that are alive at once in the second step of a real training on the CPU, weights and all."""
+    """Peak bytes, weights included, of the second step of real training on the CPU."""
     engine, task = engine_and_task(case)
     batch = make_batch(case, "cpu")
     step(engine, task, case, batch)
@@ -298,7 +298,7 @@ def most_alive(case: Case) -> int:
 
 
 def static_tensors(engine: DataParallelEngine, task: ClipTask) -> list[Tensor]:
-    """What outlives a step: weights, masks, moments, the teacher."""
+    """Tensors that live longer than a step: weights, masks, moments, the teacher."""
     tensors = [*task.module.parameters(), *task.module.buffers()]
     tensors += [tensor for state in engine.optimizer.state.values() for tensor in state.values()]
     if isinstance(task, DistillTask):

@@ -12,7 +12,7 @@ FAMILY = "merged15m_vit"
 
 
 def cells() -> list[Cell]:
-    """The cells of Table 2 that the figure draws: each model alone, not summed up."""
+    """The cells of Table 2 that the figure draws: each model, not accumulated."""
     drawn = (BASELINE, CHAIN, SPEEDUP)
     found = [cell for cell in macs_cells(FAMILY, TABLE_2[FAMILY]) if cell.quantity in drawn]
     return sorted(found, key=lambda cell: drawn.index(cell.quantity))

@@ -1,4 +1,4 @@
-"""Figure 6: what chains that end in ViT-L cost, with smaller and smaller first models, against ViT-L alone."""
+"""Figure 6: the cost of chains that end in ViT-L, with smaller and smaller first models, against ViT-L alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ REASONS = {
 
 
 def cells() -> list[Cell]:
-    """ViT-L alone, the whole chain from the best start, and the saving, which is printed for CC3M alone."""
+    """ViT-L alone, the chain from the best first model, and the saving, which is printed only for CC3M."""
     found = []
     for title, name in FAMILIES.items():
         family = TABLE_2[name]
@@ -63,9 +63,9 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Start:
-    """A chain that ends in ViT-L; `macs` (1e19) if the links after the second kept the epochs that Table 2 implies.
+    """A chain that ends in ViT-L, and its `macs` (1e19) with the epochs that Table 2 implies.
 
-    `supposed`: those epochs are of links in another chain, so that the cost is not one that was published.
+    `supposed`: the epochs are those of links in another chain, so the cost was not published.
     """
 
     data: str
@@ -76,7 +76,7 @@ class Start:
 
 
 def starts(title: str) -> list[Start]:
-    """From ViT-L alone to the whole chain; each first model is trained as long as a baseline."""
+    """All chains from ViT-L alone to the longest one. Each first model trains as long as a baseline."""
     family = TABLE_2[FAMILIES[title]]
     solo = individual(published, family.models[-1:], family.baseline_epochs, family.dataset)[0]
     found = []
@@ -118,7 +118,7 @@ def last_pair() -> dict[str, Any]:
 
 
 def break_even(title: str) -> dict[str, Any]:
-    """The most epochs of the second model for which its predecessor pays by itself, later links staying as they are."""
+    """The most epochs of the second model with which its teacher saves cost, if later links stay as they are."""
     family = TABLE_2[FAMILIES[title]]
     first, second = family.models[:2]
     alone = individual(published, (first, second), family.baseline_epochs, family.dataset)

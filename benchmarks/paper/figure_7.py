@@ -1,9 +1,8 @@
-"""Figure 7: chains of 3, 4 and 7 models from ViT-T to ViT-L on CC3M, and the schedules that could be behind them.
+"""Figure 7: chains of 3, 4 and 7 models from ViT-T to ViT-L on CC3M, and the schedules that fit them.
 
-The epochs of the chains of 3 and 7 models were not published. A schedule here is a whole number of epochs for each link
+The epochs of the chains of 3 and 7 models were not published. A schedule is a whole number of epochs for each link
 after the first model (which has the baseline's 128). It falls linearly if each link has fewer epochs than the one
-before it and some straight line over the position in the chain passes within half an epoch of all of them: equal
-steps, up to rounding.
+before it, and a straight line over the position in the chain passes within half an epoch of all of them.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ REASONS = {
 
 
 def falls_linearly(epochs: Sequence[int]) -> bool:
-    """Whether every step goes down and one straight line passes within half an epoch of every link."""
+    """Whether the epochs decrease and one straight line passes within half an epoch of every link."""
     return all(a > b for a, b in pairwise(epochs)) and _slopes(epochs) is not None
 
 
 def _slopes(epochs: Sequence[int]) -> tuple[float, float] | None:
-    """The least and the greatest fall per link of such lines: each pair of links bounds it."""
+    """The smallest and largest fall per link of such lines. Each pair of links gives a bound."""
     least, greatest = 0.0, float("inf")
     for later, end in enumerate(epochs):
         for earlier, begin in enumerate(epochs[:later]):
@@ -79,7 +78,7 @@ def row_of(found: RatioChain) -> str:
 
 
 def cells() -> Iterator[Cell]:
-    """The three totals; those of 3 and 7 models with the inferred schedule in the middle of all that fit."""
+    """The three totals. For 3 and 7 models, the schedule is the middle one of all that fit."""
     for found in FIGURE_7:
         epochs = KNOWN.get(found.ratio) or middle(schedules(found.models, found.speedup))
         values = {
@@ -111,12 +110,12 @@ def cells() -> Iterator[Cell]:
 
 
 def middle(found: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The one in the middle of the ordered list: one of many, to have something to count with."""
+    """The middle one of the ordered list. It only represents the many that fit."""
     return found[len(found) // 2]
 
 
 def totals() -> list[dict[str, Any]]:
-    """What each printed acceleration means for the cost of its chain, with the baselines of its own models."""
+    """The cost of each chain that its printed acceleration implies, with the baselines of its own models."""
     rows = []
     for found in FIGURE_7:
         alone = sum(individual(published, found.models, BASELINE_EPOCHS, DATA))
@@ -137,9 +136,9 @@ def totals() -> list[dict[str, Any]]:
 
 
 def savings() -> dict[str, float]:
-    """The saving of the chain of ratio 4 over that of ratio 8, by each way of reading the printed accelerations.
+    """The saving of the 4x chain over the 8x chain, by each reading of the printed accelerations.
 
-    `speedup_of_8x_that_gives_it`: what 4.13 would have to be for the printed 7.3 %.
+    `speedup_of_8x_that_gives_it`: the value needed in place of 4.13 for the printed 7.3 %.
     """
     eight, four, _ = totals()
     cost, other = four["chain_1e19_macs"], eight["chain_1e19_macs"]
@@ -175,7 +174,7 @@ def draw(axis: Axes) -> None:
 
 
 def make() -> Result:
-    """Figure 7 recomputed, as far as it is determined."""
+    """Figure 7 recomputed, as far as the paper determines it."""
     rows, saving = totals(), savings()
     listed = [(found, schedules(found.models, found.speedup)) for found in FIGURE_7]
     table = TextTable(
@@ -213,9 +212,9 @@ def make() -> Result:
             (
                 "The epochs of the chains of 3 and 7 models were not published. The table counts the schedules of "
                 "whole epochs that fall linearly (a straight line over the position passes within half an epoch of "
-                "each link) and print as published. Which of them was run, or whether one was, cannot be told: only "
-                "the totals are compared, with the schedule in the middle of each list. Of the schedules that are "
-                "known, 21, 17, 15 (Merged-15M) is one in this sense; 24, 18, 15 and 24, 16, 12 (CC3M) bend."
+                "each link) and round to the published acceleration. The paper does not say which schedule was used, "
+                "so only the totals are compared, with the middle schedule of each list. Of the known schedules, "
+                "21, 17, 15 (Merged-15M) falls linearly; 24, 18, 15 and 24, 16, 12 (CC3M) do not."
             ),
             (
                 "Each chain against the baselines of its own models, the printed speed-ups make the chains cost "

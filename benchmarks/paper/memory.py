@@ -1,4 +1,4 @@
-"""The memory model against counted tensors: what is kept for backward, and the most that is alive in a step."""
+"""The memory model against counted tensors: memory kept for backward, and the peak within a step."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ALIVE = (
 
 
 def predicted(case: Case) -> Memory:
-    """What the model says of a case under DDP."""
+    """What the memory model predicts for a case under DDP."""
     return memory_per_gpu(
         case.student,
         case.teacher,
@@ -72,7 +72,7 @@ def _compared(case: Case, part: str, model: float, counted: float) -> dict[str, 
 
 
 def kept_records() -> list[dict[str, Any]]:
-    """Towers and losses on a pretended GPU."""
+    """Towers and losses on a simulated GPU."""
     records = []
     for case in KEPT:
         counted, formats = kept(case, "cuda"), Formats.of(case.precision, autocast=True)
@@ -89,7 +89,7 @@ def kept_records() -> list[dict[str, Any]]:
 
 
 def alive_records() -> list[dict[str, Any]]:
-    """Whole steps on the CPU, in fp32, of which autocast's rules differ least."""
+    """Whole steps on the CPU, in fp32, where autocast on CPU and GPU differ least."""
     cases = [Case(**{**vars(case), "precision": "fp32"}) for case in ALIVE]
     return [_compared(case, "whole step", predicted(case).total_bytes, most_alive(case)) for case in cases]
 
@@ -99,7 +99,7 @@ def _difference(record: dict[str, Any]) -> float:
 
 
 def _label(record: dict[str, Any]) -> str:
-    """A case in a few words."""
+    """A short name of a case."""
     teacher = f" from {record['teacher']}" if record["teacher"] else ""
     parts = [
         f"{record['student']}{teacher}",
@@ -129,7 +129,7 @@ def _table(title: str, records: Iterable[dict[str, Any]], note: str) -> TextTabl
 
 
 def make() -> Result:
-    """Compare the memory model with tensors that are counted, without a GPU."""
+    """Compare the memory model with counted tensors, without a GPU."""
     towers, steps = kept_records(), alive_records()
     part, step = (percent(max(abs(_difference(record)) for record in records))[1:] for records in (towers, steps))
     return Result(
@@ -137,24 +137,24 @@ def make() -> Result:
         title="The memory model against counted tensors",
         findings=(
             (
-                f"What is kept for backward differs by at most {part} in any part, what is alive at once in a whole "
-                f"step by at most {step}."
+                f"The memory kept for backward differs by at most {part} in any part; the peak of a whole step differs "
+                f"by at most {step}."
             ),
             (
-                "Nothing here was measured on a GPU: its rules of autocast and its attention kernels are followed on "
-                "tensors without memory."
+                "Nothing here was measured on a GPU. Tensors without memory follow a GPU's autocast rules and "
+                "attention kernels."
             ),
         ),
         tables=(
             _table(
                 "Kept for backward by one GPU, under DDP",
                 towers,
-                "Losses: with the features. Recomputed: blocks keep their inputs alone.",
+                "Losses: including the features. Recomputed: blocks keep only their inputs.",
             ),
             _table(
-                "Alive at once in a step of one process on a CPU",
+                "Peak within a step of one process on a CPU",
                 steps,
-                "Weights, gradients, moments, teacher, batch, and all that operators make and hold.",
+                "Weights, gradients, moments, teacher, batch, and all tensors that operators create.",
             ),
         ),
         records={"kept": towers, "alive": steps},

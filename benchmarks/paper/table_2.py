@@ -1,4 +1,4 @@
-"""Table 2's efficiency columns: MACs and A100 hours of each model alone and summed up, and their ratios."""
+"""Table 2's efficiency columns: MACs and A100 hours, per model and accumulated, and their ratios."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _values(table: Mapping[str, Sequence[float]], at: int, summed: bool) -> dict
 
 
 def macs_cells(name: str, family: PaperFamily) -> Iterator[Cell]:
-    """Costs and speed-ups in MACs, each model alone and then summed up, by every way of counting."""
+    """Costs and speed-ups in MACs, per model and accumulated, by every way of counting."""
     models, dataset, inferred = family.models, family.dataset, not family.published_epochs
     costs = {way: individual(source, models, family.baseline_epochs, dataset) for way, source in SOURCES.items()}
     links = {way: chain(source, models, family.chain_epochs, dataset) for way, source in SOURCES.items()}
@@ -127,7 +127,7 @@ def macs_cells(name: str, family: PaperFamily) -> Iterator[Cell]:
 
 
 def projected_hours(name: str, family: PaperFamily) -> tuple[list[float], list[float]]:
-    """Hundreds of A100 hours of the baselines and of the links by the model of `compt.cost.speed`."""
+    """Hundreds of A100 hours of the baselines and of the links, by the model in `compt.cost.speed`."""
     model = fitted()
     hours = {
         (row.model, row.teacher): model.seconds(row.work, PAPER_DEVICE) / row.seconds_per_sample * row.hours / 100
@@ -140,7 +140,7 @@ def projected_hours(name: str, family: PaperFamily) -> tuple[list[float], list[f
 
 
 def hours_cells(name: str, family: PaperFamily) -> Iterator[Cell]:
-    """Hours have no published inputs; their sums and ratios are held against the printed hours."""
+    """Hours have no published inputs; only their sums and ratios are compared with the printed hours."""
     alone, links = projected_hours(name, family)
     for at, model in enumerate(family.models):
         row = row_of(name, model)
@@ -178,7 +178,7 @@ def cells() -> list[Cell]:
 
 
 def speeds() -> list[dict[str, Any]]:
-    """What the printed hours mean: samples a second and the share of an A100's peak (312 TFLOP/s, dense bf16)."""
+    """Samples per second and MFU (of an A100's 312 TFLOP/s, dense bf16) that the printed hours imply."""
     return [
         {
             "family": row.family,
@@ -219,25 +219,25 @@ def draw(axis: Axes) -> None:
 
 FINDINGS = (
     (
-        "The epochs of the CC3M links (24, 18, 15 and 24, 16, 12) are inferred: those of the table that lists them "
-        "are missing in its text; they are the whole numbers whose costs come nearest to the printed ones."
+        "The epochs of the CC3M links (24, 18, 15 and 24, 16, 12) are inferred, because the text of the table that "
+        "lists them lacks them. They are the whole numbers whose costs are nearest to the printed ones."
     ),
     (
-        "The printed speed-ups and sums are those of the printed cells: 16.70 / 2.94 = 5.68, where the costs before "
+        "The printed speed-ups and sums are computed from printed cells: 16.70 / 2.94 = 5.68, where the costs before "
         "rounding give 5.65. Seven derived cells do not follow from printed ones: four are cut off instead of "
-        "rounded, three go with what is probably a misprint."
+        "rounded, and three contain what is probably a misprint."
     ),
     (
         "The text's claim holds that each of the three chains costs less than its largest model alone: 2.95 against "
         "10.79, 2.73 against 7.86, 15.23 against 25.33."
     ),
     (
-        "Hours have no published inputs: only sums and ratios can be recomputed. The projected hours are of a model "
-        "with three constants fitted to these same hours; they show how well it fits, and test nothing."
+        "Hours have no published inputs: only sums and ratios can be recomputed. The projected hours come from a model "
+        "with three constants fitted to these same hours; they show how well it fits, but test nothing."
     ),
     (
-        "'This program' is what ours would execute with four captions of 77 tokens and one update in 1,024 samples: "
-        "less than the published accounting, at ratios within 4 % of it."
+        "'This program' is what compt would execute with four captions of 77 tokens and one update per 1,024 samples. "
+        "It is less than the published accounting, but the ratios are within 4 %."
     ),
 )
 

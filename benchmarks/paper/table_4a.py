@@ -1,4 +1,4 @@
-"""Table 4(a): what weights alone cost in epochs and MACs, against links of the chain."""
+"""Table 4(a): the cost of weight initialization alone, in epochs and MACs, against links of the chain."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from compt.text import TextTable
 
 DATA, BASELINE_EPOCHS = "cc3m", 128
 PRINTED_RATIOS = {"vit_s16": 1.3, "vit_b16": 5.1}
-"""Epochs of weights alone over those of the chain's link (section 5.4.1)."""
+"""Epochs with weight initialization alone over those of the chain's link (section 5.4.1)."""
 EPOCHS, LINK_ONLY = "IWI over CoM-PT, epochs", "IWI over CoM-PT, MACs"
 
 
 def cost(row: AblationRow, source: Source = published) -> float:
-    """MACs (1e19) of one row; with weights alone there is no teacher to run."""
+    """MACs (1e19) of one row. Weight initialization alone runs no teacher."""
     teacher = row.start if row.method == "CoM-PT" else None
     return source(row.model, teacher) * row.epochs * IMAGES[DATA] / MACS_UNIT
 
 
 def pairs() -> dict[str, tuple[AblationRow, AblationRow]]:
-    """By model: weights alone, and the link of the chain."""
+    """By model: the row with weight initialization alone, and the link of the chain."""
     rows = {(row.model, row.method): row for row in TABLE_4A}
     return {model: (rows[model, "IWI"], rows[model, "CoM-PT"]) for model in PRINTED_RATIOS}
 
 
 def cells() -> Iterator[Cell]:
-    """The ratio of epochs, which the text prints, and that of costs, which it does not."""
+    """The ratio of epochs, which the text prints, and the ratio of costs, which it does not."""
     for model, (alone, link) in pairs().items():
         ratio = alone.epochs / link.epochs
         yield Cell(model, EPOCHS, PRINTED_RATIOS[model], ratio, digits=1)
@@ -48,7 +48,7 @@ def cells() -> Iterator[Cell]:
 
 
 def costs() -> list[dict[str, Any]]:
-    """Every row with its cost and its saving over the baseline; for ViT-B's link also with the ViT-S it needs."""
+    """Every row with its cost and its saving over the baseline. ViT-B's link also counts the ViT-S that it needs."""
     rows = []
     for row in TABLE_4A:
         baseline = published(row.model, None) * BASELINE_EPOCHS * IMAGES[DATA] / MACS_UNIT
@@ -109,7 +109,9 @@ def make() -> Result:
             )
             for row in rows
         ],
-        notes=("IWI: the predecessor's weights, no distillation and so no teacher. ViT-T's own training is in none.",),
+        notes=(
+            "IWI: the teacher's weights without distillation, so no teacher runs. No row includes the cost of ViT-T.",
+        ),
     )
     small, small_link, base, base_link = rows
     return Result(

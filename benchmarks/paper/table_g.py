@@ -1,4 +1,4 @@
-"""Table G: parameters and MACs a sample of both families, from the sizes that the table itself gives."""
+"""Table G: parameters and MACs per sample of both families, from the sizes in the table."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from compt.text import TextTable
 IMAGE, TEXT, TOTAL = "Image parameters", "Text parameters", "Parameters"
 FORWARD, FORWARD_IN_FULL, TRAINING = "Forward MACs", "Forward MACs, every product counted", "Training MACs"
 WINDOWED_TOLERANCE = {"swin_t": 0.04, "swin_s": 0.04}
-"""Where the products of the windows' attention are counted, which the table leaves out."""
+"""Quantity that includes the products of window attention, which the table leaves out."""
 
 EMBEDDING = {"vit_s16": 384, "vit_l16": 768}
-"""Joint embeddings that Table G's image parameters imply; 512 for all others. Inferred: it prints none."""
+"""Embedding widths inferred from Table G's image parameters, which are not printed; all others have 512."""
 
 REASONS = {
     key_of("vit_xb16", IMAGE): (
@@ -46,9 +46,9 @@ REASONS = {
 
 
 def table_spec(name: str) -> ModelSpec:
-    """The model by the widths and depths of its row in Table G, with the joint embedding that its parameters imply.
+    """The model with the widths and depths of its row in Table G, and the embedding width its parameters imply.
 
-    A Swin's stages are those of our preset: the table gives the sum of their depths and the last width alone.
+    A Swin's stages come from our preset: the table gives only the sum of their depths and the last width.
     """
     row, spec = TABLE_G[name], PRESETS[name]
     sizes = {"text_width": row.text_width, "text_depth": row.text_depth, "embed_dim": EMBEDDING.get(name, 512)}
@@ -58,7 +58,7 @@ def table_spec(name: str) -> ModelSpec:
 
 
 def image_parameters(spec: ModelSpec) -> int:
-    """Parameters of the image tower, its projection among them, as the table counts them."""
+    """Parameters of the image tower with its projection, as the table counts them."""
     return total(image_tower(spec).values()).parameters
 
 
@@ -68,7 +68,7 @@ def patch_macs(spec: ModelSpec) -> float:
 
 
 def window_macs(spec: ModelSpec) -> float:
-    """MACs of the two products of the windows' attention; 0 for a ViT, where the table counts them."""
+    """MACs of the two products of window attention; 0 for a ViT, where the table includes them."""
     return image_tower(spec)["attention_matmuls"].macs if spec.arch == "swin" else 0.0
 
 
@@ -99,7 +99,7 @@ def cells() -> Iterator[Cell]:
 
 
 def implied() -> list[dict[str, Any]]:
-    """For each model the captions that its forward MACs imply, and the optimizer's MACs per parameter."""
+    """For each model, the captions and the optimizer's MACs per parameter that the printed MACs imply."""
     rows: list[dict[str, Any]] = []
     for name, row in TABLE_G.items():
         spec = table_spec(name)
@@ -136,17 +136,17 @@ def draw(axis: Axes) -> None:
 
 FINDINGS = (
     (
-        f"Training MACs are 3 Cf - C1 + {PAPER_PARAMETER_MACS} P, where the paper's text says 3 P, and per sample, "
-        "though an optimizer steps once a batch. Cf is the forward pass, C1 the patch embedding, P the parameters "
-        "(without the text tower's embeddings)."
+        f"Training MACs are 3 Cf - C1 + {PAPER_PARAMETER_MACS} P, where the paper's text says 3 P. They are per "
+        "sample, although an optimizer steps once per batch. Cf is the forward pass, C1 the patch embedding, P the "
+        "parameters (without the text tower's embeddings)."
     ),
     (
-        f"Forward MACs agree with {PAPER_TEXT_PASSES} captions a sample, where the text says 4; with the products of "
-        "a ViT's attention and without those of a Swin's windows."
+        f"Forward MACs agree with {PAPER_TEXT_PASSES} captions per sample, where the text says 4. They include the "
+        "products of a ViT's attention, but not those of a Swin's windows."
     ),
     (
-        "The widths of the joint embedding (384 for vit_s16, 768 for vit_l16, else 512) are inferred from the image "
-        "parameters. Our presets have 512 throughout; the counters are theirs."
+        "The embedding widths (384 for vit_s16, 768 for vit_l16, else 512) are inferred from the image parameters. Our "
+        "presets have 512 everywhere; the counters use our presets."
     ),
 )
 

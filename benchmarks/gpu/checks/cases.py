@@ -1,4 +1,4 @@
-"""Small trainings that checks compare with one process in fp32 on the CPU."""
+"""Small training runs that the checks compare with one fp32 process on the CPU."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from compt.train.task import ClipTask
 
 LR = 1e-3
 EPS = 1e-4
-"""Of AdamW here: large enough that the rounding of a gradient that should be zero makes no step."""
+"""AdamW's eps, so large that rounding noise in a gradient of zero makes no step."""
 STEPS = 3
 EXACT = 1e-4
-"""Of relative differences in fp32, of two devices. With TF32 they would be some 1e-3."""
+"""Tolerance of relative fp32 differences between two devices. With TF32 they are about 1e-3."""
 MOVED = 1e-3
-"""Of weights: the difference over the way that they have gone."""
+"""Tolerance of weights: the difference relative to their distance from the start."""
 
 
 _SMALL: Mapping[str, Any] = {"context_length": 16, "vocab_size": 512}
@@ -48,7 +48,7 @@ _SWIN = {
 
 @dataclass(frozen=True)
 class Case:
-    """A small training: its model, its teacher if any, and the pieces that a step of `rows` pictures is computed in."""
+    """A small training run: its model, teacher if any, and the micro-batches of a step of `rows` images."""
 
     name: str
     student: ModelSpec
@@ -69,7 +69,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training did: loss and norm of each step, the first step's gradients, the weights before and after."""
+    """A result: loss and norm of each step, the first step's gradients, the weights before and after."""
 
     losses: list[float]
     norms: list[float]
@@ -79,7 +79,7 @@ class Trained:
 
 
 def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random pictures and captions of 3 tokens to the whole context, on the CPU."""
+    """Random images, and captions of 3 tokens up to the full context, on the CPU."""
     generator = torch.Generator().manual_seed(1000 + step)
     rows, size, context = rows or case.rows, case.student.image_size, case.student.context_length
     images = torch.randn(rows, 3, size, size, generator=generator)
@@ -93,7 +93,7 @@ def make_batch(case: Case, step: int, rows: int | None = None) -> tuple[Tensor, 
 def open_case(
     case: Case, device: torch.device, config: EngineConfig, precision: Precision = "fp32"
 ) -> tuple[ClipTask, Engine]:
-    """The task of a case and the engine that a recipe would get for it; weights do not depend on the device."""
+    """The task of a case, and its engine as a recipe gets it. The weights do not depend on the device."""
     plan = Blueprint(
         student=case.student,
         teacher=case.teacher,
@@ -107,7 +107,7 @@ def open_case(
 
 
 def backward(case: Case, task: ClipTask, engine: Engine, step: int, part: slice = slice(None)) -> Tensor:
-    """Put the gradients of a step's batch, or of a part of it, on the parameters; returns the loss."""
+    """Compute the gradients of a step's batch, or of a part of it; returns the loss."""
     images, tokens = (tensor[part] for tensor in make_batch(case, step))
     lengths = caption_lengths(tokens)
     loss, _ = cached_backward(task, engine, images.to(engine.device), tokens.to(engine.device), case.micro, lengths)
@@ -121,7 +121,7 @@ def train(
     precision: Precision = "fp32",
     part: slice = slice(None),
 ) -> Trained:
-    """A few steps from the same weights, on this rank's `part` of each batch."""
+    """Train a few steps from the same weights, on this rank's `part` of each batch."""
     task, engine = open_case(case, device, config or EngineConfig(), precision)
     before = dict(engine.weights())
     losses: list[float] = []
@@ -137,7 +137,7 @@ def train(
 
 @cache
 def oracle(case: Case) -> Trained:
-    """One process, fp32, on the CPU, the whole batch in one piece."""
+    """The oracle: one process, fp32, on the CPU, the whole batch at once."""
     return train(replace(case, micro=None, buckets=1), torch.device("cpu"))
 
 
@@ -146,12 +146,12 @@ def apart(found: Tensor, right: Tensor) -> float:
 
 
 def ratio(found: Iterable[float], right: Iterable[float]) -> float:
-    """The largest relative difference; nan where one is not finite."""
+    """The largest relative difference; nan if one is not finite."""
     return largest(abs(a - b) / abs(b) for a, b in zip(found, right, strict=True))
 
 
 def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, moved: float = MOVED) -> list[Finding]:
-    """Losses, norms, gradients tensor by tensor, and weights after all steps."""
+    """Compare losses, norms, gradients tensor by tensor, and the final weights."""
     whole = right.norms[0]
     names = found.gradients.keys() == right.gradients.keys() and found.after.keys() == right.after.keys()
     if not names:

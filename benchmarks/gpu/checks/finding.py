@@ -1,4 +1,4 @@
-"""What a check finds."""
+"""Findings of a check."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """A number and the range it has to lie in."""
+    """A number and its allowed range, `least` to `most`."""
 
     what: str
     value: float
@@ -18,16 +18,16 @@ class Finding:
 
     @property
     def passed(self) -> bool:
-        """False for a number that is none, too."""
+        """Whether the value is in its range; False for nan."""
         return self.least <= self.value <= self.most
 
 
 def holds(what: str, true: bool) -> Finding:
-    """A finding that is a yes or a no: 0 where it is as it should be."""
+    """A yes-or-no finding: its value is 0 if `true`, else 1."""
     return Finding(what, 0.0 if true else 1.0, 0.0)
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest of them; nan, which fails, where there are none or one is not finite: `max` may pass over a nan."""
+    """The largest value, or nan (which fails) if there is none or one is not finite: `max` can skip a nan."""
     found = list(values)
     return max(found) if found and all(map(math.isfinite, found)) else math.nan

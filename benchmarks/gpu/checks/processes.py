@@ -1,6 +1,6 @@
-"""The group of processes that trainings join, with a process on each GPU: what one GPU has of it is a group of one.
+"""The process group of a training run, with one process per GPU.
 
-There a sum is what it was before: that the groups can be made and asked is all that one GPU shows of them.
+On one GPU it is a group of one, where a sum changes nothing. That only shows that the groups can be made and used.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def check_processes(device: torch.device) -> list[Finding]:
 
 
 def sums(rank: int, count: int, device: torch.device) -> bool:
-    """Whether the group adds up the numbers from 1 to `count`, of which each process brings one, on a device.
+    """Whether the group sums the numbers from 1 to `count`, one from each process, on a device.
 
-    By torch itself: `compt.dist.collectives` asks no group of one.
+    Calls torch directly: `compt.dist.collectives` skips the collective in a group of one.
     """
     number = torch.tensor([rank + 1.0], device=device)
     torch_dist.all_reduce(number)

@@ -1,7 +1,7 @@
-"""What has to be right on a GPU before its speed means anything: each check compares, and says by how much it is off.
+"""Checks of correctness on a GPU. Each check compares with an oracle and reports the differences.
 
-Every check is a function of a device, so that all of it but what only a GPU has runs on a CPU too. The oracle is one
-process in fp32 on the CPU, which the tests hold against plain loops in double precision.
+Every check is a function of a device, so it also runs on a CPU, except for parts that only a GPU has. The oracle is one
+fp32 process on the CPU; the tests compare it with plain loops in double precision.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from benchmarks.paper.counting import Case as Step
 
 HALF: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
-"""Of losses and the whole gradient in half precision: several times what was seen."""
+"""Tolerances of losses and the whole gradient in half precision: several times the differences seen."""
 
 
 def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
@@ -69,7 +69,7 @@ def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
 
 
 def check_arithmetic(device: torch.device) -> list[Finding]:
-    """A product in fp32 is one: TF32 is off once an engine is open."""
+    """fp32 products are computed in fp32: an open engine turns TF32 off."""
     open_case(LINK, device, EngineConfig())
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(512, 512, generator=generator) for _ in range(2))
@@ -83,7 +83,7 @@ def check_arithmetic(device: torch.device) -> list[Finding]:
 
 
 def check_engine(name: str) -> Callable[[torch.device], list[Finding]]:
-    """Whether an engine gives the oracle's results, in every case, and comes near them in half precision."""
+    """An engine gives the oracle's results in fp32, in every case, and is close to them in half precision."""
 
     def check(device: torch.device) -> list[Finding]:
         config = EngineConfig.model_validate({"name": name})
@@ -94,7 +94,7 @@ def check_engine(name: str) -> Callable[[torch.device], list[Finding]]:
 
 
 def check_adamw(device: torch.device) -> list[Finding]:
-    """The engine's step is torch's fused kernel, and gives what the formulas of AdamW give in double precision."""
+    """The engine's step uses torch's fused kernel and agrees with AdamW's formulas in double precision."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(64, 48)
     initial = {name: tensor.detach().double() for name, tensor in module.named_parameters()}
@@ -140,7 +140,7 @@ def check_scaler(device: torch.device) -> list[Finding]:
 
 
 def check_nonfinite(device: torch.device) -> list[Finding]:
-    """A step with a gradient that is not finite changes nothing, and nobody waits for the device to know."""
+    """A step with a non-finite gradient changes nothing, and does not wait for the device to find out."""
     findings: list[Finding] = []
     precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16")
     for precision in precisions:
@@ -170,7 +170,7 @@ def _copied(engine: DataParallelEngine) -> dict[str, Tensor]:
 
 
 def check_skips(*names: str) -> Callable[[torch.device], list[Finding]]:
-    """The same of other engines' weights and fp16's scale. ZeRO does wait, and has no fp16 on a CPU."""
+    """The same for the other engines and fp16's scale. ZeRO does wait, and has no fp16 on a CPU."""
 
     def check(device: torch.device) -> list[Finding]:
         findings = []
@@ -207,7 +207,7 @@ def _skipped(name: str, precision: Precision, device: torch.device) -> list[Find
 
 
 def check_waits(device: torch.device) -> list[Finding]:
-    """Nobody waits for the GPU within a step of a training, from pinned pictures and captions to the update."""
+    """No training step waits for the GPU, from pinned images and captions to the update."""
     findings = []
     for precision in ("fp32", "bf16", "fp16"):
         for buckets, micro in ((1, LINK.rows), (2, LINK.rows), (2, 4)):
@@ -247,7 +247,7 @@ def _waits(action: Callable[[], object], device: torch.device) -> bool:
 
 
 def check_compile(name: str) -> Callable[[torch.device], list[Finding]]:
-    """Compiled blocks: the names and results of eager ones, and nothing compiled again after the first steps."""
+    """Compiled blocks have the names and results of eager ones, and nothing recompiles after the first steps."""
     return lambda device: _compile(name, device)
 
 
@@ -278,7 +278,7 @@ def _compile(name: str, device: torch.device) -> list[Finding]:
 
 
 def check_checkpoint(*names: str) -> Callable[[torch.device], list[Finding]]:
-    """What was saved is loaded bit for bit, and training goes on as if it had not stopped."""
+    """A checkpoint loads bit for bit, and training continues as if it had not stopped."""
     return lambda device: [finding for name in names for finding in _checkpoint(name, device)]
 
 
@@ -306,7 +306,7 @@ def _checkpoint(name: str, device: torch.device) -> list[Finding]:
 
 
 def check_memory(device: torch.device) -> list[Finding]:
-    """The peak of real steps against the planner's, which knows no workspaces and no rounding of sizes."""
+    """Peak memory of real steps against the planner's, which ignores workspaces and rounding of sizes."""
     if device.type != "cuda":
         return []
     from benchmarks.paper.counting import Case as Step
@@ -336,7 +336,7 @@ def check_memory(device: torch.device) -> list[Finding]:
 
 
 def peak_of_a_step(case: Step) -> int:
-    """The most bytes that torch holds on the GPU during a step, the moments included."""
+    """The peak bytes that torch holds on the GPU during a step, including the moments."""
     from benchmarks.paper.counting import engine_and_task, step
     from benchmarks.paper.counting import make_batch as empty_batch
 
@@ -354,7 +354,7 @@ def peak_of_a_step(case: Step) -> int:
 
 @dataclass(frozen=True)
 class Check:
-    """A check, the kind of process that it runs in, which others share, and the seconds that it may take on a GPU."""
+    """A check, the kind of process it runs in (shared with others), and its time limit in seconds on a GPU."""
 
     run: Callable[[torch.device], list[Finding]]
     process: str = "plain"

@@ -236,7 +236,7 @@ def test_wrong_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(said.splitlines()) == 1
     out.write_text('{"gpu_suite": [')
     assert suite(out) == 2
-    assert f"{out} is no file of this program" in capsys.readouterr().err
+    assert f"{out}: not a results file of the suite" in capsys.readouterr().err
     with pytest.raises(ConfigError):
         chosen_items(["nothing"])
 
