@@ -1,4 +1,4 @@
-"""Gathers the study of expansion from its run folders into one small file: scores, curves, and what was compared."""
+"""Collects the results of the expansion study from its run folders into one file: scores, curves, comparisons."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ Record = dict[str, Any]
 def collect(run: Path) -> Record:
     """The study in `run`, finished or not. Losses are in nats, accuracies in percent, differences in points.
 
-    `variants` has a record for each student that is finished, with its curve from step 0 on; `compared` the difference
-    of each operator to its pair's reference, over the seeds that both have; `missing` what is not finished.
-    Raises RunError where there is no study, or a file of it was damaged.
+    `variants` has one record per finished student, with its curve from step 0; `compared` has the difference of each
+    variant from its pair's reference, over the seeds that both have; `missing` lists what is not finished.
+    Raises RunError if `run` holds no study or a damaged file.
     """
     study = read_study(run)
     setting = SETTINGS[study["setting"]]
@@ -59,7 +59,7 @@ def collect(run: Path) -> Record:
 
 
 def _seeds(run: Path) -> set[int]:
-    """Those that were begun."""
+    """The seeds with a run folder."""
     names = (path.name.rpartition("-s")[2] for path in run.glob("*/*-s*"))
     return {int(name) for name in names if name.isdigit()}
 
@@ -105,7 +105,7 @@ def _teacher(training: Training, manifest: Record, setting: Setting) -> Record:
 
 
 def _scores(record: Record, setting: Setting) -> Record:
-    """Of a manifest or of a score at step 0."""
+    """The scores in a manifest, or in the record of step 0."""
     sets = dict.fromkeys((setting.select, setting.report))
     return {
         "validation_loss": record.get("validation_loss"),
@@ -118,7 +118,7 @@ def _student(training: Training, variant: Variant, manifest: Record, setting: Se
     try:
         first = _scores(read_json(place / STEP_0), setting)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{place / STEP_0} cannot be read: {error}; remove {place} to train it anew") from None
+        raise RunError(f"{place / STEP_0} cannot be read: {error}; remove {place} to train it again") from None
     select = f"{setting.select}/top1"
     curve = [{"step": 0, "epoch": 0.0, "validation_loss": first["validation_loss"], select: first[setting.select]}]
     curve += read_metrics(place / "metrics.jsonl", "eval")
@@ -150,9 +150,9 @@ def _finite(value: float | None) -> float | None:
 
 
 def _compared(pair: Pair, students: Sequence[Training], setting: Setting, run: Path) -> list[Record]:
-    """Each variant minus the reference at the end: paired over pictures and, where several seeds have both, over them.
+    """Final accuracy of each variant minus its reference, paired over images and over the seeds that have both.
 
-    The same pictures are shown at every seed, so that they are drawn together.
+    Every seed is scored on the same images, so the bootstrap resamples an image for all seeds at once.
     """
     found = []
     sets = dict.fromkeys((setting.select, setting.report))

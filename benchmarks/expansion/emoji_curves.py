@@ -1,7 +1,7 @@
-"""Epochs that the emoji chain's links need to match their baselines: trains each link at further lengths, then fits.
+"""Find how many epochs the emoji chain's links need to match their baselines: train each link for several lengths.
 
-Goes on from `compt chain recipes/emoji.yaml --baselines`, whose links are the teachers, and stops and resumes as that
-does. About 20 minutes on two cores. `python -m benchmarks.expansion.emoji_curves` writes docs/results/curves.
+`python -m benchmarks.expansion.emoji_curves` continues from `compt chain recipes/emoji.yaml --baselines`, whose links
+are the teachers, and writes docs/results/curves. It takes about 20 minutes on two cores, and resumes after a stop.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from compt.recipe.read import load_recipe
 
 RECIPE, RUN, OUT = Path("recipes/emoji.yaml"), Path("runs/emoji"), Path("docs/results/curves")
 LENGTHS = {"vit_micro": (5, 20, 30, 40), "vit_mini": (30, 40)}
-"""Epochs beside the recipe's own."""
+"""Epochs to train besides the recipe's own."""
 
 
 def train(model: str, epochs: int) -> Path:
-    """The run folder in which the link to `model` was trained for `epochs`, from the teacher in `RUN`."""
+    """Train the link `model` for `epochs` from the teacher in `RUN`; returns its run folder."""
     folder = Path("runs/curves") / f"{model}-{epochs}"
     links = [link.model_dump(mode="json", exclude_none=True) for link in load_recipe(RECIPE, []).chain.links]
     at = [link["model"] for link in links].index(model)

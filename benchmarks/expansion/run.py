@@ -1,4 +1,4 @@
-"""Trains the study of expansion, each training in a run folder of its own, and goes on from wherever they stand."""
+"""Trains the models of the expansion study, each in its own run folder, and resumes them after a stop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 class StudyRun(JobRun):
-    """A job whose model is also scored before its first step, and which may start from scratch under a teacher."""
+    """A job that also scores its model before the first step, and may start from scratch with a teacher."""
 
     expanded = True
 
@@ -47,7 +47,7 @@ class StudyRun(JobRun):
 
 
 def read_study(run: Path) -> dict[str, Any]:
-    """What the study in `run` was begun with: setting, changes, date. Raises RunError where there is none."""
+    """The study's setting, changes and start date in `run`. Raises RunError if there is no study."""
     try:
         study = read_json(run / STUDY)
         if study["setting"] not in SETTINGS or not isinstance(study["changes"], list):
@@ -65,7 +65,7 @@ def _begin(run: Path, setting: Setting, changes: Sequence[str]) -> None:
         found = read_study(run)
         for key in KEYS:
             if found[key] != wanted[key]:
-                raise RunError(f"{run}: was begun with {key} {found[key]}, not {wanted[key]}; take another run folder")
+                raise RunError(f"{run}: the study has {key} {found[key]}, not {wanted[key]}; use another run folder")
         return
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     write_json(run / STUDY, {**wanted, "started": now})
@@ -79,11 +79,10 @@ def run_study(
     changes: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
 ) -> list[str]:
-    """Train what is missing; returns what could not be trained, a line each: where an operator or a model folder does
-    not allow one, the others go on.
+    """Train the missing models; returns one line for each that its operator or teacher does not allow.
 
-    Relative paths start at the working directory. Raises what training raises, and RunError for a folder that was begun
-    otherwise.
+    Relative paths start at the working directory. Raises the errors of training, and RunError if `run` holds a study
+    with other options.
     """
     dist.on_main(lambda: _begin(run, setting, changes))
     refused = []
@@ -105,7 +104,7 @@ def _titled(say: Say, title: str, text: str) -> None:
 
 
 def _train(setting: Setting, training: Training, run: Path, changes: Sequence[str], say: Say) -> None:
-    """Carry one training to its end, from wherever it stands."""
+    """Start or resume one training run and finish it."""
     folder = run / training.folder
     recipe = recipe_of(setting, training, run, changes)
     context, plan = prepare(recipe, folder, base=Path.cwd())
@@ -123,6 +122,6 @@ def _train(setting: Setting, training: Training, run: Path, changes: Sequence[st
 
 
 def _tidy(place: Path) -> None:
-    """Remove the weights of a finished student: scores and curves are what the study is about."""
+    """Remove the weights of a finished student: the study needs only scores and curves."""
     for name in ("initial", "model", "tb"):
         shutil.rmtree(place / name, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the study of expansion trains: pairs of models, variants of each, and the recipe of every training. No torch."""
+"""The training runs of the expansion study: pairs of models, variants of each, and their recipes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from compt.recipe.read import load_recipe, parse_recipe
 from compt.recipe.schema import Recipe
 
 TEACHER, STUDENT = "teacher", "student"
-"""What the two models of a pair are called in their recipes."""
+"""Names of the two models of a pair in their recipes."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to start and to train a student. Without `expanded` it starts from scratch, without `distilled` it does
-    not learn from its teacher's features; with neither, no teacher takes part.
+    """One way to start and train a student. Without `expanded` it starts from scratch; without `distilled` it does not
+    learn from its teacher's features. With neither, it has no teacher.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Variant:
 
     @property
     def compared(self) -> bool:
-        """Whether it differs from the others by its operators alone."""
+        """Whether it differs from the reference only by its operators."""
         return self.expanded and self.distilled
 
 
@@ -42,7 +42,7 @@ SCRATCH = Variant("scratch", expanded=False, distilled=False)
 IFD_ONLY = Variant("ifd_only", expanded=False)
 IWI_ONLY = Variant("iwi_only", distilled=False)
 EXACT = Variant("net2net_duplicate_zero", width="net2net", zero_new_outputs=True)
-"""At integer ratios nothing of the teacher's function is lost, neither in width nor in depth."""
+"""Preserves the teacher's function in width and depth at integer ratios."""
 
 WIDTHS = (
     Variant("insert"),
@@ -108,7 +108,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Training:
-    """One training of the study; `variant` is None for a teacher."""
+    """One training run of the study; `variant` is None for a teacher."""
 
     pair: Pair
     seed: int
@@ -127,9 +127,9 @@ class Training:
 
 
 def trainings(setting: Setting, seeds: Sequence[int] | None = None) -> Iterator[Training]:
-    """All of them, a seed after the other, so that what is there first is a whole study; a teacher before its students.
+    """All training runs, one seed after another, so that the first seed is a whole study. Teachers precede students.
 
-    Two pairs may share a teacher: it is trained once.
+    A teacher that two pairs share trains once.
     """
     known = set()
     for seed in setting.seeds if seeds is None else seeds:
@@ -142,7 +142,7 @@ def trainings(setting: Setting, seeds: Sequence[int] | None = None) -> Iterator[
 
 
 def recipe_of(setting: Setting, training: Training, run: Path, changes: Sequence[str] = ()) -> Recipe:
-    """The recipe of one training: the setting's, with further `changes`. Raises ConfigError."""
+    """The recipe of one training run: the setting's, with `changes`. Raises ConfigError."""
     source = f"{setting.recipe} for {training.folder}"
     base = load_recipe(setting.recipe, [*setting.changes, *changes])
     values = base.model_dump(mode="json", by_alias=True, exclude_none=True)
@@ -240,7 +240,7 @@ TINY = Setting(
     teacher_train={"steps": 4},
     teacher_warmup={"steps": 1},
 )
-"""Says nothing about operators: whether everything runs."""
+"""Checks that everything runs; says nothing about operators."""
 
 CC3M = Setting(
     name="cc3m",

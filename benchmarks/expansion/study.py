@@ -1,8 +1,8 @@
-"""How to grow a model: trains students that differ by their expansion alone, and shows which start well and end well.
+"""Train students that differ only by their expansion, and compare how they start and end.
 
-`python -m benchmarks.expansion` trains what is missing, gathers it and reports it; stopped or killed at any moment, the
-same command goes on. `collect` and `report` do these parts alone, also while the training runs. Under torchrun several
-processes share each training; two processes with `--seeds 0` and `--seeds 1` share the work of one study.
+`python -m benchmarks.expansion` trains, collects and reports; after a stop the same command continues. `collect` and
+`report` run one of these parts, also while training runs. Under torchrun, several processes share each training run;
+two processes with `--seeds 0` and `--seeds 1` share one study.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from compt.dist import collectives as dist
 from compt.files import write_text
 
 RESULTS = Path("docs/results/expansion")
-"""Of the setting that is committed."""
+"""Folder of the committed results, of the default setting."""
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -32,8 +32,10 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--setting", default=EMOJI.name, choices=SETTINGS)
     parser.add_argument("--run", type=Path, help="the study's folder; default runs/expansion-SETTING")
     parser.add_argument("--out", type=Path, help=f"for results; default {RESULTS}, or RUN/results of other settings")
-    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
-    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="as of compt")
+    parser.add_argument("--seeds", type=int, nargs="+", help="train only these seeds")
+    parser.add_argument(
+        "--set", dest="changes", action="append", default=[], metavar="KEY=VALUE", help="override a recipe field"
+    )
     found = parser.parse_args(argv)
     found.run = found.run or Path("runs") / f"expansion-{found.setting}"
     found.out = found.out or (RESULTS if found.setting == EMOJI.name else found.run / "results")

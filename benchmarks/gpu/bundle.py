@@ -1,7 +1,7 @@
-"""`make gpu-bundle`: all that a GPU machine without a network lacks, as wheels in parts that can be carried one by one.
+"""`make gpu-bundle`: pack wheels for a GPU machine without a network, in parts that can be copied one by one.
 
-`build/gpu-bundle` gets `run.py`, `bundle.json` and folders `part-01`, `part-02`, … of at most 40 MiB each. A wheel that
-is larger (DALI's) lies there in slices. Torch, torchvision and what they bring along are expected on the machine.
+It writes `run.py`, `bundle.json` and folders `part-01`, `part-02`, … of at most 40 MiB each to `build/gpu-bundle`. A
+larger wheel (DALI's) is split into slices. The machine must have torch, torchvision and their dependencies.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "gpu-bundle"
 PART_BYTES = 40 * 2**20
 EXPECTED = re.compile(r"torch|torchvision|triton|nvidia-(?!dali|nvimgcodec|nvjpeg2k|nvtiff|libnvcomp).*|cuda-.*")
-"""Packages that a GPU machine has, in the builds that fit its driver."""
+"""Packages that the GPU machine must have, in builds that fit its driver."""
 TOOLS = ("deepspeed>=0.16", "webdataset>=0.2.86", "pytest>=8.2", "hypothesis>=6.100")
-"""Beside the package's own dependencies: an engine, and what the tests on a GPU import."""
+"""Packages besides the project's dependencies: an engine, and imports of the GPU tests."""
 DALI = "nvidia-dali-cuda130"
 SOURCES = ("deepspeed",)
-"""What the index has no wheels of; these are built, and hold nothing compiled."""
+"""Packages without wheels on PyPI. They are built here, and contain no compiled code."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28)] + [
     "manylinux2014_x86_64",
     "manylinux1_x86_64",
@@ -39,7 +39,7 @@ PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28)] + 
 
 
 class BundleError(Exception):
-    """A bundle that cannot be made; the message says why."""
+    """The bundle cannot be made; the message says why."""
 
 
 def read_present(path: Path) -> dict[str, str]:
@@ -55,13 +55,13 @@ def read_present(path: Path) -> dict[str, str]:
 
 
 def required() -> list[str]:
-    """The requirements of the package and of its tests on a GPU, but for what the machine has."""
+    """The requirements of the package and its GPU tests, without those that the machine must have."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [text for text in (*table["dependencies"], *TOOLS) if not _expected(Requirement(text).name)]
 
 
 def expected() -> list[str]:
-    """The requirements that the machine has to fulfil itself."""
+    """The requirements that the machine must already meet."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     return [text for text in table["dependencies"] if _expected(Requirement(text).name)]
 
@@ -71,9 +71,9 @@ def _expected(name: str) -> bool:
 
 
 def closure(requirements: Iterable[str], python: str, present: Mapping[str, str]) -> dict[str, str]:
-    """Name and version of all that `requirements` need in turn, as installed here; what is `present` there is left out.
+    """Names and versions of `requirements` and all their dependencies, as installed here, without those in `present`.
 
-    `python` is the machine's, as 3.12. Raises BundleError for what is not installed here.
+    `python` is the machine's version, such as 3.12. Raises BundleError for a package that is not installed here.
     """
     markers = {"python_version": python, "python_full_version": f"{python}.0", "extra": ""}
     markers |= {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
@@ -111,7 +111,7 @@ def _for(python: str) -> list[str]:
 
 
 def fetch(packages: Mapping[str, str], python: str, folder: Path) -> None:
-    """Wheels of exactly these packages for the machine's python, into `folder`."""
+    """Download wheels of exactly these packages for the machine's Python into `folder`."""
     built = [name for name in packages if name in SOURCES]
     if ready := [f"{name}=={version}" for name, version in packages.items() if name not in built]:
         _pip("download", "-q", "--no-deps", *_for(python), "-d", str(folder), *ready)
@@ -120,7 +120,7 @@ def fetch(packages: Mapping[str, str], python: str, folder: Path) -> None:
 
 
 def fetch_dali(packages: Mapping[str, str], python: str, folder: Path, known: Iterable[str]) -> list[Path]:
-    """DALI's wheel and those that it needs besides `packages` and the `known` ones; DALI's own, the largest, last."""
+    """DALI's wheel and its dependencies that are not in `packages` or `known`. DALI's, the largest, is last."""
     with tempfile.TemporaryDirectory() as place:
         same = Path(place) / "same.txt"
         same.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
@@ -132,13 +132,13 @@ def fetch_dali(packages: Mapping[str, str], python: str, folder: Path, known: It
 
 
 def sha256(path: Path) -> str:
-    """The file's hash."""
+    """The file's SHA-256."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def slices_of(path: Path, most: int) -> list[tuple[str, int, int]]:
-    """Name, begin and end of the pieces of a file of at most `most` bytes; the file's own name where one will do."""
+    """Name, start and end of a file's pieces of at most `most` bytes. A single piece keeps the file's name."""
     size = path.stat().st_size
     if size <= most:
         return [(path.name, 0, size)]
@@ -148,7 +148,7 @@ def slices_of(path: Path, most: int) -> list[tuple[str, int, int]]:
 
 
 def pack(wheels: Sequence[Path], folder: Path, most: int = PART_BYTES) -> tuple[list[dict[str, object]], int]:
-    """Lay wheels, or slices of them, into parts of at most `most` bytes, in this order.
+    """Distribute wheels, or slices of them, over parts of at most `most` bytes, in this order.
 
     Returns a record for each wheel, and how many parts there are.
     """
@@ -170,7 +170,7 @@ def pack(wheels: Sequence[Path], folder: Path, most: int = PART_BYTES) -> tuple[
 
 
 def make(out: Path, python: str, present: Mapping[str, str], dali: bool) -> dict[str, object]:
-    """Make the bundle in `out`, which is replaced; returns what `bundle.json` says."""
+    """Make the bundle in `out`, replacing it; returns the content of `bundle.json`."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         packages = closure(required(), python, present)
@@ -198,7 +198,7 @@ def make(out: Path, python: str, present: Mapping[str, str], dali: bool) -> dict
 
 
 def shown(path: Path) -> Path:
-    """The path from the checkout, where it is in it."""
+    """The path relative to the checkout, if it is inside."""
     path = path.resolve()
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
@@ -207,12 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="gpu_bundle", description=(__doc__ or "").split("\n\n", 1)[1])
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--python", default="3.12", help="the GPU machine's python (default 3.12)")
-    parser.add_argument("--present", type=Path, help="output of pip list --format=freeze there; what it has stays out")
+    parser.add_argument("--python", default="3.12", help="the GPU machine's Python version (default 3.12)")
+    parser.add_argument("--present", type=Path, help="leave out packages in this output of pip list --format=freeze")
     parser.add_argument("--dali", action="store_true", help=f"add {DALI}, in slices")
     options = parser.parse_args(argv)
     if not re.fullmatch(r"3\.\d+", options.python):
-        parser.error(f"--python {options.python}: should be as 3.12")
+        parser.error(f"--python {options.python}: should be a version such as 3.12")
     try:
         made = make(options.out, options.python, read_present(options.present) if options.present else {}, options.dali)
     except (BundleError, OSError) as error:

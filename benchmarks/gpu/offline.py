@@ -1,8 +1,8 @@
-"""On a GPU machine without a network: install this folder's wheels beside the machine's own torch, and run the suite.
+"""On a GPU machine without a network, install this folder's wheels beside the machine's torch and run the suite.
 
-python3 build/gpu-bundle/run.py                     # install, then benchmarks.gpu.suite; again: it goes on there
-python3 build/gpu-bundle/run.py --tests             # install, then pytest tests/gpu
-python3 build/gpu-bundle/run.py -- --only 'check/*' # what follows -- goes to the suite, or to pytest
+python3 build/gpu-bundle/run.py                     # install, then run benchmarks.gpu.suite; run it again to continue
+python3 build/gpu-bundle/run.py --tests             # install, then run pytest tests/gpu
+python3 build/gpu-bundle/run.py -- --only 'check/*' # arguments after -- go to the suite or to pytest
 """
 
 # Only the standard library: nothing else is there yet.
@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 
 
 class BundleError(Exception):
-    """What is wrong with the bundle or the machine, in one line."""
+    """Something is wrong with the bundle or the machine; the message is one line."""
 
 
 def _hash(path: Path) -> str:
@@ -37,9 +37,9 @@ def _hash(path: Path) -> str:
 
 
 def join(folder: Path, bundle: dict[str, Any], into: Path) -> list[str]:
-    """Put every whole wheel into `into`, checked; returns the names of optional ones whose pieces are not all here.
+    """Check the pieces and join them to wheels in `into`; returns the names of incomplete optional wheels.
 
-    Raises BundleError for a damaged piece, and for a missing piece of a wheel that is needed.
+    Raises BundleError for a damaged piece, or a missing piece of a required wheel.
     """
     into.mkdir(parents=True, exist_ok=True)
     left = []
@@ -50,10 +50,10 @@ def join(folder: Path, bundle: dict[str, Any], into: Path) -> list[str]:
             left.append(f"{record['wheel']} (without {', '.join(missing)})")
             continue
         if missing:
-            raise BundleError(f"{folder / missing[0]} is missing: carry that part here too")
+            raise BundleError(f"{folder / missing[0]} is missing: copy that part here too")
         for piece in record["pieces"]:
             if _hash(folder / piece["file"]) != piece["sha256"]:
-                raise BundleError(f"{folder / piece['file']} is damaged (its sha256 is another): carry that part again")
+                raise BundleError(f"{folder / piece['file']} is damaged (wrong SHA-256): copy that part again")
         if target.is_file() and _hash(target) == record["sha256"]:
             continue
         with target.open("wb") as file:
@@ -66,7 +66,7 @@ def join(folder: Path, bundle: dict[str, Any], into: Path) -> list[str]:
 
 
 def check_machine(bundle: dict[str, Any]) -> None:
-    """Raises BundleError where this python cannot take the wheels, or has no torch that is new enough."""
+    """Raises BundleError if this Python has the wrong version for the wheels, or no torch that is new enough."""
     own = f"{sys.version_info.major}.{sys.version_info.minor}"
     if own != bundle["python"]:
         raise BundleError(
@@ -94,9 +94,9 @@ def _numbers(version: str) -> list[int]:
 
 
 def stack(env: Path) -> Path:
-    """A virtual environment in `env` on top of the one that runs this; returns its python.
+    """Make a virtual environment `env` on top of the running one; returns its Python.
 
-    `--system-site-packages` would show the packages of the python that lies below, not those of a virtual environment.
+    `--system-site-packages` would show the packages of the base Python, not those of a running virtual environment.
     """
     python = env / "bin" / "python"
     if not python.is_file():
@@ -108,7 +108,7 @@ def stack(env: Path) -> Path:
 
 
 def _pip(python: Path, wheels: Path, wanted: list[str]) -> str:
-    """Install from `wheels` alone; returns what went wrong, empty where nothing did."""
+    """Install only from `wheels`; returns the error, or an empty string."""
     words = ["install", "-q", "--no-index", "--disable-pip-version-check", "--find-links", str(wheels), *wanted]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PIP_")}
     environment["PIP_CONFIG_FILE"] = os.devnull
@@ -120,7 +120,7 @@ def _pip(python: Path, wheels: Path, wanted: list[str]) -> str:
 
 
 def install(folder: Path, env: Path, deps: bool = True) -> Path:
-    """Install what is missing for the python that runs this; without `deps` all wheels. Returns the python to use."""
+    """Install missing packages (without `deps`: every wheel) for the running Python. Returns the Python to use."""
     bundle = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
     check_machine(bundle)
     wheels = env.with_name(f"{env.name}-wheels")
@@ -138,7 +138,7 @@ def install(folder: Path, env: Path, deps: bool = True) -> Path:
 
 
 def checkout_of(folder: Path, given: Path | None) -> Path:
-    """The checkout that the suite runs in: the one given, else the nearest above the bundle or the working folder."""
+    """The checkout to run in: the given one, else the nearest above the bundle or the working folder."""
     for place in [given] if given else [*folder.parents, Path.cwd()]:
         if (place / "benchmarks" / "gpu_suite.py").is_file():
             return place.resolve()
@@ -146,14 +146,16 @@ def checkout_of(folder: Path, given: Path | None) -> Path:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; the exit code is that of what was run."""
+    """The command line. The exit code is that of the suite or of pytest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--env", type=Path, help="the environment to make (default: gpu-env beside the bundle)")
-    parser.add_argument("--source", type=Path, help="the checkout (default: the one that the bundle lies in)")
+    parser.add_argument("--env", type=Path, help="environment to make (default: gpu-env beside the bundle)")
+    parser.add_argument("--source", type=Path, help="the checkout (default: the one that contains the bundle)")
     parser.add_argument("--tests", action="store_true", help="run tests/gpu instead of the suite")
-    parser.add_argument("--no-deps", action="store_true", help="install every wheel of the bundle, whatever is there")
+    parser.add_argument(
+        "--no-deps", action="store_true", help="install every wheel of the bundle, even over installed packages"
+    )
     parser.add_argument("--only-install", action="store_true", help="install and stop")
-    parser.add_argument("more", nargs="*", help="after --: arguments of the suite, or of pytest")
+    parser.add_argument("more", nargs="*", help="after --: arguments for the suite or pytest")
     given = parser.parse_args(argv)
     try:
         python = install(HERE, (given.env or HERE.with_name("gpu-env")).resolve(), not given.no_deps)

@@ -1,4 +1,4 @@
-"""One process of the hand-off measurement: expands a model folder into another, and prints what that took as JSON."""
+"""One process of the hand-off measurement: expands a model folder and prints measurements as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SAMPLE_SECONDS = 0.005
 
 
 class Memory(threading.Thread):
-    """The largest anonymous memory of this process (RssAnon), looked at every few milliseconds."""
+    """The largest anonymous memory of this process (RssAnon), sampled every few milliseconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -42,13 +42,13 @@ def status() -> dict[str, int]:
 
 
 def traffic() -> dict[str, int]:
-    """What this process read and wrote so far, in bytes, the page cache included (/proc/self/io)."""
+    """Bytes that this process read and wrote so far, including the page cache (/proc/self/io)."""
     lines = (line.partition(":") for line in Path("/proc/self/io").read_text().splitlines())
     return {key: int(value) for key, _, value in lines}
 
 
 def stream(values: dict[str, Any]) -> None:
-    """Expand parameter by parameter, from files into files, with all ranks that there are."""
+    """Expand parameter by parameter, from file to file, with all ranks."""
     teacher = read_artefact(Path(values["teacher"]))
     plan = make_plan(teacher.spec, ModelSpec.from_dict(values["student"]), ExpandConfig.both(values["width"]))
     write_artefact(
@@ -62,7 +62,7 @@ def stream(values: dict[str, Any]) -> None:
 
 
 def in_memory(values: dict[str, Any]) -> None:
-    """What a program does that loads both models: every parameter of the teacher, then every one of the student."""
+    """Expand as a program that loads both models: all parameters of the teacher, then all of the student."""
     teacher = read_artefact(Path(values["teacher"]))
     plan = make_plan(teacher.spec, ModelSpec.from_dict(values["student"]), ExpandConfig.both(values["width"]))
     state = dict(teacher.state)
@@ -74,11 +74,11 @@ WAYS: dict[str, Callable[[dict[str, Any]], None]] = {"stream": stream, "in memor
 
 
 def main() -> None:
-    """Do what the JSON object in the first argument says, and print one of measurements."""
+    """Run the request in the first argument (a JSON object) and print the measurements as JSON."""
     values = json.loads(sys.argv[1])
     dist.init("cpu")
     dist.barrier()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of VmHWM starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak VmHWM
     memory, before, moved, start = Memory(), status(), traffic(), time.perf_counter()
     memory.start()
     WAYS[values["way"]](values)

@@ -1,4 +1,4 @@
-"""Runs the hand-off measurement: teachers of random weights, processes under a limit of memory, what they report."""
+"""Runs the hand-off measurement: writes teachers with random weights and starts processes under a memory limit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ HOURS = 3600
 class Pair:
     """A teacher, a student and the width operator between them.
 
-    `limit_share`: the limit of memory as a share of both models in fp32; None: no limit. `load`: also measure a program
+    `limit_share`: the memory limit as a share of both models in fp32; None: no limit. `load`: also measure a program
     that loads both, without a limit.
     """
 
@@ -71,7 +71,7 @@ def model_bytes(spec: ModelSpec) -> int:
 
 
 class Random(Mapping[str, Tensor]):
-    """Weights that are drawn when they are asked for; the same for every number of processes."""
+    """Random weights, drawn when read. They do not depend on the number of processes."""
 
     def __init__(self, spec: ModelSpec) -> None:
         self.names = {name: (at, parameter.shape) for at, (name, parameter) in enumerate(parameters(spec).items())}
@@ -89,14 +89,14 @@ class Random(Mapping[str, Tensor]):
 
 @dataclass(frozen=True)
 class Limit:
-    """A bound on one process's memory: how it is set (for people), and shell commands that set it for the shell."""
+    """A memory limit for one process: its description, and the shell commands that set it."""
 
     how: str
     commands: str
     group: Path | None = None
 
     def kills(self) -> int:
-        """How many processes the kernel killed because the group had used up its memory."""
+        """How many processes of the group the kernel killed for lack of memory."""
         for name in ("memory.oom_control", "memory.events"):
             if self.group is not None and (self.group / name).exists():
                 counts = dict(line.split() for line in (self.group / name).read_text().splitlines())
@@ -104,7 +104,7 @@ class Limit:
         return 0
 
     def peak(self) -> int | None:
-        """The largest charge that the group saw, page cache included; None where there is no group."""
+        """The peak memory of the group, including the page cache; None without a group."""
         for name in ("memory.max_usage_in_bytes", "memory.peak"):
             if self.group is not None and (self.group / name).exists():
                 return int((self.group / name).read_text())
@@ -113,7 +113,7 @@ class Limit:
 
 @contextlib.contextmanager
 def limited(size: int | None) -> Iterator[Limit]:
-    """A control group of `size` bytes where this process may make one, else a limit on the data segment."""
+    """A control group of `size` bytes if this process may make one, else a limit on the data segment."""
     if size is None:
         yield Limit("none", "true")
         return
@@ -142,7 +142,7 @@ def limited(size: int | None) -> Iterator[Limit]:
 
 
 def measure(way: str, pair: Pair, teacher: Path, out: Path, writers: int, limit: int | None) -> dict[str, Any]:
-    """Run `writers` processes, each under a limit of its own; what they report, and how they ended."""
+    """Run `writers` processes, each under its own limit; returns their reports and how they ended."""
     values = {
         "way": way,
         "teacher": str(teacher),
@@ -209,7 +209,7 @@ def _wait(processes: Sequence[subprocess.Popen[str]]) -> list[tuple[subprocess.P
 
 
 def check_space(folder: Path, pairs: Sequence[Pair]) -> None:
-    """Raise RunError unless the largest pair and a tenth more fit on the disk."""
+    """Raise RunError unless the largest pair plus 10 % fits on the disk."""
     needed = int(1.1 * max(pair.both_bytes for pair in pairs))
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -222,5 +222,5 @@ def write_teacher(folder: Path, spec: ModelSpec) -> None:
 
 
 def student_hash(folder: Path) -> str:
-    """The hash of the weights written to `folder`, checked against its files' sizes."""
+    """The hash of the weights in `folder`. Checks the sizes of its files."""
     return read_artefact(folder, verify=False).hash

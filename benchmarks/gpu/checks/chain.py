@@ -1,7 +1,7 @@
-"""Whole chains by the command that a cluster runs, stopped in every link: `compt launch torchrun … launchers/train.py`.
+"""Run whole chains as on a cluster, stopped in every link: `compt launch torchrun … launchers/train.py`.
 
-With it runs what no other check here does: the process group of both gloo and NCCL, models that come from the "meta"
-device, shards of teachers, offloading, moving averages, checkpoints, evaluation and loaders.
+Only this check covers the process group with both gloo and NCCL, models built on the "meta" device, sharded teachers,
+offloading, moving averages, checkpoints, evaluation and loaders.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ BATCH = 16
 STEPS = 80
 """Of a link: on a GPU about a second."""
 STOP = 3
-"""Lines that a link adds to its log before it is asked to stop."""
+"""Lines that a link adds to its log before the request to stop."""
 HELD = 5.0
-"""Seconds that what trains stands still at most, until a request to stop has come through: it takes 0.1 s."""
+"""Longest pause of training until the request to stop arrives, in seconds. It usually takes 0.1 s."""
 SECONDS: Mapping[str, float] = {"chain": 150.0, "chain_zero": 180.0}
-"""That a check may take on a GPU, all its starts together: for the slower one, DeepSpeed compiles its optimizer."""
+"""Time limit of a check on a GPU, all its starts together. In the slower one, DeepSpeed compiles its optimizer."""
 SPARE = 10.0
-"""Of them, to end what did not end."""
+"""The part of it that is reserved to kill what still runs."""
 ON_CPU = 1200.0
-"""That all starts of a check may take on two slow cores."""
+"""Time limit of all starts of a check on two slow cores."""
 AGAIN = 2e-3
-"""On a GPU, of what differs with a stop and without one, as some kernels add up in another order each time; lost
-moments make ten times as much. On a CPU nothing differs."""
+"""Tolerance on a GPU between a run with stops and one without: some kernels sum in a different order each time. Lost
+moments make ten times this difference. On a CPU the runs are equal."""
 
 ENGINES: Mapping[str, Sequence[str]] = {
     "chain": ("{name: ddp}", "{name: fsdp2, shard_teacher: true}", "{name: fsdp2, fsdp2: {cpu_offload: true}}"),
@@ -59,16 +59,16 @@ ENGINES: Mapping[str, Sequence[str]] = {
         "{name: zero3, deepspeed_config: %s/zero3_offload.json}",
     ),
 }
-"""The engine of each link. `engine.async_checkpoints` is on where it can be: not with ZeRO."""
+"""The engine of each link. `engine.async_checkpoints` is on except with ZeRO, which does not support it."""
 
 
 def check_chain(name: str) -> Callable[[torch.device], list[Finding]]:
-    """Whether a chain that is stopped in each of its links ends as one that is not."""
+    """A chain that is stopped in every link ends like one that is not."""
     return lambda device: _chain(name, device)
 
 
 def limit(name: str, device: torch.device) -> float:
-    """Seconds after which a check ends what it has started."""
+    """Seconds after which a check kills its processes."""
     return SECONDS[name] - SPARE if device.type == "cuda" else ON_CPU
 
 
@@ -96,13 +96,13 @@ def _chain(name: str, device: torch.device) -> list[Finding]:
 
 
 def _trains(run: Path, job: str) -> bool:
-    """Whether a job is within its training: else a request to stop came too late for it, and stopped another."""
+    """Whether a job is still training. If not, the request to stop came too late and stopped another job."""
     state = read_manifest(run / "jobs" / job)["state"]
     return bool(state == "training" and STOP <= _steps(run, job) < STEPS)
 
 
 def processes(device: torch.device) -> int:
-    """One for each GPU, as many as a power of two up to 16; two on a CPU."""
+    """The number of processes: one per GPU, rounded down to a power of two, at most 16; two on a CPU."""
     count = torch.cuda.device_count() if device.type == "cuda" else 2
     return max(n for n in (1, 2, 4, 8, 16) if n <= count)
 
@@ -153,9 +153,9 @@ def _steps(run: Path, job: str) -> int:
 
 
 def start(words: Sequence[str], run: Path, until: float, stopped: str | None = None) -> int:
-    """The exit code of a command for the folder `run`; the job `stopped` is asked to stop after `STOP` steps more.
+    """Run a command for the folder `run`, stop the job `stopped` after `STOP` more steps, and return the exit code.
 
-    What has not ended when the monotonic clock stands at `until` is ended, with all that came of it.
+    Kills the command and its descendants if they still run at `until` on the monotonic clock.
     """
     known = _steps(run, stopped) if stopped else 0
     process = subprocess.Popen([*words, str(run)], cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -175,7 +175,7 @@ def start(words: Sequence[str], run: Path, until: float, stopped: str | None = N
 
 
 def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask a launcher to stop what it started, which stands still meanwhile: a fast link would be over by then."""
+    """Ask a launcher to stop its processes. They pause until it has: otherwise a fast link would finish first."""
     launcher, *others = hold_family(process.pid)
     try:
         process.send_signal(signal.SIGTERM)
@@ -189,7 +189,7 @@ def _ask_to_stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def _is_asked(pid: int) -> bool:
-    """Whether SIGTERM waits for a process."""
+    """Whether a SIGTERM is pending for a process."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:  # it has ended
@@ -203,7 +203,7 @@ def _ended(what: str, code: int, right: int) -> Finding:
 
 
 def _compare(whole: Path, halves: Path, job: str, kept: Sequence[str], most: float) -> list[Finding]:
-    """Losses of all steps, weights, moving averages and scores of a job in two run folders."""
+    """Compare the losses of all steps, weights, moving averages and scores of a job in two run folders."""
     one, two = (_losses(run, job) for run in (whole, halves))
     manifests = [read_manifest(run / "jobs" / job) for run in (whole, halves)]
     findings = [

@@ -228,7 +228,7 @@ def check_small_study(results: dict[str, Any], run: Path) -> None:
 def test_a_folder_of_another_study_is_refused(place: Path) -> None:
     run = Path("runs/x")
     write_json(run / STUDY, {"setting": "tiny", "changes": [], "started": "now"})
-    with pytest.raises(RunError, match=r"was begun with changes \[\], not \['optimizer.lr=1'\]"):
+    with pytest.raises(RunError, match=r"the study has changes \[\], not \['optimizer.lr=1'\]"):
         run_study(SMALL, run, silent, changes=["optimizer.lr=1"])
     with pytest.raises(RunError, match="setting tiny, not emoji"):
         run_study(replace(SMALL, name="emoji"), run, silent)

@@ -69,7 +69,7 @@ def test_only_optional_wheels_may_be_missing(tmp_path: Path, bundle: dict[str, A
     assert gpu_bundle_run.join(folder, bundle, tmp_path / "out") == []
     assert (tmp_path / "out" / "dali.whl").read_bytes() == (tmp_path / "dali.whl").read_bytes()
     (folder / "part-01" / "a.whl").unlink()
-    with pytest.raises(gpu_bundle_run.BundleError, match=r"part-01/a\.whl is missing: carry that part here too"):
+    with pytest.raises(gpu_bundle_run.BundleError, match=r"part-01/a\.whl is missing: copy that part here too"):
         gpu_bundle_run.join(folder, bundle, tmp_path / "out")
 
 
