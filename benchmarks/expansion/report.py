@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 README, RESULTS = "README.md", "results.json"
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
-"""Between these the page is written anew; what stands around them is a person's."""
+"""The report replaces the text between these marks. The rest of the page is written by hand."""
 
 TOLD_APART = 2.5
 """Standard errors of a mean difference: Student's t is 2.4 for 95 % at the seven degrees of freedom of eight operators
@@ -49,7 +49,7 @@ NAMES = {**CONTROLS, "net2net_duplicate_zero": "duplicate, zero outputs, width n
 
 
 def read_results(folder: Path) -> Record:
-    """What `collect` wrote. Raises RunError."""
+    """Read the results that `collect` wrote. Raises RunError if they are missing or damaged."""
     path = folder / RESULTS
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -61,7 +61,7 @@ def read_results(folder: Path) -> Record:
 
 
 def label(variant: str) -> str:
-    """What a variant is called in tables and plots."""
+    """The name of a variant in tables and plots."""
     plain = variant.removesuffix("_zero")
     return NAMES.get(variant) or (plain if plain == variant else f"{plain}, zero outputs")
 
@@ -139,7 +139,7 @@ def scatter(results: Record, pair: Record, name: str) -> float | None:
 
 
 def judge(item: Record, deviation: float | None) -> str:
-    """Whether a difference is more than chance: over the seeds, and over the pictures."""
+    """Whether a difference is more than chance, both over seeds and over images."""
     if deviation is None or len(item["by_seed"]) < 2:
         return "one seed"
     error = deviation / math.sqrt(len(item["by_seed"]))
@@ -343,8 +343,8 @@ def _draw(results: Record, pair: Record, key: str, axis: Axes) -> None:
 
 EMPTY = f"""# Expansion operators, compared by training
 
-Students grow from the same trained teacher by each operator and are trained alike, as in figure B and table H of the
-paper. How to repeat it: [benchmarks](../../../benchmarks/README.md). All numbers: [results.json]({RESULTS}).
+Each operator expands a student from the same trained teacher, and all students train alike, as in Figure B and Table H
+of the paper. How to repeat it: [benchmarks](../../../benchmarks/README.md). All numbers: [results.json]({RESULTS}).
 
 {BEGIN}
 {END}
@@ -354,7 +354,7 @@ paper. How to repeat it: [benchmarks](../../../benchmarks/README.md). All number
 
 
 def write_report(results: Record, folder: Path) -> Path:
-    """Write the page and its plots into `folder`; what a person wrote on the page stays. Raises RunError."""
+    """Write the page and its plots into `folder`. Keeps the hand-written text. Raises RunError if a mark is missing."""
     path = folder / README
     text = path.read_text(encoding="utf-8") if path.exists() else EMPTY
     before, begin, rest = text.partition(BEGIN)
