@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -95,14 +96,13 @@ def _check(image: Tensor, text: Tensor, chunk: int | None) -> None:
         raise ValueError(f"chunk is at least 1, not {chunk}")
 
 
+@dataclass(frozen=True)
 class ContrastiveLoss(Loss):
     """`contrastive_loss`; reports task, t2v, v2t and logit_scale."""
 
     name = "contrastive"
-
-    def __init__(self, image_to_text: ImageToText = "slot", chunk: int | None = None) -> None:
-        self.image_to_text: ImageToText = image_to_text
-        self.chunk = chunk
+    image_to_text: ImageToText = "slot"
+    chunk: int | None = None
 
     @classmethod
     def of(cls, optimizer: Optimizer, chunk: int | None) -> ContrastiveLoss:
@@ -193,13 +193,12 @@ def _sums(
     return torch.stack((text_to_image, -positives.sum()))
 
 
+@dataclass(frozen=True)
 class SiglipLoss(Loss):
     """`siglip_loss`; reports task, its shares `positive` and `negative`, logit_scale and logit_bias."""
 
     name = "siglip"
-
-    def __init__(self, chunk: int | None = None) -> None:
-        self.chunk = chunk
+    chunk: int | None = None
 
     @classmethod
     def of(cls, optimizer: Optimizer, chunk: int | None) -> SiglipLoss:
