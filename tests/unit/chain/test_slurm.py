@@ -166,11 +166,13 @@ def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeyp
     assert str(recipe) in first
     assert "--partition=a b" in first
     assert "--dependency=afterok:ID_OF_1-small" in second
-    assert shown.stderr == "Nothing was submitted; add --submit.\n"
+    assert shown.stderr == "Nothing was submitted; --submit does that.\n"
     (tmp_path / "queue").write_text(f"17\t{root}\tslurm/link.sbatch x --run-folder runs/tiny --only 2-large\n")
     shown = CliRunner().invoke(app, ["slurm", "submit", str(recipe), "--gpus", "1"])
     assert len(shown.stdout.splitlines()) == 2
-    assert shown.stderr.startswith("Nothing was submitted; --submit would fail: runs/tiny: already in Slurm's queue: 2")
+    assert shown.stderr.startswith(
+        "Nothing was submitted; --submit would refuse: runs/tiny: already in Slurm's queue: 2"
+    )
     assert not log.exists()
 
 
@@ -179,7 +181,7 @@ def test_the_command_is_for_a_checkout(tmp_path: Path, monkeypatch: pytest.Monke
     recipe = write_recipe(tmp_path / "recipe.yaml")
     refused = CliRunner().invoke(app, ["slurm", "submit", str(recipe)])
     assert isinstance(refused.exception, ConfigError)
-    assert "slurm/link.sbatch is not here" in str(refused.exception)
+    assert "slurm/link.sbatch is missing" in str(refused.exception)
 
 
 def test_an_engine_that_the_processes_cannot_run_is_not_queued(tmp_path: Path) -> None:
