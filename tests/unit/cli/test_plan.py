@@ -201,10 +201,6 @@ REFUSED = {
     "--baselines with --auto": (["--auto", "--baselines"], r"--baselines: does not go with --auto"),
     "--mode with --auto": (["--auto", "--mode", "paper"], r"--mode paper: does not go with --auto"),
     "--memory with --auto": (["--auto", "--memory", "ddp"], r"--memory ddp: does not go with --auto"),
-    "an unknown objective": (
-        ["--auto", "--objective", "costs"],
-        r"--objective costs: should be one of cost, acceleration, budget \(did you mean 'cost'\?\)",
-    ),
 }
 
 
