@@ -133,7 +133,7 @@ def test_the_rows_of_the_table() -> None:
         (["vit_s16", "--teacher", "vit_l16"], "vit_s16 with --teacher vit_l16: its 62,355,841 parameters are not more"),
         (
             ["vit_s16", "--teacher", "vit_nano"],
-            "vit_s16 with --teacher vit_nano: its text_head_width is 64, but 'vit_nano'",
+            "vit_s16 with --teacher vit_nano: its head_width is 64, but 'vit_nano'",
         ),
         (["vit_s16", "--teacher-set", "depth=3"], "--teacher-set: there is no --teacher"),
         (["vit_s16", "--set", "width"], "--set width: should be KEY=VALUE, as in --set width=448"),
