@@ -55,6 +55,8 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     **dict.fromkeys(("pipeline", "tensor_parallel", "expert_parallel"), ((), "only ZeRO shards the model")),
     **dict.fromkeys(("sequence_parallel_size", "data_parallel_size"), ((1,), "all processes are data-parallel")),
     **dict.fromkeys(("checkpoint", "datastates_ckpt"), ((), "compt says how checkpoints are written")),
+    # DeepSpeed would read it and do nothing, as its own checkpointing function is never called.
+    "activation_checkpointing": ((), "set engine.recompute in the recipe instead"),
     "nebula.enabled": ((False,), "compt says how checkpoints are written"),
     f"{_ZERO}.compute_grad_norm": ((True,), "compt skips steps with a norm that is not finite"),
     f"{_ZERO}.elastic_checkpoint": ((False,), "compt resumes on any number of processes without it"),

@@ -146,6 +146,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"optimizer": {"params": {"adam_w_mode": False}}}, {}, ("optimizer.params.adam_w_mode", "false")),
     ({"optimizer": "AdamW"}, {}, ("optimizer", "AdamW", "section")),
     ({"scheduler": {"type": "WarmupLR"}}, {}, ("scheduler", "WarmupLR", "follows the recipe")),
+    ({"activation_checkpointing": {"cpu_checkpointing": True}}, {}, ("activation_checkpointing", "engine.recompute")),
     ({"bf16": {"enabled": True}}, {"precision": "fp32"}, ("bf16.enabled", "true", "optimizer.precision fp32")),
     ({"bf16": {"enabled": True}}, {}, ("bf16.enabled", "true", "optimizer.precision bf16", "logit scale")),
     ({"fp16": {"enabled": True}}, {}, ("fp16.enabled", "true", "optimizer.precision bf16")),
