@@ -14,7 +14,6 @@ from compt.cli.options import (
     AsJson,
     CaptionLengths,
     DeviceName,
-    EngineName,
     Gpus,
     Kind,
     MachineOptions,
@@ -22,6 +21,7 @@ from compt.cli.options import (
     RecipePath,
     ThroughputFile,
     complete_recipe,
+    one_of,
     print_json,
     read_tokens,
 )
@@ -35,7 +35,7 @@ from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.plan.jobs import Job, make_plan
-from compt.recipe.engine import EngineConfig, changed_engine
+from compt.recipe.engine import ENGINE_NAMES, EngineConfig, changed_engine
 from compt.recipe.read import find_recipe, load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import TextTable, hours, say, show
@@ -198,7 +198,7 @@ def throughput(
     ] = None,
     device: DeviceName = "auto",
     seconds: Annotated[float, typer.Option(metavar="S", help="time for each job, at least three steps", min=0)] = 2.0,
-    engine: Annotated[EngineName | None, typer.Option(help="engine", show_default="ddp or the recipe's")] = None,
+    engine: Annotated[str | None, one_of(ENGINE_NAMES, "engine", show_default="ddp or the recipe's")] = None,
     compile_: Annotated[bool, typer.Option("--compile", help="compile the blocks with torch.compile")] = False,
     recompute: Annotated[bool, typer.Option("--recompute", help="recompute blocks in the backward pass")] = False,
     seed: Annotated[int, typer.Option(metavar="N", help="seed of weights, images and captions")] = 0,

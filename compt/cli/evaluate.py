@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compt.cli.options import AsJson, BatchSize, ClassNames, DeviceName, Label, TaskName, Templates, Workers, print_json
+from compt.cli.options import AsJson, BatchSize, ClassNames, DeviceName, Label, Templates, Workers, one_of, print_json
 from compt.models.presets import is_own_swin
-from compt.recipe.schema import EvalSet
+from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 from compt.text import TextTable, show
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def evaluation_set(data: list[str], task: str, label: str, classnames: Path | No
 def evaluate(
     model: Source,
     data: Annotated[list[str], typer.Option(metavar="DATA", help="shards (repeatable), or a folder of class folders")],
-    task: Annotated[TaskName, typer.Option(help="what to compute")] = "zeroshot",
+    task: Annotated[str, one_of(EVALUATION_TASKS, "what to compute")] = "zeroshot",
     label: Label = "cls",
     classnames: ClassNames = None,
     templates: Templates = None,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,10 +20,9 @@ from compt.cost.gpus import Device, find_device
 from compt.cost.speed import Throughput
 from compt.errors import ConfigError
 from compt.plan.forecast import Machine, default_gpus
-from compt.recipe.engine import ENGINES
 from compt.recipe.read import find_recipe, shipped_recipes
-from compt.recipe.schema import EVALUATION_TASKS, Recipe
-from compt.recipe.types import checked_caption_tokens
+from compt.recipe.schema import Recipe
+from compt.recipe.types import OneOf, checked_caption_tokens
 from compt.text import terminal
 
 KIND = "a100-80"
@@ -137,13 +136,24 @@ Templates = Annotated[
         rich_help_panel=_SCORING,
     ),
 ]
-# Registries are open: their names become choices when the program starts, and are texts to a type checker.
-if TYPE_CHECKING:
-    EngineName = str
-    TaskName = str
-else:
-    EngineName = Literal[tuple(ENGINES)]
-    TaskName = Literal[tuple(EVALUATION_TASKS.table)]
+
+
+def one_of(names: OneOf, text: str, **more: Any) -> Any:
+    """An option whose value is a name of a table.
+
+    The table is read when the option is: a `Literal` would not know a name that was added from outside the package.
+    """
+
+    def read(name: str) -> str:
+        try:
+            return names(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names.table if name.startswith(incomplete)]
+
+    return typer.Option(parser=read, metavar=f"<{'|'.join(names.table)}>", autocompletion=complete, help=text, **more)
 
 
 @contextlib.contextmanager

@@ -77,7 +77,8 @@ def fully_sharded(*, background: bool = False) -> list[str]:
     return [name for name, kind in ENGINES.items() if kind.shards == _EVERYTHING and kind.background >= background]
 
 
-EngineName = Annotated[str, AfterValidator(OneOf(ENGINES))]
+ENGINE_NAMES = OneOf(ENGINES)
+EngineName = Annotated[str, AfterValidator(ENGINE_NAMES)]
 
 
 class Fsdp2(Section):

@@ -180,7 +180,7 @@ import os, time
 from compt.cli import main as cli
 from compt.dist import collectives as dist
 from compt.errors import RunError
-def app(_):
+def app(*_, **__):
     dist.init("cpu")
     try:
         dist.agree(RunError("they agree"))

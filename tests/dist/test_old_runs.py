@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(engine: str, tmp_
         said = resume(base, engine)
     else:
         said = run_ranks(resume, wanted["processes"], base, engine, timeout=240)[0]
-    assert f"{engine}: 1 of 2 models are done; going on with {SECOND}." in said
+    assert f"{engine}: 1 of 2 models are done; continuing with {SECOND}." in said
 
     # What was logged before the stop, clock times included, stands there still: these steps were not made again.
     assert metrics.read_text().startswith(logged)

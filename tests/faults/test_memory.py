@@ -130,7 +130,10 @@ def test_a_run_notes_the_micro_batch_that_it_found(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(jobs, "find_micro_batch", found)
     said = chain(base, tmp_path / "run", "engine.find_micro_batch=true", "engine.micro_batch=6")
-    assert [(trial.student.name, trial.teacher and trial.teacher.name, trial.share) for trial in asked] == [
+    assert [
+        (trial.blueprint.student.name, trial.blueprint.teacher and trial.blueprint.teacher.name, trial.share)
+        for trial in asked
+    ] == [
         ("small", None, 12),
         ("large", "small", 12),
     ]
@@ -147,7 +150,7 @@ def test_nothing_is_looked_for_where_no_step_is_left(tmp_path: Path, monkeypatch
         write(self, name, *arguments, **options)
 
     def found(trial: Trial) -> int:
-        asked.append(trial.student.name)
+        asked.append(trial.blueprint.student.name)
         return 4
 
     monkeypatch.setattr(jobs.JobRun, "_write_artefact", stopping)

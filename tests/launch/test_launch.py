@@ -39,8 +39,8 @@ def zero2(tmp_path: Path) -> Path:
     [
         ("--recipe r.yaml", "r.yaml"),
         ("--recipe=r.yaml --baselines", "r.yaml --baselines"),
-        ("r.yaml --run-folder runs/a", "r.yaml --run runs/a"),
-        ("r.yaml --run-folder=runs/a", "r.yaml --run runs/a"),
+        ("r.yaml --run-folder runs/a", "r.yaml --run-folder runs/a"),
+        ("r.yaml --run-folder=runs/a", "r.yaml --run-folder=runs/a"),
         ("--local_rank=3 --recipe r.yaml", "r.yaml"),
         ("--local-rank 3 --recipe r.yaml --set a.b=c", "r.yaml --set a.b=c"),
     ],

@@ -10,13 +10,13 @@ import typer
 
 from compt.cli.options import (
     AsJson,
-    EngineName,
     Gpus,
     Kind,
     MachineOptions,
     Overrides,
     RecipePath,
     ThroughputFile,
+    one_of,
     print_json,
 )
 from compt.cli.plan.tables import plan_tables
@@ -25,6 +25,7 @@ from compt.errors import ConfigError
 from compt.plan.forecast import Machine, check_shares, make_forecast
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
+from compt.recipe.engine import ENGINE_NAMES
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import show
@@ -40,7 +41,7 @@ def plan(
     mode: Annotated[
         Mode | None, typer.Option(help="count what compt computes, or as published", show_default="exact")
     ] = None,
-    memory: Annotated[EngineName | None, typer.Option(help="show the memory of this engine, part by part")] = None,
+    memory: Annotated[str | None, one_of(ENGINE_NAMES, "show the memory of this engine, part by part")] = None,
     auto: Annotated[bool, typer.Option("--auto", help="find a chain instead of showing the recipe's")] = False,
     objective: Annotated[
         Literal["cost", "acceleration", "budget"] | None, typer.Option(help="goal of --auto", show_default="cost")

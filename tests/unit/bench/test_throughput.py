@@ -27,6 +27,7 @@ from compt.plan.jobs import make_plan
 from compt.recipe.engine import EngineConfig, Fsdp2
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Ema, Optimizer
+from compt.train.losses import ContrastiveLoss
 from compt.train.metrics import read_metrics
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest
 
@@ -125,7 +126,7 @@ def test_a_step_trains_the_student_and_runs_the_teacher() -> None:
 
 def test_options_of_the_setup_arrive() -> None:
     step = TrainingStep(replace(engine_of(ALONE, text_buckets=3, loss_chunk=2), optimizer=BF16), CPU)
-    assert (step.task.module.text_buckets, step.task.chunk) == (3, 2)
+    assert (step.task.module.text_buckets, step.task.task_loss) == (3, ContrastiveLoss(chunk=2))
     assert step.engine.precision == "bf16"
     pieces: list[int] = []
     step = TrainingStep(engine_of(LINK, micro_batch=3), CPU)

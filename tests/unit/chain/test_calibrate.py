@@ -249,7 +249,7 @@ def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
             assert (run / "report.html").exists()
     text = (run / "report.md").read_text()
     assert "2-large was not lossless in 4 tries, and the next would have been no shorter than its baseline" in text
-    assert "| CoM-PT large, try 4 | 2.5 |" in text
+    assert "| large, try 4 | 2.5 |" in text
 
 
 def test_a_test_whose_tries_are_not_kept_ends(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -686,7 +686,7 @@ def test_the_command(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch
 def test_options_of_the_test_alone(base: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
     _, error = command(base, monkeypatch, *words)
     assert isinstance(error, ComptError)
-    assert str(error) == f"{words[0]}: is a part of --calibrate; add that"
+    assert str(error) == f"{words[0]}: needs --calibrate"
 
 
 def test_the_growth_is_the_one_that_is_documented() -> None:

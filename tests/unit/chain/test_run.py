@@ -409,7 +409,7 @@ def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
     chain(base, run)  # on the same machine it comes out the same, and the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"was expanded from another {FIRST}"):
-        patch.setattr("compt.chain.job.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
+        patch.setattr("compt.train.build.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
         chain(base, run)
 
 
@@ -613,7 +613,7 @@ def test_without_anything_to_score_no_model_is_loaded_for_it(
     monkeypatch.setattr("compt.engines.ddp.DataParallelEngine.scoring", scoring)
     nothing = ["evaluation.sets=[]", "evaluation.validation=[]", "evaluation.primary="]
     said = chain(base, tmp_path / "run", *nothing)
-    assert loaded == [FIRST]  # the teacher
+    assert loaded == []  # training reads the weights of the teacher without it
     assert not any("evaluating" in text for text in said)
     assert [manifest(tmp_path / "run", job)["scores"] for job in (FIRST, SECOND)] == [{}, {}]
     monkeypatch.undo()

@@ -428,6 +428,6 @@ def test_the_plan_is_checked_before_the_run_folder_is_made(base: Path, tmp_path:
 
 def test_an_error_in_the_middle_gives_the_folder_back(base: Path, half: Path, whole: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(JobRun, "_task", lambda *_: {}["a bug"])
+        patch.setattr(JobRun, "_run_steps", lambda *_: {}["a bug"])
         chain(base, half)
     assert_finishes(base, half, whole)

@@ -172,6 +172,7 @@ OTHER: dict[str, Any] = {
     "data.std": [0.5, 0.5, 0.5],
     "data.shuffle_shards": 2,
     "data.captions_csv": "captions.csv",
+    "data.decoder": None,  # see tests/unit/seams/test_decoder.py
     "data.index_dir": "index",
     "data.max_bad_share": 0.5,
     "family.members.N.name": None,  # see test_names_are_no_result
@@ -215,6 +216,7 @@ OTHER: dict[str, Any] = {
     "optimizer.clip_grad_norm": 1.0,
     "optimizer.precision": "fp32",
     "optimizer.ema.decay": 0.99,
+    "optimizer.loss": "siglip",
     "optimizer.image_to_text": "all",
     "optimizer.max_nonfinite": 3,
     "engine.device": "cpu",
