@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from compt.cost.paper import IMAGES, TABLE_G
+from benchmarks.paper.printed import TABLE_G
+from compt.cost.paper import IMAGES
 from compt.cost.published import paper_cost
 from compt.cost.training import exact_cost
 from compt.models.presets import PRESETS

@@ -10,7 +10,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, Cell, Result, explain, key_of, main, number
 from benchmarks.paper.accounting import MACS_UNIT, SOURCES, chain, individual, published
-from compt.cost.paper import FIGURE_6_REDUCTION, FULL_CHAIN_SAVES_OVER_LAST_PAIR, IMAGES, TABLE_2
+from benchmarks.paper.printed import FIGURE_6_REDUCTION, FULL_CHAIN_SAVES_OVER_LAST_PAIR
+from compt.cost.paper import IMAGES, TABLE_2
 from compt.text import TextTable
 
 SOLO, WHOLE, REDUCTION = "ViT-L alone", "Chain", "Reduction"

@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, UNEXPLAINED, Cell, Result, explain, key_of, main, number, rounds_to
 from benchmarks.paper.accounting import MACS_UNIT, SOURCES, Source, acceleration, chain, individual, published
-from compt.cost.paper import FIGURE_7, FIGURE_7_SAVING_OF_4_OVER_8, IMAGES, TABLE_2, RatioChain
+from benchmarks.paper.printed import FIGURE_7, FIGURE_7_SAVING_OF_4_OVER_8, RatioChain
+from compt.cost.paper import IMAGES, TABLE_2
 from compt.text import TextTable
 
 DATA, BASELINE_EPOCHS = "cc3m", 128

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, Cell, Result, explain, main, number
 from benchmarks.paper.accounting import SOURCES, acceleration, chain, individual
-from compt.cost.paper import FIGURE_8_EPOCHS, TABLE_2, TABLE_G
+from benchmarks.paper.printed import TABLE_G
+from compt.cost.paper import FIGURE_8_EPOCHS, TABLE_2
 from compt.text import TextTable
 
 DATA, BASELINE_EPOCHS = "cc3m", 128

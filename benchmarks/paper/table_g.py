@@ -8,8 +8,8 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, Cell, Result, explain, key_of, main, number
+from benchmarks.paper.printed import TABLE_G
 from compt.cost.counts import image_tower, text_tower, total
-from compt.cost.paper import TABLE_G
 from compt.cost.published import (
     PAPER_PARAMETER_MACS,
     PAPER_TEXT_PASSES,

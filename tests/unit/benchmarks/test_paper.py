@@ -29,7 +29,8 @@ from benchmarks.paper import (
     table_4a,
     table_g,
 )
-from compt.cost.paper import TABLE_2, TABLE_G
+from benchmarks.paper.printed import TABLE_G
+from compt.cost.paper import TABLE_2
 from compt.errors import RunError
 from compt.text import TextTable
 

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.paper.printed import TABLE_G
 from compt.cost.counts import (
     Tokens,
     forward_macs,
@@ -22,7 +23,6 @@ from compt.cost.counts import (
     token_moments,
     total,
 )
-from compt.cost.paper import TABLE_G
 from compt.cost.published import paper_breakdown, paper_cost, paper_forward_macs, paper_parameters, paper_training_macs
 from compt.cost.training import Breakdown, exact_breakdown, exact_cost
 from compt.errors import ConfigError

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.paper.printed import TABLE_G
 from compt.cost.gpus import DEVICES, PAPER_DEVICE, find_device, match_device, utilisation
-from compt.cost.paper import TABLE_2, TABLE_G
+from compt.cost.paper import TABLE_2
 from compt.cost.published import paper_cost
 from compt.cost.speed import (
     Conditions,
