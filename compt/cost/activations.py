@@ -69,10 +69,14 @@ class BlockShape:
         return 4 * self.width**2 + 2 * self.width * self.hidden
 
     @cached_property
+    def table(self) -> int:
+        """Parameters of a window's table of position biases."""
+        return (2 * math.isqrt(self.keys) - 1) ** 2 * self.heads if self.keys else 0
+
+    @cached_property
     def parameters(self) -> int:
-        """All parameters, a window's table of position biases among them."""
-        table = (2 * math.isqrt(self.keys) - 1) ** 2 * self.heads if self.keys else 0
-        return self.matrices + 9 * self.width + self.hidden + table
+        """All parameters."""
+        return self.matrices + 9 * self.width + self.hidden + self.table
 
     def kept(self, formats: Formats) -> float:
         """Bytes that the block keeps for its backward pass."""

@@ -119,7 +119,7 @@ def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
     return _Sizes(
         all=whole,
         copied=copied,
-        vectors=(vectors := whole - copied - embedding - _others(spec)),
+        vectors=(vectors := whole - copied - embedding - sum(_uncopied(spec))),
         small=vectors + sum(size for size in _matrices(spec, teacher) if size <= ZERO_PERSISTENT),
         block=max(blocks),
         root=whole - sum(blocks) - embedding,
@@ -128,31 +128,26 @@ def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
     )
 
 
-def _others(spec: ModelSpec) -> int:
-    """Parameters that are no vectors and of which autocast keeps no copy, beside the token embeddings.
+def _uncopied(spec: ModelSpec) -> list[int]:
+    """Sizes of the tensors that are no vectors and of which autocast keeps no copy, beside the token embeddings.
 
     Positional embeddings, a ViT's patches (a view is what is copied), a Swin's tables of position biases.
     """
     text = spec.context_length * spec.text_width
     if spec.arch == "vit":
-        return text + ((spec.image_size // spec.patch_size) ** 2 + 1 + 3 * spec.patch_size**2) * spec.width
-    return text + sum((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+        places = (spec.image_size // spec.patch_size) ** 2 + 1
+        return [text, places * spec.width, 3 * spec.patch_size**2 * spec.width]
+    return [text, *(block.table for block in _blocks(spec))]
 
 
 def _matrices(spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[int]:
     """Sizes of the tensors that are no vectors; a Swin's merging of patches is taken as no small one."""
     for block in _blocks(spec):
         yield from (3 * block.width**2, block.width**2, *[block.width * block.hidden] * 2)
-    yield from (spec.vocab_size * spec.text_width, spec.context_length * spec.text_width)
-    yield from (
-        spec.final_width * spec.embed_dim,
-        spec.text_width * spec.embed_dim,
-        3 * spec.patch_size**2 * spec.width,
-    )
-    if spec.arch == "vit":
-        yield ((spec.image_size // spec.patch_size) ** 2 + 1) * spec.width
-    else:
-        yield from ((2 * math.isqrt(block.keys) - 1) ** 2 * block.heads for block in _blocks(spec) if block.keys)
+    yield from (spec.vocab_size * spec.text_width, spec.final_width * spec.embed_dim, spec.text_width * spec.embed_dim)
+    yield from _uncopied(spec)
+    if spec.arch == "swin":
+        yield 3 * spec.patch_size**2 * spec.width
     if teacher is not None and teacher.embed_dim != spec.embed_dim:
         yield from [spec.embed_dim * teacher.embed_dim] * 2
 
