@@ -26,10 +26,11 @@ from torch import Tensor
 
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, RunError
-from compt.files import disk_errors, leads_out, new_folder, read_json, sha256_file, write_json
+from compt.files import disk_errors, new_folder, read_json, sha256_file, write_json
 from compt.models.clip import ClipModel, build, exported_shapes, materialise
 from compt.models.init import load_state
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
+from compt.weights.lazy import check_link, plain_name
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
 
 FORMAT = "compt-model"
@@ -170,7 +171,7 @@ def write_artefact(
         "interpolation": interpolation,
         "resize_mode": "shortest",
     }
-    states = {_plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
+    states = {plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
     writers = Writers(folder, together)
     parts = writers.all(lambda: _parts(states, spec, max_shard_bytes))
     with contextlib.ExitStack() as undo:
@@ -294,7 +295,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     """
     folder = Path(folder)
     if (folder / MANIFEST).exists():
-        _check_link(folder / MANIFEST)
+        check_link(folder / MANIFEST)
     manifest = read_object(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise ArtefactError(f"{folder / MANIFEST}: not the manifest of a compt model")
@@ -304,7 +305,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
     try:
         spec = ModelSpec.from_dict(manifest["spec"])
         preprocess = dict(manifest["preprocess"])
-        files = {_plain_name(folder, name): dict(entry) for name, entry in manifest["files"].items()}
+        files = {plain_name(folder, name): dict(entry) for name, entry in manifest["files"].items()}
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
         raise ArtefactError(f"{folder / MANIFEST}: {_cause(error)}") from error
@@ -337,7 +338,7 @@ def weight_map(folder: Path, index: str) -> dict[str, str]:
     listed = read_object(folder / index).get("weight_map")
     if not isinstance(listed, dict):
         raise ArtefactError(f"{folder / index}: has no weight_map")
-    return {name: _plain_name(folder, file) for name, file in listed.items()}
+    return {name: plain_name(folder, file) for name, file in listed.items()}
 
 
 def export_open_clip(source: Artefact, folder: Path) -> None:
@@ -359,22 +360,10 @@ def _weights_hash(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _plain_name(folder: Path, name: Any) -> str:
-    """`name`, if it is a file name that cannot lead out of its folder. Raises ArtefactError otherwise."""
-    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
-        raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
-    return name
-
-
-def _check_link(path: Path) -> None:
-    if leads_out(path):
-        raise ArtefactError(f"{path}: a link out of its folder, to {path.resolve()}; it is not followed")
-
-
 def _check_file(path: Path, size: int, digest: str | None) -> None:
     if path.is_symlink() and not path.exists():
         raise ArtefactError(f"{path}: a link to nothing")
-    _check_link(path)
+    check_link(path)
     if not path.is_file():
         raise ArtefactError(f"{path}: missing")
     if path.stat().st_size != size:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,23 +48,17 @@ class DcpWeights(Weights):
         self._folder = folder
         self._metadata = metadata
         self._reader = _DcpReader(folder, metadata)
-        self._entries: dict[str, TensorStorageMetadata] = {
+        self._parts: dict[str, TensorStorageMetadata] = {
             name: entry
             for name, entry in metadata.state_dict_metadata.items()
             if type(name) is str and type(entry) is TensorStorageMetadata
         }
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        entry = self._parts[name]
         tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
         self.read_into({name: tensor})
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
 
     def read_into(self, tensors: Mapping[str, Tensor]) -> None:
         """Read the tensors of these names into the given ones, of the same shapes; into a DTensor only its own shards.
@@ -82,11 +76,11 @@ class DcpWeights(Weights):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
-        return tuple(self._entries[name].size)
+        return tuple(self._parts[name].size)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter's elements, without reading it."""
-        return self._entries[name].properties.dtype
+        return self._parts[name].properties.dtype
 
 
 def read_dcp(folder: Path) -> FoundWeights:

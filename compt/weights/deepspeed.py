@@ -33,27 +33,21 @@ class ZeroWeights(Weights):
     """Parameters as pieces of vectors: for each its shape and the vectors that hold its elements, in order."""
 
     def __init__(self, pieces: Mapping[str, tuple[tuple[int, ...], list[Tensor]]]) -> None:
-        self._pieces = dict(pieces)
+        self._parts: dict[str, tuple[tuple[int, ...], list[Tensor]]] = dict(pieces)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, pieces = self._pieces[name]
+        shape, pieces = self._parts[name]
         whole = torch.cat([piece.reshape(-1) for piece in pieces])[: math.prod(shape)].reshape(shape)
         # Frozen parameters are stored in the dtype of training.
         return whole.float() if whole.dtype in (torch.bfloat16, torch.float16) else whole
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._pieces)
-
-    def __len__(self) -> int:
-        return len(self._pieces)
-
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
-        return self._pieces[name][0]
+        return self._parts[name][0]
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter's elements in the file; of several pieces the first type that is no float."""
-        found = [piece.dtype for piece in self._pieces[name][1]]
+        found = [piece.dtype for piece in self._parts[name][1]]
         return next((dtype for dtype in found if dtype not in FLOATS), found[0] if found else torch.float32)
 
 

@@ -14,9 +14,8 @@ from compt.errors import ArtefactError, ConfigError, nearest
 from compt.models.clip import exported_shapes
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec
-from compt.weights.lazy import FLOATS, View
+from compt.weights.lazy import FLOATS, View, Weights
 from compt.weights.names import OPENAI_SIZES
-from compt.weights.safetensors import LazyState
 
 HEAD_WIDTH = 64
 _FLOATS = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOATS)
@@ -61,7 +60,7 @@ def infer_spec(view: View, leftover: Collection[str], name: str, option: str) ->
     return next((other for other in _known() if other == replace(spec, name=other.name)), spec)
 
 
-def compare(view: View | LazyState, spec: ModelSpec, where: str) -> None:
+def compare(view: Weights, spec: ModelSpec, where: str) -> None:
     """Raise ArtefactError unless `view` fits the model; the error lists every parameter that does not.
 
     Weights are fp16, bf16, fp32 or fp64. Reads no tensor.

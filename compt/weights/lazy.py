@@ -14,16 +14,29 @@ import torch
 from torch import Tensor
 
 from compt.errors import ArtefactError
-from compt.files import sha256_file
+from compt.files import leads_out, sha256_file
 from compt.models.presets import ModelSpec
-from compt.weights.safetensors import LazyState
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The types that weights may have."""
 
 
 class Weights(Mapping[str, Tensor]):
-    """Parameter name -> tensor on the CPU. Each access reads the tensor; shapes are known without reading."""
+    """Parameter name -> tensor on the CPU. Each access reads the tensor; names and shapes are known without reading.
+
+    `_parts` has for each name what a subclass reads its tensor from.
+    """
+
+    _parts: Mapping[str, Any]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parts
 
     @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
@@ -38,7 +51,7 @@ class Weights(Mapping[str, Tensor]):
 class FoundWeights:
     """What a path holds: its weights under the source's own names, its files, and what a config beside them says."""
 
-    weights: Weights | LazyState
+    weights: Weights
     files: Sequence[Path]
     spec: ModelSpec | None = None
     preprocess: dict[str, Any] = field(default_factory=dict)
@@ -48,24 +61,18 @@ class Tensors(Weights):
     """Tensors of an open file. They are views of the file; each access returns a copy."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = dict(tensors)
+        self._parts: dict[str, Tensor] = dict(tensors)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[name].clone(memory_format=torch.contiguous_format)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
+        return self._parts[name].clone(memory_format=torch.contiguous_format)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
-        return tuple(self._tensors[name].shape)
+        return tuple(self._parts[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter's elements."""
-        return self._tensors[name].dtype
+        return self._parts[name].dtype
 
 
 @dataclass(frozen=True)
@@ -80,9 +87,9 @@ class TensorSource:
 class View(Weights):
     """Weights under other names. Each access makes the tensor from the source's."""
 
-    def __init__(self, weights: Weights | LazyState, parts: Mapping[str, TensorSource]) -> None:
+    def __init__(self, weights: Weights, parts: Mapping[str, TensorSource]) -> None:
         self._weights = weights
-        self._parts = dict(parts)
+        self._parts: dict[str, TensorSource] = dict(parts)
 
     def __getitem__(self, name: str) -> Tensor:
         part = self._parts[name]
@@ -92,15 +99,6 @@ class View(Weights):
         if part.change == "transpose":
             return tensor.T.contiguous()
         return tensor.reshape(part.shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
@@ -112,19 +110,24 @@ class View(Weights):
         return next((dtype for dtype in found if dtype not in FLOATS), found[0])
 
 
-def inside(folder: Path, name: str) -> Path:
-    """The file `name` of `folder`. Raises ArtefactError where it is missing, or is a link out of the folder.
-
-    Links into `blobs` beside a snapshot in Hugging Face's cache are followed: such a snapshot consists of them.
-    """
-    if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
+def plain_name(folder: Path, name: Any) -> str:
+    """`name`, if it is a file name that cannot lead out of its folder. Raises ArtefactError otherwise."""
+    if not isinstance(name, str) or name in ("", ".", "..") or Path(name).name != name or "\\" in name or "\0" in name:
         raise ArtefactError(f"{folder}: {name!r} is not a plain file name")
-    path, home = folder / name, folder.resolve()
-    real = path.resolve()
-    blobs = home.parent.parent / "blobs"
-    if real.parent != home and not (home.parent.name == "snapshots" and real.parent == blobs):
-        raise ArtefactError(f"{path}: a link out of its folder, to {real}; it is not followed")
-    if not real.is_file():
+    return name
+
+
+def check_link(path: Path) -> None:
+    """Raise ArtefactError for a link to a file in another folder (`compt.files.leads_out`)."""
+    if leads_out(path):
+        raise ArtefactError(f"{path}: a link out of its folder, to {path.resolve()}; it is not followed")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file `name` of `folder`. Raises ArtefactError where it is missing, or is a link out of the folder."""
+    path = folder / plain_name(folder, name)
+    check_link(path)
+    if not path.is_file():
         raise ArtefactError(f"{path}: missing")
     return path
 

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from compt.errors import ArtefactError
 from compt.models.scalars import SCALAR_NAMES
 from compt.weights.lazy import TensorSource, View, Weights
-from compt.weights.safetensors import LazyState
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _ANCHOR = "token_embedding.weight"
@@ -52,9 +51,7 @@ _HUGGING_FACE_BLOCK = {
 _HUGGING_FACE_LAYER = re.compile(r"((?:vision|text)_model\.encoder\.layers)\.(\d+)\.(.+)\.(weight|bias)")
 
 
-def open_clip_view(
-    weights: Weights | LazyState, prefix: str | None, where: str, option: str
-) -> tuple[View, list[str], list[str]]:
+def open_clip_view(weights: Weights, prefix: str | None, where: str, option: str) -> tuple[View, list[str], list[str]]:
     """The one model in `weights` under open_clip's names, all names left out, and those left out of the model itself.
 
     `prefix` chooses among several models, by the model's prefix or a part of it between dots. Learnt scalars get shape
@@ -157,7 +154,7 @@ def _swin_now(own: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _from_hugging_face(own: Mapping[str, str], weights: Weights | LazyState) -> dict[str, TensorSource]:
+def _from_hugging_face(own: Mapping[str, str], weights: Weights) -> dict[str, TensorSource]:
     parts: dict[str, TensorSource] = {}
     known = {theirs: (name, turned) for name, theirs, turned in _HUGGING_FACE}
     for theirs, source in own.items():

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.files import disk_errors
+from compt.weights.lazy import Weights
 
 Shape = tuple[int, ...]
 
@@ -205,39 +206,30 @@ class TensorFile:
             raise ArtefactError(f"{self.path}: cannot be read ({error.strerror or error})") from error
 
 
-class LazyState(Mapping[str, Tensor]):
+class LazyState(Weights):
     """Parameter name -> tensor. Each access reads the tensor from its safetensors file; none is kept."""
 
     def __init__(self, folder: Path, names: Iterable[str]) -> None:
         """Raises ArtefactError for a file that is no safetensors file, and for a parameter that is in two files."""
-        self._files: dict[str, TensorFile] = {}
+        self._parts: dict[str, TensorFile] = {}
         for name in names:
             file = TensorFile(Path(folder) / name)
             for key in file:
-                if key in self._files:
-                    raise ArtefactError(f"{folder}: {key} is in {self._files[key].path.name} and in {name}")
-                self._files[key] = file
+                if key in self._parts:
+                    raise ArtefactError(f"{folder}: {key} is in {self._parts[key].path.name} and in {name}")
+                self._parts[key] = file
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._files[name].read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._files
+        return self._parts[name].read(name)
 
     def shape(self, name: str) -> Shape:
         """The shape of a parameter, without reading it."""
-        return self._files[name].shape(name)
+        return self._parts[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype | str:
         """The type of a parameter's elements, without reading it; the format's name of a type that is not read here."""
-        return self._files[name].dtype(name)
+        return self._parts[name].dtype(name)
 
     def file_of(self, name: str) -> str:
         """The file that holds a parameter."""
-        return self._files[name].path.name
+        return self._parts[name].path.name
