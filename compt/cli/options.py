@@ -59,6 +59,11 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped_recipes() if name.startswith(incomplete)] + sorted(paths)
 
 
+def option(panel: str, text: str, *names: str, default: str | None = None, **rest: Any) -> Any:
+    """An option in the section `panel` of the help. `default`: the default in words."""
+    return typer.Option(*names, help=text, show_default=default or True, rich_help_panel=panel, **rest)
+
+
 RecipePath = Annotated[
     Path,
     typer.Argument(
@@ -94,47 +99,22 @@ CaptionLengths = Annotated[
     str | None,
     typer.Option("--tokens", metavar="LENGTHS", help="computed tokens a caption: 30, or 20:0.7,40:0.3, or context"),
 ]
-_SCORING = "Scoring"
+_DEVICES = ["auto", "cpu", "cuda"]
 DeviceName = Annotated[
     str,
-    typer.Option(
-        "--device",
-        metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N",
-        autocompletion=lambda: ["auto", "cpu", "cuda"],
-    ),
+    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N", autocompletion=lambda: _DEVICES),
 ]
-BatchSize = Annotated[
-    int, typer.Option("--batch", metavar="N", help="images of a step", min=1, rich_help_panel=_SCORING)
-]
-Workers = Annotated[
-    int, typer.Option("--workers", metavar="N", help="processes that decode images", min=0, rich_help_panel=_SCORING)
-]
-Label = Annotated[
-    str,
-    typer.Option(
-        "--label", metavar="NAME", help="cls, or the field of each .json with the class", rich_help_panel=_SCORING
-    ),
-]
+_SCORING = "Scoring"
+BatchSize = Annotated[int, option(_SCORING, "images of a step", "--batch", metavar="N", min=1)]
+Workers = Annotated[int, option(_SCORING, "processes that decode images", "--workers", metavar="N", min=0)]
+Label = Annotated[str, option(_SCORING, "cls, or the field of each .json with the class", "--label", metavar="NAME")]
 ClassNames = Annotated[
     Path | None,
-    typer.Option(
-        "--classnames",
-        metavar="FILE",
-        help="class names, one a line",
-        show_default="beside the data",
-        rich_help_panel=_SCORING,
-    ),
+    option(_SCORING, "class names, one a line", "--classnames", metavar="FILE", default="beside the data"),
 ]
 Templates = Annotated[
     Path | None,
-    typer.Option(
-        "--templates",
-        metavar="FILE",
-        help="templates with {c}, one a line",
-        show_default="beside the data",
-        rich_help_panel=_SCORING,
-    ),
+    option(_SCORING, "templates with {c}, one a line", "--templates", metavar="FILE", default="beside the data"),
 ]
 
 

@@ -14,7 +14,7 @@ import typer
 from compt.cli.evaluate import Source, evaluation_set
 from compt.cli.expand.request import ExpandRequest, Prepared, prepare
 from compt.cli.expand.tables import plan_tables, summary_table, verification_tables
-from compt.cli.options import BatchSize, ClassNames, DeviceName, Label, Templates, Workers, progress_bar
+from compt.cli.options import BatchSize, ClassNames, DeviceName, Label, Templates, Workers, option, progress_bar
 from compt.errors import ArtefactError
 from compt.files import write_json
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
@@ -56,13 +56,9 @@ The exit code is 4 if a tower breaks the plan's promise to keep its function."""
 _HOW, _MODELS, _OUTPUT = "Expansion", "Models", "Output"
 
 
-def _option(panel: str, text: str, *names: str, metavar: str | None = None, default: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, show_default=default or True, rich_help_panel=panel)
-
-
-Pairs = Annotated[str, _option(_HOW, "both towers", metavar="PAIRS", default="width=insert,depth=duplicate")]
+Pairs = Annotated[str, option(_HOW, "both towers", metavar="PAIRS", default="width=insert,depth=duplicate")]
 Sizes = Annotated[
-    list[str] | None, _option(_MODELS, "change the student: width=512, depths=2-2-8-2", "--set", metavar="FIELD=VALUE")
+    list[str] | None, option(_MODELS, "change the student: width=512, depths=2-2-8-2", "--set", metavar="FIELD=VALUE")
 ]
 
 
@@ -74,28 +70,28 @@ def expand(
     ] = None,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="folder to write", show_default=False)] = None,
     both: Pairs = "",
-    image: Annotated[str, _option(_HOW, "the image tower", metavar="PAIRS", default="as --both")] = "",
-    text: Annotated[str, _option(_HOW, "the text tower", metavar="PAIRS", default="as --both")] = "",
-    seed: Annotated[int | None, _option(_HOW, "seed of new weights", metavar="N", default="0")] = None,
+    image: Annotated[str, option(_HOW, "the image tower", metavar="PAIRS", default="as --both")] = "",
+    text: Annotated[str, option(_HOW, "the text tower", metavar="PAIRS", default="as --both")] = "",
+    seed: Annotated[int | None, option(_HOW, "seed of new weights", metavar="N", default="0")] = None,
     from_manifest: Annotated[
-        Path | None, _option(_HOW, "repeat the expansion recorded in this manifest.json", metavar="FILE")
+        Path | None, option(_HOW, "repeat the expansion recorded in this manifest.json", metavar="FILE")
     ] = None,
     set_: Sizes = None,
     teacher_model: Annotated[
-        str | None, _option(_MODELS, "what TEACHER is, where it does not say so", metavar="NAME")
+        str | None, option(_MODELS, "what TEACHER is, where it does not say so", metavar="NAME")
     ] = None,
     teacher_prefix: Annotated[
-        str | None, _option(_MODELS, "prefix of the teacher's names, as in module.student.", metavar="P")
+        str | None, option(_MODELS, "prefix of the teacher's names, as in module.student.", metavar="P")
     ] = None,
     shard_size: Annotated[
-        str | None, _option(_OUTPUT, "largest file to write: 500MB, 2GiB", metavar="SIZE", default="5GB")
+        str | None, option(_OUTPUT, "largest file to write: 500MB, 2GiB", metavar="SIZE", default="5GB")
     ] = None,
-    dry_run: Annotated[bool, _option(_OUTPUT, "write nothing; show every parameter", "--dry-run")] = False,
-    as_json: Annotated[bool, _option(_OUTPUT, "print everything as JSON", "--json")] = False,
-    out_json: Annotated[Path | None, _option(_OUTPUT, "also write that JSON to a file", metavar="FILE")] = None,
+    dry_run: Annotated[bool, option(_OUTPUT, "write nothing; show every parameter", "--dry-run")] = False,
+    as_json: Annotated[bool, option(_OUTPUT, "print everything as JSON", "--json")] = False,
+    out_json: Annotated[Path | None, option(_OUTPUT, "also write that JSON to a file", metavar="FILE")] = None,
     verify: Annotated[
         list[str] | None,
-        _option("Scoring", "compare with the teacher on shards or class folders; repeatable", metavar="DATA"),
+        option("Scoring", "compare with the teacher on shards or class folders; repeatable", metavar="DATA"),
     ] = None,
     label: Label = "cls",
     classnames: ClassNames = None,
