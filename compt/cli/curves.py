@@ -84,7 +84,8 @@ def curves_table(found: Curves) -> TextTable:
 def _row(name: str, link: LinkCurve) -> list[str]:
     points = ", ".join(map(_point, link.points))
     baseline = "-" if link.baseline is None else _point(link.baseline)
-    return [name, points, baseline, _epochs(link), _interval(link), _speed(link)]
+    epochs, speed = _epochs_and_speed(link)
+    return [name, points, baseline, epochs, _interval(link), speed]
 
 
 def _point(point: Point) -> str:
@@ -93,12 +94,15 @@ def _point(point: Point) -> str:
     return f"{point.epochs:.4g}:{point.top1:.2f}{spread}"
 
 
-def _epochs(link: LinkCurve) -> str:
+def _epochs_and_speed(link: LinkCurve) -> list[str]:
+    """Epochs to match, exactly or by a bound, and the acceleration that goes with them."""
     if link.match is not None:
-        return f"{link.match.epochs:.2f}"
+        return [f"{link.match.epochs:.2f}", f"{link.acceleration(link.match.epochs):.2f}x"]
     if link.at_most is not None:
-        return f"≤ {link.at_most:.4g}"
-    return "-" if link.more_than is None else f"> {link.more_than:.4g}"
+        return [f"≤ {link.at_most:.4g}", f"≥ {link.acceleration(link.at_most):.2f}x"]
+    if link.more_than is not None:
+        return [f"> {link.more_than:.4g}", f"< {link.acceleration(link.more_than):.2f}x"]
+    return ["-", "-"]
 
 
 def _interval(link: LinkCurve) -> str:
@@ -107,11 +111,3 @@ def _interval(link: LinkCurve) -> str:
     if link.low is not None:
         return f"≥ {link.low:.2f}"
     return "-" if link.high is None else f"≤ {link.high:.2f}"
-
-
-def _speed(link: LinkCurve) -> str:
-    if link.match is not None:
-        return f"{link.acceleration(link.match.epochs):.2f}x"
-    if link.at_most is not None:
-        return f"≥ {link.acceleration(link.at_most):.2f}x"
-    return "-" if link.more_than is None else f"< {link.acceleration(link.more_than):.2f}x"
