@@ -87,16 +87,18 @@ def percent(value: float) -> str:
     return f"{value:.2g}" if value < 1 else f"{value:.1f}"
 
 
+def macs_alone(state: dict[str, Any]) -> dict[str, float]:
+    """MACs of each model that has a baseline; of several baselines the first."""
+    jobs = [job for job in reversed(state["jobs"]) if job["kind"] == "baseline"]
+    return {job["spec"]["name"]: job["cost"]["total_macs"] for job in jobs}
+
+
 def acceleration(state: dict[str, Any]) -> float | None:
     """MACs of the chain's members trained individually over those of the chain; None where not all are planned.
 
     Failed tries of a first-pair test are a cost of the chain.
     """
-    links = [job for job in state["jobs"] if job["kind"] == "link"]
-    alone: dict[str, float] = {}
-    for job in state["jobs"]:
-        if job["kind"] == "baseline":
-            alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
+    links, alone = [job for job in state["jobs"] if job["kind"] == "link"], macs_alone(state)
     if not links or any(job["spec"]["name"] not in alone for job in links):
         return None
     own = sum(job["cost"]["total_macs"] for job in state["jobs"] if job["kind"] in ("link", "try"))

@@ -17,6 +17,7 @@ from compt.report.content import (
     JobView,
     environment,
     jobs_table,
+    macs_alone,
     read_job,
     roles_of,
     score_tables,
@@ -52,13 +53,7 @@ def _accuracy(summary: Summary) -> figures.Figure | None:
     whole = [rows for rows in summary.individual.values() if [row.model for row in rows] == order[: len(rows)]]
     alone = [points for rows in whole if len(points := _points(rows)) and any(r.kind == "baseline" for r in rows)]
     controls = [
-        figures.Dot(
-            SAME.get(row.job, row.job),
-            row.macs,
-            row.top1,
-            row.low,
-            row.high,
-        )
+        figures.Dot(SAME.get(row.job, row.job), row.macs, row.top1, row.low, row.high)
         for row in summary.controls
         if row.top1 is not None and row.low is not None and row.high is not None
     ]
@@ -88,10 +83,7 @@ def _curves(jobs: list[JobView]) -> figures.Figure | None:
 def _costs(state: dict[str, Any]) -> figures.Figure | None:
     links = [job for job in state["jobs"] if job["kind"] == "link"]
     tries = [job for job in state["jobs"] if job["kind"] == "try"]
-    alone: dict[str, float] = {}
-    for job in state["jobs"]:
-        if job["kind"] == "baseline":
-            alone.setdefault(job["spec"]["name"], job["cost"]["total_macs"])
+    alone = macs_alone(state)
     bars, chain, rest = [], [0.0, 0.0, 0.0], 0.0
     for job in (*tries, *links):
         cost, name = job["cost"], job["spec"]["name"]
