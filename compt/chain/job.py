@@ -14,7 +14,7 @@ from torch import Tensor
 from compt.bench.throughput import peak_flops
 from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers, steps_left
 from compt.chain.start import hash_of, open_start
-from compt.cost.training import JobCost, exact_cost
+from compt.cost.training import exact_cost
 from compt.data.batch import Batch
 from compt.data.index import Index
 from compt.data.loaders import train_loader
@@ -25,7 +25,6 @@ from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
 from compt.files import write_json
-from compt.models.clip import ClipModel
 from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
@@ -173,15 +172,8 @@ class JobRun:
             "parent": self._parent,
             "parent_hash": parent_hash,
         }
-        write_artefact(
-            self.folder / name,
-            state,
-            job.spec,
-            {**own, **fields},
-            mean=data.mean,
-            std=data.std,
-            **options,
-        )
+        manifest = {**own, **fields}
+        write_artefact(self.folder / name, state, job.spec, manifest, mean=data.mean, std=data.std, **options)
 
     @property
     def _engine_config(self) -> EngineConfig:
@@ -329,11 +321,14 @@ class JobRun:
         if not dist.any_true((self.folder / "model").exists()):
             self._fit()
         beat(self.job.steps, "evaluating", LONG)
-        artefact = dist.on_all(self._trained)
+        artefact, job = dist.on_all(self._trained), self.job
+        trained = artefact.manifest["trained"]
+        tokens = trained["tokens_per_caption"]  # as measured
+        cost = recipe_cost(self.context.recipe, job.spec, job.active_teacher, job.steps, dist.world_size(), tokens)
         self._enter(
             "evaluated",
-            trained=artefact.manifest["trained"],
-            cost=self._cost(artefact.manifest["trained"]["tokens_per_caption"]).to_json(),
+            trained=trained,
+            cost=cost.to_json(),
             model_hash=artefact.hash,
             **self._scored(artefact),
             sets=evaluation_identity(self.context.recipe),
@@ -345,7 +340,7 @@ class JobRun:
             return {"scores": {}}
         self.say(f"{self.job.name}: evaluating")
         model = artefact.load_model(self.context.device)
-        return {"scores": self._score(model), **self.scorer.held_out_loss(model)}
+        return {"scores": self.scorer.at_the_end(model, self.folder / "scores"), **self.scorer.held_out_loss(model)}
 
     def _trained(self) -> Artefact:
         """This job's model. Raises RunError if another recipe or other data trained it."""
@@ -357,20 +352,12 @@ class JobRun:
             )
         return artefact
 
-    def _cost(self, tokens: float) -> JobCost:
-        """The cost of this job with the measured length of captions."""
-        job = self.job
-        return recipe_cost(self.context.recipe, job.spec, job.active_teacher, job.steps, dist.world_size(), tokens)
-
     def _useful_macs(self, tokens: float) -> float:
         """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory."""
         job = self.job
         batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
         cost = exact_cost(job.spec, job.active_teacher, steps=1, batch=batch, captions=captions, tokens=tokens)
         return cost.sample_macs
-
-    def _score(self, model: ClipModel) -> dict[str, Any]:
-        return self.scorer.at_the_end(model, self.folder / "scores")
 
     def _finish(self) -> None:
         dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))

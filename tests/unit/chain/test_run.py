@@ -29,6 +29,7 @@ from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
 from compt.data.loaders import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
+from compt.evaluate.scorer import Scorer
 from compt.expand.execute import SeededDraw, expand_state
 from compt.expand.plan import make_plan
 from compt.files import read_json, sha256_file, write_json
@@ -320,14 +321,14 @@ def test_the_command_exits_with_75_on_signals_to_all_its_processes(
 def test_a_signal_between_trainings_exits_at_once_and_loses_nothing(
     base: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    score = JobRun._score
+    score = Scorer.at_the_end
 
-    def stopped(self: JobRun, model: Any) -> dict[str, Any]:
+    def stopped(self: Scorer, model: Any, folder: Path) -> dict[str, Any]:
         signal.raise_signal(signal.SIGTERM)
-        return score(self, model)
+        return score(self, model, folder)
 
     with monkeypatch.context() as patch:
-        patch.setattr(JobRun, "_score", stopped)
+        patch.setattr(Scorer, "at_the_end", stopped)
         with pytest.raises(Interrupted, match="stopped by SIGTERM. Start the same command again"):
             chain(base, tmp_path / "run")
     assert manifest(tmp_path / "run", FIRST)["state"] == "training"
