@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.cost.gpus import Device
-from compt.cost.speed import Conditions, Throughput, speed
+from compt.cost.speed import Conditions, Speed, Throughput, speed
+from compt.cost.training import JobCost
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import recipe_cost
 from compt.recipe.schema import Recipe
@@ -41,11 +42,24 @@ def distils(recipe: Recipe) -> bool:
     return recipe.chain.distill.alpha > 0
 
 
+def epoch_cost(recipe: Recipe, student: ModelSpec, teacher: ModelSpec | None, gpus: int) -> JobCost:
+    """The cost of an epoch on `gpus` processes, as a plan of `recipe` counts it in mode `exact`."""
+    return recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, recipe.data.caption_tokens)
+
+
+def speed_of(
+    recipe: Recipe, student: ModelSpec, teacher: ModelSpec | None, device: Device, gpus: int, file: Throughput | None
+) -> Speed:
+    """How fast each of `gpus` `device`s trains `student`: measured if `file` has exactly this job, else projected."""
+    cost, conditions = epoch_cost(recipe, student, teacher, gpus), Conditions.of(recipe, gpus, student.name)
+    return speed(student, teacher, cost, device, conditions, file)
+
+
 def macs_costs(recipe: Recipe, specs: Sequence[ModelSpec], *, gpus: int = 1) -> Costs:
     """MACs of an epoch on `gpus` processes, as a plan of `recipe` counts them in mode `exact`."""
 
     def macs(student: ModelSpec, teacher: ModelSpec | None) -> float:
-        return recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, recipe.data.caption_tokens).total_macs
+        return epoch_cost(recipe, student, teacher, gpus).total_macs
 
     return Costs("macs", *_tables(specs, macs, distils(recipe)))
 
@@ -66,10 +80,7 @@ def hours_costs(
     samples = epoch_steps(recipe) * recipe.optimizer.batch
 
     def hours(student: ModelSpec, teacher: ModelSpec | None, file: Throughput | None = None) -> float:
-        conditions = Conditions.of(recipe, gpus, student.name)
-        cost = recipe_cost(recipe, student, teacher, epoch_steps(recipe), gpus, conditions.tokens)
-        found = speed(student, teacher, cost, device, conditions, file)
-        return samples * found.seconds_per_sample / 3600
+        return samples * speed_of(recipe, student, teacher, device, gpus, file).seconds_per_sample / 3600
 
     alone, links = _tables(specs, hours, distils(recipe))
     places = {replace(spec, name="", timm_name=""): at for at, spec in enumerate(specs)}

@@ -10,14 +10,12 @@ import numpy as np
 from pydantic import BaseModel
 
 from compt.cost.gpus import Device
-from compt.cost.speed import Conditions, Throughput, speed
-from compt.cost.training import JobCost
+from compt.cost.speed import Throughput
 from compt.design.candidates import ladder
-from compt.design.costs import distils, epoch_steps
+from compt.design.costs import distils, epoch_cost, epoch_steps, speed_of
 from compt.design.curves import LinkEpochs
 from compt.design.epochs import EpochModel, Floats, Range, fits, log2_size
 from compt.models.presets import ModelSpec, resolve
-from compt.plan.jobs import recipe_cost
 from compt.recipe.read import parse_recipe
 from compt.recipe.schema import Link, Recipe
 from compt.recipe.types import Duration
@@ -92,9 +90,9 @@ def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Se
     longest = np.maximum(own, [one.high for one in needed])
     teachers: list[ModelSpec | None] = [None, *specs[:-1]] if distils(setting.recipe) else [None] * len(specs)
     jobs = list(zip(specs, teachers, strict=True))
-    macs = np.array([_epoch_cost(setting, *job).total_macs for job in jobs])
+    macs = np.array([epoch_cost(setting.recipe, *job, setting.gpus).total_macs for job in jobs])
     total, most = float(own @ macs), float(longest @ macs)
-    individual = e * sum(_epoch_cost(setting, spec, None).total_macs for spec in specs)
+    individual = e * sum(epoch_cost(setting.recipe, spec, None, setting.gpus).total_macs for spec in specs)
     found = Outcome(
         label=label,
         specs=tuple(specs),
@@ -119,27 +117,12 @@ def outcome(setting: Setting, label: str, specs: Sequence[ModelSpec], epochs: Se
     )
 
 
-def _epoch_cost(setting: Setting, student: ModelSpec, teacher: ModelSpec | None) -> JobCost:
-    recipe = setting.recipe
-    return recipe_cost(recipe, student, teacher, epoch_steps(recipe), setting.gpus, recipe.data.caption_tokens)
-
-
 def _epoch_hours(
     setting: Setting, device: Device, jobs: Sequence[tuple[ModelSpec, ModelSpec | None]]
 ) -> tuple[Floats, Kind, tuple[str, ...]]:
     """GPU-hours [3, n] of an epoch of each job (least, middle, most), how they are known, and where from."""
     recipe = setting.recipe
-    found = [
-        speed(
-            student,
-            teacher,
-            _epoch_cost(setting, student, teacher),
-            device,
-            Conditions.of(recipe, setting.gpus, student.name),
-            setting.throughput,
-        )
-        for student, teacher in jobs
-    ]
+    found = [speed_of(recipe, *job, device, setting.gpus, setting.throughput) for job in jobs]
     kinds = {one.kind for one in found}
     kind: Kind = kinds.pop() if len(kinds) == 1 else "measured and projected"
     hours = np.array([[one.low, one.seconds_per_sample, one.high] for one in found]).T / 3600
