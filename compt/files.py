@@ -20,8 +20,9 @@ from compt.errors import RunError
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[a-z0-9_]{8}(?P<old>\.old)?")
 
 
-def _fsync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -31,15 +32,9 @@ def _fsync_folder(folder: Path) -> None:
 def _fsync_tree(folder: Path) -> None:
     """Flush every file below `folder`, and the folders themselves, to the disk."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        elif path.is_dir():
-            _fsync_folder(path)
-    _fsync_folder(folder)
+        if path.is_file() or path.is_dir():
+            _fsync(path)
+    _fsync(folder)
 
 
 def leads_out(path: Path) -> bool:
@@ -81,7 +76,7 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
             with contextlib.suppress(OSError):
                 os.unlink(name)
             raise
-        _fsync_folder(path.parent)
+        _fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -120,7 +115,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             if final.exists():
                 os.rename(final, old)
             os.rename(temporary, final)
-            _fsync_folder(final.parent)
+            _fsync(final.parent)
             shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,6 +158,23 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def memory_sizes() -> dict[str, int]:
+    """Linux's sizes of this process (VmRSS, ...) and of the machine's memory (MemTotal, ...), in bytes; else {}."""
+    paths = [path for path in (Path("/proc/meminfo"), Path("/proc/self/status")) if path.exists()]
+    found = (re.findall(r"^(\w+):\s+(\d+) kB$", path.read_text(encoding="utf-8"), re.MULTILINE) for path in paths)
+    return {name: int(size) * 1024 for pairs in found for name, size in pairs}
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}, so that two recipes can be compared field by field."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def hash_json(value: Any) -> str:

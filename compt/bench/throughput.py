@@ -22,7 +22,7 @@ from compt.data.batch import Batch
 from compt.dist import collectives as dist
 from compt.dist.child import start_child
 from compt.errors import ComptError, ConfigError, RunError
-from compt.files import write_json
+from compt.files import memory_sizes, write_json
 from compt.models.clip import caption_lengths, padded_tokens
 from compt.weights.artefact import versions
 
@@ -113,7 +113,7 @@ class _LargestBatch:
             return False
         if self.last_seconds * batch / self.last_batch > CPU_STEP_SECONDS:
             return True
-        available, held = _available_bytes(), _resident_bytes("VmRSS")
+        available, held = map(memory_sizes().get, ("MemAvailable", "VmRSS"))
         if available is None or held is None or self.last_batch == 1:
             return False
         each = (self.last_peak - self.first_peak) / (self.last_batch - 1)
@@ -127,7 +127,7 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     does not report it).
     """
     torch.manual_seed(setup.seed)
-    before = 0 if device.type == "cuda" else _resident_bytes("VmRSS")
+    before = 0 if device.type == "cuda" else memory_sizes().get("VmRSS")
     search = _LargestBatch(setup, device)
     size = batch or largest_batch(search.fits, most)
     timed = None
@@ -225,27 +225,9 @@ def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds:
     return 2 * cost.sample_macs / seconds / peak if peak else None
 
 
-def _resident_bytes(key: str) -> int | None:
-    """`VmRSS` (now) or `VmHWM` (peak) of this process. getrusage's peak would include that of the parent."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return None
-    for line in status.read_text(encoding="utf-8").splitlines():
-        if line.startswith(f"{key}:"):
-            return int(line.split()[1]) * 1024
-    return None
-
-
 def _peak_bytes(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _resident_bytes("VmHWM")
-
-
-def _available_bytes() -> int | None:
-    path = Path("/proc/meminfo")
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    # VmHWM is the peak; that of getrusage would include the parent's.
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else memory_sizes().get("VmHWM")
 
 
 def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: int, seconds: float) -> Measurement:

@@ -24,7 +24,7 @@ from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.sets import check_sets
 from compt.evaluate.task import EvalSettings
-from compt.files import disk_errors, write_json, write_text
+from compt.files import disk_errors, flatten, write_json, write_text
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
@@ -45,16 +45,6 @@ def from_main(action: Callable[[], T]) -> T:
     dist.on_main(lambda: found.append(action()))
     result: T = dist.broadcast_object(found[0] if found else None)
     return result
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}, so that two recipes can be compared field by field."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

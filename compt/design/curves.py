@@ -19,7 +19,7 @@ from compt.cost.paper import LOSSLESS_POINTS
 from compt.design.crossing import Numbers, crossing, interval, paired_draws
 from compt.design.runs import FinishedJob, Lineage, Skipped, read_run
 from compt.errors import ConfigError, nearest
-from compt.files import hash_json
+from compt.files import flatten, hash_json
 from compt.models.presets import ModelSpec
 
 Target = Literal["baseline", "lossless"]
@@ -266,7 +266,7 @@ class _CurveReader:
             distilled=bool(one.alpha),
             evaluation_set=self.name,
             points=self._points(members),
-            settings=_flat(self._kind_of(members[0])),
+            settings=flatten(self._kind_of(members[0])),
         )
         scratch = [job for job in self.jobs if job.manifest.parent_hash is None]
         same = [job for job in scratch if self._shared(job) == shared]
@@ -347,16 +347,6 @@ def _grouped(jobs: Iterable[FinishedJob], key: Callable[[FinishedJob], Any]) -> 
     for job in jobs:
         groups.setdefault(hash_json(key(job)), []).append(job)
     return list(groups.values())
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat |= _flat(item, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def names(links: Sequence[LinkCurve]) -> list[str]:

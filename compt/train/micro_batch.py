@@ -28,6 +28,7 @@ from compt.dist.rendezvous import HERE, is_host
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
 from compt.errors import RunError, is_out_of_memory
+from compt.files import memory_sizes
 from compt.plan.jobs import Job
 from compt.plan.remedies import Room, advice
 from compt.recipe.engine import fully_sharded
@@ -215,9 +216,4 @@ def room_of(device: torch.device) -> Room:
     """Free and total bytes of a GPU, or of the machine's memory if the system reports them."""
     if device.type == "cuda":
         return Room(*torch.cuda.mem_get_info(device))
-    path, found = Path("/proc/meminfo"), {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        name, _, value = line.partition(":")
-        if name in ("MemAvailable", "MemTotal"):
-            found[name] = int(value.split()[0]) * 1024
-    return Room(found.get("MemAvailable"), found.get("MemTotal"))
+    return Room(*map(memory_sizes().get, ("MemAvailable", "MemTotal")))

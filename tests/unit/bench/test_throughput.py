@@ -21,6 +21,7 @@ from compt.cost.gpus import DEVICES
 from compt.cost.speed import Measurement, Throughput, other_settings
 from compt.cost.training import exact_cost
 from compt.errors import ConfigError, RunError
+from compt.files import memory_sizes
 from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.presets import PRESETS
 from compt.plan.jobs import make_plan
@@ -199,13 +200,14 @@ def test_a_cpu_stops_at_long_steps_and_before_its_memory_ends(monkeypatch: pytes
     monkeypatch.setattr(throughput, "CPU_STEP_SECONDS", 0.0)
     assert measure(ALONE, CPU, None, 32, 0.0).batch == 1
     monkeypatch.setattr(throughput, "CPU_STEP_SECONDS", 1e6)
-    monkeypatch.setattr(throughput, "_available_bytes", lambda: 1000)
+    sizes = {**memory_sizes(), "MemAvailable": 1000}
+    monkeypatch.setattr(throughput, "memory_sizes", lambda: sizes)
     search = throughput._LargestBatch(ALONE, CPU)
     search.last_batch, search.first_peak, search.last_peak = 4, 10**12, 10**12 + 3000  # 1000 bytes a sample
     assert search._is_too_much(8)
-    monkeypatch.setattr(throughput, "_resident_bytes", lambda key: 10**12 + 6200)
+    sizes["VmRSS"] = 10**12 + 6200
     assert not search._is_too_much(8)  # 7000 - 6200 < 900
-    monkeypatch.setattr(throughput, "_resident_bytes", lambda key: 10**12 + 6000)
+    sizes["VmRSS"] = 10**12 + 6000
     assert search._is_too_much(8)
 
 
