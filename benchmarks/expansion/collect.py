@@ -171,7 +171,7 @@ def _compared(pair: Pair, students: Sequence[Training], setting: Setting, run: P
             ids, correct = _answers(_place(run, Training(pair, seed, variant)), name)
             other_ids, other = _answers(_place(run, Training(pair, seed, pair.variants[0])), name)
             if not np.array_equal(ids, other_ids):
-                raise RunError(f"{run}: {variant.name} and {pair.reference} were scored on different '{name}' pictures")
+                raise RunError(f"{run}: {variant.name} and {pair.reference} were scored on different '{name}' images")
             own.append(correct)
             others.append(other)
             pictures.append(ids)

@@ -194,7 +194,7 @@ def table(results: Record, pair: Record) -> TextTable:
             (
                 "Loss: contrastive, on held-out pairs, in nats. Accuracies: zero-shot top-1 in percent. Mean over "
                 f"seeds ± half their distance. Differences are in points of {report}; their intervals are over its "
-                "pictures."
+                "images."
             ),
         ),
     )

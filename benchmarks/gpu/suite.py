@@ -333,7 +333,7 @@ def speed_table(records: Sequence[dict[str, Any]], device: str, source: str) -> 
         mfu = "-" if entry.mfu is None else f"{entry.mfu:.1%}"
         rows.append([name, str(entry.batch), f"{1 / entry.seconds_per_sample:,.4g}", memory, mfu])
     notes = [
-        "model<teacher: a link, with the forward pass of its teacher. bf16, 4 captions of the whole context a picture."
+        "model<teacher: a link, with the forward pass of its teacher. bf16, 4 captions of the whole context an image."
     ]
     notes += ["*: measured with an earlier state of the source."] if old else []
     return TextTable(f"Throughput on {device}", ["Job", "Batch", "Samples/s", "Peak memory", "MFU"], rows, notes)

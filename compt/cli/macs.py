@@ -136,7 +136,7 @@ def macs_table(breakdown: Breakdown, title: str, sample: str) -> TextTable:
     again = ", again (to save memory)" if "Again" in columns else ""
     per = "a step" if exact else "a sample too"
     note = (
-        f"MACs are multiply-accumulates of matrix products and convolutions. Of a sample, a picture with {sample}: "
+        f"MACs are multiply-accumulates of matrix products and convolutions. Of a sample, an image with {sample}: "
         f"fwd, bwd{again}. Of {per}: update. Step: all of {breakdown.batch:,} samples. {_ASSUMPTIONS[breakdown.mode]}"
     )
     return TextTable(f"MACs of {title}, mode {breakdown.mode}", ["Module", "Params", *columns], rows, [note])

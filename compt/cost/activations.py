@@ -43,7 +43,7 @@ class Formats:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """One transformer block on a picture or a caption of `positions` tokens.
+    """One transformer block on an image or a caption of `positions` tokens.
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `padding`: positions that fill
     up its windows. `masked`: its windows are shifted. `readout`: one position alone is computed, from the keys and
@@ -111,7 +111,7 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower on one picture or caption: its blocks, and what stands around them.
+    """A tower on one image or caption: its blocks, and what stands around them.
 
     Outside the blocks: `products`, numbers kept in the compute type as inputs of matrix products; `norms`, pairs of
     positions and width; `matrices`, weights of which autocast keeps a copy. `tensors`: how many parameters it has.
@@ -124,7 +124,7 @@ class Tower:
     tensors: int
 
     def kept(self, formats: Formats, recompute: bool) -> float:
-        """Bytes kept for one picture or caption; with `recompute` only the inputs of blocks."""
+        """Bytes kept for one image or caption; with `recompute` only the inputs of blocks."""
         outside = formats.compute * self.products
         outside += sum(positions * (formats.norm * width + _STATISTICS) for positions, width in self.norms)
         return outside + sum(block.entered(formats) if recompute else block.kept(formats) for block in self.blocks)
@@ -178,8 +178,8 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
 
 
 def image_tower(spec: ModelSpec, formats: Formats) -> Tower:
-    """The image tower on one picture."""
-    # A picture in fp32 is the input itself; in half precision the first convolution keeps a copy.
+    """The image tower on one image."""
+    # An image in fp32 is the input itself; in half precision the first convolution keeps a copy.
     return _swin(spec, formats.compute != FP32) if spec.arch == "swin" else _vit(spec)
 
 
@@ -199,7 +199,7 @@ def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
 
 
 def towers(spec: ModelSpec, formats: Formats, captions: int, tokens: Tokens = None) -> Iterator[tuple[int, Tower]]:
-    """How often each tower runs for one picture with its captions, and the tower."""
+    """How often each tower runs for one image with its captions, and the tower."""
     yield 1, image_tower(spec, formats)
     yield captions, text_tower(spec, tokens)
 
@@ -207,7 +207,7 @@ def towers(spec: ModelSpec, formats: Formats, captions: int, tokens: Tokens = No
 def kept_by_towers(
     spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None, recompute: bool = False
 ) -> float:
-    """Bytes for one picture with its captions, and with `recompute` those of the one block that is computed again."""
+    """Bytes for one image with its captions, and with `recompute` those of the one block that is computed again."""
     parts = list(towers(spec, formats, captions, tokens))
     kept = sum(times * tower.kept(formats, recompute) for times, tower in parts)
     again = max(times * block.kept(formats) for times, tower in parts for block in tower.blocks)
@@ -245,7 +245,7 @@ def backward_bytes(
 
 
 def working_of_towers(spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None) -> float:
-    """Bytes for one picture with its captions of the largest gradients between two layers."""
+    """Bytes for one image with its captions of the largest gradients between two layers."""
     parts = towers(spec, formats, captions, tokens)
     return max(times * block.working(formats) for times, tower in parts for block in tower.blocks)
 

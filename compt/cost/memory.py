@@ -268,7 +268,7 @@ def memory_per_gpu(
 
     `batch` is global, `micro_batch` of one GPU; `tokens` is the computed length of captions, a mean or shares by length
     (default: the context). `recompute`: blocks keep their input and are computed again in backward. `loss_chunk`:
-    pictures of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
+    images of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
     moving average of the weights is kept. For fsdp2, `replicas`: groups of GPUs that each hold the whole state;
     `reshard`: blocks give their gathered weights up after the forward pass.
 
@@ -305,7 +305,7 @@ def memory_per_gpu(
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of one GPU: `rows` pictures, `piece` of them at a time."""
+    """One step of one GPU: `rows` images, `piece` of them at a time."""
 
     spec: ModelSpec
     teacher: ModelSpec | None

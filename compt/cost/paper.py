@@ -1,6 +1,6 @@
 """Numbers published with Chain-of-Models Pre-Training (arXiv 2604.12391): what tables and fits are held against.
 
-MACs are multiply-accumulates; a sample is one picture of 224 pixels with its captions of 77 tokens. Accelerations are
+MACs are multiply-accumulates; a sample is one image of 224 pixels with its captions of 77 tokens. Accelerations are
 baseline over chain. What the paper does not print is not here: inferred values stand where they are inferred.
 """
 

@@ -1,6 +1,6 @@
 """How fast GPUs train: measured where a throughput file says so, else projected by a stated model. No torch in here.
 
-The projection charges each sample (a picture with its captions) for three things, one after the other:
+The projection charges each sample (an image with its captions) for three things, one after the other:
 
     seconds = FLOPs / (efficiency * peak) + channels * bytes_per_channel / bandwidth + fixed_seconds
 
@@ -35,7 +35,7 @@ from compt.recipe.schema import Optimizer, Recipe
 
 @dataclass(frozen=True)
 class Conditions:
-    """How one process trains, as far as its speed depends on it; `batch` is its own share of a step's pictures.
+    """How one process trains, as far as its speed depends on it; `batch` is its own share of a step's images.
 
     `tokens` as in `compt.cost`. `micro_batch` and `loss_chunk` are None where one takes the whole share.
     """
@@ -237,7 +237,7 @@ def mean_tokens(spec: ModelSpec, tokens: Tokens) -> float:
 
 
 def channels(spec: ModelSpec, captions: int, tokens: Tokens = None) -> float:
-    """Positions times width, summed over all blocks of both towers, of one picture with its captions."""
+    """Positions times width, summed over all blocks of both towers, of one image with its captions."""
     text = captions * mean_tokens(spec, tokens) * spec.text_width * spec.text_depth
     side = spec.image_size // spec.patch_size
     if spec.arch == "vit":

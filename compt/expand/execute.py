@@ -165,7 +165,7 @@ def expand(
 
 
 def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:
-    # A learnt scalar has shape [1] inside a model, and () in files.
+    # A learned scalar has shape [1] inside a model, and () in files.
     if entry.source_shape == () and tensor.numel() == 1:
         tensor = tensor.reshape(())
     if tuple(tensor.shape) != entry.source_shape:

@@ -203,13 +203,13 @@ def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
 
 
 def export_state(model: nn.Module) -> dict[str, Tensor]:
-    """open_clip's state dict on the CPU: the learnt scalars in shape (), all else as it is."""
+    """open_clip's state dict on the CPU: the learned scalars in shape (), all else as it is."""
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     return {name: tensor.reshape(exported_shape(name, tensor.shape)) for name, tensor in state.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Copy `state` into `model`, one tensor at a time. A learnt scalar may have shape () or [1].
+    """Copy `state` into `model`, one tensor at a time. A learned scalar may have shape () or [1].
 
     Raises ArtefactError, which lists the missing, the unexpected and the misshapen parameters; the model is then
     unchanged.

@@ -34,14 +34,14 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """The full description of one CLIP model: image tower, text tower, joint embedding, learnt scalars.
+    """The full description of one CLIP model: image tower, text tower, joint embedding, learned scalars.
 
     For a Swin, `width` and `heads` are those of the first stage and double with each stage, `depth` is the sum of
     `depths`, and an empty `timm_name` is filled in from the sizes. Widths are in channels; `image_size` and
     `patch_size` in pixels; `window` in patches; `context_length` in tokens. `quick_gelu`: the activation of OpenAI's
     own models instead of GELU; a Swin's image tower has GELU anyway. `norm_eps`, `text_norm_eps`: what the LayerNorms
     of a ViT and of the text tower add to the variance. `loss`: the loss that the model is trained with, which decides
-    its learnt scalars (`LOSS_TRAITS`).
+    its learned scalars (`LOSS_TRAITS`).
 
     Raises ConfigError for sizes that no model has, and for an unknown loss.
     """
@@ -142,7 +142,7 @@ class ModelSpec:
 
     @property
     def scalars(self) -> tuple[Scalar, ...]:
-        """The learnt scalars."""
+        """The learned scalars."""
         return LOSS_TRAITS[self.loss].scalars
 
     def open_clip_config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The learnt scalars of a model and the losses that bring them: one list for the model, its costs, files and training.
+"""The learned scalars of a model and the losses that bring them: one list for the model, its costs, files and training.
 
 A new loss has one entry here and one class in `compt.train.losses`, under the same name.
 """
@@ -15,7 +15,7 @@ SCALAR_NAMES = ("logit_scale", "logit_bias")
 
 @dataclass(frozen=True)
 class Scalar:
-    """One learnt number of a model: shape [1] inside a model, so that engines can shard it; shape () in files.
+    """One learned number of a model: shape [1] inside a model, so that engines can shard it; shape () in files.
 
     `initial`: the value of the parameter from scratch. An expansion copies the teacher's value, and takes `initial`
     where the teacher has no such scalar. `cap`: the largest value, held after each step; None without a limit. `log`:

@@ -82,64 +82,64 @@ EngineName = Annotated[str, AfterValidator(ENGINE_NAMES)]
 
 
 class Fsdp2(Section):
-    """How torch's `fully_shard` cuts a model up; each block of a tower is a unit."""
+    """How torch's `fully_shard` shards a model. Each block of a tower is a unit."""
 
     reshard_after_forward: bool = execution(True)
-    """Whether the gathered weights of a block are given up after its forward and gathered again for its backward: less
-    memory, half as much communication again."""
+    """Free the gathered weights of a block after its forward pass and gather them again for its backward pass: less
+    memory, 1.5 times the communication."""
     replicas: int = execution(1, gt=0)
-    """Groups of processes that each hold the whole state in shards and average gradients with each other (hybrid
-    sharding): with one a node, weights are gathered within nodes only. Has to divide the processes."""
+    """Number of groups of processes that each hold the whole state in shards (hybrid sharding). With one group per
+    node, weights are gathered only within nodes. It has to divide the number of processes."""
     cpu_offload: bool = execution(False)
-    """Whether shards of weights, gradients and moments lie in the CPU's memory, and the optimizer steps there."""
+    """Keep the shards of weights, gradients and moments in the CPU's memory, and run the optimizer there."""
     reduce_precision: Literal["fp32", "bf16"] = execution("fp32")
-    """Type that gradients are summed over processes in."""
+    """Number format in which gradients are summed over processes."""
 
 
 class EngineConfig(Section):
-    """How and where to run. Several processes share the work data-parallel."""
+    """How and where to run. Several processes are data-parallel."""
 
     name: EngineName = execution("ddp")
-    """How the state is shared out: `ddp` (all of it on every GPU), `fsdp2` (shards of everything), or DeepSpeed's ZeRO:
-    `zero0` (nothing in shards), `zero1` (the optimizer), `zero2` (gradients too), `zero3` (weights too)."""
+    """How the state is sharded: `ddp` (not at all), `fsdp2` (weights, gradients, optimizer), or DeepSpeed's ZeRO:
+    `zero0` (not at all), `zero1` (optimizer), `zero2` (gradients too), `zero3` (weights too)."""
     fsdp2: Fsdp2 = execution(Fsdp2())
     """For `name: fsdp2`."""
     deepspeed_config: str | None = execution(None)
-    """For `name: zero…`: a JSON file of DeepSpeed's. What it leaves out, or calls `auto`, comes from this recipe; what
-    contradicts it is an error. Without it ds_configs' file for the stage."""
+    """For `name: zero…`: a JSON file for DeepSpeed. What it leaves out, or sets to `auto`, comes from this recipe; a
+    contradiction is an error. Default: the file for the stage in ds_configs."""
     shard_teacher: bool = execution(False)
-    """Whether the frozen teacher lies in shards too, gathered block by block."""
+    """Shard the frozen teacher too, and gather it block by block."""
     recompute: bool = execution(False)
-    """Whether blocks keep only their inputs and are computed again in backward: less memory, a third more work."""
+    """Activation checkpointing: keep only the inputs of blocks and compute blocks again in backward. Less memory, a
+    third more work."""
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
-    """`auto` takes a GPU where there is one."""
+    """`auto` uses a GPU if there is one."""
     micro_batch: int | None = execution(None, gt=0)
-    """Pictures of a process that are computed at once, against a lack of memory; the step stays the same."""
+    """Images that one process computes at once, to save memory. The step stays the same. Default: its whole share."""
     find_micro_batch: bool = execution(False)
-    """Whether a training first looks for the largest `micro_batch`, up to the one given, that its memory holds."""
+    """Before training, search the largest `micro_batch` that fits into memory, up to the one given."""
     text_buckets: int = execution(1, gt=0)
-    """Groups of captions of similar length, each trimmed to its longest."""
+    """Groups of captions of similar length in a batch, each padded only to its longest."""
     loss_chunk: int | None = execution(None, gt=0)
-    """Rows of the similarity matrix that are held at once; without it all."""
+    """Rows of the similarity matrix that are in memory at once. Default: all."""
     compile: bool = execution(False)
-    """Whether torch compiles the model."""
+    """Compile the model with torch.compile."""
     workers: int = execution(4, ge=0)
-    """Processes that decode pictures, for each training process."""
+    """Processes that decode images, for each training process."""
     cache: bool = execution(False)
-    """Whether the training set's raw files are kept in memory."""
+    """Keep the encoded images of the training set in memory."""
     log_every: Duration = execution(Duration(steps=50))
-    """Distance of log lines."""
+    """Log this often."""
     checkpoint_every: Duration = execution(Duration(steps=1000))
-    """Distance of checkpoints to resume from."""
+    """Write a checkpoint this often."""
     keep_checkpoints: int = execution(2, gt=0)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints that are kept."""
     keep_every: Duration | None = execution(None)
-    """Distance of checkpoints that are kept besides, until the model is done."""
+    """Also keep a checkpoint this often, until the job is done."""
     async_checkpoints: bool = execution(False)
-    """Whether checkpoints go to the disk while training goes on; they need memory for a copy of the state. Not with
-    ZeRO."""
+    """Write checkpoints while training goes on. Needs memory for a copy of the state. Not with ZeRO."""
     timeout: float = execution(600.0, gt=0)
-    """Seconds without a step, or in a collective, after which a process counts as hanging and the job is ended."""
+    """Seconds without a step, or in one collective, after which a process counts as hanging and the job ends."""
 
     @property
     def kind(self) -> EngineKind:

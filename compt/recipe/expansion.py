@@ -12,7 +12,7 @@ from compt.recipe.types import Section
 
 
 class TowerExpand(Section):
-    """Operators of one tower. A field that is left out has the value for both towers."""
+    """Operators of one tower. A field that is left out takes the value for both towers."""
 
     width: str | None = None
     """Width operator, as in `chain.expand.width`."""
@@ -39,10 +39,10 @@ class BothExpand(TowerExpand):
 
 
 class LinkExpand(BothExpand):
-    """How this link grows from its predecessor, where it differs from `chain.expand`.
+    """How this link grows from its teacher, where it differs from `chain.expand`.
 
-    The value for one tower of this link comes first, then the value for both towers of this link, then the chain's
-    value for the tower, then the chain's value for both. Not for a link that starts from scratch.
+    The first value that is set counts: for one tower of this link, for both towers of this link, for the tower in
+    `chain.expand`, for both towers there. Not for a link that starts from scratch.
     """
 
     image: TowerExpand = TowerExpand()
@@ -52,7 +52,7 @@ class LinkExpand(BothExpand):
 
 
 class Expand(LinkExpand):
-    """Inverse weight initialization: how the weights of a model come from its predecessor, for every link."""
+    """Inverse weight initialization: how a student's first weights come from its teacher, for every link."""
 
     width: str = "insert"
     """Width operator: a name from the table below."""
@@ -61,12 +61,12 @@ class Expand(LinkExpand):
     zero_new_outputs: bool = False
     """Set the outputs of added layers to zero, so that they change nothing at first."""
     noise: float = Field(default=0.1, ge=0, lt=1)
-    """Relative noise, at most this much, on the weights that read copies of a unit, so that copies learn apart. It
-    cancels over the copies: the outputs of the model stay. It matters for operators that make copies. With 0, copies
-    stay equal forever."""
+    """Largest relative noise on the weights that read copies of a unit, so that the copies become different in
+    training. With 0 they stay equal forever. The noise cancels over the copies, so the outputs of the model do not
+    change. It affects only operators that make copies."""
     reference_compatible: bool = False
     """Fill the layers that the authors' code fills: in a ViT image tower whose depth doubles, each layer twice;
-    otherwise layer by layer from the first on. `depth` has no effect then."""
+    otherwise layer by layer from the first on. `depth` then has no effect."""
 
 
 def expansion(chain: Expand, link: LinkExpand | None) -> ExpandConfig:

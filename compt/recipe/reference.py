@@ -20,12 +20,12 @@ from compt.recipe.types import Duration, OneOf, is_execution
 
 _INTRODUCTION = """# Recipes
 
-A recipe is one YAML file. Unknown keys, wrong types and impossible chains are refused before anything starts, with one
-line that names the file, the key, the value and the nearest key that would be right. Any field can be replaced on the
-command line, list items by their number: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`.
+A recipe is one YAML file. Unknown keys, wrong types and impossible chains are errors before anything starts: one line
+names the file, the key, the value and the nearest key that is right. `--set` replaces any field on the command line;
+list items are numbered from 0: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`.
 
-**result** fields change the trained weights: a run whose result fields have changed is refused when it is resumed.
-**execution** fields say where and how to run; they may change between two starts of the same run.
+Fields are of two kinds. **result** fields change the trained weights: a run cannot be resumed after one of them has
+changed. **execution** fields say where and how to run: they may change before a run is resumed.
 
 This page is written by `python -m compt.recipe.reference docs/recipes.md`.
 """
@@ -76,7 +76,7 @@ def _operators() -> Iterator[str]:
         yield f"| {what} operator | what it does |\n|---|---|"
         yield from (f"| `{operator.name}` | {operator.meaning} |" for operator in operators.values())
         yield ""
-    yield "What is not said for a tower is as for both, what is not said for a link is as for the chain:\n"
+    yield "A link takes what it does not set from `chain.expand`; a tower takes it from the value for both towers:\n"
     yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"
 
 

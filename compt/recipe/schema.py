@@ -45,33 +45,33 @@ EVALUATION_TASKS = OneOf(
 
 
 class Data(Section):
-    """The training pictures and texts."""
+    """The training set: images with captions."""
 
     train: Shards = execution(...)
     """WebDataset shards: a path, a `*` or `{000..123}` pattern, or a list of them."""
     images: Count = Field(gt=0)
-    """Number of pictures. The plan counts with it; it is checked against the shards when they are at hand."""
+    """Number of images in the shards. Plans use it; a run checks it against the shards."""
     captions: int = Field(default=4, gt=0)
-    """Captions drawn for each picture and step, without replacement, afresh every epoch."""
+    """Captions of an image in a step, drawn without replacement in every epoch."""
     caption_tokens: CaptionTokens | None = execution(None)
-    """Tokens that are really computed for a caption, up to its batch's or bucket's longest, padding included: their
-    mean, which runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`, whose attention is
-    counted exactly. It is for the planned cost alone (without it the whole context is counted), enters the
-    number of steps of the controls of equal MACs, and nothing else that is trained."""
+    """Tokens that the text tower computes for a caption, including the padding to the longest caption of a batch or
+    bucket: their mean, which runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`. It
+    affects planned costs (default: the whole context) and the number of steps of controls with equal MACs. It affects
+    no other training."""
     crop_scale: Pair = (0.9, 1.0)
-    """Smallest and largest share of a picture's area that a random crop keeps."""
+    """Smallest and largest share of an image's area that a random crop keeps."""
     decoder: Annotated[str, AfterValidator(DECODERS)] = later("pillow")
-    """What decodes the training images. Evaluation always decodes with `pillow`."""
+    """Decoder of the training images. Evaluation always uses `pillow`."""
     mean: Triple = OPENAI_MEAN
-    """Mean of red, green and blue, of values between 0 and 1."""
+    """Mean of red, green and blue, from 0 to 1, that images are normalized with."""
     std: Triple = OPENAI_STD
-    """Standard deviation of red, green and blue."""
+    """Standard deviation of red, green and blue that images are normalized with."""
     shuffle_shards: int = Field(default=8, gt=0)
-    """Shards among whose samples the order is shuffled; the order of shards is shuffled as well."""
+    """Number of shards that are open at a time, with their samples mixed. The order of shards is random too."""
     captions_csv: str | None = execution(None)
-    """CSV file with captions by sample key, where the shards have none."""
+    """CSV file with captions by sample key. They replace the captions in the shards."""
     index_dir: str | None = execution(None)
-    """Folder of the shards' index; beside the shards without it."""
+    """Folder for the index of the shards. Default: beside the shards."""
     max_bad_share: float = execution(0.01, ge=0, le=1)
     """Share of unusable samples above which a run stops."""
 
@@ -86,21 +86,21 @@ class Data(Section):
 
 
 class Member(BaseModel):
-    """A model of the family: a preset, with any of its sizes changed. A bare name stands for the preset itself.
+    """A model of the family: a preset, with any of its sizes changed. A bare name means the preset itself.
 
-    Of all models: `text_width`, `text_depth`, `text_heads`, `text_head_width`, `context_length`, `vocab_size`,
-    `embed_dim`, `quick_gelu` (the activation of OpenAI's own models), `width`, `heads`, `head_width`, `image_size`,
+    Sizes of all models: `text_width`, `text_depth`, `text_heads`, `text_head_width`, `context_length`, `vocab_size`,
+    `embed_dim`, `quick_gelu` (the activation of OpenAI's models), `width`, `heads`, `head_width`, `image_size`,
     `patch_size`, `mlp_ratio`. Of a ViT: `depth`, `no_ln_pre`. Of a Swin: `depths` (the blocks of each stage) and
-    `window`. A width changes the number of heads with it. Along a chain no size shrinks; a picture may, as long as it
-    has no fewer patches. `quick_gelu`, `no_ln_pre` and the widths of heads stay.
+    `window`. A changed width changes the number of heads too. Along a chain no size may shrink, except images that keep
+    at least as many patches. `quick_gelu`, `no_ln_pre` and the widths of heads must stay the same.
     """
 
     model_config = ConfigDict(extra="allow", strict=True, frozen=True, use_attribute_docstrings=True)
 
     name: Name = execution(...)
-    """What the model is called here, in links, jobs and reports."""
+    """Name of the model in links, jobs and reports."""
     preset: str | None = None
-    """The preset it starts from; without it, the one called `name`."""
+    """Preset whose sizes it has. Default: the one called `name`."""
 
 
 _BOTH_SIZES = (
@@ -153,12 +153,12 @@ def _member(value: Any) -> Any:
 
 
 class Family(Section):
-    """The models that are wanted."""
+    """The models of the recipe."""
 
     members: list[Annotated[Member, BeforeValidator(_member)]] = Field(min_length=1)
     """Names of presets, or mappings with a name and changed sizes: `{name: wide, preset: vit_nano, width: 96}`."""
     common: dict[str, Any] = Field(default_factory=dict)
-    """Sizes changed in all members: `{embed_dim: 512}`. A member's own sizes come first."""
+    """Sizes changed in all members: `{embed_dim: 512}`. A member's own sizes have priority."""
 
     def specs(self) -> dict[str, ModelSpec]:
         """The members by name, in the order given. Raises ConfigError for a model that cannot exist."""
@@ -169,7 +169,7 @@ class Family(Section):
             try:
                 spec = resolve(preset, checked_sizes(preset, own))
                 if member.name in specs:
-                    raise ConfigError(f"the name '{member.name}' stands there twice")
+                    raise ConfigError(f"the name '{member.name}' is there twice")
             except ConfigError as error:
                 raise ConfigError(f"family.members.{at}: {error}") from None
             specs[member.name] = ModelSpec.from_dict({**spec.to_dict(), "name": member.name})
@@ -180,53 +180,52 @@ class Link(Section):
     """One model of the chain and how long it trains."""
 
     model: str
-    """The name of a family member. Its sizes belong to the result, its name does not."""
+    """Name of a family member. A resumed run may change the name, but not the sizes behind it."""
     train: Duration
     """Length of its training."""
     warmup: Duration
     """Length of the linear warm-up, a part of `train`."""
     lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of this link; without it `optimizer.lr`."""
+    """Peak learning rate of this link. Default: `optimizer.lr`."""
     alpha: float | None = Field(default=None, ge=0)
-    """Weight of distillation for this link; without it `chain.distill.alpha`."""
+    """Weight of distillation for this link. Default: `chain.distill.alpha`."""
     expand: LinkExpand | None = None
-    """What of `chain.expand` is otherwise for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
+    """Changes to `chain.expand` for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
     engine: dict[str, Any] | None = execution(None)
-    """What of `engine` is otherwise while this model trains, as a link and as a baseline: `{name: zero2, micro_batch:
-    64}`. Another `name` leaves `fsdp2` and `deepspeed_config` of `engine` behind. `device` and `timeout` are the whole
-    run's."""
+    """Changes to `engine` while this model trains, as a link or a baseline: `{name: zero2, micro_batch: 64}`. With
+    another `name`, `fsdp2` and `deepspeed_config` of `engine` do not apply. `device` and `timeout` cannot differ."""
     nodes: int | None = execution(None, gt=0)
-    """Nodes that `compt slurm submit` asks for while this link trains; without it all."""
+    """Nodes that `compt slurm submit` requests for this link. Default: its `--nodes`."""
 
 
 class Distill(Section):
-    """Inverse feature distillation: a model also learns to reproduce its predecessor's features.
+    """Inverse feature distillation: a student also learns to reproduce its teacher's features.
 
-    A predecessor for pictures of another size sees the same pictures resized (bicubic, antialiased), one of a shorter
-    context the same captions cut to it, the end token kept.
+    The teacher sees the same images and captions. If it takes images of another size, they are resized (bicubic,
+    antialiased); if its context is shorter, captions are cut and keep the end token.
     """
 
     alpha: float = Field(default=500.0, ge=0)
-    """Weight of the feature loss, quoted for 512 features; 0 leaves it out."""
+    """Weight of the feature loss, for features of 512 dimensions. 0 turns it off."""
     reference_compatible: bool = False
-    """Whether the losses of the two towers are added, as in the authors' code; the paper averages them."""
+    """Add the losses of the two towers, as the authors' code does, instead of averaging them, as the paper does."""
 
 
 class Chain(Section):
     """The chain, smallest model first."""
 
     links: list[Link] = Field(min_length=1)
-    """The models in the order of training; with `from`, the first is the first student of the model there."""
+    """The models in the order of training. With `from`, the first one starts from that model."""
     from_: str | None = Field(default=None, alias="from", json_schema_extra={"kind": "execution"})
-    """An existing model that the first link grows from, as every other link grows from the one before; without it the
-    first link starts from scratch. A model folder of a run, a folder or file of open_clip, a Hugging Face CLIP folder,
-    a checkpoint folder of torch or DeepSpeed, or `ARCHITECTURE:TAG` for weights that open_clip has on this disk. What
-    that model's own training cost is in no speed-up, neither a link's nor the accumulated one: set against individual
-    trainings, they flatter the chain by it. Its weights, not its path, belong to the result."""
+    """An existing model that is the teacher of the first link. Default: the first link starts from scratch. It is a
+    model folder of a run, a folder or file of open_clip, a Hugging Face CLIP folder, a checkpoint folder of torch or
+    DeepSpeed, or `ARCHITECTURE:TAG` for weights that open_clip has on this disk. Costs of the chain do not include the
+    training of that model, so accelerations over baselines look larger than they are. A resumed run may change the
+    path, but not the weights behind it."""
     from_model: str | None = execution(None)
-    """Which model that is, where `from` does not say so itself: a preset, or a model name of open_clip."""
+    """Architecture of the model at `from`, if its files do not name one: a preset, or a model name of open_clip."""
     from_prefix: str | None = None
-    """Which of several models there it is, by what its parameters' names begin with: `student`, `module.ema`."""
+    """Prefix of its parameters' names, if there are several models at `from`: `student`, `module.ema`."""
     expand: Expand = Expand()
     """Inverse weight initialization."""
     distill: Distill = Distill()
@@ -234,25 +233,25 @@ class Chain(Section):
 
 
 class Baselines(Section):
-    """How the members of the chain are trained individually, for comparison."""
+    """How the members of the chain are trained individually from scratch, for comparison."""
 
     train: Duration
-    """Length of each training from scratch."""
+    """Length of each baseline's training."""
     warmup: Duration
     """Length of the linear warm-up, a part of `train`."""
     seeds: list[int] = Field(default_factory=list)
-    """Seeds to train each member with; empty: the recipe's seed."""
+    """Seeds to train each member with. Default: the recipe's seed."""
     controls: list[Control] = Field(default_factory=list)
-    """Further trainings of the last model from scratch, with the baselines' warm-up: `equal_epochs` for as many steps
-    as its link, `equal_macs` for as many MACs as its link cost with the teacher's forward passes, `equal_chain_macs`
-    for as many as the whole chain up to it. `--controls` trains them, and so does `--baselines`."""
+    """Controls: the last model trained from scratch, with the baselines' warm-up, for as many steps as its link
+    (`equal_epochs`), for as many MACs as its link including the teacher's forward passes (`equal_macs`), or for as many
+    MACs as the whole chain (`equal_chain_macs`). `--controls` trains them, and so does `--baselines`."""
 
 
 class Ema(Section):
     """Exponential moving average of the weights, restarted at each link."""
 
     decay: float = Field(gt=0, lt=1)
-    """Share of the average that each step keeps."""
+    """Share of the average that each step keeps, for example 0.999."""
 
 
 def _known_loss(name: str) -> str:
@@ -265,30 +264,29 @@ class Optimizer(Section):
     """AdamW with linear warm-up and a cosine decay to zero, and the task loss."""
 
     batch: int = Field(default=1024, gt=0)
-    """Pictures a step, over all processes."""
+    """Images in a step, over all processes."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     betas: Pair = (0.9, 0.98)
-    """Decay of the two moments, a step."""
+    """Decay of AdamW's two moments."""
     eps: float = Field(default=1e-8, gt=0)
-    """Added to the root of the second moment."""
+    """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: float = Field(default=0.1, ge=0)
-    """Decoupled weight decay; none on norms, biases and learnt scalars."""
+    """Decoupled weight decay; none on norms, biases and learned scalars."""
     clip_grad_norm: float | None = Field(default=None, gt=0)
-    """Largest norm of the whole gradient; without it nothing is clipped."""
+    """Norm to which the whole gradient is clipped. Default: no clipping."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Type that matrix products are computed in. Weights, normalisation and losses are fp32."""
+    """Number format of matrix products. Weights, normalization and losses are fp32."""
     ema: Ema | None = None
-    """Moving average, stored beside the weights; the weights themselves pass on to the next link."""
+    """Moving average of the weights. It is stored beside them; the next link starts from the weights."""
     loss: Annotated[str, AfterValidator(_known_loss)] = DEFAULT_LOSS
     """Task loss: `contrastive`, the softmax loss of CLIP, or `siglip`, the sigmoid loss of single pairs, which adds a
-    learnt `logit_bias` to the models. A link copies the learnt scalars of its teacher; one that the teacher does not
-    have starts as from scratch."""
+    learned `logit_bias` to the models."""
     image_to_text: Literal["slot", "all"] = "slot"
-    """Captions among which an image looks for its own: those of the same `slot` of every image, or `all`. The sigmoid
-    loss has no such choice: each image meets every caption by itself."""
+    """Candidates in the softmax over captions of an image with M captions: the k-th caption of every image, for each k
+    (`slot`), or all captions (`all`). With `siglip` only `slot` is allowed and has no effect."""
     max_nonfinite: int = execution(10, gt=0)
-    """Skipped steps in a row (a loss or gradient that is not finite) after which a run stops."""
+    """Steps in a row with a loss or gradient that is not finite after which a run stops. Such steps are skipped."""
 
     @model_validator(mode="after")
     def _betas(self) -> Optimizer:
@@ -312,36 +310,36 @@ class EvalSet(Section):
     """A task on WebDataset shards in clip_benchmark's layout, or on a folder with one folder per class."""
 
     name: Name
-    """What the set is called in reports."""
+    """Name of the set in reports."""
     task: Annotated[str, AfterValidator(EVALUATION_TASKS)] = "zeroshot"
     """`zeroshot`: classification by class names. `retrieval`: finding captions by image and images by caption."""
     data: Shards
     """Shards, as in `data.train`, or a folder."""
     role: Literal["select", "report"] = "report"
-    """`select`: scored during training too, to choose settings on. `report`: only at a model's end."""
+    """`select`: also scored during training, to choose settings. `report`: scored only at the end of a job."""
     label: str = "cls"
-    """Where a sample's class number stands: the `.cls` file, or a key of its `.json`."""
+    """Where a sample has its class number: `cls` for the `.cls` file, else a key of its `.json`."""
     classnames: str | None = None
-    """File of class names, one a line; without it classnames.txt beside the shards."""
+    """File of class names, one a line. Default: classnames.txt beside the shards."""
     templates: str | None = None
-    """File of prompts with `{c}` for the class; without it zeroshot_classification_templates.txt beside the shards."""
+    """File of prompts with `{c}` for the class. Default: zeroshot_classification_templates.txt beside the shards."""
 
 
 class Evaluation(Section):
-    """What is measured."""
+    """What is scored."""
 
     every: Duration | None = execution(None)
-    """Distance of evaluations on the `select` sets during training; without it only at the end."""
+    """Score the `select` sets this often during training. Default: only at the end."""
     validation: Paths = execution(list)
-    """Shards of held-out pictures and captions, as in `data.train`, for the loss on them."""
+    """Shards of held-out images and captions for the validation loss, written as in `data.train`."""
     sets: list[EvalSet] = execution(list)
     """Zero-shot and retrieval sets."""
     primary: str | None = execution(None)
-    """The set that verdicts and curves are drawn on."""
+    """The set that comparisons, verdicts and curves use."""
     batch: int = execution(256, gt=0)
-    """Pictures at once."""
+    """Images that are computed at once."""
     contact_sheet: str | None = execution(None)
-    """A set whose pictures are shown with their predictions in the report."""
+    """A set of which the report shows images with their predictions."""
 
     @model_validator(mode="after")
     def _names(self) -> Evaluation:
@@ -359,23 +357,23 @@ class Recipe(Section):
     """A whole recipe."""
 
     name: Name = execution(...)
-    """What the run is called."""
+    """Name of the run."""
     seed: int = Field(default=0, ge=0)
-    """Seed of fresh weights, order, captions and crops."""
+    """Seed of initial weights, order, captions and crops."""
     data: Data
     """Training set."""
     family: Family
-    """Models."""
+    """The models."""
     chain: Chain
-    """Order and length of training."""
+    """The links: which models are trained, in which order, for how long."""
     baselines: Baselines | None = None
-    """Individual trainings to compare with."""
+    """Models trained from scratch to compare with."""
     optimizer: Optimizer = Optimizer()
     """Optimizer and task loss."""
     engine: EngineConfig = execution(EngineConfig())
     """How and where to run."""
     evaluation: Evaluation = execution(Evaluation())
-    """What is measured; null: nothing."""
+    """What is scored. `null`: nothing."""
 
     @field_validator("optimizer", "engine", "evaluation", mode="before")
     @classmethod
@@ -389,7 +387,7 @@ class Recipe(Section):
             if link.model not in names:
                 raise ValueError(f"chain.links: '{link.model}' is no member of the family{nearest(link.model, names)}")
         if len({link.model for link in self.chain.links}) != len(self.chain.links):
-            raise ValueError("chain.links: a model stands there twice")
+            raise ValueError("chain.links: a model is there twice")
         if self.chain.from_ is None:
             for key in ("from_model", "from_prefix"):
                 if getattr(self.chain, key) is not None:
@@ -407,7 +405,7 @@ class Recipe(Section):
         return self
 
     def specs(self) -> dict[str, ModelSpec]:
-        """The family's members by name, with the learnt scalars of the loss. Raises ConfigError as `Family.specs`."""
+        """The family's members by name, with the learned scalars of the loss. Raises ConfigError as `Family.specs`."""
         return {name: replace(spec, loss=self.optimizer.loss) for name, spec in self.family.specs().items()}
 
     def engine_of(self, model: str) -> EngineConfig:

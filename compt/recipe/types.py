@@ -164,7 +164,7 @@ class Duration(Section):
     steps: Count | None = Field(default=None, ge=0)
     """Optimizer steps."""
     samples: Count | None = Field(default=None, ge=0)
-    """Pictures; `5M` is five million. Rounded up to whole steps."""
+    """Images, rounded up to whole steps. `5M` is five million."""
 
     @model_validator(mode="before")
     @classmethod

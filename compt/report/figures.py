@@ -279,7 +279,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
             axes.set_xlim(left=0)
             if at >= len(shown) - columns:
-                axes.set_xlabel("pictures seen")
+                axes.set_xlabel("images seen")
         handles = [
             Line2D([], [], color=MODEL_COLOURS[c.model % len(MODEL_COLOURS)], linestyle=styles[c.kind], label=c.label)
             for c in curves
@@ -287,7 +287,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
         canvas.legend(handles=handles, loc="outside lower left", ncols=1 if narrow else 3)
         return canvas
 
-    text = f"Curves against pictures seen: {'; '.join(title for _, title in shown)}."
+    text = f"Curves against images seen: {'; '.join(title for _, title in shown)}."
     return _render("curves", text, draw)
 
 
@@ -337,7 +337,7 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
 
 @dataclass(frozen=True)
 class Picture:
-    """A held-out picture with its true name and what a model took it for; `right` None: not known."""
+    """A held-out image with its true name and what a model took it for; `right` None: not known."""
 
     image: np.ndarray
     name: str
@@ -360,7 +360,7 @@ class Picture:
 
 
 def contact_png(pictures: Sequence[Picture], columns: int = 8) -> bytes:
-    """All pictures in one, each with its true name and the answer."""
+    """All images in one, each with its true name and the answer."""
     rows = math.ceil(len(pictures) / columns)
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(1.3 * columns, 1.62 * rows))

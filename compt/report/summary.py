@@ -24,7 +24,7 @@ CONTROLS = {
 }
 """What each control is: the last link's model, trained from scratch at that cost."""
 
-_PINS = {"data": "pictures", "classnames": "class names", "templates": "templates", "label": "labels"}
+_PINS = {"data": "images", "classnames": "class names", "templates": "templates", "label": "labels"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A link against models trained from scratch, on the same pictures.
+    """A link against models trained from scratch, on the same images.
 
-    `difference` (link minus other) and its 95 % interval (paired bootstrap over pictures) are in points. Accelerations
+    `difference` (link minus other) and its 95 % interval (paired bootstrap over images) are in points. Accelerations
     are the other's cost divided by the link's; accumulated ones take all links up to this one, and the tries of a
     first-pair test that failed on the way.
     """
@@ -182,7 +182,7 @@ Answers = tuple[NDArray[np.int64], NDArray[np.bool_]]
 
 
 def _answers(run: Path, job: str, primary: str) -> Answers | None:
-    """Ids of the pictures and whether each was right; None where they are missing or unreadable."""
+    """Ids of the images and whether each was right; None where they are missing or unreadable."""
     arrays = stored_arrays(score_file(run, job, primary))
     return (arrays["ids"], arrays["correct"].astype(bool)) if {"ids", "correct"} <= arrays.keys() else None
 
@@ -209,14 +209,14 @@ def _compare(
         if reason is None and answers is None:
             reason = f"the answers of {other.job} are missing"
         elif reason is None and own is not None and answers is not None and not np.array_equal(answers[0], own[0]):
-            reason = f"{other.job} was scored on other pictures"
+            reason = f"{other.job} was scored on other images"
         if reason is not None:
             reasons.append(reason)
         elif answers is not None:
             found.append(answers[1])
     if reasons or own is None:
         return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
-    # Averaged over seeds, a picture's correctness of the baseline is a share.
+    # Averaged over seeds, an image's correctness of the baseline is a share.
     difference, low, high = paired_bootstrap(own[1], np.mean(found, axis=0))
     ours_macs, ours_hours = [row.macs for row in paid_to_here], [row.device_hours for row in paid_to_here]
     macs_total = hours_total = None

@@ -103,7 +103,7 @@ def _costs(state: dict[str, Any]) -> figures.Figure | None:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Held-out pictures with the answers of the model of `job`."""
+    """Held-out images with the answers of the model of `job`."""
 
     job: str
     model: str
@@ -203,7 +203,7 @@ def _markdown(content: dict[str, Any]) -> str:
     sheet: Sheet | None = content["sheet"]
     if sheet is not None:
         text = f"Answers of {sheet.model} on {sheet.name}: {sheet.right} of {len(sheet.pictures)} right"
-        lines += ["### Pictures", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
+        lines += ["### Images", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
         lines += [f"{escape_markdown(text)} (✓); the true name is bold.", ""]
     figure("curves", "Training")
     figure("costs", "Cost")

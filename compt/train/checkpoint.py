@@ -296,6 +296,6 @@ def _average(folder: Path, format: str) -> Weights:
 
 
 def _view(weights: Any, names: Mapping[str, str]) -> View:
-    """Weights under other names; learnt scalars, which training keeps as [1], in shape ()."""
+    """Weights under other names; learned scalars, which training keeps as [1], in shape ()."""
     shapes = {name: exported_shape(name, weights.shape(source)) for name, source in names.items()}
     return View(weights, {name: TensorSource((source,), shapes[name], "reshape") for name, source in names.items()})

@@ -30,7 +30,7 @@ ALPHA_EMBED_DIM = 512
 
 
 class Loss(ABC):
-    """What a task minimises: a scalar of the features of a batch and the model's learnt scalars.
+    """What a task minimises: a scalar of the features of a batch and the model's learned scalars.
 
     A new loss is a subclass in LOSSES and an entry in `LOSS_TRAITS`, both under `name`.
     """
@@ -46,14 +46,14 @@ class Loss(ABC):
     def __call__(self, outputs: Mapping[str, Tensor], *, gather: bool = True) -> tuple[Tensor, Terms]:
         """This rank's value, and the terms to report beside it.
 
-        `outputs`: `image` [b, D] and `text` [b, M, D], features of any length, and each learnt scalar by name [1].
+        `outputs`: `image` [b, D] and `text` [b, M, D], features of any length, and each learned scalar by name [1].
         Without `gather` this rank's samples are the whole batch and no other rank takes part. Raises ValueError for
         shapes that do not match.
         """
 
     @property
     def scalars(self) -> tuple[Scalar, ...]:
-        """The learnt scalars that the loss takes, with their first values and caps."""
+        """The learned scalars that the loss takes, with their first values and caps."""
         return LOSS_TRAITS[self.name].scalars
 
 
@@ -84,7 +84,7 @@ def unit(features: Tensor) -> Tensor:
 
 
 def learnt_scalars(model: nn.Module, scalars: Iterable[Scalar]) -> dict[str, Tensor]:
-    """The model's learnt scalars by name, each [1], exponentiated where the parameter is a logarithm."""
+    """The model's learned scalars by name, each [1], exponentiated where the parameter is a logarithm."""
     values = {one: _wide(model.get_parameter(one.name)) for one in scalars}
     return {one.name: (value.exp() if one.log else value).reshape(1) for one, value in values.items()}
 

@@ -77,7 +77,7 @@ def find_micro_batch(trial: Trial, fits: Callable[[Trial, int], bool] | None = N
         raise RunError(
             f"{trial.blueprint.student.name}: not even a micro-batch of one image fits into memory; "
             f"take engine.recompute, engine.name: {' or '.join(fully_sharded())}, or more GPUs "
-            "(`compt plan --gpu …` counts)"
+            "(`compt plan --gpus …` counts)"
         )
     return found
 

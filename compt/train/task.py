@@ -86,7 +86,7 @@ class StudentModule(nn.Module):
         return _InitialState(model, self._shapes, self._drawn)
 
     def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
-        """`image` [b, D] and `text` [b, M, D], not normalised; each learnt scalar [1], exponentiated where it is a
+        """`image` [b, D] and `text` [b, M, D], not normalised; each learned scalar [1], exponentiated where it is a
         logarithm; with projectors also `image_projected` [b, D'] and `text_projected` [b, M, D'].
         """
         image, text = encode(self.model, images, tokens, lengths, self.text_buckets)
@@ -170,7 +170,7 @@ def fit_images(images: Tensor, size: int) -> Tensor:
 class ClipTask:
     """Training on images with several captions each, by one loss: baselines and the first link of a chain.
 
-    `loss` takes the learnt scalars that the model has; None: the contrastive loss. `text_buckets` as in
+    `loss` takes the learned scalars that the model has; None: the contrastive loss. `text_buckets` as in
     `ClipModel.encode_captions`. Raises ValueError for a model of another loss's scalars.
     """
 
@@ -210,7 +210,7 @@ class ClipTask:
 
     @property
     def caps(self) -> Mapping[str, float]:
-        """The caps of the learnt scalars that have one."""
+        """The caps of the learned scalars that have one."""
         return {f"model.{one.name}": one.cap for one in self.task_loss.scalars if one.cap is not None}
 
 

@@ -1,6 +1,6 @@
 """The model folder that passes from link to link and to users: safetensors, open_clip's config, a manifest.
 
-model-00001-of-0000N.safetensors    the weights under open_clip's names, learnt scalars in shape ()
+model-00001-of-0000N.safetensors    the weights under open_clip's names, learned scalars in shape ()
 model.safetensors.index.json        which file holds which parameter (N > 1)
 open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds the model from (N = 1)
 manifest.json                       spec, preprocessing, tokenizer, versions, digests, and the caller's own fields

@@ -54,7 +54,7 @@ _HUGGING_FACE_LAYER = re.compile(r"((?:vision|text)_model\.encoder\.layers)\.(\d
 def open_clip_view(weights: Weights, prefix: str | None, where: str, option: str) -> tuple[View, list[str], list[str]]:
     """The one model in `weights` under open_clip's names, all names left out, and those left out of the model itself.
 
-    `prefix` chooses among several models, by the model's prefix or a part of it between dots. Learnt scalars get shape
+    `prefix` chooses among several models, by the model's prefix or a part of it between dots. Learned scalars get shape
     (). Raises ArtefactError, which begins with `where`, for no model, and for several models without a choice: it lists
     them and names `option`, the option that chooses.
     """

@@ -38,7 +38,7 @@ def open_model(
     compared with the source. `prefix`: which of several models in the source, such as "student" or "module.ema".
     `verify`: compare digests, where the source has some.
 
-    The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and learnt scalars in shape (). The
+    The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and learned scalars in shape (). The
     manifest of a model that compt did not write holds `left_out` alone: what else the source holds (projectors,
     buffers, another model). Raises ArtefactError, listing key by key what does not fit.
     """
@@ -119,7 +119,7 @@ def _compare_state(found: Artefact) -> None:
 
 
 def _compare_specs(path: Path, found: ModelSpec, wanted: ModelSpec | None) -> None:
-    # The user names sizes; the source says which learnt scalars, and so which loss, the model has.
+    # The user names sizes; the source says which learned scalars, and so which loss, the model has.
     if wanted is None or replace(found, name=wanted.name, loss=wanted.loss) == wanted:
         return
     names = (field.name for field in fields(wanted) if field.name not in ("name", "loss"))

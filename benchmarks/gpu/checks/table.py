@@ -223,7 +223,7 @@ def check_waits(device: torch.device) -> list[Finding]:
                 )
 
             step()  # makes moments
-            what = f"{precision}, {buckets} text buckets, {micro} pictures at once"
+            what = f"{precision}, {buckets} text buckets, {micro} images at once"
             findings.append(holds(f"{what}: nobody waited", not _waits(step, device)))
     return findings
 

@@ -116,7 +116,7 @@ def test_collecting_from_damaged_folders(tmp_path: Path) -> None:
     job = tmp_path / "width/insert-s0/jobs/1-student"
     other = np.arange(200)[::-1]
     np.savez(job / "scores" / "test_style.npz", ids=other, correct=np.ones(200, bool))
-    with pytest.raises(RunError, match="different 'test_style' pictures"):
+    with pytest.raises(RunError, match="different 'test_style' images"):
         collect(tmp_path)
     (job / "step_0.json").unlink()
     with pytest.raises(RunError, match=r"step_0.json cannot be read"):

@@ -151,7 +151,7 @@ def test_missing_torn_or_other_answers_give_no_comparison(tmp_path: Path) -> Non
     assert len(summarise(tmp_path).comparisons) == 1
     answers(0.2, 0, n=200).save(path.parent)
     assert len(summarise(tmp_path).comparisons) == 1
-    assert summarise(tmp_path).not_compared[0].reason == "baseline-vit_mini-s0 was scored on other pictures"
+    assert summarise(tmp_path).not_compared[0].reason == "baseline-vit_mini-s0 was scored on other images"
     answers(0.2, 0).save(path.parent)
     assert len(summarise(tmp_path).comparisons) == 2
     assert summarise(tmp_path).not_compared == []
@@ -161,7 +161,7 @@ def test_missing_torn_or_other_answers_give_no_comparison(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("pin", "what"),
-    [("data", "pictures"), ("classnames", "class names"), ("templates", "templates"), ("label", "labels")],
+    [("data", "images"), ("classnames", "class names"), ("templates", "templates"), ("label", "labels")],
 )
 def test_scores_of_another_set_are_not_compared(tmp_path: Path, pin: str, what: str) -> None:
     make_run(tmp_path)

@@ -198,7 +198,7 @@ def test_a_run_without_any_job(tmp_path: Path) -> None:
     assert "0 of 7 models trained; the chain will cost" in page.text
     assert "No model has been scored on test_style yet." in page.text
     assert "No model has been scored on test_style yet." in markdown
-    assert "Held-out pictures" not in page.text
+    assert "Held-out images" not in page.text
 
 
 def test_a_run_without_baselines(tmp_path: Path) -> None:
@@ -225,11 +225,11 @@ def test_missing_answers(tmp_path: Path) -> None:
     make_run(tmp_path / "none", npz=False)
     page, _ = report(tmp_path / "none")
     assert "3-vit_mini" in page.text
-    assert "Held-out pictures" not in page.text
+    assert "Held-out images" not in page.text
     make_run(tmp_path / "some")
     score_file(tmp_path / "some", "3-vit_mini", "test_style").unlink()
     page, _ = report(tmp_path / "some")
-    assert "Held-out pictures" in page.text
+    assert "Held-out images" in page.text
     assert "✗" not in page.text, "without answers nothing is marked"
     contact = score_file(tmp_path / "some", "3-vit_mini", "contact")
     contact.write_bytes(contact.read_bytes()[:200])
