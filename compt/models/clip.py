@@ -87,7 +87,7 @@ def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
 
 
 class ClipModel(open_clip.model.CLIP):
-    """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. Learned scalars have shape [1]."""
+    """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. Learned scalars: [1]."""
 
     def __init__(self, spec: ModelSpec) -> None:
         if spec.arch == "swin":
