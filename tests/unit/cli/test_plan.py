@@ -360,14 +360,14 @@ def test_the_page_names_every_key_of_the_json(plan: Plan) -> None:
 
 def test_the_page_shows_what_the_command_prints(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
-    found = re.search(r"Printed by `COLUMNS=(\d+) compt plan (\S+)`:\n\n```text\n(.*?)```", page, re.DOTALL)
+    found = re.search(r"`COLUMNS=(\d+) compt plan (\S+)` prints:\n\n```text\n(.*?)```", page, re.DOTALL)
     assert found is not None
     columns, recipe, shown = found.groups()
     run = plan  # sets its own width first
     monkeypatch.setenv("COLUMNS", columns)
     text = run(recipe=recipe)[1]
     printed = "\n".join(line.rstrip() for line in text.splitlines())
-    assert printed.strip() == shown.strip(), "docs/planning.md shows older numbers: print them anew"
+    assert printed.strip() == shown.strip(), "docs/planning.md shows older numbers: print them again"
 
 
 def test_an_engine_that_cannot_run_is_refused(plan: Plan, tmp_path: Path) -> None:
