@@ -82,7 +82,7 @@ def inject(fault: str, folder: Path, rank: int, job: list[str]) -> None:
             mark(folder, "begun")
             die()
 
-        JobRun._score = scoring  # type: ignore[method-assign]
+        JobRun._scored = scoring  # type: ignore[method-assign]
     if fault in ("no memory on one rank", "no number on one rank") and rank == 1:
         step = trainer.training_step
         count = [0]

@@ -76,7 +76,7 @@ def _lives(pid: int) -> bool:
 def chain_dying_at(place: str, base: Path, run: Path, *changes: str) -> None:
     """A chain that is killed at one place, in words: `before|after STATE of JOB`, `step N of JOB`, `scoring JOB`."""
     what, wanted, job = _parse(place)
-    enter, score, rate = JobRun._enter, JobRun._score, trainer.learning_rate
+    enter, score, rate = JobRun._enter, JobRun._scored, trainer.learning_rate
 
     def entering(self: JobRun, state: str, **values: Any) -> None:
         here = (state, self.job.name) == (wanted, job)
@@ -86,10 +86,10 @@ def chain_dying_at(place: str, base: Path, run: Path, *changes: str) -> None:
         if here and what == "after":
             die()
 
-    def scoring(self: JobRun, model: Any) -> dict[str, Any]:
+    def scoring(self: JobRun, artefact: Any) -> dict[str, Any]:
         if what == "scoring" and self.job.name == job:
             die()
-        return score(self, model)
+        return score(self, artefact)
 
     def stepping(step: int, settings: trainer.TrainSettings) -> float:
         if what == "step" and str(step + 1) == wanted and current[0] == job:
@@ -103,7 +103,7 @@ def chain_dying_at(place: str, base: Path, run: Path, *changes: str) -> None:
         current[0] = self.job.name
         run_job(self)
 
-    JobRun._enter, JobRun._score, JobRun.run = entering, scoring, running  # type: ignore[method-assign]
+    JobRun._enter, JobRun._scored, JobRun.run = entering, scoring, running  # type: ignore[method-assign]
     trainer.learning_rate = stepping
     chain(base, run, *changes)
 
