@@ -222,11 +222,11 @@ def kept(case: Case, device: Device) -> Kept:
         flat = tokens.flatten(0, 1), task.module.text_buckets, lengths.flatten()
         text, _, _ = run(lambda: task.model.encode_captions(*flat))
         _, copied, outputs = run(lambda: task.module(images, tokens, lengths))
-        learnt = {name: outputs.pop(name) for name in SHARED_OUTPUTS & outputs.keys()}
-        with _keeping([*known, *targets.values(), *learnt.values()]) as losses:
+        learned = {name: outputs.pop(name) for name in SHARED_OUTPUTS & outputs.keys()}
+        with _keeping([*known, *targets.values(), *learned.values()]) as losses:
             for output in outputs.values():
                 losses.add(output)
-            task.loss({**outputs, **learnt}, targets)
+            task.loss({**outputs, **learned}, targets)
         return Kept(image, text, losses.bytes, copied)
 
 

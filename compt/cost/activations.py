@@ -1,4 +1,4 @@
-"""Bytes that a training step keeps for its backward pass, tensor by tensor, from shapes alone. No torch in here.
+"""Bytes that a training step keeps for its backward pass, tensor by tensor, from shapes alone.
 
 The formulas follow the forward passes of `compt.models` and `compt.train` on a GPU with fused attention (flash
 attention in half precision, the memory-efficient kernel in fp32); timm's windows keep their scores.

@@ -1,4 +1,4 @@
-"""Memory of a GPU, and disk space, for training one model, from shapes alone. No torch in here.
+"""Memory of a GPU, and disk space, for training one model, from shapes alone.
 
 What is counted, what is assumed and what was checked is in docs/memory.md. Parameters are fp32 under every engine; the
 engines' tables of bytes per parameter (P parameters, of which V in vectors; n GPUs):

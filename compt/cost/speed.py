@@ -1,4 +1,4 @@
-"""How fast GPUs train: measured where a throughput file says so, else projected by a stated model. No torch in here.
+"""How fast GPUs train: measured where a throughput file says so, else projected by a stated model.
 
 The projection charges each sample (an image with its captions) for three things, one after the other:
 

@@ -153,7 +153,7 @@ class PillowDecoder(Decoder):
         part = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
         return _planes(decoded.resize((size, size), _BICUBIC, box=part))
 
-    def keep(self, image: Encoded, size: int) -> Kept:
+    def keep(self, image: Encoded, size: int) -> Encoded:
         """The decoded image, at every scale that a box may need. Raises Unusable."""
         opened = image.header or open_image(image.data)
         jpeg = opened.format == "JPEG"
@@ -190,6 +190,10 @@ class EvaluationDecoder(PillowDecoder):
     def pixels(self, image: Encoded, box: Box, size: int) -> Pixels:
         """uint8 [3, size, size]. Raises Unusable."""
         return _centre(image.header or open_image(image.data), size)
+
+    def keep(self, image: Encoded, size: int) -> Encoded:
+        """The encoded image: evaluation reads each image once."""
+        return Decoder.keep(self, image, size)
 
 
 def _covering(box: Box, size: int) -> int:

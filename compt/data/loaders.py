@@ -223,6 +223,9 @@ class TrainLoader:
                 raise DataError(read.message)
             if isinstance(read, Share):
                 read = self.reads.decode(read)
+                if torch.cuda.is_initialized() and not read.batch.images.is_cuda:
+                    # The loader pinned what the workers sent, which was not yet pixels.
+                    read = read._replace(batch=read.batch.pin_memory())
             watch.add(read)
             yield read.batch
 

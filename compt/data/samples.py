@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -164,11 +165,11 @@ class Drawn(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A sample before anything is drawn: its image and its usable captions."""
+    """A sample before anything is drawn: its image and its usable captions, as tokens if it stays in memory."""
 
     key: str
     image: Encoded
-    texts: list[str]
+    captions: Sequence[str | Ids]
     empty_captions: int
 
 
@@ -206,9 +207,10 @@ class Drawer:
             found = self._remember(sample) if self._free > 0 else self._read(sample)
         if isinstance(found, Unusable):
             raise Unusable(found.cause, str(found))
-        key, image, texts, empty = found
-        chosen = [self._tokens.ids(texts[i]) for i in self._choose(key, epoch, len(texts))]
-        return Drawn(key, image, self._box(key, epoch, image), chosen, len(texts) < self._kind.captions, empty)
+        key, image, captions, empty = found
+        places = self._choose(key, epoch, len(captions))
+        chosen = [self._tokens.ids(text) if isinstance(text := captions[at], str) else text for at in places]
+        return Drawn(key, image, self._box(key, epoch, image), chosen, len(captions) < self._kind.captions, empty)
 
     def _read(self, sample: int) -> _Stored:
         entry = self.reader.index.entry(sample)
@@ -223,8 +225,10 @@ class Drawer:
         found: _Stored | Unusable
         try:
             read = self._read(sample)
-            found = read._replace(image=self._decoder.keep(read.image, self._kind.image_size))
-            self._free -= found.image.nbytes + sum(self._tokens.ids(text).nbytes for text in found.texts)
+            image = self._decoder.keep(read.image, self._kind.image_size)
+            ids = [self._tokens.ids(str(text)) for text in read.captions]
+            found = _Stored(read.key, image, ids, read.empty_captions)
+            self._free -= image.nbytes + sum(each.nbytes for each in ids)
         except Unusable as error:
             found = error
         self._free -= 1024  # the Python objects around the data

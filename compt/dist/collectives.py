@@ -343,8 +343,9 @@ def pass_on(tensor: Tensor) -> Tensor:
     received, ranks = torch.empty_like(tensor), world_size()
     sending = torch_dist.P2POp(torch_dist.isend, tensor.contiguous(), (rank() + 1) % ranks)
     receiving = torch_dist.P2POp(torch_dist.irecv, received, (rank() - 1) % ranks)
-    for work in torch_dist.batch_isend_irecv([sending, receiving]):
-        work.wait()
+    with together():
+        for work in torch_dist.batch_isend_irecv([sending, receiving]):
+            work.wait()
     return received
 
 

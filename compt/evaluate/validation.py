@@ -9,7 +9,7 @@ from compt.dist import collectives as dist
 from compt.dist.watch.thread import alive
 from compt.errors import DataError
 from compt.evaluate.encoder import Encoder
-from compt.train.losses import ContrastiveLoss, Loss, learnt_scalars
+from compt.train.losses import ContrastiveLoss, Loss, learned_scalars
 
 
 def validation_loss(encoder: Encoder, batches: Iterable[Batch], loss: Loss | None = None) -> float:
@@ -28,9 +28,9 @@ def validation_loss(encoder: Encoder, batches: Iterable[Batch], loss: Loss | Non
                 image = encoder.images(batch.images)
                 captions = batch.tokens.shape[1]
                 text = encoder.texts(batch.tokens.flatten(0, 1)).view(len(image), captions, -1)
-                learnt = learnt_scalars(encoder.model, loss.scalars)
+                learned = learned_scalars(encoder.model, loss.scalars)
                 # Ranks may have unequal numbers of batches, so each value is of this rank's batch alone.
-                value, _ = loss({"image": image, "text": text, **learnt}, gather=False)
+                value, _ = loss({"image": image, "text": text, **learned}, gather=False)
                 total += float(value) * len(image)
                 images += len(image)
         except DataError as error:

@@ -39,6 +39,11 @@ class LossTraits:
     scalars: tuple[Scalar, ...]
     pairwise: bool = False
 
+    def __post_init__(self) -> None:
+        unknown = [scalar.name for scalar in self.scalars if scalar.name not in SCALAR_NAMES]
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: open_clip's CLIP has only the scalars {', '.join(SCALAR_NAMES)}")
+
 
 LOSS_TRAITS: dict[str, LossTraits] = {
     # OpenAI's CLIP (arXiv 2103.00020): temperature 0.07 at the start, logits scaled by at most 100.

@@ -1,4 +1,4 @@
-"""The sections of a recipe and their fields. No torch in here.
+"""The sections of a recipe and their fields.
 
 Every field is a *result* field (it changes the trained weights and guards a resume) or an *execution* field (it only
 says where and how to run); the latter are declared with `execution()`, and a section declared so is so as a whole. The
@@ -254,12 +254,6 @@ class Ema(Section):
     """Share of the average that each step keeps, for example 0.999."""
 
 
-def _known_loss(name: str) -> str:
-    if name not in LOSS_TRAITS:
-        raise ValueError(f"should be {' or '.join(LOSS_TRAITS)}{nearest(name, LOSS_TRAITS)}")
-    return name
-
-
 class Optimizer(Section):
     """AdamW with linear warm-up and a cosine decay to zero, and the task loss."""
 
@@ -279,7 +273,7 @@ class Optimizer(Section):
     """Number format of matrix products. Weights, normalization and losses are fp32."""
     ema: Ema | None = None
     """Moving average of the weights. It is stored beside them; the next link starts from the weights."""
-    loss: Annotated[str, AfterValidator(_known_loss)] = DEFAULT_LOSS
+    loss: Annotated[str, AfterValidator(OneOf(LOSS_TRAITS))] = later(DEFAULT_LOSS)
     """Task loss: `contrastive`, the softmax loss of CLIP, or `siglip`, the sigmoid loss of single pairs, which adds a
     learned `logit_bias` to the models."""
     image_to_text: Literal["slot", "all"] = "slot"
@@ -299,11 +293,6 @@ class Optimizer(Section):
         if LOSS_TRAITS[self.loss].pairwise and self.image_to_text != "slot":
             raise ValueError(f"image_to_text: leave it out; the loss '{self.loss}' compares no candidates")
         return self
-
-    def result_fields(self) -> dict[str, Any]:
-        """The fields that change the result. `loss` is left out where it is the default: older runs were hashed so."""
-        fields = super().result_fields()
-        return {name: value for name, value in fields.items() if (name, value) != ("loss", DEFAULT_LOSS)}
 
 
 class EvalSet(Section):

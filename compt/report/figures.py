@@ -336,7 +336,7 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SheetImage:
     """A held-out image with its true name and what a model took it for; `right` None: not known."""
 
     image: np.ndarray
@@ -351,29 +351,27 @@ class Picture:
 
     def encoded(self) -> tuple[str, bytes]:
         """Media type and bytes: lossless where it is small."""
-        picture = Image.fromarray(self.image.transpose(1, 2, 0))
-        small = max(picture.size) <= 64
-        picture.thumbnail((128, 128))
+        item = Image.fromarray(self.image.transpose(1, 2, 0))
+        small = max(item.size) <= 64
+        item.thumbnail((128, 128))
         buffer = io.BytesIO()
-        picture.save(buffer, "PNG" if small else "JPEG", quality=88)
+        item.save(buffer, "PNG" if small else "JPEG", quality=88)
         return ("image/png" if small else "image/jpeg"), buffer.getvalue()
 
 
-def contact_png(pictures: Sequence[Picture], columns: int = 8) -> bytes:
+def contact_png(images: Sequence[SheetImage], columns: int = 8) -> bytes:
     """All images in one, each with its true name and the answer."""
-    rows = math.ceil(len(pictures) / columns)
+    rows = math.ceil(len(images) / columns)
     with mpl.rc_context(STYLE):
         canvas = Canvas(figsize=(1.3 * columns, 1.62 * rows))
         axes = canvas.add_axes((0, 0, 1, 1))
         axes.set_axis_off()
-        for at, picture in enumerate(pictures):
+        for at, item in enumerate(images):
             x, y = at % columns * 1.3 + 0.2, (rows - 1 - at // columns) * 1.62 + 0.62
-            smooth = "nearest" if picture.image.shape[-1] <= 64 else "antialiased"
-            axes.imshow(picture.image.transpose(1, 2, 0), extent=(x, x + 0.9, y, y + 0.9), interpolation=smooth)
-            axes.text(x + 0.45, y - 0.06, _fold(picture.name), ha="center", va="top", fontsize=6.5, weight="bold")
-            axes.text(
-                x + 0.45, y - 0.32, _fold(f"{picture.mark} {picture.answer}"), ha="center", va="top", fontsize=6.5
-            )
+            smooth = "nearest" if item.image.shape[-1] <= 64 else "antialiased"
+            axes.imshow(item.image.transpose(1, 2, 0), extent=(x, x + 0.9, y, y + 0.9), interpolation=smooth)
+            axes.text(x + 0.45, y - 0.06, _fold(item.name), ha="center", va="top", fontsize=6.5, weight="bold")
+            axes.text(x + 0.45, y - 0.32, _fold(f"{item.mark} {item.answer}"), ha="center", va="top", fontsize=6.5)
         axes.set_xlim(0, 1.3 * columns)
         axes.set_ylim(0, 1.62 * rows)
         buffer = io.BytesIO()

@@ -108,12 +108,12 @@ class Sheet:
     job: str
     model: str
     name: str
-    pictures: list[figures.Picture]
+    images: list[figures.SheetImage]
 
     @property
     def right(self) -> int:
         """How many answers are right."""
-        return sum(picture.right is True for picture in self.pictures)
+        return sum(each.right is True for each in self.images)
 
 
 def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet | None:
@@ -126,13 +126,13 @@ def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet |
         images, ids, labels, names = (stored[key] for key in ("images", "ids", "labels", "classnames"))
         scored = stored_arrays(score_file(run, row.job, str(name)))
         answers = dict(zip(scored["ids"].tolist(), scored["predictions"].tolist(), strict=True)) if scored else {}
-        pictures = []
+        shown = []
         for image, sample, label in zip(images, ids.tolist(), labels.tolist(), strict=True):
             answer = answers.get(sample)
             text = "" if answer is None else str(names[answer]) if answer >= 0 else "no finite score"
             right = None if answer is None else answer == label
-            pictures.append(figures.Picture(image, str(names[label]), text, right))
-        return Sheet(row.job, row.model, str(name), pictures)
+            shown.append(figures.SheetImage(image, str(names[label]), text, right))
+        return Sheet(row.job, row.model, str(name), shown)
     return None
 
 
@@ -164,8 +164,8 @@ def _gather(run: Path) -> dict[str, Any]:
     }
 
 
-def _data_uri(picture: figures.Picture) -> str:
-    kind, content = picture.encoded()
+def _data_uri(item: figures.SheetImage) -> str:
+    kind, content = item.encoded()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -202,7 +202,7 @@ def _markdown(content: dict[str, Any]) -> str:
     figure("accuracy", "Accuracy against cost", _nothing_scored(content))
     sheet: Sheet | None = content["sheet"]
     if sheet is not None:
-        text = f"Answers of {sheet.model} on {sheet.name}: {sheet.right} of {len(sheet.pictures)} right"
+        text = f"Answers of {sheet.model} on {sheet.name}: {sheet.right} of {len(sheet.images)} right"
         lines += ["### Images", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
         lines += [f"{escape_markdown(text)} (✓); the true name is bold.", ""]
     figure("curves", "Training")
@@ -230,7 +230,7 @@ def write_report(run: Path) -> Path:
     content = _gather(run)
     drawn = {content[key].name: content[key].png for key in ("accuracy", "curves", "costs") if content[key] is not None}
     if content["sheet"] is not None:
-        drawn["contact"] = figures.contact_png(content["sheet"].pictures)
+        drawn["contact"] = figures.contact_png(content["sheet"].images)
     with new_folder(run / PICTURES) as folder:
         for name, png in drawn.items():
             (folder / f"{name}.png").write_bytes(png)

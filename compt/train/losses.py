@@ -83,7 +83,7 @@ def unit(features: Tensor) -> Tensor:
     return functional.normalize(_wide(features), dim=-1)
 
 
-def learnt_scalars(model: nn.Module, scalars: Iterable[Scalar]) -> dict[str, Tensor]:
+def learned_scalars(model: nn.Module, scalars: Iterable[Scalar]) -> dict[str, Tensor]:
     """The model's learned scalars by name, each [1], exponentiated where the parameter is a logarithm."""
     values = {one: _wide(model.get_parameter(one.name)) for one in scalars}
     return {one.name: (value.exp() if one.log else value).reshape(1) for one, value in values.items()}
@@ -209,8 +209,8 @@ class SiglipLoss(Loss):
         """This rank's value, and the terms to report beside it."""
         scale, bias = outputs["logit_scale"], outputs["logit_bias"]
         task, positive = siglip_loss(outputs["image"], outputs["text"], scale, bias, chunk=self.chunk, gather=gather)
-        learnt = {"logit_scale": scale.reshape(()), "logit_bias": bias.reshape(())}
-        return task, {"task": task, "positive": positive, "negative": task - positive, **learnt}
+        learned = {"logit_scale": scale.reshape(()), "logit_bias": bias.reshape(())}
+        return task, {"task": task, "positive": positive, "negative": task - positive, **learned}
 
 
 def siglip_loss(

@@ -16,7 +16,7 @@ from compt.models.clip import ClipModel
 from compt.models.init import init_tensor, linear_rule
 from compt.models.presets import VOCAB_SIZE
 from compt.models.scalars import SCALAR_NAMES
-from compt.train.losses import ContrastiveLoss, Loss, ifd_loss, learnt_scalars
+from compt.train.losses import ContrastiveLoss, Loss, ifd_loss, learned_scalars
 
 SHARED_OUTPUTS = frozenset(SCALAR_NAMES)
 """Outputs of a module that belong to the whole batch; every other output has a row for each sample."""
@@ -90,7 +90,7 @@ class StudentModule(nn.Module):
         logarithm; with projectors also `image_projected` [b, D'] and `text_projected` [b, M, D'].
         """
         image, text = encode(self.model, images, tokens, lengths, self.text_buckets)
-        outputs = {"image": image, "text": text, **learnt_scalars(self.model, self.model.spec.scalars)}
+        outputs = {"image": image, "text": text, **learned_scalars(self.model, self.model.spec.scalars)}
         for tower, projector in self.projector.items():
             outputs[f"{tower}_projected"] = projector(outputs[tower])
         return outputs

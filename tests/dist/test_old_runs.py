@@ -161,4 +161,4 @@ def test_a_finished_run_is_reported_on_as_it_was(tmp_path: Path) -> None:
     compt(base, "report", "finished")
     after = numbers(page.read_text())
     assert before.total() > 100
-    assert set(before) - set(after) == set()
+    assert [number for number in before - after if len(number) > 1] == [], "a digit alone may be a count in a text"

@@ -253,9 +253,9 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
     make_run(tmp_path)
     sheet = contact_sheet(tmp_path, read_json(tmp_path / "run.json"), summarise(tmp_path))
     assert sheet is not None
-    assert (sheet.job, sheet.name, len(sheet.pictures)) == ("3-vit_mini", "test_style", 40)
+    assert (sheet.job, sheet.name, len(sheet.images)) == ("3-vit_mini", "test_style", 40)
     assert 0 < sheet.right < 40
-    for picture in sheet.pictures:
+    for picture in sheet.images:
         assert picture.right == (picture.name == picture.answer)
         assert picture.mark == ("✓" if picture.right else "✗")
         kind, content = picture.encoded()

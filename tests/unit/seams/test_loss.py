@@ -82,7 +82,9 @@ def test_a_loss_from_outside_has_its_own_start_and_hash() -> None:
     plain, other = (make_plan(recipe_of(*changes)).jobs[0] for changes in ((), ("optimizer.loss=margin",)))
     assert plain.hash != other.hash
     assert build(other.spec, seed=0).logit_scale.item() == pytest.approx(math.log(5))
-    with pytest.raises(ConfigError, match=r"optimizer.loss = 'margi': should be contrastive or siglip or margin \(did"):
+    with pytest.raises(
+        ConfigError, match=r"optimizer.loss = 'margi': should be 'contrastive', 'siglip' or 'margin' \(did"
+    ):
         recipe_of("optimizer.loss=margi")
 
 
