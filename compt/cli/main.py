@@ -142,7 +142,7 @@ def run(words: Callable[[], list[str]] | None = None) -> None:
     try:
         main(words)
     except BaseException as end:
-        # Whoever joins a group has torch; some of DeepSpeed keeps the group, and its threads, for ever.
+        # A process that joined a group has torch loaded. Parts of DeepSpeed keep the group and its threads for ever.
         if "torch" not in sys.modules and not any(thread.daemon for thread in threading.enumerate()):
             raise
         code = end.code if isinstance(end, SystemExit) else 130 if isinstance(end, KeyboardInterrupt) else 1

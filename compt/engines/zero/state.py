@@ -228,7 +228,7 @@ def open_zero(folder: Path, parts: Parts, own: Mapping[str, Sequence[int]], aver
 
 
 def take_moments(parts: Parts, optimizer: torch.optim.Optimizer, state: ZeroState) -> None:
-    """Set what the optimizer holds of AdamW's moments; without any it begins anew."""
+    """Set what the optimizer holds of AdamW's moments. Without any, they start from zero."""
     for vector, master in enumerate(parts.masters):
         optimizer.state.pop(master, None)
         if not state.moments:
