@@ -121,7 +121,7 @@ def test_the_doctor_sees_both_nodes(cluster: Cluster, tmp_path: Path) -> None:
     findings = {item["check"]: item for item in found["findings"]}
     assert found["ok"], found
     assert findings["processes"]["found"] == "2 on 2 nodes: n1, n2"
-    for check in ("versions", "shared disk", "renaming", "locks", "clocks", "gloo"):
+    for check in ("environment", "shared disk", "renaming", "locks", "gloo"):
         assert findings[check]["state"] == "ok", findings[check]
     assert list(tmp_path.iterdir()) == []
 
