@@ -29,7 +29,7 @@ from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
 from compt.cli.options import PlainCommand
 from compt.cli.plan.command import plan
-from compt.dist.environment import own_rank
+from compt.dist.environment import has_others, own_rank
 from compt.errors import ComptError
 from compt.text import terminal
 
@@ -105,7 +105,8 @@ RANK_0_PRINTS = 3.0
 
 
 def _print_error(error: ComptError, rank: str) -> None:
-    if error.agreed:
+    agreed = error.agreed and has_others(os.environ)
+    if agreed:
         # A launcher stops all ranks when the first of them exits: rank 0 gets time to print, and all keep their exit
         # code. Without this a fast rank 1 would take the message with it.
         for number in SIGNALS:
@@ -113,7 +114,7 @@ def _print_error(error: ComptError, rank: str) -> None:
     if error.printed_by(rank):
         name = "compt" if rank == "0" else f"compt, rank {rank}"
         terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
-    elif error.agreed:
+    elif agreed:
         time.sleep(RANK_0_PRINTS)
 
 

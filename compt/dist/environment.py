@@ -103,6 +103,11 @@ def own_rank(environment: Environment) -> str:
     return environment.get("SLURM_PROCID", "0") if "SLURM_STEP_NUM_TASKS" in environment else "0"
 
 
+def has_others(environment: Environment) -> bool:
+    """Whether this process is one of several ranks. Reads the environment, as a rank may fail before they meet."""
+    return any(environment.get(name, "1") not in ("", "1") for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"))
+
+
 def _from_launcher(environment: Environment) -> Place:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         if name not in environment:

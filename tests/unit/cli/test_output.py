@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from compt.cli.main import main
+from compt.errors import RunError
 from compt.models.clip import build
 from compt.models.init import export_state
 from compt.models.presets import PRESETS
@@ -134,3 +136,20 @@ def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path
     assert done.returncode == 1
     assert done.stderr.endswith("KeyError: 'no such thing'\n")
     assert done.stderr.count("Traceback") == 1
+
+
+def test_an_agreed_error_of_a_single_process_leaves_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With signals ignored, a process could not end its children, nor could whoever calls `main` in its own process."""
+
+    def fail(*_: object, **__: object) -> None:
+        error = RunError("no such run")
+        error.agreed = True
+        raise error
+
+    monkeypatch.setattr("compt.cli.main.app", fail)
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(SystemExit):
+        main()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
