@@ -67,7 +67,7 @@ def test_a_fault(fault: str, bench: Bench, tmp_path: Path) -> None:
     assert None not in found.exit_codes, "all processes ended"
     assert found.seconds < 90
     if fault == "port taken":
-        assert (found.exit_codes, " / " in found.message) == ([5, 5], False), "each waited, and one said so"
+        assert found.exit_codes == [5, 5], "each rank waits, and prints its own line"
 
 
 @pytest.mark.full
