@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from compt.data.batch import Batch, EvalBatch
 from compt.data.decode import Decoder, EvaluationDecoder, Pixels, Unusable, evaluation_pixels
 from compt.data.index import Index
-from compt.data.order import epoch_order, substitute
-from compt.data.batch import Batch, EvalBatch
+from compt.data.order import EpochOrder, substitute
 from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
-from compt.data.tokens import CaptionTokens, Ids, Tokenizer, pad
+from compt.data.tokens import CaptionTokens, Tokenizer, pad
 from compt.errors import DataError
 from compt.recipe.schema import DECODERS
 
@@ -72,11 +72,11 @@ class Steps(Sampler[Reference]):
         return max(self._stop - self._start, 0)
 
     def __iter__(self) -> Iterator[Reference]:
-        epoch, order = -1, np.zeros(0, np.int64)
+        epoch, order = -1, EpochOrder(0, 0, [], 1)
         for step in range(self._start, self._stop):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
-                order = epoch_order(self._seed, epoch, self._sizes, self._window)
+                order = EpochOrder(self._seed, epoch, self._sizes, self._window)
             first = step % self.steps_per_epoch * self._batch
             yield Reference(epoch, order[first : first + self._batch][self._part])
 
@@ -326,8 +326,8 @@ def fixed_caption_batches(
     Images are preprocessed as for evaluation; the `captions` of an image are evenly spread over all it has. Batch b goes
     to rank b mod world_size. Samples beyond the last whole batch are left out, unless there is no whole batch.
     """
-    order = epoch_order(0, 0, index.sizes, max(len(index.sizes), 1))
-    whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order]
+    order = EpochOrder(0, 0, index.sizes, max(len(index.sizes), 1))
+    whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order[:]]
     steps = [Reference(0, ids) for ids in whole[rank::world_size]]
     kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
     decoder = EvaluationDecoder()

@@ -27,29 +27,58 @@ def _words(seed: int, epoch: int, purpose: str, key: str, counter: int) -> tuple
     return _EIGHT_WORDS.unpack(blake2b(name.encode("utf-8", "surrogateescape"), digest_size=64).digest())
 
 
-def epoch_order(
-    seed: int, epoch: int, shard_sizes: Sequence[int] | NDArray[np.int64], window: int
-) -> NDArray[np.int64]:
-    """A permutation of all sample ids, [sum(shard_sizes)].
+class EpochOrder:
+    """A permutation of all sample ids of an epoch, of which one window is in memory at a time.
 
     Shards are permuted, then the samples within each window of `window` successive shards. So reading stays nearly
-    sequential. Raises ValueError where `window` is below 1.
+    sequential. `order[first:last]` gives ids, int64. Raises ValueError where `window` is below 1.
     """
-    if window < 1:
-        raise ValueError(f"window is {window}; it must be at least 1")
-    sizes = np.asarray(shard_sizes, dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]) if len(sizes) else sizes
-    key = int.from_bytes(blake2b(f"{seed}\0{epoch}\0order".encode(), digest_size=16).digest(), "little")
-    source = np.random.Philox(key=key)
-    shards = np.argsort(source.random_raw(len(sizes)), kind="stable")
-    order = np.empty(int(sizes.sum()), dtype=np.int64)
-    position = 0
-    for first in range(0, len(sizes), window):
-        chosen = shards[first : first + window]
-        ids = np.concatenate([np.arange(starts[shard], starts[shard] + sizes[shard]) for shard in chosen])
-        order[position : position + len(ids)] = ids[np.argsort(source.random_raw(len(ids)), kind="stable")]
-        position += len(ids)
-    return order
+
+    def __init__(self, seed: int, epoch: int, shard_sizes: Sequence[int] | NDArray[np.int64], window: int) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}; it must be at least 1")
+        self._sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._key = int.from_bytes(blake2b(f"{seed}\0{epoch}\0order".encode(), digest_size=16).digest(), "little")
+        self._shards = np.argsort(self._random(0, len(self._sizes)), kind="stable")
+        self._window = window
+        firsts = np.arange(0, len(self._sizes), window)
+        self._ends = np.cumsum(np.add.reduceat(self._sizes[self._shards], firsts) if len(firsts) else firsts)
+        self._ready = -1
+        self._ids = np.empty(0, np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, part: slice) -> NDArray[np.int64]:
+        first, last, step = part.indices(len(self))
+        if step != 1:
+            raise ValueError(f"the order has no slices with a step; got {step}")
+        pieces = []
+        while first < last:
+            window = int(self._ends.searchsorted(first, side="right"))
+            end = int(self._ends[window])
+            ids = self._window_ids(window)
+            start = end - len(ids)
+            pieces.append(ids[first - start : last - start])
+            first = end
+        # A copy: a slice of a window would keep the whole window in memory while a worker's queue holds it.
+        return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
+
+    def _window_ids(self, window: int) -> NDArray[np.int64]:
+        if window != self._ready:
+            chosen = self._shards[window * self._window : (window + 1) * self._window]
+            starts, sizes = self._starts[chosen], self._sizes[chosen]
+            ids = np.repeat(starts - np.cumsum(sizes) + sizes, sizes) + np.arange(sizes.sum())
+            # One stream of words serves the shards and all windows in turn, so a window's first word is known.
+            words = self._random(len(self._sizes) + int(self._ends[window]) - len(ids), len(ids))
+            self._ready, self._ids = window, ids[np.argsort(words, kind="stable")]
+        return self._ids
+
+    def _random(self, first: int, count: int) -> NDArray[np.uint64]:
+        """`count` words of the epoch's stream, beginning with number `first`."""
+        source = np.random.Philox(key=self._key).advance(first // 4)  # the counter moves once for four words
+        return source.random_raw(first % 4 + count)[first % 4 :]
 
 
 def caption_choice(seed: int, epoch: int, key: str, n: int, m: int) -> list[int]:

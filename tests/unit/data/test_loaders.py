@@ -12,11 +12,11 @@ import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 
-from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
+from compt.data.batch import Batch
 from compt.data.decode import MAX_PIXELS, Encoded, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.order import caption_choice, epoch_order
-from compt.data.batch import Batch
+from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
+from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
 from compt.errors import DataError, Interrupted
@@ -63,7 +63,7 @@ def test_batches_are_what_the_order_says(index: Index) -> None:
     per_epoch = N // BATCH
     for step, batch in enumerate(batches):
         epoch, place = divmod(step, per_epoch)
-        ids = epoch_order(5, epoch, index.sizes, 2)[place * BATCH : (place + 1) * BATCH]
+        ids = EpochOrder(5, epoch, index.sizes, 2)[place * BATCH : (place + 1) * BATCH]
         assert batch.keys == [index.key(i) for i in ids]
         assert batch.images.dtype == torch.uint8
         assert batch.images.shape == (BATCH, 3, 16, 16)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+from hashlib import blake2b
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from compt.data.order import caption_choice, crop_box, epoch_order, substitute
+from compt.data.order import EpochOrder, caption_choice, crop_box, substitute
 
 CHI2_999 = {2: 13.82, 15: 37.70}
 """99.9 % quantiles of chi-squared by degrees of freedom."""
@@ -15,6 +20,24 @@ GOLDEN_CAPTIONS = [1, 6, 12, 5]
 GOLDEN_REPLACED = [0, 0, 1, 0]
 GOLDEN_CROP = (7, 0, 317, 240)
 GOLDEN_SUBSTITUTES = [156, 102, 589]
+
+
+def epoch_order(seed: int, epoch: int, sizes: list[int], window: int) -> np.ndarray:
+    return EpochOrder(seed, epoch, sizes, window)[:]
+
+
+def order_made_whole(seed: int, epoch: int, sizes: list[int], window: int) -> np.ndarray:
+    """The order of the whole epoch from one stream of words, as the first versions made it."""
+    key = int.from_bytes(blake2b(f"{seed}\0{epoch}\0order".encode(), digest_size=16).digest(), "little")
+    source = np.random.Philox(key=key)
+    starts = np.cumsum([0, *sizes])
+    shards = np.argsort(source.random_raw(len(sizes)), kind="stable")
+    parts = []
+    for first in range(0, len(sizes), window):
+        ids = [np.arange(starts[shard], starts[shard + 1]) for shard in shards[first : first + window]]
+        joined = np.concatenate(ids)
+        parts.append(joined[np.argsort(source.random_raw(len(joined)), kind="stable")])
+    return np.concatenate(parts)
 
 
 def chi2(counts: np.ndarray) -> float:
@@ -50,6 +73,31 @@ def test_every_position_is_reached_equally_often() -> None:
     for epoch in range(1200):
         counts[np.arange(6), epoch_order(0, epoch, [2, 2, 2], 3)] += 1
     assert max(chi2(row) for row in counts) < 30
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    st.integers(1, 9),
+    st.integers(0, 3),
+    st.lists(st.integers(0, 1300), min_size=2, max_size=8),
+)
+def test_a_part_of_the_order_equals_that_part_of_the_whole(
+    sizes: list[int], window: int, epoch: int, cuts: list[int]
+) -> None:
+    """Windows are drawn on their own, in any sequence. A run of an older version goes on with the same samples."""
+    whole = order_made_whole(5, epoch, sizes, window)
+    order = EpochOrder(5, epoch, sizes, window)
+    assert len(order) == len(whole)
+    for first, last in pairwise(cuts):
+        assert order[first:last].tolist() == whole[first:last].tolist()
+
+
+def test_two_billion_samples_open_anywhere() -> None:
+    """The last windows of 2e9 samples in 200,000 shards. All ids together would take 15 GiB."""
+    order = EpochOrder(0, 0, np.full(200_000, 10_000), 8)
+    tail = order[len(order) - 100_000 :]
+    assert len(set(tail.tolist())) == 100_000
+    assert len({one // 10_000 for one in tail.tolist()}) <= 16
 
 
 def test_a_window_below_one_is_refused() -> None:
