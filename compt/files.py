@@ -167,6 +167,18 @@ def memory_sizes() -> dict[str, int]:
     return {name: int(size) * 1024 for pairs in found for name, size in pairs}
 
 
+def shared_memory() -> str:
+    """A sentence, for messages, on the memory through which loader processes pass batches, and how to get more."""
+    try:
+        free = f" has {shutil.disk_usage('/dev/shm').free / 2**20:,.1f} MiB free"
+    except OSError:
+        free = ""
+    return (
+        f"Batches pass through /dev/shm, which{free or ' cannot be read'}: enlarge it (docker run --shm-size=8g; "
+        "Kubernetes: an emptyDir of medium Memory there), or lower engine.workers (0 needs none)."
+    )
+
+
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}, so that two recipes can be compared field by field."""
     if not isinstance(value, dict):

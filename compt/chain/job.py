@@ -19,7 +19,7 @@ from compt.data.batch import Batch
 from compt.data.index import Index
 from compt.data.loaders import train_loader
 from compt.dist import collectives as dist
-from compt.dist.watch.thread import LONG, beat
+from compt.dist.watch.thread import EVALUATING, LONG, beat
 from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
@@ -320,7 +320,7 @@ class JobRun:
         """Train unless `model/` is there already, then score it."""
         if not dist.any_true((self.folder / "model").exists()):
             self._fit()
-        beat(self.job.steps, "evaluating", LONG)
+        beat(self.job.steps, EVALUATING, LONG)
         artefact, job = dist.on_all(self._trained), self.job
         trained = artefact.manifest["trained"]
         tokens = trained["tokens_per_caption"]  # as measured

@@ -6,8 +6,11 @@ So any step opens without replaying earlier ones, and the number of workers and 
 
 from __future__ import annotations
 
+import multiprocessing
+import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -27,7 +30,8 @@ from compt.data.index import Index
 from compt.data.order import EpochOrder, substitute
 from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
 from compt.data.tokens import CaptionTokens, Tokenizer, pad
-from compt.errors import DataError
+from compt.errors import DataError, RunError
+from compt.files import shared_memory
 from compt.recipe.schema import DECODERS
 
 MAX_SUBSTITUTES = 20
@@ -218,7 +222,7 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         watch = _BadShare(self.max_bad_share)
-        for read in _loader(self.reads, self.steps, self.workers):
+        for read in _read(self.reads, self.steps, self.workers):
             if isinstance(read, Failure):
                 raise DataError(read.message)
             if isinstance(read, Share):
@@ -241,6 +245,9 @@ def _shield(parent: int, _worker: int) -> None:
     save that follows. torch's own watch over the parent starts too late if the parent is killed while workers start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
+    signal.set_wakeup_fd(-1)  # the training process reads that pipe
+    # A batch that cannot be passed on is only printed by default, and the training process waits for it for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
 
     def wait() -> None:
         while os.getppid() == parent:
@@ -250,6 +257,53 @@ def _shield(parent: int, _worker: int) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+def _end_worker(error: BaseException, _: Any) -> None:
+    sys.stderr.write(f"compt, loader process {os.getpid()}: cannot pass on a batch: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def _read(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterator[Any]:
+    """What `workers` processes read. Raises RunError where they cannot start, or one of them dies.
+
+    torch would raise the death of a worker from a signal handler, anywhere in the program: so the handler is put back,
+    and the death is found where a batch is awaited, 5 seconds later at most.
+    """
+    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    own: list[Any] = []
+    try:
+        try:
+            # A loader that runs out of semaphores would print a traceback of its destructor too, so try them first.
+            _ = [multiprocessing.Queue() for _ in range(workers + 2 if workers else 0)]
+            batches = iter(_loader(dataset, sampler, workers))
+        except OSError as error:
+            raise RunError(f"cannot start engine.workers={workers} loader processes: {error}. {shared_memory()}") from error
+        finally:
+            own += [child for child in multiprocessing.active_children() if child not in before]
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        yield from batches
+    except RuntimeError as error:
+        dead = [child for child in own if child.exitcode]
+        if not dead:
+            raise
+        raise RunError(_cause_of_death(dead[0].pid, dead[0].exitcode)) from error
+    finally:
+        # torch would wait 5 seconds for each that hangs, and Python at its end for ever.
+        for child in own:
+            child.kill()
+
+
+def _cause_of_death(pid: int, code: int) -> str:
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    why = ""
+    if code == -signal.SIGKILL:
+        why = "; the system does this when memory runs out (see dmesg): lower engine.workers, or give the job more memory"
+    if code in (-signal.SIGBUS, 1):
+        why = f". {shared_memory()}"
+    return f"loader process {pid} {how}{why}"
 
 
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
@@ -379,7 +433,7 @@ class EvalLoader:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in _loader(self.reads, self.ids, self.workers):
+        for batch in _read(self.reads, self.ids, self.workers):
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             yield batch

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
-from compt.dist.watch.thread import LONG, beat
+from compt.dist.watch.causes import WAITING
+from compt.dist.watch.thread import EVALUATING, LONG, TRAINING, beat
 from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
 from compt.models.clip import caption_lengths, padded_tokens
@@ -24,7 +25,7 @@ from compt.models.pixels import to_input
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
 from compt.train.metrics import MetricsWriter, straggler_report
-from compt.train.signals import StopSignal
+from compt.train.signals import StopSignal, Waited
 from compt.train.task import Task, reduce_report
 
 
@@ -195,7 +196,11 @@ def train(
         batches = _batches(open_loader, counts.step)
         with _Loop(task, engine, settings, folder, title, counts) as loop, contextlib.closing(batches):
             while counts.step < settings.total_steps and not loop.stopping:
-                loop.step(loop.next_batch(batches))
+                batch = loop.next_batch(batches)
+                if batch is None:
+                    loop.save()
+                    break
+                loop.step(batch)
                 loop.log()
                 loop.evaluate(evaluate)
                 loop.save()
@@ -227,6 +232,7 @@ class _Loop(contextlib.ExitStack):
         self._norm = torch.zeros(())
         self._lr = self._started = 0.0
         self._patience = LONG  # the first step compiles, and opens shards
+        self._saved = counts.step  # at the start this is the state on disk, or that of initial weights
         self.stopping = False
         """Whether a rank was asked to stop before the last step, whose state is saved."""
 
@@ -239,21 +245,28 @@ class _Loop(contextlib.ExitStack):
             torch.cuda.reset_peak_memory_stats(self._engine.device)
         return self
 
-    def next_batch(self, batches: Iterator[Batch]) -> Batch:
-        """This rank's next batch. Raises a DataError of one rank on all, as none can finish the step without it."""
-        beat(self._counts.step, "waiting for data", self._patience)
+    def next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """This rank's next batch. None, on all ranks, where a rank was asked to stop while it waited for its batch.
+
+        Raises a DataError of one rank on all, as none can finish the step without it.
+        """
+        beat(self._counts.step, WAITING, self._patience)
         batch, fault, self._started = None, None, time.perf_counter()
         try:
-            batch = next(batches)
+            with self._stop.waiting():
+                batch = next(batches)
+        except Waited:
+            pass
         except DataError as error:
             fault = error
         self._window.own_wait += time.perf_counter() - self._started
         # The ranks tell each other in one collective what they need to agree on: broken data, and a request to stop.
-        faulty, self._stop.agreed = dist.any_of(fault is not None, bool(self._stop.name))
+        faulty, self._stop.agreed, missing = dist.any_of(fault is not None, bool(self._stop.name), batch is None)
         if faulty:
             dist.agree(fault)
+        if missing:
+            return None
         self._window.waited += time.perf_counter() - self._started
-        assert batch is not None
         return batch
 
     def step(self, batch: Batch) -> None:
@@ -262,7 +275,7 @@ class _Loop(contextlib.ExitStack):
         A norm that is not finite means that the engine left the update out: on all ranks, as their gradients are equal.
         """
         counts, settings = self._counts, self._settings
-        beat(counts.step, "training", self._patience)
+        beat(counts.step, TRAINING, self._patience)
         self._patience = 1.0
         self._lr = learning_rate(counts.step, settings)
         self._report, self._norm = training_step(
@@ -297,7 +310,7 @@ class _Loop(contextlib.ExitStack):
         """Score the model as it is, when that is due."""
         step = self._counts.step
         if evaluate is not None and self._is_due(self._settings.evaluate_every):
-            beat(step, "evaluating", LONG)
+            beat(step, EVALUATING, LONG)
             with self._engine.scoring():
                 scores = evaluate()
             self._writer.log_evaluation(step, {"epoch": step / self._settings.steps_per_epoch, **scores})
@@ -305,10 +318,12 @@ class _Loop(contextlib.ExitStack):
     def save(self) -> None:
         """Write a checkpoint when one is due, or when a rank was asked to stop."""
         self.stopping = self._stop.raised()
-        if self.stopping or self._is_due(self._settings.checkpoint_every):
-            beat(self._counts.step, "writing a checkpoint", LONG)
+        step = self._counts.step
+        if step > self._saved and (self.stopping or self._is_due(self._settings.checkpoint_every)):
+            beat(step, "writing a checkpoint", LONG)
             self._norms.read(self._counts)
-            self._saver.save(self._engine, self._counts.step, _state(self._counts, self._settings))
+            self._saver.save(self._engine, step, _state(self._counts, self._settings))
+            self._saved = step
 
     def end(self) -> None:
         """Wait for the last checkpoint. Raises Interrupted when a rank was asked to stop, even after the last step."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, ClassVar
 
 from compt.dist import collectives as dist
+from compt.dist.watch.thread import STOPS
 from compt.errors import Interrupted
 
 _SAME = {False: 1.0, True: 5.0}
 """Seconds after a request in which another signal counts as the same request, by `at_once`."""
+
+
+class Waited(BaseException):
+    """A signal to stop ended a wait. Code that reads images catches every Exception, so this is none."""
 
 
 class StopSignal:
@@ -31,6 +38,7 @@ class StopSignal:
         self.agreed = False
         """Whether all ranks know that one of them was asked to stop. The loop sets it."""
         self._at_once = at_once
+        self._waiting = False
         self._asked_at = -math.inf
         self._previous: dict[int, Any] = {}
 
@@ -44,9 +52,23 @@ class StopSignal:
             raise Interrupted(f"stopped by {self.name}. Start the same command again to go on.")
         if again and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self._waiting:
+            self._waiting = False
+            raise Waited
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait for something that may never come: a request inside, or one that came just before, raises Waited."""
+        try:
+            self._waiting = True
+            if self.name:
+                raise Waited
+            yield
+        finally:
+            self._waiting = False
 
     def __enter__(self) -> StopSignal:
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in STOPS:
             self._previous[number] = signal.signal(number, self._handle)
         self._open.append(self)
         return self

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
-import re
 import signal
 import threading
 import time
@@ -12,16 +12,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from torch.distributed import HashStore
 
 from compt.dist import collectives as dist
-from compt.dist.watch import thread as dist_watch
+from compt.dist.watch import thread
 from compt.dist.watch.causes import Cause, Seen
 from compt.dist.watch.store import Life, Post, process_state
 from compt.dist.watch.thread import Watch, alive, beat
 from compt.errors import DataError, Interrupted, RunError
+from compt.train.signals import StopSignal
 from tests.faults.group import Ended, Group, mark
+from tests.helpers.process import ended as gone
+from tests.helpers.recipe import FIRST, chain, make_data
 
 TIMEOUT = 10.0
 """Half of it without a sign of life counts as dead: a busy machine has to give every process its turn in that time."""
@@ -97,16 +101,16 @@ def unequal(folder: Path) -> None:
         dist.any_true(False)
 
 
-def in_step(folder: Path) -> None:
-    """Both hang in the same place."""
-    with Watch(folder, TIMEOUT) as watch:
+def in_step(folder: Path, timeout: float = TIMEOUT) -> None:
+    """All hang in the same place."""
+    with Watch(folder, timeout) as watch:
         watch.beat(7, "waiting for data")
         time.sleep(3600)
 
 
 def looks_late(folder: Path) -> None:
     """Rank 0 is held between what it reads of rank 1 and the look at its process, which ends in order meanwhile."""
-    real = dist_watch.dead
+    real = thread.dead
 
     def late(seen: dict[int, Seen], silence: float) -> Cause | None:
         life = seen[1].life
@@ -116,7 +120,7 @@ def looks_late(folder: Path) -> None:
         return real(seen, silence)
 
     if dist.is_main():
-        dist_watch.dead = late  # type: ignore[assignment]
+        thread.dead = late  # type: ignore[assignment]
     with Watch(folder, 30.0):
         wait_until((folder / "looking").exists)
 
@@ -285,6 +289,106 @@ def test_a_rank_that_ends_in_order_while_it_is_looked_at(groups: Callable[..., G
     assert (ended.codes, ended.said) == ([0, 0], "")
 
 
+def deaf(folder: Path) -> None:
+    """The main thread is in a call into C that no signal ends, so no handler of Python's runs."""
+    thread.HURRY = 1.0
+    mutex = ctypes.create_string_buffer(64)
+    with StopSignal(), Watch(folder, 600.0) as watch:
+        watch.beat(7, thread.TRAINING)
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        mark(folder, "begun")
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+
+
+def test_a_single_process_that_hangs_ends(groups: Callable[..., Group]) -> None:
+    group = groups(in_step, 2.0, world=1)
+    ended = group.end(60)
+    text = message(ended)
+    assert text.startswith("compt: no process made progress for 2 s; rank 0 (host ")
+    assert "at step 7, waiting for data for" in text
+    assert "/dev/shm" in text, "the likely cause"
+    assert "--shm-size" in text, "and the remedy"
+    assert "engine.workers" in text
+    assert ended.codes == [5]
+    (stacks,) = (group.folder / "faults").glob("rank-0-*.txt")
+    assert "in_step" in stacks.read_text()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_signal_is_heard_in_a_call_that_never_returns(world: int, groups: Callable[..., Group]) -> None:
+    group = groups(deaf, world=world)
+    group.wait_for("begun")
+    time.sleep(0.5)
+    for rank in range(world):
+        os.kill(group.pid(rank), signal.SIGTERM)
+    ended = group.end(60)
+    assert "compt: stopped by SIGTERM, without saving what came after the newest checkpoint: " in message(ended)
+    assert "at step 7, training for" in message(ended)
+    assert ended.codes == [75] * world
+
+
+# --- loader processes, in a real chain
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("loaders"))
+
+
+def loader_process(group: Group, run: Path) -> int:
+    """Wait until the first link trains, and return the pid of a loader process of the last rank."""
+    for _ in range(6000):
+        found = psutil.Process(group.pid(len(group.processes) - 1)).children()
+        if found and (run / "jobs" / FIRST / "metrics.jsonl").exists():
+            return found[0].pid
+        time.sleep(0.02)
+    raise AssertionError(group.output())
+
+
+LONG_RUN = (
+    "chain.links.0.train={steps: 100000}",
+    "evaluation.every=",
+    "engine.workers=1",
+    "engine.log_every={steps: 1}",
+)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_loader_process_that_is_killed_is_named(
+    world: int, base: Path, tmp_path: Path, groups: Callable[..., Group]
+) -> None:
+    run = tmp_path / "run"
+    group = groups(in_folder, base, run, LONG_RUN, world=world)
+    pid = loader_process(group, run)
+    os.kill(pid, signal.SIGKILL)
+    ended = group.end(60)
+    assert f"loader process {pid} was killed by SIGKILL; the system does this when memory runs out" in message(ended)
+    assert ended.codes == [5] * world
+    assert "Traceback" not in ended.said
+
+
+@pytest.mark.parametrize("signalled", [False, True])
+def test_a_loader_process_that_is_stopped_is_named_and_a_signal_heard(
+    signalled: bool, base: Path, tmp_path: Path, groups: Callable[..., Group]
+) -> None:
+    run = tmp_path / "run"
+    group = groups(in_folder, base, run, (*LONG_RUN, "engine.timeout=4"), world=1)
+    pid = loader_process(group, run)
+    os.kill(pid, signal.SIGSTOP)
+    if signalled:
+        time.sleep(1.0)
+        os.kill(group.pid(0), signal.SIGTERM)
+    ended = group.end(60)
+    assert ended.codes == [75 if signalled else 5], ended.said
+    said = message(ended)
+    assert ("stopped by SIGTERM at step" if signalled else f"stopped its loader process {pid}") in said
+    assert gone([pid]), "nothing is left of it"
+
+
+def in_folder(folder: Path, base: Path, run: Path, changes: tuple[str, ...]) -> None:
+    chain(base, run, *changes)
+
+
 @pytest.mark.full
 def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]) -> None:
     group = groups(steps, None, 400)
@@ -297,18 +401,6 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]
         time.sleep(0.3)
     ended = group.end(60)
     assert ended.codes == [0, 0], ended.said
-
-
-def test_one_process_shows_where_it_hangs_and_goes_on(tmp_path: Path) -> None:
-    with Watch(tmp_path, 2.0) as watch:
-        watch.beat(3, "reading data")
-        time.sleep(4.0)
-        watch.beat(4, "computing", patience=20.0)
-    (path,) = (tmp_path / "faults").iterdir()
-    text = path.read_text()
-    assert re.search(r"step 3, reading data for [23]\.", text)
-    assert "test_one_process_shows_where_it_hangs_and_goes_on" in text
-    beat(5, "nothing watches")
 
 
 def other_machine(rank: int, tick: int, left: bool = False) -> str:

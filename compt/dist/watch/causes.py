@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -10,16 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 import torch.distributed as torch_dist
 
 from compt.dist.watch.store import Life, is_here, process_state
 from compt.errors import ComptError, Gone, RunError
+from compt.files import shared_memory
 
 _AGAIN = "Start the same command again to go on from the newest checkpoint."
 _DIED = "look for the reason in its own output and in that machine's log (dmesg: out of memory?)."
 _SILENT = "A debugger or a signal stops processes; a machine that swaps or loses its network looks the same."
 
 _PACKAGE = Path(__file__).resolve().parents[2]
+WAITING = "waiting for data"
+"""What a rank does while its loader processes prepare the next batch."""
 COLLECTIVES = "dist/collectives.py:"
 """What `where` starts with for a thread that waits for other processes."""
 
@@ -94,8 +99,8 @@ def dead(seen: Mapping[int, Seen], silence: float) -> Cause | None:
     return None
 
 
-def hanging(lives: Sequence[Life], timeout: float, patience: float, folder: Path) -> Cause:
-    """Name the rank that is stuck. All ranks make the same calls, so the one with the fewest is to blame.
+def hanging(lives: Sequence[Life], seconds: float, timeout: float, folder: Path) -> Cause:
+    """Name the rank that is stuck for `seconds`. All ranks make the same calls, so the one with the fewest is to blame.
 
     Among equals it is the one that does not wait for others in a collective; if all are equal, none is to blame.
     """
@@ -103,13 +108,27 @@ def hanging(lives: Sequence[Life], timeout: float, patience: float, folder: Path
     behind = sorted((life for life in lives if life.count == least), key=lambda life: life.rank)
     behind = [life for life in behind if not life.where.startswith(COLLECTIVES)] or behind
     advice = (
-        f"{folder} has the stacks of every process. {_AGAIN} If the step was only slow, raise engine.timeout "
-        f"(now {timeout:g} s)."
+        f"{behind[0].hint}{folder} has the stacks of every process. {_AGAIN} If the step was only slow, raise "
+        f"engine.timeout (now {timeout:g} s)."
     )
     if len(behind) == len(lives):
-        text = f"no process made progress for {timeout * patience:.0f} s; {behind[0].named()} like the others. {advice}"
+        who = behind[0].named() + (" like the others" if len(lives) > 1 else " is stuck")
+        text = f"no process made progress for {seconds:.0f} s; {who}. {advice}"
         return Cause("hung", -1, text)
     return Cause("hung", behind[0].rank, f"{behind[0].named()} is stuck, and all others wait for it. {advice}")
+
+
+def obstacle(doing: str) -> str:
+    """Return a sentence on what keeps this process from its data, with a space at its end; "" for other work."""
+    if doing != WAITING:
+        return ""
+    stopped = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            stopped += [str(child.pid)] * (child.status() == psutil.STATUS_STOPPED)
+    if stopped:
+        return f"A signal or a debugger has stopped its loader process {', '.join(stopped)}. "
+    return f"Its loader processes deliver nothing: the disk with the shards may hang, or memory is short. {shared_memory()} "
 
 
 def lost(first: Seen | None, with_rank_0: bool) -> Cause | None:

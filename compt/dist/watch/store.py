@@ -71,7 +71,7 @@ class Life:
     """A process's heartbeat: who it is, and what its main thread has been doing for `age` seconds.
 
     `tick` increases with every heartbeat, `count` with every `beat` of the main thread. `where` is its line. `left`: the
-    process ended its work in order.
+    process ended its work in order. `hint`: a sentence on what keeps it, where this machine shows it.
     """
 
     tick: int
@@ -87,15 +87,26 @@ class Life:
     age: float
     where: str
     left: bool
+    hint: str = ""
 
     @classmethod
     def here(
-        cls, tick: int, rank: int, name: str, count: int, step: int, doing: str, age: float, where: str, left: bool
+        cls,
+        tick: int,
+        rank: int,
+        name: str,
+        count: int,
+        step: int,
+        doing: str,
+        age: float,
+        where: str,
+        left: bool,
+        hint: str = "",
     ) -> Life:
         """Return the heartbeat of this process."""
         pid = os.getpid()
         host, place = _place()
-        return cls(tick, rank, host, place, pid, _born(pid), name, count, step, doing, round(age, 1), where, left)
+        return cls(tick, rank, host, place, pid, _born(pid), name, count, step, doing, round(age, 1), where, left, hint)
 
     def to_json(self) -> str:
         """Return JSON for the store."""

@@ -3,7 +3,8 @@
 Collectives wait for every rank. Without the watch, ranks whose neighbour is gone wait until the timeout, and a launcher
 that does not kill them, such as `srun` by default, leaves them there. So each process has a thread that writes a
 heartbeat to the store in which the ranks met, reads the heartbeat of the next rank, and measures how long its own main
-thread has made no progress. A thread that finds a cause posts it in the store, where all others read it.
+thread has made no progress. A thread that finds a cause posts it in the store, where all others read it. A single
+process has the same thread, and a store in its own memory.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
+import psutil
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from compt.dist import collectives as dist
-from compt.dist.watch.causes import Cause, Seen, dead, hanging, is_consequence, lost, where
+from compt.dist.watch.causes import WAITING, Cause, Seen, dead, hanging, is_consequence, lost, obstacle, where
 from compt.dist.watch.store import Life, Lost, Post
 from compt.errors import ComptError, Gone, Interrupted
 
@@ -40,6 +43,14 @@ LEAVING = 60.0
 """Seconds that the rank with the store waits, at an orderly end, for slower ranks."""
 LONG = 6.0
 """How many times longer than a step the long phases may take: evaluation, expansion, first step, writing."""
+HURRY = 15.0
+"""Seconds without progress, after SIGTERM, SIGUSR1 or Ctrl-C, that a phase of `HURRIED` may take."""
+TRAINING, EVALUATING = "training", "evaluating"
+HURRIED = frozenset({WAITING, TRAINING, EVALUATING})
+"""Phases that a stop cuts off where they hang. Writing is not one: it keeps what was trained."""
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""Signals that ask a run to save and end."""
 
 _INTERVAL = 0.5
 _NONE = "-"
@@ -65,7 +76,8 @@ class Watch:
     """Watches the processes of a job within its `with` block, which all of them enter and leave.
 
     `beat(step, doing)` reports progress of the main thread; `timeout` seconds without one (times the `patience` of what
-    it does) count as hanging. Stacks are written below `folder`. A job of one process only writes its stacks.
+    it does) count as hanging. After a signal to stop, `HURRY` seconds do, or three times what the same phase took
+    before. Stacks are written below `folder`.
 
     An error that only one process raises ends the job on all of them; on the others the block raises RunError.
     Processes that are stuck and cannot raise it end with its exit code at once.
@@ -86,13 +98,19 @@ class Watch:
         self._left = False
         self._name = ""
         self._seen: dict[int, Seen] = {}
+        self._took: dict[str, float] = {}
+        self._request = ("", 0.0)
         self._main = threading.main_thread()
 
     # --- the main thread
 
     def beat(self, step: int, doing: str, patience: float = 1.0) -> None:
         """Report that the main thread starts something. Every rank makes the same calls in the same order."""
-        self._beat = _Beat(self._beat.count + 1, step, doing, patience, time.monotonic())
+        self._proceed(_Beat(self._beat.count + 1, step, doing, patience, time.monotonic()))
+
+    def _proceed(self, beat: _Beat) -> None:
+        self._took[self._beat.doing] = beat.at - self._beat.at
+        self._beat = beat
 
     def about(self, name: str) -> None:
         """Set the name of the job that the next steps belong to."""
@@ -100,27 +118,38 @@ class Watch:
 
     def alive(self) -> None:
         """Report progress with the same thing; ranks may call it any number of times."""
-        now = self._beat
-        self._beat = _Beat(now.count, now.step, now.doing, now.patience, time.monotonic())
+        self._proceed(replace(self._beat, at=time.monotonic()))
 
     def __enter__(self) -> Watch:
         self.rank, self.world = dist.rank(), dist.world_size()
         self._beat = _Beat(0, 0, "starting", LONG, time.monotonic())
         self._stop.clear()
         self._left = False
-        target = self._watch_alone
-        if self.world > 1:
-            with dist.together():
-                self._join()
-            target = self._watch
-        self._thread = threading.Thread(target=target, name="watch", daemon=True)
+        with dist.together():
+            self._join()
+        self._hear()
+        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
         _open.append(self)
         return self
 
+    def _hear(self) -> None:
+        """Let the system note signals in a pipe: Python's handlers wait until the main thread returns from a call."""
+        self._request, self._pipe = ("", 0.0), os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
+        own = threading.current_thread() is self._main
+        self._pipe_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False) if own else -1
+
+    def _close_pipe(self) -> None:
+        if threading.current_thread() is self._main:
+            signal.set_wakeup_fd(self._pipe_before)
+        for end in self._pipe:
+            os.close(end)
+
     def _join(self) -> None:
         """Meet the other ranks in the store, over a connection for this watch alone."""
-        found = _get_default_store().clone()  # type: ignore[attr-defined]
+        found = _get_default_store().clone() if self.world > 1 else HashStore()  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
         store.set(str(self.rank), self._life().to_json())
         if self.rank == 0:
@@ -146,6 +175,7 @@ class Watch:
             self._stop.set()
             self._wake.set()
             self._thread.join()
+            self._close_pipe()
             return
         self._judge(error)
 
@@ -174,14 +204,6 @@ class Watch:
             raise raised from None
 
     # --- the watching thread
-
-    def _watch_alone(self) -> None:
-        dumped = -1
-        while not self._stop.wait(self._interval):
-            beat = self._beat
-            if time.monotonic() - beat.at > self.timeout * beat.patience and dumped != beat.count:
-                dumped = beat.count
-                self._dump()
 
     def _watch(self) -> None:
         before = time.monotonic()
@@ -221,15 +243,18 @@ class Watch:
 
     def _forgive(self, seconds: float) -> None:
         beat = self._beat
-        self._beat = _Beat(beat.count, beat.step, beat.doing, beat.patience, beat.at + seconds)
+        self._beat = replace(beat, at=beat.at + seconds)
         for seen in self._seen.values():
             seen.at = time.monotonic()
 
     def _life(self) -> Life:
         self._tick += 1
         beat, age = self._beat, time.monotonic() - self._beat.at
-        line = where(self._main) if age > 2 * self._interval else ""
-        return Life.here(self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left)
+        late = age > 2 * self._interval
+        line, hint = (where(self._main), obstacle(beat.doing)) if late else ("", "")
+        return Life.here(
+            self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left, hint
+        )
 
     def _look(self) -> Cause | None:
         """Write a heartbeat, then check those of others and the main thread; return a cause or None."""
@@ -239,9 +264,24 @@ class Watch:
         beat = self._beat
         if self._error is not None:
             return self._answer(self._error)
-        if time.monotonic() - beat.at > self.timeout * beat.patience:
-            return self._published(self._hanging())
+        now, limit = time.monotonic(), self.timeout * beat.patience
+        if now - beat.at > limit:
+            return self._published(self._hanging(limit))
+        name, asked_at = self._asked()
+        hurry = max(HURRY, 3 * self._took.get(beat.doing, 0.0))
+        if name and beat.doing in HURRIED and now - max(beat.at, asked_at) > hurry:
+            cause = self._hanging(hurry)
+            text = f"stopped by {name}, without saving what came after the newest checkpoint: {cause.text}"
+            return self._published(replace(cause, text=text, exit_code=Interrupted.exit_code))
         return self._published(dead(self._seen, self._silence))
+
+    def _asked(self) -> tuple[str, float]:
+        """Return the first signal that asked this process to stop, and when it was read; ("", 0.0) before."""
+        with contextlib.suppress(BlockingIOError):
+            for number in os.read(self._pipe[0], 64):
+                if not self._request[0] and number in STOPS:
+                    self._request = (signal.Signals(number).name, time.monotonic())
+        return self._request
 
     def _exchange(self) -> Cause | None:
         own = self._life().to_json()
@@ -274,10 +314,10 @@ class Watch:
             for rank in new:
                 self._seen[rank].at = self._asked_at
 
-    def _hanging(self) -> Cause:
+    def _hanging(self, seconds: float) -> Cause:
         self._look_at_all()
         lives = [self._life(), *(other.life for other in self._seen.values() if other.life is not None)]
-        return hanging(lives, self.timeout, self._beat.patience, self.folder)
+        return hanging(lives, seconds, self.timeout, self.folder)
 
     def _answer(self, error: BaseException) -> Cause | None:
         """Decide whether another rank or this one caused the main thread's error; None: not known yet."""
@@ -322,6 +362,9 @@ class Watch:
             self._cause = cause
             self._verdict.set()
             time.sleep(self._silence)  # the main thread ends the process, unless leaving the group hangs
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                child.kill()  # one that is stopped would stay for ever, with its memory
         sys.stderr.flush()
         os._exit(cause.exit_code)
 

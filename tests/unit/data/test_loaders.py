@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -11,15 +14,16 @@ import pytest
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
+from torch.utils.data import Dataset
 
 from compt.data.batch import Batch
 from compt.data.decode import MAX_PIXELS, Encoded, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
+from compt.data.loaders import MAX_SUBSTITUTES, _read, eval_loader, fixed_caption_batches, train_loader
 from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
-from compt.errors import DataError, Interrupted
+from compt.errors import DataError, Interrupted, RunError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
 TOKENIZER = SimpleTokenizer()
@@ -189,6 +193,28 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
         ):
             seen += len(batch)
     assert seen >= 950, "fewer than 1,000 samples are no judgement"
+
+
+class Unsendable(Dataset[Any]):
+    """A batch that no loader process can pass on, as when /dev/shm is full."""
+
+    def __getitem__(self, _: int) -> Any:
+        return lambda: None
+
+
+def test_a_batch_that_cannot_be_passed_on_ends_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(RunError, match=r"loader process \d+ ended with code 1. Batches pass through /dev/shm"):
+        list(_read(Unsendable(), [0], 1))
+    assert "cannot pass on a batch: " in capfd.readouterr().err
+
+
+def test_loader_processes_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(RunError, match=r"cannot start engine.workers=1 loader processes: .*No space left.*/dev/shm"):
+        list(_read(Unsendable(), [0], 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -33,6 +34,7 @@ from compt.train.task import ClipTask
 from tests.helpers.recipe import (
     FIRST,
     SECOND,
+    at_step,
     chain,
     equal,
     largest_difference,
@@ -211,7 +213,7 @@ def test_stopped_and_resumed_is_uninterrupted(step: int, tmp_path: Path) -> None
     whole = Bench(tmp_path / "whole", ema_decay=0.8, clip_grad_norm=5.0, micro_batch=2)
     result = whole.train()
     changes: dict[str, Any] = {"ema_decay": 0.8, "clip_grad_norm": 5.0, "micro_batch": 2}
-    with pytest.raises(Interrupted, match=rf"stopped by SIGTERM at step {step} of 6; saved") as caught:
+    with pytest.raises(Interrupted, match=rf"stopped by SIGTERM at step {step - 1} of 6; saved") as caught:
         Bench(tmp_path / "parts", **changes).train(stopping_at(step))
     assert caught.value.exit_code == 75
     parts = Bench(tmp_path / "parts", **changes)
@@ -226,11 +228,24 @@ def test_stopped_and_resumed_is_uninterrupted(step: int, tmp_path: Path) -> None
     assert hours == sorted(hours)
 
 
-def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path) -> None:
-    with pytest.raises(Interrupted, match="at step 6 of 6"):
-        Bench(tmp_path).train(stopping_at(6))
+def test_a_signal_in_the_last_step_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match="at step 6 of 6"):
+        at_step(patch, 6, lambda: signal.raise_signal(signal.SIGTERM))
+        Bench(tmp_path).train()
     result = Bench(tmp_path).train(lambda _: pytest.fail("the data were opened"))
     assert result.steps == 6
+
+
+def test_a_signal_ends_a_wait_for_data_that_never_come(tmp_path: Path) -> None:
+    def endless(start: int) -> Iterator[Batch]:
+        yield from batches(start, 2)
+        threading.Timer(0.1, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        threading.Event().wait(120)
+        pytest.fail("the signal was not heard")
+
+    with pytest.raises(Interrupted, match="at step 2 of 6; saved"):
+        Bench(tmp_path, checkpoint_every=100).train(endless)
+    assert checkpoint.find_latest(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000002"
 
 
 def test_a_signal_after_the_last_step_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -412,7 +427,7 @@ def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:
 
     def loader(start: int) -> Iterator[Batch]:
         for at, batch in enumerate(Poison(bench, {2, 3})(start), start + 1):
-            if at == 3:
+            if at == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
