@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ INITIAL_SHARD_BYTES = 200_000_000
 class RunContext:
     """What all jobs of a run share.
 
-    Relative paths of the recipe start at `base`. `start` describes the model at `chain.from`.
+    Relative paths of the recipe start at `base`. `start` describes the model at `chain.from`. `contents`, on rank 0:
+    hashes of some samples of all data, by the words that messages have for them.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class RunContext:
     device: torch.device
     base: Path
     start: Start | None = None
+    contents: Mapping[str, str] = field(default_factory=dict)
 
     def job_folder(self, name: str) -> Path:
         """Where the job `name` keeps its files."""

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.sets import check_sets
 from compt.evaluate.task import EvalSettings
-from compt.files import disk_errors, flatten, write_json, write_text
+from compt.files import disk_errors, flatten, hash_json, write_json, write_text
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
@@ -104,11 +105,12 @@ def accepted_scales(folder: Path) -> tuple[float, ...]:
     return tuple(item["factor"] for item in record["tries"])
 
 
-def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
-    """Raise RunError, with the fields that differ, if a begun job of `folder` would give another result now.
+def check_unchanged(context: RunContext, plan: Plan) -> None:
+    """Raise RunError, with the fields that differ, if a begun job of the run would give another result now.
 
     The recipe or the data may have changed. Jobs that were not begun may change freely.
     """
+    folder, fingerprint = context.folder, context.index.fingerprint
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
     if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
@@ -116,6 +118,13 @@ def check_unchanged(folder: Path, plan: Plan, fingerprint: str) -> None:
             f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
             "take another run folder, or the same shards"
         )
+    known = _read_state(folder).get("contents", {}) if begun else {}
+    for what, content in context.contents.items():
+        if known.get(what, content) != content:
+            raise RunError(
+                f"{folder}: {what} hold other data than when {begun[0].name} was begun; put the old data back, take "
+                "another run folder, or (an evaluation set) give the set another name"
+            )
     names = {job.name for job in plan.jobs}
     for old in _read_state(folder).get("jobs", []):
         gone = old["kind"] == "link" and old["name"] not in names
@@ -177,6 +186,7 @@ def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | 
                 "batch": recipe.optimizer.batch,
                 "captions": recipe.data.captions,
                 "data_fingerprint": context.index.fingerprint,
+                "contents": {**old.get("contents", {}), **context.contents},
                 "jobs": [*planned, *kept],
                 **({"calibration": tested} if tested else {}),
             },
@@ -269,16 +279,28 @@ def prepare(
     found = from_main(lambda: accepted_scales(folder)) if scales is None else scales(plan)
     if found:
         plan = planned(scales=found)
-    with named(source, "evaluation.sets"):
-        settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
-        check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
-    if recipe.evaluation.validation:
-        with named(source, "evaluation.validation"):
-            dist.on_main(lambda: open_index(recipe.evaluation.validation, base))
-    dist.on_main(lambda: check_unchanged(folder, plan, index.fingerprint))
+    context = replace(context, contents=_contents(context, source))
+    dist.on_main(lambda: check_unchanged(context, plan))
     chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
     check_engines(recipe, [job.spec.name for job in chosen], dist.world_size(), base, source)
     return context, plan
+
+
+def _contents(context: RunContext, source: str) -> dict[str, str]:
+    """Open the data that models are scored on. Returns hashes for `RunContext.contents`. Raises DataError."""
+    recipe, base = context.recipe, context.base
+    contents = {"the training shards": context.index.content}
+    with named(source, "evaluation.sets"):
+        settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
+        found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
+    # A set that the recipe defines in another way is another set: models are scored again on it.
+    defined = {item.name: hash_json(item.model_dump(mode="json"))[:8] for item in recipe.evaluation.sets}
+    contents |= {f"the files of evaluation set '{name}' ({defined[name]})": found[name] for name in found}
+    if recipe.evaluation.validation:
+        with named(source, "evaluation.validation"):
+            held_out = from_main(lambda: open_index(recipe.evaluation.validation, base).content)
+        contents[f"the shards {' '.join(recipe.evaluation.validation)}"] = held_out
+    return {what: content for what, content in contents.items() if content}
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:
@@ -306,7 +328,7 @@ def run_jobs(
     `calibration` replaces the record of the first-pair test in run.json.
     """
     with Watch(context.folder, context.recipe.engine.timeout) as watch:
-        dist.on_main(lambda: check_unchanged(context.folder, plan, context.index.fingerprint))
+        dist.on_main(lambda: check_unchanged(context, plan))
         started = from_main(lambda: _write_state(context, plan, calibration))
         for job in jobs:
             if job.same_as is None:

@@ -49,6 +49,7 @@ def check(
     index_dir: IndexFolder = None,
     context_length: Annotated[int, typer.Option(metavar="N", help="tokens that the text tower takes")] = 77,
     workers: Annotated[int | None, typer.Option(metavar="N", help="processes", show_default="one a core")] = None,
+    hashes: Annotated[bool, typer.Option("--hashes", help="compare every byte with the first --hashes")] = False,
 ) -> None:
     """Read every sample of a WebDataset and report problems.
 
@@ -67,8 +68,25 @@ def check(
             progress=progress,
         )
     show(TextTable("Every sample can be used" if found.ok else "Problems found", ("", "found"), found.rows()))
+    if hashes:
+        _refuse_changed([shard.shard for shard in found.index.shards], index_dir)
     if not found.ok:
         raise typer.Exit(3)
+
+
+def _refuse_changed(shards: list[Path], index_dir: Path | None) -> None:
+    """Raise DataError where shards are not what they were when they were hashed first."""
+    from compt.data.content import HASHES, changed_shards
+    from compt.data.index import index_folder
+    from compt.errors import DataError
+
+    folder = index_folder(shards[0].parent, index_dir)
+    with progress_bar("hashing shards") as progress:
+        changed = list(changed_shards(shards, folder, lambda done: progress(done, len(shards))))
+    if changed:
+        text = f"{len(changed)} of {len(shards)} shards have changed since they were hashed first, such as {changed[0]}"
+        raise DataError(f"{text}; put them back, or remove {folder / HASHES} to accept them")
+    show(TextTable("Hashes", ("", "found"), [("shards as they were hashed first", f"{len(shards):,}")]))
 
 
 def index(shards: Shards, out: IndexFolder = None, captions_csv: CaptionsCsv = None) -> None:

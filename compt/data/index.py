@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import io
@@ -10,6 +11,7 @@ import multiprocessing
 import os
 import tempfile
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.captions import CaptionTable, convert_csv
+from compt.data.content import sampled_hash
 from compt.data.scan import COLUMNS, ShardScan, scan_shard
 from compt.errors import DataError, RunError
 from compt.files import write_bytes
@@ -51,9 +54,16 @@ class IndexEntry(NamedTuple):
     label: int
 
 
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
+"""What numpy raises for a damaged file."""
+
+
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard, without its table."""
+    """The index of one shard, without its table.
+
+    content: `sampled_hash` of the shard when it had the time `mtime_ns`; "" in an index of an older version.
+    """
 
     shard: Path
     file: Path
@@ -61,18 +71,37 @@ class ShardIndex:
     digest: str
     dropped: dict[str, int]
     first: dict[str, str]
+    content: str = ""
+    mtime_ns: int = 0
 
     def table(self) -> tuple[NDArray[np.int64], bytes]:
-        """The rows, int64 [samples, len(COLUMNS)], and all keys, joined."""
-        with np.load(self.file, allow_pickle=False) as stored:
-            return stored["rows"], stored["keys"].tobytes()
+        """The rows, int64 [samples, len(COLUMNS)], and all keys, joined. Raises DataError for a damaged file."""
+        try:
+            with np.load(self.file, allow_pickle=False) as stored:
+                return stored["rows"], stored["keys"].tobytes()
+        except _DAMAGES as error:
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+            gone = "has been removed" if not self.file.exists() else "has to be removed"
+            text = f"the index {self.file} was damaged and {gone}; start the same command again to write it again"
+            raise DataError(f"{text} ({error})") from None
+
+    def check_content(self) -> None:
+        """Raise DataError where the shard holds other data than when it was indexed, with the same size and time."""
+        if self.content and self.shard.stat().st_mtime_ns == self.mtime_ns:
+            if sampled_hash(self.shard, self.table()[0]) != self.content:
+                raise DataError(
+                    f"{self.shard} holds other data than when it was indexed, with the same sizes and the same time; "
+                    f"put the old shard back, or remove {self.file} to index the new one"
+                )
 
 
 class Index:
     """All samples of a list of shards, numbered in the order of the shards and of their members.
 
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes; it
-    does not depend on the folder. dropped: members that make no sample, by cause ("tar", "image", "duplicate").
+    does not depend on the folder. content: hash of some samples of each shard; "" where an old index has none.
+    dropped: members that make no sample, by cause ("tar", "image", "duplicate").
     """
 
     def __init__(self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None) -> None:
@@ -85,6 +114,9 @@ class Index:
         identity = [[shard.shard.name, shard.digest] for shard in self.shards]
         text = json.dumps([identity, captions.digest if captions else None])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        known = all(shard.content for shard in self.shards)
+        contents = "".join(shard.content for shard in self.shards)
+        self.content = hashlib.sha256(contents.encode()).hexdigest() if known else ""
         self._tables: OrderedDict[int, tuple[NDArray[np.int64], bytes]] = OrderedDict()
         self._held = 0
 
@@ -213,18 +245,20 @@ def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | Non
             meta = json.loads(stored["meta"].tobytes())
         if {key: meta[key] for key in identity} != identity:
             return None
-        return ShardIndex(shard, file, meta["samples"], meta["digest"], meta["dropped"], meta["first"])
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
+        counts = meta["samples"], meta["digest"], meta["dropped"], meta["first"]
+        return ShardIndex(shard, file, *counts, meta.get("content", ""), meta["mtime_ns"])
+    except _DAMAGES:
         return None
 
 
-def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
+def _store(shard: Path, file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
     meta = {
         **identity,
         "samples": len(scan.rows),
         "digest": scan.digest(),
         "dropped": scan.dropped,
         "first": scan.first,
+        "content": sampled_hash(shard, scan.rows),
     }
     blob = io.BytesIO()
     np.savez_compressed(
@@ -241,7 +275,7 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
 
 def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardIndex:
     identity = _identity(shard, table)
-    _store(file, identity, scan_shard(shard, table))
+    _store(shard, file, identity, scan_shard(shard, table))
     stored = _load(shard, file, identity)
     if stored is None:
         raise DataError(f"shard {shard} changed while it was indexed; index it again once it is complete")

@@ -61,9 +61,16 @@ class SampleReader:
     def __init__(self, index: Index) -> None:
         self.index = index
         self._files = Files()
+        self._checked: set[int] = set()
 
     def image(self, entry: IndexEntry) -> bytes:
-        """The image's file. Raises Unusable("tar")."""
+        """The image's file. Raises Unusable("tar"), and DataError for a shard that was replaced after it was indexed."""
+        if entry.shard not in self._checked:
+            self._checked.add(entry.shard)
+            try:
+                self.index.shards[entry.shard].check_content()
+            except OSError as error:
+                raise Unusable("tar", f"cannot be read: {error.strerror}") from None
         return self._files.read(self.index.shards[entry.shard].shard, entry.image_offset, entry.image_size)
 
     def json(self, entry: IndexEntry) -> bytes:

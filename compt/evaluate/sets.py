@@ -9,10 +9,12 @@ from typing import Any
 from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
+from compt.data.content import sampled_images
 from compt.dist import collectives as dist
 from compt.errors import ConfigError
 from compt.evaluate.encoder import Encoder, Tokenize
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result
+from compt.files import hash_json
 from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 
 _log = logging.getLogger(__name__)
@@ -57,15 +59,21 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     return result
 
 
-def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: str | None = None) -> None:
-    """Open every set and the files beside it; all ranks call this.
+def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: str | None = None) -> dict[str, str]:
+    """Open every set and the files beside it; all ranks call this. Returns, on rank 0 and by name, a hash of each set.
+
+    The hash is of keys, sizes, labels, class names and some of the images.
 
     Raises DataError for the first set that cannot be used, ConfigError where `contact_sheet` names one without classes.
     """
+    hashes = {}
     for item in sets:
         if item.name == contact_sheet and not task_class(item.task).classifies:
             raise ConfigError(
                 f"evaluation.contact_sheet = '{item.name}': is a {item.task} set; images are shown with the class that "
                 "a model gives them: name a set with class names"
             )
-        open_set(item, settings, together=True)
+        task = open_set(item, settings, together=True)
+        if dist.is_main():
+            hashes[item.name] = hash_json([task.pins(), sampled_images(task.data.samples)])
+    return hashes

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Iterator
@@ -403,6 +404,40 @@ def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> Non
     # The same shards in another place are the same data.
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
     chain(moved, half)
+
+
+def replace_bytes(shard: Path) -> None:
+    """Put other bytes into the first image. Sizes stay, and so do names; the time changes."""
+    with tarfile.open(shard) as archive:
+        image = next(member for member in archive if member.name.endswith(("png", "jpg")))
+    with shard.open("r+b") as file:
+        file.seek(image.offset_data + image.size // 2)
+        file.write(bytes(255 - byte for byte in shard.read_bytes()[file.tell() : file.tell() + 4]))
+
+
+@pytest.mark.parametrize(
+    ("shards", "what"),
+    [
+        ("train/*.tar", "the training shards hold other data"),
+        ("eval/*.tar", "the files of evaluation set 'held_out' (.*) hold other data"),
+        ("val/*.tar", "the shards val/.* hold other data"),
+    ],
+)
+def test_replaced_data_of_the_same_sizes_are_refused(
+    shards: str, what: str, base: Path, half: Path, tmp_path: Path
+) -> None:
+    moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
+    for shard in moved.glob(shards):
+        os.utime(shard)
+    prepare(recipe_of(), half, base=moved)  # another time alone is no change
+    replace_bytes(next(moved.glob(shards)))
+    with pytest.raises(RunError, match=what):
+        prepare(recipe_of(), half, base=moved)
+    # A run of an older version has not noted what its data held.
+    state = json.loads((half / "run.json").read_text())
+    del state["contents"]
+    (half / "run.json").write_text(json.dumps(state))
+    prepare(recipe_of(), half, base=moved)
 
 
 def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 import webdataset
 
 from compt.data import index as index_module
+from compt.data.content import changed_shards
 from compt.data.captions import convert_csv, from_json, from_text, split_sentences
 from compt.data.index import build_index, expand_patterns, open_index
 from compt.data.samples import SampleReader
@@ -303,3 +305,31 @@ def test_stored_tables_hold_no_pickles(tmp_path: Path) -> None:
     open_index("*.tar", tmp_path)
     with np.load(tmp_path / ".compt-index" / "000000.tar.npz", allow_pickle=False) as stored:
         assert set(stored.files) == {"meta", "rows", "keys"}
+
+
+def test_a_damaged_index_is_removed_and_written_again(tmp_path: Path) -> None:
+    make_shards(tmp_path, n=6, shards=1)
+    whole = open_index("*.tar", tmp_path)
+    file = whole.shards[0].file
+    with zipfile.ZipFile(file) as stored:
+        rows = stored.getinfo("rows.npy")
+    blob = bytearray(file.read_bytes())
+    blob[rows.header_offset + 60 + rows.compress_size // 2] ^= 0xFF
+    file.write_bytes(blob)
+    damaged = open_index("*.tar", tmp_path)
+    with pytest.raises(DataError, match=f"the index {file} was damaged and has been removed; start the same command"):
+        damaged.entry(0)
+    assert open_index("*.tar", tmp_path).entry(3) == whole.entry(3)
+
+
+def test_hashes_of_all_bytes_show_a_changed_shard(tmp_path: Path) -> None:
+    make_shards(tmp_path, n=6, shards=3)
+    shards = sorted(tmp_path.glob("*.tar"))
+    assert list(changed_shards(shards, tmp_path)) == []
+    blob = bytearray(shards[1].read_bytes())
+    blob[len(blob) // 2] ^= 1
+    shards[1].write_bytes(blob)
+    for shard in shards:
+        os.utime(shard)
+    assert list(changed_shards(shards, tmp_path)) == [shards[1]]
+    assert list(changed_shards(shards, tmp_path)) == [shards[1]], "the first hash stays"

@@ -195,6 +195,17 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
     assert seen >= 950, "fewer than 1,000 samples are no judgement"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_replaced_by_one_of_the_same_size_and_time(index: Index, tmp_path: Path, workers: int) -> None:
+    shard = tmp_path / index.shards[0].shard.name
+    entry, stat, blob = index.entry(0), shard.stat(), bytearray(shard.read_bytes())
+    blob[entry.image_offset] ^= 1
+    shard.write_bytes(blob)
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(DataError, match=f"{shard.name} holds other data than when it was indexed"):
+        load(index, workers=workers)
+
+
 class Unsendable(Dataset[Any]):
     """A batch that no loader process can pass on, as when /dev/shm is full."""
 

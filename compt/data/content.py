@@ -1,0 +1,70 @@
+"""Hashes of what shards hold, so that replaced data are noticed where names, keys and sizes stayed the same."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.data.decode import Unusable
+from compt.data.scan import COLUMNS, KIND_TABLE
+from compt.files import read_json, sha256_file, write_json
+
+if TYPE_CHECKING:
+    from compt.data.samples import EvalSamples
+
+SAMPLED = 8
+"""Samples of a shard that are hashed, evenly spread over it. An evaluation set has four times as many."""
+HASHES = "hashes.json"
+
+
+def sampled_hash(shard: Path, rows: NDArray[np.int64]) -> str:
+    """Hex digest of images and stored captions of `SAMPLED` samples; `rows` are the shard's, [samples, len(COLUMNS)].
+
+    Headers of the tar, and with them times and owners, do not enter it. Raises OSError.
+    """
+    sha = hashlib.sha256()
+    with shard.open("rb") as file:
+        for row in rows[_spread(len(rows), SAMPLED)].tolist():
+            at = dict(zip(COLUMNS, row, strict=True))
+            sha.update(os.pread(file.fileno(), at["image_size"], at["image_offset"]))
+            if at["text_kind"] != KIND_TABLE:  # the table of captions has a digest of its own
+                sha.update(os.pread(file.fileno(), at["text_size"], at["text_offset"]))
+    return sha.hexdigest()
+
+
+def sampled_images(samples: EvalSamples) -> str:
+    """Hex digest of a few images of an evaluation set; an image that cannot be read counts as empty."""
+    sha = hashlib.sha256()
+    for sample in _spread(len(samples), 4 * SAMPLED):
+        with contextlib.suppress(Unusable):
+            sha.update(samples.image(sample))
+    return sha.hexdigest()
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    return sorted({place * count // wanted for place in range(wanted)}) if count else []
+
+
+def changed_shards(
+    shards: Iterable[Path], folder: Path, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Path]:
+    """Hash every byte of the shards, and yield those whose hash is not the one of the last time.
+
+    The hashes are kept in `folder`, which exists; the first hash of a shard stays until that file is removed.
+    `progress` gets the number of shards done. Raises OSError, and RunError where the hashes cannot be written.
+    """
+    path = folder / HASHES
+    known: dict[str, str] = read_json(path) if path.exists() else {}
+    for done, shard in enumerate(shards, 1):
+        found = sha256_file(shard)
+        if known.setdefault(str(shard.resolve()), found) != found:
+            yield shard
+        progress(done)
+    write_json(path, known)
