@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 
 from compt.dist import collectives as dist
 from compt.errors import RunError
@@ -18,6 +22,61 @@ WHOLE, SHARED = "lock", "run.lock"
 LOCKS = (WHOLE, SHARED)
 SECONDS = 60.0
 """Seconds to wait for another process that writes."""
+TOUCHING, STALE = 30.0, 300.0
+"""Seconds between two signs of life in a lock file, and without one until the lock counts as given up."""
+
+
+class _Lock:
+    """A lock that ends with its process.
+
+    The kernel sees to that where files can be locked. Elsewhere (Lustre without -o flock, some FUSE) filelock leaves a
+    file with its pid and host, which would outlive a machine. So the holder touches the file from time to time, and a
+    file that nobody has touched for `STALE` seconds is removed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._lock = path, FileLock(path)
+        self._released = threading.Event()
+
+    def acquire(self, seconds: float) -> None:
+        """Take the lock. Raises Timeout after `seconds`, and OSError."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # filelock warns of what is handled here
+            try:
+                self._lock.acquire(timeout=seconds)
+            except Timeout:
+                if not self._holder() or time.time() - self._path.stat().st_mtime < STALE:
+                    raise
+                self._path.unlink(missing_ok=True)
+                self._lock.acquire(timeout=0)
+        if isinstance(self._lock, SoftFileLock):
+            threading.Thread(target=self._touch, daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._released.set()
+        self._lock.release()
+
+    def _touch(self) -> None:
+        while not self._released.wait(TOUCHING):
+            with contextlib.suppress(OSError):
+                os.utime(self._path)
+
+    def _holder(self) -> str:
+        """`pid 42 on node7`, as the file of a holder says where files cannot be locked; else ""."""
+        with contextlib.suppress(OSError, ValueError):
+            pid, host, *_ = self._path.read_text(encoding="utf-8").splitlines()
+            return f"pid {pid} on {host}"
+        return ""
+
+    def held(self) -> str:
+        """Who holds the lock, and how to see whether it is stale, for messages."""
+        if not (holder := self._holder()):
+            return f"another process holds {self._path}, which the system releases when that process ends"
+        return (
+            f"{holder} holds {self._path}. This file system cannot lock files, so the lock is stale if that process no "
+            f"longer runs: then remove the file, or start again {STALE:.0f} s after it ended"
+        )
 
 
 @contextlib.contextmanager
@@ -28,15 +87,16 @@ def locked(
 
     The folder is made and locked inside `meanwhile`, which only rank 0 enters.
     """
-    lock = FileLock(folder / WHOLE)
+    lock = _Lock(folder / WHOLE)
 
     def acquire() -> None:
         with meanwhile(), disk_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock.acquire(timeout=0)
+                lock.acquire(0)
             except Timeout:
-                raise RunError(f"{folder} is in use by another process; wait for it, or take another folder") from None
+                text = f"{folder} is in use by another process; wait for it, or take another folder ({lock.held()})"
+                raise RunError(text) from None
 
     dist.on_main(acquire)
     try:
@@ -51,13 +111,15 @@ def writing(folder: Path) -> Iterator[None]:
 
     Raises RunError when another process writes for more than `SECONDS`.
     """
-    lock = FileLock(folder / SHARED)
+    lock = _Lock(folder / SHARED)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lock.acquire(timeout=SECONDS)
+            lock.acquire(SECONDS)
         except Timeout:
-            text = f"{folder}: another process has held {SHARED} for {SECONDS:g} s; see whether it hangs"
+            text = (
+                f"{folder}: another process has held {SHARED} for {SECONDS:g} s; see whether it hangs ({lock.held()})"
+            )
             raise RunError(text) from None
     try:
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -778,6 +779,29 @@ def test_what_another_process_is_writing_is_left_to_it(base: Path, half: Path, m
         other.join()
     chain(base, half)
     assert not new.exists()
+
+
+def test_without_flock_a_lock_does_not_outlive_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    monkeypatch.setattr(chain_locks, "TOUCHING", 0.05)
+    lock = tmp_path / "lock"
+    with locked(tmp_path):
+        os.utime(lock, (1e9, 1e9))
+        until = time.monotonic() + 30
+        while lock.stat().st_mtime == 1e9 and time.monotonic() < until:
+            time.sleep(0.02)
+        assert lock.stat().st_mtime > 1e9, "the holder shows that it lives"
+    assert not lock.exists()
+    lock.write_text("4242\nanother-host\n")
+    stale = rf"pid 4242 on another-host holds {lock}.* stale if that process no longer runs: then remove the file"
+    with pytest.raises(RunError, match=stale), locked(tmp_path):
+        pass
+    os.utime(lock, (time.time() - 301, time.time() - 301))
+    with locked(tmp_path):
+        pass
 
 
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
