@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-import tempfile
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,13 +67,13 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Replace `path` atomically. Raises RunError when the folder cannot be written or the disk is full."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
             os.replace(name, path)
         except BaseException:
             with contextlib.suppress(OSError):
@@ -94,6 +97,26 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
+def read_text(path: Path, most: int = 1 << 24) -> str:
+    """The text, in UTF-8, of a plain file of at most `most` bytes. Raises OSError for others: a pipe never ends."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    if found.st_size > most:
+        raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
+    return path.read_text(encoding="utf-8")
+
+
+def remove_leftovers(folder: Path, *names: str) -> None:
+    """Delete temporary files and folders of these names, which a process left that was killed while it wrote."""
+    for path in [path for name in names for path in folder.glob(f".{glob.escape(name) if name != '*' else name}.*")]:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` that becomes `final` when the block ends well, and vanishes otherwise.
@@ -104,10 +127,10 @@ def new_folder(final: Path) -> Iterator[Path]:
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_dead(final)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
+        temporary = final.with_name(f".{final.name}.tmp-{secrets.token_hex(4)}")
+        temporary.mkdir()
     lock = _lock(temporary)
     try:
-        os.chmod(temporary, 0o755)
         with disk_errors(final):
             yield temporary
             _fsync_tree(temporary)

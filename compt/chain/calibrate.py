@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.chain.job import RunContext
-from compt.chain.record import MANIFEST, read_manifest, remove_leftovers
+from compt.chain.record import MANIFEST, read_manifest
 from compt.chain.run import Say, from_main, plan_run, read_calibration, run_jobs, running
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.dist import collectives as dist
@@ -27,7 +27,7 @@ from compt.errors import ConfigError, RunError, nearest
 from compt.evaluate.encoder import load_arrays
 from compt.evaluate.sets import task_class
 from compt.evaluate.stats import paired_bootstrap, verdict
-from compt.files import disk_errors, write_json
+from compt.files import disk_errors, remove_leftovers, write_json
 from compt.plan.jobs import Job, Plan, first_student, recipe_cost, try_name
 from compt.recipe.schema import EvalSet, Recipe
 

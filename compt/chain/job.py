@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compt.bench.throughput import peak_flops
-from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, remove_leftovers, steps_left
+from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
 from compt.cost.training import exact_cost
 from compt.data.batch import Batch
@@ -24,7 +24,7 @@ from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
-from compt.files import write_json
+from compt.files import flatten, remove_leftovers, write_json
 from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
@@ -32,11 +32,13 @@ from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.build import Blueprint, build_training
-from compt.train.checkpoint import find_latest, name_of, open_weights
+from compt.train.checkpoint import find_latest, name_of, open_weights, remove_checkpoints
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from compt.weights.open import average_of
+
+_log = logging.getLogger(__name__)
 
 INITIAL_SHARD_BYTES = 200_000_000
 """Size of a file of `initial/`, in bytes of float32: small enough that several ranks have a file to write."""
@@ -97,6 +99,12 @@ class JobRun:
         """Note the machine in the manifest, as a resumed job may have moved to another one."""
         here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
         here["engine"] = self._engine_config.name
+        before = self.manifest.get("starts", [])
+        if before and self.manifest["state"] == "training" and dist.is_main():
+            old, new = (flatten({**start, "at": ""}) for start in (before[-1], here))
+            changed = [f"{key} {old[key]} -> {new[key]}" for key in new if old.get(key, new[key]) != new[key]]
+            if changed:
+                _log.warning("%s: the last bits may differ, as it goes on with %s", self.job.name, ", ".join(changed))
         self.manifest["starts"] = [*self.manifest.get("starts", []), dist.broadcast_object(here)]
 
     def _enter(self, state: str, **values: Any) -> None:
@@ -362,5 +370,5 @@ class JobRun:
         return cost.sample_macs
 
     def _finish(self) -> None:
-        dist.on_main(lambda: shutil.rmtree(self.folder / "checkpoints", ignore_errors=True))
+        dist.on_main(lambda: remove_checkpoints(self.folder / "checkpoints"))
         self._enter("done", finished=now())

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -64,16 +62,6 @@ def steps_left(job: Job, folder: Path) -> int:
         return 0
     latest = find_latest(folder / "checkpoints")
     return job.steps - (int(latest.name.rpartition("-")[2]) if latest else 0)
-
-
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete temporary files and folders of these names, which a process left that was killed while it wrote."""
-    for path in [path for name in names for path in folder.glob(f".{name}.*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
 
 
 def machine(device: torch.device) -> dict[str, str]:

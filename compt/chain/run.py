@@ -17,7 +17,7 @@ import yaml
 
 from compt.chain.job import JobRun, RunContext
 from compt.chain.locks import LOCKS, locked, writing
-from compt.chain.record import is_finished, now, read_manifest, read_record, remove_leftovers
+from compt.chain.record import is_finished, now, read_manifest, read_record
 from compt.chain.start import hash_of, open_start
 from compt.data.index import Index, open_index
 from compt.dist import collectives as dist
@@ -25,7 +25,7 @@ from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.sets import check_sets
 from compt.evaluate.task import EvalSettings
-from compt.files import disk_errors, flatten, hash_json, write_json, write_text
+from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines

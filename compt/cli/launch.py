@@ -24,6 +24,7 @@ import typer
 
 from compt.dist.environment import own_rank
 from compt.errors import ConfigError, Interrupted
+from compt.files import read_text
 
 FOLDER = "COMPT_LAUNCH"
 """Environment variable with the folder in which each rank under `compt launch` leaves its record."""
@@ -83,10 +84,10 @@ def _sets_engine(words: Sequence[str]) -> bool:
 def zero_stage(path: Path) -> int:
     """Return the ZeRO stage in a JSON file of DeepSpeed; 0 if it has none, as in DeepSpeed. Raises ConfigError."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"--deepspeed_config {path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path}: is not JSON ({error})") from None
     section = values.get("zero_optimization", {}) if isinstance(values, dict) else None
     stage = section.get("stage", 0) if isinstance(section, dict) else None

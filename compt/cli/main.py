@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import logging
 import multiprocessing
 import os
+import pwd
 import signal
 import sys
 import threading
@@ -30,7 +32,7 @@ from compt.cli.macs import macs_command
 from compt.cli.options import PlainCommand
 from compt.cli.plan.command import plan
 from compt.dist.environment import has_others, own_rank
-from compt.errors import ComptError
+from compt.errors import ComptError, ConfigError, RunError
 from compt.text import terminal
 
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -124,14 +126,57 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
 
     `words` makes the arguments, where they are not those of the command line.
     """
+    _prepare_process()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        app(None if words is None else words(), prog_name="compt")
+        try:
+            app(None if words is None else words(), prog_name="compt")
+        finally:
+            sys.stdout.flush()
     except ComptError as error:
         _print_error(error, own_rank(os.environ))
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError as error:
+        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+            raise
+        _end_output(error)
+    except RuntimeError as error:
+        if "home directory" not in str(error):
+            raise
+        print(f"compt: {error}: user {os.getuid()} has none; set HOME to a folder that can be written", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
+
+
+_OUTPUT_ERRORS = (errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EPIPE, errno.EBADF)
+"""What a write to standard output raises. Errors of files have become RunErrors, or have a file name."""
+
+
+def _end_output(error: OSError) -> None:
+    """End with one line where standard output cannot be written."""
+    with contextlib.suppress(OSError):
+        if error.errno != errno.EPIPE:
+            print(f"compt: cannot write the output: {error.strerror}", file=sys.stderr)
+    # What is left in the buffer cannot be written either, and Python would say so at its end.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    sys.exit(RunError.exit_code)
+
+
+def _prepare_process() -> None:
+    """Make up for what torch and Python take for granted: open standard streams, and a user who has a name."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode))
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        os.environ.setdefault("USER", str(os.getuid()))  # torch asks for it when it is imported
 
 
 def run(words: Callable[[], list[str]] | None = None) -> None:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.decode import Unusable
 from compt.data.scan import COLUMNS, KIND_TABLE
 from compt.files import read_json, sha256_file, write_json
 
-if TYPE_CHECKING:
-    from compt.data.samples import EvalSamples
-
 SAMPLED = 8
-"""Samples of a shard that are hashed, evenly spread over it. An evaluation set has four times as many."""
+"""Samples of a shard that are hashed, evenly spread over it."""
 HASHES = "hashes.json"
 
 
@@ -31,7 +25,7 @@ def sampled_hash(shard: Path, rows: NDArray[np.int64]) -> str:
     """
     sha = hashlib.sha256()
     with shard.open("rb") as file:
-        for row in rows[_spread(len(rows), SAMPLED)].tolist():
+        for row in rows[spread(len(rows), SAMPLED)].tolist():
             at = dict(zip(COLUMNS, row, strict=True))
             sha.update(os.pread(file.fileno(), at["image_size"], at["image_offset"]))
             if at["text_kind"] != KIND_TABLE:  # the table of captions has a digest of its own
@@ -39,16 +33,8 @@ def sampled_hash(shard: Path, rows: NDArray[np.int64]) -> str:
     return sha.hexdigest()
 
 
-def sampled_images(samples: EvalSamples) -> str:
-    """Hex digest of a few images of an evaluation set; an image that cannot be read counts as empty."""
-    sha = hashlib.sha256()
-    for sample in _spread(len(samples), 4 * SAMPLED):
-        with contextlib.suppress(Unusable):
-            sha.update(samples.image(sample))
-    return sha.hexdigest()
-
-
-def _spread(count: int, wanted: int) -> list[int]:
+def spread(count: int, wanted: int) -> list[int]:
+    """`wanted` of the numbers below `count`, evenly spread, or all of them."""
     return sorted({place * count // wanted for place in range(wanted)}) if count else []
 
 

@@ -193,8 +193,11 @@ def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
     return list(found)
 
 
-def _cache_root() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt" / "index"
+def _cache_root() -> Path | None:
+    """The user's cache; None for a user without a home folder (a uid of a container, say)."""
+    with contextlib.suppress(RuntimeError):
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt" / "index"
+    return None
 
 
 def _short_hash(path: Path) -> str:
@@ -203,7 +206,10 @@ def _short_hash(path: Path) -> str:
 
 def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
     """The folders where the index of one folder's shards may be, the preferred one first."""
-    return [out] if out is not None else [shards_folder / INDEX_FOLDER, _cache_root() / _short_hash(shards_folder)]
+    if out is not None:
+        return [out]
+    cache = _cache_root()
+    return [shards_folder / INDEX_FOLDER, *([cache / _short_hash(shards_folder)] if cache else [])]
 
 
 def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
@@ -219,6 +225,7 @@ def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
             last = error
     raise DataError(
         f"cannot write an index in {folders[-1]}: {last and last.strerror}; name a writable folder with data.index_dir or --out"
+        + (", or set HOME" if _cache_root() is None else "")
     )
 
 

@@ -307,6 +307,7 @@ def _cause_of_death(pid: int, code: int) -> str:
 
 
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
+    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
     return DataLoader(
         dataset,
         batch_size=None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from dataclasses import dataclass
 from compt.errors import ConfigError
 
 Environment = Mapping[str, str]
+
+_MOST_NODES, _LONGEST = 100_000, 1_000_000
+"""The largest machines have about 10,000 nodes."""
 
 FIRST_PORT, PORTS = 10_000, 20_000
 """Below the ports that systems hand out (32768 and above), and above those of services."""
@@ -40,6 +44,12 @@ class Place:
         """The index of this process's GPU among the visible ones. Slurm may show each task only its own."""
         return 0 if self.by_slurm and visible == 1 else self.local_rank
 
+    @property
+    def origin(self) -> str:
+        """The environment variables that say that there are other processes, for messages."""
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS") if self.by_slurm else ("RANK", "WORLD_SIZE")
+        return f"{names[0]}={self.rank} and {names[1]}={self.world_size}"
+
     def variables(self) -> dict[str, str]:
         """The environment variables that torch and DeepSpeed read."""
         return {
@@ -57,9 +67,13 @@ def expand_nodes(text: str) -> list[str]:
     Raises ConfigError for text that is not a node list.
     """
     names: list[str] = []
+    if len(text) > _LONGEST:
+        raise ConfigError(f"a list of Slurm nodes has {len(text):,} characters, more than {_LONGEST:,}")
     for entry in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
         parts = re.split(r"\[([^\[\]]*)\]", entry)
         choices = [list(_numbers(part, text)) if at % 2 else [part] for at, part in enumerate(parts)]
+        if math.prod(map(len, choices)) + len(names) > _MOST_NODES:
+            raise ConfigError(f"'{text}' names more than {_MOST_NODES:,} Slurm nodes")
         names += ["".join(choice) for choice in itertools.product(*choices)]
     # findall() skips an unmatched bracket or an extra comma, so check the whole text.
     if not names or not re.fullmatch(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?:,(?:[^,\[\]]|\[[^\[\]]*\])+)*", text):
@@ -72,6 +86,8 @@ def _numbers(ranges: str, text: str) -> Iterator[str]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match or int(match[2] or match[1]) < int(match[1]):
             raise ConfigError(f"'{text}' is not a list of Slurm nodes: '{part}' is not a range")
+        if int(match[2] or match[1]) - int(match[1]) >= _MOST_NODES:
+            raise ConfigError(f"'{text}' names more than {_MOST_NODES:,} Slurm nodes")
         yield from (str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1))
 
 

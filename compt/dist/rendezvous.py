@@ -134,7 +134,7 @@ def interface_of(address: str) -> str | None:
 def _failure(place: Place, seconds: float, cause: str) -> RunError:
     return RunError(
         f"rank {place.rank} of {place.world_size} found no process group at {place.address} "
-        f"within {seconds:g} s: {cause}"
+        f"within {seconds:g} s: {cause}. It waited because {place.origin} are set; to run one process, unset both"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compt.errors import ConfigError
+from compt.files import read_text
 from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Optimizer, Recipe
@@ -91,7 +92,7 @@ def deepspeed_config(
         path = base / engine.deepspeed_config
         source = str(path)
         try:
-            text = path.read_text(encoding="utf-8")
+            text = read_text(path)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise ConfigError(f"{path}: engine.deepspeed_config cannot be read ({reason})") from error

@@ -16,6 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from compt.errors import ConfigError, nearest
+from compt.files import read_text
 from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration
 
@@ -47,6 +48,10 @@ def read_yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: is not YAML: {' '.join(str(error).split())}") from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    except ValueError as error:  # a number of thousands of digits, an impossible date
+        raise ConfigError(f"{source}: a value cannot be read: {str(error).partition(';')[0]}") from None
+    except RecursionError:
+        raise ConfigError(f"{source}: is nested too deeply to be a recipe") from None
 
 
 def read_override(option: str, text: str, example: str) -> tuple[str, Any]:
@@ -216,7 +221,7 @@ def find_recipe(name: str | Path) -> Path:
 def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     values = read_yaml(text, str(path))

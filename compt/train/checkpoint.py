@@ -263,6 +263,21 @@ def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
             shutil.rmtree(rubbish, ignore_errors=True)
 
 
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints and their folder. Behind a symbolic link only the checkpoints go, with the link."""
+    if not folder.is_symlink():
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    _remove_leftovers(folder)
+    for path in [path for _, path in _steps(folder)]:
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / LATEST).unlink(missing_ok=True)
+        target = folder.resolve()
+        folder.unlink()
+        target.rmdir()  # fails where other files are left
+
+
 def _remove_leftovers(folder: Path) -> None:
     """Delete the temporary folders of a process that was killed."""
     if folder.is_dir():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from collections import Counter, deque
@@ -24,9 +25,11 @@ from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.pixels import to_input
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
-from compt.train.metrics import MetricsWriter, straggler_report
+from compt.train.metrics import FILE, MetricsWriter, read_metrics, straggler_report
 from compt.train.signals import StopSignal, Waited
 from compt.train.task import Task, reduce_report
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -190,6 +193,15 @@ def train(
     """
     beat(0, "opening the newest checkpoint", LONG)
     counts = _restore(folder / "checkpoints", engine, settings)
+    if counts.step == 0 and dist.is_main():
+        logged = max((row["step"] for row in read_metrics(folder / FILE, "train")), default=0)
+        if logged >= settings.checkpoint_every:
+            _log.warning(
+                "%s: no whole checkpoint is left in %s, though step %d was logged: starting again at step 0",
+                title,
+                folder / "checkpoints",
+                logged,
+            )
     if counts.step < settings.total_steps:
         # Batches are closed here. The loader's processes would otherwise live until the garbage collector comes, which
         # then waits for each of them for seconds.
@@ -411,6 +423,7 @@ def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Bat
 
 def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
     """What a log line has beside losses."""
+    window.seconds = max(window.seconds, 1e-9)  # a virtual machine's clock may have paused
     return {
         "epoch": counts.step / settings.steps_per_epoch,
         "samples_per_s": window.steps * settings.batch / window.seconds,

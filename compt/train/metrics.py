@@ -178,12 +178,16 @@ class MetricsWriter:
             plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
+        if self._board is None:
+            return
         try:
             for key, value in values.items():
                 self._board.add_scalar(f"{kind}/{key}", value, step)
             self._board.add_scalar(f"{kind}/samples", step * self._batch, step)
         except OSError as error:
-            _log.warning("cannot write %s: %s", self._folder / TENSORBOARD, error)
+            text = "cannot write %s: %s; curves end here, metrics.jsonl goes on"
+            _log.warning(text, self._folder / TENSORBOARD, error)
+            self._board = None
 
 
 def _numbers(shown: Mapping[str, float]) -> list[str]:

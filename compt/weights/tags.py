@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,7 +31,7 @@ def split_tag(text: str) -> tuple[str, str] | None:
 
 def clip_cache() -> Path:
     """The folder for open_clip's downloads that do not come from Hugging Face."""
-    return Path("~/.cache/clip").expanduser()
+    return Path(os.path.expanduser("~/.cache/clip"))  # unlike Path's, this accepts a user without a home folder
 
 
 def read_tag(arch: str, tag: str, verify: bool = True) -> FoundWeights:

@@ -225,3 +225,9 @@ def test_the_time_to_connect() -> None:
     for text in ("", "soon", "0", "-3", "nan", "inf"):
         with pytest.raises(ConfigError, match="COMPT_CONNECT_SECONDS"):
             connect_limit({"COMPT_CONNECT_SECONDS": text})
+
+
+@pytest.mark.parametrize("text", ["n[1-99999][1-99999]", "n[1-999999999999]", "a[1-9000],n[1-99000]"])
+def test_a_list_of_more_nodes_than_there_are_is_refused_at_once(text: str) -> None:
+    with pytest.raises(ConfigError, match="names more than 100,000 Slurm nodes"):
+        expand_nodes(text)

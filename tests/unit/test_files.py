@@ -13,7 +13,7 @@ import pytest
 
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import save_result
-from compt.files import new_folder, write_bytes, write_json, write_text
+from compt.files import new_folder, read_text, remove_leftovers, write_bytes, write_json, write_text
 
 
 def test_bytes_and_text(tmp_path: Path) -> None:
@@ -146,3 +146,34 @@ def test_a_full_disk_names_the_folder_as_it_will_be_called(tmp_path: Path, monke
     with pytest.raises(RunError) as caught, new_folder(tmp_path / "out") as folder:
         write_text(folder / "sub" / "file", "x")
     assert str(caught.value) == f"cannot write {tmp_path / 'out' / 'sub' / 'file'}: No space left on device"
+
+
+@pytest.mark.parametrize("mask", [0o077, 0o002])
+def test_new_files_and_folders_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        write_text(tmp_path / "file", "x")
+        with new_folder(tmp_path / "folder"):
+            pass
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~mask
+
+
+def test_a_text_is_read_from_plain_files_of_some_size_alone(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="it is not a plain file"):
+            read_text(path)
+    (tmp_path / "text").write_text("four")
+    assert read_text(tmp_path / "text", 4) == "four"
+    with pytest.raises(OSError, match="it has 4 bytes, more than 3"):
+        read_text(tmp_path / "text", 3)
+
+
+def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
+    for name in (".a[1].json.0123abcd", ".a1.json.0123abcd", "a[1].json"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path, "a[1].json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a1.json.0123abcd", "a[1].json"]

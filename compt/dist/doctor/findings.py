@@ -74,6 +74,7 @@ def facts_here(folder: Path, place: Place | None) -> dict[str, Any]:
         # It takes seconds, so once a node.
         "environment": _environment() if dist.local_rank() == 0 else {},
         "limits": _limits(folder),
+        "home": os.path.expanduser("~"),  # "~" for a user without a home folder
     }
 
 
@@ -109,6 +110,10 @@ def judge(everyone: Sequence[Facts]) -> list[Finding]:
     findings = [Finding("processes", "ok", found)]
     if len(set(counts.values())) > 1:
         findings = [Finding("processes", "note", _by_value(counts), "start as many on each node: --ntasks-per-node")]
+    homeless = [name for name, facts in nodes.items() if facts.get("home") == "~"]
+    if homeless:
+        remedy = "set HOME to a folder that can be written: torch, Triton and Hugging Face keep files there"
+        findings.append(Finding("home folder", "note", f"user {os.getuid()} has none on {', '.join(homeless)}", remedy))
     return [*findings, *_judge_environment(nodes), *_judge_gpus(everyone, nodes), *_judge_limits(nodes)]
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -153,3 +155,39 @@ def test_an_agreed_error_of_a_single_process_leaves_signals_alone(monkeypatch: p
     with pytest.raises(SystemExit):
         main()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# --- standard output that cannot be written, and a user without a name
+
+
+@pytest.mark.parametrize(
+    ("to", "code", "said"), [("/dev/full", 5, "compt: cannot write the output: No space left"), ("&-", 0, "")]
+)
+def test_output_that_cannot_be_written(to: str, code: int, said: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m compt recipes list >{to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert done.stderr.startswith(said)
+    assert len(done.stderr.splitlines()) == bool(said)
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-U", "--map-user=54321", "true"], capture_output=True, check=False).returncode != 0,
+    reason="other users cannot be tried here",
+)
+def test_a_user_that_the_system_does_not_know() -> None:
+    """As with `docker run --user 54321`."""
+    names = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME")
+    done = subprocess.run(
+        ["unshare", "-U", "--map-user=54321", sys.executable, "-m", "compt", "doctor", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key not in names},
+    )
+    assert "Traceback" not in done.stderr
+    (home,) = [item for item in json.loads(done.stdout)["findings"] if item["check"] == "home folder"]
+    assert (home["found"].split(" on ")[0], home["remedy"].split(":")[0]) == (
+        "user 54321 has none",
+        "set HOME to a folder that can be written",
+    )

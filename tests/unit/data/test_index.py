@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -7,6 +8,7 @@ import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import webdataset
 from compt.data import index as index_module
 from compt.data.content import changed_shards
 from compt.data.captions import convert_csv, from_json, from_text, split_sentences
-from compt.data.index import build_index, expand_patterns, open_index
+from compt.data.index import build_index, expand_patterns, index_folder, open_index
 from compt.data.samples import SampleReader
 from compt.data.scan import split_name
 from compt.errors import DataError
@@ -333,3 +335,22 @@ def test_hashes_of_all_bytes_show_a_changed_shard(tmp_path: Path) -> None:
         os.utime(shard)
     assert list(changed_shards(shards, tmp_path)) == [shards[1]]
     assert list(changed_shards(shards, tmp_path)) == [shards[1]], "the first hash stays"
+
+
+def test_a_user_without_a_home_folder_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path, n=4, shards=1)
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+    def nobody(_: int) -> Any:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert len(open_index("*.tar", tmp_path)) == 4
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot write an index .* or set HOME"):
+        patch.setattr("tempfile.TemporaryFile", read_only)
+        index_folder(tmp_path)
+
+
+def read_only(**_: Any) -> Any:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))

@@ -10,7 +10,7 @@ import yaml
 from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.recipe.expansion import expand_result, expand_words, expansion
-from compt.recipe.read import find_recipe, load_recipe, parse_recipe, shipped_recipes, split_batch
+from compt.recipe.read import find_recipe, load_recipe, parse_recipe, read_yaml, shipped_recipes, split_batch
 from compt.recipe.reference import EXPANSION_EXAMPLE, reference
 from compt.recipe.types import Duration
 
@@ -516,3 +516,18 @@ def test_batches_that_do_not_divide() -> None:
 def test_plain_values_are_checked_too() -> None:
     with pytest.raises(ConfigError, match=r"^somewhere: 4 mistakes\n  name: is missing"):
         parse_recipe({}, "somewhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: " + 5000 * "[" + 5000 * "]", "is nested too deeply to be a recipe"),
+        ("seed: " + 5000 * "1", "a value cannot be read: Exceeds the limit"),
+        ("name: 2001-13-45", "a value cannot be read: month must be in 1..12"),
+    ],
+    ids=["deep", "long", "date"],
+)
+def test_yaml_that_python_cannot_hold_is_one_line(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^r\.yaml: {message}") as caught:
+        read_yaml(text, "r.yaml")
+    assert "\n" not in str(caught.value)

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from compt.errors import ArtefactError, RunError
 from compt.files import hash_json, sha256_file
 from compt.train import checkpoint
-from compt.train.checkpoint import Saver
+from compt.train.checkpoint import Saver, remove_checkpoints
 from tests.dist.spawn import CONTEXT
 from tests.helpers.checkpoint import SHAPES, engine, same
 
@@ -379,3 +379,18 @@ def test_killed_at_any_moment_a_whole_one_is_there(tmp_path: Path, asynchronous:
         assert all(bool((tensor == state["step"]).all()) for tensor in own.tensors.values())
         rubbish += any(path.name.startswith(".step-") for path in folder.iterdir())
     assert rubbish, "no kill came in the middle of a save: the test shows nothing"
+
+
+def test_a_folder_of_checkpoints_behind_a_link_is_cleaned(tmp_path: Path) -> None:
+    for name, other in (("own", False), ("shared", True)):
+        target, link = tmp_path / name, tmp_path / f"{name}-link"
+        (target / "step-00000003" / "state").mkdir(parents=True)
+        (target / ".step-00000004.tmp-0123abcd").mkdir()
+        (target / "latest").write_text("step-00000003")
+        if other:
+            (target / "notes.txt").touch()
+        link.symlink_to(target)
+        remove_checkpoints(link)
+        assert not link.is_symlink()
+        assert [path.name for path in target.glob("*")] == (["notes.txt"] if other else [])
+        assert target.exists() == other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -282,6 +283,20 @@ def test_it_goes_on_from_the_last_checkpoint_where_it_was_killed(tmp_path: Path)
     assert opened == [3], "nothing is replayed"
     assert equal(whole.state(), parts.state())
     assert [line["step"] for line in parts.lines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_checkpoints_that_are_gone_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Bench(tmp_path, checkpoint_every=2).train()
+    caplog.clear()
+    shutil.rmtree(tmp_path / "checkpoints")
+    Bench(tmp_path, checkpoint_every=2).train()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert f"no whole checkpoint is left in {tmp_path / 'checkpoints'}, though step 6 was logged" in said
+
+
+def test_a_clock_that_pauses_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
+    assert Bench(tmp_path, total_steps=2).train().steps == 2
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path: Path) -> None:

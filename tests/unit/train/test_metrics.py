@@ -6,6 +6,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -170,3 +171,19 @@ def test_the_bar_fits_a_terminal(tmp_path: Path, width: int) -> None:
         assert "link 2" in text
         for part in ("19%", "loss 3.215", "r 0.101", "636/s", "1:27:"):
             assert part in text
+
+
+def test_a_full_disk_for_tensorboard_is_said_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with MetricsWriter(tmp_path, total_steps=3, batch=4) as writer:
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        for step in (1, 2, 3):
+            writer.log(step, {"loss": 1.0, "lr": 0.1})
+    assert [record.getMessage().partition(": ")[2] for record in caplog.records] == [
+        "[Errno 28] No space left on device; curves end here, metrics.jsonl goes on"
+    ]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
