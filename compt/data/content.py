@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.scan import COLUMNS, KIND_TABLE
+from compt.errors import DataError
 from compt.files import read_json, sha256_file, write_json
 
-SAMPLED = 8
-"""Samples of a shard that are hashed, evenly spread over it."""
+SAMPLED, MOST_BYTES = 8, 1 << 20
+"""Samples of a shard that are hashed, evenly spread over it, and bytes of an image or caption that are."""
 HASHES = "hashes.json"
 
 
@@ -27,9 +28,9 @@ def sampled_hash(shard: Path, rows: NDArray[np.int64]) -> str:
     with shard.open("rb") as file:
         for row in rows[spread(len(rows), SAMPLED)].tolist():
             at = dict(zip(COLUMNS, row, strict=True))
-            sha.update(os.pread(file.fileno(), at["image_size"], at["image_offset"]))
+            sha.update(os.pread(file.fileno(), min(at["image_size"], MOST_BYTES), at["image_offset"]))
             if at["text_kind"] != KIND_TABLE:  # the table of captions has a digest of its own
-                sha.update(os.pread(file.fileno(), at["text_size"], at["text_offset"]))
+                sha.update(os.pread(file.fileno(), min(at["text_size"], MOST_BYTES), at["text_offset"]))
     return sha.hexdigest()
 
 
@@ -44,12 +45,19 @@ def changed_shards(
     """Hash every byte of the shards, and yield those whose hash is not the one of the last time.
 
     The hashes are kept in `folder`, which exists; the first hash of a shard stays until that file is removed.
-    `progress` gets the number of shards done. Raises OSError, and RunError where the hashes cannot be written.
+    `progress` gets the number of shards done. Raises DataError where a shard or the hashes cannot be read, and RunError
+    where the hashes cannot be written.
     """
     path = folder / HASHES
-    known: dict[str, str] = read_json(path) if path.exists() else {}
+    try:
+        known: dict[str, str] = dict(read_json(path)) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{path} cannot be read: {error}; remove it to hash the shards as they are now") from None
     for done, shard in enumerate(shards, 1):
-        found = sha256_file(shard)
+        try:
+            found = sha256_file(shard)
+        except OSError as error:
+            raise DataError(f"cannot read shard {shard}: {error.strerror}") from None
         if known.setdefault(str(shard.resolve()), found) != found:
             yield shard
         progress(done)

@@ -258,14 +258,13 @@ def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | Non
         return None
 
 
-def _store(shard: Path, file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
+def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
     meta = {
         **identity,
         "samples": len(scan.rows),
         "digest": scan.digest(),
         "dropped": scan.dropped,
         "first": scan.first,
-        "content": sampled_hash(shard, scan.rows),
     }
     blob = io.BytesIO()
     np.savez_compressed(
@@ -282,7 +281,12 @@ def _store(shard: Path, file: Path, identity: dict[str, Any], scan: ShardScan) -
 
 def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardIndex:
     identity = _identity(shard, table)
-    _store(shard, file, identity, scan_shard(shard, table))
+    scan = scan_shard(shard, table)
+    try:
+        content = sampled_hash(shard, scan.rows)
+    except OSError as error:
+        raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
+    _store(file, {**identity, "content": content}, scan)
     stored = _load(shard, file, identity)
     if stored is None:
         raise DataError(f"shard {shard} changed while it was indexed; index it again once it is complete")
