@@ -55,13 +55,19 @@ runs.
 ## How a fault is found
 
 A thread of each process (`compt/dist/watch/thread.py`) writes a heartbeat twice a second to the store in which the
-ranks met. It also measures how long its own main thread has made no progress.
+ranks met. It also measures how long its own main thread has made no progress. A single process has the same thread.
 
 - A process of the same machine that is **gone** is noticed within a second. One of another machine, or one that is
   stopped, is noticed after 20 s without a heartbeat, or half of `engine.timeout` where that is shorter.
 - A process without **progress** for `engine.timeout` seconds counts as hanging. Evaluation, expansion, the first step
   and writing may take six times as long. The rank that is furthest behind is named; `RUN/faults/rank-N-….txt` has the
-  stacks of all processes.
+  stacks of all processes. If it waits for data, the message names a loader process that is stopped, or the free
+  shared memory.
+- A **signal to stop** (SIGTERM, SIGUSR1, Ctrl-C) ends a wait for data at once, and the run saves. A step goes on to
+  its end, then the run saves. If nothing moves for 15 s after the signal, or three times as long as the same phase
+  took before, the run ends with code 75 and keeps the newest checkpoint. Writing a checkpoint is never cut off.
+- A **loader process** that dies, cannot start or cannot pass on a batch ends the run with code 5. The message names
+  the process, the signal that killed it, and what helps.
 - The rank that **finds** the cause prints it once and writes it to `RUN/faults/cause-….txt`. All processes end with
   its exit code, also those whose main thread is stuck in a collective. A process that is stopped is killed by the
   others on its machine.

@@ -145,7 +145,8 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
     except RuntimeError as error:
         if "home directory" not in str(error):
             raise
-        print(f"compt: {error}: user {os.getuid()} has none; set HOME to a folder that can be written", file=sys.stderr)
+        text = f"compt: user {os.getuid()} has no home folder; set HOME to a folder that can be written"
+        print(text, file=sys.stderr)
         sys.exit(ConfigError.exit_code)
 
 

@@ -125,7 +125,7 @@ class EngineConfig(Section):
     compile: bool = execution(False)
     """Compile the model with torch.compile."""
     workers: int = execution(4, ge=0)
-    """Processes that decode images, for each training process."""
+    """Processes that decode images, for each training process. At most one per core is started."""
     cache: bool = execution(False)
     """Keep the encoded images of the training set in memory."""
     log_every: Duration = execution(Duration(steps=50))

@@ -177,3 +177,5 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     remove_leftovers(tmp_path, "a[1].json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a1.json.0123abcd", "a[1].json"]
+    save_result(tmp_path, "a1", {}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a1.json", "a1.npz", "a[1].json"]

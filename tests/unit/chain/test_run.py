@@ -407,6 +407,20 @@ def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> Non
     chain(moved, half)
 
 
+def test_a_resume_on_another_machine_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = tmp_path / "run"
+    stopped_at(base, run, 3)
+    path = run / "jobs" / FIRST / "manifest.json"
+    begun = json.loads(path.read_text())
+    begun["starts"][-1]["machine"] |= {"threads": "17", "torch": "1.0"}
+    path.write_text(json.dumps(begun))
+    chain(base, run)
+    (said,) = [record.getMessage() for record in caplog.records if "last bits" in record.getMessage()]
+    assert said.startswith(f"{FIRST}: the last bits may differ, as it goes on with ")
+    assert "machine.torch 1.0 -> " in said
+    assert "machine.threads 17 -> " in said
+
+
 def replace_bytes(shard: Path) -> None:
     """Put other bytes into the first image. Sizes stay, and so do names; the time changes."""
     with tarfile.open(shard) as archive:
