@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +17,7 @@ from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
 from compt.data.samples import SampleReader
 from compt.data.tokens import CaptionTokens
+from compt.dist.child import process_pool
 
 _CHUNK = 500
 """Samples that a worker process checks at a time."""
@@ -189,8 +188,7 @@ def _run(
         yield from map(examine, works)
         return
     # `examine` reaches the workers through the fork: the tokenizer in it cannot be pickled.
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(examine,)) as pool:
+    with process_pool(workers, initializer=_begin, initargs=(examine,)) as pool:
         yield from pool.map(_examine_here, works)
 
 

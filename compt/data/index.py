@@ -7,14 +7,12 @@ import glob
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from compt.data.captions import CaptionTable, convert_csv
 from compt.data.content import sampled_hash
 from compt.data.scan import COLUMNS, ShardScan, scan_shard
+from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
 from compt.files import write_bytes
 
@@ -297,7 +296,7 @@ def _scan_all(shards: list[Path], files: list[Path], table: CaptionTable | None,
     if workers < 2:
         yield from map(_index_one, shards, files, repeat(table))
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+    with process_pool(workers) as pool:
         yield from pool.map(_index_one, shards, files, repeat(table))
 
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from compt.errors import RunError
+from compt.files import shared_memory
 
 
 def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
@@ -48,3 +54,18 @@ def end_with(parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def process_pool(workers: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool of forked processes. Raises RunError where they cannot start, or one of them is killed."""
+    try:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), **options)
+    except OSError as error:  # their semaphores are files in /dev/shm
+        raise RunError(f"cannot start {workers} processes: {error}. {shared_memory()}") from None
+    with pool:
+        try:
+            yield pool
+        except BrokenProcessPool:
+            text = f"one of {workers} processes was killed; the system does this when memory runs out (see dmesg)"
+            raise RunError(f"{text}: take fewer, where the command has --workers") from None

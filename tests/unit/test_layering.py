@@ -96,7 +96,6 @@ SMALLER: dict[str, str] = {
     "compt/cli/doctor.py": "a command group of its own",
     "compt/cli/recipes.py": "a command group of its own",
     "compt/data/batch.py": "the type that data hands to training",
-    "compt/dist/child.py": "light child processes import nothing else",
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",

@@ -119,15 +119,15 @@ def hanging(lives: Sequence[Life], seconds: float, timeout: float, folder: Path)
 
 
 def obstacle(doing: str) -> str:
-    """Return a sentence on what keeps this process from its data, with a space at its end; "" for other work."""
-    if doing != WAITING:
-        return ""
+    """Return a sentence on what keeps this process from its data, with a space at its end; "" where nothing is seen."""
     stopped = []
     for child in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             stopped += [str(child.pid)] * (child.status() == psutil.STATUS_STOPPED)
     if stopped:
         return f"A signal or a debugger has stopped its loader process {', '.join(stopped)}. "
+    if doing != WAITING:
+        return ""
     return f"Its loader processes deliver nothing: the disk with the shards may hang, or memory is short. {shared_memory()} "
 
 

@@ -99,7 +99,7 @@ class Watch:
         self._name = ""
         self._seen: dict[int, Seen] = {}
         self._took: dict[str, float] = {}
-        self._request = ("", 0.0)
+        self._request, self._pipe = ("", 0.0), (-1, -1)
         self._main = threading.main_thread()
 
     # --- the main thread
@@ -277,7 +277,7 @@ class Watch:
 
     def _asked(self) -> tuple[str, float]:
         """Return the first signal that asked this process to stop, and when it was read; ("", 0.0) before."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # nothing to read
             for number in os.read(self._pipe[0], 64):
                 if not self._request[0] and number in STOPS:
                     self._request = (signal.Signals(number).name, time.monotonic())

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
@@ -9,7 +13,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from compt.data import check as check_module
 from compt.data.check import check
 from compt.data.index import open_index
-from compt.errors import DataError
+from compt.errors import DataError, RunError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
 
@@ -70,3 +74,17 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     make_shards(tmp_path, n=2, shards=1)
     with pytest.raises(DataError, match=r"000001\.tar"):
         check("{000000..000001}.tar", tmp_path)
+
+
+def test_a_process_that_is_killed_or_cannot_start_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_shards(tmp_path, n=4, shards=2)
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="one of 2 processes was killed"):
+        patch.setattr("compt.data.check.to_rgb", lambda _: os.kill(os.getpid(), signal.SIGKILL))
+        check("*.tar", tmp_path, workers=2)
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
+    with pytest.raises(RunError, match=r"cannot start 2 processes: .*No space left.*/dev/shm"):
+        check("*.tar", tmp_path, workers=2)
