@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import json
 import os
 import shlex
@@ -9,11 +10,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
-from compt.cli.main import main
+from compt.cli.main import _prepare_process, main
 from compt.errors import RunError
 from compt.models.clip import build
 from compt.models.init import export_state
@@ -169,6 +171,18 @@ def test_output_that_cannot_be_written(to: str, code: int, said: str) -> None:
     assert done.returncode == code
     assert done.stderr.startswith(said)
     assert len(done.stderr.splitlines()) == bool(said)
+
+
+def test_a_user_without_an_entry_has_a_name_for_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> Any:
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    for name in ("USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    _prepare_process()
+    assert getpass.getuser() == str(os.getuid())
 
 
 @pytest.mark.skipif(

@@ -4,6 +4,8 @@ import errno
 import io
 import json
 import os
+import signal
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
 from compt.errors import DataError, Interrupted, RunError
+from tests.helpers.process import finish, start
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
 TOKENIZER = SimpleTokenizer()
@@ -211,6 +214,24 @@ def test_there_are_no_more_loader_processes_than_cores(recwarn: pytest.WarningsR
     assert _loader(Unsendable(), [0], cores + 3).num_workers == cores
     assert _loader(Unsendable(), [0], 0).num_workers == 0
     assert not recwarn.list, "torch has nothing to warn of"
+
+
+def handler_stays() -> None:
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = _read(Numbers(), [0, 1], 1)
+    next(batches)
+    if signal.getsignal(signal.SIGCHLD) is not before:
+        sys.exit(1)
+
+
+class Numbers(Dataset[Any]):
+    def __getitem__(self, number: int) -> int:
+        return number
+
+
+def test_torch_raises_no_death_of_a_loader_process_in_the_middle_of_a_step() -> None:
+    """torch's handler is installed once in a process, by its first loader."""
+    assert finish(start(handler_stays)) == 0
 
 
 class Unsendable(Dataset[Any]):
