@@ -60,7 +60,7 @@ def meet(place: Place, seconds: float) -> TCPStore:
             # The store ends with this process, and the others still read there who is missing.
             time.sleep(GRACE * seconds)
         cause = f"{_ranks(missing)} did not connect: exited earlier, or the network is blocked"
-        raise _failure(place, seconds, cause)
+        raise _failure(place, seconds, f"{cause}. {_origin(place)}")
     return store
 
 
@@ -131,10 +131,14 @@ def interface_of(address: str) -> str | None:
     return None
 
 
+def _origin(place: Place) -> str:
+    return f"It waited because {place.origin} are set; to run one process, unset both"
+
+
 def _failure(place: Place, seconds: float, cause: str) -> RunError:
     return RunError(
         f"rank {place.rank} of {place.world_size} found no process group at {place.address} "
-        f"within {seconds:g} s: {cause}. It waited because {place.origin} are set; to run one process, unset both"
+        f"within {seconds:g} s: {cause}"
     )
 
 
@@ -226,7 +230,8 @@ def _cause(place: Place, error: OSError) -> str:
     if isinstance(error, socket.gaierror):
         return f"no address is known for the name '{place.master}' ({error.strerror}); check MASTER_ADDR"
     if isinstance(error, ConnectionRefusedError):
-        return "the machine answers, but nothing listens there: rank 0 has not started, or runs elsewhere"
+        cause = "the machine answers, but nothing listens there: rank 0 has not started, or runs elsewhere"
+        return f"{cause}. {_origin(place)}"
     if isinstance(error, TimeoutError):
         return "no answer: the machine is down, or a firewall blocks the port"
     return str(error.strerror or error).lower()

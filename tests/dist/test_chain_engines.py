@@ -123,9 +123,9 @@ def test_stopped_on_two_processes_and_resumed_on_four_and_one(
 ) -> None:
     changes = [*CHANGES, f"engine.name={engine}"]
     first = run_ranks(some, 2, base, tmp_path, changes, list(JOBS), 4, timeout=300)
-    assert "1-small: stopped by SIGTERM at step 5 of 6; saved" in first[0]
+    assert "1-small: stopped by SIGTERM at step 4 of 6; saved" in first[0]
     second = run_ranks(some, 4, base, tmp_path, changes, list(JOBS), 3, timeout=300)
-    assert "2-large: stopped by SIGTERM at step 4 of 5; saved" in second[0]
+    assert "2-large: stopped by SIGTERM at step 3 of 5; saved" in second[0]
     assert run_ranks(some, 1, base, tmp_path, changes, list(JOBS), timeout=300) == [""]
     assert_same(whole, tmp_path)
 

@@ -86,7 +86,7 @@ def test_from_one_process_to_two_and_back(base: Path, whole: Path, tmp_path: Pat
     assert f"Interrupted: {FIRST}: stopped by SIGTERM at step 1 of 6" in run_chain(base, run, changes, (0, 1))
     first, second = run_ranks(run_chain, 2, base, run, changes, (1, 3))
     assert first == second
-    assert "stopped by SIGTERM at step 4 of 6; saved" in first
+    assert "stopped by SIGTERM at step 3 of 6; saved" in first
     assert "at step 2 of 5" in run_chain(base, run, changes, (0, 2))
     assert run_ranks(run_chain, 2, base, run, changes) == ["", ""]
     assert_close(whole, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,12 @@ def test_the_time_to_connect() -> None:
     for text in ("", "soon", "0", "-3", "nan", "inf"):
         with pytest.raises(ConfigError, match="COMPT_CONNECT_SECONDS"):
             connect_limit({"COMPT_CONNECT_SECONDS": text})
+
+
+def test_a_place_names_the_variables_that_it_comes_from() -> None:
+    place = Place(0, 2, 0, "head", 29500)
+    assert place.origin == "RANK=0 and WORLD_SIZE=2"
+    assert replace(place, by_slurm=True).origin == "SLURM_PROCID=0 and SLURM_STEP_NUM_TASKS=2"
 
 
 @pytest.mark.parametrize("text", ["n[1-99999][1-99999]", "n[1-999999999999]", "a[1-9000],n[1-99000]"])

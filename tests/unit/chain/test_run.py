@@ -311,7 +311,9 @@ def test_the_command_exits_with_75_on_signals_to_all_its_processes(
         process = command(base, run, *changes)
         processes.append(process)
         wait_for(metrics, process)
-        time.sleep(0.5)
+        until = time.monotonic() + 60
+        while not metrics.stat().st_size and time.monotonic() < until:  # the first step
+            time.sleep(0.05)
         os.killpg(process.pid, number)  # as a terminal, a batch system and `timeout` do: the loader's processes too
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 75, output
