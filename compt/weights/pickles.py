@@ -35,29 +35,22 @@ _INERT_NAMES = (
     "pathlib._local.PosixPath",
 )
 _METADATA_NAMES = {
-    **{
-        (module.__name__, name): getattr(module, name)
-        for module, names in (
-            (
-                metadata,
-                (
-                    "Metadata",
-                    "MetadataIndex",
-                    "StorageMeta",
-                    "TensorStorageMetadata",
-                    "BytesStorageMetadata",
-                    "ChunkStorageMetadata",
-                    "TensorProperties",
-                    "_MEM_FORMAT_ENCODING",
-                ),
-            ),
-            (filesystem, ("_StorageInfo", "_StoragePrefix")),
-        )
-        for name in names
-    },
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): OrderedDict,
+    (thing.__module__, thing.__name__): thing
+    for thing in (
+        metadata.Metadata,
+        metadata.MetadataIndex,
+        metadata.StorageMeta,
+        metadata.TensorStorageMetadata,
+        metadata.BytesStorageMetadata,
+        metadata.ChunkStorageMetadata,
+        metadata.TensorProperties,
+        metadata._MEM_FORMAT_ENCODING,
+        filesystem._StorageInfo,
+        filesystem._StoragePrefix,
+        torch.Size,
+        torch.serialization._get_layout,
+        OrderedDict,
+    )
 }
 
 
