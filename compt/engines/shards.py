@@ -7,7 +7,7 @@ before it runs and given up afterwards.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from compt.engines.blocks import models_in
 from compt.errors import ConfigError
 from compt.models.clip import ClipModel, set_buffers, shardable_blocks
 from compt.models.init import load_state
+from compt.models.states import State, shape_of
 
 
 def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
@@ -107,30 +108,20 @@ def _move_whole(module: nn.Module, device: torch.device) -> None:
                 parameter.data = parameter.data.to(device)
 
 
-class _Slices(Mapping[str, Tensor]):
+class _Slices(State):
     """Whole tensors, cut into shards like those of `own` when they are read."""
 
     def __init__(self, values: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-        self._values, self._own = values, own
+        self._parts, self._own = values, own
 
     def __getitem__(self, name: str) -> Tensor:
         own = self._own[name]
-        value = self._values[name].reshape(own.shape)
+        value = self._parts[name].reshape(own.shape)
         return like(own, _slice_of(value, own).to(local(own))) if isinstance(own, DTensor) else value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._values
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of the whole tensor, without reading it if the source knows it."""
-        known: Any = getattr(self._values, "shape", None)
-        return tuple(known(name) if known else self._values[name].shape)
+        return shape_of(self._parts, name)
 
 
 def _slice_of(value: Tensor, own: DTensor) -> Tensor:

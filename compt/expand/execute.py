@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
 from compt.models.scalars import SCALAR_NAMES
+from compt.models.states import State, shape_of
 
 Read = Callable[[str, bool], Tensor]
 """(name of a teacher parameter, whether to read its moving average) -> its tensor."""
@@ -81,24 +82,21 @@ def expand_parameter(entry: ExpandedParameter, read: Read, draw: Draw) -> Tensor
     return result
 
 
-@dataclass(frozen=True)
-class Mapped(Mapping[str, Tensor]):
-    """A state whose tensors go through `function` when they are read, one at a time."""
+class Mapped(State):
+    """A state whose tensors go through `function`, which keeps their shape, when they are read, one at a time."""
 
-    state: Mapping[str, Tensor]
-    function: Callable[[Tensor], Tensor]
+    def __init__(self, state: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]) -> None:
+        self._parts, self._function = state, function
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.function(self.state[name])
+        return self._function(self._parts[name])
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.state)
-
-    def __len__(self) -> int:
-        return len(self.state)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter."""
+        return shape_of(self._parts, name)
 
 
-class ExpandedState(Mapping[str, Tensor]):
+class ExpandedState(State):
     """The student's parameters in the plan's order. Each is computed when it is read, and not kept.
 
     A parameter has the dtype of its source. One without a source has the dtype of the first parameter that the plan
@@ -117,25 +115,23 @@ class ExpandedState(Mapping[str, Tensor]):
                 f"the depth operator takes added layers from the moving average of {plan.teacher.name}, which has "
                 "none; train the teacher with optimizer.ema, or choose another depth operator"
             )
-        self._entries = {entry.name: entry for entry in plan.entries}
+        self._parts: dict[str, ExpandedParameter] = {entry.name: entry for entry in plan.entries}
         self._teacher, self._state, self._average = plan.teacher.name, state, average
         self._draw = draw
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self._entries[name]
+        entry = self._parts[name]
         with torch.no_grad():
             made = expand_parameter(entry, self._read, self._draw)
             return made.to(self._dtype) if entry.action in _OWN and name not in SCALAR_NAMES else made
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
-
-    def __len__(self) -> int:
-        return len(self._entries)
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a parameter, without computing it."""
+        return self._parts[name].shape
 
     @cached_property
     def _dtype(self) -> torch.dtype:
-        taken = (entry.sources[0] for entry in self._entries.values() if entry.action not in _OWN)
+        taken = (entry.sources[0] for entry in self._parts.values() if entry.action not in _OWN)
         first = next((name for name in taken if name not in SCALAR_NAMES), None)
         return torch.float32 if first is None else self._read(first, False).dtype
 

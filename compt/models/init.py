@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from compt.errors import ArtefactError
 from compt.models.presets import ModelSpec
 from compt.models.scalars import SCALAR_NAMES, exported_shape
+from compt.models.states import State, shape_of
 
 _CHUNK = 1 << 20
 _LISTED = 8
@@ -169,29 +170,20 @@ def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
     return normal.mul_(rule.scale).clamp_(-rule.bound, rule.bound)
 
 
-class DrawnState(Mapping[str, Tensor]):
+class DrawnState(State):
     """The parameters of `init_parameters` by name. Each access draws one."""
 
     def __init__(self, model: nn.Module, spec: ModelSpec, seed: int) -> None:
-        self._shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+        self._parts = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
         self._spec, self._seed = spec, seed
 
     def __getitem__(self, name: str) -> Tensor:
-        shape = self._shapes[name]
+        shape = self._parts[name]
         return init_tensor(rule_for(self._spec, name, shape), self._seed, name, shape)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shapes  # Mapping's own __contains__ would draw the tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without drawing it."""
-        return self._shapes[name]
+        return tuple(self._parts[name])
 
 
 @torch.no_grad()
@@ -217,9 +209,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     own = model.state_dict()
     problems = _listed("missing", [name for name in own if name not in state])
     problems += _listed("unexpected", [name for name in state if name not in own])
-    # States of files know shapes without reading tensors.
-    shape_of: Callable[[str], Sequence[int]] = getattr(state, "shape", lambda name: state[name].shape)
-    found = {name: tuple(shape_of(name)) for name in own if name in state}
+    found = {name: shape_of(state, name) for name in own if name in state}
     found |= {
         name: tuple(own[name].shape)
         for name in found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,31 +16,14 @@ from torch import Tensor
 from compt.errors import ArtefactError
 from compt.files import leads_out, sha256_file
 from compt.models.presets import ModelSpec
+from compt.models.states import State
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """The types that weights may have."""
 
 
-class Weights(Mapping[str, Tensor]):
-    """Parameter name -> tensor on the CPU. Each access reads the tensor; names and shapes are known without reading.
-
-    `_parts` has for each name what a subclass reads its tensor from.
-    """
-
-    _parts: Mapping[str, Any]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parts
-
-    @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading it."""
+class Weights(State):
+    """The parameters of a source, on the CPU. Names, shapes and types are known without reading."""
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype | str:

@@ -6,7 +6,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +18,7 @@ from compt.dist import collectives as dist
 from compt.engines.blocks import models_in
 from compt.errors import ArtefactError, ConfigError
 from compt.models.clip import set_buffers
+from compt.models.states import shape_of
 
 _LISTED = 8
 
@@ -96,13 +97,12 @@ def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
 
 
 def _check(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
-    shape_of: Callable[[str], Sequence[int]] = getattr(initial, "shape", lambda name: initial[name].shape)
     own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     names = set(initial)  # asking a mapping whether it has a name may read the tensor
     problems = [f"{name} is missing" for name in own if name not in names]
     problems += [f"{name} is unexpected" for name in sorted(names) if name not in own]
     for name, shape in own.items():
-        found = tuple(shape_of(name)) if name in names else shape
+        found = shape_of(initial, name) if name in names else shape
         if found != shape and not (math.prod(found) == math.prod(shape) == 1):
             problems.append(f"{name} has shape {list(found)} instead of {list(shape)}")
     if problems:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,8 @@ class AverageState(Weights):
 
     def __init__(self, folder: Path) -> None:
         """Raises ArtefactError where there is none, or not all of it."""
-        self._rest = read_zero(folder).weights
-        names = set(self._rest)
+        rest = read_zero(folder).weights
+        self._rest = self._parts = rest
         files = _average_files(folder)
         self._pieces: dict[str, list[tuple[int, TensorFile]]] = {}
         for file in files:
@@ -142,7 +142,7 @@ class AverageState(Weights):
         self.updates = int(files[0].read(_UPDATES).item())
         for name, pieces in self._pieces.items():
             pieces.sort(key=lambda piece: piece[0])
-            if name not in names:
+            if name not in rest:
                 raise ArtefactError(f"{folder}: an average of {name}, which is not among its weights")
             self._check(folder, name, pieces)
 
@@ -160,12 +160,6 @@ class AverageState(Weights):
         if pieces is None:
             return self._rest[name]
         return torch.cat([file.read(name) for _, file in pieces]).reshape(self.shape(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rest)
-
-    def __len__(self) -> int:
-        return len(self._rest)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, without reading it."""
