@@ -161,9 +161,11 @@ def exit_code(launcher: int, signalled: bool, records: Sequence[LaunchRecord]) -
     return own if own != Interrupted.exit_code or not records else 1
 
 
-def _ignore_signals() -> None:
+def _before_launcher() -> None:
+    """In the launcher's process: leave stopping to the ranks, and hear SIGHUP, which `nohup` would have it ignore."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 class Launch:
@@ -181,7 +183,7 @@ class Launch:
                 # By default torchrun, and accelerate with it, would end a run 30 seconds after a signal.
                 env={**self._environment, FOLDER: str(self._folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
                 process_group=0,
-                preexec_fn=_ignore_signals,  # noqa: PLW1509  (this process has one thread)
+                preexec_fn=_before_launcher,  # noqa: PLW1509  (this process has one thread)
             )
         except OSError as error:
             raise ConfigError(f"compt launch: '{self._command[0]}' cannot be started ({error.strerror})") from None

@@ -10,6 +10,7 @@ import pytest
 from compt.train import loop as trainer
 from compt.chain.run import only, prepare, run_only
 from compt.errors import ConfigError, Interrupted, RunError
+from tests.helpers.cases import matrix
 from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import chain, largest_difference, lines, make_data, manifest, recipe_of, weights
 
@@ -109,15 +110,14 @@ def test_one_process_needs_no_launcher(engine: str, base: Path, whole: Path, tmp
     assert largest_difference(weights(whole, "1-small"), weights(tmp_path, "1-small")) < TOLERANCE
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_every_engine_carries_a_whole_chain(base: Path, whole: Path, tmp_path: Path) -> None:
     run_ranks(each_engine, 4, base, tmp_path, list(ENGINES), timeout=900)
     for engine in ENGINES:
         assert_same(whole, tmp_path / engine)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", matrix(["fsdp2", "zero1", "zero2", "zero3"], ["fsdp2", "zero3"]))
 def test_stopped_on_two_processes_and_resumed_on_four_and_one(
     engine: str, base: Path, whole: Path, tmp_path: Path
 ) -> None:

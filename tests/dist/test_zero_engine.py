@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from compt.weights.deepspeed import read_zero_state
+from tests.helpers.cases import matrix
 from tests.dist import zero_cases as cases
 from tests.dist.spawn import run_ranks
 from tests.dist.zero_cases import Cell, Result
@@ -70,8 +71,7 @@ def test_a_process_without_a_group_equals_one_process() -> None:
     check_all(cases.alone, 1, [Cell(stage, pieces=4) for stage in STAGES])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", matrix([1, 2, 4], [2]))
 def test_every_cell_equals_one_process(world: int) -> None:
     cells = [
         Cell(stage, arch, distil, pieces)
@@ -92,7 +92,7 @@ def test_every_cell_equals_one_process(world: int) -> None:
     check_all(cases.compare, world, cells)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_compiled_blocks_equal_one_process() -> None:
     cells = [Cell(stage, pieces=4, compile=True) for stage in (2, 3)]
     check_all(cases.compare_traced, 2, [*cells, Cell(3, "swin", recompute=True, compile=True)])
@@ -132,8 +132,7 @@ def test_other_numbers_of_ranks_and_other_stages_go_on(tmp_path: Path) -> None:
             go_on(found, correct)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", matrix(["bf16", "fp16"], ["fp16"]))
 def test_in_half_precision_too(tmp_path: Path, precision: str) -> None:
     run_ranks(cases.save_and_go_on, 2, str(tmp_path), [Cell(stage) for stage in STAGES], precision, timeout=TIMEOUT)
     run_ranks(cases.skip, 2, [Cell(stage) for stage in STAGES], precision, timeout=TIMEOUT)
@@ -160,8 +159,7 @@ def faults(source: Path, folder: Path) -> None:
     sorted((folder / "half an average").glob("average-*"))[0].unlink()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", matrix([2, 3], [3]))
 def test_what_does_not_fit_is_refused_before_anything_changes(tmp_path: Path, stage: int) -> None:
     run_ranks(cases.save_and_go_on, 2, str(tmp_path / "saved"), [Cell(stage)], timeout=TIMEOUT)
     faults(tmp_path / "saved" / "0", tmp_path / "faults")

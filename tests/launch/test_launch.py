@@ -294,9 +294,10 @@ def test_a_failure_is_not_reported_as_a_stop(
         assert (tmp_path / "saved-0").read_text() == "SIGTERM", "the launcher asked what was left to stop"
 
 
-def test_a_launch_that_has_not_started_is_ended(tmp_path: Path) -> None:
+@pytest.mark.parametrize("under", [[], ["nohup"]])
+def test_a_launch_that_has_not_started_is_ended(under: list[str], tmp_path: Path) -> None:
     words = [sys.executable, "-c", "import pathlib, time; pathlib.Path('up').touch(); time.sleep(60)"]
-    process = subprocess.Popen([sys.executable, "-m", "compt", "launch", *words], cwd=tmp_path)
+    process = subprocess.Popen([*under, sys.executable, "-m", "compt", "launch", *words], cwd=tmp_path)
     deadline = time.monotonic() + 60
     while not (tmp_path / "up").exists() and time.monotonic() < deadline:
         time.sleep(0.02)

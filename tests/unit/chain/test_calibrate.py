@@ -588,7 +588,7 @@ def test_killed_before_one_write_after_another(base: Path, third: Path, tmp_path
     assert_same(third, run)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_before_each_write_of_a_decision(base: Path, third: Path, tmp_path: Path) -> None:
     """From where a try is scored to where its length is in run.json; what trainings write is the same in any chain."""
     names = writes_of(calibrate_scored, base, copied(third, tmp_path / "all", FIRST, BASELINE))

@@ -194,7 +194,7 @@ def one_of_each_kind(names: list[str]) -> list[int]:
     return sorted(found[-(at % 2)] for at, found in enumerate(places.values()))
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_killed_before_each_kind_of_write(base: Path, whole: Path, tmp_path: Path) -> None:
     numbers = one_of_each_kind(writes_of(chain, base, tmp_path / "all"))
     assert len(numbers) >= 16

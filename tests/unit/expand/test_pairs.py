@@ -177,7 +177,7 @@ def test_small_pairs_keep_what_is_promised(name):
     assert seen == {("image", False), ("text", False), ("text", True)}
 
 
-@pytest.mark.parametrize("name", matrix(LARGE_PAIRS, ("cc3m_vit: vit_t16 vit_s16", "cc3m_swin: swin_t swin_s")))
+@pytest.mark.parametrize("name", matrix(LARGE_PAIRS, ("cc3m_vit: vit_t16 vit_s16",)))
 def test_large_pairs_keep_what_is_promised(name):
     seen = check_promises(*LARGE_PAIRS[name], [ExpandConfig(), ExpandConfig.both("lemon", zero_new_outputs=True)])
     assert ("text", True) in seen
