@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Generator
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what all test modules imported out of later collections: chains collect after each job, 0.2 s a time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

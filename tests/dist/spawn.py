@@ -17,7 +17,7 @@ import torch
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "open_clip"])
+CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
 
 
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:

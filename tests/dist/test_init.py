@@ -73,12 +73,12 @@ def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> 
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=20).end(90)
+        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=8).end(90)
     assert ended.codes == [RunError.exit_code] * world
     assert ended.seconds < 40
     for rank, said in enumerate(ended.output):
         assert said.count("\n") == 1, said
-        assert f"compt: rank {rank} of {world} found no process group at 127.0.0.1:{port} within 20 s: " in said
+        assert f"compt: rank {rank} of {world} found no process group at 127.0.0.1:{port} within 8 s: " in said
         assert said.endswith("set MASTER_PORT to another port\n")
     assert f"rank 0 cannot open port {port} (address already in use)" in ended.output[0]
     assert "something listens there that never answers" in ended.output[1]
@@ -143,7 +143,7 @@ from compt.errors import ComptError
 if os.environ["RANK"] == "1":
     dist.choose_interface = lambda place: os._exit(9)
 try:
-    dist.init("cpu", timeout_seconds=300.0, connect_seconds=20.0)
+    dist.init("cpu", timeout_seconds=300.0, connect_seconds=10.0)
 except ComptError as error:
     print(error, flush=True)
     os._exit(error.exit_code)

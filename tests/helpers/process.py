@@ -20,9 +20,6 @@ from compt.train import loop as trainer
 from tests.dist.spawn import CONTEXT
 from tests.helpers.recipe import chain
 
-# One server process imports all this once; what it forks starts at once.
-CONTEXT.set_forkserver_preload(["torch", "open_clip", "compt.chain.run", "tests.helpers.recipe"])
-
 KILLED = -signal.SIGKILL
 
 
