@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import shutil
 from collections.abc import Generator
@@ -15,6 +16,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+
+# torch.distributed.checkpoint makes a debug record of every call, which pytest would keep: thousands for a small chain.
+logging.disable(logging.DEBUG)
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 from compt.data.batch import Batch
 from compt.data.index import open_index
 from compt.data.loaders import fixed_caption_batches
+from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, DataError
 from compt.evaluate.encoder import Encoder
@@ -159,10 +161,8 @@ class _Pairs:
         return self._named(spec)
 
     def _named(self, spec: ModelSpec) -> Iterator[Batch]:
-        from open_clip.tokenizer import SimpleTokenizer
-
         task = ZeroShot.open(self.item, self.settings)
-        tokenize = SimpleTokenizer(context_length=spec.context_length)
+        tokenize = partial(clip_tokenizer(), context_length=spec.context_length)
         for batch in task.data.batches(spec.image_size, self.settings):
             if len(batch) and batch.labels is not None and int(batch.labels.max()) < len(task.names):
                 texts = [fill(task.templates[0], task.names[label]) for label in batch.labels.tolist()]

@@ -6,14 +6,15 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from open_clip.tokenizer import SimpleTokenizer
 from torch import nn
 
 from compt.data.content import spread
 from compt.data.decode import Unusable
 from compt.data.samples import EvalSamples
+from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
 from compt.errors import ConfigError
 from compt.evaluate.encoder import Encoder, Tokenize
@@ -56,7 +57,7 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     """
     task = open_set(item, settings, together=True)
     context_length: Any = model.context_length
-    tokenize: Tokenize = settings.tokenize or SimpleTokenizer(context_length=context_length)
+    tokenize: Tokenize = settings.tokenize or partial(clip_tokenizer(), context_length=context_length)
     result = task.run(Encoder(model, settings.mean, settings.std, settings.dtype), tokenize)
     result.name, result.pins = item.name, task.pins()
     if result.skipped:
