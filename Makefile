@@ -4,7 +4,8 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-slurm test-full benchmarks gpu-bundle lint format type fresh-check clean venv
 
-WORKERS ?= 2
+# One more than the cores of a small machine: many tests wait for other processes.
+WORKERS ?= 3
 ARGS ?=
 # For a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `export EXTRAS=dev`.
 CONSTRAINTS ?= constraints.txt
@@ -21,7 +22,7 @@ RUN := .venv/bin/python -m
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  Variables: PYTHON=python3.12, EXTRAS=dev and CONSTRAINTS=constraints-cu12.txt (environment), WORKERS=2 (tests),"
+	@echo "  Variables: PYTHON=python3.12, EXTRAS=dev and CONSTRAINTS=constraints-cu12.txt (environment), WORKERS=3 (tests),"
 	@echo "  ARGS='…' (more arguments for the demo or pytest), FRESH=1 (demo: start over), KEEP=1 (fresh-check: keep the clone)"
 
 demo: $(STAMP) ## Train a chain of three small CLIP models on the emoji sample and write its report
