@@ -25,13 +25,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from compt.dist import collectives as dist
 from compt.engines.base import Finish
-from compt.errors import ArtefactError, ComptError
+from compt.errors import ComptError
 from compt.files import disk_errors
+from compt.models.states import check_shapes, shapes_of
 from compt.weights.dcp import METADATA, DcpWeights, read_dcp
 from compt.weights.lazy import Weights
 from compt.weights.safetensors import share_out
 
-_LISTED = 8
+OTHER = "this state is of another model or engine"
 _ARCHIVE = "inline_container.cc"
 """Part of torch's message when it could not write its archive."""
 
@@ -85,29 +86,13 @@ def copy_weights(module: nn.Module, weights: Weights) -> None:
     Any process may call it alone. Raises ArtefactError before anything is changed when a name or a shape does not fit.
     """
     own = module.state_dict()
-    check_names(
-        {name: tuple(each.shape) for name, each in own.items()}, {name: weights.shape(name) for name in weights}
-    )
+    check_shapes(shapes_of(own), weights, OTHER)
     for name, each in own.items():
         if isinstance(each, DTensor):
             value = distribute_tensor(weights[name], each.device_mesh, each.placements, src_data_rank=None)
             each.to_local().copy_(value.to_local())
         else:
             each.copy_(weights[name])
-
-
-def check_names(own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ArtefactError unless `found` has the names and shapes of `own`; it lists the first few that differ."""
-    problems = [f"{name} is missing" for name in own if name not in found]
-    problems += [f"{name} is unexpected" for name in found if name not in own]
-    problems += [
-        f"{name} has shape {list(found[name])} instead of {list(shape)}"
-        for name, shape in own.items()
-        if name in found and found[name] != shape
-    ]
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ArtefactError("this state is of another model or engine: " + "; ".join(problems[:_LISTED]) + more)
 
 
 class _DcpWriter(FileSystemWriter):
@@ -136,15 +121,8 @@ def _causes(error: BaseException | None) -> Iterable[BaseException]:
 def _open(state: Mapping[str, Tensor], folder: Path) -> DcpWeights:
     weights = read_dcp(folder).weights
     assert isinstance(weights, DcpWeights)
-    try:
-        check_names(_shapes(state), {name: weights.shape(name) for name in weights})
-    except ArtefactError as error:
-        raise ArtefactError(f"{folder}: {error}") from None
+    check_shapes(shapes_of(state), weights, f"{folder}: {OTHER}")
     return weights
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def _share(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,13 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compt.errors import ArtefactError
 from compt.models.presets import ModelSpec
-from compt.models.scalars import SCALAR_NAMES, exported_shape
-from compt.models.states import State, shape_of
+from compt.models.scalars import exported_shape
+from compt.models.states import State, check_shapes, shapes_of
 
 _CHUNK = 1 << 20
-_LISTED = 8
 
 
 @dataclass(frozen=True)
@@ -203,35 +201,10 @@ def export_state(model: nn.Module) -> dict[str, Tensor]:
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy `state` into `model`, one tensor at a time. A learned scalar may have shape () or [1].
 
-    Raises ArtefactError, which lists the missing, the unexpected and the misshapen parameters; the model is then
-    unchanged.
+    Raises ArtefactError, which lists what is missing, unexpected or of another shape; the model is then unchanged.
     """
     own = model.state_dict()
-    problems = _listed("missing", [name for name in own if name not in state])
-    problems += _listed("unexpected", [name for name in state if name not in own])
-    found = {name: shape_of(state, name) for name in own if name in state}
-    found |= {
-        name: tuple(own[name].shape)
-        for name in found
-        if name.rpartition(".")[2] in SCALAR_NAMES and math.prod(found[name]) == 1
-    }
-    problems += _listed(
-        "of another shape",
-        [
-            f"{name} ({list(shape)}, the model has {list(own[name].shape)})"
-            for name, shape in found.items()
-            if shape != tuple(own[name].shape)
-        ],
-    )
-    if problems:
-        raise ArtefactError("the weights are not those of this model: " + "; ".join(problems))
+    check_shapes(shapes_of(own), state, "the weights are not those of this model", any_scalar=True)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(state[name].reshape(parameter.shape))
-
-
-def _listed(what: str, names: list[str]) -> list[str]:
-    if not names:
-        return []
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return [f"{len(names)} {what}: {', '.join(names[:_LISTED])}{more}"]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from compt.errors import ArtefactError
+
+_LISTED = 8
 
 
 class State(Mapping[str, Tensor]):
@@ -36,3 +41,34 @@ def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     """The shape of one parameter of any mapping. Reads the tensor only if the mapping does not know its shape."""
     known: Any = getattr(state, "shape", None)
     return tuple(known(name) if known else state[name].shape)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all parameters of any mapping, as `shape_of` finds them."""
+    return {name: shape_of(state, name) for name in state}
+
+
+def check_shapes(
+    own: Mapping[str, Sequence[int]],
+    found: Mapping[str, Tensor],
+    head: str,
+    *,
+    any_scalar: bool = False,
+    more: Iterable[str] = (),
+) -> None:
+    """Raise ArtefactError unless `found` has the names and the shapes of `own`, and `more` problems are none.
+
+    The error begins with `head` and lists the first few problems. `any_scalar`: a single number may have any shape of
+    one element, such as () or [1].
+    """
+    names = set(found)  # to look a name up in a mapping of another kind than State may read the tensor
+    problems = [f"{name} is missing" for name in own if name not in names]
+    problems += [f"{name} is unexpected" for name in found if name not in own]
+    for name, shape in own.items():
+        other = shape_of(found, name) if name in names else tuple(shape)
+        if other != tuple(shape) and not (any_scalar and math.prod(other) == math.prod(shape) == 1):
+            problems.append(f"{name} has shape {list(other)} instead of {list(shape)}")
+    problems += more
+    if problems:
+        rest = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise ArtefactError(f"{head}: {'; '.join(problems[:_LISTED])}{rest}")

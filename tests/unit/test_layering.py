@@ -101,7 +101,6 @@ SMALLER: dict[str, str] = {
     "compt/evaluate/contact.py": "the contact sheet",
     "compt/evaluate/validation.py": "the validation loss",
     "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",
-    "compt/models/states.py": "models, files and engines all pass states",
     "compt/models/swin.py": "imports timm, for those who register a Swin only",
 }
 

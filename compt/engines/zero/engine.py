@@ -17,11 +17,12 @@ from compt.engines.average import Average
 from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, EngineHead, Finish, Precision, parameter_groups
 from compt.engines.blocks import compile_blocks, fill, models_in, recompute_blocks
 from compt.engines.scale import LossScale
-from compt.engines.state_dcp import check_names
+from compt.engines.state_dcp import OTHER
 from compt.engines.zero.parts import Parts
 from compt.engines.zero.start import check_zero, destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero.state import open_zero, save_zero, take_moments
 from compt.models.clip import shardable_blocks
+from compt.models.states import check_shapes
 from compt.weights.lazy import Weights
 
 
@@ -261,7 +262,7 @@ class ZeroEngine(EngineHead):
         Raises ArtefactError, on all ranks and before anything is changed, when a name or a shape does not fit.
         """
         own = self._shapes()
-        dist.on_all(lambda: check_names(own, {name: tuple(weights.shape(name)) for name in weights}))
+        dist.on_all(lambda: check_shapes(own, weights, OTHER))
         self._take(weights)
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import logging
-import math
 import os
 from collections.abc import Mapping
 from types import ModuleType
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 from compt.dist import collectives as dist
 from compt.engines.blocks import models_in
-from compt.errors import ArtefactError, ConfigError
+from compt.errors import ConfigError
 from compt.models.clip import set_buffers
-from compt.models.states import shape_of
-
-_LISTED = 8
+from compt.models.states import check_shapes, shapes_of
 
 
 def start_deepspeed(device: torch.device) -> ModuleType:
@@ -92,22 +89,9 @@ def destroy(engine: Any) -> None:
 
 
 def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
-    """Raises ArtefactError, on all ranks, where `initial` is not the state of `module`; nothing is read for it."""
-    dist.on_all(lambda: _check(module, initial))
-
-
-def _check(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
-    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    names = set(initial)  # asking a mapping whether it has a name may read the tensor
-    problems = [f"{name} is missing" for name in own if name not in names]
-    problems += [f"{name} is unexpected" for name in sorted(names) if name not in own]
-    for name, shape in own.items():
-        found = shape_of(initial, name) if name in names else shape
-        if found != shape and not (math.prod(found) == math.prod(shape) == 1):
-            problems.append(f"{name} has shape {list(found)} instead of {list(shape)}")
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ArtefactError("these weights are of another model: " + "; ".join(problems[:_LISTED]) + more)
+    """Raise ArtefactError, on all ranks, if `initial` is not the state of `module`. Reads no tensor."""
+    own = shapes_of(module.state_dict())
+    dist.on_all(lambda: check_shapes(own, initial, "the weights are not those of this model", any_scalar=True))
 
 
 @torch.no_grad()

@@ -20,9 +20,11 @@ from torch import Tensor
 
 from compt.dist import collectives as dist
 from compt.engines.average import Average
+from compt.engines.state_dcp import OTHER
 from compt.engines.zero.parts import Parts
 from compt.errors import ArtefactError, ComptError, RunError
 from compt.files import disk_errors, write_bytes
+from compt.models.states import check_shapes
 from compt.weights.deepspeed import LATEST, MOMENTS, ZeroState, read_zero, read_zero_state
 from compt.weights.lazy import Weights
 from compt.weights.pickles import load_torch_file
@@ -34,7 +36,6 @@ NOTE = "compt"
 _TAG = "state"
 _AVERAGE = re.compile(r"average-(\d{5})-of-(\d{5})\.safetensors")
 _UPDATES = "updates"
-_LISTED = 8
 
 
 class ZeroWriter:
@@ -199,25 +200,13 @@ def open_zero(folder: Path, parts: Parts, own: Mapping[str, Sequence[int]], aver
     Raises ArtefactError where they do not fit.
     """
     state = read_zero_state(folder, NOTE)
-    weights = state.weights
-    names = set(weights)  # asking a mapping whether it has a name may read the tensor
-    problems = [f"{name} is missing" for name in own if name not in names]
-    problems += [f"{name} is unexpected" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {list(weights.shape(name))} instead of {list(shape)}"
-        for name, shape in own.items()
-        if name in names and tuple(weights.shape(name)) != tuple(shape)
-    ]
+    problems = []
     for moment, values in state.moments.items():
         problems += [f"{moment} of {name} is missing" for name in sorted(set(parts.where) - set(values))]
         problems += [f"{moment} of {name} is unexpected" for name in values if name not in parts.where]
     if average is not bool(_average_files(folder)):
         problems.append(f"the moving average is {'missing' if average else 'unexpected'}")
-    if problems:
-        more = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
-        raise ArtefactError(
-            f"{folder}: this state is of another model or engine: " + "; ".join(problems[:_LISTED]) + more
-        )
+    check_shapes(own, state.weights, f"{folder}: {OTHER}", more=problems)
     return state, open_average(folder) if average else None
 
 
