@@ -2,7 +2,10 @@
 
 - A sample is an image with six captions of 77 tokens, padding included, whatever the recipe says. The paper's text says
   four captions, but Table G fits six (one raw and five generated).
-- Training costs 3 Cf - C1 + 9 P per sample, see `paper_training_macs`; a teacher adds its forward pass.
+- Training costs 3 Cf - C1 + 9 P per sample; a teacher adds its forward pass. Cf is the
+  forward pass; its backward pass costs twice as much. C1 is the patch embedding, whose input needs no gradient. P are
+  the parameters of `paper_parameters`. 9 P is for AdamW, charged per sample although an optimizer steps once per
+  batch: only that gives the published numbers.
 - As in the table, P has only the blocks of the text tower and no logit scale, and the forward pass of a Swin has no
   attention products.
 - There are no projectors, no loss, no trimming, and no readout: every block computes every position.
@@ -43,21 +46,6 @@ def paper_parameters(spec: ModelSpec) -> int:
     The text tower's embeddings, final norm and projection, and the logit scale are left out.
     """
     return sum(total(counts.values()).parameters for _, counts, _ in _towers(spec))
-
-
-def paper_forward_macs(spec: ModelSpec) -> float:
-    """Forward MACs per sample as in Table G: six captions of 77 tokens, a Swin without its attention products."""
-    return sum(times * total(counts.values()).macs for _, counts, times in _towers(spec))
-
-
-def paper_training_macs(forward: float, patch_embedding: float, parameters: float) -> float:
-    """Training MACs per sample as in Table G: 3 Cf - C1 + 9 P.
-
-    Cf is the forward pass; its backward costs twice as much. C1 is the patch embedding, whose input needs no gradient.
-    P are the parameters of `paper_parameters`. 9 P is for AdamW, charged per sample although an optimizer steps once
-    per batch, because only that gives the published numbers.
-    """
-    return 3 * forward - patch_embedding + PAPER_PARAMETER_MACS * parameters
 
 
 def paper_breakdown(spec: ModelSpec, teacher: ModelSpec | None, *, batch: int = 1) -> Breakdown:
