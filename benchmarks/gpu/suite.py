@@ -29,7 +29,7 @@ from compt.bench.throughput import device_name, measure, new_file, peak_flops
 from compt.cli.bench import CHAINS, MOST
 from compt.cost.memory import memory_per_gpu
 from compt.cost.speed import Measurement
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.dist import collectives as dist
 from compt.engines.base import Precision
 from compt.errors import ComptError, ConfigError, nearest
@@ -183,9 +183,9 @@ def batch_for(setup: Setup, device: torch.device) -> int:
     memory = 0.85 * torch.cuda.mem_get_info(device)[1]
     batch = LARGEST
     while batch > 1:
-        cost = exact_cost(
-            setup.student, setup.teacher, steps=1, batch=batch, captions=setup.captions, tokens=setup.tokens
-        )
+        cost = exact_breakdown(
+            setup.student, setup.teacher, batch=batch, captions=setup.captions, tokens=setup.tokens
+        ).of_steps(1)
         needed = memory_per_gpu(
             setup.student,
             setup.teacher,

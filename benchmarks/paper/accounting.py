@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.paper.printed import TABLE_G
 from compt.cost.paper import IMAGES
 from compt.cost.published import paper_cost
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.models.presets import PRESETS
 
 MACS_UNIT = 1e19
@@ -33,7 +33,7 @@ def counters(model: str, teacher: str | None = None) -> float:
 def exact(model: str, teacher: str | None = None) -> float:
     """What this program executes: 4 captions of 77 tokens, contrastive loss, one optimizer step per 1,024 samples."""
     before = PRESETS[teacher] if teacher else None
-    cost = exact_cost(PRESETS[model], before, steps=1, batch=BATCH, captions=CAPTIONS)
+    cost = exact_breakdown(PRESETS[model], before, batch=BATCH, captions=CAPTIONS).of_steps(1)
     return cost.total_macs / cost.samples
 
 

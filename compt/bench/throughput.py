@@ -17,7 +17,7 @@ import torch
 from compt.bench.step import Setup, TrainingStep
 from compt.cost.gpus import Device, match_device
 from compt.cost.speed import Measurement, Throughput, mean_tokens, other_settings, smaller
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
 from compt.dist.child import start_child
@@ -221,7 +221,9 @@ def device_name(device: torch.device) -> str:
 
 def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds: float) -> float | None:
     peak = peak_flops(device, setup.optimizer.precision)
-    cost = exact_cost(setup.student, setup.teacher, steps=1, batch=batch, captions=setup.captions, tokens=tokens)
+    cost = exact_breakdown(setup.student, setup.teacher, batch=batch, captions=setup.captions, tokens=tokens).of_steps(
+        1
+    )
     return 2 * cost.sample_macs / seconds / peak if peak else None
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from compt.bench.throughput import peak_flops
 from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.data.batch import Batch
 from compt.data.index import Index
 from compt.data.loaders import train_loader
@@ -366,7 +366,7 @@ class JobRun:
         """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory."""
         job = self.job
         batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
-        cost = exact_cost(job.spec, job.active_teacher, steps=1, batch=batch, captions=captions, tokens=tokens)
+        cost = exact_breakdown(job.spec, job.active_teacher, batch=batch, captions=captions, tokens=tokens).of_steps(1)
         return cost.sample_macs
 
     def _finish(self) -> None:

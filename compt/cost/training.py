@@ -121,6 +121,10 @@ class Breakdown:
             steps=steps,
         )
 
+    def of_steps(self, steps: int) -> JobCost:
+        """The sums, for `steps` steps."""
+        return self.cost(steps * self.batch, steps)
+
 
 def backward_macs(module: str, forward: float) -> float:
     """MACs of backward: the gradients of both factors, each as large as the forward pass; one for the first layer.
@@ -187,29 +191,3 @@ def frozen(tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Re
     """The records of a teacher's tower: only forward passes."""
     for module, count in counts.items():
         yield Record("teacher", tower, module, count.parameters, forward_macs=times * count.macs)
-
-
-def exact_cost(
-    spec: ModelSpec,
-    teacher: ModelSpec | None,
-    *,
-    steps: int,
-    batch: int,
-    captions: int,
-    tokens: Tokens = None,
-    recompute: bool = False,
-    checkpointing: bool = False,
-    chunked_loss: bool = False,
-) -> JobCost:
-    """The cost of `steps` steps: the sums of `exact_breakdown`, which has the same arguments."""
-    breakdown = exact_breakdown(
-        spec,
-        teacher,
-        batch=batch,
-        captions=captions,
-        tokens=tokens,
-        recompute=recompute,
-        checkpointing=checkpointing,
-        chunked_loss=chunked_loss,
-    )
-    return breakdown.cost(steps * batch, steps)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from compt.cost.counts import Tokens, parameters
 from compt.cost.published import paper_cost
-from compt.cost.training import JobCost, Mode, exact_cost
+from compt.cost.training import JobCost, Mode, exact_breakdown
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json
 from compt.models.growth import ExpandConfig, check_config, grown_spec
@@ -409,17 +409,16 @@ def recipe_cost(
     """
     rows, engine = recipe.optimizer.batch // world_size, recipe.engine_of(spec.name)
     micro, chunk = engine.micro_batch, engine.loss_chunk
-    return exact_cost(
+    return exact_breakdown(
         spec,
         teacher,
-        steps=steps,
         batch=recipe.optimizer.batch,
         captions=recipe.data.captions,
         tokens=tokens,
         recompute=again and micro is not None and micro < rows,
         checkpointing=again and engine.recompute,
         chunked_loss=again and chunk is not None and chunk < rows,
-    )
+    ).of_steps(steps)
 
 
 def _once(jobs: list[Job]) -> tuple[Job, ...]:

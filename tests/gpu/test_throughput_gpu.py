@@ -11,7 +11,7 @@ from compt.bench.step import Setup
 from compt.bench.throughput import known_device, measure, measure_apart, peak_flops
 from compt.cost.counts import parameters
 from compt.cost.speed import Measurement
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.models.presets import PRESETS
 from compt.recipe.engine import EngineConfig
 from compt.recipe.schema import Optimizer
@@ -41,9 +41,9 @@ def check(found: Measurement, setup: Setup) -> None:
         assert found.mfu is None
     else:
         tokens = found.computed_tokens
-        cost = exact_cost(
-            setup.student, setup.teacher, steps=1, batch=found.batch, captions=setup.captions, tokens=tokens
-        )
+        cost = exact_breakdown(
+            setup.student, setup.teacher, batch=found.batch, captions=setup.captions, tokens=tokens
+        ).of_steps(1)
         assert found.mfu == pytest.approx(2 * cost.sample_macs / found.seconds_per_sample / peak)
         assert 0 < found.mfu < 1
 

@@ -19,7 +19,7 @@ from compt.bench.step import Setup, TrainingStep, random_captions
 from compt.bench.throughput import largest_batch, measure, measure_apart, run
 from compt.cost.gpus import DEVICES
 from compt.cost.speed import Measurement, Throughput, other_settings
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError, RunError
 from compt.files import memory_sizes
 from compt.models.clip import caption_lengths, padded_tokens
@@ -219,7 +219,7 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     found = measure(setup, CPU, 8, 32, 0.0)
     assert (found.seconds_per_sample, found.low, found.high) == (median(times) / 8, 0.1 / 8, 0.5 / 8)
     assert (found.tokens, found.computed_tokens, found.repeats) == (6.0, 6.0, 3)
-    cost = exact_cost(NANO, PICO, steps=1, batch=8, captions=2, tokens=6.0)
+    cost = exact_breakdown(NANO, PICO, batch=8, captions=2, tokens=6.0).of_steps(1)
     useful = cost.student_training_macs + cost.teacher_forward_macs + cost.loss_macs
     assert found.mfu == pytest.approx(2 * useful * 8 / 0.2 / 66.9e12)
     one_bucket = measure(engine_of(setup, text_buckets=1), CPU, 8, 32, 0.0)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from compt.chain.calibrate import GROWTH, FirstPair, NotLossless
 from compt.chain.run import prepare
 from compt.cli.main import app
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ComptError, ConfigError, RunError
 from compt.files import read_json, write_json
 from compt.recipe.read import load_recipe
@@ -316,9 +316,11 @@ def test_it_compares_there(base: Path, begun: Path, on: str | None, tries: int) 
 
 def macs(steps: int, *, teacher: bool) -> float:
     specs = recipe_of(*CHANGES).family.specs()
-    return exact_cost(
-        specs["large"], specs["small"] if teacher else None, steps=steps, batch=12, captions=2, tokens=None
-    ).total_macs
+    return (
+        exact_breakdown(specs["large"], specs["small"] if teacher else None, batch=12, captions=2, tokens=None)
+        .of_steps(steps)
+        .total_macs
+    )
 
 
 def test_a_target_sets_the_first_length(base: Path, begun: Path) -> None:

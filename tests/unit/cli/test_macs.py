@@ -19,7 +19,7 @@ from compt.cli.macs import macs_table, sums
 from compt.cli.main import app
 from compt.cost.counts import parameters
 from compt.cost.published import paper_breakdown, paper_cost
-from compt.cost.training import exact_breakdown, exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec, resolve
 
@@ -43,7 +43,7 @@ def test_json_has_the_records_and_their_sums() -> None:
     found = values("vit_s16", "--teacher", "vit_t16", "--set", "embed_dim=640", "--batch", "16", "--tokens", "20")
     spec = resolve("vit_s16", {"embed_dim": 640})
     breakdown = exact_breakdown(spec, PRESETS["vit_t16"], batch=16, captions=4, tokens=20)
-    cost = exact_cost(spec, PRESETS["vit_t16"], steps=1, batch=16, captions=4, tokens=20)
+    cost = exact_breakdown(spec, PRESETS["vit_t16"], batch=16, captions=4, tokens=20).of_steps(1)
     assert found["records"] == [record.to_json() for record in breakdown.records]
     assert ModelSpec.from_dict(found["model"]) == spec
     assert ModelSpec.from_dict(found["teacher"]) == PRESETS["vit_t16"]
@@ -68,7 +68,7 @@ def test_json_has_the_records_and_their_sums() -> None:
     ],
 )
 def test_every_option_counts(arguments: list[str], options: dict[str, Any]) -> None:
-    wanted = exact_cost(PRESETS["vit_s16"], None, **{"steps": 1, "batch": 1024, "captions": 4, **options})
+    wanted = exact_breakdown(PRESETS["vit_s16"], None, **{"batch": 1024, "captions": 4, **options}).of_steps(1)
     found = values("vit_s16", *arguments)
     assert found["step_macs"] == wanted.total_macs
     assert bool(options) == (wanted.total_macs != values("vit_s16")["step_macs"])

@@ -25,7 +25,7 @@ from compt.cost.counts import (
     total,
 )
 from compt.cost.published import paper_breakdown, paper_cost, paper_parameters
-from compt.cost.training import Breakdown, exact_breakdown, exact_cost
+from compt.cost.training import Breakdown, exact_breakdown
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec, resolve
 
@@ -72,7 +72,7 @@ def test_each_length_is_cut_to_the_context_of_its_model() -> None:
     assert token_moments(9.5, 77) == (9.5, 9.5**2)
     assert token_moments({10: 1, 100: 1}, 30) == (20, 500)
     student, teacher = resolve("vit_s16", {"context_length": 40}), resolve("vit_t16", {"context_length": 20})
-    cost = exact_cost(student, teacher, steps=1, batch=8, captions=2, tokens={10: 1, 30: 1, 50: 2})
+    cost = exact_breakdown(student, teacher, batch=8, captions=2, tokens={10: 1, 30: 1, 50: 2}).of_steps(1)
     assert cost.student_forward_macs == pytest.approx(forward_macs(student, 2, {10: 1, 30: 1, 40: 2}))
     assert cost.teacher_forward_macs == pytest.approx(forward_macs(teacher, 2, {10: 1, 20: 3}))
 
@@ -80,7 +80,7 @@ def test_each_length_is_cut_to_the_context_of_its_model() -> None:
 @pytest.mark.parametrize("tokens", IMPOSSIBLE)
 def test_lengths_that_cannot_be(tokens: Any) -> None:
     with pytest.raises(ConfigError, match="^caption tokens = "):
-        exact_cost(WIDE, None, steps=1, batch=8, captions=2, tokens=tokens)
+        exact_breakdown(WIDE, None, batch=8, captions=2, tokens=tokens).of_steps(1)
 
 
 # The parts and their sums.
@@ -122,7 +122,7 @@ def test_the_breakdown_adds_up_to_the_cost(
 ) -> None:
     source = PRESETS[teacher] if teacher else None
     breakdown = exact_breakdown(spec, source, batch=24, captions=3, tokens=tokens, **again)
-    cost = exact_cost(spec, source, steps=7, batch=24, captions=3, tokens=tokens, **again)
+    cost = exact_breakdown(spec, source, batch=24, captions=3, tokens=tokens, **again).of_steps(7)
     assert breakdown.cost(7 * 24, 7) == cost
     wanted = fields_by_hand(spec, source, tokens, **again)
     assert asdict(cost) == {"mode": "exact", **{key: pytest.approx(value, rel=1e-13) for key, value in wanted.items()}}
@@ -132,8 +132,8 @@ def test_the_breakdown_adds_up_to_the_cost(
 
 def test_student_and_teacher_add_up() -> None:
     """A teacher adds its own forward pass and the projectors, and changes nothing else."""
-    alone = exact_cost(WIDE, None, steps=3, batch=16, captions=4)
-    both = exact_cost(WIDE, PRESETS["vit_t16"], steps=3, batch=16, captions=4)
+    alone = exact_breakdown(WIDE, None, batch=16, captions=4).of_steps(3)
+    both = exact_breakdown(WIDE, PRESETS["vit_t16"], batch=16, captions=4).of_steps(3)
     projectors = projector(WIDE, PRESETS["vit_t16"], 4)
     extra = 48 * (3 * projectors.macs + forward_macs(PRESETS["vit_t16"], 4)) + 3 * 3 * projectors.parameters
     assert both.total_macs - alone.total_macs == pytest.approx(extra, rel=1e-12)
@@ -252,12 +252,13 @@ MODELS = st.one_of(VITS, st.sampled_from([spec for spec in PRESETS.values() if s
 
 def costs(spec: ModelSpec, teacher: ModelSpec | None = None, **changed: Any) -> list[float]:
     """The total in both modes, and with all that can be computed again."""
-    values = {"steps": 5, "batch": 64, "captions": 2, **changed}
+    values = {"batch": 64, "captions": 2, **changed}
+    steps = values.pop("steps", 5)
     again = {"recompute": True, "checkpointing": True, "chunked_loss": True}
     return [
-        exact_cost(spec, teacher, **values).total_macs,
-        exact_cost(spec, teacher, **values, **again).total_macs,
-        paper_cost(spec, teacher, samples=values["steps"] * 64, steps=values["steps"]).total_macs,
+        exact_breakdown(spec, teacher, **values).of_steps(steps).total_macs,
+        exact_breakdown(spec, teacher, **values, **again).of_steps(steps).total_macs,
+        paper_cost(spec, teacher, samples=steps * 64, steps=steps).total_macs,
     ]
 
 

@@ -29,7 +29,7 @@ from compt.cost.speed import (
     speed,
     work,
 )
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS
 from compt.plan.hours import family_hours, published_rows
@@ -98,15 +98,15 @@ def test_channels_by_hand() -> None:
 
 def test_work_counts_passes() -> None:
     own, teacher = channels(S, 4, 30), channels(T, 4, 30)
-    asked = {"steps": 1, "batch": 64, "captions": 4, "tokens": 30}
-    plain = work(S, None, exact_cost(S, None, **asked), 4, 30)
+    asked = {"batch": 64, "captions": 4, "tokens": 30}
+    plain = work(S, None, exact_breakdown(S, None, **asked).of_steps(1), 4, 30)
     assert plain.channels == 3 * own
-    link = exact_cost(S, T, **asked)
+    link = exact_breakdown(S, T, **asked).of_steps(1)
     assert work(S, T, link, 4, 30) == Work(2 * link.sample_macs, 3 * own + teacher)
-    again = work(S, T, exact_cost(S, T, recompute=True, **asked), 4, 30)
+    again = work(S, T, exact_breakdown(S, T, recompute=True, **asked).of_steps(1), 4, 30)
     assert again.channels == pytest.approx(4 * own + teacher)
     # A teacher that is not distilled from costs nothing, and the published accounting has its own captions.
-    assert work(S, T, exact_cost(S, None, **asked), 4, 30) == plain
+    assert work(S, T, exact_breakdown(S, None, **asked).of_steps(1), 4, 30) == plain
     paper = paper_cost(S, T, samples=1, steps=1)
     assert work(S, T, paper, 4, 30) == work(S, T, paper, 6, 77)
     assert work(S, T, paper, 4, 30).channels == 3 * channels(S, 6, 77) + channels(T, 6, 77)
@@ -256,7 +256,7 @@ AS_MEASURED = Conditions(captions=4, tokens=30.0, batch=8)
 def found_in(file: Throughput, student=S, teacher=T, distilled=True, **other: object) -> Speed:
     asked = replace(AS_MEASURED, **other)
     given = {"captions": asked.captions, "tokens": asked.tokens}
-    cost = exact_cost(student, teacher if distilled else None, steps=1, batch=8, **given)
+    cost = exact_breakdown(student, teacher if distilled else None, batch=8, **given).of_steps(1)
     found = speed(student, teacher, cost, DEVICES["h200"], asked, file)
     assert found.low <= found.seconds_per_sample <= found.high
     return found

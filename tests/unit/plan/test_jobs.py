@@ -12,7 +12,7 @@ import pytest
 from pydantic import BaseModel
 
 from compt.cost.counts import parameters
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
 from compt.plan.jobs import Job, Plan, make_plan, recipe_cost
@@ -146,7 +146,7 @@ def test_costs_know_captions_trimming_recomputation_and_the_teacher() -> None:
     assert cost(chunked) - whole == pytest.approx(62 * 2 * 64 * 64 * 2 * 128)
     assert cost(chunked, world_size=4) == whole
     job = make_plan(parse_recipe(BASE)).job("2-wide")
-    assert job.cost == exact_cost(job.spec, job.teacher_spec, steps=62, batch=64, captions=2)
+    assert job.cost == exact_breakdown(job.spec, job.teacher_spec, batch=64, captions=2).of_steps(62)
 
 
 def test_a_job_is_plain_data() -> None:

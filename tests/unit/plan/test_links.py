@@ -14,7 +14,7 @@ import pytest
 
 from compt.cli.plan.tables import plan_table
 from compt.cost.speed import Measurement
-from compt.cost.training import exact_cost
+from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.presets import NORM_EPS, PRESETS, resolve
@@ -174,9 +174,9 @@ def test_a_chain_whose_pictures_patches_context_and_words_grow() -> None:
     links = [job for job in found.values() if job.kind == "link"]
     assert [(job.spec.image_size, job.spec.context_length) for job in links] == [(32, 32), (64, 48), (48, 48)]
     for teacher, job in itertools.pairwise(links):
-        assert job.cost == exact_cost(job.spec, teacher.spec, steps=62, batch=64, captions=2)
+        assert job.cost == exact_breakdown(job.spec, teacher.spec, batch=64, captions=2).of_steps(62)
         # The teacher computes pictures and captions of its own size.
-        own = exact_cost(teacher.spec, None, steps=62, batch=64, captions=2).student_forward_macs
+        own = exact_breakdown(teacher.spec, None, batch=64, captions=2).of_steps(62).student_forward_macs
         assert job.cost.teacher_forward_macs == pytest.approx(own)
 
 
