@@ -221,10 +221,8 @@ def device_name(device: torch.device) -> str:
 
 def _mfu(setup: Setup, device: torch.device, batch: int, tokens: float, seconds: float) -> float | None:
     peak = peak_flops(device, setup.optimizer.precision)
-    cost = exact_breakdown(setup.student, setup.teacher, batch=batch, captions=setup.captions, tokens=tokens).of_steps(
-        1
-    )
-    return 2 * cost.sample_macs / seconds / peak if peak else None
+    counted = exact_breakdown(setup.student, setup.teacher, batch=batch, captions=setup.captions, tokens=tokens)
+    return 2 * counted.of_steps(1).sample_macs / seconds / peak if peak else None
 
 
 def _peak_bytes(device: torch.device) -> int | None:

@@ -96,6 +96,7 @@ def make_orders(
         where = f"{source}: {job.name} on {wanted} x {gpus} GPUs"
         check_engines(recipe, [job.spec.name], wanted * gpus, Path(), where)
         own = (f"--job-name={recipe.name}:{job.name}", f"--nodes={wanted}", *size, *options)
+        # A link that the run has is no order: the one after it then waits for the last link that still runs.
         before = orders[-1].name if orders else None
         orders.append(Order(job.name, wanted, (job.name,), before, own, (*common, "--only", job.name)))
     alone = [job for job in plan.jobs if job.kind == "baseline" and job.same_as is None]

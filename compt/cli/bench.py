@@ -213,6 +213,7 @@ def throughput(
     captions. Writes each result at once. A model that does not fit into memory is recorded as such. MFU is the share
     of the dense peak of the device, if known, at two FLOPs a MAC.
     """
+    # Wrong arguments end the command here, before torch loads, which takes seconds.
     jobs = _jobs(models or [], family)
     numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
 

@@ -60,6 +60,7 @@ def macs_command(
     length = None if tokens is None else read_tokens(tokens)
     options = {"recompute": recompute, "checkpointing": checkpointing, "chunked_loss": chunked_loss}
     if mode == "paper":
+        # The published accounting has fixed captions. To ignore the options would show the wrong numbers.
         given = [name for name, value in {"captions": captions, "tokens": tokens, **options}.items() if value]
         if given:
             raise ConfigError(

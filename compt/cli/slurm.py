@@ -35,6 +35,7 @@ def submit(
     from compt.chain.slurm import SCRIPT, clash, make_orders
     from compt.chain.slurm import send as send_orders
 
+    # Slurm runs the script from the folder of sbatch, and a wheel does not contain it.
     if not SCRIPT.is_file():
         raise ConfigError(f"{SCRIPT} is missing; run this command in the top folder of a checkout of compt")
     loaded = load_recipe(recipe, set_)

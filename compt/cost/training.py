@@ -178,6 +178,7 @@ def exact_breakdown(
             records += trained("projector", tower, {"projection": one}, 1 if tower == "image" else captions)
     pairwise = LOSS_TRAITS[spec.loss].pairwise
     similarities = similarity_macs(batch, captions, spec.embed_dim, pairwise=pairwise) / batch
+    # The pairwise loss makes its gradients in the forward pass, so its chunks compute nothing again.
     again = similarities if chunked_loss and not pairwise else 0.0
     records.append(Record("loss", "both", "similarities", 0, similarities, 2 * similarities, again))
     if teacher is not None:

@@ -328,6 +328,7 @@ def build_index(
             missing[number] = index_folder(shard.parent, out) / name
         else:
             done[number] = stored
+    # To start processes takes longer than to scan a few small shards.
     if workers is None:
         large = sum(shards[number].stat().st_size for number in missing) > 1 << 28
         workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1

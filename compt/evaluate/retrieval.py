@@ -100,6 +100,7 @@ def retrieval(
     with encoder.frozen():
         losses = over_batches(loader, encode)
     skipped, examples = losses.over_ranks()
+    # A rank without a readable image still gathers, with no rows, and needs the width of the others.
     width = int(dist.all_reduce_max(images[0].shape[1] if images else 0))
     if not width:
         raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")

@@ -206,6 +206,7 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         """Everything as plain values; docs/planning.md lists the keys."""
         recipe, machine, speedups = self.plan.recipe, self.machine, self.speedups()
+        # Tables show one mode. Programs compare both, so the JSON always has both.
         rows = {mode: self.plan.rows(mode) for mode in MODES}
         groups = {"chain": self.links, "individual": list(self.individual), "run": self.trained}
         return {

@@ -375,6 +375,7 @@ class _Planner:
             seed=seed,
             order_seed=seed * ORDER_SEEDS + position,
             cost=self.cost(spec, None, steps),
+            # What determines the weights, and nothing else: a change of speed or name must not train the job again.
             result={
                 "model": model,
                 "data": {**recipe.data.result_fields(), "images": self.images},

@@ -280,6 +280,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
             axes.set_xlim(left=0)
             if at >= len(shown) - columns:
                 axes.set_xlabel("images seen")
+        # Made apart from the panels: the legend of a figure lists each curve once for every panel.
         handles = [
             Line2D([], [], color=MODEL_COLOURS[c.model % len(MODEL_COLOURS)], linestyle=styles[c.kind], label=c.label)
             for c in curves

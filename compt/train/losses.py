@@ -150,6 +150,7 @@ def contrastive_loss(
     if image_to_text not in ("slot", "all"):
         raise ValueError(f"image_to_text is 'slot' or 'all', not {image_to_text!r}")
     rows = image.shape[0]
+    # Autocast would compute the logits in half precision, where exp(logit_scale) up to 100 costs their last digits.
     with torch.autocast(image.device.type, enabled=False):
         image, text, scale = unit(image), unit(text), _wide(scale).reshape(())
         every_image, every_text = (gather_with_grad(image), gather_with_grad(text)) if gather else (image, text)

@@ -122,6 +122,7 @@ class Design:
             "With another recipe or data set links may need several times as many epochs: test the first pair with "
             "`compt chain --calibrate`, or give measured links with --runs."
         )
+        # Only curves that cross their baseline shift the line. The others are bounds, named link by link below.
         measured = [curve for curve in model.own if curve.match is not None]
         if asked.runs:
             many, named = len(measured), ", ".join(map(str, asked.runs))

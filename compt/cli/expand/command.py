@@ -115,6 +115,7 @@ def expand(
         prepared = dist.on_all(lambda: prepare(asked))
         pixels = prepared.teacher.preprocess
         settings = EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), batch, workers)
+        # Before the weights are written: a wrong data set must not end a command that took minutes.
         check_sets([item] if item else [], settings)
         if dist.is_main() and not as_json:
             tables = plan_tables(prepared.plan) if dry_run else ()
@@ -131,6 +132,7 @@ def expand(
                 typer.echo(json.dumps(_record(prepared, found), indent=2))
             elif found:
                 _show(*verification_tables(found, prepared.plan))
+        # Last, so that the tables which show a broken promise are printed.
         if found:
             dist.on_all(lambda: check_kept(found, prepared.plan.student.name))
     finally:

@@ -67,6 +67,7 @@ def plan(
     Starts nothing. GPU-hours, wall time and memory hold for one kind of GPU. A recipe with engine.device cpu shows
     them only with --kind, --gpus, --throughput or --memory.
     """
+    # --auto makes a chain, the rest shows one. An option of the other half would have no effect, so it is an error.
     own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
     searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
     searched |= {"--runs": runs, "--runs-on": runs_on, "--out": out}
