@@ -1,4 +1,4 @@
-"""Writing so that a crash at any moment leaves the old file or the new one, never half of one."""
+"""Write files so that a crash at any moment leaves the old file or the new one, never half a file."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def read_text(path: Path, most: int = 1 << 24) -> str:
 
 
 def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete temporary files and folders of these names, which a process left that was killed while it wrote."""
+    """Delete the temporary files and folders of these names that a killed process left."""
     for path in [path for name in names for path in folder.glob(f".{glob.escape(name) if name != '*' else name}.*")]:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

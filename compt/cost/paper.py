@@ -1,7 +1,7 @@
-"""Numbers published with Chain-of-Models Pre-Training (arXiv 2604.12391): what tables and fits are held against.
+"""Numbers published with Chain-of-Models Pre-Training (arXiv 2604.12391): what tables and fits are compared with.
 
 MACs are multiply-accumulates; a sample is one image of 224 pixels with its captions of 77 tokens. Accelerations are
-baseline over chain. What the paper does not print is not here: inferred values stand where they are inferred.
+baseline over chain. Only printed values are here. The code that infers a value holds it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CAPTIONS_PER_IMAGE = 16
 class Efficiency:
     """Four cells of Table 2: training MACs in units of 1e19 (1e10 G) and A100 hours in hundreds.
 
-    Each stands alone (`individual`) and summed up to this model (`accumulated`).
+    Each is of this model alone, and summed up to this model (`accumulated`).
     """
 
     macs: float
@@ -30,7 +30,7 @@ class Efficiency:
 class PaperFamily:
     """One block of Table 2. `speedup` has the same four cells as ratios; accuracies are zero-shot top-1, in percent.
 
-    `chain_epochs` are printed (Table D) for Merged-15M alone; `published_epochs` tells the two kinds apart. The others
+    `chain_epochs` are printed (Table D) for Merged-15M alone; `published_epochs` says which kind it is. The others
     follow from the published MACs.
     """
 

@@ -21,8 +21,8 @@ from compt.design.crossing import isotonic
 from compt.design.curves import Curves, LinkCurve, Point, names
 from compt.text import count
 
-# Colours that people with colour-blindness tell apart. In the page each is a variable of that name, so that a dark
-# page has its own; the PNGs have these.
+# People with colour-blindness can distinguish these colours. The page has a variable of the same name for each, so that
+# a dark page can have its own. The PNGs have these.
 COLOURS = {
     "ink": "#1b2733",
     "muted": "#5d6b79",
@@ -99,7 +99,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One training's numbers: `values[key]` holds pairs of samples and value. `model` counts models from 0."""
+    """The numbers of one run: `values[key]` holds pairs of samples and value. `model` counts models from 0."""
 
     label: str
     kind: str
@@ -109,7 +109,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """Costs of one training by part, in MACs; the parts are named in `PARTS`."""
+    """Costs of one run by part, in MACs. `PARTS` names the parts."""
 
     label: str
     parts: Sequence[float]
@@ -138,7 +138,7 @@ def _render(name: str, text: str, draw: Callable[[bool], Canvas]) -> Figure:
 
 
 def _for_page(svg: str, text: str) -> str:
-    """Only the drawing: sized by the page, its colours and fonts the page's."""
+    """Return the drawing alone. The page sets its size, colours and fonts."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg)
@@ -248,7 +248,7 @@ def _thin(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float
 
 
 def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure | None:
-    """One panel for each key of `panels` (key to title) that some training logged; None when there is none."""
+    """One panel for each key of `panels` (key to title) that some run logged; None if there is none."""
     shown = [(key, title) for key, title in panels.items() if any(curve.values.get(key) for curve in curves)]
     if not shown:
         return None
@@ -347,7 +347,7 @@ class SheetImage:
 
     @property
     def mark(self) -> str:
-        """A sign that says right or wrong without colour."""
+        """A sign for right or wrong that needs no colour."""
         return "" if self.right is None else "✓" if self.right else "✗"
 
     def encoded(self) -> tuple[str, bytes]:

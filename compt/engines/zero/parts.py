@@ -1,7 +1,7 @@
-"""Which part of each trained parameter a rank's ZeRO optimizer holds, and where, for all stages alike.
+"""Which part of each trained parameter the ZeRO optimizer of a rank holds, and where, for every stage.
 
-An optimizer of DeepSpeed's steps a few vectors, the masters: each holds parts of many parameters in fp32. The vectors
-of moments and gradients are laid out in the same way.
+DeepSpeed's optimizer updates a few fp32 vectors, the masters. Each holds parts of many parameters. The vectors of
+moments and gradients have the same layout.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Partition:
-    """`count` elements of a parameter from its element `start` on, which lie in vector `vector` from `at` on."""
+    """The `count` elements of a parameter from `start` on, and their place: in vector `vector` from `at` on."""
 
     vector: int
     at: int
@@ -125,7 +125,7 @@ class Parts:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Make the module's parameters what the masters are. All ranks call it."""
+        """Copy the masters into the parameters of the module. All ranks call it."""
         if self.stage == 0:
             return
         if self.stage != 3:

@@ -1,4 +1,4 @@
-"""Starting DeepSpeed in a process: its accelerator, its process group, a module in shards from the first moment on."""
+"""Start DeepSpeed in a process: its accelerator, its process group, and a module that is in shards from the start."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def start_deepspeed(device: torch.device) -> ModuleType:
 
     Raises ConfigError where it is not installed, or serves another kind of device in this process already.
     """
-    # It would otherwise look for a CUDA compiler, and take whatever device it finds.
+    # Without it DeepSpeed looks for a CUDA compiler, and takes any device that it finds.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":
-        # For DeepSpeed that is the number of the GPU, then and later; Slurm may show each process its own alone.
+        # DeepSpeed reads the number of the GPU from it, now and later. Slurm may show each process only its own GPU.
         os.environ["LOCAL_RANK"] = str(device.index or 0)
     dist.join_alone(device)
     try:
@@ -41,11 +41,11 @@ def start_deepspeed(device: torch.device) -> ModuleType:
     found = deepspeed.accelerator.get_accelerator().device_name()
     if found != device.type:
         raise ConfigError(f"DeepSpeed runs on '{found}' in this process (DS_ACCELERATOR), not on '{device.type}'")
-    # A faster all-reduce between processes of one machine, which it would compile for half a minute first.
+    # DeepSpeed would compile a faster all-reduce for one machine, which takes half a minute.
     vars(backend)["build_shm_op"] = lambda: None
-    # Or its configuration, which stage 3 asks for before anything is initialized, would count one process.
+    # Stage 3 reads the configuration before anything else is initialized, and would count one process.
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    # What it warns of, as each skipped step, is in the metrics.
+    # Its warnings, for example of a skipped step, are in the metrics.
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
@@ -67,7 +67,7 @@ def check_zero(config: Mapping[str, Any]) -> None:
 
 
 def forget_module(module: nn.Module) -> None:
-    """Take an initialized module out of DeepSpeed's global lists, which would keep its shards for ever."""
+    """Remove a module from DeepSpeed's global lists, which would otherwise keep its shards for ever."""
     debug = importlib.import_module("deepspeed.utils.debug")
     vars(debug).update(module_names={}, param_names={})
     # Its own hooks put it here for each forward.
@@ -76,9 +76,9 @@ def forget_module(module: nn.Module) -> None:
 
 
 def destroy(engine: Any) -> None:
-    """Take DeepSpeed's hooks off an engine that is not needed any more, and its modules out of a cache for all engines.
+    """Remove DeepSpeed's hooks from an engine that is no longer needed, and its modules from a cache of all engines.
 
-    From the second forward on, stage 3 notes there what to give up when; nobody else ever takes anything out.
+    From the second forward pass on, stage 3 fills this cache with what to release when. DeepSpeed never empties it.
     """
     engine.destroy()
     coordinator = importlib.import_module("deepspeed.runtime.zero.partitioned_param_coordinator")

@@ -1,8 +1,8 @@
-"""A ZeRO engine's state on the disk: DeepSpeed's own files, and the moving average beside them.
+"""The state of a ZeRO engine on disk: DeepSpeed's own files, and the moving average beside them.
 
-DeepSpeed resumes on another number of ranks only after its files were rewritten (its universal checkpoints), and reads
-them with a plain unpickler. Here they are read by `compt.weights.deepspeed`, whole tensors one at a time: any number of
-ranks takes its parts of them, of any stage.
+DeepSpeed resumes on another number of ranks only after a script has rewritten its files (universal checkpoints), and
+reads them with a plain unpickler. `compt.weights.deepspeed` reads them instead, one whole tensor at a time. So any
+number of ranks can resume, with any stage.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _UPDATES = "updates"
 
 
 class ZeroWriter:
-    """Takes the place of DeepSpeed's writer of files: flushes them, keeps errors until all ranks can hear of them."""
+    """Replaces DeepSpeed's writer of files: flushes each file, and keeps an error until all ranks can learn of it."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -65,7 +65,7 @@ class ZeroWriter:
             self.files.append(Path(path))
         except RunError as error:
             self.error = error
-        except RuntimeError as error:  # torch's own for a disk that takes no more
+        except RuntimeError as error:  # torch raises it when the disk is full
             self.error = RunError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
     def load(self, path: str, map_location: Any = None) -> Any:
@@ -99,7 +99,7 @@ def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[
     """
     writer = ZeroWriter()
     engine.checkpoint_engine = writer
-    # Its scripts that make one file of many are programs, which a checkpoint has no need of.
+    # DeepSpeed would copy a script that merges the files. A checkpoint needs no program.
     engine._copy_recovery_script = lambda path: None
     engine.save_checkpoint(str(folder), tag=_TAG, client_state={NOTE: dict(note)}, save_latest=False)
     dist.agree(writer.error)
