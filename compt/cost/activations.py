@@ -111,10 +111,10 @@ class BlockShape:
 
 @dataclass(frozen=True)
 class Tower:
-    """A tower on one image or caption: its blocks, and what stands around them.
+    """A tower on one image or caption: its blocks, and what is around them.
 
     Outside the blocks: `products`, numbers kept in the compute type as inputs of matrix products; `norms`, pairs of
-    positions and width; `matrices`, weights of which autocast keeps a copy. `tensors`: how many parameters it has.
+    positions and width; `matrices`, weights that autocast copies. `tensors`: how many parameters it has.
     """
 
     blocks: tuple[BlockShape, ...]

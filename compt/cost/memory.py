@@ -129,7 +129,7 @@ def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
 
 
 def _uncopied(spec: ModelSpec) -> list[int]:
-    """Sizes of the tensors that are no vectors and of which autocast keeps no copy, beside the token embeddings.
+    """Sizes of the tensors that are not vectors and that autocast does not copy, except the token embeddings.
 
     Positional embeddings, a ViT's patches (a view is what is copied), a Swin's tables of position biases.
     """
@@ -154,7 +154,7 @@ def _matrices(spec: ModelSpec, teacher: ModelSpec | None) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Held:
-    """Bytes that a rank holds of a training in one piece, gathered weights and autocast's copies aside."""
+    """Bytes that a rank holds in a step. Gathered weights and autocast's copies do not count."""
 
     weights: float
     gradients: float

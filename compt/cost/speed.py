@@ -390,7 +390,7 @@ OF_THE_AUTHORS = (
     "Projections and their ranges are of the authors' program, host and loaders included; this one may be faster or "
     "slower: measure with `compt bench throughput`."
 )
-"""What has to stand beside every projection."""
+"""The note beside every projection."""
 
 
 def speed(
@@ -403,8 +403,8 @@ def speed(
 ) -> Speed:
     """How fast one `device` trains `student`, with the forward pass of `teacher` if there is one.
 
-    Measured where `throughput` has this very job, else projected. `paper` costs stand for the captions of the published
-    accounting, not for those given. Raises ConfigError for a precision without a peak.
+    Measured if `throughput` has exactly this job, else projected. `paper` costs are for the captions of the published
+    accounting, not for the given ones. Raises ConfigError for a precision without a peak.
     """
     found = None if throughput is None else measured(student, teacher, cost, conditions, throughput)
     if found is not None:

@@ -217,7 +217,7 @@ def test_simpler_forms_hold_less_well(root: Path) -> None:
     assert f"FLOPs with a fixed part are off by up to {100 * worst('fixed', 'flops'):.0f} %" in text
     assert f"FLOPs with traffic by up to {100 * worst('flops', 'channels'):.0f} %" in text
     assert f"is off by {100 * fitted().error:.1f} % at most" in text
-    assert f"foretold by the two others within {100 * blocks:.1f} %" in text
+    assert f"the other two blocks predict each block of the table within {100 * blocks:.1f} %" in text
     assert worst("fixed", "flops", "channels") < 0.1 < worst("flops", "channels")
 
 
