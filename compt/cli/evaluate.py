@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compt.cli.options import AsJson, BatchSize, ClassNames, DeviceName, Label, Templates, Workers, one_of, print_json
+from compt.cli.options import (
+    AsJson,
+    BatchSize,
+    ClassNames,
+    ClassOrder,
+    DeviceName,
+    Label,
+    Templates,
+    Workers,
+    one_of,
+    print_json,
+)
 from compt.models.presets import is_own_swin
 from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 from compt.text import TextTable, show
@@ -39,7 +50,14 @@ def open_source(path: str, model: str | ModelSpec | None, prefix: str | None, ve
     return open_model(path, model_spec(model) if isinstance(model, str) else model, prefix, verify)
 
 
-def evaluation_set(data: list[str], task: str, label: str, classnames: Path | None, templates: Path | None) -> EvalSet:
+def evaluation_set(
+    data: list[str],
+    task: str,
+    label: str,
+    classnames: Path | None,
+    templates: Path | None,
+    class_order: Literal["name", "number"] | None = None,
+) -> EvalSet:
     """The evaluation set that the options describe."""
     return EvalSet(
         name=Path(data[0]).parent.name if data[0].endswith(".tar") else Path(data[0]).name,
@@ -48,6 +66,7 @@ def evaluation_set(data: list[str], task: str, label: str, classnames: Path | No
         label=label,
         classnames=str(classnames) if classnames else None,
         templates=str(templates) if templates else None,
+        class_order=class_order,
     )
 
 
@@ -58,6 +77,7 @@ def evaluate(
     label: Label = "cls",
     classnames: ClassNames = None,
     templates: Templates = None,
+    class_order: ClassOrder = None,
     batch: BatchSize = 256,
     workers: Workers = 0,
     device: DeviceName = "auto",
@@ -81,7 +101,7 @@ def evaluate(
     from compt.evaluate.task import EvalSettings
     from compt.evaluate.zeroshot import ZeroShotResult
 
-    item = evaluation_set(data, task, label, classnames, templates)
+    item = evaluation_set(data, task, label, classnames, templates, class_order)
     try:
         place = dist.init(device)
         # Without on_all, ranks that can read the model would wait for one that cannot.

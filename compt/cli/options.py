@@ -112,6 +112,10 @@ ClassNames = Annotated[
     Path | None,
     option(_SCORING, "class names, one a line", "--classnames", metavar="FILE", default="beside the data"),
 ]
+ClassOrder = Annotated[
+    Literal["name", "number"] | None,
+    option(_SCORING, "order of class folders, where names and numbers differ", "--class-order"),
+]
 Templates = Annotated[
     Path | None,
     option(_SCORING, "templates with {c}, one a line", "--templates", metavar="FILE", default="beside the data"),

@@ -27,6 +27,8 @@ Cause = Literal["image", "caption", "tar"]
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before any pixel is decoded; Pillow warns of decompression bombs from this size on."""
+MAX_BYTES = 8 * MAX_PIXELS
+"""Larger files are not read: this is the size of the largest image without compression, with 16 bits a channel."""
 # Only these readers are tried: some others of Pillow run external programs. Trying the likely one first saves a third
 # of the time.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")

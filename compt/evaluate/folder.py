@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from compt.data.decode import Unusable
+from compt.data.decode import MAX_BYTES, Unusable
 from compt.data.samples import EvalSample
 from compt.data.scan import IMAGE_EXTENSIONS
 from compt.errors import DataError
 
+ClassOrder = Literal["name", "number"]
+
+_WNID = re.compile(r"n\d{8}", re.ASCII)
+_SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
+_SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
+"""Folders that operating systems and network drives add. No class is called so."""
+
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """Images with their class numbers. fingerprint: hash of the images' names and sizes in bytes."""
+    """Images with their class numbers.
+
+    fingerprint: hash of the images' names and sizes in bytes, in the order of the classes. unused: other files by
+    cause; first: the path of the first of each cause.
+    """
 
     folder: Path
     classes: tuple[str, ...]
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     fingerprint: str
+    unused: Mapping[str, int] = field(default_factory=dict)
+    first: Mapping[str, str] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -33,9 +50,13 @@ class ClassFolders:
     def image(self, sample: int) -> bytes:
         """The file. Raises Unusable."""
         try:
-            return self.files[sample].read_bytes()
+            with self.files[sample].open("rb") as file:
+                data = file.read(MAX_BYTES + 1)
         except OSError as error:
-            raise Unusable("image", str(error)) from None
+            raise Unusable("image", error.strerror or str(error)) from None
+        if len(data) > MAX_BYTES:
+            raise Unusable("image", f"more than {MAX_BYTES:,} bytes")
+        return data
 
     def read(self, sample: int) -> EvalSample:
         """The file and its class. The key is the path below the folder."""
@@ -44,35 +65,192 @@ class ClassFolders:
 
 
 def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
-    """The folder of class folders that the `data` of an evaluation set names; None where `data` names shards."""
-    path = base / Path(data[0]).expanduser()
-    return path if len(data) == 1 and is_class_folders(path) else None
+    """The folder of class folders that the `data` of an evaluation set names; None where `data` names shards.
 
-
-def is_class_folders(path: Path) -> bool:
-    """Whether `path` is a folder that has folders and no shards."""
-    return path.is_dir() and not any(path.glob("*.tar")) and any(item.is_dir() for item in _visible(path))
-
-
-def _visible(path: Path) -> list[Path]:
-    return sorted((item for item in path.iterdir() if not item.name.startswith(".")), key=lambda item: item.name)
-
-
-def read_class_folders(folder: Path) -> ClassFolders:
-    """All images below the sub-folders. Classes are numbered in the order of the sub-folders' names.
-
-    Raises DataError for a class folder without an image.
+    Raises DataError for a folder of images without class folders.
     """
-    classes, files, labels = [], [], []
+    path = base / Path(data[0]).expanduser()
+    if len(data) > 1 or not path.is_dir():
+        return None
+    entries = _entries(path)
+    if any(item.name.endswith(".tar") for item in entries):
+        return None
+    if any(_is_class(item) for item in entries):
+        return path
+    images = sum(_is_image(item.name) for item in entries)
+    if images:
+        raise DataError(
+            f"{path} has {images:,} images and no class folders: move each image to the folder of its class "
+            "(for the 50,000 validation images of ImageNet, torch's script valprep.sh does that)"
+        )
+    return None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by the numbers in them: 2 before 10."""
+    return [(int(part), "") if at % 2 else (0, part) for at, part in enumerate(re.split(r"([0-9]+)", name))]
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
+
+
+def _is_class(item: os.DirEntry[str]) -> bool:
+    return item.is_dir() and not item.name.startswith(".") and item.name not in _SYSTEM
+
+
+def _entries(path: Path) -> list[os.DirEntry[str]]:
+    try:
+        with os.scandir(path) as entries:
+            return sorted(entries, key=lambda item: item.name)
+    except OSError as error:
+        raise DataError(f"folder {path}: cannot be read: {error.strerror}") from error
+
+
+class _Account:
+    """Files that make no sample, by cause."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.counts: Counter[str] = Counter()
+        self.first: dict[str, str] = {}
+
+    def add(self, cause: str, path: Path) -> None:
+        self.counts[cause] += 1
+        self.first.setdefault(cause, path.relative_to(self.folder).as_posix())
+
+    def whole(self, place: Path, cause: str) -> None:
+        """Count every file below a folder that is not read."""
+        for folder, _, names in os.walk(place):
+            for name in names:
+                self.add(cause, Path(folder, name))
+
+
+def _images(place: Path, account: _Account, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """The images below a class folder. Links to folders are followed, as torchvision does, but not in circles."""
+    real = os.path.realpath(place)
+    if real in above:
+        account.add("link to a folder above it", place)
+        return
+    for item in _entries(place):
+        path = Path(item.path)
+        if item.is_dir():
+            if item.name.startswith(".") or item.name in _SYSTEM:
+                account.whole(path, "hidden or system folder")
+            else:
+                yield from _images(path, account, (*above, real))
+        elif item.name.startswith("."):
+            account.add("hidden file", path)
+        elif not _is_image(item.name):
+            account.add("not an image by its name", path)
+        elif not item.is_file():
+            account.add("broken link" if item.is_symlink() else "not a plain file", path)
+        else:
+            yield path
+
+
+def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFolders:
+    """All images below the sub-folders. Classes are numbered in the order of the sub-folders' names, or by the numbers
+    in these names.
+
+    Raises DataError for a class folder without an image, and for a folder that holds splits or one folder alone.
+    """
+    account = _Account(folder)
+    places: list[Path] = []
+    for item in _entries(folder):
+        path = Path(item.path)
+        if _is_class(item):
+            places.append(path)
+        elif item.is_dir():
+            account.whole(path, "hidden or system folder")
+        elif _is_image(item.name):
+            account.add("image outside the class folders", path)
+    _check_layout(folder, [place.name for place in places])
+    if order == "number":
+        for place in places:
+            if not re.search("[0-9]", place.name):
+                raise DataError(f"class folder {place}: has no number; leave out class_order: number")
+        places.sort(key=lambda place: natural(place.name))
+    files: list[Path] = []
+    labels: list[int] = []
     digest = hashlib.sha256()
-    for label, place in enumerate(item for item in _visible(folder) if item.is_dir()):
-        paths = (path for path in place.rglob("*") if path.suffix[1:].lower() in IMAGE_EXTENSIONS)
-        found = sorted(path for path in paths if path.is_file())
+    for label, place in enumerate(places):
+        found = sorted(_images(place, account))
         if not found:
             raise DataError(f"class folder {place} has no image ({', '.join(sorted(IMAGE_EXTENSIONS))})")
-        classes.append(place.name)
         files += found
         labels += [label] * len(found)
         for path in found:
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-    return ClassFolders(folder, tuple(classes), tuple(files), tuple(labels), digest.hexdigest())
+            name = os.fsencode(path.relative_to(folder).as_posix())
+            digest.update(name + f"\0{path.stat().st_size}\0".encode())
+    names = tuple(place.name for place in places)
+    return ClassFolders(
+        folder, names, tuple(files), tuple(labels), digest.hexdigest(), dict(account.counts), account.first
+    )
+
+
+def _check_layout(folder: Path, names: list[str]) -> None:
+    """Raise DataError where the sub-folders are no classes."""
+    if len(names) > 1 and _SPLITS.issuperset(name.lower() for name in names):
+        raise DataError(
+            f"{folder} has the splits {', '.join(names)}, not classes: name one of them: {folder / names[0]}"
+        )
+    if len(names) == 1:
+        raise DataError(
+            f"{folder} has one folder alone, so there is nothing to tell apart; if the class folders are below it, "
+            f"name {folder / names[0]}"
+        )
+
+
+def check_order(names: Sequence[str], folder: Path, order: ClassOrder | None, source: str) -> None:
+    """Raise DataError where it is unclear which line of the class names in `source` belongs to which folder."""
+    by_name, by_number = sorted(names), sorted(names, key=natural)
+    if order is None and by_name != by_number:
+        at = next(at for at, (one, other) in enumerate(zip(by_name, by_number, strict=True)) if one != other)
+        raise DataError(
+            f"class folders {folder}: line {at + 1} of {source} belongs to folder '{by_name[at]}' if folders count by "
+            f"name (as in torchvision's ImageFolder), and to '{by_number[at]}' if they count by number (as in "
+            "ImageNetV2): set class_order to name or number for this set (--class-order of compt eval)"
+        )
+
+
+def check_names(classes: Sequence[str], lines: Sequence[str], source: str) -> None:
+    """Raise DataError where the class names are those of the folders in another order."""
+    own = [_plain(name) for name in classes]
+    given = [_plain(line) for line in lines]
+    if own != given and sorted(own) == sorted(given) and len(set(own)) == len(own):
+        at = next(at for at, (one, other) in enumerate(zip(own, given, strict=True)) if one != other)
+        raise DataError(
+            f"class names {source}: line {at + 1} is '{lines[at]}', but the class with that number is folder "
+            f"'{classes[at]}': put the lines into the order of the folders, or remove the file"
+        )
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.split(r"[\s_-]+", name)).casefold()
+
+
+def are_wnids(names: Iterable[str]) -> bool:
+    """Whether all names are identifiers of WordNet's nouns, as ImageNet's folders are: n01440764."""
+    return all(_WNID.fullmatch(name) for name in names)
+
+
+def imagenet_names(wnids: Sequence[str]) -> list[str]:
+    """The class name of each WordNet identifier.
+
+    The 1,000 classes of ILSVRC have open_clip's names (OpenAI's). Other nouns have the first word that WordNet lists.
+    Raises DataError for an identifier that ImageNet does not have.
+    """
+    from open_clip import IMAGENET_CLASSNAMES
+    from timm.data import ImageNetInfo
+
+    # Both lists are in the order of the sorted identifiers.
+    known = dict(zip(ImageNetInfo("imagenet-1k").label_names(), IMAGENET_CLASSNAMES, strict=True))
+    rest = [wnid for wnid in wnids if wnid not in known]
+    if rest:
+        words = ImageNetInfo("imagenet-22k")
+        try:
+            known |= {wnid: words.label_name_to_description(wnid, detailed=False).split(",")[0] for wnid in rest}
+        except KeyError as error:
+            raise DataError(f"class folder {error.args[0]}: ImageNet has no such class; add classnames.txt") from None
+    return [known[wnid] for wnid in wnids]

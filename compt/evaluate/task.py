@@ -6,6 +6,7 @@ To add a task, write an `EvaluationTask` in a module of its own and add its name
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
 from compt.evaluate.folder import class_folders_of, read_class_folders
 from compt.recipe.schema import EvalSet
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,15 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
     if folder is not None:
         if captions:
             raise DataError(f"evaluation set '{item.name}': class folders {folder} have no captions")
-        data = read_class_folders(folder)
+        data = read_class_folders(folder, item.class_order)
+        if data.unused and dist.is_main():
+            causes = "; ".join(
+                f"{count:,} ({cause}), first {data.first[cause]}" for cause, count in data.unused.items()
+            )
+            _log.warning("evaluation set '%s': files in %s that are not used: %s", item.name, folder, causes)
         return SetData(data, (folder,), data.classes)
+    if item.class_order is not None:
+        raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir)
     place = expand_patterns(item.data, settings.base)[0].parent
     return SetData(ShardSamples(index, label, captions), (place, place.parent))

@@ -19,6 +19,7 @@ from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
+from compt.evaluate.folder import are_wnids, check_names, check_order, imagenet_names
 from compt.evaluate.stats import wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, SetData, open_data
 from compt.files import hash_json
@@ -270,11 +271,33 @@ def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[
         names = read_classnames(path)
         if data.classes is not None and len(names) != len(data.classes):
             raise DataError(f"class names {path}: {len(names)} for the {len(data.classes)} folders in {data.places[0]}")
+        if data.classes is not None:
+            check_order(data.classes, data.places[0], item.class_order, str(path))
+            check_names(data.classes, names, str(path))
         return names, str(path)
     if data.classes is not None:
-        return [name.replace("_", " ") for name in data.classes], f"folder {data.places[0]}"
+        return _folder_names(item, data.classes, data.places[0]), f"folder {data.places[0]}"
     looked = " nor in ".join(str(place) for place in data.places)
     raise DataError(f"evaluation set '{item.name}': there is no {CLASSNAMES} in {looked}; name one as `classnames`")
+
+
+def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[str]:
+    warn = _log.warning if dist.is_main() else _log.debug
+    if are_wnids(classes):
+        names = imagenet_names(classes)
+        warn(
+            "evaluation set '%s': %s has no %s; its folders are WordNet identifiers: using ImageNet's class names, as "
+            "'%s' for %s",
+            *(item.name, folder, CLASSNAMES, names[0], classes[0]),
+        )
+        return names
+    if all(re.fullmatch("[0-9]+", name) for name in classes):
+        warn(
+            "evaluation set '%s': %s has no %s, so the class names are numbers; name a file of class names as "
+            "`classnames`",
+            *(item.name, folder, CLASSNAMES),
+        )
+    return [name.replace("_", " ") for name in classes]
 
 
 def _templates(item: EvalSet, settings: EvalSettings, data: SetData) -> list[str]:
