@@ -1,11 +1,14 @@
 """Reading other programs' pickles without running their code: only listed names are looked up.
 
-torch's restricted unpickler (`weights_only=True`) reads files of `torch.save`; an unpickler with a list of its own
-reads everything else. `Inert` replaces classes that a checkpoint mentions and no weight needs.
+torch's restricted unpickler (`weights_only=True`) reads files of `torch.save`. Everything else is read by the unpickler
+that is written in Python, with a list of names and of instructions. `Inert` replaces classes that a checkpoint mentions
+and no weight needs.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import pickle
 import re
 import warnings
@@ -13,7 +16,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,7 +92,7 @@ def load_torch_file(path: Path) -> Any:
             raise ArtefactError(
                 f"{path}: refused: it asks for {name}, which no weights need and could run code"
             ) from error
-        raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_first_line(error)})") from error
+        raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_reason(error)})") from error
 
 
 def tensors_in(values: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
@@ -115,8 +118,8 @@ def tensors_in(values: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[
 def load_dcp_metadata(path: Path) -> metadata.Metadata:
     """The `.metadata` of a torch.distributed.checkpoint folder. Raises ArtefactError for anything else in it."""
     try:
-        with path.open("rb") as file:
-            found = _MetadataUnpickler(file).load()
+        # From memory: a read of a file reserves as many bytes as a pickle claims to have.
+        found = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
     except _Refused as error:
         raise ArtefactError(f"{path}: refused: {error}") from error
     except OSError as error:
@@ -134,7 +137,28 @@ class _Refused(pickle.UnpicklingError):
     pass
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+_MAY_BUILD = {Inert, *(thing for thing in _METADATA_NAMES.values() if dataclasses.is_dataclass(thing))}
+"""Types whose objects may get a state. On a class or a member of an enum, BUILD would change torch itself."""
+_NEVER = {
+    *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4),
+    *(pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BINPERSID),
+}
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    # The unpickler written in C would reserve memory for the number in LONG_BINPUT: 10 bytes take 2.7 GiB.
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: read for code, read in pickle._Unpickler.dispatch.items() if bytes((code,)) not in _NEVER
+    }
+
+    def load_build(self) -> None:
+        stack: list[Any] = self.stack  # type: ignore[attr-defined]
+        if type(stack[-2]) not in _MAY_BUILD:
+            raise _Refused("it changes a class or another object that it does not make")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _METADATA_NAMES:
             return _METADATA_NAMES[module, name]
@@ -152,6 +176,7 @@ def _check_archive(path: Path) -> bool:
             return False
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
+            packed = next((item.filename for item in archive.infolist() if item.compress_type), None)
     # zipfile raises NotImplementedError for versions of the zip format that it cannot read.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
@@ -163,6 +188,12 @@ def _check_archive(path: Path) -> bool:
             f"{path}: a TorchScript archive, as OpenAI publishes them: a program, which is not run here; where you "
             "trust it, make weights of it: python -c \"import torch; m = torch.jit.load('FILE', 'cpu'); "
             "torch.save(m.state_dict(), 'weights.pt')\""
+        )
+    if packed is not None:
+        # Such a file can fill the memory, and tensors would be read from its compressed bytes.
+        raise ArtefactError(
+            f"{path}: refused: {packed!r} in it is compressed, and torch.save compresses nothing; unpack it and pack "
+            "it again with `zip -0`"
         )
     return True
 
@@ -181,6 +212,15 @@ def _asked_for(error: Exception) -> str | None:
     """The name that torch's unpickler refused, found in its message."""
     found = re.search(r"(?:Unsupported global|unsupported|Trying to load unsupported)[: ]+GLOBAL (\S+)", str(error))
     return found[1] if found else None
+
+
+def _reason(error: Exception) -> str:
+    """The cause in torch's message. The rest of the message advises to load the file without restrictions."""
+    if "weights_only" not in str(error):
+        return _first_line(error)
+    found = re.search(r"WeightsUnpickler error: *([^\n]*)", str(error))
+    said = found[1] if found else ""
+    return said if said and not re.search("weights_only|safe_globals|allowlist|trust", said) else "not plain weights"
 
 
 def _first_line(error: Exception) -> str:

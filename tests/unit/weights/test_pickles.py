@@ -8,6 +8,7 @@ import builtins
 import io
 import os
 import pickle
+import resource
 import shutil
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, ChunkStorageMetadata, Metadata
 
 from compt.errors import ArtefactError
 from compt.weights.open import open_model
@@ -244,3 +245,80 @@ def test_tensors_that_are_not_plain_are_refused(tmp_path):
         torch.save({"a": {"b": tensor}}, path)
         with pytest.raises(ArtefactError, match=r"a\.b: a Tensor|not a plain"):
             open_model(path, SPEC)
+
+
+CHUNKS = b"ctorch.distributed.checkpoint.metadata\nChunkStorageMetadata\n"
+SIZE = b"X\x08\0\0\0__init__ctorch\nSize\ns"
+ENUM = b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n"
+
+
+@pytest.mark.parametrize(
+    "target", [CHUNKS, b"cargparse\nNamespace\n", ENUM, ENUM + b"K\0\x85R", b"ctorch.serialization\n_get_layout\n"]
+)
+@pytest.mark.parametrize("state", [b"N}" + SIZE + b"\x86", b"}" + SIZE])
+def test_a_refused_metadata_changes_no_class(tmp_path, target, state):
+    layout = vars(torch.serialization._get_layout)
+    things = (ChunkStorageMetadata, _MEM_FORMAT_ENCODING, _MEM_FORMAT_ENCODING(0), Inert)
+    before = [dict(vars(thing)) for thing in things] + [dict(layout)]
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + target + state + b"b.")
+    with pytest.raises(ArtefactError, match=r"refused: it changes a class|not the metadata"):
+        load_dcp_metadata(tmp_path / ".metadata")
+    assert [dict(vars(thing)) for thing in things] + [dict(layout)] == before
+
+
+def test_a_refused_archive_changes_no_class(tmp_path):
+    before = dict(vars(torch.nn.Parameter)), dict(vars(torch.Tensor))
+    for name in (b"ctorch.nn.parameter\nParameter\n", b"ctorch\nTensor\n", b"cargparse\nNamespace\n"):
+        path = tmp_path / "model.pt"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model/data.pkl", b"\x80\x02" + name + b"N}" + SIZE + b"\x86b.")
+            archive.writestr("model/version", "3\n")
+            archive.writestr("model/byteorder", "little")
+        with pytest.raises(ArtefactError) as error:
+            load_torch_file(path)
+        assert (dict(vars(torch.nn.Parameter)), dict(vars(torch.Tensor))) == before
+        assert "weights_only" not in str(error.value)
+        assert "trust" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\x80\x02Nr\xff\xff\xff\x07.",  # a memo of 2**27 places
+        b"\x80\x02Np2000000000\n.",
+        b"\x80\x05\x96" + (1 << 31).to_bytes(8, "little") + b".",  # a bytearray of 2 GiB
+        b"\x80\x04\x95" + (1 << 31).to_bytes(8, "little") + b"N.",  # a frame
+        b"\x80\x04\x8d" + (1 << 31).to_bytes(8, "little") + b".",  # a string
+    ],
+)
+def test_a_refused_metadata_costs_no_memory(tmp_path, bomb):
+    (tmp_path / ".metadata").write_bytes(bomb)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtefactError, match="not the metadata"):
+        load_dcp_metadata(tmp_path / ".metadata")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ArtefactError, match=r"is compressed, and torch\.save compresses nothing.*zip -0"):
+        open_model(tmp_path / "packed.pt", SPEC)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_refusal_passes_on_no_advice_to_load_unsafely(tmp_path, zipped):
+    path = tmp_path / "model.pt"
+    for value in ({"a": Calls(os.getcwd)}, Calls(os.getcwd), {"a": object()}, {"a": Path("x")}, {"a": len}):
+        torch.save(value, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(ArtefactError) as error:
+            open_model(path, SPEC)
+        for word in ("weights_only", "safe_globals", "trust", "allowlist", "arbitrary"):
+            assert word not in str(error.value)
+    path.write_bytes(b"\x80\x02K\x01K\x02\x87.")
+    with pytest.raises(ArtefactError) as error:
+        open_model(path, SPEC)
+    assert "weights_only" not in str(error.value)
