@@ -2,16 +2,61 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
+from unicodedata import category
 
 from rich import box
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+"""Unicode's categories of what is not seen: control, format (bidi overrides, zero width), surrogates, separators."""
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    r"""Text from data, keys and file names, with every character that is not seen written as in Python: \x1b, \u202e.
+
+    Joiners between letters that are not ASCII remain: scripts and emoji need them.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character in keep or category(character) not in _HIDDEN or _joins(text, at) else _code(character)
+        for at, character in enumerate(text)
+    )
+
+
+def _joins(text: str, at: int) -> bool:
+    around = text[max(at - 1, 0) : at] + text[at + 1 : at + 2]
+    return text[at] in "\u200c\u200d" and len(around) == 2 and not any(each.isascii() for each in around)
+
+
+def _code(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+class VisibleConsole(Console):
+    """A console that shows hidden characters of what it prints as text. Its own colours and cursor movements pass."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """The parts to print."""
+        for part in super().render(renderable, options):
+            yield part if part.control else Segment(visible(part.text), part.style)
+
+
+class VisibleFormatter(logging.Formatter):
+    """Formats log records, with hidden characters shown as text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The whole line, with a traceback if there is one."""
+        return visible(super().format(record))
 
 
 @dataclass(frozen=True)
@@ -26,8 +71,9 @@ class TextTable:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Title, table and notes; on a terminal too narrow for the table, a block of lines for each row."""
+        title, header, rows, notes = self._visible()
         table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-        columns = list(zip(self.header, *self.rows, strict=True))
+        columns = list(zip(header, *rows, strict=True))
         widths = [max(map(cell_len, column)) for column in columns]
         room = options.max_width - 2 * (len(widths) - 1)
         widest = widths.index(max(widths))
@@ -38,24 +84,20 @@ class TextTable:
                 max(cell_len(part) for cell in column for part in re.split(r" (?=\()", cell)) for column in columns
             ]
         widths[widest] = min(widths[widest], room - sum(widths) + widths[widest])
-        for at, name in enumerate(self.header):
+        for at, name in enumerate(header):
             side: Literal["left", "right"] = "left" if at < self.left else "right"
             table.add_column(Text(name), justify=side, width=widths[at])
-        for row in self.rows:
+        for row in rows:
             table.add_row(*map(Text, row))
         fits = widths[widest] >= words
-        yield from (Text(self.title, "bold"), Text(), table if fits else Group(*self._blocks()))
-        if self.notes:
-            yield from (Text(), *(Text(note, "dim") for note in self.notes))
+        yield from (Text(title, "bold"), Text(), table if fits else Group(*_blocks(header, rows)))
+        if notes:
+            yield from (Text(), *(Text(note, "dim") for note in notes))
 
-    def _blocks(self) -> Iterator[RenderableType]:
-        for row in self.rows:
-            yield Text(row[0], "cyan")
-            block = Table.grid(padding=(0, 2), pad_edge=True)
-            for name, cell in zip(self.header[1:], row[1:], strict=True):
-                if cell:
-                    block.add_row(Text(name), Text(cell))
-            yield block
+    def _visible(self) -> tuple[str, list[str], list[list[str]], list[str]]:
+        """Title, header, rows and notes. A line break in a cell is shown too: it could pose as another row."""
+        rows = [[visible(cell, "") for cell in row] for row in self.rows]
+        return visible(self.title), [visible(name, "") for name in self.header], rows, list(map(visible, self.notes))
 
     def markdown(self) -> str:
         """The table as GitHub renders it."""
@@ -65,9 +107,19 @@ class TextTable:
         return "\n".join([*lines, "", *(f"{escape_markdown(note)}\n" for note in self.notes)])
 
 
+def _blocks(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[RenderableType]:
+    for row in rows:
+        yield Text(row[0], "cyan")
+        block = Table.grid(padding=(0, 2), pad_edge=True)
+        for name, cell in zip(header[1:], row[1:], strict=True):
+            if cell:
+                block.add_row(Text(name), Text(cell))
+        yield block
+
+
 def terminal(*, stderr: bool = False) -> Console:
     """Standard output, or standard error, for text that a person reads. `:x:` does not become an emoji."""
-    return Console(stderr=stderr, highlight=False, emoji=False)
+    return VisibleConsole(stderr=stderr, highlight=False, emoji=False)
 
 
 def show(*tables: TextTable) -> None:
@@ -81,16 +133,20 @@ def show(*tables: TextTable) -> None:
 
 def say(text: str) -> None:
     """Print a line as it is, however long."""
-    terminal().print(text, markup=False, soft_wrap=True)
+    terminal().print(visible(text), markup=False, soft_wrap=True)
 
 
 def escape_markdown(text: str) -> str:
     """Escape text so that Markdown shows it unchanged, on one line."""
-    return (
-        re.sub(r"([\\`*|~]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
-        .replace("&", "&amp;")
-        .replace("<", "&lt;")
-    )
+    line = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
+    escaped = re.sub(r"([\\`*|~$]|\](?=[(\[:])|(?<!\w)_|_(?!\w)|^[#>])", r"\\\1", visible(line))
+    return escaped.replace("&", "&amp;").replace("<", "&lt;").replace("://", "&#58;//")
+
+
+def code_block(text: str, language: str) -> list[str]:
+    """The lines of a block of code in Markdown, which no line of the text can end."""
+    ticks = "`" * max(4, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return [f"{ticks}{language}", visible(text.rstrip()), ticks]
 
 
 def _markdown_row(cells: Sequence[str]) -> str:

@@ -21,7 +21,7 @@ from compt.cli.options import (
 )
 from compt.models.presets import is_own_swin
 from compt.recipe.schema import EVALUATION_TASKS, EvalSet
-from compt.text import TextTable, show
+from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
     from compt.evaluate.task import ScoreRow
@@ -157,7 +157,7 @@ def export(
 
     source = open_source(model, name, prefix)
     export_open_clip(source, out)
-    typer.echo(f"Wrote {out}")
+    say(f"Wrote {out}")
     if is_own_swin(source.spec.timm_name):
         typer.echo(
             "timm has no Swin of these sizes: before open_clip loads it, call\n"

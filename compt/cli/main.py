@@ -13,11 +13,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
+from rich.text import Text
 
 from compt import __version__
 from compt.cli import bench, data, recipes, slurm
@@ -33,7 +34,7 @@ from compt.cli.options import PlainCommand
 from compt.cli.plan.command import plan
 from compt.dist.environment import has_others, own_rank
 from compt.errors import ComptError, ConfigError, RunError
-from compt.text import terminal
+from compt.text import VisibleFormatter, terminal, visible
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -115,7 +116,7 @@ def _print_error(error: ComptError, rank: str) -> None:
             signal.signal(number, signal.SIG_IGN)
     if error.printed_by(rank):
         name = "compt" if rank == "0" else f"compt, rank {rank}"
-        terminal(stderr=True).print(f"[bold red]{name}:[/] {escape(str(error))}", soft_wrap=True)
+        terminal(stderr=True).print(Text.assemble((f"{name}:", "bold red"), " ", visible(str(error))), soft_wrap=True)
     elif agreed:
         time.sleep(RANK_0_PRINTS)
 
@@ -127,7 +128,9 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
     `words` makes the arguments, where they are not those of the command line.
     """
     _prepare_process()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     try:
         try:
             app(None if words is None else words(), prog_name="compt")
@@ -194,7 +197,7 @@ def run(words: Callable[[], list[str]] | None = None) -> None:
             raise
         code = end.code if isinstance(end, SystemExit) else 130 if isinstance(end, KeyboardInterrupt) else 1
         if not isinstance(end, (SystemExit, KeyboardInterrupt)):
-            sys.excepthook(type(end), end, end.__traceback__)
+            sys.stderr.write(visible("".join(traceback.format_exception(end))))
         for child in multiprocessing.active_children():
             child.terminate()  # multiprocessing would wait for those that are no daemons
         atexit._run_exitfuncs()

@@ -70,4 +70,4 @@ def names(
     from compt.chain.slurm import names as names_of
 
     for name in names_of(load_recipe(recipe, set_), str(recipe), baselines=baselines):
-        typer.echo(name)
+        say(name)

@@ -27,7 +27,7 @@ from compt.report.content import (
 )
 from compt.report.summary import Row, Summary, read_state, score_file, stored_arrays, summarise
 from compt.report.tables import SAME, summary_tables
-from compt.text import TextTable, escape_markdown
+from compt.text import TextTable, code_block, escape_markdown, visible
 from compt.weights.artefact import versions
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -171,7 +171,14 @@ def _data_uri(item: figures.SheetImage) -> str:
 
 def _html(content: dict[str, Any]) -> str:
     loader = FileSystemLoader(TEMPLATES)
-    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
     pages.filters["data_uri"] = _data_uri
     return pages.get_template("report.html.j2").render(content, colours=figures.COLOURS)
 
@@ -211,7 +218,7 @@ def _markdown(content: dict[str, Any]) -> str:
     lines.append(content["jobs"].markdown())
     lines.append(TextTable("Environment", ["", "value"], content["environment"]).markdown())
     if content["recipe"]:
-        lines += ["### Recipe", "", "````yaml", content["recipe"].rstrip(), "````", ""]
+        lines += ["### Recipe", "", *code_block(content["recipe"], "yaml"), ""]
     lines.append(f"Written {content['written']} by compt {content['version']}.")
     return "\n".join(lines) + "\n"
 

@@ -34,6 +34,7 @@ from compt.dist import collectives as dist
 from compt.dist.watch.causes import WAITING, Cause, Seen, dead, hanging, is_consequence, lost, obstacle, where
 from compt.dist.watch.store import Life, Lost, Post
 from compt.errors import ComptError, Gone, Interrupted
+from compt.text import visible
 
 FOLDER = "faults"
 """Folder below the run folder for stacks and causes."""
@@ -353,7 +354,7 @@ class Watch:
         if cause.kind in ("hung", "silent"):
             self._dump()
         if self._prints(cause):
-            sys.stderr.write(f"compt: {cause.text}\n")
+            sys.stderr.write(f"compt: {visible(cause.text)}\n")
             sys.stderr.flush()
         if cause.kind == "silent" and cause.rank in self._seen:
             self._kill(self._seen[cause.rank])

@@ -275,7 +275,7 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     page, markdown = report(tmp_path)
     assert "<script>alert(1)</script>" in page.text
     assert "<script>" not in markdown.split("### Recipe")[0]
-    assert r"&lt;b>x&lt;/b>\|y$a$ (select)" in markdown
+    assert r"&lt;b>x&lt;/b>\|y\$a\$ (select)" in markdown
 
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
