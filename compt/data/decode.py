@@ -29,6 +29,8 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before any pixel is decoded; Pillow warns of decompression bombs from this size on."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Larger files are not read: this is the size of the largest image without compression, with 16 bits a channel."""
+_MAX_RESIZED = 1 << 24
+"""Larger images are never made on the way to the target size: of 1 x N pixels a resized one would have 224 x 224 N."""
 # Only these readers are tried: some others of Pillow run external programs. Trying the likely one first saves a third
 # of the time.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -98,21 +100,31 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to RGB: transparency becomes white, 16-bit grey is scaled to 8 bits, EXIF orientation is ignored. Raises Unusable."""
+    """Decode to RGB: transparency becomes white, 16-bit grey is scaled to 8 bits, EXIF orientation is ignored.
+
+    Raises Unusable, also for numbers without a fixed range (float and 32-bit TIFF).
+    """
     try:
         if image.mode == "RGB" and "transparency" not in image.info:
             image.load()
             return image
+        if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+            kind = "floating-point" if image.mode == "F" else "32-bit"
+            raise Unusable("image", f"{kind} pixels have no fixed range; convert the image to 8 or 16 bits a channel")
+        if image.mode.startswith("I"):
+            deep = np.asarray(image).astype(np.int64)
+            grey = (deep >> 8).clip(0, 255).astype(np.uint8)
+            clear = image.info.get("transparency")
+            if isinstance(clear, int):  # Pillow would compare it with values that are cut to 255
+                grey[deep == clear] = 255
+            return Image.fromarray(grey).convert("RGB")
         if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
             layer = image.convert("RGBA")
             white = Image.new("RGB", layer.size, (255, 255, 255))
             white.paste(layer, mask=layer.getchannel("A"))
             return white
-        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-            grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-            return Image.fromarray(grey).convert("RGB")
         return image.convert("RGB")
-    except ComptError:
+    except (ComptError, Unusable):
         raise
     except Exception as error:
         raise Unusable("image", f"cannot be decoded: {error}") from None
@@ -153,6 +165,10 @@ class PillowDecoder(Decoder):
         # The box is in pixels of the whole image.
         x, y = decoded.width / image.width, decoded.height / image.height
         part = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
+        if size * (part[3] - part[1]) > _MAX_RESIZED:
+            # Pillow resizes rows first, and would widen each of very many.
+            decoded = decoded.resize((decoded.width, size), _BICUBIC, box=(0, part[1], decoded.width, part[3]))
+            part = (part[0], 0, part[2], size)
         return _planes(decoded.resize((size, size), _BICUBIC, box=part))
 
     def keep(self, image: Encoded, size: int) -> Encoded:
@@ -219,8 +235,12 @@ def _centre(image: Image.Image, size: int) -> Pixels:
         target = (size, max(size, int(size * height / width)))
     else:
         target = (max(size, int(size * width / height)), size)
+    left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
+    if target[0] * target[1] > _MAX_RESIZED:
+        x, y = width / target[0], height / target[1]
+        box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
+        return _planes(image.resize((size, size), _BICUBIC, box=box))
     if target != image.size:
         image = image.resize(target, _BICUBIC)
-    left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
     return _planes(image.crop((left, top, left + size, top + size)))
 
