@@ -344,15 +344,23 @@ def weight_map(folder: Path, index: str) -> dict[str, str]:
 def export_open_clip(source: Artefact, folder: Path) -> None:
     """Write a model as a folder of stock open_clip: one weight file and its config. Reads one tensor at a time.
 
-    Raises ArtefactError for a folder in use (`check_free`).
+    Raises ArtefactError for a folder in use (`check_free`), and for weights that are not finite.
     """
     check_free(folder, source.path)
     with new_folder(Path(folder)) as temporary:
         shapes = _expected_shapes(source.state, source.spec)
         metadata = {"format": "pt", "written_by": WRITER}
+        for name in shapes:
+            _check_finite(source.path, name, source.state[name])
         write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
         config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess}
         write_json(temporary / CONFIG, config)
+
+
+def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise ArtefactError for a NaN or an infinity. Takes no memory beside the tensor's."""
+    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        raise ArtefactError(f"{path}: {name} has values that are not finite (NaN or infinity); nothing was exported")
 
 
 def _weights_hash(digests: Mapping[str, str]) -> str:

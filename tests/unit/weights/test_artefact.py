@@ -425,3 +425,14 @@ def test_a_folder_beside_what_is_read_is_free(tmp_path):
     write(tmp_path / "model")
     check_free(tmp_path / "model-2", tmp_path / "model")
     check_free(tmp_path / "model-2", tmp_path / "model" / "model-00001-of-00001.safetensors")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
+    model = build(PICO, seed=0)
+    with torch.no_grad():
+        model.visual.proj[0, 1] = value
+    write_artefact(tmp_path / "model", export_state(model), PICO, {})
+    with pytest.raises(ArtefactError, match=r"model: visual\.proj has values that are not finite"):
+        export_open_clip(read_artefact(tmp_path / "model"), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
