@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from compt.bench.throughput import peak_flops
 from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
 from compt.cost.training import exact_breakdown
+from compt.data.account import Account
 from compt.data.batch import Batch
 from compt.data.index import Index
 from compt.data.loaders import train_loader
@@ -263,6 +265,8 @@ class JobRun:
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
+        if lost := Account(unused=Counter(result.skipped_samples)).line():
+            self.say(f"{self.job.name}: left out or replaced while training: {lost}")
         release(self.context.device)  # scoring needs the engine's memory
         beat(result.steps, "writing the model", LONG)
         # From the last checkpoint: each process reads only what it writes, so that none holds the whole model.

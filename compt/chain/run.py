@@ -8,6 +8,7 @@ import logging
 import shlex
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +30,7 @@ from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
-from compt.recipe.schema import Recipe
+from compt.recipe.schema import Data, Recipe
 from compt.train.signals import StopSignal
 
 _log = logging.getLogger(__name__)
@@ -154,11 +155,28 @@ def open_data(recipe: Recipe, base: Path) -> Index:
     csv = base / data.captions_csv if data.captions_csv else None
 
     def open_it() -> Index:
-        return open_index(data.train, base, folder, csv)
+        return open_index(
+            data.train, base, folder, csv, columns=data.caption_columns or (), min_matched=data.min_matched
+        )
 
     dist.on_main(open_it)
     dist.on_all(lambda: open_it() if dist.local_rank() == 0 else None)
     return dist.on_all(open_it)
+
+
+def data_warnings(data: Data, index: Index) -> Iterator[str]:
+    """What a person should know of the data before training."""
+    if len(index) != data.images:
+        yield f"data.images is {data.images}, but the shards hold {len(index)}: using these"
+    if index.account.faults:
+        yield f"data.train holds more than is used: {index.account.line()} (compt data check shows what to do)"
+    few = Counter({n: images for n, images in index.counts.items() if 0 < n < data.captions})
+    if few:
+        mean = sum(n * images for n, images in few.items()) / few.total()
+        yield (
+            f"data.captions is {data.captions}, but {few.total():,} of {len(index):,} images have fewer, {mean:.3g} on "
+            "average: each step uses some of their captions several times, at the full cost"
+        )
 
 
 def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
@@ -186,6 +204,7 @@ def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | 
                 "batch": recipe.optimizer.batch,
                 "captions": recipe.data.captions,
                 "data_fingerprint": context.index.fingerprint,
+                "account": context.index.account.to_json(),
                 "contents": {**old.get("contents", {}), **context.contents},
                 "jobs": [*planned, *kept],
                 **({"calibration": tested} if tested else {}),
@@ -271,8 +290,9 @@ def prepare(
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
-    if len(index) != recipe.data.images and dist.is_main():
-        _log.warning("data.images is %d, but the shards hold %d: using these", recipe.data.images, len(index))
+    if dist.is_main():
+        for warning in data_warnings(recipe.data, index):
+            _log.warning("%s: %s", source, warning)
     context = RunContext(folder, recipe, index, device, base, start)
     planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
     plan = planned()

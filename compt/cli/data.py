@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,14 @@ Shards = Annotated[
     typer.Argument(metavar="SHARDS", help="tars, globs, or data-{000000..000331}.tar", show_default=False),
 ]
 CaptionsCsv = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="captions by sample key, in the format of DreamLIP")
+    Path | None, typer.Option(metavar="FILE", help="table of captions: CSV, TSV, JSONL, JSON or Parquet")
+]
+CaptionColumns = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME", help="column with captions; may be repeated", show_default="the known names"),
+]
+MinMatched = Annotated[
+    float, typer.Option(metavar="SHARE", min=0, max=1, help="share of samples that need a row of the table")
 ]
 IndexFolder = Annotated[
     Path | None,
@@ -48,14 +56,21 @@ def emoji(
 def check(
     shards: Shards,
     captions_csv: CaptionsCsv = None,
+    caption_columns: CaptionColumns = None,
+    min_matched: MinMatched = 0.5,
+    max_bad_share: Annotated[
+        float, typer.Option(metavar="SHARE", min=0, max=1, help="share of unusable samples that is accepted")
+    ] = 0.01,
     index_dir: IndexFolder = None,
     context_length: Annotated[int, typer.Option(metavar="N", help="tokens that the text tower takes")] = 77,
     workers: Annotated[int | None, typer.Option(metavar="N", help="processes", show_default="one a core")] = None,
     hashes: Annotated[bool, typer.Option("--hashes", help="compare every byte with the first --hashes")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
 ) -> None:
     """Read every sample of a WebDataset and report problems.
 
-    Checks that images decode and captions exist, and counts tokens. Exits with code 3 if there are problems.
+    Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or evaluation
+    would refuse the set: too many unusable samples, or a class number that is missing.
     """
     from compt.data.check import check as run_check
 
@@ -65,14 +80,19 @@ def check(
             Path.cwd(),
             index_dir=index_dir,
             captions_csv=captions_csv,
+            columns=caption_columns or (),
+            min_matched=min_matched,
             context_length=context_length,
             workers=workers,
             progress=progress,
         )
-    show(TextTable("Every sample can be used" if found.ok else "Problems found", ("", "found"), found.rows()))
+    if as_json:
+        typer.echo(json.dumps(found.to_json(max_bad_share), indent=1))
+    else:
+        show(TextTable(found.title(max_bad_share), ("", "found"), found.rows()), *found.account.tables())
     if hashes:
         _refuse_changed([shard.shard for shard in found.index.shards], index_dir)
-    if not found.ok:
+    if not found.usable(max_bad_share):
         raise typer.Exit(3)
 
 
@@ -91,7 +111,13 @@ def _refuse_changed(shards: list[Path], index_dir: Path | None) -> None:
     show(TextTable("Hashes", ("", "found"), [("shards as they were hashed first", f"{len(shards):,}")]))
 
 
-def index(shards: Shards, out: IndexFolder = None, captions_csv: CaptionsCsv = None) -> None:
+def index(
+    shards: Shards,
+    out: IndexFolder = None,
+    captions_csv: CaptionsCsv = None,
+    caption_columns: CaptionColumns = None,
+    min_matched: MinMatched = 0.5,
+) -> None:
     """Index the shards of a WebDataset.
 
     Scans the tars once, so that training can start at any position of any epoch.
@@ -99,7 +125,8 @@ def index(shards: Shards, out: IndexFolder = None, captions_csv: CaptionsCsv = N
     from compt.data.index import open_index
 
     with progress_bar("indexing shards") as progress:
-        made = open_index(shards, Path.cwd(), out, captions_csv, progress)
+        made = open_index(
+            shards, Path.cwd(), out, captions_csv, progress, columns=caption_columns or (), min_matched=min_matched
+        )
     rows = [("shards", f"{len(made.shards):,}"), ("samples", f"{len(made):,}"), ("fingerprint", made.fingerprint[:16])]
-    rows += [(f"left out: {cause}", f"{count:,}") for cause, count in sorted(made.dropped.items())]
-    show(TextTable("Indexed", ("", "found"), rows))
+    show(TextTable("Indexed", ("", "found"), rows), *made.account.tables())

@@ -1,212 +1,165 @@
-"""The captions of a sample: a list in its `.json`, the lines of its `.txt`, or the row of a CSV that has its key."""
+"""Which fields are captions, and which captions are text. Shards and tables of captions are read by the same rules."""
 
 from __future__ import annotations
 
-import csv
-import hashlib
+import contextlib
 import json
-import os
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
-from typing import Any, BinaryIO
-
-import numpy as np
-from numpy.typing import NDArray
-
-from compt.errors import DataError
-from compt.files import new_folder, read_json, write_json
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 LONG_COLUMNS = ("longIB", "longSV", "longLLA")
-DREAMLIP_COLUMNS = ("raw", "shortIB", "longIB", "shortSV", "longSV", "shortLLA", "longLLA")
-"""DreamLIP's columns; the long ones are split into sentences."""
-_KEY_COLUMNS = ("key", "__key__", "image_id", "id")
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_RECORD = np.dtype([("hash", "<u8"), ("offset", "<i8"), ("size", "<i4"), ("captions", "<i4")])
+DREAMLIP = ("shortIB", "longIB", "shortSV", "longSV", "shortLLA", "longLLA")
+"""DreamLIP's generated columns, in its order. It releases them as `shortIB_captions` and so on."""
+_RAW = ("raw", "raw_caption")
+_SEVERAL: tuple[tuple[str, ...], ...] = (
+    ("captions",),  # compt, FLAIR (as an object of DreamLIP's columns)
+    ("sentences",),  # Karpathy's COCO and Flickr30k
+    ("all_captions",),  # LAION-COCO
+    ("org_caption", "re_caption"),  # Recap-DataComp
+    ("caption_0", "caption_1", "caption_2", "caption_3", "caption_4"),  # Flickr8k on Hugging Face
+)
+_SINGLE = ("caption", "text", "TEXT", "alt_text", "alt", "top_caption", "comment", "txt")
+"""img2dataset, Conceptual Captions; DataComp, LAION, Hugging Face; LAION-COCO; Flickr30k's results.csv."""
+_DREAMLIP_NAMES = {name: short for short in DREAMLIP for name in (short, f"{short}_captions", f"{short}_caption")}
+_DREAMLIP_GROUP = (*_RAW, *_DREAMLIP_NAMES)
+_GROUPS = (_SEVERAL[0], _DREAMLIP_GROUP, *_SEVERAL[1:], *((name,) for name in _SINGLE))
+CAPTION_COLUMNS = tuple(name for group in _GROUPS for name in group)
+"""Every name that is known to hold captions."""
+_KNOWN = frozenset(CAPTION_COLUMNS)
+_IN_ITEMS = ("raw", "caption", "text")
+"""Where the objects in a list of captions have their text: Karpathy's, COCO's, and others' files."""
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n|</s>")
+_LINE_END = re.compile(r"\r\n|\r|\n")
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+class Captions(NamedTuple):
+    """Usable captions, and the cause (see `account.CAUSES`) of each that is not usable."""
+
+    texts: list[str]
+    lost: list[str]
+
+
+def unusable(caption: object) -> str:
+    """The cause for which something is no caption; "" for a caption."""
+    if not isinstance(caption, str):
+        return "not_text"
+    if _NO_TEXT.search(caption):
+        return "encoding"
+    if caption.isascii():
+        return "" if caption.strip() else "empty"
+    # Zero-width spaces and the like are no white space to Python.
+    visible = any(unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for letter in caption)
+    return "" if visible else "empty"
+
+
+def sort_out(captions: Sequence[object]) -> Captions:
+    """Tell captions from what cannot be used."""
+    with contextlib.suppress(TypeError):
+        # Nearly all captions are plain: judging them together takes a tenth of the time.
+        joined = "".join(captions)  # type: ignore[arg-type]
+        if joined.isascii() and "\0" not in joined and all(map(str.strip, captions)):  # type: ignore[arg-type]
+            return Captions([*captions], [])  # type: ignore[list-item]
+    found = Captions([], [])
+    for caption in captions:
+        cause = unusable(caption)
+        if cause:
+            found.lost.append(cause)
+        else:
+            found.texts.append(str(caption))
+    return found
 
 
 def split_sentences(text: str) -> list[str]:
-    """The sentences of a long description, without empty ones."""
+    """The sentences of a long description: they end at a full stop before white space, a line's end or `</s>`."""
     return [part for part in (part.strip() for part in _SENTENCE_END.split(text)) if part]
 
 
-def usable(captions: list[str]) -> list[str]:
-    """The captions that have more than white space."""
-    return [caption for caption in captions if caption.strip()]
+def _items(value: Any, split: bool = False) -> list[object]:
+    """What one field holds. A missing value holds nothing."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [*split_sentences(value)] if split and value.strip() else [value.strip()]
+    if isinstance(value, list | tuple):
+        return [part for item in value for part in (_items(item) if isinstance(item, dict) else [item])]
+    if isinstance(value, dict):
+        return next((_items(value[name]) for name in _IN_ITEMS if value.get(name) is not None), [value])
+    return [value]
 
 
-def from_columns(values: dict[str, Any]) -> list[str]:
-    """The captions in DreamLIP's columns, in the order of the columns."""
-    captions: list[str] = []
-    for column in DREAMLIP_COLUMNS:
-        value = values.get(column)
-        if isinstance(value, str) and value.strip():
-            captions.extend(split_sentences(value) if column in LONG_COLUMNS else [value.strip()])
-    return captions
+def _chosen(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
+    return [
+        item
+        for name in names
+        if name in values
+        for item in _items(values[name], split=_DREAMLIP_NAMES.get(name, name) in LONG_COLUMNS)
+    ]
 
 
-def from_json(data: bytes) -> tuple[list[str], bool]:
-    """The captions, and whether they come before a `.txt`. img2dataset's single `caption` does not."""
+def _dreamlip(values: Mapping[str, Any]) -> list[object]:
+    generated = _chosen(values, [*_DREAMLIP_NAMES])
+    # img2dataset calls the raw caption `caption` if it was told to download with it.
+    names = [name for name in (*_RAW, *(("caption",) if generated else ())) if name in values]
+    raw = [items for name in names if (items := _items(values[name]))]
+    return [*next((items for items in raw if not all(map(unusable, items))), raw[0] if raw else []), *generated]
+
+
+def _group(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
+    """The captions in one group of known names."""
+    if names == _DREAMLIP_GROUP:
+        return _dreamlip(values)
+    several = values.get("captions")
+    if names == ("captions",) and isinstance(several, dict) and not several.keys().isdisjoint(_DREAMLIP_GROUP):
+        return _dreamlip(several)
+    return _chosen(values, names)
+
+
+def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tuple[Captions, bool]:
+    """The captions in an object of a JSON or a row of a table, and whether they come before a `.txt`.
+
+    `columns` names the fields; without it, the first group of known names that has a usable caption gives them. A single
+    caption such as img2dataset's `caption` does not come before a `.txt`.
+    """
+    if columns:
+        return sort_out(_chosen(values, columns)), True
+    lost: list[str] = []
+    present = _KNOWN.intersection(values)
+    for group in _GROUPS if present else ():
+        if present.isdisjoint(group):
+            continue
+        items = _group(values, group)
+        found = sort_out(items)
+        lost += found.lost
+        if found.texts:
+            return Captions(found.texts, lost), len(group) > 1 or group[0] not in _SINGLE or len(items) > 1
+    return Captions([], lost), False
+
+
+def parse_json(data: bytes) -> dict[str, Any] | None:
+    """The object in a `.json`; None where there is none."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
-        return [], False
-    if not isinstance(values, dict):
-        return [], False
-    if isinstance(values.get("captions"), list):
-        return [item if isinstance(item, str) else "" for item in values["captions"]], True
-    if any(column in values for column in DREAMLIP_COLUMNS):
-        return from_columns(values), True
-    caption = values.get("caption")
-    return ([caption], False) if isinstance(caption, str) else ([], False)
+        return None
+    return values if isinstance(values, dict) else None
 
 
-def from_text(data: bytes) -> list[str]:
-    """One caption per line. A final newline starts no further line."""
-    return data.decode("utf-8", "replace").removesuffix("\n").splitlines()
+def read_json_captions(data: bytes, columns: Sequence[str] = ()) -> Captions:
+    """The captions in a `.json`."""
+    values = parse_json(data)
+    return read_columns(values, columns)[0] if values is not None else Captions([], [])
 
 
-def key_hash(key: bytes) -> int:
-    """A 64-bit hash of a key, to find its row of a CSV."""
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
-
-
-@dataclass(frozen=True)
-class CaptionTable:
-    """A captions CSV, converted to one JSON line per sample and a sorted table of key hashes. Both stay on disk."""
-
-    folder: Path
-    digest: str
-    rows: int
-    repeated: int
-
-    @property
-    def blob(self) -> Path:
-        """The JSON lines: `["key", ["caption", ...]]`."""
-        return self.folder / "captions.jsonl"
-
-    @cached_property
-    def _records(self) -> NDArray[np.void]:
-        return np.memmap(self.folder / "rows.bin", dtype=_RECORD, mode="r")
-
-    def find(self, keys: list[bytes]) -> NDArray[np.int64]:
-        """Offset, size and number of captions of each key, int64 [n, 3]; -1 where the CSV has no such key.
-
-        A key with slashes is looked up as a whole first, then by its last part.
-        """
-        found = np.full((len(keys), 3), -1, dtype=np.int64)
-        for candidates in (keys, [key.rsplit(b"/", 1)[-1] for key in keys]):
-            hashes = np.array([key_hash(key) for key in candidates], dtype=np.uint64)
-            table = self._records["hash"]
-            at = np.minimum(np.searchsorted(table, hashes), max(len(table) - 1, 0))
-            hit = (table[at] == hashes) & (found[:, 0] < 0) if len(table) else np.zeros(len(keys), dtype=bool)
-            for column, name in enumerate(("offset", "size", "captions")):
-                found[hit, column] = self._records[name][at[hit]]
-        return found
-
-    @staticmethod
-    def parse(line: bytes, key: str) -> list[str]:
-        """The captions of one line. Raises ValueError where the line belongs to another sample."""
-        owner, captions = json.loads(line)
-        if owner not in (key, key.rsplit("/", 1)[-1]):
-            raise ValueError(f"the captions table has a line of '{owner}' in the place of '{key}'")
-        return [str(caption) for caption in captions]
-
-
-def convert_csv(path: Path, parent: Path, progress: Callable[[str], None] | None = None) -> CaptionTable:
-    """Convert a captions CSV to a folder in `parent`, or reuse an earlier conversion of the same file.
-
-    Successive rows with one key are one sample. Raises DataError where the file or its columns cannot be used.
-    """
+def read_text(data: bytes) -> Captions:
+    """The captions in a `.txt`: one a line, UTF-8. A final line end starts no further line."""
+    if data.startswith(b"\xef\xbb\xbf"):
+        data = data[3:]
     try:
-        stat = path.stat()
-    except OSError as error:
-        raise DataError(f"captions CSV {path}: {error.strerror}") from error
-    folder = parent / f"captions-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
-    identity = {"version": 1, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-    try:
-        meta = read_json(folder / "meta.json")
-        if {key: meta[key] for key in identity} == identity:
-            return CaptionTable(folder, meta["digest"], meta["rows"], meta["repeated"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    if progress:
-        progress(f"converting {path.name}")
-    with new_folder(folder) as temporary, ExitStack() as stack:
-        blob = stack.enter_context((temporary / "captions.jsonl").open("wb"))
-        rows, repeated, digest = _lay_out(path, blob, temporary)
-        write_json(temporary / "meta.json", {**identity, "digest": digest, "rows": rows, "repeated": repeated})
-    return CaptionTable(folder, digest, rows, repeated)
-
-
-def _lay_out(path: Path, blob: BinaryIO, folder: Path) -> tuple[int, int, str]:
-    sha = hashlib.sha256()
-    offset = rows = 0
-    unsorted = folder / "unsorted.bin"
-    with unsorted.open("wb") as table:
-        for key, captions in _samples(path):
-            line = json.dumps([key, captions], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-            blob.write(line)
-            sha.update(line)
-            hashed = key_hash(key.encode("utf-8", "surrogateescape"))
-            table.write(np.array((hashed, offset, len(line), len(captions)), dtype=_RECORD).tobytes())
-            offset += len(line)
-            rows += 1
-    if not rows:
-        raise DataError(f"captions CSV {path} has no rows")
-    records = np.memmap(unsorted, dtype=_RECORD, mode="r")
-    order = np.argsort(records["hash"], kind="stable")
-    hashes = records["hash"][order]
-    # `find` returns the first row of a key; others with that key are only counted.
-    repeated = int((hashes[1:] == hashes[:-1]).sum())
-    with (folder / "rows.bin").open("wb") as table:
-        for first in range(0, rows, 1 << 20):
-            table.write(records[order[first : first + (1 << 20)]].tobytes())
-    del records
-    unsorted.unlink()
-    return rows, repeated, sha.hexdigest()
-
-
-def _samples(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """Key and captions of each sample. Successive rows with one key are merged."""
-    csv.field_size_limit(1 << 24)
-    try:
-        with path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
-            reader = csv.DictReader(file)
-            key_column, read = _columns(path, list(reader.fieldnames or []))
-            current, captions = None, list[str]()
-            for row in reader:
-                key = _plain_key(row.get(key_column) or "")
-                if key != current:
-                    if current:
-                        yield current, captions
-                    current, captions = key, []
-                captions.extend(read(row))
-            if current:
-                yield current, captions
-    except csv.Error as error:
-        raise DataError(f"captions CSV {path}: {error}") from error
-
-
-def _columns(path: Path, names: list[str]) -> tuple[str, Callable[[dict[str, Any]], list[str]]]:
-    """The key column, and a function that returns the captions of a row."""
-    known = [name for name in names if name in DREAMLIP_COLUMNS]
-    plain = [name for name in names if name.lower().startswith(("caption", "text"))]
-    keys = [name for name in names if name.lower() in _KEY_COLUMNS]
-    keys += [name for name in names if name not in known + plain]
-    if not keys or not known + plain:
-        raise DataError(
-            f"captions CSV {path} has the columns {', '.join(names) or '(none)'}; it needs a column 'key', and "
-            f"DreamLIP's ({', '.join(DREAMLIP_COLUMNS)}) or ones whose names begin with 'caption'"
-        )
-    if known:
-        return keys[0], from_columns
-    return keys[0], lambda row: [text.strip() for name in plain if (text := row.get(name) or "").strip()]
-
-
-def _plain_key(value: str) -> str:
-    """The sample key in a cell, which may be a file name."""
-    return re.sub(r"\.(jpe?g|png|webp|bmp|gif|tiff?)$", "", value.strip(), flags=re.IGNORECASE)
+        text = data.decode("utf-8")
+    except UnicodeDecodeError:
+        return Captions([], ["encoding"])
+    lines = _LINE_END.split(text)
+    return sort_out(lines if lines[-1] else lines[:-1])

@@ -1,4 +1,4 @@
-"""Check a WebDataset: does every image decode, does every sample have captions, and how long are they?"""
+"""Check a WebDataset: read every sample, and account for everything that the shards hold."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.captions import usable
+from compt.data.account import Account
 from compt.data.decode import Unusable, open_image, to_rgb
-from compt.data.index import Index, open_index
+from compt.data.index import MIN_MATCHED, Index, open_index
 from compt.data.samples import SampleReader
 from compt.data.tokens import CaptionTokens
 from compt.dist.child import process_pool
@@ -31,24 +32,23 @@ Progress = Callable[[int, int], None]
 class Findings:
     """What some of the samples hold.
 
-    labels: samples with a class number. lengths: captions by their number of tokens, start and end included. smallest,
-    largest: width and height in pixels. captions_per_image: images by their number of captions. causes: unusable
-    samples and empty captions by cause; first: `shard: key: reason` of the first of each cause.
+    account: its samples. lengths: captions by their number of tokens, start and end included. smallest, largest: width
+    and height in pixels. captions_per_image: images by their number of captions.
     """
 
     samples: int = 0
-    labels: int = 0
+    account: Account = field(default_factory=Account)
     lengths: NDArray[np.int64] = field(default_factory=lambda: np.zeros(_LONGEST + 1, np.int64))
     smallest: tuple[int, int] = (1 << 30, 1 << 30)
     largest: tuple[int, int] = (0, 0)
     captions_per_image: Counter[int] = field(default_factory=Counter)
-    causes: Counter[str] = field(default_factory=Counter)
-    first: dict[str, str] = field(default_factory=dict)
 
-    def fault(self, cause: str, where: str, count: int = 1) -> None:
-        """Count something that cannot be used."""
-        self.causes[cause] += count
-        self.first.setdefault(cause, where)
+    def label(self, cause: str, where: str) -> None:
+        """Count a class number."""
+        if cause:
+            self.account.lose(cause, where)
+        else:
+            self.account.used["label"] += 1
 
     def size(self, width: int, height: int) -> None:
         """Note the size of an image."""
@@ -58,14 +58,12 @@ class Findings:
     def add(self, other: Findings) -> None:
         """Add the findings on later samples."""
         self.samples += other.samples
-        self.labels += other.labels
+        self.account.add(other.account)
         self.lengths += other.lengths
         if other.largest != (0, 0):
             self.size(*other.smallest)
             self.size(*other.largest)
         self.captions_per_image += other.captions_per_image
-        self.causes += other.causes
-        self.first = {**other.first, **self.first}
 
     @property
     def captions(self) -> int:
@@ -88,16 +86,51 @@ class Findings:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The findings on all samples of `index`."""
+    """The findings on all samples of `index`.
+
+    account: everything that was read. labels: samples with a class number. judged: "captions" for a set to train on or to
+    retrieve from, "labels" for one that is only classified.
+    """
 
     index: Index
     found: Findings
+    account: Account
+    labels: int
+    judged: str
     context_length: int
 
-    @property
-    def ok(self) -> bool:
-        """Whether every sample can be used whole."""
-        return not self.found.causes
+    def usable(self, max_bad_share: float) -> bool:
+        """Whether a run would go on: training stops above a share of bad samples, evaluation at the first bad label."""
+        if self.judged == "labels" and self.account.lost("label"):
+            return False
+        return self.account.lost_share("sample") <= max_bad_share
+
+    def title(self, max_bad_share: float) -> str:
+        """The verdict."""
+        unit = "label" if self.judged == "labels" and self.account.lost("label") else "sample"
+        lost, read = self.account.lost(unit), self.account.read(unit)
+        counts = f"{lost:,} of {read:,} {'class numbers' if unit == 'label' else 'samples'} are unusable"
+        if not self.usable(max_bad_share):
+            return f"Cannot be used: {counts} ({100 * lost / read:.3g} %)"
+        return (
+            f"Can be used, but not all that is in it: {counts}" if self.account.faults else "Every sample can be used"
+        )
+
+    def to_json(self, max_bad_share: float) -> dict[str, Any]:
+        """The report as plain values."""
+        return {
+            "usable": self.usable(max_bad_share),
+            "judged_by": self.judged,
+            "max_bad_share": max_bad_share,
+            "fingerprint": self.index.fingerprint,
+            "shards": len(self.index.shards),
+            "samples": self.found.samples,
+            "labels": self.labels,
+            "captions": self.found.captions,
+            "mean_tokens": self.found.mean_tokens,
+            "captions_per_image": {str(n): images for n, images in sorted(self.found.captions_per_image.items())},
+            "account": self.account.to_json(),
+        }
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each finding, for a table."""
@@ -110,20 +143,20 @@ class CheckReport:
             ("captions", f"{found.captions:,} ({min(images)} to {max(images)} an image)"),
             (
                 "tokens a caption",
-                f"mean {found.mean_tokens:.1f}, median {found.tokens(0.5)}, 95 % {found.tokens(0.95)}, "
-                f"longest {found.tokens(1)}",
+                (
+                    f"mean {found.mean_tokens:.1f}, median {found.tokens(0.5)}, 95 % {found.tokens(0.95)}, "
+                    f"longest {found.tokens(1)}"
+                ),
             ),
             (f"over {self.context_length} tokens", f"{100 * found.share_over(self.context_length):.2f} %"),
             ("image sizes", " to ".join(f"{width} x {height}" for width, height in (smallest, found.largest))),
-            ("labels (.cls)", f"{found.labels:,}"),
+            ("labels (.cls)", f"{self.labels:,}"),
             ("fingerprint", index.fingerprint[:16]),
         ]
-        for cause, count in sorted(found.causes.items()):
-            rows.append((f"unusable: {cause}", f"{count:,}, first {found.first[cause]}"))
         return rows
 
 
-def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) -> Findings:
+def _examine(index: Index, tokens: CaptionTokens, judged: str, classes: int, work: tuple[int, int, int]) -> Findings:
     """Examine samples `start` to `stop` of a shard."""
     shard, start, stop = work
     found = Findings(samples=stop - start)
@@ -131,21 +164,33 @@ def _examine(index: Index, tokens: CaptionTokens, work: tuple[int, int, int]) ->
     for sample in range(start, stop):
         entry = index.entry(sample)
         where = f"{index.shards[shard].shard.name}: {entry.key}"
-        found.labels += entry.label >= 0
+        texts: list[str] = []
+        if classes >= 0:
+            found.label("label" if entry.label < 0 else "label_range" if 0 < classes <= entry.label else "", where)
         try:
             image = to_rgb(open_image(reader.image(entry)))
             found.size(image.width, image.height)
-            captions = reader.captions(entry)
+            texts = reader.captions(entry).texts if judged == "captions" else []
+            found.account.used["sample"] += 1
         except Unusable as error:
-            found.fault(error.cause, f"{where}: {error}")
-            continue
-        said = usable(captions)
-        if len(said) < len(captions) or not said:
-            found.fault("caption", f"{where}: {'an empty caption' if captions else 'it has no caption'}")
-        found.captions_per_image[len(said)] += 1
-        for caption in said:
+            found.account.lose(error.cause, f"{where}: {error}")
+        found.captions_per_image[len(texts)] += 1
+        for caption in texts:
             found.lengths[min(tokens.length(caption), _LONGEST)] += 1
     return found
+
+
+def _classes(index: Index, labels: NDArray[np.int64]) -> int:
+    """Lines of the classnames.txt beside the shards; 0 without one, -1 for a set without class numbers."""
+    if not (labels >= 0).any() and not index.account.unused["cls"]:
+        return -1
+    place = index.shards[0].shard.parent
+    for folder in (place, place.parent):
+        try:
+            return len((folder / "classnames.txt").read_text(encoding="utf-8").splitlines())
+        except (OSError, UnicodeDecodeError):
+            continue
+    return 0
 
 
 def check(
@@ -154,6 +199,8 @@ def check(
     *,
     index_dir: Path | None = None,
     captions_csv: Path | None = None,
+    columns: Sequence[str] = (),
+    min_matched: float = MIN_MATCHED,
     context_length: int = 77,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -162,8 +209,11 @@ def check(
 
     Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
-    index = open_index(patterns, base, index_dir, captions_csv)
-    examine = partial(_examine, index, CaptionTokens(context_length))
+    index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched)
+    labels = index.column("label")
+    classes = _classes(index, labels)
+    judged = "labels" if classes >= 0 and not index.account.used["caption"] else "captions"
+    examine = partial(_examine, index, CaptionTokens(context_length), judged, classes)
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
     works = [
         (shard, first, min(first + _CHUNK, end))
@@ -175,10 +225,10 @@ def check(
         total.add(part)
         if progress:
             progress(total.samples, len(index))
-    for shard in index.shards:
-        for cause, count in shard.dropped.items():
-            total.fault(cause, f"{shard.shard.name}: {shard.first[cause]}", count)
-    return CheckReport(index, total, context_length)
+    account = Account()
+    account.add(index.account)
+    account.add(total.account)
+    return CheckReport(index, total, account, int((labels >= 0).sum()), judged, context_length)
 
 
 def _run(

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import tempfile
 import zipfile
 import zlib
@@ -22,17 +23,21 @@ import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.captions import CaptionTable, convert_csv
+from compt.data.account import Account
 from compt.data.content import sampled_hash
-from compt.data.scan import COLUMNS, ShardScan, scan_shard
+from compt.data.scan import COLUMNS, KIND_TABLE, ShardScan, scan_shard
+from compt.data.table import CaptionTable, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
-from compt.files import write_bytes
+from compt.files import read_json, write_bytes, write_json
 
-VERSION = 1
+VERSION = 2
 INDEX_FOLDER = ".compt-index"
+_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
+MIN_MATCHED = 0.5
+"""The share of samples that must have a row in a table of captions, unless the recipe says another."""
 _HELD_ROWS = 1 << 20
 """Rows of the shards' tables that one process keeps in memory (about 100 MB)."""
 
@@ -53,13 +58,20 @@ class IndexEntry(NamedTuple):
     label: int
 
 
+class CaptionSource(NamedTuple):
+    """Where captions come from, beside the known fields of the shards."""
+
+    table: CaptionTable | None
+    columns: Sequence[str]
+
+
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
 """What numpy raises for a damaged file."""
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The index of one shard, without its table.
+    """The index of one shard, without its table. counts: images by their number of captions.
 
     content: `sampled_hash` of the shard when it had the time `mtime_ns`; "" in an index of an older version.
     """
@@ -68,8 +80,8 @@ class ShardIndex:
     file: Path
     samples: int
     digest: str
-    dropped: dict[str, int]
-    first: dict[str, str]
+    account: Account
+    counts: Counter[int]
     content: str = ""
     mtime_ns: int = 0
 
@@ -100,16 +112,23 @@ class Index:
 
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes; it
     does not depend on the folder. content: hash of some samples of each shard; "" where an old index has none.
-    dropped: members that make no sample, by cause ("tar", "image", "duplicate").
+    columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read.
+    counts: images by their number of captions.
     """
 
-    def __init__(self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None) -> None:
+    def __init__(
+        self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None, columns: Sequence[str] = ()
+    ) -> None:
         self.shards = tuple(shards)
         self.captions = captions
+        self.columns = tuple(columns)
         self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
         self.ends = np.cumsum(self.sizes)
         self.starts = self.ends - self.sizes
-        self.dropped: dict[str, int] = dict(sum((Counter(shard.dropped) for shard in self.shards), Counter()))
+        self.account, self.counts = Account(), Counter[int]()
+        for shard in self.shards:
+            self.account.add(shard.account, f"{shard.shard.name}: ")
+            self.counts.update(shard.counts)
         identity = [[shard.shard.name, shard.digest] for shard in self.shards]
         text = json.dumps([identity, captions.digest if captions else None])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
@@ -161,10 +180,10 @@ class Index:
         return f"{self.shards[entry.shard].shard.name}: {entry.key}"
 
 
-def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
+def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account | None = None) -> list[Path]:
     """The shards that globs, brace ranges and folders name, each once. Relative ones start at `base`.
 
-    Raises DataError for a pattern that matches nothing and for a missing shard.
+    `account` gets the files of folders. Raises DataError for a pattern that matches nothing and for a missing shard.
     """
     found: dict[Path, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
@@ -177,9 +196,9 @@ def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
         for name in names:
             path = base / Path(name).expanduser()
             if path.is_dir():
-                matches = sorted(path.glob("*.tar"))
+                matches = _of_folder(path, Account() if account is None else account)
             elif glob.has_magic(name) and not path.exists():
-                matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+                matches = _matching(path)
             else:
                 matches = [path] if path.is_file() else []
             if not matches:
@@ -190,6 +209,28 @@ def expand_patterns(patterns: str | Sequence[str], base: Path) -> list[Path]:
     if not found:
         raise DataError("no shards are given")
     return list(found)
+
+
+def _of_folder(folder: Path, account: Account) -> list[Path]:
+    """The shards in a folder. Other files are counted."""
+    shards = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        if path.suffix.lower() == ".tar" and not path.name.startswith("."):
+            shards.append(path)
+            account.used["file"] += 1
+        else:
+            account.lose("packed" if _PACKED.search(path.name) else "no_shard", str(path))
+    return shards
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The paths that match a glob. A folder that exists under a name with brackets is that folder."""
+    parts = list(pattern.parts)
+    place = Path(parts.pop(0) if pattern.is_absolute() else "")
+    while (place / parts[0]).exists():
+        place /= parts.pop(0)
+    found = glob.glob(str(Path(*parts)), root_dir=place, recursive=True)
+    return sorted(path for name in found if not (path := place / name).is_dir())
 
 
 def _cache_root() -> Path | None:
@@ -233,14 +274,15 @@ def _file_name(shard: Path, out: Path | None) -> str:
     return f"{shard.name}-{_short_hash(shard.parent)}.npz" if out is not None else f"{shard.name}.npz"
 
 
-def _identity(shard: Path, table: CaptionTable | None) -> dict[str, Any]:
+def _identity(shard: Path, source: CaptionSource) -> dict[str, Any]:
     stat = shard.stat()
     return {
         "version": VERSION,
         "shard": shard.name,
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
-        "captions": table.digest if table else None,
+        "captions": source.table.digest if source.table else None,
+        "columns": [*source.columns],
     }
 
 
@@ -251,8 +293,11 @@ def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | Non
             meta = json.loads(stored["meta"].tobytes())
         if {key: meta[key] for key in identity} != identity:
             return None
-        counts = meta["samples"], meta["digest"], meta["dropped"], meta["first"]
-        return ShardIndex(shard, file, *counts, meta.get("content", ""), meta["mtime_ns"])
+        counts = Counter({int(number): images for number, images in meta["counts"].items()})
+        account = Account.from_json(meta["account"])
+        return ShardIndex(
+            shard, file, meta["samples"], meta["digest"], account, counts, meta["content"], meta["mtime_ns"]
+        )
     except _DAMAGES:
         return None
 
@@ -262,8 +307,8 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         **identity,
         "samples": len(scan.rows),
         "digest": scan.digest(),
-        "dropped": scan.dropped,
-        "first": scan.first,
+        "account": scan.account.to_json(),
+        "counts": scan.counts,
     }
     blob = io.BytesIO()
     np.savez_compressed(
@@ -278,9 +323,9 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         raise DataError(f"the index: {error}") from error
 
 
-def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardIndex:
-    identity = _identity(shard, table)
-    scan = scan_shard(shard, table)
+def _index_one(shard: Path, file: Path, source: CaptionSource) -> ShardIndex:
+    identity = _identity(shard, source)
+    scan = scan_shard(shard, source.table, source.columns)
     try:
         content = sampled_hash(shard, scan.rows)
     except OSError as error:
@@ -292,12 +337,12 @@ def _index_one(shard: Path, file: Path, table: CaptionTable | None) -> ShardInde
     return stored
 
 
-def _scan_all(shards: list[Path], files: list[Path], table: CaptionTable | None, workers: int) -> Iterator[ShardIndex]:
+def _scan_all(shards: list[Path], files: list[Path], source: CaptionSource, workers: int) -> Iterator[ShardIndex]:
     if workers < 2:
-        yield from map(_index_one, shards, files, repeat(table))
+        yield from map(_index_one, shards, files, repeat(source))
         return
     with process_pool(workers) as pool:
-        yield from pool.map(_index_one, shards, files, repeat(table))
+        yield from pool.map(_index_one, shards, files, repeat(source))
 
 
 def build_index(
@@ -306,18 +351,25 @@ def build_index(
     progress: Progress | None = None,
     captions_csv: Path | None = None,
     workers: int | None = None,
+    columns: Sequence[str] = (),
+    min_matched: float = MIN_MATCHED,
 ) -> Index:
     """Index the shards, scanning only those without a valid stored index.
 
-    `workers` processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError
-    where a shard is missing, compressed or unreadable, the index cannot be written, or there is no sample at all.
+    `columns` names the fields with captions, of a `.json` and of the table (default: the known ones). `workers` processes
+    scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard is missing,
+    compressed or unreadable, the index cannot be written, there is no sample at all, or the table of captions has a row
+    for a smaller share of the samples than `min_matched`, or for none.
     """
-    table = convert_csv(captions_csv, index_folder(shards[0].parent, out)) if captions_csv and shards else None
+    table = (
+        convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv and shards else None
+    )
+    source = CaptionSource(table, columns)
     done: dict[int, ShardIndex] = {}
     missing: dict[int, Path] = {}
     for number, shard in enumerate(shards):
         try:
-            identity = _identity(shard, table)
+            identity = _identity(shard, source)
         except OSError as error:
             raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
         name = _file_name(shard, out)
@@ -332,17 +384,48 @@ def build_index(
     if workers is None:
         large = sum(shards[number].stat().st_size for number in missing) > 1 << 28
         workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
-    scanned = _scan_all([shards[number] for number in missing], list(missing.values()), table, workers)
+    scanned = _scan_all([shards[number] for number in missing], list(missing.values()), source, workers)
     for number, result in zip(missing, scanned, strict=True):
         done[number] = result
         if progress:
             progress(len(done), len(shards))
-    index = Index([done[number] for number in range(len(shards))], table)
+    index = Index([done[number] for number in range(len(shards))], table, columns)
     if not len(index):
-        raise DataError(
-            f"no samples in {len(shards)} shards beginning with {shards[0]}: {index.dropped or 'all empty'}"
-        )
+        lost = index.account.line(cause for cause, count in index.account.unused.items() if count)
+        raise DataError(f"no samples in {len(shards)} shards beginning with {shards[0]}: {lost or 'all empty'}")
+    if table is not None:
+        _join(index, table, captions_csv, min_matched)
     return index
+
+
+def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: float) -> None:
+    """Add the account of a table to that of the shards. Raises DataError where too few samples have a row."""
+    met, rows = index.account.used["join"], table.account.used["row"]
+    if met < max(min_matched * len(index), 1):
+        raise DataError(
+            f"{met:,} of {len(index):,} samples have a row in {path}, whose {rows:,} rows are joined by key, file name or "
+            f"URL; its first row is of '{table.owner}', and the first sample is '{index.key(0)}'. Mend the table, or "
+            f"accept fewer with data.min_matched (it is {min_matched:g})"
+        )
+    index.account.add(table.account)
+    used = min(_rows_met(index, table), rows)
+    index.account.used["row"] = used
+    if rows > used:
+        index.account.lose("row_alone", "", rows - used)
+
+
+def _rows_met(index: Index, table: CaptionTable) -> int:
+    """Rows of a table that samples of the index have. Kept in the table's folder, as it takes all parts of the index."""
+    store = table.folder / "met.json"
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = read_json(store)
+        if known["fingerprint"] == index.fingerprint:
+            return int(known["rows"])
+    offsets = index.column("text_offset")[index.column("text_kind") == KIND_TABLE]
+    rows = table.rows_met(offsets)
+    with contextlib.suppress(RunError):
+        write_json(store, {"fingerprint": index.fingerprint, "rows": rows})
+    return rows
 
 
 def open_index(
@@ -351,6 +434,12 @@ def open_index(
     index_dir: Path | None = None,
     captions_csv: Path | None = None,
     progress: Progress | None = None,
+    columns: Sequence[str] = (),
+    min_matched: float = MIN_MATCHED,
 ) -> Index:
     """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does."""
-    return build_index(expand_patterns(patterns, base), index_dir, progress, captions_csv)
+    beside = Account()
+    shards = expand_patterns(patterns, base, beside)
+    index = build_index(shards, index_dir, progress, captions_csv, columns=columns, min_matched=min_matched)
+    index.account.add(beside)
+    return index

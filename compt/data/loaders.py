@@ -152,8 +152,7 @@ class _Draws(Dataset["Read | Share | Failure"]):
                 self._replace(share, place, error)
                 share.drawn[place] = self._draw(share, place)
         for one in share.drawn:
-            if one.empty_captions:
-                share.skipped["caption"] += one.empty_captions
+            share.skipped.update(one.lost)
         rows = [ids for one in share.drawn for ids in one.tokens]
         few = sum(one.few for one in share.drawn)
         keys_in_order = [one.key for one in share.drawn]
@@ -279,7 +278,9 @@ def _read(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterat
             _ = [multiprocessing.Queue() for _ in range(workers + 2 if workers else 0)]
             batches = iter(_loader(dataset, sampler, workers))
         except OSError as error:
-            raise RunError(f"cannot start engine.workers={workers} loader processes: {error}. {shared_memory()}") from error
+            raise RunError(
+                f"cannot start engine.workers={workers} loader processes: {error}. {shared_memory()}"
+            ) from error
         finally:
             own += [child for child in multiprocessing.active_children() if child not in before]
         if threading.current_thread() is threading.main_thread():
@@ -300,7 +301,9 @@ def _cause_of_death(pid: int, code: int) -> str:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
     why = ""
     if code == -signal.SIGKILL:
-        why = "; the system does this when memory runs out (see dmesg): lower engine.workers, or give the job more memory"
+        why = (
+            "; the system does this when memory runs out (see dmesg): lower engine.workers, or give the job more memory"
+        )
     if code in (-signal.SIGBUS, 1):
         why = f". {shared_memory()}"
     return f"loader process {pid} {how}{why}"

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from compt.data.captions import CaptionTable, from_json, from_text, usable
+from compt.data.account import CAUSES
+from compt.data.captions import Captions, read_json_captions, read_text, sort_out
 from compt.data.decode import Decoder, Encoded, Unusable, open_image
 from compt.data.index import IndexEntry, Index
 from compt.data.order import Box, caption_choice, crop_box
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
+from compt.data.table import CaptionTable
 from compt.data.tokens import CaptionTokens, Ids
 from compt.errors import DataError
 
@@ -77,19 +79,26 @@ class SampleReader:
         """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
         return self._files.read(self.index.shards[entry.shard].shard, entry.json_offset, entry.json_size)
 
-    def captions(self, entry: IndexEntry) -> list[str]:
-        """All captions, empty ones included. Raises Unusable("tar")."""
+    def captions(self, entry: IndexEntry) -> Captions:
+        """All usable captions, and why others are not. Raises Unusable("tar"), and Unusable("caption") without any."""
+        found = self._captions(entry)
+        if not found.texts:
+            causes = sorted({CAUSES[cause].text for cause in found.lost})
+            raise Unusable("caption", f"no usable caption: {', '.join(causes)}" if causes else "it has no caption")
+        return found
+
+    def _captions(self, entry: IndexEntry) -> Captions:
         if entry.text_kind == KIND_TABLE:
             assert self.index.captions is not None, "only an index with a table has rows of it"
             line = self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
             try:
-                return CaptionTable.parse(line, entry.key)
-            except ValueError as error:
-                raise Unusable("caption", str(error)) from None
+                return sort_out(CaptionTable.parse(line))
+            except (ValueError, TypeError):
+                raise Unusable("caption", f"{self.index.captions.blob} is damaged; remove its folder") from None
         data = self._files.read(self.index.shards[entry.shard].shard, entry.text_offset, entry.text_size)
         if entry.text_kind == KIND_JSON:
-            return from_json(data)[0]
-        return from_text(data) if entry.text_kind == KIND_TEXT else []
+            return read_json_captions(data, self.index.columns)
+        return read_text(data) if entry.text_kind == KIND_TEXT else Captions([], [])
 
 
 class EvalSample(NamedTuple):
@@ -146,9 +155,7 @@ class ShardSamples:
         label = self._label_of(entry)
         if label is None and self._label is not None:
             raise DataError(f"{self.describe(sample)} has no whole number as label '{self._label}'")
-        captions = usable(self._reader.captions(entry)) if self._captions else None
-        if captions == []:
-            raise Unusable("caption", "it has no caption")
+        captions = self._reader.captions(entry).texts if self._captions else None
         return EvalSample(entry.key, self._reader.image(entry), label, captions)
 
     def _label_of(self, entry: IndexEntry) -> int | None:
@@ -160,7 +167,7 @@ class ShardSamples:
 class Drawn(NamedTuple):
     """An image that is still to be decoded, the box to cut from it, and its captions as a step sees them.
 
-    few: captions were drawn with replacement.
+    few: captions were drawn with replacement. lost: the causes of captions that cannot be used.
     """
 
     key: str
@@ -168,7 +175,7 @@ class Drawn(NamedTuple):
     box: Box
     tokens: list[Ids]
     few: bool
-    empty_captions: int
+    lost: list[str]
 
 
 class _Stored(NamedTuple):
@@ -177,7 +184,7 @@ class _Stored(NamedTuple):
     key: str
     image: Encoded
     captions: Sequence[str | Ids]
-    empty_captions: int
+    lost: list[str]
 
 
 @dataclass
@@ -214,19 +221,19 @@ class Drawer:
             found = self._remember(sample) if self._free > 0 else self._read(sample)
         if isinstance(found, Unusable):
             raise Unusable(found.cause, str(found))
-        key, image, captions, empty = found
+        key, image, captions, lost = found
         places = self._choose(key, epoch, len(captions))
         chosen = [self._tokens.ids(text) if isinstance(text := captions[at], str) else text for at in places]
-        return Drawn(key, image, self._box(key, epoch, image), chosen, len(captions) < self._kind.captions, empty)
+        return Drawn(key, image, self._box(key, epoch, image), chosen, len(captions) < self._kind.captions, lost)
 
     def _read(self, sample: int) -> _Stored:
         entry = self.reader.index.entry(sample)
-        texts, empty = self._texts(entry)
+        texts, lost = self.reader.captions(entry)
         data = self.reader.image(entry)
         opened = open_image(data)
         # Pillow's image can go to no other process.
         header = opened if self._decoder.in_worker else None
-        return _Stored(entry.key, Encoded(data, opened.width, opened.height, header), texts, empty)
+        return _Stored(entry.key, Encoded(data, opened.width, opened.height, header), texts, lost)
 
     def _remember(self, sample: int) -> _Stored | Unusable:
         found: _Stored | Unusable
@@ -234,20 +241,13 @@ class Drawer:
             read = self._read(sample)
             image = self._decoder.keep(read.image, self._kind.image_size)
             ids = [self._tokens.ids(str(text)) for text in read.captions]
-            found = _Stored(read.key, image, ids, read.empty_captions)
+            found = _Stored(read.key, image, ids, read.lost)
             self._free -= image.nbytes + sum(each.nbytes for each in ids)
         except Unusable as error:
             found = error
         self._free -= 1024  # the Python objects around the data
         self._kept[sample] = found
         return found
-
-    def _texts(self, entry: IndexEntry) -> tuple[list[str], int]:
-        captions = self.reader.captions(entry)
-        texts = [text for text in captions if text.strip()]
-        if not texts:
-            raise Unusable("caption", "it has no caption" if not captions else "all its captions are empty")
-        return texts, len(captions) - len(texts)
 
     def _choose(self, key: str, epoch: int, n: int) -> list[int]:
         wanted = self._kind.captions

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.captions import CaptionTable, from_json, from_text, usable
+from compt.data.account import JOINED, Account
+from compt.data.captions import Captions, parse_json, read_columns, read_text
+from compt.data.table import CaptionTable
 from compt.errors import DataError
 
 COLUMNS = (
@@ -32,25 +35,24 @@ COLUMNS = (
 )
 """Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` is the `.cls` number or -1."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE = range(4)
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm"})
+IMAGE_EXTENSIONS = (*("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "tif", "tiff", "bmp", "ppm"),)
+"""Extensions of images. Of several images of a key, the one whose extension comes first here is the image."""
+_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
+_LABEL = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
 _COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zXZ": "unxz -k", b"BZh": "bunzip2 -k"}
 
 
 @dataclass
 class ShardScan:
-    """The samples of one shard. dropped: members that make no sample, by cause; first: the key of the first of each cause."""
+    """The samples of one shard, and the account of its members and captions. counts: images by their usable captions."""
 
     rows: NDArray[np.int64]
     keys: bytes
-    dropped: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
-
-    def drop(self, cause: str, key: str) -> None:
-        """Count a member that makes no sample."""
-        self.dropped[cause] = self.dropped.get(cause, 0) + 1
-        self.first.setdefault(cause, key)
+    account: Account = field(default_factory=Account)
+    counts: Counter[int] = field(default_factory=Counter)
 
     def digest(self) -> str:
         """Hash of keys, sizes, captions and labels. Folder and positions in the tar do not enter it."""
@@ -80,133 +82,220 @@ def split_name(name: str) -> tuple[str, str] | None:
     return match.group(1), match.group(2).lower()
 
 
+def _sort_member(member: tarfile.TarInfo) -> tuple[str, str]:
+    """Key and extension of a member that may belong to a sample; else "" and the cause for which it does not."""
+    if not member.isreg():
+        return "", "folder" if member.isdir() else "link" if member.islnk() or member.issym() else "special"
+    if member.sparse is not None:  # its bytes do not lie together
+        return "", "special"
+    if _HIDDEN.search(member.name):
+        return "", "hidden"
+    found = split_name(member.name)
+    if found is not None:
+        return found
+    return "", "metadata" if _META.match(member.name) else "bare"
+
+
+def is_image(extension: str) -> bool:
+    """Whether an extension, perhaps with further dots, is that of an image."""
+    return extension.rpartition(".")[2] in _RANK
+
+
 @dataclass
 class _Group:
     key: str
     members: dict[str, tuple[int, int]] = field(default_factory=dict)
-    repeated: bool = False
     cut: bool = False
 
 
-def scan_shard(path: Path, table: CaptionTable | None = None) -> ShardScan:
+def scan_shard(path: Path, table: CaptionTable | None = None, columns: Sequence[str] = ()) -> ShardScan:
     """Scan a plain tar once. A truncated or damaged tar gives its whole samples; the cut one is counted.
 
-    Raises DataError for a compressed or unreadable file.
+    `columns` names the fields of a `.json` with captions. Raises DataError for a compressed or unreadable file.
     """
     try:
         refuse_compressed(path)
         with path.open("rb") as file:
-            return _Scanner(file, path.stat().st_size, table).run()
+            return _Scanner(file, path.stat().st_size, table, columns).run()
     except OSError as error:
         raise DataError(f"cannot read shard {path}: {error.strerror or error}") from error
 
 
 class _Scanner:
-    def __init__(self, file: BinaryIO, size: int, table: CaptionTable | None) -> None:
-        self.file, self.size, self.table = file, size, table
-        self.result = ShardScan(np.zeros((0, len(COLUMNS)), np.int64), b"")
+    def __init__(self, file: BinaryIO, size: int, table: CaptionTable | None, columns: Sequence[str]) -> None:
+        self.file, self.size, self.table, self.columns = file, size, table, columns
+        self.account = Account()
         self.rows: list[tuple[int, ...]] = []
         self.keys: list[bytes] = []
+        self.urls: list[str] = []
+        self.lost: list[list[str]] = []
         self.position = 0
-        self.seen: set[str] = set()
+        # The extensions of each key. One tuple serves all keys that have the same.
+        self.seen: dict[str, tuple[str, ...]] = {}
+        self.kinds: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def run(self) -> ShardScan:
         group: _Group | None = None
-        cut = False
+        fault = ""
         try:
             # `r:` is tarfile's reader of uncompressed archives; it knows GNU and PAX long names.
             with tarfile.open(fileobj=self.file, mode="r:") as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps all headers
-                    name = split_name(member.name) if member.isreg() else None
-                    if name is None:
+                    key, extension = _sort_member(member)
+                    if not key:
+                        self.account.lose(extension, member.name)
                         continue
-                    key, extension = name
                     if group is None or key != group.key:
                         self.close(group)
                         group = _Group(key)
                     if member.offset_data + member.size > self.size:
-                        group.cut = cut = True
+                        group.cut, fault = True, "cut"
+                        self.account.lose("lost", member.name)
                     elif extension in group.members:
-                        group.repeated = True
+                        self._lose("duplicate", key, [extension])
                     else:
                         group.members[extension] = (member.offset_data, member.size)
-                cut = cut or not self._ends_well(archive.offset)
+                fault = fault or self._end(archive.offset)
         except (tarfile.TarError, ValueError):
-            cut = True
-        if group is not None and cut:
+            fault = "cut"
+        if group is not None and fault == "cut":
             group.cut = True
         self.close(group)
-        if cut and "tar" not in self.result.dropped:
-            self.result.drop("tar", group.key if group else "(start of the file)")
+        if fault:
+            self.account.lose(fault, group.key if group else "(start of the file)")
+        else:
+            self.account.used["shard"] += 1
         return self._finish()
 
-    def _ends_well(self, offset: int) -> bool:
-        """Whether the archive ends with its block of zeros. Without it the file was cut or damaged."""
+    def _end(self, offset: int) -> str:
+        """The fault at the end of the archive, which is a block of zeros. What follows it may be zeros alone."""
         block = os.pread(self.file.fileno(), tarfile.BLOCKSIZE, offset)
-        return len(block) == tarfile.BLOCKSIZE and not any(block)
+        if len(block) < tarfile.BLOCKSIZE or any(block):
+            return "cut"
+        # A tar is filled up to 10,240 bytes; one that another was appended to goes on soon after.
+        return "joined" if any(os.pread(self.file.fileno(), 1 << 16, offset)) else ""
+
+    def _lose(self, cause: str, key: str, extensions: Sequence[str]) -> None:
+        for extension in extensions:
+            self.account.lose(cause, f"{key}.{extension}", images=is_image(extension))
 
     def close(self, group: _Group | None) -> None:
         """Turn a finished group of members into a row, or count why it makes no sample."""
         if group is None:
             return
-        if group.key in self.seen or group.repeated:
-            self.result.drop("duplicate", group.key)
-            if group.key in self.seen:
-                return
-        self.seen.add(group.key)
-        image = next((where for name, where in group.members.items() if name in IMAGE_EXTENSIONS), None)
-        complete = image is not None and not group.members.keys().isdisjoint(("json", "txt", "cls"))
-        if group.cut and not complete:
-            self.result.drop("tar", group.key)
+        key, members = group.key, group.members
+        kind = tuple(members)
+        kind = self.kinds.setdefault(kind, kind)
+        before = self.seen.get(key)
+        if before is not None:
+            self._lose("apart" if set(before).isdisjoint(kind) else "duplicate", key, kind)
             return
-        if image is None:
-            self.result.drop("image", group.key)
+        self.seen[key] = kind
+        images = [extension for extension in kind if extension in _RANK]
+        if group.cut and (not images or members.keys().isdisjoint(("json", "txt", "cls"))):
+            self._lose("lost", key, kind)
             return
-        text, kind, captions = self._captions(group)
-        key = group.key.encode("utf-8", "surrogateescape")
-        json_at = group.members.get("json", (0, 0))
-        self.rows.append((self.position, len(key), *image, *text, kind, *json_at, captions, self._label(group)))
-        self.keys.append(key)
-        self.position += len(key)
+        if not images:
+            for extension in kind:
+                self._lose("dots" if "." in extension else "no_image", key, [extension])
+            return
+        self._sample(key, members, min(images, key=_RANK.__getitem__), len(images) > 1)
+
+    def _sample(self, key: str, members: dict[str, tuple[int, int]], image: str, several: bool) -> None:
+        values = parse_json(self._read(members["json"])) if "json" in members else None
+        found, source, kind = self._captions(members, values)
+        label = self._label(members["cls"]) if "cls" in members else -1
+        used = 1
+        for extension in members:
+            if extension == image:
+                continue
+            if extension == "json":
+                cause = "" if values is not None else "json"
+            elif extension == "txt":
+                cause = "" if kind == KIND_TEXT else "second_text"
+            elif extension == "cls":
+                cause = "" if label >= 0 else "cls"
+            else:
+                cause = "second_image" if several and extension in _RANK else "dots" if "." in extension else "other"
+            if cause:
+                self._lose(cause, key, [extension])
+            else:
+                used += 1
+        self.account.used["member"] += used
+        stored = key.encode("utf-8", "surrogateescape")
+        where = (*members[image], *source, kind, *members.get("json", (0, 0)))
+        self.rows.append((self.position, len(stored), *where, len(found.texts), label))
+        self.keys.append(stored)
+        self.lost.append(found.lost)
+        if self.table is not None:
+            self.urls.append(_url(values))
+        self.position += len(stored)
 
     def _read(self, where: tuple[int, int]) -> bytes:
         return os.pread(self.file.fileno(), where[1], where[0])
 
-    def _captions(self, group: _Group) -> tuple[tuple[int, int], int, int]:
-        in_json, meant = from_json(self._read(group.members["json"])) if "json" in group.members else ([], False)
-        if meant:
-            return group.members["json"], KIND_JSON, len(usable(in_json))
-        if "txt" in group.members:
-            return group.members["txt"], KIND_TEXT, len(usable(from_text(self._read(group.members["txt"]))))
-        if in_json:
-            return group.members["json"], KIND_JSON, len(usable(in_json))
-        return (0, 0), KIND_NONE, 0
+    def _captions(
+        self, members: dict[str, tuple[int, int]], values: dict[str, Any] | None
+    ) -> tuple[Captions, tuple[int, int], int]:
+        """The captions of the first source that has usable ones, where it is, and its kind."""
+        in_json, first = read_columns(values, self.columns) if values else (Captions([], []), False)
+        lost = in_json.lost
+        if "txt" in members and not (in_json.texts and first):
+            data = self._read(members["txt"])
+            in_text = read_text(data)
+            lost = lost + in_text.lost
+            # img2dataset writes one caption into both; here alone a line's end in it does not end it.
+            whole = len(in_text.texts) > 1 and in_json.texts == [data.decode("utf-8", "replace").strip()]
+            if (in_text.texts and not whole) or not (in_json.texts or in_json.lost):
+                return Captions(in_text.texts, lost), members["txt"], KIND_TEXT
+        if in_json.texts or in_json.lost:
+            return Captions(in_json.texts, lost), members["json"], KIND_JSON
+        return in_json, (0, 0), KIND_NONE
 
-    def _label(self, group: _Group) -> int:
-        if "cls" not in group.members:
-            return -1
-        try:
-            return max(int(self._read(group.members["cls"])), -1)
-        except ValueError:
-            return -1
+    def _label(self, where: tuple[int, int]) -> int:
+        text = self._read(where)
+        return int(text) if _LABEL.fullmatch(text) else -1
 
     def _finish(self) -> ShardScan:
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
+        account, kept = self.account, np.ones(len(rows), dtype=bool)
         if self.table is not None and len(rows):
-            found = self.table.find(self.keys)
-            hit = found[:, 0] >= 0
-            for column, name in enumerate(("text_offset", "text_size", "captions")):
-                rows[hit, COLUMNS.index(name)] = found[hit, column]
-            rows[hit, COLUMNS.index("text_kind")] = KIND_TABLE
-        self.result.rows, self.result.keys = rows, b"".join(self.keys)
-        return self.result
+            found = self.table.find(self.keys, self.urls)
+            hit = found.lines >= 0
+            kind = COLUMNS.index("text_kind")
+            beside = np.flatnonzero(hit & (rows[:, kind] == KIND_TEXT))
+            account.used["member"] -= len(beside)
+            for at in beside.tolist():
+                self._lose("second_text", self.keys[at].decode("utf-8", "surrogateescape"), ["txt"])
+            lines = self.table.lines[found.lines[hit]]
+            for column, name in (("text_offset", "offset"), ("text_size", "size"), ("captions", "captions")):
+                rows[hit, COLUMNS.index(column)] = lines[name]
+            rows[hit, kind] = KIND_TABLE
+            account.used["join"] += int(hit.sum())
+            for at in np.flatnonzero(~hit).tolist():
+                account.lose("unmatched", self.keys[at].decode("utf-8", "surrogateescape"))
+            account.used.update({JOINED + way: count for way, count in found.by.items()})
+            kept = ~hit
+        for at in np.flatnonzero(kept).tolist():
+            for cause in self.lost[at]:
+                account.lose(cause, self.keys[at].decode("utf-8", "surrogateescape"))
+        captions = rows[:, COLUMNS.index("captions")]
+        account.used["caption"] += int(captions.sum())
+        return ShardScan(rows, b"".join(self.keys), account, Counter(captions.tolist()))
+
+
+def _url(values: dict[str, Any] | None) -> str:
+    """The URL of a sample, as img2dataset and others store it."""
+    found = (
+        next((values[name] for name in ("url", "URL", "image_url", "Image Path") if name in values), "")
+        if values
+        else ""
+    )
+    return found.strip() if isinstance(found, str) else ""
 
 
 def json_label(data: bytes, name: str) -> int | None:
     """The whole number under `name` in a sample's JSON, or None."""
-    try:
-        value = json.loads(data).get(name)
-    except (ValueError, AttributeError):
-        return None
+    value = (parse_json(data) or {}).get(name)
     return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -59,7 +59,9 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     context_length: Any = model.context_length
     tokenize: Tokenize = settings.tokenize or partial(clip_tokenizer(), context_length=context_length)
     result = task.run(Encoder(model, settings.mean, settings.std, settings.dtype), tokenize)
-    result.name, result.pins = item.name, task.pins()
+    result.name, result.pins, result.account = item.name, task.pins(), task.data.account.to_json()
+    if task.data.account.faults and dist.is_main():
+        _log.warning("evaluation set '%s' holds more than is used: %s", item.name, task.data.account.line())
     if result.skipped:
         _log.warning(
             "evaluation set '%s': %s cannot be read: %s", item.name, result.skipped, "; ".join(result.examples)

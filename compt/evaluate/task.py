@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compt.data.account import Account
 from compt.data.index import expand_patterns, open_index
 from compt.data.loaders import EvalLoader, eval_loader
 from compt.data.samples import EvalSamples, ShardSamples
@@ -48,11 +49,13 @@ class SetData:
     """The samples of a set. No image has been read yet.
 
     places: folders to look in for the set's other files. classes: names of the class folders, None for shards.
+    account: everything that the shards hold.
     """
 
     samples: EvalSamples
     places: tuple[Path, ...]
     classes: tuple[str, ...] | None = None
+    account: Account = field(default_factory=Account)
 
     def batches(self, image_size: int, settings: EvalSettings) -> EvalLoader:
         """This rank's share of the samples, as images of `image_size` pixels a side."""
@@ -86,7 +89,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir)
     place = expand_patterns(item.data, settings.base)[0].parent
-    return SetData(ShardSamples(index, label, captions), (place, place.parent))
+    return SetData(ShardSamples(index, label, captions), (place, place.parent), account=index.account)
 
 
 @dataclass
@@ -94,7 +97,8 @@ class Result(ABC):
     """Scores of one model on one set, with an answer for each sample.
 
     ids: positions of the samples in the data, int64 [n], ascending. skipped: samples that could not be read, by cause;
-    examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`).
+    examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`). account: `Account.to_json` of
+    the set's shards.
     """
 
     task: ClassVar[str]
@@ -105,6 +109,7 @@ class Result(ABC):
     skipped: dict[str, int] = field(default_factory=dict, kw_only=True)
     examples: list[str] = field(default_factory=list, kw_only=True)
     pins: dict[str, str] = field(default_factory=dict, kw_only=True)
+    account: dict[str, Any] = field(default_factory=dict, kw_only=True)
 
     @property
     def n(self) -> int:
@@ -132,6 +137,7 @@ class Result(ABC):
             **self.details(),
             "skipped": self.skipped,
             "skipped_examples": self.examples,
+            "account": self.account,
             "pins": self.pins,
         }
 

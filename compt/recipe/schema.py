@@ -69,7 +69,12 @@ class Data(Section):
     shuffle_shards: int = Field(default=8, gt=0)
     """Number of shards that are open at a time, with their samples mixed. The order of shards is random too."""
     captions_csv: str | None = execution(None)
-    """CSV file with captions by sample key. They replace the captions in the shards."""
+    """Table with captions (CSV, TSV, JSONL, JSON or Parquet), joined with the samples by key, file name or URL. They
+    replace the captions in the shards."""
+    caption_columns: list[str] | None = execution(None)
+    """Fields with captions, in each `.json` and in the table. Default: the known names."""
+    min_matched: float = execution(0.5, ge=0, le=1)
+    """Share of samples that need a row in the table of captions. With fewer, a run does not start."""
     index_dir: str | None = execution(None)
     """Folder for the index of the shards. Default: beside the shards."""
     max_bad_share: float = execution(0.01, ge=0, le=1)

@@ -13,6 +13,7 @@ import yaml
 from compt.evaluate.sets import task_class
 from compt.evaluate.task import ScoreRow
 from compt.recipe.schema import EVALUATION_TASKS
+from compt.data.account import Account
 from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_state
 from compt.text import TextTable, count, hours
 from compt.train.metrics import FILE as METRICS
@@ -199,6 +200,9 @@ def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, s
         lost = {cause: n for cause, n in one.get("skipped", {}).items() if n}
         if lost:
             notes.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
+        beside = Account.from_json(one["account"]).line() if one.get("account") else ""
+        if beside:
+            notes.append(f"{name} holds more than is used: {beside}.")
     return _turned(kind.title, ["Set", "images", *about, *(row.job for row in rows)], lines, [*filter(None, notes)])
 
 
@@ -249,6 +253,12 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
     ]
     return TextTable("Jobs", header, rows, [note, *anew])
+
+
+def data_tables(state: dict[str, Any]) -> list[TextTable]:
+    """What the training shards hold; nothing for the run of an older version."""
+    account = state.get("account")
+    return Account.from_json(account).tables("Training data") if account else []
 
 
 def unfinished(jobs: list[JobView]) -> list[str]:

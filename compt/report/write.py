@@ -16,6 +16,7 @@ from compt.report import figures
 from compt.report.content import (
     JobView,
     environment,
+    data_tables,
     jobs_table,
     macs_alone,
     read_job,
@@ -156,6 +157,7 @@ def _gather(run: Path) -> dict[str, Any]:
         "sheet": contact_sheet(run, state, summary),
         "scores": score_tables(summary, roles_of(recipe)),
         "jobs": jobs_table(jobs),
+        "data": data_tables(state),
         "environment": environment(state, jobs),
         "recipe": recipe,
         "primary": summary.primary,
@@ -216,6 +218,7 @@ def _markdown(content: dict[str, Any]) -> str:
     figure("costs", "Cost")
     lines += [table.markdown() for table in content["scores"]]
     lines.append(content["jobs"].markdown())
+    lines += [table.markdown() for table in content["data"]]
     lines.append(TextTable("Environment", ["", "value"], content["environment"]).markdown())
     if content["recipe"]:
         lines += ["### Recipe", "", *code_block(content["recipe"], "yaml"), ""]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compt.data.batch import Batch
+from compt.data.batch import SKIPPED, Batch
 from compt.dist import collectives as dist
 from compt.dist.watch.causes import WAITING
 from compt.dist.watch.thread import EVALUATING, LONG, TRAINING, beat
@@ -450,7 +450,7 @@ def _mfu(window: _Window, settings: TrainSettings) -> dict[str, float]:
 
 
 def _over_ranks(counts: Counter[str]) -> dict[str, int]:
-    return {cause: int(dist.all_reduce_sum(counts[cause])) for cause in ("image", "caption", "tar")}
+    return {cause: int(dist.all_reduce_sum(counts[cause])) for cause in SKIPPED}
 
 
 def _memory_gib(device: torch.device) -> float:

@@ -108,7 +108,7 @@ def test_folders_of_the_package_are_shown_at_the_top(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev"}
+    assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev", "parquet"}
     assert table["scripts"] == {"compt": "compt.cli.main:run"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 

@@ -21,20 +21,20 @@ def test_a_sound_set(tmp_path: Path) -> None:
     make_shards(tmp_path, n=10, shards=2, classes=3)
     seen: list[tuple[int, int]] = []
     report = check("*.tar", tmp_path, context_length=7, progress=lambda done, total: seen.append((done, total)))
-    assert report.ok
+    assert report.usable(0) and report.title(0) == "Every sample can be used"
     lengths = sorted(len(SimpleTokenizer().encode(text)) + 2 for i in range(10) for text in texts(i, 3))
     found = report.found
     assert found.mean_tokens == pytest.approx(sum(lengths) / 30)
     assert (found.tokens(0.5), found.tokens(0.95), found.tokens(1)) == (lengths[14], lengths[28], lengths[-1])
     assert found.share_over(7) == sum(length > 7 for length in lengths) / 30
-    assert (found.samples, found.captions, found.labels) == (10, 30, 10)
+    assert (found.samples, found.captions, report.labels) == (10, 30, 10)
     assert (found.smallest, found.largest) == ((40, 36), (40, 36))
     assert found.captions_per_image == {3: 10}
     rows = dict(report.rows())
     assert rows["samples"] == "10 (5 to 5 a shard)"
     assert rows["fingerprint"] == open_index("*.tar", tmp_path).fingerprint[:16]
     assert seen[-1] == (10, 10)
-    assert not [label for label, _ in report.rows() if label.startswith("unusable")]
+    assert report.account.faults == []
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -59,15 +59,16 @@ def test_every_fault_is_counted_and_the_first_named(
     )
     shards[0].write_bytes(shards[0].read_bytes()[:-12000])
     report = check("*.tar", tmp_path, workers=workers)
-    assert not report.ok
-    assert report.found.causes == {"image": 2, "caption": 2, "duplicate": 1, "tar": 1}
-    assert report.found.first["image"].startswith("bad.tar: broken: ")
-    assert report.found.first["caption"] == "bad.tar: mute: it has no caption"
-    assert report.found.first["duplicate"] == "bad.tar: whole"
-    assert report.found.first["tar"].startswith("000000.tar: 00000000")
+    assert not report.usable(0.01)
+    account = report.account
+    assert account.unused == {"image": 1, "caption": 1, "empty": 1, "no_image": 1, "duplicate": 2, "cut": 1}
+    assert account.first["image"].startswith("bad.tar: broken: ")
+    assert account.first["caption"] == "bad.tar: mute: it has no caption"
+    assert account.first["duplicate"] == "bad.tar: whole.png"
+    assert account.first["cut"].startswith("000000.tar: 00000000")
     assert (report.found.smallest, report.found.largest) == ((9, 9), (40, 36))
-    rows = dict(report.rows())
-    assert rows["unusable: duplicate"] == "1, first bad.tar: whole"
+    assert account.read("sample") == report.found.samples == len(report.index)
+    assert report.usable(0.3) and not report.usable(0.1)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

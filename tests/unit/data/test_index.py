@@ -16,7 +16,6 @@ import webdataset
 
 from compt.data import index as index_module
 from compt.data.content import changed_shards
-from compt.data.captions import convert_csv, from_json, from_text, split_sentences
 from compt.data.index import build_index, expand_patterns, index_folder, open_index
 from compt.data.samples import SampleReader
 from compt.data.scan import split_name
@@ -26,7 +25,7 @@ from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
 def captions_of(index, number: int) -> list[str]:
     reader = SampleReader(index)
-    return reader.captions(index.entry(number))
+    return reader.captions(index.entry(number)).texts
 
 
 def test_an_index_agrees_with_webdataset(tmp_path: Path) -> None:
@@ -43,7 +42,8 @@ def test_an_index_agrees_with_webdataset(tmp_path: Path) -> None:
         assert entry.label == int(other["cls"]) == index.column("label")[number]
         assert entry.captions == 3
     assert index.sizes.tolist() == [4, 4, 3]
-    assert index.dropped == {}
+    assert index.account.faults == []
+    assert index.account.used["member"] == 33
 
 
 @pytest.mark.parametrize(
@@ -119,13 +119,13 @@ def test_a_truncated_tar_keeps_what_is_whole(tmp_path: Path) -> None:
     for cut, left in [(at.image_offset + 10, 5), (at.text_offset + 1, 5), (at.text_offset - 300, 5), (700, 0)]:
         shard.write_bytes(data[:cut])
         if not left:
-            with pytest.raises(DataError, match=r"no samples in 1 shards.*'tar': 1"):
+            with pytest.raises(DataError, match=r"no samples in 1 shards.*cut or damaged tar.*: 1"):
                 open_index("*.tar", tmp_path)
             continue
         index = open_index("*.tar", tmp_path)
         assert len(index) == left
-        assert index.dropped == {"tar": 1}
-        assert index.shards[0].first["tar"] == "000000005"
+        assert index.account.unused["cut"] == 1
+        assert index.account.first["cut"] == "000000.tar: 000000005"
         assert captions_of(index, 4) == texts(4, 3)
 
 
@@ -134,7 +134,7 @@ def test_a_cut_between_two_members_is_noticed(tmp_path: Path) -> None:
     header = open_index("*.tar", tmp_path).entry(5).image_offset - 512
     shard.write_bytes(shard.read_bytes()[:header])
     index = open_index("*.tar", tmp_path)
-    assert (len(index), index.dropped) == (5, {"tar": 1})
+    assert (len(index), index.account.unused["cut"]) == (5, 1)
 
 
 def test_damage_in_the_middle_and_files_that_are_no_tars(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_damage_in_the_middle_and_files_that_are_no_tars(tmp_path: Path) -> None
     (tmp_path / "2.tar").write_bytes(b"not a tar at all" * 100)
     index = open_index("*.tar", tmp_path)
     assert index.sizes.tolist() == [3, 0, 0]
-    assert index.dropped == {"tar": 3}
+    assert index.account.unused == {"cut": 3}
     assert [index.key(i) for i in range(3)] == ["000000000", "000000001", "000000002"]
 
 
@@ -164,7 +164,7 @@ def test_duplicate_keys_and_missing_members_are_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", members)
     index = open_index("x.tar", tmp_path)
     assert [index.key(i) for i in range(len(index))] == ["a", "b", "d"]
-    assert index.dropped == {"duplicate": 2, "image": 1}
+    assert index.account.unused == {"duplicate": 4, "no_image": 1, "bare": 1}
     assert captions_of(index, 0) == texts(1, 3)
     assert index.column("captions").tolist() == [3, 3, 0]
 
@@ -173,7 +173,7 @@ def test_the_index_is_reused_while_the_shard_is_unchanged(tmp_path: Path, monkey
     shards = make_shards(tmp_path, n=6, shards=3)
     scanned: list[str] = []
     real = index_module.scan_shard
-    monkeypatch.setattr(index_module, "scan_shard", lambda path, table: scanned.append(path.name) or real(path, table))
+    monkeypatch.setattr(index_module, "scan_shard", lambda path, *rest: scanned.append(path.name) or real(path, *rest))
     first = open_index("*.tar", tmp_path)
     assert open_index("*.tar", tmp_path).fingerprint == first.fingerprint
     assert scanned == ["000000.tar", "000001.tar", "000002.tar"]
@@ -230,16 +230,6 @@ def test_tables_are_held_for_a_bounded_number_of_shards(tmp_path: Path, monkeypa
     assert keys[:10] == keys[10:] == [f"{i // 2:04d}{i:05d}" for i in range(10)]
 
 
-def test_captions_of_each_source() -> None:
-    assert from_json(b'{"captions": ["a", "", null, "b"]}') == (["a", "", "", "b"], True)
-    assert from_json(b'{"caption": "x", "url": "u"}') == (["x"], False)
-    assert from_json(b'{"raw": "r", "longIB": "One. Two! "}') == (["r", "One.", "Two!"], True)
-    for broken in (b"", b"[1]", b"{", b'{"captions": "x"}', b"\xff\xfe", b"[" * 100_000):
-        assert from_json(broken) == ([], False)
-    assert from_text(b"a\nb\r\n\nc\n") == ["a", "b", "", "c"]
-    assert split_sentences(" A dog. It runs!  Why? yes ") == ["A dog.", "It runs!", "Why?", "yes"]
-
-
 def test_img2dataset_shards_take_the_text_file(tmp_path: Path) -> None:
     members = [("0.jpg", picture(0, 8, 8, "JPEG")), ("0.json", b'{"caption": "j"}'), ("0.txt", b"from txt")]
     write_tar(tmp_path / "x.tar", [*members, ("1.jpg", picture(1, 8, 8, "JPEG")), ("1.json", b'{"caption": "j"}')])
@@ -279,27 +269,6 @@ def test_a_captions_csv_is_laid_out_once_and_looked_up_by_key(tmp_path: Path) ->
     assert open_index("*.tar", tmp_path, captions_csv=csv).captions.blob.stat().st_mtime_ns == before
     csv.write_text(DREAMLIP.replace("raw two", "raw 2!"))
     assert captions_of(open_index("*.tar", tmp_path, captions_csv=csv), 2) == ["raw 2!"]
-
-
-def test_csv_columns_rows_and_errors(tmp_path: Path) -> None:
-    csv = tmp_path / "c.csv"
-    csv.write_text("image_id,caption\na,one\na,two\nb,three\na,four\n")
-    table = convert_csv(csv, tmp_path / "x")
-    assert (table.rows, table.repeated) == (3, 1)
-    offset, size, count = table.find([b"folder/a"])[0].tolist()
-    assert count == 2
-    assert json.loads(table.blob.read_bytes()[offset : offset + size]) == ["a", ["one", "two"]]
-    assert (table.find([b"nobody"]) == -1).all()
-    with pytest.raises(ValueError, match="in the place of 'z'"):
-        table.parse(b'["a", []]', "z")
-    csv.write_text("x,y\n1,2\n")
-    with pytest.raises(DataError, match="columns x, y"):
-        convert_csv(csv, tmp_path / "x")
-    csv.write_text("key,caption\n")
-    with pytest.raises(DataError, match="no rows"):
-        convert_csv(csv, tmp_path / "x")
-    with pytest.raises(DataError, match=r"none\.csv"):
-        convert_csv(tmp_path / "none.csv", tmp_path / "x")
 
 
 def test_stored_tables_hold_no_pickles(tmp_path: Path) -> None:

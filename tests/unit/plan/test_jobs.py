@@ -172,6 +172,8 @@ OTHER: dict[str, Any] = {
     "data.std": [0.5, 0.5, 0.5],
     "data.shuffle_shards": 2,
     "data.captions_csv": "captions.csv",
+    "data.caption_columns": ["text"],
+    "data.min_matched": 0.9,
     "data.decoder": None,  # see tests/unit/seams/test_decoder.py
     "data.index_dir": "index",
     "data.max_bad_share": 0.5,

@@ -1,0 +1,185 @@
+"""One account of what tars, folders and tables hold: used, or not used for a named cause, with what mends it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from compt.text import TextTable
+
+
+class Cause(NamedTuple):
+    """Why something is not used.
+
+    unit: what is counted. harmless: nothing that a set needs is lost, so `remedy` is not shown.
+    """
+
+    unit: str
+    text: str
+    remedy: str = ""
+    harmless: bool = False
+
+
+UNITS = ("file", "shard", "member", "row", "join", "sample", "label", "caption")
+"""What is counted, in the order of reading. A join is a sample for which a row of the table of captions is sought."""
+JOINED = "by "
+"""What precedes the name of a way to join, in the units of `Account.used`."""
+_UNIT_NAMES = {
+    "file": "files in folders of shards",
+    "shard": "shards",
+    "member": "files in the shards",
+    "row": "rows of the table",
+    "join": "samples sought in the table",
+    "sample": "samples",
+    "label": "class numbers",
+    "caption": "captions",
+}
+
+CAUSES: dict[str, Cause] = {
+    # In a folder of shards.
+    "packed": Cause("file", "compressed shard", "unpack it: gunzip -k, zstd -d, unxz -k or bunzip2 -k"),
+    "no_shard": Cause("file", "file that is not a .tar", harmless=True),
+    # Of a shard as a whole.
+    "cut": Cause("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
+    "joined": Cause("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),
+    # Of a member of a tar.
+    "folder": Cause("member", "folder", harmless=True),
+    "hidden": Cause("member", "hidden or macOS file (._x, .DS_Store, __MACOSX)", harmless=True),
+    "metadata": Cause("member", "metadata of WebDataset (__x__)", harmless=True),
+    "other": Cause("member", "file of another kind", harmless=True),
+    "second_text": Cause("member", "text file beside captions that come first", harmless=True),
+    "link": Cause("member", "link, not a plain file", "pack with tar --dereference --hard-dereference"),
+    "special": Cause("member", "sparse file or device", "pack plain files, without tar --sparse"),
+    "bare": Cause("member", "name without an extension", "name files KEY.jpg, KEY.json, KEY.txt, KEY.cls"),
+    "dots": Cause(
+        "member", "key with dots (the key ends at the first dot)", r"rename files: rename 's/\.(?=[^\/]*\.)/_/g' *"
+    ),
+    "second_image": Cause("member", "second image of a key", "keep one; jpg, png, jpeg, webp come first"),
+    "no_image": Cause("member", "file of a key without an image", "add the image, or remove the file"),
+    "apart": Cause("member", "members of a sample are not together", "pack with tar --sort=name"),
+    "duplicate": Cause("member", "file of a key that was read before", "give each sample a key of its own"),
+    "json": Cause("member", ".json that is damaged, not UTF-8, or no object", "write it again: json.dumps of a dict"),
+    "cls": Cause("member", ".cls without a whole number from 0", "write the class number as digits"),
+    "lost": Cause("member", "file of the sample at which the tar is cut", "copy the shard again"),
+    # Of a row of a table of captions.
+    "row_cells": Cause("row", "row that does not fit the header, or is no JSON object", "write the table again"),
+    "row_key": Cause("row", "row without key, URL and file name", "fill the column, or remove the row"),
+    "row_text": Cause("row", "row without a caption", "fill the columns, or name others: data.caption_columns"),
+    "row_alone": Cause("row", "row that matches no sample", "compare its keys, URLs and file names with the shards'"),
+    # Of a sample that is sought in a table.
+    "unmatched": Cause("join", "sample that matches no row; it keeps the captions in its shard", "complete the table"),
+    # Of a sample.
+    "image": Cause("sample", "image that cannot be decoded", "remove the sample, or get the image again"),
+    "caption": Cause(
+        "sample", "sample without a usable caption", "add captions, or name columns: data.caption_columns"
+    ),
+    "tar": Cause("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
+    "label": Cause("label", "class number missing, or no whole number from 0", "write it into KEY.cls"),
+    "label_range": Cause("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
+    # Of a caption.
+    "empty": Cause("caption", "caption that is empty or invisible", "remove it"),
+    "not_text": Cause("caption", "caption that is not text", "write captions as strings"),
+    "encoding": Cause("caption", "caption that is not UTF-8", "convert it: iconv -f LATIN1 (or other) -t UTF-8"),
+}
+
+
+@dataclass
+class Account:
+    """What was read and what became of it.
+
+    used: by unit. unused: by cause. images: images among the unused members, by cause. first: the place of the first of
+    each cause.
+    """
+
+    used: Counter[str] = field(default_factory=Counter)
+    unused: Counter[str] = field(default_factory=Counter)
+    images: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def lose(self, cause: str, where: str, count: int = 1, *, images: int = 0) -> None:
+        """Count what is not used for `cause`, a name in `CAUSES`."""
+        self.unused[cause] += count
+        if images:
+            self.images[cause] += images
+        if cause not in self.first:
+            self.first[cause] = where.encode("utf-8", "backslashreplace").decode()
+
+    def add(self, other: Account, place: str = "") -> None:
+        """Add what was read later. `place` comes before the places of `other`."""
+        self.used.update(other.used)
+        self.unused.update(other.unused)
+        self.images.update(other.images)
+        for cause, where in other.first.items():
+            self.first.setdefault(cause, f"{place}{where}")
+
+    def lost(self, unit: str) -> int:
+        """What was not used of a unit."""
+        return sum(count for cause, count in self.unused.items() if CAUSES[cause].unit == unit)
+
+    def read(self, unit: str) -> int:
+        """What was read of a unit: used and unused."""
+        return self.used[unit] + self.lost(unit)
+
+    def lost_share(self, unit: str) -> float:
+        """The share of a unit that was not used, 0 where nothing was read."""
+        return self.lost(unit) / max(self.read(unit), 1)
+
+    @property
+    def faults(self) -> list[str]:
+        """The causes that lose something, in the order of `CAUSES`."""
+        return [cause for cause, known in CAUSES.items() if self.unused[cause] and not known.harmless]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "used": dict(self.used),
+            "unused": dict(self.unused),
+            "images": dict(self.images),
+            "first": self.first,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Account:
+        """What `to_json` gave. A cause that this version does not know is left out."""
+        used = Counter({name: int(n) for name, n in values["used"].items()})
+        unused, images = (
+            Counter({cause: int(n) for cause, n in values[part].items() if cause in CAUSES})
+            for part in ("unused", "images")
+        )
+        return cls(used, unused, images, {cause: str(at) for cause, at in values["first"].items() if cause in CAUSES})
+
+    def tables(self, title: str = "What was read", units: Iterable[str] = UNITS) -> list[TextTable]:
+        """What was read, and what was not used, with what mends it."""
+        shown = [unit for unit in units if self.read(unit)]
+        rows = [
+            [_UNIT_NAMES[unit], *(f"{n:,}" for n in (self.read(unit), self.used[unit], self.lost(unit)))]
+            for unit in shown
+        ]
+        joins = [f"{count:,} {name}" for name, count in self.used.items() if name.startswith(JOINED)]
+        notes = [f"Samples joined with the table: {', '.join(joins)}."] if joins else []
+        tables = [TextTable(title, ["", "read", "used", "not used"], rows, notes)]
+        causes = [cause for cause, known in CAUSES.items() if self.unused[cause] and known.unit in shown]
+        if causes:
+            rows = [
+                [
+                    CAUSES[cause].text,
+                    self._count(cause),
+                    self.first.get(cause, ""),
+                    CAUSES[cause].remedy or "(harmless)",
+                ]
+                for cause in causes
+            ]
+            tables.append(TextTable("Not used", ["cause", "count", "the first", "what to do"], rows))
+        return tables
+
+    def line(self, causes: Iterable[str] | None = None) -> str:
+        """The counts of some causes, or of all that lose something, on one line."""
+        chosen = self.faults if causes is None else causes
+        return "; ".join(f"{CAUSES[cause].text}: {self._count(cause)}" for cause in chosen)
+
+    def _count(self, cause: str) -> str:
+        images = self.images[cause]
+        inside = "" if not images else f" ({images:,} {'image' if images == 1 else 'images'})"
+        return f"{self.unused[cause]:,}{inside}"

@@ -1,0 +1,452 @@
+"""Tables of captions: CSV, TSV, JSON lines, JSON or Parquet, joined with samples on key, file name or URL."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+import re
+import sys
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compt.data.account import Account
+from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
+from compt.errors import DataError
+from compt.files import new_folder, read_json, write_json
+
+JOIN_COLUMNS = (
+    *("key", "__key__", "uid", "sample_id", "image_id", "id", "filename", "file_name", "filepath", "image_name"),
+    *("image", "image_path", "path", "file", "url", "image_url", "img_url", "imagepath"),
+)
+"""Names of columns that say which sample a row belongs to, in lower case. `Image Path` is `image_path`."""
+_LINE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("captions", "<i8"), ("rows", "<i8")])
+_NAME = np.dtype([("hash", "<u8"), ("line", "<i8")])
+_IMAGE_ENDING = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm)$", re.IGNORECASE)
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_PACKED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"PK\x03\x04": "unzip"}
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
+CELL = 1 << 24
+"""The longest cell of a CSV, in characters."""
+
+
+class Join(NamedTuple):
+    """The lines of samples in a table. lines: their numbers, int64 [n]; -1 without one. by: samples joined by each way."""
+
+    lines: NDArray[np.int64]
+    by: dict[str, int]
+
+
+@dataclass(frozen=True)
+class CaptionTable:
+    """A table of captions, converted to one JSON line per sample. Lines and the sorted hashes of names stay on disk.
+
+    digest: hash of all lines. account: its rows; those with a caption count as used until samples are sought in it.
+    """
+
+    folder: Path
+    digest: str
+    account: Account
+    owner: str
+
+    @property
+    def blob(self) -> Path:
+        """The JSON lines: `["key", ["caption", ...]]`."""
+        return self.folder / "captions.jsonl"
+
+    @cached_property
+    def lines(self) -> NDArray[np.void]:
+        """Offset, size, captions and rows of each line."""
+        return np.memmap(self.folder / "lines.bin", dtype=_LINE, mode="r")
+
+    @cached_property
+    def _names(self) -> NDArray[np.void]:
+        return np.memmap(self.folder / "names.bin", dtype=_NAME, mode="r")
+
+    def find(self, keys: Sequence[bytes], urls: Sequence[str]) -> Join:
+        """The line of each sample, by its key, else by the last part of its key, else by its URL ("" for none)."""
+        lines = np.full(len(keys), -1, dtype=np.int64)
+        if not len(self._names):
+            return Join(lines, {})
+        table, by = self._names["hash"], dict[str, int]()
+        tried = {"key": keys, "file name": [key.rsplit(b"/", 1)[-1] for key in keys], "URL": [*map(_bytes, urls)]}
+        for way, names in tried.items():
+            hashes = np.array([_hash(name) for name in names], dtype=np.uint64)
+            at = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
+            hit = (table[at] == hashes) & (lines < 0) & np.array([bool(name) for name in names])
+            lines[hit] = self._names["line"][at[hit]]
+            if hit.any():
+                by[way] = int(hit.sum())
+        return Join(lines, by)
+
+    def rows_met(self, offsets: NDArray[np.int64]) -> int:
+        """Rows of the lines that begin at these offsets; each line counts once."""
+        at = np.searchsorted(self.lines["offset"], np.unique(offsets))
+        return int(self.lines["rows"][at].sum())
+
+    @staticmethod
+    def parse(line: bytes) -> list[str]:
+        """The captions of one line. Raises ValueError for another line."""
+        _, captions = json.loads(line)
+        return [str(caption) for caption in captions]
+
+
+def _bytes(name: str) -> bytes:
+    # Bytes of a tar or table that are not UTF-8 come back as they were; a half of a pair from a JSON stays one.
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
+
+
+def _hash(name: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> CaptionTable:
+    """Convert a table of captions to a folder in `parent`, or reuse an earlier conversion of the same file.
+
+    Rows with one key are one sample, wherever they are. `columns` names the columns with captions (default: the known
+    ones). Raises DataError where the file or its columns cannot be used.
+    """
+    try:
+        stat = path.stat()
+        with path.open("rb") as file:
+            head = file.read(6)
+    except OSError as error:
+        raise DataError(f"table of captions {path}: {error.strerror}") from error
+    for magic, command in _PACKED.items():
+        if head.startswith(magic):
+            raise DataError(f"table of captions {path} is compressed: unpack it with `{command} {path.name}`")
+    if head.startswith(_UTF16):
+        raise DataError(f"table of captions {path} is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
+    folder = parent / f"captions-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
+    identity = {"version": 2, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "columns": [*columns]}
+    try:
+        meta = read_json(folder / "meta.json")
+        if {key: meta[key] for key in identity} == identity:
+            return CaptionTable(folder, meta["digest"], Account.from_json(meta["account"]), meta["owner"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass
+    writer = _Writer(path, columns)
+    with new_folder(folder) as temporary:
+        digest = writer.write(temporary)
+        meta = {**identity, "digest": digest, "account": writer.account.to_json(), "owner": writer.owner}
+        write_json(temporary / "meta.json", meta)
+    return CaptionTable(folder, digest, writer.account, writer.owner)
+
+
+class _Writer:
+    """Writes a line for each sample, and the names that lead to it.
+
+    Lines are written as rows come, one for neighbours with the same first name. Names that lead to several lines then get
+    one more, with the captions of all of them. Only numbers stay in memory: 60 bytes a row with one name.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str]) -> None:
+        self.path, self.columns = path, [_known(name) for name in columns]
+        self.account = Account()
+        self.owner = ""
+        self._sha = hashlib.sha256()
+        self._lines = array("q")  # offset, size, captions, rows of each line
+        self._hashes, self._places, self._whole = array("Q"), array("q"), array("b")
+
+    def write(self, folder: Path) -> str:
+        """Write all files, and return the hash of the lines. Raises DataError."""
+        with (folder / "captions.jsonl").open("w+b") as blob:
+            self._write_rows(blob)
+            if not self._lines:
+                why = f": {self.account.line()}" if self.account.faults else ""
+                raise DataError(f"table of captions {self.path} has no rows with captions{why}")
+            names = self._lead(blob)
+        lines = np.array(self._lines).reshape(-1, 4)
+        np.rec.fromarrays(lines.T, dtype=_LINE).tofile(folder / "lines.bin")
+        names.tofile(folder / "names.bin")
+        return self._sha.hexdigest()
+
+    def _put(self, blob: BinaryIO, owner: str, captions: list[str], rows: int) -> int:
+        line = json.dumps([owner, captions], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        self._sha.update(line)
+        self._lines.extend((blob.tell(), len(line), len(captions), rows))
+        blob.write(line)
+        return len(self._lines) // 4 - 1
+
+    def _write_rows(self, blob: BinaryIO) -> None:
+        names: dict[str, bool] = {}
+        captions: list[str] = []
+        rows = 0
+        for own, found in self._rows():
+            first, last = next(iter(own)), next(iter(names), None)
+            if first != last:
+                if last is not None:
+                    self._name(names, self._put(blob, last, captions, rows))
+                names, captions, rows = {}, [], 0
+            names |= own
+            captions += found
+            rows += 1
+        if rows:
+            self.owner = self.owner or next(iter(names))
+            self._name(names, self._put(blob, next(iter(names)), captions, rows))
+
+    def _name(self, names: dict[str, bool], place: int) -> None:
+        self.owner = self.owner or next(iter(names))
+        for name, whole in names.items():
+            self._hashes.append(_hash(_bytes(name)))
+            self._places.append(place)
+            self._whole.append(whole)
+
+    def _lead(self, blob: BinaryIO) -> NDArray[np.void]:
+        """The hash of each name once, with its line. A file name that several folders have leads nowhere."""
+        blob.flush()
+        hashes, places = np.array(self._hashes), np.array(self._places)
+        whole = np.array(self._whole, dtype=bool)
+        order = np.lexsort((places, hashes))
+        hashes, places, whole = hashes[order], places[order], whole[order]
+        starts = np.flatnonzero(np.r_[True, hashes[1:] != hashes[:-1]])
+        ends = np.r_[starts[1:], len(hashes)]
+        lead = places[starts]
+        merged: dict[tuple[int, ...], int] = {}
+        doubtful: dict[int, tuple[int, ...]] = {}
+        for group in np.flatnonzero(ends - starts > 1).tolist():
+            part = slice(starts[group], ends[group])
+            chosen = tuple(places[part][whole[part]].tolist()) or tuple(places[part].tolist())
+            if len(chosen) == 1:
+                lead[group] = chosen[0]
+            elif whole[part].any():
+                if chosen not in merged:
+                    merged[chosen] = self._merge(blob, chosen)
+                lead[group] = merged[chosen]
+            else:
+                doubtful[group] = chosen
+        for group, chosen in doubtful.items():
+            lead[group] = merged.get(chosen, -1)
+        kept = lead >= 0
+        return np.rec.fromarrays([hashes[starts][kept], lead[kept]], dtype=_NAME)
+
+    def _merge(self, blob: BinaryIO, places: Sequence[int]) -> int:
+        owner, captions, rows = "", list[str](), 0
+        for place in places:
+            offset, size, _, own = self._lines[4 * place : 4 * place + 4]
+            name, texts = json.loads(os.pread(blob.fileno(), size, offset))
+            owner, captions, rows = owner or name, captions + texts, rows + own
+        return self._put(blob, owner, captions, rows)
+
+    def _rows(self) -> Iterator[tuple[dict[str, bool], list[str]]]:
+        """The names of each usable row, with whether they are whole, and its captions."""
+        joins: list[str] | None = None
+        for number, row in _read_rows(self.path, self.account):
+            if joins is None:
+                joins = self._joins(list(row))
+            names: dict[str, bool] = {}
+            for column in joins:
+                names |= {**_names_of(row.get(column)), **names}
+            found = self._captions(row)
+            where = f"{self.path.name}:{number}"
+            for cause in found.lost:
+                self.account.lose(cause, where)
+            if not names:
+                self.account.lose("row_key", where)
+            elif not found.texts:
+                self.account.lose("row_text", where)
+            else:
+                self.account.used["row"] += 1
+                yield names, found.texts
+
+    def _captions(self, row: dict[str, Any]) -> Captions:
+        values = {name: _cell(value) for name, value in row.items() if value is not None and value != ""}
+        return read_columns(values, self.columns)[0]
+
+    def _joins(self, names: list[str]) -> list[str]:
+        """The columns to join on. Raises DataError where there are none, or no captions."""
+        place = f"table of captions {self.path} has the columns {', '.join(names)}"
+        missing = [name for name in self.columns if name not in names]
+        if missing:
+            raise DataError(f"{place}; it lacks {', '.join(missing)}, which data.caption_columns names")
+        texts = self.columns or [name for name in names if name in CAPTION_COLUMNS]
+        if not texts:
+            raise DataError(f"{place}; none is known to hold captions: name those that do with data.caption_columns")
+        known = sorted((name for name in names if _plain(name) in JOIN_COLUMNS and name not in texts), key=_rank)
+        others = [name for name in names if name not in texts]
+        if not others:
+            raise DataError(f"{place}; none says which sample a row belongs to: add a column key, url or filename")
+        return known or others[:1]
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace(" ", "_")
+
+
+def _rank(name: str) -> int:
+    return JOIN_COLUMNS.index(_plain(name))
+
+
+def _names_of(value: Any) -> dict[str, bool]:
+    """The names that a cell gives its row, and whether each is whole: a URL, or a key or path without image ending.
+
+    The last part of a path is no whole name.
+    """
+    if isinstance(value, dict):  # Hugging Face's images
+        value = value.get("path")
+    value = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if not value or _URL.match(value):
+        return {value: True} if value else {}
+    name = _IMAGE_ENDING.sub("", value)
+    last = name.rsplit("/", 1)[-1]
+    return {name: True} if last in (name, "") else {name: True, last: False}
+
+
+def _cell(value: Any) -> Any:
+    """A cell, or the list that it holds as JSON, as in Flickr30k's files."""
+    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
+        try:
+            listed = json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+        return listed if all(isinstance(item, str) for item in listed) else value
+    return value
+
+
+def _read_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and columns of each row, by the file's ending. Raises DataError."""
+    ending = path.suffix.lower()
+    readers: dict[str, Callable[[Path, Account], Iterator[tuple[int, dict[str, Any]]]]] = {
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+        ".json": _json_rows,
+        ".parquet": _parquet_rows,
+    }
+    try:
+        yield from readers.get(ending, _csv_rows)(path, account)
+    except OSError as error:
+        raise DataError(f"table of captions {path}: {error.strerror}") from error
+
+
+def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
+    csv.field_size_limit(CELL)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        first = file.readline(CELL)
+        # The separator is the one that gives most columns; a comma where several give as many.
+        separator = max(",\t;|", key=first.count)
+        # Conceptual Captions' TSV files have tabs between cells, and quotation marks that mean nothing.
+        quoted = separator == "," or _misfits(path, separator, True) <= _misfits(path, separator, False)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=separator, **_format(quoted))
+        names: list[str] | None = None
+        line = 1
+        try:
+            for row in reader:
+                if names is None:
+                    names = _header(row)
+                    if names is not row:
+                        line = reader.line_num + 1
+                        continue
+                    names = _headless(path, row)
+                if len(row) == len(names):
+                    yield line, dict(zip(names, row, strict=True))
+                elif row:
+                    account.lose("row_cells", f"{path.name}:{line}")
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"table of captions {path}, line {line}: {error}; is a quotation mark missing there, or not doubled?"
+            ) from error
+
+
+def _format(quoted: bool) -> dict[str, Any]:
+    return {"strict": True, "skipinitialspace": True, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
+
+
+def _misfits(path: Path, separator: str, quoted: bool) -> tuple[int, int]:
+    """Rows that do not fit the first one, and the number of rows below zero: smaller is better."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, delimiter=separator, **_format(quoted))
+        try:
+            widths = [len(row) for row in reader if row]
+        except csv.Error:
+            return sys.maxsize, 0
+        return sum(width != widths[0] for width in widths), -len(widths)
+
+
+def _header(row: list[str]) -> list[str]:
+    """The names in a header; `row` itself where it has a URL, and so is no header."""
+    if any(_URL.match(cell.strip()) for cell in row):
+        return row
+    return [_known(name) for name in row]
+
+
+def _known(name: str) -> str:
+    """A column's name as it is known, in whatever case it is written."""
+    name = name.strip()
+    return name if name in CAPTION_COLUMNS else next((k for k in CAPTION_COLUMNS if k == _plain(name)), name)
+
+
+def _headless(path: Path, row: list[str]) -> list[str]:
+    """The columns of Conceptual Captions' files, which have no header. Raises DataError for others."""
+    if len(row) != 2:
+        raise DataError(f"table of captions {path} has no header: its first line holds a URL; add a line of names")
+    return ["url", "caption"] if _URL.match(row[0].strip()) else ["caption", "url"]
+
+
+def _json_lines(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                account.lose("row_cells", f"{path.name}:{number}")
+
+
+def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a list, as BLIP's; of `images`, as Karpathy's; or COCO's `annotations` with their images' names."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"table of captions {path} is no JSON: {error}") from None
+    names: dict[Any, Any] = {}
+    if isinstance(values, dict):
+        images = values.get("images")
+        if isinstance(values.get("annotations"), list):
+            names = {image["id"]: image.get("file_name") for image in images or [] if isinstance(image, dict)}
+            values = values["annotations"]
+        else:
+            values = images
+    if not isinstance(values, list):
+        raise DataError(f"table of captions {path} is no list of objects, and has no list `images` or `annotations`")
+    for number, row in enumerate(values, 1):
+        if not isinstance(row, dict):
+            account.lose("row_cells", f"{path.name}:{number}")
+        elif names:
+            yield number, {"file_name": names.get(row.get("image_id")), "caption": row.get("caption")}
+        else:
+            yield number, row
+
+
+def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise DataError(f"reading {path} needs pyarrow: pip install 'compt[parquet]'") from None
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            known = [name for name in file.schema_arrow.names if str(file.schema_arrow.field(name).type) != "binary"]
+            for batch in file.iter_batches(batch_size=1024, columns=known):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {_known(name): value for name, value in row.items()}
+    except ArrowException as error:
+        raise DataError(f"table of captions {path}: {error}") from None

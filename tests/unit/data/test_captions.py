@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from compt.data.captions import parse_json, read_columns, read_json_captions, read_text, split_sentences
+from compt.data.index import Index, open_index
+from compt.data.samples import SampleReader
+from compt.data.table import convert_table
+from compt.errors import DataError
+from tests.helpers.shards import make_shards, picture, texts, write_tar
+
+IMAGE = picture(0, 8, 8, "JPEG")
+
+
+def columns(values: object, names: tuple[str, ...] = ()) -> tuple[list[str], bool]:
+    found, first = read_columns(json.loads(json.dumps(values)), names)
+    return found.texts, first
+
+
+def shard(path: Path, **samples: dict[str, object]) -> Path:
+    """A tar; each sample has an image and members by extension: bytes, or values for a `.json`."""
+    members = []
+    for key, own in samples.items():
+        members.append((f"{key}.jpg", IMAGE))
+        members += [(f"{key}.{e}", d if isinstance(d, bytes) else json.dumps(d).encode()) for e, d in own.items()]
+    return write_tar(path, members)
+
+
+def captions_of(index: Index) -> dict[str, list[str]]:
+    reader = SampleReader(index)
+    entries = [index.entry(sample) for sample in range(len(index))]
+    return {entry.key: reader.captions(entry).texts if entry.captions else [] for entry in entries}
+
+
+RELEASED = {
+    "url": "http://a/0.jpg",
+    "raw_caption": "a raw one",
+    "shortIB_captions": "a cat",
+    "longIB_captions": "A cat sits. It looks at St. Paul's!",
+    "shortSV_captions": "cat.",
+    "longSV_captions": ["One. sentence", "another"],
+    "shortLLA_captions": "a, cat",
+    "longLLA_captions": "Line one\nline two</s>end",
+}
+READ = [
+    "a raw one",
+    "a cat",
+    *("A cat sits.", "It looks at St.", "Paul's!"),
+    "cat.",
+    *("One. sentence", "another"),
+    "a, cat",
+    *("Line one", "line two", "end"),
+]
+
+
+def test_dreamlips_released_columns_are_all_read() -> None:
+    assert columns(RELEASED) == (READ, True)
+    short = {name.removesuffix("_captions"): value for name, value in RELEASED.items() if name != "raw_caption"}
+    assert columns({**short, "raw": "a raw one"}) == (READ, True)
+    # `--caption_col raw_caption --save_additional_columns [the others]`
+    without = {name: value for name, value in RELEASED.items() if name != "raw_caption"}
+    assert columns({**without, "caption": "a raw one"}) == (READ, True)
+    assert columns({"captions": {"raw": "r", "shortIB": "s"}}) == (["r", "s"], True)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected", "first"),
+    [
+        ({"captions": ["a", "b"]}, ["a", "b"], True),
+        ({"captions": "one"}, ["one"], True),
+        ({"caption": "x", "url": "u"}, ["x"], False),
+        ({"caption": ["x", "y"]}, ["x", "y"], True),
+        ({"text": "x"}, ["x"], False),
+        ({"TEXT": "x", "similarity": 0.3}, ["x"], False),
+        ({"alt_text": "x"}, ["x"], False),
+        ({"sentences": [{"raw": "a b.", "tokens": ["a", "b"]}, {"raw": "c"}]}, ["a b.", "c"], True),
+        ({"sentences": {"raw": "a b.", "tokens": ["a"]}}, ["a b."], True),
+        ({"org_caption": "o", "re_caption": "r"}, ["o", "r"], True),
+        ({"captions": [], "caption": "x"}, ["x"], False),
+        ({"raw": None, "caption": "x"}, ["x"], False),
+        ({"caption_length": 16, "caption_lang": "en", "captioner": "me", "text_width": 3}, [], False),
+    ],
+)
+def test_known_names(values: dict[str, object], expected: list[str], first: bool) -> None:
+    assert columns(values) == (expected, first)
+
+
+def test_named_columns_replace_the_known_ones() -> None:
+    assert columns({"caption": "x", "mine": "y", "other": ["z"]}, ("other", "mine")) == (["z", "y"], True)
+    assert columns({"caption": "x"}, ("mine",)) == ([], True)
+
+
+def test_what_is_no_caption_has_a_cause() -> None:
+    found = read_json_captions(
+        json.dumps({"captions": ["a", "", " ", None, 3, "\u200b\ufeff", "\ud800", "b\0", "é"]}).encode()
+    )
+    assert found.texts == ["a", "é"]
+    assert sorted(found.lost) == ["empty", "empty", "empty", "encoding", "encoding", "not_text", "not_text"]
+    for broken in (b"", b"[1]", b"{", b"\xff\xfe", b"[" * 100_000, '{"caption": "é"}'.encode("latin-1")):
+        assert parse_json(broken) is None
+        assert read_json_captions(broken).texts == []
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1251", "utf-16", "utf-16-le"])
+def test_text_that_is_not_utf8_is_counted(encoding: str) -> None:
+    text = "größe" if encoding == "latin-1" else "белый кот"
+    assert read_text(text.encode(encoding)) == ([], ["encoding"])
+
+
+def test_text_is_split_at_its_lines_alone() -> None:
+    assert read_text(b"\xef\xbb\xbfa\nb\r\n\nc\n") == (["a", "b", "c"], ["empty"])
+    odd = "one\u2028two\x0bthree\x0cfour\x85five. Six"
+    assert read_text(odd.encode()) == ([odd], [])
+    assert split_sentences(" A dog. It runs!  Why? yes\nend</s>") == ["A dog.", "It runs!", "Why?", "yes", "end"]
+
+
+def test_the_next_source_is_used_where_one_has_nothing(tmp_path: Path) -> None:
+    shard(
+        tmp_path / "x.tar",
+        a={"json": {"captions": []}, "txt": b"good"},
+        b={"json": {"raw": None}, "txt": b"good"},
+        c={"json": b"{broken", "txt": b"good"},
+        d={"json": {"caption": "json"}, "txt": b"\xff\xfe"},
+        e={"json": {"caption": "json"}, "txt": b"text"},
+        f={"json": {"captions": ["json"]}, "txt": b"text"},
+        g={"json": {"caption": "one\nsentence"}, "txt": b"one\nsentence"},
+        h={"json": {}, "txt": b""},
+    )
+    index = open_index("x.tar", tmp_path)
+    good, several = ["good"], ["one\nsentence"]
+    assert captions_of(index) == dict(a=good, b=good, c=good, d=["json"], e=["text"], f=["json"], g=several, h=[])
+    assert index.account.unused == {"json": 1, "second_text": 3, "encoding": 1}
+    assert index.counts == {1: 7, 0: 1}
+
+
+def table(path: Path, text: str) -> Path:
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    return path
+
+
+def test_dreamlips_table_is_joined_on_the_url(tmp_path: Path) -> None:
+    urls = [f"http://a/b.jpg?n={n}" for n in range(4)]
+    shard(tmp_path / "x.tar", **{f"{n:09d}": {"json": {"caption": "alt", "url": urls[n]}} for n in range(4)})
+    head = "Image Path,raw_caption,shortIB_captions,longIB_captions,shortSV_captions"
+    rows = [f'{url},raw {n},short {n},"Long, {n}. Second.",' for n, url in enumerate(urls[:3])]
+    for separator, name in ((",", "c.csv"), ("\t", "c.tsv"), ("\t", "tabs.csv")):
+        lines = [line if separator == "," else line.replace('"', "") for line in (head, *rows)]
+        if separator == "\t":
+            lines = [head.replace(",", "\t")] + [
+                f"{url}\traw {n}\tshort {n}\tLong, {n}. Second.\t" for n, url in enumerate(urls[:3])
+            ]
+        index = open_index("x.tar", tmp_path, captions_csv=table(tmp_path / name, "\n".join([*lines, ""])))
+        expected = {f"{n:09d}": [f"raw {n}", f"short {n}", f"Long, {n}.", "Second."] for n in range(3)}
+        assert captions_of(index) == {**expected, "000000003": ["alt"]}
+        assert (index.account.used["join"], index.account.unused["unmatched"]) == (3, 1)
+        assert index.account.used["by URL"] == 3
+        assert (index.account.used["row"], index.account.lost("row")) == (3, 0)
+
+
+def test_a_table_that_matches_nothing_or_little_is_refused(tmp_path: Path) -> None:
+    make_shards(tmp_path, n=4, shards=1)
+    csv = table(tmp_path / "c.csv", "key,shortIB\n0,a\n1,b\n")
+    with pytest.raises(DataError, match=r"0 of 4 samples have a row in .*c\.csv, whose 2 rows .* '0', .*'000000000'"):
+        open_index("*.tar", tmp_path, captions_csv=csv, min_matched=0)
+    table(csv, "key,shortIB\n000000000,a\n1,b\n")
+    with pytest.raises(DataError, match=r"1 of 4 samples .*data\.min_matched \(it is 0\.5\)"):
+        open_index("*.tar", tmp_path, captions_csv=csv)
+    index = open_index("*.tar", tmp_path, captions_csv=csv, min_matched=0.25)
+    assert captions_of(index)["000000000"] == ["a"]
+    assert captions_of(index)["000000001"] == texts(1, 3), "its own"
+    assert (index.account.used["row"], index.account.unused["row_alone"], index.account.unused["unmatched"]) == (
+        1,
+        1,
+        3,
+    )
+
+
+def test_columns_are_known_by_name_and_never_by_a_prefix(tmp_path: Path) -> None:
+    shard(tmp_path / "x.tar", a={})
+    csv = table(tmp_path / "c.csv", "key,caption,caption_length,caption_lang\na,a fine dog,16,en\n")
+    assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv)) == {"a": ["a fine dog"]}
+    named = open_index("x.tar", tmp_path, captions_csv=csv, columns=["caption_lang", "caption"])
+    assert captions_of(named) == {"a": ["en", "a fine dog"]}
+    with pytest.raises(DataError, match=r"it lacks nothing, which data\.caption_columns names"):
+        open_index("x.tar", tmp_path, captions_csv=csv, columns=["nothing"])
+    table(csv, "key,caption_lang\na,en\n")
+    with pytest.raises(DataError, match=r"columns key, caption_lang; none is known .*data\.caption_columns"):
+        open_index("x.tar", tmp_path, captions_csv=csv)
+
+
+def test_rows_of_one_key_need_not_be_neighbours(tmp_path: Path) -> None:
+    lines = ["image_id,caption", *(f"{key},{key}{n}" for n in range(4) for key in "abc")]
+    made = convert_table(table(tmp_path / "c.csv", "\n".join(lines)), tmp_path / "x")
+    found = made.find([b"folder/a", b"b", b"nobody", b"c"], ["", "", "", ""])
+    assert found.by == {"key": 2, "file name": 1}
+    lines_found = [made.lines[at] for at in found.lines if at >= 0]
+    blob = made.blob.read_bytes()
+    read = [made.parse(blob[line["offset"] : line["offset"] + line["size"]]) for line in lines_found]
+    assert read == [[f"{key}{n}" for n in range(4)] for key in "abc"]
+    assert found.lines[2] == -1
+    assert made.rows_met([line["offset"] for line in lines_found]) == made.account.used["row"] == 12
+
+
+def test_a_file_name_in_several_folders_leads_to_no_row(tmp_path: Path) -> None:
+    csv = table(
+        tmp_path / "c.csv", "id,file_name,caption\n1,v/x.jpg,one\n2,t/x.jpg,two\n3,t/y.jpg,three\n4,t/y.jpg,four\n"
+    )
+    shard(tmp_path / "x.tar", **{"v/x": {}, "x": {}, "t/y": {}, "y": {}})
+    index = open_index("x.tar", tmp_path, captions_csv=csv)
+    assert captions_of(index) == {"v/x": ["one"], "x": [], "t/y": ["three", "four"], "y": ["three", "four"]}
+
+
+def test_a_broken_quote_is_an_error_that_names_the_line(tmp_path: Path) -> None:
+    rows = [*(f"k{n},fine {n}" for n in range(3)), 'k3,"broken', *(f"k{n},fine {n}" for n in range(4, 7)), 'k7,"ok"']
+    csv = table(tmp_path / "c.csv", "\n".join(["key,caption", *rows, ""]))
+    with pytest.raises(DataError, match=r"c\.csv, line 5: .*quotation mark"):
+        convert_table(csv, tmp_path / "x")
+    table(csv, "\n".join(["key,caption", *rows[:-1], ""]))
+    with pytest.raises(DataError, match=r"c\.csv, line 5: .*quotation mark"):
+        convert_table(csv, tmp_path / "x")
+
+
+def test_quotation_marks_in_tab_separated_files(tmp_path: Path) -> None:
+    plain = 'a caption "with" marks\thttp://a/1\n"Hello" he said\thttp://a/2\n"open\thttp://a/3\n'
+    made = convert_table(table(tmp_path / "Train_GCC-training.tsv", plain), tmp_path / "x")
+    assert made.account.used["row"] == 3
+    assert json.loads(made.blob.read_text().splitlines()[1]) == ["http://a/2", ['"Hello" he said']]
+    quoted = 'url\tcaption\nhttp://a/1\t"two\nlines ""x"""\nhttp://a/2\ty\n'
+    made = convert_table(table(tmp_path / "pandas.tsv", quoted), tmp_path / "x")
+    assert json.loads(made.blob.read_text().splitlines()[0]) == ["http://a/1", ['two\nlines "x"']]
+
+
+def test_rows_that_cannot_be_used_are_counted(tmp_path: Path) -> None:
+    rows = ["a,ok", ",no key", "b,", "c,one,more", "d,\udce9t\udce9", "e,\u200b", "", 'f,"[""x"", ""y""]"']
+    made = convert_table(table(tmp_path / "c.csv", "\n".join(["key,caption", *rows])), tmp_path / "x")
+    assert made.account.used == {"row": 2}
+    assert made.account.unused == {"row_key": 1, "row_text": 3, "row_cells": 1, "encoding": 1, "empty": 1}
+    assert made.account.first["row_cells"] == "c.csv:5"
+    assert json.loads(made.blob.read_text().splitlines()[1]) == ["f", ["x", "y"]]
+
+
+def test_json_tables(tmp_path: Path) -> None:
+    lines = tmp_path / "c.jsonl"
+    lines.write_text('{"key": "a", "text": "x"}\n\n[1]\n{"key": 7, "text": "y"}\n{"key": "b"}\n')
+    made = convert_table(lines, tmp_path / "x")
+    assert (made.account.used["row"], made.account.unused) == (2, {"row_cells": 1, "row_text": 1})
+    assert (made.find([b"7"], [""]).lines >= 0).all()
+    karpathy = tmp_path / "dataset_coco.json"
+    image = {"filepath": "val2014", "filename": "COCO_val2014_1.jpg", "sentences": [{"raw": "r1"}, {"raw": "r2"}]}
+    karpathy.write_text(json.dumps({"dataset": "coco", "images": [image]}))
+    coco = tmp_path / "captions_val2014.json"
+    coco.write_text(
+        json.dumps(
+            {
+                "images": [{"id": 1, "file_name": "COCO_val2014_1.jpg"}],
+                "annotations": [{"image_id": 1, "id": n, "caption": f"r{n}"} for n in (1, 2)],
+            }
+        )
+    )
+    blip = tmp_path / "coco_karpathy_train.json"
+    blip.write_text(json.dumps([{"image": "val2014/COCO_val2014_1.jpg", "caption": f"r{n}"} for n in (1, 2)]))
+    shard(tmp_path / "x.tar", COCO_val2014_1={})
+    for path in (karpathy, coco, blip):
+        assert captions_of(open_index("x.tar", tmp_path, captions_csv=path)) == {"COCO_val2014_1": ["r1", "r2"]}
+
+
+def test_parquet_needs_pyarrow_and_reads_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "c.parquet"
+    path.write_bytes(b"PAR1")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(DataError, match=r"needs pyarrow: pip install 'compt\[parquet\]'"),
+    ):
+        patch.setitem(__import__("sys").modules, "pyarrow", None)
+        convert_table(path, tmp_path / "x")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with pytest.raises(DataError, match=r"c\.parquet"):
+        convert_table(path, tmp_path / "x")
+    rows = {"URL": ["http://a/1", "http://a/2"], "TEXT": ["one", None], "longIB_captions": [["x. y", "z"], None]}
+    parquet.write_table(pyarrow.table(rows), path)
+    made = convert_table(path, tmp_path / "x")
+    assert json.loads(made.blob.read_text()) == ["http://a/1", ["x. y", "z"]]
+    assert made.account.unused == {"row_text": 1}
+
+
+def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    for name, data, said in [
+        ("c.csv", b"key,caption\n", "no rows with captions"),
+        ("c.csv", b"\xff\xfek\0e\0y\0", "is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"),
+        ("c.csv.gz", b"\x1f\x8b\x08\0", "is compressed: unpack it with `gunzip -k c.csv.gz`"),
+        ("c.json", b"{", "is no JSON"),
+        ("c.json", b"3", "is no list of objects"),
+        ("none.csv", None, r"none\.csv"),
+    ]:
+        path = tmp_path / name
+        if data is not None:
+            path.write_bytes(data)
+        with pytest.raises(DataError, match=said):
+            convert_table(path, tmp_path / "x")
