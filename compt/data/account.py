@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from compt.text import TextTable
 
 
-class Cause(NamedTuple):
+class Unused(NamedTuple):
     """Why something is not used.
 
     unit: what is counted. harmless: nothing that a set needs is lost, so `remedy` is not shown.
@@ -37,51 +37,51 @@ _UNIT_NAMES = {
     "caption": "captions",
 }
 
-CAUSES: dict[str, Cause] = {
+CAUSES: dict[str, Unused] = {
     # In a folder of shards.
-    "packed": Cause("file", "compressed shard", "unpack it: gunzip -k, zstd -d, unxz -k or bunzip2 -k"),
-    "no_shard": Cause("file", "file that is not a .tar", harmless=True),
+    "packed": Unused("file", "compressed shard", "unpack it: gunzip -k, zstd -d, unxz -k or bunzip2 -k"),
+    "no_shard": Unused("file", "file that is not a .tar", harmless=True),
     # Of a shard as a whole.
-    "cut": Cause("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
-    "joined": Cause("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),
+    "cut": Unused("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
+    "joined": Unused("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),
     # Of a member of a tar.
-    "folder": Cause("member", "folder", harmless=True),
-    "hidden": Cause("member", "hidden or macOS file (._x, .DS_Store, __MACOSX)", harmless=True),
-    "metadata": Cause("member", "metadata of WebDataset (__x__)", harmless=True),
-    "other": Cause("member", "file of another kind", harmless=True),
-    "second_text": Cause("member", "text file beside captions that come first", harmless=True),
-    "link": Cause("member", "link, not a plain file", "pack with tar --dereference --hard-dereference"),
-    "special": Cause("member", "sparse file or device", "pack plain files, without tar --sparse"),
-    "bare": Cause("member", "name without an extension", "name files KEY.jpg, KEY.json, KEY.txt, KEY.cls"),
-    "dots": Cause(
+    "folder": Unused("member", "folder", harmless=True),
+    "hidden": Unused("member", "hidden or macOS file (._x, .DS_Store, __MACOSX)", harmless=True),
+    "metadata": Unused("member", "metadata of WebDataset (__x__)", harmless=True),
+    "other": Unused("member", "file of another kind", harmless=True),
+    "second_text": Unused("member", "text file beside captions that come first", harmless=True),
+    "link": Unused("member", "link, not a plain file", "pack with tar --dereference --hard-dereference"),
+    "special": Unused("member", "sparse file or device", "pack plain files, without tar --sparse"),
+    "bare": Unused("member", "name without an extension", "name files KEY.jpg, KEY.json, KEY.txt, KEY.cls"),
+    "dots": Unused(
         "member", "key with dots (the key ends at the first dot)", r"rename files: rename 's/\.(?=[^\/]*\.)/_/g' *"
     ),
-    "second_image": Cause("member", "second image of a key", "keep one; jpg, png, jpeg, webp come first"),
-    "no_image": Cause("member", "file of a key without an image", "add the image, or remove the file"),
-    "apart": Cause("member", "members of a sample are not together", "pack with tar --sort=name"),
-    "duplicate": Cause("member", "file of a key that was read before", "give each sample a key of its own"),
-    "json": Cause("member", ".json that is damaged, not UTF-8, or no object", "write it again: json.dumps of a dict"),
-    "cls": Cause("member", ".cls without a whole number from 0", "write the class number as digits"),
-    "lost": Cause("member", "file of the sample at which the tar is cut", "copy the shard again"),
+    "second_image": Unused("member", "second image of a key", "keep one; jpg, png, jpeg, webp come first"),
+    "no_image": Unused("member", "file of a key without an image", "add the image, or remove the file"),
+    "apart": Unused("member", "members of a sample are not together", "pack with tar --sort=name"),
+    "duplicate": Unused("member", "file of a key that was read before", "give each sample a key of its own"),
+    "json": Unused("member", ".json that is damaged, not UTF-8, or no object", "write it again: json.dumps of a dict"),
+    "cls": Unused("member", ".cls without a whole number from 0", "write the class number as digits"),
+    "lost": Unused("member", "file of the sample at which the tar is cut", "copy the shard again"),
     # Of a row of a table of captions.
-    "row_cells": Cause("row", "row that does not fit the header, or is no JSON object", "write the table again"),
-    "row_key": Cause("row", "row without key, URL and file name", "fill the column, or remove the row"),
-    "row_text": Cause("row", "row without a caption", "fill the columns, or name others: data.caption_columns"),
-    "row_alone": Cause("row", "row that matches no sample", "compare its keys, URLs and file names with the shards'"),
+    "row_cells": Unused("row", "row that does not fit the header, or is no JSON object", "write the table again"),
+    "row_key": Unused("row", "row without key, URL and file name", "fill the column, or remove the row"),
+    "row_text": Unused("row", "row without a caption", "fill the columns, or name others: data.caption_columns"),
+    "row_alone": Unused("row", "row that matches no sample", "compare its keys, URLs and file names with the shards'"),
     # Of a sample that is sought in a table.
-    "unmatched": Cause("join", "sample that matches no row; it keeps the captions in its shard", "complete the table"),
+    "unmatched": Unused("join", "sample that matches no row; it keeps the captions in its shard", "complete the table"),
     # Of a sample.
-    "image": Cause("sample", "image that cannot be decoded", "remove the sample, or get the image again"),
-    "caption": Cause(
+    "image": Unused("sample", "image that cannot be decoded", "remove the sample, or get the image again"),
+    "caption": Unused(
         "sample", "sample without a usable caption", "add captions, or name columns: data.caption_columns"
     ),
-    "tar": Cause("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
-    "label": Cause("label", "class number missing, or no whole number from 0", "write it into KEY.cls"),
-    "label_range": Cause("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
+    "tar": Unused("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
+    "label": Unused("label", "class number missing, or no whole number from 0", "write it into KEY.cls"),
+    "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
     # Of a caption.
-    "empty": Cause("caption", "caption that is empty or invisible", "remove it"),
-    "not_text": Cause("caption", "caption that is not text", "write captions as strings"),
-    "encoding": Cause("caption", "caption that is not UTF-8", "convert it: iconv -f LATIN1 (or other) -t UTF-8"),
+    "empty": Unused("caption", "caption that is empty or invisible", "remove it"),
+    "not_text": Unused("caption", "caption that is not text", "write captions as strings"),
+    "encoding": Unused("caption", "caption that is not UTF-8", "convert it: iconv -f LATIN1 (or other) -t UTF-8"),
 }
 
 

@@ -30,7 +30,8 @@ CAPTION_COLUMNS = tuple(name for group in _GROUPS for name in group)
 _KNOWN = frozenset(CAPTION_COLUMNS)
 _IN_ITEMS = ("raw", "caption", "text")
 """Where the objects in a list of captions have their text: Karpathy's, COCO's, and others' files."""
-_SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n|</s>")
+# White space after a full stop, or a line's end. Beginning with \s lets the search jump from space to space.
+_SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
@@ -74,7 +75,7 @@ def sort_out(captions: Sequence[object]) -> Captions:
 
 def split_sentences(text: str) -> list[str]:
     """The sentences of a long description: they end at a full stop before white space, a line's end or `</s>`."""
-    return [part for part in (part.strip() for part in _SENTENCE_END.split(text)) if part]
+    return [part for part in map(str.strip, _SENTENCE_END.split(text.replace("</s>", "\n"))) if part]
 
 
 def _items(value: Any, split: bool = False) -> list[object]:

@@ -137,7 +137,7 @@ class CheckReport:
         found, index = self.found, self.index
         images = found.captions_per_image or {0: 0}
         smallest = found.smallest if found.largest != (0, 0) else (0, 0)
-        rows = [
+        return [
             ("shards", f"{len(index.shards):,}"),
             ("samples", f"{found.samples:,} ({index.sizes.min():,} to {index.sizes.max():,} a shard)"),
             ("captions", f"{found.captions:,} ({min(images)} to {max(images)} an image)"),
@@ -153,7 +153,6 @@ class CheckReport:
             ("labels (.cls)", f"{self.labels:,}"),
             ("fingerprint", index.fingerprint[:16]),
         ]
-        return rows
 
 
 def _examine(index: Index, tokens: CaptionTokens, judged: str, classes: int, work: tuple[int, int, int]) -> Findings:

@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 
+from compt.data.account import Account
 from compt.evaluate.sets import task_class
 from compt.evaluate.task import ScoreRow
 from compt.recipe.schema import EVALUATION_TASKS
-from compt.data.account import Account
 from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_state
 from compt.text import TextTable, count, hours
 from compt.train.metrics import FILE as METRICS

@@ -15,8 +15,8 @@ from compt.files import new_folder, write_text
 from compt.report import figures
 from compt.report.content import (
     JobView,
-    environment,
     data_tables,
+    environment,
     jobs_table,
     macs_alone,
     read_job,

@@ -21,7 +21,8 @@ def test_a_sound_set(tmp_path: Path) -> None:
     make_shards(tmp_path, n=10, shards=2, classes=3)
     seen: list[tuple[int, int]] = []
     report = check("*.tar", tmp_path, context_length=7, progress=lambda done, total: seen.append((done, total)))
-    assert report.usable(0) and report.title(0) == "Every sample can be used"
+    assert report.usable(0)
+    assert report.title(0) == "Every sample can be used"
     lengths = sorted(len(SimpleTokenizer().encode(text)) + 2 for i in range(10) for text in texts(i, 3))
     found = report.found
     assert found.mean_tokens == pytest.approx(sum(lengths) / 30)
@@ -68,7 +69,8 @@ def test_every_fault_is_counted_and_the_first_named(
     assert account.first["cut"].startswith("000000.tar: 00000000")
     assert (report.found.smallest, report.found.largest) == ((9, 9), (40, 36))
     assert account.read("sample") == report.found.samples == len(report.index)
-    assert report.usable(0.3) and not report.usable(0.1)
+    assert report.usable(0.3)
+    assert not report.usable(0.1)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
