@@ -27,6 +27,7 @@ from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
 from compt.files import flatten, remove_leftovers, write_json
+from compt.models.preprocess import Preprocess
 from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
@@ -184,8 +185,8 @@ class JobRun:
             "parent": self._parent,
             "parent_hash": parent_hash,
         }
-        manifest = {**own, **fields}
-        write_artefact(self.folder / name, state, job.spec, manifest, mean=data.mean, std=data.std, **options)
+        manifest, preprocess = {**own, **fields}, Preprocess(data.mean, data.std)
+        write_artefact(self.folder / name, state, job.spec, manifest, preprocess=preprocess, **options)
 
     @property
     def _engine_config(self) -> EngineConfig:

@@ -27,6 +27,7 @@ from compt.errors import ArtefactError, ConfigError, DataError, RunError, neares
 from compt.evaluate.sets import check_sets
 from compt.evaluate.task import EvalSettings
 from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
+from compt.models.preprocess import Preprocess
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
@@ -245,7 +246,7 @@ def read_start(recipe: Recipe, base: Path, source: str) -> Start | None:
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     averaged = AVERAGE in found.manifest.get("extra", {})
-    return Start(found.spec, digest, found.preprocess["mean"], found.preprocess["std"], averaged)
+    return Start(found.spec, digest, found.preprocess, averaged)
 
 
 def plan_run(
@@ -311,7 +312,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     recipe, base = context.recipe, context.base
     contents = {"the training shards": context.index.content}
     with named(source, "evaluation.sets"):
-        settings = EvalSettings(recipe.data.mean, recipe.data.std, base)
+        settings = EvalSettings(Preprocess(recipe.data.mean, recipe.data.std), base)
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
     # A set that the recipe defines in another way is another set: models are scored again on it.
     defined = {item.name: hash_json(item.model_dump(mode="json"))[:8] for item in recipe.evaluation.sets}

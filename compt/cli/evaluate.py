@@ -106,8 +106,7 @@ def evaluate(
         place = dist.init(device)
         # Without on_all, ranks that can read the model would wait for one that cannot.
         found = dist.on_all(lambda: open_source(model, name, prefix))
-        pixels, dtype = found.preprocess, COMPUTE_DTYPES[precision]
-        settings = EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), batch, workers, dtype=dtype)
+        settings = EvalSettings(found.preprocess, Path.cwd(), batch, workers, dtype=COMPUTE_DTYPES[precision])
         result = evaluate_set(found.load_model(place), item, settings)
         # One process writes and prints for all.
         if not dist.is_main():

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from compt.data.order import Box
 from compt.errors import ComptError
+from compt.models.preprocess import AS_OPENAI, Preprocess
 
 Pixels = NDArray[np.uint8]
 Cause = Literal["image", "caption", "tar"]
@@ -36,6 +37,7 @@ _MAX_RESIZED = 1 << 24
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 _MAGIC = {b"\x89PNG": ("PNG",), b"RIFF": ("WEBP",)}
 _BICUBIC = Image.Resampling.BICUBIC
+_KERNELS = {"bicubic": _BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 class Unusable(Exception):
@@ -205,9 +207,12 @@ def _load(image: Image.Image, denominator: int) -> Image.Image:
 class EvaluationDecoder(PillowDecoder):
     """Whole images, as evaluation preprocesses them; boxes are ignored."""
 
+    def __init__(self, preprocess: Preprocess = AS_OPENAI) -> None:
+        self._preprocess = preprocess
+
     def pixels(self, image: Encoded, box: Box, size: int) -> Pixels:
         """uint8 [3, size, size]. Raises Unusable."""
-        return _centre(image.header or open_image(image.data), size)
+        return _whole(image.header or open_image(image.data), size, self._preprocess)
 
     def keep(self, image: Encoded, size: int) -> Encoded:
         """The encoded image: evaluation reads each image once."""
@@ -220,18 +225,23 @@ def _covering(box: Box, size: int) -> int:
     return next((scale for scale in (8, 4, 2) if shortest >= scale * size), 1)
 
 
-def evaluation_pixels(data: bytes, size: int) -> Pixels:
+def evaluation_pixels(data: bytes, size: int, preprocess: Preprocess = AS_OPENAI) -> Pixels:
     """uint8 [3, size, size], the same as open_clip's `image_transform(size, is_train=False)` before normalization.
 
-    The shorter side is resized to `size` (bicubic), then the centre is cut out. Raises Unusable.
+    `preprocess` has the resize mode and the interpolation. Raises Unusable.
     """
-    return _centre(open_image(data), size)
+    return _whole(open_image(data), size, preprocess)
 
 
-def _centre(image: Image.Image, size: int) -> Pixels:
+def _whole(image: Image.Image, size: int, preprocess: Preprocess) -> Pixels:
     image = to_rgb(image)
     width, height = image.size
-    if width <= height:
+    if preprocess.resize_mode == "squash":
+        target = (size, size)
+    elif preprocess.resize_mode == "longest":
+        ratio = max(width / size, height / size)
+        target = (max(1, round(width / ratio)), max(1, round(height / ratio)))
+    elif width <= height:
         target = (size, max(size, int(size * height / width)))
     else:
         target = (max(size, int(size * width / height)), size)
@@ -239,8 +249,12 @@ def _centre(image: Image.Image, size: int) -> Pixels:
     if target[0] * target[1] > _MAX_RESIZED:
         x, y = width / target[0], height / target[1]
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
-        return _planes(image.resize((size, size), _BICUBIC, box=box))
+        return _planes(image.resize((size, size), _KERNELS[preprocess.interpolation], box=box))
     if target != image.size:
-        image = image.resize(target, _BICUBIC)
+        image = image.resize(target, _KERNELS[preprocess.interpolation])
+    if preprocess.resize_mode == "longest":
+        padded = Image.new("RGB", (size, size), (preprocess.fill_color,) * 3)
+        padded.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
+        return _planes(padded)
     return _planes(image.crop((left, top, left + size, top + size)))
 

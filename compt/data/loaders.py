@@ -32,6 +32,7 @@ from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
 from compt.data.tokens import CaptionTokens, Tokenizer, pad
 from compt.errors import DataError, RunError
 from compt.files import shared_memory
+from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.recipe.schema import DECODERS
 
 MAX_SUBSTITUTES = 20
@@ -378,6 +379,7 @@ def fixed_caption_batches(
     world_size: int = 1,
     workers: int = 0,
     tokenizer: Tokenizer | None = None,
+    preprocess: Preprocess = AS_OPENAI,
 ) -> TrainLoader:
     """Whole batches for a validation loss: the same images and captions in the same order for every model.
 
@@ -388,7 +390,7 @@ def fixed_caption_batches(
     whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order[:]]
     steps = [Reference(0, ids) for ids in whole[rank::world_size]]
     kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
-    decoder = EvaluationDecoder()
+    decoder = EvaluationDecoder(preprocess)
     drawer = Drawer(index, kind, CaptionTokens(context_length, tokenizer), decoder)
     return TrainLoader(steps, len(steps), _Draws(drawer, kind, decoder), workers, max_bad_share=0.01)
 
@@ -396,8 +398,8 @@ def fixed_caption_batches(
 class _Evaluations(Dataset["EvalBatch | Failure"]):
     """Reads batches of an evaluation set."""
 
-    def __init__(self, samples: EvalSamples, image_size: int) -> None:
-        self._samples, self._size = samples, image_size
+    def __init__(self, samples: EvalSamples, image_size: int, preprocess: Preprocess) -> None:
+        self._samples, self._size, self._preprocess = samples, image_size, preprocess
 
     def __getitem__(self, ids: NDArray[np.int64]) -> EvalBatch | Failure:
         batch = EvalBatch(torch.empty(0), [], [])
@@ -406,7 +408,7 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
         for sample in ids.tolist():
             try:
                 read = self._samples.read(sample)
-                pixels.append(evaluation_pixels(read.image, self._size))
+                pixels.append(evaluation_pixels(read.image, self._size, self._preprocess))
             except Unusable as error:
                 batch.bad.append(f"{self._samples.describe(sample)}: {error.cause}: {error}")
                 batch.skipped[error.cause] = batch.skipped.get(error.cause, 0) + 1
@@ -444,13 +446,20 @@ class EvalLoader:
 
 
 def eval_loader(
-    samples: EvalSamples, *, image_size: int, batch: int, rank: int = 0, world_size: int = 1, workers: int = 0
+    samples: EvalSamples,
+    *,
+    image_size: int,
+    batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    preprocess: Preprocess = AS_OPENAI,
 ) -> EvalLoader:
     """Every sample exactly once over all ranks: rank r has ids r, r + world_size, ... in batches of `batch`.
 
-    A sample that cannot be used is named in its batch's `bad` and counted in `skipped`. Raises DataError while
+    `preprocess` says how images are resized (default: as OpenAI's CLIP does). A sample that cannot be used is named in its batch's `bad` and counted in `skipped`. Raises DataError while
     iterating where the whole set cannot be used.
     """
     ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
     parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]
-    return EvalLoader(parts, _Evaluations(samples, image_size), workers)
+    return EvalLoader(parts, _Evaluations(samples, image_size, preprocess), workers)

@@ -6,7 +6,7 @@ import contextlib
 import io
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from compt.dist.watch.thread import alive
 from compt.errors import DataError
 from compt.files import remove_leftovers, write_bytes, write_json
 from compt.models.pixels import to_input
+from compt.models.preprocess import Preprocess
 
 Tokenize = Callable[[list[str]], Tensor]
 """Texts to int64 [N, context_length], as open_clip's tokenizers do."""
@@ -38,8 +39,7 @@ class Encoder:
     """Unit features in fp32 from a CLIP model (ours or open_clip's own), computed in `dtype`."""
 
     model: nn.Module
-    mean: Sequence[float]
-    std: Sequence[float]
+    preprocess: Preprocess
     dtype: torch.dtype = torch.float32
 
     @property
@@ -67,7 +67,7 @@ class Encoder:
 
     def images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> fp32 [B, D] of length one."""
-        pixels = to_input(images.to(self.device, non_blocking=True), self.mean, self.std)
+        pixels = to_input(images.to(self.device, non_blocking=True), self.preprocess.mean, self.preprocess.std)
         return functional.normalize(self.model.encode_image(pixels).float(), dim=-1)  # type: ignore[operator]
 
     def texts(self, tokens: Tensor) -> Tensor:

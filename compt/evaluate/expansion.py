@@ -157,6 +157,7 @@ class _Pairs:
                 rank=dist.rank(),
                 world_size=dist.world_size(),
                 workers=settings.workers,
+                preprocess=settings.preprocess,
             )
         return self._named(spec)
 
@@ -174,13 +175,13 @@ Features = dict[str, Tensor]
 
 def _features(model: ClipModel, pairs: _Pairs, count: int) -> Features:
     """Normalized features of this rank's first pairs: [count, embed_dim] per tower, in the model's dtype."""
-    encoder = Encoder(model, pairs.settings.mean, pairs.settings.std)
+    encoder = Encoder(model, pairs.settings.preprocess)
     found: dict[str, list[Tensor]] = {tower: [] for tower in TOWERS}
     left = count
     with encoder.frozen():
         for batch in itertools.islice(pairs.batches(model.spec), count):
             images, tokens = batch.images[:left].to(encoder.device), batch.tokens[:left, 0].to(encoder.device)
-            pixels = to_input(images, encoder.mean, encoder.std).to(model.logit_scale.dtype)
+            pixels = to_input(images, encoder.preprocess.mean, encoder.preprocess.std).to(model.logit_scale.dtype)
             found["image"].append(functional.normalize(model.encode_image(pixels), dim=-1))
             found["text"].append(functional.normalize(model.encode_text(tokens), dim=-1))
             left -= len(images)
@@ -243,7 +244,7 @@ def verify(
 
     def use(name: str, model: ClipModel) -> None:
         say(f"scoring the {name} student" if name == "random" else f"scoring the {name}")
-        encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+        encoder = Encoder(model, settings.preprocess, settings.dtype)
         loss = validation_loss(encoder, pairs.batches(model.spec))
         result = evaluate_set(model, item, settings)
         assert isinstance(result, ZeroShotResult)

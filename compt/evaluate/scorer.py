@@ -18,6 +18,7 @@ from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.models.clip import ClipModel
+from compt.models.preprocess import Preprocess
 from compt.recipe.schema import Recipe
 from compt.train.losses import loss_of
 
@@ -34,8 +35,7 @@ class Scorer:
         """How sets are evaluated."""
         recipe = self.recipe
         return EvalSettings(
-            recipe.data.mean,
-            recipe.data.std,
+            Preprocess(recipe.data.mean, recipe.data.std),
             base=self.base,
             batch=recipe.evaluation.batch,
             workers=recipe.engine.workers,
@@ -68,7 +68,7 @@ class Scorer:
             rank=dist.rank(),
             world_size=dist.world_size(),
         )
-        encoder = Encoder(model, settings.mean, settings.std, settings.dtype)
+        encoder = Encoder(model, settings.preprocess, settings.dtype)
         return {"validation_loss": validation_loss(encoder, batches, loss_of(recipe.optimizer, recipe.engine))}
 
     def during_training(self, model: ClipModel) -> dict[str, float]:

@@ -16,10 +16,11 @@ from compt.data.decode import Unusable
 from compt.data.samples import EvalSamples
 from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
-from compt.errors import ConfigError
+from compt.errors import ArtefactError, ConfigError
 from compt.evaluate.encoder import Encoder, Tokenize
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result
 from compt.files import hash_json
+from compt.models.presets import VOCAB_SIZE
 from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 
 SAMPLED = 32
@@ -53,12 +54,18 @@ def open_set(item: EvalSet, settings: EvalSettings, *, together: bool = False) -
 def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Result:
     """Score a CLIP model (ours or open_clip's own) on one set; all ranks call this and get the same result.
 
-    Raises DataError, on every rank, for data or files beside it that cannot be used.
+    Raises DataError, on every rank, for data or files beside it that cannot be used, and ArtefactError for a model of
+    another vocabulary.
     """
     task = open_set(item, settings, together=True)
     context_length: Any = model.context_length
+    if settings.tokenize is None and model.vocab_size < VOCAB_SIZE:  # type: ignore[operator]
+        raise ArtefactError(
+            f"vocab_size = {model.vocab_size}: the model has fewer tokens than the vocabulary of OpenAI's CLIP, with "
+            f"which class names and captions are read; it must be at least {VOCAB_SIZE}"
+        )
     tokenize: Tokenize = settings.tokenize or partial(clip_tokenizer(), context_length=context_length)
-    result = task.run(Encoder(model, settings.mean, settings.std, settings.dtype), tokenize)
+    result = task.run(Encoder(model, settings.preprocess, settings.dtype), tokenize)
     result.name, result.pins, result.account = item.name, task.pins(), task.data.account.to_json()
     if task.data.account.faults and dist.is_main():
         _log.warning("evaluation set '%s' holds more than is used: %s", item.name, task.data.account.line())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -25,6 +25,7 @@ from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
 from compt.evaluate.folder import class_folders_of, read_class_folders
+from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
 
 _log = logging.getLogger(__name__)
@@ -34,8 +35,7 @@ _log = logging.getLogger(__name__)
 class EvalSettings:
     """How to evaluate. Relative paths of a set start at `base`. `tokenize`: None for open_clip's tokenizer."""
 
-    mean: Sequence[float]
-    std: Sequence[float]
+    preprocess: Preprocess
     base: Path = Path()
     batch: int = 256
     workers: int = 0
@@ -66,6 +66,7 @@ class SetData:
             rank=dist.rank(),
             world_size=dist.world_size(),
             workers=settings.workers,
+            preprocess=settings.preprocess,
         )
 
 

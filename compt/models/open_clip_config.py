@@ -1,8 +1,8 @@
-"""Reading open_clip's model configs into ModelSpecs."""
+"""Reading open_clip's model configs into ModelSpecs: each setting is honoured, or refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,17 +13,74 @@ from compt.models.presets import NORM_EPS, ModelSpec, swin_sizes
 from compt.models.scalars import SCALAR_NAMES, loss_with
 from compt.models.swin import register_swin
 
-_TEXT_FIELDS = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs")
-_VIT_FIELDS = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs")
-# The weights of a pretrained tower are replaced anyway, and stochastic depth does not change the trained function.
-_SWIN_FIELDS = ("image_size", "timm_model_name", "timm_model_pretrained", "timm_drop_path")
+_TRAINING = "acts in training only"
+
+HONOURED: dict[str, dict[str, str]] = {
+    "model_cfg": {
+        "embed_dim": "embed_dim",
+        "vision_cfg": "see below",
+        "text_cfg": "see below",
+        "quick_gelu": "quick_gelu",
+        "init_logit_scale": "loss, where losses have the same scalars",
+        "init_logit_bias": "loss: the model has a logit_bias",
+        "custom_text": "the same tower, with parameters below `text.`",
+        "nonscalar_logit_scale": "the scalars are stored in shape [1]",
+        "output_dict": "the form of what forward returns",
+    },
+    "text_cfg": {
+        "context_length": "context_length, and the tokenizer's",
+        "vocab_size": "vocab_size",
+        "width": "text_width",
+        "heads": "text_heads",
+        "layers": "text_depth",
+        "mlp_ratio": "mlp_ratio, the same in both towers",
+        "norm_kwargs": "text_norm_eps; no other argument",
+        "pad_id": "acts with embed_cls only",
+        "eos_id": "acts with pool_type eos only",
+        "tokenizer_mode": "acts with hf_tokenizer_name only",
+        "hf_model_pretrained": "acts with hf_model_name only",
+        "hf_proj_type": "acts with hf_model_name only",
+        "hf_pooler_type": "acts with hf_model_name only",
+    },
+    "vision_cfg of a ViT": {
+        "image_size": "image_size, square",
+        "patch_size": "patch_size",
+        "width": "width",
+        "layers": "depth",
+        "head_width": "head_width",
+        "mlp_ratio": "mlp_ratio, the same in both towers",
+        "no_ln_pre": "no_ln_pre",
+        "norm_kwargs": "norm_eps; no other argument",
+        "patch_dropout": _TRAINING,
+        "attn_pooler_queries": "acts with attentional_pool only",
+        "attn_pooler_heads": "acts with attentional_pool only",
+    },
+    "vision_cfg of a Swin": {
+        "timm_model_name": "all sizes of the image tower",
+        "image_size": "image_size, that of the name",
+        "timm_pool": "`avg`, or empty, which means the same for a Swin",
+        "timm_model_pretrained": "the checkpoint replaces the weights",
+        "timm_drop": _TRAINING,
+        "timm_drop_path": _TRAINING,
+    },
+}
+"""Every setting of open_clip that a model may change, with the ModelSpec field that has it, or why it changes nothing.
+A setting that is not here has to have open_clip's default."""
+
+# What a refused setting has to be, where open_clip's default alone would explain too little.
+_RIGHT = {
+    "multimodal_cfg": "left out; models that write captions are not supported",
+    "vision_cfg.layers": "a whole number, the depth of a ViT; ResNets are not supported",
+    "text_cfg.hf_model_name": "left out; the text tower is open_clip's own transformer",
+    "text_cfg.hf_tokenizer_name": "left out; text is read with the vocabulary of OpenAI's CLIP",
+}
 
 
 def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> ModelSpec:
     """The ModelSpec of an open_clip model config, bare or under "model_cfg".
 
     Registers the Swin of a config that compt wrote with timm, so that stock open_clip can build it too. Raises
-    ArtefactError, which names the first setting that compt's models do not have.
+    ArtefactError, which names the settings that compt's models do not have, with what would be right.
     """
     config = config.get("model_cfg", config)
     try:
@@ -31,12 +88,12 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
         embed_dim = int(config["embed_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise ArtefactError(f"open_clip config of {name}: embed_dim, vision_cfg and text_cfg are needed") from error
-    initial = {f"init_{scalar}": scalar for scalar in SCALAR_NAMES}
-    for key, value in config.items():
-        if key not in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", *initial) and value:
-            raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
-    _refuse_others(name, "text_cfg", text, open_clip.model.CLIPTextCfg, _TEXT_FIELDS)
-    vision = asdict(open_clip.model.CLIPVisionCfg()) | _supported(name, vision)
+    refused = list(_refused(config, vision, text))
+    if refused:
+        key, value, right = refused[0]
+        others = f"; not supported either: {', '.join(key for key, _, _ in refused[1:])}" if refused[1:] else ""
+        raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported; it must be {right}{others}")
+    vision = asdict(open_clip.model.CLIPVisionCfg()) | vision
     text = asdict(open_clip.model.CLIPTextCfg()) | text
     try:
         common = {
@@ -50,30 +107,63 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
             "text_head_width": text["width"] // text["heads"],
             "text_norm_eps": _norm_eps(name, "text_cfg", text),
             "quick_gelu": bool(config.get("quick_gelu")),
-            "loss": loss_with(["logit_scale", *(initial[key] for key in initial if config.get(key) is not None)]),
+            "loss": _loss(config),
         }
         return (_swin_spec if vision["timm_model_name"] else _vit_spec)(name, vision, text, common)
     except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ArtefactError(f"open_clip config of {name}: {error}") from error
 
 
-def _supported(name: str, vision: dict[str, Any]) -> dict[str, Any]:
-    fields = _SWIN_FIELDS if vision.get("timm_model_name") else _VIT_FIELDS
-    _refuse_others(name, "vision_cfg", vision, open_clip.model.CLIPVisionCfg, fields)
-    return vision
+def _refused(
+    config: Mapping[str, Any], vision: Mapping[str, Any], text: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, str]]:
+    """Settings that compt's models do not have: name, value, what would be right."""
+    timm = vision.get("timm_model_name")
+    try:
+        swin_sizes(timm or "swin_tiny_patch4_window7_224")
+    except ConfigError as error:
+        why = f" ({error})" if "swin" in str(timm) else ""
+        yield "vision_cfg.timm_model_name", timm, f"a Swin, such as swin_tiny_patch4_window7_224{why}"
+        return  # the other settings depend on the image tower
+    vision_kind = "vision_cfg of a Swin" if timm else "vision_cfg of a ViT"
+    parts: tuple[tuple[str, str, Mapping[str, Any], Mapping[str, Any]], ...] = (
+        ("", "model_cfg", config, {}),
+        ("vision_cfg.", vision_kind, vision, asdict(open_clip.model.CLIPVisionCfg())),
+        ("text_cfg.", "text_cfg", text, asdict(open_clip.model.CLIPTextCfg())),
+    )
+    for prefix, kind, given, defaults in parts:
+        for key, value in given.items():
+            default = defaults.get(key)
+            same = value == default if key in defaults else not (prefix or value)
+            if key not in HONOURED[kind] and not same:
+                right = f"{default!r}, or left out" if key in defaults else "left out; compt does not know it"
+                yield prefix + key, value, _RIGHT.get(prefix + key, right)
+    if not timm and not isinstance(vision.get("layers", 0), int):
+        yield "vision_cfg.layers", vision["layers"], _RIGHT["vision_cfg.layers"]
+    if timm and vision.get("timm_pool", "avg") not in ("avg", ""):
+        yield "vision_cfg.timm_pool", vision["timm_pool"], "'avg' or empty"
+
+
+def _loss(config: Mapping[str, Any]) -> str:
+    initial = {scalar: config.get(f"init_{scalar}") for scalar in SCALAR_NAMES}
+    given = {scalar: value for scalar, value in initial.items() if value is not None}
+    return loss_with({"logit_scale", *given}, given)
 
 
 def _vit_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: dict[str, Any]) -> ModelSpec:
     if vision["mlp_ratio"] != text["mlp_ratio"]:
-        raise ArtefactError(f"open_clip config of {name}: towers of different mlp_ratio are not supported")
+        raise ArtefactError(
+            f"open_clip config of {name}: vision_cfg.mlp_ratio = {vision['mlp_ratio']} and text_cfg.mlp_ratio = "
+            f"{text['mlp_ratio']}; compt's models have one mlp_ratio for both towers"
+        )
     return ModelSpec(
         arch="vit",
         width=vision["width"],
-        depth=_integer(name, "layers", vision["layers"]),
+        depth=vision["layers"],
         heads=vision["width"] // vision["head_width"],
         head_width=vision["head_width"],
-        image_size=_integer(name, "image_size", vision["image_size"]),
-        patch_size=_integer(name, "patch_size", vision["patch_size"]),
+        image_size=_square(name, vision["image_size"]),
+        patch_size=vision["patch_size"],
         mlp_ratio=float(vision["mlp_ratio"]),
         no_ln_pre=bool(vision["no_ln_pre"]),
         norm_eps=_norm_eps(name, "vision_cfg", vision),
@@ -83,18 +173,17 @@ def _vit_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: d
 
 def _swin_spec(name: str, vision: dict[str, Any], text: dict[str, Any], common: dict[str, Any]) -> ModelSpec:
     sizes = swin_sizes(vision["timm_model_name"])
-    size = _integer(name, "image_size", vision["image_size"])
-    if text["mlp_ratio"] != sizes["mlp_ratio"] or size != sizes["image_size"]:
-        raise ArtefactError(f"open_clip config of {name}: mlp_ratio or image_size is not that of {sizes['timm_name']}")
+    image_size = _square(name, vision["image_size"])
+    for key, value, right in (
+        ("text_cfg.mlp_ratio", text["mlp_ratio"], sizes["mlp_ratio"]),
+        ("vision_cfg.image_size", image_size, sizes["image_size"]),
+    ):
+        if value != right:
+            raise ArtefactError(
+                f"open_clip config of {name}: {key} = {value}; it must be {right}, that of {sizes['timm_name']}"
+            )
     register_swin(sizes["timm_name"])
     return ModelSpec(**common, **sizes)
-
-
-def _refuse_others(name: str, part: str, given: dict[str, Any], defaults: type, supported: tuple[str, ...]) -> None:
-    default = asdict(defaults())
-    for key, value in given.items():
-        if key not in supported and (key not in default or value != default[key]):
-            raise ArtefactError(f"open_clip config of {name}: {part}.{key} = {value} is not supported")
 
 
 def _norm_eps(name: str, part: str, given: dict[str, Any]) -> float:
@@ -106,9 +195,10 @@ def _norm_eps(name: str, part: str, given: dict[str, Any]) -> float:
     return float(eps)
 
 
-def _integer(name: str, key: str, value: Any) -> int:
-    if isinstance(value, (tuple, list)) and len(set(value)) == 1 and key != "layers":
-        value = value[0]
-    if not isinstance(value, int):
-        raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported")
-    return value
+def _square(name: str, value: Any) -> int:
+    side = value[0] if isinstance(value, tuple | list) and len(set(value)) == 1 else value
+    if not isinstance(side, int):
+        raise ArtefactError(
+            f"open_clip config of {name}: vision_cfg.image_size = {value} is not supported; images must be square"
+        )
+    return side

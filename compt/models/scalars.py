@@ -6,7 +6,7 @@ A new loss has one entry here and one class in `compt.train.losses`, under the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SCALAR_NAMES = ("logit_scale", "logit_bias")
@@ -59,14 +59,20 @@ LOSS_TRAITS: dict[str, LossTraits] = {
 DEFAULT_LOSS = "contrastive"
 
 
-def loss_with(names: Iterable[str]) -> str:
+def loss_with(names: Iterable[str], initial: Mapping[str, float] | None = None) -> str:
     """The first loss whose scalars are exactly those among `names`, which may hold other parameters too.
 
-    The default where no loss has these scalars: comparing the parameters then names what is missing.
+    `initial`: what the scalars started from, as far as a config says it. Where several losses have these scalars, it
+    chooses. The default where no loss has these scalars: comparing the parameters then names what is missing.
     """
     found = {name for name in names if name in SCALAR_NAMES}
-    fitting = (loss for loss, traits in LOSS_TRAITS.items() if {one.name for one in traits.scalars} == found)
-    return next(fitting, DEFAULT_LOSS)
+    fitting = [loss for loss, traits in LOSS_TRAITS.items() if {one.name for one in traits.scalars} == found]
+    started = [loss for loss in fitting if initial and _started_from(LOSS_TRAITS[loss], initial)]
+    return next(iter(started or fitting), DEFAULT_LOSS)
+
+
+def _started_from(traits: LossTraits, initial: Mapping[str, float]) -> bool:
+    return all(math.isclose(initial.get(one.name, math.nan), one.initial, rel_tol=1e-3) for one in traits.scalars)
 
 
 def exported_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:

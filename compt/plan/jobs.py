@@ -16,6 +16,7 @@ from compt.cost.training import JobCost, Mode, exact_breakdown
 from compt.errors import ConfigError, nearest
 from compt.files import hash_json
 from compt.models.growth import ExpandConfig, check_config, grown_spec
+from compt.models.preprocess import Preprocess
 from compt.models.presets import ModelSpec
 from compt.plan.links import Start, averaging, check_growth, check_start, planned_start
 from compt.recipe.expansion import expand_result, expansion
@@ -265,12 +266,17 @@ class _Planner:
 
     def check_colours(self, start: Start) -> None:
         data = self.recipe.data
-        for key, wanted, found in (("mean", data.mean, start.mean), ("std", data.std, start.std)):
-            if found is not None and [round(value, 4) for value in found] != [round(value, 4) for value in wanted]:
+        own = Preprocess(data.mean, data.std)
+        for key, (wanted, found) in own.differs(start.preprocess or own).items():
+            if key in ("mean", "std"):
                 raise ConfigError(
                     f"data.{key} = {list(wanted)}: the model at chain.from was trained with {list(found)}, "
                     "and would be shown other colours"
                 )
+            raise ConfigError(
+                f"chain.from: its model expects {key} {found}, and a chain has {wanted}; to use it all the same, write "
+                f"it with `compt export` and set preprocess_cfg.{key} to {wanted} in open_clip_config.json"
+            )
 
     def tried(self, number: int, scale: float, start: Start | None) -> Job:
         link = self.links(start, scale)[first_student(self.recipe)]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from compt.cost.counts import parameters
-from compt.errors import ConfigError, nearest
+from compt.errors import ArtefactError, ConfigError, nearest
 from compt.files import read_json
 from compt.models.growth import TOWERS, ExpandConfig, Tower, check_sizes, disagreeing, inexact
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
+from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, VOCAB_SIZE, ModelSpec
 from compt.recipe.schema import Chain
 
@@ -81,14 +81,13 @@ UNREAD = "unread"
 class Start:
     """A model that the first link grows from: its sizes and the hash of its weights.
 
-    `mean` and `std` (red, green, blue) normalized its images, if known. `averaged`: whether it has a moving average of
+    `preprocess`: how it expects its images, if known. `averaged`: whether it has a moving average of
     its weights; None if unknown.
     """
 
     spec: ModelSpec
     hash: str
-    mean: Sequence[float] | None = None
-    std: Sequence[float] | None = None
+    preprocess: Preprocess | None = None
     averaged: bool | None = False
 
 
@@ -121,12 +120,13 @@ def read_start(folder: Path) -> Start:
         manifest = read_json(path)
         if (manifest["format"], manifest["format_version"]) != MODEL_FORMAT:
             raise ValueError("its format or version is not the one that this compt reads")
-        spec, preprocess = ModelSpec.from_dict(manifest["spec"]), manifest["preprocess"]
+        spec = ModelSpec.from_dict(manifest["spec"])
+        preprocess = Preprocess.of(dict(manifest["preprocess"]), "preprocess")
         averaged = AVERAGE in manifest.get("extra", {})
-        return Start(spec, str(manifest["hash"]), preprocess["mean"], preprocess["std"], averaged)
+        return Start(spec, str(manifest["hash"]), preprocess, averaged)
     except KeyError as error:
         cause = f"{error.args[0]} is missing; a run's model folders are RUN/jobs/NAME/model"
-    except (OSError, ValueError, TypeError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, ArtefactError, ConfigError) as error:
         cause = getattr(error, "strerror", None) or str(error)
     other = "" if path.exists() else "; for a model that compt did not write, name it in chain.from_model"
     raise ConfigError(f"chain.from = '{folder}': cannot read {path} ({cause}){other}")

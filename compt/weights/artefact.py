@@ -29,7 +29,8 @@ from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import disk_errors, new_folder, read_json, sha256_file, write_json
 from compt.models.clip import ClipModel, build, exported_shapes, materialise
 from compt.models.init import load_state
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
+from compt.models.preprocess import AS_OPENAI, Preprocess
+from compt.models.presets import ModelSpec
 from compt.weights.lazy import check_link, plain_name
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
 
@@ -39,6 +40,7 @@ MANIFEST = "manifest.json"
 CONFIG = "open_clip_config.json"
 INDEX = "model.safetensors.index.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
+HF_PIXELS = "preprocessor_config.json"
 MAX_SHARD_BYTES = 5_000_000_000
 WRITER = "compt"
 
@@ -59,7 +61,7 @@ class Artefact:
     path: Path
     spec: ModelSpec
     manifest: dict[str, Any]
-    preprocess: dict[str, Any]
+    preprocess: Preprocess
     state: Mapping[str, Tensor]
     digest: str | Callable[[], str]
 
@@ -129,7 +131,7 @@ def _holds_only_ours(folder: Path) -> bool:
 def _holds_only_an_export(folder: Path) -> bool:
     try:
         ours = TensorFile(folder / OPEN_CLIP_WEIGHTS).metadata.get("written_by") == WRITER
-        return ours and {path.name for path in folder.iterdir()} == {OPEN_CLIP_WEIGHTS, CONFIG}
+        return ours and {path.name for path in folder.iterdir()} - {HF_PIXELS} == {OPEN_CLIP_WEIGHTS, CONFIG}
     except (ArtefactError, OSError):
         return False
 
@@ -140,9 +142,7 @@ def write_artefact(
     spec: ModelSpec,
     manifest: Mapping[str, Any],
     *,
-    mean: Sequence[float] = OPENAI_MEAN,
-    std: Sequence[float] = OPENAI_STD,
-    interpolation: str = "bicubic",
+    preprocess: Preprocess = AS_OPENAI,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     extra_states: Mapping[str, Mapping[str, Tensor]] | None = None,
     together: bool = False,
@@ -163,14 +163,7 @@ def write_artefact(
     taken = sorted(OWN_FIELDS & set(manifest))
     if taken:
         raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
-    preprocess = {
-        "size": spec.image_size,
-        "mode": "RGB",
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
-        "interpolation": interpolation,
-        "resize_mode": "shortest",
-    }
+    pixels = preprocess.to_dict(spec.image_size)
     states = {plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
     writers = Writers(folder, together)
     parts = writers.all(lambda: _parts(states, spec, max_shard_bytes))
@@ -184,7 +177,7 @@ def write_artefact(
             for name in states:  # the model itself comes last: its manifest holds the hashes of the others
                 files = [(part, written[part]) for part in parts if part.model == name]
                 extra = {} if name else hashes
-                hashes[name] = _describe(temporary / name, files, spec, manifest, preprocess, extra)
+                hashes[name] = _describe(temporary / name, files, spec, manifest, pixels, extra)
             if check is not None:
                 check(hashes[""])
             undo.close()
@@ -304,7 +297,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
         raise ArtefactError(f"{folder / MANIFEST}: format version {found}; this compt reads {FORMAT_VERSION}")
     try:
         spec = ModelSpec.from_dict(manifest["spec"])
-        preprocess = dict(manifest["preprocess"])
+        preprocess = Preprocess.of(dict(manifest["preprocess"]), f"{folder / MANIFEST}: preprocess")
         files = {plain_name(folder, name): dict(entry) for name, entry in manifest["files"].items()}
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
@@ -344,6 +337,7 @@ def weight_map(folder: Path, index: str) -> dict[str, str]:
 def export_open_clip(source: Artefact, folder: Path) -> None:
     """Write a model as a folder of stock open_clip: one weight file and its config. Reads one tensor at a time.
 
+    Where transformers' CLIPImageProcessor can prepare the model's images, its config is beside them.
     Raises ArtefactError for a folder in use (`check_free`), and for weights that are not finite.
     """
     check_free(folder, source.path)
@@ -353,8 +347,12 @@ def export_open_clip(source: Artefact, folder: Path) -> None:
         for name in shapes:
             _check_finite(source.path, name, source.state[name])
         write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
-        config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess}
+        size = source.spec.image_size
+        config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess.to_dict(size)}
         write_json(temporary / CONFIG, config)
+        processor = source.preprocess.to_hugging_face(size)
+        if processor is not None:
+            write_json(temporary / HF_PIXELS, processor)
 
 
 def _check_finite(path: Path, name: str, tensor: Tensor) -> None:

@@ -7,22 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from open_clip.constants import HF_WEIGHTS_NAME
+from open_clip.tokenizer import SimpleTokenizer
 
 from compt.errors import ArtefactError, ConfigError
 from compt.models.open_clip_config import spec_from_open_clip
-from compt.models.presets import NORM_EPS, OPENAI_MEAN, OPENAI_STD, VOCAB_SIZE, ModelSpec
-from compt.weights.artefact import CONFIG, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
+from compt.models.preprocess import AS_OPENAI, Preprocess
+from compt.models.presets import NORM_EPS, VOCAB_SIZE, ModelSpec
+from compt.weights.artefact import CONFIG, HF_PIXELS, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
 from compt.weights.lazy import FoundWeights, Tensors, inside
 from compt.weights.pickles import load_torch_file, tensors_in
 from compt.weights.safetensors import LazyState
 
 HF_CONFIG = "config.json"
-HF_PIXELS = "preprocessor_config.json"
+HF_PROCESSOR = "processor_config.json"
+HF_TOKENIZER_CONFIG = "tokenizer_config.json"
 WEIGHTS = (OPEN_CLIP_WEIGHTS, "model.safetensors")
 WEIGHT_PICKLES = (HF_WEIGHTS_NAME, "pytorch_model.bin")
 PICKLES = (".pt", ".pth", ".bin")
 
-_RESAMPLING = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 # The values of what a config of Hugging Face leaves out.
 _HF_TEXT: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -65,20 +67,53 @@ def read_open_clip(folder: Path) -> FoundWeights:
     config = read_object(inside(folder, CONFIG))
     spec = spec_from_open_clip(config, name=folder.name)
     found = read_plain(folder)
-    return FoundWeights(found.weights, found.files, spec, dict(config.get("preprocess_cfg") or {}))
+    preprocess = Preprocess.of(config.get("preprocess_cfg") or {}, f"{folder / CONFIG}: preprocess_cfg")
+    return FoundWeights(found.weights, found.files, spec, preprocess)
 
 
 def read_hugging_face(folder: Path) -> FoundWeights:
-    """A folder of transformers' CLIPModel: config.json and weights. Raises ArtefactError."""
+    """A folder of transformers' CLIPModel: config.json, weights, and what it says of images and text.
+
+    Raises ArtefactError, also for another tokenizer than that of OpenAI's CLIP.
+    """
     spec = spec_from_hugging_face(read_object(inside(folder, HF_CONFIG)), folder.name)
-    pixels = read_object(inside(folder, HF_PIXELS)) if (folder / HF_PIXELS).exists() else {}
-    preprocess = {
-        ours: pixels[theirs] for ours, theirs in (("mean", "image_mean"), ("std", "image_std")) if theirs in pixels
-    }
-    if pixels.get("resample") in _RESAMPLING:
-        preprocess["interpolation"] = _RESAMPLING[pixels["resample"]]
+    _check_tokenizer(folder)
     found = read_plain(folder)
-    return FoundWeights(found.weights, found.files, spec, preprocess)
+    return FoundWeights(found.weights, found.files, spec, _hf_preprocess(folder, spec.image_size))
+
+
+def _hf_preprocess(folder: Path, size: int) -> Preprocess:
+    # Since transformers 5 a processor is one file; its class reads that one first.
+    for name, key in ((HF_PROCESSOR, "image_processor"), (HF_PIXELS, None)):
+        values = _beside(folder, name)
+        if key is not None:
+            values = values.get(key) or {}
+        if values:
+            return Preprocess.of_hugging_face(values, size, str(folder / name))
+    return AS_OPENAI
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Raise ArtefactError unless the tokenizer beside the weights, if there is one, is that of OpenAI's CLIP."""
+    found = _beside(folder, HF_TOKENIZER_CONFIG).get("tokenizer_class")
+    # Since transformers 5 a folder may name the general class of fast tokenizers; the vocabulary decides.
+    if found not in (None, "CLIPTokenizer", "CLIPTokenizerFast", "TokenizersBackend", "PreTrainedTokenizerFast"):
+        raise ArtefactError(
+            f"{folder / HF_TOKENIZER_CONFIG}: tokenizer_class = {found!r} is not supported; it must be CLIPTokenizer"
+        )
+    for name, inner in (("vocab.json", ()), ("tokenizer.json", ("model", "vocab"))):
+        vocabulary: Any = _beside(folder, name)
+        for key in inner:
+            vocabulary = vocabulary.get(key) if isinstance(vocabulary, dict) else None
+        if vocabulary and vocabulary != SimpleTokenizer().encoder:
+            raise ArtefactError(
+                f"{folder / name}: its {len(vocabulary)} tokens are not those of OpenAI's CLIP, with which compt "
+                f"reads text; another vocabulary is not supported"
+            )
+
+
+def _beside(folder: Path, name: str) -> dict[str, Any]:
+    return read_object(inside(folder, name)) if (folder / name).exists() else {}
 
 
 def has_weights(folder: Path) -> bool:
@@ -176,14 +211,3 @@ def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str,
         wrong = f"text_config.eos_token_id is {text['eos_token_id']}; text is read at the highest token here"
     if wrong:
         raise ArtefactError(f"{HF_CONFIG} of {name}: {wrong}")
-
-
-def pixels_of(found: FoundWeights, spec: ModelSpec) -> dict[str, Any]:
-    """How images are prepared: as the source says, else as for OpenAI's models."""
-    return {
-        "mean": list(OPENAI_MEAN),
-        "std": list(OPENAI_STD),
-        "interpolation": "bicubic",
-        **found.preprocess,
-        "size": spec.image_size,
-    }

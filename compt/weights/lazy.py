@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.files import leads_out, sha256_file
+from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.models.presets import ModelSpec
 from compt.models.states import State
 
@@ -37,7 +38,7 @@ class FoundWeights:
     weights: Weights
     files: Sequence[Path]
     spec: ModelSpec | None = None
-    preprocess: dict[str, Any] = field(default_factory=dict)
+    preprocess: Preprocess = AS_OPENAI
 
 
 class Tensors(Weights):

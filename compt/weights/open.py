@@ -110,7 +110,7 @@ def _open_other(path: Path, found: FoundWeights, spec: ModelSpec | None, prefix:
         )
     compare(view, spec, str(path))
     manifest = {"left_out": left_out} if left_out else {}
-    return Artefact(path, spec, manifest, files.pixels_of(found, spec), view, partial(digest_of, found.files))
+    return Artefact(path, spec, manifest, found.preprocess, view, partial(digest_of, found.files))
 
 
 def _compare_state(found: Artefact) -> None:

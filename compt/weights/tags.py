@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_mod
 from compt.errors import ArtefactError, nearest
 from compt.files import sha256_file
 from compt.models.open_clip_config import spec_from_open_clip
+from compt.models.preprocess import Preprocess
 from compt.weights.files import read_file
 from compt.weights.lazy import FoundWeights
 
@@ -58,9 +59,9 @@ def read_tag(arch: str, tag: str, verify: bool = True) -> FoundWeights:
             found = read_file(path)
             if verify:
                 _check_digest(path, str(config.get("url", "")))
-            pixels = {key: list(config[key]) for key in ("mean", "std") if key in config}
-            pixels |= {key: config[key] for key in ("interpolation",) if key in config}
-            return FoundWeights(found.weights, found.files, spec, pixels)
+            pixels = {field.name: config[field.name] for field in fields(Preprocess) if field.name in config}
+            preprocess = Preprocess.of(pixels, f"{arch}:{tag}")
+            return FoundWeights(found.weights, found.files, spec, preprocess)
     raise ArtefactError(
         f"{arch}:{tag}: not on this machine: neither {' nor '.join(looked)}. To download it, run "
         f"python -c \"import open_clip; open_clip.create_model('{arch}', pretrained='{tag}')\" where there is a network"

@@ -18,6 +18,7 @@ from compt.evaluate.task import EvalSettings
 from compt.evaluate.retrieval import retrieval
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import classifier, zero_shot
+from compt.models.preprocess import Preprocess
 from compt.models.clip import build
 from tests.helpers import evaluation as cases
 from tests.dist.spawn import run_ranks
@@ -53,7 +54,7 @@ def test_ranks_agree_with_one_process(world: int, n: int) -> None:
 
 
 def _set_scores(folder: str) -> tuple[dict[str, float], list[int], dict[str, int]]:
-    settings = EvalSettings((0.5,) * 3, (0.25,) * 3, base=Path(folder), batch=3)
+    settings = EvalSettings(Preprocess((0.5,) * 3, (0.25,) * 3), base=Path(folder), batch=3)
     result = evaluate_set(build(SPEC, seed=0), EvalSet(name="set", data=["data"]), settings)
     return result.headline(), result.predictions.tolist(), result.skipped
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compt.data.batch import Batch, EvalBatch
 from compt.evaluate.encoder import Encoder
+from compt.models.preprocess import Preprocess
 
 WIDTH = 6
 
@@ -34,7 +35,7 @@ class KnownModel(nn.Module):
 
 
 def encoder(seed: int = 0) -> Encoder:
-    return Encoder(KnownModel(seed), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    return Encoder(KnownModel(seed), Preprocess((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
 
 
 def images_of(numbers: list[int]) -> Tensor:

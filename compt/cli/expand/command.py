@@ -113,8 +113,7 @@ def expand(
     try:
         place = dist.init(device if verify else "cpu")
         prepared = dist.on_all(lambda: prepare(asked))
-        pixels = prepared.teacher.preprocess
-        settings = EvalSettings(pixels["mean"], pixels["std"], Path.cwd(), batch, workers)
+        settings = EvalSettings(prepared.teacher.preprocess, Path.cwd(), batch, workers)
         # Before the weights are written: a wrong data set must not end a command that took minutes.
         check_sets([item] if item else [], settings)
         if dist.is_main() and not as_json:
@@ -190,7 +189,7 @@ def _write(prepared: Prepared) -> None:
             max_shard_bytes=prepared.shard_bytes,
             together=dist.world_size() > 1,
             check=same,
-            **prepared.preprocess,
+            preprocess=prepared.preprocess,
         )
 
 

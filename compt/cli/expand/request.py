@@ -16,6 +16,7 @@ from compt.cli.evaluate import open_source
 from compt.errors import ArtefactError, ConfigError
 from compt.files import read_json
 from compt.models.growth import ExpandConfig, disagreeing
+from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, resized
 from compt.plan.links import MANIFEST
 from compt.recipe.expansion import BothExpand, Expand, LinkExpand, TowerExpand, expansion
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 _OF_EXPANSION = ("job", "recipe_hash", "seed", "parent", "parent_hash", "expansion", "shard_bytes")
 """Fields that the manifest of a trained model shares with the manifest of its expanded weights."""
-_PIXELS = ("mean", "std", "interpolation")
 _LISTED = 5
 
 
@@ -68,7 +68,7 @@ class Prepared:
     out: Path | None
     writes: bool
     fields: dict[str, Any]
-    preprocess: dict[str, Any]
+    preprocess: Preprocess
     shard_bytes: int
     average: Mapping[str, Tensor] | None = None
     taken: dict[str, Any] = field(default_factory=dict)
@@ -140,8 +140,8 @@ def _new(asked: ExpandRequest, teacher: Artefact, student: str, config: ExpandCo
     if asked.writes:  # for some formats the hash takes reading the whole model
         fields["parent_hash"] = teacher.hash
     fields |= {"expansion": plan.to_json(), "seed": seed, "shard_bytes": shard_bytes}
-    pixels = {key: value for key, value in teacher.preprocess.items() if key in _PIXELS}
-    return Prepared(teacher, plan, seed, asked.out, asked.writes, fields, pixels, shard_bytes, taken=taken)
+    preprocess = teacher.preprocess
+    return Prepared(teacher, plan, seed, asked.out, asked.writes, fields, preprocess, shard_bytes, taken=taken)
 
 
 def _repeating(asked: ExpandRequest, path: Path) -> tuple[ExpandRequest, dict[str, Any]]:
@@ -185,9 +185,9 @@ def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, mani
         fields = {key: value for key, value in fields.items() if key in _OF_EXPANSION}
         fields |= {"step": 0, "samples": 0, "epochs": 0.0}
         made = manifest["initial_hash"]
-    pixels = {key: manifest["preprocess"][key] for key in _PIXELS}
+    preprocess = Preprocess.of(manifest["preprocess"], f"{asked.from_manifest}: preprocess")
     shard_bytes = manifest.get("shard_bytes", MAX_SHARD_BYTES)
-    prepared = Prepared(teacher, plan, manifest["seed"], asked.out, asked.writes, fields, pixels, shard_bytes)
+    prepared = Prepared(teacher, plan, manifest["seed"], asked.out, asked.writes, fields, preprocess, shard_bytes)
     return replace(prepared, repeats=made, versions=dict(manifest.get("versions", {})))
 
 

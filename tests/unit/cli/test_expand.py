@@ -24,12 +24,14 @@ from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
 from compt.models.init import export_state
+from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, is_own_swin, resolve
 from compt.weights.artefact import export_open_clip, read_artefact, write_artefact
 from tests.helpers.shards import WORDS, make_shards
 
 TINY = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "context_length": 16, "embed_dim": 24}
 TEACHER = replace(resolve("vit_pico", TINY), name="small")
+PREPROCESS = Preprocess(std=(0.2, 0.3, 0.4), interpolation="bilinear", resize_mode="squash")
 GROWN = ("--set", "width=32", "--set", "text_width=24", "--set", "embed_dim=24", "--set", "depth=4")
 
 
@@ -40,7 +42,7 @@ def write_teacher(folder: Path, spec: ModelSpec = TEACHER, **other: Any) -> Path
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "model", std=(0.2, 0.3, 0.4))
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "model", preprocess=PREPROCESS)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +180,7 @@ def test_the_manifest_repeats_the_same_bytes(teacher: Path, tmp_path: Path) -> N
     first = read_artefact(tmp_path / "first")
     assert first.manifest["seed"] == 5
     assert first.manifest["parent_hash"] == read_artefact(teacher).hash
-    assert first.preprocess["std"] == [0.2, 0.3, 0.4]
+    assert first.preprocess == PREPROCESS
     assert len(content(tmp_path / "first")) > 4
     assert ExpansionPlan.from_json(first.manifest["expansion"]).config == ExpandConfig.both("lemon", "stack", noise=0.2)
     manifest = tmp_path / "first" / "manifest.json"
@@ -200,9 +202,9 @@ def test_the_manifest_of_a_trained_model_repeats_what_it_was(teacher: Path, tmp_
     one = read_artefact(tmp_path / "one")
     kept = {key: one.manifest[key] for key in ("seed", "parent", "parent_hash", "expansion", "shard_bytes")}
     initial = {**kept, "step": 0, "samples": 0, "epochs": 0.0}
-    write_artefact(tmp_path / "initial", one.state, one.spec, initial, std=(0.2, 0.3, 0.4))
+    write_artefact(tmp_path / "initial", one.state, one.spec, initial, preprocess=PREPROCESS)
     trained = {**kept, "initial_hash": one.hash, "step": 9, "samples": 90, "epochs": 1.0, "trained": {}}
-    write_artefact(tmp_path / "model", export_state(build(one.spec, seed=8)), one.spec, trained, std=(0.2, 0.3, 0.4))
+    write_artefact(tmp_path / "model", export_state(build(one.spec, seed=8)), one.spec, trained, preprocess=PREPROCESS)
     run(teacher, tmp_path / "again", "--from-manifest", tmp_path / "model")
     assert content(tmp_path / "again") == content(tmp_path / "initial")
 

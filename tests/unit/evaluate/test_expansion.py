@@ -23,6 +23,7 @@ from compt.models.clip import build
 from compt.models.growth import ExpandConfig
 from compt.models.init import export_state
 from compt.models.pixels import to_input
+from compt.models.preprocess import AS_OPENAI
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, resolve
 from compt.recipe.schema import EvalSet
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
@@ -61,7 +62,7 @@ def item(data: Path, files: str = "*.tar", **other: Any) -> EvalSet:
     return EvalSet(**{"name": "tiny", "task": "zeroshot", "data": [str(data / files)], **other})
 
 
-SETTINGS = EvalSettings(OPENAI_MEAN, OPENAI_STD, batch=BATCH)
+SETTINGS = EvalSettings(AS_OPENAI, batch=BATCH)
 
 
 def check(teacher: Artefact, data: Path, plan: ExpansionPlan, **other: Any) -> compt.evaluate.expansion.Verification:

@@ -28,6 +28,7 @@ from compt.evaluate.zeroshot import classifier, fill, read_classnames, read_temp
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.pixels import to_input
+from compt.models.preprocess import Preprocess
 from compt.models.presets import ModelSpec
 from compt.recipe.schema import EvalSet
 from compt.train.losses import contrastive_loss
@@ -71,7 +72,7 @@ def test_classifier_equals_open_clips(model, tokenizer) -> None:
     names = ["red cat", "a much longer name of a blue dog", "tree", "house {}", "fish", "ox", "bee"]
     templates = ["a photo of a {}.", "art of the {}", "{}"]
     expected = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, names, templates, 3)
-    encoder = Encoder(model, MEAN, STD)
+    encoder = Encoder(model, Preprocess(MEAN, STD))
     for batch in (1, 4, 100):  # across and within classes
         found = classifier(encoder, names, templates, tokenizer, batch)
         assert found.shape == (24, 7)
@@ -163,21 +164,21 @@ def test_labels_that_cannot_be_used() -> None:
 
 def test_the_models_mode_comes_back(model, tokenizer) -> None:
     model.train()
-    weights = classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
+    weights = classifier(Encoder(model, Preprocess(MEAN, STD)), ["x"], ["{}"], tokenizer)
     assert model.training
     assert not weights.requires_grad
-    with Encoder(model, MEAN, STD).frozen():
+    with Encoder(model, Preprocess(MEAN, STD)).frozen():
         assert not any(module.training for module in model.modules())
         assert not torch.is_grad_enabled()
     assert model.training
     model.eval()
-    classifier(Encoder(model, MEAN, STD), ["x"], ["{}"], tokenizer)
+    classifier(Encoder(model, Preprocess(MEAN, STD)), ["x"], ["{}"], tokenizer)
     assert not model.training
 
 
 def test_bf16_is_used_for_the_model_but_not_for_scores(model, tokenizer) -> None:
-    full = classifier(Encoder(model, MEAN, STD), ["cat", "dog"], ["{}"], tokenizer)
-    half = classifier(Encoder(model, MEAN, STD, torch.bfloat16), ["cat", "dog"], ["{}"], tokenizer)
+    full = classifier(Encoder(model, Preprocess(MEAN, STD)), ["cat", "dog"], ["{}"], tokenizer)
+    half = classifier(Encoder(model, Preprocess(MEAN, STD), torch.bfloat16), ["cat", "dog"], ["{}"], tokenizer)
     assert half.dtype == torch.float32
     assert not torch.equal(full, half)
     assert torch.allclose(full, half, atol=0.02)
@@ -275,8 +276,8 @@ def test_validation_loss_of_shards_does_not_change(tmp_path: Path, model) -> Non
     make_shards(tmp_path, n=24)
     index = open_index(str(tmp_path), tmp_path)
     batches = fixed_caption_batches(index, batch=8, image_size=32, captions=2, context_length=16)
-    first = validation_loss(Encoder(model, MEAN, STD), batches)
-    assert first == validation_loss(Encoder(model, MEAN, STD), batches)
+    first = validation_loss(Encoder(model, Preprocess(MEAN, STD)), batches)
+    assert first == validation_loss(Encoder(model, Preprocess(MEAN, STD)), batches)
     assert 1 < first < 4  # an untrained model guesses among eight: ln 8 and more
 
 
@@ -284,7 +285,7 @@ def test_validation_loss_of_shards_does_not_change(tmp_path: Path, model) -> Non
 
 
 def _settings(base: Path) -> EvalSettings:
-    return EvalSettings(MEAN, STD, base=base, batch=7)
+    return EvalSettings(Preprocess(MEAN, STD), base=base, batch=7)
 
 
 def _set(folder: Path, classes: int = 7) -> EvalSet:
@@ -454,7 +455,7 @@ def test_class_folders_are_a_set(tmp_path: Path, model, tokenizer) -> None:
     reference = ImageFolder(str(folder))
     assert result.labels.tolist() == [label for _, label in reference.samples]
     assert result.pins["classnames"] == hash_json(["ant", "blue dog", "cat"])
-    encoder = Encoder(model, MEAN, STD)
+    encoder = Encoder(model, Preprocess(MEAN, STD))
     transform = open_clip.image_transform(32, is_train=False, mean=MEAN, std=STD)
     weights = classifier(encoder, ["ant", "blue dog", "cat"], ["a photo of {c}"], tokenizer)
     with encoder.frozen():
@@ -475,7 +476,7 @@ def test_class_folders_are_a_set(tmp_path: Path, model, tokenizer) -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_class_folders_with_workers(tmp_path: Path, model, workers: int) -> None:
     _folders(tmp_path / "pictures")
-    settings = EvalSettings(MEAN, STD, base=tmp_path, batch=2, workers=workers)
+    settings = EvalSettings(Preprocess(MEAN, STD), base=tmp_path, batch=2, workers=workers)
     result = evaluate_set(model, EvalSet(name="pictures", data=["pictures"]), settings)
     assert result.ids.tolist() == list(range(9))
 

@@ -154,14 +154,12 @@ torch.save([model.encode_image(images.double()), model.encode_text(tokens)], fol
 
 
 def test_stock_open_clip_loads_a_folder_in_a_fresh_process(tmp_path: Path) -> None:
-    from compt.models.presets import OPENAI_MEAN, OPENAI_STD
     from compt.weights.artefact import write_artefact
 
     spec = SHAPES["fine patches"]
     model, both = build(spec, seed=1), inputs(spec)
     folder = tmp_path / "model"
-    pixels: dict[str, Any] = {"mean": OPENAI_MEAN, "std": OPENAI_STD, "interpolation": "bicubic"}
-    write_artefact(folder, export_state(model), spec, {}, **pixels)
+    write_artefact(folder, export_state(model), spec, {})
     torch.save(list(both), folder / "inputs.pt")
     subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT, str(folder)], check=True, timeout=120)
     model.double()
@@ -212,8 +210,8 @@ def test_reading_a_config_registers_its_swin() -> None:
             "swin_tiny_patch4_window7_244",
             "did you mean 'swin_tiny_patch4_window7_224'",
         ),
-        ("vision_cfg", "image_size", 64, "image_size is not that of compt_swin_w32"),
-        ("text_cfg", "mlp_ratio", 3.0, "mlp_ratio or image_size is not that"),
+        ("vision_cfg", "image_size", 64, r"vision_cfg.image_size = 64; it must be 32, that of compt_swin_w32"),
+        ("text_cfg", "mlp_ratio", 3.0, r"text_cfg.mlp_ratio = 3.0; it must be 4.0, that of compt_swin"),
         ("vision_cfg", "norm_kwargs", {"eps": 0.1}, r"vision_cfg.norm_kwargs = \{'eps': 0.1\} is not supported"),
         ("vision_cfg", "timm_pool", "rot_attn", "vision_cfg.timm_pool"),
     ],

@@ -431,9 +431,7 @@ def test_disk_of_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         assert size(folder / "model") == pytest.approx(item.disk.model_bytes, rel=0.02)
     model = run / "jobs" / "1-small" / "model"
     whole = read_artefact(model)
-    assert read_start(model) == Start(
-        whole.spec, whole.hash, whole.preprocess["mean"], whole.preprocess["std"], averaged=True
-    )
+    assert read_start(model) == Start(whole.spec, whole.hash, whole.preprocess, averaged=True)
     assert size(run / "jobs" / "2-large" / "initial") == pytest.approx(found.links[1].disk.initial_bytes, rel=0.02)
 
 

@@ -15,6 +15,7 @@ from compt.errors import ArtefactError, RunError
 from compt.models.clip import ClipModel, build
 from compt.models.init import export_state
 from compt.models.open_clip_config import spec_from_open_clip
+from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.weights.artefact import (
     CONFIG,
@@ -82,11 +83,11 @@ def test_stock_open_clip_reads_the_weights_into_a_registered_config(tmp_path):
 
 
 def test_open_clip_finds_the_preprocessing(tmp_path):
-    write(tmp_path / "model", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
+    write(tmp_path / "model", preprocess=Preprocess((0.1, 0.2, 0.3), (0.4, 0.5, 0.6), "bilinear"))
     _, transform = open_clip.create_model_from_pretrained(f"local-dir:{tmp_path / 'model'}", return_transform=True)
     assert "mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)" in str(transform).replace("[", "(").replace("]", ")")
     assert "bilinear" in str(transform)
-    assert read_artefact(tmp_path / "model").preprocess["mean"] == [0.1, 0.2, 0.3]
+    assert read_artefact(tmp_path / "model").preprocess.mean == (0.1, 0.2, 0.3)
 
 
 def test_a_folder_of_several_files_comes_back_and_can_be_merged_for_open_clip(tmp_path):

@@ -75,7 +75,7 @@ def test_in_the_cache_of_hugging_face(tmp_path, monkeypatch, state, name):
     found = open_model(tag(monkeypatch, hf_hub=f"{HUB}/"))
     assert same(found, state)
     assert found.spec.name == ARCH
-    assert found.preprocess["mean"] == [0.1, 0.2, 0.3]
+    assert found.preprocess.mean == (0.1, 0.2, 0.3)
     assert not found.spec.quick_gelu
 
 
