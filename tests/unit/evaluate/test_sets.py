@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from compt.data.batch import EvalBatch
 from compt.data.decode import evaluation_pixels
 from compt.data.index import open_index
 from compt.data.loaders import fixed_caption_batches
-from compt.errors import ConfigError, DataError
+from compt.errors import ArtefactError, ConfigError, DataError
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.encoder import Encoder, load_arrays
 from compt.evaluate.retrieval import query_ranks, retrieval
@@ -314,6 +315,12 @@ def test_a_set_in_clip_benchmarks_layout(tmp_path: Path, model, tokenizer) -> No
     assert result.predictions.tolist() == scores.argmax(dim=1).tolist()
     # open_clip's own model gives the same through our code
     assert evaluate_set(stock, item, _settings(tmp_path)).predictions.tolist() == result.predictions.tolist()
+
+
+def test_a_model_of_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
+    small = build(replace(SPEC, vocab_size=49_407), seed=0)
+    with pytest.raises(ArtefactError, match="vocab_size = 49407: .* it must be at least 49408"):
+        evaluate_set(small, _set(tmp_path / "data"), _settings(tmp_path))
 
 
 def test_pins_change_with_what_they_pin(tmp_path: Path, model) -> None:

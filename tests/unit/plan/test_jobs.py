@@ -410,6 +410,21 @@ def test_an_existing_model_has_to_know_the_recipe_s_colours(tmp_path: Path) -> N
     assert plan(parse_recipe(values)).jobs[0].teacher_spec == PRESETS["vit_pico"]
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "own"), [("resize_mode", "squash", "shortest"), ("interpolation", "bilinear", "bicubic")]
+)
+def test_an_existing_model_that_expects_other_images_is_refused(tmp_path: Path, key: str, value: str, own: str) -> None:
+    colours = {"mean": OPENAI_MEAN, "std": OPENAI_STD}
+    folder = write_model(tmp_path / "other", PRESETS["vit_pico"], "1", preprocess={**colours, key: value})
+    said = (
+        rf"chain\.from: its model expects {key} {value}, and a chain has {own}; .* set preprocess_cfg\.{key} to {own}"
+    )
+    with pytest.raises(ConfigError, match=said):
+        plan(changed("chain.from", folder))
+    known = write_model(tmp_path / "known", PRESETS["vit_pico"], "1", preprocess={**colours, key: own})
+    assert plan(changed("chain.from", known)).jobs[0].teacher_spec == PRESETS["vit_pico"]
+
+
 def test_a_manifest_as_it_is_written_is_read_without_torch() -> None:
     artefact = pytest.importorskip("compt.weights.artefact")
     assert (artefact.FORMAT, artefact.FORMAT_VERSION) == MODEL_FORMAT

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 from compt.errors import ArtefactError
+from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.weights.files import spec_from_hugging_face
 from compt.weights.open import open_model
 
@@ -228,6 +230,47 @@ def test_sizes_of_no_model_end_at_once(tmp_path, part, key, value, message):
 def test_configs_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ArtefactError, match=message):
         spec_from_hugging_face({"model_type": "clip", **change}, "m")
+
+
+def test_images_are_prepared_as_the_folder_says(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    write(tmp_path)
+    assert open_model(tmp_path).preprocess == AS_OPENAI
+    square, grey = {"height": 16, "width": 16}, [0.5, 0.4, 0.3]
+    transformers.CLIPImageProcessor(size=square, crop_size=square, image_mean=grey, resample=2).save_pretrained(
+        tmp_path
+    )
+    assert open_model(tmp_path).preprocess == Preprocess(
+        mean=(0.5, 0.4, 0.3), interpolation="bilinear", resize_mode="squash"
+    )
+    # A processor of transformers 5 is one file, and its classes read that one first.
+    processor = {"image_processor": {"image_processor_type": "CLIPImageProcessor", "size": 16, "crop_size": 16}}
+    (tmp_path / "processor_config.json").write_text(json.dumps(processor))
+    assert open_model(tmp_path).preprocess == AS_OPENAI
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "CLIPProcessor"}))
+    assert open_model(tmp_path).preprocess.resize_mode == "squash"
+    transformers.CLIPImageProcessor(size=24, crop_size=24).save_pretrained(tmp_path)
+    with pytest.raises(ArtefactError, match=r"preprocessor_config.json: size = .*24.* both sizes must be 16"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("words", [{}, {"cat</w>": 3}])
+def test_a_tokenizer_has_the_vocabulary_of_openai_or_is_refused(tmp_path, words):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    write(tmp_path)
+    stock = SimpleTokenizer()
+    merges = [pair for pair, _ in sorted(stock.bpe_ranks.items(), key=lambda item: item[1])]
+    vocabulary = dict(stock.encoder)
+    if words:  # two words change places
+        other = next(word for word, number in vocabulary.items() if number == 3)
+        vocabulary[other], vocabulary["cat</w>"] = vocabulary["cat</w>"], 3
+    transformers.CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(tmp_path)
+    if not words:
+        assert open_model(tmp_path).spec.width == 32
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    said = "tokenizer_class = 'XLMRobertaTokenizer'" if not words else "49408 tokens are not those of OpenAI's CLIP"
+    with pytest.raises(ArtefactError, match=said):
+        open_model(tmp_path)
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it():

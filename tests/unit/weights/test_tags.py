@@ -20,6 +20,7 @@ from torch import Tensor
 from compt.errors import ArtefactError
 from compt.models.clip import build
 from compt.models.init import export_state
+from compt.models.preprocess import Preprocess
 from compt.weights.open import open_model
 from compt.weights.tags import split_tag
 from tests.unit.weights.written import SPEC
@@ -76,7 +77,17 @@ def test_in_the_cache_of_hugging_face(tmp_path, monkeypatch, state, name):
     assert same(found, state)
     assert found.spec.name == ARCH
     assert found.preprocess.mean == (0.1, 0.2, 0.3)
+    assert found.preprocess.resize_mode == "shortest"
     assert not found.spec.quick_gelu
+
+
+def test_the_registry_says_how_images_are_resized(tmp_path, monkeypatch, state):
+    cached(tmp_path, "model.safetensors", state)
+    given = {"interpolation": "bilinear", "resize_mode": "squash"}
+    found = open_model(tag(monkeypatch, hf_hub=f"{HUB}/model.safetensors", **given))
+    assert found.preprocess == Preprocess((0.1, 0.2, 0.3), **given)
+    with pytest.raises(ArtefactError, match="^Tiny-CLIP:one: resize_mode = 'crop' is not supported; it must be"):
+        open_model(tag(monkeypatch, hf_hub=f"{HUB}/model.safetensors", resize_mode="crop"))
 
 
 def test_safetensors_come_first(tmp_path, monkeypatch, state):
