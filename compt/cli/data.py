@@ -69,8 +69,8 @@ def check(
 ) -> None:
     """Read every sample of a WebDataset and report problems.
 
-    Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or evaluation
-    would refuse the set: too many unusable samples, or a class number that is missing.
+    Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
+    evaluation would refuse the set: too many unusable samples, or a class number that is missing.
     """
     from compt.data.check import check as run_check
 

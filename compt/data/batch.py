@@ -6,7 +6,6 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-
 SKIPPED = ("image", "caption", "tar", "empty", "not_text", "encoding")
 """Causes for which training leaves out a sample or a caption; `account.CAUSES` explains them."""
 
@@ -15,9 +14,9 @@ SKIPPED = ("image", "caption", "tar", "empty", "not_text", "encoding")
 class Batch:
     """One rank's share of one step.
 
-    images: uint8 [B, 3, H, W]. tokens: int64 [B, M, T]: M captions per image, T the length of the longest one here, zeros
-    after the end of each. skipped: unusable samples and captions, by cause. few_captions: images with fewer than M
-    captions; theirs were drawn with replacement.
+    images: uint8 [B, 3, H, W]. tokens: int64 [B, M, T]: M captions per image, T the length of the longest one here,
+    zeros after the end of each. skipped: unusable samples and captions, by cause. few_captions: images with fewer than
+    M captions; theirs were drawn with replacement.
     """
 
     images: Tensor

@@ -121,8 +121,8 @@ def _group(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
 def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tuple[Captions, bool]:
     """The captions in an object of a JSON or a row of a table, and whether they come before a `.txt`.
 
-    `columns` names the fields; without it, the first group of known names that has a usable caption gives them. A single
-    caption such as img2dataset's `caption` does not come before a `.txt`.
+    `columns` names the fields; without it, the first group of known names that has a usable caption gives them. A
+    single caption such as img2dataset's `caption` does not come before a `.txt`.
     """
     if columns:
         return sort_out(_chosen(values, columns)), True

@@ -88,8 +88,8 @@ class Findings:
 class CheckReport:
     """The findings on all samples of `index`.
 
-    account: everything that was read. labels: samples with a class number. judged: "captions" for a set to train on or to
-    retrieve from, "labels" for one that is only classified.
+    account: everything that was read. labels: samples with a class number. judged: "captions" for a set to train on or
+    to retrieve from, "labels" for one that is only classified.
     """
 
     index: Index

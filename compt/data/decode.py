@@ -89,7 +89,7 @@ class Decoder(ABC):
 
 
 def open_image(data: bytes) -> Image.Image:
-    """Open an image and read only its header. Raises Unusable for other data, and for an image too large to decode safely."""
+    """Open an image and read only its header. Raises Unusable for other data and for an image of too many pixels."""
     try:
         image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], _FORMATS))
     except ComptError:  # a signal handler raised it, which says nothing about the image
@@ -257,4 +257,3 @@ def _whole(image: Image.Image, size: int, preprocess: Preprocess) -> Pixels:
         padded.paste(image, ((size - target[0]) // 2, (size - target[1]) // 2))
         return _planes(padded)
     return _planes(image.crop((left, top, left + size, top + size)))
-

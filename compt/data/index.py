@@ -99,21 +99,21 @@ class ShardIndex:
 
     def check_content(self) -> None:
         """Raise DataError where the shard holds other data than when it was indexed, with the same size and time."""
-        if self.content and self.shard.stat().st_mtime_ns == self.mtime_ns:
-            if sampled_hash(self.shard, self.table()[0]) != self.content:
-                raise DataError(
-                    f"{self.shard} holds other data than when it was indexed, with the same sizes and the same time; "
-                    f"put the old shard back, or remove {self.file} to index the new one"
-                )
+        same_time = self.content and self.shard.stat().st_mtime_ns == self.mtime_ns
+        if same_time and sampled_hash(self.shard, self.table()[0]) != self.content:
+            raise DataError(
+                f"{self.shard} holds other data than when it was indexed, with the same sizes and the same time; "
+                f"put the old shard back, or remove {self.file} to index the new one"
+            )
 
 
 class Index:
     """All samples of a list of shards, numbered in the order of the shards and of their members.
 
-    sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes; it
-    does not depend on the folder. content: hash of some samples of each shard; "" where an old index has none.
-    columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read.
-    counts: images by their number of captions.
+    sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes;
+    it does not depend on the folder. content: hash of some samples of each shard; "" where an old index has none.
+    columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read. counts:
+    images by their number of captions.
     """
 
     def __init__(
@@ -264,8 +264,8 @@ def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
         except OSError as error:
             last = error
     raise DataError(
-        f"cannot write an index in {folders[-1]}: {last and last.strerror}; name a writable folder with data.index_dir or --out"
-        + (", or set HOME" if _cache_root() is None else "")
+        f"cannot write an index in {folders[-1]}: {last and last.strerror}; "
+        "name a writable folder with data.index_dir or --out" + (", or set HOME" if _cache_root() is None else "")
     )
 
 
@@ -356,10 +356,10 @@ def build_index(
 ) -> Index:
     """Index the shards, scanning only those without a valid stored index.
 
-    `columns` names the fields with captions, of a `.json` and of the table (default: the known ones). `workers` processes
-    scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard is missing,
-    compressed or unreadable, the index cannot be written, there is no sample at all, or the table of captions has a row
-    for a smaller share of the samples than `min_matched`, or for none.
+    `columns` names the fields with captions, of a `.json` and of the table (default: the known ones). `workers`
+    processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard
+    is missing, compressed or unreadable, the index cannot be written, there is no sample at all, or the table of
+    captions has a row for a smaller share of the samples than `min_matched`, or for none.
     """
     table = (
         convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv and shards else None
@@ -403,9 +403,9 @@ def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: flo
     met, rows = index.account.used["join"], table.account.used["row"]
     if met < max(min_matched * len(index), 1):
         raise DataError(
-            f"{met:,} of {len(index):,} samples have a row in {path}, whose {rows:,} rows are joined by key, file name or "
-            f"URL; its first row is of '{table.owner}', and the first sample is '{index.key(0)}'. Mend the table, or "
-            f"accept fewer with data.min_matched (it is {min_matched:g})"
+            f"{met:,} of {len(index):,} samples have a row in {path}, whose {rows:,} rows are joined by key, file name "
+            f"or URL; its first row is of '{table.owner}', and the first sample is '{index.key(0)}'. "
+            f"Mend the table, or accept fewer with data.min_matched (it is {min_matched:g})"
         )
     index.account.add(table.account)
     used = min(_rows_met(index, table), rows)
@@ -415,7 +415,7 @@ def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: flo
 
 
 def _rows_met(index: Index, table: CaptionTable) -> int:
-    """Rows of a table that samples of the index have. Kept in the table's folder, as it takes all parts of the index."""
+    """Rows of a table that samples of the index have, kept in the table's folder: it takes all parts of the index."""
     store = table.folder / "met.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = read_json(store)

@@ -202,8 +202,8 @@ class _BadShare:
             self._bad -= bad
         if read.replaced and self._seen >= WATCHED_SAMPLES and self._bad > self._max_share * self._seen:
             raise DataError(
-                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than data.max_bad_share "
-                f"{self._max_share:g} allows; for example {read.offender}"
+                f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than "
+                f"data.max_bad_share {self._max_share:g} allows; for example {read.offender}"
             )
 
 
@@ -241,8 +241,9 @@ def _same(value: Any) -> Any:
 def _shield(parent: int, _worker: int) -> None:
     """In a worker: ignore signals that go to all processes of a run, and exit when `parent`, which trains, exits.
 
-    Batch systems and terminals signal every process. A worker that dies from it would take down the current step and the
-    save that follows. torch's own watch over the parent starts too late if the parent is killed while workers start.
+    Batch systems and terminals signal every process. A worker that dies from it would take down the current step and
+    the save that follows. torch's own watch over the parent starts too late if the parent is killed while workers
+    start.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
     signal.set_wakeup_fd(-1)  # the training process reads that pipe
@@ -322,7 +323,8 @@ def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Data
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=partial(_shield, os.getpid()),
         prefetch_factor=4 if workers else None,
-        # By now a process that trains on a GPU has used it. On a GPU machine a process that trains on the CPU never does.
+        # By now a process that trains on a GPU has used it. On a GPU machine a process that trains on the CPU never
+        # does.
         pin_memory=torch.cuda.is_initialized(),
     )
 
@@ -350,9 +352,10 @@ def train_loader(
     """This rank's batches of steps `start_step` to `total_steps`.
 
     batch: images of a step over all ranks. captions: drawn for each image. window: shards that are shuffled together.
-    decoder: a name of `DECODERS`. cache: keep images and captions in memory, up to `CACHE_BYTES`. Workers, cache and the
-    number of ranks do not change the samples. Raises DataError at once where the set is smaller than a batch or the
-    ranks cannot share a batch evenly, and while iterating where too many samples cannot be used; ValueError for an unknown decoder.
+    decoder: a name of `DECODERS`. cache: keep images and captions in memory, up to `CACHE_BYTES`. Workers, cache and
+    the number of ranks do not change the samples. Raises DataError at once where the set is smaller than a batch or the
+    ranks cannot share a batch evenly, and while iterating where too many samples cannot be used; ValueError for an
+    unknown decoder.
     """
     if batch % world_size:
         raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
@@ -383,8 +386,8 @@ def fixed_caption_batches(
 ) -> TrainLoader:
     """Whole batches for a validation loss: the same images and captions in the same order for every model.
 
-    Images are preprocessed as for evaluation; the `captions` of an image are evenly spread over all it has. Batch b goes
-    to rank b mod world_size. Samples beyond the last whole batch are left out, unless there is no whole batch.
+    Images are preprocessed as for evaluation; the `captions` of an image are evenly spread over all it has. Batch b
+    goes to rank b mod world_size. Samples beyond the last whole batch are left out, unless there is no whole batch.
     """
     order = EpochOrder(0, 0, index.sizes, max(len(index.sizes), 1))
     whole = [order[first : first + batch] for first in range(0, len(order) - batch + 1, batch)] or [order[:]]
@@ -457,8 +460,8 @@ def eval_loader(
 ) -> EvalLoader:
     """Every sample exactly once over all ranks: rank r has ids r, r + world_size, ... in batches of `batch`.
 
-    `preprocess` says how images are resized (default: as OpenAI's CLIP does). A sample that cannot be used is named in its batch's `bad` and counted in `skipped`. Raises DataError while
-    iterating where the whole set cannot be used.
+    `preprocess` says how images are resized (default: as OpenAI's CLIP does). A sample that cannot be used is named in
+    its batch's `bad` and counted in `skipped`. Raises DataError while iterating where the whole set cannot be used.
     """
     ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
     parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]

@@ -1,7 +1,7 @@
 """Which samples, captions and crops a step sees: pure functions of (seed, epoch, ...).
 
-Only the raw words of a counter-based generator and of a hash are used: other versions of a library, and other numbers of
-workers or ranks, give the same order.
+Only the raw words of a counter-based generator and of a hash are used: other versions of a library, and other numbers
+of workers or ranks, give the same order.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def crop_box(
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """A box with the distribution of torchvision's RandomResizedCrop: area uniform in `scale`, aspect log-uniform in `ratio`.
+    """A box as torchvision's RandomResizedCrop draws it: area uniform in `scale`, aspect log-uniform in `ratio`.
 
     After ten attempts that do not fit, the largest central box within `ratio`.
     """

@@ -1,4 +1,4 @@
-"""Samples from their shards: encoded images, labels and captions by position, and what a training step draws of them."""
+"""Samples from their shards: encoded images, labels and captions by position, and what a step draws of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from compt.data.account import CAUSES
 from compt.data.captions import Captions, read_json_captions, read_text, sort_out
 from compt.data.decode import Decoder, Encoded, Unusable, open_image
-from compt.data.index import IndexEntry, Index
+from compt.data.index import Index, IndexEntry
 from compt.data.order import Box, caption_choice, crop_box
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.table import CaptionTable
@@ -23,7 +23,7 @@ _OPEN_FILES = 128
 
 
 class Files:
-    """Reads files by position. Open descriptors survive a fork: `pread` does not use the position that processes share."""
+    """Reads files by position. Open descriptors survive a fork: `pread` ignores the position that processes share."""
 
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
@@ -66,7 +66,7 @@ class SampleReader:
         self._checked: set[int] = set()
 
     def image(self, entry: IndexEntry) -> bytes:
-        """The image's file. Raises Unusable("tar"), and DataError for a shard that was replaced after it was indexed."""
+        """The image's file. Raises Unusable("tar"), and DataError for a shard replaced since it was indexed."""
         if entry.shard not in self._checked:
             self._checked.add(entry.shard)
             try:
@@ -111,10 +111,12 @@ class EvalSample(NamedTuple):
 
 
 class EvalSamples(Protocol):
-    """The samples of an evaluation set, numbered from 0. fingerprint: identity of the data, whatever folder they are in."""
+    """The samples of an evaluation set, numbered from 0."""
 
     @property
-    def fingerprint(self) -> str: ...
+    def fingerprint(self) -> str:
+        """Identity of the data, whatever folder they are in."""
+        ...
 
     def __len__(self) -> int: ...
 

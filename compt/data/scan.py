@@ -48,7 +48,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7
 
 @dataclass
 class ShardScan:
-    """The samples of one shard, and the account of its members and captions. counts: images by their usable captions."""
+    """The samples of one shard, and the account of its members. counts: images by their usable captions."""
 
     rows: NDArray[np.int64]
     keys: bytes

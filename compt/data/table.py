@@ -39,7 +39,7 @@ CELL = 1 << 24
 
 
 class Join(NamedTuple):
-    """The lines of samples in a table. lines: their numbers, int64 [n]; -1 without one. by: samples joined by each way."""
+    """The lines of samples in a table. lines: numbers, int64 [n]; -1 without one. by: samples joined by each way."""
 
     lines: NDArray[np.int64]
     by: dict[str, int]
@@ -147,8 +147,8 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
 class _Writer:
     """Writes a line for each sample, and the names that lead to it.
 
-    Lines are written as rows come, one for neighbours with the same first name. Names that lead to several lines then get
-    one more, with the captions of all of them. Only numbers stay in memory: 60 bytes a row with one name.
+    Lines are written as rows come, one for neighbours with the same first name. Names that lead to several lines then
+    get one more, with the captions of all of them. Only numbers stay in memory: 60 bytes a row with one name.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -411,7 +411,7 @@ def _json_lines(path: Path, account: Account) -> Iterator[tuple[int, dict[str, A
 
 
 def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a list, as BLIP's; of `images`, as Karpathy's; or COCO's `annotations` with their images' names."""
+    """The objects of a list (BLIP), of `images` (Karpathy), or COCO's `annotations` with their images' names."""
     try:
         values = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:

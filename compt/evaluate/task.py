@@ -98,8 +98,8 @@ class Result(ABC):
     """Scores of one model on one set, with an answer for each sample.
 
     ids: positions of the samples in the data, int64 [n], ascending. skipped: samples that could not be read, by cause;
-    examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`). account: that of its shards,
-    as JSON values.
+    examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`). account: that of its
+    shards, as JSON values.
     """
 
     task: ClassVar[str]

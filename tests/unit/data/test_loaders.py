@@ -86,8 +86,8 @@ def test_batches_are_what_the_order_says(index: Index) -> None:
 @pytest.mark.parametrize("cache", [False, True])
 def test_any_step_opens_as_if_the_run_had_come_there(index: Index, workers: int, cache: bool) -> None:
     whole = load(index)
-    for start in (0, 1, 3, 5):
-        assert_same(load(index, start_step=start, workers=workers, cache=cache), whole[start:])
+    for first in (0, 1, 3, 5):
+        assert_same(load(index, start_step=first, workers=workers, cache=cache), whole[first:])
 
 
 def test_ranks_cut_the_same_global_batch(index: Index) -> None:
