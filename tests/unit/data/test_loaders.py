@@ -26,6 +26,7 @@ from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
 from compt.errors import DataError, Interrupted, RunError
+from compt.models.preprocess import Preprocess
 from tests.helpers.process import finish, start
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
@@ -470,6 +471,10 @@ def test_validation_batches_are_fixed_and_whole(index: Index) -> None:
     key = whole[0].keys[0]
     number = int(key[4:])
     assert np.array_equal(whole[0].images[0], evaluation_pixels(picture(number, 40, 36), 16))
+    squash = Preprocess(resize_mode="squash")
+    squashed = next(iter(fixed_caption_batches(index, **settings, preprocess=squash)))
+    assert np.array_equal(squashed.images[0], evaluation_pixels(picture(number, 40, 36), 16, squash))
+    assert not np.array_equal(squashed.images[0], whole[0].images[0])
     expected = [texts(number, 3)[0], texts(number, 3)[1]]
     ids = TOKENIZER(expected, context_length=12)[:, : whole[0].tokens.shape[-1]]
     assert torch.equal(whole[0].tokens[0], ids)
