@@ -9,7 +9,7 @@ WORKERS ?= 3
 ARGS ?=
 # For a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `export EXTRAS=dev`.
 CONSTRAINTS ?= constraints.txt
-EXTRAS ?= dev,data,deepspeed,accelerate
+EXTRAS ?= dev,data,deepspeed,accelerate,parquet
 
 # The first Python on the PATH that can run the pinned wheels; `make PYTHON=/path/to/python …` overrides it.
 PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(shell $(p) -c \

@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
     """What scores depend on beside the model. When it changes, models are scored again."""
-    return [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+    return [item.result_fields() for item in recipe.evaluation.sets]
 
 
 def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:

@@ -27,7 +27,7 @@ UNITS = ("file", "shard", "member", "row", "join", "sample", "label", "caption")
 JOINED = "by "
 """What precedes the name of a way to join, in the units of `Account.used`."""
 _UNIT_NAMES = {
-    "file": "files in folders of shards",
+    "file": "files in folders",
     "shard": "shards",
     "member": "files in the shards",
     "row": "rows of the table",
@@ -41,6 +41,12 @@ CAUSES: dict[str, Unused] = {
     # In a folder of shards.
     "packed": Unused("file", "compressed shard", "unpack it: gunzip -k, zstd -d, unxz -k or bunzip2 -k"),
     "no_shard": Unused("file", "file that is not a .tar", harmless=True),
+    # In class folders.
+    "hidden_file": Unused("file", "hidden file, or file in a hidden or system folder", harmless=True),
+    "not_image": Unused("file", "file that is not an image by its name", "name images .jpg, .png, .webp …"),
+    "not_file": Unused("file", "broken link, or not a plain file", "mend the link, or remove it"),
+    "circle": Unused("file", "link to a folder above it", "remove the link"),
+    "outside": Unused("file", "image outside the class folders", "move it to the folder of its class"),
     # Of a shard as a whole.
     "cut": Unused("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
     "joined": Unused("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),

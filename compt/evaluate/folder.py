@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from compt.data.account import Account
 from compt.data.decode import MAX_BYTES, Unusable
 from compt.data.samples import EvalSample
 from compt.data.scan import IMAGE_EXTENSIONS
@@ -28,8 +28,7 @@ _SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System
 class ClassFolders:
     """Images with their class numbers.
 
-    fingerprint: hash of the images' names and sizes in bytes, in the order of the classes. unused: other files by
-    cause; first: the path of the first of each cause.
+    fingerprint: hash of the images' names and sizes in bytes, in the order of the classes. account: all files there.
     """
 
     folder: Path
@@ -37,8 +36,7 @@ class ClassFolders:
     files: tuple[Path, ...]
     labels: tuple[int, ...]
     fingerprint: str
-    unused: Mapping[str, int] = field(default_factory=dict)
-    first: Mapping[str, str] = field(default_factory=dict)
+    account: Account = field(default_factory=Account)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,45 +105,34 @@ def _entries(path: Path) -> list[os.DirEntry[str]]:
         raise DataError(f"folder {path}: cannot be read: {error.strerror}") from error
 
 
-class _Account:
-    """Files that make no sample, by cause."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.counts: Counter[str] = Counter()
-        self.first: dict[str, str] = {}
-
-    def add(self, cause: str, path: Path) -> None:
-        self.counts[cause] += 1
-        self.first.setdefault(cause, path.relative_to(self.folder).as_posix())
-
-    def whole(self, place: Path, cause: str) -> None:
-        """Count every file below a folder that is not read."""
-        for folder, _, names in os.walk(place):
-            for name in names:
-                self.add(cause, Path(folder, name))
+def _lose_all(account: Account, place: Path) -> None:
+    """Count every file below a hidden or system folder."""
+    for folder, _, names in os.walk(place):
+        for name in names:
+            account.lose("hidden_file", str(Path(folder, name)))
 
 
-def _images(place: Path, account: _Account, above: tuple[str, ...] = ()) -> Iterator[Path]:
+def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Iterator[Path]:
     """The images below a class folder. Links to folders are followed, as torchvision does, but not in circles."""
     real = os.path.realpath(place)
     if real in above:
-        account.add("link to a folder above it", place)
+        account.lose("circle", str(place))
         return
     for item in _entries(place):
         path = Path(item.path)
         if item.is_dir():
             if item.name.startswith(".") or item.name in _SYSTEM:
-                account.whole(path, "hidden or system folder")
+                _lose_all(account, path)
             else:
                 yield from _images(path, account, (*above, real))
         elif item.name.startswith("."):
-            account.add("hidden file", path)
+            account.lose("hidden_file", item.path)
         elif not _is_image(item.name):
-            account.add("not an image by its name", path)
+            account.lose("not_image", item.path)
         elif not item.is_file():
-            account.add("broken link" if item.is_symlink() else "not a plain file", path)
+            account.lose("not_file", item.path)
         else:
+            account.used["file"] += 1
             yield path
 
 
@@ -155,16 +142,16 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
 
     Raises DataError for a class folder without an image, and for a folder that holds splits or one folder alone.
     """
-    account = _Account(folder)
+    account = Account()
     places: list[Path] = []
     for item in _entries(folder):
         path = Path(item.path)
         if _is_class(item):
             places.append(path)
         elif item.is_dir():
-            account.whole(path, "hidden or system folder")
+            _lose_all(account, path)
         elif _is_image(item.name):
-            account.add("image outside the class folders", path)
+            account.lose("outside", item.path)
     _check_layout(folder, [place.name for place in places])
     if order == "number":
         for place in places:
@@ -184,9 +171,7 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
             name = os.fsencode(path.relative_to(folder).as_posix())
             digest.update(name + f"\0{path.stat().st_size}\0".encode())
     names = tuple(place.name for place in places)
-    return ClassFolders(
-        folder, names, tuple(files), tuple(labels), digest.hexdigest(), dict(account.counts), account.first
-    )
+    return ClassFolders(folder, names, tuple(files), tuple(labels), digest.hexdigest(), account)
 
 
 def _check_layout(folder: Path, names: list[str]) -> None:

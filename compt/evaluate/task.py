@@ -49,7 +49,7 @@ class SetData:
     """The samples of a set. No image has been read yet.
 
     places: folders to look in for the set's other files. classes: names of the class folders, None for shards.
-    account: everything that the shards hold.
+    account: everything that its shards or folders hold.
     """
 
     samples: EvalSamples
@@ -80,12 +80,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
         if captions:
             raise DataError(f"evaluation set '{item.name}': class folders {folder} have no captions")
         data = read_class_folders(folder, item.class_order)
-        if data.unused and dist.is_main():
-            causes = "; ".join(
-                f"{count:,} ({cause}), first {data.first[cause]}" for cause, count in data.unused.items()
-            )
-            _log.warning("evaluation set '%s': files in %s that are not used: %s", item.name, folder, causes)
-        return SetData(data, (folder,), data.classes)
+        return SetData(data, (folder,), data.classes, data.account)
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir)

@@ -316,7 +316,7 @@ class EvalSet(Section):
     classnames: str | None = None
     """File of class names, one a line. Default: classnames.txt beside the shards. Without it, class folders have the
     names of their folders; WordNet identifiers such as n01440764 become ImageNet's class names."""
-    class_order: Literal["name", "number"] | None = None
+    class_order: Literal["name", "number"] | None = later(None)
     """Order of class folders: by `name` (10 before 2, as in torchvision) or by `number` (as in ImageNetV2).
     Needed where the two differ and there is a file of class names."""
     templates: str | None = None

@@ -14,7 +14,7 @@ from compt.evaluate.folder import ClassFolders, class_folders_of, imagenet_names
 from compt.evaluate.sets import open_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.zeroshot import ZeroShot
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD
+from compt.models.preprocess import AS_OPENAI
 from compt.recipe.schema import EvalSet
 from tests.helpers.shards import make_shards, picture
 
@@ -29,7 +29,7 @@ def folders(root: Path, names: list[str], file: str = "0.JPEG") -> Path:
 
 
 def opened(root: Path, **fields: str) -> ZeroShot:
-    settings = EvalSettings(OPENAI_MEAN, OPENAI_STD, root)
+    settings = EvalSettings(AS_OPENAI, root)
     task = open_set(EvalSet.model_validate({"name": "set", "data": [str(root)], **fields}), settings)
     assert isinstance(task, ZeroShot)
     return task
@@ -134,19 +134,14 @@ def test_other_files_are_counted_by_cause(tmp_path: Path, caplog) -> None:
     task = opened(root)
     data = task.data.samples
     assert isinstance(data, ClassFolders)
-    assert data.unused == {
-        "hidden file": 1,
-        "not an image by its name": 1,
-        "broken link": 1,
-        "not a plain file": 1,
-        "link to a folder above it": 1,
-        "hidden or system folder": 2,
-        "image outside the class folders": 1,
-    }
+    account = task.data.account
+    assert account.unused == {"hidden_file": 3, "not_image": 1, "not_file": 2, "circle": 1, "outside": 1}
     assert [path.name for path in data.files] == ["0.JPEG", "0.JPEG"]
     # os.walk counts the image behind the link again for the folder above it: that link is one entry here
-    assert len(data) + sum(data.unused.values()) == sum(len(names) for _, _, names in os.walk(root)) + 1
-    assert "1 (broken link), first ant/gone.png" in caplog.text
+    assert account.used["file"] == len(data)
+    assert account.read("file") == sum(len(names) for _, _, names in os.walk(root)) + 1
+    assert account.first["not_file"].endswith("ant/gone.png")
+    assert "image outside the class folders: 1" in account.line()
 
 
 def test_linked_class_folders_are_read_as_torchvision_does(tmp_path: Path) -> None:

@@ -256,6 +256,7 @@ OTHER: dict[str, Any] = {
     "evaluation.sets.N.role": "select",
     "evaluation.sets.N.label": "label",
     "evaluation.sets.N.classnames": "names.txt",
+    "evaluation.sets.N.class_order": "number",
     "evaluation.sets.N.templates": "templates.txt",
 }
 
