@@ -84,7 +84,9 @@ def _items(value: Any, split: bool = False) -> list[object]:
         return []
     if isinstance(value, str):
         return [*split_sentences(value)] if split and value.strip() else [value.strip()]
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
+        if dict not in set(map(type, value)):
+            return value
         return [part for item in value for part in (_items(item) if isinstance(item, dict) else [item])]
     if isinstance(value, dict):
         return next((_items(value[name]) for name in _IN_ITEMS if value.get(name) is not None), [value])

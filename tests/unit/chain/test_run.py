@@ -29,6 +29,7 @@ from compt.chain.locks import locked
 from compt.chain.record import STATES, steps_left
 from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
+from compt.data.account import Account
 from compt.data.loaders import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
@@ -407,6 +408,25 @@ def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> Non
     # The same shards in another place are the same data.
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
     chain(moved, half)
+
+
+def test_what_the_data_hold_is_said_before_training(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(base, tmp_path / "data", ignore=shutil.ignore_patterns("whole", "half", ".compt-index"))
+    with tarfile.open(next((tmp_path / "data" / "train").glob("*.tar")), "a") as archive:
+        for name in ("extra.1.jpg", "alone.txt"):
+            archive.addfile(tarfile.TarInfo(name))
+    run = tmp_path / "run"
+    stopped_at(tmp_path / "data", run, 1, "data.captions=7")
+    messages = [record.getMessage() for record in caplog.records]
+    (held,) = [text for text in messages if "holds more than is used" in text]
+    assert "key with dots (the key ends at the first dot): 1 (1 image); file of a key without an image: 1" in held
+    (few,) = [text for text in messages if "data.captions is 7" in text]
+    assert f"but 48 of 48 images have fewer, 3 on average" in few
+    account = Account.from_json(json.loads((run / "run.json").read_text())["account"])
+    assert (account.unused["dots"], account.unused["no_image"]) == (1, 1)
+    assert account.used["member"] == 96
 
 
 def test_a_resume_on_another_machine_is_said(base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

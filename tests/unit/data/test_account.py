@@ -294,6 +294,13 @@ def test_an_account_survives_json_and_names_everything() -> None:
     assert lost.first["bare"] == "\\udcff"
 
 
+def test_the_docs_name_every_cause_and_what_mends_it(root: Path) -> None:
+    rows = (root / "docs" / "data.md").read_text(encoding="utf-8").replace("`", "").splitlines()
+    for name, cause in CAUSES.items():
+        found = [row for row in rows if f"| {cause.text} | {cause.remedy} |" in row]
+        assert cause.harmless or len(found) == 1, name
+
+
 def test_a_set_without_samples_says_what_it_has(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", [("a.txt", b"x")])
     with pytest.raises(DataError, match=r"no samples in 1 shards .*file of a key without an image: 1"):

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
+from compt.cli.main import main
 from compt.data import check as check_module
+from compt.data.account import Account
 from compt.data.check import check
 from compt.data.index import open_index
 from compt.errors import DataError, RunError
@@ -91,3 +93,85 @@ def test_a_process_that_is_killed_or_cannot_start_is_one_line(tmp_path: Path, mo
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
     with pytest.raises(RunError, match=r"cannot start 2 processes: .*No space left.*/dev/shm"):
         check("*.tar", tmp_path, workers=2)
+
+
+def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["compt", "data", *map(str, words)])
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return int(ended.value.code or 0), capsys.readouterr().out
+
+
+def every_fault(folder: Path) -> None:
+    """Eight good samples and nearly everything that can be wrong."""
+    jpg = picture(1, 8, 8, "JPEG")
+    write_tar(
+        folder / "0.tar",
+        [
+            *(member for n in range(8) for member in sample(f"good{n}", n)),
+            *(("a.1.jpg", jpg), ("a.1.txt", b"x"), ("a.2.jpg", jpg), ("a.2.txt", b"x")),
+            *(("p/._b.jpg", b"\0"), ("p/b.bmp", b"BM"), ("p/b.jpg", jpg), ("p/b.txt", b"x")),
+            *(("c.jpg", jpg), ("d.jpg", jpg), ("c.txt", b"x"), ("d.txt", b"x")),
+            *(("e.jpg", jpg), ("e.json", b"{"), ("e.txt", b"x"), ("f.jpg", b"none"), ("f.txt", b"x")),
+            *(("g.jpg", jpg), ("g.txt", b"\xe9t\xe9"), ("h.txt", b"x"), ("bare", b""), *sample("good0", 1)),
+            *(("i.jpg", jpg), ("i.json", b'{"captions": ["x", "", 3]}'), ("i.cls", b"-1")),
+        ],
+    )
+    cut = write_tar(folder / "1.tar", [*sample("k", 1), *sample("l", 2)])
+    cut.write_bytes(cut.read_bytes()[:9000])
+    (folder / "2.tar.gz").write_bytes(b"\x1f\x8b")
+
+
+def test_the_page_of_a_set_with_every_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every_fault(tmp_path)
+    code, page = said(monkeypatch, capsys, "check", tmp_path)
+    assert code == 3
+    assert max(map(len, page.splitlines())) <= 80
+    lines = page.splitlines()
+    assert lines[0] == "Cannot be used: 4 of 17 samples are unusable (23.5 %)"
+    text = " ".join(page.split())
+    for words in (
+        "compressed shard count 1",
+        "key with dots (the key ends at the first dot) count 4 (2 images)",
+        "members of a sample are not together count 2 the first 0.tar: c.txt what to do pack with tar --sort=name",
+        "caption that is not UTF-8 count 1 the first 0.tar: g",
+        "image that cannot be decoded count 1 the first 0.tar: f",
+        "second image of a key count 1 (1 image) the first 0.tar: p/b.bmp",
+        ".cls without a whole number from 0 count 1 the first 0.tar: i.cls",
+    ):
+        assert words in text
+    code, page = said(monkeypatch, capsys, "check", tmp_path, "--max-bad-share", 0.3)
+    assert code == 0
+    assert page.startswith("Can be used, but not all that is in it: 4 of 17 samples are unusable")
+    code, page = said(monkeypatch, capsys, "check", tmp_path, "--json")
+    report = json.loads(page)
+    assert (code, report["usable"], report["samples"]) == (3, False, 17)
+    account = Account.from_json(report["account"])
+    assert account.read("sample") == 17
+    assert account.unused["dots"] == 4
+    code, page = said(monkeypatch, capsys, "index", tmp_path)
+    assert code == 0
+    assert "members of a sample are not together" in page
+
+
+def test_an_evaluation_set_is_judged_by_its_labels(tmp_path: Path) -> None:
+    members = [
+        (f"s{n}.{e}", picture(n, 8, 8, "WEBP") if e == "webp" else str(n).encode())
+        for n in range(4)
+        for e in ("webp", "cls")
+    ]
+    write_tar(tmp_path / "test" / "0.tar", members)
+    report = check("test/*.tar", tmp_path)
+    assert (report.judged, report.usable(0), report.account.faults, report.labels) == ("labels", True, [], 4)
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
+    report = check("test/*.tar", tmp_path)
+    assert not report.usable(1)
+    assert report.account.unused["label_range"] == 1
+    write_tar(tmp_path / "test" / "0.tar", [*members[:-1], ("s3.cls", b"")])
+    report = check("test/*.tar", tmp_path)
+    assert not report.usable(1)
+    assert (report.account.unused["label"], report.account.unused["cls"]) == (1, 1)
+    assert report.title(1) == "Cannot be used: 1 of 4 class numbers are unusable (25 %)"
