@@ -423,7 +423,7 @@ def test_what_the_data_hold_is_said_before_training(
     (held,) = [text for text in messages if "holds more than is used" in text]
     assert "key with dots (the key ends at the first dot): 1 (1 image); file of a key without an image: 1" in held
     (few,) = [text for text in messages if "data.captions is 7" in text]
-    assert f"but 48 of 48 images have fewer, 3 on average" in few
+    assert "but 48 of 48 images have fewer, 3 on average" in few
     account = Account.from_json(json.loads((run / "run.json").read_text())["account"])
     assert (account.unused["dots"], account.unused["no_image"]) == (1, 1)
     assert account.used["member"] == 96

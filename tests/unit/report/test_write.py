@@ -306,7 +306,7 @@ def test_counts_of_what_went_wrong(tmp_path: Path) -> None:
 
 def test_the_account_of_the_data(tmp_path: Path) -> None:
     make_run(tmp_path)
-    page, text = report(tmp_path)
+    _, text = report(tmp_path)
     assert "Training data" not in text
     state = read_json(tmp_path / "run.json")
     account = {
@@ -316,7 +316,7 @@ def test_the_account_of_the_data(tmp_path: Path) -> None:
         "first": {"dots": "0.tar: a"},
     }
     write_json(tmp_path / "run.json", {**state, "account": account})
-    page, text = report(tmp_path)
+    _, text = report(tmp_path)
     assert "| files in the shards | 13 | 9 | 4 |" in text
     assert "| key with dots (the key ends at the first dot) | 4 (2 images) | 0.tar: a |" in text
 
