@@ -33,6 +33,7 @@ _IN_ITEMS = ("raw", "caption", "text")
 # White space after a full stop, or a line's end. Beginning with \s lets the search jump from space to space.
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_LETTER = re.compile(r"[^\W_]")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -58,10 +59,12 @@ def unusable(caption: object) -> str:
 
 def sort_out(captions: Sequence[object]) -> Captions:
     """Tell captions from what cannot be used."""
-    with contextlib.suppress(TypeError):
+    with contextlib.suppress(TypeError, UnicodeEncodeError):
         # Nearly all captions are plain: judging them together takes a tenth of the time.
         joined = "".join(captions)  # type: ignore[arg-type]
-        if joined.isascii() and "\0" not in joined and all(map(str.strip, captions)):  # type: ignore[arg-type]
+        joined.encode()
+        good = str.strip if joined.isascii() else _LETTER.search
+        if "\0" not in joined and all(map(good, captions)):  # type: ignore[arg-type]
             return Captions([*captions], [])  # type: ignore[list-item]
     found = Captions([], [])
     for caption in captions:
