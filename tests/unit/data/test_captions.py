@@ -214,6 +214,20 @@ def test_a_file_name_in_several_folders_leads_to_no_row(tmp_path: Path) -> None:
     assert captions_of(index) == {"v/x": ["one"], "x": [], "t/y": ["three", "four"], "y": ["three", "four"]}
 
 
+def test_a_whole_name_comes_before_the_last_part_of_another(tmp_path: Path) -> None:
+    csv = table(tmp_path / "c.csv", "file_name,caption\nv/x.jpg,one\nx.jpg,two\n")
+    shard(tmp_path / "x.tar", x={})
+    assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv)) == {"x": ["two"]}
+
+
+def test_other_columns_need_another_index(tmp_path: Path) -> None:
+    shard(tmp_path / "x.tar", a={"json": {"caption": "x", "mine": ["y", "z"]}})
+    for columns, expected in [((), ["x"]), (("mine",), ["y", "z"]), ((), ["x"])]:
+        index = open_index("x.tar", tmp_path, columns=columns)
+        assert captions_of(index) == {"a": expected}
+        assert index.account.used["caption"] == len(expected)
+
+
 def test_a_broken_quote_is_an_error_that_names_the_line(tmp_path: Path) -> None:
     rows = [*(f"k{n},fine {n}" for n in range(3)), 'k3,"broken', *(f"k{n},fine {n}" for n in range(4, 7)), 'k7,"ok"']
     csv = table(tmp_path / "c.csv", "\n".join(["key,caption", *rows, ""]))
