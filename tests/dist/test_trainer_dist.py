@@ -187,9 +187,11 @@ def test_a_signal_to_torchrun_saves(torchrun: Any, tmp_path: Path) -> None:
     changes = ["chain.links.0.train={steps: 100000}", "engine.checkpoint_every={steps: 100000}", "engine.workers=1"]
     process = torchrun(LAUNCHER, run, *changes)
     metrics, deadline = run / "jobs" / FIRST / "metrics.jsonl", time.monotonic() + 120
-    while not metrics.exists() and time.monotonic() < deadline and process.poll() is None:
+    # A stop before the first step would have nothing to save.
+    while time.monotonic() < deadline and process.poll() is None:
+        if read_metrics(metrics, "train"):
+            break
         time.sleep(0.05)
-    time.sleep(0.5)
     os.killpg(process.pid, signal.SIGINT)  # the terminal's Ctrl-C reaches torchrun and all it started
     output, _ = process.communicate(timeout=90)
     assert process.returncode != 0
