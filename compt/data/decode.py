@@ -16,7 +16,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from compt.data.order import Box
@@ -94,6 +94,8 @@ def open_image(data: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(data), formats=_MAGIC.get(data[:4], _FORMATS))
     except ComptError:  # a signal handler raised it, which says nothing about the image
         raise
+    except UnidentifiedImageError:  # its message has an address in memory, another one in each run
+        raise Unusable("image", f"not an image in one of the formats {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's readers raise almost anything for a broken file
         raise Unusable("image", f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:

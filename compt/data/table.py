@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -346,6 +347,7 @@ def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
                 if names is None:
                     names = _header(row)
                     if names is not row:
+                        _check_names(path, names)
                         line = reader.line_num + 1
                         continue
                     names = _headless(path, row)
@@ -380,6 +382,16 @@ def _header(row: list[str]) -> list[str]:
     if any(_URL.match(cell.strip()) for cell in row):
         return row
     return [_known(name) for name in row]
+
+
+def _check_names(path: Path, names: list[str]) -> None:
+    """Raise DataError for two columns of one name, of which a row would keep the last alone."""
+    for name, count in Counter(filter(None, names)).items():
+        if count > 1:
+            raise DataError(
+                f"table of captions {path} has {count} columns '{name}', whatever their case; rename them, and name "
+                "those with captions in data.caption_columns"
+            )
 
 
 def _known(name: str) -> str:

@@ -316,3 +316,11 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
             path.write_bytes(data)
         with pytest.raises(DataError, match=said):
             convert_table(path, tmp_path / "x")
+
+
+@pytest.mark.parametrize("header", ["key,caption,caption", "key,Caption,caption"])
+def test_two_columns_of_one_name_are_refused(header: str, tmp_path: Path) -> None:
+    path = tmp_path / "captions.csv"
+    path.write_text(f"{header}\n0,a cat,a dog\n")
+    with pytest.raises(DataError, match="has 2 columns 'caption', whatever their case; rename them"):
+        convert_table(path, tmp_path)
