@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from compt.bench.throughput import peak_flops
-from compt.chain.record import MANIFEST, evaluation_identity, machine, now, read_manifest, steps_left
+from compt.chain.record import MANIFEST, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
 from compt.cost.training import exact_breakdown
 from compt.data.account import Account
@@ -88,7 +88,7 @@ class JobRun:
             "evaluated": self._finish,
         }
         self._check_teacher()
-        if self.manifest.get("sets") not in (None, evaluation_identity(self.context.recipe)):
+        if self.manifest.get("sets") not in (None, self.context.recipe.evaluation.identity()):
             self._enter("training")
         if self.manifest["state"] != "done":
             dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
@@ -346,7 +346,7 @@ class JobRun:
             cost=cost.to_json(),
             model_hash=artefact.hash,
             **self._scored(artefact),
-            sets=evaluation_identity(self.context.recipe),
+            sets=self.context.recipe.evaluation.identity(),
         )
 
     def _scored(self, artefact: Artefact) -> dict[str, Any]:

@@ -46,14 +46,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def evaluation_identity(recipe: Recipe) -> list[dict[str, Any]]:
-    """What scores depend on beside the model. When it changes, models are scored again."""
-    return [item.result_fields() for item in recipe.evaluation.sets]
-
-
 def is_finished(manifest: Mapping[str, Any], recipe: Recipe) -> bool:
     """Whether a job is trained and scored as the recipe says."""
-    return bool(manifest["state"] == "done" and manifest["sets"] == evaluation_identity(recipe))
+    return bool(manifest["state"] == "done" and manifest["sets"] == recipe.evaluation.identity())
 
 
 def steps_left(job: Job, folder: Path) -> int:

@@ -315,7 +315,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
         settings = EvalSettings(Preprocess(recipe.data.mean, recipe.data.std), base)
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
     # A set that the recipe defines in another way is another set: models are scored again on it.
-    defined = {item.name: hash_json(item.model_dump(mode="json"))[:8] for item in recipe.evaluation.sets}
+    defined = {item.name: hash_json(item.result_fields())[:8] for item in recipe.evaluation.sets}
     contents |= {f"the files of evaluation set '{name}' ({defined[name]})": found[name] for name in found}
     if recipe.evaluation.validation:
         with named(source, "evaluation.validation"):

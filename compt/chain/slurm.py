@@ -60,9 +60,8 @@ def is_done(job: Job, recipe: Recipe, run: Path) -> bool:
         manifest = read_json(run / "jobs" / job.name / "manifest.json")
     except (OSError, ValueError):
         return False
-    sets = [item.model_dump(mode="json") for item in recipe.evaluation.sets]
     known = {key: manifest.get(key) for key in ("state", "hash", "sets")} if isinstance(manifest, dict) else {}
-    return known == {"state": "done", "hash": job.hash, "sets": sets}
+    return known == {"state": "done", "hash": job.hash, "sets": recipe.evaluation.identity()}
 
 
 def make_orders(

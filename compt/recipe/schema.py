@@ -339,6 +339,10 @@ class Evaluation(Section):
     contact_sheet: str | None = execution(None)
     """A set of which the report shows images with their predictions."""
 
+    def identity(self) -> list[dict[str, Any]]:
+        """What scores depend on beside the model. When it changes, models are scored again."""
+        return [item.result_fields() for item in self.sets]
+
     @model_validator(mode="after")
     def _names(self) -> Evaluation:
         names = [item.name for item in self.sets]

@@ -30,7 +30,7 @@ def orders_of(recipe: Recipe, run: Path, **options: object) -> list[Order]:
 
 def done(recipe: Recipe, run: Path, name: str) -> None:
     job = make_plan(recipe, baselines=True).job(name)
-    sets = [item.model_dump(mode="json") for item in recipe.evaluation.sets]
+    sets = recipe.evaluation.identity()
     folder = run / "jobs" / name
     folder.mkdir(parents=True)
     write_json(folder / "manifest.json", {"state": "done", "hash": job.hash, "sets": sets})
