@@ -29,9 +29,9 @@ TOUCHING, STALE = 30.0, 300.0
 class _Lock:
     """A lock that ends with its process.
 
-    The kernel sees to that where files can be locked. Elsewhere (Lustre without -o flock, some FUSE) filelock leaves a
-    file with its pid and host, which would outlive a machine. So the holder touches the file from time to time, and a
-    file that nobody has touched for `STALE` seconds is removed.
+    Where files can be locked, the kernel releases it. Elsewhere (Lustre without -o flock, some FUSE) filelock leaves a
+    file with its pid and host, which would outlive a machine. So the holder touches the file every `TOUCHING` seconds,
+    and a file that was not touched for `STALE` seconds is removed.
     """
 
     def __init__(self, path: Path) -> None:

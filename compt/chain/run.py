@@ -321,7 +321,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
         with named(source, "evaluation.validation"):
             held_out = from_main(lambda: open_index(recipe.evaluation.validation, base).content)
         contents[f"the shards {' '.join(recipe.evaluation.validation)}"] = held_out
-    return {what: content for what, content in contents.items() if content}
+    return contents
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:

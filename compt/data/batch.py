@@ -6,7 +6,9 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-SKIPPED = ("image", "caption", "tar", "empty", "not_text", "encoding")
+from compt.data.account import CAUSES
+
+SKIPPED = tuple(cause for cause, known in CAUSES.items() if known.unit in ("sample", "caption"))
 """Causes for which training leaves out a sample or a caption; `account.CAUSES` explains them."""
 
 

@@ -107,7 +107,7 @@ def _chosen(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
 
 def _dreamlip(values: Mapping[str, Any]) -> list[object]:
     generated = _chosen(values, [*_DREAMLIP_NAMES])
-    # img2dataset calls the raw caption `caption` if it was told to download with it.
+    # img2dataset calls the raw caption `caption` if that column was its --caption_col.
     names = [name for name in (*_RAW, *(("caption",) if generated else ())) if name in values]
     raw = [items for name in names if (items := _items(values[name]))]
     return [*next((items for items in raw if not all(map(unusable, items))), raw[0] if raw else []), *generated]

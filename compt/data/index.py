@@ -73,7 +73,7 @@ _DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFi
 class ShardIndex:
     """The index of one shard, without its table. counts: images by their number of captions.
 
-    content: `sampled_hash` of the shard when it had the time `mtime_ns`; "" in an index of an older version.
+    content: `sampled_hash` of the shard when it had the time `mtime_ns`.
     """
 
     shard: Path
@@ -82,8 +82,8 @@ class ShardIndex:
     digest: str
     account: Account
     counts: Counter[int]
-    content: str = ""
-    mtime_ns: int = 0
+    content: str
+    mtime_ns: int
 
     def table(self) -> tuple[NDArray[np.int64], bytes]:
         """The rows, int64 [samples, len(COLUMNS)], and all keys, joined. Raises DataError for a damaged file."""
@@ -97,10 +97,13 @@ class ShardIndex:
             text = f"the index {self.file} was damaged and {gone}; start the same command again to write it again"
             raise DataError(f"{text} ({error})") from None
 
-    def check_content(self) -> None:
-        """Raise DataError where the shard holds other data than when it was indexed, with the same size and time."""
-        same_time = self.content and self.shard.stat().st_mtime_ns == self.mtime_ns
-        if same_time and sampled_hash(self.shard, self.table()[0]) != self.content:
+    def check_content(self, rows: NDArray[np.int64]) -> None:
+        """Raise DataError where the shard holds other data than when it was indexed, with the same size and time.
+
+        `rows` are those of its table. Raises OSError where the shard cannot be read.
+        """
+        same_time = self.shard.stat().st_mtime_ns == self.mtime_ns
+        if same_time and sampled_hash(self.shard, rows) != self.content:
             raise DataError(
                 f"{self.shard} holds other data than when it was indexed, with the same sizes and the same time; "
                 f"put the old shard back, or remove {self.file} to index the new one"
@@ -111,7 +114,7 @@ class Index:
     """All samples of a list of shards, numbered in the order of the shards and of their members.
 
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes;
-    it does not depend on the folder. content: hash of some samples of each shard; "" where an old index has none.
+    it does not depend on the folder. content: hash of some samples of each shard.
     columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read. counts:
     images by their number of captions.
     """
@@ -132,9 +135,7 @@ class Index:
         identity = [[shard.shard.name, shard.digest] for shard in self.shards]
         text = json.dumps([identity, captions.digest if captions else None])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        known = all(shard.content for shard in self.shards)
-        contents = "".join(shard.content for shard in self.shards)
-        self.content = hashlib.sha256(contents.encode()).hexdigest() if known else ""
+        self.content = hashlib.sha256("".join(shard.content for shard in self.shards).encode()).hexdigest()
         self._tables: OrderedDict[int, tuple[NDArray[np.int64], bytes]] = OrderedDict()
         self._held = 0
 

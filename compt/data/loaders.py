@@ -267,11 +267,12 @@ def _end_worker(error: BaseException, _: Any) -> None:
 
 
 def _read(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterator[Any]:
-    """What `workers` processes read. Raises RunError where they cannot start, or one of them dies.
+    """What `workers` processes read, one per core at most. Raises RunError where one cannot start or dies.
 
     torch would raise the death of a worker from a signal handler, anywhere in the program: so the handler is put back,
     and the death is found where a batch is awaited, 5 seconds later at most.
     """
+    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
     before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
     own: list[Any] = []
     try:
@@ -312,7 +313,6 @@ def _cause_of_death(pid: int, code: int) -> str:
 
 
 def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
-    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
     return DataLoader(
         dataset,
         batch_size=None,

@@ -70,7 +70,7 @@ class SampleReader:
         if entry.shard not in self._checked:
             self._checked.add(entry.shard)
             try:
-                self.index.shards[entry.shard].check_content()
+                self.index.shards[entry.shard].check_content(self.index.table(entry.shard)[0])
             except OSError as error:
                 raise Unusable("tar", f"cannot be read: {error.strerror}") from None
         return self._files.read(self.index.shards[entry.shard].shard, entry.image_offset, entry.image_size)

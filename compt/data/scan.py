@@ -312,11 +312,8 @@ class _Scanner:
 
 def _url(values: dict[str, Any] | None) -> str:
     """The URL of a sample, as img2dataset and others store it."""
-    found = (
-        next((values[name] for name in ("url", "URL", "image_url", "Image Path") if name in values), "")
-        if values
-        else ""
-    )
+    values = values or {}
+    found = next((values[name] for name in ("url", "URL", "image_url", "Image Path") if name in values), "")
     return found.strip() if isinstance(found, str) else ""
 
 

@@ -10,7 +10,7 @@ import re
 import sys
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -345,9 +345,8 @@ def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
         try:
             for row in reader:
                 if names is None:
-                    names = _header(row)
-                    if names is not row:
-                        _check_names(path, names)
+                    names = _header(path, row)
+                    if names is not None:
                         line = reader.line_num + 1
                         continue
                     names = _headless(path, row)
@@ -377,21 +376,21 @@ def _misfits(path: Path, separator: str, quoted: bool) -> tuple[int, int]:
         return sum(width != widths[0] for width in widths), -len(widths)
 
 
-def _header(row: list[str]) -> list[str]:
-    """The names in a header; `row` itself where it has a URL, and so is no header."""
-    if any(_URL.match(cell.strip()) for cell in row):
-        return row
-    return [_known(name) for name in row]
+def _header(path: Path, row: list[str]) -> list[str] | None:
+    """The names in a header; None where it has a URL, and so is none. Raises DataError for two of one name."""
+    return None if any(_URL.match(cell.strip()) for cell in row) else _known_names(path, row)
 
 
-def _check_names(path: Path, names: list[str]) -> None:
-    """Raise DataError for two columns of one name, of which a row would keep the last alone."""
+def _known_names(path: Path, row: Iterable[str]) -> list[str]:
+    """Names as they are known. Raises DataError for two columns of one name: a row would keep the last alone."""
+    names = [_known(name) for name in row]
     for name, count in Counter(filter(None, names)).items():
         if count > 1:
             raise DataError(
                 f"table of captions {path} has {count} columns '{name}', whatever their case; rename them, and name "
                 "those with captions in data.caption_columns"
             )
+    return names
 
 
 def _known(name: str) -> str:

@@ -182,7 +182,7 @@ def _check_layout(folder: Path, names: list[str]) -> None:
         )
     if len(names) == 1:
         raise DataError(
-            f"{folder} has one folder alone, so there is nothing to tell apart; if the class folders are below it, "
+            f"{folder} has one folder alone, so there is only one class; if the class folders are below it, "
             f"name {folder / names[0]}"
         )
 

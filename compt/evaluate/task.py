@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from compt.data.account import Account
-from compt.data.index import expand_patterns, open_index
+from compt.data.index import open_index
 from compt.data.loaders import EvalLoader, eval_loader
 from compt.data.samples import EvalSamples, ShardSamples
 from compt.dist import collectives as dist
@@ -84,7 +84,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir)
-    place = expand_patterns(item.data, settings.base)[0].parent
+    place = index.shards[0].shard.parent
     return SetData(ShardSamples(index, label, captions), (place, place.parent), account=index.account)
 
 

@@ -159,7 +159,7 @@ def _one_of(value: Any, right: Any, where: str, key: str) -> None:
 
 
 def _triple(value: Any, where: str, key: str, above: float | None) -> tuple[float, ...]:
-    """Three numbers; one number stands for all three, as in open_clip."""
+    """Three numbers; one number is used for all three, as in open_clip."""
     numbers = [value] * 3 if isinstance(value, int | float) else value
     right = isinstance(numbers, list | tuple) and len(numbers) == 3
     if right:

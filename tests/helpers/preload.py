@@ -1,6 +1,6 @@
 """What the fork server of the tests imports once; processes that it forks start with it.
 
-`gc.freeze` leaves these objects, half a million, out of every later collection, of which each would take 0.2 s.
+`gc.freeze` leaves these half a million objects out of every later collection, which would take 0.2 s each.
 """
 
 import gc

@@ -18,10 +18,11 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import Dataset
 
+from compt.data import loaders
 from compt.data.batch import Batch
 from compt.data.decode import MAX_PIXELS, Encoded, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.loaders import MAX_SUBSTITUTES, _loader, _read, eval_loader, fixed_caption_batches, train_loader
+from compt.data.loaders import MAX_SUBSTITUTES, _read, eval_loader, fixed_caption_batches, train_loader
 from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
@@ -210,10 +211,19 @@ def test_a_shard_replaced_by_one_of_the_same_size_and_time(index: Index, tmp_pat
         load(index, workers=workers)
 
 
-def test_there_are_no_more_loader_processes_than_cores(recwarn: pytest.WarningsRecorder) -> None:
-    cores = len(os.sched_getaffinity(0))
-    assert _loader(Unsendable(), [0], cores + 3).num_workers == cores
-    assert _loader(Unsendable(), [0], 0).num_workers == 0
+def test_there_are_no_more_loader_processes_than_cores(
+    recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cores, real, made = len(os.sched_getaffinity(0)), loaders._loader, []
+
+    def noted(dataset: Any, sampler: Any, workers: int) -> list[Any]:
+        made.append(real(dataset, sampler, workers).num_workers)
+        return []
+
+    monkeypatch.setattr(loaders, "_loader", noted)
+    for workers in (cores + 3, 0):
+        assert list(_read(Unsendable(), [0], workers)) == []
+    assert made == [cores, 0]
     assert not recwarn.list, "torch has nothing to warn of"
 
 
