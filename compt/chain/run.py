@@ -24,6 +24,7 @@ from compt.data.index import Index, open_index
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
+from compt.evaluate.scorer import open_held_out
 from compt.evaluate.sets import check_sets
 from compt.evaluate.task import EvalSettings
 from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
@@ -312,16 +313,26 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     recipe, base = context.recipe, context.base
     contents = {"the training shards": context.index.content}
     with named(source, "evaluation.sets"):
-        settings = EvalSettings(Preprocess(recipe.data.mean, recipe.data.std), base)
+        settings = EvalSettings(
+            Preprocess(recipe.data.mean, recipe.data.std), base, columns=recipe.data.caption_columns or ()
+        )
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
     # A set that the recipe defines in another way is another set: models are scored again on it.
     defined = {item.name: hash_json(item.result_fields())[:8] for item in recipe.evaluation.sets}
     contents |= {f"the files of evaluation set '{name}' ({defined[name]})": found[name] for name in found}
     if recipe.evaluation.validation:
         with named(source, "evaluation.validation"):
-            held_out = from_main(lambda: open_index(recipe.evaluation.validation, base).content)
+            held_out = from_main(lambda: _held_out(recipe, base, source))
         contents[f"the shards {' '.join(recipe.evaluation.validation)}"] = held_out
     return contents
+
+
+def _held_out(recipe: Recipe, base: Path, source: str) -> str:
+    index = open_held_out(recipe, base)
+    if index.account.faults:
+        text = "%s: evaluation.validation holds more than is used: %s (compt data check shows what to do)"
+        _log.warning(text, source, index.account.line())
+    return index.content
 
 
 def waiting(plan: Plan, folder: Path) -> list[Job]:

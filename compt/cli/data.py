@@ -70,7 +70,7 @@ def check(
     """Read every sample of a WebDataset and report problems.
 
     Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
-    evaluation would refuse the set: too many unusable samples, or a class number that is missing.
+    evaluation would refuse the set: too many unusable samples, or, without captions, a missing class number.
     """
     from compt.data.check import check as run_check
 
@@ -86,12 +86,13 @@ def check(
             workers=workers,
             progress=progress,
         )
-    if as_json:
-        typer.echo(json.dumps(found.to_json(max_bad_share), indent=1))
-    else:
-        show(TextTable(found.title(max_bad_share), ("", "found"), found.rows()), *found.account.tables())
     if hashes:
         _refuse_changed([shard.shard for shard in found.index.shards], index_dir)
+    if as_json:
+        typer.echo(json.dumps({**found.to_json(max_bad_share), "hashes_compared": hashes}, indent=1))
+    else:
+        rows = [*found.rows(), *([("hashes", "those of the first time")] if hashes else [])]
+        show(TextTable(found.title(max_bad_share), ("", "found"), rows), *found.account.tables())
     if not found.usable(max_bad_share):
         raise typer.Exit(3)
 
@@ -108,7 +109,6 @@ def _refuse_changed(shards: list[Path], index_dir: Path | None) -> None:
     if changed:
         text = f"{len(changed)} of {len(shards)} shards have changed since they were hashed first, such as {changed[0]}"
         raise DataError(f"{text}; put them back, or remove {folder / HASHES} to accept them")
-    show(TextTable("Hashes", ("", "found"), [("shards as they were hashed first", f"{len(shards):,}")]))
 
 
 def index(

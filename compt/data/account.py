@@ -43,6 +43,7 @@ CAUSES: dict[str, Unused] = {
     "no_shard": Unused("file", "file that is not a .tar", harmless=True),
     # In class folders.
     "hidden_file": Unused("file", "hidden file, or file in a hidden or system folder", harmless=True),
+    "beside": Unused("file", "file beside the class folders", harmless=True),
     "not_image": Unused("file", "file that is not an image by its name", "name images .jpg, .png, .webp …"),
     "not_file": Unused("file", "broken link, or not a plain file", "mend the link, or remove it"),
     "circle": Unused("file", "link to a folder above it", "remove the link"),

@@ -33,7 +33,7 @@ from compt.files import read_json, write_bytes, write_json
 
 VERSION = 2
 INDEX_FOLDER = ".compt-index"
-_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.\w+)$", re.IGNORECASE)
+_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
 MIN_MATCHED = 0.5
@@ -215,8 +215,11 @@ def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account 
 def _of_folder(folder: Path, account: Account) -> list[Path]:
     """The shards in a folder. Other files are counted."""
     shards = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
         if path.suffix.lower() == ".tar" and not path.name.startswith("."):
+            if not path.is_file():
+                account.lose("not_file", str(path))
+                continue
             shards.append(path)
             account.used["file"] += 1
         else:

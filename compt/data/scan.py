@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from compt.data.account import JOINED, Account
 from compt.data.captions import Captions, parse_json, read_columns, read_text
-from compt.data.table import CaptionTable
+from compt.data.table import COMPRESSED, CaptionTable
 from compt.errors import DataError
 
 COLUMNS = (
@@ -43,7 +43,6 @@ _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
 _HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
 _LABEL = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
-_COMPRESSED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"\xfd7zXZ": "unxz -k", b"BZh": "bunzip2 -k"}
 
 
 @dataclass
@@ -67,7 +66,7 @@ def refuse_compressed(path: Path) -> None:
     """Raise DataError for a compressed tar. The message says how to unpack it."""
     with path.open("rb") as file:
         head = file.read(6)
-    for magic, command in _COMPRESSED.items():
+    for magic, command in COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(
                 f"{path} is compressed; shards must be plain tars, so any sample can be opened by its position: "

@@ -30,10 +30,17 @@ JOIN_COLUMNS = (
 )
 """Names of columns that say which sample a row belongs to, in lower case. `Image Path` is `image_path`."""
 _LINE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("captions", "<i8"), ("rows", "<i8")])
-_NAME = np.dtype([("hash", "<u8"), ("line", "<i8")])
+_NAME = np.dtype([("hash", "<u8"), ("line", "<i8"), ("whole", "?")])
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm)$", re.IGNORECASE)
+COMPRESSED = {
+    b"\x1f\x8b": "gunzip -k",
+    b"\x28\xb5\x2f\xfd": "zstd -d",
+    b"\xfd7zXZ": "unxz -k",
+    b"BZh": "bunzip2 -k",
+    b"PK\x03\x04": "unzip",
+}
+"""How compressed files begin, and what unpacks them."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-_PACKED = {b"\x1f\x8b": "gunzip -k", b"\x28\xb5\x2f\xfd": "zstd -d", b"PK\x03\x04": "unzip"}
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 CELL = 1 << 24
 """The longest cell of a CSV, in characters."""
@@ -73,19 +80,28 @@ class CaptionTable:
         return np.memmap(self.folder / "names.bin", dtype=_NAME, mode="r")
 
     def find(self, keys: Sequence[bytes], urls: Sequence[str]) -> Join:
-        """The line of each sample, by its key, else by the last part of its key, else by its URL ("" for none)."""
+        """The line of each sample, by its key, else by the end of its key's path, else by its URL ("" for none).
+
+        The end of a path meets whole names alone, and only where no other sample has the same end: `dog/1` is not the
+        row of `cat/1.jpg`, and `1.jpg` is neither `cat/1` nor `dog/1`.
+        """
         lines = np.full(len(keys), -1, dtype=np.int64)
         if not len(self._names):
             return Join(lines, {})
         table, by = self._names["hash"], dict[str, int]()
-        tried = {"key": keys, "file name": [key.rsplit(b"/", 1)[-1] for key in keys], "URL": [*map(_bytes, urls)]}
-        for way, names in tried.items():
+        deepest = max((key.count(b"/") for key in keys), default=0)
+        ends = [[b"".join(key.split(b"/", cut)[cut:]) for key in keys] for cut in range(1, deepest + 1)]
+        tried = [("key", keys), *(("file name", names) for names in ends), ("URL", [*map(_bytes, urls)])]
+        for way, names in tried:
             hashes = np.array([_hash(name) for name in names], dtype=np.uint64)
             at = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
             hit = (table[at] == hashes) & (lines < 0) & np.array([bool(name) for name in names])
+            if way == "file name":
+                _, first, count = np.unique(hashes, return_inverse=True, return_counts=True)
+                hit &= self._names["whole"][at] & (count[first] == 1)
             lines[hit] = self._names["line"][at[hit]]
             if hit.any():
-                by[way] = int(hit.sum())
+                by[way] = by.get(way, 0) + int(hit.sum())
         return Join(lines, by)
 
     def rows_met(self, offsets: NDArray[np.int64]) -> int:
@@ -124,7 +140,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
             head = file.read(6)
     except OSError as error:
         raise DataError(f"table of captions {path}: {error.strerror}") from error
-    for magic, command in _PACKED.items():
+    for magic, command in COMPRESSED.items():
         if head.startswith(magic):
             raise DataError(f"table of captions {path} is compressed: unpack it with `{command} {path.name}`")
     if head.startswith(_UTF16):
@@ -230,7 +246,8 @@ class _Writer:
         for group, chosen in doubtful.items():
             lead[group] = merged.get(chosen, -1)
         kept = lead >= 0
-        return np.rec.fromarrays([hashes[starts][kept], lead[kept]], dtype=_NAME)
+        some_whole = np.logical_or.reduceat(whole, starts)
+        return np.rec.fromarrays([hashes[starts][kept], lead[kept], some_whole[kept]], dtype=_NAME)
 
     def _merge(self, blob: BinaryIO, places: Sequence[int]) -> int:
         owner, captions, rows = "", list[str](), 0
@@ -243,7 +260,12 @@ class _Writer:
     def _rows(self) -> Iterator[tuple[dict[str, bool], list[str]]]:
         """The names of each usable row, with whether they are whole, and its captions."""
         joins: list[str] | None = None
-        for number, row in _read_rows(self.path, self.account):
+        last: tuple[str, ...] = ()
+        known: list[str] = []
+        for number, read in _read_rows(self.path, self.account):
+            if (names_read := tuple(read)) != last:
+                last, known = names_read, _known_names(self.path, names_read)
+            row = dict(zip(known, read.values(), strict=True))
             if joins is None:
                 joins = self._joins(list(row))
             names: dict[str, bool] = {}
@@ -292,7 +314,7 @@ def _rank(name: str) -> int:
 def _names_of(value: Any) -> dict[str, bool]:
     """The names that a cell gives its row, and whether each is whole: a URL, or a key or path without image ending.
 
-    The last part of a path is no whole name.
+    The end of a path is no whole name.
     """
     if isinstance(value, dict):  # Hugging Face's images
         value = value.get("path")
@@ -300,8 +322,8 @@ def _names_of(value: Any) -> dict[str, bool]:
     if not value or _URL.match(value):
         return {value: True} if value else {}
     name = _IMAGE_ENDING.sub("", value)
-    last = name.rsplit("/", 1)[-1]
-    return {name: True} if last in (name, "") else {name: True, last: False}
+    parts = name.split("/")
+    return {name: True} | {end: False for at in range(1, len(parts)) if (end := "/".join(parts[at:]))}
 
 
 def _cell(value: Any) -> Any:
@@ -334,8 +356,8 @@ def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
     csv.field_size_limit(CELL)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         first = file.readline(CELL)
-        # The separator is the one that gives most columns; a comma where several give as many.
-        separator = max(",\t;|", key=first.count)
+        # A tab is no part of text. Of the others, the separator is the one that gives most columns, a comma first.
+        separator = "\t" if "\t" in first else max(",;|", key=first.count)
         # Conceptual Captions' TSV files have tabs between cells, and quotation marks that mean nothing.
         quoted = separator == "," or _misfits(path, separator, True) <= _misfits(path, separator, False)
         file.seek(0)
@@ -378,7 +400,10 @@ def _misfits(path: Path, separator: str, quoted: bool) -> tuple[int, int]:
 
 def _header(path: Path, row: list[str]) -> list[str] | None:
     """The names in a header; None where it has a URL, and so is none. Raises DataError for two of one name."""
-    return None if any(_URL.match(cell.strip()) for cell in row) else _known_names(path, row)
+    if any(_URL.match(cell.strip()) for cell in row):
+        return None
+    _known_names(path, row)
+    return row
 
 
 def _known_names(path: Path, row: Iterable[str]) -> list[str]:
@@ -431,7 +456,8 @@ def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, An
     if isinstance(values, dict):
         images = values.get("images")
         if isinstance(values.get("annotations"), list):
-            names = {image["id"]: image.get("file_name") for image in images or [] if isinstance(image, dict)}
+            images = [image for image in images or [] if isinstance(image, dict)]
+            names = {str(image.get("id")): image.get("file_name") for image in images}
             values = values["annotations"]
         else:
             values = images
@@ -441,7 +467,7 @@ def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, An
         if not isinstance(row, dict):
             account.lose("row_cells", f"{path.name}:{number}")
         elif names:
-            yield number, {"file_name": names.get(row.get("image_id")), "caption": row.get("caption")}
+            yield number, {"file_name": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
         else:
             yield number, row
 
@@ -458,6 +484,6 @@ def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str,
             for batch in file.iter_batches(batch_size=1024, columns=known):
                 for row in batch.to_pylist():
                     number += 1
-                    yield number, {_known(name): value for name, value in row.items()}
+                    yield number, row
     except ArrowException as error:
         raise DataError(f"table of captions {path}: {error}") from None

@@ -141,7 +141,7 @@ class _Pairs:
         """Whether the data have captions."""
         if class_folders_of(self.item.data, self.settings.base) is not None:
             return False
-        index = open_index(self.item.data, self.settings.base, self.settings.index_dir)
+        index = open_index(self.item.data, self.settings.base, self.settings.index_dir, columns=self.settings.columns)
         return bool(index.column("captions").any())
 
     def batches(self, spec: ModelSpec) -> Iterable[Batch]:
@@ -149,7 +149,7 @@ class _Pairs:
         settings = self.settings
         if self.captioned:
             return fixed_caption_batches(
-                open_index(self.item.data, settings.base, settings.index_dir),
+                open_index(self.item.data, settings.base, settings.index_dir, columns=settings.columns),
                 batch=settings.batch,
                 image_size=spec.image_size,
                 captions=1,

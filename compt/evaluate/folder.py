@@ -71,7 +71,7 @@ def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
     if len(data) > 1 or not path.is_dir():
         return None
     entries = _entries(path)
-    if any(item.name.endswith(".tar") for item in entries):
+    if any(item.name.lower().endswith(".tar") for item in entries):
         return None
     if any(_is_class(item) for item in entries):
         return path
@@ -94,7 +94,7 @@ def _is_image(name: str) -> bool:
 
 
 def _is_class(item: os.DirEntry[str]) -> bool:
-    return item.is_dir() and not item.name.startswith(".") and item.name not in _SYSTEM
+    return Path(item.path).is_dir() and not item.name.startswith(".") and item.name not in _SYSTEM
 
 
 def _entries(path: Path) -> list[os.DirEntry[str]]:
@@ -120,7 +120,8 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
         return
     for item in _entries(place):
         path = Path(item.path)
-        if item.is_dir():
+        # Unlike the entry's own methods, those of Path take a link to itself for a broken one.
+        if path.is_dir():
             if item.name.startswith(".") or item.name in _SYSTEM:
                 _lose_all(account, path)
             else:
@@ -129,7 +130,7 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
             account.lose("hidden_file", item.path)
         elif not _is_image(item.name):
             account.lose("not_image", item.path)
-        elif not item.is_file():
+        elif not path.is_file():
             account.lose("not_file", item.path)
         else:
             account.used["file"] += 1
@@ -148,10 +149,16 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
         path = Path(item.path)
         if _is_class(item):
             places.append(path)
-        elif item.is_dir():
+        elif path.is_dir():
             _lose_all(account, path)
-        elif _is_image(item.name):
-            account.lose("outside", item.path)
+        elif item.is_symlink() and not path.exists():
+            raise DataError(f"{path} is a broken link, perhaps to a class: mend it, or remove it")
+        elif item.name.startswith("."):
+            account.lose("hidden_file", item.path)
+        elif not _is_image(item.name):
+            account.lose("beside", item.path)
+        else:
+            account.lose("outside" if path.is_file() else "not_file", item.path)
     _check_layout(folder, [place.name for place in places])
     if order == "number":
         for place in places:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compt.data.index import open_index
+from compt.data.index import Index, open_index
 from compt.data.loaders import fixed_caption_batches
 from compt.dist import collectives as dist
 from compt.engines.base import COMPUTE_DTYPES
@@ -21,6 +21,11 @@ from compt.models.clip import ClipModel
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import Recipe
 from compt.train.losses import loss_of
+
+
+def open_held_out(recipe: Recipe, base: Path) -> Index:
+    """The index of the validation shards, with captions read as in training. Raises DataError."""
+    return open_index(recipe.evaluation.validation, base, columns=recipe.data.caption_columns or ())
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class Scorer:
             batch=recipe.evaluation.batch,
             workers=recipe.engine.workers,
             dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+            columns=recipe.data.caption_columns or (),
         )
 
     @property
@@ -58,7 +64,7 @@ class Scorer:
         recipe, settings = self.recipe, self.settings
         if not recipe.evaluation.validation:
             return {}
-        index = dist.on_all(lambda: open_index(recipe.evaluation.validation, self.base))
+        index = dist.on_all(lambda: open_held_out(recipe, self.base))
         batches = fixed_caption_batches(
             index,
             batch=recipe.optimizer.batch,

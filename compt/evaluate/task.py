@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
@@ -41,6 +41,7 @@ class EvalSettings:
     workers: int = 0
     dtype: torch.dtype = torch.float32
     index_dir: Path | None = None
+    columns: Sequence[str] = ()
     tokenize: Tokenize | None = None
 
 
@@ -83,7 +84,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
         return SetData(data, (folder,), data.classes, data.account)
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
-    index = open_index(item.data, settings.base, settings.index_dir)
+    index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns)
     place = index.shards[0].shard.parent
     return SetData(ShardSamples(index, label, captions), (place, place.parent), account=index.account)
 

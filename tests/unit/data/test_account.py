@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import tarfile
 import tempfile
 from collections import Counter
@@ -169,17 +170,28 @@ def test_lines_of_json_give_their_captions_to_their_key(rows: list[dict[str, obj
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.sets(st.sampled_from(["a.tar", "B.TAR", "c.tar.gz", "d.tgz", "e.json", "._a.tar", "f.tar.bak", "g"])))
-def test_files_that_are_used_and_not_used_are_all_that_the_folder_has(names: set[str]) -> None:
+@given(
+    st.sets(
+        st.sampled_from(["a.tar", "B.TAR", "c.tar.gz", "d.tgz", "e.json", "._a.tar", "f.tar.bak", "a.tar.md5", "g"])
+    ),
+    st.sets(st.sampled_from(["gone.tar", "pipe.tar", "gone.json"])),
+)
+def test_files_that_are_used_and_not_used_are_all_that_the_folder_has(names: set[str], others: set[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_tar(Path(folder) / "s.tar", sample("a", 1))
         for name in names:
             (Path(folder) / name).write_bytes((Path(folder) / "s.tar").read_bytes())
-        plain = [path for path in Path(folder).iterdir() if path.is_file()]
+        for name in others:
+            if name == "pipe.tar":
+                os.mkfifo(Path(folder) / name)
+            else:
+                (Path(folder) / name).symlink_to("nowhere")
+        there = [name for name in os.listdir(folder) if not (Path(folder) / name).is_dir()]
         account = open_index(folder, Path()).account
-        assert account.read("file") == len(plain) == len(names) + 1
+        assert account.read("file") == len(there) == len(names) + len(others) + 1
         assert account.used["file"] == len(names & {"a.tar", "B.TAR"}) + 1
-        assert account.unused["packed"] == len(names & {"c.tar.gz", "d.tgz"} | names & {"f.tar.bak"})
+        assert account.unused["packed"] == len(names & {"c.tar.gz", "d.tgz"})
+        assert account.unused["not_file"] == len(others & {"gone.tar", "pipe.tar"})
 
 
 def account_of(tmp_path: Path, *members: tuple[str, bytes]) -> tuple[list[str], Counter[str], Account]:

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -323,4 +327,55 @@ def test_two_columns_of_one_name_are_refused(header: str, tmp_path: Path) -> Non
     path = tmp_path / "captions.csv"
     path.write_text(f"{header}\n0,a cat,a dog\n")
     with pytest.raises(DataError, match="has 2 columns 'caption', whatever their case; rename them"):
+        convert_table(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ("cat/001.jpg,a cat", {"cat/001": ["a cat"], "dog/001": [], "owl/2": []}),
+        ("001.jpg,which?\n2.jpg,an owl", {"cat/001": [], "dog/001": [], "owl/2": ["an owl"]}),
+        ("/data/dog/001.jpg,a dog", {"cat/001": [], "dog/001": ["a dog"], "owl/2": []}),
+    ],
+)
+def test_a_row_goes_to_no_sample_of_another_folder(rows: str, expected: dict[str, list[str]], tmp_path: Path) -> None:
+    csv = table(tmp_path / "c.csv", f"file_name,caption\n{rows}\n")
+    shard(tmp_path / "x.tar", **{key: {} for key in expected})
+    assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv, min_matched=0.1)) == expected
+
+
+@pytest.mark.parametrize("names", [("Key", "Caption"), ("key", " CAPTION")])
+def test_names_of_columns_are_known_in_any_case_in_every_format(names: tuple[str, str], tmp_path: Path) -> None:
+    rows = [dict(zip(names, ("a", "one"), strict=True))]
+    shard(tmp_path / "x.tar", a={})
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    for name in ("c.jsonl", "c.json"):
+        assert captions_of(open_index("x.tar", tmp_path, captions_csv=tmp_path / name)) == {"a": ["one"]}
+    (tmp_path / "twice.jsonl").write_text('{"key": "a", "caption": "x", "Caption": "y"}\n')
+    with pytest.raises(DataError, match="has 2 columns 'caption'"):
+        open_index("x.tar", tmp_path, captions_csv=tmp_path / "twice.jsonl")
+
+
+def test_cocos_rows_without_an_image_are_counted(tmp_path: Path) -> None:
+    shard(tmp_path / "x.tar", a={})
+    rows = [{"image_id": 1, "caption": "one"}, {"image_id": [1], "caption": "two"}, {"caption": "three"}]
+    images = [{"id": 1, "file_name": "a.jpg"}, {"file_name": "b.jpg"}]
+    (tmp_path / "c.json").write_text(json.dumps({"images": images, "annotations": rows}))
+    index = open_index("x.tar", tmp_path, captions_csv=tmp_path / "c.json")
+    assert captions_of(index) == {"a": ["one"]}
+    assert index.account.unused["row_key"] + index.account.unused["row_alone"] == 2
+
+
+def test_commas_in_a_caption_of_conceptual_captions_are_text(tmp_path: Path) -> None:
+    shard(tmp_path / "x.tar", a={"json": {"url": "http://a/0.jpg"}})
+    csv = table(tmp_path / "c.tsv", "a dog, a cat, and a bird\thttp://a/0.jpg\n")
+    assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv)) == {"a": ["a dog, a cat, and a bird"]}
+
+
+@pytest.mark.parametrize(("pack", "ending"), [(lzma.compress, "xz"), (bz2.compress, "bz2"), (gzip.compress, "gz")])
+def test_a_compressed_table_is_refused(pack: Callable[[bytes], bytes], ending: str, tmp_path: Path) -> None:
+    path = tmp_path / f"c.csv.{ending}"
+    path.write_bytes(pack(b"key,caption\na,one\n"))
+    with pytest.raises(DataError, match="is compressed: unpack it with"):
         convert_table(path, tmp_path)

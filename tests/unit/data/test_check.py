@@ -146,8 +146,9 @@ def test_the_page_of_a_set_with_every_fault(
     code, page = said(monkeypatch, capsys, "check", tmp_path, "--max-bad-share", 0.3)
     assert code == 0
     assert page.startswith("Can be used, but not all that is in it: 4 of 17 samples are unusable")
-    code, page = said(monkeypatch, capsys, "check", tmp_path, "--json")
+    code, page = said(monkeypatch, capsys, "check", tmp_path, "--json", "--hashes")
     report = json.loads(page)
+    assert report["hashes_compared"] is True
     assert (code, report["usable"], report["samples"]) == (3, False, 17)
     account = Account.from_json(report["account"])
     assert account.read("sample") == 17

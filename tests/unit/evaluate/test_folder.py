@@ -131,11 +131,20 @@ def test_other_files_are_counted_by_cause(tmp_path: Path, caplog) -> None:
     (root / ".ipynb_checkpoints").mkdir()
     (root / ".ipynb_checkpoints" / "0.jpg").write_bytes(IMAGE)
     (root / "loose.png").write_bytes(IMAGE)
+    (root / "README").write_text("x")
+    (root / "ant" / "loop").symlink_to("loop")
     task = opened(root)
     data = task.data.samples
     assert isinstance(data, ClassFolders)
     account = task.data.account
-    assert account.unused == {"hidden_file": 3, "not_image": 1, "not_file": 2, "circle": 1, "outside": 1}
+    assert account.unused == {
+        "hidden_file": 3,
+        "not_image": 2,  # the link to itself has no ending of an image
+        "not_file": 2,
+        "circle": 1,
+        "outside": 1,
+        "beside": 1,
+    }
     assert [path.name for path in data.files] == ["0.JPEG", "0.JPEG"]
     # os.walk counts the image behind the link again for the folder above it: that link is one entry here
     assert account.used["file"] == len(data)
@@ -166,3 +175,11 @@ def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     (tmp_path / "flat" / "ILSVRC2012_val_00000001.JPEG").write_bytes(IMAGE)
     with pytest.raises(DataError, match=r"has 1 images and no class folders.*valprep\.sh"):
         class_folders_of([str(tmp_path / "flat")], tmp_path)
+
+
+def test_a_broken_link_that_may_be_a_class_is_refused(tmp_path: Path) -> None:
+    """Left out, it would shift the numbers of the classes after it."""
+    root = folders(tmp_path, ["ant", "bee"])
+    (root / "ape").symlink_to("nowhere")
+    with pytest.raises(DataError, match="ape is a broken link, perhaps to a class: mend it, or remove it"):
+        opened(root)

@@ -22,6 +22,7 @@ from compt.errors import ArtefactError, ConfigError, DataError
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.encoder import Encoder, load_arrays
 from compt.evaluate.retrieval import query_ranks, retrieval
+from compt.evaluate.scorer import Scorer, open_held_out
 from compt.evaluate.sets import check_sets, evaluate_set, open_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
@@ -34,6 +35,7 @@ from compt.models.presets import ModelSpec
 from compt.recipe.schema import EvalSet
 from compt.train.losses import contrastive_loss
 from tests.helpers import evaluation as cases
+from tests.helpers.recipe import recipe_of
 from tests.helpers.shards import make_shards, picture, write_tar
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -526,3 +528,17 @@ def test_class_folders_that_cannot_be_used(tmp_path: Path, model) -> None:
     (folder / "empty").mkdir()
     with pytest.raises(DataError, match="class folder .*empty has no image"):
         evaluate_set(model, EvalSet(name="set", data=["pictures"]), _settings(tmp_path))
+
+
+def test_captions_of_evaluation_and_validation_are_those_of_the_recipes_columns(tmp_path: Path) -> None:
+    members = [(f"{n}.png", picture(n, 8, 8)) for n in range(3)]
+    members += [(f"{n}.json", json.dumps({"caption": "theirs", "mine": [f"mine {n}", "x"]}).encode()) for n in range(3)]
+    write_tar(tmp_path / "s.tar", sorted(members))
+    recipe = recipe_of("data.caption_columns=[mine]", "evaluation.validation=[s.tar]")
+    held_out = open_held_out(recipe, tmp_path)
+    assert held_out.column("captions").tolist() == [2, 2, 2]
+    item = EvalSet(name="texts", task="retrieval", data=["s.tar"])
+    for columns, expected in ((("mine",), ["mine 0", "x"]), ((), ["theirs"])):
+        task = open_set(item, replace(_settings(tmp_path), columns=columns))
+        assert task.data.samples.read(0).captions == expected
+    assert Scorer(recipe, tmp_path).settings.columns == ["mine"]
