@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
 from compt.data.order import Box
@@ -30,6 +31,9 @@ MAX_PIXELS = 89_478_485
 """Larger images are refused before any pixel is decoded; Pillow warns of decompression bombs from this size on."""
 MAX_BYTES = 8 * MAX_PIXELS
 """Larger files are not read: this is the size of the largest image without compression, with 16 bits a channel."""
+MAX_SCANNED = 16 * MAX_PIXELS
+"""A progressive JPEG is not decoded if its scans pass over more pixels than this together. Encoders make about ten."""
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _MAX_RESIZED = 1 << 24
 """Larger images are never made on the way to the target size: of 1 x N pixels a resized one would have 224 x 224 N."""
 # Only these readers are tried: some others of Pillow run external programs. Trying the likely one first saves a third
@@ -100,12 +104,20 @@ def open_image(data: bytes) -> Image.Image:
         raise Unusable("image", f"not an image: {error}") from None
     if image.width * image.height > MAX_PIXELS:
         raise Unusable("image", f"{image.width} x {image.height} pixels are too many to decode safely")
+    if isinstance(image, TiffImageFile):
+        tile = (image.tag_v2.get(_TILE_WIDTH, 1), image.tag_v2.get(_TILE_LENGTH, 1))
+        if not all(isinstance(side, int) for side in tile) or tile[0] * tile[1] > MAX_PIXELS:
+            raise Unusable("image", f"its tiles of {tile[0]} x {tile[1]} pixels are too large to decode safely")
+    # A marker of a scan cannot occur inside compressed data.
+    if data[:2] == b"\xff\xd8" and image.width * image.height * (scans := data.count(b"\xff\xda")) > MAX_SCANNED:
+        raise Unusable("image", f"{scans} scans over {image.width} x {image.height} pixels take too long to decode")
     return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode to RGB: transparency becomes white, 16-bit grey is scaled to 8 bits, EXIF orientation is ignored.
+    """Decode to RGB: transparency becomes white, 16-bit grey is scaled to 8 bits.
 
+    EXIF orientation is ignored as in open_clip. Only in a TIFF it counts, because Pillow itself turns those.
     Raises Unusable, also for numbers without a fixed range (float and 32-bit TIFF).
     """
     try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import resource
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -67,3 +69,48 @@ def test_the_bounded_way_gives_the_same_pixels(size: tuple[int, int], monkeypatc
         ways.append((evaluation_pixels(data, 16), PillowDecoder().pixels(Encoded(data, *size), box, 16)))
     for plain, bounded in zip(*ways, strict=True):
         assert np.abs(plain.astype(int) - bounded).max() <= 2
+
+
+def many_scans(scans: int) -> bytes:
+    """A progressive JPEG of 40 x 30 pixels whose last scan is repeated."""
+    data = encoded(Image.new("RGB", (40, 30), (9, 99, 200)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * scans + data[-2:]
+
+
+def test_scans_of_a_jpeg_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    scans = many_scans(0).count(b"\xff\xda")
+    assert scans > 1
+    monkeypatch.setattr(decode, "MAX_SCANNED", 40 * 30 * (scans + 5))
+    evaluation_pixels(many_scans(5), 4)
+    with pytest.raises(Unusable, match=f"^{scans + 6} scans over 40 x 30 pixels take too long"):
+        open_image(many_scans(6))
+
+
+def tiled(side: int) -> bytes:
+    """A TIFF of 10 x 10 pixels in one compressed tile of `side` x `side`."""
+    data = zlib.compress(bytes([77]) * side * side)
+    tags = [(256, 10), (257, 10), (258, 8), (259, 8), (262, 1), (277, 1), (322, side), (323, side)]
+    tags += [(324, 14 + 12 * (len(tags) + 2)), (325, len(data))]
+    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + directory + bytes(4) + data
+
+
+def test_tiles_larger_than_any_image_are_refused() -> None:
+    assert (evaluation_pixels(tiled(64), 4) == 77).all()
+    with pytest.raises(Unusable, match="its tiles of 9600 x 9600 pixels are too large"):
+        open_image(tiled(9600))
+
+
+@pytest.mark.parametrize(("kind", "turned"), [("JPEG", False), ("PNG", False), ("WEBP", False), ("TIFF", True)])
+def test_orientation_is_as_pillow_leaves_it(kind: str, turned: bool) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    opened = open_image(encoded(Image.new("RGB", (60, 40)), kind, exif=exif))
+    assert opened.size == to_rgb(opened).size == ((40, 60) if turned else (60, 40))
+
+
+def test_lab_becomes_rgb() -> None:
+    lab = Image.merge("LAB", [Image.new("L", (4, 4), value) for value in (136, 128, 128)])
+    grey = np.asarray(to_rgb(open_image(encoded(lab, "TIFF"))))
+    assert np.abs(grey.astype(int) - 127).max() <= 4
