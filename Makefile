@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-slurm test-full benchmarks gpu-bundle lint format type fresh-check clean venv
+.PHONY: help demo test test-slow test-slurm test-full test-matrices benchmarks gpu-bundle lint format type fresh-check clean venv
 
 # One more than the cores of a small machine: many tests wait for other processes.
 WORKERS ?= 3
@@ -34,7 +34,10 @@ test: $(STAMP) ## Run the tests (without a GPU, the GPU tests are skipped)
 test-slow: $(STAMP) ## Run the long tests: engines, faults, launchers, memory limits
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not slurm" $(ARGS)
 
-test-full: $(STAMP) test test-slow test-slurm ## Run every test, including the complete matrices (about an hour)
+test-full: ## Run every test, including the complete matrices (about an hour); a missing package is an error
+	@COMPT_TEST_ALL=1 $(MAKE) --no-print-directory EXTRAS=test-all test test-slow test-slurm test-matrices
+
+test-matrices: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "full and not slurm" $(ARGS)
 
 test-slurm: $(STAMP) ## Test slurm/ on a Slurm cluster of two nodes on this machine (needs root, slurm-wlm, munge)

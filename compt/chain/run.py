@@ -32,7 +32,7 @@ from compt.models.preprocess import Preprocess
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
-from compt.recipe.schema import Data, Recipe
+from compt.recipe.schema import DECODERS, Data, Recipe
 from compt.train.signals import StopSignal
 
 _log = logging.getLogger(__name__)
@@ -148,13 +148,14 @@ def check_unchanged(context: RunContext, plan: Plan) -> None:
 
 
 def open_data(recipe: Recipe, base: Path) -> Index:
-    """The index of the training shards. Raises DataError.
+    """The index of the training shards. Raises DataError, and ConfigError where the decoder is not installed.
 
     Rank 0 builds what is missing. Then one process of each machine does: each may have its own cache folder.
     """
     data = recipe.data
     folder = base / data.index_dir if data.index_dir else None
     csv = base / data.captions_csv if data.captions_csv else None
+    dist.on_all(DECODERS.load(data.decoder))
 
     def open_it() -> Index:
         return open_index(

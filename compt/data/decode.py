@@ -8,8 +8,10 @@ To add a decoder of training images, write a `Decoder` in a module of its own an
 from __future__ import annotations
 
 import io
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -19,6 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import get_worker_info
 
 from compt.data.order import Box
 from compt.errors import ComptError
@@ -34,7 +38,7 @@ MAX_BYTES = 8 * MAX_PIXELS
 MAX_SCANNED = 16 * MAX_PIXELS
 """A progressive JPEG is not decoded if its scans pass over more pixels than this together. Encoders make about ten."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
-_MAX_RESIZED = 1 << 24
+MAX_RESIZED = 1 << 24
 """Larger images are never made on the way to the target size: of 1 x N pixels a resized one would have 224 x 224 N."""
 # Only these readers are tried: some others of Pillow run external programs. Trying the likely one first saves a third
 # of the time.
@@ -76,6 +80,13 @@ class Decoder(ABC):
     in_worker: ClassVar[bool] = True
     """Whether it runs in the loader's worker processes. A decoder that uses a GPU has to run in the training process:
     the workers are forked, and CUDA does not survive a fork."""
+
+    def prepare(self, image: Encoded, box: Box, size: int) -> Encoded:
+        """What `decode` gets of an image, made in the worker. Raises Unusable.
+
+        Pillow's image cannot go to another process. A decoder that cannot decode every format may decode here.
+        """
+        return image if self.in_worker else replace(image, header=None)
 
     @abstractmethod
     def decode(
@@ -181,7 +192,7 @@ class PillowDecoder(Decoder):
         # The box is in pixels of the whole image.
         x, y = decoded.width / image.width, decoded.height / image.height
         part = (box[0] * x, box[1] * y, box[2] * x, box[3] * y)
-        if size * (part[3] - part[1]) > _MAX_RESIZED:
+        if size * (part[3] - part[1]) > MAX_RESIZED:
             # Pillow resizes rows first, and would widen each of very many.
             decoded = decoded.resize((decoded.width, size), _BICUBIC, box=(0, part[1], decoded.width, part[3]))
             part = (part[0], 0, part[2], size)
@@ -197,6 +208,70 @@ class PillowDecoder(Decoder):
             if scale <= smallest:
                 scaled[scale] = _load(open_image(image.data), scale)
         return Kept(b"", image.width, image.height, scaled=scaled, jpeg=jpeg)
+
+
+class TorchDecoder(PillowDecoder):
+    """Decodes on the CPU with torchvision and resizes with torch, bicubic with antialiasing: twice as fast as Pillow.
+
+    The box is cut out before it is resized, as torchvision does; Pillow's resize looks at pixels beside it, too. Apart
+    from this border, pixels differ from Pillow's by the rounding of the resize. Boxes of four or more times the target
+    size take the path of `PillowDecoder`, where the scaling of the JPEG decoder saves more. Boxes of two to four times
+    do not: they are decoded at full size, so unlike Pillow's they keep all detail.
+    """
+
+    def pixels(self, image: Encoded, box: Box, size: int) -> Pixels:
+        """uint8 [3, size, size] of one image. Raises Unusable."""
+        # Also here the box is resized along rows first.
+        if _covering(box, size) >= 4 or size * (box[3] - box[1]) > MAX_RESIZED:
+            return super().pixels(image, box, size)
+        left, top, right, bottom = box
+        whole = None if isinstance(image, Kept) else _jpeg(image)
+        if whole is None:
+            decoded = image.scaled[1] if isinstance(image, Kept) else to_rgb(image.header or open_image(image.data))
+            part = decoded.crop(box)
+            flat = torch.frombuffer(bytearray(part.tobytes()), dtype=torch.uint8)
+            cropped = flat.view(part.height, part.width, 3).permute(2, 0, 1)
+        else:
+            cropped = whole[:, top:bottom, left:right]
+        resized = interpolate(cropped[None], (size, size), mode="bicubic", antialias=True)[0]
+        pixels: Pixels = resized.numpy()
+        return pixels
+
+
+def _jpeg(image: Encoded) -> Tensor | None:
+    """uint8 [3, H, W] of a grey or RGB JPEG. None for other images, and where only Pillow can say what is wrong."""
+    opened = image.header or open_image(image.data)
+    if opened.format != "JPEG" or opened.mode not in ("L", "RGB"):
+        return None
+    # Imported late: it loads much that evaluation and plans do not need.
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        with _quiet():
+            data = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)
+            decoded: Tensor = decode_jpeg(data, ImageReadMode.RGB)
+            return decoded
+    except RuntimeError:
+        return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """In a loader worker, drop what libjpeg writes to the terminal about small faults of an image.
+
+    Only there: no other thread of a worker writes, so that nothing else is lost.
+    """
+    if get_worker_info() is None:
+        yield
+        return
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @dataclass
@@ -260,7 +335,7 @@ def _whole(image: Image.Image, size: int, preprocess: Preprocess) -> Pixels:
     else:
         target = (max(size, int(size * width / height)), size)
     left, top = round((target[0] - size) / 2.0), round((target[1] - size) / 2.0)
-    if target[0] * target[1] > _MAX_RESIZED:
+    if target[0] * target[1] > MAX_RESIZED:
         x, y = width / target[0], height / target[1]
         box = (left * x, top * y, min((left + size) * x, width), min((top + size) * y, height))
         return _planes(image.resize((size, size), _KERNELS[preprocess.interpolation], box=box))

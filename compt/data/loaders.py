@@ -14,6 +14,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -39,6 +40,8 @@ MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
 WATCHED_SAMPLES = 1000
 """The share of unusable samples is judged over at least this many samples."""
+AHEAD = 2
+"""Batches that a decoder in the training process decodes ahead."""
 CACHE_BYTES = 1 << 30
 """The most that `cache=True` keeps in memory."""
 
@@ -222,16 +225,37 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         watch = _BadShare(self.max_bad_share)
-        for read in _read(self.reads, self.steps, self.workers):
-            if isinstance(read, Failure):
-                raise DataError(read.message)
-            if isinstance(read, Share):
-                read = self.reads.decode(read)
-                if torch.cuda.is_initialized() and not read.batch.images.is_cuda:
-                    # The loader pinned what the workers sent, which was not yet pixels.
-                    read = read._replace(batch=read.batch.pin_memory())
+        for read in self._decoded(_read(self.reads, self.steps, self.workers)):
             watch.add(read)
             yield read.batch
+
+    def _decoded(self, reads: Iterator[Read | Share | Failure]) -> Iterator[Read]:
+        """Finished batches. A decoder in this process decodes the next ones in a thread, while the step computes.
+
+        Without workers the thread would share the files of the reader with this one, so there is none.
+        """
+        with ThreadPoolExecutor(1, "decoder") as thread:
+            ahead: deque[Future[Read]] = deque()
+            for read in reads:
+                if isinstance(read, Read):
+                    yield read
+                elif isinstance(read, Failure):
+                    yield from (ready.result() for ready in ahead)
+                    raise DataError(read.message)
+                elif self.workers:
+                    ahead.append(thread.submit(self._decode, read))
+                    if len(ahead) > AHEAD:
+                        yield ahead.popleft().result()
+                else:
+                    yield self._decode(read)
+            yield from (ready.result() for ready in ahead)
+
+    def _decode(self, share: Share) -> Read:
+        read = self.reads.decode(share)
+        if torch.cuda.is_initialized() and not read.batch.images.is_cuda:
+            # The loader pinned what the workers sent, which was not yet pixels.
+            read = read._replace(batch=read.batch.pin_memory())
+        return read
 
 
 def _same(value: Any) -> Any:

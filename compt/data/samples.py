@@ -226,16 +226,16 @@ class Drawer:
         key, image, captions, lost = found
         places = self._choose(key, epoch, len(captions))
         chosen = [self._tokens.ids(text) if isinstance(text := captions[at], str) else text for at in places]
-        return Drawn(key, image, self._box(key, epoch, image), chosen, len(captions) < self._kind.captions, lost)
+        box = self._box(key, epoch, image)
+        prepared = self._decoder.prepare(image, box, self._kind.image_size)
+        return Drawn(key, prepared, box, chosen, len(captions) < self._kind.captions, lost)
 
     def _read(self, sample: int) -> _Stored:
         entry = self.reader.index.entry(sample)
         texts, lost = self.reader.captions(entry)
         data = self.reader.image(entry)
         opened = open_image(data)
-        # Pillow's image can go to no other process.
-        header = opened if self._decoder.in_worker else None
-        return _Stored(entry.key, Encoded(data, opened.width, opened.height, header), texts, lost)
+        return _Stored(entry.key, Encoded(data, opened.width, opened.height, opened), texts, lost)
 
     def _remember(self, sample: int) -> _Stored | Unusable:
         found: _Stored | Unusable

@@ -35,7 +35,13 @@ from compt.recipe.types import (
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
 
 
-DECODERS = OneOf({"pillow": "compt.data.decode:PillowDecoder"})
+DECODERS = OneOf(
+    {
+        "pillow": "compt.data.decode:PillowDecoder",
+        "torch": "compt.data.decode:TorchDecoder",
+        "dali": "compt.data.dali:DaliDecoder",
+    }
+)
 """Decoders of training images. To add one: write a `compt.data.decode.Decoder`, and its name and place here."""
 
 EVALUATION_TASKS = OneOf(

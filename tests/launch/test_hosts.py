@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.optional import optional
 from tests.helpers.ports import free_port
 from tests.helpers.recipe import SECOND, chain, largest_difference, make_data, weights, write_recipe
 from tests.launch.hosts import Hosts, two_hosts
@@ -152,7 +153,7 @@ def test_a_chain_by_srun_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp
 
 @pytest.mark.full
 def test_a_chain_by_deepspeed_with_a_hostfile(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
+    optional("deepspeed", "deepspeed")
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{name} slots=1\n" for name in ("first", "second")))
     port = str(free_port())
@@ -168,7 +169,7 @@ def test_a_chain_by_deepspeed_with_a_hostfile(hosts: Hosts, base: Path, whole: P
 
 @pytest.mark.full
 def test_a_chain_by_accelerate_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
+    optional("accelerate", "accelerate")
     port = str(free_port())
     for host in (0, 1):
         words = ["-m", "accelerate.commands.accelerate_cli", "launch"]

@@ -19,6 +19,7 @@ from compt.cli.launch import LaunchRecord, chain_words, exit_code, zero_stage
 from compt.cli.main import app
 from compt.errors import ConfigError
 from tests.helpers.cases import matrix
+from tests.helpers.optional import optional
 from tests.helpers.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +145,7 @@ def script_words(launcher: str, words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
 def test_no_launcher_consumes_our_options(launcher: str) -> None:
-    pytest.importorskip("torch" if launcher == "torchrun" else launcher)
+    optional("torch" if launcher == "torchrun" else launcher, launcher)
     for name in chain_options():
         for words in ([name, "value", "--set", "a=b"], [f"{name}=value"]):
             assert script_words(launcher, words) == words
@@ -209,7 +210,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     started: list[subprocess.Popen[str]] = []
 
     def begin(launcher: str, *plans: str) -> subprocess.Popen[str]:
-        pytest.importorskip("torch" if launcher == "torchrun" else launcher)
+        optional("torch" if launcher == "torchrun" else launcher, launcher)
         words = [word if word != "0" else str(free_port()) for word in LAUNCHERS[launcher]]
         started.append(
             subprocess.Popen(

@@ -24,10 +24,12 @@ CALLED_BY_PEOPLE = ("help", "demo", "test", "lint", "type", "fresh-check", "clea
 # What no module of compt imports, and who uses it.
 BEHIND = {
     "accelerate": "people, who start launchers/train.py with it",
+    "compt": "the extras that join others",
     "deepspeed": "the tests, which write with it the folders that compt.weights reads",
+    "nvidia-dali-cuda120": "compt.data.dali, where it is installed",
+    "nvidia-dali-cuda130": "compt.data.dali, where it is installed",
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
-    "torchvision": "open_clip and timm; it has to fit torch",
 }
 # Written in parts, so that this file does not contain what it looks for.
 HOSTS = [
@@ -108,7 +110,9 @@ def test_folders_of_the_package_are_shown_at_the_top(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    assert set(table["optional-dependencies"]) == {"accelerate", "data", "deepspeed", "dev", "parquet"}
+    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "parquet"}
+    assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
+    assert table["optional-dependencies"]["test-all"] == [f"compt[{','.join(sorted(single - {'dali-cuda12'}))}]"]
     assert table["scripts"] == {"compt": "compt.cli.main:run"}
     assert re.fullmatch(r"\d+\.\d+\.\d+", compt.__version__)
 
@@ -130,7 +134,9 @@ def test_constraints_pin_what_is_installed(root: Path, file: str, versions: dict
     table = project(root)
     wanted = [*table["dependencies"], *itertools.chain(*table["optional-dependencies"].values())]
     names = {re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-") for requirement in wanted}
-    assert names <= set(pinned)
+    dali = {"nvidia-dali-cuda120", "nvidia-dali-cuda130"}
+    assert names - dali - {"compt"} <= set(pinned)
+    assert dali & set(pinned) == {"nvidia-dali-cuda120" if "cu12" in file else "nvidia-dali-cuda130"}
 
 
 def test_the_wheel_holds_every_file_of_the_package(root: Path) -> None:

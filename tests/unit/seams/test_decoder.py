@@ -144,8 +144,8 @@ def test_it_is_a_part_of_a_runs_identity_and_pillow_changes_no_hash() -> None:
 
 
 def test_a_recipe_can_only_name_decoders_of_the_table() -> None:
-    with pytest.raises(ConfigError, match=r"data\.decoder = 'dali': should be 'pillow'"):
-        named("dali")
+    with pytest.raises(ConfigError, match=r"data\.decoder = 'ffmpeg': should be 'pillow', 'torch'"):
+        named("ffmpeg")
 
 
 ONE_LINK = ("chain.links=[{model: small, train: {steps: 4}, warmup: {steps: 1}}]", "baselines=", "evaluation=")

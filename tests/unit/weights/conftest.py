@@ -11,6 +11,7 @@ import pytest
 from filelock import FileLock
 
 from tests.dist.spawn import run_ranks
+from tests.helpers.optional import optional
 from tests.unit.weights.written import write_dcp, write_zeros
 
 
@@ -30,7 +31,7 @@ def _once(factory: pytest.TempPathFactory, name: str, write: Callable[..., Any])
 @pytest.fixture(scope="session")
 def zeros(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a DeepSpeed checkpoint for each of `written.ZEROS`, by two ranks."""
-    pytest.importorskip("deepspeed", reason="deepspeed is not installed: pip install 'compt[deepspeed]'")
+    optional("deepspeed", "deepspeed")
     return _once(tmp_path_factory, "zero", write_zeros)
 
 

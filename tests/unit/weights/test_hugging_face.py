@@ -17,6 +17,7 @@ from compt.errors import ArtefactError
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.weights.files import spec_from_hugging_face
 from compt.weights.open import open_model
+from tests.helpers.optional import optional
 
 CONFIG = "config.json"
 TEXT = {
@@ -40,7 +41,7 @@ VISION = {
 
 def write(folder: Path, act: str = "quick_gelu", eps: float = 1e-5, text_eps: float = 1e-5, **options: Any) -> Any:
     """A CLIPModel whose every parameter is random, biases and norms too; written to `folder` by transformers."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    transformers = optional("transformers", "dev")
     config = transformers.CLIPConfig(
         text_config={**TEXT, "hidden_act": act, "layer_norm_eps": text_eps},
         vision_config={**VISION, "hidden_act": act, "layer_norm_eps": eps},
@@ -233,7 +234,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
 
 
 def test_images_are_prepared_as_the_folder_says(tmp_path):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    transformers = optional("transformers", "dev")
     write(tmp_path)
     assert open_model(tmp_path).preprocess == AS_OPENAI
     square, grey = {"height": 16, "width": 16}, [0.5, 0.4, 0.3]
@@ -256,7 +257,7 @@ def test_images_are_prepared_as_the_folder_says(tmp_path):
 
 @pytest.mark.parametrize("words", [{}, {"cat</w>": 3}])
 def test_a_tokenizer_has_the_vocabulary_of_openai_or_is_refused(tmp_path, words):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    transformers = optional("transformers", "dev")
     write(tmp_path)
     stock = SimpleTokenizer()
     merges = [pair for pair, _ in sorted(stock.bpe_ranks.items(), key=lambda item: item[1])]
@@ -274,7 +275,7 @@ def test_a_tokenizer_has_the_vocabulary_of_openai_or_is_refused(tmp_path, words)
 
 
 def test_what_a_config_leaves_out_is_as_transformers_has_it():
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install 'compt[dev]'")
+    transformers = optional("transformers", "dev")
     default = transformers.CLIPConfig()
     spec = spec_from_hugging_face({"model_type": "clip"}, "m")
     assert spec == spec_from_hugging_face(default.to_dict(), "m")
