@@ -48,7 +48,12 @@ class DaliDecoder(Decoder):
                 "for a CUDA 12 driver, or take data.decoder: torch"
             ) from None
         self._cpu = TorchDecoder()
-        self._pipelines: dict[tuple[int, torch.device], Any] = {}
+        # Remembered here: in the thread that decodes ahead, torch's current device is the first GPU of the machine.
+        self._device = torch.device("cpu")
+        if torch.cuda.is_initialized():  # by now a process that trains on a GPU has used it
+            self._device = torch.device("cuda", torch.cuda.current_device())
+            self._step, self._copies = torch.cuda.current_stream(), torch.cuda.Stream()
+        self._pipelines: dict[int, Any] = {}
 
     def prepare(self, image: Encoded, box: Box, size: int) -> Encoded:
         """The image itself if DALI decodes it as Pillow does, else its pixels. Raises Unusable."""
@@ -107,9 +112,18 @@ class DaliDecoder(Decoder):
             else:
                 yield self._refused(places[0], images[places[0]], boxes[places[0]], size, broken, error)
         else:
-            # On a GPU, DALI would reuse this memory while kernels of the step still wait for it. On a CPU no kernel
-            # waits, and the tensor keeps the memory.
-            yield made.clone() if made.is_cuda else made
+            yield self._copied(made) if made.is_cuda else made
+
+    def _copied(self, made: Tensor) -> Tensor:
+        """A copy in torch's memory. DALI would use its own for later batches while kernels of the step wait to read it.
+
+        It is made on a stream of its own, so that it does not wait for the step's kernels.
+        """
+        with torch.cuda.stream(self._copies):
+            copy = made.clone()
+        self._copies.synchronize()
+        copy.record_stream(self._step)
+        return copy
 
     def _refused(
         self, place: int, image: Encoded, box: Box, size: int, broken: dict[int, Unusable], reason: RuntimeError
@@ -123,18 +137,17 @@ class DaliDecoder(Decoder):
         else:
             cause = str(reason).rpartition("encountered:")[2].strip().partition("\n")[0]
             warnings.warn(f"DALI refuses images that the CPU decodes, for example because of {cause}", stacklevel=2)
-        return torch.from_numpy(pixels)[None].to(_device())
+        return torch.from_numpy(pixels)[None].to(self._device)
 
     def _pipeline(self, batch: int, size: int) -> Any:
         """A pipeline for up to `batch` images. Raises ConfigError where DALI cannot use the GPU."""
         from nvidia.dali import Pipeline, fn, types
 
-        device = _device()
-        ready = self._pipelines.get((size, device))
+        ready = self._pipelines.get(size)
         if ready is not None and ready.max_batch_size >= batch:
             return ready
         threads = min(_THREADS, len(os.sched_getaffinity(0)))
-        pipeline = Pipeline(batch, threads, device.index, prefetch_queue_depth=1)
+        pipeline = Pipeline(batch, threads, self._device.index, prefetch_queue_depth=1)
         with pipeline:
             encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
             start = fn.external_source(name="start", dtype=types.INT32, ndim=1)
@@ -143,7 +156,7 @@ class DaliDecoder(Decoder):
                 encoded,
                 start,
                 shape,
-                device="mixed" if device.type == "cuda" else "cpu",
+                device="mixed" if self._device.type == "cuda" else "cpu",
                 axis_names="HW",
                 normalized_anchor=False,
                 normalized_shape=False,
@@ -156,11 +169,6 @@ class DaliDecoder(Decoder):
         try:
             pipeline.build()
         except RuntimeError as error:
-            raise ConfigError(f"data.decoder: dali cannot use {device}: {str(error).splitlines()[0]}") from None
-        self._pipelines[size, device] = pipeline
+            raise ConfigError(f"data.decoder: dali cannot use {self._device}: {str(error).splitlines()[0]}") from None
+        self._pipelines[size] = pipeline
         return pipeline
-
-
-def _device() -> torch.device:
-    """The GPU if the process uses one. By now a process that trains on a GPU has used it."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_initialized() else torch.device("cpu")
