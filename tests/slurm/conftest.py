@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ CHANGES = (
     "chain.links.1.train.steps=60",
     "engine.checkpoint_every.steps=20",
     "evaluation.every=",
+    f"data.decoder={'dali' if find_spec('nvidia.dali') else 'torch'}",
 )
 """Long enough for something to happen in the middle."""
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compt.train.metrics import read_metrics
+from tests.helpers.optional import optional
 from tests.helpers.recipe import FIRST, SECOND, manifest, weights_hash
 from tests.slurm.cluster import Cluster, until
 from tests.slurm.conftest import Files
@@ -63,6 +64,11 @@ def test_a_chain_finishes_on_two_nodes(finished: Path) -> None:
         assert processes(finished, job) == [2]
     assert steps(finished, FIRST) == list(range(1, 121))
     assert (finished / "report.html").exists()
+
+
+def test_its_images_were_decoded_by_dali(finished: Path) -> None:
+    optional("nvidia.dali", "dali-cuda13")
+    assert manifest(finished, FIRST)["result"]["data"]["decoder"] == "dali"
 
 
 def test_missing_data_is_not_queued(cluster: Cluster, files: Files, tmp_path: Path) -> None:

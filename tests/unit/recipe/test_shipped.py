@@ -89,7 +89,9 @@ def test_planning_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("name", HASHES)
 def test_hashes_stay(name: str) -> None:
-    assert {job.name: job.hash for job in plan(name).jobs} == HASHES[name]
+    # As these recipes were before they named a decoder.
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml", ["data.decoder=pillow"])
+    assert {job.name: job.hash for job in make_plan(recipe, baselines=True).jobs} == HASHES[name]
 
 
 @pytest.mark.parametrize("name", ACCELERATION)
