@@ -261,7 +261,7 @@ MUTATIONS = (
         Cell("ddp", 1, 1, "distillation"),
         _patched(
             "compt.train.task.ifd_loss",
-            lambda *args, **options: losses.ifd_loss(*args, **{**options, "average_towers": False}),
+            lambda *args, **options: losses.ifd_loss(*args, **{**options, "reference_compatible": True}),
         ),
     ),
     Mutation(

@@ -64,7 +64,7 @@ def cells() -> list[Cell]:
 
 @dataclass(frozen=True)
 class Start:
-    """A chain that ends in ViT-L, and its `macs` (1e19) with the epochs that Table 2 implies.
+    """A chain that ends in ViT-L, and its `macs` (1e19) with the epochs behind Table 2.
 
     `supposed`: the epochs are those of links in another chain, so the cost was not published.
     """

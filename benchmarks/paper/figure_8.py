@@ -86,7 +86,7 @@ def draw(axis: Axes) -> None:
         label=f"line, at most {fit['largest_distance_epochs']:.2f} epochs off",
     )
     axis.plot(sizes, list(FIGURE_8_EPOCHS.values()), "o", color=COLOUR["chain"], label="fewest epochs (published)")
-    axis.plot(sizes, FAMILY.chain_epochs[1:], "s", color=COLOUR["control"], label="epochs of Table 2 (inferred)")
+    axis.plot(sizes, FAMILY.chain_epochs[1:], "s", color=COLOUR["control"], label="epochs of Table 2")
     for model, size in zip(LINKS, sizes, strict=True):
         axis.annotate(model, (size, FIGURE_8_EPOCHS[model]), (0, -16), textcoords="offset points", ha="center")
     axis.set_xscale("log")

@@ -1,7 +1,8 @@
 """The accounting of the published tables (CoM-PT, Table G and Table 2).
 
 - A sample is an image with six captions of 77 tokens, padding included, whatever the recipe says. The paper's text says
-  four captions, but Table G fits six (one raw and five generated).
+  four captions, and the authors' code draws seven (the raw caption and six others), but the forward MACs of Table G
+  fit six.
 - Training costs 3 Cf - C1 + 9 P per sample; a teacher adds its forward pass. Cf is the
   forward pass; its backward pass costs twice as much. C1 is the patch embedding, whose input needs no gradient. P are
   the parameters of `paper_parameters`. 9 P is for AdamW, charged per sample although an optimizer steps once per
@@ -21,7 +22,7 @@ from compt.cost.training import Breakdown, JobCost, Record, Tower, backward_macs
 from compt.models.presets import ModelSpec
 
 PAPER_TEXT_PASSES = 6
-"""Captions per sample in Table G's forward MACs (the paper's text says 4; one raw and five generated fit the table)."""
+"""Captions per sample that Table G's forward MACs fit. The paper's text says 4, the authors' code draws 7."""
 PAPER_TOKENS = 77
 """Tokens of a caption in the published accounting, padding included."""
 PAPER_PARAMETER_MACS = 9

@@ -217,9 +217,10 @@ class Distill(Section):
     """
 
     alpha: float = Field(default=500.0, ge=0)
-    """Weight of the feature loss, for features of 512 dimensions. 0 turns it off."""
+    """Weight of the feature loss, for features of 512 dimensions; it is scaled for other widths. 0 turns it off."""
     reference_compatible: bool = False
-    """Add the losses of the two towers, as the authors' code does, instead of averaging them, as the paper does."""
+    """Compute the feature loss as the authors' code does: add the losses of the two towers instead of averaging them,
+    as the paper does, and do not scale `alpha` for teachers of other widths than 512."""
 
 
 class Chain(Section):

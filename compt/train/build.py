@@ -91,7 +91,7 @@ def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | No
         teacher,
         loss,
         alpha=blueprint.distill.alpha,
-        average_towers=not blueprint.distill.reference_compatible,
+        reference_compatible=blueprint.distill.reference_compatible,
         teacher_dtype=COMPUTE_DTYPES[optimizer.precision],
         text_buckets=engine.text_buckets,
         seed=blueprint.seed,

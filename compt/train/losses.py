@@ -303,16 +303,17 @@ def loss_of(optimizer: Optimizer, engine: EngineConfig) -> Loss:
     return LOSSES[optimizer.loss].of(optimizer, engine.loss_chunk)
 
 
-def feature_distance(teacher: Tensor, student: Tensor, alpha: float) -> Tensor:
+def feature_distance(teacher: Tensor, student: Tensor, alpha: float, *, scaled: bool = True) -> Tensor:
     """alpha * D/512 * mean over elements of (normalise(teacher) - normalise(student))^2, both [..., D]; a scalar.
 
-    The element mean of unit vectors falls as 1/D, hence the factor: the weight does not depend on the width.
+    The element mean of unit vectors falls as 1/D, hence the factor D/512: the weight does not depend on the width.
+    Without `scaled` the factor is left out.
     """
     if teacher.shape != student.shape:
         raise ValueError(f"teacher features {list(teacher.shape)} and student features {list(student.shape)} differ")
     with torch.autocast(student.device.type, enabled=False):
         distance = functional.mse_loss(unit(student), unit(teacher.detach()))
-        return alpha * teacher.shape[-1] / ALPHA_EMBED_DIM * distance
+        return alpha * (teacher.shape[-1] / ALPHA_EMBED_DIM if scaled else 1.0) * distance
 
 
 def ifd_loss(
@@ -322,14 +323,15 @@ def ifd_loss(
     student_text: Tensor,
     *,
     alpha: float = 500.0,
-    average_towers: bool = True,
+    reference_compatible: bool = False,
 ) -> IfdLoss:
     """Inverse feature distillation (CoM-PT, section 3.2) of this rank's samples.
 
     Image features [b, D], text features [b, M, D], the student's already projected to the teacher's width; normalised
-    here. The total is (image + text) / 2 as in the paper, or image + text as in the public code.
+    here. The total is (image + text) / 2 as in the paper. With `reference_compatible` it is image + text without the
+    factor D/512, as in the authors' code.
     """
-    image = feature_distance(teacher_image, student_image, alpha)
-    text = feature_distance(teacher_text, student_text, alpha)
+    image = feature_distance(teacher_image, student_image, alpha, scaled=not reference_compatible)
+    text = feature_distance(teacher_text, student_text, alpha, scaled=not reference_compatible)
     total = image + text
-    return IfdLoss(total / 2 if average_towers else total, image, text)
+    return IfdLoss(total if reference_compatible else total / 2, image, text)

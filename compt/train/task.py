@@ -218,9 +218,9 @@ class DistillTask(ClipTask):
     """A task loss plus inverse feature distillation from a frozen teacher: every later link.
 
     The task freezes the teacher, puts it into evaluation mode and casts it to `teacher_dtype` (the compute dtype). The
-    teacher is in no optimizer and in no state dict. `alpha` is quoted for 512 features; `average_towers` as in
-    `ifd_loss`. `seed` draws the projectors. A teacher for another image size or a shorter context sees the same images
-    and captions fitted to it. Raises ConfigError where the teacher's vocabulary lacks tokens of the student's data.
+    teacher is in no optimizer and in no state dict. `alpha` and `reference_compatible` as in `ifd_loss`. `seed` draws
+    the projectors. A teacher for another image size or a shorter context sees the same images and captions fitted to
+    it. Raises ConfigError where the teacher's vocabulary lacks tokens of the student's data.
     """
 
     name = "clip_distill"
@@ -232,7 +232,7 @@ class DistillTask(ClipTask):
         loss: Loss | None = None,
         *,
         alpha: float = 500.0,
-        average_towers: bool = True,
+        reference_compatible: bool = False,
         text_buckets: int = 1,
         seed: int = 0,
         teacher_dtype: torch.dtype = torch.float32,
@@ -246,7 +246,7 @@ class DistillTask(ClipTask):
         self.teacher = teacher.requires_grad_(False).eval().to(teacher_dtype)
         self.teacher_dtype = teacher_dtype
         self.alpha = alpha
-        self.average_towers = average_towers
+        self.reference_compatible = reference_compatible
 
     @torch.no_grad()
     def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
@@ -265,7 +265,12 @@ class DistillTask(ClipTask):
         task, report = super().loss(outputs, targets)
         image, text = (outputs.get(f"{tower}_projected", outputs[tower]) for tower in ("image", "text"))
         ifd = ifd_loss(
-            targets["image"], targets["text"], image, text, alpha=self.alpha, average_towers=self.average_towers
+            targets["image"],
+            targets["text"],
+            image,
+            text,
+            alpha=self.alpha,
+            reference_compatible=self.reference_compatible,
         )
         loss = task + ifd.total
         report |= {"loss": loss, "ifd": ifd.total, "ifd_image": ifd.image, "ifd_text": ifd.text, "r": ifd.total / task}

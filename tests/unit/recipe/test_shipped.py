@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -97,6 +98,13 @@ def test_hashes_stay(name: str) -> None:
 @pytest.mark.parametrize("name", ACCELERATION)
 def test_the_published_acceleration(name: str) -> None:
     assert plan(name).acceleration("paper") == pytest.approx(ACCELERATION[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", ACCELERATION)
+def test_the_head_states_the_acceleration_that_plan_shows(name: str) -> None:
+    head = (ROOT / "recipes" / f"{name}.yaml").read_text().partition("\nname:")[0].replace("\n# ", " ")
+    stated = re.findall(r"`compt plan (\w+) --mode paper` shows ([\d.]+)x", head)
+    assert stated == [(name, f"{plan(name).acceleration('paper'):.2f}")]
 
 
 @pytest.mark.parametrize("name", TABLE_2)

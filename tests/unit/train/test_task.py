@@ -104,18 +104,18 @@ def test_report_of_the_plain_task() -> None:
     assert torch.equal(loss, expected)
 
 
-@pytest.mark.parametrize("average", [True, False])
-def test_report_of_distillation(average: bool) -> None:
+@pytest.mark.parametrize("reference", [False, True])
+def test_report_of_distillation(reference: bool) -> None:
     images, tokens = batch()
-    task = distill(average_towers=average)
+    task = distill(reference_compatible=reference)
     outputs, targets = task.module(images, tokens), task.targets(images, tokens)
     loss, report = task.loss(outputs, targets)
     towers = report["ifd_image"] + report["ifd_text"]
-    torch.testing.assert_close(report["ifd"], towers / 2 if average else towers)
+    torch.testing.assert_close(report["ifd"], towers if reference else towers / 2)
     torch.testing.assert_close(loss.detach(), report["task"] + report["ifd"])
     torch.testing.assert_close(report["r"], report["ifd"] / report["task"])
     projected = (outputs["image_projected"], outputs["text_projected"])
-    expected = ifd_loss(targets["image"], targets["text"], *projected, average_towers=average)
+    expected = ifd_loss(targets["image"], targets["text"], *projected, reference_compatible=reference)
     assert torch.equal(report["ifd"], expected.total.detach())
     assert reduce_report(report)["r"] == pytest.approx(report["r"].item(), rel=1e-5)
 
