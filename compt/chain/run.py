@@ -24,11 +24,9 @@ from compt.data.index import Index, open_index
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
-from compt.evaluate.scorer import open_held_out
+from compt.evaluate.scorer import Scorer, index_folder_of, open_held_out
 from compt.evaluate.sets import check_sets
-from compt.evaluate.task import EvalSettings
 from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
-from compt.models.preprocess import Preprocess
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
@@ -153,7 +151,7 @@ def open_data(recipe: Recipe, base: Path) -> Index:
     Rank 0 builds what is missing. Then one process of each machine does: each may have its own cache folder.
     """
     data = recipe.data
-    folder = base / data.index_dir if data.index_dir else None
+    folder = index_folder_of(recipe, base)
     csv = base / data.captions_csv if data.captions_csv else None
     dist.on_all(DECODERS.load(data.decoder))
 
@@ -314,9 +312,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     recipe, base = context.recipe, context.base
     contents = {"the training shards": context.index.content}
     with named(source, "evaluation.sets"):
-        settings = EvalSettings(
-            Preprocess(recipe.data.mean, recipe.data.std), base, columns=recipe.data.caption_columns or ()
-        )
+        settings = Scorer(recipe, base).settings
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
     # A set that the recipe defines in another way is another set: models are scored again on it.
     defined = {item.name: hash_json(item.result_fields())[:8] for item in recipe.evaluation.sets}

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from compt.cli.options import progress_bar
+from compt.cli.options import MaxBadShare, progress_bar
+from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
 from compt.text import TextTable, show
 
 Shards = Annotated[
@@ -57,10 +58,8 @@ def check(
     shards: Shards,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
-    min_matched: MinMatched = 0.5,
-    max_bad_share: Annotated[
-        float, typer.Option(metavar="SHARE", min=0, max=1, help="share of unusable samples that is accepted")
-    ] = 0.01,
+    min_matched: MinMatched = MIN_MATCHED,
+    max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     index_dir: IndexFolder = None,
     context_length: Annotated[int, typer.Option(metavar="N", help="tokens that the text tower takes")] = 77,
     workers: Annotated[int | None, typer.Option(metavar="N", help="processes", show_default="one a core")] = None,
@@ -70,7 +69,7 @@ def check(
     """Read every sample of a WebDataset and report problems.
 
     Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
-    evaluation would refuse the set: too many unusable samples, or, without captions, a missing class number.
+    evaluation would refuse the set: too many unusable samples or, without captions, class numbers.
     """
     from compt.data.check import check as run_check
 
@@ -116,7 +115,7 @@ def index(
     out: IndexFolder = None,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
-    min_matched: MinMatched = 0.5,
+    min_matched: MinMatched = MIN_MATCHED,
 ) -> None:
     """Index the shards of a WebDataset.
 

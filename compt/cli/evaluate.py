@@ -14,13 +14,14 @@ from compt.cli.options import (
     ClassOrder,
     DeviceName,
     Label,
+    MaxBadShare,
     Templates,
     Workers,
     one_of,
     print_json,
 )
 from compt.models.presets import is_own_swin
-from compt.recipe.schema import EVALUATION_TASKS, EvalSet
+from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, EvalSet
 from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
@@ -78,6 +79,7 @@ def evaluate(
     classnames: ClassNames = None,
     templates: Templates = None,
     class_order: ClassOrder = None,
+    max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     batch: BatchSize = 256,
     workers: Workers = 0,
     device: DeviceName = "auto",
@@ -106,7 +108,8 @@ def evaluate(
         place = dist.init(device)
         # Without on_all, ranks that can read the model would wait for one that cannot.
         found = dist.on_all(lambda: open_source(model, name, prefix))
-        settings = EvalSettings(found.preprocess, Path.cwd(), batch, workers, dtype=COMPUTE_DTYPES[precision])
+        dtype = COMPUTE_DTYPES[precision]
+        settings = EvalSettings(found.preprocess, Path.cwd(), batch, workers, dtype=dtype, max_bad_share=max_bad_share)
         result = evaluate_set(found.load_model(place), item, settings)
         # One process writes and prints for all.
         if not dist.is_main():
@@ -118,7 +121,7 @@ def evaluate(
             return
         kind, record = task_class(task), result.to_dict()
         rows = [*_scores(kind.rows(record), record), ("samples", f"{result.n:,}")]
-        rows += [("not readable", f"{sum(result.skipped.values()):,}")]
+        rows += [("left out", result.left_out or "0")]
         show(TextTable(f"{found.spec.name} on {item.name}", ("", "value"), rows, [kind.note]))
         if per_class and isinstance(result, ZeroShotResult):
             shares = zip(result.names, result.per_class, strict=True)

@@ -107,6 +107,9 @@ DeviceName = Annotated[
 _SCORING = "Scoring"
 BatchSize = Annotated[int, option(_SCORING, "images of a step", "--batch", metavar="N", min=1)]
 Workers = Annotated[int, option(_SCORING, "processes that decode images", "--workers", metavar="N", min=0)]
+MaxBadShare = Annotated[
+    float, typer.Option(metavar="SHARE", min=0, max=1, help="share of unusable samples that is accepted")
+]
 Label = Annotated[str, option(_SCORING, "cls, or the field of each .json with the class", "--label", metavar="NAME")]
 ClassNames = Annotated[
     Path | None,

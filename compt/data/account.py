@@ -83,7 +83,8 @@ CAUSES: dict[str, Unused] = {
         "sample", "sample without a usable caption", "add captions, or name columns: data.caption_columns"
     ),
     "tar": Unused("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
-    "label": Unused("label", "class number missing, or no whole number from 0", "write it into KEY.cls"),
+    "label": Unused("label", "sample without a class number", "write it into KEY.cls"),
+    "label_text": Unused("label", "class number that is no whole number from 0", "write it as digits"),
     "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
     # Of a caption.
     "empty": Unused("caption", "caption that is empty or invisible", "remove it"),

@@ -15,10 +15,13 @@ from numpy.typing import NDArray
 
 from compt.data.account import Account
 from compt.data.decode import Unusable, open_image, to_rgb
-from compt.data.index import MIN_MATCHED, Index, open_index
+from compt.data.index import Index, open_index
+from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
 from compt.data.samples import SampleReader
 from compt.data.tokens import CaptionTokens
 from compt.dist.child import process_pool
+from compt.errors import DataError
+from compt.recipe.schema import MIN_MATCHED
 
 _CHUNK = 500
 """Samples that a worker process checks at a time."""
@@ -42,13 +45,6 @@ class Findings:
     smallest: tuple[int, int] = (1 << 30, 1 << 30)
     largest: tuple[int, int] = (0, 0)
     captions_per_image: Counter[int] = field(default_factory=Counter)
-
-    def label(self, cause: str, where: str) -> None:
-        """Count a class number."""
-        if cause:
-            self.account.lose(cause, where)
-        else:
-            self.account.used["label"] += 1
 
     def size(self, width: int, height: int) -> None:
         """Note the size of an image."""
@@ -88,26 +84,28 @@ class Findings:
 class CheckReport:
     """The findings on all samples of `index`.
 
-    account: everything that was read. labels: samples with a class number. judged: "captions" for a set to train on or
-    to retrieve from, "labels" for one that is only classified.
+    account: everything that was read. classes: what is known of the class names, "" for a set without class numbers.
+    captioned: whether samples need captions; a set of class numbers alone can only be classified.
     """
 
     index: Index
     found: Findings
     account: Account
-    labels: int
-    judged: str
+    classes: str
+    captioned: bool
     context_length: int
 
     def usable(self, max_bad_share: float) -> bool:
-        """Whether a run would go on: training stops above a share of bad samples, evaluation at the first bad label."""
-        if self.judged == "labels" and self.account.lost("label"):
-            return False
-        return self.account.lost_share("sample") <= max_bad_share
+        """Whether a run would go on, with this share of unusable samples or, without captions, class numbers."""
+        return self.account.lost_share(self._judged(max_bad_share)) <= max_bad_share
+
+    def _judged(self, max_bad_share: float) -> str:
+        """The unit that decides."""
+        return "label" if not self.captioned and self.account.lost_share("label") > max_bad_share else "sample"
 
     def title(self, max_bad_share: float) -> str:
         """The verdict."""
-        unit = "label" if self.judged == "labels" and self.account.lost("label") else "sample"
+        unit = self._judged(max_bad_share)
         lost, read = self.account.lost(unit), self.account.read(unit)
         counts = f"{lost:,} of {read:,} {'class numbers' if unit == 'label' else 'samples'} are unusable"
         if not self.usable(max_bad_share):
@@ -120,12 +118,12 @@ class CheckReport:
         """The report as plain values."""
         return {
             "usable": self.usable(max_bad_share),
-            "judged_by": self.judged,
+            "judged_by": "captions" if self.captioned else "labels",
             "max_bad_share": max_bad_share,
             "fingerprint": self.index.fingerprint,
             "shards": len(self.index.shards),
             "samples": self.found.samples,
-            "labels": self.labels,
+            "labels": self.account.used["label"],
             "captions": self.found.captions,
             "mean_tokens": self.found.mean_tokens,
             "captions_per_image": {str(n): images for n, images in sorted(self.found.captions_per_image.items())},
@@ -140,7 +138,7 @@ class CheckReport:
         return [
             ("shards", f"{len(index.shards):,}"),
             ("samples", f"{found.samples:,} ({index.sizes.min():,} to {index.sizes.max():,} a shard)"),
-            ("captions", f"{found.captions:,} ({min(images)} to {max(images)} an image)"),
+            ("captions", f"{found.captions:,} usable ({min(images)} to {max(images)} an image)"),
             (
                 "tokens a caption",
                 (
@@ -150,12 +148,14 @@ class CheckReport:
             ),
             (f"over {self.context_length} tokens", f"{100 * found.share_over(self.context_length):.2f} %"),
             ("image sizes", " to ".join(f"{width} x {height}" for width, height in (smallest, found.largest))),
-            ("labels (.cls)", f"{self.labels:,}"),
+            *([("class names", self.classes)] if self.classes else []),
             ("fingerprint", index.fingerprint[:16]),
         ]
 
 
-def _examine(index: Index, tokens: CaptionTokens, judged: str, classes: int, work: tuple[int, int, int]) -> Findings:
+def _examine(
+    index: Index, tokens: CaptionTokens, captioned: bool, names: Sequence[str] | None, work: tuple[int, int, int]
+) -> Findings:
     """Examine samples `start` to `stop` of a shard."""
     shard, start, stop = work
     found = Findings(samples=stop - start)
@@ -164,12 +164,15 @@ def _examine(index: Index, tokens: CaptionTokens, judged: str, classes: int, wor
         entry = index.entry(sample)
         where = f"{index.shards[shard].shard.name}: {entry.key}"
         texts: list[str] = []
-        if classes >= 0:
-            found.label("label" if entry.label < 0 else "label_range" if 0 < classes <= entry.label else "", where)
+        if names is not None:
+            if cause := label_fault(entry.label, len(names)):
+                found.account.lose(cause, where)
+            else:
+                found.account.used["label"] += 1
         try:
+            texts = reader.captions(entry).texts if captioned else []
             image = to_rgb(open_image(reader.image(entry)))
             found.size(image.width, image.height)
-            texts = reader.captions(entry).texts if judged == "captions" else []
             found.account.used["sample"] += 1
         except Unusable as error:
             found.account.lose(error.cause, f"{where}: {error}")
@@ -179,17 +182,21 @@ def _examine(index: Index, tokens: CaptionTokens, judged: str, classes: int, wor
     return found
 
 
-def _classes(index: Index, labels: NDArray[np.int64]) -> int:
-    """Lines of the classnames.txt beside the shards; 0 without one, -1 for a set without class numbers."""
-    if not (labels >= 0).any() and not index.account.unused["cls"]:
-        return -1
-    place = index.shards[0].shard.parent
-    for folder in (place, place.parent):
-        try:
-            return len((folder / "classnames.txt").read_text(encoding="utf-8").splitlines())
-        except (OSError, UnicodeDecodeError):
-            continue
-    return 0
+def _class_names(index: Index, captioned: bool) -> tuple[list[str], str]:
+    """The class names beside the shards, none without a file of them, and what is known of them.
+
+    Raises DataError, as evaluation does, for a damaged file, unless training can use the set.
+    """
+    path = beside(index.places, CLASSNAMES)
+    if path is None:
+        return [], f"no {CLASSNAMES} beside the shards"
+    try:
+        names = read_classnames(path)
+    except DataError as error:
+        if not captioned:
+            raise
+        return [], str(error)
+    return names, f"{len(names):,}"
 
 
 def check(
@@ -209,10 +216,10 @@ def check(
     Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
     index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched)
-    labels = index.column("label")
-    classes = _classes(index, labels)
-    judged = "labels" if classes >= 0 and not index.account.used["caption"] else "captions"
-    examine = partial(_examine, index, CaptionTokens(context_length), judged, classes)
+    labelled = bool((index.column("label") != NONE).any())
+    captioned = not labelled or index.account.used["caption"] > 0
+    names, said = _class_names(index, captioned) if labelled else (None, "")
+    examine = partial(_examine, index, CaptionTokens(context_length), captioned, names)
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
     works = [
         (shard, first, min(first + _CHUNK, end))
@@ -227,7 +234,7 @@ def check(
     account = Account()
     account.add(index.account)
     account.add(total.account)
-    return CheckReport(index, total, account, int((labels >= 0).sum()), judged, context_length)
+    return CheckReport(index, total, account, said, captioned, context_length)
 
 
 def _run(

@@ -30,14 +30,13 @@ from compt.data.table import CaptionTable, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
 from compt.files import read_json, write_bytes, write_json
+from compt.recipe.schema import MIN_MATCHED
 
 VERSION = 2
 INDEX_FOLDER = ".compt-index"
 _PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
-MIN_MATCHED = 0.5
-"""The share of samples that must have a row in a table of captions, unless the recipe says another."""
 _HELD_ROWS = 1 << 20
 """Rows of the shards' tables that one process keeps in memory (about 100 MB)."""
 
@@ -141,6 +140,11 @@ class Index:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def places(self) -> tuple[Path, Path]:
+        """Where files such as class names are: beside the first shard, or one folder above."""
+        return self.shards[0].shard.parent, self.shards[0].shard.parent.parent
 
     def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
         """A shard's rows and keys. The most recent tables stay in memory, up to `_HELD_ROWS`."""

@@ -25,16 +25,18 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from compt.data.account import CAUSES
 from compt.data.batch import Batch, EvalBatch
 from compt.data.decode import Decoder, EvaluationDecoder, Pixels, Unusable, evaluation_pixels
 from compt.data.index import Index
+from compt.data.labels import label_fault
 from compt.data.order import EpochOrder, substitute
 from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
 from compt.data.tokens import CaptionTokens, Tokenizer, pad
 from compt.errors import DataError, RunError
 from compt.files import shared_memory
 from compt.models.preprocess import AS_OPENAI, Preprocess
-from compt.recipe.schema import DECODERS
+from compt.recipe.schema import DECODERS, MAX_BAD_SHARE
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
@@ -370,7 +372,7 @@ def train_loader(
     workers: int = 0,
     tokenizer: Tokenizer | None = None,
     decoder: str = "pillow",
-    max_bad_share: float = 0.01,
+    max_bad_share: float = MAX_BAD_SHARE,
     cache: bool = False,
 ) -> TrainLoader:
     """This rank's batches of steps `start_step` to `total_steps`.
@@ -419,14 +421,14 @@ def fixed_caption_batches(
     kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
     decoder = EvaluationDecoder(preprocess)
     drawer = Drawer(index, kind, CaptionTokens(context_length, tokenizer), decoder)
-    return TrainLoader(steps, len(steps), _Draws(drawer, kind, decoder), workers, max_bad_share=0.01)
+    return TrainLoader(steps, len(steps), _Draws(drawer, kind, decoder), workers, MAX_BAD_SHARE)
 
 
 class _Evaluations(Dataset["EvalBatch | Failure"]):
     """Reads batches of an evaluation set."""
 
-    def __init__(self, samples: EvalSamples, image_size: int, preprocess: Preprocess) -> None:
-        self._samples, self._size, self._preprocess = samples, image_size, preprocess
+    def __init__(self, samples: EvalSamples, image_size: int, preprocess: Preprocess, classes: int) -> None:
+        self._samples, self._size, self._preprocess, self._classes = samples, image_size, preprocess, classes
 
     def __getitem__(self, ids: NDArray[np.int64]) -> EvalBatch | Failure:
         batch = EvalBatch(torch.empty(0), [], [])
@@ -435,6 +437,9 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
         for sample in ids.tolist():
             try:
                 read = self._samples.read(sample)
+                if read.label is not None and (cause := label_fault(read.label, self._classes)):
+                    beyond = f"label {read.label}, but the classes are 0 to {self._classes - 1}"
+                    raise Unusable(cause, beyond if cause == "label_range" else CAUSES[cause].text)
                 pixels.append(evaluation_pixels(read.image, self._size, self._preprocess))
             except Unusable as error:
                 batch.bad.append(f"{self._samples.describe(sample)}: {error.cause}: {error}")
@@ -481,12 +486,14 @@ def eval_loader(
     world_size: int = 1,
     workers: int = 0,
     preprocess: Preprocess = AS_OPENAI,
+    classes: int = 0,
 ) -> EvalLoader:
     """Every sample exactly once over all ranks: rank r has ids r, r + world_size, ... in batches of `batch`.
 
-    `preprocess` says how images are resized (default: as OpenAI's CLIP does). A sample that cannot be used is named in
-    its batch's `bad` and counted in `skipped`. Raises DataError while iterating where the whole set cannot be used.
+    `preprocess` says how images are resized (default: as OpenAI's CLIP does). classes: the number of classes, which
+    labels are below, if it is known. A sample that cannot be used is named in its batch's `bad` and counted in
+    `skipped`. Raises DataError while iterating where the whole set cannot be used.
     """
     ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
     parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]
-    return EvalLoader(parts, _Evaluations(samples, image_size, preprocess), workers)
+    return EvalLoader(parts, _Evaluations(samples, image_size, preprocess, classes), workers)

@@ -17,7 +17,6 @@ from compt.data.order import Box, caption_choice, crop_box
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.table import CaptionTable
 from compt.data.tokens import CaptionTokens, Ids
-from compt.errors import DataError
 
 _OPEN_FILES = 128
 
@@ -152,17 +151,15 @@ class ShardSamples:
         return self._reader.image(self._reader.index.entry(sample))
 
     def read(self, sample: int) -> EvalSample:
-        """Image, label and captions. Raises DataError for a missing label: `label` then fits none of the samples."""
+        """Image, label and captions. A label that is none is negative, see `labels.label_fault`."""
         entry = self._reader.index.entry(sample)
         label = self._label_of(entry)
-        if label is None and self._label is not None:
-            raise DataError(f"{self.describe(sample)} has no whole number as label '{self._label}'")
         captions = self._reader.captions(entry).texts if self._captions else None
         return EvalSample(entry.key, self._reader.image(entry), label, captions)
 
     def _label_of(self, entry: IndexEntry) -> int | None:
         if self._label == "cls":
-            return entry.label if entry.label >= 0 else None
+            return entry.label
         return json_label(self._reader.json(entry), self._label) if self._label is not None else None
 
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from compt.data.account import JOINED, Account
 from compt.data.captions import Captions, parse_json, read_columns, read_text
+from compt.data.labels import NO_NUMBER, NONE
 from compt.data.table import COMPRESSED, CaptionTable
 from compt.errors import DataError
 
@@ -34,7 +35,7 @@ COLUMNS = (
     "captions",
     "label",
 )
-"""Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` is the `.cls` number or -1."""
+"""Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE = range(4)
 IMAGE_EXTENSIONS = (*("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "tif", "tiff", "bmp", "ppm"),)
 """Extensions of images. Of several images of a key, the one whose extension comes first here is the image."""
@@ -58,7 +59,8 @@ class ShardScan:
         """Hash of keys, sizes, captions and labels. Folder and positions in the tar do not enter it."""
         sha = hashlib.sha256(self.keys)
         columns = [COLUMNS.index(name) for name in ("key_size", "image_size", "text_size", "captions", "label")]
-        sha.update(np.ascontiguousarray(self.rows[:, columns]).tobytes())
+        # Earlier versions stored -1 for each class number that cannot be used.
+        sha.update(np.maximum(self.rows[:, columns], NONE).tobytes())
         return sha.hexdigest()
 
 
@@ -229,7 +231,7 @@ class _Scanner:
     def _sample(self, key: str, members: dict[str, tuple[int, int]], image: str, several: bool) -> None:
         values = parse_json(self._read(members["json"])) if "json" in members else None
         found, source, kind = self._captions(members, values)
-        label = self._label(members["cls"]) if "cls" in members else -1
+        label = self._label(members["cls"]) if "cls" in members else NONE
         used = 1
         for extension in members:
             if extension == image:
@@ -279,7 +281,7 @@ class _Scanner:
 
     def _label(self, where: tuple[int, int]) -> int:
         text = self._read(where)
-        return int(text) if _LABEL.fullmatch(text) else -1
+        return int(text) if _LABEL.fullmatch(text) else NO_NUMBER
 
     def _finish(self) -> ShardScan:
         rows = np.array(self.rows, dtype=np.int64).reshape(-1, len(COLUMNS))
@@ -316,7 +318,7 @@ def _url(values: dict[str, Any] | None) -> str:
     return found.strip() if isinstance(found, str) else ""
 
 
-def json_label(data: bytes, name: str) -> int | None:
-    """The whole number under `name` in a sample's JSON, or None."""
-    value = (parse_json(data) or {}).get(name)
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def json_label(data: bytes, name: str) -> int:
+    """The class number under `name` in a sample's JSON."""
+    value = (parse_json(data) or {}).get(name, NONE)
+    return value if isinstance(value, int) and not isinstance(value, bool) else NO_NUMBER

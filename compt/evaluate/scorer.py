@@ -23,9 +23,15 @@ from compt.recipe.schema import Recipe
 from compt.train.losses import loss_of
 
 
+def index_folder_of(recipe: Recipe, base: Path) -> Path | None:
+    """The folder of all indexes of a recipe; None for folders beside the shards."""
+    return base / recipe.data.index_dir if recipe.data.index_dir else None
+
+
 def open_held_out(recipe: Recipe, base: Path) -> Index:
     """The index of the validation shards, with captions read as in training. Raises DataError."""
-    return open_index(recipe.evaluation.validation, base, columns=recipe.data.caption_columns or ())
+    folder, columns = index_folder_of(recipe, base), recipe.data.caption_columns or ()
+    return open_index(recipe.evaluation.validation, base, folder, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,9 @@ class Scorer:
             batch=recipe.evaluation.batch,
             workers=recipe.engine.workers,
             dtype=COMPUTE_DTYPES[recipe.optimizer.precision],
+            index_dir=index_folder_of(recipe, self.base),
             columns=recipe.data.caption_columns or (),
+            max_bad_share=recipe.data.max_bad_share,
         )
 
     @property

@@ -71,7 +71,7 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
         _log.warning("evaluation set '%s' holds more than is used: %s", item.name, task.data.account.line())
     if result.skipped:
         _log.warning(
-            "evaluation set '%s': %s cannot be read: %s", item.name, result.skipped, "; ".join(result.examples)
+            "evaluation set '%s': left out: %s, such as %s", item.name, result.left_out, "; ".join(result.examples)
         )
     return result
 

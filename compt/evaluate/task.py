@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
 from compt.evaluate.folder import class_folders_of, read_class_folders
 from compt.models.preprocess import Preprocess
-from compt.recipe.schema import EvalSet
+from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class EvalSettings:
     dtype: torch.dtype = torch.float32
     index_dir: Path | None = None
     columns: Sequence[str] = ()
+    max_bad_share: float = MAX_BAD_SHARE
     tokenize: Tokenize | None = None
 
 
@@ -58,7 +60,7 @@ class SetData:
     classes: tuple[str, ...] | None = None
     account: Account = field(default_factory=Account)
 
-    def batches(self, image_size: int, settings: EvalSettings) -> EvalLoader:
+    def batches(self, image_size: int, settings: EvalSettings, classes: int = 0) -> EvalLoader:
         """This rank's share of the samples, as images of `image_size` pixels a side."""
         return eval_loader(
             self.samples,
@@ -68,6 +70,7 @@ class SetData:
             world_size=dist.world_size(),
             workers=settings.workers,
             preprocess=settings.preprocess,
+            classes=classes,
         )
 
 
@@ -85,8 +88,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns)
-    place = index.shards[0].shard.parent
-    return SetData(ShardSamples(index, label, captions), (place, place.parent), account=index.account)
+    return SetData(ShardSamples(index, label, captions), index.places, account=index.account)
 
 
 @dataclass
@@ -112,6 +114,11 @@ class Result(ABC):
     def n(self) -> int:
         """Samples."""
         return len(self.ids)
+
+    @property
+    def left_out(self) -> str:
+        """The samples that could not be used, by cause and on one line; "" without one."""
+        return Account(unused=Counter(self.skipped)).line()
 
     @abstractmethod
     def headline(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from compt.data.account import CAUSES, Account
 from compt.data.batch import EvalBatch
+from compt.data.labels import CLASSNAMES, beside, read_classnames, read_lines
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
@@ -23,7 +26,7 @@ from compt.evaluate.folder import are_wnids, check_names, check_order, imagenet_
 from compt.evaluate.stats import wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, SetData, open_data
 from compt.files import hash_json
-from compt.recipe.schema import EvalSet
+from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
 
 _log = logging.getLogger(__name__)
 
@@ -150,11 +153,12 @@ def zero_shot(
     *,
     name: str = "zeroshot",
     classes_from: str = "the class names",
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> ZeroShotResult:
     """Score this rank's batches with `weights` [D, classes] and collect the answers of all ranks.
 
-    Raises DataError, on every rank, for a batch without labels, for a label without a class name, and for a set without
-    a readable sample. `classes_from` names the source of the class names in messages.
+    Raises DataError, on every rank, for a batch without labels, for a set without a readable sample, and where more
+    than `max_bad_share` of the samples have no usable label. `classes_from` names the source of the class names.
     """
     classes = weights.shape[1]
     parts = [torch.zeros(0, 4, dtype=torch.int64)]
@@ -162,12 +166,6 @@ def zero_shot(
     def score(batch: EvalBatch) -> None:
         if batch.labels is None:
             raise DataError(f"evaluation set '{name}': {batch.keys[0]} has no label")
-        for key, label in zip(batch.keys, batch.labels.tolist(), strict=True):
-            if not 0 <= label < classes:
-                raise DataError(
-                    f"evaluation set '{name}': {classes_from} has {classes} class names, but sample {key} has label "
-                    f"{label} (labels count from 0)"
-                )
         labels = batch.labels.to(weights.device)
         features = encoder.images(batch.images)
         with torch.autocast(weights.device.type, enabled=False):
@@ -178,41 +176,28 @@ def zero_shot(
         losses = over_batches(loader, score)
     rows = by_id(torch.cat(parts))
     skipped, examples = losses.over_ranks()
+    without = {cause: count for cause, count in skipped.items() if CAUSES[cause].unit == "label"}
+    lost, n = sum(without.values()), len(rows) + sum(skipped.values())
+    if lost > max_bad_share * n:
+        raise DataError(
+            f"evaluation set '{name}': {lost:,} of {n:,} samples have no usable label for the {classes} classes of "
+            f"{classes_from}, more than data.max_bad_share {max_bad_share:g} allows: "
+            f"{Account(unused=Counter(without)).line()}; such as {examples[0]}"
+        )
     if not len(rows):
         raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
     ids, labels, predictions, ranks = rows.T.copy()
     return ZeroShotResult(name, ids, classes, labels, predictions, ranks, skipped=skipped, examples=examples)
 
 
-CLASSNAMES = "classnames.txt"
 TEMPLATES = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ("a photo of {c}",)
 """For a set without templates; like all templates they enter the set's pins."""
 
 
-def _lines(path: Path, what: str) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    if not lines:
-        raise DataError(f"{what} {path}: is empty")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DataError(f"{what} {path}: line {number} is empty")
-    return [line.strip() for line in lines]
-
-
-def read_classnames(path: Path) -> list[str]:
-    """One name a line, in the order of the labels. Raises DataError naming file and line."""
-    return _lines(path, "class names")
-
-
 def read_templates(path: Path) -> list[str]:
     """One template a line, each with {c} or {}. Raises DataError naming file, line and template."""
-    templates = _lines(path, "templates")
+    templates = read_lines(path, "templates")
     for number, template in enumerate(templates, 1):
         if not PLACEHOLDER.search(template):
             raise DataError(
@@ -248,8 +233,11 @@ class ZeroShot(EvaluationTask):
     def run(self, encoder: Encoder, tokenize: Tokenize) -> ZeroShotResult:
         """Build the classifier and score every sample."""
         weights = classifier(encoder, self.names, self.templates, tokenize, self.settings.batch)
-        batches = self.data.batches(encoder.image_size, self.settings)
-        result = zero_shot(encoder, batches, weights, name=self.item.name, classes_from=self.source)
+        batches = self.data.batches(encoder.image_size, self.settings, len(self.names))
+        share = self.settings.max_bad_share
+        result = zero_shot(
+            encoder, batches, weights, name=self.item.name, classes_from=self.source, max_bad_share=share
+        )
         result.names = self.names
         return result
 
@@ -260,13 +248,9 @@ class ZeroShot(EvaluationTask):
         return [ScoreRow("", {key: record.get(key) for key in ("top1", "top5")}, about)]
 
 
-def _beside(places: Iterable[Path], name: str) -> Path | None:
-    return next((place / name for place in places if (place / name).is_file()), None)
-
-
 def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str]:
     """The names, and where they come from: the recipe's file, the file beside the data, or the class folders."""
-    path = settings.base / item.classnames if item.classnames else _beside(data.places, CLASSNAMES)
+    path = settings.base / item.classnames if item.classnames else beside(data.places, CLASSNAMES)
     if path is not None:
         names = read_classnames(path)
         if data.classes is not None and len(names) != len(data.classes):
@@ -301,7 +285,7 @@ def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[s
 
 
 def _templates(item: EvalSet, settings: EvalSettings, data: SetData) -> list[str]:
-    path = settings.base / item.templates if item.templates else _beside(data.places, TEMPLATES)
+    path = settings.base / item.templates if item.templates else beside(data.places, TEMPLATES)
     if path is not None:
         return read_templates(path)
     _log.info("evaluation set '%s' has no templates: using %s", item.name, DEFAULT_TEMPLATES)

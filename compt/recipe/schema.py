@@ -33,6 +33,7 @@ from compt.recipe.types import (
 )
 
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
+MIN_MATCHED, MAX_BAD_SHARE = 0.5, 0.01
 
 
 DECODERS = OneOf(
@@ -79,12 +80,12 @@ class Data(Section):
     replace the captions in the shards."""
     caption_columns: list[str] | None = execution(None)
     """Fields with captions, in each `.json` and in the table. Default: the known names."""
-    min_matched: float = execution(0.5, ge=0, le=1)
+    min_matched: float = execution(MIN_MATCHED, ge=0, le=1)
     """Share of samples that need a row in the table of captions. With fewer, a run does not start."""
     index_dir: str | None = execution(None)
     """Folder for the index of the shards. Default: beside the shards."""
-    max_bad_share: float = execution(0.01, ge=0, le=1)
-    """Share of unusable samples above which a run stops."""
+    max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)
+    """Share of unusable samples above which training stops, and of unusable labels above which an evaluation does."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Data:

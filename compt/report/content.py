@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,9 +198,8 @@ def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, s
             label += f", {line.label}" if line.label else ""
             sizes = [f"{value:,}" if isinstance(value, int) else percent(value) for value in about.values()]
             lines.append([label, f"{one['n']:,}", *sizes, *(_joined(own[at]) if own else "-" for own in shown)])
-        lost = {cause: n for cause, n in one.get("skipped", {}).items() if n}
-        if lost:
-            notes.append(f"{name}: left out {', '.join(f'{n:,} ({cause})' for cause, n in lost.items())}.")
+        if lost := Account(unused=Counter(one.get("skipped", {}))).line():
+            notes.append(f"{name}: left out: {lost}.")
         beside = Account.from_json(one["account"]).line() if one.get("account") else ""
         if beside:
             notes.append(f"{name} holds more than is used: {beside}.")

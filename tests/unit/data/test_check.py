@@ -30,7 +30,7 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert found.mean_tokens == pytest.approx(sum(lengths) / 30)
     assert (found.tokens(0.5), found.tokens(0.95), found.tokens(1)) == (lengths[14], lengths[28], lengths[-1])
     assert found.share_over(7) == sum(length > 7 for length in lengths) / 30
-    assert (found.samples, found.captions, report.labels) == (10, 30, 10)
+    assert (found.samples, found.captions, report.account.used["label"]) == (10, 30, 10)
     assert (found.smallest, found.largest) == ((40, 36), (40, 36))
     assert found.captions_per_image == {3: 10}
     rows = dict(report.rows())
@@ -166,13 +166,16 @@ def test_an_evaluation_set_is_judged_by_its_labels(tmp_path: Path) -> None:
     ]
     write_tar(tmp_path / "test" / "0.tar", members)
     report = check("test/*.tar", tmp_path)
-    assert (report.judged, report.usable(0), report.account.faults, report.labels) == ("labels", True, [], 4)
+    assert (report.captioned, report.usable(0), report.account.faults) == (False, True, [])
+    assert report.account.used["label"] == 4
     (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
     report = check("test/*.tar", tmp_path)
-    assert not report.usable(1)
+    assert (report.usable(0.24), report.usable(0.25)) == (False, True)
     assert report.account.unused["label_range"] == 1
     write_tar(tmp_path / "test" / "0.tar", [*members[:-1], ("s3.cls", b"")])
     report = check("test/*.tar", tmp_path)
-    assert not report.usable(1)
-    assert (report.account.unused["label"], report.account.unused["cls"]) == (1, 1)
-    assert report.title(1) == "Cannot be used: 1 of 4 class numbers are unusable (25 %)"
+    assert (report.account.unused["label_text"], report.account.unused["cls"]) == (1, 1)
+    assert report.title(0.2) == "Cannot be used: 1 of 4 class numbers are unusable (25 %)"
+    (tmp_path / "classnames.txt").write_text("a\n\nc\n")
+    with pytest.raises(DataError, match=r"classnames\.txt: line 2 is empty"):
+        check("test/*.tar", tmp_path)

@@ -464,9 +464,12 @@ def test_evaluation_names_what_it_cannot_use(tmp_path: Path) -> None:
     ]
     plain = next(iter(eval_loader(ShardSamples(index), image_size=8, batch=2)))
     assert (plain.labels, plain.captions) == (None, None)
-    for label in ("cls", "nothing"):
-        with pytest.raises(DataError, match=f"f.tar: 000000000 has no whole number as label '{label}'"):
-            list(eval_loader(ShardSamples(index, label), image_size=8, batch=5))
+    for label, cause in (("cls", "label"), ("nothing", "label"), ("captions", "label_text")):
+        first = next(iter(eval_loader(ShardSamples(index, label), image_size=8, batch=5)))
+        assert (first.skipped, len(first), first.bad[0][:17]) == ({cause: 5}, 0, "f.tar: 000000000:")
+    ranged = [*eval_loader(ShardSamples(index, "class"), image_size=8, batch=12, classes=6)]
+    assert ranged[0].skipped == {"label_range": 1, "image": 2}
+    assert "f.tar: 000000006: label_range: label 6, but the classes are 0 to 5" in ranged[0].bad
 
 
 def test_validation_batches_are_fixed_and_whole(index: Index) -> None:

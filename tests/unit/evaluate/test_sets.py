@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from compt.cli.main import app
 from compt.data.batch import EvalBatch
+from compt.data.check import check
 from compt.data.decode import evaluation_pixels
 from compt.data.index import open_index
+from compt.data.labels import read_classnames
 from compt.data.loaders import fixed_caption_batches
 from compt.errors import ArtefactError, ConfigError, DataError
 from compt.evaluate.contact import save_contact_sheet
@@ -26,7 +28,7 @@ from compt.evaluate.scorer import Scorer, open_held_out
 from compt.evaluate.sets import check_sets, evaluate_set, open_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
-from compt.evaluate.zeroshot import classifier, fill, read_classnames, read_templates, true_ranks, zero_shot
+from compt.evaluate.zeroshot import classifier, fill, read_templates, true_ranks, zero_shot
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.pixels import to_input
@@ -154,10 +156,7 @@ def test_a_sample_seen_twice_is_an_error() -> None:
 
 
 def test_labels_that_cannot_be_used() -> None:
-    batch = EvalBatch(cases.images_of([1, 2]), ["a/b", "c"], [0, 1], torch.tensor([0, 6]))
-    with pytest.raises(DataError, match=r"'emoji': names.txt has 6 class names, but sample c has label 6"):
-        zero_shot(cases.encoder(), [batch], torch.eye(cases.WIDTH), name="emoji", classes_from="names.txt")
-    batch.labels = None
+    batch = EvalBatch(cases.images_of([1, 2]), ["a/b", "c"], [0, 1])
     with pytest.raises(DataError, match="'emoji': a/b has no label"):
         zero_shot(cases.encoder(), [batch], torch.eye(cases.WIDTH), name="emoji")
     with pytest.raises(DataError, match="'emoji': no sample can be read: s.tar: k: image: broken"):
@@ -397,7 +396,7 @@ def test_a_label_in_the_json(tmp_path: Path, model) -> None:
     result = evaluate_set(model, by_json, _settings(tmp_path))
     assert result.labels.tolist() == [i % 7 for i in range(26)]
     assert result.pins["label"] == "class"
-    with pytest.raises(DataError, match="000000.tar: 000000000 has no whole number as label 'colour'"):
+    with pytest.raises(DataError, match=r"26 of 26 samples have no usable label .* as 000000.tar: 000000000: label: "):
         evaluate_set(model, EvalSet(name="things", data=["data/test"], label="colour"), _settings(tmp_path))
     assert item.label == "cls"
 
@@ -443,6 +442,24 @@ def test_an_unreadable_image_is_counted(tmp_path: Path, model, caplog) -> None:
     assert result.to_dict()["skipped"] == {"image": 4}
     assert "a.tar: 0: image" in result.to_dict()["skipped_examples"][0]
     assert "a.tar: 0: image" in caplog.text
+
+
+def test_class_numbers_that_cannot_be_used_are_left_out_up_to_a_share(tmp_path: Path, model) -> None:
+    labels = [b"0", b"1", b"", b"one", None, b"2", b"1"]
+    members = [(f"{i}.png", picture(i, 32, 32)) for i in range(7)]
+    members += [(f"{i}.cls", label) for i, label in enumerate(labels) if label is not None]
+    write_tar(tmp_path / "a.tar", sorted(members))
+    (tmp_path / "classnames.txt").write_text("one\ntwo\n")
+    item, settings = EvalSet(name="set", data=["a.tar"]), _settings(tmp_path)
+    result = evaluate_set(model, item, replace(settings, max_bad_share=4 / 7))
+    assert (result.ids.tolist(), result.labels.tolist()) == ([0, 1, 6], [0, 1, 1])
+    assert result.skipped == {"label_text": 2, "label": 1, "label_range": 1}
+    assert len(result.examples) == 3
+    assert result.examples[0] == "a.tar: 2: label_text: class number that is no whole number from 0"
+    with pytest.raises(DataError, match="'set': 4 of 7 samples have no usable label for the 2 classes of"):
+        evaluate_set(model, item, settings)
+    for share in (0.5, 4 / 7):
+        assert check("a.tar", tmp_path).usable(share) == (share > 0.5)
 
 
 def _folders(folder: Path) -> Path:
@@ -495,7 +512,8 @@ def test_messages_name_file_and_value(tmp_path: Path, model) -> None:
     settings = _settings(tmp_path)
     names = tmp_path / "data" / "classnames.txt"
     names.write_text("one\ntwo\n\n")
-    with pytest.raises(DataError, match=r"data/classnames\.txt has 2 class names, but sample 000000002 has label 2"):
+    wrong = r"18 of 26 samples have no usable label for the 2 classes of .*data/classnames\.txt, more than .* 0.01 .*: "
+    with pytest.raises(DataError, match=wrong + r".*beyond classnames.txt: 18; such as 000000.tar: 000000002: label_r"):
         evaluate_set(model, item, settings)
     names.write_text("one\n\nthree\n")
     with pytest.raises(DataError, match=r"classnames\.txt: line 2 is empty"):
@@ -542,3 +560,13 @@ def test_captions_of_evaluation_and_validation_are_those_of_the_recipes_columns(
         task = open_set(item, replace(_settings(tmp_path), columns=columns))
         assert task.data.samples.read(0).captions == expected
     assert Scorer(recipe, tmp_path).settings.columns == ["mine"]
+
+
+def test_all_indexes_of_a_recipe_are_in_its_folder(tmp_path: Path) -> None:
+    make_shards(tmp_path / "data", n=4, shards=1)
+    recipe = recipe_of("data.index_dir=ours", "evaluation.validation=[data]")
+    settings = Scorer(recipe, tmp_path).settings
+    for opened in (open_held_out(recipe, tmp_path), open_index("data", tmp_path, settings.index_dir)):
+        assert [shard.file.parent for shard in opened.shards] == [tmp_path / "ours"]
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["000000.tar"]
+    assert settings.max_bad_share == recipe.data.max_bad_share
