@@ -106,6 +106,9 @@ def accepted_scales(folder: Path) -> tuple[float, ...]:
     return tuple(item["factor"] for item in record["tries"])
 
 
+_TABLE = "the captions of table"
+
+
 def check_unchanged(context: RunContext, plan: Plan) -> None:
     """Raise RunError, with the fields that differ, if a begun job of the run would give another result now.
 
@@ -114,18 +117,19 @@ def check_unchanged(context: RunContext, plan: Plan) -> None:
     folder, fingerprint = context.folder, context.index.fingerprint
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
-    if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
-        raise RunError(
-            f"{folder}: the training shards are not those that {begun[0].name} was begun on; "
-            "take another run folder, or the same shards"
-        )
     known = _read_state(folder).get("contents", {}) if begun else {}
-    for what, content in context.contents.items():
-        if known.get(what, content) != content:
-            raise RunError(
-                f"{folder}: {what} hold other data than when {begun[0].name} was begun; put the old data back, take "
-                "another run folder, or (an evaluation set) give the set another name"
-            )
+    changed = [what for what, content in context.contents.items() if known.get(what, content) != content]
+    if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
+        what = next((what for what in changed if what.startswith(_TABLE)), "the training shards")
+        raise RunError(
+            f"{folder}: {what} are not those that {begun[0].name} was begun on; take another run folder, or put the "
+            "old data back"
+        )
+    if changed:
+        raise RunError(
+            f"{folder}: {changed[0]} hold other data than when {begun[0].name} was begun; put the old data back, take "
+            "another run folder, or (an evaluation set) give the set another name"
+        )
     names = {job.name for job in plan.jobs}
     for old in _read_state(folder).get("jobs", []):
         gone = old["kind"] == "link" and old["name"] not in names
@@ -311,6 +315,8 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     """Open the data that models are scored on. Returns hashes for `RunContext.contents`. Raises DataError."""
     recipe, base = context.recipe, context.base
     contents = {"the training shards": context.index.content}
+    if context.index.captions is not None:
+        contents[f"{_TABLE} {recipe.data.captions_csv}"] = context.index.captions.digest
     with named(source, "evaluation.sets"):
         settings = Scorer(recipe, base).settings
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)

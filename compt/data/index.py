@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.account import Account
-from compt.data.content import sampled_hash
+from compt.data.content import sampled_hash, spread
 from compt.data.scan import COLUMNS, KIND_TABLE, ShardScan, scan_shard
 from compt.data.table import CaptionTable, convert_table
 from compt.dist.child import process_pool
@@ -37,6 +37,8 @@ INDEX_FOLDER = ".compt-index"
 _PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
+_COMPARED = 256
+"""Pairs of samples with one row of a table whose images are compared: shards may be listed twice."""
 _HELD_ROWS = 1 << 20
 """Rows of the shards' tables that one process keeps in memory (about 100 MB)."""
 
@@ -416,24 +418,49 @@ def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: flo
             f"Mend the table, or accept fewer with data.min_matched (it is {min_matched:g})"
         )
     index.account.add(table.account)
-    used = min(_rows_met(index, table), rows)
+    used = min(_rows_met(index, table, path), rows)
     index.account.used["row"] = used
     if rows > used:
         index.account.lose("row_alone", "", rows - used)
 
 
-def _rows_met(index: Index, table: CaptionTable) -> int:
-    """Rows of a table that samples of the index have, kept in the table's folder: it takes all parts of the index."""
+def _rows_met(index: Index, table: CaptionTable, path: Path | None) -> int:
+    """Rows of a table that samples of the index have, kept in the table's folder: it takes all parts of the index.
+
+    Raises DataError where two samples share a row by their names, and have different images.
+    """
     store = table.folder / "met.json"
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = read_json(store)
         if known["fingerprint"] == index.fingerprint:
             return int(known["rows"])
-    offsets = index.column("text_offset")[index.column("text_kind") == KIND_TABLE]
-    rows = table.rows_met(offsets)
+    kinds, offsets = index.column("text_kind"), index.column("text_offset")
+    named = np.flatnonzero(kinds == KIND_TABLE)
+    named = named[np.argsort(offsets[named], kind="stable")]
+    again = np.flatnonzero(offsets[named[1:]] == offsets[named[:-1]])
+    for at in again[spread(len(again), _COMPARED)].tolist():
+        pair = named[at : at + 2].tolist()
+        if len({_image_hash(index, sample) for sample in pair}) > 1:
+            first, second = map(index.describe, pair)
+            raise DataError(
+                f"a row of {path} is that of two samples by its key or file name, {first} and {second}: give samples "
+                "names that no other shard has, or remove these columns from the table to join it by URL"
+            )
+    rows = table.rows_met(offsets[kinds >= KIND_TABLE])
     with contextlib.suppress(RunError):
         write_json(store, {"fingerprint": index.fingerprint, "rows": rows})
     return rows
+
+
+def _image_hash(index: Index, sample: int) -> bytes:
+    """Hash of an image's bytes. Raises DataError."""
+    entry = index.entry(sample)
+    shard = index.shards[entry.shard].shard
+    try:
+        with shard.open("rb") as file:
+            return hashlib.sha256(os.pread(file.fileno(), entry.image_size, entry.image_offset)).digest()
+    except OSError as error:
+        raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
 
 
 def open_index(

@@ -87,7 +87,7 @@ class SampleReader:
         return found
 
     def _captions(self, entry: IndexEntry) -> Captions:
-        if entry.text_kind == KIND_TABLE:
+        if entry.text_kind >= KIND_TABLE:
             assert self.index.captions is not None, "only an index with a table has rows of it"
             line = self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
             try:

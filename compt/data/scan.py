@@ -36,7 +36,8 @@ COLUMNS = (
     "label",
 )
 """Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`."""
-KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE = range(4)
+KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
+"""Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
 IMAGE_EXTENSIONS = (*("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "tif", "tiff", "bmp", "ppm"),)
 """Extensions of images. Of several images of a key, the one whose extension comes first here is the image."""
 _RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
@@ -297,7 +298,7 @@ class _Scanner:
             lines = self.table.lines[found.lines[hit]]
             for column, name in (("text_offset", "offset"), ("text_size", "size"), ("captions", "captions")):
                 rows[hit, COLUMNS.index(column)] = lines[name]
-            rows[hit, kind] = KIND_TABLE
+            rows[hit, kind] = np.where(found.named[hit], KIND_TABLE, KIND_URL)
             account.used["join"] += int(hit.sum())
             for at in np.flatnonzero(~hit).tolist():
                 account.lose("unmatched", self.keys[at].decode("utf-8", "surrogateescape"))

@@ -42,15 +42,20 @@ COMPRESSED = {
 """How compressed files begin, and what unpacks them."""
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_PART = 1 << 20
 CELL = 1 << 24
 """The longest cell of a CSV, in characters."""
 
 
 class Join(NamedTuple):
-    """The lines of samples in a table. lines: numbers, int64 [n]; -1 without one. by: samples joined by each way."""
+    """The lines of samples in a table. lines: numbers, int64 [n]; -1 without one. by: samples joined by each way.
+
+    named: samples that were not joined by URL, bool [n].
+    """
 
     lines: NDArray[np.int64]
     by: dict[str, int]
+    named: NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -85,9 +90,9 @@ class CaptionTable:
         The end of a path meets whole names alone, and only where no other sample has the same end: `dog/1` is not the
         row of `cat/1.jpg`, and `1.jpg` is neither `cat/1` nor `dog/1`.
         """
-        lines = np.full(len(keys), -1, dtype=np.int64)
+        lines, named = np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=bool)
         if not len(self._names):
-            return Join(lines, {})
+            return Join(lines, {}, named)
         table, by = self._names["hash"], dict[str, int]()
         deepest = max((key.count(b"/") for key in keys), default=0)
         ends = [[b"".join(key.split(b"/", cut)[cut:]) for key in keys] for cut in range(1, deepest + 1)]
@@ -100,9 +105,10 @@ class CaptionTable:
                 _, first, count = np.unique(hashes, return_inverse=True, return_counts=True)
                 hit &= self._names["whole"][at] & (count[first] == 1)
             lines[hit] = self._names["line"][at[hit]]
+            named |= hit & (way != "URL")
             if hit.any():
                 by[way] = by.get(way, 0) + int(hit.sum())
-        return Join(lines, by)
+        return Join(lines, by, named)
 
     def rows_met(self, offsets: NDArray[np.int64]) -> int:
         """Rows of the lines that begin at these offsets; each line counts once."""
@@ -128,6 +134,14 @@ def _hash(name: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
+def _sampled_hash(file: int, size: int) -> str:
+    """Hex digest of a table up to 64 MiB, and of 64 evenly spaced parts of a larger one. Raises OSError."""
+    sha = hashlib.sha256()
+    for start in range(0, size, max(_PART, size // 64)):
+        sha.update(os.pread(file, _PART, start))
+    return sha.hexdigest()
+
+
 def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> CaptionTable:
     """Convert a table of captions to a folder in `parent`, or reuse an earlier conversion of the same file.
 
@@ -138,6 +152,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
         stat = path.stat()
         with path.open("rb") as file:
             head = file.read(6)
+            content = _sampled_hash(file.fileno(), stat.st_size)
     except OSError as error:
         raise DataError(f"table of captions {path}: {error.strerror}") from error
     for magic, command in COMPRESSED.items():
@@ -146,7 +161,13 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
     if head.startswith(_UTF16):
         raise DataError(f"table of captions {path} is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
     folder = parent / f"captions-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
-    identity = {"version": 2, "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "columns": [*columns]}
+    identity = {
+        "version": 2,
+        "size": stat.st_size,
+        "mtime_ns": stat.st_mtime_ns,
+        "columns": [*columns],
+        "content": content,
+    }
     try:
         meta = read_json(folder / "meta.json")
         if {key: meta[key] for key in identity} == identity:

@@ -30,6 +30,7 @@ from compt.chain.record import STATES, steps_left
 from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
 from compt.data.account import Account
+from compt.data.index import open_index
 from compt.data.loaders import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
@@ -475,6 +476,20 @@ def test_replaced_data_of_the_same_sizes_are_refused(
     del state["contents"]
     (half / "run.json").write_text(json.dumps(state))
     prepare(recipe_of(), half, base=moved)
+
+
+def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "half", "*.yaml"))
+    table, run = moved / "captions.csv", tmp_path / "run"
+    table.write_text(f"key,caption\n{open_index('train/*.tar', moved).key(0)},one\n")
+    changes = ("data.captions_csv=captions.csv", "data.min_matched=0")
+    stopped_at(moved, run, 1, *changes)
+    os.utime(table, ns=(1, 1))
+    prepare(recipe_of(*changes), run, base=moved)  # another time alone is no change
+    table.write_text(table.read_text().replace("one", "two"))
+    os.utime(table, ns=(1, 1))
+    with pytest.raises(RunError, match=f"the captions of table captions.csv are not those that {FIRST} was begun on"):
+        prepare(recipe_of(*changes), run, base=moved)
 
 
 def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -343,6 +344,37 @@ def test_a_row_goes_to_no_sample_of_another_folder(rows: str, expected: dict[str
     csv = table(tmp_path / "c.csv", f"file_name,caption\n{rows}\n")
     shard(tmp_path / "x.tar", **{key: {} for key in expected})
     assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv, min_matched=0.1)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "ambiguous"),
+    [
+        ("key,caption\n1,a", ("1", "1"), True),
+        ("file_name,caption\n1.jpg,a", ("cat/1", "dog/1"), True),
+        ("file_name,caption\n/x/cat/1.jpg,a", ("cat/1", "dog/1"), False),
+        ("url,caption\nhttp://x/1,a", ("1", "1"), False),
+    ],
+)
+def test_a_row_that_two_shards_share_is_refused(
+    rows: str, keys: tuple[str, str], ambiguous: bool, tmp_path: Path
+) -> None:
+    csv = table(tmp_path / "c.csv", f"{rows}\n")
+    for n, (name, key) in enumerate(zip("ab", keys, strict=True)):
+        members = [
+            (f"{key}.jpg", picture(n, 8, 8, "BMP")),
+            (f"{key}.json", b'{"url": "http://x/1", "captions": ["own"]}'),
+        ]
+        write_tar(tmp_path / f"{name}.tar", members)
+    if ambiguous:
+        with pytest.raises(
+            DataError, match=rf"c.csv is that of two samples .* a.tar: {keys[0]} and b.tar: {keys[1]}: "
+        ):
+            open_index("*.tar", tmp_path, captions_csv=csv)
+        # The same shard twice is no doubt.
+        shutil.copyfile(tmp_path / "a.tar", tmp_path / "b.tar")
+    index = open_index("*.tar", tmp_path, captions_csv=csv)
+    assert index.account.used["row"] == 1
+    assert index.account.used["join"] == 1 + (ambiguous or "url" in rows)
 
 
 @pytest.mark.parametrize("names", [("Key", "Caption"), ("key", " CAPTION")])

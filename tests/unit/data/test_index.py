@@ -268,6 +268,10 @@ def test_a_captions_csv_is_laid_out_once_and_looked_up_by_key(tmp_path: Path) ->
     assert open_index("*.tar", tmp_path, captions_csv=csv).captions.blob.stat().st_mtime_ns == before
     csv.write_text(DREAMLIP.replace("raw two", "raw 2!"))
     assert captions_of(open_index("*.tar", tmp_path, captions_csv=csv), 2) == ["raw 2!"]
+    stat = csv.stat()
+    csv.write_text(DREAMLIP.replace("raw two", "raw 3!"))
+    os.utime(csv, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert captions_of(open_index("*.tar", tmp_path, captions_csv=csv), 2) == ["raw 3!"]
 
 
 def test_stored_tables_hold_no_pickles(tmp_path: Path) -> None:
