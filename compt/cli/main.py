@@ -30,7 +30,7 @@ from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
-from compt.cli.options import PlainCommand
+from compt.cli.options import PlainCommand, PlainGroup
 from compt.cli.plan.command import plan
 from compt.dist.environment import has_others, own_rank
 from compt.errors import ComptError, ConfigError, RunError
@@ -74,6 +74,7 @@ _CONTEXTS = {"launch": {"ignore_unknown_options": True, "allow_interspersed_args
 
 def _typer(about: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
     made = typer.Typer(
+        cls=PlainGroup,
         help=about,
         no_args_is_help=True,
         # Panels of rich are cut into narrow columns at 80 characters.
@@ -131,6 +132,7 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(VisibleFormatter("%(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.captureWarnings(True)  # libraries quote names and texts in their warnings
     try:
         try:
             app(None if words is None else words(), prog_name="compt")
@@ -183,12 +185,17 @@ def _prepare_process() -> None:
         os.environ.setdefault("USER", str(os.getuid()))  # torch asks for it when it is imported
 
 
+def _print_traceback(*error: Any) -> None:
+    sys.stderr.write(visible("".join(traceback.format_exception(*error))))
+
+
 def run(words: Callable[[], list[str]] | None = None) -> None:
     """`main` as the whole of a process, which then ends at once where threads may be left.
 
     A call of torch's that waits in a thread for other processes would abort a Python that winds down under it, and so
     would gloo's own threads: they let go of tensors of Python a moment after a collective is over.
     """
+    sys.excepthook = _print_traceback
     try:
         main(words)
     except BaseException as end:
@@ -197,7 +204,7 @@ def run(words: Callable[[], list[str]] | None = None) -> None:
             raise
         code = end.code if isinstance(end, SystemExit) else 130 if isinstance(end, KeyboardInterrupt) else 1
         if not isinstance(end, (SystemExit, KeyboardInterrupt)):
-            sys.stderr.write(visible("".join(traceback.format_exception(end))))
+            _print_traceback(type(end), end, end.__traceback__)
         for child in multiprocessing.active_children():
             child.terminate()  # multiprocessing would wait for those that are no daemons
         atexit._run_exitfuncs()

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from compt.cost.counts import Tokens
 from compt.cost.gpus import Device, find_device
@@ -23,7 +23,7 @@ from compt.plan.forecast import Machine, default_gpus
 from compt.recipe.read import find_recipe, shipped_recipes
 from compt.recipe.schema import Recipe
 from compt.recipe.types import OneOf, checked_caption_tokens
-from compt.text import terminal
+from compt.text import terminal, visible
 
 KIND = "a100-80"
 """The GPU that is planned with unless one is named: the paper's."""
@@ -51,6 +51,31 @@ class PlainCommand(TyperCommand):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+class PlainGroup(TyperGroup):
+    """A group of commands whose errors about the command line show hidden characters as text."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options of the group."""
+        with _visible_errors():
+            return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the rest of the line, and run the command in it."""
+        with _visible_errors():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _visible_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        # Of all errors only those about the command line have a message. Typer does not export their class.
+        if isinstance(message := getattr(error, "message", None), str):
+            error.message = visible(message)  # type: ignore[attr-defined]
+        raise
 
 
 def complete_recipe(incomplete: str) -> list[str]:

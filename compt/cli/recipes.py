@@ -11,7 +11,7 @@ from compt.cli.options import RecipePath
 from compt.errors import ConfigError
 from compt.files import write_bytes
 from compt.recipe.read import load_recipe, shipped_recipes
-from compt.text import TextTable, say, show
+from compt.text import TextTable, say, show, visible
 
 
 def list_recipes() -> None:
@@ -25,7 +25,7 @@ def list_recipes() -> None:
 
 def show_recipe(recipe: RecipePath) -> None:
     """Print a recipe."""
-    typer.echo(recipe.read_text(encoding="utf-8"), nl=False)
+    typer.echo(visible(recipe.read_text(encoding="utf-8")), nl=False)
 
 
 def copy(

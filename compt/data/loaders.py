@@ -37,6 +37,7 @@ from compt.errors import DataError, RunError
 from compt.files import shared_memory
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.recipe.schema import DECODERS, MAX_BAD_SHARE
+from compt.text import visible
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
@@ -287,7 +288,7 @@ def _shield(parent: int, _worker: int) -> None:
 
 
 def _end_worker(error: BaseException, _: Any) -> None:
-    sys.stderr.write(f"compt, loader process {os.getpid()}: cannot pass on a batch: {error}\n")
+    sys.stderr.write(f"compt, loader process {os.getpid()}: cannot pass on a batch: {visible(str(error))}\n")
     sys.stderr.flush()
     os._exit(1)
 

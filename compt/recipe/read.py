@@ -122,8 +122,13 @@ def _lines(error: ValidationError, section: type[BaseModel]) -> list[str]:
     meant = set()
     # Unknown keys come first: a misspelt key is missing as well, and one line is enough for both.
     for item in sorted(error.errors(), key=lambda item: item["type"] != "extra_forbidden"):
-        location = [part for part in item["loc"] if not (isinstance(part, str) and "[" in part)]
-        key, value, kind = ".".join(map(str, location)), item.get("input"), item["type"]
+        value, kind = item.get("input"), item["type"]
+        # pydantic puts types such as `list[str]` between the keys. An unknown key is last, and may have a bracket.
+        *parents, last = item["loc"] or ("",)
+        location = [part for part in parents if not (isinstance(part, str) and "[" in part)]
+        if kind == "extra_forbidden" or "[" not in str(last):
+            location.append(last)
+        key = ".".join(map(str, location))
         text = item["msg"].removeprefix("Value error, ").replace("Input should", "should")
         if kind == "extra_forbidden":
             known = _keys(_section_at(section, location[:-1]))

@@ -19,7 +19,7 @@ from PIL import Image
 
 from compt.design.crossing import isotonic
 from compt.design.curves import Curves, LinkCurve, Point, names
-from compt.text import count
+from compt.text import count, visible
 
 # People with colour-blindness can distinguish these colours. The page has a variable of the same name for each, so that
 # a dark page can have its own. The PNGs have these.
@@ -139,11 +139,12 @@ def _render(name: str, text: str, draw: Callable[[bool], Canvas]) -> Figure:
 
 def _for_page(svg: str, text: str) -> str:
     """Return the drawing alone. The page sets its size, colours and fonts."""
-    svg = svg[svg.index("<svg") :]
+    svg, text = visible(svg[svg.index("<svg") :]), visible(text)
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     box = re.search(r'viewBox="[^"]*"', svg)
     label = text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-    svg = re.sub(r"<svg[^>]*>", f'<svg {box[0] if box else ""} role="img" aria-label="{label}">', svg, count=1)
+    start = f'<svg {box[0] if box else ""} role="img" aria-label="{label}">'
+    svg = re.sub(r"<svg[^>]*>", lambda _: start, svg, count=1)  # the label may have backslashes
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     return re.sub(r"font: ([^;\"]*?)'DejaVu Sans'[^;\"]*", r"font: \1var(--font)", svg)
@@ -409,7 +410,7 @@ def links_figure(found: Curves) -> tuple[str, bytes]:
         text, image = io.StringIO(), io.BytesIO()
         canvas.savefig(text, format="svg", metadata={"Date": None}, facecolor="white")
         canvas.savefig(image, format="png", dpi=130, facecolor="white")
-    return text.getvalue(), image.getvalue()
+    return visible(text.getvalue()), image.getvalue()
 
 
 def _panel(axes: Axes, name: str, link: LinkCurve) -> None:
