@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -327,7 +327,7 @@ def gpu_hours(
             "throughput": str(throughput) if throughput else None,
             "gpus": number,
             "rows": [row.to_json() for row in rows],
-            "paper": [row.to_json() for row in paper],
+            "paper": [asdict(row) for row in paper],
         }
         print_json(made)
         return

@@ -28,18 +28,6 @@ RESERVED_BYTES = 1e9
 FRAGMENTED = 0.05
 """Share of a GPU's memory that the allocator may lose to fragments."""
 MODES: tuple[Mode, ...] = ("exact", "paper")
-
-_MACS = (
-    "student_forward_macs",
-    "student_training_macs",
-    "teacher_forward_macs",
-    "teacher_share",
-    "total_macs",
-    "accumulated_macs",
-    "baseline_macs",
-    "speedup",
-    "accumulated_speedup",
-)
 _SPEEDUPS = ("hours_speedup", "hours_accumulated_speedup")
 
 
@@ -59,12 +47,30 @@ class Machine:
 
 @dataclass(frozen=True)
 class Fit:
-    """Bytes of a GPU with one engine: `stored` keeps every activation, `recomputed` computes those of blocks again."""
+    """Memory of a GPU with one engine: `stored` keeps every activation, `recomputed` computes those of blocks again.
+
+    A GPU has `room` bytes for it.
+    """
 
     stored: Memory
     recomputed: Memory
-    stored_fits: bool
-    recomputed_fits: bool
+    room: float
+
+    def memory(self, recompute: bool) -> Memory:
+        """What is needed with or without `engine.recompute`."""
+        return self.recomputed if recompute else self.stored
+
+    def fits(self, recompute: bool) -> bool:
+        """Whether the GPU has room for it."""
+        return self.memory(recompute).total_bytes <= self.room
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        ways = {"stored": False, "recomputed": True}
+        return {
+            name: {**asdict(self.memory(on)), "total_bytes": self.memory(on).total_bytes, "fits": self.fits(on)}
+            for name, on in ways.items()
+        }
 
 
 @dataclass(frozen=True)
@@ -116,14 +122,12 @@ class Estimate:
     @property
     def needed_bytes(self) -> float:
         """Memory of a GPU as the recipe trains the job. Needs a machine."""
-        fit = self.memory[self.engine]
-        return (fit.recomputed if self.recompute else fit.stored).total_bytes
+        return self.memory[self.engine].memory(self.recompute).total_bytes
 
     @property
     def fits(self) -> bool:
         """Whether the GPU has `needed_bytes`. Needs a machine."""
-        fit = self.memory[self.engine]
-        return fit.recomputed_fits if self.recompute else fit.stored_fits
+        return self.memory[self.engine].fits(self.recompute)
 
 
 @dataclass(frozen=True)
@@ -230,10 +234,10 @@ class Forecast:
                     "inexact": _inexact(item.job),
                     "engine": item.engine,
                     "recompute": item.recompute,
-                    "macs": {mode: {key: rows[mode][at].get(key) for key in _MACS} for mode in MODES},
+                    "macs": {mode: rows[mode][at] for mode in MODES},
                     "hours": item.hours and asdict(item.hours),
                     **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
-                    "memory": {engine: _fit_json(fit) for engine, fit in item.memory.items()} or None,
+                    "memory": {engine: fit.to_json() for engine, fit in item.memory.items()} or None,
                     "disk": asdict(item.disk),
                 }
                 for at, item in enumerate(self.estimates)
@@ -250,7 +254,7 @@ class Forecast:
 
 def default_gpus(batch: int) -> int:
     """The GPUs of a node, or the most below them that share `batch` evenly."""
-    return next(gpus for gpus in range(MOST_GPUS, 0, -1) if batch % gpus == 0)
+    return largest_divisor(batch, MOST_GPUS)
 
 
 def make_forecast(
@@ -280,7 +284,7 @@ def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
     """Raise ConfigError unless the batch is shared evenly by `gpus`, and each share by the micro-batch."""
     batch = recipe.optimizer.batch
     if batch % gpus:
-        fewer = next(n for n in range(min(gpus, batch), 0, -1) if batch % n == 0)
+        fewer = largest_divisor(batch, min(gpus, batch))
         more = next((n for n in range(gpus, batch + 1) if batch % n == 0), fewer)
         numbers = " or ".join(map(str, dict.fromkeys((fewer, more))))
         raise ConfigError(
@@ -296,23 +300,23 @@ def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
         if micro is not None and micro < share and share % micro:
             raise ConfigError(
                 f"{source}: {place}.micro_batch = {micro}: does not divide the {share} images of a process, "
-                f"{batch} over {gpus}; take {_divisor(share, micro)}"
+                f"{batch} over {gpus}; take {largest_divisor(share, micro)}"
             )
 
 
-def _divisor(share: int, most: int) -> int:
-    return next(n for n in range(most, 0, -1) if share % n == 0)
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
+    return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
 def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
     disk, config = _disk(recipe, job), recipe.engine_of(job.spec.name)
     if machine is None:
         return Estimate(job, config.name, config.recompute, None, {}, disk)
-    most = machine.room_bytes
     memory = {}
     for engine in ENGINES:
         stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
-        memory[engine] = Fit(stored, again, stored.total_bytes <= most, again.total_bytes <= most)
+        memory[engine] = Fit(stored, again, machine.room_bytes)
     return Estimate(job, config.name, config.recompute, _hours(recipe, job, machine), memory, disk)
 
 
@@ -328,24 +332,15 @@ def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> 
         return None
     others = [engine for engine in ENGINES if any(engine != item.engine for item in large)]
     micro = [_micro_batch(recipe, item, machine) for item in large]
-    known = [size for size in micro if size is not None]
     kept = not all(item.recompute for item in large)
-    again = [name for name in others if all(item.memory[name].recomputed_fits for item in large)]
-    alike = [
-        name
-        for name in others
-        if all(
-            (fit.recomputed_fits if item.recompute else fit.stored_fits)
-            for item in large
-            for fit in [item.memory[name]]
-        )
-    ]
+    alike = (name for name in others if all(item.memory[name].fits(item.recompute) for item in large))
+    again = (name for name in others if all(item.memory[name].fits(True) for item in large))
     return Remedy(
         jobs=tuple(item.job.name for item in large),
-        micro_batch=min(known) if len(known) == len(micro) else None,
-        recompute=kept and all(item.memory[item.engine].recomputed_fits for item in large),
-        engine=next(iter(alike), None),
-        engine_recomputed=next(iter(again), None),
+        micro_batch=min(filter(None, micro)) if all(micro) else None,
+        recompute=kept and all(item.memory[item.engine].fits(True) for item in large),
+        engine=next(alike, None),
+        engine_recomputed=next(again, None),
     )
 
 
@@ -353,14 +348,13 @@ def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None
     """The largest micro-batch below the recipe's with which a job fits."""
     share = recipe.optimizer.batch // machine.gpus
     now = min(recipe.engine_of(item.job.spec.name).micro_batch or share, share)
-    for size in range(now - 1, 0, -1):
-        if share % size == 0:
-            needed = memory_of(
-                recipe, item.job, item.engine, machine.gpus, micro_batch=size, recompute=item.recompute
-            ).total_bytes
-            if needed <= machine.room_bytes:
-                return size
-    return None
+
+    def needed(size: int) -> float:
+        job, on = item.job, item.recompute
+        return memory_of(recipe, job, item.engine, machine.gpus, micro_batch=size, recompute=on).total_bytes
+
+    sizes = (size for size in range(now - 1, 0, -1) if share % size == 0)
+    return next((size for size in sizes if needed(size) <= machine.room_bytes), None)
 
 
 def _disk(recipe: Recipe, job: Job) -> Disk:
@@ -398,16 +392,6 @@ def _inexact(job: Job) -> dict[str, list[str]] | None:
         return None
     found = broken_promises(job.teacher_spec, job.spec, job.expand)
     return {tower: list(reasons) for tower, reasons in found.items()}
-
-
-def _fit_json(fit: Fit) -> dict[str, Any]:
-    return {
-        name: {**asdict(memory), "total_bytes": memory.total_bytes, "fits": fits}
-        for name, memory, fits in (
-            ("stored", fit.stored, fit.stored_fits),
-            ("recomputed", fit.recomputed, fit.recomputed_fits),
-        )
-    }
 
 
 def memory_of(

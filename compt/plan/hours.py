@@ -8,16 +8,7 @@ from typing import Any, Literal
 
 from compt.cost.gpus import Device
 from compt.cost.paper import IMAGES, TABLE_2
-from compt.cost.speed import (
-    Conditions,
-    PublishedTime,
-    Throughput,
-    fitted,
-    measured,
-    published_times,
-    relative_error,
-    speed,
-)
+from compt.cost.speed import Conditions, Throughput, fitted, measured, published_times, relative_error, speed
 from compt.cost.training import JobCost, Mode
 from compt.plan.jobs import Job, Plan
 from compt.recipe.schema import Recipe
@@ -146,24 +137,16 @@ class PublishedRow:
     speedup: float
     accumulated_speedup: float
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
-
 
 def published_rows(plan: Plan) -> list[PublishedRow]:
     """The paper's own rows, where the plan's chain is one of its Table 2; else []."""
     models = tuple(job.spec.name for job in plan.links)
-    for key, family in TABLE_2.items():
-        if family.models == models and IMAGES[family.dataset] == plan.images:
-            return _published(key, [time for time in published_times() if time.family == key])
-    return []
-
-
-def _published(key: str, times: Sequence[PublishedTime]) -> list[PublishedRow]:
-    family, model = TABLE_2[key], fitted()
-    rows = []
-    for at, name in enumerate(family.models):
+    key = next((k for k, v in TABLE_2.items() if v.models == models and IMAGES[v.dataset] == plan.images), None)
+    if key is None:
+        return []
+    family, model, rows = TABLE_2[key], fitted(), []
+    times = [time for time in published_times() if time.family == key]
+    for at, name in enumerate(models):
         alone = next(time for time in times if time.model == name and time.teacher is None)
         link = next((time for time in times if time.model == name and time.teacher), alone)
         rows.append(

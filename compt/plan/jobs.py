@@ -73,11 +73,9 @@ class Job:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for files and reports."""
-        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha")
+        names = ("name", "kind", "teacher", "steps", "warmup_steps", "samples", "epochs", "lr", "alpha", "seed")
         return {
-            **{name: getattr(self, name) for name in names},
-            "seed": self.seed,
-            "order_seed": self.order_seed,
+            **{name: getattr(self, name) for name in (*names, "order_seed")},
             "start": str(self.start) if self.start else None,
             "same_as": self.same_as,
             "spec": self.spec.to_dict(),
@@ -127,27 +125,18 @@ class Plan:
         return None if value is None else float(value)
 
     def rows(self, mode: Mode = "exact") -> list[dict[str, Any]]:
-        """One flat row a job; links have their speed-up over `baselines` (or None), alone and with the links before."""
+        """The MACs of each job; of links also the speed-up over `baselines` (or None), alone and with those before."""
         rows = []
         chain = alone = 0.0
         for at, job in enumerate(self.jobs):
             cost = self.cost(job, mode)
             row: dict[str, Any] = {
-                "job": job.name,
-                "kind": job.kind,
-                "model": job.spec.name,
-                "parameters": parameters(job.spec),
-                "teacher": job.teacher or (str(job.start) if job.start else None),
-                "epochs": job.epochs,
-                "steps": job.steps,
-                "warmup_steps": job.warmup_steps,
-                "samples": job.samples,
                 "student_forward_macs": cost.student_forward_macs,
                 "student_training_macs": cost.student_training_macs,
                 "teacher_forward_macs": cost.teacher_forward_macs,
                 "teacher_share": cost.samples * cost.teacher_forward_macs / cost.total_macs,
                 "total_macs": cost.total_macs,
-                "same_as": job.same_as,
+                **dict.fromkeys(("accumulated_macs", "baseline_macs", "speedup", "accumulated_speedup")),
             }
             if job.kind == "link":
                 baseline = self.cost(self.individual[at], mode).total_macs if self.individual else None
@@ -394,9 +383,8 @@ class _Planner:
         )
 
     def cost(self, spec: ModelSpec, teacher: ModelSpec | None, steps: int, *, again: bool = True) -> JobCost:
-        return recipe_cost(
-            self.recipe, spec, teacher, steps, self.world_size, self.recipe.data.caption_tokens, again=again
-        )
+        tokens = self.recipe.data.caption_tokens
+        return recipe_cost(self.recipe, spec, teacher, steps, self.world_size, tokens, again=again)
 
 
 def recipe_cost(

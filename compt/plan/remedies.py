@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compt.errors import RunError, is_out_of_memory
-from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, memory_of, not_modelled
+from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, largest_divisor, memory_of, not_modelled
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig, changed_engine, fully_sharded
 from compt.recipe.schema import Recipe
@@ -90,7 +90,7 @@ def _changes(engine: EngineConfig, world_size: int, share: int, distils: bool) -
         if distils and not engine.shard_teacher:
             yield {"shard_teacher": True}
     if engine.loss_chunk is None and share > 1:
-        yield {"loss_chunk": next(size for size in range(max(1, share // 4), 0, -1) if share % size == 0)}
+        yield {"loss_chunk": largest_divisor(share, max(1, share // 4))}
 
 
 def _written(change: Mapping[str, Any], engine: EngineConfig, micro_batch: int) -> str:

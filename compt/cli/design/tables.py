@@ -11,6 +11,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from compt.cli.plan.tables import warning
+from compt.cost.counts import parameters
 from compt.cost.speed import OF_THE_AUTHORS
 from compt.design.costs import distils
 from compt.design.epochs import START_FACTOR, Range, log2_smallest
@@ -180,7 +181,7 @@ def _chain_table(design: Design, forecast: Forecast) -> TextTable:
         longer = max(1.0, needed.high / chosen.epochs[at])
         cells = [
             f"{spec.name} {spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
-            count(row["parameters"]),
+            count(parameters(item.job.spec)),
             f"{chosen.epochs[at]:.4g}" + (f" ({_number(needed.low)}-{_number(needed.high)})" if at else ""),
             _macs(Range(total, total, total * longer)),
         ]

@@ -10,7 +10,7 @@ from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS
 from compt.cost.speed import OF_THE_AUTHORS, Conditions, Throughput
 from compt.cost.training import Mode
 from compt.models.growth import ExpandConfig
-from compt.plan.forecast import Estimate, Forecast, Machine, not_modelled
+from compt.plan.forecast import Estimate, Forecast, Machine, Totals, not_modelled
 from compt.plan.hours import Hours
 from compt.plan.links import broken_promises
 from compt.recipe.engine import ENGINES
@@ -29,7 +29,7 @@ def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: str | None =
     return [table for table in (*tables, disk_table(forecast)) if table is not None]
 
 
-def _jobs_and_sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
+def _sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
     """The sums below the jobs: the chain, its models alone, and everything that a run trains."""
     sums = [("Chain", forecast.links), ("Individually", list(forecast.individual))]
     if len(forecast.trained) > len(forecast.links):
@@ -40,24 +40,19 @@ def _jobs_and_sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
 def plan_table(forecast: Forecast, mode: Mode = "exact") -> TextTable:
     """A row for each job, then the sums."""
     plan = forecast.plan
+
+    def row(name: str, total: Totals, macs: str, share: str = "") -> list[str]:
+        size = [count(total.parameters), f"{total.epochs:.3g}", count(total.samples), f"{total.steps:,}"]
+        return [name, *size, macs, share]
+
     rows = []
-    for row in plan.rows(mode):
-        again = row["same_as"]
-        rows.append(
-            [
-                row["job"],
-                count(row["parameters"]),
-                f"{row['epochs']:.3g}",
-                count(row["samples"]),
-                f"{row['steps']:,}",
-                f"as {again}" if again else count(row["total_macs"]),
-                f"{100 * row['teacher_share']:.0f} %" if row["teacher_share"] else "",
-            ]
-        )
-    for name, items in _jobs_and_sums(forecast):
+    for item, cost in zip(forecast.estimates, plan.rows(mode), strict=True):
+        macs = f"as {item.job.same_as}" if item.job.same_as else count(cost["total_macs"])
+        share = f"{100 * cost['teacher_share']:.0f} %" if cost["teacher_share"] else ""
+        rows.append(row(item.job.name, forecast.totals([item]), macs, share))
+    for name, items in _sums(forecast):
         total = forecast.totals(items)
-        cells = [name, count(total.parameters), f"{total.epochs:.3g}", count(total.samples), f"{total.steps:,}"]
-        rows.append([*cells, count(total.macs[mode]), ""])
+        rows.append(row(name, total, count(total.macs[mode])))
     header = ["Model", "Params", "Epochs", "Samples", "Steps", "MACs", "Teacher"]
     return TextTable(f"Plan of {plan.recipe.name}", header, rows, _notes(forecast, mode))
 
@@ -67,9 +62,8 @@ def hours_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
     machine = forecast.machine
     if machine is None:
         return None
-    jobs = zip(forecast.plan.rows(mode), forecast.estimates, strict=True)
-    found = [(row["job"], None if row["same_as"] else item.hours) for row, item in jobs]
-    found += [(name, forecast.totals(items).hours) for name, items in _jobs_and_sums(forecast)]
+    found = [(item.job.name, item.hours) for item in forecast.trained]
+    found += [(name, forecast.totals(items).hours) for name, items in _sums(forecast)]
     rows = [
         [name, f"{'' if item.kind == 'measured' else '~'}{digits(item.gpu_hours)}", span(item), hours(item.wall_hours)]
         for name, item in found
@@ -130,18 +124,25 @@ def _hours_notes(forecast: Forecast, machine: Machine, mode: Mode, gpus: str) ->
 def _expansions(forecast: Forecast) -> list[str]:
     """What is not as by default about how links grow, and what an operator cannot keep of its promise."""
     usual = expand_words(ExpandConfig())
-    links: dict[str, list[str]] = {}
-    broken = []
+    links, broken = [], []
     for job in forecast.plan.links:
         if job.expand is None or job.teacher_spec is None or (words := expand_words(job.expand)) == usual:
             continue
-        links.setdefault(words, []).append(job.name)
+        links.append((words, job.name))
         for tower, reasons in broken_promises(job.teacher_spec, job.spec, job.expand).items():
             operator = job.expand.tower(tower).width
             broken.append(
                 f"Inexact: in {job.name}, {operator} changes what the {tower} tower computes. {_all(reasons)}."
             )
-    return [f"Expansion of {', '.join(names)}: {words}." for words, names in links.items()] + broken
+    return [f"Expansion of {names}: {words}." for words, names in _grouped(links).items()] + broken
+
+
+def _grouped(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """The names that share a text, from pairs of text and name: a, b and c."""
+    found: dict[str, list[str]] = {}
+    for text, name in pairs:
+        found.setdefault(text, []).append(name)
+    return {text: ", ".join(names) for text, names in found.items()}
 
 
 def _all(reasons: Iterable[str]) -> str:
@@ -154,11 +155,9 @@ def _all(reasons: Iterable[str]) -> str:
 
 def unmeasured(file: Throughput, recipe: Recipe, gpus: int, models: Mapping[str, str], mode: Mode = "exact") -> str:
     """Says that `file` has no measurement of jobs as `gpus` processes train them; `models` by the jobs' names."""
-    settings: dict[str, list[str]] = {}
-    for name, model in models.items():
-        settings.setdefault(_setting(Conditions.of(recipe, gpus, model), mode), []).append(name)
+    settings = _grouped((_setting(Conditions.of(recipe, gpus, model), mode), name) for name, model in models.items())
     has = "" if file.precision == recipe.optimizer.precision else f", which is of {file.precision},"
-    lacking = "; nor ".join(f"in {setting} of {', '.join(names)}" for setting, names in settings.items())
+    lacking = "; nor ".join(f"in {setting} of {names}" for setting, names in settings.items())
     return f"The throughput file{has} has no measurement {lacking}."
 
 
@@ -187,9 +186,9 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
     if not forecast.individual:
         return None
     rows = []
-    for row, found in zip(forecast.plan.rows(mode), forecast.speedups(), strict=False):
+    for item, row, found in zip(forecast.links, forecast.plan.rows(mode), forecast.speedups(), strict=False):
         ratios = [row["speedup"], row["accumulated_speedup"], *(found or ())]
-        rows.append([row["job"], *(ratio(value).strip(" ()") for value in ratios)])
+        rows.append([item.job.name, *(ratio(value).strip(" ()") for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
     notes = [f"Over models trained alone for {epochs:.3g} epochs; so far: over all models up to this one."]
@@ -204,12 +203,11 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     machine = forecast.machine
     if machine is None:
         return None
-    rows = []
-    for item in forecast.trained:
-        fits = [item.memory[engine] for engine in ENGINES]
-        rows.append([item.job.name, *(_gb(fit.stored.total_bytes) + "!" * (not fit.stored_fits) for fit in fits)])
-        again = [_gb(fit.recomputed.total_bytes) + "!" * (not fit.recomputed_fits) for fit in fits]
-        rows.append(["  recomputed", *again])
+    rows = [
+        [name, *(_gb(fit.memory(on).total_bytes) + "!" * (not fit.fits(on)) for fit in item.memory.values())]
+        for item in forecast.trained
+        for name, on in ((item.job.name, False), ("  recomputed", True))
+    ]
     recipe = forecast.plan.recipe
     share = recipe.optimizer.batch // machine.gpus
     micro = sorted({min(recipe.engine_of(item.job.spec.name).micro_batch or share, share) for item in forecast.trained})
@@ -219,23 +217,22 @@ def memory_table(forecast: Forecast) -> TextTable | None:
         f"{share:,} images a GPU{pieces}, which has {room} for them. Recomputed: with engine.recompute; ! does not "
         f"fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
     )
-    unknown: dict[str, list[str]] = {}
-    for item in forecast.trained:
-        for text in not_modelled(recipe.engine_of(item.job.spec.name)):
-            unknown.setdefault(text, []).append(item.job.name)
-    notes = [note, *(f"Not counted, in {', '.join(names)}: {text}." for text, names in unknown.items())]
+    unknown = _grouped(
+        (text, item.job.name)
+        for item in forecast.trained
+        for text in not_modelled(recipe.engine_of(item.job.spec.name))
+    )
+    notes = [note, *(f"Not counted, in {names}: {text}." for text, names in unknown.items())]
     warned = warning(forecast)
     return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [*notes, *([warned] if warned else [])])
 
 
 def _engines(forecast: Forecast) -> str:
     """With which engine which models are trained, and whether recomputed."""
-    ways: dict[str, list[str]] = {}
-    for item in forecast.trained:
-        ways.setdefault(f"with {item.engine}{', recomputed' if item.recompute else ''}", []).append(item.job.name)
-    if len(ways) == 1:
-        return next(iter(ways))
-    return "; ".join(f"{', '.join(names)} {way}" for way, names in ways.items())
+    ways = _grouped(
+        (f"with {item.engine}{', recomputed' if item.recompute else ''}", item.job.name) for item in forecast.trained
+    )
+    return next(iter(ways)) if len(ways) == 1 else "; ".join(f"{names} {way}" for way, names in ways.items())
 
 
 def parts_table(forecast: Forecast, engine: str) -> TextTable:
@@ -244,7 +241,7 @@ def parts_table(forecast: Forecast, engine: str) -> TextTable:
     for item in forecast.trained:
         fit = item.memory[engine]
         for at, part in enumerate((*PARTS, "total_bytes")):
-            cells = [_gb(getattr(memory, part)) for memory in (fit.stored, fit.recomputed)]
+            cells = [_gb(getattr(fit.memory(on), part)) for on in (False, True)]
             rows.append(["" if at else item.job.name, part.removesuffix("_bytes"), *cells])
     note = "Recomputed: with engine.recompute. Overlap: what two parts need, but not at the same time."
     return TextTable(f"Memory with {engine}, in GB", ["Model", "Part", "GB", "Recomputed"], rows, [note], left=2)
@@ -278,14 +275,9 @@ def disk_table(forecast: Forecast) -> TextTable:
     """Disk space of each job, and of the run folder as a whole."""
     rows = [_disk(item) for item in forecast.trained]
     rows.append(["Run folder", "", "", "", _bytes(forecast.disk_peak_bytes()), _bytes(forecast.disk_end_bytes())])
-    distances: dict[str, list[str]] = {}
-    for item in forecast.trained:
-        distances.setdefault(str(forecast.plan.recipe.engine_of(item.job.spec.name).checkpoint_every), []).append(
-            item.job.name
-        )
-    every = " or ".join(
-        f"{text} ({', '.join(names)})" if len(distances) > 1 else text for text, names in distances.items()
-    )
+    jobs, recipe = [item.job for item in forecast.trained], forecast.plan.recipe
+    distances = _grouped((str(recipe.engine_of(job.spec.name).checkpoint_every), job.name) for job in jobs)
+    every = " or ".join(f"{text} ({names})" if len(distances) > 1 else text for text, names in distances.items())
     note = (
         f"A checkpoint every {every}; one more than are kept while the next is written, none after the end. "
         "Metrics, scores and the training set are not in it."

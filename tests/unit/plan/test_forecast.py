@@ -205,7 +205,7 @@ def test_what_fits_depends_on_the_room_of_the_gpu() -> None:
         (small(need.stored.total_bytes / 1.0001e9), False),
     ):
         found = forecast(machine)
-        assert found.links[2].memory["ddp"].stored_fits is fits
+        assert found.links[2].memory["ddp"].fits(False) is fits
         assert (found.remedy is None) is fits
     assert need.recomputed.activations < need.stored.activations
 

@@ -272,8 +272,8 @@ def test_memory_is_marked_where_it_does_not_fit() -> None:
         assert (stored[0], recomputed[0]) == (item.job.name, "  recomputed")
         for engine, kept, again in zip(table.header[1:], stored[1:], recomputed[1:], strict=True):
             fit = item.memory[engine]  # type: ignore[index]
-            assert kept.endswith("!") is not fit.stored_fits
-            assert again.endswith("!") is not fit.recomputed_fits
+            assert kept.endswith("!") is not fit.fits(False)
+            assert again.endswith("!") is not fit.fits(True)
             assert float(kept.rstrip("!")) == pytest.approx(fit.stored.total_bytes / 1e9, rel=0.01)
     said = warning(found)
     assert said is not None
