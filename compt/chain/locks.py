@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import tempfile
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -24,14 +25,20 @@ SECONDS = 60.0
 """Seconds to wait for another process that writes."""
 TOUCHING, STALE = 30.0, 300.0
 """Seconds between two signs of life in a lock file, and without one until the lock counts as given up."""
+EMPTY = 2.0
+"""Seconds after which a lock file without a holder is one of a machine that can lock files there."""
+
+
+_NO_LOCKS = frozenset({errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL})
+"""What `flock` fails with where files cannot be locked: Lustre without -o flock, NFS without its lock service, FUSE."""
 
 
 class _Lock:
     """A lock that ends with its process.
 
-    Where files can be locked, the kernel releases it. Elsewhere (Lustre without -o flock, some FUSE) filelock leaves a
-    file with its pid and host, which would outlive a machine. So the holder touches the file every `TOUCHING` seconds,
-    and a file that was not touched for `STALE` seconds is removed.
+    Where files can be locked, the kernel releases it. Elsewhere the holder writes its pid and host into the file, which
+    would outlive a machine. So the holder touches the file every `TOUCHING` seconds, and a file that was not touched
+    for `STALE` seconds is removed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,17 +47,34 @@ class _Lock:
 
     def acquire(self, seconds: float) -> None:
         """Take the lock. Raises Timeout after `seconds`, and OSError."""
+        there = self._path.exists()
+        try:
+            self._acquire(seconds)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if not there:
+                self._path.unlink(missing_ok=True)
+            self._lock = SoftFileLock(self._path)
+            self._acquire(seconds)
+        if isinstance(self._lock, SoftFileLock):
+            threading.Thread(target=self._touch, daemon=True).start()
+
+    def _acquire(self, seconds: float) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # filelock warns of what is handled here
             try:
                 self._lock.acquire(timeout=seconds)
             except Timeout:
-                if not self._holder() or time.time() - self._path.stat().st_mtime < STALE:
+                if not isinstance(self._lock, SoftFileLock) or self._age() < (STALE if self._holder() else EMPTY):
                     raise
                 self._path.unlink(missing_ok=True)
                 self._lock.acquire(timeout=0)
-        if isinstance(self._lock, SoftFileLock):
-            threading.Thread(target=self._touch, daemon=True).start()
+
+    def _age(self) -> float:
+        """Seconds since the file was touched, by the clock of its file system: machines' clocks differ."""
+        with tempfile.TemporaryFile(dir=self._path.parent) as now:
+            return os.fstat(now.fileno()).st_mtime - self._path.stat().st_mtime
 
     def release(self) -> None:
         """Give the lock back."""

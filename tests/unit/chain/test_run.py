@@ -832,9 +832,12 @@ def test_what_another_process_is_writing_is_left_to_it(base: Path, half: Path, m
     assert not new.exists()
 
 
-def test_without_flock_a_lock_does_not_outlive_its_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_without_flock_a_lock_does_not_outlive_its_machine(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(*_: Any) -> None:
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("fcntl.flock", missing)
     monkeypatch.setattr(chain_locks, "TOUCHING", 0.05)
@@ -850,8 +853,14 @@ def test_without_flock_a_lock_does_not_outlive_its_machine(tmp_path: Path, monke
     stale = rf"pid 4242 on another-host holds {lock}.* stale if that process no longer runs: then remove the file"
     with pytest.raises(RunError, match=stale), locked(tmp_path):
         pass
-    os.utime(lock, (time.time() - 301, time.time() - 301))
-    with locked(tmp_path):
+    for text in ("4242\nanother-host\n", ""):  # no holder: one that could lock files left it
+        lock.write_text(text)
+        os.utime(lock, (time.time() - 301, time.time() - 301))
+        with locked(tmp_path):
+            assert lock.read_text().startswith(f"{os.getpid()}\n")
+    lock.write_text("4242\nanother-host\n")
+    monkeypatch.setattr("time.time", lambda: 1e10)  # this machine's clock, which is not the file system's
+    with pytest.raises(RunError, match=stale), locked(tmp_path):
         pass
 
 
