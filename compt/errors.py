@@ -1,4 +1,4 @@
-"""Errors that are shown to a person as one message, without a traceback, and the exit codes that go with them."""
+"""Errors that the command line prints as one message without a traceback, and their exit codes."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Iterable
 
 
 class ComptError(Exception):
-    """Something that the user can mend. `str()` of it is the whole message."""
+    """An error that the user can fix. `str(error)` is the whole message."""
 
     exit_code = 1
     agreed = False
-    """Whether a collective has raised it on every rank: then rank 0 alone prints it."""
+    """Whether all ranks raise it together. Then only rank 0 prints it."""
     printed = False
-    """Whether the watch has printed it."""
+    """Whether the watch has printed it already."""
 
     def printed_by(self, rank: str) -> bool:
-        """Whether the process of this rank has to print it."""
+        """Whether this rank has to print it."""
         return not self.printed and (rank == "0" or not self.agreed)
 
 
 class ConfigError(ComptError):
-    """A recipe or an option is wrong. Raised before anything starts."""
+    """A recipe or an option is wrong. Raised before any work starts."""
 
     exit_code = 2
 
@@ -39,23 +39,23 @@ class ArtefactError(ComptError):
 
 
 class RunError(ComptError):
-    """A run cannot go on: locked folder, changed recipe, full disk, too many non-finite steps."""
+    """A run cannot continue: locked folder, changed recipe, full disk, too many non-finite steps."""
 
     exit_code = 5
 
 
 class Gone(RunError):
-    """A collective failed because another process has exited or cannot be reached. The ranks that are left raise it."""
+    """A collective failed because another process exited or cannot be reached. Raised on the remaining ranks."""
 
 
 class Interrupted(ComptError):
-    """SIGTERM or SIGUSR1 arrived; a checkpoint was saved. Starting again continues (EX_TEMPFAIL of sysexits.h)."""
+    """SIGTERM, SIGUSR1 or Ctrl-C stopped the run. The same command resumes it (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error is torch's, Python's or the allocator's way to say that memory ran out."""
+    """Whether an error of torch, Python or the allocator means that memory ran out."""
     words = ("out of memory", "can't allocate memory", "alloc_failed")
     named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     return named or (isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words))
