@@ -23,7 +23,7 @@ from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
 from compt.models.scalars import SCALAR_NAMES
-from compt.models.states import State, shape_of
+from compt.models.states import State, check_finite, shape_of
 
 Read = Callable[[str, bool], Tensor]
 """(name of a teacher parameter, whether to read its moving average) -> its tensor."""
@@ -170,19 +170,8 @@ def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:
             f"{list(entry.source_shape)}"
         )
     tensor = tensor.detach()
-    if not _is_finite(tensor):
-        whose = "in the moving average, " if entry.average else ""
-        raise ArtefactError(
-            f"teacher parameter {entry.sources[0]} is not finite: {whose}some of its numbers are NaN or infinite"
-        )
+    check_finite(tensor, f"teacher parameter {entry.sources[0]}{', moving average' if entry.average else ''}")
     return tensor
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinities. Checks some rows at a time, to save memory."""
-    rows = tensor if tensor.ndim else tensor[None]
-    step = max(1, _CHUNK // max(1, rows[:1].numel()))
-    return all(bool(part.isfinite().all()) for part in rows.split(step))
 
 
 def _ground(entry: ExpandedParameter, dtype: torch.dtype, draw: Draw) -> Tensor:

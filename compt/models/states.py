@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compt.errors import ArtefactError
@@ -72,3 +73,10 @@ def check_shapes(
     if problems:
         rest = f" and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise ArtefactError(f"{head}: {'; '.join(problems[:_LISTED])}{rest}")
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Raise ArtefactError, which begins with `what`, for NaN and infinities. A finite tensor takes no more memory."""
+    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
+        broken = tensor.numel() - int(tensor.isfinite().sum())
+        raise ArtefactError(f"{what}: {broken:,} of {tensor.numel():,} numbers are NaN or infinite")

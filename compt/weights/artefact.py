@@ -31,6 +31,7 @@ from compt.models.clip import ClipModel, build, exported_shapes, materialise
 from compt.models.init import load_state
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.models.presets import ModelSpec
+from compt.models.states import check_finite
 from compt.weights.lazy import check_link, plain_name
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
 
@@ -345,7 +346,7 @@ def export_open_clip(source: Artefact, folder: Path) -> None:
         shapes = _expected_shapes(source.state, source.spec)
         metadata = {"format": "pt", "written_by": WRITER}
         for name in shapes:
-            _check_finite(source.path, name, source.state[name])
+            check_finite(source.state[name], f"{source.path}: nothing was exported: {name}")
         write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
         size = source.spec.image_size
         config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess.to_dict(size)}
@@ -353,12 +354,6 @@ def export_open_clip(source: Artefact, folder: Path) -> None:
         processor = source.preprocess.to_hugging_face(size)
         if processor is not None:
             write_json(temporary / HF_PIXELS, processor)
-
-
-def _check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise ArtefactError for a NaN or an infinity. Takes no memory beside the tensor's."""
-    if tensor.numel() and not all(bound.isfinite() for bound in torch.aminmax(tensor)):
-        raise ArtefactError(f"{path}: {name} has values that are not finite (NaN or infinity); nothing was exported")
 
 
 def _weights_hash(digests: Mapping[str, str]) -> str:

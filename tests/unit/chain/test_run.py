@@ -44,7 +44,7 @@ from compt.models.presets import NORM_EPS, PRESETS
 from compt.recipe.read import load_recipe
 from compt.train.metrics import read_metrics
 from compt.weights import lazy as sources_weights
-from compt.weights.artefact import Artefact, export_open_clip, read_artefact
+from compt.weights.artefact import Artefact, export_open_clip, read_artefact, write_artefact
 from tests.dist.spawn import CONTEXT
 from tests.helpers.process import (
     KILLED,
@@ -581,6 +581,16 @@ def test_a_chain_from_an_existing_model(
     deeper = 'family.members.1={"name": "large", "preset": "vit_pico", "depth": 2, "embed_dim": 48}'
     with pytest.raises(RunError, match="teacher: "):
         chain(base, tmp_path / "b", deeper, links, f"chain.from={tmp_path / 'stock'}")
+
+
+def test_a_chain_from_weights_that_are_not_finite_is_refused(base: Path, whole: Path, tmp_path: Path) -> None:
+    given = read_artefact(whole / "jobs" / FIRST / "model")
+    state = dict(given.state)
+    state["visual.proj"][0, 0] = torch.inf
+    write_artefact(tmp_path / "broken", state, given.spec, {})
+    links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
+    with pytest.raises(ArtefactError, match=r"teacher parameter visual\.proj: 1 of [\d,]+ numbers are NaN or infinite"):
+        chain(base, tmp_path / "run", links, f"chain.from={tmp_path / 'broken'}")
 
 
 def test_a_model_that_does_not_fit_is_refused_before_anything_starts(base: Path, whole: Path, tmp_path: Path) -> None:

@@ -137,6 +137,16 @@ def test_a_promise_of_half_precision_says_so(tmp_path: Path, dtype: torch.dtype)
     assert f"{promise}{rounding}.\n" in output
 
 
+def test_weights_that_are_not_finite_are_counted_and_nothing_is_written(tmp_path: Path) -> None:
+    weights = export_state(build(TEACHER, seed=1))
+    weights["visual.proj"][0, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    write_artefact(tmp_path / "model", weights, TEACHER, {})
+    message = f"teacher parameter visual.proj: 3 of {weights['visual.proj'].numel():,} numbers are NaN or infinite"
+    with pytest.raises(ArtefactError, match=re.escape(message)):
+        run(tmp_path / "model", "vit_pico", tmp_path / "out", *GROWN)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_share_that_is_not_everything_is_not_said_to_be() -> None:
     from compt.cli.expand.tables import _share
 
