@@ -322,3 +322,94 @@ def test_a_refusal_passes_on_no_advice_to_load_unsafely(tmp_path, zipped):
     with pytest.raises(ArtefactError) as error:
         open_model(path, SPEC)
     assert "weights_only" not in str(error.value)
+
+
+def call(name: bytes, number: int) -> bytes:
+    """A call of `name` with one large number."""
+    module, _, function = name.rpartition(b".")
+    digits = number.to_bytes(8, "little")
+    return b"c" + module + b"\n" + function + b"\n\x8a\x08" + digits + b"\x85R"
+
+
+def archive_of(path: Path, instructions: bytes) -> Path:
+    """A file of torch.save with one storage of 16 bytes, named 0."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"\x80\x02" + instructions + b".")
+        for name, content in {"version": b"3\n", "byteorder": b"little", "data/0": bytes(16)}.items():
+            archive.writestr(f"model/{name}", content)
+    return path
+
+
+SIBLINGS = {
+    "bytearray": call(b"builtins.bytearray", 1 << 31),
+    "bytearray of Python 2": call(b"__builtin__.bytearray", 1 << 31),
+    "storage": call(b"torch.FloatStorage", 1 << 31),
+    "range": call(b"builtins.range", 1 << 31),
+    "frame": b"\x95" + (1 << 40).to_bytes(8, "little") + b"N",
+    "string": b"X\xff\xff\xff\x7f",
+    "extension": b"\x82\x01",
+    "instance": b"(ios\nsystem\n",
+    "persistent": b"Pname\n",
+    "persistent, not a storage": b"(X\7\0\0\0storageccollections\nOrderedDict\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\4tQ",
+    "arguments": b"ctorch._utils\n_rebuild_qtensor\n)R",
+    "dict of a class": b"ctorch.nn.parameter\nParameter\n}" + SIZE + b"b",
+    "deep": b"(" * 30_000 + b"t" * 30_000 + b"ccopyreg\nname\n",
+}
+
+
+@pytest.mark.parametrize("form", ["archive", "plain", "metadata"])
+@pytest.mark.parametrize("name", SIBLINGS)
+def test_refused_pickles_of_every_kind_cost_nothing_and_change_nothing(tmp_path, name, form):
+    path = tmp_path / "model.pt"
+    if form == "archive":
+        archive_of(path, SIBLINGS[name])
+    else:
+        path.write_bytes(b"\x80\x02" + SIBLINGS[name] + b".")
+    things = (torch.nn.Parameter, torch.Tensor, torch.Size, Inert, ChunkStorageMetadata, Metadata)
+    allowed = dict(torch._weights_only_unpickler._get_allowed_globals())
+    before, used = [dict(vars(thing)) for thing in things], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtefactError, match=r"model\.pt: (refused|not )"):
+        (load_dcp_metadata if form == "metadata" else load_torch_file)(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # kB
+    assert [dict(vars(thing)) for thing in things] == before
+    assert torch._weights_only_unpickler._get_allowed_globals() == allowed
+
+
+def tensor_of(key: bytes, numbers: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
+    """The instructions for {"a": a float32 view of the storage `key`}."""
+
+    def integer(value: int) -> bytes:
+        return b"\x8a\x08" + value.to_bytes(8, "little", signed=True)
+
+    def whole(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(map(integer, values)) + b"t"
+
+    storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX" + len(key).to_bytes(4, "little") + key
+    storage += b"X\3\0\0\0cpu" + integer(numbers) + b"tQ"
+    view = storage + integer(offset) + whole(shape) + whole(stride) + b"\x89ccollections\nOrderedDict\n)R"
+    return b"}X\1\0\0\0actorch._utils\n_rebuild_tensor_v2\n(" + view + b"tRs"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "right"),
+    [
+        ((b"0", 4, 0, (4,), (1,)), True),
+        ((b"0", 4, 1, (2,), (2,)), True),
+        ((b"0", 1 << 40, 0, (1 << 40,), (1,)), False),
+        ((b"0", -4, 0, (4,), (1,)), False),
+        ((b"0", 4, 0, (1 << 40,), (1,)), False),
+        ((b"0", 4, 0, (1 << 20, 1 << 20), (0, 0)), False),
+        ((b"0", 4, 1 << 20, (4,), (1,)), False),
+        ((b"0", 4, -8, (4,), (1,)), False),
+        ((b"0", 4, 3, (4,), (-1,)), False),
+        ((b"9", 4, 0, (4,), (1,)), False),
+        ((b"../version", 4, 0, (4,), (1,)), False),
+    ],
+)
+def test_tensors_that_are_larger_than_their_file_are_refused(tmp_path, tensor, right):
+    path = archive_of(tmp_path / "model.pt", tensor_of(*tensor))
+    if right:
+        assert dict(tensors_in(load_torch_file(path)))["a"].sum() == 0
+        return
+    with pytest.raises(ArtefactError):
+        dict(tensors_in(load_torch_file(path)))
