@@ -7,12 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
 
+from compt.cli.main import main
 from compt.data.decode import evaluation_pixels
 from compt.errors import ArtefactError
 from compt.evaluate.sets import evaluate_set
@@ -105,6 +107,10 @@ def test_eval_gives_the_predictions_of_open_clip(tmp_path: Path, name: str) -> N
         batch = torch.stack([transform(Image.open(path)) for path in paths])
         scores = theirs.encode_image(batch, normalize=True) @ weights
     assert result.predictions.tolist() == scores.argmax(dim=1).tolist()
+    words = ["eval", source, "--data", tmp_path / "images", "--out", tmp_path / "out"]
+    with pytest.raises(SystemExit):
+        main(lambda: [*map(str, words), "--templates", str(tmp_path / "images" / "templates.txt")])
+    assert np.load(tmp_path / "out" / "images.npz")["predictions"].tolist() == result.predictions.tolist()
     assert len(set(result.predictions.tolist())) > 3, "a model that says one thing always proves nothing"
     other = evaluate_set(found.load_model(), item, EvalSettings(Preprocess((0.1, 0.6, 0.9)), tmp_path))
     assert other.predictions.tolist() != result.predictions.tolist()
