@@ -37,12 +37,6 @@ class Setup(Blueprint):
         return cls(**vars(Blueprint.of(job, recipe, base)), captions=data.captions, tokens=data.caption_tokens)
 
 
-def pieces_of(setup: Setup, batch: int) -> list[int]:
-    """The sizes of the pieces of a batch that go through the models one after another."""
-    size = setup.engine.micro_batch or batch
-    return [min(size, batch - start) for start in range(0, batch, size)]
-
-
 def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     """Lengths of the captions of each piece of a batch, ascending, so that `setup.tokens` tokens are computed.
 
@@ -54,8 +48,8 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     whole = sum(tokens.values())
     shares = [(min(length, context), share / whole) for length, share in sorted(tokens.items())]
     pieces, owed = [], 0.0
-    for rows in pieces_of(setup, batch):
-        count, start = rows * setup.captions, 0
+    for piece in torch.arange(batch).split(setup.engine.micro_batch or batch):
+        count, start = len(piece) * setup.captions, 0
         lengths: list[int] = []
         for group in torch.arange(count).chunk(setup.engine.text_buckets):
             size = len(group)

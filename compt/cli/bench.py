@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from compt.cli.options import (
+    RECIPE,
     AsJson,
     CaptionLengths,
     DeviceName,
     Gpus,
     Kind,
     MachineOptions,
+    ModeName,
     Overrides,
     RecipePath,
     ThroughputFile,
-    complete_recipe,
     one_of,
+    option,
     print_json,
     read_tokens,
 )
@@ -36,7 +38,7 @@ from compt.plan.forecast import check_shares, default_gpus
 from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
 from compt.plan.jobs import Job, make_plan
 from compt.recipe.engine import ENGINE_NAMES, EngineConfig, changed_engine
-from compt.recipe.read import find_recipe, load_recipe
+from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import TextTable, hours, say, show
 
@@ -101,12 +103,6 @@ def _captions(text: str | None, recipe: Recipe | None) -> list[int]:
     return numbers
 
 
-def _tokens(text: str | None, recipe: Recipe | None) -> Tokens:
-    if text is None:
-        return recipe.data.caption_tokens if recipe else None
-    return read_tokens(text)
-
-
 def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device: str) -> int | None:
     """Images of a step, None for the most that fit; by default a GPU's share of the recipe's batch.
 
@@ -129,17 +125,12 @@ def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device:
 
 
 def _setups(
-    jobs: _Jobs,
-    captions: list[int],
-    *,
-    tokens: Tokens,
-    precision: Any = None,
-    engine: str | None = None,
-    compile: bool = False,
-    recompute: bool = False,
-    seed: int = 0,
+    jobs: _Jobs, captions: list[int], tokens: Tokens, precision: str | None, engine: dict[str, Any], seed: int
 ) -> list[Setup]:
-    """Each model alone and, in a chain, with its teacher; for each number of captions."""
+    """Each model alone and, in a chain, with its teacher; for each number of captions.
+
+    `engine` has what the command line says, as far as it is set.
+    """
     from compt.bench.step import Setup
 
     if jobs.recipe is None:
@@ -147,8 +138,7 @@ def _setups(
         plain = [Setup(student=spec, teacher=teacher, engine=common) for spec, teacher in jobs.pairs]
     else:
         plain = [Setup.of_job(job, jobs.recipe, Path.cwd()) for job in jobs.links]
-    asked = {"name": engine, "compile": compile, "recompute": recompute}
-    changes = {key: value for key, value in asked.items() if value} | {"async_checkpoints": False}  # nothing is saved
+    changes = {key: value for key, value in engine.items() if value} | {"async_checkpoints": False}  # nothing is saved
     setups = []
     for setup in plain:
         config = changed_engine(setup.engine, changes)
@@ -166,46 +156,30 @@ def throughput(
         list[str] | None,
         typer.Argument(metavar="MODELS", help="presets, or links of --family", show_default="all"),
     ] = None,
-    family: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RECIPE",
-            help="recipe whose jobs are measured, as it trains them",
-            callback=lambda path: path and find_recipe(path),
-            autocompletion=complete_recipe,
-        ),
-    ] = None,
+    family: Annotated[Path | None, option("recipe whose jobs are measured, as it trains them", **RECIPE)] = None,
     captions: Annotated[
-        str | None, typer.Option(metavar="N,...", help="captions an image", show_default="4 or the recipe's, and 6")
+        str | None, option("captions an image", metavar="N,...", default="4 or the recipe's, and 6")
     ] = None,
     tokens: CaptionLengths = None,
     batch: Annotated[
         str | None,
-        typer.Option(
-            metavar="N|auto",
-            help="images of a step; auto: the most that fit",
-            show_default="auto; with --family a share",
-        ),
+        option("images of a step; auto: the most that fit", metavar="N|auto", default="auto; with --family a share"),
     ] = None,
     gpus: Annotated[
-        int | None, typer.Option(metavar="N", help="GPUs that share the batch of --family", show_default="as in plan")
+        int | None, option("GPUs that share the batch of --family", metavar="N", default="as in plan")
     ] = None,
     max_batch: Annotated[
-        int | None, typer.Option(metavar="N", help="largest batch to try", show_default="8192, on a CPU 256", min=1)
+        int | None, option("largest batch to try", metavar="N", default="8192, on a CPU 256", min=1)
     ] = None,
-    precision: Annotated[
-        Precision | None, typer.Option(help="number format", show_default="bf16 or the recipe's")
-    ] = None,
+    precision: Annotated[Precision | None, option("number format", default="bf16 or the recipe's")] = None,
     device: DeviceName = "auto",
-    seconds: Annotated[float, typer.Option(metavar="S", help="time for each job, at least three steps", min=0)] = 2.0,
-    engine: Annotated[str | None, one_of(ENGINE_NAMES, "engine", show_default="ddp or the recipe's")] = None,
-    compile_: Annotated[bool, typer.Option("--compile", help="compile the blocks with torch.compile")] = False,
-    recompute: Annotated[bool, typer.Option("--recompute", help="recompute blocks in the backward pass")] = False,
-    seed: Annotated[int, typer.Option(metavar="N", help="seed of weights, images and captions")] = 0,
-    out: Annotated[Path, typer.Option(metavar="FILE", help="file of results, which a rerun continues")] = Path(
-        "throughput.json"
-    ),
-    fresh: Annotated[bool, typer.Option("--fresh", help="delete earlier results")] = False,
+    seconds: Annotated[float, option("time for each job, at least three steps", metavar="S", min=0)] = 2.0,
+    engine: Annotated[str | None, one_of(ENGINE_NAMES, "engine", default="ddp or the recipe's")] = None,
+    compile_: Annotated[bool, option("compile the blocks with torch.compile", "--compile")] = False,
+    recompute: Annotated[bool, option("recompute blocks in the backward pass", "--recompute")] = False,
+    seed: Annotated[int, option("seed of weights, images and captions", metavar="N")] = 0,
+    out: Annotated[Path, option("file of results, which a rerun continues", metavar="FILE")] = Path("throughput.json"),
+    fresh: Annotated[bool, option("delete earlier results", "--fresh")] = False,
 ) -> None:
     """Time the training steps of models on this device.
 
@@ -215,7 +189,9 @@ def throughput(
     """
     # Wrong arguments end the command here, before torch loads, which takes seconds.
     jobs = _jobs(models or [], family)
-    numbers, lengths = _captions(captions, jobs.recipe), _tokens(tokens, jobs.recipe)
+    numbers = _captions(captions, jobs.recipe)
+    own = jobs.recipe.data.caption_tokens if jobs.recipe else None
+    lengths = own if tokens is None else read_tokens(tokens)
 
     from compt.bench.throughput import run
     from compt.dist import collectives as dist
@@ -224,16 +200,8 @@ def throughput(
     if dist.world_size() > 1:
         raise ConfigError("compt bench throughput measures one device: start it without torchrun")
     size = _batch(batch, gpus, jobs, str(family), chosen.type)
-    setups = _setups(
-        jobs,
-        numbers,
-        tokens=lengths,
-        precision=precision or (None if jobs.recipe else "bf16"),
-        engine=engine,
-        compile=compile_,
-        recompute=recompute,
-        seed=seed,
-    )
+    how = {"name": engine, "compile": compile_, "recompute": recompute}
+    setups = _setups(jobs, numbers, lengths, precision or (None if jobs.recipe else "bf16"), how, seed)
     shown: list[Measurement] = []
 
     def tell(entry: Measurement, kept: bool) -> None:
@@ -250,9 +218,7 @@ def throughput(
 
 def _words(entry: Measurement) -> list[str]:
     with_teacher = f" with {entry.teacher.name}" if entry.teacher else ""
-    cells = [f"{entry.student.name}{with_teacher}", f"{entry.captions} captions of {entry.tokens:.3g}"]
-    if how := _how(entry):
-        cells.append(how)
+    cells = [f"{entry.student.name}{with_teacher}", f"{entry.captions} captions of {entry.tokens:.3g}", _how(entry)]
     if entry.seconds_per_sample is None:
         return [*cells, str(entry.failure)]
     return [*cells, f"batch {entry.batch}", f"{1 / entry.seconds_per_sample:,.4g} samples/s"]
@@ -271,20 +237,14 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
 
     rows = []
     for entry in entries:
-        names = [
-            " ".join(filter(None, [entry.student.name, _how(entry)])),
-            entry.teacher.name if entry.teacher else "-",
-        ]
-        cells = [*names, str(entry.captions), f"{entry.tokens:.3g}"]
+        teacher = entry.teacher.name if entry.teacher else "-"
+        cells = [f"{entry.student.name} {_how(entry)}".strip(), teacher, str(entry.captions), f"{entry.tokens:.3g}"]
         if entry.seconds_per_sample is None or entry.low is None or entry.high is None:
             rows.append([*cells, "-", str(entry.failure), "-", "-", "-"])
             continue
         memory, mfu = entry.peak_memory_bytes, entry.mfu
-        cells += [
-            str(entry.batch),
-            f"{1 / entry.seconds_per_sample:,.4g}",
-            f"{1 / entry.high:,.3g}-{1 / entry.low:,.3g}",
-        ]
+        span = f"{1 / entry.high:,.3g}-{1 / entry.low:,.3g}"
+        cells += [str(entry.batch), f"{1 / entry.seconds_per_sample:,.4g}", span]
         rows.append([*cells, "-" if memory is None else f"{memory / 2**30:.2f}", "-" if mfu is None else f"{mfu:.1%}"])
     notes = ["Measured. Samples/s: median, and slowest to fastest step, with the forward pass of the teacher."]
     if searched:
@@ -302,7 +262,7 @@ def gpu_hours(
     throughput: ThroughputFile = None,
     kind: Kind = None,
     gpus: Gpus = None,
-    mode: Annotated[Mode, typer.Option(help="count what compt computes (exact), or as published (paper)")] = "exact",
+    mode: ModeName = "exact",
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
@@ -336,6 +296,13 @@ def gpu_hours(
     show(own, so_far, *([_published_table(paper)] if paper else []))
 
 
+def _pair(row: HoursRow, alone: list[str], chain: list[str]) -> list[list[str]]:
+    """The rows of one model: trained alone, if the recipe says how, and as a link of the chain."""
+    if row.individual_epochs is None:
+        return [[row.model, "chain", *chain]]
+    return [[row.model, "alone", *alone], ["", "chain", *chain]]
+
+
 def _cells(value: Hours | None, speedup: float | None = None) -> list[str]:
     """GPU-hours, their range, the acceleration, and what they rest on."""
     if value is None:
@@ -352,32 +319,22 @@ _HOURS = ("GPU-hours", "Range", "Speed-up", "Basis")
 def _hours_table(rows: list[HoursRow], title: str) -> TextTable:
     body = []
     for row in rows:
-        name = row.model
-        if row.individual_epochs is not None:
-            body.append([name, "alone", f"{row.individual_epochs:.3g}", *_cells(row.individual)])
-            name = ""
-        body.append([name, "chain", f"{row.epochs:.3g}", *_cells(row.chain, row.speedup)])
+        alone = [f"{row.individual_epochs or 0:.3g}", *_cells(row.individual)]
+        body += _pair(row, alone, [f"{row.epochs:.3g}", *_cells(row.chain, row.speedup)])
     notes = ["Projected: by the model of docs/hardware.md. Alone: trained from scratch, without a chain."]
     return TextTable(title, ["Model", "Trained", "Epochs", *_HOURS], body, notes, left=2)
 
 
 def _so_far_table(rows: list[HoursRow], gpus: int, notes: list[str]) -> TextTable:
     """Sums over all models up to each."""
-    body = []
+    body, several = [], gpus > 1
     for row in rows:
-        name, total = row.model, row.chain_accumulated
-        if row.individual_epochs is not None:
-            body.append([name, "alone", *_cells(row.individual_accumulated), ""])
-            name = ""
-        body.append(
-            [name, "chain", *_cells(total, row.accumulated_speedup), hours(total.wall_hours if total else None)]
-        )
-    header = ["Model", "Trained", *_HOURS, f"On {gpus} GPUs"]
-    if gpus == 1:
-        header, body = header[:-1], [row[:-1] for row in body]
-    else:
-        notes = [f"On {gpus} GPUs: wall time of the chain so far, without any waiting for ranks or data.", *notes]
-    return TextTable("Up to each model", header, body, notes, left=2)
+        total = row.chain_accumulated
+        chain = [*_cells(total, row.accumulated_speedup), *[hours(total.wall_hours if total else None)] * several]
+        body += _pair(row, [*_cells(row.individual_accumulated), *[""] * several], chain)
+    header = ["Model", "Trained", *_HOURS, *[f"On {gpus} GPUs"] * several]
+    wall = f"On {gpus} GPUs: wall time of the chain so far, without any waiting for ranks or data."
+    return TextTable("Up to each model", header, body, [*[wall] * several, *notes], left=2)
 
 
 def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, file: Throughput | None) -> list[str]:

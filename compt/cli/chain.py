@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compt.cli.options import Baselines, Overrides, RecipePath, RunFolder, complete_recipe
+from compt.cli.options import RECIPE, RECIPE_HELP, Baselines, Overrides, RecipePath, RunFolder, option
 from compt.errors import ConfigError
-from compt.recipe.read import find_recipe, load_recipe
+from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import say
 
@@ -24,22 +24,14 @@ def chain(
     set_: Overrides = None,
     run: RunFolder = None,
     baselines: Baselines = False,
-    controls: Annotated[bool, typer.Option("--controls", help="also train the controls of the last link")] = False,
+    controls: Annotated[bool, option("also train the controls of the last link", "--controls")] = False,
     only: Annotated[
-        list[str] | None, typer.Option("--only", metavar="NAME", help="train only this model of the run; repeatable")
+        list[str] | None, option("train only this model of the run; repeatable", "--only", metavar="NAME")
     ] = None,
-    estimate: Annotated[
-        bool, typer.Option("--estimate", help="first time a few steps to predict the duration")
-    ] = False,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="lengthen the links until the first pair is lossless")
-    ] = False,
-    target: Annotated[
-        float | None, typer.Option(metavar="X", help="acceleration to try first, with --calibrate")
-    ] = None,
-    calibrate_on: Annotated[
-        str | None, typer.Option(metavar="SET", help="evaluation set to compare on, with --calibrate")
-    ] = None,
+    estimate: Annotated[bool, option("first time a few steps to predict the duration", "--estimate")] = False,
+    calibrate: Annotated[bool, option("lengthen the links until the first pair is lossless", "--calibrate")] = False,
+    target: Annotated[float | None, option("acceleration to try first, with --calibrate", metavar="X")] = None,
+    calibrate_on: Annotated[str | None, option("evaluation set to compare on, with --calibrate", metavar="SET")] = None,
 ) -> None:
     """Train a chain, or continue the run in its folder.
 
@@ -62,19 +54,9 @@ def chain(
 
 
 def demo(
-    fresh: Annotated[bool, typer.Option("--fresh", help="delete an earlier run and start again")] = False,
-    run: Annotated[Path, typer.Option("--run-folder", "--run", metavar="FOLDER", help="run folder")] = Path(
-        "runs/demo"
-    ),
-    recipe: Annotated[
-        Path,
-        typer.Option(
-            metavar="RECIPE",
-            help="YAML file, or the name of a shipped recipe",
-            callback=find_recipe,
-            autocompletion=complete_recipe,
-        ),
-    ] = Path("demo"),
+    fresh: Annotated[bool, option("delete an earlier run and start again", "--fresh")] = False,
+    run: Annotated[Path, option("run folder", "--run-folder", "--run", metavar="FOLDER")] = Path("runs/demo"),
+    recipe: Annotated[Path, option(RECIPE_HELP, **RECIPE)] = Path("demo"),
     set_: Overrides = None,
 ) -> None:
     """Train a chain of small CLIP models on emoji images, on a CPU."""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from compt.cli.options import AsJson, print_json
+from compt.cli.options import AsJson, option, print_json
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.design.curves import Curves, LinkCurve, Point, Target, names, read_curves
 from compt.files import write_bytes, write_json, write_text
@@ -20,16 +20,14 @@ def curves(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUNS", help="run folders, or results kept of them", show_default=False)
     ],
-    on: Annotated[
-        str | None, typer.Option(metavar="SET", help="evaluation set", show_default="the primary set of the runs")
-    ] = None,
+    on: Annotated[str | None, option("evaluation set", metavar="SET", default="the primary set of the runs")] = None,
     target: Annotated[
-        Target, typer.Option(help=f"accuracy to reach; lossless is {LOSSLESS_POINTS} points below the baseline")
+        Target, option(f"accuracy to reach; lossless is {LOSSLESS_POINTS} points below the baseline")
     ] = "baseline",
-    average_seeds: Annotated[bool, typer.Option("--average-seeds", help="average over the seeds of a link")] = False,
+    average_seeds: Annotated[bool, option("average over the seeds of a link", "--average-seeds")] = False,
     as_json: AsJson = False,
     out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="also write curves.json, curves.svg and curves.png here")
+        Path | None, option("also write curves.json, curves.svg and curves.png here", metavar="FOLDER")
     ] = None,
 ) -> None:
     """Measure how many epochs links need to match baselines.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compt.cli.options import MaxBadShare, progress_bar
+from compt.cli.options import MaxBadShare, option, progress_bar
 from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
 from compt.text import TextTable, show
 
@@ -16,19 +16,13 @@ Shards = Annotated[
     list[str],
     typer.Argument(metavar="SHARDS", help="tars, globs, or data-{000000..000331}.tar", show_default=False),
 ]
-CaptionsCsv = Annotated[
-    Path | None, typer.Option(metavar="FILE", help="table of captions: CSV, TSV, JSONL, JSON or Parquet")
-]
+CaptionsCsv = Annotated[Path | None, option("table of captions: CSV, TSV, JSONL, JSON or Parquet", metavar="FILE")]
 CaptionColumns = Annotated[
-    list[str] | None,
-    typer.Option(metavar="NAME", help="column with captions; may be repeated", show_default="the known names"),
+    list[str] | None, option("column with captions; may be repeated", metavar="NAME", default="the known names")
 ]
-MinMatched = Annotated[
-    float, typer.Option(metavar="SHARE", min=0, max=1, help="share of samples that need a row of the table")
-]
+MinMatched = Annotated[float, option("share of samples that need a row of the table", metavar="SHARE", min=0, max=1)]
 IndexFolder = Annotated[
-    Path | None,
-    typer.Option("--index-dir", "--out", metavar="FOLDER", help="folder of the index", show_default=".compt-index"),
+    Path | None, option("folder of the index", "--index-dir", "--out", metavar="FOLDER", default=".compt-index")
 ]
 
 
@@ -61,10 +55,10 @@ def check(
     min_matched: MinMatched = MIN_MATCHED,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     index_dir: IndexFolder = None,
-    context_length: Annotated[int, typer.Option(metavar="N", help="tokens that the text tower takes")] = 77,
-    workers: Annotated[int | None, typer.Option(metavar="N", help="processes", show_default="one a core")] = None,
-    hashes: Annotated[bool, typer.Option("--hashes", help="compare every byte with the first --hashes")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+    context_length: Annotated[int, option("tokens that the text tower takes", metavar="N")] = 77,
+    workers: Annotated[int | None, option("processes", metavar="N", default="one a core")] = None,
+    hashes: Annotated[bool, option("compare every byte with the first --hashes", "--hashes")] = False,
+    as_json: Annotated[bool, option("print the report as JSON", "--json")] = False,
 ) -> None:
     """Read every sample of a WebDataset and report problems.
 

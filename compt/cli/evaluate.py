@@ -18,6 +18,7 @@ from compt.cli.options import (
     Templates,
     Workers,
     one_of,
+    option,
     print_json,
 )
 from compt.models.presets import is_own_swin
@@ -34,12 +35,10 @@ Source = Annotated[
     typer.Argument(metavar="MODEL", help="folder, file, checkpoint, or ARCH:TAG of open_clip", show_default=False),
 ]
 SourceModel = Annotated[
-    str | None,
-    typer.Option("--model", "--teacher-model", metavar="NAME", help="architecture of MODEL, if its files have none"),
+    str | None, option("architecture of MODEL, if its files have none", "--model", "--teacher-model", metavar="NAME")
 ]
 SourcePrefix = Annotated[
-    str | None,
-    typer.Option("--prefix", "--teacher-prefix", metavar="P", help="prefix of its parameters, as in module.student."),
+    str | None, option("prefix of its parameters, as in module.student.", "--prefix", "--teacher-prefix", metavar="P")
 ]
 
 
@@ -73,7 +72,7 @@ def evaluation_set(
 
 def evaluate(
     model: Source,
-    data: Annotated[list[str], typer.Option(metavar="DATA", help="shards (repeatable), or a folder of class folders")],
+    data: Annotated[list[str], option("shards (repeatable), or a folder of class folders", metavar="DATA")],
     task: Annotated[str, one_of(EVALUATION_TASKS, "what to compute")] = "zeroshot",
     label: Label = "cls",
     classnames: ClassNames = None,
@@ -83,11 +82,9 @@ def evaluate(
     batch: BatchSize = 256,
     workers: Workers = 0,
     device: DeviceName = "auto",
-    precision: Annotated[Literal["fp32", "bf16", "fp16"], typer.Option(help="number format of the model")] = "fp32",
-    out: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="also write NAME.json and NAME.npz to this folder")
-    ] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="also show the accuracy of each class")] = False,
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], option("number format of the model")] = "fp32",
+    out: Annotated[Path | None, option("also write NAME.json and NAME.npz to this folder", metavar="FOLDER")] = None,
+    per_class: Annotated[bool, option("also show the accuracy of each class", "--per-class")] = False,
     as_json: AsJson = False,
     name: SourceModel = None,
     prefix: SourcePrefix = None,

@@ -6,6 +6,7 @@ die of SIGUSR1. `compt launch` runs a launcher, passes signals to the ranks, and
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -43,34 +44,23 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
     `--deepspeed_config F` sets engine.deepspeed_config, and engine.name by the stage in the file unless `--set` does;
     `--deepspeed` beside it changes nothing. Raises ConfigError.
     """
-    kept: list[str] = []
-    config: str | None = None
-    bare = False
-    left = list(words)
-    while left:
-        word = left.pop(0)
-        name, equals, value = word.partition("=")
-        if name == "--deepspeed" and not equals:
-            bare = True
-            continue
-        if name not in ("--recipe", "--local_rank", "--local-rank", "--deepspeed_config"):
-            kept.append(word)
-            continue
-        if not equals:
-            if not left:
-                raise ConfigError(f"{name} needs a value")
-            value = left.pop(0)
-        if name == "--recipe":
-            kept.append(value)
-        elif name == "--deepspeed_config":
-            config = value
-        else:
-            environment.setdefault("LOCAL_RANK", value)
-    if config is not None:
-        kept += ["--set", f"engine.deepspeed_config={json.dumps(config)}"]
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, exit_on_error=False)
+    for names in (("--recipe",), ("--local_rank", "--local-rank"), ("--deepspeed_config",)):
+        parser.add_argument(*names)
+    parser.add_argument("--deepspeed", action="store_true")
+    try:
+        known, kept = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from None
+    if known.recipe is not None:
+        kept.insert(0, known.recipe)
+    if known.local_rank is not None:
+        environment.setdefault("LOCAL_RANK", known.local_rank)
+    if known.deepspeed_config is not None:
+        kept += ["--set", f"engine.deepspeed_config={json.dumps(known.deepspeed_config)}"]
         if not _sets_engine(kept):
-            kept += ["--set", f"engine.name=zero{zero_stage(Path(config))}"]
-    elif bare:
+            kept += ["--set", f"engine.name=zero{zero_stage(Path(known.deepspeed_config))}"]
+    elif known.deepspeed:
         raise ConfigError("--deepspeed needs --deepspeed_config FILE, or --set engine.name=zero2")
     return ["chain", *kept]
 

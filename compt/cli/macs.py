@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compt.cli.options import AsJson, CaptionLengths, print_json, read_tokens
+from compt.cli.options import AsJson, CaptionLengths, ModeName, option, print_json, read_tokens
 from compt.cost.counts import Tokens
 from compt.cost.published import PAPER_PARAMETER_MACS, PAPER_TEXT_PASSES, PAPER_TOKENS, paper_breakdown
 from compt.cost.training import Breakdown, Mode, Part, Record, exact_breakdown
@@ -25,23 +25,19 @@ SUMMED = ("parameters", "forward_macs", "backward_macs", "recompute_macs", "upda
 def macs_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="preset, as vit_s16", show_default=False)],
     set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="set a size of the model, as in width=448; repeatable"),
+        list[str] | None, option("set a size of the model, as in width=448; repeatable", "--set", metavar="KEY=VALUE")
     ] = None,
-    teacher: Annotated[str | None, typer.Option(metavar="NAME", help="preset of the teacher")] = None,
+    teacher: Annotated[str | None, option("preset of the teacher", metavar="NAME")] = None,
     teacher_set: Annotated[
-        list[str] | None,
-        typer.Option("--teacher-set", metavar="KEY=VALUE", help="set a size of the teacher; repeatable"),
+        list[str] | None, option("set a size of the teacher; repeatable", "--teacher-set", metavar="KEY=VALUE")
     ] = None,
-    batch: Annotated[int, typer.Option(metavar="N", min=1, help="images of a step, over all ranks")] = BATCH,
-    captions: Annotated[
-        int | None, typer.Option(metavar="N", min=1, show_default=str(CAPTIONS), help="captions of an image")
-    ] = None,
+    batch: Annotated[int, option("images of a step, over all ranks", metavar="N", min=1)] = BATCH,
+    captions: Annotated[int | None, option("captions of an image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
-    mode: Annotated[Mode, typer.Option(help="count what compt computes (exact), or as published (paper)")] = "exact",
-    recompute: Annotated[bool, typer.Option("--recompute", help="run forward twice, as with micro-batches")] = False,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="with activation checkpointing")] = False,
-    chunked_loss: Annotated[bool, typer.Option("--chunked-loss", help="with engine.loss_chunk")] = False,
+    mode: ModeName = "exact",
+    recompute: Annotated[bool, option("run forward twice, as with micro-batches", "--recompute")] = False,
+    checkpointing: Annotated[bool, option("with activation checkpointing", "--checkpointing")] = False,
+    chunked_loss: Annotated[bool, option("with engine.loss_chunk", "--chunked-loss")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the parameters and MACs of a model, part by part.

@@ -30,7 +30,7 @@ from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
-from compt.cli.options import PlainCommand, PlainGroup
+from compt.cli.options import PlainCommand, PlainGroup, option
 from compt.cli.plan.command import plan
 from compt.dist.environment import has_others, own_rank
 from compt.errors import ComptError, ConfigError, RunError
@@ -97,7 +97,7 @@ for _name, (_about, _commands) in GROUPS.items():
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="print the version and exit", is_eager=True)] = False,
+    version: Annotated[bool, option("print the version and exit", "--version", is_eager=True)] = False,
 ) -> None:
     if version:
         typer.echo(f"compt {__version__}")

@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 from compt.cost.counts import Tokens
 from compt.cost.gpus import Device, find_device
 from compt.cost.speed import Throughput
+from compt.cost.training import Mode
 from compt.errors import ConfigError
 from compt.plan.forecast import Machine, default_gpus
 from compt.recipe.read import find_recipe, shipped_recipes
@@ -84,69 +85,60 @@ def complete_recipe(incomplete: str) -> list[str]:
     return [name for name in shipped_recipes() if name.startswith(incomplete)] + sorted(paths)
 
 
-def option(panel: str, text: str, *names: str, default: str | None = None, **rest: Any) -> Any:
-    """An option in the section `panel` of the help. `default`: the default in words."""
+def option(text: str, *names: str, default: str | None = None, panel: str | None = None, **rest: Any) -> Any:
+    """An option with the help `text`. `default`: the default in words. `panel`: its section of the help."""
     return typer.Option(*names, help=text, show_default=default or True, rich_help_panel=panel, **rest)
 
 
-RecipePath = Annotated[
-    Path,
-    typer.Argument(
-        metavar="RECIPE",
-        help="YAML file, or the name of a shipped recipe",
-        show_default=False,
-        callback=find_recipe,
-        autocompletion=complete_recipe,
-    ),
-]
+RECIPE: dict[str, Any] = {
+    "metavar": "RECIPE",
+    "callback": lambda path: path and find_recipe(path),
+    "autocompletion": complete_recipe,
+}
+RECIPE_HELP = "YAML file, or the name of a shipped recipe"
+RecipePath = Annotated[Path, typer.Argument(help=RECIPE_HELP, show_default=False, **RECIPE)]
 Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="set a field, as in optimizer.lr=5e-4; repeatable"),
+    list[str] | None, option("set a field, as in optimizer.lr=5e-4; repeatable", "--set", metavar="KEY=VALUE")
 ]
 RunFolder = Annotated[
-    Path | None,
-    typer.Option("--run-folder", "--run", metavar="FOLDER", help="run folder", show_default="runs/NAME of the recipe"),
+    Path | None, option("run folder", "--run-folder", "--run", metavar="FOLDER", default="runs/NAME of the recipe")
 ]
-Baselines = Annotated[bool, typer.Option("--baselines", help="also train every model from scratch")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Baselines = Annotated[bool, option("also train every model from scratch", "--baselines")]
+AsJson = Annotated[bool, option("print JSON", "--json")]
 Kind = Annotated[
     Literal["a100", "a100-40", "a100-80", "h100", "h200"] | None,
-    typer.Option(help="kind of GPU to plan for", case_sensitive=False, show_default=KIND),
+    option("kind of GPU to plan for", case_sensitive=False, default=KIND),
 ]
-Gpus = Annotated[
-    int | None, typer.Option(metavar="N", help="GPUs of a job", show_default="8, or fewer that divide the batch")
-]
+Gpus = Annotated[int | None, option("GPUs of a job", metavar="N", default="8, or fewer that divide the batch")]
 ThroughputFile = Annotated[
-    Path | None,
-    typer.Option("--throughput", metavar="FILE", help="speeds measured by `compt bench throughput`"),
+    Path | None, option("speeds measured by `compt bench throughput`", "--throughput", metavar="FILE")
 ]
 CaptionLengths = Annotated[
-    str | None,
-    typer.Option("--tokens", metavar="LENGTHS", help="computed tokens a caption: 30, or 20:0.7,40:0.3, or context"),
+    str | None, option("computed tokens a caption: 30, or 20:0.7,40:0.3, or context", "--tokens", metavar="LENGTHS")
 ]
 _DEVICES = ["auto", "cpu", "cuda"]
 DeviceName = Annotated[
-    str,
-    typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda or cuda:N", autocompletion=lambda: _DEVICES),
+    str, option("auto, cpu, cuda or cuda:N", "--device", metavar="DEVICE", autocompletion=lambda: _DEVICES)
 ]
+ModeName = Annotated[Mode, option("count what compt computes (exact), or as published (paper)", "--mode")]
 _SCORING = "Scoring"
-BatchSize = Annotated[int, option(_SCORING, "images of a step", "--batch", metavar="N", min=1)]
-Workers = Annotated[int, option(_SCORING, "processes that decode images", "--workers", metavar="N", min=0)]
-MaxBadShare = Annotated[
-    float, typer.Option(metavar="SHARE", min=0, max=1, help="share of unusable samples that is accepted")
+BatchSize = Annotated[int, option("images of a step", "--batch", metavar="N", min=1, panel=_SCORING)]
+Workers = Annotated[int, option("processes that decode images", "--workers", metavar="N", min=0, panel=_SCORING)]
+MaxBadShare = Annotated[float, option("share of unusable samples that is accepted", metavar="SHARE", min=0, max=1)]
+Label = Annotated[
+    str, option("cls, or the field of each .json with the class", "--label", metavar="NAME", panel=_SCORING)
 ]
-Label = Annotated[str, option(_SCORING, "cls, or the field of each .json with the class", "--label", metavar="NAME")]
 ClassNames = Annotated[
     Path | None,
-    option(_SCORING, "class names, one a line", "--classnames", metavar="FILE", default="beside the data"),
+    option("class names, one a line", "--classnames", metavar="FILE", default="beside the data", panel=_SCORING),
 ]
 ClassOrder = Annotated[
     Literal["name", "number"] | None,
-    option(_SCORING, "order of class folders, where names and numbers differ", "--class-order"),
+    option("order of class folders, where names and numbers differ", "--class-order", panel=_SCORING),
 ]
 Templates = Annotated[
     Path | None,
-    option(_SCORING, "templates with {c}, one a line", "--templates", metavar="FILE", default="beside the data"),
+    option("templates with {c}, one a line", "--templates", metavar="FILE", default="beside the data", panel=_SCORING),
 ]
 
 
@@ -165,7 +157,7 @@ def one_of(names: OneOf, text: str, **more: Any) -> Any:
     def complete(incomplete: str) -> list[str]:
         return [name for name in names.table if name.startswith(incomplete)]
 
-    return typer.Option(parser=read, metavar=f"<{'|'.join(names.table)}>", autocompletion=complete, help=text, **more)
+    return option(text, parser=read, metavar=f"<{'|'.join(names.table)}>", autocompletion=complete, **more)
 
 
 @contextlib.contextmanager

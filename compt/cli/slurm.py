@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from compt.cli.options import Overrides, RecipePath, RunFolder
+from compt.cli.options import Overrides, RecipePath, RunFolder, option
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
 from compt.text import say
@@ -18,14 +18,14 @@ def submit(
     recipe: RecipePath,
     set_: Overrides = None,
     run: RunFolder = None,
-    nodes: Annotated[int, typer.Option(metavar="N", help="nodes of a link without `nodes`", min=1)] = 1,
-    gpus: Annotated[int, typer.Option(metavar="N", help="GPUs of a node, one process each", min=1)] = 8,
-    baselines: Annotated[bool, typer.Option("--baselines", help="also train the baselines, as a job array")] = False,
+    nodes: Annotated[int, option("nodes of a link without `nodes`", metavar="N", min=1)] = 1,
+    gpus: Annotated[int, option("GPUs of a node, one process each", metavar="N", min=1)] = 8,
+    baselines: Annotated[bool, option("also train the baselines, as a job array", "--baselines")] = False,
     sbatch: Annotated[
         list[str] | None,
-        typer.Option("--sbatch", metavar="OPTION", help="option of sbatch, as in --sbatch=--partition=gpu; repeatable"),
+        option("option of sbatch, as in --sbatch=--partition=gpu; repeatable", "--sbatch", metavar="OPTION"),
     ] = None,
-    send: Annotated[bool, typer.Option("--submit", help="submit the jobs, instead of only showing them")] = False,
+    send: Annotated[bool, option("submit the jobs, instead of only showing them", "--submit")] = False,
 ) -> None:
     """Train each link of a chain in its own Slurm job.
 
@@ -64,7 +64,7 @@ def submit(
 def names(
     recipe: RecipePath,
     set_: Overrides = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="list the baselines, not the links")] = False,
+    baselines: Annotated[bool, option("list the baselines, not the links", "--baselines")] = False,
 ) -> None:
     """List the names that `compt chain --only` accepts."""
     from compt.chain.slurm import names as names_of

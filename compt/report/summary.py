@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,7 +40,6 @@ class Row:
     epochs: float
     steps: int
     macs: float
-    teacher_share: float
     device_hours: float | None
     top1: float | None = None
     low: float | None = None
@@ -112,10 +111,6 @@ class Summary:
         """What the chain cost, in the order of training: each failed try stands before the link that it tried."""
         return paid_for(self.links, self.tries)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain values for files."""
-        return asdict(self)
-
 
 def accumulated(values: Sequence[float | None]) -> list[float | None]:
     """Running sums; None from the first missing value on."""
@@ -136,38 +131,26 @@ def paid_for(links: Sequence[Row], tries: Sequence[Row]) -> list[Row]:
 
 def _row(job: dict[str, Any], manifest: dict[str, Any], primary: str | None) -> Row:
     scores = manifest.get("scores", {})
-    row: dict[str, Any] = {}
-    score = scores.get(primary, {})
+    score, row = scores.get(primary, {}), dict[str, Any]()
     if "top1" in score:
-        row = {
-            "top1": score["top1"],
-            "low": score["top1_interval"][0],
-            "high": score["top1_interval"][1],
-            "images": score["n"],
-            "classes": score["classes"],
-        }
-    cost = manifest["cost"]
+        low, high = score["top1_interval"]
+        row = {"top1": score["top1"], "low": low, "high": high, "images": score["n"], "classes": score["classes"]}
     trained = manifest.get("trained")
     return Row(
         job=job["name"],
         kind=job["kind"],
         model=manifest["spec"]["name"],
-        state=manifest["state"],
-        seed=manifest["seed"],
-        parameters=manifest["parameters"],
-        epochs=manifest["epochs"],
-        steps=manifest["steps"],
-        macs=cost["total_macs"],
-        teacher_share=cost["teacher_forward_macs"] * cost["samples"] / cost["total_macs"],
+        **{key: manifest[key] for key in ("state", "seed", "parameters", "epochs", "steps")},
+        macs=manifest["cost"]["total_macs"],
         device_hours=trained["device_hours"] if trained else None,
         scores=scores,
         **row,
     )
 
 
-def score_file(run: Path, job: str, name: str, suffix: str = ".npz") -> Path:
+def score_file(run: Path, job: str, name: str) -> Path:
     """Where a job keeps its answers on the evaluation set `name`."""
-    return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}{suffix}"
+    return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}.npz"
 
 
 def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
@@ -205,14 +188,13 @@ def _compare(
     own, theirs = _answers(run, link.job, primary), [_answers(run, other.job, primary) for other in others]
     found, reasons = [], [f"the answers of {link.job} are missing"] if own is None else []
     for other, answers in zip(others, theirs, strict=True):
-        reason = _mismatch(link, other, primary)
-        if reason is None and answers is None:
-            reason = f"the answers of {other.job} are missing"
-        elif reason is None and own is not None and answers is not None and not np.array_equal(answers[0], own[0]):
-            reason = f"{other.job} was scored on other images"
-        if reason is not None:
+        if reason := _mismatch(link, other, primary):
             reasons.append(reason)
-        elif answers is not None:
+        elif answers is None:
+            reasons.append(f"the answers of {other.job} are missing")
+        elif own is not None and not np.array_equal(answers[0], own[0]):
+            reasons.append(f"{other.job} was scored on other images")
+        else:
             found.append(answers[1])
     if reasons or own is None:
         return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
@@ -276,8 +258,8 @@ def summarise(run: Path) -> Summary:
     order = [job["spec"]["name"] for job in state["jobs"] if job["kind"] == "link"]
     controls = [row for row in rows.values() if row.kind == "control"]
     tries = [row for row in rows.values() if row.kind == "try"]
-    compared = _with_baselines(run, primary, links, tries, by_model) if primary else []
-    with_controls = _with_controls(run, primary, links, controls) if primary else []
+    compared = list(_with_baselines(run, primary, links, tries, by_model)) if primary else []
+    with_controls = list(_with_controls(run, primary, links, controls)) if primary else []
     return Summary(
         run=run.resolve().name,
         primary=primary,
@@ -295,9 +277,8 @@ def summarise(run: Path) -> Summary:
 
 def _with_baselines(
     run: Path, primary: str, links: list[Row], tries: list[Row], by_model: dict[str, list[Row]]
-) -> list[Comparison | NotCompared]:
+) -> Iterator[Comparison | NotCompared]:
     """Each link against its model trained individually, unless that is the same training."""
-    comparisons = []
     for at, link in enumerate(links):
         others = by_model.get(link.model, [])
         if not others or any(other.job == link.job for other in others):
@@ -307,17 +288,14 @@ def _with_baselines(
         firsts = [by_model[other.model][0] for other in before] if whole else None
         models = {other.model for other in before}
         paid = paid_for(before, [row for row in tries if row.model in models])
-        found = _compare(run, primary, link, others, paid, firsts)
-        if found is not None:
-            comparisons.append(found)
-    return comparisons
+        if found := _compare(run, primary, link, others, paid, firsts):
+            yield found
 
 
-def _with_controls(run: Path, primary: str, links: list[Row], controls: list[Row]) -> list[Comparison | NotCompared]:
-    comparisons = []
+def _with_controls(
+    run: Path, primary: str, links: list[Row], controls: list[Row]
+) -> Iterator[Comparison | NotCompared]:
     for control in controls:
         link = next((link for link in links if link.model == control.model), None)
-        found = _compare(run, primary, link, [control], links, None) if link else None
-        if found is not None:
-            comparisons.append(found)
-    return comparisons
+        if link and (found := _compare(run, primary, link, [control], links, None)):
+            yield found

@@ -105,7 +105,7 @@ def test_a_file_without_a_stage_is_stage_0(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--recipe"], ["r.yaml", "--deepspeed_config"], ["r.yaml", "--local_rank"]])
 def test_a_missing_value_is_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="needs a value"):
+    with pytest.raises(ConfigError, match="expected one argument"):
         chain_words(words, {})
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import typer
 import yaml
 
 from compt.cli.design.tables import Design, DesignRequest, design_json, design_tables
+from compt.cli.options import print_json
 from compt.design.candidates import candidates
 from compt.design.costs import distils, epoch_steps, hours_costs, macs_costs
 from compt.design.curves import read_curves
@@ -61,7 +60,7 @@ def run_auto(
         text = yaml.safe_dump(design.values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
         write_text(out, head + text)
     if as_json:
-        typer.echo(json.dumps({**design_json(design), "forecast": forecast.to_json()}, indent=2))
+        print_json({**design_json(design), "forecast": forecast.to_json()})
         return
     console = terminal()
     console.print(design_tables(design, forecast))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +13,17 @@ import typer
 from compt.cli.evaluate import Source, evaluation_set
 from compt.cli.expand.request import ExpandRequest, Prepared, prepare
 from compt.cli.expand.tables import plan_tables, summary_table, verification_tables
-from compt.cli.options import BatchSize, ClassNames, DeviceName, Label, Templates, Workers, option, progress_bar
+from compt.cli.options import (
+    BatchSize,
+    ClassNames,
+    DeviceName,
+    Label,
+    Templates,
+    Workers,
+    option,
+    print_json,
+    progress_bar,
+)
 from compt.errors import ArtefactError
 from compt.files import write_json
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
@@ -56,9 +65,10 @@ The exit code is 4 if a tower breaks the plan's promise to keep its function."""
 _HOW, _MODELS, _OUTPUT = "Expansion", "Models", "Output"
 
 
-Pairs = Annotated[str, option(_HOW, "both towers", metavar="PAIRS", default="width=insert,depth=duplicate")]
+Pairs = Annotated[str, option("both towers", metavar="PAIRS", default="width=insert,depth=duplicate", panel=_HOW)]
 Sizes = Annotated[
-    list[str] | None, option(_MODELS, "change the student: width=512, depths=2-2-8-2", "--set", metavar="FIELD=VALUE")
+    list[str] | None,
+    option("change the student: width=512, depths=2-2-8-2", "--set", metavar="FIELD=VALUE", panel=_MODELS),
 ]
 
 
@@ -70,28 +80,28 @@ def expand(
     ] = None,
     out: Annotated[Path | None, typer.Argument(metavar="OUT", help="folder to write", show_default=False)] = None,
     both: Pairs = "",
-    image: Annotated[str, option(_HOW, "the image tower", metavar="PAIRS", default="as --both")] = "",
-    text: Annotated[str, option(_HOW, "the text tower", metavar="PAIRS", default="as --both")] = "",
-    seed: Annotated[int | None, option(_HOW, "seed of new weights", metavar="N", default="0")] = None,
+    image: Annotated[str, option("the image tower", metavar="PAIRS", default="as --both", panel=_HOW)] = "",
+    text: Annotated[str, option("the text tower", metavar="PAIRS", default="as --both", panel=_HOW)] = "",
+    seed: Annotated[int | None, option("seed of new weights", metavar="N", default="0", panel=_HOW)] = None,
     from_manifest: Annotated[
-        Path | None, option(_HOW, "repeat the expansion recorded in this manifest.json", metavar="FILE")
+        Path | None, option("repeat the expansion recorded in this manifest.json", metavar="FILE", panel=_HOW)
     ] = None,
     set_: Sizes = None,
     teacher_model: Annotated[
-        str | None, option(_MODELS, "what TEACHER is, where it does not say so", metavar="NAME")
+        str | None, option("what TEACHER is, where it does not say so", metavar="NAME", panel=_MODELS)
     ] = None,
     teacher_prefix: Annotated[
-        str | None, option(_MODELS, "prefix of the teacher's names, as in module.student.", metavar="P")
+        str | None, option("prefix of the teacher's names, as in module.student.", metavar="P", panel=_MODELS)
     ] = None,
     shard_size: Annotated[
-        str | None, option(_OUTPUT, "largest file to write: 500MB, 2GiB", metavar="SIZE", default="5GB")
+        str | None, option("largest file to write: 500MB, 2GiB", metavar="SIZE", default="5GB", panel=_OUTPUT)
     ] = None,
-    dry_run: Annotated[bool, option(_OUTPUT, "write nothing; show every parameter", "--dry-run")] = False,
-    as_json: Annotated[bool, option(_OUTPUT, "print everything as JSON", "--json")] = False,
-    out_json: Annotated[Path | None, option(_OUTPUT, "also write that JSON to a file", metavar="FILE")] = None,
+    dry_run: Annotated[bool, option("write nothing; show every parameter", "--dry-run", panel=_OUTPUT)] = False,
+    as_json: Annotated[bool, option("print everything as JSON", "--json", panel=_OUTPUT)] = False,
+    out_json: Annotated[Path | None, option("also write that JSON to a file", metavar="FILE", panel=_OUTPUT)] = None,
     verify: Annotated[
         list[str] | None,
-        option("Scoring", "compare with the teacher on shards or class folders; repeatable", metavar="DATA"),
+        option("compare with the teacher on shards or class folders; repeatable", metavar="DATA", panel="Scoring"),
     ] = None,
     label: Label = "cls",
     classnames: ClassNames = None,
@@ -128,7 +138,7 @@ def expand(
             if out_json is not None:
                 write_json(out_json, _record(prepared, found))
             if as_json:
-                typer.echo(json.dumps(_record(prepared, found), indent=2))
+                print_json(_record(prepared, found))
             elif found:
                 _show(*verification_tables(found, prepared.plan))
         # Last, so that the tables which show a broken promise are printed.

@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
-
 from compt.cli.options import (
     AsJson,
     Gpus,
@@ -17,6 +15,7 @@ from compt.cli.options import (
     RecipePath,
     ThroughputFile,
     one_of,
+    option,
     print_json,
 )
 from compt.cli.plan.tables import plan_tables
@@ -37,28 +36,24 @@ def plan(
     kind: Kind = None,
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="also plan the training of each model alone")] = False,
-    mode: Annotated[
-        Mode | None, typer.Option(help="count what compt computes, or as published", show_default="exact")
-    ] = None,
+    baselines: Annotated[bool, option("also plan the training of each model alone", "--baselines")] = False,
+    mode: Annotated[Mode | None, option("count what compt computes, or as published", default="exact")] = None,
     memory: Annotated[str | None, one_of(ENGINE_NAMES, "show the memory of this engine, part by part")] = None,
-    auto: Annotated[bool, typer.Option("--auto", help="find a chain instead of showing the recipe's")] = False,
+    auto: Annotated[bool, option("find a chain instead of showing the recipe's", "--auto")] = False,
     objective: Annotated[
-        Literal["cost", "acceleration", "budget"] | None, typer.Option(help="goal of --auto", show_default="cost")
+        Literal["cost", "acceleration", "budget"] | None, option("goal of --auto", default="cost")
     ] = None,
-    members: Annotated[int | None, typer.Option(metavar="N", help="with --auto: number of models in the chain")] = None,
-    in_: Annotated[
-        str | None, typer.Option("--in", metavar="UNIT", help="with --auto: count macs (default) or hours")
-    ] = None,
-    budget: Annotated[float | None, typer.Option(metavar="GPU_HOURS", help="with --auto: the most to spend")] = None,
+    members: Annotated[int | None, option("with --auto: number of models in the chain", metavar="N")] = None,
+    in_: Annotated[str | None, option("with --auto: count macs (default) or hours", "--in", metavar="UNIT")] = None,
+    budget: Annotated[float | None, option("with --auto: the most to spend", metavar="GPU_HOURS")] = None,
     runs: Annotated[
-        list[Path] | None, typer.Option(metavar="RUN", help="with --auto: a run folder to learn from (repeatable)")
+        list[Path] | None, option("with --auto: a run folder to learn from (repeatable)", metavar="RUN")
     ] = None,
     runs_on: Annotated[
-        str | None, typer.Option(metavar="SET", help="with --runs: evaluation set that decides; default: theirs")
+        str | None, option("with --runs: evaluation set that decides; default: theirs", metavar="SET")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="with --auto: write the chain as a recipe to a new file")
+        Path | None, option("with --auto: write the chain as a recipe to a new file", metavar="FILE")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -39,9 +39,6 @@ def test_rows_of_a_finished_run(tmp_path: Path) -> None:
     assert (last.low, last.high) == pytest.approx(wilson(104, 400))
     assert last.macs == macs(made, "3-vit_mini")
     cost = made.job("3-vit_mini").cost
-    assert last.teacher_share == pytest.approx(cost.teacher_forward_macs * cost.samples / cost.total_macs)
-    assert found.links[0].teacher_share == 0
-    assert json.loads(json.dumps(found.to_json()))["links"][2]["top1"] == 26.0
 
 
 def test_a_link_that_is_its_own_baseline_stands_in_for_it_and_is_not_compared(tmp_path: Path) -> None:
