@@ -54,6 +54,7 @@ STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 9,
+    "axes.facecolor": "none",
     "axes.edgecolor": COLOURS["muted"],
     "axes.labelcolor": COLOURS["muted"],
     "axes.titlecolor": COLOURS["ink"],
@@ -69,6 +70,7 @@ STYLE: Any = {
     "text.color": COLOURS["ink"],
     "xtick.color": COLOURS["muted"],
     "ytick.color": COLOURS["muted"],
+    **dict.fromkeys((f"{axis}tick.{kind}.size" for axis in "xy" for kind in ("major", "minor")), 0),
     "legend.frameon": False,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
@@ -154,11 +156,6 @@ def _new(narrow: bool, height: float) -> Canvas:
     return Canvas(figsize=(NARROW if narrow else WIDE, height), layout="constrained")
 
 
-def _clean(axes: Axes) -> None:
-    axes.set_facecolor("none")
-    axes.tick_params(which="both", length=0)
-
-
 def _cost_axis(axes: Axes, values: Sequence[float], narrow: bool) -> None:
     low, high = min(values), max(values)
     if low > 0 and high / low > LOG_FROM:
@@ -172,22 +169,16 @@ def _cost_axis(axes: Axes, values: Sequence[float], narrow: bool) -> None:
     axes.xaxis.set_major_formatter(_tick(count))
 
 
-def _line(axes: Axes, points: Sequence[Dot], colour: str, marker: str, style: str, label: str) -> None:
-    errors = np.array([(point.top1 - point.low, point.high - point.top1) for point in points]).T
-    axes.errorbar(
-        [point.macs for point in points],
-        [point.top1 for point in points],
-        yerr=errors.clip(min=0),
-        color=colour,
-        ecolor=colour,
-        elinewidth=1,
-        capsize=2.5,
-        marker=marker,
-        markerfacecolor=COLOURS["paper"] if marker == "o" else colour,
-        markeredgewidth=1.6,
-        linestyle=style,
-        label=label,
-    )
+def _bars(axes: Axes, x: Sequence[float], points: Sequence[Dot] | Sequence[Point], colour: str, **how: Any) -> None:
+    """Accuracies with their intervals."""
+    errors = np.array([(point.top1 - point.low, point.high - point.top1) for point in points]).T.clip(min=0)
+    axes.errorbar(x, [point.top1 for point in points], yerr=errors, color=colour, elinewidth=1, capsize=2.5, **how)
+
+
+def _line(axes: Axes, points: Sequence[Dot], name: str, marker: str, style: str, label: str) -> None:
+    face = COLOURS["paper" if marker == "o" else name]
+    how = {"marker": marker, "markerfacecolor": face, "markeredgewidth": 1.6, "linestyle": style, "label": label}
+    _bars(axes, [point.macs for point in points], points, COLOURS[name], **how)
 
 
 def accuracy_figure(
@@ -201,15 +192,13 @@ def accuracy_figure(
     def draw(narrow: bool) -> Canvas:
         canvas = _new(narrow, 4.3 if narrow else 4.1)
         axes = canvas.add_subplot()
-        _clean(axes)
         _cost_axis(axes, [point.macs for point in every], narrow)
         for line in individual:
-            name = "trained individually" if line is individual[0] else "_"
-            _line(axes, line, COLOURS["alone"], "o", "--", name)
+            _line(axes, line, "alone", "o", "--", "trained individually" if line is individual[0] else "_")
         if chain:
-            _line(axes, chain, COLOURS["chain"], "s", "-", "chain")
+            _line(axes, chain, "chain", "s", "-", "chain")
         if controls:
-            _line(axes, controls, COLOURS["control"], "D", "none", "last model from scratch")
+            _line(axes, controls, "control", "D", "none", "last model from scratch")
         own = [(point, point.high, (0, 5), "center", "chain") for point in chain]
         met = {(point.macs, point.top1) for point in chain}
         own += [
@@ -242,10 +231,8 @@ def accuracy_figure(
 def _thin(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
     finite = [(x, y) for x, y in pairs if math.isfinite(y)]
     size = max(1, math.ceil(len(finite) / POINTS))
-    groups = [finite[at : at + size] for at in range(0, len(finite), size)]
-    return [float(np.mean([x for x, _ in group])) for group in groups], [
-        float(np.mean([y for _, y in group])) for group in groups
-    ]
+    means = [np.mean(finite[at : at + size], axis=0) for at in range(0, len(finite), size)]
+    return [float(x) for x, _ in means], [float(y) for _, y in means]
 
 
 def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure | None:
@@ -255,6 +242,9 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
         return None
     styles: dict[str, Any] = {"link": "-", "baseline": (0, (4, 2)), "control": (0, (1, 1.4)), "try": "-."}
 
+    def style(curve: Curve) -> dict[str, Any]:
+        return {"color": MODEL_COLOURS[curve.model % len(MODEL_COLOURS)], "linestyle": styles[curve.kind]}
+
     def draw(narrow: bool) -> Canvas:
         columns = 1 if narrow else min(2, len(shown))
         rows = math.ceil(len(shown) / columns)
@@ -262,19 +252,11 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
         canvas = _new(narrow, (2.3 if narrow else 2.6) * rows + keys)
         for at, (key, title) in enumerate(shown):
             axes = canvas.add_subplot(rows, columns, at + 1)
-            _clean(axes)
             for curve in curves:
                 x, y = _thin(curve.values.get(key, ()))
                 dots = "o" if len(x) == 1 or (key.endswith("/top1") and len(x) <= 20) else ""
-                axes.plot(
-                    x,
-                    y,
-                    color=MODEL_COLOURS[curve.model % len(MODEL_COLOURS)],
-                    linestyle=styles[curve.kind],
-                    linewidth=2 if curve.kind == "link" else 1.4,
-                    marker=dots,
-                    markersize=3,
-                )
+                width = 2 if curve.kind == "link" else 1.4
+                axes.plot(x, y, linewidth=width, marker=dots, markersize=3, **style(curve))
             axes.set_title(title)
             axes.xaxis.set_major_formatter(_tick(count))
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
@@ -282,10 +264,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
             if at >= len(shown) - columns:
                 axes.set_xlabel("images seen")
         # Made apart from the panels: the legend of a figure lists each curve once for every panel.
-        handles = [
-            Line2D([], [], color=MODEL_COLOURS[c.model % len(MODEL_COLOURS)], linestyle=styles[c.kind], label=c.label)
-            for c in curves
-        ]
+        handles = [Line2D([], [], label=curve.label, **style(curve)) for curve in curves]
         canvas.legend(handles=handles, loc="outside lower left", ncols=1 if narrow else 3)
         return canvas
 
@@ -311,7 +290,6 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
     def draw(narrow: bool) -> Canvas:
         canvas = _new(narrow, 0.34 * len(bars) + (1.6 if narrow else 1.1))
         axes = canvas.add_subplot()
-        _clean(axes)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         # A training of its own stands close under the chain's bar that it is compared with.
@@ -400,7 +378,7 @@ def links_figure(found: Curves) -> tuple[str, bytes]:
     """SVG and PNG with one panel for each link of `found`, of which there is at least one."""
     columns = min(_COLUMNS, len(found.links))
     rows = -(-len(found.links) // columns)
-    with mpl.rc_context({**STYLE, "svg.hashsalt": "curves", "svg.fonttype": "path"}):
+    with mpl.rc_context({**STYLE, "svg.hashsalt": "curves", "svg.fonttype": "path", "axes.facecolor": "white"}):
         canvas = Canvas(figsize=(WIDE * (0.4 + 0.3 * columns), _PANEL_HEIGHT * rows), layout="constrained")
         panels = canvas.subplots(rows, columns, squeeze=False).flatten()
         for axes, name, link in zip(panels, names(found.links), found.links, strict=False):
@@ -424,26 +402,18 @@ def _panel(axes: Axes, name: str, link: LinkCurve) -> None:
         if link.target is not None and link.target != link.baseline.top1:
             axes.axhline(link.target, color=COLOURS["alone"], linestyle=":", label="target")
     axes.plot(epochs, fitted, color=COLOURS["chain"], linewidth=1.4, label="the link")
-    _marks(axes, link.points, COLOURS["chain"], "o", "")
+    _bars(axes, epochs, link.points, COLOURS["chain"], linestyle="", marker="o", label="")
     within = [point for point in link.scratch if point.epochs <= right]
     if within:
-        _marks(axes, within, COLOURS["control"], "s", "from scratch")
+        x, how = [point.epochs for point in within], {"linestyle": "", "marker": "s", "label": "from scratch"}
+        _bars(axes, x, within, COLOURS["control"], **how)
     if link.match is not None and link.target is not None:
         _meeting(axes, link, link.match.epochs, link.target, right)
     axes.set_xlim(0, right)
     axes.set_title(name, wrap=True)
     axes.set_xlabel("epochs, each training a complete schedule")
     axes.set_ylabel(f"top-1 on {link.evaluation_set}, %")
-    axes.tick_params(which="both", length=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8, frameon=False)
-
-
-def _marks(axes: Axes, points: Sequence[Point], colour: str, marker: str, label: str) -> None:
-    errors = np.array([(point.top1 - point.low, point.high - point.top1) for point in points]).T.clip(min=0)
-    epochs, top1 = [point.epochs for point in points], [point.top1 for point in points]
-    axes.errorbar(
-        epochs, top1, yerr=errors, color=colour, linestyle="", marker=marker, elinewidth=1, capsize=2.5, label=label
-    )
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize=8)
 
 
 def _meeting(axes: Axes, link: LinkCurve, epochs: float, target: float, right: float) -> None:

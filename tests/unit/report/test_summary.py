@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,6 @@ def test_rows_of_a_finished_run(tmp_path: Path) -> None:
     assert (last.model, last.top1, last.images, last.classes, last.state) == ("vit_mini", 26.0, 400, 200, "done")
     assert (last.low, last.high) == pytest.approx(wilson(104, 400))
     assert last.macs == macs(made, "3-vit_mini")
-    cost = made.job("3-vit_mini").cost
 
 
 def test_a_link_that_is_its_own_baseline_stands_in_for_it_and_is_not_compared(tmp_path: Path) -> None:
