@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,7 +49,7 @@ def chain(
         raise ConfigError(f"{'--target' if target is not None else '--calibrate-on'}: needs --calibrate")
     wanted = None if controls or baselines else ()
     folder = run or Path("runs") / loaded.name
-    _ChainRequest(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or ()).run()
+    _run_chain(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or ())
 
 
 def demo(
@@ -70,7 +69,7 @@ def demo(
     if not (data / "manifest.json").exists():
         _say(f"Writing the emoji sample to {data} …")
         emoji.build(data)
-    _ChainRequest(loaded, run, str(recipe), baselines=False, controls=None, estimate=True).run()
+    _run_chain(loaded, run, str(recipe), baselines=False, controls=None, estimate=True)
 
 
 def report(
@@ -97,60 +96,47 @@ def _say(text: str) -> None:
         say(text)
 
 
-@dataclass(frozen=True)
-class _ChainRequest:
-    """The arguments of `compt chain`. `controls`: None for all, `names` for --only."""
+def _run_chain(
+    recipe: Recipe,
+    folder: Path,
+    source: str,
+    baselines: bool,
+    controls: tuple[str, ...] | None,
+    estimate: bool,
+    test: FirstPair | None = None,
+    names: Sequence[str] = (),
+) -> None:
+    """Train what is left of the run, then write its report. `controls`: None for all, `names` for --only."""
+    from compt.chain.calibrate import NotLossless, hopeless, run_calibrated
+    from compt.chain.run import only, prepare, run_chain, run_only, waiting
+    from compt.dist import collectives as dist
 
-    recipe: Recipe
-    folder: Path
-    source: str
-    baselines: bool
-    controls: tuple[str, ...] | None
-    estimate: bool
-    test: FirstPair | None = None
-    names: Sequence[str] = ()
-
-    def run(self) -> None:
-        """Train what is left of the run, then write its report."""
-        from compt.chain.calibrate import NotLossless, run_calibrated
-        from compt.dist import collectives as dist
-
-        wanted = {"baselines": self.baselines, "controls": self.controls, "source": self.source}
-        try:
-            context = self._train(wanted)
-            if self.test:
-                run_calibrated(context, self.test, _say, **wanted)
-            # All ranks wait for the report: Slurm kills the job soon after its first process exits.
-            dist.on_main(lambda: report(self.folder))
-        except NotLossless:
-            dist.on_main(lambda: report(self.folder))
-            raise
-        finally:
-            dist.shutdown()
-
-    def _train(self, wanted: dict[str, Any]) -> Any:
-        from compt.chain.calibrate import hopeless
-        from compt.chain.run import only, prepare, run_chain, run_only, waiting
-
-        scales = self.test.next_scales(self.folder) if self.test else None
-        context, made = prepare(self.recipe, self.folder, base=Path.cwd(), scales=scales, names=self.names, **wanted)
-        left = waiting(made, self.folder)
-        chosen = only(made, self.names, self.folder) if self.names else None
+    wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
+    try:
+        scales = test.next_scales(folder) if test else None
+        context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
+        left = waiting(made, folder)
+        chosen = only(made, names, folder) if names else None
         if chosen is not None:
             left = [job for job in left if job in chosen]
-        if not left:
-            _say(f"{self.folder}: {' and '.join(self.names) or 'every model'} is done.")
-            return context
         done = len([job for job in chosen or made.jobs if job.same_as is None]) - len(left)
-        if done and not (self.test and hopeless(made)):
-            _say(f"{self.folder}: {done} of {done + len(left)} models are done; continuing with {left[0].name}.")
-        if self.estimate:
+        if not left:
+            _say(f"{folder}: {' and '.join(names) or 'every model'} is done.")
+        elif done and not (test and hopeless(made)):
+            _say(f"{folder}: {done} of {done + len(left)} models are done; continuing with {left[0].name}.")
+        if left and estimate:
             _say_estimate(context, left)
-        if chosen is not None:
-            run_only(context, made, left, _say)
-        elif not self.test:
-            run_chain(context, made, _say)
-        return context
+        if test:
+            run_calibrated(context, test, _say, **wanted)
+        elif left:
+            run_only(context, made, left, _say) if chosen is not None else run_chain(context, made, _say)
+        # All ranks wait for the report: Slurm kills the job soon after its first process exits.
+        dist.on_main(lambda: report(folder))
+    except NotLossless:
+        dist.on_main(lambda: report(folder))
+        raise
+    finally:
+        dist.shutdown()
 
 
 def _say_estimate(context: Any, left: list[Any]) -> None:

@@ -67,6 +67,7 @@ def check(
     """
     from compt.data.check import check as run_check
 
+    # The shards are hashed after the check, and on request alone: it reads every byte once more.
     with progress_bar("checking samples") as progress:
         found = run_check(
             shards,

@@ -17,7 +17,7 @@ from compt.design.curves import LinkEpochs
 from compt.design.epochs import EpochModel, Floats, Range, fits, log2_size
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.read import parse_recipe
-from compt.recipe.schema import Link, Recipe
+from compt.recipe.schema import Link, Recipe, sizes_of
 from compt.recipe.types import Duration
 
 Kind = Literal["measured", "projected", "measured and projected"]
@@ -174,22 +174,14 @@ def _warmup(recipe: Recipe, epochs: float, like: Link | None) -> dict[str, Any]:
     return dict(_plain(wanted))
 
 
-_SIZES = (
-    *("width", "heads", "head_width", "image_size", "patch_size", "mlp_ratio", "no_ln_pre", "depths", "window"),
-    *("text_width", "text_depth", "text_heads", "text_head_width", "context_length", "vocab_size", "embed_dim"),
-    "quick_gelu",
-)
-
-
 def _member(spec: ModelSpec, common: Mapping[str, Any]) -> dict[str, Any]:
     """A member of a family with `common` sizes that comes to `spec`: a preset and what differs from it."""
     family = ladder(spec)
     preset = next((one for one in family if one.name == spec.name), None)
     preset = preset or min(family, key=lambda one: abs(log2_size(one) - log2_size(spec)))
     usual = resolve(preset.name, common)
-    # A Swin's depth is the sum of its depths.
-    known = _SIZES if spec.arch == "swin" else (*_SIZES, "depth")
-    sizes = {key: _plain(getattr(spec, key)) for key in known if getattr(spec, key) != getattr(usual, key)}
+    known = {key: getattr(spec, key) for key in sizes_of(spec.arch)}
+    sizes = {key: _plain(value) for key, value in known.items() if value != getattr(usual, key)}
     for width, heads in (("width", "heads"), ("text_width", "text_heads")):
         if width in sizes and heads not in common:
             sizes.pop(heads, None)  # follow from the width

@@ -72,21 +72,6 @@ class Problem:
         """Position of each link of a chain: how many of the models before it fit the data, at least 1."""
         return [max(1, int(self.fits[list(chain[:at])].sum())) for at in range(1, len(chain))]
 
-    def _links(self, chain: Sequence[int]) -> list[tuple[int, int, int]]:
-        return [(position - 1, *pair) for position, pair in zip(self.positions(chain), pairwise(chain), strict=True)]
-
-    def epochs_of(self, chain: Sequence[int]) -> list[float]:
-        """Epochs of each model of a chain."""
-        return [self.baseline_epochs, *(float(self.epochs[link]) for link in self._links(chain))]
-
-    def cost_of(self, chain: Sequence[int]) -> float:
-        """Cost of a chain of places."""
-        return float(self.first[chain[0]]) + sum(float(self.links[link]) for link in self._links(chain))
-
-    def baseline_of(self, chain: Sequence[int]) -> float:
-        """Cost of the same models trained individually."""
-        return float(self.first[list(chain)].sum())
-
 
 def whole_epochs(epochs: ArrayLike, most: float) -> Floats:
     """`epochs` rounded up to multiples of `WHOLE`, but not above `most`."""
@@ -147,8 +132,11 @@ class FoundChain:
 
 
 def found(task: Problem, chain: Sequence[int]) -> FoundChain:
-    """The chain of these places."""
-    return FoundChain(tuple(chain), tuple(task.epochs_of(chain)), task.cost_of(chain), task.baseline_of(chain))
+    """The chain of these places, with what it costs, and what the same models cost individually."""
+    links = [(position - 1, *pair) for position, pair in zip(task.positions(chain), pairwise(chain), strict=True)]
+    epochs = (task.baseline_epochs, *(float(task.epochs[link]) for link in links))
+    cost = float(task.first[chain[0]]) + sum(float(task.links[link]) for link in links)
+    return FoundChain(tuple(chain), epochs, cost, float(task.first[list(chain)].sum()))
 
 
 def cheapest(first: Floats, links: Floats, fits: NDArray[np.bool_], last: int) -> list[tuple[float, tuple[int, ...]]]:

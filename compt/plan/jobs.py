@@ -29,7 +29,7 @@ ORDER_SEEDS = 1000
 """Seeds of order that each seed of a recipe has, one for each position in a chain."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
     """One model to train.
 
@@ -45,15 +45,15 @@ class Job:
     name: str
     kind: Kind
     spec: ModelSpec
-    teacher: str | None
-    start: Path | None
-    teacher_spec: ModelSpec | None
+    teacher: str | None = None
+    start: Path | None = None
+    teacher_spec: ModelSpec | None = None
     steps: int
     warmup_steps: int
     samples: int
     epochs: float
     lr: float
-    alpha: float
+    alpha: float = 0.0
     seed: int
     order_seed: int
     cost: JobCost = field(repr=False)
@@ -352,23 +352,19 @@ class _Planner:
     ) -> Job:
         recipe = self.recipe
         lr = recipe.optimizer.lr if lr is None else lr
+        seeds: dict[str, Any] = {"seed": seed, "order_seed": seed * ORDER_SEEDS + position}
         model = spec.to_dict()
         del model["name"]
         return Job(
             name=name,
             kind=kind,
             spec=spec,
-            teacher=None,
-            start=None,
-            teacher_spec=None,
             steps=steps,
             warmup_steps=warmup,
             samples=steps * self.batch,
             epochs=steps / (self.images // self.batch),
             lr=lr,
-            alpha=0.0,
-            seed=seed,
-            order_seed=seed * ORDER_SEEDS + position,
+            **seeds,
             cost=self.cost(spec, None, steps),
             # What determines the weights, and nothing else: a change of speed or name must not train the job again.
             result={
@@ -377,8 +373,7 @@ class _Planner:
                 "optimizer": {**recipe.optimizer.result_fields(), "lr": lr},
                 "steps": steps,
                 "warmup_steps": warmup,
-                "seed": seed,
-                "order_seed": seed * ORDER_SEEDS + position,
+                **seeds,
             },
         )
 

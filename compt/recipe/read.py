@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from compt.errors import ConfigError, nearest
 from compt.files import read_text
 from compt.recipe.schema import Recipe
-from compt.recipe.types import Duration
+from compt.recipe.types import Duration, section_within
 
 
 class _Loader(yaml.SafeLoader):
@@ -94,15 +94,6 @@ def _set(values: Any, override: str) -> None:
 _UNITS = set(Duration.model_fields)
 
 
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for part in getattr(annotation, "__args__", ()):
-        if found := _section_of(part):
-            return found
-    return None
-
-
 def _keys(section: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in section.model_fields.items()]
 
@@ -112,7 +103,7 @@ def _section_at(section: type[BaseModel], location: Sequence[int | str]) -> type
     for key in location:
         field = section.model_fields.get("from_" if key == "from" else str(key))
         if field is not None:
-            section = _section_of(field.annotation) or section
+            section = section_within(field.annotation)[0] or section
     return section
 
 

@@ -16,7 +16,7 @@ from compt.files import write_text
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.expansion import Expand
 from compt.recipe.schema import Recipe
-from compt.recipe.types import Duration, OneOf, is_execution
+from compt.recipe.types import Duration, OneOf, is_execution, section_within
 
 _INTRODUCTION = """# Recipes
 
@@ -57,7 +57,7 @@ def _section(path: str, section: type[BaseModel], execution: bool | None) -> Ite
     for name, field in section.model_fields.items():
         key = field.alias or name
         own = execution if execution is None else execution or is_execution(field)
-        inner, many = _inner(field.annotation)
+        inner, many = section_within(field.annotation)
         if inner is not None and inner is not Duration:
             below.append((f"{path}.{key}".lstrip(".") + (".N" if many else ""), inner, own))
         kind = "as its section" if own is None else "execution" if own else "result"
@@ -80,19 +80,8 @@ def _operators() -> Iterator[str]:
     yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"
 
 
-def _inner(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section within an annotation, and whether there is a list of it."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    for part in get_args(annotation):
-        inner, many = _inner(part)
-        if inner is not None:
-            return inner, many or get_origin(annotation) is list
-    return None, False
-
-
 def _type(annotation: Any, field: FieldInfo) -> str:
-    inner, many = _inner(annotation)
+    inner, many = section_within(annotation)
     if inner is not None:
         return "duration" if inner is Duration else "list of sections" if many else "section"
     origin, arguments = get_origin(annotation), get_args(annotation)

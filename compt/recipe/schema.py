@@ -125,12 +125,17 @@ _IMAGE_SIZES: dict[str, tuple[str, ...]] = {
 }
 
 
+def sizes_of(arch: str) -> tuple[str, ...]:
+    """The sizes that a recipe may set for a model with this kind of image tower."""
+    return (*_IMAGE_SIZES[arch], *_BOTH_SIZES)
+
+
 def checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
     """The sizes in their own types. Raises ConfigError for one that is unknown, of a wrong type, or without effect."""
     spec = PRESETS.get(preset)
     if spec is None:
         return sizes  # resolve() says so
-    known = (*_IMAGE_SIZES[spec.arch], *_BOTH_SIZES)
+    known = sizes_of(spec.arch)
     checked = {}
     for key, value in sizes.items():
         if key not in known:
@@ -147,10 +152,7 @@ def _checked_size(key: str, value: Any, wanted: type) -> Any:
         if not isinstance(value, list | tuple) or not all(type(item) is int and item > 0 for item in value):
             raise ConfigError(f"{key} = {value!r}: should be a list of whole numbers above 0")
         return tuple(value)
-    fits = isinstance(value, int | float if wanted is float else wanted) and (
-        wanted is bool or not isinstance(value, bool)
-    )
-    if not fits:
+    if type(value) not in ((int, float) if wanted is float else (wanted,)):
         kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
         raise ConfigError(f"{key} = {value!r}: should be {kind}")
     if wanted is not bool and not value > 0:

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
@@ -17,14 +17,17 @@ from compt.errors import nearest
 
 def execution(default: Any, **constraints: Any) -> Any:
     """A field that changes how a run is done, not what comes out of it."""
-    if isinstance(default, type):
-        return Field(default_factory=default, json_schema_extra={"kind": "execution"}, **constraints)
-    return Field(default=default, json_schema_extra={"kind": "execution"}, **constraints)
+    source = "default_factory" if isinstance(default, type) else "default"
+    return Field(**{source: default}, json_schema_extra={"kind": "execution"}, **constraints)
 
 
 def is_execution(field: FieldInfo) -> bool:
     """Whether a field was declared with `execution()`."""
-    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "execution"
+    return _kind(field) == "execution"
+
+
+def _kind(field: FieldInfo) -> str:
+    return str(field.json_schema_extra.get("kind")) if isinstance(field.json_schema_extra, dict) else ""
 
 
 def later(default: Any) -> Any:
@@ -33,11 +36,6 @@ def later(default: Any) -> Any:
     Otherwise the field would change the hash of every recipe, and no older run could be resumed.
     """
     return Field(default=default, json_schema_extra={"kind": "later"})
-
-
-def _adds_nothing(field: FieldInfo, value: Any) -> bool:
-    later_field = isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("kind") == "later"
-    return later_field and bool(value == field.default)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +78,19 @@ class Section(BaseModel):
         return {
             name: _plain(getattr(self, name))
             for name, field in type(self).model_fields.items()
-            if not is_execution(field) and not _adds_nothing(field, getattr(self, name))
+            if not is_execution(field) and not (_kind(field) == "later" and getattr(self, name) == field.default)
         }
+
+
+def section_within(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section within an annotation, None without one, and whether there is a list of it."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    for part in get_args(annotation):
+        inner, many = section_within(part)
+        if inner is not None:
+            return inner, many or get_origin(annotation) is list
+    return None, False
 
 
 def _plain(value: Any) -> Any:

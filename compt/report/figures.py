@@ -109,13 +109,8 @@ class Curve:
     values: Mapping[str, Sequence[tuple[float, float]]] = field(repr=False)
 
 
-@dataclass(frozen=True)
-class Bar:
-    """Costs of one run by part, in MACs. `PARTS` names the parts."""
-
-    label: str
-    parts: Sequence[float]
-
+Bar = tuple[str, Sequence[float]]
+"""The label of one run and its MACs by part. `PARTS` names the parts."""
 
 PARTS = (
     ("student", COLOURS["chain"]),
@@ -293,16 +288,16 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         # A training of its own stands close under the chain's bar that it is compared with.
-        places = np.cumsum([0.0 if not at else 0.78 if not bar.label else 1.15 for at, bar in enumerate(bars)])
+        places = np.cumsum([0.0 if not at else 0.78 if not label else 1.15 for at, (label, _) in enumerate(bars)])
         start = np.zeros(len(bars))
         for part, (name, colour) in enumerate(PARTS):
-            widths = np.array([bar.parts[part] for bar in bars])
+            widths = np.array([parts[part] for _, parts in bars])
             if widths.any():
                 axes.barh(places, widths, left=start, height=0.68, color=colour, label=name)
             start += widths
         for place, total in zip(places, start, strict=True):
             axes.annotate(count(total), (total, place), (4, 0), textcoords="offset points", va="center", fontsize=8.5)
-        axes.set_yticks(places, [bar.label for bar in bars])
+        axes.set_yticks(places, [label for label, _ in bars])
         axes.tick_params(axis="y", labelcolor=COLOURS["ink"])
         axes.invert_yaxis()
         axes.xaxis.set_major_formatter(_tick(count))

@@ -85,20 +85,21 @@ def _costs(state: dict[str, Any]) -> figures.Figure | None:
     links = [job for job in state["jobs"] if job["kind"] == "link"]
     tries = [job for job in state["jobs"] if job["kind"] == "try"]
     alone = macs_alone(state)
-    bars, chain, rest = [], [0.0, 0.0, 0.0], 0.0
+    bars: list[figures.Bar] = []
+    chain, rest = [0.0, 0.0, 0.0], 0.0
     for job in (*tries, *links):
         cost, name = job["cost"], job["spec"]["name"]
         parts = [cost["student_training_macs"] * cost["samples"], cost["teacher_forward_macs"] * cost["samples"]]
         parts.append(max(0.0, cost["total_macs"] - sum(parts)))
         chain = [total + part for total, part in zip(chain, parts, strict=True)]
-        bars.append(figures.Bar(job["name"] if job in tries else name, [*parts, 0.0]))
+        bars.append((job["name"] if job in tries else name, [*parts, 0.0]))
         if name in alone and job not in tries:
             rest += alone[name]
-            bars.append(figures.Bar("", [0.0, 0.0, 0.0, alone[name]]))
+            bars.append(("", [0.0, 0.0, 0.0, alone[name]]))
     if len(links) > 1:
-        bars.append(figures.Bar("all", [*chain, 0.0]))
+        bars.append(("all", [*chain, 0.0]))
         if rest and all(job["spec"]["name"] in alone for job in links):
-            bars.append(figures.Bar("", [0.0, 0.0, 0.0, rest]))
+            bars.append(("", [0.0, 0.0, 0.0, rest]))
     return figures.cost_figure(bars)
 
 
