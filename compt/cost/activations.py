@@ -150,29 +150,26 @@ def _vit(spec: ModelSpec) -> Tower:
 
 
 def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
-    side, width = spec.image_size // spec.patch_size, spec.width
     blocks: list[BlockShape] = []
-    norms: list[tuple[float, int]] = [(side**2, width)]
+    norms: list[tuple[float, int]] = [(spec.stages[0].side ** 2, spec.width)]
     products: float = 3 * spec.image_size**2 if images_kept else 0
-    matrices = 3 * spec.patch_size**2 * width
-    stages = zip(spec.depths, spec.stage_heads, spec.stage_windows, strict=True)
-    for stage, (depth, heads, window) in enumerate(stages):
-        if stage:
-            side = math.ceil(side / 2)
-            norms.append((side**2, 4 * width))
-            products += side**2 * 4 * width
-            matrices += 8 * width**2
-            width *= 2
+    matrices = 3 * spec.patch_size**2 * spec.width
+    for side, width, depth, heads, window in spec.stages:
+        if width > spec.width:
+            norms.append((side**2, 2 * width))
+            products += side**2 * 2 * width
+            matrices += 2 * width**2
         hidden, padding = int(width * spec.mlp_ratio), (math.ceil(side / window) * window) ** 2 - side**2
-        block = BlockShape(width, hidden, heads, side**2, window**2, padding, wide_stream=not stage)
+        block = BlockShape(width, hidden, heads, side**2, window**2, padding, wide_stream=width == spec.width)
         # A window of one place shifts by none.
         shifted = replace(block, masked=side > window > 1)
         blocks += [shifted if at % 2 else block for at in range(depth)]
+    last = spec.stages[-1]
     return Tower(
         blocks=tuple(blocks),
-        products=products + width,
-        norms=(*norms, (side**2, width)),
-        matrices=matrices + width * spec.embed_dim,
+        products=products + last.width,
+        norms=(*norms, (last.side**2, last.width)),
+        matrices=matrices + last.width * spec.embed_dim,
         tensors=13 * spec.depth + 4 + 3 * (len(spec.depths) - 1) + 3,
     )
 

@@ -119,18 +119,14 @@ def _vit(spec: ModelSpec, readout: bool) -> list[tuple[str, Count]]:
 
 
 def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
-    side = spec.image_size // spec.patch_size
-    width = spec.width
+    first = spec.stages[0]
     parts = [
-        ("patch_embedding", linear(3 * spec.patch_size**2, width, side**2)),
-        ("norms", _norm(width)),
+        ("patch_embedding", linear(3 * spec.patch_size**2, spec.width, first.side**2)),
+        ("norms", _norm(spec.width)),
     ]
-    stages = zip(spec.depths, spec.stage_heads, spec.stage_windows, strict=True)
-    for stage, (depth, heads, window) in enumerate(stages):
-        if stage:
-            side = math.ceil(side / 2)
-            parts += [("merging", _norm(4 * width) + linear(4 * width, 2 * width, side**2, bias=False))]
-            width *= 2
+    for side, width, depth, heads, window in spec.stages:
+        if width > spec.width:
+            parts += [("merging", _norm(2 * width) + linear(2 * width, width, side**2, bias=False))]
         windows = math.ceil(side / window) ** 2  # attention pads a side to a multiple of the window
         tokens = windows * window**2
         hidden = int(width * spec.mlp_ratio)
@@ -141,7 +137,8 @@ def _swin(spec: ModelSpec) -> list[tuple[str, Count]]:
             ("mlp", (linear(width, hidden, side**2) + linear(hidden, width, side**2)) * depth),
             ("norms", _norm(width) * 2 * depth),
         ]
-    return [*parts, ("norms", _norm(width)), ("projection", linear(width, spec.embed_dim, 1, bias=False))]
+    last = ("projection", linear(spec.final_width, spec.embed_dim, 1, bias=False))
+    return [*parts, ("norms", _norm(spec.final_width)), last]
 
 
 def image_tower(spec: ModelSpec, *, readout: bool = True) -> dict[str, Count]:

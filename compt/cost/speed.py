@@ -239,15 +239,9 @@ def mean_tokens(spec: ModelSpec, tokens: Tokens) -> float:
 def channels(spec: ModelSpec, captions: int, tokens: Tokens = None) -> float:
     """Positions times width, summed over all blocks of both towers, of one image with its captions."""
     text = captions * mean_tokens(spec, tokens) * spec.text_width * spec.text_depth
-    side = spec.image_size // spec.patch_size
     if spec.arch == "vit":
-        return text + (side**2 + 1) * spec.width * spec.depth
-    image, width = 0, spec.width
-    for stage, depth in enumerate(spec.depths):
-        if stage:
-            side, width = -(-side // 2), width * 2
-        image += side**2 * width * depth
-    return text + image
+        return text + ((spec.image_size // spec.patch_size) ** 2 + 1) * spec.width * spec.depth
+    return text + sum(stage.side**2 * stage.width * stage.depth for stage in spec.stages)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from compt.errors import ConfigError, nearest
 from compt.models.scalars import DEFAULT_LOSS, LOSS_TRAITS, Scalar
@@ -30,6 +30,16 @@ _COUNTS = (
     *("width", "head_width", "depth", "text_width", "text_head_width", "text_depth"),
     *("image_size", "patch_size", "context_length", "vocab_size", "embed_dim"),
 )
+
+
+class SwinStage(NamedTuple):
+    """One stage: places along a side, channels, blocks, heads, places along the side of a window."""
+
+    side: int
+    width: int
+    depth: int
+    heads: int
+    window: int
 
 
 @dataclass(frozen=True)
@@ -132,8 +142,17 @@ class ModelSpec:
     @property
     def stage_windows(self) -> tuple[int, ...]:
         """Side of the attention windows in each stage of a Swin, in places; no window is larger than its stage."""
-        side = self.image_size // self.patch_size
-        return tuple(min(self.window, math.ceil(side / 2**stage)) for stage in range(len(self.depths)))
+        return tuple(stage.window for stage in self.stages)
+
+    @property
+    def stages(self) -> list[SwinStage]:
+        """The stages of a Swin: each has half as many places along a side as the last one, and twice the width."""
+        sides = [math.ceil(self.image_size // self.patch_size / 2**at) for at in range(len(self.depths))]
+        rows = zip(sides, self.depths, self.stage_heads, strict=True)
+        return [
+            SwinStage(side, self.width * 2**at, depth, heads, min(self.window, side))
+            for at, (side, depth, heads) in enumerate(rows)
+        ]
 
     @property
     def final_width(self) -> int:
