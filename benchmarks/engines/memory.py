@@ -25,7 +25,7 @@ from benchmarks.engines.page import OUT, PAGE, about, write_results
 from benchmarks.paper.counting import Storages
 from compt.cost.memory import held_bytes
 from compt.dist import collectives as dist
-from compt.engines.base import Engine, parameter_groups
+from compt.engines.base import Engine, in_groups
 from compt.engines.open import open_engine
 from compt.engines.shards import reshard, shard_frozen
 from compt.models.clip import ClipModel, build
@@ -231,8 +231,9 @@ def _touched(pair: str, world: int) -> float:
     """
     task = DistillTask(*(build(spec, device="meta") for spec in PAIRS[pair]))
     kept = [0] * world
-    for group in parameter_groups(dict(task.module.named_parameters()), 0.0):
-        ends = list(accumulate((tensor.numel() for tensor in group["params"]), initial=0))
+    tensors = dict(task.module.named_parameters())
+    for names in in_groups(tensors).values():
+        ends = list(accumulate((tensors[name].numel() for name in names), initial=0))
         share = -(-ends[-1] // world)
         for start, end in pairwise(ends):
             for rank in range(start // share, -(-end // share)):

@@ -16,10 +16,11 @@ from compt.engines.average import Average
 from compt.engines.base import (
     COMPUTE_DTYPES,
     AdamWSettings,
+    EngineArguments,
     EngineHead,
     Finish,
+    adamw,
     moments_of,
-    parameter_groups,
 )
 from compt.engines.scale import LossScale
 from compt.engines.shards import like, whole
@@ -37,9 +38,8 @@ class AdamWEngine(EngineHead, ABC):
 
     def _prepare(
         self,
-        settings: AdamWSettings,
-        caps: Mapping[str, float] | None,
-        ema_decay: float | None,
+        settings: AdamWSettings | None,
+        given: EngineArguments,
         stepped: Mapping[str, Tensor] | None = None,
         control: torch.device | None = None,
     ) -> None:
@@ -51,12 +51,12 @@ class AdamWEngine(EngineHead, ABC):
         trained = self.unwrapped.named_parameters()
         self._names = {name: parameter for name, parameter in trained if parameter.requires_grad}
         self._stepped: dict[str, Any] = dict(self._names if stepped is None else stepped)
-        groups = parameter_groups(self._stepped, settings.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+        self.optimizer = adamw(self._stepped, settings or AdamWSettings())
         self._control = control or self.device
         self._scale = LossScale(self.device) if self.precision == "fp16" else None
-        self._caps = [(self._stepped[name], most) for name, most in (caps or {}).items()]
-        self._average = None if ema_decay is None else Average(self._stepped, ema_decay)
+        self._caps = [(self._stepped[name], most) for name, most in (given.get("caps") or {}).items()]
+        decay = given.get("ema_decay")
+        self._average = None if decay is None else Average(self._stepped, decay)
 
     def _autocast(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, COMPUTE_DTYPES[self.precision], enabled=self.precision != "fp32")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 import torch
+import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.engines.blocks import compute_exactly
 from compt.errors import ConfigError, nearest
+from compt.models.clip import models_in, shardable_blocks
 from compt.weights.lazy import Weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of activations and of a frozen teacher, by precision. Parameters stay in fp32."""
+
+_VARIANTS = 64
+"""Compiled variants of a block that torch keeps."""
 
 Finish = Callable[[], list[Path]]
 """Waits until this process's part of a save is on disk, and returns the files that it wrote."""
@@ -105,30 +109,93 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim >= 2 and "bias" not in name
 
 
-def parameter_groups(tensors: Mapping[str, Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's groups of parameters or their slices, by name: what decays and what does not; no empty group."""
-    groups: dict[bool, list[Tensor]] = {True: [], False: []}
+def in_groups(tensors: Mapping[str, Tensor]) -> dict[bool, list[str]]:
+    """The names of parameters or their slices in AdamW's groups: what decays and what does not; no empty group."""
+    groups: dict[bool, list[str]] = {True: [], False: []}
     for name, tensor in tensors.items():
-        groups[decays(name, tensor)].append(tensor)
-    return [
-        {"params": parameters, "weight_decay": weight_decay if decay else 0.0}
-        for decay, parameters in groups.items()
-        if parameters
+        groups[decays(name, tensor)].append(name)
+    return {decay: names for decay, names in groups.items() if names}
+
+
+def adamw(
+    tensors: Mapping[str, Tensor], settings: AdamWSettings, groups: Mapping[bool, list[str]] | None = None
+) -> torch.optim.AdamW:
+    """AdamW for parameters or their slices, by name; `groups` as `in_groups` gives them."""
+    # torch's AdamW on a CPU too. DeepSpeed's own AdamW for CPUs would be compiled at first use.
+    found = [
+        {"params": [tensors[name] for name in names], "weight_decay": settings.weight_decay if decay else 0.0}
+        for decay, names in (in_groups(tensors) if groups is None else groups).items()
     ]
+    return torch.optim.AdamW(found, lr=0.0, betas=settings.betas, eps=settings.eps, fused=True)
+
+
+class EngineArguments(TypedDict, total=False):
+    """What every engine takes beside the module and AdamW's settings.
+
+    `initial`: the values of a module from the "meta" device. `caps`: the largest values of parameters, enforced after
+    each step. `ema_decay`: that of a moving average of the weights, if one is kept. `compile`, `recompute`: of blocks.
+    """
+
+    precision: Precision
+    device: torch.device | str
+    initial: Mapping[str, Tensor] | None
+    caps: Mapping[str, float] | None
+    ema_decay: float | None
+    compile: bool
+    recompute: bool
 
 
 class EngineHead:
     """What every engine begins with. Raises ConfigError for an unknown precision."""
 
-    def __init__(self, module: nn.Module, precision: Precision, device: torch.device | str) -> None:
+    def __init__(self, module: nn.Module, given: EngineArguments) -> None:
+        precision = given.get("precision", "fp32")
         if precision not in COMPUTE_DTYPES:
             raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
         self.rank = dist.rank()
         self.world_size = dist.world_size()
-        self.device = torch.device(device)
+        self.device = torch.device(given.get("device", "cpu"))
         self.precision = precision
         self.unwrapped = module
-        compute_exactly(self.device)
+        if self.device.type == "cuda":
+            # Without TF32: the loss has to be true fp32, and autocast covers all that TF32 could speed up.
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+
+    def _change_blocks(self, given: EngineArguments, hooked: bool = True) -> None:
+        """Recompute, then compile blocks, with their hooks if `hooked`. Sharding comes after it. Names stay."""
+        for model in models_in(self.unwrapped):
+            if given.get("recompute"):
+                model.set_grad_checkpointing(True)
+            if not given.get("compile"):
+                continue
+            # All blocks share their code. By default torch keeps 8 compiled variants of it and runs the rest
+            # uncompiled, but there are more: first and last blocks, both towers, each stage of a Swin, with and without
+            # gradient, and captions of other lengths.
+            dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
+            for block in shardable_blocks(model):
+                if hooked:
+                    block.compile()
+                else:
+                    block.forward = torch.compile(block.forward)
+
+    @contextmanager
+    def scoring(self) -> Iterator[None]:
+        """Evaluation mode, where the module is whole on every rank."""
+        with evaluation_mode(self.unwrapped):
+            yield
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients. Afterwards the module has its own mode again."""
+    training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(training)
 
 
 def moments_of(optimizer: torch.optim.Optimizer, tensor: Tensor) -> dict[str, Tensor]:

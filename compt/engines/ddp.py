@@ -3,47 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from compt.engines.adamw import AdamWEngine
-from compt.engines.base import AdamWSettings, Precision
-from compt.engines.blocks import compile_blocks, fill, recompute_blocks
+from compt.engines.base import AdamWSettings, EngineArguments
+from compt.models.clip import fill
 
 
 class DataParallelEngine(AdamWEngine):
     """Replicates the module on every rank (`Engine` says what each method does).
 
     The module is moved to `device`, or takes its values from `initial` if it is on the "meta" device. Its parameters
-    keep their dtype. `caps` are the largest values of parameters, enforced after each step.
+    keep their dtype.
     """
 
     def __init__(
         self,
         module: nn.Module,
         settings: AdamWSettings | None = None,
-        *,
-        precision: Precision = "fp32",
-        device: torch.device | str = "cpu",
-        initial: Mapping[str, Tensor] | None = None,
-        caps: Mapping[str, float] | None = None,
-        ema_decay: float | None = None,
-        compile: bool = False,
-        recompute: bool = False,
+        **given: Unpack[EngineArguments],
     ) -> None:
-        super().__init__(module, precision, device)
-        if initial is not None:
+        super().__init__(module, given)
+        if (initial := given.get("initial")) is not None:
             fill(module, initial, self.device)
         module.to(self.device)
-        if recompute:
-            recompute_blocks(module)
-        if compile:
-            compile_blocks(module)
+        self._change_blocks(given)
         self.module: nn.Module = module
         if self.world_size > 1:
             self.module = DistributedDataParallel(
@@ -52,7 +41,7 @@ class DataParallelEngine(AdamWEngine):
                 broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
-        self._prepare(settings or AdamWSettings(), caps, ema_decay)
+        self._prepare(settings, given)
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
         if isinstance(self.module, DistributedDataParallel) and not last:
@@ -73,13 +62,3 @@ class DataParallelEngine(AdamWEngine):
     def _norm(self) -> Tensor:
         gradients = [parameter.grad for parameter in self._names.values() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients, foreach=self.device.type == "cuda" or None)
-
-    @contextlib.contextmanager
-    def scoring(self) -> Iterator[None]:
-        """Evaluation mode: the whole module is on every rank."""
-        training = self.unwrapped.training
-        self.unwrapped.eval()
-        try:
-            yield
-        finally:
-            self.unwrapped.train(training)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Unpack, cast
 
 import torch
 import torch.distributed as torch_dist
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from compt.engines.adamw import AdamWEngine
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, Precision
-from compt.engines.blocks import compile_blocks, recompute_blocks
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, EngineArguments
 from compt.engines.shards import fill_shards, local, make_mesh, reshard, sharded_parts, units, whole
 
 
@@ -41,8 +40,7 @@ class ShardedEngine(AdamWEngine):
 
     The module has its values, or takes them from `initial` if it is on the "meta" device. Blocks are gathered one by
     one. Vectors (norms, biases, learned scalars), a thousandth of a model, are whole on every rank. They stay in fp32
-    where matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters. `caps`
-    are the largest values of parameters, enforced after each step.
+    where matrices are gathered in bf16 or fp16, so that the arithmetic is that of autocast over fp32 parameters.
 
     `reshard_after_forward`: gather each block again for backward, and reduce gradients after every piece of a batch.
     Otherwise weights stay gathered from forward to backward, and gradients stay whole until the last piece.
@@ -57,30 +55,21 @@ class ShardedEngine(AdamWEngine):
         module: nn.Module,
         settings: AdamWSettings | None = None,
         *,
-        precision: Precision = "fp32",
-        device: torch.device | str = "cpu",
-        initial: Mapping[str, Tensor] | None = None,
-        caps: Mapping[str, float] | None = None,
-        ema_decay: float | None = None,
-        compile: bool = False,
-        recompute: bool = False,
         reshard_after_forward: bool = True,
         replicas: int = 1,
         cpu_offload: bool = False,
         reduce_precision: Literal["fp32", "bf16"] = "fp32",
+        **given: Unpack[EngineArguments],
     ) -> None:
-        super().__init__(module, precision, device)
+        super().__init__(module, given)
         mesh = make_mesh(self.device, replicas)
-        if recompute:
-            recompute_blocks(module)
-        if compile:
-            compile_blocks(module)
-        if initial is None:
+        self._change_blocks(given)
+        if (initial := given.get("initial")) is None:
             module.to(self.device)
         self._early = reshard_after_forward
         self._hybrid = replicas > 1
         self._shards = mesh["shard"].get_group()
-        self._root = _shard(module, mesh, precision, reduce_precision, reshard_after_forward, cpu_offload, self.device)
+        self._root = self._shard(mesh, reduce_precision, cpu_offload)
         if initial is not None:
             fill_shards(self._root, module, initial, self.device, torch.device("cpu") if cpu_offload else None)
         # The optimizer sees plain tensors that share the slices' memory, and so runs its fused kernel over them.
@@ -91,7 +80,33 @@ class ShardedEngine(AdamWEngine):
         }
         # An optimizer on the CPU has to wait for its switches.
         control = torch.device("cpu") if cpu_offload else None
-        self._prepare(settings or AdamWSettings(), caps, ema_decay, slices, control)
+        self._prepare(settings, given, slices, control)
+
+    def _shard(self, mesh: Any, reduce_precision: Literal["fp32", "bf16"], cpu_offload: bool) -> nn.Module:
+        """Cut the module in place, unit by unit; returns the root, through which it has to be called.
+
+        Blocks only use their matrices in matrix products. So these are rounded before they are gathered, where autocast
+        would round them afterwards: the same numbers, and half the traffic. Everything else is gathered in fp32.
+        """
+        rounded = None if self.precision == "fp32" else COMPUTE_DTYPES[self.precision]
+        # None where nothing is converted, so that a module in double precision stays in it.
+        reduced = {"fp32": torch.float32 if rounded else None, "bf16": torch.bfloat16}[reduce_precision]
+        offload = CPUOffloadPolicy(pin_memory=self.device.type == "cuda") if cpu_offload else OffloadPolicy()
+        common: dict[str, Any] = {
+            "mesh": mesh,
+            "ignored_params": {parameter for parameter in self.unwrapped.parameters() if parameter.ndim < 2},
+            "offload_policy": offload,
+        }
+        for part in units(self.unwrapped):
+            exact = isinstance(part, nn.Embedding)
+            policy = MixedPrecisionPolicy(None if exact else rounded, reduced, cast_forward_inputs=False)
+            sharded = fully_shard(part, mp_policy=policy, reshard_after_forward=self._early, **common)
+            if exact:
+                sharded.set_unshard_in_backward(False)
+        root = _Root(self.unwrapped)
+        policy = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
+        fully_shard(root, mp_policy=policy, reshard_after_forward=False, **common)
+        return root
 
     def forward(self, *inputs: Any, last: bool = True) -> dict[str, Tensor]:
         """Outputs of the module."""
@@ -153,7 +168,6 @@ class ShardedEngine(AdamWEngine):
         The hooks of `fully_shard` are taken off meanwhile: they would make the ranks wait for each other.
         """
         reshard(self._root)
-        training = self.unwrapped.training
         kept = [(part._parameters, dict(part._parameters)) for part in self.unwrapped.modules()]
         hooks = [table for part in sharded_parts(self.unwrapped) for table in _hooks(part)]
         silenced = [(table, dict(table)) for table in hooks]
@@ -164,49 +178,13 @@ class ShardedEngine(AdamWEngine):
                         table[name] = nn.Parameter(whole(parameter, self.device), requires_grad=False)
             for hook, _ in silenced:
                 hook.clear()
-            self.unwrapped.eval()
-            with torch.no_grad():
+            with super().scoring():
                 yield
         finally:
             for table, parameters in kept:
                 table.update(parameters)
             for hook, entries in silenced:
                 hook.update(entries)
-            self.unwrapped.train(training)
-
-
-def _shard(
-    module: nn.Module,
-    mesh: Any,
-    precision: Precision,
-    reduce_precision: Literal["fp32", "bf16"],
-    reshard_after_forward: bool,
-    cpu_offload: bool,
-    device: torch.device,
-) -> nn.Module:
-    """Cut the module in place, unit by unit; returns the root, through which it has to be called.
-
-    Blocks only use their matrices in matrix products. So these are rounded before they are gathered, where autocast
-    would round them afterwards: the same numbers, and half the traffic. Everything else is gathered in fp32.
-    """
-    rounded = None if precision == "fp32" else COMPUTE_DTYPES[precision]
-    # None where nothing is converted, so that a module in double precision stays in it.
-    reduced = {"fp32": torch.float32 if rounded else None, "bf16": torch.bfloat16}[reduce_precision]
-    common: dict[str, Any] = {
-        "mesh": mesh,
-        "ignored_params": {parameter for parameter in module.parameters() if parameter.ndim < 2},
-        "offload_policy": CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy(),
-    }
-    for part in units(module):
-        exact = isinstance(part, nn.Embedding)
-        policy = MixedPrecisionPolicy(None if exact else rounded, reduced, cast_forward_inputs=False)
-        sharded = fully_shard(part, mp_policy=policy, reshard_after_forward=reshard_after_forward, **common)
-        if exact:
-            sharded.set_unshard_in_backward(False)
-    root = _Root(module)
-    policy = MixedPrecisionPolicy(None, reduced, cast_forward_inputs=False)
-    fully_shard(root, mp_policy=policy, reshard_after_forward=False, **common)
-    return root
 
 
 def _hooks(part: FSDPModule) -> list[dict[int, Any]]:

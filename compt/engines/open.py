@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compt.engines.base import AdamWSettings, Engine
+from compt.engines.base import AdamWSettings, Engine, EngineArguments
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import ConfigError
 from compt.recipe.deepspeed import deepspeed_config
@@ -33,7 +33,7 @@ def open_engine(
     ConfigError for settings that contradict each other.
     """
     settings = AdamWSettings(optimizer.betas, optimizer.eps, optimizer.weight_decay)
-    common: dict[str, Any] = {
+    common: EngineArguments = {
         "precision": optimizer.precision,
         "device": device,
         "initial": initial,

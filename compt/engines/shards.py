@@ -17,9 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from compt.dist import collectives as dist
-from compt.engines.blocks import models_in
 from compt.errors import ConfigError
-from compt.models.clip import ClipModel, set_buffers, shardable_blocks
+from compt.models.clip import ClipModel, models_in, set_buffers, shardable_blocks
 from compt.models.init import load_state
 from compt.models.states import State, shape_of
 
@@ -94,8 +93,7 @@ def fill_shards(
     root.to_empty(device=slices_on or device)
     if slices_on not in (None, device):
         _move_whole(module, device)
-    for model in models_in(module):
-        set_buffers(model)
+    set_buffers(module)
     load_state(module, _Slices(initial, module.state_dict()))
 
 

@@ -27,12 +27,11 @@ from compt.evaluate.folder import class_folders_of
 from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
-from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, fill
+from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, fill_template
 from compt.expand.execute import Mapped, expand
 from compt.expand.plan import ExpansionPlan
-from compt.models.clip import ClipModel, build, materialise
+from compt.models.clip import ClipModel, build, fill
 from compt.models.growth import TOWERS
-from compt.models.init import init_parameters, load_state
 from compt.models.pixels import to_input
 from compt.models.presets import ModelSpec
 from compt.recipe.schema import EvalSet
@@ -46,8 +45,6 @@ COMPARED = 64
 
 COMPARED_EXACTLY = 16
 """Pairs per rank whose features are compared in float64."""
-
-MODELS = ("teacher", "student", "random")
 
 Say = Callable[[str], None]
 
@@ -117,11 +114,7 @@ class Verification:
             "dot_products_float64": self.dot_products,
             "tolerance": TOLERANCE,
             "kept": not self.broken(),
-            "samples": self.samples,
-            "classes": self.classes,
-            "batch": self.batch,
-            "captions": self.captions,
-            "skipped": self.skipped,
+            **{key: getattr(self, key) for key in ("samples", "classes", "batch", "captions", "skipped")},
         }
 
 
@@ -166,7 +159,7 @@ class _Pairs:
         tokenize = partial(clip_tokenizer(), context_length=spec.context_length)
         for batch in task.data.batches(spec.image_size, self.settings):
             if len(batch) and batch.labels is not None and int(batch.labels.max()) < len(task.names):
-                texts = [fill(task.templates[0], task.names[label]) for label in batch.labels.tolist()]
+                texts = [fill_template(task.templates[0], task.names[label]) for label in batch.labels.tolist()]
                 yield Batch(batch.images, tokenize(texts)[:, None], batch.keys)
 
 
@@ -203,21 +196,6 @@ def _largest(before: Tensor, after: Tensor) -> float:
     return dist.all_reduce_max(float(difference.max()) if difference.numel() else 0.0)
 
 
-def _empty(spec: ModelSpec, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipModel:
-    model = build(spec, device="meta")
-    model.to(dtype)
-    materialise(model, device)
-    return model
-
-
-def _loaded(
-    spec: ModelSpec, state: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
-) -> ClipModel:
-    model = _empty(spec, device, dtype)
-    load_state(model, state)
-    return model
-
-
 def verify(
     teacher: Artefact,
     plan: ExpansionPlan,
@@ -252,13 +230,10 @@ def verify(
         results.append(result)
         features[name] = _features(model, pairs, COMPARED)
 
-    use("teacher", _loaded(teacher.spec, teacher.state, place))
+    use("teacher", teacher.load_model(place))
     state = student.state if student is not None else expand(plan, teacher.state, seed, average)
-    use("student", _loaded(plan.student, state, place))
-    random = _empty(plan.student, place)
-    init_parameters(random, plan.student, seed)
-    use("random", random)
-    del random
+    use("student", fill(build(plan.student, device="meta"), state, place))
+    use("random", build(plan.student, seed=seed, device=place))
 
     # In float32 rounding hides a small fault. Float64 shows whether an operator that promises equal features keeps it.
     exact: dict[str, float] = {}
@@ -266,9 +241,9 @@ def verify(
     if not all(plan.inexact[tower] for tower in TOWERS):
         say("comparing in float64")
         double = Mapped(teacher.state, Tensor.double)
-        before = _features(_loaded(teacher.spec, double, place, torch.float64), pairs, COMPARED_EXACTLY)
+        before = _features(fill(build(teacher.spec, device="meta").double(), double, place), pairs, COMPARED_EXACTLY)
         doubled = expand(plan, double, seed, Mapped(average, Tensor.double) if average is not None else None)
-        after = _features(_loaded(plan.student, doubled, place, torch.float64), pairs, COMPARED_EXACTLY)
+        after = _features(fill(build(plan.student, device="meta").double(), doubled, place), pairs, COMPARED_EXACTLY)
         exact = {tower: _moved(before[tower], after[tower]) for tower in TOWERS if not plan.inexact[tower]}
         if len(exact) == len(TOWERS):
             old, new = (part["image"] @ part["text"].T for part in (before, after))

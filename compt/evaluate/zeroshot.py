@@ -34,7 +34,7 @@ PLACEHOLDER = re.compile(r"\{c?\}")
 """The place of the class name in a template: {c} as in clip_benchmark, or {}."""
 
 
-def fill(template: str, classname: str) -> str:
+def fill_template(template: str, classname: str) -> str:
     """The template with the class name in its place. Raises DataError where it has no place for one."""
     if not PLACEHOLDER.search(template):
         raise DataError(f"template {template!r} has no place for the class name: write {{c}} or {{}}")
@@ -54,7 +54,7 @@ def classifier(
             f"a zero-shot classifier needs class names and templates, not {len(classnames)} and {len(templates)}"
         )
     own = range(dist.rank(), len(classnames), dist.world_size())
-    texts = [fill(template, classnames[at]) for at in own for template in templates]
+    texts = [fill_template(template, classnames[at]) for at in own for template in templates]
     with encoder.frozen():
         parts = range(0, len(texts), batch)
         features = [encoder.texts(tokenize(texts[start : start + batch])) for start in parts]

@@ -7,7 +7,8 @@ that is read (class token or end of text); it needs the other tokens for keys an
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar, cast
 
 import open_clip.model
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compt.errors import ConfigError
-from compt.models.init import init_parameters
+from compt.models.init import init_parameters, load_state
 from compt.models.pixels import sent
 from compt.models.presets import ModelSpec
 from compt.models.scalars import exported_shape
 from compt.models.swin import register_swin
+
+T = TypeVar("T", bound=nn.Module)
 
 
 class Block(nn.Module):
@@ -215,19 +218,35 @@ def exported_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: exported_shape(name, tensor.shape) for name, tensor in state.items()}
 
 
-def materialise(model: ClipModel, device: torch.device | str) -> None:
-    """Give a model from the "meta" device memory on `device`: buffers have their values, parameters have none yet."""
-    model.to_empty(device=device)
-    set_buffers(model)
+def models_in(module: nn.Module) -> Iterator[ClipModel]:
+    """The CLIP models in a module, itself included."""
+    return (model for model in module.modules() if isinstance(model, ClipModel))
 
 
-def set_buffers(model: ClipModel) -> None:
-    """Set the buffers that no state dict has: masks and positions."""
-    with torch.no_grad():
+def materialise(module: nn.Module, device: torch.device | str) -> None:
+    """Give a module from the "meta" device memory on `device`: buffers have their values, parameters have none yet."""
+    module.to_empty(device=device)
+    set_buffers(module)
+
+
+def fill(module: T, initial: Mapping[str, Tensor], device: torch.device | str) -> T:
+    """`materialise` a module and give it the values `initial`, read one tensor at a time.
+
+    Raises ArtefactError when they are not those of the module.
+    """
+    materialise(module, device)
+    load_state(module, initial)
+    return module
+
+
+@torch.no_grad()
+def set_buffers(module: nn.Module) -> None:
+    """Set the buffers of CLIP models that no state dict has: masks and positions."""
+    for model in models_in(module):
         model.attn_mask.fill_(float("-inf")).triu_(1)
-        for module in model.modules():
-            if hasattr(module, "init_non_persistent_buffers"):
-                module.init_non_persistent_buffers()
+        for part in model.modules():
+            if hasattr(part, "init_non_persistent_buffers"):
+                part.init_non_persistent_buffers()
 
 
 def shardable_blocks(model: ClipModel) -> list[nn.Module]:

@@ -12,8 +12,8 @@ from torch import Tensor
 from compt.engines.base import COMPUTE_DTYPES, Engine
 from compt.engines.open import open_engine
 from compt.engines.shards import shard_frozen
-from compt.models.clip import ClipModel, build, materialise
-from compt.models.init import DrawnState, load_state
+from compt.models.clip import ClipModel, build, fill
+from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig
@@ -105,6 +105,4 @@ def _open_teacher(blueprint: Blueprint, device: torch.device, weights: Mapping[s
     given = DrawnState(model, blueprint.teacher, blueprint.seed) if weights is None else weights
     if blueprint.engine.shard_teacher:
         return shard_frozen(model, given, dtype=COMPUTE_DTYPES[blueprint.optimizer.precision], device=device)
-    materialise(model, device)
-    load_state(model, given)
-    return model
+    return fill(model, given, device)

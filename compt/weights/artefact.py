@@ -27,8 +27,7 @@ from torch import Tensor
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, RunError
 from compt.files import disk_errors, new_folder, read_json, sha256_file, write_json
-from compt.models.clip import ClipModel, build, exported_shapes, materialise
-from compt.models.init import load_state
+from compt.models.clip import ClipModel, build, exported_shapes, fill
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.models.presets import ModelSpec
 from compt.models.states import check_finite
@@ -73,10 +72,7 @@ class Artefact:
 
     def load_model(self, device: torch.device | str = "cpu") -> ClipModel:
         """The model with these weights in fp32. Raises ArtefactError when they are not those of the spec."""
-        model = build(self.spec, device="meta")
-        materialise(model, device)
-        load_state(model, self.state)
-        return model
+        return fill(build(self.spec, device="meta"), self.state, device)
 
 
 def versions() -> dict[str, str]:

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
 from compt.engines.average import Average
-from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, EngineHead, Finish, Precision, parameter_groups
-from compt.engines.blocks import compile_blocks, fill, models_in, recompute_blocks
+from compt.engines.base import COMPUTE_DTYPES, AdamWSettings, EngineArguments, EngineHead, Finish, adamw, in_groups
 from compt.engines.scale import LossScale
 from compt.engines.state_dcp import OTHER
 from compt.engines.zero.parts import Parts
 from compt.engines.zero.start import check_zero, destroy, fill_partitioned, forget_module, start_deepspeed
 from compt.engines.zero.state import open_zero, save_zero, take_moments
-from compt.models.clip import shardable_blocks
+from compt.models.clip import fill, models_in, shardable_blocks
 from compt.models.states import check_shapes
 from compt.weights.lazy import Weights
 
@@ -45,59 +44,45 @@ class ZeroEngine(EngineHead):
         *,
         stage: int,
         config: Mapping[str, Any] | None = None,
-        precision: Precision = "fp32",
-        device: torch.device | str = "cpu",
-        initial: Mapping[str, Tensor] | None = None,
-        caps: Mapping[str, float] | None = None,
-        ema_decay: float | None = None,
-        compile: bool = False,
-        recompute: bool = False,
+        **given: Unpack[EngineArguments],
     ) -> None:
-        super().__init__(module, precision, device)
-        settings = settings or AdamWSettings()
+        super().__init__(module, given)
+        initial, decay = given.get("initial"), given.get("ema_decay")
         self.stage = stage
         self._deepspeed = start_deepspeed(self.device)
         json = _complete(config or {}, stage, self.world_size)
         check_zero(json)
-        groups = _named_groups(module, settings)  # before parameters are cut up and lose their shapes
+        # Before parameters are cut up and lose their shapes.
+        groups = in_groups({name: one for name, one in module.named_parameters() if one.requires_grad})
         if initial is not None and stage == 3:
             fill_partitioned(self._deepspeed, module, initial, self.device, json)
         elif initial is not None:
             fill(module, initial, self.device)
-        if recompute:
-            recompute_blocks(module)
-        if compile:
-            # Dynamo cannot trace a part of a block that is still cut up, as it has no shape.
-            compile_blocks(module, hooked=stage != 3)
+        # Dynamo cannot trace a part of a block that is still cut up, as it has no shape.
+        self._change_blocks(given, hooked=stage != 3)
         self._trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        # torch's AdamW on a CPU too. DeepSpeed's own AdamW for CPUs would be compiled at first use.
-        self.optimizer = torch.optim.AdamW(
-            [{**group, "params": [self._trained[name] for name in group["params"]]} for group in groups],
-            lr=0.0,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        self._order = [name for group in groups for name in group["params"]]
+        self.optimizer = adamw(self._trained, settings or AdamWSettings(), groups)
+        self._order = [name for names in groups.values() for name in names]
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         forget_module(module)
         dist.share_timeout()
-        if compile and stage == 3:
+        if given.get("compile") and stage == 3:
             self._gather_blocks_whole()
         # DeepSpeed's hooks on gradients hold the engine where the garbage collector does not look. Without `destroy`
         # its memory would be missing for the next link.
         weakref.finalize(self, destroy, self._engine).atexit = False
         # This is DeepSpeed's `torch_autocast`, set here because the key of its JSON does more: it sums gradients in
         # half precision, lets each rank update a loss scaler alone, and stays on for the next engine of the process.
-        self._engine._config.torch_autocast_enabled = precision != "fp32"
-        self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[precision]
+        self._engine._config.torch_autocast_enabled = self.precision != "fp32"
+        self._engine._config.torch_autocast_dtype = COMPUTE_DTYPES[self.precision]
         self._parts = Parts(stage, self._zero, self._trained)
         # On the CPU with ZeRO: DeepSpeed takes the scale as a number, and knows on the CPU whether it skipped a step.
-        self._scale = LossScale(torch.device("cpu") if stage else self.device) if precision == "fp16" else None
-        self._caps = dict(caps or {})
+        self._scale = LossScale(torch.device("cpu") if stage else self.device) if self.precision == "fp16" else None
+        self._caps = dict(given.get("caps") or {})
         # A hook, as the caps have to come before DeepSpeed copies what was stepped to the module.
-        self.optimizer.register_step_post_hook(_weakly(self._cap))
-        self._average = None if ema_decay is None else Average(self._vectors(), ema_decay)
+        own = weakref.proxy(self)
+        self.optimizer.register_step_post_hook(lambda *_: own._cap())
+        self._average = None if decay is None else Average(self._vectors(), decay)
 
     def _vectors(self) -> dict[str, Tensor]:
         return {str(number): self._parts.weight(number) for number in range(len(self._parts.masters))}
@@ -186,13 +171,8 @@ class ZeroEngine(EngineHead):
     @contextmanager
     def scoring(self) -> Iterator[None]:
         """Evaluation mode. At stage 3 every rank holds the whole module inside."""
-        training = self.unwrapped.training
-        self.unwrapped.eval()
-        try:
-            with torch.no_grad(), self._gathered():
-                yield
-        finally:
-            self.unwrapped.train(training)
+        with super().scoring(), self._gathered():
+            yield
 
     @contextmanager
     def _gathered(self) -> Iterator[None]:
@@ -278,26 +258,6 @@ class ZeroEngine(EngineHead):
                 with self._deepspeed.zero.GatheredParameters([tensor], modifier_rank=0, enabled=gathered):
                     tensor.copy_(weights[name])
         self._parts.publish()
-
-
-def _weakly(method: Callable[[], None]) -> Callable[..., None]:
-    """Call a method as long as its object exists, without keeping it alive."""
-    found = weakref.WeakMethod(method)
-
-    def call(*_: Any) -> None:
-        alive = found()
-        if alive is not None:
-            alive()
-
-    return call
-
-
-def _named_groups(module: nn.Module, settings: AdamWSettings) -> list[dict[str, Any]]:
-    """AdamW's groups, with names instead of parameters."""
-    names = {id(parameter): name for name, parameter in module.named_parameters()}
-    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    groups = parameter_groups(trained, settings.weight_decay)
-    return [{**group, "params": [names[id(parameter)] for parameter in group["params"]]} for group in groups]
 
 
 def _complete(config: Mapping[str, Any], stage: int, world_size: int) -> dict[str, Any]:

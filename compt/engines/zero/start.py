@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.engines.blocks import models_in
 from compt.errors import ConfigError
 from compt.models.clip import set_buffers
 from compt.models.states import check_shapes, shapes_of
@@ -118,8 +117,7 @@ def fill_partitioned(
         for key, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:
                 part._buffers[key] = torch.empty_like(buffer, device=device)
-    for model in models_in(module):
-        set_buffers(model)
+    set_buffers(module)
     kept = {name for name, _ in module.named_buffers()} & set(module.state_dict())
     for name in kept:
         module.get_buffer(name).copy_(initial[name])

@@ -7,6 +7,7 @@ number of ranks can resume, with any stage.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -27,7 +28,6 @@ from compt.files import disk_errors, write_bytes
 from compt.models.states import check_shapes
 from compt.weights.deepspeed import LATEST, MOMENTS, ZeroState, read_zero, read_zero_state
 from compt.weights.lazy import Weights
-from compt.weights.pickles import load_torch_file
 from compt.weights.safetensors import TensorFile, write_tensors
 
 NOTE = "compt"
@@ -39,7 +39,7 @@ _UPDATES = "updates"
 
 
 class ZeroWriter:
-    """Replaces DeepSpeed's writer of files: flushes each file, and keeps an error until all ranks can learn of it."""
+    """Writes files for DeepSpeed: flushes each, and keeps an error until all ranks can learn of it."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -68,29 +68,6 @@ class ZeroWriter:
         except RuntimeError as error:  # torch raises it when the disk is full
             self.error = RunError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
-    def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file without running anything in it."""
-        return load_torch_file(Path(path))
-
-    def create(self, info: Any) -> None:
-        """Nothing to prepare."""
-
-    def commit(self, info: Any) -> bool:
-        """Nothing to end."""
-        return True
-
-    def is_decoupled(self) -> bool:
-        """Nothing is written by another process."""
-        return False
-
-    def is_data_parallel_writer(self, dp_rank: int) -> bool:
-        """Rank 0 writes what all ranks have."""
-        return dp_rank == 0
-
-    def preserves_storage_sharing(self) -> bool:
-        """What shares memory is written once."""
-        return True
-
 
 def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write DeepSpeed's files, `note` in them and the average beside them; returns this rank's files.
@@ -98,7 +75,9 @@ def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[
     All ranks call it. Raises RunError on all of them where one could not write.
     """
     writer = ZeroWriter()
-    engine.checkpoint_engine = writer
+    module = importlib.import_module("deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine")
+    engine.checkpoint_engine = module.TorchCheckpointEngine()
+    vars(engine.checkpoint_engine).update(makedirs=writer.makedirs, save=writer.save)
     # DeepSpeed would copy a script that merges the files. A checkpoint needs no program.
     engine._copy_recovery_script = lambda path: None
     engine.save_checkpoint(str(folder), tag=_TAG, client_state={NOTE: dict(note)}, save_latest=False)

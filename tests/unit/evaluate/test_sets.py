@@ -28,7 +28,7 @@ from compt.evaluate.scorer import Scorer, open_held_out
 from compt.evaluate.sets import check_sets, evaluate_set, open_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
-from compt.evaluate.zeroshot import classifier, fill, read_templates, true_ranks, zero_shot
+from compt.evaluate.zeroshot import classifier, fill_template, read_templates, true_ranks, zero_shot
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.pixels import to_input
@@ -87,10 +87,10 @@ def test_classifier_equals_open_clips(model, tokenizer) -> None:
 
 
 def test_fill() -> None:
-    assert fill("a photo of {c}.", "x") == "a photo of x."
-    assert fill("{} and {}", "x{}\\1") == "x{}\\1 and x{}\\1"
+    assert fill_template("a photo of {c}.", "x") == "a photo of x."
+    assert fill_template("{} and {}", "x{}\\1") == "x{}\\1 and x{}\\1"
     with pytest.raises(DataError, match=r"'a photo' has no place"):
-        fill("a photo", "x")
+        fill_template("a photo", "x")
 
 
 def _naive_zero_shot(weights: torch.Tensor, n: int, classes: int) -> tuple[list[int], list[int]]:
