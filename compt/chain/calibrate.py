@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from compt.chain.job import RunContext
 from compt.chain.record import MANIFEST, read_manifest
-from compt.chain.run import Say, from_main, plan_run, read_calibration, run_jobs, running
+from compt.chain.run import Say, plan_run, read_calibration, run_jobs, running
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.dist import collectives as dist
 from compt.errors import ConfigError, RunError, nearest
@@ -107,7 +107,7 @@ class FirstPair:
 
         `plan` is that of the recipe's own lengths. Raises ConfigError and RunError for what cannot be tried.
         """
-        tries = from_main(lambda: self._tries(folder, plan))
+        tries = dist.from_main(lambda: self._tries(folder, plan))
         factors = [found.factor for found in tries]
         if not tries:
             return (self._first(plan),)
@@ -226,7 +226,7 @@ def run_calibrated(context: RunContext, test: FirstPair, say: Say, **options: An
         for _ in range(most + 2):
             scales = test.scales(context.folder, plain)
             plan = plan_run(context, **options, scales=scales)
-            tries = from_main(lambda: _tries_of(context.folder))
+            tries = dist.from_main(lambda: _tries_of(context.folder))
             if tries and tries[-1].lossless:
                 break
             if hopeless(plan):
@@ -253,7 +253,7 @@ def _tries_of(folder: Path) -> list[Try]:
 
 def _judge(folder: Path, test: FirstPair, plan: Plan, scales: Sequence[float], say: Say) -> None:
     """Compare the finished try with its baseline, and keep or reject it."""
-    found = from_main(lambda: _compare(folder, test, plan, len(scales), scales[-1]))
+    found = dist.from_main(lambda: _compare(folder, test, plan, len(scales), scales[-1]))
     what = "lossless" if found.lossless else "not lossless"
     say(f"{pair(plan)[0].name}, try {found.number}: {in_words(found)}: {what}.")
     dist.on_main(lambda: _decide(folder, pair(plan)[0], found))

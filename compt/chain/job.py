@@ -77,7 +77,7 @@ class JobRun:
         self.say = say
         self.scorer = Scorer(context.recipe, context.base)
         self.folder = context.job_folder(job.name)
-        self.manifest: dict[str, Any] = dist.broadcast_object(read_manifest(self.folder) if dist.is_main() else None)
+        self.manifest: dict[str, Any] = dist.from_main(lambda: read_manifest(self.folder))
 
     def run(self) -> None:
         """Go on from the state in the manifest. Raises what training and evaluation raise."""
@@ -262,7 +262,7 @@ class JobRun:
         beat(0, "opening the model", LONG)
         origin = self._origin()
         settings = self._settings()
-        if self._engine_config.find_micro_batch and self._steps_left():
+        if self._engine_config.find_micro_batch and dist.from_main(lambda: steps_left(self.job, self.folder)):
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
@@ -292,7 +292,7 @@ class JobRun:
     def _last_checkpoint(self, step: int) -> Path:
         """The checkpoint of the last step. Raises RunError, on all ranks, when it was damaged since it was written."""
         folder = self.folder / "checkpoints"
-        path: Path | None = dist.broadcast_object(find_latest(folder) if dist.is_main() else None)
+        path = dist.from_main(lambda: find_latest(folder))
         if path is None or path.name != name_of(step):
             text = (
                 f"{folder / name_of(step)}: the checkpoint of the last step is damaged or gone; start the same command "
@@ -318,11 +318,6 @@ class JobRun:
             (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
             self.job.name,
         )
-
-    def _steps_left(self) -> int:
-        """Steps still to train: 0 after a stop between the last checkpoint and the model."""
-        left: int = dist.broadcast_object(steps_left(self.job, self.folder) if dist.is_main() else None)
-        return left
 
     def _find_micro_batch(self) -> int:
         """The largest micro-batch that fits; the manifest notes it beside the machine."""

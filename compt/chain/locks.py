@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from compt.dist import collectives as dist
 from compt.errors import RunError
@@ -42,7 +42,8 @@ class _Lock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path, self._lock = path, FileLock(path)
+        self._path = path
+        self._lock: BaseFileLock = FileLock(path)
         self._released = threading.Event()
 
     def acquire(self, seconds: float) -> None:
@@ -114,13 +115,8 @@ def locked(
     lock = _Lock(folder / WHOLE)
 
     def acquire() -> None:
-        with meanwhile(), disk_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            try:
-                lock.acquire(0)
-            except Timeout:
-                text = f"{folder} is in use by another process; wait for it, or take another folder ({lock.held()})"
-                raise RunError(text) from None
+        with meanwhile():
+            _take(lock, folder, 0, "%s is in use by another process; wait for it, or take another folder (%s)")
 
     dist.on_main(acquire)
     try:
@@ -136,16 +132,17 @@ def writing(folder: Path) -> Iterator[None]:
     Raises RunError when another process writes for more than `SECONDS`.
     """
     lock = _Lock(folder / SHARED)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(SECONDS)
-        except Timeout:
-            text = (
-                f"{folder}: another process has held {SHARED} for {SECONDS:g} s; see whether it hangs ({lock.held()})"
-            )
-            raise RunError(text) from None
+    _take(lock, folder, SECONDS, f"%s: another process has held {SHARED} for {SECONDS:g} s; see whether it hangs (%s)")
     try:
         yield
     finally:
         lock.release()
+
+
+def _take(lock: _Lock, folder: Path, seconds: float, fault: str) -> None:
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(seconds)
+        except Timeout:
+            raise RunError(fault % (folder, lock.held())) from None

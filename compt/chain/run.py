@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
@@ -36,17 +36,8 @@ from compt.train.signals import StopSignal
 _log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-T = TypeVar("T")
 
 STATE, RECIPE = "run.json", "recipe.yaml"
-
-
-def from_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 and return its picklable result on all ranks. Its ComptErrors are raised on all ranks."""
-    found: list[T] = []
-    dist.on_main(lambda: found.append(action()))
-    result: T = dist.broadcast_object(found[0] if found else None)
-    return result
 
 
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -301,7 +292,7 @@ def prepare(
     context = RunContext(folder, recipe, index, device, base, start)
     planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
     plan = planned()
-    found = from_main(lambda: accepted_scales(folder)) if scales is None else scales(plan)
+    found = dist.from_main(lambda: accepted_scales(folder)) if scales is None else scales(plan)
     if found:
         plan = planned(scales=found)
     context = replace(context, contents=_contents(context, source))
@@ -325,7 +316,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     contents |= {f"the files of evaluation set '{name}' ({defined[name]})": found[name] for name in found}
     if recipe.evaluation.validation:
         with named(source, "evaluation.validation"):
-            held_out = from_main(lambda: _held_out(recipe, base, source))
+            held_out = dist.from_main(lambda: _held_out(recipe, base, source))
         contents[f"the shards {' '.join(recipe.evaluation.validation)}"] = held_out
     return contents
 
@@ -364,7 +355,7 @@ def run_jobs(
     """
     with Watch(context.folder, context.recipe.engine.timeout) as watch:
         dist.on_main(lambda: check_unchanged(context, plan))
-        started = from_main(lambda: _write_state(context, plan, calibration))
+        started = dist.from_main(lambda: _write_state(context, plan, calibration))
         for job in jobs:
             if job.same_as is None:
                 watch.about(job.name)

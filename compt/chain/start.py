@@ -14,9 +14,7 @@ from compt.weights.open import MODEL_OPTION, PREFIX_OPTION, open_model
 
 def hash_of(model: Artefact) -> str:
     """The hash of a model that all ranks opened, computed by rank 0. All ranks call it. Raises ArtefactError."""
-    found: list[str] = []
-    dist.on_main(lambda: found.append(model.hash))
-    return str(dist.broadcast_object(found[0] if found else None))
+    return dist.from_main(lambda: model.hash)
 
 
 def open_start(chain: Chain, base: Path) -> Artefact:

@@ -254,6 +254,12 @@ def on_main(action: Callable[[], object]) -> None:
     on_all(lambda: action() if is_main() else None)
 
 
+def from_main(action: Callable[[], T]) -> T:
+    """Run `action` on rank 0 and return its picklable result on all ranks. Its ComptErrors are raised on all ranks."""
+    result: T = broadcast_object(on_all(lambda: action() if is_main() else None))
+    return result
+
+
 def _reduce_scalar(value: float, operation: Any) -> float:
     if world_size() == 1:
         return float(value)
@@ -266,11 +272,6 @@ def _reduce_scalar(value: float, operation: Any) -> float:
 def all_reduce_sum(value: float) -> float:
     """Return the sum of a number over ranks (exact for integers below 2^53)."""
     return _reduce_scalar(value, ReduceOp.SUM)
-
-
-def all_reduce_mean(value: float) -> float:
-    """Return the mean of a number over ranks."""
-    return _reduce_scalar(value, ReduceOp.SUM) / world_size()
 
 
 def all_reduce_max(value: float) -> float:

@@ -45,12 +45,14 @@ def meet(place: Place, seconds: float) -> TCPStore:
     late = until + GRACE * seconds
     try:
         with _quiet():
-            store = _serve(place, until, late) if is_host(place.rank) else _reach(place, until, late)
+            store = within(late - time.monotonic(), lambda: (_serve if is_host(place.rank) else _connect)(place, until))
+    except TimeoutError as error:
+        raise _failure(place, seconds, _SILENT) from error
     except OSError as error:
         raise _failure(place, seconds, str(error)) from error
     try:
         with _quiet():
-            missing = _within(late, lambda: _wait_for_all(place, until, store))
+            missing = within(late - time.monotonic(), lambda: _wait_for_all(place, until, store))
     except TimeoutError as error:
         raise _failure(place, seconds, "rank 0 stopped answering") from error
     except RuntimeError as error:
@@ -69,11 +71,11 @@ def is_host(rank: int) -> bool:
     return rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
 
-def _within(late: float, call: Callable[[], T]) -> T:
-    """Return what `call` returns, or raise what it raises. Raises TimeoutError at the time `late`.
+def within(seconds: float, call: Callable[[], T]) -> T:
+    """Return what `call` returns, or raise what it raises. Raises TimeoutError after `seconds`.
 
-    torch's client waits without limit when something accepts its connection and never answers. The call then stays
-    behind in a daemon thread, which ends with the process.
+    torch's client waits without limit when something accepts its connection and never answers, and a collective that
+    hangs cannot be cancelled. The call then stays behind in a daemon thread, which ends with the process.
     """
     answer: Future[T] = Future()
 
@@ -84,7 +86,7 @@ def _within(late: float, call: Callable[[], T]) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=work, daemon=True).start()
-    return answer.result(max(0.0, late - time.monotonic()))
+    return answer.result(max(0.0, seconds))
 
 
 @contextlib.contextmanager
@@ -171,7 +173,7 @@ def _ranks(numbers: list[int]) -> str:
     return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
-def _serve(place: Place, until: float, late: float) -> TCPStore:
+def _serve(place: Place, until: float) -> TCPStore:
     """Serve the store on this machine. Raises OSError with the cause."""
     # torch's error for a port in use is a C++ stack, so try the port first.
     with socket.socket() as probe:
@@ -182,22 +184,13 @@ def _serve(place: Place, until: float, late: float) -> TCPStore:
             reason = (error.strerror or str(error)).lower()
             raise OSError(f"rank 0 cannot open port {place.port} ({reason}); set MASTER_PORT to another port") from None
     try:
-        return _within(late, lambda: _store(HERE, place, until - time.monotonic(), host=True))
-    except TimeoutError:
-        raise OSError(_SILENT) from None
+        return _store(HERE, place, until - time.monotonic(), host=True)
     except (RuntimeError, ValueError) as error:
         raise OSError(str(error).splitlines()[0]) from error
 
 
-def _reach(place: Place, until: float, late: float) -> TCPStore:
-    """Connect to the store at the master's address. Raises OSError with the last cause."""
-    try:
-        return _within(late, lambda: _connect(place, until))
-    except TimeoutError:
-        raise OSError(_SILENT) from None
-
-
 def _connect(place: Place, until: float) -> TCPStore:
+    """Connect to the store at the master's address. Raises OSError with the last cause."""
     while True:
         left = until - time.monotonic()
         try:
@@ -209,7 +202,7 @@ def _connect(place: Place, until: float) -> TCPStore:
         except (RuntimeError, ValueError):
             cause = "what answers there is not torch's store; set MASTER_PORT to another port"
         if time.monotonic() + PAUSE >= until:
-            # A plain OSError: _within and _reach give TimeoutError another meaning.
+            # A plain OSError: `meet` gives TimeoutError another meaning.
             raise OSError(cause)
         time.sleep(PAUSE)
 

@@ -99,19 +99,17 @@ class Losses:
 
 def over_batches(loader: Iterable[EvalBatch], use: Callable[[EvalBatch], None]) -> Losses:
     """Call `use` for every batch of this rank that has an image. A DataError on one rank is raised on all ranks."""
-    losses, fault = Losses(), ""
-    try:
+    losses = Losses()
+
+    def run() -> None:
         for batch in loader:
             alive()
             losses.add(batch)
             if len(batch):
                 use(batch)
-    except DataError as error:
-        fault = str(error)
-    # Without this exchange the other ranks would wait in their next collective for the rank that failed.
-    faults = [text for text in dist.gather_objects(fault) if text]
-    if faults:
-        raise DataError(faults[0])
+
+    # Otherwise the other ranks would wait in their next collective for the rank that failed.
+    dist.on_all(run)
     return losses
 
 

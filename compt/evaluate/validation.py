@@ -20,25 +20,24 @@ def validation_loss(encoder: Encoder, batches: Iterable[Batch], loss: Loss | Non
     Raises DataError, on every rank, when a batch cannot be read or there is none.
     """
     loss = loss or ContrastiveLoss()
-    total, images, fault = 0.0, 0, ""
+
+    def sums() -> tuple[float, int]:
+        total, images = 0.0, 0
+        for batch in batches:
+            alive()
+            image = encoder.images(batch.images)
+            captions = batch.tokens.shape[1]
+            text = encoder.texts(batch.tokens.flatten(0, 1)).view(len(image), captions, -1)
+            learned = learned_scalars(encoder.model, loss.scalars)
+            # Ranks may have unequal numbers of batches, so each value is of this rank's batch alone.
+            value, _ = loss({"image": image, "text": text, **learned}, gather=False)
+            total += float(value) * len(image)
+            images += len(image)
+        return total, images
+
     with encoder.frozen():
-        try:
-            for batch in batches:
-                alive()
-                image = encoder.images(batch.images)
-                captions = batch.tokens.shape[1]
-                text = encoder.texts(batch.tokens.flatten(0, 1)).view(len(image), captions, -1)
-                learned = learned_scalars(encoder.model, loss.scalars)
-                # Ranks may have unequal numbers of batches, so each value is of this rank's batch alone.
-                value, _ = loss({"image": image, "text": text, **learned}, gather=False)
-                total += float(value) * len(image)
-                images += len(image)
-        except DataError as error:
-            fault = str(error)
-    faults = [text for text in dist.gather_objects(fault) if text]
-    if faults:
-        raise DataError(faults[0])
-    images = int(dist.all_reduce_sum(images))
+        total, own = dist.on_all(sums)
+    images = int(dist.all_reduce_sum(own))
     if not images:
         raise DataError("the validation loss has no batch to be computed on")
     return dist.all_reduce_sum(total) / images

@@ -140,7 +140,7 @@ class _Window:
 
 def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
     """Load the newest whole checkpoint, if there is one. Raises RunError when it belongs to another run."""
-    path: Path | None = dist.broadcast_object(checkpoint.find_latest(folder) if dist.is_main() else None)
+    path = dist.from_main(lambda: checkpoint.find_latest(folder))
     if path is None:
         return _Counts()
     state = dist.on_all(lambda: checkpoint.read_state(path))

@@ -8,10 +8,8 @@ import errno
 import os
 import secrets
 import shutil
-import threading
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from filelock import FileLock, Timeout
 from compt.dist import collectives as dist
 from compt.dist.doctor.findings import Finding, facts_here, judge
 from compt.dist.environment import Place, find_place
+from compt.dist.rendezvous import within
 from compt.errors import RunError
 from compt.files import disk_errors
 
@@ -169,22 +168,10 @@ def check_collectives(place: Place) -> list[Finding]:
 
 
 def _try_collective(backend: str, device: torch.device) -> Finding:
-    """Run an all-reduce over `backend`; the finding is the same on all ranks, also where some of them hang.
-
-    A collective that hangs cannot be cancelled: it stays behind in a daemon thread until the process ends.
-    """
-    answer: Future[float] = Future()
-
-    def work() -> None:
-        try:
-            answer.set_result(_all_reduce(backend, device))
-        except Exception as error:
-            answer.set_exception(error)
-
-    threading.Thread(target=work, daemon=True).start()
+    """Run an all-reduce over `backend`; the finding is the same on all ranks, also where some of them hang."""
     own: float | str
     try:
-        own = answer.result(COLLECTIVE_SECONDS)
+        own = within(COLLECTIVE_SECONDS, lambda: _all_reduce(backend, device))
     except TimeoutError:
         own = f"no answer within {COLLECTIVE_SECONDS:g} s"
     except Exception as error:

@@ -90,23 +90,10 @@ class Life:
     hint: str = ""
 
     @classmethod
-    def here(
-        cls,
-        tick: int,
-        rank: int,
-        name: str,
-        count: int,
-        step: int,
-        doing: str,
-        age: float,
-        where: str,
-        left: bool,
-        hint: str = "",
-    ) -> Life:
-        """Return the heartbeat of this process."""
-        pid = os.getpid()
-        host, place = _place()
-        return cls(tick, rank, host, place, pid, _born(pid), name, count, step, doing, round(age, 1), where, left, hint)
+    def here(cls, **doing: Any) -> Life:
+        """Return the heartbeat of this process; `doing` are the fields that do not say which process it is."""
+        pid, (host, place) = os.getpid(), _place()
+        return cls(host=host, place=place, pid=pid, born=_born(pid), **doing)
 
     def to_json(self) -> str:
         """Return JSON for the store."""

@@ -253,9 +253,9 @@ class Watch:
         beat, age = self._beat, time.monotonic() - self._beat.at
         late = age > 2 * self._interval
         line, hint = (where(self._main), obstacle(beat.doing)) if late else ("", "")
-        return Life.here(
-            self._tick, self.rank, self._name, beat.count, beat.step, beat.doing, age, line, self._left, hint
-        )
+        about = {"rank": self.rank, "name": self._name, "tick": self._tick, "left": self._left}
+        done = {"count": beat.count, "step": beat.step, "doing": beat.doing, "age": round(age, 1)}
+        return Life.here(**about, **done, where=line, hint=hint)
 
     def _look(self) -> Cause | None:
         """Write a heartbeat, then check those of others and the main thread; return a cause or None."""
