@@ -172,7 +172,7 @@ def train(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Trained
     found = Trained([], [], [], {}, {})
     for step, (images, tokens) in enumerate(batches()):
         loss, _ = cached_backward(task, engine, images[own], tokens[own], micro)
-        found.losses.append(dist.all_reduce_mean(loss.item()))
+        found.losses.append(dist.all_reduce_sum(loss.item()) / dist.world_size())
         if step in (0, STEPS - 1):
             found.gradients.append(dict(engine.gradients()))
         found.norms.append(float(engine.step(LR[step], MAX_NORM)))

@@ -125,10 +125,6 @@ class ExpandedState(State):
             made = expand_parameter(entry, self._read, self._draw)
             return made.to(self._dtype) if entry.action in _OWN and name not in SCALAR_NAMES else made
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without computing it."""
-        return self._parts[name].shape
-
     @cached_property
     def _dtype(self) -> torch.dtype:
         taken = (entry.sources[0] for entry in self._parts.values() if entry.action not in _OWN)
@@ -141,13 +137,6 @@ class ExpandedState(State):
             what = "moving average" if average else "weights"
             raise ArtefactError(f"{self._teacher} has no parameter {name} among its {what}")
         return state[name]
-
-
-def expand_state(
-    plan: ExpansionPlan, state: Mapping[str, Tensor], draw: Draw, average: Mapping[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """All student parameters in memory. Raises ArtefactError if the teacher does not fit the plan."""
-    return dict(ExpandedState(plan, state, draw, average))
 
 
 def expand(

@@ -87,25 +87,11 @@ class ExpansionPlan:
         """Whether some layers come from the moving average of the teacher's weights."""
         return any(entry.average for entry in self.entries)
 
-    @property
-    def parameters(self) -> int:
-        """The number of elements."""
-        return sum(entry.size for entry in self.entries)
-
-    @property
-    def copied(self) -> int:
-        """The number of elements that come from the teacher."""
-        return sum(entry.copied for entry in self.entries)
-
-    @property
-    def new(self) -> int:
-        """The number of elements from the student's own initialization or an orthonormal complement."""
-        return sum(entry.new for entry in self.entries)
-
-    @property
-    def zeroed(self) -> int:
-        """The number of elements that are set to zero."""
-        return sum(entry.zeroed for entry in self.entries)
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Numbers of elements: all `parameters`, and as in `ExpandedParameter` those `copied`, `new` and `zeroed`."""
+        kinds = {"parameters": "size", "copied": "copied", "new": "new", "zeroed": "zeroed"}
+        return {kind: sum(getattr(entry, own) for entry in self.entries) for kind, own in kinds.items()}
 
     def to_json(self) -> dict[str, Any]:
         """A small description for manifests: operators, models, layer sources and totals. `from_json` reads it."""
@@ -114,7 +100,7 @@ class ExpansionPlan:
             "teacher": self.teacher.to_dict(),
             "student": self.student.to_dict(),
             "layers": self.layers,
-            **self._totals(),
+            **self.totals,
         }
 
     def table_json(self) -> dict[str, Any]:
@@ -124,7 +110,7 @@ class ExpansionPlan:
             "student": self.student.to_dict(),
             "config": self.config.to_dict(),
             "inexact": {tower: list(reasons) for tower, reasons in self.inexact.items()},
-            "totals": self._totals(),
+            "totals": self.totals,
             "parameters": [
                 {
                     "name": entry.name,
@@ -139,9 +125,6 @@ class ExpansionPlan:
                 for entry in self.entries
             ],
         }
-
-    def _totals(self) -> dict[str, int]:
-        return {"parameters": self.parameters, "copied": self.copied, "new": self.new, "zeroed": self.zeroed}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ExpansionPlan:

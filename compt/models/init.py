@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from compt.models.presets import ModelSpec
-from compt.models.scalars import exported_shape
 from compt.models.states import State, check_shapes, shapes_of
 
 _CHUNK = 1 << 20
@@ -190,12 +189,6 @@ def init_parameters(model: nn.Module, spec: ModelSpec, seed: int) -> None:
     drawn = DrawnState(model, spec, seed)
     for name, parameter in model.named_parameters():
         parameter.copy_(drawn[name])
-
-
-def export_state(model: nn.Module) -> dict[str, Tensor]:
-    """open_clip's state dict on the CPU: the learned scalars in shape (), all else as it is."""
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    return {name: tensor.reshape(exported_shape(name, tensor.shape)) for name, tensor in state.items()}
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +32,9 @@ class State(Mapping[str, Tensor]):
         # Mapping's own __contains__ would make the tensor.
         return name in self._parts
 
-    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading or making it."""
+        """The shape of a parameter, without reading or making it (here: that of its part)."""
+        return tuple(self._parts[name].shape)
 
 
 def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

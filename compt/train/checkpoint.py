@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -187,7 +187,7 @@ def open_weights(path: Path, average: bool = False) -> Weights:
     """
     folder, kind = path / STATE, _read_record(path)["format"]
     weights = (_average if average else module_weights)(folder, kind)
-    names = {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)}
+    names = _below(_MODEL, weights)
     if not names:
         raise ArtefactError(f"{folder}: no model in it")
     return _view(weights, names)
@@ -290,7 +290,7 @@ def module_weights(folder: Path, format: str) -> Weights:
     """The values of a module's state under the module's own names. Raises ArtefactError for a torn or forged folder."""
     if format == "dcp":
         weights = read_dcp(folder).weights
-        return _view(weights, {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)})
+        return _view(weights, _below(_MODEL, weights))
     if format == "deepspeed":
         weights = read_zero(folder).weights
         return _view(weights, {name: name for name in weights})
@@ -305,9 +305,13 @@ def _average(folder: Path, format: str) -> Weights:
     weights = read_dcp(folder).weights
     if f"{_AVERAGE}updates" not in weights:
         raise ArtefactError(f"{folder}: no moving average of the weights in it")
-    own = {name.removeprefix(_MODEL): name for name in weights if name.startswith(_MODEL)}
-    averages = {name: f"{_AVERAGE}{name}" for name in own}
-    return _view(weights, own | {name: place for name, place in averages.items() if place in weights})
+    own = _below(_MODEL, weights)
+    return _view(weights, own | {name: at for name, at in _below(_AVERAGE, weights).items() if name in own})
+
+
+def _below(prefix: str, names: Iterable[str]) -> dict[str, str]:
+    """The names that begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
 
 
 def _view(weights: Any, names: Mapping[str, str]) -> View:

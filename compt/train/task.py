@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from compt.models.clip import ClipModel
 from compt.models.init import init_tensor, linear_rule
 from compt.models.presets import VOCAB_SIZE
 from compt.models.scalars import SCALAR_NAMES
+from compt.models.states import State, shape_of
 from compt.train.losses import ContrastiveLoss, Loss, ifd_loss, learned_scalars
 
 SHARED_OUTPUTS = frozenset(SCALAR_NAMES)
@@ -96,41 +97,23 @@ class StudentModule(nn.Module):
         return outputs
 
 
-class _InitialState(Mapping[str, Tensor]):
+class _InitialState(State):
     """The model's values from their source, and drawn values for the projectors."""
 
     def __init__(
         self, model: Mapping[str, Tensor], drawn: Mapping[str, tuple[int, ...]], draw: Callable[[str], Tensor]
     ) -> None:
+        self._parts = {**{f"model.{name}": name for name in model}, **dict.fromkeys(drawn)}
         self._model, self._drawn, self._draw = model, drawn, draw
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._draw(name) if name in self._drawn else self._model[self._own(name)]
-
-    def __iter__(self) -> Iterator[str]:
-        yield from (f"model.{name}" for name in self._model)
-        yield from self._drawn
-
-    def __len__(self) -> int:
-        return len(self._model) + len(self._drawn)
-
-    def __contains__(self, name: object) -> bool:
-        # Mapping's own __contains__ would read the tensor.
-        return name in self._drawn or (isinstance(name, str) and name.startswith("model.") and name[6:] in self._model)
-
-    @staticmethod
-    def _own(name: str) -> str:
-        head, _, rest = name.partition(".")
-        if head != "model":
-            raise KeyError(name)
-        return rest
+        own = self._parts[name]
+        return self._draw(name) if own is None else self._model[own]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a value. Reads the value only where its source does not know the shape."""
-        if name in self._drawn:
-            return self._drawn[name]
-        known = getattr(self._model, "shape", None)
-        return tuple(known(self._own(name)) if known else self[name].shape)
+        own = self._parts[name]
+        return self._drawn[name] if own is None else shape_of(self._model, own)
 
 
 def encode(

@@ -29,11 +29,23 @@ _OPTIM = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(?P<rank>\d+)_mp_rank_(?P<mp>
 _OTHERS = re.compile(r"layer_.*_states\.pt|.*expert_.*_states\.pt|expp_rank_.*_states\.pt")
 
 
-class ZeroWeights(Weights):
-    """Parameters as pieces of vectors: for each its shape and the vectors that hold its elements, in order."""
+class Pieces(NamedTuple):
+    """The shape of a parameter, and the vectors that hold its elements, in order."""
 
-    def __init__(self, pieces: Mapping[str, tuple[tuple[int, ...], list[Tensor]]]) -> None:
-        self._parts: dict[str, tuple[tuple[int, ...], list[Tensor]]] = dict(pieces)
+    shape: tuple[int, ...]
+    vectors: Sequence[Tensor]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Pieces:
+        """A parameter that is in one piece."""
+        return cls(tuple(tensor.shape), [tensor])
+
+
+class ZeroWeights(Weights):
+    """Parameters as pieces of vectors."""
+
+    def __init__(self, pieces: Mapping[str, Pieces]) -> None:
+        self._parts: dict[str, Pieces] = dict(pieces)
 
     def __getitem__(self, name: str) -> Tensor:
         shape, pieces = self._parts[name]
@@ -41,13 +53,9 @@ class ZeroWeights(Weights):
         # Frozen parameters are stored in the dtype of training.
         return whole.float() if whole.dtype in (torch.bfloat16, torch.float16) else whole
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading it."""
-        return self._parts[name][0]
-
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter's elements in the file; of several pieces the first type that is no float."""
-        found = [piece.dtype for piece in self._parts[name][1]]
+        found = [piece.dtype for piece in self._parts[name].vectors]
         return next((dtype for dtype in found if dtype not in FLOATS), found[0] if found else torch.float32)
 
 
@@ -100,15 +108,10 @@ def read_zero_state(folder: Path, note: str) -> ZeroState:
         moments = {}
         for moment in MOMENTS if steps else ():
             if opened.optimizers:
-                vectors = [[rank[number][moment] for number in sorted(rank)] for rank in held]
-                moments[moment] = ZeroWeights(_cut(opened, vectors))
+                found = _cut(opened, [[rank[number][moment] for number in sorted(rank)] for rank in held])
             else:
-                moments[moment] = ZeroWeights(
-                    {
-                        name: (tuple(held[0][number][moment].shape), [held[0][number][moment]])
-                        for number, name in enumerate(noted["names"])
-                    }
-                )
+                found = {name: Pieces.whole(held[0][at][moment]) for at, name in enumerate(noted["names"])}
+            moments[moment] = ZeroWeights(found)
         return ZeroState(weights, moments, steps.pop() if steps else 0.0, noted)
 
 
@@ -149,9 +152,7 @@ def _laid_out(folder: Path) -> Iterator[None]:
 def _weights(opened: _OpenedFile) -> ZeroWeights:
     if opened.optimizers:
         return ZeroWeights(_assemble(opened))
-    return ZeroWeights(
-        {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(opened.states[0]["module"])}
-    )
+    return ZeroWeights({name: Pieces.whole(tensor) for name, tensor in tensors_in(opened.states[0]["module"])})
 
 
 def _tag_folder(folder: Path) -> Path:
@@ -191,7 +192,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     return [found[rank] for rank in sorted(found)]
 
 
-def _assemble(opened: _OpenedFile) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+def _assemble(opened: _OpenedFile) -> dict[str, Pieces]:
     folder, states, optimizers = opened.folder, opened.states, opened.optimizers
     first, state = optimizers[0], states[0]
     # Where bfloat16 has an optimizer of its own (stage 1), the field that names the stage is missing.
@@ -200,16 +201,16 @@ def _assemble(opened: _OpenedFile) -> dict[str, tuple[tuple[int, ...], list[Tens
     if world != len(optimizers) or (three and world != len(states)):
         raise ArtefactError(f"{folder}: files of {len(optimizers)} ranks of {world}; a checkpoint is read whole only")
     frozen = {name: tuple(shape) for name, shape in (state.get("frozen_param_shapes") or {}).items()}
-    found: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+    found: dict[str, Pieces] = {}
     for name, tensor in tensors_in(state["module"]):
         if name in state["buffer_names"]:
-            found[name] = (tuple(tensor.shape), [tensor])
+            found[name] = Pieces.whole(tensor)
     for name, shape in frozen.items():
-        found[name] = (shape, [other["frozen_param_fragments"][name] for other in (states if three else [state])])
+        found[name] = Pieces(shape, [other["frozen_param_fragments"][name] for other in (states if three else [state])])
     found |= _cut(opened, [_masters(optimizer) for optimizer in optimizers])
     if not three:
         # Stage 1 does not list frozen parameters; the module's state has them, whole.
-        found = {name: (tuple(tensor.shape), [tensor]) for name, tensor in tensors_in(state["module"])} | found
+        found = {name: Pieces.whole(tensor) for name, tensor in tensors_in(state["module"])} | found
     for name, (shape, pieces) in found.items():
         if sum(piece.numel() for piece in pieces) < math.prod(shape):
             raise ArtefactError(f"{folder}: {name} has fewer elements than its shape {list(shape)}")
@@ -225,7 +226,7 @@ def _masters(optimizer: Mapping[str, Any]) -> list[Tensor]:
     return [_vector(part) for part in optimizer[key]]
 
 
-def _cut(opened: _OpenedFile, vectors: Sequence[Sequence[Any]]) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+def _cut(opened: _OpenedFile, vectors: Sequence[Sequence[Any]]) -> dict[str, Pieces]:
     """The parameters in `vectors[rank]`, which are laid out like the masters and at least as long."""
     groups = [{name: tuple(shape) for name, shape in group.items()} for group in opened.states[0]["param_shapes"]]
     cut = []
@@ -261,7 +262,7 @@ def _cut_groups(
     groups: Sequence[Mapping[str, tuple[int, ...]]],
     vectors: Sequence[Sequence[Tensor]],
     paddings: Sequence[Sequence[int]] | None,
-) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+) -> dict[str, Pieces]:
     """Stages 1 and 2. `vectors[rank][group]`."""
     found = {}
     # DeepSpeed pads the vector of a group to a multiple of this, so that its parts are equal and aligned.
@@ -272,7 +273,7 @@ def _cut_groups(
         at = 0
         for (name, shape), padding in zip(group.items(), after, strict=True):
             count = math.prod(shape)
-            found[name] = (shape, _span(parts, at, count))
+            found[name] = Pieces(shape, _span(parts, at, count))
             at += count + padding
         held = sum(map(len, parts))
         if math.ceil(at / unit) != math.ceil(held / unit):
@@ -282,14 +283,14 @@ def _cut_groups(
 
 def _cut_each(
     folder: Path, groups: Sequence[Mapping[str, tuple[int, ...]]], vectors: Sequence[Sequence[Tensor]]
-) -> dict[str, tuple[tuple[int, ...], list[Tensor]]]:
+) -> dict[str, Pieces]:
     """Stage 3. `vectors[rank]` has several pieces where the optimizer steps it in sub-groups."""
     found = {}
     at = 0
     for group in groups:
         for name, shape in group.items():
             share = math.ceil(math.prod(shape) / len(vectors))
-            found[name] = (shape, [piece for rank in vectors for piece in _span(rank, at, share)])
+            found[name] = Pieces(shape, [piece for rank in vectors for piece in _span(rank, at, share)])
             at += share
     for rank, parts in enumerate(vectors):
         held = sum(map(len, parts))

@@ -50,10 +50,6 @@ class Tensors(Weights):
     def __getitem__(self, name: str) -> Tensor:
         return self._parts[name].clone(memory_format=torch.contiguous_format)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading it."""
-        return tuple(self._parts[name].shape)
-
     def dtype(self, name: str) -> torch.dtype:
         """The type of a parameter's elements."""
         return self._parts[name].dtype
@@ -83,10 +79,6 @@ class View(Weights):
         if part.change == "transpose":
             return tensor.T.contiguous()
         return tensor.reshape(part.shape)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter, without reading it."""
-        return self._parts[name].shape
 
     def dtype(self, name: str) -> torch.dtype | str:
         """The type of a parameter's elements, without reading it; of several types the first that is no float."""

@@ -59,7 +59,7 @@ def run(
     given = dict(engine.gradients())
     assert all(torch.equal(given[name], gradient.float()) for name, gradient in gradients.items())
     return {
-        "loss": dist.all_reduce_mean(loss.item()),
+        "loss": dist.all_reduce_sum(loss.item()) / dist.world_size(),
         "norm": engine.step(0.0).item(),
         "gradients": gradients,
         "report": set(report),

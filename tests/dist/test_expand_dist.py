@@ -12,11 +12,12 @@ import torch
 from compt.dist import collectives as dist
 from compt.weights.artefact import read_artefact
 from compt.expand.plan import ExpansionPlan
-from compt.expand.execute import SeededDraw, expand_state
+from compt.expand.execute import SeededDraw
 from compt.files import read_json
 from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, weights
 from tests.helpers.stream import CASES, assert_bitwise_equal, digests, write_student, write_teachers
+from tests.helpers.states import expand_state
 
 
 def expand_all(teachers: Path, out: Path, names: list[str]) -> int:

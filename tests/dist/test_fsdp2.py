@@ -162,7 +162,7 @@ def train(
     images, tokens = own_rows(student)
     for step in range(STEPS):
         loss, _ = cached_backward(task, engine, images, tokens, len(images) // pieces)
-        found.losses.append(dist.all_reduce_mean(loss.item()))
+        found.losses.append(dist.all_reduce_sum(loss.item()) / dist.world_size())
         if step == 0:
             found.gradients = dict(engine.gradients())
         found.norms.append(engine.step(LR, MAX_NORM).item())

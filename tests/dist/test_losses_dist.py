@@ -51,7 +51,7 @@ def local_gradients(image_to_text: ImageToText, chunk: int | None) -> tuple[floa
         assert weight.grad is not None
         torch.distributed.all_reduce(weight.grad)
         gradients[name] = weight.grad / dist.world_size()
-    return dist.all_reduce_mean(loss.item()), gradients
+    return dist.all_reduce_sum(loss.item()) / dist.world_size(), gradients
 
 
 @pytest.mark.parametrize("image_to_text", ["slot", "all"])
@@ -84,7 +84,8 @@ def local_pair_gradients(chunk: int | None) -> tuple[float, float, dict[str, Ten
         assert weight.grad is not None
         torch.distributed.all_reduce(weight.grad)
         gradients[name] = weight.grad / dist.world_size()
-    return dist.all_reduce_mean(loss.item()), dist.all_reduce_mean(positive.item()), gradients
+    means = [dist.all_reduce_sum(value.item()) / dist.world_size() for value in (loss, positive)]
+    return means[0], means[1], gradients
 
 
 @pytest.mark.parametrize(("ranks", "chunk"), [(2, None), (2, 2), (3, 1)])
@@ -131,7 +132,7 @@ def collectives() -> dict[str, object]:
         "broadcast": dist.broadcast_object({"from": own}, source=1),
         "objects": dist.gather_objects(own),
         "sum": dist.all_reduce_sum(own + 1),
-        "mean": dist.all_reduce_mean(own + 1),
+        "mean": dist.all_reduce_sum(own + 1) / dist.world_size(),
         "max": dist.all_reduce_max(-own - 1),
         "any": (dist.any_true(own == 1), dist.any_true(False)),
         "gather": dist.gather(uneven).flatten().tolist(),
@@ -162,7 +163,7 @@ def test_alone_every_collective_is_the_identity() -> None:
     assert not dist.gather(value).requires_grad
     assert dist.broadcast_object("x") == "x"
     assert dist.mean_of_scalars({"a": torch.tensor(2.0)}) == {"a": 2.0}
-    assert dist.all_reduce_mean(3) == 3.0
+    assert dist.all_reduce_sum(3) / dist.world_size() == 3.0
     dist.barrier()
 
 

@@ -197,7 +197,7 @@ def train(task: ClipTask, engine: Any, pieces: int, steps: range, spoil: bool = 
         if spoil and dist.rank() == dist.world_size() - 1:
             images = images * float("inf")
         loss, _ = cached_backward(task, engine, images, tokens, share // pieces)
-        losses.append(dist.all_reduce_mean(loss.item()))
+        losses.append(dist.all_reduce_sum(loss.item()) / dist.world_size())
         norms.append(engine.step(LR, MAX_NORM).item())
     return losses, norms
 
@@ -216,7 +216,7 @@ def compare(cells: list[Cell]) -> list[Result]:
         images, tokens = (part[dist.rank() * share :][:share] for part in data(0))
         loss, _ = cached_backward(task, engine, images, tokens, share // cell.pieces)
         gradients = dict(engine.gradients())
-        first = [dist.all_reduce_mean(loss.item())], [engine.step(LR, MAX_NORM).item()]
+        first = [dist.all_reduce_sum(loss.item()) / dist.world_size()], [engine.step(LR, MAX_NORM).item()]
         rest = train(task, engine, cell.pieces, range(1, STEPS))
         losses, norms = (before + after for before, after in zip(first, rest, strict=True))
         results.append(Result(losses, norms, gradients, dict(engine.weights()), dict(engine.weights(average=True))))

@@ -34,12 +34,12 @@ from compt.data.index import open_index
 from compt.data.loaders import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
-from compt.expand.execute import SeededDraw, expand_state
+from compt.expand.execute import SeededDraw
 from compt.expand.plan import make_plan
 from compt.files import read_json, sha256_file, write_json
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig, TowerGrowth
-from compt.models.init import DrawnState, export_state
+from compt.models.init import DrawnState
 from compt.models.presets import NORM_EPS, PRESETS
 from compt.recipe.read import load_recipe
 from compt.train.metrics import read_metrics
@@ -71,6 +71,7 @@ from tests.helpers.recipe import (
     weights,
     write_recipe,
 )
+from tests.helpers.states import expand_state, export_state
 
 ROOT = Path(__file__).resolve().parents[3]
 

@@ -23,11 +23,11 @@ from compt.errors import ArtefactError, ComptError, ConfigError, DataError
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
-from compt.models.init import export_state
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, is_own_swin, resolve
 from compt.weights.artefact import export_open_clip, read_artefact, write_artefact
 from tests.helpers.shards import WORDS, make_shards
+from tests.helpers.states import export_state
 
 TINY = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "context_length": 16, "embed_dim": 24}
 TEACHER = replace(resolve("vit_pico", TINY), name="small")
@@ -112,7 +112,8 @@ def test_a_dry_run_shows_every_parameter(teacher: Path, columns: int) -> None:
     assert re.search(r"layer 3 +from 1, added;", output)
     assert re.search(r"layer 2 +from 1;", output)
     assert re.search(r"layer 1 +from 0, added;", output)
-    total = f"{100 * plan().copied / plan().parameters:.1f}%"
+    totals = plan().totals
+    total = f"{100 * totals['copied'] / totals['parameters']:.1f}%"
     assert re.search(rf"all +\S+ [kM] +{total}", output)
 
 

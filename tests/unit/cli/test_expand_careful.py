@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from compt.cli.main import app
 from compt.errors import ArtefactError
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.presets import resolve
 from compt.weights.artefact import write_artefact
+from tests.helpers.states import export_state
 
 TINY = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "context_length": 16, "embed_dim": 24}
 GROWN = ("--set", "width=32", "--set", "text_width=24", "--set", "embed_dim=24")

@@ -18,13 +18,13 @@ from rich.console import Console
 from compt.cli.main import _prepare_process, main
 from compt.errors import RunError
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.presets import PRESETS
 from compt.text import TextTable, terminal
 from compt.train.metrics import MetricsWriter
 from compt.weights.artefact import write_artefact
 from tests.helpers.curves import NANO, link, write_run
 from tests.helpers.recipe import write_recipe
+from tests.helpers.states import export_state
 
 PLAIN = "a:x:b [bold]c[/]"
 

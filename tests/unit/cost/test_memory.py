@@ -37,7 +37,6 @@ from compt.engines.average import Average
 from compt.engines.fsdp2 import ShardedEngine
 from compt.errors import ConfigError
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.deepspeed import deepspeed_config
@@ -47,6 +46,7 @@ from compt.train.accumulate import cached_backward
 from compt.train.losses import contrastive_loss
 from compt.train.task import ClipTask, DistillTask, StudentModule
 from compt.weights.artefact import write_artefact
+from tests.helpers.states import export_state
 
 NANO, PICO, MICRO = (PRESETS[f"vit_{size}"] for size in ("nano", "pico", "micro"))
 QUICK = resolve("vit_nano", {"quick_gelu": True, "name": "quick"})

@@ -21,13 +21,13 @@ from compt.expand.execute import expand
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
-from compt.models.init import export_state
 from compt.models.pixels import to_input
 from compt.models.preprocess import AS_OPENAI
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, resolve
 from compt.recipe.schema import EvalSet
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from tests.helpers.shards import WORDS, make_shards, picture
+from tests.helpers.states import export_state
 
 CLASSES, IMAGES, BATCH = 7, 28, 8
 

@@ -12,13 +12,13 @@ import torch
 from compt.errors import ArtefactError, ConfigError
 from compt.expand import axes as axes_module
 from compt.expand.axes import check_parameters, parameters
-from compt.expand.execute import expand_state
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models import growth
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.operators import WIDTH_OPERATORS
 from compt.models.presets import PRESETS, resolve
 from compt.plan.links import check_growth
+from tests.helpers.states import expand_state
 from tests.unit.expand.cases import BIG, SMALL, TINY, Negative, sentinels, sized
 
 LADDERS = (
@@ -40,9 +40,9 @@ def test_every_step_of_the_shipped_ladders_plans(teacher, student):
     described = parameters(PRESETS[student])
     assert {entry.name: entry.shape for entry in plan.entries} == {n: p.shape for n, p in described.items()}
     assert {entry.action for entry in plan.entries} == {"gather"}
-    assert 0 < plan.copied < plan.parameters
+    assert 0 < plan.totals["copied"] < plan.totals["parameters"]
     smaller = sum(torch.Size(p.shape).numel() for p in parameters(PRESETS[teacher]).values())
-    assert plan.copied >= smaller
+    assert plan.totals["copied"] >= smaller
     written = json.dumps(plan.to_json())
     assert len(written) < 2000
     assert ExpansionPlan.from_json(json.loads(written)) == plan
@@ -58,7 +58,7 @@ def test_entries_have_a_rule_and_counts():
     assert (zeroed.rule, zeroed.sources) == ("zero: layer 1 is added", ())
     assert (zeroed.copied, zeroed.new, zeroed.zeroed) == (0, 0, 144)
     assert entries["positional_embedding"].rule == "insert context 5→6, text_res 4→8"
-    assert plan.copied + plan.new + plan.zeroed == plan.parameters
+    assert plan.totals["copied"] + plan.totals["new"] + plan.totals["zeroed"] == plan.totals["parameters"]
 
 
 @pytest.mark.parametrize("width", WIDTH_OPERATORS)

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from compt.errors import ConfigError
-from compt.expand.execute import expand, expand_state
+from compt.expand.execute import expand
 from compt.expand.linalg import complete
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
+from tests.helpers.states import expand_state
 from tests.unit.expand.oracle import Marks, build, differences, numbered, random_weights, samples, swin, vit
 
 EXACT = 1e-10

@@ -17,11 +17,11 @@ from timm.layers import resample_patch_embed
 from torch import Tensor
 
 from compt.errors import ArtefactError, ConfigError
-from compt.expand.execute import expand_state
 from compt.expand.plan import make_plan
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
+from tests.helpers.states import expand_state
 from tests.unit.expand.oracle import (
     Line,
     Marks,

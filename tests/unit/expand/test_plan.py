@@ -15,13 +15,14 @@ from compt.errors import ArtefactError
 from compt.expand import axes as axes_module
 from compt.expand import execute
 from compt.expand.axes import Axis, parameters
-from compt.expand.execute import SeededDraw, expand, expand_state
+from compt.expand.execute import SeededDraw, expand
 from compt.expand.maps import OWN, ZERO, AxisMap, pack, prefix
 from compt.expand.plan import make_plan
 from compt.models.growth import ExpandConfig, added_layers, layer_sources
 from compt.models.init import init_tensor, rule_for
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
+from tests.helpers.states import expand_state
 from tests.unit.expand.cases import (
     BIG,
     HEAD,
@@ -172,7 +173,7 @@ def test_own_size_gives_the_same_bytes_and_new_storage():
     for width in WIDTH_OPERATORS:
         plan = make_plan(BIG, replace(BIG, name="again"), ExpandConfig.both(width))
         new = expand_state(plan, old, Refuse())
-        assert plan.copied == plan.parameters
+        assert plan.totals["copied"] == plan.totals["parameters"]
         for name, tensor in new.items():
             assert tensor.numpy().tobytes() == old[name].numpy().tobytes()
             assert tensor.data_ptr() != old[name].data_ptr()
@@ -201,7 +202,8 @@ def test_the_plan_counts_what_execution_copies():
     assert packed.sources == (f"{BLOCK}.1.attn.in_proj_weight",)
     assert packed.rule == "insert head 2→3, res 8→12, layer 3 ← 1"
     assert by_name["logit_scale"].rule == "copy"
-    assert plan.copied + plan.new == plan.parameters == sum(tensor.numel() for tensor in new.values())
+    totals = plan.totals
+    assert totals["copied"] + totals["new"] == totals["parameters"] == sum(tensor.numel() for tensor in new.values())
 
 
 @pytest.mark.parametrize("shape", [(), (1,)], ids=["exported", "inside"])
@@ -222,7 +224,7 @@ def test_new_elements_are_those_of_a_scratch_model():
         own = tensor != 1e6
         assert torch.equal(tensor[own], scratch[own])
         changed += int(own.sum())
-    assert changed == plan.new
+    assert changed == plan.totals["new"]
     other = expand(plan, old, seed=8)
     assert not torch.equal(other[f"{BLOCK}.0.mlp.c_fc.weight"], new[f"{BLOCK}.0.mlp.c_fc.weight"])
 

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from compt.cost import counts
-from compt.expand.execute import SeededDraw, expand, expand_state
+from compt.expand.execute import SeededDraw, expand
 from compt.expand.plan import ExpansionPlan
 from compt.models.growth import ExpandConfig
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
 from compt.weights.open import average_of
+from tests.helpers.states import expand_state
 from tests.helpers.stream import (
     CASES,
     SEED,

@@ -9,10 +9,10 @@ import torch
 
 from compt.errors import ArtefactError, ConfigError
 from compt.models.clip import ClipModel, build, caption_lengths, materialise, shardable_blocks
-from compt.models.init import export_state
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, resolve
 from compt.models.swin import register_swin
+from tests.helpers.states import export_state
 
 EOT = 49_407
 SMALL_SWIN = {

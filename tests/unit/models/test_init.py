@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from compt.errors import ArtefactError
 from compt.models.clip import build
-from compt.models.init import InitRule, export_state, init_tensor, linear_rule, load_state, rule_for
+from compt.models.init import InitRule, init_tensor, linear_rule, load_state, rule_for
 from compt.models.presets import PRESETS, resolve
+from tests.helpers.states import export_state
 
 RULES = {
     "normal": InitRule("normal", 0.3),

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from compt.errors import ArtefactError, ConfigError
 from compt.models.clip import build, materialise, shardable_blocks
-from compt.models.init import export_state, init_tensor, rule_for
+from compt.models.init import init_tensor, rule_for
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.models.swin import register_swin
 from compt.train.losses import contrastive_loss
+from tests.helpers.states import export_state
 
 TINY = {
     "image_size": 32,

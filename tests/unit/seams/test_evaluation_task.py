@@ -23,7 +23,6 @@ from compt.evaluate.scorer import Scorer
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, open_data
 from compt.files import read_json, write_json
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.pixels import to_input
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, resolve
 from compt.recipe.read import parse_recipe
@@ -33,6 +32,7 @@ from compt.report.write import write_report
 from compt.weights.artefact import write_artefact
 from tests.helpers import run as runs
 from tests.helpers.shards import make_shards, picture, texts
+from tests.helpers.states import export_state
 
 IMAGES = 9
 SIZES = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "depth": 1, "text_depth": 1}

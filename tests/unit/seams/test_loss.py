@@ -16,10 +16,9 @@ from torch.nn import functional
 from compt.cost.counts import parameters
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import ConfigError
-from compt.expand.execute import SeededDraw, expand_state
+from compt.expand.execute import SeededDraw
 from compt.expand.plan import make_plan as make_expansion
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec
 from compt.models.scalars import LOSS_TRAITS, LossTraits, Scalar
@@ -31,6 +30,7 @@ from compt.train.task import ClipTask, DistillTask
 from compt.weights.artefact import export_open_clip, read_artefact, write_artefact
 from compt.weights.open import open_model
 from tests.helpers.recipe import FIRST, SECOND, chain, lines, make_data, manifest, recipe_of, weights
+from tests.helpers.states import expand_state, export_state
 from tests.unit.train.test_task import batch, tiny
 
 SHORT = ("chain.links.0.train.steps=3", "chain.links.0.warmup.steps=1", "chain.links.1.train.steps=3", "evaluation=")

@@ -19,7 +19,6 @@ from compt.expand.maps import AxisMap
 from compt.expand.plan import make_plan
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
-from compt.models.init import export_state
 from compt.models.operators import WIDTH_OPERATORS, WidthOperator
 from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.jobs import make_plan as plan_jobs
@@ -27,6 +26,7 @@ from compt.plan.links import broken_promises
 from compt.recipe.expansion import expand_result
 from compt.recipe.reference import reference
 from compt.weights.artefact import read_artefact, write_artefact
+from tests.helpers.states import export_state
 from tests.unit.expand.oracle import vit
 from tests.unit.plan.test_links import recipe
 
@@ -89,7 +89,7 @@ def test_the_expansion_equals_plain_numpy() -> None:
     state = export_state(build(TEACHER, seed=1))
     plan = make_plan(TEACHER, STUDENT, ExpandConfig.both("mirror"))
     found = expand(plan, state, seed=2)
-    assert plan.copied == plan.parameters
+    assert plan.totals["copied"] == plan.totals["parameters"]
     assert "its statistics cover" in plan.inexact["text"][0]
     for name, tensor in state.items():
         np.testing.assert_array_equal(found[name].numpy(), mirror(name, tensor.numpy()), name)

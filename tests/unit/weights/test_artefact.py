@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 from compt.cli.main import app
 from compt.errors import ArtefactError, RunError
 from compt.models.clip import ClipModel, build
-from compt.models.init import export_state
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, resolve
@@ -28,6 +27,7 @@ from compt.weights.artefact import (
     write_artefact,
 )
 from compt.weights.open import open_model
+from tests.helpers.states import export_state
 
 PICO = PRESETS["vit_pico"]
 SPECS = {

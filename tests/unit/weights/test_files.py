@@ -20,7 +20,6 @@ from compt.cli.main import app
 from compt.errors import ArtefactError, ConfigError
 from compt.files import sha256_file
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, resolve
 from compt.weights import lazy as weights
@@ -29,6 +28,7 @@ from compt.weights.infer import infer_spec, model_spec
 from compt.weights.lazy import Tensors, TensorSource, View, Weights
 from compt.weights.names import models_in, open_clip_view
 from compt.weights.open import average_of, open_model
+from tests.helpers.states import export_state
 from tests.unit.weights.written import SPEC
 
 WIDE = resolve("vit_nano", {"width": 128, "head_width": 64, "text_width": 64, "text_head_width": 64})

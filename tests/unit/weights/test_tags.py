@@ -19,10 +19,10 @@ from torch import Tensor
 
 from compt.errors import ArtefactError
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.preprocess import Preprocess
 from compt.weights.open import open_model
 from compt.weights.tags import split_tag
+from tests.helpers.states import export_state
 from tests.unit.weights.written import SPEC
 
 ARCH = "Tiny-CLIP"
