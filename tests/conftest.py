@@ -63,6 +63,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def forked_children() -> None:
+    """Fork what compt starts as a child from the server that has imported torch; a new interpreter takes 5 s for that."""
+    from compt.dist import child
+
+    child.METHOD = "forkserver"
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository's top folder."""

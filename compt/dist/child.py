@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,15 +15,18 @@ from typing import Any
 from compt.errors import RunError
 from compt.files import shared_memory
 
+METHOD = "spawn"
+"""How `start_child` starts a process. A forked process may not use CUDA after its parent did."""
+
 
 def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
     """Start `target(sender, *arguments)` in a new process; returns the process and the pipe's end to `receiver.poll`.
 
     `receiver.recv` raises EOFError when the process ended without an answer. The process ends with its parent.
     """
-    context = multiprocessing.get_context("spawn")  # a forked process may not use CUDA after its parent did
+    context: Any = multiprocessing.get_context(METHOD)
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_run, args=(target, os.getpid(), sender, *arguments), daemon=True)
+    process = context.Process(target=_run, args=(target, sender, *arguments), daemon=True)
     # A Ctrl-C in the terminal reaches the whole process group, and the child would print a traceback. So it ignores
     # SIGINT from its first moment on, which it only does if its parent ignores the signal while it starts the child.
     interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -37,23 +39,17 @@ def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]
     return process, receiver
 
 
-def _run(target: Callable[..., None], parent: int, sender: Any, *arguments: Any) -> None:
-    end_with(parent)
+def _run(target: Callable[..., None], sender: Any, *arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     target(sender, *arguments)
 
 
-def end_with(parent: int) -> None:
-    """Start a thread that ends this process about a second after `parent`, the process that started it.
-
-    A parent that is killed cannot end its children.
-    """
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended: a parent that is killed cannot end its children."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -20,6 +21,7 @@ from compt.bench.throughput import largest_batch, measure, measure_apart, run
 from compt.cost.gpus import DEVICES
 from compt.cost.speed import Measurement, Throughput, other_settings
 from compt.cost.training import exact_breakdown
+from compt.dist import child
 from compt.errors import ConfigError, RunError
 from compt.files import memory_sizes
 from compt.models.clip import caption_lengths, padded_tokens
@@ -30,6 +32,7 @@ from compt.recipe.read import load_recipe
 from compt.recipe.schema import Ema, Optimizer
 from compt.train.losses import ContrastiveLoss
 from compt.train.metrics import read_metrics
+from tests.helpers.process import finish, start
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -244,7 +247,8 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert throughput.peak_flops(CPU, "bf16") is None
 
 
-def test_a_measurement_in_its_own_process() -> None:
+def test_a_measurement_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(child, "METHOD", "spawn")  # as users have it
     found = measure_apart(LINK, CPU, 4, 32, 0.0)
     assert found.failure is None
     assert (found.student, found.teacher, found.batch) == (NANO, PICO, 4)
@@ -269,16 +273,25 @@ class _Killed:
         return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
 
 
-def test_a_killed_process_is_one_failed_job(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_killed_process_is_one_failed_job() -> None:
     found = measure_apart(ALONE, _Killed(), 4, 32, 0.0)
     assert found.failure == "its process was killed, which the system does when memory runs out"
     assert (found.student, found.batch) == (PICO, 4)
     missing = engine_of(ALONE, name="zero1", deepspeed_config="/nowhere/mine.json")
     with pytest.raises(ConfigError, match=r"/nowhere/mine\.json: engine\.deepspeed_config cannot be read"):
         measure_apart(missing, CPU, 4, 32, 0.0)
-    with pytest.raises(RunError, match=r"measuring vit_nano failed \(exit code 1\)"):
-        measure_apart(replace(LINK, captions="two"), CPU, 4, 32, 0.0)
-    assert "TypeError" in capfd.readouterr().err
+
+
+def measure_wrongly(told: Path) -> None:
+    child.METHOD = "fork"
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    measure_apart(replace(LINK, captions="two"), CPU, 4, 32, 0.0)
+
+
+def test_a_fault_of_the_process_is_printed_above_the_error(tmp_path: Path) -> None:
+    assert finish(start(measure_wrongly, tmp_path / "told")) == RunError.exit_code
+    told = (tmp_path / "told").read_text()
+    assert told.index("TypeError") < told.index("measuring vit_nano failed (exit code 1); its error is above")
 
 
 ENGINE_KEYS = ("text_buckets", "micro_batch", "loss_chunk", "compile", "recompute")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from compt.bench import throughput
 from compt.cli import bench as cli_bench
 from compt.cli.main import app
 from compt.cost.gpus import DEVICES
 from compt.cost.paper import TABLE_2
 from compt.cost.speed import Measurement, Throughput
+from compt.dist import child
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS
+from tests.helpers.process import KILLED, die, ended, finish, start
 
 PICO, NANO = PRESETS["vit_pico"], PRESETS["vit_nano"]
 QUICK = [
@@ -321,25 +325,34 @@ def test_a_plan_takes_what_was_measured_of_its_recipe(tmp_path: Path) -> None:
         assert row["chain"]["gpu_hours"] == pytest.approx(2 * 64 * found.seconds_per_sample / 3600)
 
 
+def measure_until_killed(words: Sequence[str], told: Path) -> None:
+    """The command, killed while it waits for its second measurement; writes the pid of the process that measures."""
+    child.METHOD = "fork"
+    started: list[int] = []
+
+    def start_child(*arguments: Any) -> Any:
+        process, receiver = child.start_child(*arguments)
+        started.append(process.pid)
+        if len(started) == 2:
+            told.write_text(str(process.pid))
+            die()
+        return process, receiver
+
+    throughput.start_child = start_child  # type: ignore[attr-defined]
+    compt(*words)
+
+
 def test_throughput_is_measured_and_goes_on_after_a_kill(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
     words = ["throughput", "vit_pico", "vit_nano", *QUICK, "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "compt", "bench", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + 120
-        while not out.exists() and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.05)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    assert finish(start(measure_until_killed, words, tmp_path / "pid")) == KILLED
+    assert ended([int((tmp_path / "pid").read_text())]), "the process that measured outlives the command"
     before = Throughput.read(out)
-    assert 1 <= len(before.entries) < 3
+    assert len(before.entries) == 1
     text = compt(*words)
-    assert text.count("from an earlier run") == len(before.entries)
+    assert text.count("from an earlier run") == 1
     made = Throughput.read(out)
-    assert made.entries[: len(before.entries)] == before.entries
+    assert made.entries[:1] == before.entries
     jobs = [(entry.student, entry.teacher, entry.captions, entry.tokens, entry.batch) for entry in made.entries]
     assert jobs == [(PICO, None, 2, 6.0, 2), (NANO, None, 2, 6.0, 2), (NANO, PICO, 2, 6.0, 2)]
     for entry in made.entries:
