@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+
+from compt.dist import collectives as dist
+from compt.errors import ComptError
+from tests.helpers.process import finish, start
 
 PREFIX = "compt-test-"
 NETWORK = "10.213.77"
@@ -30,6 +37,7 @@ class Hosts:
     names: tuple[str, ...]
     reason: str = ""
     started: list[subprocess.Popen[str]] = field(default_factory=list)
+    members: list[tuple[BaseProcess, Path]] = field(default_factory=list)
 
     def address(self, host: int, family: int = 4) -> str:
         if not self.names:
@@ -55,6 +63,18 @@ class Hosts:
         )
         return self.started[-1]
 
+    def join(self, host: int, folder: Path, **environment: str) -> None:
+        """Start a process on a host that joins the group of `environment`."""
+        said = folder / f"member-{len(self.members)}"
+        self.members.append((start(member, self.names[host] if self.names else "", said, environment), said))
+
+    def said(self, code: int, seconds: float = 200.0) -> list[str]:
+        """What each member said, when all have ended with one code."""
+        codes = [finish(process, seconds) for process, _ in self.members]
+        texts = [file.read_text() for _, file in self.members]
+        assert codes == [code] * len(texts), "\n".join(texts)
+        return texts
+
     def unplug(self) -> None:
         ip("-n", self.names[0], "link", "set", "cable0", "down")
 
@@ -64,8 +84,34 @@ class Hosts:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        for process, _ in self.members:
+            process.kill()
+            process.join()
         for name in self.names:
             remove(name)
+
+
+def member(namespace: str, said: Path, environment: dict[str, str]) -> None:
+    """Join a group on a host, sum the ranks, and say so; print an error."""
+    if namespace:
+        place = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
+        if ctypes.CDLL(None, use_errno=True).setns(place, 0):
+            raise OSError(ctypes.get_errno(), f"cannot enter {namespace}")
+    file = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        dist.init("cpu", timeout_seconds=60.0)
+        total = dist.all_reduce_sum(dist.rank())
+        print(f"rank {dist.rank()} of {dist.world_size()}: {total:g} by {os.environ.get('GLOO_SOCKET_IFNAME')}")
+        dist.shutdown()
+    except ComptError as error:
+        print(error)
+        sys.exit(error.exit_code)
+    finally:
+        sys.stdout.flush()
 
 
 def remove(name: str) -> None:

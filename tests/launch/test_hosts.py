@@ -16,7 +16,6 @@ from tests.launch.hosts import Hosts, two_hosts
 pytestmark = pytest.mark.dist
 
 ROOT = Path(__file__).resolve().parents[2]
-MEMBER = [sys.executable, str(ROOT / "tests" / "launch" / "member.py")]
 TRAIN = str(ROOT / "launchers" / "train.py")
 TOLERANCE = 2e-5
 
@@ -63,41 +62,41 @@ def test_two_hosts_connect(namespaces: Hosts, tmp_path: Path, spelling: str) -> 
     master = spelling.replace("{4}", namespaces.address(0)).replace("{6}", namespaces.address(0, 6))
     for rank in (0, 1):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": "29400"}
-        namespaces.start(rank, MEMBER, tmp_path, **place)
+        namespaces.join(rank, tmp_path, **place)
     # On its own gloo would take the loopback, as the machine's name stands for it.
-    assert outputs(namespaces, 0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
+    assert namespaces.said(0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
 
 
 def test_a_given_interface_is_used(namespaces: Hosts, tmp_path: Path) -> None:
     for rank in (0, 1):
         place = slurm(namespaces, rank, 1)
-        namespaces.start(rank, MEMBER, tmp_path, **place, GLOO_SOCKET_IFNAME=f"cable{rank}")
-    assert outputs(namespaces, 0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
+        namespaces.join(rank, tmp_path, **place, GLOO_SOCKET_IFNAME=f"cable{rank}")
+    assert namespaces.said(0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
 
 
 def test_srun_on_two_hosts(hosts: Hosts, tmp_path: Path) -> None:
     job = free_port()
     for rank in range(4):
-        hosts.start(rank // 2, MEMBER, tmp_path, **slurm(hosts, rank, job, each=2))
-    for rank, said in enumerate(outputs(hosts, 0)):
+        hosts.join(rank // 2, tmp_path, **slurm(hosts, rank, job, each=2))
+    for rank, said in enumerate(hosts.said(0)):
         assert said.startswith(f"rank {rank} of 4: 6")
 
 
 def test_every_rank_names_a_missing_master(namespaces: Hosts, tmp_path: Path) -> None:
     for rank in range(4):
         place = slurm(namespaces, rank, 2, each=2)
-        master = {"MASTER_ADDR": "10.213.77.9", "COMPT_CONNECT_SECONDS": "20", "TOGETHER": "4"}
-        namespaces.start(rank // 2, MEMBER, tmp_path, **place, **master)
-    for rank, said in enumerate(outputs(namespaces, 5, 90.0)):
+        master = {"MASTER_ADDR": "10.213.77.9", "COMPT_CONNECT_SECONDS": "5"}
+        namespaces.join(rank // 2, tmp_path, **place, **master)
+    for rank, said in enumerate(namespaces.said(5, 90.0)):
         assert said.count("\n") == 1, said
-        assert f"rank {rank} of 4 found no process group at 10.213.77.9:10032 within 20 s" in said
+        assert f"rank {rank} of 4 found no process group at 10.213.77.9:10032 within 5 s" in said
 
 
 def test_each_side_names_a_cable_that_is_unplugged(namespaces: Hosts, tmp_path: Path) -> None:
     namespaces.unplug()
     for rank in (0, 1):
-        namespaces.start(rank, MEMBER, tmp_path, **slurm(namespaces, rank, 3), COMPT_CONNECT_SECONDS="8", TOGETHER="2")
-    first, second = outputs(namespaces, 5, 60.0)
+        namespaces.join(rank, tmp_path, **slurm(namespaces, rank, 3), COMPT_CONNECT_SECONDS="5")
+    first, second = namespaces.said(5, 60.0)
     assert "rank 1 did not connect" in first
     assert first.count("\n") == second.count("\n") == 1
 
