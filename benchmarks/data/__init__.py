@@ -1,0 +1,1 @@
+"""Speed and memory of decoders and of whole loaders."""
