@@ -65,7 +65,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def forked_children() -> None:
-    """Fork what compt starts as a child from the server that has imported torch; a new interpreter takes 5 s for that."""
+    """Fork the children of compt from the server that has imported torch; a new interpreter takes 5 s for that."""
     from compt.dist import child
 
     child.METHOD = "forkserver"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ WAYS: dict[str, Callable[[int, Scale], Decoding]] = {
     OPENCLIP: _transforms_1,
     "Pillow, torchvision.transforms.v2": _transforms_2,
     "torchvision, decode_jpeg": _torchvision,
-    **{f"compt, {name}": lambda size, scale, name=name: _compt(name, size, scale) for name in DECODERS.table},
+    **{f"compt, {name}": partial(_compt, name) for name in DECODERS.table},
 }
 
 
