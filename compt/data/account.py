@@ -39,6 +39,7 @@ _UNIT_NAMES = {
 
 CAUSES: dict[str, Unused] = {
     # In a folder of shards.
+    "sub_folder": Unused("file", "tar in a sub-folder", "name it, too: FOLDER/**/*.tar in quotation marks"),
     "packed": Unused("file", "compressed shard", "unpack it: gunzip -k, zstd -d, unxz -k or bunzip2 -k"),
     "no_shard": Unused("file", "file that is not a .tar", harmless=True),
     # In class folders.
@@ -54,7 +55,7 @@ CAUSES: dict[str, Unused] = {
     # Of a member of a tar.
     "folder": Unused("member", "folder", harmless=True),
     "hidden": Unused("member", "hidden or macOS file (._x, .DS_Store, __MACOSX)", harmless=True),
-    "metadata": Unused("member", "metadata of WebDataset (__x__)", harmless=True),
+    "metadata": Unused("member", "metadata of WebDataset (__x__), or the label of a tar", harmless=True),
     "other": Unused("member", "file of another kind", harmless=True),
     "second_text": Unused("member", "text file beside captions that come first", harmless=True),
     "link": Unused("member", "link, not a plain file", "pack with tar --dereference --hard-dereference"),
@@ -65,6 +66,8 @@ CAUSES: dict[str, Unused] = {
     ),
     "second_image": Unused("member", "second image of a key", "keep one; jpg, png, jpeg, webp come first"),
     "no_image": Unused("member", "file of a key without an image", "add the image, or remove the file"),
+    "foreign": Unused("member", "image of a format that is not read", "convert it to .jpg, .png or .webp"),
+    "text_ending": Unused("member", "text with another ending, of a sample without captions", "name it KEY.txt"),
     "apart": Unused("member", "members of a sample are not together", "pack with tar --sort=name"),
     "duplicate": Unused("member", "file of a key that was read before", "give each sample a key of its own"),
     "json": Unused("member", ".json that is damaged, not UTF-8, or no object", "write it again: json.dumps of a dict"),

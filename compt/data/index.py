@@ -201,9 +201,11 @@ def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account 
         except ValueError as error:  # unbalanced braces
             raise DataError(f"shards '{pattern}': {error}") from error
         for name in names:
-            path = base / Path(name).expanduser()
+            path, beside = base / Path(name).expanduser(), Account()
             if path.is_dir():
-                matches = _of_folder(path, Account() if account is None else account)
+                matches = _of_folder(path, beside)
+                if account is not None:
+                    account.add(beside)
             elif glob.has_magic(name) and not path.exists():
                 matches = _matching(path)
             else:
@@ -211,7 +213,8 @@ def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account 
             if not matches:
                 said = "" if name == pattern else f" (from '{pattern}')"
                 kind = "no shard matches" if glob.has_magic(name) or path.is_dir() else "there is no shard"
-                raise DataError(f"{kind} '{path}'{said}")
+                there = f" (it has {beside.line()})" if beside.faults else ""
+                raise DataError(f"{kind} '{path}'{said}{there}")
             found.update(dict.fromkeys(matches))
     if not found:
         raise DataError("no shards are given")
@@ -221,8 +224,12 @@ def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account 
 def _of_folder(folder: Path, account: Account) -> list[Path]:
     """The shards in a folder. Other files are counted."""
     shards = []
-    for path in sorted(path for path in folder.iterdir() if not path.is_dir()):
-        if path.suffix.lower() == ".tar" and not path.name.startswith("."):
+    for path in sorted(folder.iterdir()):
+        if path.is_dir():
+            inside = [] if path.name.startswith(".") else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
+            if inside:
+                account.lose("sub_folder", str(inside[0]), len(inside))
+        elif path.suffix.lower() == ".tar" and not path.name.startswith("."):
             if not path.is_file():
                 account.lose("not_file", str(path))
                 continue

@@ -19,6 +19,15 @@ from numpy.typing import NDArray
 from compt.data.account import JOINED, Account
 from compt.data.captions import Captions, parse_json, read_columns, read_text
 from compt.data.labels import NO_NUMBER, NONE
+from compt.data.names import (
+    FOREIGN,
+    IMAGE_EXTENSIONS,
+    TEXT_ENDINGS,
+    image_stem,
+    is_hidden,
+    is_metadata,
+    split_name,
+)
 from compt.data.table import COMPRESSED, CaptionTable
 from compt.errors import DataError
 
@@ -38,13 +47,15 @@ COLUMNS = (
 """Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
 """Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
-IMAGE_EXTENSIONS = (*("jpg", "png", "jpeg", "webp", "jpe", "jfif", "gif", "tif", "tiff", "bmp", "ppm"),)
-"""Extensions of images. Of several images of a key, the one whose extension comes first here is the image."""
-_RANK = {extension: rank for rank, extension in enumerate(IMAGE_EXTENSIONS)}
-_NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
-_META = re.compile(r"__[^/]*__($|/)")
-_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
 _LABEL = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
+
+
+_KINDS = {
+    **dict.fromkeys((tarfile.DIRTYPE, b"D"), "folder"),
+    **dict.fromkeys((tarfile.LNKTYPE, tarfile.SYMTYPE), "link"),
+    b"V": "metadata",
+}
+"""Causes by the type of a member. GNU tar writes D for folders of incremental archives, and V for a label."""
 
 
 @dataclass
@@ -77,31 +88,13 @@ def refuse_compressed(path: Path) -> None:
             )
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and lower-case extension, as webdataset splits them; None for a name without either and for metadata."""
-    match = _NAME.match(name)
-    if match is None or _META.match(name):
-        return None
-    return match.group(1), match.group(2).lower()
-
-
 def _sort_member(member: tarfile.TarInfo) -> tuple[str, str]:
     """Key and extension of a member that may belong to a sample; else "" and the cause for which it does not."""
-    if not member.isreg():
-        return "", "folder" if member.isdir() else "link" if member.islnk() or member.issym() else "special"
-    if member.sparse is not None:  # its bytes do not lie together
-        return "", "special"
-    if _HIDDEN.search(member.name):
+    if not member.isreg() or member.sparse is not None:  # the bytes of a sparse file do not lie together
+        return "", _KINDS.get(member.type, "special")
+    if is_hidden(member.name):
         return "", "hidden"
-    found = split_name(member.name)
-    if found is not None:
-        return found
-    return "", "metadata" if _META.match(member.name) else "bare"
-
-
-def is_image(extension: str) -> bool:
-    """Whether an extension, perhaps with further dots, is that of an image."""
-    return extension.rpartition(".")[2] in _RANK
+    return split_name(member.name) or ("", "metadata" if is_metadata(member.name) else "bare")
 
 
 class _Header(tarfile.TarInfo):
@@ -121,7 +114,8 @@ class _Header(tarfile.TarInfo):
             name = bytes(buf[: buf.find(0, 0, 100) if 0 in buf[:100] else 100])
             if (zlib.adler32(buf) & 0xFFFF) == (total + 1) % 65521 and not name.endswith(b"/"):
                 found = cls()
-                prefix = bytes(buf[345:500].partition(b"\0")[0])
+                # GNU tar keeps times there in incremental archives; tarfile takes them for a part of the name.
+                prefix = b"" if buf[257:265] == tarfile.GNU_MAGIC else bytes(buf[345:500].partition(b"\0")[0])
                 found.name = (prefix + b"/" + name if prefix else name).decode(encoding or "utf-8", errors)
                 found.size = int(digits, 8)
                 return found
@@ -205,7 +199,7 @@ class _Scanner:
 
     def _lose(self, cause: str, key: str, extensions: Sequence[str]) -> None:
         for extension in extensions:
-            self.account.lose(cause, f"{key}.{extension}", images=is_image(extension))
+            self.account.lose(cause, f"{key}.{extension}", images=image_stem(f".{extension}") is not None)
 
     def close(self, group: _Group | None) -> None:
         """Turn a finished group of members into a row, or count why it makes no sample."""
@@ -219,17 +213,18 @@ class _Scanner:
             self._lose("apart" if set(before).isdisjoint(kind) else "duplicate", key, kind)
             return
         self.seen[key] = kind
-        images = [extension for extension in kind if extension in _RANK]
+        images = [extension for extension in kind if extension in IMAGE_EXTENSIONS]
         if group.cut and (not images or members.keys().isdisjoint(("json", "txt", "cls"))):
             self._lose("lost", key, kind)
             return
         if not images:
             for extension in kind:
-                self._lose("dots" if "." in extension else "no_image", key, [extension])
+                cause = "dots" if "." in extension else "foreign" if extension in FOREIGN else "no_image"
+                self._lose(cause, key, [extension])
             return
-        self._sample(key, members, min(images, key=_RANK.__getitem__), len(images) > 1)
+        self._sample(key, members, min(images, key=IMAGE_EXTENSIONS.index))
 
-    def _sample(self, key: str, members: dict[str, tuple[int, int]], image: str, several: bool) -> None:
+    def _sample(self, key: str, members: dict[str, tuple[int, int]], image: str) -> None:
         values = parse_json(self._read(members["json"])) if "json" in members else None
         found, source, kind = self._captions(members, values)
         label = self._label(members["cls"]) if "cls" in members else NONE
@@ -244,7 +239,8 @@ class _Scanner:
             elif extension == "cls":
                 cause = "" if label >= 0 else "cls"
             else:
-                cause = "second_image" if several and extension in _RANK else "dots" if "." in extension else "other"
+                cause = "second_image" if extension in IMAGE_EXTENSIONS else "dots" if "." in extension else "other"
+                cause = "text_ending" if extension in TEXT_ENDINGS and kind == KIND_NONE else cause
             if cause:
                 self._lose(cause, key, [extension])
             else:

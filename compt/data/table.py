@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import hashlib
 import json
 import os
 import re
-import sys
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from ast import literal_eval
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,17 +20,13 @@ from numpy.typing import NDArray
 
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
+from compt.data.names import image_stem
+from compt.data.rows import JOIN_COLUMNS, URL, known_name, known_names, plain_name, read_rows
 from compt.errors import DataError
 from compt.files import new_folder, read_json, write_json
 
-JOIN_COLUMNS = (
-    *("key", "__key__", "uid", "sample_id", "image_id", "id", "filename", "file_name", "filepath", "image_name"),
-    *("image", "image_path", "path", "file", "url", "image_url", "img_url", "imagepath"),
-)
-"""Names of columns that say which sample a row belongs to, in lower case. `Image Path` is `image_path`."""
 _LINE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("captions", "<i8"), ("rows", "<i8")])
 _NAME = np.dtype([("hash", "<u8"), ("line", "<i8"), ("whole", "?")])
-_IMAGE_ENDING = re.compile(r"\.(jpe?g|jpe|jfif|png|webp|bmp|gif|tiff?|ppm)$", re.IGNORECASE)
 COMPRESSED = {
     b"\x1f\x8b": "gunzip -k",
     b"\x28\xb5\x2f\xfd": "zstd -d",
@@ -40,11 +35,9 @@ COMPRESSED = {
     b"PK\x03\x04": "unzip",
 }
 """How compressed files begin, and what unpacks them."""
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_LIST = re.compile(r"""\[\s*["'\]]""")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PART = 1 << 20
-CELL = 1 << 24
-"""The longest cell of a CSV, in characters."""
 
 
 class Join(NamedTuple):
@@ -190,7 +183,7 @@ class _Writer:
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, [_known(name) for name in columns]
+        self.path, self.columns = path, [known_name(name) for name in columns]
         self.account = Account()
         self.owner = ""
         self._sha = hashlib.sha256()
@@ -283,9 +276,9 @@ class _Writer:
         joins: list[str] | None = None
         last: tuple[str, ...] = ()
         known: list[str] = []
-        for number, read in _read_rows(self.path, self.account):
+        for number, read in read_rows(self.path, self.account):
             if (names_read := tuple(read)) != last:
-                last, known = names_read, _known_names(self.path, names_read)
+                last, known = names_read, known_names(self.path, names_read)
             row = dict(zip(known, read.values(), strict=True))
             if joins is None:
                 joins = self._joins(list(row))
@@ -317,19 +310,15 @@ class _Writer:
         texts = self.columns or [name for name in names if name in CAPTION_COLUMNS]
         if not texts:
             raise DataError(f"{place}; none is known to hold captions: name those that do with data.caption_columns")
-        known = sorted((name for name in names if _plain(name) in JOIN_COLUMNS and name not in texts), key=_rank)
+        known = sorted((name for name in names if plain_name(name) in JOIN_COLUMNS and name not in texts), key=_rank)
         others = [name for name in names if name not in texts]
         if not others:
             raise DataError(f"{place}; none says which sample a row belongs to: add a column key, url or filename")
         return known or others[:1]
 
 
-def _plain(name: str) -> str:
-    return name.strip().lower().replace(" ", "_")
-
-
 def _rank(name: str) -> int:
-    return JOIN_COLUMNS.index(_plain(name))
+    return JOIN_COLUMNS.index(plain_name(name))
 
 
 def _names_of(value: Any) -> dict[str, bool]:
@@ -340,171 +329,18 @@ def _names_of(value: Any) -> dict[str, bool]:
     if isinstance(value, dict):  # Hugging Face's images
         value = value.get("path")
     value = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
-    if not value or _URL.match(value):
+    if not value or URL.match(value):
         return {value: True} if value else {}
-    name = _IMAGE_ENDING.sub("", value)
+    name = image_stem(value) or value
     parts = name.split("/")
     return {name: True} | {end: False for at in range(1, len(parts)) if (end := "/".join(parts[at:]))}
 
 
 def _cell(value: Any) -> Any:
-    """A cell, or the list that it holds as JSON, as in Flickr30k's files."""
-    if isinstance(value, str) and value.startswith("[") and value.rstrip().endswith("]"):
-        try:
-            listed = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-        return listed if all(isinstance(item, str) for item in listed) else value
+    """A cell, or the list of texts that it holds, as JSON (Flickr30k's files) or as pandas writes it."""
+    if isinstance(value, str) and _LIST.match(value) and value.rstrip().endswith("]"):
+        for read in (json.loads, literal_eval):
+            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+                listed = read(value)
+                return listed if all(isinstance(item, str) for item in listed) else value
     return value
-
-
-def _read_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and columns of each row, by the file's ending. Raises DataError."""
-    ending = path.suffix.lower()
-    readers: dict[str, Callable[[Path, Account], Iterator[tuple[int, dict[str, Any]]]]] = {
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-        ".json": _json_rows,
-        ".parquet": _parquet_rows,
-    }
-    try:
-        yield from readers.get(ending, _csv_rows)(path, account)
-    except OSError as error:
-        raise DataError(f"table of captions {path}: {error.strerror}") from error
-
-
-def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    csv.field_size_limit(CELL)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline(CELL)
-        # A tab is no part of text. Of the others, the separator is the one that gives most columns, a comma first.
-        separator = "\t" if "\t" in first else max(",;|", key=first.count)
-        # Conceptual Captions' TSV files have tabs between cells, and quotation marks that mean nothing.
-        quoted = separator == "," or _misfits(path, separator, True) <= _misfits(path, separator, False)
-        file.seek(0)
-        reader = csv.reader(file, delimiter=separator, **_format(quoted))
-        names: list[str] | None = None
-        line = 1
-        try:
-            for row in reader:
-                if names is None:
-                    names = _header(path, row)
-                    if names is not None:
-                        line = reader.line_num + 1
-                        continue
-                    names = _headless(path, row)
-                if len(row) == len(names):
-                    yield line, dict(zip(names, row, strict=True))
-                elif row:
-                    account.lose("row_cells", f"{path.name}:{line}")
-                line = reader.line_num + 1
-        except csv.Error as error:
-            raise DataError(
-                f"table of captions {path}, line {line}: {error}; is a quotation mark missing there, or not doubled?"
-            ) from error
-
-
-def _format(quoted: bool) -> dict[str, Any]:
-    return {"strict": True, "skipinitialspace": True, "quoting": csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE}
-
-
-def _misfits(path: Path, separator: str, quoted: bool) -> tuple[int, int]:
-    """Rows that do not fit the first one, and the number of rows below zero: smaller is better."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=separator, **_format(quoted))
-        try:
-            widths = [len(row) for row in reader if row]
-        except csv.Error:
-            return sys.maxsize, 0
-        return sum(width != widths[0] for width in widths), -len(widths)
-
-
-def _header(path: Path, row: list[str]) -> list[str] | None:
-    """The names in a header; None where it has a URL, and so is none. Raises DataError for two of one name."""
-    if any(_URL.match(cell.strip()) for cell in row):
-        return None
-    _known_names(path, row)
-    return row
-
-
-def _known_names(path: Path, row: Iterable[str]) -> list[str]:
-    """Names as they are known. Raises DataError for two columns of one name: a row would keep the last alone."""
-    names = [_known(name) for name in row]
-    for name, count in Counter(filter(None, names)).items():
-        if count > 1:
-            raise DataError(
-                f"table of captions {path} has {count} columns '{name}', whatever their case; rename them, and name "
-                "those with captions in data.caption_columns"
-            )
-    return names
-
-
-def _known(name: str) -> str:
-    """A column's name as it is known, in whatever case it is written."""
-    name = name.strip()
-    return name if name in CAPTION_COLUMNS else next((k for k in CAPTION_COLUMNS if k == _plain(name)), name)
-
-
-def _headless(path: Path, row: list[str]) -> list[str]:
-    """The columns of Conceptual Captions' files, which have no header. Raises DataError for others."""
-    if len(row) != 2:
-        raise DataError(f"table of captions {path} has no header: its first line holds a URL; add a line of names")
-    return ["url", "caption"] if _URL.match(row[0].strip()) else ["caption", "url"]
-
-
-def _json_lines(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line.removeprefix(b"\xef\xbb\xbf"))
-            except (ValueError, RecursionError):
-                row = None
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                account.lose("row_cells", f"{path.name}:{number}")
-
-
-def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a list (BLIP), of `images` (Karpathy), or COCO's `annotations` with their images' names."""
-    try:
-        values = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"table of captions {path} is no JSON: {error}") from None
-    names: dict[Any, Any] = {}
-    if isinstance(values, dict):
-        images = values.get("images")
-        if isinstance(values.get("annotations"), list):
-            images = [image for image in images or [] if isinstance(image, dict)]
-            names = {str(image.get("id")): image.get("file_name") for image in images}
-            values = values["annotations"]
-        else:
-            values = images
-    if not isinstance(values, list):
-        raise DataError(f"table of captions {path} is no list of objects, and has no list `images` or `annotations`")
-    for number, row in enumerate(values, 1):
-        if not isinstance(row, dict):
-            account.lose("row_cells", f"{path.name}:{number}")
-        elif names:
-            yield number, {"file_name": names.get(str(row.get("image_id"))), "caption": row.get("caption")}
-        else:
-            yield number, row
-
-
-def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise DataError(f"reading {path} needs pyarrow: pip install 'compt[parquet]'") from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            known = [name for name in file.schema_arrow.names if str(file.schema_arrow.field(name).type) != "binary"]
-            for batch in file.iter_batches(batch_size=1024, columns=known):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except ArrowException as error:
-        raise DataError(f"table of captions {path}: {error}") from None

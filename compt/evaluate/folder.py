@@ -12,8 +12,8 @@ from typing import Literal
 
 from compt.data.account import Account
 from compt.data.decode import MAX_BYTES, Unusable
+from compt.data.names import IMAGE_EXTENSIONS, image_stem
 from compt.data.samples import EvalSample
-from compt.data.scan import IMAGE_EXTENSIONS
 from compt.errors import DataError
 
 ClassOrder = Literal["name", "number"]
@@ -75,7 +75,7 @@ def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
         return None
     if any(_is_class(item) for item in entries):
         return path
-    images = sum(_is_image(item.name) for item in entries)
+    images = sum(bool(image_stem(item.name)) for item in entries if not item.name.startswith("."))
     if images:
         raise DataError(
             f"{path} has {images:,} images and no class folders: move each image to the folder of its class "
@@ -87,10 +87,6 @@ def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts names by the numbers in them: 2 before 10."""
     return [(int(part), "") if at % 2 else (0, part) for at, part in enumerate(re.split(r"([0-9]+)", name))]
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not name.startswith(".")
 
 
 def _is_class(item: os.DirEntry[str]) -> bool:
@@ -128,7 +124,7 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
                 yield from _images(path, account, (*above, real))
         elif item.name.startswith("."):
             account.lose("hidden_file", item.path)
-        elif not _is_image(item.name):
+        elif not image_stem(item.name):
             account.lose("not_image", item.path)
         elif not path.is_file():
             account.lose("not_file", item.path)
@@ -155,7 +151,7 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
             raise DataError(f"{path} is a broken link, perhaps to a class: mend it, or remove it")
         elif item.name.startswith("."):
             account.lose("hidden_file", item.path)
-        elif not _is_image(item.name):
+        elif not image_stem(item.name):
             account.lose("beside", item.path)
         else:
             account.lose("outside" if path.is_file() else "not_file", item.path)

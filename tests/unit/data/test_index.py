@@ -16,8 +16,8 @@ import webdataset
 from compt.data import index as index_module
 from compt.data.content import changed_shards
 from compt.data.index import build_index, expand_patterns, index_folder, open_index
+from compt.data.names import split_name
 from compt.data.samples import SampleReader
-from compt.data.scan import split_name
 from compt.errors import DataError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
