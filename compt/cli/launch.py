@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -158,60 +158,52 @@ def _before_launcher() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-class Launch:
-    """A launcher's command and the ranks that it starts on this machine."""
+def _started(command: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            command,
+            # By default torchrun, and accelerate with it, would end a run 30 seconds after a signal.
+            env={**os.environ, FOLDER: str(folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
+            process_group=0,
+            preexec_fn=_before_launcher,  # noqa: PLW1509  (this process has one thread)
+        )
+    except OSError as error:
+        raise ConfigError(f"compt launch: '{command[0]}' cannot be started ({error.strerror})") from None
 
-    def __init__(self, command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> None:
-        self._command, self._folder, self._environment = command, folder, environment
-        self._wanted: list[int] = []
-        self._sent: dict[int, int] = {}
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        try:
-            return subprocess.Popen(
-                self._command,
-                # By default torchrun, and accelerate with it, would end a run 30 seconds after a signal.
-                env={**self._environment, FOLDER: str(self._folder), "PET_SIGNALS_TO_HANDLE": "SIGHUP"},
-                process_group=0,
-                preexec_fn=_before_launcher,  # noqa: PLW1509  (this process has one thread)
-            )
-        except OSError as error:
-            raise ConfigError(f"compt launch: '{self._command[0]}' cannot be started ({error.strerror})") from None
+def _records(folder: Path) -> list[LaunchRecord]:
+    """Read the records, also those of a rank that was started again."""
+    return [LaunchRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("*.json")]
 
-    def want(self, number: int, _: object = None) -> None:
-        """Note a signal for the ranks."""
-        self._wanted.append(number)
 
-    def records(self) -> list[LaunchRecord]:
-        """Read the records, also those of a rank that was started again."""
-        return [LaunchRecord(**json.loads(path.read_text(encoding="utf-8"))) for path in self._folder.glob("*.json")]
+def run_launcher(command: Sequence[str], folder: Path) -> int:
+    """Start the launcher, wait for its end and return the exit code. Raises ConfigError."""
+    wanted: list[int] = []
+    sent: dict[int, int] = {}
+    with _handled(lambda number, _: wanted.append(number)):
+        child = _started(command, folder)
+        while (code := child.poll()) is None:
+            if wanted:
+                _deliver(wanted, sent, child.pid, folder)
+            time.sleep(POLL)
+        found = _records(folder)
+        for record in found:
+            if record.code is None:
+                _send(record.pid, signal.SIGKILL)
+        return exit_code(code, bool(wanted), found)
 
-    def run(self) -> int:
-        """Start the launcher, wait for its end and return the exit code. Raises ConfigError."""
-        with _handled(self.want):
-            child = self._start()
-            while (code := child.poll()) is None:
-                self._deliver(child.pid)
-                time.sleep(POLL)
-            found = self.records()
-            for record in found:
-                if record.code is None:
-                    _send(record.pid, signal.SIGKILL)
-            return exit_code(code, bool(self._wanted), found)
 
-    def _deliver(self, launcher: int) -> None:
-        """Send the noted signals to all ranks, also to those that started later."""
-        if not self._wanted:
-            return
-        running = [record.pid for record in self.records() if record.code is None]
-        if not running and not self._sent:
-            # No rank has started, so there is nothing to save.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(launcher, signal.SIGHUP)
-        for pid in running:
-            for number in self._wanted[self._sent.get(pid, 0) :]:
-                _send(pid, number)
-            self._sent[pid] = len(self._wanted)
+def _deliver(wanted: Sequence[int], sent: dict[int, int], launcher: int, folder: Path) -> None:
+    """Send the signals in `wanted` to all ranks, also to those that started later. `sent`: how many a rank has had."""
+    running = [record.pid for record in _records(folder) if record.code is None]
+    if not running and not sent:
+        # No rank has started, so there is nothing to save.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher, signal.SIGHUP)
+    for pid in running:
+        for number in wanted[sent.get(pid, 0) :]:
+            _send(pid, number)
+        sent[pid] = len(wanted)
 
 
 def _send(pid: int, number: int) -> None:
@@ -244,4 +236,4 @@ def launch(
     Passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks, gives them time to save, and exits with code 75.
     """
     with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
-        sys.exit(Launch(command, Path(folder), os.environ).run())
+        sys.exit(run_launcher(command, Path(folder)))

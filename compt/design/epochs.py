@@ -27,7 +27,6 @@ from numpy.typing import ArrayLike, NDArray
 from compt.cost.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTRAPOLATED, IMAGES, TABLE_2, TABLE_4A
 from compt.cost.published import paper_parameters
 from compt.design.curves import LinkCurve, LinkEpochs, Match
-from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec
 
 Floats = NDArray[np.float64]
@@ -127,17 +126,8 @@ class EpochModel:
 
     @classmethod
     def fit(cls, matches: Sequence[Match], own: Sequence[LinkCurve] = ()) -> EpochModel:
-        """Fit the line to published `matches`, and shift it by the matches in `own`, where there are any.
-
-        Raises ConfigError for a match without epochs.
-        """
+        """Fit the line to published `matches`, and shift it by the matches in `own`, where there are any."""
         measured = [curve.match for curve in own if curve.match is not None]
-        for match in (*matches, *measured):
-            if not (match.epochs > 0 and match.baseline_epochs > 0 and match.images > 0):
-                raise ConfigError(
-                    f"{match.source}: {match.teacher.name} to {match.student.name}: {match.epochs:g} of "
-                    f"{match.baseline_epochs:g} epochs on {match.images} images: each has to be above 0"
-                )
         points = tuple(match for match in matches if match.distilled)
         rows = np.array([_row(match) for match in points])
         values = np.array([math.log(match.epochs / match.baseline_epochs) for match in points])

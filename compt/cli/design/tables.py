@@ -17,11 +17,9 @@ from compt.design.costs import distils
 from compt.design.epochs import START_FACTOR, Range, log2_smallest
 from compt.design.outcome import Outcome, Setting, outcome
 from compt.design.search import SIMPLER, FoundChain
-from compt.errors import ConfigError, nearest
+from compt.errors import ConfigError
 from compt.plan.forecast import Forecast
 from compt.text import TextTable, count
-
-UNITS = ("macs", "hours")
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,6 @@ class DesignRequest:
     def check(self) -> None:
         """Raise ConfigError for options that contradict each other."""
         unit, budget = self.unit, self.budget_gpu_hours
-        if unit is not None and unit not in UNITS:
-            raise ConfigError(f"--in {unit}: should be macs or hours{nearest(unit, UNITS)}")
         if self.objective == "budget":
             if unit is not None:
                 raise ConfigError(f"--in {unit}: is for the objectives cost and acceleration; a budget is of GPU-hours")

@@ -44,7 +44,9 @@ def plan(
         Literal["cost", "acceleration", "budget"] | None, option("goal of --auto", default="cost")
     ] = None,
     members: Annotated[int | None, option("with --auto: number of models in the chain", metavar="N")] = None,
-    in_: Annotated[str | None, option("with --auto: count macs (default) or hours", "--in", metavar="UNIT")] = None,
+    in_: Annotated[
+        Literal["macs", "hours"] | None, option("with --auto: what to count", "--in", default="macs")
+    ] = None,
     budget: Annotated[float | None, option("with --auto: the most to spend", metavar="GPU_HOURS")] = None,
     runs: Annotated[
         list[Path] | None, option("with --auto: a run folder to learn from (repeatable)", metavar="RUN")

@@ -308,7 +308,6 @@ def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--in", "hour"), "--in hour: should be macs or hours (did you mean 'hours'?)"),
         (("--in", "macs", "--objective", "budget", "--budget", "1"), "--in macs: is for the objectives cost and"),
         (("--runs-on", "x"), "--runs-on x: is for --runs, which is missing"),
         (
