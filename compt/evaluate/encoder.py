@@ -22,6 +22,7 @@ from torch.nn import functional
 from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import alive
+from compt.engines.base import evaluation_mode
 from compt.errors import DataError
 from compt.files import remove_leftovers, write_bytes, write_json
 from compt.models.pixels import to_input
@@ -56,14 +57,9 @@ class Encoder:
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Evaluation mode without gradients. Afterwards the model has its own mode again."""
-        training = self.model.training
-        self.model.eval()
         autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        try:
-            with torch.no_grad(), autocast:
-                yield
-        finally:
-            self.model.train(training)
+        with evaluation_mode(self.model), autocast:
+            yield
 
     def images(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> fp32 [B, D] of length one."""

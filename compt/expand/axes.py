@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import open_clip.model
-import torch
-
 from compt.errors import ConfigError
+from compt.models.clip import exported_shapes
 from compt.models.growth import Stack, stacks
 from compt.models.presets import ModelSpec
-from compt.models.swin import register_swin
 
 Kind = Literal["res", "hidden", "emb", "fixed", "prefix", "grid", "offsets", "pixels"]
 """What an axis is. Width operators act on `res` (a residual stream), `hidden` (MLP units or heads) and `emb` (the joint
@@ -96,12 +93,7 @@ def check_parameters(spec: ModelSpec) -> None:
 
     Raises ConfigError if a parameter has no axes here, is not in the model, or has another shape there.
     """
-    if spec.arch == "swin":
-        register_swin(spec.timm_name)
-    with torch.device("meta"):
-        config: dict[str, Any] = spec.open_clip_config()
-        model = open_clip.model.CLIP(**config, nonscalar_logit_scale=False)
-    real = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    real = exported_shapes(spec)
     described = {name: parameter.shape for name, parameter in parameters(spec).items()}
     for name, shape in real.items():
         if name not in described:

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from compt.errors import ConfigError, nearest
@@ -238,18 +239,7 @@ def _vit(name: str, image: tuple[int, int], text: tuple[int, int], **other: Any)
     )
 
 
-def _small(name: str, image: tuple[int, int], text: tuple[int, int]) -> ModelSpec:
-    return _vit(
-        name,
-        image,
-        text,
-        image_size=32,
-        patch_size=8,
-        context_length=32,
-        embed_dim=128,
-        head_width=32,
-        text_head_width=32,
-    )
+_small = partial(_vit, image_size=32, patch_size=8, context_length=32, embed_dim=128, head_width=32, text_head_width=32)
 
 
 # timm's own Swins: width, depths, window, image_size.

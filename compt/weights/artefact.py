@@ -31,7 +31,7 @@ from compt.models.clip import ClipModel, build, exported_shapes, fill
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.models.presets import ModelSpec
 from compt.models.states import check_finite
-from compt.weights.lazy import check_link, plain_name
+from compt.weights.lazy import Weights, check_link, plain_name
 from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
 
 FORMAT = "compt-model"
@@ -62,7 +62,7 @@ class Artefact:
     spec: ModelSpec
     manifest: dict[str, Any]
     preprocess: Preprocess
-    state: Mapping[str, Tensor]
+    state: Weights
     digest: str | Callable[[], str]
 
     @cached_property

@@ -18,7 +18,6 @@ from compt.weights.artefact import CONFIG, MANIFEST, Artefact, read_artefact
 from compt.weights.infer import compare, infer_spec
 from compt.weights.lazy import FoundWeights, digest_of
 from compt.weights.names import OPENAI_SIZES, open_clip_view
-from compt.weights.safetensors import LazyState
 
 MODEL_OPTION = "--teacher-model"
 PREFIX_OPTION = "--teacher-prefix"
@@ -48,7 +47,7 @@ def open_model(
             raise ArtefactError(f"{path}: a model folder of compt holds one model; leave {PREFIX_OPTION} out")
         found = read_artefact(path, verify)
         _compare_specs(path, found.spec, spec)
-        _compare_state(found)
+        compare(found.state, found.spec, str(path))
         return found
     return _open_other(path, _find(path, verify), spec, prefix)
 
@@ -64,7 +63,7 @@ def average_of(artefact: Artefact) -> Mapping[str, Tensor] | None:
     found = read_artefact(artefact.path / _AVERAGE)
     if found.hash != expected or replace(found.spec, name=artefact.spec.name) != artefact.spec:
         raise ArtefactError(f"{found.path}: not the average that {artefact.path / MANIFEST} names")
-    _compare_state(found)
+    compare(found.state, found.spec, str(found.path))
     return found.state
 
 
@@ -111,11 +110,6 @@ def _open_other(path: Path, found: FoundWeights, spec: ModelSpec | None, prefix:
     compare(view, spec, str(path))
     manifest = {"left_out": left_out} if left_out else {}
     return Artefact(path, spec, manifest, found.preprocess, view, partial(digest_of, found.files))
-
-
-def _compare_state(found: Artefact) -> None:
-    assert isinstance(found.state, LazyState)  # read_artefact opens files lazily
-    compare(found.state, found.spec, str(found.path))
 
 
 def _compare_specs(path: Path, found: ModelSpec, wanted: ModelSpec | None) -> None:

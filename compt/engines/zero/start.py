@@ -87,12 +87,6 @@ def destroy(engine: Any) -> None:
             getattr(cell.cell_contents, "cache_clear", lambda: None)()
 
 
-def check_initial(module: nn.Module, initial: Mapping[str, Tensor]) -> None:
-    """Raise ArtefactError, on all ranks, if `initial` is not the state of `module`. Reads no tensor."""
-    own = shapes_of(module.state_dict())
-    dist.on_all(lambda: check_shapes(own, initial, "the weights are not those of this model", any_scalar=True))
-
-
 @torch.no_grad()
 def fill_partitioned(
     deepspeed: ModuleType,
@@ -105,7 +99,8 @@ def fill_partitioned(
 
     Of the whole module a rank never holds more than one parameter and its own shards. The ranks read the same values.
     """
-    check_initial(module, initial)
+    own = shapes_of(module.state_dict())
+    dist.on_all(lambda: check_shapes(own, initial, "the weights are not those of this model", any_scalar=True))
     cutter = deepspeed.zero.Init(config_dict_or_path=config, dtype=torch.float32)
     for name, parameter in list(module.named_parameters()):
         home, _, key = name.rpartition(".")

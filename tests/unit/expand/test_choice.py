@@ -14,6 +14,7 @@ from compt.expand import axes as axes_module
 from compt.expand.axes import check_parameters, parameters
 from compt.expand.plan import ExpansionPlan, make_plan
 from compt.models import growth
+from compt.models.clip import exported_shapes
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.operators import WIDTH_OPERATORS
 from compt.models.presets import PRESETS, resolve
@@ -154,11 +155,15 @@ def test_a_parameter_without_axes_is_an_error(monkeypatch):
         make_plan(replace(TINY, name="fresh"), SMALL)
 
 
-def test_a_description_that_the_real_model_does_not_follow_is_an_error():
-    with pytest.raises(ConfigError, match=r"layers\.2\.blocks\.6\.norm1\.weight, but the model does not"):
+def test_a_description_that_the_real_model_does_not_follow_is_an_error(monkeypatch):
+    with pytest.raises(ConfigError, match=r"depths is \(2, 2, 8, 2\); timm's swin_tiny_patch4_window7_224 has"):
         check_parameters(replace(PRESETS["swin_t"], depths=(2, 2, 8, 2), depth=14))
+    shapes = exported_shapes(PRESETS["swin_t"])
+    monkeypatch.setattr(axes_module, "exported_shapes", lambda spec: shapes)
+    with pytest.raises(ConfigError, match=r"layers\.2\.blocks\.6\.norm1\.weight, but the model does not"):
+        check_parameters(resolve("swin_t", {"depths": (2, 2, 8, 2)}))
     with pytest.raises(ConfigError, match=r"bias_table has shape \[169, 3\], its axes say \[225, 3\]"):
-        check_parameters(replace(PRESETS["swin_t"], window=8))
+        check_parameters(resolve("swin_t", {"window": 8}))
 
 
 def test_weights_that_do_not_fit_the_plan_are_refused():
