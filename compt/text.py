@@ -119,7 +119,13 @@ def _blocks(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[Re
 
 def terminal(*, stderr: bool = False) -> Console:
     """Standard output, or standard error, for text that a person reads. `:x:` does not become an emoji."""
-    return VisibleConsole(stderr=stderr, highlight=False, emoji=False)
+    console = VisibleConsole(stderr=stderr, highlight=False, emoji=False)
+    if console.width < _NARROWEST:  # COLUMNS=0, as some containers set it, would print nothing at all
+        console.width = 80
+    return console
+
+
+_NARROWEST = 20
 
 
 def show(*tables: TextTable) -> None:

@@ -97,7 +97,7 @@ def _captions(text: str | None, recipe: Recipe | None) -> list[int]:
     """Captions an image. By default the recipe's number, or the paper's, and the number that its MACs imply."""
     if text is None:
         return sorted({recipe.data.captions if recipe else 4, PAPER_TEXT_PASSES})
-    numbers = [int(part) for part in text.split(",") if part.strip().isdigit()]
+    numbers = [int(part) for part in text.split(",") if part.strip().isdecimal()]
     if len(numbers) != len(text.split(",")) or min(numbers) < 1:
         raise ConfigError(f"--captions {text}: should be numbers from 1, as in 4,6")
     return numbers
@@ -119,7 +119,7 @@ def _batch(text: str | None, gpus: int | None, jobs: _Jobs, source: str, device:
         return batch // number
     if text is None or text == "auto":
         return None
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise ConfigError(f"--batch {text}: should be auto or a number from 1")
     return int(text)
 

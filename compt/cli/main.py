@@ -144,9 +144,13 @@ def main(words: Callable[[], list[str]] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except OSError as error:
-        if error.errno not in _OUTPUT_ERRORS or error.filename is not None:
+        if error.filename is None and error.errno not in _OUTPUT_ERRORS:
             raise
-        _end_output(error)
+        if error.filename is None:
+            _end_output(error)
+        kind = ConfigError if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else RunError
+        _print_error(kind(f"{error.filename}: {error.strerror}"), own_rank(os.environ))
+        sys.exit(kind.exit_code)
     except RuntimeError as error:
         if "home directory" not in str(error):
             raise
@@ -179,6 +183,11 @@ def _prepare_process() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode))
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # torch's libraries would end the process
+        print("compt: the current folder no longer exists; change to one that does", file=sys.stderr)
+        sys.exit(ConfigError.exit_code)
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

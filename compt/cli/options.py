@@ -164,7 +164,9 @@ def one_of(names: OneOf, text: str, **more: Any) -> Any:
 def progress_bar(title: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on standard error; yields a function of (done, total)."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=terminal(stderr=True), transient=True) as progress:
+    console = terminal(stderr=True)
+    # In a file, a bar would leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

@@ -9,8 +9,8 @@ import typer
 
 from compt.cli.options import RecipePath
 from compt.errors import ConfigError
-from compt.files import write_bytes
-from compt.recipe.read import load_recipe, shipped_recipes
+from compt.files import write_text
+from compt.recipe.read import load_recipe, recipe_text, shipped_recipes
 from compt.text import TextTable, say, show, visible
 
 
@@ -25,7 +25,7 @@ def list_recipes() -> None:
 
 def show_recipe(recipe: RecipePath) -> None:
     """Print a recipe."""
-    typer.echo(visible(recipe.read_text(encoding="utf-8")), nl=False)
+    typer.echo(visible(recipe_text(recipe)), nl=False)
 
 
 def copy(
@@ -38,5 +38,5 @@ def copy(
     file = out / recipe.name if out.is_dir() else out
     if file.exists():
         raise ConfigError(f"{file}: exists already")
-    write_bytes(file, recipe.read_bytes())
+    write_text(file, recipe_text(recipe))
     say(f"Wrote {file}")

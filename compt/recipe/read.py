@@ -66,7 +66,7 @@ def _child(place: Any, parents: Sequence[str], key: str, source: str) -> str | i
     """`key` as an index of `place`. Raises ConfigError for an item that does not exist."""
     where = ".".join(parents) or "the recipe"
     if isinstance(place, list):
-        if not key.isdigit() or int(key) >= len(place):
+        if not key.isdecimal() or int(key) >= len(place):
             raise ConfigError(f"{source}: '{where}' has the items 0 to {len(place) - 1}, not '{key}'")
         return int(key)
     if not isinstance(place, dict):
@@ -214,13 +214,17 @@ def find_recipe(name: str | Path) -> Path:
     raise ConfigError(f"{name}: no such file, and no recipe of that name; the nearest are {', '.join(close)}")
 
 
-def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
-    """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError."""
+def recipe_text(path: Path) -> str:
+    """The text of a recipe's file. Raises ConfigError."""
     try:
-        text = read_text(path)
+        return read_text(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    values = read_yaml(text, str(path))
+
+
+def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
+    """Read a YAML recipe and apply `a.b=c` overrides. Raises ConfigError."""
+    values = read_yaml(recipe_text(path), str(path))
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: should be a mapping with the keys {', '.join(_keys(Recipe))}")
     for override in overrides or ():
