@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
+import pickle
+import shutil
 import signal
 import socket
 import subprocess
+import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from compt.chain import job as jobs
 from compt.chain.job import JobRun
 from compt.dist import collectives as dist
+from compt.files import hash_json, sha256_file, write_json
 from compt.train import loop as trainer
 from tests.faults.group import Ended, Group, mark
 from tests.helpers.recipe import FIRST, SECOND, chain, equal, lines, manifest, weights
 
 TIMEOUT = 10.0
 CHANGES = (f"engine.timeout={TIMEOUT:g}", "engine.checkpoint_every={steps: 1}")
+ONE_LOADER = ("engine.workers=1",)
 AT = 3
 """The step of the second link in which things go wrong."""
 
@@ -46,7 +53,8 @@ def chain_with(fault: str, folder: Path, base: Path, run: Path, changes: tuple[s
     def loader(*arguments: Any, **options: Any) -> Iterator[Any]:
         first = int(options["start_step"]) + 1
         for step, batch in enumerate(open_loader(*arguments, **options), first):
-            if (job[0], step) == (SECOND, AT):
+            # Two batches are prefetched. For a loader process to be missed, the step has to be two before the last.
+            if (job[0], step) == (SECOND, 2 if fault == "at step, early" else AT):
                 if rank == 1 and fault == "sleeping in the data":
                     mark(folder, "begun")
                     time.sleep(3600)
@@ -72,6 +80,14 @@ def wait_for_release(folder: Path) -> None:
 
 def inject(fault: str, folder: Path, rank: int, job: list[str]) -> None:
     """Faults that come from within a process."""
+    if fault == "small shared memory" and rank == 1:
+        for done in (
+            ctypes.CDLL(None).unshare(_NEW_MOUNTS),
+            _mount("--make-rprivate", "/"),
+            _mount_small("/dev/shm", "16k"),
+        ):
+            assert done == 0
+        mark(folder, "begun")
     if fault in ("dying in a checkpoint", "dying in the model") and rank == 0:
         wanted = "step-0000000" if "checkpoint" in fault else "model"
         for name in ("rename", "replace"):
@@ -262,6 +278,111 @@ def _torn(bench: Bench, fault: str, run: Path) -> Found:
     return bench.finish(Found(fault, ended.codes, 0.0, message(ended)), run)
 
 
+def _loader(number: int) -> Callable[[Bench, str, Path], Found]:
+    def act(bench: Bench, fault: str, run: Path) -> Found:
+        group = bench.start("at step, early", run, *ONE_LOADER)
+        group.wait_for("begun", 300)
+        (loader, *_) = psutil.Process(group.pid(0)).children()
+        started = time.monotonic()
+        os.kill(loader.pid, number)
+        mark(group.folder, "go")
+        ended = group.end(120)
+        return bench.finish(Found(fault, ended.codes, time.monotonic() - started, message(ended)), run, *ONE_LOADER)
+
+    return act
+
+
+def _full_memory(bench: Bench, fault: str, run: Path) -> Found:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        raise PermissionError("mounts cannot be hidden from others here")
+    group = bench.start("small shared memory", run, *ONE_LOADER)
+    group.wait_for("begun", 300)
+    started = time.monotonic()
+    ended = group.end(120)
+    return bench.finish(Found(fault, ended.codes, time.monotonic() - started, message(ended)), run, *ONE_LOADER)
+
+
+def _changed(
+    change: Callable[[Bench, Path], Callable[[], object]], before: Callable[[Bench], Sequence[str]] = lambda bench: ()
+) -> Callable[[Bench, str, Path], Found]:
+    """Stop a run, change a file, and go on: once with the change, which has to be refused, and once without.
+
+    `change` returns how to undo it; `before` makes changes of the recipe.
+    """
+
+    def act(bench: Bench, fault: str, run: Path) -> Found:
+        changes = before(bench)
+        group = bench.start("at step", run, *changes)
+        group.wait_for("begun", 300)
+        for rank in (0, 1):
+            os.kill(group.pid(rank), signal.SIGTERM)
+        mark(group.folder, "go")
+        assert group.end(120).codes == [75, 75]
+        undo = change(bench, run)
+        started = time.monotonic()
+        refused = bench.start("none", run, *changes).end(120)
+        found = Found(fault, refused.codes, time.monotonic() - started, message(refused))
+        undo()
+        return bench.finish(found, run, *changes)
+
+    return act
+
+
+def _other_captions(bench: Bench, _: Path) -> Callable[[], object]:
+    """Other captions of the same length in the shards."""
+    kept = {path: path.read_bytes() for path in (bench.base / "train").glob("*.tar")}
+    for path, blob in kept.items():
+        path.write_bytes(blob.replace(b"red", b"tan").replace(b"cat", b"cow"))
+    return lambda: [path.write_bytes(blob) for path, blob in kept.items()]
+
+
+def _table(bench: Bench) -> Sequence[str]:
+    """A table with the captions that the shards have."""
+    rows = ["key,caption"]
+    for path in sorted((bench.base / "train").glob("*.tar")):
+        with tarfile.open(path) as archive:
+            for member in archive.getmembers():
+                if member.name.endswith(".json"):
+                    captions = json.load(archive.extractfile(member))["captions"]  # type: ignore[arg-type]
+                    rows += [f"{member.name.removesuffix('.json')},{caption}" for caption in captions]
+    (bench.base / "captions.csv").write_text("\n".join(rows) + "\n")
+    return ("data.captions_csv=captions.csv",)
+
+
+def _other_table(bench: Bench, _: Path) -> Callable[[], object]:
+    """One word of the table becomes another of the same length."""
+    path = bench.base / "captions.csv"
+    text = path.read_text()
+    path.write_text(text.replace("red", "tan", 1))
+    return lambda: path.write_text(text)
+
+
+class _Touch:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (f"touch '{self.path}'",)
+
+
+def _pickle(bench: Bench, run: Path) -> Callable[[], object]:
+    """A pickle that runs a command, with the right hash, in the newest checkpoint."""
+    newest = sorted((run / "jobs" / SECOND / "checkpoints").glob("step-*"))[-1]
+    ran = bench.base / "ran"
+    path = newest / "state" / ".metadata"
+    path.write_bytes(pickle.dumps(_Touch(ran)))
+    record = json.loads((newest / "state.json").read_text())
+    del record["sha256"]
+    record["files"]["state/.metadata"] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    write_json(newest / "state.json", {**record, "sha256": hash_json(record)})
+
+    def undo() -> None:
+        assert not ran.exists(), "the pickle has run"
+        shutil.rmtree(newest)
+
+    return undo
+
+
 def _corrupt(bench: Bench, fault: str, run: Path) -> Found:
     group = bench.start("at step", run)
     group.wait_for("begun", 300)
@@ -301,12 +422,23 @@ def _port(bench: Bench, fault: str, run: Path) -> Found:
     return bench.finish(found, run)
 
 
+_NEW_MOUNTS = 0x00020000
+"""CLONE_NEWNS of unshare(2): what this process mounts, others do not see."""
+
+
+def _mount(*words: str) -> int:
+    return subprocess.run(["mount", *words], check=False).returncode
+
+
+def _mount_small(folder: str, size: str) -> int:
+    return _mount("-t", "tmpfs", "-o", f"size={size}", "compt-test", folder)
+
+
 @contextlib.contextmanager
 def small_disk(folder: Path, mib: int = 200) -> Iterator[None]:
     """A tmpfs; needs root. Raises PermissionError."""
     folder.mkdir(parents=True)
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "compt-test", str(folder)], check=False)
-    if done.returncode:
+    if _mount_small(str(folder), f"{mib}m"):
         raise PermissionError("a tmpfs cannot be mounted here")
     try:
         yield
@@ -374,6 +506,12 @@ FAULTS: dict[str, Callable[[Bench, str, Path], Found]] = {
     "newest checkpoint torn": _torn,
     "one rank out of memory": _inner("no memory on one rank"),
     "launcher's store lost": _lost_store,
+    "a loader process is killed": _loader(KILL),
+    "a loader process is stopped": _loader(STOP),
+    "shared memory full": _full_memory,
+    "other shards of the same size at the resume": _changed(_other_captions),
+    "another table of captions at the resume": _changed(_other_table, _table),
+    "a pickle that runs a command in a checkpoint": _changed(_pickle),
     "kill -9 of rank 1, under fsdp2": _signalled(KILL, 1, engine="fsdp2"),
     "kill -9 of rank 0, under zero2": _signalled(KILL, 0, engine="zero2"),
     "kill -9 in a checkpoint, under zero3": _inner("dying in a checkpoint", engine="zero3"),

@@ -22,7 +22,7 @@ from tests.helpers.recipe import make_data
 ROOT = Path(__file__).resolve().parents[2]
 ENDS = {0, -signal.SIGKILL, RunError.exit_code}
 """Exit codes of processes of which one was killed."""
-NEEDS_DISK = ("disk full", "run folder read-only")
+NEEDS_DISK = ("disk full", "run folder read-only", "shared memory full")
 WANTED = {
     "kill -9 of rank 0": "rank 0 (host",
     "kill -9 of rank 1": "rank 1 (host",
@@ -34,6 +34,12 @@ WANTED = {
     "a rank is missing at the start": "did not connect",
     "port taken": "port",
     "one rank out of memory": "out of memory (",
+    "a loader process is killed": "was killed by SIGKILL",
+    "a loader process is stopped": "has stopped its loader process",
+    "shared memory full": "Batches pass through /dev/shm",
+    "other shards of the same size at the resume": "the training shards hold other data",
+    "another table of captions at the resume": "the captions of table captions.csv are not those",
+    "a pickle that runs a command in a checkpoint": "refused: it asks for posix.system",
 }
 
 
