@@ -19,7 +19,6 @@ from safetensors.numpy import save_file
 from compt.cli.main import _print_traceback, main
 from compt.evaluate.encoder import save_result
 from compt.models.clip import build
-from compt.models.init import export_state
 from compt.models.presets import resolve
 from compt.text import VisibleConsole
 from compt.train.metrics import MetricsWriter
@@ -28,6 +27,7 @@ from tests.helpers.curves import lengths
 from tests.helpers.run import make_run
 from tests.helpers.run import recipe as run_recipe
 from tests.helpers.shards import picture, write_tar
+from tests.helpers.states import export_state
 
 EVIL = "\x1b]52;c;eA==\x07\x1b[2J\x9b31m\u202e\u2066\r\x08[red]a[bold]<img src=x onerror=q>`|`![i](x) \u2028_b_"
 """Escapes of a terminal, C1 controls, text that runs backwards, and the markup of rich, HTML and Markdown."""
