@@ -11,7 +11,7 @@ import typer
 from compt.cli.options import Overrides, RecipePath, RunFolder, option
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
-from compt.text import say
+from compt.text import say, visible
 
 
 def submit(
@@ -58,7 +58,8 @@ def submit(
         for order in orders:
             say(shlex.join(order.command(f"ID_OF_{order.after}" if order.after else None)))
         there = clash(orders, folder)
-        typer.echo(f"Nothing was submitted; --submit {f'would refuse: {there}' if there else 'does that.'}", err=True)
+        refused = f"would refuse: {there}" if there else "does that."
+        typer.echo(visible(f"Nothing was submitted; --submit {refused}"), err=True)
 
 
 def names(
