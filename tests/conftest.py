@@ -1,4 +1,4 @@
-"""What holds for every test: one thread a process, no network, and a reason for every test that is skipped."""
+"""Settings for all tests: one thread per process, no network, and a reason for every skipped test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Generator
 from pathlib import Path
 
-# Before torch is imported anywhere: several test processes share few cores, and nothing may ask a model hub.
+# Before torch is imported anywhere: several test processes share few cores, and no test may ask a model hub.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def has_cuda() -> bool:
-    """Whether torch sees a CUDA device. Asks torch only where there is a driver, as importing it costs seconds."""
+    """Whether torch sees a CUDA device. Asks torch only if there is a driver, because importing torch takes seconds."""
     if not (shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()):
         return False
     import torch
@@ -58,7 +58,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what all test modules imported out of later collections: chains collect after each job, 0.2 s a time."""
+    """Exclude imported modules from garbage collection: chains collect after each job, which would take 0.2 s."""
     gc.collect()
     gc.freeze()
 

@@ -1,4 +1,4 @@
-"""One rank of a link of 300 million parameters, or of a control; run under a limit of memory.
+"""One rank of a link of 300 million parameters, or of a control; run under a memory limit.
 
 Prints the largest anonymous memory of the process as JSON.
 """

@@ -49,7 +49,7 @@ def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout
     failures: list[str] = []
     waiting = {receiver: rank for rank, (_, receiver) in enumerate(workers)}
     while waiting:
-        # After one failure the others hang in a collective: they get a moment to report, no more.
+        # After one failure the others hang in a collective: give them only a moment to report.
         ready = wait(list(waiting), 20.0 if failures else max(0.0, deadline - time.monotonic()))
         if not ready:
             failures.append(f"no answer from ranks {sorted(waiting.values())}")
@@ -84,7 +84,7 @@ def _work(
 ) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
-    gc.freeze()  # what was imported is no garbage, and takes a fifth of a second to look through
+    gc.freeze()  # imported modules are no garbage, and scanning them takes 0.2 s
     from compt.dist import collectives as dist
 
     try:

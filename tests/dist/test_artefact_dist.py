@@ -1,4 +1,4 @@
-"""A model folder that several ranks write together appears whole on all of them or not at all, whatever befalls one."""
+"""A model folder that several ranks write together appears whole on all of them or not at all, whatever happens to one of them."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return found
 
 
-# --- what befalls a rank: called on every rank before it writes, these change things for the process
+# --- faults of a rank: called on every rank before it writes; they affect the whole process
 
 
 class Unreadable(Mapping[str, Tensor]):
-    """A teacher's folder, the third parameter read from which cannot be read."""
+    """A teacher's folder. Reading the third parameter fails."""
 
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self.state, self.left = state, 3
@@ -109,7 +109,7 @@ def refuse(made: str) -> None:
 
 
 def attempt(folder: Path, patch: tuple[Any, str, Any] | None, state: Mapping[str, Tensor] | None = None) -> str:
-    """The message of what writing raises, "" where it does not; the patch is undone."""
+    """The message of the error that writing raises, or "". Undoes the patch."""
     with pytest.MonkeyPatch.context() as patches:
         if patch is not None:
             patches.setattr(*patch)
@@ -121,7 +121,7 @@ def attempt(folder: Path, patch: tuple[Any, str, Any] | None, state: Mapping[str
 
 
 def misfortunes(folder: Path, small: str | None, read_only: str | None) -> dict[str, str]:
-    """Everything that can go wrong, one after the other in the same processes; what this rank was told."""
+    """All faults, one after the other in the same processes. Returns this rank's messages."""
     rank, last = dist.rank(), dist.world_size() - 1
     state = weights(BIG, 2)
     told = {}
@@ -149,7 +149,7 @@ def misfortunes(folder: Path, small: str | None, read_only: str | None) -> dict[
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[str, str], str | None]]:
-    """Mounts a tmpfs with given options; None where that is not allowed."""
+    """Mounts a tmpfs with the given options; None if that is not allowed."""
     places: list[Path] = []
 
     def mount(name: str, options: str) -> str | None:
@@ -205,7 +205,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_leaves_nothing(
 
 
 def dying(folder: Path, who: list[int], at: int) -> None:
-    """A rank among `who` is killed at its `at`-th tensor."""
+    """Kills each rank in `who` at its `at`-th tensor."""
     original, left = tensorfile._append, [at]
 
     def append(*arguments: Any) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""A first-pair test on two processes: rank 0 decides, and both go on alike."""
+"""A first-pair test on two processes: rank 0 decides, and both continue in the same way."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TOLERANCE = 2e-5
 
 
 def refused(base: Path, run: Path) -> str:
-    """The message on this rank where no length is lossless."""
+    """The message on this rank if no length is lossless."""
     from compt.chain.calibrate import NotLossless
 
     with scored(dict.fromkeys((5, 6, 8, 10), 0.1)), pytest.raises(NotLossless) as caught:

@@ -38,13 +38,13 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(base: Path) -> Path:
-    """The chain on one process under DDP, which then is plain PyTorch."""
+    """The chain on one process under DDP, which is plain PyTorch there."""
     chain(base, base / "whole", *CHANGES)
     return base / "whole"
 
 
 def some(base: Path, run: Path, changes: list[str], names: list[str], stop: int | None = None) -> str:
-    """Some jobs of the chain on this rank, all of whose ranks get SIGTERM at step `stop`; returns what stopped it."""
+    """Run some jobs of the chain. All ranks get SIGTERM at step `stop`. Returns the reason for the stop."""
     with pytest.MonkeyPatch.context() as patch:
         if stop is not None:
             rate = trainer.learning_rate
@@ -64,7 +64,7 @@ def some(base: Path, run: Path, changes: list[str], names: list[str], stop: int 
 
 
 def each_engine(base: Path, folder: Path, engines: list[str]) -> None:
-    """A chain, under one engine after another, in this one set of processes."""
+    """Run a chain under one engine after another in one set of processes."""
     for engine in engines:
         extra = [*CHANGES, f"engine.name={engine}", "engine.micro_batch=3", "engine.shard_teacher=true"]
         assert some(base, folder / engine, extra, list(JOBS)) == ""

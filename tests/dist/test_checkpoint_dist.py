@@ -1,4 +1,4 @@
-"""Checkpoints that several ranks write and others read: bit for bit, whatever befalls one of them."""
+"""Checkpoints that several ranks write and others read: bit for bit, whatever happens to one of them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def save_in_each_way(folder: Path) -> None:
 
 
 def load_into_each_kind(folder: Path) -> int:
-    """Load all that lies there into whole tensors and into shards; how many were loaded."""
+    """Load everything there into whole tensors and into shards. Returns how many were loaded."""
     expected, loaded = engine(3).whole(), 0
     for path in sorted(folder.glob("*/step-*")):
         for sharded in (False, True) if torch_dist.is_initialized() else (False,):
@@ -126,11 +126,11 @@ def test_ranks_write_the_model_of_a_checkpoint_that_one_process_writes_of_the_ga
         assert same({name: opened[name] for name in opened}, state), "as a model from outside"
 
 
-# --- what befalls one rank
+# --- faults of one rank
 
 
 def small_files(rank: int) -> Callable[[], None]:
-    """The file system of `rank` takes files of 500 kB at most."""
+    """On `rank`, files can have at most 500 kB."""
     if dist.rank() != rank:
         return lambda: None
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -140,7 +140,7 @@ def small_files(rank: int) -> Callable[[], None]:
 
 
 def remounted(folder: Path, rank: int) -> Callable[[], None] | None:
-    """`folder` can only be read on `rank`, really; None where this process may not do that."""
+    """Mounts `folder` read-only on `rank`; None if this process may not mount."""
     ready = True
     if dist.rank() == rank:
         os.sync()
@@ -162,7 +162,7 @@ def remounted(folder: Path, rank: int) -> Callable[[], None] | None:
 
 
 def attempt(folder: Path, asynchronous: bool, fault: Callable[[], Callable[[], None] | None]) -> str:
-    """What saving under a fault raises; "" where it does not. Then the fault is gone."""
+    """The error of saving under a fault, or "". Removes the fault."""
     mend = fault()
     if mend is None:
         return "not allowed"
@@ -237,7 +237,7 @@ def test_a_rank_that_is_killed_in_a_save_leaves_the_previous(tmp_path: Path, asy
 
 
 def save_with_a_fault(folder: Path, fault: Exception) -> list[str]:
-    """What each rank raises where writing fails on rank 1 for another reason than the disk, at once and in a thread."""
+    """The errors of all ranks if writing fails on rank 1, but not because of the disk; at once and in a thread."""
     told = []
     with pytest.MonkeyPatch.context() as patch:
 
@@ -275,7 +275,7 @@ def test_of_what_one_rank_meets_only_the_disks_faults_are_the_disks(tmp_path: Pa
 
 
 def lose_a_rank(folder: Path, asynchronous: bool) -> None:
-    """Rank 1 is killed as it writes; rank 0 notes what it raises."""
+    """Rank 1 is killed while it writes; rank 0 records its error."""
     dist.group_beside()
     dist.barrier()
     with pytest.MonkeyPatch.context() as patch:
@@ -294,7 +294,7 @@ def test_a_rank_that_is_lost_in_a_save_is_not_a_fault_of_the_disk(tmp_path: Path
     assert (tmp_path / "told").read_text().startswith("Gone: another process of this job has exited")
 
 
-# --- what does not fit
+# --- checkpoints that do not fit
 
 
 def misfits(folder: Path) -> list[str]:

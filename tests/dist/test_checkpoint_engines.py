@@ -1,4 +1,4 @@
-"""Checkpoints between real engines: all of the state within a format, the weights across."""
+"""Checkpoints between real engines: the whole state within a format, only the weights across formats."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def state(engine: Engine, average: bool = False) -> dict[str, Tensor]:
 
 
 def exchange(folder: Path) -> list[str]:
-    """Every engine saves, every engine loads; what was wrong, and what was warned of."""
+    """Every engine saves, and every engine loads. Returns errors and warnings."""
     wrong, told = [], []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]

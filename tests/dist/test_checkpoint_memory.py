@@ -40,7 +40,7 @@ def available() -> int:
 
 
 class Run(NamedTuple):
-    """How the ranks ended, what they measured, how many of them the kernel killed for want of memory."""
+    """How the ranks ended, what they measured, and how many the kernel killed because memory ran out."""
 
     codes: list[int]
     measured: list[dict[str, int]]

@@ -53,7 +53,7 @@ def run(
     if engine._scale is not None:
         engine._scale.scale.fill_(256.0)
     loss, report = cached_backward(task, engine, *own_rows(dtype), micro)
-    # In the dtype that they have: `gradients` gives fp32.
+    # In their own dtype: `gradients` gives fp32.
     scale = 1.0 if engine._scale is None else engine._scale.scale.item()
     gradients = {name: cast(Tensor, p.grad) / scale for name, p in task.module.named_parameters()}
     given = dict(engine.gradients())
@@ -100,7 +100,7 @@ def reference(teacher: int | None, image_to_text: ImageToText = "slot") -> tuple
 
 
 def assert_gradients(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Tensor by tensor, relative to its norm; key biases, whose gradient is zero but for noise, absolutely."""
+    """Tensor by tensor, relative to its norm. Key biases absolutely: their gradient is rounding noise."""
     assert found.keys() == expected.keys()
     for name, correct in expected.items():
         error = found[name].double() - correct.double()
@@ -158,7 +158,7 @@ def test_accumulation_in_mixed_precision(precision: Precision) -> None:
 
 
 def trajectory(world_micro: int | None) -> tuple[list[float], dict[str, Tensor]]:
-    """Three steps with a large eps, so that noise in zero gradients does not become steps."""
+    """Three steps with a large eps, so that noise in zero gradients moves no weights."""
     task = make_task(24, torch.float32)
     engine = DataParallelEngine(task.module, AdamWSettings(eps=1e-4))
     norms = []

@@ -1,4 +1,4 @@
-"""Scores shared out over ranks are those of one process, sample by sample."""
+"""Scoring on several ranks gives the scores of one process, sample by sample."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What one process writes, that knows nothing of others."""
+    """Write the folder in one process, without a group."""
     out = tmp_path_factory.mktemp("alone")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
@@ -49,7 +49,7 @@ def alone(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 def test_any_number_of_writers_writes_the_same_bytes(
     world: int, teachers: Path, alone: dict[str, dict[str, str]], tmp_path: Path
 ) -> None:
-    # Every operator by two; how many there are is nothing to an operator, so that a few do for the others.
+    # Every operator on two ranks. Operators do not see the number of ranks, so a few cases are enough for more.
     names = list(CASES) if world == 2 else ["vit, width lemon", "vit, width netexpand", "vit, depth netexpand"]
     assert run_ranks(expand_all, world, teachers, tmp_path, names) == [len(names)] * world
     for name in names:

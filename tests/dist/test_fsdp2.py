@@ -55,7 +55,7 @@ CAPS = {"model.logit_scale": 2.65}
 
 @pytest.fixture(autouse=True)
 def no_group_left() -> Iterator[None]:
-    """A process that is alone makes itself a process group, which other tests do not expect."""
+    """A single process makes its own process group, which other tests do not expect."""
     yield
     dist.shutdown()
 
@@ -97,7 +97,7 @@ def own_rows(student: str) -> tuple[Tensor, Tensor]:
 
 
 class Cell:
-    """What one training gave: numbers of each step, the first gradients, and what is in the state at the end."""
+    """Results of one training run: numbers of each step, the first gradients, and the final state."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -153,7 +153,7 @@ def train(
     sharded: bool = False,
     kind: type[Any] = ShardedEngine,
 ) -> Cell:
-    """As the oracle; the numbers are those of all ranks."""
+    """Like the oracle; the numbers are those of all ranks."""
     found = Cell()
     task = make_task(student, distil, meta=meta, sharded=sharded)
     if meta:
@@ -196,12 +196,12 @@ CELLS: dict[int, list[tuple[str, bool, int, dict[str, Any]]]] = {
 
 
 def train_all(world: int) -> list[Cell]:
-    """Every second cell begins with a module that has its values, and with a whole teacher."""
+    """Every second cell starts from a module with values and from a whole teacher."""
     return [train(*cell, meta=at % 2 == 0, sharded=at % 2 == 0) for at, cell in enumerate(CELLS[world])]
 
 
 def difference(name: str, found: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Error and correct value, without key biases: their gradient is zero but for noise."""
+    """Error and correct value, without key biases: their gradient is rounding noise."""
     keep = torch.ones_like(expected, dtype=torch.bool)
     if name.endswith(("attn.in_proj_bias", "attn.qkv.bias")):
         third = len(expected) // 3
@@ -256,7 +256,7 @@ def bf16_cells() -> list[tuple[Cell, Cell]]:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_bf16_is_autocast_over_fp32_parameters(world: int) -> None:
-    """Forward bitwise as under DDP: only sums of gradients round otherwise."""
+    """The forward pass has the bits of DDP; only sums of gradients are rounded in another order."""
     exact = oracle("vit", True)
     cells = bf16_cells() if world == 1 else run_ranks(bf16_cells, world, timeout=300.0)[0]
     for ddp, sharded in cells:
@@ -400,7 +400,7 @@ def scored() -> dict[str, Any]:
 
 
 def sizes() -> dict[str, float]:
-    """Bytes of tensors that one step leaves behind, beside those that were there, and of what a rank should hold."""
+    """Bytes of tensors that one step adds, and bytes that a rank should hold."""
     task = make_task("vit", False)
     total = sum(p.numel() for p in task.module.parameters() if p.ndim > 1)
     vectors = sum(p.numel() for p in task.module.parameters() if p.ndim < 2)
@@ -427,7 +427,7 @@ def _storages() -> dict[int, int]:
 
 
 def _held(others: Collection[int]) -> int:
-    """Bytes of all tensors but `others`, the least within a second: gloo lets go of what it sent a little later."""
+    """Bytes of all tensors except `others`, the minimum within a second: gloo frees what it sent a little later."""
     found = []
     for _ in range(12):
         gc.collect()
@@ -511,7 +511,7 @@ def state_of(engine: Any) -> dict[str, Tensor]:
 
 
 def load_and_train(folder: Path, other: Path | None) -> tuple[dict[str, Tensor], float, dict[str, Tensor]]:
-    """A state from a folder in other weights, and one step more; saved again between the two."""
+    """Load a state into other weights, save it again, and train one more step."""
     task = make_task("swin", True)
     for parameter in task.module.parameters():
         parameter.data.add_(0.1)
@@ -561,7 +561,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 def replicas() -> tuple[str, set[float]]:
-    """What is said of a wrong number of them, and after how many seconds the groups of a right one give up."""
+    """The message for a wrong number of replicas, and the timeout of the groups for a right one."""
     with pytest.raises(ConfigError) as error:
         ShardedEngine(nn.Linear(4, 4), replicas=3)
     groups = [make_mesh(torch.device("cpu"), 2).get_group(name) for name in ("replicate", "shard")]

@@ -1,4 +1,4 @@
-"""Joining a process group: what the environment must hold and what happens when nobody answers."""
+"""Joining a process group: what the environment must contain, and what happens if no rank answers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_nobody_answers(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.dist
 @pytest.mark.parametrize("world", [2, 3])
 def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> None:
-    """torch's client would wait for ever; every rank ends with a line of its own."""
+    """torch's client would wait for ever. Every rank exits with its own line."""
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -116,7 +116,7 @@ time.sleep(60)
 
 @pytest.mark.dist
 def test_a_rank_ends_just_after_it_has_come() -> None:
-    """Before all connections are there: the others wait no longer than for the meeting, and each prints it."""
+    """A rank fails before all are connected: the others wait at most as long as for connecting, and each prints it."""
     variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     start = time.monotonic()
     ranks = [
@@ -221,7 +221,7 @@ print(before.count("pt_gloo_runloop") > 0, threads().count("pt_gloo_runloop"))
 
 
 def test_a_group_that_was_left_leaves_no_threads() -> None:
-    """They would let go of Python's tensors while Python winds down, which aborts the process."""
+    """They would free Python's tensors while Python shuts down, which aborts the process."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     found = subprocess.run(
         [sys.executable, "-c", LEFT], env={**os.environ, **place}, capture_output=True, text=True, check=False

@@ -71,7 +71,7 @@ def test_two_ranks_equal_the_loops(image_to_text: ImageToText, chunk: int | None
 
 
 def local_pair_gradients(chunk: int | None) -> tuple[float, float, dict[str, Tensor]]:
-    """As `local_gradients`, of the sigmoid loss."""
+    """Like `local_gradients`, for the sigmoid loss."""
     values = data()
     share = N // dist.world_size()
     own = slice(dist.rank() * share, (dist.rank() + 1) * share)

@@ -1,4 +1,4 @@
-"""Runs that compt left at commit 0fef4a8: what was stopped goes on as if nothing had been, and all can be reported on.
+"""Run folders of compt at commit 0fef4a8: stopped runs resume as if nothing had happened, and all can be reported.
 
 tests/fixtures/make_runs.py made them, and says how.
 """
@@ -40,7 +40,7 @@ LATER_CAUSES = ("empty", "not_text", "encoding")
 
 
 def unpack(target: Path, *names: str) -> Path:
-    """The folder that the commands are to be run in: the recipe, and what the archives hold."""
+    """The folder in which the commands run: the recipe, and the contents of the archives."""
     shutil.copy(RUNS / "recipe.yaml", target)
     for name in names:
         with tarfile.open(RUNS / f"{name}.tar.gz") as archive:
@@ -49,7 +49,7 @@ def unpack(target: Path, *names: str) -> Path:
 
 
 def compt(base: Path, *words: str) -> str:
-    """What a command prints. Raises what it raises."""
+    """The output of a command. Raises its errors."""
     before = Path.cwd()
     os.chdir(base)
     try:
@@ -76,7 +76,7 @@ def weights(run: Path, kind: str) -> dict[str, Tensor]:
 
 
 def hash_of(tensors: dict[str, Tensor]) -> str:
-    """As make_runs.py forms it."""
+    """As make_runs.py computes it."""
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
@@ -86,12 +86,12 @@ def hash_of(tensors: dict[str, Tensor]) -> str:
 
 def last_line(run: Path, kind: str) -> dict[str, Any]:
     row = read_metrics(run / "jobs" / SECOND / "metrics.jsonl", kind)[-1]
-    # What is left says nothing of the machine.
+    # The rest does not depend on the machine.
     return {key: value for key, value in row.items() if key not in TIMES}
 
 
 def same_machine() -> bool:
-    """Whether torch computes here, bit for bit, what it did where the runs were made."""
+    """Whether torch gives the same bits here as on the machine that made the runs."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = hashlib.sha256(" ".join(sorted(facts.get("flags", "").split())).encode()).hexdigest()[:16]
@@ -117,7 +117,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(engine: str, tmp_
         said = run_ranks(resume, wanted["processes"], base, engine, timeout=240)[0]
     assert f"{engine}: 1 of 2 models are done; continuing with {SECOND}." in said
 
-    # What was logged before the stop, clock times included, stands there still: these steps were not made again.
+    # The lines from before the stop are still there, with their times: these steps were not repeated.
     assert metrics.read_text().startswith(logged)
     assert [row["step"] for row in read_metrics(metrics, "train")] == list(range(1, STEPS + 1))
     assert files_of(run / "jobs" / FIRST / "model") == first
@@ -128,7 +128,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_never_been_stopped(engine: str, tmp_
     assert [start["processes"] for start in manifest["starts"]] == [wanted["processes"]] * 2
     assert (manifest["trained"]["steps"], manifest["trained"]["moments_anew"]) == (STEPS, [])
 
-    # Without a stop it comes out the same under every engine, but for rounding; `finished` was made under ddp.
+    # Without a stop the result is the same under every engine, up to rounding; `finished` was made under ddp.
     for kind in KINDS:
         found = weights(run, kind)
         assert largest_difference(found, weights(base / "finished", kind)) < TOLERANCE

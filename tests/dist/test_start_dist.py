@@ -1,4 +1,4 @@
-"""What several ranks do with a model from outside."""
+"""Several ranks start from a model of another program."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.dist.spawn import run_ranks
 
 
 def hashed_by() -> tuple[str, list[int]]:
-    """The hash that this rank is told, and the rank if it had to find it out itself."""
+    """The hash that this rank receives, and the rank if it computed the hash itself."""
     asked: list[int] = []
 
     def find_out() -> str:

@@ -1,4 +1,4 @@
-"""Trainings and chains on two processes: the same as on one, from one to two, and ended together when one fails."""
+"""Training runs and chains on two processes: same results as on one, resumed from one to two, stopped together."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def whole(base: Path) -> Path:
 
 
 def run_chain(base: Path, run: Path, changes: list[str], stop: tuple[int, int] | None = None) -> str:
-    """A chain on this rank; the step at which rank `stop[0]` gets SIGTERM is `stop[1]`. Returns what stopped it."""
+    """Run a chain on this rank. Rank `stop[0]` gets SIGTERM at step `stop[1]`. Returns the reason for the stop."""
     with pytest.MonkeyPatch.context() as patch:
         if stop is not None:
             rate = trainer.learning_rate

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO against a plain training by one process: numbers, files, other numbers of ranks, faults."""
+"""DeepSpeed's ZeRO against a plain loop in one process: numbers, files, other numbers of ranks, faults."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.dist import zero_cases as cases
 from tests.dist.spawn import run_ranks
 from tests.dist.zero_cases import Cell, Result
 
-# Looked for, not imported: that takes seconds, and the ranks do it.
+# Only looked for: importing takes seconds, and the ranks do it.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: pip install 'compt[deepspeed]'")
 
 STAGES = range(4)
@@ -29,7 +29,7 @@ TIMEOUT = 400.0
 
 
 def check(found: Result, expected: Result, cell: Cell) -> None:
-    """Tensor by tensor, relative to norms; key biases, whose gradient is zero but for noise, absolutely."""
+    """Tensor by tensor, relative to norms. Key biases absolutely: their gradient is rounding noise."""
     assert found.losses == pytest.approx(expected.losses, rel=1e-5), cell
     assert found.norms == pytest.approx(expected.norms, rel=1e-5), cell
     assert found.gradients.keys() == expected.gradients.keys(), cell
@@ -57,7 +57,7 @@ def check_all(function: object, world: int, cells: list[Cell]) -> None:
 
 
 def test_two_ranks_equal_one_process_and_keep_their_state(tmp_path: Path) -> None:
-    """The quick one: one start of two ranks for the first of what the tests below do in full."""
+    """The quick test: one start of two ranks for the first case of each test below."""
     cells = [Cell(stage, pieces=4) for stage in STAGES]
     cells = [*cells[:2], *(cell._replace(scaled=True) for cell in cells[2:])]
     expected = cases.plain("vit", True)

@@ -1,4 +1,4 @@
-"""What ranks do in test_zero_engine.py, and the plain training by one process that they are compared with."""
+"""What ranks do in test_zero_engine.py, and the plain loop in one process that they are compared with."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MAX_NORM = 2.0
 CAP = 2.657
 DECAY = 0.8
 BATCH = 16
-# Gradients that are zero but for noise become steps where eps is as small as usual.
+# With the usual small eps, gradients that are only noise would move weights.
 ADAMW = AdamWSettings(eps=1e-4)
 CUT = {
     "reduce_bucket_size": 3000,
@@ -227,13 +227,13 @@ def compare(cells: list[Cell]) -> list[Result]:
 
 
 def compare_traced(cells: list[Cell]) -> list[Result]:
-    """As `compare`; what is compiled runs as torch traced it, since making kernels takes minutes on a CPU."""
+    """Like `compare`. Compiled code runs as torch traced it, since making kernels takes minutes on a CPU."""
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     return compare(cells)
 
 
 def alone(cells: list[Cell]) -> list[Result]:
-    """As `compare`, in a process that no launcher put into a group."""
+    """Like `compare`, in a process that no launcher put into a group."""
     dist.shutdown()
     return compare(cells)
 
@@ -266,7 +266,7 @@ def flushed() -> Iterator[list[str]]:
 
 
 def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> list[dict[str, Any]]:
-    """Train two steps, save, go on; then once more from what was saved, which has to be the same bit for bit."""
+    """Train two steps, save, and continue. Then continue again from the checkpoint: the bits must be the same."""
     from compt.engines.zero.state import open_average
     from compt.weights.deepspeed import read_zero
 
@@ -278,7 +278,7 @@ def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> l
         train(task, engine, cell.pieces, range(2))
         with flushed() as found:
             files = engine.save(path)()
-        # Its own and no more: another rank's may be renamed just now.
+        # Only its own: another rank's may be renamed just now.
         assert sorted(re.sub(r"\.latest\.\w+$", "latest", name) for name in found) == sorted(map(str, files))
         dist.barrier()
         before = whole(engine)
@@ -303,7 +303,7 @@ def save_and_go_on(folder: str, cells: list[Cell], precision: str = "fp32") -> l
 
 
 def resume(folder: str, cells: list[Cell]) -> list[dict[str, Any]]:
-    """Go on from what other ranks saved."""
+    """Continue from what other ranks saved."""
     results = []
     for number, cell in enumerate(cells):
         task = make_task(cell.arch, cell.distil, seed=5)
@@ -314,7 +314,7 @@ def resume(folder: str, cells: list[Cell]) -> list[dict[str, Any]]:
 
 
 def refuse(folder: str, stage: int) -> dict[str, str]:
-    """What is said of folders that do not fit; the engine is as before each time."""
+    """The messages for folders that do not fit. The engine stays as it was."""
     from compt.errors import ArtefactError
 
     said = {}
@@ -359,7 +359,7 @@ def skip(cells: list[Cell], precision: str) -> None:
 
 
 def score(cells: list[Cell]) -> None:
-    """Each rank runs parts of the module as often as it likes; training goes on as if nothing had been."""
+    """Each rank runs parts of the module in its own number; training continues as if nothing had happened."""
     images, tokens = data(9)
     for cell in cells:
         ends = []
@@ -482,7 +482,7 @@ def frozen(folder: str, stages: list[int]) -> None:
 
 
 def forgotten(cells: list[Cell]) -> None:
-    """An engine that nobody holds any more leaves nothing behind: the next link of a chain needs the memory."""
+    """An engine that is deleted frees its memory: the next link of a chain needs it."""
     for cell in cells:
         task = make_task(cell.arch, cell.distil)
         engine = open_engine(task, cell)
@@ -496,7 +496,7 @@ def forgotten(cells: list[Cell]) -> None:
 
 
 def own_gpu() -> None:
-    """Slurm may show a process its own GPU alone: cuda:0 of every process, which DeepSpeed has to take as well."""
+    """Slurm may show each process only its own GPU, as cuda:0. DeepSpeed has to use that one."""
     import deepspeed
 
     from compt.engines.zero.start import start_deepspeed

@@ -65,7 +65,7 @@ def test_every_engine_in_bf16_is_close_to_ddp() -> None:
 
 
 def test_the_oracle_clips_and_moves_weights() -> None:
-    """Clipping is at work in every step, and every tensor has a gradient and moves."""
+    """Every step clips gradients, and every tensor has a gradient and moves."""
     for architecture in ARCHITECTURES:
         for task in TASKS:
             found = reference(Cell("ddp", 1, 1, task, architecture))

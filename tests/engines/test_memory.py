@@ -1,4 +1,4 @@
-"""What each engine holds on a rank, counted, is what `compt.cost.memory` says."""
+"""The bytes that each engine holds on a rank are those that `compt.cost.memory` predicts."""
 
 from __future__ import annotations
 

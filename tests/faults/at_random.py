@@ -23,7 +23,7 @@ CONNECT_SECONDS = 20.0
 def kill_at_random(
     bench: Bench, rng: random.Random, kills: int, folder: Path, show: Callable[[dict[str, Any]], None]
 ) -> None:
-    """Kill one of two ranks `kills` times at random moments; each start goes on from where the last one was killed.
+    """Kill one of two ranks `kills` times at random moments; each start continues where the last one was killed.
 
     A chain that was killed three times is let end, and the next one takes the next of ENGINES. `show` gets a record of
     each kill; that of the last one of a chain says how the chain ended.

@@ -1,4 +1,4 @@
-"""Ranks as processes that may be killed, stopped and lost, as nobody's children but the test's."""
+"""Ranks as processes that a test can kill, stop and lose."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.ports import free_port
 
 @dataclass(frozen=True)
 class Ended:
-    """How a group ended: exit codes and output of each rank, and the seconds until the last one did."""
+    """How a group ended: exit codes and output of each rank, and the seconds until the last one exited."""
 
     codes: list[int | None]
     output: list[str]
@@ -88,7 +88,7 @@ class Group:
         return [path.read_text() if path.exists() else "" for path in paths]
 
     def end(self, seconds: float = 60.0) -> Ended:
-        """Wait for all; what is left after `seconds` is killed, and has None for a code."""
+        """Wait for all. Processes left after `seconds` are killed, and their code is None."""
         started = time.monotonic()
         for process in self.processes:
             process.join(max(0.0, started + seconds - time.monotonic()))

@@ -1,4 +1,4 @@
-"""Chains of two processes with a fault in them, and what became of it."""
+"""Chains of two processes with a fault, and its consequences."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def die() -> None:
 
 
 def chain_with(fault: str, folder: Path, base: Path, run: Path, changes: tuple[str, ...]) -> None:
-    """A chain on this rank with what its name says put into it; the samples of each step are noted."""
+    """A chain on this rank with the fault that `name` says. Records the samples of each step."""
     rank, job = dist.rank(), [""]
     run_job, open_loader = JobRun.run, jobs.train_loader
 
@@ -72,7 +72,7 @@ def chain_with(fault: str, folder: Path, base: Path, run: Path, changes: tuple[s
 
 
 def wait_for_release(folder: Path) -> None:
-    """Hold the step for a moment, so that a signal from outside comes in its middle."""
+    """Hold the step for a moment, so that a signal arrives in the middle of it."""
     deadline = time.monotonic() + 60.0
     while not (folder / "go").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -132,7 +132,7 @@ def _dying(action: Callable[..., None], wanted: str, folder: Path, job: list[str
 
 @dataclass
 class Found:
-    """What became of a fault. `same`: the same command went on to the weights of the undisturbed run, bit for bit."""
+    """The consequences of a fault. `same`: the same command reached the weights of the undisturbed run, bit for bit."""
 
     fault: str
     exit_codes: list[int | None]
@@ -174,7 +174,7 @@ class Bench:
         return run
 
     def finish(self, found: Found, run: Path, *changes: str) -> Found:
-        """Go on with the same command, and compare with the undisturbed run."""
+        """Start the same command again, and compare with the undisturbed run."""
         ended = self.start("none", run, *changes, engine=found.engine).end(600)
         found.resumed = ended.codes
         found.went_on = ended.codes == [0, 0]
@@ -194,7 +194,7 @@ class Bench:
         )
 
     def samples(self, run: Path, engine: str) -> tuple[int, int]:
-        """(steps that were done again from a checkpoint, steps whose samples were not those of the undisturbed run)."""
+        """(steps that were trained again from a checkpoint, steps with other samples than in the undisturbed run)."""
         repeated = wrong = 0
         for rank in (0, 1):
             wanted = {(job, step): digest for job, step, digest in _keys(self.whole(engine), rank)}
@@ -218,7 +218,7 @@ def message(ended: Ended) -> str:
 
 
 def disturb(bench: Bench, fault: str, run: Path) -> Found:
-    """Put one fault of FAULTS into a run, mend what has to be, and go on."""
+    """Put one fault of FAULTS into a run, repair what is needed, and resume."""
     return FAULTS[fault](bench, fault, run)
 
 

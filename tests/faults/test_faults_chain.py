@@ -1,4 +1,4 @@
-"""Faults in a real chain of two processes: all end with the cause, and the same command goes on to the same weights."""
+"""Faults in a real chain of two processes: all exit with the cause, and the same command reaches the same weights."""
 
 from __future__ import annotations
 

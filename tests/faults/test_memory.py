@@ -1,4 +1,4 @@
-"""A lack of memory: what is advised, the search for a micro-batch that fits, and one rank that has less."""
+"""Out of memory: the advice, the search for a micro-batch that fits, and one rank that has less memory."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_search_finds_the_largest(limit: int) -> None:
 
 
 def limited(trial: Trial, micro_batch: int) -> None:
-    """A step on ranks of which the second holds three pictures at once."""
+    """A step on two ranks; the second can hold three images at a time."""
     if torch.distributed.get_rank() == 1 and micro_batch > 3:
         raise torch.OutOfMemoryError("CUDA out of memory.")
     steps(trial, micro_batch)

@@ -1,4 +1,4 @@
-"""A rank that dies, hangs or fails alone ends all of them soon, with one message that names it."""
+"""If one rank dies, hangs or fails, all ranks exit soon, with one message that names it."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def interrupted(rank: int, step: int) -> None:
 
 
 def slowly(folder: Path) -> None:
-    """Long phases that are no hang: a patient one, one that says it is alive, and ranks that end far apart."""
+    """Long phases that are not hangs: one with a longer limit, one that reports progress, ranks that end far apart."""
     watch = Watch(folder, 3.0)
     watch._silence = 30.0  # a busy machine may keep a process waiting that long
     with watch:
@@ -93,7 +93,7 @@ def slowly(folder: Path) -> None:
 
 
 def unequal(folder: Path) -> None:
-    """One rank hangs, the other waits for it, and no beat lies between."""
+    """One rank hangs and the other waits for it, with no heartbeat in between."""
     with Watch(folder, TIMEOUT) as watch:
         watch.beat(7, "waiting for data")
         if dist.rank() == 1:
@@ -109,7 +109,7 @@ def in_step(folder: Path, timeout: float = TIMEOUT) -> None:
 
 
 def looks_late(folder: Path) -> None:
-    """Rank 0 is held between what it reads of rank 1 and the look at its process, which ends in order meanwhile."""
+    """Rank 0 pauses between reading rank 1's heartbeat and looking at its process, which exits normally meanwhile."""
     real = thread.dead
 
     def late(seen: dict[int, Seen], silence: float) -> Cause | None:
@@ -290,7 +290,7 @@ def test_a_rank_that_ends_in_order_while_it_is_looked_at(groups: Callable[..., G
 
 
 def deaf(folder: Path) -> None:
-    """The main thread is in a call into C that no signal ends, so no handler of Python's runs."""
+    """The main thread is in a C call that no signal interrupts, so no Python handler runs."""
     thread.HURRY = 1.0
     mutex = ctypes.create_string_buffer(64)
     with StopSignal(), Watch(folder, 600.0) as watch:
@@ -404,7 +404,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]
 
 
 def other_machine(rank: int, tick: int, left: bool = False) -> str:
-    """A sign of life of a rank on another machine, where nothing else can be seen of it."""
+    """A heartbeat of a rank on another machine, of which nothing else can be seen."""
     return replace(
         Life.here(tick, rank, "", 9, 9, "computing", 0.0, "", left), host=f"n{rank}", place=str(rank)
     ).to_json()
@@ -432,7 +432,7 @@ def test_who_asks_an_answer_waits_for_ranks_that_it_never_watched(tmp_path: Path
 
 
 def test_who_holds_the_store_waits_for_those_that_live(tmp_path: Path) -> None:
-    """Rank 1 leaves a little later; rank 2 of a third machine shows no sign of life any more."""
+    """Rank 1 exits a little later; rank 2 on a third machine sends no more heartbeats."""
     store: Any = HashStore()
     watch = Watch(tmp_path, 600.0)
     watch.rank, watch.world, watch._token, watch._store_is_with_rank_0 = 0, 3, "token", True

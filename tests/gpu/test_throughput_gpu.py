@@ -23,7 +23,7 @@ LINK = Setup(student=S, teacher=T, captions=4, tokens=30, engine=EngineConfig(te
 
 @pytest.fixture
 def little_memory() -> None:
-    """Lets torch have 6 GiB, so that memory ends soon."""
+    """Limits torch to 6 GiB, so that memory runs out soon."""
     whole = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 6 * 2**30 / whole), CUDA)

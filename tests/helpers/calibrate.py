@@ -40,7 +40,7 @@ AT_THIRD = {5: 0.38, 6: 0.395, 8: 0.3975}
 
 
 def answers(name: str, share: float, pin: str = "ab12") -> ZeroShotResult:
-    """The rounded share of the pictures is right, the first ones: pictures are as hard for every model."""
+    """The first images are right, up to the rounded share: images are equally hard for every model."""
     labels = np.arange(PICTURES) % 4
     right = np.arange(PICTURES) < round(share * PICTURES)
     return ZeroShotResult(
@@ -81,7 +81,7 @@ def scored(
 
 @contextlib.contextmanager
 def trained() -> Iterator[list[str]]:
-    """The jobs that are really trained in here, with their steps."""
+    """The jobs that are really trained in this block, with their steps."""
     names: list[str] = []
     fit = JobRun._fit
 
@@ -97,7 +97,7 @@ def trained() -> Iterator[list[str]]:
 def calibrate(
     base: Path, run: Path, *changes: str, target: float | None = None, on: str | None = None, **options: Any
 ) -> list[str]:
-    """Carry a first-pair test and its chain to the end in this process; returns what it said."""
+    """Run a first-pair test and its chain in this process. Returns the messages."""
     said: list[str] = []
     test = FirstPair.of(recipe_of(*CHANGES, *changes), target, on, "tiny.yaml")
     context, _ = prepare(recipe_of(*CHANGES, *changes), run, base=base, scales=test.next_scales(run), **options)
@@ -118,7 +118,7 @@ def _instead_of_chain(function: Callable[..., None], first: Any, base: Path, run
 
 
 def calibrate_dying_at(place: str, base: Path, run: Path) -> None:
-    """As `chain_dying_at`; `between deciding`: a try's manifest is written, its folder not yet set aside; and after."""
+    """Like `chain_dying_at`; `between deciding`: a try's manifest is written, its folder is not yet set aside."""
     if place in ("between deciding", "after setting aside"):
         os.rename = _dying_when_set_aside(os.rename, place.startswith("after"))
         calibrate_scored(base, run)
@@ -138,5 +138,5 @@ def _dying_when_set_aside(rename: Callable[..., None], after: bool) -> Callable[
 
 
 def calibrate_dying_at_write(number: int, base: Path, run: Path) -> None:
-    """As `chain_dying_at_write`."""
+    """Like `chain_dying_at_write`."""
     _instead_of_chain(chain_dying_at_write, number, base, run)

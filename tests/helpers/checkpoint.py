@@ -76,7 +76,7 @@ class Toy:
 
 
 def engine(*arguments: Any, **options: Any) -> Any:
-    """A Toy where an Engine is asked for."""
+    """A Toy, typed as an Engine."""
     return Toy(*arguments, **options)
 
 

@@ -1,4 +1,4 @@
-"""Ports for processes of tests to meet at."""
+"""Ports at which test processes connect."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import socket
 
 
 def free_port() -> int:
-    """A port that nobody has, nor the next one, where ranks find out who of them tells of a failure.
+    """A free port whose next port is free, too: ranks use that one to decide which of them reports a failure.
 
-    Below those that the system hands out by itself: of these another process may have taken one a moment later.
+    It is below the ports that the system assigns, which another process may get a moment later.
     """
     drawn = random.SystemRandom()  # tests of two processes have the same seed
     while True:

@@ -24,7 +24,7 @@ KILLED = -signal.SIGKILL
 
 
 def die() -> None:
-    """What kill -9, a lack of memory or a power cut does."""
+    """Exit like a process that was killed by kill -9, by lack of memory or by a power cut."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -45,7 +45,7 @@ def _work(function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
 
 
 def finish(process: BaseProcess, seconds: float = 240.0) -> int:
-    """Its exit code; it is killed after `seconds`."""
+    """The exit code of a process. Kills it after `seconds`."""
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -56,7 +56,7 @@ def finish(process: BaseProcess, seconds: float = 240.0) -> int:
 
 
 def ended(pids: Iterable[int], seconds: float = 10.0) -> bool:
-    """Whether none of these processes, whoever started them, is left after `seconds`."""
+    """Whether all of these processes have exited within `seconds`."""
     left, until = list(pids), time.monotonic() + seconds
     while (left := [pid for pid in left if _lives(pid)]) and time.monotonic() < until:
         time.sleep(0.02)

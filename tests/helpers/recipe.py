@@ -1,4 +1,4 @@
-"""A recipe of the smallest models, its shards and its evaluation set, for tests of whole trainings and chains."""
+"""A recipe of the smallest models, its shards and its evaluation set, for tests of whole training runs and chains."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def write_recipe(path: Path, *changes: str) -> Path:
 
 
 def chain(base: Path, run: Path, *changes: str, baselines: bool = False, controls: Any = ()) -> list[str]:
-    """Run a whole chain in this process; returns what it said."""
+    """Run a whole chain in this process. Returns the messages."""
     said: list[str] = []
     context, plan = prepare(recipe_of(*changes), run, base=base, baselines=baselines, controls=controls)
     run_chain(context, plan, said.append)
@@ -137,7 +137,7 @@ def weights_hash(run: Path, job: str, kind: str = "model") -> str:
 
 
 def lines(run: Path, job: str) -> list[dict[str, Any]]:
-    """The metrics of a job without what differs from one machine, or hour, to the next."""
+    """The metrics of a job without values that depend on the machine or the time."""
     rows = read_metrics(run / "jobs" / job / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
@@ -152,7 +152,7 @@ def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], object]) -> None:
-    """Run `action` in every training as its step number `step`, counted from 1, begins."""
+    """Run `action` in every training run at the start of step `step`, counted from 1."""
     original = trainer.learning_rate
 
     def learning_rate(done: int, settings: trainer.TrainSettings) -> float:
@@ -164,7 +164,7 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, action: Callable[[], obj
 
 
 def stopped_at(base: Path, run: Path, step: int, *changes: str, **options: Any) -> Interrupted:
-    """Run a chain that gets SIGTERM in the step number `step` of the training it is in."""
+    """Run a chain that gets SIGTERM in step `step` of its current job."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted) as caught:
         at_step(patch, step, lambda: signal.raise_signal(signal.SIGTERM))
         chain(base, run, *changes, **options)

@@ -85,7 +85,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def answers(share: float, seed: int, n: int = PICTURES, name: str = "test_style") -> ZeroShotResult:
-    """A scored set of which exactly the rounded share is right; a harder picture is hard for every model."""
+    """A scored set with exactly the rounded share right. Hard images are hard for every model."""
     rng = np.random.default_rng(7)
     labels = rng.permutation(n) % CLASSES
     hardness = rng.random(n) + 0.15 * np.random.default_rng(seed).random(n)
@@ -129,7 +129,7 @@ def picture(label: int, size: int = 32) -> np.ndarray:
 
 
 def metrics_lines(job: Job, batch: int, until: int, share: float, every: int = 40) -> list[dict[str, Any]]:
-    """What training logs up to step `until`."""
+    """The metrics that training logs up to step `until`."""
     rng = np.random.default_rng(job.steps)
     per_step = job.cost.total_macs / job.steps
     lines: list[dict[str, Any]] = []
@@ -164,7 +164,7 @@ def write_job(
     at: float = 1.0,
     manifest: Mapping[str, Any] | None = None,
 ) -> None:
-    """The files of one job in `state`; one in training stands at the share `at` of its steps."""
+    """The files of one job in `state`. A job in training has done the share `at` of its steps."""
     own = folder / "jobs" / job.name
     values: dict[str, Any] = {
         **job.to_json(),

@@ -1,4 +1,4 @@
-"""Expansions from a folder into a folder, for every operator, and what they must give: the expansion in memory."""
+"""Expansions from a folder into a folder, for every operator, compared with the expansion in memory."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def write_student(
     shard: int = 5000,
     watch: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda state: state,
 ) -> None:
-    """Expand from folder to folder, tensor by tensor; `watch` stands before every state that is read."""
+    """Expand from folder to folder, tensor by tensor; `watch` wraps every state that is read."""
     teacher, plan = read_artefact(teachers / case.pair[0].name), case.plan
     average = average_of(teacher) if plan.needs_average else None
     state = watch(expand(plan, watch(teacher.state), SEED, None if average is None else watch(average)))

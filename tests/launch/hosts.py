@@ -1,4 +1,4 @@
-"""Two hosts on one machine: network namespaces with a cable between them; plain processes where that is forbidden."""
+"""Two hosts on one machine: network namespaces with a cable between them, or plain processes if those are forbidden."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Hosts:
         ip("-n", self.names[0], "link", "set", "cable0", "down")
 
     def close(self) -> None:
-        """End what was started and take the namespaces away, and with them the cable."""
+        """End all processes and remove the namespaces, and the cable with them."""
         for process in self.started:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -122,7 +122,7 @@ def remove(name: str) -> None:
 
 
 def sweep() -> None:
-    """Take away the namespaces of tests that were killed."""
+    """Remove the namespaces of tests that were killed."""
     for line in ip("netns", "list").splitlines():
         name = line.split()[0]
         number = name.removeprefix(PREFIX).partition("-")[0]

@@ -1,4 +1,4 @@
-"""Which place of which group an environment describes: recorded ones, invented ones, contradictory ones."""
+"""The rank and group that an environment describes: recorded, invented and contradictory environments."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_a_contradictory_step_is_refused(changes: dict[str, str], message: str) 
     assert "\n" not in str(caught.value)
 
 
-# --- what torchrun and its like set
+# --- what torchrun and similar launchers set
 
 
 def test_no_environment() -> None:

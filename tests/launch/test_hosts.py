@@ -34,7 +34,7 @@ def namespaces(hosts: Hosts) -> Hosts:
 
 
 def outputs(hosts: Hosts, code: int, seconds: float = 200.0) -> list[str]:
-    """What each process said, when all have ended with one code."""
+    """The output of each process, once all have exited with the same code."""
     said = [process.communicate(timeout=seconds)[0] for process in hosts.started]
     assert [process.returncode for process in hosts.started] == [code] * len(said), "\n".join(said)
     return said
@@ -63,7 +63,7 @@ def test_two_hosts_connect(namespaces: Hosts, tmp_path: Path, spelling: str) -> 
     for rank in (0, 1):
         place = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": master, "MASTER_PORT": "29400"}
         namespaces.join(rank, tmp_path, **place)
-    # On its own gloo would take the loopback, as the machine's name stands for it.
+    # gloo itself would use the loopback, because the machine's name resolves to it.
     assert namespaces.said(0) == [f"rank {rank} of 2: 1 by cable{rank}\n" for rank in (0, 1)]
 
 
@@ -128,7 +128,7 @@ def test_a_chain_by_torchrun_on_two_hosts(hosts: Hosts, base: Path, whole: Path,
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{hosts.address(0)}:{free_port()}", "--rdzv_id", "7"]
     for host in (0, 1):
         words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
-        # The machine's name stands for its loopback, so that torchrun cannot tell which host the endpoint is.
+        # The machine's name resolves to its loopback, so torchrun cannot know which host serves the endpoint.
         local = ["--local_addr", hosts.address(host), "--rdzv_conf", f"is_host={int(host == 0)}"]
         options = ["--recipe", "tiny.yaml", "--run-folder", str(tmp_path / "run")]
         # Under `compt launch`, as docs/cluster.md says.

@@ -1,4 +1,4 @@
-"""Options on their way through launchers, and exit codes and signals on theirs through `compt launch`."""
+"""Options pass through launchers; exit codes and signals pass through `compt launch`."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def chain_options() -> list[str]:
 
 
 def script_words(launcher: str, words: list[str]) -> list[str]:
-    """What a launcher hands on to its script of words that follow the script."""
+    """The words that a launcher passes on to its script."""
     found: Any
     if launcher == "torchrun":
         from torch.distributed.run import get_args_parser
@@ -200,7 +200,7 @@ OTHERS = ("accelerate", "deepspeed")
 
 
 def with_launchers(cases: Sequence[Any]) -> list[Any]:
-    """Every case under every launcher: torchrun in each run of the tests, each of the others with one case often."""
+    """Every case under every launcher. Each test run has all cases of torchrun, and one of each other launcher."""
     others = list(product(cases, OTHERS))
     return [*product(cases, ["torchrun"]), *matrix(others, [others[0], others[-1]])]
 
@@ -248,7 +248,7 @@ def until_begun(process: subprocess.Popen[str], folder: Path) -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    """A process and all that came of it."""
+    """A process and its results."""
     found = [pid]
     for path in Path(f"/proc/{pid}/task/{pid}").glob("children"):
         for child in path.read_text().split():

@@ -41,7 +41,7 @@ def main(folder: Path, plans: dict[str, str]) -> None:
         time.sleep(0.3)
         (folder / f"saved-{rank}").write_text(signal.Signals(heard[0]).name)
         stop = Interrupted("stopped")
-        # With a rank that died there is nobody to agree with.
+        # With a dead rank no agreement is possible.
         stop.agreed = not plans
         raise stop
     except ComptError as error:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NODES = ("n1", "n2")
 NEEDED = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "setpriv", "unshare")
 
-# The nodes have more cores than the machine, and GPUs that are none, so that what the scripts ask for can be had.
+# The nodes claim more cores than the machine has, and GPUs, so that Slurm grants what the scripts request.
 CONF = """
 ClusterName=compt
 SlurmctldHost={host}(127.0.0.1)
@@ -59,7 +59,7 @@ OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL",
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None where there can."""
+    """The reason why no cluster can run here, or None."""
     lacking = [name for name in NEEDED if shutil.which(name) is None]
     if lacking:
         return f"{', '.join(lacking)} not installed (Debian: apt-get install slurm-wlm munge)"
@@ -92,14 +92,14 @@ def kill(pid: int) -> None:
 
 
 def title_of(pid: int) -> str:
-    """A process's command line; "" for one that is gone."""
+    """The command line of a process, or "" if it has exited."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ")
     return ""
 
 
 def parent_of(pid: int) -> int:
-    """The parent of a process, 0 for one that is gone."""
+    """The parent of a process, or 0 if it has exited."""
     with contextlib.suppress(OSError):
         found = re.search(r"^PPid:\s*(\d+)$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
         return int(found[1]) if found else 0
@@ -107,7 +107,7 @@ def parent_of(pid: int) -> int:
 
 
 class Cluster:
-    """Daemons in the foreground of processes that end with this one."""
+    """Daemons that exit with this process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -152,17 +152,17 @@ class Cluster:
             )
 
     def start_node(self, node: str) -> None:
-        """slurmd, for which alone the nodes' names stand in /etc/hosts: nothing outside of its processes sees that."""
+        """slurmd with its own /etc/hosts, which has the nodes' names. No other process sees that file."""
         script = 'mount --bind "$0" /etc/hosts && exec slurmd -D -N "$1"'
         command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", script]
         self._daemon(node, [*command, str(self.folder / "hosts"), node])
 
     def crash_node(self, node: str) -> None:
-        """End everything on a node at once, as a power cut would."""
+        """Kill everything on a node at once, like a power cut."""
         self.daemons[node].kill()
         self.daemons.pop(node).wait()
         own = [pid for pid, values, _ in self.processes() if values.get("SLURMD_NODENAME") == node]
-        # What started them, too: it would tell Slurm that they ended.
+        # Their parents, too: these would report to Slurm that they ended.
         stepds = {parent for parent in map(parent_of, own) if "slurmstepd" in title_of(parent)}
         for pid in (*stepds, *own):
             kill(pid)
@@ -216,7 +216,7 @@ class Cluster:
         return done
 
     def submit(self, *words: str, **variables: str) -> str:
-        """Run a command that ends in sbatch's answer; the id of its job, whose output is in out/ID."""
+        """Run a command that calls sbatch. Returns the id of the job, whose output is in out/ID."""
         variables = {"SBATCH_OPEN_MODE": "append", **variables}
         found = re.search(r"(?:Submitted batch job )?(\d+)\s*$", self.run(*words, **variables).stdout)
         assert found
@@ -232,7 +232,7 @@ class Cluster:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def show(self, job: str) -> dict[str, str]:
-        """What scontrol knows of a job; {} where it knows nothing."""
+        """What scontrol shows of a job, or {}."""
         shown = self.run("scontrol", "--oneliner", "show", "job", job, check=False).stdout
         return dict(item.partition("=")[::2] for item in shown.split() if "=" in item)
 
@@ -254,6 +254,6 @@ class Cluster:
         return dict(line.split() for line in lines)
 
     def logs(self) -> str:
-        """The end of what each daemon said."""
+        """The last lines of each daemon's log."""
         texts = {path.name: path.read_text(errors="replace") for path in sorted((self.folder / "log").iterdir())}
         return "\n".join(f"== {name}\n{text[-1500:]}" for name, text in texts.items())

@@ -1,4 +1,4 @@
-"""One cluster for all tests of this folder, and a tiny chain's recipe for it."""
+"""One cluster for all tests of this folder, and a recipe of a tiny chain."""
 
 from __future__ import annotations
 

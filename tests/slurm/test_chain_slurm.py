@@ -47,7 +47,7 @@ def at_step(run: Path, job: str, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def finished(cluster: Cluster, files: Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a chain that nothing happened to, sent by sbatch as it is typed: on one node, with NODES=2."""
+    """An undisturbed chain, submitted with a plain sbatch: on one node, with NODES=2."""
     run = tmp_path_factory.mktemp("runs") / "a run"
     command = ("sbatch", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch")
     settings = files.settings(files.recipe("whole"), run)
@@ -77,7 +77,7 @@ def test_missing_data_is_not_queued(cluster: Cluster, files: Files, tmp_path: Pa
     assert refused.returncode == 2
     assert refused.stderr.startswith("chain_vit.sbatch: DATA is missing")
     assert cluster.run("squeue", "--noheader").stdout == ""
-    # sbatch itself runs no line of the file: there it is the job's first act.
+    # sbatch runs no line of the file, so the job itself checks this first.
     job = cluster.submit("sbatch", *ONE_EACH, cluster.output, "slurm/chain_vit.sbatch", **settings)
     shown = cluster.wait_for(job, "FAILED", seconds=120)
     assert shown["ExitCode"] == "2:0"
@@ -150,7 +150,7 @@ def test_a_chain_requeues_on_the_signal_before_its_time_limit(
 
 
 def test_a_chain_requeues_after_a_time_limit(cluster: Cluster, files: Files, tmp_path: Path) -> None:
-    """Slurm's own notice, which comes up to half a minute earlier than asked for; typed as `sbatch --export`."""
+    """Slurm's own notice, which comes up to half a minute early; submitted with `sbatch --export`."""
     run = tmp_path / "run"
     recipe = files.recipe("limited", "chain.links.0.train.steps=9000", "engine.checkpoint_every.steps=9000")
     settings = files.settings(recipe, run)
@@ -197,7 +197,7 @@ def test_a_chain_requeues_after_a_node_failure(cluster: Cluster, files: Files, f
     job = begin(cluster, files, files.recipe("powerless"), run)
     at_step(run, FIRST, 50)
     cluster.crash_node("n2")
-    # Nobody tells Slurm: the controller or the job itself finds out, whoever is first.
+    # Slurm gets no report: either the controller or the job itself notices first.
     try:
         until(lambda: cluster.show(job)["Restarts"] != "0", 150, "the job has gone back to the queue")
     finally:

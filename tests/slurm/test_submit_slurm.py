@@ -20,7 +20,7 @@ def compt(*words: str) -> tuple[str, ...]:
 
 
 def send(cluster: Cluster, files: Files, recipe: Path, run: Path, data: str, *words: str) -> dict[str, str]:
-    """`compt slurm submit --submit`; the id of each order's job."""
+    """Run `compt slurm submit --submit`. Returns the id of each job."""
     place = ("--run", str(run), "--gpus", "1", "--set", f"data.train='{data}'")
     options = ("--sbatch=--cpus-per-task=1", f"--sbatch={cluster.output}")
     command = compt("slurm", "submit", str(recipe), *place, *options, "--submit", *words)
@@ -39,7 +39,7 @@ def test_each_link_has_its_own_nodes(cluster: Cluster, files: Files, tmp_path: P
     jobs = send(cluster, files, recipe, run, data, "--nodes", "2")
     assert list(jobs) == [FIRST, SECOND]
     assert cluster.show(jobs[SECOND])["Dependency"] == f"afterok:{jobs[FIRST]}(unfulfilled)"
-    # Nor is it sent a second time while it is there.
+    # While it is in the queue, it is not submitted again.
     place = ("--run", str(run), "--gpus", "1", "--set", f"data.train='{data}'", "--nodes", "2", "--submit")
     refused = cluster.run(*compt("slurm", "submit", str(recipe), *place), check=False, PYTHON=sys.executable)
     assert f"{SECOND} (job {jobs[SECOND]}); wait for them" in " ".join(refused.stderr.split())
@@ -48,7 +48,7 @@ def test_each_link_has_its_own_nodes(cluster: Cluster, files: Files, tmp_path: P
     assert [start["processes"] for start in manifest(run, FIRST)["starts"]] == [1]
     assert [start["processes"] for start in manifest(run, SECOND)["starts"]] == [2]
     assert manifest(run, SECOND)["state"] == "done"
-    # What is done is not sent again.
+    # Finished jobs are not submitted again.
     assert send(cluster, files, recipe, run, data, "--nodes", "2") == {}
 
 
@@ -64,7 +64,7 @@ def test_a_failed_link_cancels_the_links_after_it(cluster: Cluster, files: Files
 
 
 def test_baselines_run_as_a_job_array(cluster: Cluster, files: Files, tmp_path: Path) -> None:
-    """One task for each member; the first one's baseline is the first link, as both are the same training here."""
+    """One task for each member. The baseline of the first is the first link, because both are the same job here."""
     run = tmp_path / "run"
     recipe = files.recipe("array", "chain.links.0.train.steps=4", "chain.links.0.warmup.steps=1")
     output = f"--output={cluster.folder}/out/%A_%a"

@@ -1,4 +1,4 @@
-"""The files around the code: what can be installed, what make offers, what CI runs, what no file may say."""
+"""The files around the code: the package, the targets of make, what CI runs, and words that no file may contain."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BEHIND = {
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
 }
-# Written in parts, so that this file does not contain what it looks for.
+# Written in parts, so that this file does not contain these words itself.
 HOSTS = [
     ("pypi", "org"),
     ("pythonhosted", "org"),
@@ -80,7 +80,7 @@ def test_setup_py_is_thin(root: Path) -> None:
 
 
 def test_the_wheel_holds_every_data_file(root: Path, tmp_path: Path) -> None:
-    """A wheel of the committed files, without what an earlier build has left."""
+    """A wheel of the committed files, without leftovers of an earlier build."""
     listed = subprocess.run(["git", "ls-files", "-z", "compt"], cwd=root, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")

@@ -1,4 +1,4 @@
-"""The house rules, held by reading the source: who imports whom, what is light, names, lengths."""
+"""The rules of the source, checked by reading it: imports, light modules, names, lengths."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def names_of(node: ast.AST) -> list[str]:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of every import, wherever it stands."""
+    """(line, dotted name) of every import, in functions too."""
     for node in ast.walk(tree):
         yield from ((getattr(node, "lineno", 0), name) for name in names_of(node))
 
@@ -280,7 +280,7 @@ def wrong_names(paths: list[str]) -> list[str]:
 
 
 def repeated_classes(trees: Mapping[str, ast.Module]) -> list[str]:
-    """Class names that stand in more than one module: two meanings of one word."""
+    """Class names that more than one module defines: two meanings of one word."""
     places: dict[str, list[str]] = defaultdict(list)
     for path, tree in trees.items():
         for node in ast.walk(tree):
@@ -343,7 +343,7 @@ def test_light_modules_stay_light() -> None:
 
 
 def test_a_light_command_line_really_loads_no_torch() -> None:
-    """The reading of the source, held against Python."""
+    """The reading of the source, compared with what Python imports."""
     code = f"import sys, compt.cli.main\nheavy = {set(HEAVY)!r} & set(sys.modules)\nassert not heavy, sorted(heavy)\n"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Nothing from data reaches a person but as text that is seen."""
+"""Text from data reaches users only as visible characters."""
 
 from __future__ import annotations
 

@@ -152,7 +152,7 @@ def test_seconds_are_those_of_steps_after_the_warm_up(monkeypatch: pytest.Monkey
 
 
 def out_of_memory_above(limit: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A device on which no step of more than `limit` samples runs; returns the batches that were tried."""
+    """A device that cannot run steps of more than `limit` samples. Returns the batches that were tried."""
     original = TrainingStep.__call__
     tried: list[int] = []
 
@@ -171,7 +171,7 @@ def test_the_batch_is_searched_for_up_to_what_memory_takes(monkeypatch: pytest.M
     tried = out_of_memory_above(5, monkeypatch)
     found = measure(ALONE, CPU, None, 32, 0.0)
     assert (found.batch, found.failure, found.repeats) == (5, None, 3)
-    assert tried == [1, 1, 2, 4, 8, 1, 6, 1, 5, 5, 5, 5, 5]  # after a failure all is built anew
+    assert tried == [1, 1, 2, 4, 8, 1, 6, 1, 5, 5, 5, 5, 5]  # after a failure everything is built again
     assert measure(ALONE, CPU, None, 3, 0.0).batch == 3
 
 
@@ -299,7 +299,7 @@ SETUPS = [ALONE, replace(ALONE, captions=3), LINK, replace(LINK, captions=3)]
 
 
 class Meter:
-    """Stands for `measure_apart`; `stop` at a call, as a kill would."""
+    """Replaces `measure_apart`. Stops at call `stop`, like a kill."""
 
     def __init__(self, stop: int | None = None, failure: str | None = None) -> None:
         self.seen: list[Setup] = []
@@ -381,7 +381,7 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
         other = [with_engine(SETUPS[0], changes)]
         assert bench(out, Meter(), other, batch=4)[1] == [False], changes
         assert bench(out, Meter(), other, batch=4)[1] == [True], changes
-    # Pieces larger than the batch are none.
+    # A micro-batch larger than the batch does nothing.
     assert bench(out, Meter(), [engine_of(SETUPS[0], micro_batch=4, loss_chunk=9)], batch=4)[1] == [True]
 
 

@@ -1,4 +1,4 @@
-"""The study of expansion: what it trains, and that it goes on after a kill."""
+"""The study of expansion: what it trains, and that it continues after a kill."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_sizes_of_the_pairs() -> None:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout with a few pictures instead of the emoji, and a study of few variants."""
+    """A checkout with a few images instead of the emoji, and a study of a few variants."""
     make_place(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(SETTINGS, TINY.name, SMALL)
@@ -147,7 +147,7 @@ def silent(text: str) -> None:
 
 
 def small_study(folder: Path, run: str, at: int, step: int) -> None:
-    """Run the small study in `folder`; it is killed at a step of its `at`-th training, counted from 1."""
+    """Run the small study in `folder`. It is killed at a step of its `at`-th training run, counted from 1."""
     begun = [0]
     rate = trainer.learning_rate
 
@@ -201,7 +201,7 @@ def test_a_killed_study_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert run_study(SMALL, torn, said.append) == []
     assert without_times(collect(torn)) == without_times(wanted)
 
-    # What is there is not trained again.
+    # Finished runs are not trained again.
     monkeypatch.setattr(trainer, "learning_rate", lambda *_: pytest.fail("trained again"))
     said.clear()
     assert run_study(SMALL, torn, said.append) == []

@@ -1,4 +1,4 @@
-"""The checks for GPUs, run on the CPU: so that none of them is wrong by a slip when there is a GPU at last."""
+"""The checks for GPUs, run on the CPU, so that they work once there is a GPU."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_chain_by_the_real_command_passes_on_a_cpu() -> None:
 
 
 def test_a_wait_within_a_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As CUDA would say it, of a number that is read of each step's pictures."""
+    """The error that CUDA would raise when a number of each step's images is read."""
     modes: list[str] = []
 
     def step(*arguments: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The suite for GPUs: what comes first, that nothing finished is lost, and that it ends in time."""
+"""The suite for GPUs: its order, that it loses no results, and that it ends in time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = ["check/arithmetic", "check/adamw", "speed/vit_pico", "speed/vit_nano", 
 
 
 class Fake:
-    """Stands for the process: answers at once, or does what `on` says of a call; the clock goes on by 100 s a call."""
+    """Replaces the process: answers at once, or does what `on` says. The clock advances by 100 s a call."""
 
     on: Callable[[int], Any] = staticmethod(lambda call: None)
     asked: list[str]

@@ -1,4 +1,4 @@
-"""The process of the suite for GPUs may crash or hang, and takes neither the caller nor the next request with it."""
+"""If the process of the GPU suite crashes or hangs, the caller and the next request survive."""
 
 from __future__ import annotations
 

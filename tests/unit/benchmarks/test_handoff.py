@@ -1,4 +1,4 @@
-"""The measurement of the hand-off: what it reports, and that its limit of memory is one."""
+"""The measurement of the hand-off: what it reports, and that its memory limit works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The paper's efficiency tables recomputed: what has to agree, what is an exception by name, and what is written."""
+"""The paper's efficiency tables recomputed: what must agree, the named exceptions, and the files that are written."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ GMACS = {
     "swin_b": (98.84, 32.71),
     "swin_l": (222.94, 73.48),
 }
-# Inferred for CC3M.
+# Those of the Swins are inferred.
 EPOCHS = {"cc3m_vit": (128, 24, 18, 15), "cc3m_swin": (128, 24, 16, 12), "merged15m_vit": (64, 21, 17, 15)}
 
 
@@ -328,7 +328,7 @@ def test_schedules_of_figure_7() -> None:
         for epochs in found[chain.ratio]:
             assert figure_7.falls_linearly(epochs)
             assert f"{figure_7.speedup(chain, epochs):.2f}" == f"{chain.speedup:.2f}"
-    # None is missed: for three models every pair is tried.
+    # No schedule is missed: for three models, try every pair.
     eight = figure_7.FIGURE_7[0]
     pairs = itertools.combinations(range(128, 0, -1), 2)
     fitting = {epochs for epochs in pairs if f"{figure_7.speedup(eight, epochs):.2f}" == "4.13"}

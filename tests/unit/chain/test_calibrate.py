@@ -1,4 +1,4 @@
-"""The first-pair test: when it stops, what it keeps, what it costs, and that it goes on wherever it was killed."""
+"""The first-pair test: when it stops, what it keeps, what it costs, and that it continues wherever it was killed."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def third(base: Path) -> Path:
-    """A finished chain that was lossless at the third try; nobody changes it."""
+    """A finished chain that was lossless at the third try. Tests do not change it."""
     with scored(AT_THIRD), trained() as names:
         calibrate(base, base / "third")
     assert names == [f"{FIRST} 6", f"{BASELINE} 12", f"{SECOND} 5", f"{SECOND} 6", f"{SECOND} 8", f"{LAST} 6"]
@@ -73,7 +73,7 @@ def third(base: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def with_baselines(base: Path, third: Path) -> Path:
-    """A copy of it whose other baselines were trained afterwards; nobody changes it."""
+    """A copy of it, with all baselines trained afterwards. Tests do not change it."""
     folder = shutil.copytree(third, base / "with baselines")
     with scored(AT_THIRD), trained() as names:
         chain(base, folder, *CHANGES, baselines=True)
@@ -82,7 +82,7 @@ def with_baselines(base: Path, third: Path) -> Path:
 
 
 def copied(third: Path, folder: Path, *names: str) -> Path:
-    """A run folder in which nothing but these jobs of another one is begun."""
+    """A run folder with only these jobs of another one."""
     for name in names:
         shutil.copytree(third / "jobs" / name, folder / "jobs" / name)
     return folder
@@ -90,7 +90,7 @@ def copied(third: Path, folder: Path, *names: str) -> Path:
 
 @pytest.fixture
 def begun(third: Path, tmp_path: Path) -> Path:
-    """A run whose first link and whose baseline are done, and no more is known of it."""
+    """A run whose first link and baseline are done, and nothing else."""
     return copied(third, tmp_path / "begun", FIRST, BASELINE)
 
 
@@ -102,7 +102,7 @@ def run(third: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def open_run(base: Path, third: Path, tmp_path: Path) -> Path:
-    """A run whose first try has failed and whose second one is not begun."""
+    """A run whose first try has failed, and whose second one has not started."""
     folder = shutil.copytree(third, tmp_path / "open")
     for name in (SECOND, LAST, TRY_2):
         shutil.rmtree(folder / "jobs" / name)
@@ -126,7 +126,7 @@ def timeless(tries: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def assert_same(third: Path, other: Path) -> None:
-    """All trained alike and decided alike; nothing left over."""
+    """Both trained and decided the same, and left nothing behind."""
     assert jobs(other) == sorted(ALL)
     for name in ALL:
         assert equal(weights(third, name), weights(other, name)), name
@@ -175,7 +175,7 @@ def test_lossless_at_the_third_try(third: Path) -> None:
     assert [item["accuracy"] for item in found["tries"]] == pytest.approx([38.0, 39.5, 39.75])
     assert {item["baseline_accuracy"] for item in found["tries"]} == {40.0}
     assert [item["lossless"] for item in found["tries"]] == [False, False, True]
-    # All that differ are 8, 2 and 1 pictures of 400: the interval says less than the difference.
+    # Only 8, 2 and 1 images of 400 differ, so the interval is wider than the difference.
     assert [item["verdict"] for item in found["tries"]] == ["not lossless", "undecided", "undecided"]
     assert [item["job"] for item in found["tries"]] == [TRY_1, TRY_2, SECOND]
     for item in found["tries"]:

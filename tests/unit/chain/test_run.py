@@ -1,4 +1,4 @@
-"""A chain is a state machine on the disk: killed anywhere it goes on, and nothing that is finished is done again."""
+"""A chain is a state machine on disk: killed anywhere, it continues, and no finished work is repeated."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(base: Path) -> Path:
-    """A finished chain that nobody changes."""
+    """A finished chain. Tests do not change it."""
     chain(base, base / "whole")
     return base / "whole"
 
@@ -96,7 +96,7 @@ def run(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def half(whole: Path, tmp_path: Path) -> Path:
-    """The chain with its first link finished and the second not begun."""
+    """The chain with its first link finished and the second not started."""
     run = shutil.copytree(whole, tmp_path / "half")
     shutil.rmtree(run / "jobs" / SECOND)
     return run
@@ -446,7 +446,7 @@ def test_a_resume_on_another_machine_is_said(base: Path, tmp_path: Path, caplog:
 
 
 def replace_bytes(shard: Path) -> None:
-    """Put other bytes into the first image. Sizes stay, and so do names; the time changes."""
+    """Put other bytes into the first image. Sizes and names stay; the modification time changes."""
     with tarfile.open(shard) as archive:
         image = next(member for member in archive if member.name.endswith(("png", "jpg")))
     with shard.open("r+b") as file:
@@ -495,7 +495,7 @@ def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path
 
 def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
     shutil.rmtree(run / "jobs" / FIRST)
-    chain(base, run)  # on the same machine it comes out the same, and the second link stays
+    chain(base, run)  # on the same machine the result is the same, so the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"was expanded from another {FIRST}"):
         patch.setattr("compt.train.build.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
@@ -716,7 +716,7 @@ def test_without_anything_to_score_no_model_is_loaded_for_it(
     assert not any("evaluating" in text for text in said)
     assert [manifest(tmp_path / "run", job)["scores"] for job in (FIRST, SECOND)] == [{}, {}]
     monkeypatch.undo()
-    # Asked for later, they are there.
+    # They can be added later.
     chain(base, tmp_path / "run", "evaluation.sets.1.role=report")
     assert manifest(tmp_path / "run", SECOND)["scores"].keys() == {"held_out", "choose"}
 
@@ -759,7 +759,7 @@ def test_what_a_process_at_one_job_has_is_not_removed(run: Path) -> None:
 def test_a_job_is_not_begun_in_a_run_that_was_started_anew(
     begun_again: bool, base: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By another process, when this one has looked at everything and not yet taken its job."""
+    """By another process, after this one has checked everything and before it takes its job."""
     context, plan = prepare(recipe_of(), half, base=base, names=[SECOND])
     write = chain_module._write_state
 

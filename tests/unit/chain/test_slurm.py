@@ -1,4 +1,4 @@
-"""What `compt slurm submit` would send, and how it is sent, without a cluster: a script stands for sbatch."""
+"""What `compt slurm submit` submits, and how, without a cluster: a script replaces sbatch."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_batch_that_cannot_be_shared_names_the_link(tmp_path: Path) -> None:
 
 
 def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: str = "none") -> Path:
-    """A script that notes its arguments, one a line, and refuses a job of one name; the queue is the file `queue`."""
+    """A script that writes its arguments, one a line, and refuses jobs of one name. The queue is the file `queue`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     log = tmp_path / "log"
@@ -130,7 +130,7 @@ def test_what_is_in_the_queue_is_not_sent_twice(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "queue").write_text("".join([*others, line(9, link), f"10\t{tmp_path}\t(null)\n", "11\t\n"]))
     assert len(send(orders, run, print)) == 3
     log.unlink()
-    # A folder that is named from where the job was sent is the same one.
+    # A path relative to the submit folder names the same folder.
     own = [line(12, orders[1]), line(9, orders[0], Path("a run")), *[line(14, orders[2])] * 2]
     (tmp_path / "queue").write_text("".join(own))
     with pytest.raises(RunError) as refused:
@@ -139,7 +139,7 @@ def test_what_is_in_the_queue_is_not_sent_twice(tmp_path: Path, monkeypatch: pyt
     wanted = f"{run}: already in Slurm's queue: {jobs}; wait for them, or run `scancel 9 12 14` first"
     assert str(refused.value) == wanted
     assert not log.exists(), "nothing was sent"
-    # One that is left out as it is done may still be ending.
+    # A job that is left out because it is done may still be exiting.
     (tmp_path / "queue").write_text(line(9, orders[0]))
     assert len(send([replace(orders[1], after=None)], run, print)) == 1
 
@@ -235,7 +235,7 @@ def test_a_mistake_behind_the_dashes_is_not_queued(tmp_path: Path, monkeypatch: 
     code, sent, errors = script("chain_vit", log, *three, RECIPE=recipe, GPUS="1", NODES="2")
     assert (code, sent) == (2, [])
     assert "engine.fsdp2.replicas = 3 does not divide the 2 processes" in errors
-    # What sbatch is told in its own words is for the job to find out.
+    # The job itself has to check what options of sbatch say.
     assert script("chain_vit", log, "--nodes=3", *three, RECIPE=recipe, GPUS="1")[0] == 0
 
 

@@ -1,4 +1,4 @@
-"""`compt bench`: really run on small models, and its tables held against the paper."""
+"""`compt bench`: runs on small models, and its tables agree with the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compt curves`: what a person sees and what is written."""
+"""`compt curves`: what it shows and what it writes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`compt plan --auto` as it is typed: what it shows, the recipe that it writes, what it refuses."""
+"""`compt plan --auto`: what it shows, the recipe that it writes, what it refuses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Auto = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def auto(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Auto:
-    """Run `compt plan RECIPE --auto`; gives exit code, output, errors."""
+    """Run `compt plan RECIPE --auto`. Returns exit code, output, errors."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
 

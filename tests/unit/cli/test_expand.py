@@ -1,4 +1,4 @@
-"""`compt expand` from the outside: what it shows, what it writes, what it refuses before it does anything."""
+"""`compt expand`: what it shows, what it writes, what it refuses before it does anything."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*words: object, columns: int = 120) -> str:
-    """What a successful command prints."""
+    """The output of a successful command."""
     result = CliRunner().invoke(app, ["expand", *map(str, words)], env={"COLUMNS": str(columns)})
     if result.exception is not None:
         raise result.exception

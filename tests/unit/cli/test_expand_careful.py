@@ -20,7 +20,7 @@ GROWN = ("--set", "width=32", "--set", "text_width=24", "--set", "embed_dim=24")
 
 @pytest.fixture
 def altered(tmp_path: Path) -> Path:
-    """A model one byte of whose weights is not what was written: the last, so that every header is whole."""
+    """A model with one changed byte in its weights: the last one, so that all headers are intact."""
     spec = resolve("vit_pico", TINY)
     write_artefact(tmp_path / "model", export_state(build(spec, seed=1)), spec, {})
     (file,) = (tmp_path / "model").glob("*.safetensors")

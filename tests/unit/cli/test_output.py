@@ -1,4 +1,4 @@
-"""What a person is shown is what stands there: no part of it is taken for an emoji or for markup."""
+"""Output is shown as it is: no part of it becomes an emoji or markup."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_there_is_one_console(root: Path) -> None:
 def test_a_process_whose_threads_may_still_wait_ends_without_winding_down(
     threads: int, torch: bool, tmp_path: Path
 ) -> None:
-    """Where one waits within torch's C++, winding down would abort the process."""
+    """If a thread waits within torch's C++, shutting down Python would abort the process."""
     script = (
         "import atexit, sys, threading\n"
         "from compt.cli.main import run\n"
@@ -143,7 +143,7 @@ def test_a_fault_of_the_program_is_shown_and_ends_the_process_too(tmp_path: Path
 
 
 def test_an_agreed_error_of_a_single_process_leaves_signals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With signals ignored, a process could not end its children, nor could whoever calls `main` in its own process."""
+    """With signals ignored, neither a process nor a caller of `main` could end its children."""
 
     def fail(*_: object, **__: object) -> None:
         error = RunError("no such run")

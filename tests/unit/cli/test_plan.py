@@ -1,4 +1,4 @@
-"""`compt plan` as it is typed: what it shows, what it refuses, and that it takes no torch."""
+"""`compt plan`: what it shows, what it refuses, and that it does not need torch."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Plan = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Plan:
-    """Run `compt plan` on `VALUES`, or on a recipe of the repository; gives exit code, output, errors."""
+    """Run `compt plan` on `VALUES`, or on a recipe of the repository; returns exit code, output, errors."""
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(VALUES))
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -384,7 +384,7 @@ def test_an_engine_that_cannot_run_is_refused(plan: Plan, tmp_path: Path) -> Non
     text = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": batch // 2}
     (tmp_path / "ds.json").write_text(json.dumps(text))
     assert "ds.json: train_micro_batch_size_per_gpu" in refused(*zero, "--gpus", "4")
-    # On so many it is what the recipe says; on a number that nobody has said it may be.
+    # With a given number of GPUs the recipe is wrong; with the default number it only may be.
     assert plan(*zero, "--gpus", "2")[0] == 0
     assert plan(*zero, *cpu)[0] == 0
     (tmp_path / "ds.json").write_text(json.dumps({**text, "zero_optimization": {"stage": 2}}))

@@ -1,4 +1,4 @@
-"""MACs as torch's own operator counter finds them, told apart by what they belong to and by when they run.
+"""MACs counted by torch's operator counter, by module and by phase.
 
 The formulas are torch's (`torch.utils.flop_counter`); this only asks whose operation it was: forwards, that of the
 parameter among its inputs; backwards, that of the parameter behind its autograd node; without one, attention's, where

@@ -1,4 +1,4 @@
-"""Sums, properties and the published table of the analytic count; test_macs_reality.py holds it against torch."""
+"""Sums, properties and the published table of the analytic count. test_reality.py compares it with torch."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_record_is_plain_data() -> None:
 
 
 def test_the_published_formula_gives_the_published_training_macs() -> None:
-    """Two rows do not: nothing explains swin_b's; vit_xb16's published parameters are not those of its sizes."""
+    """Two rows differ: swin_b for an unknown reason; the published parameters of vit_xb16 do not fit its sizes."""
     exceptions = {"swin_b": 99.24, "vit_xb16": 148.01}
     for name, row in TABLE_G.items():
         patch = image_tower(PRESETS[name])["patch_embedding"].macs

@@ -215,7 +215,7 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
     assert cpu.copies == gpu.copies
 
 
-# The whole step: the most that is alive at once, within 5 %
+# The whole step: peak memory within 5 %
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_fsdp2_shards_and_gathers_so_much(
     replicas: int,
     reshard: bool,
 ) -> None:
-    """States within 1 % (shards are padded), the most that is alive in a step within 5 %."""
+    """States within 1 % (shards are padded), peak memory of a step within 5 %."""
     spec = PRESETS[name]
     ranks(world_size)
     task = ClipTask(build(spec, seed=0))
@@ -471,7 +471,7 @@ def test_one_error_for_what_cannot_be(changed: dict[str, object], message: str) 
 
 
 def test_the_counters_count() -> None:
-    """A storage once, whatever views of it are kept, and nothing that is let go of."""
+    """Counts each storage once, however many views are kept, and no freed storage."""
     case = Case(PICO, rows=2, captions=1, tokens=4, precision="fp32")
     engine, task = engine_and_task(case)
     batch = make_batch(case, "cpu")

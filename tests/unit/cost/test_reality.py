@@ -1,4 +1,4 @@
-"""What is counted by hand is what torch's counter sees, term by term: every preset, every way of training."""
+"""The analytic count equals torch's counter, term by term: every preset, every way of training."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def pixels(spec: ModelSpec, number: int = 1) -> torch.Tensor:
 
 
 def forward_of(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) -> dict[tuple[Phase, Place], float]:
-    """The analytic forward MACs of a picture and a caption."""
+    """The analytic forward MACs of an image and a caption."""
     towers = {"image": image_tower(spec, readout=readout), "text": text_tower(spec, tokens, readout=readout)}
     return {
         ("forward", Place("student", tower, module)): count.macs
@@ -90,7 +90,7 @@ def differences(expected: Mapping[Any, float], found: Mapping[Any, float]) -> li
 
 @cache
 def stock_counts(name: str) -> tuple[Table, Mapping[Place, int]]:
-    """What stock open_clip's model runs for a picture and a caption, and its parameters."""
+    """The MACs of stock open_clip's model for an image and a caption, and its parameters."""
     spec = MODELS[name]
     if spec.arch == "swin":
         register_swin(spec.timm_name)
@@ -291,7 +291,7 @@ def test_trimmed_captions_cost_what_their_lengths_cost(buckets: int, micro_batch
 def test_each_process_computes_its_share_of_the_similarities(
     image_to_text: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of two processes: its 4 pictures against all 8."""
+    """One of two processes: its 4 images against all 8."""
     monkeypatch.setattr("compt.train.losses.gather_with_grad", lambda features: torch.cat([features, features]))
     image, text, scale = (torch.ones(*shape, requires_grad=True) for shape in ((4, 16), (4, 3, 16), (1,)))
 

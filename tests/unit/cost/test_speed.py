@@ -187,7 +187,7 @@ def test_the_error_is_that_of_rows_held_out() -> None:
         constants = _normal_equations([other for other in rows if other is not row])
         errors.append(abs(constants @ [1.0, row.work.flops, row.work.channels] / row.seconds_per_sample - 1))
     assert fitted().error == pytest.approx(max(errors))
-    # Whole blocks of the table are as well foretold by the two others.
+    # Each family of the table is predicted from the two others.
     for family in TABLE_2:
         model = fit(tuple(row for row in rows if row.family != family))
         assert max(abs(relative_error(model, row)) for row in rows if row.family == family) < fitted().error
@@ -283,7 +283,7 @@ def test_measured_only_for_the_very_job() -> None:
     assert kind_of(file, loss_chunk=4) == "projected"
     assert kind_of(file, compile=True) == "projected"
     assert kind_of(a_file(entry(seconds_per_sample=None, low=None, high=None, failure="no"))) == "projected"
-    # A predecessor whose features are not distilled is no teacher to the clock.
+    # A predecessor without distillation takes no time.
     assert kind_of(file, distilled=False) == "projected"
     assert kind_of(a_file(entry(teacher=None)), distilled=False) == "measured"
 

@@ -84,7 +84,7 @@ def test_every_position_is_reached_equally_often() -> None:
 def test_a_part_of_the_order_equals_that_part_of_the_whole(
     sizes: list[int], window: int, epoch: int, cuts: list[int]
 ) -> None:
-    """Windows are drawn on their own, in any sequence. A run of an older version goes on with the same samples."""
+    """Windows are drawn on their own, in any sequence. A run of an older version continues with the same samples."""
     whole = order_made_whole(5, epoch, sizes, window)
     order = EpochOrder(5, epoch, sizes, window)
     assert len(order) == len(whole)

@@ -1,4 +1,4 @@
-"""Models that may stand in a designed chain, and what their epochs cost."""
+"""Candidate models of a designed chain, and the cost of their epochs."""
 
 from __future__ import annotations
 

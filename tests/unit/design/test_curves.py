@@ -499,7 +499,7 @@ def test_a_committed_run(root: Path) -> None:
     assert [point.epochs for point in second.scratch] == pytest.approx([14, 16.66, 39.09], abs=0.01)
 
 
-# Real trainings, tiny ones.
+# Real but tiny training runs.
 
 
 QUICK = ("evaluation.validation=[]", "evaluation.every=", "engine.checkpoint_every={steps: 100}")
@@ -541,5 +541,5 @@ def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     assert curve.baseline.jobs == (f"{whole}/baseline-large-s3",)
     assert curve.position == 1
     assert curve.paired
-    # Without the run that trained the teacher, the weights' hash and the expansion's record say who it was.
+    # Without the run that trained the teacher, the hash of the weights and the record of the expansion identify it.
     assert [point.epochs for point in only(matches([apart])).points] == [13 / 4]

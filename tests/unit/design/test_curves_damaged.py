@@ -1,4 +1,4 @@
-"""Whatever stands in the files of a run: one clear error, or a job that is left out with its reason."""
+"""Damaged files of a run: one clear error, or a job that is left out with its reason."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def a_run(folder: Path) -> Path:
 
 
 def keys(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """Where something stands in a JSON value: every key, every item, and the whole."""
+    """All places in a JSON value: every key, every item, and the whole."""
     yield path
     for key, item in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         yield from keys(item, (*path, key))
@@ -53,7 +53,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(run: Path) -> str:
-    """What a person is shown of it, in words."""
+    """The text that a user sees of it."""
     found = read_curves([run], on=SET)
     json.dumps(found.to_json(), allow_nan=False)
     EpochModel.fit(paper_matches(), found.links)

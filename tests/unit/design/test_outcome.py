@@ -1,4 +1,4 @@
-"""What a chain may come to, against plans of recipes with one epoch a link."""
+"""The cost of a chain, against plans of recipes with one epoch a link."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MODEL = EpochModel.fit(paper_matches())
 @pytest.mark.parametrize("epochs", [(128.0, 24.0, 18.0, 15.0), (128.0, 40.0, 18.0, 12.0), (128.0, 60.0, 60.0, 60.0)])
 @pytest.mark.parametrize("distilled", [True, False])
 def test_costs_and_ranges_of_a_chain(epochs: tuple[float, ...], distilled: bool) -> None:
-    """From the plan of a recipe with short links: the dear end is that of links as long as the upper ends."""
+    """From the plan of a recipe with short links: the expensive end has links as long as the upper ends."""
     alpha = [] if distilled else ["chain.distill.alpha=0"]
     recipe = load_recipe(ROOT / "recipes" / "cc3m_vit.yaml", alpha)
     device = find_device("a100-80")

@@ -1,4 +1,4 @@
-"""The search for chains against all chains there are, and what must hold of whatever it finds."""
+"""The search for chains against a list of all chains, and the properties of what it finds."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_simpler_chain_is_preferred_where_it_is_hardly_worse(task: Problem, pr
 
 
 def test_what_is_simpler() -> None:
-    """Fewer models, then fewer that are no presets, then less cost; each only within 3 % of the least."""
+    """Fewest models, then fewest that are not presets, then lowest cost, all within 3 % of the lowest."""
     chains = {
         "best": FoundChain((0, 1, 2, 9), (), 100.0, 500.0),
         "shorter": FoundChain((1, 3, 9), (), 102.9, 500.0),
@@ -181,7 +181,7 @@ def real(names: tuple[str, ...], baseline: float = 128.0, most: int = 8, images:
 @pytest.mark.parametrize("names", [("vit_l16",), ("vit_t16", "vit_l16"), ("vit_t16", "vit_s16", "vit_b16", "vit_l16")])
 @pytest.mark.parametrize("images", [CC3M, IMAGES["merged15m"]])
 def test_no_useless_link_is_chosen(names: tuple[str, ...], images: int) -> None:
-    """Leaving any model out that is not wanted makes the chain dearer, or impossible."""
+    """Leaving out any optional model makes the chain more expensive, or impossible."""
     task = real(names, images=images)
     found = least_cost(task)
     for place in set(found.chain) - set(task.wanted):

@@ -165,7 +165,7 @@ def test_too_many_bad_samples_stop_the_run_and_name_one(
         chain(data, run)
     assert "for example 00000" in str(e.value)
     assert ".tar: 000" in str(e.value)
-    # With a share that is allowed the same folder goes on.
+    # With an allowed share the same folder resumes.
     chain(data, run, "data.max_bad_share=0.9")
     assert manifest(run, FIRST)["trained"]["skipped_samples"]["image"] > 10
 
@@ -217,7 +217,7 @@ def test_a_batch_that_cannot_be_split(base: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a tmpfs of so many KiB; the sizes of files, not what is free, decide what fits."""
+    """Mounts a tmpfs of the given KiB. File sizes decide what fits, not free space."""
     mounted: list[Path] = []
 
     def mount(kib: int) -> Path:
@@ -246,7 +246,7 @@ def used_kib(folder: Path) -> int:
 def test_a_full_disk(
     place: str, base: Path, whole: Path, half: Path, small_disk: Callable[[int], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is filled to the brim just before the write in question."""
+    """The disk is filled just before the write in question."""
     disk = small_disk(120_000)
     run = Path(shutil.copytree(half, disk / "run"))
     finished = stamps(run / "jobs" / FIRST)
@@ -349,7 +349,7 @@ def test_without_a_whole_checkpoint_it_starts_from_the_expanded_weights(base: Pa
 def test_a_checkpoint_of_the_last_step_that_is_damaged_is_no_model(
     base: Path, whole: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nothing older goes out under the last step's name: the steps since are trained again."""
+    """An older checkpoint never becomes the final model: the missing steps are trained again."""
     run_steps = JobRun._run_steps
 
     def damaged(self: JobRun, settings: TrainSettings) -> TrainResult:

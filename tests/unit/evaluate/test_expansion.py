@@ -1,4 +1,4 @@
-"""What `evaluate.expansion` says: its numbers against ones that are worked out here, and broken promises."""
+"""What `evaluate.expansion` says: its numbers against independent ones, and broken promises."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers.states import export_state
 
 CLASSES, IMAGES, BATCH = 7, 28, 8
 
-# As small as a model with CLIP's vocabulary gets; no_ln_pre lets every operator that can be exact be so.
+# The smallest model with CLIP's vocabulary. With no_ln_pre, every operator that can be exact is exact.
 SIZES = {"width": 16, "text_width": 16, "head_width": 8, "text_head_width": 8, "depth": 2, "text_depth": 1}
 SMALL = resolve("vit_pico", {**SIZES, "embed_dim": 24, "context_length": 16, "no_ln_pre": True})
 WIDE = resolve("vit_pico", {**SIZES, "width": 32, "text_width": 32, "embed_dim": 24, "context_length": 16})

@@ -232,7 +232,7 @@ def test_retrieval_ties_and_broken_features_count_against_the_model() -> None:
     assert query_ranks(same, same, of, of).tolist() == [3, 3, 3, 3]
     broken = torch.full((4, 3), float("nan"))
     assert query_ranks(broken, same, of, of).tolist() == [3, 3, 3, 3]
-    # Two captions of one image that score alike do not stand in each other's way.
+    # Two captions of one image with equal scores do not lower each other's rank.
     assert query_ranks(same[:1], same[:2], torch.tensor([0]), torch.tensor([0, 0])).tolist() == [0]
 
 
@@ -371,7 +371,7 @@ def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, na
     assert stored["ids"].tolist() == result.ids.tolist()
     assert stored["labels"].tolist() == result.labels.tolist()
     assert stored["classnames"].tolist() == (FOLDERS if name == "pictures" else [f"thing {i}" for i in range(7)])
-    # Ids of the folders go by the class: ant, blue_dog, cat, made of pictures 10.., 0.., 20...
+    # Ids follow the classes: ant, blue_dog, cat have images 10.., 0.., 20...
     source = picture(3, 40, 36) if name == "things" else picture(0, 40, 50)
     assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
 

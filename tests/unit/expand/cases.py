@@ -64,7 +64,7 @@ def sentinels(spec: ModelSpec) -> dict[str, Tensor]:
 
 
 def negative(name: str, shape: tuple[int, ...]) -> Tensor:
-    """An own initialization that is told from every sentinel by its sign."""
+    """Own initialization that differs from every sentinel by its sign."""
     return -1.0 - torch.arange(int(torch.tensor(shape).prod()), dtype=torch.float64).reshape(shape)
 
 

@@ -34,7 +34,7 @@ HEAD = 4
 
 @dataclass(frozen=True)
 class Line:
-    """One dimension: `kind` tells which rule its units follow, `use` whether the parameter writes or reads them."""
+    """One dimension: `kind` is the rule of its units; `use` says whether the parameter writes or reads them."""
 
     kind: str  # res, hidden, emb, prefix, fixed
     use: str  # write, read, gain, shift
@@ -86,7 +86,7 @@ def stock(spec: ModelSpec) -> open_clip.model.CLIP:
 
 @functools.cache
 def shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Every parameter's shape, asked of stock open_clip."""
+    """The shape of every parameter, from stock open_clip."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in stock(spec).state_dict().items()}
 
@@ -102,7 +102,7 @@ def numbered(spec: ModelSpec, offset: float = 0.0) -> dict[str, Tensor]:
 
 
 class Marks:
-    """Draws that are told from every number of a teacher: own elements are negative, and each parameter's differ."""
+    """Draws that differ from all numbers of a teacher: own elements are negative, and differ between parameters."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -198,7 +198,7 @@ def _swin_lines(spec: ModelSpec, name: str) -> list[Line]:
 
 
 def _window(spec: ModelSpec, stage: int) -> int:
-    """timm's windows are never larger than the map that they stand on."""
+    """timm's windows are never larger than the map they cover."""
     return min(spec.window, math.ceil(spec.image_size / spec.patch_size / 2**stage))
 
 
@@ -300,7 +300,7 @@ def layer_source(operator: str, old: int, new: int, at: int, period: int = 1) ->
 
 
 def source_of(name: str, teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> tuple[str | None, bool]:
-    """The teacher's parameter (None: own initialization), and whether it stands in an added layer."""
+    """The teacher's parameter (None: own initialization), and whether it is in an added layer."""
     image = name.startswith("visual.")
     if image and teacher.arch != student.arch:
         return None, False
@@ -387,7 +387,7 @@ def student_oracle(
 
 
 def random_weights(spec: ModelSpec, seed: int = 0) -> dict[str, Tensor]:
-    """Float64 weights with which every part of the model matters: gains around 1, no bias zero, features of order 1."""
+    """Float64 weights for which every part of the model matters: gains around 1, no bias zero, features of order 1."""
     draw = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in shapes(spec).items():
@@ -414,7 +414,7 @@ def build(spec: ModelSpec, state: Mapping[str, Tensor]) -> open_clip.model.CLIP:
 
 
 def samples(spec: ModelSpec, count: int = 4) -> tuple[Tensor, Tensor]:
-    """Pictures, and captions that use all positions and end at different ones."""
+    """Images, and captions that use all positions and end at different ones."""
     draw = torch.Generator().manual_seed(5)
     side, length = spec.image_size, spec.context_length
     images = torch.randn(count, 3, side, side, generator=draw, dtype=torch.float64)

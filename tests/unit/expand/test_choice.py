@@ -1,4 +1,4 @@
-"""Plans: every shipped pair, what is refused, what is written down."""
+"""Plans: every shipped pair, what is refused, what is recorded."""
 
 from __future__ import annotations
 

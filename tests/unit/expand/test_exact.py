@@ -26,7 +26,7 @@ from tests.unit.expand.oracle import Marks, build, differences, numbered, random
 EXACT = 1e-10
 BROKEN = 1e-8
 
-# An eps that matters: with one of 1e-5 a forgotten factor would change features by no more than about 1e-6.
+# A large eps: with 1e-5, a forgotten factor would change features by at most about 1e-6.
 T = vit("t", 2, 2, 2, 2, text_norm_eps=1e-3, norm_eps=1e-3)
 BARE = replace(T, name="bare", no_ln_pre=True)
 SWIN = swin("s", 1, (2, 2, 2), text_heads=2, text_depth=2)
@@ -69,7 +69,7 @@ def grow(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig, seed: int
 
 
 def exact(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> Grown:
-    """Expand, and hold that both towers promise the same function and keep it."""
+    """Expand, and assert that the plan promises the same function for both towers, and that they keep it."""
     found = grow(teacher, student, config)
     assert {tower: tuple(reasons) for tower, reasons in found.plan.inexact.items()} == {"image": (), "text": ()}
     assert max(found.differences().values()) < EXACT
@@ -77,7 +77,7 @@ def exact(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig) -> Grown
 
 
 def inexact(teacher: ModelSpec, student: ModelSpec, config: ExpandConfig, tower: str, parameter: str) -> None:
-    """Expand, and hold that the plan names the parameter that forbids exactness, and that the function changes."""
+    """Expand, and assert that the plan names the parameter that prevents exactness, and that the function changes."""
     found = grow(teacher, student, config)
     reasons = found.plan.inexact[tower]
     assert any(reason.startswith(parameter) for reason in reasons), reasons

@@ -50,7 +50,7 @@ def loss_of(model: open_clip.model.CLIP, spec: ModelSpec, count: int = 8) -> Ten
 
 
 def optimizer(model: open_clip.model.CLIP) -> torch.optim.Optimizer:
-    """As a link is trained: AdamW, without decay on what has one dimension."""
+    """As a link is trained: AdamW, without decay on 1-D parameters."""
     split: dict[bool, list[Any]] = {True: [], False: []}
     for parameter in model.parameters():
         split[parameter.ndim >= 2].append(parameter)

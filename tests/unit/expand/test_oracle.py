@@ -1,4 +1,4 @@
-"""Where every element of a numbered teacher lands, held against a slow oracle: by operator, role, head, stage."""
+"""Where every element of a numbered teacher goes, compared with a slow oracle: by operator, role, head, stage."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_longer_texts_and_larger_vocabularies_keep_the_first_rows():
 
 
 def test_the_operators_differ_where_they_are_compared():
-    """The comparisons above would miss an error if operators agreed where it stood."""
+    """The comparisons above would miss an error if two operators agreed there."""
     teacher, student = PAIRS["part"]
     found = {
         width: student_oracle(teacher, student, ExpandConfig.both(width, noise=0), NUMBERS(teacher)) for width in VALUES

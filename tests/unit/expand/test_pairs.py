@@ -56,7 +56,7 @@ def few_words(pair: tuple[ModelSpec, ModelSpec]) -> tuple[ModelSpec, ModelSpec]:
 
 
 class Lazy(Mapping[str, Tensor]):
-    """A teacher whose parameters are drawn when they are asked for, so that none stays in memory."""
+    """A teacher whose parameters are drawn when they are read, so that none stays in memory."""
 
     def __init__(self, spec: ModelSpec, offset: int = 0) -> None:
         self.sizes = shapes(spec)
@@ -141,7 +141,7 @@ def tower_of(spec: ModelSpec, tower: str) -> nn.Module:
 
 @torch.no_grad()
 def features(spec: ModelSpec, state: Mapping[str, Tensor], tower: str, dtype: torch.dtype) -> Tensor:
-    """Of one picture, or of two captions; [1 or 2, embed_dim]."""
+    """Features of one image or two captions: [1 or 2, embed_dim]."""
     model = tower_of(spec, tower).to(dtype)
     prefix = "visual." if tower == "image" else ""
     weights = {name: state[prefix + name].to(dtype) for name in model.state_dict()}

@@ -70,7 +70,7 @@ def assert_gradients_equal(found: dict[str, torch.Tensor], expected: dict[str, t
     for name, gradient in expected.items():
         if name == "logit_scale":
             continue
-        # The key third of a packed bias has no gradient but noise, hence the absolute part.
+        # The gradient of the key third of a packed bias is only noise, so part of the tolerance is absolute.
         error = (found[name] - gradient).norm()
         assert error <= 1e-5 * gradient.norm() + 1e-5, f"{name}: {error} of {gradient.norm()}"
 

@@ -116,7 +116,7 @@ def test_each_parameter_is_distributed_as_in_open_clip(spec):
         kurtosis = 0.8 if rule.kind == "uniform" else 2.0
         assert abs(b.std() / scale - 1) < 6 * math.sqrt(kurtosis / 2 / n), f"{name}: {b.std()} for {scale}"
         if rule.kind == "uniform":
-            # Extremes tell a uniform from a normal of equal variance, and pin its bound.
+            # Extremes distinguish a uniform from a normal of equal variance, and show its bound.
             for sample in (a, b):
                 assert sample.abs().max() <= rule.scale * (1 + 1e-6), name
                 assert sample.abs().max() > rule.scale * (1 - 20 / n), name

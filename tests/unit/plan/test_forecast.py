@@ -1,4 +1,4 @@
-"""What a plan asks of machines: sums, properties, memory that fits, and disk against a real run."""
+"""What a plan needs of machines: sums, properties, memory that fits, and disk against a real run."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_recipe_without_baselines() -> None:
 
 
 def small(gigabytes: float) -> Machine:
-    """A GPU that has so many GB for a training."""
+    """A GPU with this many GB for a training run."""
     return Machine(Device("x", "X", A100.peak_flops, 2e12, (gigabytes * (1 + 1e-9) + 1) * 1e9 / 0.95, "test"), 8)
 
 
@@ -450,7 +450,7 @@ def test_checkpoints_of_a_short_training_are_few() -> None:
 
 def test_checkpoints_are_kept_as_each_link_s_engine_says() -> None:
     def counted(every: int, besides: int, keep: int) -> tuple[int, int]:
-        """Step by step: the most while one is written, and those left."""
+        """Step by step: the peak while a checkpoint is written, and the checkpoints left."""
         kept: list[int] = []
         most = 0
         for step in range(1, steps + 1):

@@ -272,7 +272,7 @@ def section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
 
 
 def fields(section: type[BaseModel] = Recipe, prefix: str = "", execution: bool = False) -> Iterator[tuple[str, bool]]:
-    """(path, whether it is an execution field) of every field of the schema; N stands for items of a list."""
+    """(path, whether it is an execution field) of every field of the schema; N is an item of a list."""
     for name, field in section.model_fields.items():
         path = prefix + (field.alias or name)
         own = execution or is_execution(field)

@@ -175,7 +175,7 @@ def test_a_chain_whose_pictures_patches_context_and_words_grow() -> None:
     assert [(job.spec.image_size, job.spec.context_length) for job in links] == [(32, 32), (64, 48), (48, 48)]
     for teacher, job in itertools.pairwise(links):
         assert job.cost == exact_breakdown(job.spec, teacher.spec, batch=64, captions=2).of_steps(62)
-        # The teacher computes pictures and captions of its own size.
+        # The teacher computes images and captions of its own size.
         own = exact_breakdown(teacher.spec, None, batch=64, captions=2).of_steps(62).student_forward_macs
         assert job.cost.teacher_forward_macs == pytest.approx(own)
 

@@ -1,4 +1,4 @@
-"""What is advised when memory runs out, in the numbers of `compt plan`."""
+"""The advice when memory runs out, with the numbers of `compt plan`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_each_change_has_the_bytes_of_the_recipe_with_it() -> None:
 
 
 class Stub:
-    """A planner that counts by hand: 100 GB, of which each thing saves what stands here."""
+    """A planner with fixed numbers: 100 GB, and the GB that each change saves."""
 
     SAVED = {"recompute": 40, "fsdp2": 20, "zero3": 25, "shard_teacher": 15, "loss_chunk": 5}  # noqa: RUF012
 
@@ -96,18 +96,18 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def large(*changes: str) -> tuple[Recipe, Job]:
-    """The tiny recipe with 24 pictures a step, and its second link, which has a teacher."""
+    """The tiny recipe with 24 images a step, and its second link, which has a teacher."""
     recipe = recipe_of("optimizer.batch=24", *changes)
     return recipe, make_plan(recipe).jobs[1]
 
 
 @pytest.mark.usefixtures("by_hand")
 def test_what_saves_a_tenth_is_named() -> None:
-    # A chunk saves 5 GB of 100, a micro-batch of one picture 5.5.
+    # A chunk saves 5 GB of 100, a micro-batch of one image 5.5.
     both = {"engine.name: fsdp2": "80.0 GB", "engine.name: zero3": "75.0 GB"}
     alike = {"now": "100 GB", "engine.recompute: true": "60.0 GB", **both}
     assert advised(*large(), world_size=2) == {**alike, "engine.shard_teacher: true": "85.0 GB"}
-    # Alone there is nobody to share with, and without distillation there is no teacher to share.
+    # One process cannot share anything, and without distillation there is no teacher to share.
     assert advised(*large(), world_size=1) == {"now": "100 GB", "engine.recompute: true": "60.0 GB"}
     assert advised(*large("chain.links.1.alpha=0.0"), world_size=2) == alike
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's files against the recipe: what is filled in, what is passed on, and what is refused by which words."""
+"""DeepSpeed's files against the recipe: what is filled in, passed on, and refused with which message."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
 def merged(
     folder: Path, text: Any, *, name: str = "zero2", world: int = 2, engine: Any = None, **optimizer: Any
 ) -> dict[str, Any]:
-    """The configuration of a file with `text`, for 64 pictures a step in bf16."""
+    """The configuration of a file with `text`, for 64 images a step in bf16."""
     path = folder / "ds.json"
     path.write_text(text if isinstance(text, str) else json.dumps(text))
     config = EngineConfig.model_validate({"name": name, "deepspeed_config": "ds.json", **(engine or {})})

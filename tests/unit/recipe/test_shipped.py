@@ -31,7 +31,7 @@ TABLE_2 = {
     "merged15m_vit": [(3.61, 1.00, 1.00), (2.19, 2.52, 1.57), (2.82, 3.12, 2.08), (6.62, 3.83, 2.84)],
 }
 
-# Digests under which runs of these recipes have been trained: those have to go on.
+# Hashes of jobs that users have trained: their runs must resume.
 HASHES = {
     "cc3m_vit": {
         "1-vit_t16": "9d4653933678fc949e2ba327a4a7c0eed7f9352a2ca2e0c830800a168ff077a6",
@@ -112,7 +112,7 @@ def test_table_2(name: str) -> None:
     found = plan(name)
     rows = found.rows("paper")[: len(found.links)]
     for row, (macs, speedup, accumulated) in zip(rows, TABLE_2[name], strict=True):
-        # Half a digit of the table, and what our counts of Table G differ by.
+        # Half a digit of the table, and the difference of our counts from Table G.
         assert row["total_macs"] / 1e19 == pytest.approx(macs, rel=0, abs=0.005 + 0.025 * macs)
         assert row["speedup"] == pytest.approx(speedup, rel=0.03)
         assert row["accumulated_speedup"] == pytest.approx(accumulated, rel=0.02)

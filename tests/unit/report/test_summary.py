@@ -1,4 +1,4 @@
-"""What a run has shown: rows, accelerations by hand, verdicts, seeds, and runs that are not finished."""
+"""The summary of a run: rows, accelerations by hand, verdicts, seeds, and unfinished runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables for terminals, Markdown and HTML: the same cells everywhere, readable where it is narrow."""
+"""Tables for terminals, Markdown and HTML: the same cells everywhere, readable in narrow terminals."""
 
 from __future__ import annotations
 

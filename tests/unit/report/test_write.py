@@ -1,4 +1,4 @@
-"""The report of runs in every state: one page that needs no other file, and Markdown with pictures."""
+"""The report of runs in every state: one page that needs no other file, and Markdown with figures."""
 
 from __future__ import annotations
 

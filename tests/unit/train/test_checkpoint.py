@@ -138,7 +138,7 @@ def _changed_state(path: Path) -> None:
 
 
 def _naming(name: str) -> Callable[[Path], None]:
-    """A record, hashes and all in order, that names one more file; this very one for "/"."""
+    """A valid record that names one more file; for "/", this very file."""
 
     def names(path: Path) -> None:
         whole = path / DATA
@@ -213,7 +213,7 @@ class Evil:
 
 
 def test_forged_metadata_is_refused(tmp_path: Path) -> None:
-    """Somebody who writes the hashes too."""
+    """An attacker who also writes the hashes."""
     path, other = saved(tmp_path, 5), engine(4)
     before = other.whole()
     (path / "state/.metadata").write_bytes(pickle.dumps(Evil()))

@@ -69,7 +69,7 @@ SETTINGS = TrainSettings(
 
 
 def batches(start: int = 0, stop: int = 100) -> Iterator[Batch]:
-    """Step s's batch depends on s alone."""
+    """The batch of step s depends only on s."""
     for step in range(start, stop):
         generator = torch.Generator().manual_seed(step)
         images = torch.randint(0, 256, (4, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -79,7 +79,7 @@ def batches(start: int = 0, stop: int = 100) -> Iterator[Batch]:
 
 
 class Bench:
-    """One small model and its engine, made afresh from a seed, and what a training of it left."""
+    """A small model and its engine, made from a seed, and the results of training it."""
 
     def __init__(self, folder: Path, ema_decay: float | None = None, **changes: Any) -> None:
         self.folder = folder
@@ -194,7 +194,7 @@ def test_a_finished_training_is_not_trained_again(tmp_path: Path) -> None:
     assert len(again.lines()) == 6
 
 
-# --- stopping and going on
+# --- stopping and resuming
 
 
 def stopping_at(step: int) -> Callable[[int], Iterable[Batch]]:
@@ -312,7 +312,7 @@ def test_signals_are_remembered_or_raised_and_then_given_back(number: signal.Sig
     with pytest.raises(Interrupted), StopSignal() as stop:
         assert not stop.raised()
         signal.raise_signal(number)
-        signal.raise_signal(number)  # what torchrun passes on is the same request
+        signal.raise_signal(number)  # the signal that torchrun passes on is the same request
         assert stop.raised()
         assert stop.name == number.name
         raise Interrupted("saved")
@@ -410,7 +410,7 @@ def test_too_many_in_a_row_stop_the_run_and_others_do_not(tmp_path: Path) -> Non
     bench = Bench(tmp_path / "b")
     with pytest.raises(RunError, match="at step 4"):
         bench.train(Poison(bench, {4}))
-    # With the cause mended the same folder goes on.
+    # Once the cause is removed, the same folder resumes.
     assert Bench(tmp_path / "b").train().nonfinite_steps == 2
 
 

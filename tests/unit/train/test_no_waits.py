@@ -1,4 +1,4 @@
-"""What a step sends to a GPU, and what it asks of one: nothing that a process would wait for."""
+"""What a step copies to and from a GPU: nothing that makes the process wait."""
 
 from __future__ import annotations
 

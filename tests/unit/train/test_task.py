@@ -33,7 +33,7 @@ def model(embed_dim: int = 16, seed: int = 0) -> ClipModel:
 
 
 def batch(samples: int = 8, captions: int = 2) -> tuple[Tensor, Tensor]:
-    """Random pictures, and captions of 3 to 10 tokens that end with the highest number."""
+    """Random images, and captions of 3 to 10 tokens that end with the highest number."""
     generator = torch.Generator().manual_seed(5)
     images = torch.randn(samples, 3, 16, 16, generator=generator)
     tokens = torch.randint(1, 62, (samples, captions, 10), generator=generator)

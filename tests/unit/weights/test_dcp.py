@@ -83,7 +83,7 @@ def test_one_of_several_models_is_chosen(dcps):
 
 
 def test_only_the_asked_tensor_is_read_and_never_an_object(dcps, tmp_path, monkeypatch):
-    """Bytes of objects and of other tensors may be anything: nobody looks at them."""
+    """Bytes of objects and of other tensors may be anything: they are never read."""
     folder = tmp_path / "copy"
     shutil.copytree(dcps / "alone", folder)
     metadata = pickle.loads((folder / METADATA).read_bytes())

@@ -45,9 +45,9 @@ def test_the_weights_are_those_of_the_optimizer(zeros, name, monkeypatch):
     assert all(value.dtype == torch.float32 for value in found.state.values())
     assert found.manifest["left_out"] == PROJECTOR
     trained = {name: value for name, value in oracle.items() if f"model.{name}" != FROZEN}
-    # Where training is in bfloat16, its own copy of the weights would not do.
+    # If training is in bfloat16, the module's own copy of the weights is not exact enough.
     masters = all(any(value.bfloat16().float().ne(value).flatten()) for value in trained.values() if value.ndim > 1)
-    # Without ZeRO nothing tells which of the optimizer's own weights is which.
+    # Without ZeRO, no record says which of the optimizer's weights is which.
     assert masters == (name != "zero0-bf16")
     changed = {**oracle, "visual.proj": oracle["visual.proj"] + 1e-7}
     assert not same(found.state, changed)

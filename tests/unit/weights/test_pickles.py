@@ -1,4 +1,4 @@
-"""Hostile files of every kind: each is refused, and what it wanted to run has not run. Each payload works where it is
+"""Hostile files of every kind: each is refused, and its code does not run. Each payload works where it is
 loaded without care, or the test would show nothing.
 """
 

@@ -51,7 +51,7 @@ def pairs(step: int) -> tuple[Tensor, Tensor]:
 
 
 def loss_of(outputs: dict[str, Tensor]) -> Tensor:
-    """Something that reaches every parameter."""
+    """A loss that depends on every parameter."""
     features = [value.float().square().mean() for name, value in outputs.items() if name != "logit_scale"]
     logits = outputs["image"].float() @ outputs["text"][:, 0].float().T * outputs["logit_scale"].float()
     return sum(features, nn.functional.cross_entropy(logits, torch.arange(len(logits))))
