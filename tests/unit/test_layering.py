@@ -330,7 +330,7 @@ def test_no_two_names_for_one_place() -> None:
     assert wrong_names(SOURCES) == []
 
 
-def test_a_class_name_stands_once() -> None:
+def test_a_class_name_is_defined_once() -> None:
     assert repeated_classes({path: tree_of(path) for path in SOURCES}) == []
 
 

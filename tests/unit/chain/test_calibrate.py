@@ -285,7 +285,7 @@ def test_real_scores_decide_as_they_stand_on_disk(base: Path, tmp_path: Path) ->
     assert not any(item["lossless"] for item in tries[:-1])
 
 
-def test_scores_on_other_pictures_are_no_comparison(base: Path, begun: Path) -> None:
+def test_scores_on_other_images_are_no_comparison(base: Path, begun: Path) -> None:
     message = f"{SECOND} and {BASELINE} were not scored on the same choose; restore the set"
     with scored({5: 0.40}, pins={SECOND: "cd34"}), pytest.raises(RunError, match=message):
         calibrate(base, begun)
@@ -489,7 +489,7 @@ def test_without_its_record_a_run_goes_on_from_the_manifests(base: Path, third: 
     assert_same(third, run)
 
 
-def test_a_folder_that_is_removed_is_trained_anew_and_decides_nothing(base: Path, third: Path, run: Path) -> None:
+def test_a_removed_folder_is_trained_again_and_decides_nothing(base: Path, third: Path, run: Path) -> None:
     for name in (SECOND, LAST, TRY_1):
         shutil.rmtree(run / "jobs" / name)
     with scored({}), trained() as names:

@@ -493,7 +493,7 @@ def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path
         prepare(recipe_of(*changes), run, base=moved)
 
 
-def test_a_teacher_trained_anew_is_noticed(base: Path, run: Path) -> None:
+def test_a_teacher_that_was_trained_again_is_noticed(base: Path, run: Path) -> None:
     shutil.rmtree(run / "jobs" / FIRST)
     chain(base, run)  # on the same machine the result is the same, so the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
@@ -648,7 +648,7 @@ def test_one_of_two_models_in_a_file(base: Path, tmp_path: Path) -> None:
 # --- how links grow
 
 
-def test_pictures_context_and_each_tower_grow_in_a_way_of_their_own(base: Path, half: Path) -> None:
+def test_images_context_and_each_tower_grow_in_a_way_of_their_own(base: Path, half: Path) -> None:
     large = {"name": "large", "preset": "vit_pico", "depth": 2, "embed_dim": 48, "width": 64, "text_width": 96}
     large |= {"image_size": 48, "patch_size": 12, "context_length": 20}
     expand = {"text": {"width": "insert_exact", "zero_new_outputs": True}, "image": {"width": "net2net"}}
@@ -756,7 +756,7 @@ def test_what_a_process_at_one_job_has_is_not_removed(run: Path) -> None:
 
 
 @pytest.mark.parametrize("begun_again", [False, True])
-def test_a_job_is_not_begun_in_a_run_that_was_started_anew(
+def test_a_job_does_not_start_in_a_run_that_was_started_over(
     begun_again: bool, base: Path, half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By another process, after this one has checked everything and before it takes its job."""
@@ -882,7 +882,7 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
         pass
 
 
-def test_starting_anew(run: Path, tmp_path: Path) -> None:
+def test_starting_over(run: Path, tmp_path: Path) -> None:
     start_anew(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     start_anew(run)

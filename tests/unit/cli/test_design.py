@@ -376,7 +376,7 @@ def test_more_images_than_were_published(auto: Auto) -> None:
     assert words not in auto(recipe=merged)[1]
 
 
-def test_no_chain_stands_twice(auto: Auto) -> None:
+def test_no_chain_is_listed_twice(auto: Auto) -> None:
     for words in (("--objective", "acceleration"), ("--in", "hours"), ("--objective", "budget", "--budget", "400")):
         found = as_json(auto, *words)["alternatives"]
         chains = [tuple(spec["name"] for spec in one["specs"]) for one in found if one["predicted"]]

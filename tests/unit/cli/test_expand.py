@@ -345,7 +345,7 @@ def test_a_student_that_fits_takes_over_nothing() -> None:
     assert student_spec(PRESETS["vit_t16"], "swin_t", []) == (PRESETS["swin_t"], {})
 
 
-def test_a_swin_takes_over_pictures_and_windows() -> None:
+def test_a_swin_takes_over_images_and_windows() -> None:
     spec, taken = student_spec(PRESETS["swin_b384"], "swin_l", [])
     assert taken == {"image_size": 384, "window": 12}
     assert spec == replace(PRESETS["swin_l384"], name="swin_l")

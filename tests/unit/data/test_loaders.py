@@ -325,7 +325,9 @@ def test_orientation_in_exif_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("name", ["open", "load"])
-def test_a_signal_while_a_picture_is_read_makes_it_no_broken_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_while_an_image_is_read_does_not_count_it_as_broken(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def asked(*_: object, **__: object) -> None:
         raise Interrupted("stopped by SIGTERM")
 

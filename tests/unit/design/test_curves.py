@@ -96,7 +96,7 @@ def test_many_curves_are_crossed_as_one_is() -> None:
     np.testing.assert_array_equal(together, single)
 
 
-def test_the_paired_interval_is_that_of_drawing_pictures() -> None:
+def test_the_paired_interval_is_that_of_drawing_images() -> None:
     answers = [right(20), right(30, 50), right(24, 20)]
     low, high = interval([10, 20], paired_draws([item.astype(float) for item in answers]), 0.0, [1, 1])
     generator, found = np.random.default_rng(5), []

@@ -133,7 +133,7 @@ def test_position_embeddings_are_those_of_open_clip():
 
 @pytest.mark.parametrize("make", [vit, swin], ids=["vit", "swin"])
 @pytest.mark.parametrize("patch", [2, 3, 5, 8])
-def test_patches_of_another_size_see_a_resized_picture_as_before(patch, make):
+def test_patches_of_another_size_see_a_resized_image_as_before(patch, make):
     if make is vit:
         teacher, name = A, "visual.conv1.weight"
         student = replace(A, name="patches", patch_size=patch, image_size=2 * patch)

@@ -64,7 +64,7 @@ def test_a_swin_of_timms_sizes_has_timms_name() -> None:
     window=st.integers(1, 20),
     mlp_ratio=st.sampled_from([1.0, 2.0, 2.5, 3.0, 4.0, 8 / 3, 10.25, 1 + 2**-50]),
 )
-def test_a_name_tells_all_sizes(
+def test_a_name_gives_all_sizes(
     heads: int, head_width: int, depths: list[int], patch_size: int, side: int, window: int, mlp_ratio: float
 ) -> None:
     sizes = {

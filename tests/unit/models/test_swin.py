@@ -255,7 +255,7 @@ def test_each_parameter_is_distributed_as_in_open_clip(spec: ModelSpec) -> None:
 
 
 @pytest.mark.parametrize("name", ["swin_b384", "swin_l384"])
-def test_the_large_pictures_presets_are_timms(name: str) -> None:
+def test_the_presets_for_large_images_are_timms(name: str) -> None:
     spec, small = PRESETS[name], PRESETS[name.removesuffix("384")]
     model, smaller = build(spec, device="meta"), build(small, device="meta")
     assert (spec.image_size, spec.window, spec.depths) == (384, 12, small.depths)

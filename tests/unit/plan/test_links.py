@@ -166,7 +166,7 @@ def test_operators_that_cannot_expand_a_pair(members: list[Any], expand: dict[st
     assert refused(recipe(*members, links={1: {"expand": expand}})).startswith(f"mine.yaml: {message}")
 
 
-def test_a_chain_whose_pictures_patches_context_and_words_grow() -> None:
+def test_a_chain_whose_images_patches_context_and_words_grow() -> None:
     sharp = {"name": "sharp", "preset": "vit_micro", "image_size": 64, "context_length": 48, "vocab_size": 49_500}
     fine = {"name": "fine", "preset": "vit_mini", "image_size": 48, "patch_size": 4, "context_length": 48}
     fine["vocab_size"] = 49_500

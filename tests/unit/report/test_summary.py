@@ -39,7 +39,7 @@ def test_rows_of_a_finished_run(tmp_path: Path) -> None:
     assert last.macs == macs(made, "3-vit_mini")
 
 
-def test_a_link_that_is_its_own_baseline_stands_in_for_it_and_is_not_compared(tmp_path: Path) -> None:
+def test_a_link_that_is_its_own_baseline_replaces_it_and_is_not_compared(tmp_path: Path) -> None:
     make_run(tmp_path)
     found = summarise(tmp_path)
     assert [row.job for row in found.individual[0]] == ["1-vit_nano", "baseline-vit_micro-s0", "baseline-vit_mini-s0"]

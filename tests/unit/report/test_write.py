@@ -321,7 +321,7 @@ def test_the_account_of_the_data(tmp_path: Path) -> None:
     assert "| key with dots (the key ends at the first dot) | 4 (2 images) | 0.tar: a |" in text
 
 
-def test_a_page_is_written_anew_and_alike(tmp_path: Path) -> None:
+def test_a_page_is_written_again_with_the_same_bytes(tmp_path: Path) -> None:
     make_run(tmp_path)
 
     def content() -> list[str]:

@@ -189,7 +189,7 @@ def resized(images: Tensor, size: int) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [8, 12, 24, 40])
-def test_pictures_fit_a_teacher_as_pillow_would_resize_them(size: int) -> None:
+def test_images_fit_a_teacher_as_pillow_would_resize_them(size: int) -> None:
     images, _ = batch(2)
     fitted = fit_images(images, size)
     # Pillow takes -0.5 for the free constant of the bicubic kernel; without antialiasing torch takes -0.75.
@@ -198,14 +198,14 @@ def test_pictures_fit_a_teacher_as_pillow_would_resize_them(size: int) -> None:
     assert fit_images(images.bfloat16(), size).dtype == torch.float32
 
 
-def test_fitting_pictures_does_not_mind_normalised_colours() -> None:
+def test_fitting_images_does_not_mind_normalised_colours() -> None:
     mean, std = torch.rand(3, 1, 1), torch.rand(3, 1, 1) + 0.5
     images, _ = batch(2)
     torch.testing.assert_close(fit_images((images - mean) / std, 12), (fit_images(images, 12) - mean) / std)
 
 
 @pytest.mark.parametrize("sizes", [{"image_size": 8}, {"image_size": 32, "patch_size": 16}, {"image_size": 24}])
-def test_a_teacher_for_pictures_of_another_size_sees_the_same_ones(sizes: dict[str, int]) -> None:
+def test_a_teacher_for_images_of_another_size_sees_the_same_ones(sizes: dict[str, int]) -> None:
     images, tokens = batch()
     teacher = build(replace(tiny(24), **sizes), seed=1)
     task = DistillTask(model(), teacher)
