@@ -69,9 +69,10 @@ def _openclip_data() -> ModuleType:
             del sys.modules["pandas"]
     else:
         data = importlib.import_module("open_clip_train.data")
-    if int(webdataset.__version__.partition(".")[0]) >= 1 and not isinstance(data.tar_file_expander, functools.partial):
+    expander = vars(data)["tar_file_expander"]
+    if int(webdataset.__version__.partition(".")[0]) >= 1 and not isinstance(expander, functools.partial):
         # webdataset 1 marks the end of a shard with an empty sample, on which open_clip 3.3 fails.
-        data.tar_file_expander = functools.partial(data.tar_file_expander, eof_value=None)
+        vars(data)["tar_file_expander"] = functools.partial(expander, eof_value=None)
     return data
 
 
