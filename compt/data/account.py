@@ -26,7 +26,7 @@ UNITS = ("file", "shard", "member", "row", "join", "sample", "label", "caption")
 """What is counted, in the order of reading. A join is a sample for which a row of the table of captions is sought."""
 JOINED = "by "
 """What precedes the name of a way to join, in the units of `Account.used`."""
-_UNIT_NAMES = {
+UNIT_NAMES = {
     "file": "files in folders",
     "shard": "shards",
     "member": "files in the shards",
@@ -165,13 +165,14 @@ class Account:
         """What was read, and what was not used, with what mends it."""
         shown = [unit for unit in units if self.read(unit)]
         rows = [
-            [_UNIT_NAMES[unit], *(f"{n:,}" for n in (self.read(unit), self.used[unit], self.lost(unit)))]
+            [UNIT_NAMES[unit], *(f"{n:,}" for n in (self.read(unit), self.used[unit], self.lost(unit)))]
             for unit in shown
         ]
         joins = [f"{count:,} {name}" for name, count in self.used.items() if name.startswith(JOINED)]
         notes = [f"Samples joined with the table: {', '.join(joins)}."] if joins else []
         tables = [TextTable(title, ["", "read", "used", "not used"], rows, notes)]
         causes = [cause for cause, known in CAUSES.items() if self.unused[cause] and known.unit in shown]
+        causes.sort(key=lambda cause: CAUSES[cause].harmless)  # what costs something comes first
         if causes:
             rows = [
                 [

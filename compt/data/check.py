@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.account import Account
+from compt.data.account import CAUSES, UNIT_NAMES, Account
 from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
 from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
@@ -110,9 +110,11 @@ class CheckReport:
         counts = f"{lost:,} of {read:,} {'class numbers' if unit == 'label' else 'samples'} are unusable"
         if not self.usable(max_bad_share):
             return f"Cannot be used: {counts} ({100 * lost / read:.3g} %)"
-        return (
-            f"Can be used, but not all that is in it: {counts}" if self.account.faults else "Every sample can be used"
-        )
+        if not self.account.faults:
+            return "Every sample can be used"
+        units = dict.fromkeys(CAUSES[cause].unit for cause in self.account.faults)
+        parts = [f"{self.account.lost(unit):,} of {self.account.read(unit):,} {UNIT_NAMES[unit]}" for unit in units]
+        return f"Can be used, but not all of it. Not used: {', '.join(parts)}"
 
     def to_json(self, max_bad_share: float) -> dict[str, Any]:
         """The report as plain values."""
