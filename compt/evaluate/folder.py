@@ -170,6 +170,7 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
             raise DataError(f"class folder {place} has no image ({', '.join(sorted(IMAGE_EXTENSIONS))})")
         files += found
         labels += [label] * len(found)
+        # Names and sizes only: to read 50,000 images takes minutes on a network drive.
         for path in found:
             name = os.fsencode(path.relative_to(folder).as_posix())
             digest.update(name + f"\0{path.stat().st_size}\0".encode())

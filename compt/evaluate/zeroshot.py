@@ -168,6 +168,7 @@ def zero_shot(
             raise DataError(f"evaluation set '{name}': {batch.keys[0]} has no label")
         labels = batch.labels.to(weights.device)
         features = encoder.images(batch.images)
+        # In half precision, classes with nearly the same score would tie.
         with torch.autocast(weights.device.type, enabled=False):
             rank, first = true_ranks(features @ weights, labels)
         parts.append(torch.stack([torch.tensor(batch.ids), batch.labels.cpu(), first.cpu(), rank.cpu()], dim=1))

