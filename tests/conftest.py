@@ -15,6 +15,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import hypothesis
 import pytest
 
 # torch.distributed.checkpoint makes a debug record of every call, which pytest would keep: thousands for a small chain.
@@ -61,6 +62,11 @@ def pytest_collection_finish() -> None:
     """Exclude imported modules from garbage collection: chains collect after each job, which would take 0.2 s."""
     gc.collect()
     gc.freeze()
+
+
+# On a loaded machine, drawing an example may take long, which says nothing about the code.
+hypothesis.settings.register_profile("loaded", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("loaded")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -406,7 +406,9 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(groups: Callable[..., Group]
 def other_machine(rank: int, tick: int, left: bool = False) -> str:
     """A heartbeat of a rank on another machine, of which nothing else can be seen."""
     return replace(
-        Life.here(tick, rank, "", 9, 9, "computing", 0.0, "", left), host=f"n{rank}", place=str(rank)
+        Life.here(tick=tick, rank=rank, name="", count=9, step=9, doing="computing", age=0.0, where="", left=left),
+        host=f"n{rank}",
+        place=str(rank),
     ).to_json()
 
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from compt.bench import throughput
 from compt.cli import bench as cli_bench
 from compt.cli.main import app
+from compt.cli.options import read_tokens
 from compt.cost.gpus import DEVICES
 from compt.cost.paper import TABLE_2
 from compt.cost.speed import Measurement, Throughput
@@ -266,9 +267,9 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     assert cli_bench._captions(
         None, recipe.model_copy(update={"data": recipe.data.model_copy(update={"captions": 6})})
     ) == [6]
-    assert cli_bench._tokens("context", recipe) is cli_bench._tokens(None, recipe) is None
-    assert cli_bench._tokens("20:0.7,40:0.3", recipe) == {20: 0.7, 40: 0.3}
-    setups = cli_bench._setups(jobs, [4, 6], tokens=None, precision="bf16")
+    assert read_tokens("context") is None
+    assert read_tokens("20:0.7,40:0.3") == {20: 0.7, 40: 0.3}
+    setups = cli_bench._setups(jobs, [4, 6], None, "bf16", {}, 0)
     assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
         ("vit_b16", None, 4),
         ("vit_b16", None, 6),
@@ -281,7 +282,7 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     assert cli_bench._batch("auto", None, jobs, "r.yaml", "cuda") is None
     assert cli_bench._batch("9", None, jobs, "r.yaml", "cuda") == 9
     assert cli_bench._batch(None, None, cli_bench._jobs([], None), "", "cuda") is None
-    setups = cli_bench._setups(jobs, [4], tokens=None, engine="zero2", recompute=True)
+    setups = cli_bench._setups(jobs, [4], None, None, {"name": "zero2", "recompute": True}, 0)
     assert {(setup.engine.name, setup.engine.recompute) for setup in setups} == {("zero2", True)}
 
 
@@ -290,7 +291,7 @@ def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -
     own = {"name": "fsdp2", "recompute": True, "micro_batch": 32, "text_buckets": 2}
     values["chain"]["links"][1]["engine"] = own
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], tokens=None)
+    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], None, None, {}, 0)
     for setup in setups:
         engine = setup.engine
         found = (engine.name, engine.recompute, engine.micro_batch, engine.text_buckets)

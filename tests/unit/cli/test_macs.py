@@ -170,8 +170,8 @@ def test_no_torch_is_imported() -> None:
 
 def test_the_page_on_costs_shows_what_is_printed() -> None:
     page = (ROOT / "docs" / "costs.md").read_text(encoding="utf-8")
-    command, shown = re.search(r"```text\n\$ compt macs (.*?)\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
-    printed = CliRunner().invoke(app, ["macs", *command.split()], env={"COLUMNS": "90"}).output
+    command, shown = re.search(r"```text\n\$ COLUMNS=88 compt macs (.*?)\n(.*?)```", page, re.DOTALL).groups()  # type: ignore[union-attr]
+    printed = CliRunner().invoke(app, ["macs", *command.split()], env={"COLUMNS": "88"}).output
     assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines()
     for tokens in ("17.5", "7:0.5,28:0.5"):
         found = values("vit_s16", "--tokens", tokens)["sample_macs"]

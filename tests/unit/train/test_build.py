@@ -143,7 +143,7 @@ def test_estimate_and_throughput_time_the_step_that_the_chain_runs(
     assert recorder.take(lambda: seconds_of([(job, 5)], recipe, CPU, 1, data)) == wanted
 
     jobs = cli_bench._jobs(["large"], write_recipe(tmp_path / "recipe.yaml", *changes))
-    setup = cli_bench._setups(jobs, [recipe.data.captions], tokens=None, seed=recipe.seed)[-1]
+    setup = cli_bench._setups(jobs, [recipe.data.captions], None, None, {}, recipe.seed)[-1]
 
     def time() -> None:
         step = TrainingStep(setup, CPU)
