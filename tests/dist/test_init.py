@@ -10,17 +10,21 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from compt.dist import collectives as dist
 from compt.dist.environment import Place
 from compt.dist.rendezvous import meet
 from compt.engines import state_dcp
-from compt.errors import ConfigError, Gone, RunError
+from compt.errors import ComptError, ConfigError, Gone, RunError
+from tests.dist.spawn import CONTEXT
 from tests.faults.group import Group
 from tests.helpers.ports import free_port
+from tests.helpers.process import finish, start
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE")
 
@@ -73,12 +77,12 @@ def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> 
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=8).end(90)
+        ended = Group(tmp_path, world, print, "together", port=port, connect_seconds=4).end(90)
     assert ended.codes == [RunError.exit_code] * world
     assert ended.seconds < 40
     for rank, said in enumerate(ended.output):
         assert said.count("\n") == 1, said
-        assert f"compt: rank {rank} of {world} found no process group at 127.0.0.1:{port} within 8 s: " in said
+        assert f"compt: rank {rank} of {world} found no process group at 127.0.0.1:{port} within 4 s: " in said
         assert said.endswith("set MASTER_PORT to another port\n")
     assert f"rank 0 cannot open port {port} (address already in use)" in ended.output[0]
     assert "something listens there that never answers" in ended.output[1]
@@ -89,80 +93,77 @@ def test_somebody_else_listens_and_never_answers(world: int, tmp_path: Path) -> 
 def test_who_serves_the_store_does_not_answer(answers: bool) -> None:
     """A store that never answers, and one that stops while ranks are missing."""
     place = Place(1, 3, 1, "127.0.0.1", free_port())
-    with subprocess.Popen([sys.executable, "-c", SERVER, str(place.port)], stdout=subprocess.PIPE) as server:
-        try:
-            assert server.stdout
-            server.stdout.readline()
-            if answers:
-                threading.Timer(4.0, server.send_signal, [signal.SIGSTOP]).start()
-            else:
-                server.send_signal(signal.SIGSTOP)
-            start = time.monotonic()
-            with pytest.raises(RunError, match="rank 0 stopped answering" if answers else "never answers"):
-                meet(place, 10.0)
-            assert time.monotonic() - start < 20
-        finally:
-            server.kill()
+    serves = CONTEXT.Event()
+    server = start(serve, place.port, serves)
+    assert server.pid is not None
+    try:
+        assert serves.wait(60)
+        if answers:
+            threading.Timer(2.0, os.kill, [server.pid, signal.SIGSTOP]).start()
+        else:
+            os.kill(server.pid, signal.SIGSTOP)
+        begun = time.monotonic()
+        with pytest.raises(RunError, match="rank 0 stopped answering" if answers else "never answers"):
+            meet(place, 6.0 if answers else 4.0)
+        assert time.monotonic() - begun < 16
+    finally:
+        server.kill()
+        server.join()
 
 
-SERVER = """
-import sys, time
-from torch.distributed import TCPStore
-store = TCPStore("127.0.0.1", int(sys.argv[1]), is_master=True, wait_for_workers=False)
-print(flush=True)
-time.sleep(60)
-"""
+def serve(port: int, serves: Any) -> None:
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    serves.set()
+    time.sleep(60)
+    del store
 
 
 @pytest.mark.dist
-def test_a_rank_ends_just_after_it_has_come() -> None:
+def test_a_rank_ends_just_after_it_has_come(tmp_path: Path) -> None:
     """A rank fails before all are connected: the others wait at most as long as for connecting, and each prints it."""
     variables = {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    start = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", ENDING],
-            env={**os.environ, **variables, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
-    said = [rank.communicate(timeout=150)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [5, 9, 5]
-    assert time.monotonic() - start < 120  # a collective may take 300
+    begun = time.monotonic()
+    places = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(3)]
+    ranks = [start(ending, place, tmp_path / place["RANK"]) for place in places]
+    assert [finish(rank, 150.0) for rank in ranks] == [5, 9, 5]
+    assert time.monotonic() - begun < 120  # a collective may take 300
     for rank in (0, 2):
-        assert f"rank {rank} of 3 has no connection to the others" in said[rank]
-        assert "one exited after it had connected, or GLOO_SOCKET_IFNAME" in said[rank]
+        said = (tmp_path / str(rank)).read_text()
+        assert f"rank {rank} of 3 has no connection to the others" in said
+        assert "one exited after it had connected, or GLOO_SOCKET_IFNAME" in said
 
 
-ENDING = """
-import os, sys
-from compt.dist import collectives as dist
-from compt.errors import ComptError
-if os.environ["RANK"] == "1":
-    dist.choose_interface = lambda place: os._exit(9)
-try:
-    dist.init("cpu", timeout_seconds=300.0, connect_seconds=10.0)
-except ComptError as error:
-    print(error, flush=True)
-    os._exit(error.exit_code)
-"""
+def ending(place: dict[str, str], said: Path) -> None:
+    os.environ.update(place)
+    if place["RANK"] == "1":
+        dist.choose_interface = lambda place: os._exit(9)
+    try:
+        dist.init("cpu", timeout_seconds=300.0, connect_seconds=8.0)
+    except ComptError as error:
+        said.write_text(str(error))
+        os._exit(error.exit_code)
 
 
 @pytest.mark.parametrize("level", ["OFF", "DETAIL"])
-def test_collectives_have_their_time_however_short_the_meeting_is(level: str) -> None:
+def test_collectives_have_their_time_however_short_the_meeting_is(level: str, tmp_path: Path) -> None:
     """Under TORCH_DISTRIBUTED_DEBUG=DETAIL torch cannot change a group's limit later."""
-    found = subprocess.run(
-        [sys.executable, "-c", LIMITS],
-        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        | {"TORCH_DISTRIBUTED_DEBUG": level},
-        capture_output=True,
-        text=True,
-        timeout=90,
-        check=False,
-    )
-    assert found.stdout.split() == ["333.0", "333.0"], found.stderr
+    assert finish(start(limits, alone() | {"TORCH_DISTRIBUTED_DEBUG": level}, tmp_path / "said"), 90.0) == 0
+    assert (tmp_path / "said").read_text().split() == ["333.0", "333.0"]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a group of one."""
+    return {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def limits(place: dict[str, str], said: Path) -> None:
+    os.environ.update(place)
+    torch.distributed.set_debug_level_from_env()
+    assert torch.distributed.get_debug_level().name == place["TORCH_DISTRIBUTED_DEBUG"]
+    dist.init("cpu", timeout_seconds=333.0, connect_seconds=8.0)
+    store = torch.distributed.distributed_c10d._get_default_store()
+    said.write_text(f"{dist._timeout().total_seconds()} {store.timeout.total_seconds()}")
+    os._exit(0)
 
 
 @pytest.mark.dist
@@ -194,17 +195,6 @@ cli.run()
 """
 
 
-LIMITS = """
-import os, sys
-import torch
-from compt.dist import collectives as dist
-dist.init("cpu", timeout_seconds=333.0, connect_seconds=8.0)
-print(dist._timeout().total_seconds(), torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds())
-sys.stdout.flush()
-os._exit(0)
-"""
-
-
 LEFT = """
 import os
 from pathlib import Path
@@ -222,9 +212,9 @@ print(before.count("pt_gloo_runloop") > 0, threads().count("pt_gloo_runloop"))
 
 def test_a_group_that_was_left_leaves_no_threads() -> None:
     """They would free Python's tensors while Python shuts down, which aborts the process."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # A new interpreter: what is imported after the group was made kept it alive.
     found = subprocess.run(
-        [sys.executable, "-c", LEFT], env={**os.environ, **place}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", LEFT], env={**os.environ, **alone()}, capture_output=True, text=True, check=False
     )
     assert found.stdout.split() == ["True", "0"], found.stderr
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -17,11 +16,13 @@ from torch import Tensor
 from compt.cost import counts
 from compt.expand.execute import SeededDraw, expand
 from compt.expand.plan import ExpansionPlan
+from compt.files import memory_sizes
 from compt.models.growth import ExpandConfig
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.presets import ModelSpec
 from compt.weights.artefact import read_artefact, write_artefact
 from compt.weights.open import average_of
+from tests.helpers.process import finish, start
 from tests.helpers.states import expand_state
 from tests.helpers.stream import (
     CASES,
@@ -147,24 +148,15 @@ def test_the_number_of_threads_changes_nothing(width: str) -> None:
         torch.set_num_threads(before)
 
 
-MEMORY = """
-import sys
-from pathlib import Path
-from compt.models.growth import ExpandConfig
-from tests.helpers.stream import Case, write_student
-from tests.unit.expand.test_stream import long_pair
-
-def peak():
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-folder = Path(sys.argv[1])
-for depth in (2, 2, 12):  # the first time what else is needed is loaded
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    case = Case(long_pair(depth), ExpandConfig.both("net2net"))
-    write_student(folder, folder / f"long-{depth}", case, together=False, shard=10**9)
-    print(peak())
-"""
+def write_long_pairs(folder: Path) -> None:
+    """Note the peak of memory while each of three students is written; the first loads what else is needed."""
+    peaks = []
+    for depth in (2, 2, 12):
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        case = Case(long_pair(depth), ExpandConfig.both("net2net"))
+        write_student(folder, folder / f"long-{depth}", case, together=False, shard=10**9)
+        peaks.append(memory_sizes()["VmHWM"])
+    (folder / "peaks").write_text(json.dumps(peaks))
 
 
 def long_pair(depth: int) -> tuple[ModelSpec, ModelSpec]:
@@ -182,10 +174,9 @@ def test_memory_does_not_follow_the_number_of_parameters(tmp_path: Path) -> None
         teacher, student = long_pair(depth)
         write_artefact(tmp_path / teacher.name, weights(teacher, 1), teacher, {})
         sizes.append(4 * counts.parameters(teacher) + 4 * counts.parameters(student))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert finish(start(write_long_pairs, tmp_path)) == 0
+    _, short, long = json.loads((tmp_path / "peaks").read_text())
     shutil.rmtree(tmp_path)
-    assert done.returncode == 0, done.stderr
-    _, short, long = map(int, done.stdout.split())
     assert sizes[1] - sizes[0] > 145 << 20
     # Allocators keep some of what was freed: a third of what would be there if all were kept.
     assert long - short < 48 << 20

@@ -8,9 +8,10 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
+import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -27,6 +28,7 @@ from compt.train import checkpoint
 from compt.train.checkpoint import Saver, remove_checkpoints
 from tests.dist.spawn import CONTEXT
 from tests.helpers.checkpoint import SHAPES, engine, same
+from tests.helpers.process import finish, start
 
 KEPT = {"identity": {"recipe": "abc"}, "counts": {"step": 7, "seconds": 1.25}, "samples": 448}
 BIG = {"model.big": (2**18,)}
@@ -309,14 +311,13 @@ def test_a_full_disk_keeps_the_previous_one(tmp_path: Path, asynchronous: bool) 
 
 def test_a_file_size_limit_keeps_the_previous_one(tmp_path: Path) -> None:
     """In a process of its own because the limit cannot be raised again."""
-    code = (
-        "import resource, signal, sys, pathlib\n"
-        "import tests.unit.train.test_checkpoint as t\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))\n"
-        "t.assert_a_full_disk_keeps_the_previous(pathlib.Path(sys.argv[1]))\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=120)
+    assert finish(start(limit_file_sizes, tmp_path), 120.0) == 0
+
+
+def limit_file_sizes(folder: Path) -> None:
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
+    assert_a_full_disk_keeps_the_previous(folder)
 
 
 @pytest.mark.parametrize("call", ["fsync", "rename"])
