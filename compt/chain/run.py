@@ -21,6 +21,7 @@ from compt.chain.locks import LOCKS, locked, writing
 from compt.chain.record import is_finished, now, read_manifest, read_record
 from compt.chain.start import hash_of, open_start
 from compt.data.index import Index, open_index
+from compt.data.remote import Cache
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
@@ -152,7 +153,10 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
     def open_it() -> Index:
         return open_index(
-            data.train, base, folder, csv, columns=data.caption_columns or (), min_matched=data.min_matched
+            *(data.train, base, folder, csv),
+            columns=data.caption_columns or (),
+            min_matched=data.min_matched,
+            cache=Cache.of(data, base),
         )
 
     dist.on_main(open_it)

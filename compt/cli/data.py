@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,6 +23,10 @@ CaptionColumns = Annotated[
 MinMatched = Annotated[float, option("share of samples that need a row of the table", metavar="SHARE", min=0, max=1)]
 IndexFolder = Annotated[
     Path | None, option("folder of the index", "--index-dir", "--out", metavar="FOLDER", default=".compt-index")
+]
+CacheFolder = Annotated[
+    Path | None,
+    option("folder for shards from object storage", metavar="FOLDER", default="$COMPT_CACHE, or ~/.cache/compt"),
 ]
 
 
@@ -55,6 +59,7 @@ def check(
     min_matched: MinMatched = MIN_MATCHED,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     index_dir: IndexFolder = None,
+    cache_dir: CacheFolder = None,
     context_length: Annotated[int, option("tokens that the text tower takes", metavar="N")] = 77,
     workers: Annotated[int | None, option("processes", metavar="N", default="one a core")] = None,
     hashes: Annotated[bool, option("compare every byte with the first --hashes", "--hashes")] = False,
@@ -66,6 +71,7 @@ def check(
     evaluation would refuse the set: too many unusable samples or, without captions, class numbers.
     """
     from compt.data.check import check as run_check
+    from compt.data.remote import Cache
 
     # The shards are hashed after the check, and on request alone: it reads every byte once more.
     with progress_bar("checking samples") as progress:
@@ -79,6 +85,7 @@ def check(
             context_length=context_length,
             workers=workers,
             progress=progress,
+            cache=Cache.at(cache_dir),
         )
     if hashes:
         _refuse_changed([shard.shard for shard in found.index.shards], index_dir)
@@ -91,7 +98,7 @@ def check(
         raise typer.Exit(3)
 
 
-def _refuse_changed(shards: list[Path], index_dir: Path | None) -> None:
+def _refuse_changed(shards: list[Any], index_dir: Path | None) -> None:
     """Raise DataError where shards are not what they were when they were hashed first."""
     from compt.data.content import HASHES, changed_shards
     from compt.data.index import index_folder
@@ -108,6 +115,7 @@ def _refuse_changed(shards: list[Path], index_dir: Path | None) -> None:
 def index(
     shards: Shards,
     out: IndexFolder = None,
+    cache_dir: CacheFolder = None,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
     min_matched: MinMatched = MIN_MATCHED,
@@ -117,10 +125,14 @@ def index(
     Scans the tars once, so that training can start at any position of any epoch.
     """
     from compt.data.index import open_index
+    from compt.data.remote import Cache
 
     with progress_bar("indexing shards") as progress:
         made = open_index(
-            shards, Path.cwd(), out, captions_csv, progress, columns=caption_columns or (), min_matched=min_matched
+            *(shards, Path.cwd(), out, captions_csv, progress),
+            columns=caption_columns or (),
+            min_matched=min_matched,
+            cache=Cache.at(cache_dir),
         )
     rows = [("shards", f"{len(made.shards):,}"), ("samples", f"{len(made):,}"), ("fingerprint", made.fingerprint[:16])]
     show(TextTable("Indexed", ("", "found"), rows), *made.account.tables())

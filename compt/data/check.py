@@ -17,6 +17,7 @@ from compt.data.account import CAUSES, UNIT_NAMES, Account
 from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
 from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
+from compt.data.remote import Cache, local
 from compt.data.samples import SampleReader
 from compt.data.tokens import CaptionTokens
 from compt.dist.child import process_pool
@@ -162,25 +163,26 @@ def _examine(
     shard, start, stop = work
     found = Findings(samples=stop - start)
     reader = SampleReader(index)
-    for sample in range(start, stop):
-        entry = index.entry(sample)
-        where = f"{index.shards[shard].shard.name}: {entry.key}"
-        texts: list[str] = []
-        if names is not None:
-            if cause := label_fault(entry.label, len(names)):
-                found.account.lose(cause, where)
-            else:
-                found.account.used["label"] += 1
-        try:
-            texts = reader.captions(entry).texts if captioned else []
-            image = to_rgb(open_image(reader.image(entry)))
-            found.size(image.width, image.height)
-            found.account.used["sample"] += 1
-        except Unusable as error:
-            found.account.lose(error.cause, f"{where}: {error}")
-        found.captions_per_image[len(texts)] += 1
-        for caption in texts:
-            found.lengths[min(tokens.length(caption), _LONGEST)] += 1
+    with local(index.shards[shard].shard):
+        for sample in range(start, stop):
+            entry = index.entry(sample)
+            where = f"{index.shards[shard].shard.name}: {entry.key}"
+            texts: list[str] = []
+            if names is not None:
+                if cause := label_fault(entry.label, len(names)):
+                    found.account.lose(cause, where)
+                else:
+                    found.account.used["label"] += 1
+            try:
+                texts = reader.captions(entry).texts if captioned else []
+                image = to_rgb(open_image(reader.image(entry)))
+                found.size(image.width, image.height)
+                found.account.used["sample"] += 1
+            except Unusable as error:
+                found.account.lose(error.cause, f"{where}: {error}")
+            found.captions_per_image[len(texts)] += 1
+            for caption in texts:
+                found.lengths[min(tokens.length(caption), _LONGEST)] += 1
     return found
 
 
@@ -212,12 +214,13 @@ def check(
     context_length: int = 77,
     workers: int | None = None,
     progress: Progress | None = None,
+    cache: Cache | None = None,
 ) -> CheckReport:
     """Read every sample once, with `workers` processes (default: one per CPU; one in all for few samples).
 
     Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
-    index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched)
+    index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched, cache=cache)
     labelled = bool((index.column("label") != NONE).any())
     captioned = not labelled or index.account.used["caption"] > 0
     names, said = _class_names(index, captioned) if labelled else (None, "")

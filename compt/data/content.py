@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from compt.data.remote import Shard, local
 from compt.data.scan import COLUMNS, KIND_TABLE
 from compt.errors import DataError
 from compt.files import read_json, sha256_file, write_json
@@ -40,8 +41,8 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 def changed_shards(
-    shards: Iterable[Path], folder: Path, progress: Callable[[int], None] = lambda _: None
-) -> Iterator[Path]:
+    shards: Iterable[Shard], folder: Path, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[Shard]:
     """Hash every byte of the shards, and yield those whose hash is not the one of the last time.
 
     The hashes are kept in `folder`, which exists; the first hash of a shard stays until that file is removed.
@@ -55,10 +56,12 @@ def changed_shards(
         raise DataError(f"{path} cannot be read: {error}; remove it to hash the shards as they are now") from None
     for done, shard in enumerate(shards, 1):
         try:
-            found = sha256_file(shard)
+            with local(shard) as file:
+                found = sha256_file(file)
         except OSError as error:
             raise DataError(f"cannot read shard {shard}: {error.strerror}") from None
-        if known.setdefault(str(shard.resolve()), found) != found:
+        place = str(shard.resolve() if isinstance(shard, Path) else shard)
+        if known.setdefault(place, found) != found:
             yield shard
         progress(done)
     write_json(path, known)

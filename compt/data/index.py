@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
 import os
-import re
 import tempfile
 import zipfile
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import braceexpand
 import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.account import Account
 from compt.data.content import sampled_hash, spread
+from compt.data.find import expand_patterns
+from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
 from compt.data.scan import COLUMNS, KIND_TABLE, ShardScan, scan_shard
 from compt.data.table import CaptionTable, convert_table
 from compt.dist.child import process_pool
@@ -34,7 +34,6 @@ from compt.recipe.schema import MIN_MATCHED
 
 VERSION = 2
 INDEX_FOLDER = ".compt-index"
-_PACKED = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4|Z))$", re.IGNORECASE)
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
 _COMPARED = 256
@@ -77,7 +76,7 @@ class ShardIndex:
     content: `sampled_hash` of the shard when it had the time `mtime_ns`.
     """
 
-    shard: Path
+    shard: Shard
     file: Path
     samples: int
     digest: str
@@ -103,6 +102,9 @@ class ShardIndex:
 
         `rows` are those of its table. Raises OSError where the shard cannot be read.
         """
+        if isinstance(self.shard, RemoteShard):
+            self.shard.check_cached(lambda path: sampled_hash(path, rows) == self.content)
+            return
         same_time = self.shard.stat().st_mtime_ns == self.mtime_ns
         if same_time and sampled_hash(self.shard, rows) != self.content:
             raise DataError(
@@ -144,9 +146,9 @@ class Index:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     @property
-    def places(self) -> tuple[Path, Path]:
+    def places(self) -> tuple[Path, ...]:
         """Where files such as class names are: beside the first shard, or one folder above."""
-        return self.shards[0].shard.parent, self.shards[0].shard.parent.parent
+        return places_beside(self.shards[0].shard)
 
     def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
         """A shard's rows and keys. The most recent tables stay in memory, up to `_HELD_ROWS`."""
@@ -159,6 +161,11 @@ class Index:
         while self._held > _HELD_ROWS and len(self._tables) > 1:
             self._held -= len(self._tables.popitem(last=False)[1][0])
         return found
+
+    @property
+    def remote(self) -> bool:
+        """Whether some of the shards are in object storage."""
+        return any(isinstance(shard.shard, RemoteShard) for shard in self.shards)
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that a sample is in."""
@@ -185,69 +192,6 @@ class Index:
         """`shard: key`, for messages."""
         entry = self.entry(sample)
         return f"{self.shards[entry.shard].shard.name}: {entry.key}"
-
-
-def expand_patterns(patterns: str | Sequence[str], base: Path, account: Account | None = None) -> list[Path]:
-    """The shards that globs, brace ranges and folders name, each once. Relative ones start at `base`.
-
-    `account` gets the files of folders. Raises DataError for a pattern that matches nothing and for a missing shard.
-    """
-    found: dict[Path, None] = {}
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if "://" in pattern or pattern.startswith("pipe:"):
-            raise DataError(f"shards '{pattern}': only local files can be read; mount the storage or copy the shards")
-        try:
-            names = list(braceexpand.braceexpand(pattern))
-        except ValueError as error:  # unbalanced braces
-            raise DataError(f"shards '{pattern}': {error}") from error
-        for name in names:
-            path, beside = base / Path(name).expanduser(), Account()
-            if path.is_dir():
-                matches = _of_folder(path, beside)
-                if account is not None:
-                    account.add(beside)
-            elif glob.has_magic(name) and not path.exists():
-                matches = _matching(path)
-            else:
-                matches = [path] if path.is_file() else []
-            if not matches:
-                said = "" if name == pattern else f" (from '{pattern}')"
-                kind = "no shard matches" if glob.has_magic(name) or path.is_dir() else "there is no shard"
-                there = f" (it has {beside.line()})" if beside.faults else ""
-                raise DataError(f"{kind} '{path}'{said}{there}")
-            found.update(dict.fromkeys(matches))
-    if not found:
-        raise DataError("no shards are given")
-    return list(found)
-
-
-def _of_folder(folder: Path, account: Account) -> list[Path]:
-    """The shards in a folder. Other files are counted."""
-    shards = []
-    for path in sorted(folder.iterdir()):
-        if path.is_dir():
-            inside = [] if path.name.startswith(".") else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
-            if inside:
-                account.lose("sub_folder", str(inside[0]), len(inside))
-        elif path.suffix.lower() == ".tar" and not path.name.startswith("."):
-            if not path.is_file():
-                account.lose("not_file", str(path))
-                continue
-            shards.append(path)
-            account.used["file"] += 1
-        else:
-            account.lose("packed" if _PACKED.search(path.name) else "no_shard", str(path))
-    return shards
-
-
-def _matching(pattern: Path) -> list[Path]:
-    """The paths that match a glob. A folder that exists under a name with brackets is that folder."""
-    parts = list(pattern.parts)
-    place = Path(parts.pop(0) if pattern.is_absolute() else "")
-    while (place / parts[0]).exists():
-        place /= parts.pop(0)
-    found = glob.glob(str(Path(*parts)), root_dir=place, recursive=True)
-    return sorted(path for name in found if not (path := place / name).is_dir())
 
 
 def _cache_root() -> Path | None:
@@ -286,24 +230,31 @@ def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
     )
 
 
-def _file_name(shard: Path, out: Path | None) -> str:
+def _file_name(shard: Shard, out: Path | None) -> str:
     # Shards with one name in several folders may share `out`.
-    return f"{shard.name}-{_short_hash(shard.parent)}.npz" if out is not None else f"{shard.name}.npz"
+    folder = shard.folder_hash if isinstance(shard, RemoteShard) else _short_hash(shard.parent)
+    return f"{shard.name}-{folder}.npz" if out is not None else f"{shard.name}.npz"
 
 
-def _identity(shard: Path, source: CaptionSource) -> dict[str, Any]:
+def _version(shard: Shard) -> dict[str, Any]:
+    """What changes when a shard is replaced."""
+    if isinstance(shard, RemoteShard):
+        return {"size": shard.size, "tag": shard.tag}
     stat = shard.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+
+
+def _identity(shard: Shard, source: CaptionSource) -> dict[str, Any]:
     return {
         "version": VERSION,
         "shard": shard.name,
-        "size": stat.st_size,
-        "mtime_ns": stat.st_mtime_ns,
+        **_version(shard),
         "captions": source.table.digest if source.table else None,
         "columns": [*source.columns],
     }
 
 
-def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | None:
+def _load(shard: Shard, file: Path, identity: dict[str, Any]) -> ShardIndex | None:
     """The stored index of a shard; None where it is missing, damaged, or older than the shard."""
     try:
         with np.load(file, allow_pickle=False) as stored:
@@ -313,7 +264,7 @@ def _load(shard: Path, file: Path, identity: dict[str, Any]) -> ShardIndex | Non
         counts = Counter({int(number): images for number, images in meta["counts"].items()})
         account = Account.from_json(meta["account"])
         return ShardIndex(
-            shard, file, meta["samples"], meta["digest"], account, counts, meta["content"], meta["mtime_ns"]
+            shard, file, meta["samples"], meta["digest"], account, counts, meta["content"], meta.get("mtime_ns", 0)
         )
     except _DAMAGES:
         return None
@@ -340,13 +291,14 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         raise DataError(f"the index: {error}") from error
 
 
-def _index_one(shard: Path, file: Path, source: CaptionSource) -> ShardIndex:
+def _index_one(shard: Shard, file: Path, source: CaptionSource) -> ShardIndex:
     identity = _identity(shard, source)
-    scan = scan_shard(shard, source.table, source.columns)
-    try:
-        content = sampled_hash(shard, scan.rows)
-    except OSError as error:
-        raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
+    with local(shard) as path:
+        scan = scan_shard(path, source.table, source.columns)
+        try:
+            content = sampled_hash(path, scan.rows)
+        except OSError as error:
+            raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
     _store(file, {**identity, "content": content}, scan)
     stored = _load(shard, file, identity)
     if stored is None:
@@ -354,7 +306,11 @@ def _index_one(shard: Path, file: Path, source: CaptionSource) -> ShardIndex:
     return stored
 
 
-def _scan_all(shards: list[Path], files: list[Path], source: CaptionSource, workers: int) -> Iterator[ShardIndex]:
+def _scan_all(shards: list[Shard], files: list[Path], source: CaptionSource, workers: int) -> Iterator[ShardIndex]:
+    if any(isinstance(shard, RemoteShard) for shard in shards):
+        with ThreadPoolExecutor(DOWNLOADS) as threads:  # some download while one scans
+            yield from threads.map(_index_one, shards, files, repeat(source))
+        return
     if workers < 2:
         yield from map(_index_one, shards, files, repeat(source))
         return
@@ -363,7 +319,7 @@ def _scan_all(shards: list[Path], files: list[Path], source: CaptionSource, work
 
 
 def build_index(
-    shards: Sequence[Path],
+    shards: Sequence[Shard],
     out: Path | None = None,
     progress: Progress | None = None,
     captions_csv: Path | None = None,
@@ -384,6 +340,7 @@ def build_index(
     source = CaptionSource(table, columns)
     done: dict[int, ShardIndex] = {}
     missing: dict[int, Path] = {}
+    sizes: dict[int, int] = {}
     for number, shard in enumerate(shards):
         try:
             identity = _identity(shard, source)
@@ -394,12 +351,13 @@ def build_index(
         for folder in _folders(shard.parent, out):
             stored = stored or _load(shard, folder / name, identity)
         if stored is None:
+            sizes[number] = identity["size"]
             missing[number] = index_folder(shard.parent, out) / name
         else:
             done[number] = stored
     # To start processes takes longer than to scan a few small shards.
     if workers is None:
-        large = sum(shards[number].stat().st_size for number in missing) > 1 << 28
+        large = sum(sizes.values()) > 1 << 28
         workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
     scanned = _scan_all([shards[number] for number in missing], list(missing.values()), source, workers)
     for number, result in zip(missing, scanned, strict=True):
@@ -464,6 +422,8 @@ def _image_hash(index: Index, sample: int) -> bytes:
     entry = index.entry(sample)
     shard = index.shards[entry.shard].shard
     try:
+        if isinstance(shard, RemoteShard):
+            return hashlib.sha256(shard.read(entry.image_offset, entry.image_size)).digest()
         with shard.open("rb") as file:
             return hashlib.sha256(os.pread(file.fileno(), entry.image_size, entry.image_offset)).digest()
     except OSError as error:
@@ -478,10 +438,14 @@ def open_index(
     progress: Progress | None = None,
     columns: Sequence[str] = (),
     min_matched: float = MIN_MATCHED,
+    cache: Cache | None = None,
 ) -> Index:
-    """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does."""
+    """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does.
+
+    cache: for shards in object storage.
+    """
     beside = Account()
-    shards = expand_patterns(patterns, base, beside)
+    shards = expand_patterns(patterns, base, beside, cache)
     index = build_index(shards, index_dir, progress, captions_csv, columns=columns, min_matched=min_matched)
     index.account.add(beside)
     return index

@@ -6,24 +6,17 @@ So any step opens without replaying earlier ones, and the number of workers and 
 
 from __future__ import annotations
 
-import multiprocessing
-import multiprocessing.queues
-import os
-import signal
-import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from compt.data.account import CAUSES
 from compt.data.batch import Batch, EvalBatch
@@ -31,13 +24,13 @@ from compt.data.decode import Decoder, EvaluationDecoder, Pixels, Unusable, eval
 from compt.data.index import Index
 from compt.data.labels import label_fault
 from compt.data.order import EpochOrder, substitute
-from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind
+from compt.data.remote import staged
+from compt.data.samples import Drawer, Drawn, EvalSample, EvalSamples, Kind, ShardSamples
 from compt.data.tokens import CaptionTokens, Tokenizer, pad
-from compt.errors import DataError, RunError
-from compt.files import shared_memory
+from compt.data.workers import IN_WORK, read_batches
+from compt.errors import DataError
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.recipe.schema import DECODERS, MAX_BAD_SHARE
-from compt.text import visible
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
@@ -45,8 +38,13 @@ WATCHED_SAMPLES = 1000
 """The share of unusable samples is judged over at least this many samples."""
 AHEAD = 2
 """Batches that a decoder in the training process decodes ahead."""
+EVALUATED_SHARDS = 4
+"""Shards in object storage that an evaluation has in the cache at a time."""
 CACHE_BYTES = 1 << 30
 """The most that `cache=True` keeps in memory."""
+
+
+_T = TypeVar("_T")
 
 
 class Reference(NamedTuple):
@@ -215,10 +213,15 @@ class _BadShare:
 
 @dataclass
 class TrainLoader:
-    """One rank's batches of a range of steps. Each iteration starts at the first of them."""
+    """One rank's batches of a range of steps. Each iteration starts at the first of them.
+
+    shards_ahead: shards in object storage to have in the cache at a time.
+    """
 
     steps: Iterable[Reference]
     count: int
+    index: Index
+    shards_ahead: int
     reads: _Draws
     workers: int
     max_bad_share: float
@@ -228,7 +231,8 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         watch = _BadShare(self.max_bad_share)
-        for read in self._decoded(_read(self.reads, self.steps, self.workers)):
+        steps = _with_shards(self.steps, self.index, self.shards_ahead, self.workers)
+        for read in self._decoded(read_batches(self.reads, steps, self.workers)):
             watch.add(read)
             yield read.batch
 
@@ -261,99 +265,17 @@ class TrainLoader:
         return read
 
 
-def _same(value: Any) -> Any:
-    return value
+def _with_shards(items: Iterable[_T], index: Index, ahead: int, workers: int) -> Iterable[_T]:
+    """The items, each once its shards are on this machine."""
+    if not index.remote:
+        return items
+    shards = [shard.shard for shard in index.shards]
+    behind = IN_WORK * workers + 1
+    return staged(items, _ids, index.ends, shards, ahead, behind)
 
 
-def _shield(parent: int, _worker: int) -> None:
-    """In a worker: ignore signals that go to all processes of a run, and exit when `parent`, which trains, exits.
-
-    Batch systems and terminals signal every process. A worker that dies from it would take down the current step and
-    the save that follows. torch's own watch over the parent starts too late if the parent is killed while workers
-    start.
-    """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
-    signal.set_wakeup_fd(-1)  # the training process reads that pipe
-    # A batch that cannot be passed on is only printed by default, and the training process waits for it for ever.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
-
-    def wait() -> None:
-        while os.getppid() == parent:
-            received = signal.sigtimedwait({signal.SIGTERM}, 5.0)
-            if received is not None and received.si_pid == parent:
-                break
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _end_worker(error: BaseException, _: Any) -> None:
-    sys.stderr.write(f"compt, loader process {os.getpid()}: cannot pass on a batch: {visible(str(error))}\n")
-    sys.stderr.flush()
-    os._exit(1)
-
-
-def _read(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterator[Any]:
-    """What `workers` processes read, one per core at most. Raises RunError where one cannot start or dies.
-
-    torch would raise the death of a worker from a signal handler, anywhere in the program: so the handler is put back,
-    and the death is found where a batch is awaited, 5 seconds later at most.
-    """
-    workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
-    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
-    own: list[Any] = []
-    try:
-        try:
-            # A loader that runs out of semaphores would print a traceback of its destructor too, so try them first.
-            _ = [multiprocessing.Queue() for _ in range(workers + 2 if workers else 0)]
-            batches = iter(_loader(dataset, sampler, workers))
-        except OSError as error:
-            raise RunError(
-                f"cannot start engine.workers={workers} loader processes: {error}. {shared_memory()}"
-            ) from error
-        finally:
-            own += [child for child in multiprocessing.active_children() if child not in before]
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
-        yield from batches
-    except RuntimeError as error:
-        dead = [child for child in own if child.exitcode]
-        if not dead:
-            raise
-        raise RunError(_cause_of_death(dead[0].pid, dead[0].exitcode)) from error
-    finally:
-        # torch would wait 5 seconds for each that hangs, and Python at its end for ever.
-        for child in own:
-            child.kill()
-
-
-def _cause_of_death(pid: int, code: int) -> str:
-    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    why = ""
-    if code == -signal.SIGKILL:
-        why = (
-            "; the system does this when memory runs out (see dmesg): lower engine.workers, or give the job more memory"
-        )
-    if code in (-signal.SIGBUS, 1):
-        why = f". {shared_memory()}"
-    return f"loader process {pid} {how}{why}"
-
-
-def _loader(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> DataLoader[Any]:
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        collate_fn=_same,
-        num_workers=workers,
-        # Forked workers share the cached samples and the tables of the index.
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=partial(_shield, os.getpid()),
-        prefetch_factor=4 if workers else None,
-        # By now a process that trains on a GPU has used it. On a GPU machine a process that trains on the CPU never
-        # does.
-        pin_memory=torch.cuda.is_initialized(),
-    )
+def _ids(item: Any) -> NDArray[np.int64]:
+    return item.ids if isinstance(item, Reference) else item
 
 
 def train_loader(
@@ -395,7 +317,7 @@ def train_loader(
     if cache and workers:
         drawer.fill()
     steps = Steps(index.sizes, seed, window, batch, start_step, total_steps, rank, world_size)
-    return TrainLoader(steps, len(steps), _Draws(drawer, kind, chosen), workers, max_bad_share)
+    return TrainLoader(steps, len(steps), index, 2 * window, _Draws(drawer, kind, chosen), workers, max_bad_share)
 
 
 def fixed_caption_batches(
@@ -422,7 +344,8 @@ def fixed_caption_batches(
     kind = Kind(image_size, captions, (1.0, 1.0), 0, fixed=True)
     decoder = EvaluationDecoder(preprocess)
     drawer = Drawer(index, kind, CaptionTokens(context_length, tokenizer), decoder)
-    return TrainLoader(steps, len(steps), _Draws(drawer, kind, decoder), workers, MAX_BAD_SHARE)
+    draws = _Draws(drawer, kind, decoder)
+    return TrainLoader(steps, len(steps), index, len(index.shards), draws, workers, MAX_BAD_SHARE)
 
 
 class _Evaluations(Dataset["EvalBatch | Failure"]):
@@ -467,12 +390,14 @@ class EvalLoader:
     ids: list[NDArray[np.int64]]
     reads: Dataset[EvalBatch | Failure]
     workers: int
+    index: Index | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def __iter__(self) -> Iterator[EvalBatch]:
-        for batch in _read(self.reads, self.ids, self.workers):
+        ids = _with_shards(self.ids, self.index, EVALUATED_SHARDS, self.workers) if self.index else self.ids
+        for batch in read_batches(self.reads, ids, self.workers):
             if isinstance(batch, Failure):
                 raise DataError(batch.message)
             yield batch
@@ -497,4 +422,5 @@ def eval_loader(
     """
     ids = np.arange(rank, len(samples), world_size, dtype=np.int64)
     parts = [ids[first : first + batch] for first in range(0, len(ids), batch)]
-    return EvalLoader(parts, _Evaluations(samples, image_size, preprocess, classes), workers)
+    index = samples.index if isinstance(samples, ShardSamples) else None
+    return EvalLoader(parts, _Evaluations(samples, image_size, preprocess, classes), workers, index)

@@ -14,6 +14,7 @@ from compt.data.captions import Captions, read_json_captions, read_text, sort_ou
 from compt.data.decode import Decoder, Encoded, Unusable, open_image
 from compt.data.index import Index, IndexEntry
 from compt.data.order import Box, caption_choice, crop_box
+from compt.data.remote import RemoteShard, Shard, local
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.table import CaptionTable
 from compt.data.tokens import CaptionTokens, Ids
@@ -27,8 +28,10 @@ class Files:
     def __init__(self) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
 
-    def read(self, path: Path, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes. Raises Unusable("tar")."""
+    def read(self, path: Shard, offset: int, size: int) -> bytes:
+        """Exactly `size` bytes. Raises Unusable("tar"), and DataError where a store does not give them."""
+        if isinstance(path, RemoteShard):  # an open file would take up room after the cache has removed it
+            return path.read(offset, size)
         try:
             descriptor = self._open.get(path)
             if descriptor is None:
@@ -66,17 +69,21 @@ class SampleReader:
 
     def image(self, entry: IndexEntry) -> bytes:
         """The image's file. Raises Unusable("tar"), and DataError for a shard replaced since it was indexed."""
+        return self._files.read(self._shard(entry), entry.image_offset, entry.image_size)
+
+    def json(self, entry: IndexEntry) -> bytes:
+        """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
+        return self._files.read(self._shard(entry), entry.json_offset, entry.json_size)
+
+    def _shard(self, entry: IndexEntry) -> Shard:
+        """The shard of a sample, whose content is checked before its first sample is read."""
         if entry.shard not in self._checked:
             self._checked.add(entry.shard)
             try:
                 self.index.shards[entry.shard].check_content(self.index.table(entry.shard)[0])
             except OSError as error:
                 raise Unusable("tar", f"cannot be read: {error.strerror}") from None
-        return self._files.read(self.index.shards[entry.shard].shard, entry.image_offset, entry.image_size)
-
-    def json(self, entry: IndexEntry) -> bytes:
-        """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
-        return self._files.read(self.index.shards[entry.shard].shard, entry.json_offset, entry.json_size)
+        return self.index.shards[entry.shard].shard
 
     def captions(self, entry: IndexEntry) -> Captions:
         """All usable captions, and why others are not. Raises Unusable("tar"), and Unusable("caption") without any."""
@@ -94,7 +101,7 @@ class SampleReader:
                 return sort_out(CaptionTable.parse(line))
             except (ValueError, TypeError):
                 raise Unusable("caption", f"{self.index.captions.blob} is damaged; remove its folder") from None
-        data = self._files.read(self.index.shards[entry.shard].shard, entry.text_offset, entry.text_size)
+        data = self._files.read(self._shard(entry), entry.text_offset, entry.text_size)
         if entry.text_kind == KIND_JSON:
             return read_json_captions(data, self.index.columns)
         return read_text(data) if entry.text_kind == KIND_TEXT else Captions([], [])
@@ -136,7 +143,8 @@ class ShardSamples:
     """Samples of shards. label: None, "cls" for the `.cls` member, or the name of a whole number in the `.json`."""
 
     def __init__(self, index: Index, label: str | None = None, captions: bool = False) -> None:
-        self._reader, self._label, self._captions = SampleReader(index), label, captions
+        self.index, self._label, self._captions = index, label, captions
+        self._reader = SampleReader(index)
         self.fingerprint = index.fingerprint
 
     def __len__(self) -> int:
@@ -208,10 +216,14 @@ class Drawer:
 
     def fill(self) -> None:
         """Read into memory now, so that the worker processes share it."""
-        for sample in range(len(self.reader.index)):
+        index = self.reader.index
+        for shard, first, end in zip(index.shards, index.starts.tolist(), index.ends.tolist(), strict=True):
             if self._free <= 0:
                 break
-            self._remember(sample)
+            with local(shard.shard):
+                for sample in range(first, end):
+                    if self._free > 0:
+                        self._remember(sample)
 
     def draw(self, sample: int, epoch: int) -> Drawn:
         """One sample at one epoch. Raises Unusable."""

@@ -134,7 +134,13 @@ class _Pairs:
         """Whether the data have captions."""
         if class_folders_of(self.item.data, self.settings.base) is not None:
             return False
-        index = open_index(self.item.data, self.settings.base, self.settings.index_dir, columns=self.settings.columns)
+        index = open_index(
+            self.item.data,
+            self.settings.base,
+            self.settings.index_dir,
+            columns=self.settings.columns,
+            cache=self.settings.cache,
+        )
         return bool(index.column("captions").any())
 
     def batches(self, spec: ModelSpec) -> Iterable[Batch]:
@@ -142,7 +148,9 @@ class _Pairs:
         settings = self.settings
         if self.captioned:
             return fixed_caption_batches(
-                open_index(self.item.data, settings.base, settings.index_dir, columns=settings.columns),
+                open_index(
+                    self.item.data, settings.base, settings.index_dir, columns=settings.columns, cache=settings.cache
+                ),
                 batch=settings.batch,
                 image_size=spec.image_size,
                 captions=1,

@@ -9,6 +9,7 @@ from typing import Any
 
 from compt.data.index import Index, open_index
 from compt.data.loaders import fixed_caption_batches
+from compt.data.remote import Cache
 from compt.dist import collectives as dist
 from compt.engines.base import COMPUTE_DTYPES
 from compt.evaluate.contact import save_contact_sheet
@@ -31,7 +32,8 @@ def index_folder_of(recipe: Recipe, base: Path) -> Path | None:
 def open_held_out(recipe: Recipe, base: Path) -> Index:
     """The index of the validation shards, with captions read as in training. Raises DataError."""
     folder, columns = index_folder_of(recipe, base), recipe.data.caption_columns or ()
-    return open_index(recipe.evaluation.validation, base, folder, columns=columns)
+    cache = Cache.of(recipe.data, base)
+    return open_index(recipe.evaluation.validation, base, folder, columns=columns, cache=cache)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Scorer:
             index_dir=index_folder_of(recipe, self.base),
             columns=recipe.data.caption_columns or (),
             max_bad_share=recipe.data.max_bad_share,
+            cache=Cache.of(recipe.data, self.base),
         )
 
     @property

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.index import open_index
 from compt.data.loaders import EvalLoader, eval_loader
+from compt.data.remote import Cache
 from compt.data.samples import EvalSamples, ShardSamples
 from compt.dist import collectives as dist
 from compt.errors import DataError
@@ -44,6 +45,7 @@ class EvalSettings:
     index_dir: Path | None = None
     columns: Sequence[str] = ()
     max_bad_share: float = MAX_BAD_SHARE
+    cache: Cache | None = None
     tokenize: Tokenize | None = None
 
 
@@ -87,7 +89,7 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
         return SetData(data, (folder,), data.classes, data.account)
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
-    index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns)
+    index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns, cache=settings.cache)
     return SetData(ShardSamples(index, label, captions), index.places, account=index.account)
 
 

@@ -51,11 +51,16 @@ EVALUATION_TASKS = OneOf(
 """Tasks of evaluation sets. To add one: write a `compt.evaluate.task.EvaluationTask`, and its name and place here."""
 
 
+SHARD_CACHE = 100 * 10**9
+"""Bytes of shards from object storage that a machine keeps, unless the recipe says another number."""
+
+
 class Data(Section):
     """The training set: images with captions."""
 
     train: Shards = execution(...)
-    """WebDataset shards: a path, a `*` or `{000..123}` pattern, or a list of them."""
+    """WebDataset shards: a path, a `*` or `{000..123}` pattern, or a list of them. Object storage: `s3://bucket/path`,
+    `gs://`, `az://`, `hf://`, `https://`."""
     images: Count = Field(gt=0)
     """Number of images in the shards. Plans use it; a run checks it against the shards."""
     captions: int = Field(default=4, gt=0)
@@ -83,7 +88,11 @@ class Data(Section):
     min_matched: float = execution(MIN_MATCHED, ge=0, le=1)
     """Share of samples that need a row in the table of captions. With fewer, a run does not start."""
     index_dir: str | None = execution(None)
-    """Folder for the index of the shards. Default: beside the shards."""
+    """Folder for the index of the shards. Default: beside the shards; for object storage in `cache_dir`."""
+    cache_dir: str | None = execution(None)
+    """Folder on a disk of each machine for shards from object storage. Default: $COMPT_CACHE, or `~/.cache`."""
+    cache_size: Count = execution(SHARD_CACHE, gt=0)
+    """Bytes of shards in `cache_dir`, for all processes of a machine. Older ones are removed."""
     max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)
     """Share of unusable samples above which training stops, and of unusable labels above which an evaluation does."""
 

@@ -121,6 +121,21 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def checked_address(value: str) -> str:
+    """The place of shards. Raises ValueError for one that would write a password or a signature into run folders."""
+    scheme, _, rest = value.partition("://")
+    if "@" in rest.partition("/")[0] and scheme != "hf":
+        raise ValueError(
+            f"the address {scheme}://… holds a user or password: put them into ~/.netrc, or the variables of the store"
+        )
+    if rest and scheme.startswith("http") and "?" in rest:
+        raise ValueError(
+            f"the address {value.partition('?')[0]} goes on with a query: a signature is a secret that expires; use "
+            "s3://, gs:// or az:// with the credentials of the environment"
+        )
+    return value
+
+
 def _named(value: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", value):
         raise ValueError(
@@ -133,8 +148,9 @@ Name = Annotated[str, AfterValidator(_named)]
 Count = Annotated[int, BeforeValidator(_count)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
-Paths = Annotated[list[str], BeforeValidator(_listed)]
-Shards = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
+Address = Annotated[str, AfterValidator(checked_address)]
+Paths = Annotated[list[Address], BeforeValidator(_listed)]
+Shards = Annotated[list[Address], BeforeValidator(_listed), Field(min_length=1)]
 
 
 def checked_caption_tokens(value: Any) -> Any:

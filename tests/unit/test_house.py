@@ -110,7 +110,7 @@ def test_folders_of_the_package_are_shown_at_the_top(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "parquet"}
+    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "parquet", "remote"}
     assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
     assert table["optional-dependencies"]["test-all"] == [f"compt[{','.join(sorted(single - {'dali-cuda12'}))}]"]
     assert table["scripts"] == {"compt": "compt.cli.main:run"}

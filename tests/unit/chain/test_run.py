@@ -31,7 +31,7 @@ from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
 from compt.data.account import Account
 from compt.data.index import open_index
-from compt.data.loaders import _shield
+from compt.data.workers import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import SeededDraw

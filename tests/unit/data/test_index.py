@@ -15,7 +15,8 @@ import webdataset
 
 from compt.data import index as index_module
 from compt.data.content import changed_shards
-from compt.data.index import build_index, expand_patterns, index_folder, open_index
+from compt.data.find import expand_patterns
+from compt.data.index import build_index, index_folder, open_index
 from compt.data.names import split_name
 from compt.data.samples import SampleReader
 from compt.errors import DataError
@@ -92,7 +93,7 @@ def test_patterns(tmp_path: Path) -> None:
         ("a/{000002..000005}.tar", "000004.tar' (from 'a/{000002..000005}.tar')"),
         ("b/*.tar", "no shard matches"),
         ("b/x.tar", "there is no shard"),
-        ("s3://bucket/x.tar", "only local files"),
+        ("pipe:aws s3 cp s3://bucket/x.tar -", "pipes cannot be read"),
         ("a/{1..2.tar", "{1..2"),
     ]:
         with pytest.raises(DataError) as error:

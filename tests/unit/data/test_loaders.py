@@ -18,14 +18,15 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from torch.utils.data import Dataset
 
-from compt.data import loaders
+from compt.data import workers as loader_processes
 from compt.data.batch import Batch
 from compt.data.decode import MAX_PIXELS, Encoded, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.loaders import MAX_SUBSTITUTES, _read, eval_loader, fixed_caption_batches, train_loader
+from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
 from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
+from compt.data.workers import read_batches
 from compt.errors import DataError, Interrupted, RunError
 from compt.models.preprocess import Preprocess
 from tests.helpers.process import finish, start
@@ -214,22 +215,22 @@ def test_a_shard_replaced_by_one_of_the_same_size_and_time(index: Index, tmp_pat
 def test_there_are_no_more_loader_processes_than_cores(
     recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cores, real, made = len(os.sched_getaffinity(0)), loaders._loader, []
+    cores, real, made = len(os.sched_getaffinity(0)), loader_processes._loader, []
 
     def noted(dataset: Any, sampler: Any, workers: int) -> list[Any]:
         made.append(real(dataset, sampler, workers).num_workers)
         return []
 
-    monkeypatch.setattr(loaders, "_loader", noted)
+    monkeypatch.setattr(loader_processes, "_loader", noted)
     for workers in (cores + 3, 0):
-        assert list(_read(Unsendable(), [0], workers)) == []
+        assert list(read_batches(Unsendable(), [0], workers)) == []
     assert made == [cores, 0]
     assert not recwarn.list, "torch has nothing to warn of"
 
 
 def handler_stays() -> None:
     before = signal.getsignal(signal.SIGCHLD)
-    batches = _read(Numbers(), [0, 1], 1)
+    batches = read_batches(Numbers(), [0, 1], 1)
     next(batches)
     if signal.getsignal(signal.SIGCHLD) is not before:
         sys.exit(1)
@@ -254,7 +255,7 @@ class Unsendable(Dataset[Any]):
 
 def test_a_batch_that_cannot_be_passed_on_ends_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RunError, match=r"loader process \d+ ended with code 1. Batches pass through /dev/shm"):
-        list(_read(Unsendable(), [0], 1))
+        list(read_batches(Unsendable(), [0], 1))
     assert "cannot pass on a batch: " in capfd.readouterr().err
 
 
@@ -264,7 +265,7 @@ def test_loader_processes_that_cannot_start(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr("multiprocessing.synchronize.SemLock.__init__", full)
     with pytest.raises(RunError, match=r"cannot start engine.workers=1 loader processes: .*No space left.*/dev/shm"):
-        list(_read(Unsendable(), [0], 1))
+        list(read_batches(Unsendable(), [0], 1))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -414,7 +415,7 @@ def test_memory_bounds_the_cache_not_the_result(index: Index, monkeypatch: pytes
 
 def test_memory_is_pinned_only_where_a_gpu_is_used(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:
     pinned: list[bool] = []
-    monkeypatch.setattr("compt.data.loaders.DataLoader", lambda *_, pin_memory, **__: pinned.append(pin_memory) or [])
+    monkeypatch.setattr("compt.data.workers.DataLoader", lambda *_, pin_memory, **__: pinned.append(pin_memory) or [])
     # A machine with a GPU, on which a run was told to take the CPU, and one that has put its model there.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for used in (False, True):
