@@ -38,7 +38,7 @@ WATCHED_SAMPLES = 1000
 """The share of unusable samples is judged over at least this many samples."""
 AHEAD = 2
 """Batches that a decoder in the training process decodes ahead."""
-EVALUATED_SHARDS = 4
+EVALUATED_SHARDS = 2
 """Shards in object storage that an evaluation has in the cache at a time."""
 CACHE_BYTES = 1 << 30
 """The most that `cache=True` keeps in memory."""

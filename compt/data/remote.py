@@ -31,6 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from compt.data.labels import CLASSNAMES
 from compt.data.stores import NEVER, Found, MissingError, again, failed_attempt, objects
 from compt.errors import ComptError, DataError
 from compt.files import write_bytes
@@ -40,7 +41,7 @@ DOWNLOADS = 4
 """Shards that a process downloads at a time."""
 ROOM_SECONDS = 600.0
 """Seconds to wait for room in the cache that other processes hold."""
-BESIDE = ("classnames.txt", "zeroshot_classification_templates.txt")
+BESIDE = (CLASSNAMES, "zeroshot_classification_templates.txt")
 """Files beside the shards of an evaluation set."""
 _ANSWER = struct.Struct("<?Q")
 _log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class RemoteShard:
 
     def read(self, first: int, size: int) -> bytes:
         """`size` bytes, from the cache if the shard is there, else from the store. Raises DataError."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             descriptor = os.open(self.cached, os.O_RDONLY)
             try:
                 data = os.pread(descriptor, size, first)
@@ -136,22 +137,22 @@ class Cache:
         if folder is None and (named := os.environ.get("COMPT_CACHE")):
             folder = Path(named)
         if folder is None:
-            try:
-                folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt" / "shards"
-                folder.mkdir(parents=True, exist_ok=True)
-            except (RuntimeError, OSError):  # a uid of a container has no home, or one that cannot be written
-                folder = Path(tempfile.gettempdir()) / f"compt-shards-{os.getuid()}"
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if folder.stat().st_uid != os.getuid():
-                    raise DataError(
-                        f"{folder} belongs to another user: set $COMPT_CACHE to a folder of yours"
-                    ) from None
+            with contextlib.suppress(RuntimeError):  # a uid of a container has no home
+                user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+                there = next(place for place in (user, *user.parents) if place.exists())
+                if there.is_dir() and os.access(there, os.W_OK):
+                    folder = user / "compt" / "shards"
+        if folder is None:
+            folder = Path(tempfile.gettempdir()) / f"compt-shards-{os.getuid()}"
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.stat().st_uid != os.getuid():
+                raise DataError(f"{folder} belongs to another user: set $COMPT_CACHE to a folder of yours")
         return cls(folder, size)
 
     @classmethod
     def of(cls, data: Data, base: Path) -> Cache:
         """The cache that a recipe names."""
-        return cls.at(base / data.cache_dir if data.cache_dir else None, data.cache_size)
+        return cls.at(base / Path(data.cache_dir).expanduser() if data.cache_dir else None, data.cache_size)
 
     def hold(self, shard: RemoteShard, stop: threading.Event = NEVER) -> int:
         """A descriptor of the whole shard, which stays in the cache until `drop`. Downloads it where it is missing.
@@ -167,9 +168,11 @@ class Cache:
                     _ask(shard, None)
             return descriptor
         except OSError as error:
-            more = "; lower data.cache_size, or name another folder" if error.errno == errno.ENOSPC else ""
-            text = f"the cache {self.folder}: {error.strerror or error}{more} with data.cache_dir or $COMPT_CACHE"
-            raise DataError(text if more else text.replace(" with", "; name another folder with")) from None
+            hint = "lower data.cache_size, or " if error.errno == errno.ENOSPC else ""
+            raise DataError(
+                f"the cache {self.folder}: {error.strerror or error}; {hint}name another folder with data.cache_dir or "
+                "$COMPT_CACHE"
+            ) from None
 
     @staticmethod
     def drop(descriptor: int) -> None:
@@ -394,7 +397,7 @@ def staged(
     if most > cache.size:
         raise DataError(
             f"data.cache_size is {cache.size:,} bytes, but {min(ahead, len(sizes)):,} shards are needed at a time, "
-            f"which take up to {most:,}: enlarge it, or lower data.shuffle_shards"
+            f"which take up to {most:,}: enlarge it (training needs fewer shards with a lower data.shuffle_shards)"
         )
     held: dict[int, Future[int]] = {}
     uses: Counter[int] = Counter()
@@ -442,7 +445,7 @@ def staged(
                 let_go(working.popleft())
     finally:
         stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)  # a store that stays silent would hold up the end
         for future in held.values():
             future.add_done_callback(_drop_held)
 

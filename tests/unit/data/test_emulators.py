@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from compt.data import stores
 from compt.data.index import open_index
@@ -42,15 +43,16 @@ AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZ
 def installed(name: str, commands: list[list[str]]) -> Path:
     """A folder that the commands have filled once. Skips where they cannot, which is an error under COMPT_TEST_ALL."""
     folder = HOME / name
-    if (folder / "done").exists():
-        return folder
     folder.mkdir(parents=True, exist_ok=True)
-    for command in commands:
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        if done.returncode:
-            text = f"{' '.join(command[:4])} fails: {done.stderr[-300:]}"
-            (pytest.fail if os.environ.get("COMPT_TEST_ALL") else pytest.skip)(text)
-    (folder / "done").touch()
+    with FileLock(HOME / f"{name}.lock"):
+        if (folder / "done").exists():
+            return folder
+        for command in commands:
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+            if done.returncode:
+                text = f"{' '.join(command[:4])} fails: {done.stderr[-300:]}"
+                (pytest.fail if os.environ.get("COMPT_TEST_ALL") else pytest.skip)(text)
+        (folder / "done").touch()
     return folder
 
 
