@@ -135,7 +135,9 @@ def _lines(error: ValidationError, section: type[BaseModel]) -> list[str]:
         elif kind == "literal_error" and isinstance(value, str):
             text += nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
         text = _INSTEAD.get(kind, text)
-        shown = f"{key} = {value!r}" if key and isinstance(value, str | int | float | bool) else key
+        # An address may hold a password, and this line goes into logs.
+        plain = isinstance(value, str | int | float | bool) and "://" not in str(value)
+        shown = f"{key} = {value!r}" if key and plain else key
         lines.setdefault(key, f"{shown}: {text}" if shown else text)
     return list(lines.values())
 

@@ -28,10 +28,10 @@ from compt.data.labels import CLASSNAMES, beside
 from compt.data.loaders import eval_loader, fixed_caption_batches, train_loader
 from compt.data.remote import Cache, RemoteShard
 from compt.data.samples import ShardSamples
-from compt.errors import DataError
+from compt.errors import ConfigError, DataError
 from compt.recipe.types import checked_address
 from tests.helpers.optional import optional
-from tests.helpers.recipe import FIRST, chain, make_data, manifest, stopped_at, weights_hash
+from tests.helpers.recipe import FIRST, chain, make_data, manifest, recipe_of, stopped_at, weights_hash
 from tests.helpers.shards import make_shards
 from tests.helpers.store import KEY, Store
 
@@ -537,7 +537,10 @@ def test_an_address_with_a_secret_is_refused_without_repeating_it(tmp_path: Path
         checked_address(address)
     with pytest.raises(DataError, match=said) as error:
         open_index(address, tmp_path)
-    assert "hidden" not in str(error.value) + str(refused.value)
+    place = "data.train=" if address.startswith("s3") else "evaluation.sets.0.data="
+    with pytest.raises(ConfigError, match=said) as unread:
+        recipe_of(place + address)
+    assert "hidden" not in str(error.value) + str(refused.value) + str(unread.value)
 
 
 @pytest.mark.parametrize(
