@@ -28,6 +28,7 @@ BEHIND = {
     "deepspeed": "the tests, which write with it the folders that compt.weights reads",
     "nvidia-dali-cuda120": "compt.data.dali, where it is installed",
     "nvidia-dali-cuda130": "compt.data.dali, where it is installed",
+    "obstore": "compt.data.stores, where it is installed",
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
 }
