@@ -46,10 +46,29 @@ class CaptionTokens:
 
 @cache
 def clip_tokenizer() -> Any:
-    """open_clip's `SimpleTokenizer`, the byte-pair tokenizer of OpenAI's CLIP. Reading its table takes 0.15 s."""
+    """open_clip's `SimpleTokenizer`, the byte-pair tokenizer of OpenAI's CLIP, made faster: it gives the same ids.
+
+    Reading its table takes 0.15 s.
+    """
     from open_clip.tokenizer import SimpleTokenizer
 
-    return SimpleTokenizer()
+    class FastTokenizer(SimpleTokenizer):
+        def __init__(self) -> None:
+            super().__init__()
+            self._word = lru_cache(maxsize=1 << 16)(self._encode_word)
+
+        def encode(self, text: str) -> list[int]:
+            """Ids without start and end."""
+            # What open_clip repairs in a text first takes most of the time, and plain ASCII has nothing to repair.
+            plain = text.isascii() and text.isprintable() and "&" not in text
+            cleaned = text.lower() if plain else self.clean_fn(text)
+            return [each for word in self.pat.findall(cleaned) for each in self._word(word)]
+
+        def _encode_word(self, word: str) -> list[int]:
+            visible = "".join(self.byte_encoder[byte] for byte in word.encode())
+            return [self.encoder[piece] for piece in self.bpe(visible).split(" ")]
+
+    return FastTokenizer()
 
 
 def pad(rows: list[Ids], captions: int) -> Tensor:

@@ -87,6 +87,14 @@ def test_scans_of_a_jpeg_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         open_image(many_scans(6))
 
 
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"\xff\xda", b"a\xff\xda\xff\xda", b"\xff\xff\xda\xda\xff", b"\xda\xff\xda\xffa"]
+)
+def test_scans_count_at_even_and_odd_places(data: bytes) -> None:
+    assert decode._scans(b"\xff\xd8" + data) == data.count(b"\xff\xda")
+    assert decode._scans(b"\xff\xd8a" + data) == data.count(b"\xff\xda")
+
+
 def tiled(side: int) -> bytes:
     """A TIFF of 10 x 10 pixels in one compressed tile of `side` x `side`."""
     data = zlib.compress(bytes([77]) * side * side)
