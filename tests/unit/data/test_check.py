@@ -14,7 +14,9 @@ from compt.cli.main import main
 from compt.data import check as check_module
 from compt.data.account import Account
 from compt.data.check import check
+from compt.data.content import SAMPLED, spread
 from compt.data.index import open_index
+from compt.data.scan import COLUMNS
 from compt.errors import DataError, RunError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
@@ -182,3 +184,30 @@ def test_an_evaluation_set_is_judged_by_its_labels(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("a\n\nc\n")
     with pytest.raises(DataError, match=r"classnames\.txt: line 2 is empty"):
         check("test/*.tar", tmp_path)
+
+
+def test_hashes_notice_a_single_byte_that_samples_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path, n=40, shards=1)
+    shard = next(tmp_path.glob("*.tar"))
+    assert said(monkeypatch, capsys, "check", tmp_path, "--hashes")[0] == 0
+    times, index = shard.stat(), open_index("*.tar", tmp_path)
+    rows = index.table(0)[0]
+    places = rows[:, COLUMNS.index("image_offset")].tolist()
+    hashed = spread(len(rows), SAMPLED)
+    other = next(place for at, place in enumerate(places) if at not in hashed)
+    with shard.open("r+b") as file:
+        file.seek(other + 60)
+        (byte,) = file.read(1)
+        file.seek(other + 60)
+        file.write(bytes([byte ^ 1]))
+    os.utime(shard, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert open_index("*.tar", tmp_path).content == index.content
+    monkeypatch.setattr("sys.argv", ["compt", "data", "check", str(tmp_path), "--hashes"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 3
+    assert f"1 of 1 shards have changed since they were hashed first, such as {shard}" in told
+    assert f"remove {tmp_path}/.compt-index/hashes.json to accept them" in told
