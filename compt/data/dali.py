@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -20,6 +21,11 @@ from compt.errors import ConfigError
 _THREADS = 8
 """The most threads of a pipeline. More do not help: on a GPU they only read headers and decode what it cannot."""
 _END_OF_JPEG = b"\xff\xd9"
+# A forked process has no threads of the pipelines that it inherits, and would wait for them for ever when it frees one,
+# be it garbage. So it never does.
+_pipelines: WeakSet[Any] = WeakSet()
+_inherited: list[Any] = []
+os.register_at_fork(after_in_child=lambda: _inherited.extend(_pipelines))
 
 
 @dataclass
@@ -170,5 +176,6 @@ class DaliDecoder(Decoder):
             pipeline.build()
         except RuntimeError as error:
             raise ConfigError(f"data.decoder: dali cannot use {self._device}: {str(error).splitlines()[0]}") from None
+        _pipelines.add(pipeline)
         self._pipelines[size] = pipeline
         return pipeline

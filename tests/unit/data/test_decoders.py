@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 import random
+import signal
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -240,6 +244,30 @@ class TestDali:
             data = write(scene(0, 80, 60))
             taken[form] = not isinstance(made.prepare(Encoded(data, 80, 60), (0, 0, 80, 60), 32), Ready)
         assert {form for form, there in taken.items() if there} == BY_DALI
+
+    def test_a_forked_process_frees_no_pipeline_of_its_parent(self) -> None:
+        data = FILES["JPEG"](scene(0, 60, 50))
+        gc.disable()
+        try:
+            made = DaliDecoder()
+            made.decode(["-"], [Encoded(data, 60, 50)], [(0, 0, 60, 50)], 16)
+            ring = [made]
+            ring.append(ring)
+            del made, ring  # garbage, which the child finds
+            child = os.fork()
+            if child == 0:
+                gc.collect()
+                os._exit(0)
+        finally:
+            gc.enable()
+        deadline, ended = time.monotonic() + 20, (0, 0)
+        while not ended[0] and time.monotonic() < deadline:
+            ended = os.waitpid(child, os.WNOHANG)
+            time.sleep(0.05)
+        if not ended[0]:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        assert ended == (child, 0)
 
     def test_memory_stays_flat(self) -> None:
         made, rng = DaliDecoder(), random.Random(0)
