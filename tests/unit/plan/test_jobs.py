@@ -176,6 +176,8 @@ OTHER: dict[str, Any] = {
     "data.min_matched": 0.9,
     "data.decoder": None,  # see tests/unit/seams/test_decoder.py
     "data.index_dir": "index",
+    "data.cache_dir": "cache",
+    "data.cache_size": 7,
     "data.max_bad_share": 0.5,
     "family.members.N.name": None,  # see test_names_are_no_result
     "family.members.N.preset": "vit_mini",
