@@ -133,7 +133,7 @@ def _dali(given: Given) -> Iterator[Any]:
 
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
     tokenizer = open_clip.SimpleTokenizer(context_length=CONTEXT)
-    pipeline = Pipeline(given.batch, 1, device, seed=SEED)
+    pipeline: Any = Pipeline(given.batch, 1, device, seed=SEED)
     with pipeline:
         paths = [str(path) for path in sorted(given.tars.glob("*.tar"))]
         encoded, captions = fn.readers.webdataset(paths=paths, ext=["jpg", "txt"], random_shuffle=True)
