@@ -34,6 +34,7 @@ _IN_ITEMS = ("raw", "caption", "text")
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LETTER = re.compile(r"[^\W_]")
+_BLANK = "".join(map(chr, (*range(33), 127)))
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -51,7 +52,7 @@ def unusable(caption: object) -> str:
     if _NO_TEXT.search(caption):
         return "encoding"
     if caption.isascii():
-        return "" if caption.strip() else "empty"
+        return "" if caption.strip(_BLANK) else "empty"
     # Zero-width spaces and the like are no white space to Python.
     visible = any(unicodedata.category(letter) not in ("Cc", "Cf", "Zs", "Zl", "Zp") for letter in caption)
     return "" if visible else "empty"
@@ -63,7 +64,7 @@ def sort_out(captions: Sequence[object]) -> Captions:
         # Nearly all captions are plain: judging them together takes a tenth of the time.
         joined = "".join(captions)  # type: ignore[arg-type]
         joined.encode()
-        good = str.strip if joined.isascii() else _LETTER.search
+        good = str.strip if joined.isascii() and joined.isprintable() else _LETTER.search
         if "\0" not in joined and all(map(good, captions)):  # type: ignore[arg-type]
             return Captions([*captions], [])  # type: ignore[list-item]
     found = Captions([], [])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
+import tokenize
 from array import array
 from ast import literal_eval
 from collections.abc import Iterator, Sequence
@@ -337,10 +339,13 @@ def _names_of(value: Any) -> dict[str, bool]:
 
 
 def _cell(value: Any) -> Any:
-    """A cell, or the list of texts that it holds, as JSON (Flickr30k's files) or as pandas writes it."""
+    """A cell, or the list that it holds: as JSON (Flickr30k's files), or as pandas writes lists and numpy's arrays."""
     if isinstance(value, str) and _LIST.match(value) and value.rstrip().endswith("]"):
-        for read in (json.loads, literal_eval):
-            with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-                listed = read(value)
-                return listed if all(isinstance(item, str) for item in listed) else value
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(value)
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            # Python would join the texts of an array, which have no commas between them.
+            tokens = [*tokenize.generate_tokens(io.StringIO(value.strip()).readline)]
+            if all(token.type == tokenize.STRING or token.string.strip() in ("", "[", "]", ",") for token in tokens):
+                return [literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
     return value

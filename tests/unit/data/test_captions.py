@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from compt.data.captions import parse_json, read_columns, read_json_captions, read_text, split_sentences
+from compt.data.captions import parse_json, read_columns, read_json_captions, read_text, sort_out, split_sentences
 from compt.data.index import Index, open_index
 from compt.data.samples import SampleReader
-from compt.data.table import convert_table
+from compt.data.table import _cell, convert_table
 from compt.errors import DataError
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, texts, write_tar
@@ -412,3 +412,23 @@ def test_a_compressed_table_is_refused(pack: Callable[[bytes], bytes], ending: s
     path.write_bytes(pack(b"key,caption\na,one\n"))
     with pytest.raises(DataError, match="is compressed: unpack it with"):
         convert_table(path, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cell", "texts", "lost"),
+    [
+        ("['a cat' 'a dog']", ["a cat", "a dog"], []),
+        ("['a cat'\n 'a \"dog\"']", ["a cat", 'a "dog"'], []),
+        ("""['a cat', "a dog's"]""", ["a cat", "a dog's"], []),
+        ('["a cat", null]', ["a cat"], ["not_text"]),
+        ('["a", "b"]', ["a", "b"], []),
+        ("['a' is no list]", ["['a' is no list]"], []),
+    ],
+)
+def test_a_cell_with_a_list_holds_its_texts(cell: str, texts: list[str], lost: list[str]) -> None:
+    assert read_columns({"all_captions": _cell(cell)})[0] == (texts, lost)
+
+
+@pytest.mark.parametrize("caption", ["\x07", "\x7f", " \x1b \n", "\x07\u200b"])
+def test_a_caption_of_control_characters_is_empty(caption: str) -> None:
+    assert sort_out([caption, "a"]) == (["a"], ["empty"])
