@@ -20,7 +20,7 @@ _SEVERAL: tuple[tuple[str, ...], ...] = (
     ("org_caption", "re_caption"),  # Recap-DataComp
     ("caption_0", "caption_1", "caption_2", "caption_3", "caption_4"),  # Flickr8k on Hugging Face
 )
-_SINGLE = ("caption", "text", "TEXT", "alt_text", "alt", "top_caption", "comment", "txt")
+_SINGLE = ("caption", "text", "TEXT", "alt_text", "alt", "top_caption", "comment", "txt", *_RAW)
 """img2dataset, Conceptual Captions; DataComp, LAION, Hugging Face; LAION-COCO; Flickr30k's results.csv."""
 _DREAMLIP_NAMES = {name: short for short in DREAMLIP for name in (short, f"{short}_captions", f"{short}_caption")}
 _DREAMLIP_GROUP = (*_RAW, *_DREAMLIP_NAMES)
@@ -131,11 +131,12 @@ def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tupl
     single caption such as img2dataset's `caption` does not come before a `.txt`.
     """
     if columns:
-        return sort_out(_chosen(values, columns)), True
+        return sort_out([item for name in columns for item in _group(values, (name,))]), True
     lost: list[str] = []
     present = _KNOWN.intersection(values)
     for group in _GROUPS if present else ():
-        if present.isdisjoint(group):
+        # A field `raw` alone may be anything, such as the name of a camera's file.
+        if present.isdisjoint(_DREAMLIP_NAMES if group == _DREAMLIP_GROUP else group):
             continue
         items = _group(values, group)
         found = sort_out(items)

@@ -432,3 +432,14 @@ def test_a_cell_with_a_list_holds_its_texts(cell: str, texts: list[str], lost: l
 @pytest.mark.parametrize("caption", ["\x07", "\x7f", " \x1b \n", "\x07\u200b"])
 def test_a_caption_of_control_characters_is_empty(caption: str) -> None:
     assert sort_out([caption, "a"]) == (["a"], ["empty"])
+
+
+def test_a_named_column_holds_no_less_than_a_known_one() -> None:
+    values = {"captions": {"raw": "r", "longIB": "One. Two."}}
+    assert read_columns(values, ["captions"])[0] == read_columns(values)[0] == (["r", "One.", "Two."], [])
+
+
+def test_a_raw_field_alone_is_the_last_choice() -> None:
+    assert read_columns({"raw": "IMG_1.CR2", "caption": "a dog"}) == ((["a dog"], []), False)
+    assert read_columns({"raw": "a dog"}) == ((["a dog"], []), False)
+    assert read_columns({"raw": "a dog", "shortIB": "it runs"})[0].texts == ["a dog", "it runs"]
