@@ -38,9 +38,9 @@ class Ready(Encoded):
 class DaliDecoder(Decoder):
     """Decodes the box of each JPEG and resizes it, cubic with antialiasing, in the training process.
 
-    `TorchDecoder` decodes everything else: in the workers other formats, CMYK, and JPEGs without an end, which DALI
-    would fill with grey, and the images that DALI refuses. Raises ConfigError where DALI is not installed or cannot use
-    the GPU.
+    `TorchDecoder` decodes everything else. The workers use it for other formats, for CMYK, and for JPEGs without an
+    end, which DALI would fill with grey. This process uses it for the images that DALI refuses. Raises ConfigError
+    where DALI is not installed or cannot use the GPU.
     """
 
     in_worker: ClassVar[bool] = False

@@ -11,7 +11,8 @@ from compt.errors import DataError
 if TYPE_CHECKING:  # it loads torch, which indexing does without
     from compt.data.decode import Cause
 
-CLASSNAMES = "classnames.txt"
+CLASSNAMES, TEMPLATES = "classnames.txt", "zeroshot_classification_templates.txt"
+"""Files beside the shards of an evaluation set, as clip_benchmark lays them out."""
 NONE, NO_NUMBER = -1, -2
 """What stands for a class number that is missing, and for one that is no whole number from 0."""
 

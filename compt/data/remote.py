@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.data.labels import CLASSNAMES
+from compt.data.labels import CLASSNAMES, TEMPLATES
 from compt.data.stores import NEVER, Found, MissingError, again, failed_attempt, objects
 from compt.errors import ComptError, DataError
 from compt.files import write_bytes
@@ -41,8 +41,6 @@ DOWNLOADS = 4
 """Shards that a process downloads at a time."""
 ROOM_SECONDS = 600.0
 """Seconds to wait for room in the cache that other processes hold."""
-BESIDE = (CLASSNAMES, "zeroshot_classification_templates.txt")
-"""Files beside the shards of an evaluation set."""
 _ANSWER = struct.Struct("<?Q")
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -308,7 +306,7 @@ def places_beside(shard: Shard) -> tuple[Path, ...]:
     if not isinstance(shard, RemoteShard):
         return shard.parent, shard.parent.parent
     above = PurePosixPath(shard.key).parent
-    for name in BESIDE:
+    for name in (CLASSNAMES, TEMPLATES):
         data = next(filter(None, (_whole(shard, str(folder / name)) for folder in (above, above.parent))), b"")
         if data:
             write_bytes(shard.parent / name, data)

@@ -157,7 +157,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
         raise DataError(f"table of captions {path} is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
     folder = parent / f"captions-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
     identity = {
-        "version": 2,
+        "version": 3,  # raised when rows are read by other rules: stored tables are then converted again
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
         "columns": [*columns],

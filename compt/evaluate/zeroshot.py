@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from compt.data.account import CAUSES, Account
 from compt.data.batch import EvalBatch
-from compt.data.labels import CLASSNAMES, beside, read_classnames, read_lines
+from compt.data.labels import CLASSNAMES, TEMPLATES, beside, read_classnames, read_lines
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
@@ -191,7 +191,6 @@ def zero_shot(
     return ZeroShotResult(name, ids, classes, labels, predictions, ranks, skipped=skipped, examples=examples)
 
 
-TEMPLATES = "zeroshot_classification_templates.txt"
 DEFAULT_TEMPLATES = ("a photo of {c}",)
 """For a set without templates; like all templates they enter the set's pins."""
 
