@@ -28,6 +28,7 @@ from compt.files import disk_errors, write_bytes
 from compt.models.states import check_shapes
 from compt.weights.deepspeed import LATEST, MOMENTS, ZeroState, read_zero, read_zero_state
 from compt.weights.lazy import Weights
+from compt.weights.pickles import load_torch_file
 from compt.weights.safetensors import TensorFile, write_tensors
 
 NOTE = "compt"
@@ -39,7 +40,7 @@ _UPDATES = "updates"
 
 
 class ZeroWriter:
-    """Writes files for DeepSpeed: flushes each, and keeps an error until all ranks can learn of it."""
+    """Writes and reads files for DeepSpeed: flushes each, and keeps an error until all ranks can learn of it."""
 
     def __init__(self) -> None:
         self.files: list[Path] = []
@@ -68,6 +69,10 @@ class ZeroWriter:
         except RuntimeError as error:  # torch raises it when the disk is full
             self.error = RunError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Read a file without running anything in it, whoever makes DeepSpeed read one."""
+        return load_torch_file(Path(path))
+
 
 def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[str, Any], folder: Path) -> list[Path]:
     """Write DeepSpeed's files, `note` in them and the average beside them; returns this rank's files.
@@ -77,7 +82,7 @@ def save_zero(engine: Any, parts: Parts, average: Average | None, note: Mapping[
     writer = ZeroWriter()
     module = importlib.import_module("deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine")
     engine.checkpoint_engine = module.TorchCheckpointEngine()
-    vars(engine.checkpoint_engine).update(makedirs=writer.makedirs, save=writer.save)
+    vars(engine.checkpoint_engine).update(makedirs=writer.makedirs, save=writer.save, load=writer.load)
     # DeepSpeed would copy a script that merges the files. A checkpoint needs no program.
     engine._copy_recovery_script = lambda path: None
     engine.save_checkpoint(str(folder), tag=_TAG, client_state={NOTE: dict(note)}, save_latest=False)
