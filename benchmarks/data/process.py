@@ -23,9 +23,9 @@ def _tree() -> list[psutil.Process]:
     return [own, *own.children(recursive=True)]
 
 
-def cpu_seconds() -> float:
-    """CPU time of this process and its children so far. A child counts until it ends."""
-    times = [process.cpu_times() for process in _tree()]
+def cpu_seconds(*, own: bool = True) -> float:
+    """CPU time of this process, unless not `own`, and its children so far. A child counts until it ends."""
+    times = [process.cpu_times() for process in _tree()[0 if own else 1 :]]
     return float(sum(each.user + each.system for each in times))
 
 

@@ -26,7 +26,7 @@ from compt.recipe.schema import DECODERS
 from tests.helpers.optional import optional
 from tests.helpers.recipe import FIRST, chain, equal, lines, make_data, stopped_at, weights
 from tests.helpers.shards import make_shards, write_tar
-from tests.unit.data.test_loaders import assert_same, faulty, load
+from tests.unit.data.test_loaders import assert_same, batches_of, faulty, load
 
 ONE_LINK = ("chain.links=[{model: small, train: {steps: 4}, warmup: {steps: 1}}]", "baselines=", "evaluation=")
 
@@ -124,8 +124,7 @@ def test_torch_takes_pillows_way_where_it_is_faster(times: int) -> None:
     assert np.array_equal(pillow, ours)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(("workers", "cache"), [(0, False), (0, True), (2, False), (2, True), (8, False)])
 def test_samples_crops_and_captions_are_the_same(index: Index, decoder: str, workers: int, cache: bool) -> None:
     pillow = load(index)
     ours = load(index, decoder=decoder, workers=workers, cache=cache)
@@ -200,6 +199,17 @@ def jpegs(folder: Path, **changed: bytes) -> Index:
                    for kind, blob in (("jpg", data), ("txt", b"a caption"))]  # fmt: skip
         write_tar(folder / f"{shard}.tar", members)
     return open_index("*.tar", folder)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("workers", [0, 2])
+def test_memory_stays_flat_over_5000_batches(tmp_path: Path, decoder: str, workers: int) -> None:
+    own, marks = psutil.Process(), []
+    for number, _ in enumerate(batches_of(jpegs(tmp_path), decoder=decoder, workers=workers, total_steps=5100)):
+        if number % 1000 == 0:
+            marks.append(sum(process.memory_full_info().uss for process in (own, *own.children(recursive=True))))
+    assert len(marks) == 6
+    assert marks[-1] - marks[1] < 10e6
 
 
 def test_libjpegs_own_messages_reach_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def index(tmp_path: Path) -> Index:
     return open_index("*.tar", tmp_path)
 
 
-def load(index: Index, **other) -> list[Batch]:
+def batches_of(index: Index, **other) -> Iterator[Batch]:
     settings = {
         "seed": 5,
         "batch": BATCH,
@@ -55,7 +56,11 @@ def load(index: Index, **other) -> list[Batch]:
         "crop_scale": (0.5, 1.0),
         "tokenizer": TOKENIZER,
     }
-    return list(train_loader(index, **(settings | other)))
+    return iter(train_loader(index, **(settings | other)))
+
+
+def load(index: Index, **other) -> list[Batch]:
+    return list(batches_of(index, **other))
 
 
 def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
