@@ -6,18 +6,13 @@ RANK, which torchrun, deepspeed and accelerate set, counts before the variables 
 from __future__ import annotations
 
 import ipaddress
-import itertools
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from compt.errors import ConfigError
 
 Environment = Mapping[str, str]
-
-_MOST_NODES, _LONGEST = 100_000, 1_000_000
-"""The largest machines have about 10,000 nodes."""
 
 FIRST_PORT, PORTS = 10_000, 20_000
 """Below the ports that systems hand out (32768 and above), and above those of services."""
@@ -61,45 +56,12 @@ class Place:
         }
 
 
-def expand_nodes(text: str) -> list[str]:
-    """Expand a Slurm node list in its order: "a[01-03,7],b9-[1-2]x" -> a01 a02 a03 a7 b9-1x b9-2x.
-
-    Raises ConfigError for text that is not a node list.
-    """
-    names: list[str] = []
-    if len(text) > _LONGEST:
-        raise ConfigError(f"a list of Slurm nodes has {len(text):,} characters, more than {_LONGEST:,}")
-    for entry in re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", text):
-        parts = re.split(r"\[([^\[\]]*)\]", entry)
-        choices = [list(_numbers(part, text)) if at % 2 else [part] for at, part in enumerate(parts)]
-        if math.prod(map(len, choices)) + len(names) > _MOST_NODES:
-            raise ConfigError(f"'{text}' names more than {_MOST_NODES:,} Slurm nodes")
-        names += ["".join(choice) for choice in itertools.product(*choices)]
-    # findall() skips an unmatched bracket or an extra comma, so check the whole text.
-    if not names or not re.fullmatch(r"(?:[^,\[\]]|\[[^\[\]]*\])+(?:,(?:[^,\[\]]|\[[^\[\]]*\])+)*", text):
+def first_node(text: str) -> str:
+    """Return the first name in a Slurm node list: "a[01-03,7],b9-[1-2]x" -> a01. Raises ConfigError for other text."""
+    name = r"(?:[^,\[\]]|\[\d+(?:[-,]\d+)*\])+"
+    if not re.fullmatch(f"{name}(?:,{name})*", text):
         raise ConfigError(f"'{text}' is not a list of Slurm nodes such as gpu[01-04,7]")
-    return names
-
-
-def _numbers(ranges: str, text: str) -> Iterator[str]:
-    for part in ranges.split(","):
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if not match or int(match[2] or match[1]) < int(match[1]):
-            raise ConfigError(f"'{text}' is not a list of Slurm nodes: '{part}' is not a range")
-        if int(match[2] or match[1]) - int(match[1]) >= _MOST_NODES:
-            raise ConfigError(f"'{text}' names more than {_MOST_NODES:,} Slurm nodes")
-        yield from (str(number).zfill(len(match[1])) for number in range(int(match[1]), int(match[2] or match[1]) + 1))
-
-
-def expand_counts(text: str) -> list[int]:
-    """Expand Slurm's tasks per node: "2(x3),1" -> [2, 2, 2, 1]. Raises ConfigError."""
-    counts: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if not match:
-            raise ConfigError(f"'{text}' is not a list of Slurm's tasks per node such as 8(x2),4")
-        counts += [int(match[1])] * int(match[2] or 1)
-    return counts
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", text).partition(",")[0]
 
 
 def find_place(environment: Environment) -> Place | None:
@@ -159,23 +121,13 @@ def _from_slurm(environment: Environment) -> Place | None:
         listed is not None, f"srun started {world} tasks, but neither SLURM_STEP_NODELIST nor SLURM_JOB_NODELIST is set"
     )
     assert listed is not None
-    nodes = expand_nodes(environment[listed])
-    shown = f"{listed}={environment[listed]}"
-    _check(len(set(nodes)) == len(nodes), f"{shown} names a node twice")
-    _check(node < len(nodes), f"SLURM_NODEID={node} is not among the {len(nodes)} nodes of {shown}")
-    if "SLURM_STEP_TASKS_PER_NODE" in environment:
-        counts = expand_counts(environment["SLURM_STEP_TASKS_PER_NODE"])
-        text = f"SLURM_STEP_TASKS_PER_NODE={environment['SLURM_STEP_TASKS_PER_NODE']}"
-        _check(len(counts) == len(nodes), f"{text} is for {len(counts)} nodes, {shown} has {len(nodes)}")
-        _check(sum(counts) == world, f"{text} makes {sum(counts)} tasks, SLURM_STEP_NUM_TASKS={world}")
-        _check(local < counts[node], f"SLURM_LOCALID={local}: node {node} has {counts[node]} tasks by {text}")
     if "MASTER_ADDR" not in environment:
         _check(
             rank > 0 or node == 0,
-            f"rank 0 runs on node {node} of {shown}, but the others look for it on the first: set MASTER_ADDR, or "
-            "remove --distribution=arbitrary",
+            f"rank 0 runs on node {node} of {listed}={environment[listed]}, but the others look for it on the first: set "
+            "MASTER_ADDR, or remove --distribution=arbitrary",
         )
-    master = _host(environment["MASTER_ADDR"]) if "MASTER_ADDR" in environment else nodes[0]
+    master = _host(environment["MASTER_ADDR"]) if "MASTER_ADDR" in environment else first_node(environment[listed])
     return Place(rank, world, local, master, _slurm_port(environment), by_slurm=True)
 
 
