@@ -7,8 +7,8 @@ from typing import Any
 
 from benchmarks.common import Result, main, percent
 from benchmarks.paper.counting import Case, kept, most_alive
-from compt.cost.activations import Formats, Shape, image_tower, task_loss_working, text_tower
-from compt.cost.memory import Memory, memory_per_gpu
+from compt.cost.activations import Shape, image_tower, task_loss_working, text_tower
+from compt.cost.memory import PRECISION_BYTES, Memory, memory_per_gpu
 from compt.models.presets import PRESETS, resolve
 from compt.text import TextTable
 
@@ -75,10 +75,10 @@ def kept_records() -> list[dict[str, Any]]:
     """Towers and losses on a simulated GPU."""
     records = []
     for case in KEPT:
-        counted, formats = kept(case, "cuda"), Formats.of(case.precision, autocast=True)
+        counted, compute = kept(case, "cuda"), PRECISION_BYTES[case.precision]
         shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk)
-        text = text_tower(case.student, case.tokens).kept(formats, case.recompute)
-        image = image_tower(case.student, formats).kept(formats, case.recompute)
+        text = text_tower(case.student, case.tokens).kept(compute, case.recompute)
+        image = image_tower(case.student, compute).kept(compute, case.recompute)
         losses = predicted(case).loss - task_loss_working(shape)
         records += [
             _compared(case, "image tower", case.rows * image, counted.image),

@@ -1,7 +1,9 @@
 """Bytes that a training step keeps for its backward pass, tensor by tensor, from shapes alone.
 
 The formulas follow the forward passes of `compt.models` and `compt.train` on a GPU with fused attention (flash
-attention in half precision, the memory-efficient kernel in fp32); timm's windows keep their scores.
+attention in half precision, the memory-efficient kernel in fp32); timm's windows keep their scores. Parameters are in
+fp32. Under autocast, `compute` is the bytes of a number in matrix products; norms, softmax and the residual stream
+where it begins (text, and Swin's first stage) stay in fp32.
 """
 
 from __future__ import annotations
@@ -21,34 +23,13 @@ _STATISTICS = 2 * FP32
 
 
 @dataclass(frozen=True)
-class Formats:
-    """Bytes of a number, by what it is.
-
-    `compute`: inputs of matrix products. `norm`: the input that a norm keeps. `stream`: the residual stream where it
-    begins in fp32 (text, and Swin's first stage). `scores`: all that is kept of a softmax's output.
-    """
-
-    compute: int
-    norm: int
-    stream: int
-    scores: int
-
-    @classmethod
-    def of(cls, precision: str, autocast: bool) -> Formats:
-        """`autocast`: parameters in fp32, norms and softmax too (what `ddp` does); else all is of the one type."""
-        if precision == "fp32":
-            return cls(FP32, FP32, FP32, FP32)
-        return cls(2, FP32, FP32, FP32 + 2) if autocast else cls(2, 2, 2, 2)
-
-
-@dataclass(frozen=True)
 class BlockShape:
     """One transformer block on an image or a caption of `positions` tokens.
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `padding`: positions that fill
     up its windows. `masked`: its windows are shifted. `readout`: one position alone is computed, from the keys and
-    values of all; `causal`: with a mask. `wide_stream`: the block's input is of the stream's type, else of the compute
-    type. `quick_gelu`: its activation is no single kernel, and keeps the sigmoid too.
+    values of all; `causal`: with a mask. `wide_stream`: the block's input is in fp32, else of the compute type.
+    `quick_gelu`: its activation is no single kernel, and keeps the sigmoid too.
     """
 
     width: int
@@ -78,30 +59,33 @@ class BlockShape:
         """All parameters."""
         return self.matrices + 9 * self.width + self.hidden + self.table
 
-    def kept(self, formats: Formats) -> float:
+    def kept(self, compute: int) -> float:
         """Bytes that the block keeps for its backward pass."""
-        c, width = formats.compute, self.width
-        norm = formats.norm * width + _STATISTICS
+        width = self.width
+        norm = FP32 * width + _STATISTICS
         inner = (3 if self.quick_gelu else 2) * self.hidden  # before and after the activation
-        mlp = norm + c * (width + inner)  # the second norm's output among them
-        attention = formats.scores * self.heads * self.keys if self.keys else FP32 * self.heads
+        mlp = norm + compute * (width + inner)  # the second norm's output among them
+        scores = FP32 if compute == FP32 else FP32 + compute  # all that is kept of a softmax's output
+        attention = scores * self.heads * self.keys if self.keys else FP32 * self.heads
         if not self.readout:
             attended = self.positions + self.padding
-            return self.positions * (norm + mlp) + attended * (c * 5 * width + attention)  # normed, q, k, v, mixed
-        read = c * 3 * width + attention + mlp + 3 * _INDEX  # normed, q, mixed
-        return self.positions * (norm + c * 3 * width + c * self.causal) + read
+            return self.positions * (norm + mlp) + attended * (
+                compute * 5 * width + attention
+            )  # normed, q, k, v, mixed
+        read = compute * 3 * width + attention + mlp + 3 * _INDEX  # normed, q, mixed
+        return self.positions * (norm + compute * 3 * width + compute * self.causal) + read
 
-    def entered(self, formats: Formats) -> float:
+    def entered(self, compute: int) -> float:
         """Bytes of the block's input: all that is kept where the block is computed again in backward."""
-        return self.positions * self.width * (formats.stream if self.wide_stream else formats.compute)
+        return self.positions * self.width * (FP32 if self.wide_stream else compute)
 
-    def working(self, formats: Formats) -> float:
+    def working(self, compute: int) -> float:
         """Most that the backward pass adds: a gradient as wide as the hidden layer, and that of the block's output.
 
         (The gradient before the activation function comes when what was kept behind it is gone.)
         """
-        hidden = formats.compute * self.hidden * (1 if self.readout else self.positions)
-        return hidden + self.entered(formats) * (1 / self.positions if self.readout else 1)
+        hidden = compute * self.hidden * (1 if self.readout else self.positions)
+        return hidden + self.entered(compute) * (1 / self.positions if self.readout else 1)
 
     def mask_bytes(self, number: int) -> int:
         """Buffers of the block: the mask of shifted windows in numbers of `number` bytes, and the table's index."""
@@ -123,11 +107,11 @@ class Tower:
     matrices: int
     tensors: int
 
-    def kept(self, formats: Formats, recompute: bool) -> float:
+    def kept(self, compute: int, recompute: bool) -> float:
         """Bytes kept for one image or caption; with `recompute` only the inputs of blocks."""
-        outside = formats.compute * self.products
-        outside += sum(positions * (formats.norm * width + _STATISTICS) for positions, width in self.norms)
-        return outside + sum(block.entered(formats) if recompute else block.kept(formats) for block in self.blocks)
+        outside = compute * self.products
+        outside += sum(positions * (FP32 * width + _STATISTICS) for positions, width in self.norms)
+        return outside + sum(block.entered(compute) if recompute else block.kept(compute) for block in self.blocks)
 
     def copied(self) -> int:
         """Weights of which autocast keeps a copy."""
@@ -174,10 +158,10 @@ def _swin(spec: ModelSpec, images_kept: bool) -> Tower:
     )
 
 
-def image_tower(spec: ModelSpec, formats: Formats) -> Tower:
+def image_tower(spec: ModelSpec, compute: int = FP32) -> Tower:
     """The image tower on one image."""
     # An image in fp32 is the input itself; in half precision the first convolution keeps a copy.
-    return _swin(spec, formats.compute != FP32) if spec.arch == "swin" else _vit(spec)
+    return _swin(spec, compute != FP32) if spec.arch == "swin" else _vit(spec)
 
 
 def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
@@ -195,25 +179,25 @@ def text_tower(spec: ModelSpec, tokens: Tokens = None) -> Tower:
     )
 
 
-def towers(spec: ModelSpec, formats: Formats, captions: int, tokens: Tokens = None) -> Iterator[tuple[int, Tower]]:
+def towers(spec: ModelSpec, compute: int, captions: int, tokens: Tokens = None) -> Iterator[tuple[int, Tower]]:
     """How often each tower runs for one image with its captions, and the tower."""
-    yield 1, image_tower(spec, formats)
+    yield 1, image_tower(spec, compute)
     yield captions, text_tower(spec, tokens)
 
 
 def kept_by_towers(
-    spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None, recompute: bool = False
+    spec: ModelSpec, compute: int, *, captions: int, tokens: Tokens = None, recompute: bool = False
 ) -> float:
     """Bytes for one image with its captions, and with `recompute` those of the one block that is computed again."""
-    parts = list(towers(spec, formats, captions, tokens))
-    kept = sum(times * tower.kept(formats, recompute) for times, tower in parts)
-    again = max(times * block.kept(formats) for times, tower in parts for block in tower.blocks)
+    parts = list(towers(spec, compute, captions, tokens))
+    kept = sum(times * tower.kept(compute, recompute) for times, tower in parts)
+    again = max(times * block.kept(compute) for times, tower in parts for block in tower.blocks)
     return kept + (again if recompute else 0.0)
 
 
 def backward_bytes(
     spec: ModelSpec,
-    formats: Formats,
+    compute: int,
     *,
     rows: int,
     captions: int,
@@ -229,22 +213,22 @@ def backward_bytes(
     in its place: `gradient` bytes for each of its parameters, 0 where the memory of all gradients is there from the
     start. `loss`: what the loss holds while all is still kept. `copied`: bytes of a number in autocast's copies.
     """
-    order = [(rows * times, tower) for times, tower in towers(spec, formats, captions, tokens)]
-    alive = sum(times * tower.kept(formats, recompute) + copied * tower.copied() for times, tower in order)
+    order = [(rows * times, tower) for times, tower in towers(spec, compute, captions, tokens)]
+    alive = sum(times * tower.kept(compute, recompute) + copied * tower.copied() for times, tower in order)
     most = alive + loss
     for times, tower in order:
         for block in reversed(tower.blocks):
-            again = times * block.kept(formats) if recompute else 0.0
-            most = max(most, alive + again + times * block.working(formats))
-            alive -= times * (block.entered(formats) if recompute else block.kept(formats))
+            again = times * block.kept(compute) if recompute else 0.0
+            most = max(most, alive + again + times * block.working(compute))
+            alive -= times * (block.entered(compute) if recompute else block.kept(compute))
             alive += gradient * block.parameters - copied * block.matrices
     return most
 
 
-def working_of_towers(spec: ModelSpec, formats: Formats, *, captions: int, tokens: Tokens = None) -> float:
+def working_of_towers(spec: ModelSpec, compute: int, *, captions: int, tokens: Tokens = None) -> float:
     """Bytes for one image with its captions of the largest gradients between two layers."""
-    parts = towers(spec, formats, captions, tokens)
-    return max(times * block.working(formats) for times, tower in parts for block in tower.blocks)
+    parts = towers(spec, compute, captions, tokens)
+    return max(times * block.working(compute) for times, tower in parts for block in tower.blocks)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, replace
 from compt.cost.activations import (
     FP32,
     BlockShape,
-    Formats,
     Shape,
     backward_bytes,
     distillation_bytes,
@@ -104,14 +103,13 @@ class _Sizes:
 
 
 def _blocks(spec: ModelSpec) -> list[BlockShape]:
-    formats = Formats.of("fp32", autocast=False)
-    return [*image_tower(spec, formats).blocks, *text_tower(spec).blocks]
+    return [*image_tower(spec).blocks, *text_tower(spec).blocks]
 
 
 def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
     projectors = projector(spec, teacher, 1).parameters if teacher else 0
     matrices = 2 * spec.embed_dim * teacher.embed_dim if teacher and projectors else 0
-    towers = [image_tower(spec, Formats.of("fp32", autocast=False)), text_tower(spec)]
+    towers = [image_tower(spec), text_tower(spec)]
     whole = parameters(spec) + projectors
     blocks = [block.parameters for block in _blocks(spec)]
     copied = sum(tower.copied() for tower in towers) + matrices
@@ -282,13 +280,13 @@ def memory_per_gpu(
     rows = math.ceil(batch / world_size)
     piece = min(micro_batch or rows, rows)
     step = _Step(spec, teacher, kind, world_size, rows, piece, captions, tokens, precision, n)
-    compute, formats, sizes = step.compute, step.formats, step.sizes
+    compute, sizes = step.compute, step.sizes
     weights = _weights(kind, sizes, n) + _gathered(kind, sizes, n, compute, reshard)
     if ema:
         # Of what the optimizer steps on a rank.
         weights += FP32 * (_share(kind, sizes, n) if "optimizer" in kind.shards else sizes.all) + _COUNT
-    working = step.last_gradient + step.piece * working_of_towers(spec, formats, captions=captions, tokens=tokens)
-    kept = kept_by_towers(spec, formats, captions=captions, tokens=tokens, recompute=recompute)
+    working = step.last_gradient + step.piece * working_of_towers(spec, compute, captions=captions, tokens=tokens)
+    kept = kept_by_towers(spec, compute, captions=captions, tokens=tokens, recompute=recompute)
     parts = Memory(
         weights=weights,
         gradients=_gradients(kind, sizes, n, step.several),
@@ -321,10 +319,6 @@ class _Step:
     @property
     def compute(self) -> int:
         return PRECISION_BYTES[self.precision]
-
-    @property
-    def formats(self) -> Formats:
-        return Formats.of(self.precision, autocast=True)
 
     @property
     def sizes(self) -> _Sizes:
@@ -385,7 +379,7 @@ class _Step:
         kept, working = self.loss(chunk)
         backward = backward_bytes(
             self.spec,
-            self.formats,
+            self.compute,
             rows=self.piece,
             captions=self.captions,
             tokens=self.tokens,

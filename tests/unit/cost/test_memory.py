@@ -22,9 +22,10 @@ from benchmarks.paper.counting import (
     static_tensors,
     step,
 )
-from compt.cost.activations import Formats, Shape, image_tower, task_loss_working, text_tower
+from compt.cost.activations import Shape, image_tower, task_loss_working, text_tower
 from compt.cost.memory import (
     ENGINES,
+    PRECISION_BYTES,
     ZERO_BUCKET,
     ZERO_PERSISTENT,
     Memory,
@@ -170,10 +171,10 @@ def name_of(case: Case) -> str:
 
 def check_kept(case: Case, device: str, rel: float) -> None:
     counted = kept(case, device)  # type: ignore[arg-type]
-    formats, memory = Formats.of(case.precision, autocast=True), of(case)
+    compute, memory = PRECISION_BYTES[case.precision], of(case)
     mean = (case.tokens + (case.short or case.tokens)) / 2
-    image = case.rows * image_tower(case.student, formats).kept(formats, case.recompute)
-    text = case.rows * case.captions * text_tower(case.student, mean).kept(formats, case.recompute)
+    image = case.rows * image_tower(case.student, compute).kept(compute, case.recompute)
+    text = case.rows * case.captions * text_tower(case.student, mean).kept(compute, case.recompute)
     pairwise = LOSS_TRAITS[case.student.loss].pairwise
     shape = Shape(case.rows, case.world_size, case.captions, case.student.embed_dim, case.chunk, pairwise)
 
