@@ -67,10 +67,18 @@ class _Lock:
             try:
                 self._lock.acquire(timeout=seconds)
             except Timeout:
-                if not isinstance(self._lock, SoftFileLock) or self._age() < (STALE if self._holder() else EMPTY):
+                if not isinstance(self._lock, SoftFileLock) or not self._stale():
                     raise
-                self._path.unlink(missing_ok=True)
+                # One process at a time, which looks again: another one may have taken the stale lock since.
+                with SoftFileLock(self._path.with_name(f".{self._path.name}.stale"), timeout=0):
+                    if self._stale():
+                        self._path.unlink(missing_ok=True)
                 self._lock.acquire(timeout=0)
+
+    def _stale(self) -> bool:
+        with contextlib.suppress(FileNotFoundError):  # the holder has just removed it
+            return self._age() >= (STALE if self._holder() else EMPTY)
+        return False
 
     def _age(self) -> float:
         """Seconds since the file was touched, by the clock of its file system: machines' clocks differ."""

@@ -875,6 +875,28 @@ def test_without_flock_a_lock_does_not_outlive_its_machine(
         pass
 
 
+def test_a_stale_lock_is_taken_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    lock, age = tmp_path / "lock", chain_locks._Lock._age
+
+    def overtaken(self: Any) -> float:
+        """Another process takes the lock just after this one has found it stale."""
+        found = age(self)
+        if lock.read_text().startswith("4242"):
+            lock.write_text("5353\nanother-host\n")
+        return found
+
+    monkeypatch.setattr(chain_locks._Lock, "_age", overtaken)
+    lock.write_text("4242\nanother-host\n")
+    os.utime(lock, (time.time() - 301, time.time() - 301))
+    with pytest.raises(RunError, match="pid 5353 on another-host holds"), locked(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
 def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
     with pytest.raises(KeyError), locked(tmp_path):
         raise KeyError
