@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import pickle
 import re
 import warnings
@@ -25,7 +26,8 @@ from torch.distributed.checkpoint import filesystem, metadata
 
 from compt.errors import ArtefactError, ComptError
 
-_DEEPEST = 20
+_DEEPEST, _MOST = 20, 10_000_000
+"""Levels of dicts in dicts that are searched for tensors, and entries: those of a dict that two hold count twice."""
 _INERT_PACKAGES = ("deepspeed.",)
 _INERT_NAMES = (
     "argparse.Namespace",
@@ -90,6 +92,8 @@ def load_torch_file(path: Path) -> Any:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error
     except ComptError:  # a signal
         raise
+    except _Refused as error:
+        raise ArtefactError(f"{path}: refused: {error}") from error
     except Exception as error:  # a torn or forged file raises whatever its bytes lead to
         name = _asked_for(error)
         if name:
@@ -99,30 +103,86 @@ def load_torch_file(path: Path) -> Any:
         raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_reason(error)})") from error
 
 
+class _Refused(Exception):
+    """What no file needs, and could run code or take memory or time without end."""
+
+
+class _Memo(dict[int, Any]):
+    """What a pickle refers to again, by number.
+
+    Refuses tuples that hold one another so often that to hash one, as the key of a dict, would not end: 40 tuples, each
+    of which holds the one before twice, are 100 bytes and 2**40 steps.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Each tuple is kept, so that no other one gets its id.
+        self._sizes: dict[int, tuple[Any, int]] = {}
+        self._most = 1_000_000
+
+    def __setitem__(self, place: int, value: Any) -> None:
+        if type(value) in _HASHED:
+            self._size(value)
+        super().__setitem__(place, value)
+
+    def _size(self, value: Any) -> int:
+        """Values in `value`, those of a tuple inside as often as it is held."""
+        if id(value) not in self._sizes:
+            parts = value if type(value) is tuple else vars(value).values()
+            size = sum(self._size(part) if type(part) in _HASHED else 1 for part in parts)
+            self._most += len(parts)  # what is held once is no more than the file
+            if size > self._most:
+                raise _Refused("it holds tuples that hold one another too often")
+            self._sizes[id(value)] = value, size
+        return self._sizes[id(value)][1]
+
+
+_HASHED = (tuple, metadata.MetadataIndex)
+"""Types whose hash is that of what they hold."""
+_TORCHS = torch._weights_only_unpickler.Unpickler
+
+
+class _TorchUnpickler(_TORCHS):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.memo = _Memo()
+
+
 @contextlib.contextmanager
 def _without_costly() -> Iterator[None]:
-    """Take from torch's unpickler what fills memory of any size at the word of a few bytes, and no weights need."""
+    """Take from torch's unpickler what fills memory or time of any size at the word of a few bytes.
+
+    No weights need it.
+    """
     allowed = torch._weights_only_unpickler._get_allowed_globals()
     taken = {name: allowed.pop(name) for name in _COSTLY if name in allowed}
+    torch._weights_only_unpickler.Unpickler = _TorchUnpickler  # type: ignore[misc]
     try:
         yield
     finally:
+        torch._weights_only_unpickler.Unpickler = _TORCHS  # type: ignore[misc]
         allowed.update(taken)
 
 
-def tensors_in(values: Any, prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(
+    values: Any, prefix: str = "", depth: int = 0, seen: Iterator[int] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in nested dicts, under its keys joined by dots.
 
-    Lists and keys that are no strings are skipped: optimizers keep their tensors there. Raises ArtefactError for a
-    tensor that is not plain (sparse, quantized, a subclass, larger than its file), and for dicts nested too deep.
+    Lists and keys that are no strings are skipped: optimizers keep their tensors there. `seen` counts entries. Raises
+    ArtefactError for a tensor that is not plain (sparse, quantized, a subclass, larger than its file), and for dicts
+    nested too deep or holding one another too often.
     """
+    seen = seen or itertools.count()
     if depth > _DEEPEST:
         raise ArtefactError(f"{prefix}: dicts in dicts, {_DEEPEST} deep")
     for key, value in values.items() if isinstance(values, Mapping) else ():
+        if next(seen) > _MOST:
+            raise ArtefactError(f"{prefix}: dicts that hold one another too often")
         if not isinstance(key, str):
             continue
         if isinstance(value, Mapping):
-            yield from tensors_in(value, f"{prefix}{key}.", depth + 1)
+            yield from tensors_in(value, f"{prefix}{key}.", depth + 1, seen)
         elif isinstance(value, Tensor):
             plain = type(value) in (Tensor, torch.nn.Parameter) and value.layout == torch.strided
             if not plain or value.is_quantized or value.is_meta:
@@ -151,15 +211,11 @@ def load_dcp_metadata(path: Path) -> metadata.Metadata:
     return found
 
 
-class _Refused(pickle.UnpicklingError):
-    pass
-
-
 _MAY_BUILD = {Inert, *(thing for thing in _METADATA_NAMES.values() if dataclasses.is_dataclass(thing))}
 """Types whose objects may get a state. On a class or a member of an enum, BUILD would change torch itself."""
 _NEVER = {
     *(pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER, pickle.EXT1, pickle.EXT2, pickle.EXT4),
-    *(pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BINPERSID),
+    *(pickle.INST, pickle.OBJ, pickle.PERSID, pickle.BINPERSID, pickle.FROZENSET),
 }
 
 
@@ -169,11 +225,19 @@ class _MetadataUnpickler(pickle._Unpickler):
         code: read for code, read in pickle._Unpickler.dispatch.items() if bytes((code,)) not in _NEVER
     }
 
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.memo = _Memo()
+
     def load_build(self) -> None:
         stack: list[Any] = self.stack  # type: ignore[attr-defined]
-        if type(stack[-2]) not in _MAY_BUILD:
+        built = stack[-2]
+        if type(built) not in _MAY_BUILD:
             raise _Refused("it changes a class or another object that it does not make")
         super().load_build()  # type: ignore[misc]
+        # Indexes that are filled after they were put into one another could hold one another as tuples do.
+        if type(built) in _HASHED and any(type(part) in _HASHED for part in vars(built).values()):
+            raise _Refused("it holds indexes in indexes")
 
     dispatch[pickle.BUILD[0]] = load_build
 

@@ -375,6 +375,75 @@ def test_refused_pickles_of_every_kind_cost_nothing_and_change_nothing(tmp_path,
     assert torch._weights_only_unpickler._get_allowed_globals() == allowed
 
 
+def nested(depth: int) -> bytes:
+    """The instructions for a pair that holds one pair twice, and so on, `depth` deep."""
+    return b"K\0K\0\x86q\0" + b"".join(b"h%c\x86q%c" % (at, at + 1) for at in range(depth))
+
+
+NESTED = {
+    "key": b"}(" + nested(60) + b"K\1u",
+    "item": b"}" + nested(60) + b"K\1s",
+    "argument": b"ccollections\nOrderedDict\n](" + nested(60) + b"K\1\x86e\x85R",
+    "storage": b"(X\7\0\0\0storagectorch\nFloatStorage\n" + nested(60) + b"X\3\0\0\0cpuK\4tQ",
+}
+INDEX = b"ctorch.distributed.checkpoint.metadata\nMetadataIndex\n"
+FQN = b"X\3\0\0\0fqn"
+
+
+@pytest.mark.parametrize("form", ["archive", "plain", "metadata"])
+@pytest.mark.parametrize("name", NESTED)
+def test_a_key_that_would_take_for_ever_to_hash_is_refused(tmp_path, name, form):
+    path = tmp_path / "model.pt"
+    if form == "archive":
+        archive_of(path, NESTED[name])
+    elif form == "plain":
+        # torch's older files begin with three other pickles.
+        start = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}."
+        path.write_bytes(start + b"\x80\x02" + NESTED[name] + b".")
+    else:
+        path.write_bytes(b"\x80\x02" + NESTED[name] + b".")
+    with pytest.raises(ArtefactError, match=r"model\.pt: refused: it (holds tuples|asks for torch.FloatStorage)"):
+        (load_dcp_metadata if form == "metadata" else load_torch_file)(path)
+    assert torch._weights_only_unpickler.Unpickler.__module__ == "torch._weights_only_unpickler"
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_indexes_in_indexes_are_refused(tmp_path, filled):
+    """The keys of a `.metadata`, made by a call, or filled after they were put into one another."""
+    if filled:
+        made = b"".join(INDEX + b")\x81q%c0" % at for at in range(61))
+        filling = b"".join(b"h%c}(" % (at + 1) + FQN + b"h%c" % at + b"ub0" for at in reversed(range(60)))
+        whole = b"}" + made + filling + b"h<K\1s"
+    else:
+        made = [INDEX + b"K\0\x85Rq\0"]
+        made += [INDEX + b"h%cNh%c\x87Rq%c" % (at, at, at + 1) for at in range(60)]
+        whole = b"}" + b"0".join(made) + b"K\1s"
+    (tmp_path / ".metadata").write_bytes(b"\x80\x02" + whole + b".")
+    with pytest.raises(ArtefactError, match="refused: it holds (indexes in indexes|tuples that hold one another)"):
+        load_dcp_metadata(tmp_path / ".metadata")
+
+
+def test_large_and_shared_tuples_are_read(tmp_path):
+    import random
+
+    betas = (0.9, 0.999)
+    pairs = tuple((number, betas) for number in range(20_000))
+    values = {"state": random.Random(0).getstate(), "pairs": pairs, "flat": tuple(range(50_000)), betas: 1}
+    for zipped in (True, False):
+        torch.save(values, tmp_path / "model.pt", _use_new_zipfile_serialization=zipped)
+        assert load_torch_file(tmp_path / "model.pt") == values
+
+
+def test_dicts_that_hold_one_another_too_often(tmp_path):
+    inner: dict[str, Any] = {"w": torch.ones(1)}
+    for _ in range(19):
+        inner = dict.fromkeys("abcdefghij", inner)
+    torch.save(inner, tmp_path / "model.pt")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ArtefactError, match="hold one another too often"):
+        patch.setattr("compt.weights.pickles._MOST", 10_000)
+        open_model(tmp_path / "model.pt", SPEC)
+
+
 def tensor_of(key: bytes, numbers: int, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
     """The instructions for {"a": a float32 view of the storage `key`}."""
 
