@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import re
+import tokenize
 import unicodedata
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -33,6 +36,7 @@ _IN_ITEMS = ("raw", "caption", "text")
 # White space after a full stop, or a line's end. Beginning with \s lets the search jump from space to space.
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
+_LIST = re.compile(r"""\[\s*["'\]]""")
 _LETTER = re.compile(r"[^\W_]")
 _BLANK = "".join(map(chr, (*range(33), 127)))
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
@@ -82,12 +86,31 @@ def split_sentences(text: str) -> list[str]:
     return [part for part in map(str.strip, _SENTENCE_END.split(text.replace("</s>", "\n"))) if part]
 
 
+def _listed(text: str) -> list[object] | None:
+    """The list that a text is: as JSON (Flickr30k's files), or as pandas writes lists and numpy's arrays.
+
+    img2dataset copies such cells of a CSV into each `.json`.
+    """
+    if _LIST.match(text) and text.endswith("]"):
+        with contextlib.suppress(ValueError, RecursionError):
+            return list(json.loads(text))
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            # Python would join the texts of an array, which have no commas between them.
+            tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+            if all(token.type == tokenize.STRING or token.string.strip() in ("", "[", "]", ",") for token in tokens):
+                return [literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    return None
+
+
 def _items(value: Any, split: bool = False) -> list[object]:
     """What one field holds. A missing value holds nothing."""
     if value is None:
         return []
     if isinstance(value, str):
-        return [*split_sentences(value)] if split and value.strip() else [value.strip()]
+        text = value.strip()
+        value = _listed(text) if text.startswith("[") else None
+        if value is None:
+            return [*split_sentences(text)] if split and text else [text]
     if isinstance(value, list):
         if dict not in set(map(type, value)):
             return value

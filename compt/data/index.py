@@ -32,7 +32,7 @@ from compt.errors import DataError, RunError
 from compt.files import read_json, write_bytes, write_json
 from compt.recipe.schema import MIN_MATCHED
 
-VERSION = 3
+VERSION = 4
 """Raised when keys, captions or class numbers are read by other rules: stored indexes are then made again."""
 INDEX_FOLDER = ".compt-index"
 Progress = Callable[[int, int], None]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
 import json
 import os
-import re
-import tokenize
 from array import array
-from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +32,6 @@ COMPRESSED = {
     b"PK\x03\x04": "unzip",
 }
 """How compressed files begin, and what unpacks them."""
-_LIST = re.compile(r"""\[\s*["'\]]""")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _PART = 1 << 20
 
@@ -93,6 +87,8 @@ class CaptionTable:
         ends = [[b"".join(key.split(b"/", cut)[cut:]) for key in keys] for cut in range(1, deepest + 1)]
         tried = [("key", keys), *(("file name", names) for names in ends), ("URL", [*map(_bytes, urls)])]
         for way, names in tried:
+            if not (lines < 0).any():
+                break
             hashes = np.array([_hash(name) for name in names], dtype=np.uint64)
             at = np.minimum(np.searchsorted(table, hashes), len(table) - 1)
             hit = (table[at] == hashes) & (lines < 0) & np.array([bool(name) for name in names])
@@ -157,7 +153,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
         raise DataError(f"table of captions {path} is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`")
     folder = parent / f"captions-{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]}"
     identity = {
-        "version": 3,  # raised when rows are read by other rules: stored tables are then converted again
+        "version": 4,  # raised when rows are read by other rules: stored tables are then converted again
         "size": stat.st_size,
         "mtime_ns": stat.st_mtime_ns,
         "columns": [*columns],
@@ -300,7 +296,7 @@ class _Writer:
                 yield names, found.texts
 
     def _captions(self, row: dict[str, Any]) -> Captions:
-        values = {name: _cell(value) for name, value in row.items() if value is not None and value != ""}
+        values = {name: value for name, value in row.items() if value is not None and value != ""}
         return read_columns(values, self.columns)[0]
 
     def _joins(self, names: list[str]) -> list[str]:
@@ -336,16 +332,3 @@ def _names_of(value: Any) -> dict[str, bool]:
     name = image_stem(value) or value
     parts = name.split("/")
     return {name: True} | {end: False for at in range(1, len(parts)) if (end := "/".join(parts[at:]))}
-
-
-def _cell(value: Any) -> Any:
-    """A cell, or the list that it holds: as JSON (Flickr30k's files), or as pandas writes lists and numpy's arrays."""
-    if isinstance(value, str) and _LIST.match(value) and value.rstrip().endswith("]"):
-        with contextlib.suppress(ValueError, RecursionError):
-            return json.loads(value)
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            # Python would join the texts of an array, which have no commas between them.
-            tokens = [*tokenize.generate_tokens(io.StringIO(value.strip()).readline)]
-            if all(token.type == tokenize.STRING or token.string.strip() in ("", "[", "]", ",") for token in tokens):
-                return [literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
-    return value

@@ -13,7 +13,7 @@ import pytest
 from compt.data.captions import parse_json, read_columns, read_json_captions, read_text, sort_out, split_sentences
 from compt.data.index import Index, open_index
 from compt.data.samples import SampleReader
-from compt.data.table import _cell, convert_table
+from compt.data.table import convert_table
 from compt.errors import DataError
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, texts, write_tar
@@ -425,13 +425,27 @@ def test_a_compressed_table_is_refused(pack: Callable[[bytes], bytes], ending: s
         ("['a' is no list]", ["['a' is no list]"], []),
     ],
 )
-def test_a_cell_with_a_list_holds_its_texts(cell: str, texts: list[str], lost: list[str]) -> None:
-    assert read_columns({"all_captions": _cell(cell)})[0] == (texts, lost)
+def test_a_list_in_a_text_is_a_list_in_tables_and_shards(
+    cell: str, texts: list[str], lost: list[str], tmp_path: Path
+) -> None:
+    assert read_columns({"all_captions": cell})[0] == (texts, lost)
+    own = {"json": {"all_captions": cell, "caption": "first"}}
+    shard(tmp_path / "x.tar", a=own)
+    shard(tmp_path / "y.tar", a={})
+    (tmp_path / "c.jsonl").write_text(json.dumps({"key": "a", **own["json"]}))
+    for index in (open_index("x.tar", tmp_path), open_index("y.tar", tmp_path, captions_csv=tmp_path / "c.jsonl")):
+        assert captions_of(index) == {"a": texts}
+        assert index.account.unused.total() == len(lost)
 
 
 @pytest.mark.parametrize("caption", ["\x07", "\x7f", " \x1b \n", "\x07\u200b"])
 def test_a_caption_of_control_characters_is_empty(caption: str) -> None:
     assert sort_out([caption, "a"]) == (["a"], ["empty"])
+
+
+def test_a_caption_that_lost_letters_elsewhere_is_used_as_it_is() -> None:
+    assert sort_out(["caf\ufffd"]) == (["caf\ufffd"], [])
+    assert read_text("caf\ufffd".encode()) == (["caf\ufffd"], [])
 
 
 def test_a_named_column_holds_no_less_than_a_known_one() -> None:
