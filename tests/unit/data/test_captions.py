@@ -429,10 +429,10 @@ def test_a_list_in_a_text_is_a_list_in_tables_and_shards(
     cell: str, texts: list[str], lost: list[str], tmp_path: Path
 ) -> None:
     assert read_columns({"all_captions": cell})[0] == (texts, lost)
-    own = {"json": {"all_captions": cell, "caption": "first"}}
-    shard(tmp_path / "x.tar", a=own)
+    fields = {"all_captions": cell, "caption": "first"}
+    shard(tmp_path / "x.tar", a={"json": fields})
     shard(tmp_path / "y.tar", a={})
-    (tmp_path / "c.jsonl").write_text(json.dumps({"key": "a", **own["json"]}))
+    (tmp_path / "c.jsonl").write_text(json.dumps({"key": "a", **fields}))
     for index in (open_index("x.tar", tmp_path), open_index("y.tar", tmp_path, captions_csv=tmp_path / "c.jsonl")):
         assert captions_of(index) == {"a": texts}
         assert index.account.unused.total() == len(lost)
