@@ -58,11 +58,10 @@ def _end_worker(error: BaseException, _: Any) -> None:
 def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterator[Any]:
     """What `workers` processes read, one per core at most. Raises RunError where one cannot start or dies.
 
-    torch would raise the death of a worker from a signal handler, anywhere in the program: so the handler is put back,
-    and the death is found where a batch is awaited, 5 seconds later at most.
+    The death of a worker is found where a batch is awaited, 5 seconds later at most.
     """
     workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
-    before, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+    before = multiprocessing.active_children()
     own: list[Any] = []
     try:
         try:
@@ -75,8 +74,11 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
             ) from error
         finally:
             own += [child for child in multiprocessing.active_children() if child not in before]
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)
+        if getattr(batches, "_worker_pids_set", False):
+            # torch's handler of SIGCHLD would raise the death of a worker anywhere in the program, inside a collective
+            # or a destructor too. Not to install it would not do: a loader of other code may have.
+            torch._C._remove_worker_pids(id(batches))
+            batches._worker_pids_set = False  # type: ignore[attr-defined]
         yield from batches
     except RuntimeError as error:
         dead = [child for child in own if child.exitcode]
