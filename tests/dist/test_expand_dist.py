@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 
@@ -22,7 +21,6 @@ from tests.helpers.states import expand_state
 
 def expand_all(teachers: Path, out: Path, names: list[str]) -> int:
     """Every case in one group of processes; returns how many there were."""
-    os.fsync = lambda descriptor: None  # type: ignore[assignment]
     for name in names:
         write_student(teachers, out / name, CASES[name])
     dist.barrier()
@@ -38,10 +36,8 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def alone(teachers: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     """Write the folder in one process, without a group."""
     out = tmp_path_factory.mktemp("alone")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda descriptor: None)
-        for name, case in CASES.items():
-            write_student(teachers, out / name, case, together=False)
+    for name, case in CASES.items():
+        write_student(teachers, out / name, case, together=False)
     return {name: digests(out / name) for name in CASES}
 
 

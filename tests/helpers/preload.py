@@ -5,11 +5,14 @@
 
 import gc
 
-import open_clip  # noqa: F401
-import torch  # noqa: F401
+gc.disable()  # collections would take an eighth of the time of these imports
 
-import compt.chain.run  # noqa: F401
-import tests.helpers.recipe  # noqa: F401
+import open_clip  # noqa: E402, F401
+import torch  # noqa: E402, F401
 
+import compt.chain.run  # noqa: E402, F401
+import tests.helpers.recipe  # noqa: E402, F401
+
+gc.enable()
 gc.collect()
 gc.freeze()
