@@ -89,8 +89,10 @@ CAUSES: dict[str, Unused] = {
     "label": Unused("label", "sample without a class number", "write it into KEY.cls"),
     "label_text": Unused("label", "class number that is no whole number from 0", "write it as digits"),
     "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
+    "label_shift": Unused("label", "class number of a set that counts them from 1", "count class numbers from 0"),
     # Of a caption.
     "empty": Unused("caption", "caption that is empty or invisible", "remove it"),
+    "missing": Unused("caption", "caption that only says nan, None or NULL", "leave it empty"),
     "not_text": Unused("caption", "caption that is not text", "write captions as strings"),
     "encoding": Unused("caption", "caption that is not UTF-8", "convert it: iconv -f LATIN1 (or other) -t UTF-8"),
 }

@@ -39,6 +39,8 @@ _LINE_END = re.compile(r"\r\n|\r|\n")
 _LIST = re.compile(r"""\[\s*["'\]]""")
 _LETTER = re.compile(r"[^\W_]")
 _BLANK = "".join(map(chr, (*range(33), 127)))
+_MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"))
+"""What pandas, Python, JSON and SQL write for a missing value."""
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -55,6 +57,8 @@ def unusable(caption: object) -> str:
         return "not_text"
     if _NO_TEXT.search(caption):
         return "encoding"
+    if caption.strip() in _MISSING:
+        return "missing"
     if caption.isascii():
         return "" if caption.strip(_BLANK) else "empty"
     # Zero-width spaces and the like are no white space to Python.
@@ -69,7 +73,7 @@ def sort_out(captions: Sequence[object]) -> Captions:
         joined = "".join(captions)  # type: ignore[arg-type]
         joined.encode()
         good = str.strip if joined.isascii() and joined.isprintable() else _LETTER.search
-        if "\0" not in joined and all(map(good, captions)):  # type: ignore[arg-type]
+        if "\0" not in joined and _MISSING.isdisjoint(captions) and all(map(good, captions)):  # type: ignore[arg-type]
             return Captions([*captions], [])  # type: ignore[list-item]
     found = Captions([], [])
     for caption in captions:

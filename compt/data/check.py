@@ -157,9 +157,14 @@ class CheckReport:
 
 
 def _examine(
-    index: Index, tokens: CaptionTokens, captioned: bool, names: Sequence[str] | None, work: tuple[int, int, int]
+    index: Index,
+    tokens: CaptionTokens,
+    captioned: bool,
+    names: Sequence[str] | None,
+    from_one: bool,
+    work: tuple[int, int, int],
 ) -> Findings:
-    """Examine samples `start` to `stop` of a shard."""
+    """Examine samples `start` to `stop` of a shard. from_one: class numbers are too large by one."""
     shard, start, stop = work
     found = Findings(samples=stop - start)
     reader = SampleReader(index)
@@ -169,7 +174,7 @@ def _examine(
             where = f"{index.shards[shard].shard.name}: {entry.key}"
             texts: list[str] = []
             if names is not None:
-                if cause := label_fault(entry.label, len(names)):
+                if cause := label_fault(entry.label, len(names), from_one):
                     found.account.lose(cause, where)
                 else:
                     found.account.used["label"] += 1
@@ -221,10 +226,12 @@ def check(
     Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
     index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched, cache=cache)
-    labelled = bool((index.column("label") != NONE).any())
+    labels = index.column("label")
+    labelled = bool((labels != NONE).any())
     captioned = not labelled or index.account.used["caption"] > 0
     names, said = _class_names(index, captioned) if labelled else (None, "")
-    examine = partial(_examine, index, CaptionTokens(context_length), captioned, names)
+    from_one = bool(names) and 0 not in labels and bool((labels == len(names or ())).any())
+    examine = partial(_examine, index, CaptionTokens(context_length), captioned, names, from_one)
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
     works = [
         (shard, first, min(first + _CHUNK, end))

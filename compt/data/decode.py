@@ -29,7 +29,7 @@ from compt.errors import ComptError
 from compt.models.preprocess import AS_OPENAI, Preprocess
 
 Pixels = NDArray[np.uint8]
-Cause = Literal["image", "caption", "tar", "label", "label_text", "label_range"]
+Cause = Literal["image", "caption", "tar", "label", "label_text", "label_range", "label_shift"]
 
 MAX_PIXELS = 89_478_485
 """Larger images are refused before any pixel is decoded; Pillow warns of decompression bombs from this size on."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,8 +18,19 @@ NONE, NO_NUMBER = -1, -2
 """What stands for a class number that is missing, and for one that is no whole number from 0."""
 
 
-def label_fault(label: int, classes: int = 0) -> Cause | None:
-    """The cause for which a class number cannot be used. classes: class names, 0 if there are none."""
+_CODE = re.compile(r"""lambda\b.*|(\w+\s*=)?[\[\]{}(),\s]+|[\[{(]*(\d+\s*:\s*)?[fru]*(["']).*\3[\])}]*,?""")
+_NUMBERED = re.compile(r"([0-9]+)(?:\s*[:;,.)|=-]\s*|\s+)(\S.*)")
+WNID = re.compile(r"n[0-9]{8}(?![0-9])")
+"""An identifier of WordNet's nouns, such as ImageNet's folders have: n01440764."""
+
+
+def label_fault(label: int, classes: int = 0, from_one: bool = False) -> Cause | None:
+    """The cause for which a class number cannot be used. classes: class names, 0 if there are none.
+
+    from_one: all numbers are too large by one.
+    """
+    if from_one and label > 0:
+        return "label_shift"
     if label < 0:
         return "label" if label == NONE else "label_text"
     return "label_range" if 0 < classes <= label else None
@@ -42,9 +54,35 @@ def read_lines(path: Path, what: str) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise DataError(f"{what} {path}: line {number} is empty")
-    return [line.strip() for line in lines]
+    lines = [line.strip() for line in lines]
+    if all(map(_CODE.fullmatch, lines)):
+        raise DataError(f"{what} {path}: line 1 '{lines[0]}' is code; write plain text, without quotes and commas")
+    return lines
 
 
 def read_classnames(path: Path) -> list[str]:
     """One name a line, in the order of the labels. Raises DataError naming file and line."""
-    return read_lines(path, "class names")
+    names = read_lines(path, "class names")
+    more = (
+        "begins with its number"
+        if are_numbered(names) or are_numbered(names[1:])
+        else "begins with an identifier of WordNet"
+        if all(map(WNID.match, names))
+        else "has a tab"
+        if all("\t" in name for name in names)
+        else ""
+    )
+    if more:
+        raise DataError(
+            f"class names {path}: each line {more}, such as '{names[-1]}'; write the name alone, as it is to be read "
+            "in a prompt"
+        )
+    return names
+
+
+def are_numbered(names: Sequence[str]) -> bool:
+    """Whether each name has its number in front, from 0 or 1: `1 cat`, `2 dog`, but not `1 star`, `2 stars`."""
+    found = [match for name in names if (match := _NUMBERED.fullmatch(name))]
+    numbers = [int(match[1]) for match in found]
+    distinct = len({match[2].removesuffix("s") for match in found}) == len(names)
+    return len(names) > 1 and distinct and numbers in ([*range(len(names))], [*range(1, len(names) + 1)])

@@ -31,7 +31,7 @@ TEXT_ENDINGS = frozenset(("text", "caption", "captions", "cap"))
 """Extensions that others give to captions, beside `txt`."""
 _NAME = re.compile(r"^((?:.*/|)[^.]+)[.]([^/]*)$", re.DOTALL)
 _META = re.compile(r"__[^/]*__($|/)")
-_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$))")
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?(/|$))|__MACOSX(/|$)|(Thumbs\.db|desktop\.ini)$)")
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -48,7 +48,7 @@ def is_metadata(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or a folder above it is hidden, or macOS's."""
+    """Whether a file or a folder above it is hidden, or a system's own."""
     return _HIDDEN.search(name) is not None
 
 

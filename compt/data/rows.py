@@ -14,31 +14,41 @@ from typing import Any
 
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, parse_json
+from compt.data.names import image_stem
 from compt.errors import DataError
 
 JOIN_COLUMNS = (
-    *("key", "__key__", "uid", "sample_id", "image_id", "id", "filename", "file_name", "filepath", "image_name"),
-    *("image", "image_path", "path", "file", "url", "image_url", "img_url", "imagepath"),
+    *("key", "__key__", "uid", "sample_id", "image_id", "example_id", "filename", "file_name", "image_name"),
+    *("image_file", "image", "image_path", "path", "file", "url", "image_url", "img_url", "imagepath"),
+    *("filepath", "id"),
 )
 """Names of columns that say which sample a row belongs to, in lower case. `Image Path` is `image_path`."""
+LAST_JOINS = ("filepath", "id")
+"""They join rows only where no other column does: `id` may number captions, and Karpathy's `filepath` is a folder."""
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+NUMBERED = re.compile(r"#[0-9]+$")
+"""The number of a caption behind the name of its image, in the files of Flickr8k and Flickr30k: `1.jpg#0`."""
 CELL = 1 << 24
 """The longest cell of a CSV, in characters."""
 
 
 def read_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and columns of each row, by the file's ending. Raises DataError."""
-    ending = path.suffix.lower()
+    """Number and columns of each row, by the file's ending, else by how it begins. Raises DataError."""
     readers: dict[str, Callable[[Path, Account], Iterator[tuple[int, dict[str, Any]]]]] = {
         ".jsonl": _json_lines,
+        ".jsonlines": _json_lines,
         ".ndjson": _json_lines,
         ".json": _json_rows,
         ".parquet": _parquet_rows,
     }
     try:
-        yield from readers.get(ending, _csv_rows)(path, account)
+        with path.open("rb") as file:
+            head = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()
+        # Tables are also called .txt and the like, whatever they hold.
+        begins = _parquet_rows if head.startswith(b"PAR1") else _json_rows if head[:1] in (b"{", b"[") else _csv_rows
+        yield from readers.get(path.suffix.lower(), begins)(path, account)
     except OSError as error:
-        raise DataError(f"table of captions {path}: {error.strerror}") from error
+        raise DataError(f"table of captions {path}: {error.strerror or error}") from error
 
 
 def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -56,11 +66,13 @@ def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
         try:
             for row in reader:
                 if names is None and any(map(str.strip, row)):
-                    names = _header(path, row)
-                    if names is not None:
+                    at = _name_at(row)
+                    if at is None:
+                        known_names(path, row)
+                        names = row
                         line = reader.line_num + 1
                         continue
-                    names = _headless(path, row)
+                    names = _headless(path, row, at)
                 if names is not None and len(row) == len(names):
                     yield line, dict(zip(names, row, strict=True))
                 elif row and names is not None:
@@ -87,12 +99,11 @@ def _misfits(path: Path, separator: str, quoted: bool) -> tuple[int, int]:
         return sum(width != widths[0] for width in widths), -len(widths)
 
 
-def _header(path: Path, row: list[str]) -> list[str] | None:
-    """The names in a header; None where it has a URL, and so is none. Raises DataError for two of one name."""
-    if any(URL.match(cell.strip()) for cell in row):
-        return None
-    known_names(path, row)
-    return row
+def _name_at(row: list[str]) -> int | None:
+    """Where a row has a URL or, without one, the file name of an image. A header has neither."""
+    cells = [cell.strip() for cell in row]
+    named = [at for at, cell in enumerate(cells) if URL.match(cell)]
+    return next(iter(named or [at for at, cell in enumerate(cells) if image_stem(NUMBERED.sub("", cell))]), None)
 
 
 def known_names(path: Path, row: Iterable[str]) -> list[str]:
@@ -110,14 +121,16 @@ def known_names(path: Path, row: Iterable[str]) -> list[str]:
 def known_name(name: str) -> str:
     """A column's name as it is known, in whatever case it is written."""
     name = name.strip()
-    return name if name in CAPTION_COLUMNS else next((k for k in CAPTION_COLUMNS if k == plain_name(name)), name)
+    return name if name in CAPTION_COLUMNS else _KNOWN.get(plain_name(name), name)
 
 
-def _headless(path: Path, row: list[str]) -> list[str]:
-    """The columns of Conceptual Captions' files, which have no header. Raises DataError for others."""
+def _headless(path: Path, row: list[str], at: int) -> list[str]:
+    """The columns of a file without a header: Conceptual Captions' or Flickr's. Raises DataError for others."""
     if len(row) != 2:
-        raise DataError(f"table of captions {path} has no header: its first line holds a URL; add a line of names")
-    return ["url", "caption"] if URL.match(row[0].strip()) else ["caption", "url"]
+        raise DataError(
+            f"table of captions {path} has no header: its first line holds '{row[at].strip()}'; add a line of names"
+        )
+    return ["image", "caption"] if at == 0 else ["caption", "image"]
 
 
 def _json_lines(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -167,32 +180,46 @@ def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, An
 
 def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        from pyarrow import ArrowException, parquet
+        import pyarrow
+        from pyarrow import parquet, types
     except ImportError:
         raise DataError(f"reading {path} needs pyarrow: pip install 'compt[parquet]'") from None
     number = 0
     try:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
-            known = [name for name in schema.names if _is_text(name, str(schema.field(name).type))]
-            for batch in file.iter_batches(batch_size=1024, columns=known):
-                for row in batch.to_pylist():
+            known_names(path, schema.names)
+            read = [column.name for column in schema if _may_be_text(column.name, str(column.type))]
+            for batch in file.iter_batches(batch_size=1024, columns=read):
+                # Some programs write text that is not UTF-8, of which pyarrow makes no text.
+                columns = [part.cast(pyarrow.binary()) if types.is_string(part.type) else part for part in batch]
+                for values in zip(*(part.to_pylist() for part in columns), strict=True):
                     number += 1
-                    yield number, {name: _decoded(value) for name, value in row.items()}
-    except ArrowException as error:
-        raise DataError(f"table of captions {path}: {error}") from None
+                    yield number, dict(zip(read, map(_decoded, values), strict=True))
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise DataError(f"table of captions {path} is damaged behind row {number}: {error}") from None
 
 
-def _is_text(name: str, kind: str) -> bool:
-    """Whether a column of Parquet may have text. Some programs write text as bytes, but bytes may be images, too."""
+def _may_be_text(name: str, kind: str) -> bool:
+    """Whether a column of Parquet may have text. Some programs write text as bytes, but bytes may be images, too.
+
+    Python has no numbers for some times.
+    """
     texts = (*CAPTION_COLUMNS, *(set(JOIN_COLUMNS) - {"image", "file"}))
-    return not re.match("(large_|fixed_size_)?binary", kind) or known_name(name) in texts or plain_name(name) in texts
+    if re.match("(large_|fixed_size_)?binary", kind):
+        return known_name(name) in texts or plain_name(name) in texts
+    return not re.search(r"(time|timestamp|date|duration)(32|64)?\[", kind)
 
 
 def _decoded(value: Any) -> Any:
+    if isinstance(value, list):
+        return [*map(_decoded, value)]
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 
 def plain_name(name: str) -> str:
     """A name as it is compared: in lower case, with underscores."""
     return name.strip().lower().replace(" ", "_")
+
+
+_KNOWN = {plain_name(name): name for name in reversed(CAPTION_COLUMNS)}

@@ -10,6 +10,7 @@ import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -194,8 +195,10 @@ class _Scanner:
         block = os.pread(self.file.fileno(), tarfile.BLOCKSIZE, offset)
         if len(block) < tarfile.BLOCKSIZE or any(block):
             return "cut"
-        # A tar is filled up to 10,240 bytes; one that another was appended to goes on soon after.
-        return "joined" if any(os.pread(self.file.fileno(), 1 << 16, offset)) else ""
+        # A tar is filled up to 10,240 bytes, or to what `tar --blocking-factor` says; another may follow.
+        self.file.seek(offset)
+        parts = iter(partial(self.file.read, 1 << 16), b"")
+        return "joined" if any(part.strip(b"\0") for part in parts) else ""
 
     def _lose(self, cause: str, key: str, extensions: Sequence[str]) -> None:
         for extension in extensions:

@@ -9,6 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -18,22 +19,27 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
 from compt.data.names import image_stem
-from compt.data.rows import JOIN_COLUMNS, URL, known_name, known_names, plain_name, read_rows
+from compt.data.rows import JOIN_COLUMNS, LAST_JOINS, NUMBERED, URL, known_name, known_names, plain_name, read_rows
 from compt.errors import DataError
 from compt.files import new_folder, read_json, write_json
 
-_LINE = np.dtype([("offset", "<i8"), ("size", "<i8"), ("captions", "<i8"), ("rows", "<i8")])
+_FIELDS = ("offset", "size", "captions", "rows", "web")
+_LINE = np.dtype([(name, "<i8") for name in _FIELDS])
 _NAME = np.dtype([("hash", "<u8"), ("line", "<i8"), ("whole", "?")])
 COMPRESSED = {
     b"\x1f\x8b": "gunzip -k",
     b"\x28\xb5\x2f\xfd": "zstd -d",
     b"\xfd7zXZ": "unxz -k",
     b"BZh": "bunzip2 -k",
+    b"\x04\x22\x4d\x18": "lz4 -d",
     b"PK\x03\x04": "unzip",
 }
 """How compressed files begin, and what unpacks them."""
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
+_WEB = re.compile("https?://", re.IGNORECASE)
 _PART = 1 << 20
+_LOOKED = 100
+"""Rows whose columns decide what is read of a table."""
 
 
 class Join(NamedTuple):
@@ -66,7 +72,7 @@ class CaptionTable:
 
     @cached_property
     def lines(self) -> NDArray[np.void]:
-        """Offset, size, captions and rows of each line."""
+        """Offset, size, captions and rows of each line, and whether a row has an address in the web."""
         return np.memmap(self.folder / "lines.bin", dtype=_LINE, mode="r")
 
     @cached_property
@@ -77,12 +83,15 @@ class CaptionTable:
         """The line of each sample, by its key, else by the end of its key's path, else by its URL ("" for none).
 
         The end of a path meets whole names alone, and only where no other sample has the same end: `dog/1` is not the
-        row of `cat/1.jpg`, and `1.jpg` is neither `cat/1` nor `dog/1`.
+        row of `cat/1.jpg`, and `1.jpg` is neither `cat/1` nor `dog/1`. Where both have an address in the web, it
+        decides alone: keys are often numbers, which another download gives to other images.
         """
         lines, named = np.full(len(keys), -1, dtype=np.int64), np.zeros(len(keys), dtype=bool)
         if not len(self._names):
             return Join(lines, {}, named)
         table, by = self._names["hash"], dict[str, int]()
+        keys = [key.replace(b"\\", b"/") for key in keys]
+        web = np.array([_WEB.match(url) is not None for url in urls])
         deepest = max((key.count(b"/") for key in keys), default=0)
         ends = [[b"".join(key.split(b"/", cut)[cut:]) for key in keys] for cut in range(1, deepest + 1)]
         tried = [("key", keys), *(("file name", names) for names in ends), ("URL", [*map(_bytes, urls)])]
@@ -95,6 +104,8 @@ class CaptionTable:
             if way == "file name":
                 _, first, count = np.unique(hashes, return_inverse=True, return_counts=True)
                 hit &= self._names["whole"][at] & (count[first] == 1)
+            if way != "URL":
+                hit[hit] = ~(web[hit] & (self.lines["web"][self._names["line"][at[hit]]] > 0))
             lines[hit] = self._names["line"][at[hit]]
             named |= hit & (way != "URL")
             if hit.any():
@@ -185,7 +196,7 @@ class _Writer:
         self.account = Account()
         self.owner = ""
         self._sha = hashlib.sha256()
-        self._lines = array("q")  # offset, size, captions, rows of each line
+        self._lines = array("q")  # _FIELDS of each line
         self._hashes, self._places, self._whole = array("Q"), array("q"), array("b")
 
     def write(self, folder: Path) -> str:
@@ -196,17 +207,17 @@ class _Writer:
                 why = f": {self.account.line()}" if self.account.faults else ""
                 raise DataError(f"table of captions {self.path} has no rows with captions{why}")
             names = self._lead(blob)
-        lines = np.array(self._lines).reshape(-1, 4)
+        lines = np.array(self._lines).reshape(-1, len(_FIELDS))
         np.rec.fromarrays(lines.T, dtype=_LINE).tofile(folder / "lines.bin")
         names.tofile(folder / "names.bin")
         return self._sha.hexdigest()
 
-    def _put(self, blob: BinaryIO, owner: str, captions: list[str], rows: int) -> int:
+    def _put(self, blob: BinaryIO, owner: str, captions: list[str], rows: int, web: bool) -> int:
         line = json.dumps([owner, captions], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         self._sha.update(line)
-        self._lines.extend((blob.tell(), len(line), len(captions), rows))
+        self._lines.extend((blob.tell(), len(line), len(captions), rows, web))
         blob.write(line)
-        return len(self._lines) // 4 - 1
+        return len(self._lines) // len(_FIELDS) - 1
 
     def _write_rows(self, blob: BinaryIO) -> None:
         names: dict[str, bool] = {}
@@ -215,18 +226,20 @@ class _Writer:
         for own, found in self._rows():
             first, last = next(iter(own)), next(iter(names), None)
             if first != last:
-                if last is not None:
-                    self._name(names, self._put(blob, last, captions, rows))
+                if rows:
+                    self._name(names, blob, captions, rows)
                 names, captions, rows = {}, [], 0
             names |= own
             captions += found
             rows += 1
         if rows:
-            self.owner = self.owner or next(iter(names))
-            self._name(names, self._put(blob, next(iter(names)), captions, rows))
+            self._name(names, blob, captions, rows)
 
-    def _name(self, names: dict[str, bool], place: int) -> None:
-        self.owner = self.owner or next(iter(names))
+    def _name(self, names: dict[str, bool], blob: BinaryIO, captions: list[str], rows: int) -> None:
+        """Write a line, and note its names."""
+        owner = next(iter(names))
+        self.owner = self.owner or owner
+        place = self._put(blob, owner, captions, rows, any(map(_WEB.match, names)))
         for name, whole in names.items():
             self._hashes.append(_hash(_bytes(name)))
             self._places.append(place)
@@ -262,24 +275,27 @@ class _Writer:
         return np.rec.fromarrays([hashes[starts][kept], lead[kept], some_whole[kept]], dtype=_NAME)
 
     def _merge(self, blob: BinaryIO, places: Sequence[int]) -> int:
-        owner, captions, rows = "", list[str](), 0
+        owner, captions, rows, web = "", list[str](), 0, False
         for place in places:
-            offset, size, _, own = self._lines[4 * place : 4 * place + 4]
+            offset, size, _, own, address = self._lines[len(_FIELDS) * place : len(_FIELDS) * (place + 1)]
             name, texts = json.loads(os.pread(blob.fileno(), size, offset))
-            owner, captions, rows = owner or name, captions + texts, rows + own
-        return self._put(blob, owner, captions, rows)
+            captions += texts
+            owner, rows, web = owner or name, rows + own, web or address > 0
+        return self._put(blob, owner, captions, rows, web)
 
     def _rows(self) -> Iterator[tuple[dict[str, bool], list[str]]]:
         """The names of each usable row, with whether they are whole, and its captions."""
-        joins: list[str] | None = None
+        rows = read_rows(self.path, self.account)
+        # Objects of JSON may leave out what is missing, so one row alone does not have all columns.
+        first = [*islice(rows, _LOOKED)]
+        columns = {name: None for _, row in first for name in known_names(self.path, row)}
+        joins = self._joins([*columns]) if first else []
         last: tuple[str, ...] = ()
         known: list[str] = []
-        for number, read in read_rows(self.path, self.account):
+        for number, read in chain(first, rows):
             if (names_read := tuple(read)) != last:
                 last, known = names_read, known_names(self.path, names_read)
             row = dict(zip(known, read.values(), strict=True))
-            if joins is None:
-                joins = self._joins(list(row))
             names: dict[str, bool] = {}
             for column in joins:
                 names |= {**_names_of(row.get(column)), **names}
@@ -312,7 +328,7 @@ class _Writer:
         others = [name for name in names if name not in texts]
         if not others:
             raise DataError(f"{place}; none says which sample a row belongs to: add a column key, url or filename")
-        return known or others[:1]
+        return [name for name in known if plain_name(name) not in LAST_JOINS] or known or others[:1]
 
 
 def _rank(name: str) -> int:
@@ -329,6 +345,7 @@ def _names_of(value: Any) -> dict[str, bool]:
     value = str(value).strip() if isinstance(value, str | int) and not isinstance(value, bool) else ""
     if not value or URL.match(value):
         return {value: True} if value else {}
-    name = image_stem(value) or value
+    value = value.replace("\\", "/")  # of Windows
+    name = image_stem(NUMBERED.sub("", value)) or value
     parts = name.split("/")
     return {name: True} | {end: False for at in range(1, len(parts)) if (end := "/".join(parts[at:]))}

@@ -12,13 +12,13 @@ from typing import Literal
 
 from compt.data.account import Account
 from compt.data.decode import MAX_BYTES, Unusable
-from compt.data.names import IMAGE_EXTENSIONS, image_stem
+from compt.data.labels import WNID
+from compt.data.names import IMAGE_EXTENSIONS, image_stem, is_hidden
 from compt.data.samples import EvalSample
 from compt.errors import DataError
 
 ClassOrder = Literal["name", "number"]
 
-_WNID = re.compile(r"n\d{8}", re.ASCII)
 _SPLITS = frozenset({"train", "val", "valid", "validation", "test"})
 _SYSTEM = frozenset({"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"})
 """Folders that operating systems and network drives add. No class is called so."""
@@ -65,15 +65,23 @@ class ClassFolders:
 def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
     """The folder of class folders that the `data` of an evaluation set names; None where `data` names shards.
 
-    Raises DataError for a folder of images without class folders.
+    Raises DataError for a folder of images without class folders, and for one of class folders and shards.
     """
     path = base / Path(data[0]).expanduser()
     if len(data) > 1 or not path.is_dir():
         return None
     entries = _entries(path)
-    if any(item.name.lower().endswith(".tar") for item in entries):
+    classes = [Path(item.path) for item in entries if _is_class(item)]
+    tar = next((item.name for item in entries if item.name.lower().endswith(".tar")), None)
+    if tar is not None:
+        both = next((place.name for place in classes if any(image_stem(item.name) for item in _entries(place))), None)
+        if both is not None:
+            raise DataError(
+                f"{path} has tars, such as {tar}, and folders of images, such as {both}: move the tars, or name them "
+                f"as {path / '*.tar'}"
+            )
         return None
-    if any(_is_class(item) for item in entries):
+    if classes:
         return path
     images = sum(bool(image_stem(item.name)) for item in entries if not item.name.startswith("."))
     if images:
@@ -122,7 +130,7 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
                 _lose_all(account, path)
             else:
                 yield from _images(path, account, (*above, real))
-        elif item.name.startswith("."):
+        elif is_hidden(item.name):
             account.lose("hidden_file", item.path)
         elif not image_stem(item.name):
             account.lose("not_image", item.path)
@@ -149,7 +157,7 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
             _lose_all(account, path)
         elif item.is_symlink() and not path.exists():
             raise DataError(f"{path} is a broken link, perhaps to a class: mend it, or remove it")
-        elif item.name.startswith("."):
+        elif is_hidden(item.name):
             account.lose("hidden_file", item.path)
         elif not image_stem(item.name):
             account.lose("beside", item.path)
@@ -221,7 +229,7 @@ def _plain(name: str) -> str:
 
 def are_wnids(names: Iterable[str]) -> bool:
     """Whether all names are identifiers of WordNet's nouns, as ImageNet's folders are: n01440764."""
-    return all(_WNID.fullmatch(name) for name in names)
+    return all(map(WNID.fullmatch, names))
 
 
 def imagenet_names(wnids: Sequence[str]) -> list[str]:

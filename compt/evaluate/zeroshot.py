@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from compt.data.account import CAUSES, Account
 from compt.data.batch import EvalBatch
-from compt.data.labels import CLASSNAMES, TEMPLATES, beside, read_classnames, read_lines
+from compt.data.labels import CLASSNAMES, TEMPLATES, are_numbered, beside, read_classnames, read_lines
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
@@ -157,8 +157,9 @@ def zero_shot(
 ) -> ZeroShotResult:
     """Score this rank's batches with `weights` [D, classes] and collect the answers of all ranks.
 
-    Raises DataError, on every rank, for a batch without labels, for a set without a readable sample, and where more
-    than `max_bad_share` of the samples have no usable label. `classes_from` names the source of the class names.
+    Raises DataError, on every rank, for a batch without labels, for a set without a readable sample, where labels count
+    from 1, and where more than `max_bad_share` of the samples have no usable label. `classes_from` names the source of
+    the class names.
     """
     classes = weights.shape[1]
     parts = [torch.zeros(0, 4, dtype=torch.int64)]
@@ -179,6 +180,11 @@ def zero_shot(
     skipped, examples = losses.over_ranks()
     without = {cause: count for cause, count in skipped.items() if CAUSES[cause].unit == "label"}
     lost, n = sum(without.values()), len(rows) + sum(skipped.values())
+    if without.get("label_range") and 0 not in rows[:, 1]:
+        raise DataError(
+            f"evaluation set '{name}': no sample has the class number 0, and {without['label_range']:,} have numbers "
+            f"beyond the {classes} classes of {classes_from}: count class numbers from 0, not from 1"
+        )
     if lost > max_bad_share * n:
         raise DataError(
             f"evaluation set '{name}': {lost:,} of {n:,} samples have no usable label for the {classes} classes of "
@@ -280,6 +286,12 @@ def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[s
             "evaluation set '%s': %s has no %s, so the class names are numbers; name a file of class names as "
             "`classnames`",
             *(item.name, folder, CLASSNAMES),
+        )
+    if are_numbered(classes):
+        warn(
+            "evaluation set '%s': the class names are those of the folders with numbers, such as '%s'; name a file of "
+            "class names as `classnames`",
+            *(item.name, classes[0]),
         )
     return [name.replace("_", " ") for name in classes]
 

@@ -101,7 +101,6 @@ SMALLER: dict[str, str] = {
     "compt/cli/recipes.py": "a command group of its own",
     "compt/data/batch.py": "the type that data hands to training",
     "compt/data/names.py": "tars, tables and class folders read names by the same rules",
-    "compt/data/labels.py": "check and evaluation read labels and class names by the same rules",
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",

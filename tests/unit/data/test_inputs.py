@@ -111,6 +111,17 @@ TARS: dict[str, tuple[Made, int, dict[str, int]]] = {
         1,
         {"joined": 1, "no_shard": 1},
     ),
+    "a second tar behind large blocks": (
+        lambda f: behind(f, bytes(1 << 20) + write_tar(f / "y", sample("b", 1)).read_bytes()),
+        1,
+        {"joined": 1, "no_shard": 1},
+    ),
+    "files of Windows": (written(("Thumbs.db", b"x"), ("a/desktop.ini", b"x")), 1, {"hidden": 2}),
+    "values that are missing": (
+        written(("a.jpg", IMAGE), ("a.txt", b"nan"), ("b.jpg", IMAGE), ("b.json", b'{"caption": "None"}')),
+        3,
+        {"missing": 2, "caption": 2},
+    ),
     "absolute names": (
         written(("/a/b.jpg", IMAGE), ("/a/b.txt", b"x"), ("../c.jpg", IMAGE), ("../c.txt", b"y")),
         3,
@@ -182,6 +193,34 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
         b'{"key":"a","caption":"one"},\n{"key":"b","caption":"two"},\n',
         "no JSON object: 2",
     ),
+    "paths of Windows": ("c.csv", b"path,caption\nC:\\im\\a.jpg,one\nim\\b.jpg,two\n", BOTH),
+    "Flickr30k's captions": (
+        "c.token",
+        b'a.jpg#0\tone\na.jpg#1\t"x\nb.jpg#0\ttwo\n',
+        {"a": ["one", '"x'], "b": ["two"]},
+    ),
+    "file names without a header": ("c.csv", b"a.jpg,one\nb.jpg,two\n", BOTH),
+    "keys without a header": ("c.csv", b"a,one\nb,two\n", "columns a, one; none is known"),
+    "DOCCI's captions": (
+        "c.jsonlines",
+        b'{"split": "b", "image_file": "a.jpg", "caption": "one"}\n{"example_id": "b", "caption": "two"}\n',
+        BOTH,
+    ),
+    "JSON in a .txt": ("c.txt", b'[{"key": "a", "caption": "one"}, {"key": "b", "caption": "two"}]', BOTH),
+    "JSON lines in a .txt": ("c.txt", b'{"key":"a","caption":"one"}\n{"key":"b","caption":"two"}\n', BOTH),
+    "numbers of COCO's captions": (
+        "c.json",
+        b'[{"image_id": "a", "id": "b", "caption": "one"}, {"image_id": "b", "id": "a", "caption": "two"}]',
+        BOTH,
+    ),
+    "Karpathy's folders": (
+        "c.json",
+        b'{"images": [{"filepath": "b", "filename": "a.jpg", "sentences": [{"raw": "one"}]}]}',
+        {"a": ["one"]},
+    ),
+    "DreamLIP's columns in lower case": ("c.csv", b"key,raw_caption,shortib_captions\na,one,s\n", {"a": ["one", "s"]}),
+    "values that are missing": ("c.csv", b"key,caption\na,nan\nb,two\nc,NULL\n", {"b": ["two"]}),
+    "an lz4 file": ("c.csv.lz4", b"\x04\x22\x4d\x18" + bytes(99), "lz4 -d"),
     "blanks alone": ("c.csv", b" \n\n", "no rows with captions"),
     "a half of a pair": ("c.jsonl", b'{"key":"a","caption":"\\ud800"}\n{"key":"b","caption":"two"}\n', {"b": ["two"]}),
 }
@@ -207,6 +246,20 @@ def test_tables_of_other_tools(name: str, tmp_path: Path) -> None:
         assert joined(tmp_path / file) == expected
 
 
+def test_a_url_decides_where_both_have_one(tmp_path: Path) -> None:
+    # Keys of img2dataset are numbers: those of a published table are another download's.
+    members = [(f"{key}.json", json.dumps({"url": f"http://x/{key}"}).encode()) for key in "ab"]
+    write_tar(tmp_path / "x.tar", sorted([*members, *((f"{key}.jpg", IMAGE) for key in "abc")]))
+    table = tmp_path / "c.csv"
+    rows = "b,http://x/a,one\na,http://x/b,two\nc,http://x/c,three\nb,s3://x/b,four\n"
+    table.write_text(f"key,url,caption\n{rows}")
+    index = open_index("x.tar", tmp_path, captions_csv=table)
+    assert captions_of(index) == {"a": ["one"], "b": ["two"], "c": ["three"]}
+    table.write_text("key,url,caption\na,s3://x/b,one\nb,http://x/other,two\nc,,three\n")
+    index = open_index("x.tar", tmp_path, captions_csv=table)
+    assert captions_of(index) == {"a": ["one"], "c": ["three"]}
+
+
 def test_columns_of_parquet(tmp_path: Path) -> None:
     pa, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
     tables = [
@@ -219,8 +272,29 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         ({"image": [{"bytes": IMAGE, "path": "x/a.jpg"}], "captions": [["one", None]]}, {"a": ["one"]}),
         ({"key": ["a", "b"], "caption": pa.array([None, "two"])}, {"b": ["two"]}),
         ({"key": ["a", "b"], "caption": [b"\xff", b"two"]}, {"b": ["two"]}),
+        ({"key": ["a", "b"], "captions": [[b"one"], [b"two"]]}, BOTH),
+        # Text that is not UTF-8, and a time that Python cannot hold.
+        (
+            {"key": ["a", "b"], "caption": pa.StringArray.from_buffers(2, *pa.array([b"\xff", b"two"]).buffers()[1:])},
+            {"b": ["two"]},
+        ),
+        ({"key": ["a", "b"], "caption": ["one", "two"], "time": pa.array([1, 2], pa.timestamp("ns"))}, BOTH),
     ]
     for number, (columns, expected) in enumerate(tables):
         path = tmp_path / f"{number}.parquet"
         parquet.write_table(pa.table(columns), path)
         assert joined(path) == expected, number
+
+
+def test_parquet_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    pa, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    path = tmp_path / "c.parquet"
+    columns = [pa.array(["a"]), pa.array(["one"]), pa.array(["two"])]
+    parquet.write_table(pa.Table.from_arrays(columns, ["key", "caption", "caption"]), path)
+    with pytest.raises(DataError, match="2 columns 'caption'"):
+        joined(path)
+    parquet.write_table(pa.table({"key": ["a"] * 99, "caption": ["one"] * 99}), path)
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + b"\xff" * 40 + data[48:])
+    with pytest.raises(DataError, match=r"c\.parquet.*: (?!None)."):
+        joined(path)

@@ -77,6 +77,19 @@ def test_numbered_folders_without_names_are_read_with_a_warning(tmp_path: Path, 
     assert "the class names are numbers" in caplog.text
 
 
+def test_numbers_in_front_of_the_names_of_folders_are_named(tmp_path: Path, caplog) -> None:
+    opened(folders(tmp_path, ["001.Black_footed_Albatross", "002.Laysan_Albatross"]))
+    assert "folders with numbers, such as '001.Black_footed_Albatross'" in caplog.text
+
+
+def test_tars_beside_folders_of_images_are_refused(tmp_path: Path) -> None:
+    folders(tmp_path, ["a", "b"])
+    make_shards(tmp_path, n=4, shards=1)
+    with pytest.raises(DataError, match=r"has tars, such as .*\.tar, and folders of images, such as a: .*\*\.tar"):
+        class_folders_of([str(tmp_path)], Path())
+    assert class_folders_of([str(tmp_path / "*.tar")], Path()) is None
+
+
 def test_an_order_without_effect_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cat: has no number"):
         opened(folders(tmp_path / "words", ["cat", "dog"]), class_order="number")

@@ -462,6 +462,56 @@ def test_class_numbers_that_cannot_be_used_are_left_out_up_to_a_share(tmp_path: 
         assert check("a.tar", tmp_path).usable(share) == (share > 0.5)
 
 
+@pytest.mark.parametrize("label", ["cls", "class"])
+def test_class_numbers_that_count_from_1_are_refused(tmp_path: Path, model, label: str) -> None:
+    # Of 100 classes, only the last number is beyond the class names: one percent of the samples.
+    members = [(f"{i:03d}.png", picture(i, 8, 8)) for i in range(100)]
+    members += [(f"{i:03d}.cls", str(i + 1).encode()) for i in range(100)]
+    members += [(f"{i:03d}.json", json.dumps({"class": i + 1}).encode()) for i in range(100)]
+    write_tar(tmp_path / "a.tar", sorted(members))
+    (tmp_path / "classnames.txt").write_text("".join(f"thing {i}\n" for i in range(100)))
+    with pytest.raises(DataError, match="count class numbers from 0, not from 1"):
+        evaluate_set(model, EvalSet(name="set", data=["a.tar"], label=label), _settings(tmp_path))
+    report = check("a.tar", tmp_path)
+    assert report.account.unused["label_shift"] == 100
+    assert not report.usable(0.99)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *("0 cat|1 dog", "1: cat|2: dog", "0,cat|1,dog", "id,name|0,cat|1,dog", "01. cat|02. dog", "cat\t0|dog\t1"),
+        *("n01440764 tench|n01443537 goldfish", "n01440764|n01443537", "'cat',|'dog',", '["cat", "dog"]'),
+        *("[|'cat',|'dog'|]", "{0: 'cat',| 1: 'dog'}", "classes = [|'cat',|'dog'|]"),
+    ],
+)
+def test_class_names_that_hold_more_than_names_are_refused(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "classnames.txt"
+    path.write_text(lines.replace("|", "\n"))
+    with pytest.raises(DataError, match=r"classnames\.txt: .*(each line|line 1 '.*' is code)"):
+        read_classnames(path)
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        *("0|1|2", "1 star|2 stars|3 stars", "707-320|727-200", "1991 Audi|1992 Audi", "rock 'n' roll|\"x\" and y"),
+        *("3D printer|4x4", "tench, Tinca tinca|dog", "1st place|2nd place", "a (b)|c"),
+    ],
+)
+def test_numbers_and_quotes_are_part_of_class_names(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "classnames.txt"
+    path.write_text(lines.replace("|", "\n"))
+    assert read_classnames(path) == lines.split("|")
+
+
+@pytest.mark.parametrize("line", ["'a photo of a {}.',", "lambda c: f'a photo of {c}.',", '["a {}", "the {}"]'])
+def test_templates_that_are_code_are_refused(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.txt").write_text(f"{line}\n")
+    with pytest.raises(DataError, match=r"t\.txt: line 1 '.*' is code"):
+        read_templates(tmp_path / "t.txt")
+
+
 def _folders(folder: Path) -> Path:
     for number, name in enumerate(["blue_dog", "ant", "cat"]):
         (folder / name / "more").mkdir(parents=True)
