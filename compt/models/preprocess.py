@@ -22,6 +22,8 @@ _HF_FIXED = {
     "do_normalize": (True,),
     "do_pad": (False, None),
     "rescale_factor": (1 / 255,),
+    "default_to_square": (False, None),
+    "use_square_size": (False, None),
 }
 
 

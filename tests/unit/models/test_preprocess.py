@@ -204,6 +204,8 @@ def test_what_open_clip_cannot_have_meant_is_refused(values: dict[str, Any], mes
         ({"do_resize": False}, "do_resize = False"),
         ({"do_pad": True}, "do_pad = True is not supported; it must be False"),
         ({"rescale_factor": 1 / 127.5}, "rescale_factor = 0.0078"),
+        ({"default_to_square": True, "size": 32}, "default_to_square = True is not supported; it must be False"),
+        ({"use_square_size": True, "size": {"shortest_edge": 32}}, "use_square_size = True"),
         ({"do_center_crop": False}, "size = 32, crop_size = 32, do_center_crop = False is not supported; both sizes"),
         ({"size": {"shortest_edge": 40}}, "size = {'shortest_edge': 40}, crop_size = 32"),
         ({"size": 224, "crop_size": 224}, "size = 224, crop_size = 224"),
