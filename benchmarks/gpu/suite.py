@@ -287,7 +287,7 @@ def worst(record: dict[str, Any]) -> str:
         return str(record["error"])
     findings = record["findings"]
     if not findings:
-        return "nothing to check on this device"
+        return "nothing to check here"
 
     def nearness(finding: dict[str, Any]) -> float:
         most = finding["most"]

@@ -34,6 +34,7 @@ from benchmarks.gpu.checks.cases import (
     train,
 )
 from benchmarks.gpu.checks.chain import SECONDS, check_chain
+from benchmarks.gpu.checks.decoding import check_dali
 from benchmarks.gpu.checks.finding import Finding, holds
 from benchmarks.gpu.checks.processes import check_processes
 from compt.data.batch import Batch
@@ -369,6 +370,7 @@ CHECKS: dict[str, Check] = {
     "nonfinite": Check(check_nonfinite),
     "waits": Check(check_waits),
     "memory": Check(check_memory),
+    "dali": Check(check_dali),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),
     "skips": Check(check_skips("fsdp2"), "sharded"),
     "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),

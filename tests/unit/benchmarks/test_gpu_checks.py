@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from benchmarks.gpu.checks import chain as gpu_checks_chain
+from benchmarks.gpu.checks import decoding as gpu_checks_decoding
 from benchmarks.gpu.checks import processes as gpu_checks_processes
 from benchmarks.gpu.checks import table as gpu_checks
 from benchmarks.gpu.checks.cases import CASES, LINK, compare, oracle, train
@@ -25,6 +26,7 @@ from benchmarks.gpu.checks.finding import Finding
 from benchmarks.gpu.checks.table import CHECKS, run_check
 from benchmarks.gpu.worker import Worker
 from compt.engines.ddp import DataParallelEngine
+from tests.helpers.optional import optional
 from tests.helpers.process import ended
 
 CPU = torch.device("cpu")
@@ -39,6 +41,16 @@ def test_a_check_of_one_process_passes_on_a_cpu(name: str) -> None:
     found = run_check(name, "cpu")
     assert found
     assert failed(found) == []
+
+
+def test_dali_passes_on_a_cpu_and_fails_for_another_crop(monkeypatch: pytest.MonkeyPatch) -> None:
+    optional("nvidia.dali", "dali-cuda13")
+    assert len(run_check("dali", "cpu")) == 4
+    assert failed(run_check("dali", "cpu")) == []
+    pixels = gpu_checks_decoding.TorchDecoder.pixels
+    beside = lambda made, image, box, size: pixels(made, image, (box[0] + 40, *box[1:]), size)
+    monkeypatch.setattr(gpu_checks_decoding.TorchDecoder, "pixels", beside)
+    assert failed(run_check("dali", "cpu")) == ["pixels: mean difference", "pixels: largest difference"]
 
 
 def test_only_peak_memory_needs_a_gpu() -> None:
