@@ -13,6 +13,7 @@ import re
 import secrets
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,25 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON. Raises FileNotFoundError or json.JSONDecodeError."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read JSON from a plain file. Raises OSError and ValueError (json.JSONDecodeError, UnicodeDecodeError)."""
+    text = read_text(path, sys.maxsize)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
 
 
-def read_text(path: Path, most: int = 1 << 24) -> str:
-    """The text, in UTF-8, of a plain file of at most `most` bytes. Raises OSError for others: a pipe never ends."""
+def plain_stat(path: Path) -> os.stat_result:
+    """`path.stat()`. Raises OSError for what is not a plain file: to open a pipe, or to read a device, never ends."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise OSError(errno.EINVAL, "it is not a plain file", str(path))
+    return found
+
+
+def read_text(path: Path, most: int = 1 << 24) -> str:
+    """The text, in UTF-8, of a plain file of at most `most` bytes. Raises OSError for others."""
+    found = plain_stat(path)
     if found.st_size > most:
         raise OSError(errno.EFBIG, f"it has {found.st_size:,} bytes, more than {most:,}", str(path))
     return path.read_text(encoding="utf-8")

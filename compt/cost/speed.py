@@ -28,6 +28,7 @@ from compt.cost.paper import IMAGES, TABLE_2
 from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS, paper_cost
 from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
+from compt.files import plain_stat
 from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
 from compt.recipe.engine import EngineConfig, EngineName
 from compt.recipe.schema import Optimizer, Recipe
@@ -177,6 +178,7 @@ class Throughput(BaseModel):
     def read(cls, path: Path, device: Device | None = None) -> Throughput:
         """Raises ConfigError for a file that is missing or damaged, or of another device than asked for."""
         try:
+            plain_stat(path)
             found = cls.model_validate_json(path.read_bytes())
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None

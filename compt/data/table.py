@@ -22,7 +22,7 @@ from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
 from compt.data.names import image_stem
 from compt.data.rows import JOIN_COLUMNS, LAST_JOINS, NUMBERED, URL, known_name, known_names, plain_name, read_rows
 from compt.errors import DataError
-from compt.files import new_folder, read_json, write_json
+from compt.files import new_folder, plain_stat, read_json, write_json
 
 _FIELDS = ("offset", "size", "captions", "rows", "web")
 _LINE = np.dtype([(name, "<i8") for name in _FIELDS])
@@ -152,7 +152,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
     ones). Raises DataError where the file or its columns cannot be used.
     """
     try:
-        stat = path.stat()
+        stat = plain_stat(path)
         with path.open("rb") as file:
             head = file.read(6)
             content = _sampled_hash(file.fileno(), stat.st_size)

@@ -375,7 +375,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path}: missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ArtefactError(f"{path}: not JSON ({error})") from error
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error

@@ -31,6 +31,10 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "twice.yaml").write_text("name: a\nname: b\n")
     (folder / "tabs.yaml").write_text("name:\n\t- a\n")
     (folder / "itself.yaml").write_text("name: &a [*a]\n")
+    for name in ("piped", "deep"):
+        (folder / name).mkdir()
+    os.mkfifo(folder / "piped" / "run.json")
+    (folder / "deep" / "run.json").write_text("[" * 100_000)
     letters = "abcdefghij"
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in itertools.pairwise(letters)]
@@ -73,6 +77,12 @@ WORDS: list[tuple[str, int, str]] = [
     ("report file", 5, "file/run.json: cannot be read"),
     ("report loop", 5, "loop/run.json: cannot be read"),
     ("report " + LONG, 5, "File name too long"),
+    ("report piped", 5, "piped/run.json: cannot be read: [Errno 22] it is not a plain file"),
+    ("report deep", 5, "deep/run.json: cannot be read: nested too deeply"),
+    ("plan recipe.yaml --throughput fifo", 2, "cannot read fifo: it is not a plain file"),
+    ("plan recipe.yaml --throughput /dev/zero", 2, "cannot read /dev/zero: it is not a plain file"),
+    ("data check train --captions-csv fifo", 3, "table of captions fifo: it is not a plain file"),
+    ("data check train --captions-csv /dev/zero", 3, "table of captions /dev/zero: it is not a plain file"),
     ("data check " + LONG, 2, "File name too long"),
     ("eval " + LONG + " --data x", 2, "File name too long"),
     ("eval fifo --data x", 4, "fifo"),
