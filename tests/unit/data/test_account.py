@@ -22,6 +22,7 @@ from compt.data.samples import SampleReader
 from compt.data.scan import _Header
 from compt.data.table import convert_table
 from compt.errors import DataError
+from compt.evaluate.folder import read_class_folders
 from tests.helpers.shards import make_shards, picture, sample, write_tar
 
 IMAGE = picture(0, 4, 4, "JPEG")
@@ -233,6 +234,17 @@ def test_of_several_images_the_extension_decides(tmp_path: Path) -> None:
     index = open_index("x.tar", tmp_path)
     assert SampleReader(index).image(index.entry(0)) == jpg
     assert (index.account.unused, index.account.images) == ({"second_image": 2}, {"second_image": 2})
+
+
+@pytest.mark.parametrize("extension", ["jfif", "JPE", "TIFF", "ppm"])
+def test_rare_and_upper_case_endings_of_images_are_read(extension: str, tmp_path: Path) -> None:
+    keys, unused, account = account_of(tmp_path, (f"k.{extension}", IMAGE), ("k.txt", b"x"))
+    assert (keys, unused, account.used["member"]) == (["k"], {}, 4)
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "dog").mkdir()
+    for name in ("cat", "dog"):
+        (tmp_path / "set" / name / f"k.{extension}").write_bytes(IMAGE)
+    assert len(read_class_folders(tmp_path / "set")) == 2
 
 
 def test_an_unsorted_tar_is_told_from_one_with_duplicates(tmp_path: Path) -> None:

@@ -167,6 +167,14 @@ def test_dreamlips_table_is_joined_on_the_url(tmp_path: Path) -> None:
         assert (index.account.used["row"], index.account.lost("row")) == (3, 0)
 
 
+@pytest.mark.parametrize("field", ["url", "URL", "image_url", "Image Path"])
+@pytest.mark.parametrize("column", ["url", "URL", "Image Path", "image_url", "imagepath"])
+def test_urls_are_known_under_the_names_that_tools_give_them(field: str, column: str, tmp_path: Path) -> None:
+    shard(tmp_path / "x.tar", a={"json": {"caption": "alt", field: " http://a/0.jpg"}})
+    csv = table(tmp_path / "c.csv", f"{column},caption\nhttp://a/0.jpg,one\n")
+    assert captions_of(open_index("x.tar", tmp_path, captions_csv=csv)) == {"a": ["one"]}
+
+
 def test_a_table_that_matches_nothing_or_little_is_refused(tmp_path: Path) -> None:
     make_shards(tmp_path, n=4, shards=1)
     csv = table(tmp_path / "c.csv", "key,shortIB\n0,a\n1,b\n")
