@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compt.errors import DataError
+from compt.files import plain_stat
 
 if TYPE_CHECKING:  # it loads torch, which indexing does without
     from compt.data.decode import Cause
@@ -44,6 +45,7 @@ def beside(places: Iterable[Path], name: str) -> Path | None:
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file without surrounding white space. Raises DataError naming file and line."""
     try:
+        plain_stat(path)
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -570,6 +571,10 @@ def test_messages_name_file_and_value(tmp_path: Path, model) -> None:
         read_classnames(names)
     names.write_text("\n")
     with pytest.raises(DataError, match=r"classnames\.txt: is empty"):
+        read_classnames(names)
+    names.unlink()
+    os.mkfifo(names)
+    with pytest.raises(DataError, match=r"classnames\.txt: cannot be read: it is not a plain file"):
         read_classnames(names)
     names.unlink()
     with pytest.raises(
