@@ -221,9 +221,14 @@ def test_macos_files_are_ignored_and_counted(tmp_path: Path) -> None:
         for prefix in ("._", "")
     ]
     keys, unused, account = account_of(
-        tmp_path, ("._pics", b"\0"), *members, ("__MACOSX/pics/._0000.jpg", b"\0"), ("pics/.DS_Store", b"")
+        tmp_path,
+        ("._pics", b"\0"),
+        *members,
+        ("__MACOSX/pics/._0000.jpg", b"\0"),
+        ("__MACOSX/pics/2.jpg", b""),
+        ("pics/.DS_Store", b""),
     )
-    assert (keys, unused) == (["pics/0000", "pics/0001"], {"hidden": 7})
+    assert (keys, unused) == (["pics/0000", "pics/0001"], {"hidden": 8})
     assert account.faults == []
 
 
