@@ -164,6 +164,8 @@ class _Scanner:
             with tarfile.open(fileobj=self.file, mode="r:", tarinfo=_Header) as archive:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # else tarfile keeps all headers
+                    if member.size < 0:  # tarfile would go back, and read the same members for ever
+                        raise ValueError("a file of a negative size")
                     key, extension = _sort_member(member)
                     if not key:
                         self.account.lose(extension, member.name)

@@ -272,6 +272,20 @@ def test_links_and_sparse_files_are_no_samples(tmp_path: Path) -> None:
     assert account.unused == {"link": 2, "special": 1}
 
 
+@pytest.mark.parametrize("blocks", [-1, -4, -(1 << 80)])
+def test_a_member_of_a_negative_size_ends_the_tar(blocks: int, tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", [*sample("a", 1), ("b.jpg", IMAGE), ("b.txt", b"x")])
+    with tarfile.open(path) as archive:
+        at = archive.getmember("b.jpg").offset
+    blob = bytearray(path.read_bytes())
+    blob[at + 124 : at + 136] = (512 * blocks).to_bytes(12, "big", signed=True)  # as GNU tar writes large numbers
+    header = blob[at : at + 512]
+    blob[at + 148 : at + 156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
+    path.write_bytes(blob)
+    account = open_index("x.tar", tmp_path).account
+    assert (account.used["member"], account.unused["cut"]) == (2, 1)
+
+
 def test_data_behind_the_end_are_noticed(tmp_path: Path) -> None:
     one, two = write_tar(tmp_path / "1.tar", sample("a", 1)), write_tar(tmp_path / "2.tar", sample("b", 2))
     one.write_bytes(one.read_bytes() + two.read_bytes())

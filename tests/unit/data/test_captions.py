@@ -141,6 +141,8 @@ def test_the_next_source_is_used_where_one_has_nothing(tmp_path: Path) -> None:
     assert captions_of(index) == dict(zip("abcdefgh", expected, strict=True))
     assert index.account.unused == {"json": 1, "second_text": 3, "encoding": 1}
     assert index.counts == {1: 7, 0: 1}
+    named = captions_of(open_index("x.tar", tmp_path, columns=["captions"]))
+    assert (named["a"], named["f"]) == (good, ["json"]), "and where the recipe names the field"
 
 
 def table(path: Path, text: str) -> Path:
