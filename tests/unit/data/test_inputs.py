@@ -208,6 +208,22 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
     ),
     "JSON in a .txt": ("c.txt", b'[{"key": "a", "caption": "one"}, {"key": "b", "caption": "two"}]', BOTH),
     "JSON lines in a .txt": ("c.txt", b'{"key":"a","caption":"one"}\n{"key":"b","caption":"two"}\n', BOTH),
+    "a list with what is no object": (
+        "c.json",
+        b' [{"key":"a","caption":"one"},3,\n{"key":"b","caption":"two"} ]\n',
+        BOTH,
+    ),
+    "a list that is not UTF-8": (
+        "c.json",
+        b'[{"key":"a","caption":"\xff"},{"key":"b","caption":"two"}]',
+        {"b": ["two"]},
+    ),
+    "a list that is cut": ("c.json", b'[{"key":"a","caption":"one"},{"key":"b","cap', "is no JSON, behind row 1"),
+    "a list with a long item": (
+        "c.json",
+        b'[{"key":"a","x":"' + b"w" * (1 << 24) + b'","caption":"one"},{"key":"b","caption":"two"}]',
+        BOTH,
+    ),
     "numbers of COCO's captions": (
         "c.json",
         b'[{"image_id": "a", "id": "b", "caption": "one"}, {"image_id": "b", "id": "a", "caption": "two"}]',
@@ -273,6 +289,8 @@ def test_columns_of_parquet(tmp_path: Path) -> None:
         ({"key": ["a", "b"], "caption": pa.array([None, "two"])}, {"b": ["two"]}),
         ({"key": ["a", "b"], "caption": [b"\xff", b"two"]}, {"b": ["two"]}),
         ({"key": ["a", "b"], "captions": [[b"one"], [b"two"]]}, BOTH),
+        ({"key": ["a", "b"], "caption": ["one", "two"], "features": [[0.5], [1.5]], "seen": [True, None]}, BOTH),
+        ({"image": [{"bytes": IMAGE, "path": "b.jpg"}], "caption": ["two"], "image.path": ["a.jpg"]}, {"b": ["two"]}),
         # Text that is not UTF-8, and a time that Python cannot hold.
         (
             {"key": ["a", "b"], "caption": pa.StringArray.from_buffers(2, *pa.array([b"\xff", b"two"]).buffers()[1:])},
