@@ -24,7 +24,8 @@ JOIN_COLUMNS = (
 )
 """Names of columns that say which sample a row belongs to, in lower case. `Image Path` is `image_path`."""
 LAST_JOINS = ("filepath", "id")
-"""They join rows only where no other column does: `id` may number captions, and Karpathy's `filepath` is a folder."""
+"""They join rows only without another name: `id` may number captions, and Karpathy's `filepath` is a folder."""
+URL_JOINS = ("url", "image_url", "img_url")
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 NUMBERED = re.compile(r"#[0-9]+$")
 """The number of a caption behind the name of its image, in the files of Flickr8k and Flickr30k: `1.jpg#0`."""

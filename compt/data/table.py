@@ -20,7 +20,17 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
 from compt.data.names import image_stem
-from compt.data.rows import JOIN_COLUMNS, LAST_JOINS, NUMBERED, URL, known_name, known_names, plain_name, read_rows
+from compt.data.rows import (
+    JOIN_COLUMNS,
+    LAST_JOINS,
+    NUMBERED,
+    URL,
+    URL_JOINS,
+    known_name,
+    known_names,
+    plain_name,
+    read_rows,
+)
 from compt.errors import DataError
 from compt.files import new_folder, plain_stat, read_json, write_json
 
@@ -329,7 +339,8 @@ class _Writer:
         others = [name for name in names if name not in texts]
         if not others:
             raise DataError(f"{place}; none says which sample a row belongs to: add a column key, url or filename")
-        return [name for name in known if plain_name(name) not in LAST_JOINS] or known or others[:1]
+        names = [name for name in known if plain_name(name) not in LAST_JOINS]
+        return names if any(plain_name(name) not in URL_JOINS for name in names) else known or others[:1]
 
 
 def _rank(name: str) -> int:

@@ -229,6 +229,7 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
         b'[{"image_id": "a", "id": "b", "caption": "one"}, {"image_id": "b", "id": "a", "caption": "two"}]',
         BOTH,
     ),
+    "PD12M's identifiers": ("c.csv", b"id,url,caption\na,http://x/1.jpg,one\nb,http://x/2.jpg,two\n", BOTH),
     "Karpathy's folders": (
         "c.json",
         b'{"images": [{"filepath": "b", "filename": "a.jpg", "sentences": [{"raw": "one"}]}]}',
