@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import re
+from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from PIL import Image
 from compt.design.curves import Point
 from compt.errors import RunError
 from compt.files import read_json, write_json
+from compt.report import figures
 from compt.report.content import acceleration, read_job, sentence, tiles, unfinished
 from compt.report.figures import COLOURS
 from compt.report.summary import score_file, summarise
@@ -58,6 +61,26 @@ class Page(HTMLParser):
     @property
     def text(self) -> str:
         return " ".join(" ".join(self.words).split())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def drawn() -> Iterator[dict[bytes, Any]]:
+    """Figures by what they show. Each is drawn once, which takes up to a second: most tests are about the text."""
+    made: dict[bytes, Any] = {}
+
+    def once(draw: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            key = pickle.dumps((draw.__name__, arguments))
+            if key not in made:
+                made[key] = draw(*arguments)
+            return made[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("accuracy_figure", "curves_figure", "cost_figure", "contact_png"):
+            patch.setattr(figures, name, once(getattr(figures, name)))
+        yield made
 
 
 def report(run: Path) -> tuple[Page, str]:
@@ -321,10 +344,11 @@ def test_the_account_of_the_data(tmp_path: Path) -> None:
     assert "| key with dots (the key ends at the first dot) | 4 (2 images) | 0.tar: a |" in text
 
 
-def test_a_page_is_written_again_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_page_is_written_again_with_the_same_bytes(drawn: dict[bytes, Any], tmp_path: Path) -> None:
     make_run(tmp_path)
 
     def content() -> list[str]:
+        drawn.clear()
         texts = [write_report(tmp_path).read_text(encoding="utf-8"), (tmp_path / "report.md").read_text("utf-8")]
         return [re.sub(r"Written \S+", "", text) for text in texts]
 
