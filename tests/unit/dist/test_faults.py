@@ -53,14 +53,19 @@ def whole(base: Path) -> Path:
     return base / "whole"
 
 
-@pytest.fixture
-def half(whole: Path, tmp_path: Path) -> Path:
-    """A finished first link, and a second one that was stopped at step 3 with checkpoints of steps 2 and 3."""
-    run = shutil.copytree(whole, tmp_path / "half")
+@pytest.fixture(scope="module")
+def stopped(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = shutil.copytree(whole, tmp_path_factory.mktemp("stopped") / "run")
     shutil.rmtree(run / "jobs" / SECOND)
     stopped_at(whole.parent, run, 3)
     assert len(checkpoints(run)) == 2
     return run
+
+
+@pytest.fixture
+def half(stopped: Path, tmp_path: Path) -> Path:
+    """A finished first link, and a second one that was stopped at step 3 with checkpoints of steps 2 and 3."""
+    return shutil.copytree(stopped, tmp_path / "half")
 
 
 @pytest.fixture
