@@ -19,6 +19,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.12 python3.11 python3.13,$(she
 MADE_FROM := $(shell { cat pyproject.toml setup.py $(CONSTRAINTS); echo "$(CURDIR) $(EXTRAS)"; } | cksum | tr ' ' '-')
 STAMP := .venv/.made-from-$(MADE_FROM)
 RUN := .venv/bin/python -m
+# Let Python keep what it compiles, as it does by default: without that, every process of the tests compiles them again.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

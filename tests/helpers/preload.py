@@ -8,7 +8,7 @@ import gc
 gc.disable()  # collections would take an eighth of the time of these imports
 
 import open_clip  # noqa: E402, F401
-import torch  # noqa: E402, F401
+import torch._inductor.compile_fx  # noqa: E402, F401  # as DeepSpeed does in every rank
 
 import compt.chain.run  # noqa: E402, F401
 import tests.helpers.recipe  # noqa: E402, F401
