@@ -31,6 +31,7 @@ from compt.data.samples import ShardSamples
 from compt.errors import ConfigError, DataError
 from compt.recipe.types import checked_address
 from tests.helpers.optional import optional
+from tests.helpers.process import finish, start
 from tests.helpers.recipe import FIRST, chain, make_data, manifest, recipe_of, stopped_at, weights_hash
 from tests.helpers.shards import make_shards
 from tests.helpers.store import KEY, Store
@@ -338,29 +339,22 @@ def test_processes_of_one_machine_download_each_shard_once(tmp_path: Path, store
     assert {name: store.gets[name] for name in NAMES} == dict.fromkeys(NAMES, 1)
 
 
-RANK = """
-import sys
-from pathlib import Path
-from compt.data.index import open_index
-from compt.data.loaders import train_loader
-from compt.data.remote import Cache
-base, rank = Path(sys.argv[1]), int(sys.argv[2])
-index = open_index(sys.argv[3], base, base / "index", cache=Cache(base / "cache"))
-settings = {"seed": 3, "batch": 8, "image_size": 16, "captions": 2, "context_length": 16, "window": 2}
-loader = train_loader(index, **settings, start_step=0, total_steps=12, workers=1, rank=rank, world_size=2)
-print("\\n".join(f"{batch.keys} {batch.images.sum()}" for batch in loader))
-"""
+def read_as_rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
+    """Write what rank `rank` of two reads."""
+    os.environ.update(environment)
+    index = open_index(SHARDS, folder, folder / "index", cache=Cache(folder / "cache"))
+    settings = {"seed": 3, "batch": 8, "image_size": 16, "captions": 2, "context_length": 16, "window": 2}
+    loader = train_loader(index, **settings, start_step=0, total_steps=12, workers=1, rank=rank, world_size=2)
+    (folder / f"read-{rank}").write_text("\n".join(f"{batch.keys} {batch.images.sum()}" for batch in loader))
 
 
 def test_two_ranks_download_each_shard_once_and_read_the_batches_of_one(
     tmp_path: Path, store: Store, cache: Cache
 ) -> None:
     """The index too: both find none and scan at the same time."""
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(tmp_path), str(rank), SHARDS], stdout=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    read = [rank.communicate(timeout=100)[0].decode().splitlines() for rank in ranks]
+    ranks = [start(read_as_rank, rank, tmp_path, store.environment()) for rank in range(2)]
+    assert [finish(rank, 100.0) for rank in ranks] == [0, 0]
+    read = [(tmp_path / f"read-{rank}").read_text().splitlines() for rank in range(2)]
     keys, images, _ = run(on_disk(tmp_path))
     for rank in range(2):
         part = slice(4 * rank, 4 * rank + 4)
