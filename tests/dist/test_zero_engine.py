@@ -58,7 +58,7 @@ def check_all(function: object, world: int, cells: list[Cell]) -> None:
 
 def test_two_ranks_equal_one_process_and_keep_their_state(tmp_path: Path) -> None:
     """The quick test: one start of two ranks for the first case of each test below."""
-    cells = [Cell(stage, pieces=4) for stage in STAGES]
+    cells = [Cell(stage, pieces=2) for stage in STAGES]
     cells = [*cells[:2], *(cell._replace(scaled=True) for cell in cells[2:])]
     expected = cases.plain("vit", True)
     for results in run_ranks(cases.quick, 2, str(tmp_path), cells, timeout=TIMEOUT):
