@@ -212,6 +212,7 @@ exec(open({launcher!r}).read())
 """
 
 
+@pytest.mark.slow
 def test_a_failing_rank_ends_torchrun_with_its_cause(torchrun: Any, tmp_path: Path) -> None:
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(launcher=str(LAUNCHER)))

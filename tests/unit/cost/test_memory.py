@@ -159,6 +159,10 @@ GPU_CASES = [
     Case(QUICK, rows=2, captions=3, tokens=11),
     Case(replace(NANO, loss="siglip"), rows=16, captions=3, tokens=11),
     Case(LITTLE_SWIN, rows=2, captions=2, tokens=20),
+    Case(LITTLE_SWIN, PICO, rows=2, captions=2, tokens=20),
+    Case(LITTLE_SWIN, rows=2, captions=2, tokens=20, recompute=True),
+]
+LARGE_GPU_CASES = [
     Case(PRESETS["swin_t"], PRESETS["vit_t16"], rows=1, captions=2, tokens=77),
     Case(PRESETS["swin_t"], rows=1, captions=2, tokens=20, recompute=True),
 ]
@@ -186,7 +190,9 @@ def check_kept(case: Case, device: str, rel: float) -> None:
         assert memory.weights - whole.weights == counted.copies
 
 
-@pytest.mark.parametrize("case", GPU_CASES, ids=name_of)
+@pytest.mark.parametrize(
+    "case", [*GPU_CASES, *(pytest.param(case, marks=pytest.mark.full) for case in LARGE_GPU_CASES)], ids=name_of
+)
 def test_what_a_gpu_would_keep_for_backward(case: Case) -> None:
     check_kept(case, "cuda", 0.01)
 
@@ -199,7 +205,8 @@ def test_what_a_gpu_would_keep_for_backward(case: Case) -> None:
         Case(NANO, rows=4, captions=4, tokens=30, short=6, precision="fp32"),
         Case(QUICK, rows=2, captions=3, tokens=11, precision="fp32"),
         Case(PRESETS["vit_t16"], rows=1, captions=2, tokens=30, precision="fp32"),
-        Case(PRESETS["swin_t"], rows=2, captions=1, tokens=12, precision="fp32"),
+        Case(LITTLE_SWIN, rows=2, captions=1, tokens=12, precision="fp32"),
+        pytest.param(Case(PRESETS["swin_t"], rows=2, captions=1, tokens=12, precision="fp32"), marks=pytest.mark.full),
     ],
     ids=name_of,
 )

@@ -519,7 +519,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
         assert manifest(whole, job)["scores"] == manifest(other, job)["scores"]
 
 
-@pytest.mark.parametrize("changes", [[], ["engine.workers=2"], ["engine.workers=2", "engine.cache=true"]])
+@pytest.mark.parametrize("changes", [[], ["engine.workers=2", "engine.cache=true"]])
 def test_a_chain_stopped_in_every_training_is_uninterrupted(
     changes: list[str], base: Path, whole: Path, tmp_path: Path
 ) -> None:
