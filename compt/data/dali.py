@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from compt.data.decode import MAX_RESIZED, Decoder, Encoded, Pixels, TorchDecoder, Unusable, open_image
+from compt.data.decode import MAX_RESIZED, Decoder, Encoded, Pixels, TorchDecoder, Unusable, open_image, quiet
 from compt.data.order import Box
 from compt.errors import ConfigError
 
@@ -68,7 +68,8 @@ class DaliDecoder(Decoder):
         whole = image.data.rstrip(b"\0").endswith(_END_OF_JPEG)
         if plain and whole and size * max(box[2] - box[0], box[3] - box[1]) <= MAX_RESIZED:
             return replace(image, header=None)
-        return Ready(b"", image.width, image.height, pixels=self._cpu.pixels(image, box, size))
+        with quiet():
+            return Ready(b"", image.width, image.height, pixels=self._cpu.pixels(image, box, size))
 
     def decode(
         self, keys: Sequence[str], images: Sequence[Encoded], boxes: Sequence[Box], size: int

@@ -212,12 +212,16 @@ def test_memory_stays_flat_over_5000_batches(tmp_path: Path, decoder: str, worke
     assert marks[-1] - marks[1] < 10e6
 
 
-def test_libjpegs_own_messages_reach_no_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("decoder", ["torch", "dali"], indirect=True)
+def test_libjpegs_own_messages_reach_no_terminal(
+    tmp_path: Path, decoder: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     data = FILES["JPEG"](scene(0, 60, 50))
     harmless = data[:-2] + bytes(9) + data[-2:]
     TorchDecoder().pixels(Encoded(harmless, 60, 50), (0, 0, 60, 50), 40)
     assert "Corrupt JPEG data" in capfd.readouterr().err, "libjpeg writes nothing about this image"
-    load(jpegs(tmp_path, k03=harmless), decoder="torch", workers=1)
+    # DALI leaves an image without an end to torch, in the worker.
+    load(jpegs(tmp_path, k03=harmless if decoder == "torch" else harmless[:-2]), decoder=decoder, workers=1)
     assert not capfd.readouterr().err
 
 
