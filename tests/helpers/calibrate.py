@@ -105,15 +105,15 @@ def calibrate(
     return said
 
 
-def calibrate_scored(base: Path, run: Path) -> list[str]:
-    """`calibrate`, lossless at the third try; for processes of their own."""
+def calibrate_scored(base: Path, run: Path, every: int = 100) -> list[str]:
+    """`calibrate`, lossless at the third try, with a checkpoint `every` so many steps; for processes of their own."""
     with scored(AT_THIRD):
-        return calibrate(base, run, "engine.checkpoint_every={steps: 2}")
+        return calibrate(base, run, f"engine.checkpoint_every={{steps: {every}}}")
 
 
 def _instead_of_chain(function: Callable[..., None], first: Any, base: Path, run: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.helpers.process.chain", calibrate_scored)
+        patch.setattr("tests.helpers.process.chain", functools.partial(calibrate_scored, every=2))
         function(first, base, run)
 
 
@@ -121,7 +121,7 @@ def calibrate_dying_at(place: str, base: Path, run: Path) -> None:
     """Like `chain_dying_at`; `between deciding`: a try's manifest is written, its folder is not yet set aside."""
     if place in ("between deciding", "after setting aside"):
         os.rename = _dying_when_set_aside(os.rename, place.startswith("after"))
-        calibrate_scored(base, run)
+        calibrate_scored(base, run, every=2)
     _instead_of_chain(chain_dying_at, place, base, run)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,13 @@ def open_run(base: Path, third: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of reports. `test_the_report_says_what_was_decided` draws them, in two seconds."""
+    for name in ("accuracy_figure", "curves_figure", "cost_figure"):
+        monkeypatch.setattr(f"compt.report.figures.{name}", lambda *_: None)
+
+
 def record(run: Path) -> dict[str, Any]:
     values: dict[str, Any] = read_json(run / "run.json")["calibration"]
     return values
@@ -216,6 +224,7 @@ def test_the_accepted_try_is_the_link_of_that_length(base: Path, third: Path, tm
     assert equal(weights(third, SECOND), weights(plain, SECOND))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun
     with scored({}, baseline=0.40) as _, scored(dict.fromkeys((5, 6, 8, 10, 12), 0.30)), trained() as names:
@@ -428,6 +437,7 @@ def test_the_report_says_what_was_decided(third: Path, run: Path) -> None:
     assert (rows["Points"][at], rows["Verdict"][at]) == ("-2.00", "not lossless")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_table_of_a_test_that_goes_on(open_run: Path) -> None:
     state = read_json(open_run / "run.json")
     state["calibration"] |= {"factor": 1.25, "target": 4.0}
@@ -466,6 +476,7 @@ def test_controls_have_the_accepted_lengths(base: Path, run: Path) -> None:
     assert names == ["control-equal_epochs 6"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_record_older_than_the_decision_is_brought_up_to_date(
     base: Path, third: Path, run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,7 +604,7 @@ def test_killed_before_one_write_after_another(base: Path, third: Path, tmp_path
 @pytest.mark.full
 def test_killed_before_each_write_of_a_decision(base: Path, third: Path, tmp_path: Path) -> None:
     """From where a try is scored to where its length is in run.json; what trainings write is the same in any chain."""
-    names = writes_of(calibrate_scored, base, copied(third, tmp_path / "all", FIRST, BASELINE))
+    names = writes_of(partial(calibrate_scored, every=2), base, copied(third, tmp_path / "all", FIRST, BASELINE))
     aside = [number for number, name in enumerate(names, 1) if name in (f"jobs/{TRY_1}", f"jobs/{TRY_2}")]
     state = [number for number, name in enumerate(names, 1) if name in ("run.json", "recipe.yaml")]
     assert (len(aside), len(state)) == (2, 8)
@@ -673,6 +684,7 @@ def command(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[s
     return result.output, result.exception
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_the_command(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scored(AT_THIRD):
         output, error = command(base, monkeypatch, "--run", str(open_run), "--calibrate", "--estimate")
