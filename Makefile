@@ -42,8 +42,9 @@ test-full: ## Run every test, including the complete matrices (about an hour); a
 test-matrices: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "full and not slurm" $(ARGS)
 
+# Each file has a cluster of its own: most of the time, jobs wait for the schedule of Slurm.
 test-slurm: $(STAMP) ## Test slurm/ on a Slurm cluster of two nodes on this machine (needs root, slurm-wlm, munge)
-	@OMP_NUM_THREADS=1 $(RUN) pytest tests/slurm $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n 2 --dist loadfile tests/slurm $(ARGS)
 
 benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/results
 	@$(RUN) benchmarks.all
