@@ -59,14 +59,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(skip)
 
 
-def pytest_sessionstart() -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
     """Collect no garbage while test modules are imported: it would take a quarter of that time."""
     gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
 
 
 def pytest_collection_finish() -> None:
     """Exclude imported modules from garbage collection: chains collect after each job, which would take 0.2 s."""
-    gc.enable()
     gc.collect()
     gc.freeze()
 
