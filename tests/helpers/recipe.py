@@ -57,7 +57,7 @@ RECIPE: dict[str, Any] = {
         "device": "cpu",
         "workers": 0,
         "log_every": {"steps": 1},
-        "checkpoint_every": {"steps": 2},
+        "checkpoint_every": {"steps": 3},
     },
     "evaluation": {
         "every": {"steps": 3},

@@ -57,7 +57,7 @@ def whole(base: Path) -> Path:
 def stopped(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = shutil.copytree(whole, tmp_path_factory.mktemp("stopped") / "run")
     shutil.rmtree(run / "jobs" / SECOND)
-    stopped_at(whole.parent, run, 3)
+    stopped_at(whole.parent, run, 3, "engine.checkpoint_every={steps: 2}")
     assert len(checkpoints(run)) == 2
     return run
 
@@ -393,23 +393,23 @@ def test_damaged_expanded_weights(base: Path, half: Path, whole: Path) -> None:
     assert_finishes(base, half, whole)
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", '{"state": "dreaming"}', "\xff"])
-def test_a_damaged_manifest(text: str, base: Path, half: Path, whole: Path) -> None:
+def test_a_damaged_manifest(base: Path, half: Path, whole: Path) -> None:
     path = half / "jobs" / SECOND / "manifest.json"
     kept = path.read_bytes()
-    path.write_bytes(text.encode("latin-1"))
-    with pytest.raises(RunError, match=rf"{path}.*remove {path.parent} to train it again"):
-        chain(base, half)
+    for text in (b"{", b"", b"[]", b'{"state": "dreaming"}', b"\xff"):
+        path.write_bytes(text)
+        with pytest.raises(RunError, match=rf"{path}.*remove {path.parent} to train it again"):
+            chain(base, half)
     path.write_bytes(kept)
     assert_finishes(base, half, whole)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}"])
-def test_a_damaged_record_of_the_run(text: str, base: Path, half: Path, whole: Path) -> None:
+def test_a_damaged_record_of_the_run(base: Path, half: Path, whole: Path) -> None:
     path = half / "run.json"
-    path.write_text(text)
-    with pytest.raises(RunError, match=rf"{path} (cannot be read|is damaged): .*; remove it: it is written again"):
-        chain(base, half)
+    for text in ("{", "[]", "{}"):
+        path.write_text(text)
+        with pytest.raises(RunError, match=rf"{path} (cannot be read|is damaged): .*; remove it: it is written again"):
+            chain(base, half)
     path.unlink()
     assert_finishes(base, half, whole)
 
