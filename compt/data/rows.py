@@ -49,7 +49,11 @@ def read_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
         begins = _parquet_rows if head.startswith(b"PAR1") else _json_rows if head[:1] in (b"{", b"[") else _csv_rows
         yield from readers.get(path.suffix.lower(), begins)(path, account)
     except OSError as error:
-        raise DataError(f"table of captions {path}: {error.strerror or error}") from error
+        raise DataError(f"table of captions {path}: {error.strerror or _line(error)}") from error
+
+
+def _line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -212,7 +216,7 @@ def _listed(path: Path) -> Iterator[Any]:
 def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         import pyarrow
-        from pyarrow import parquet, types
+        from pyarrow import parquet
     except ImportError:
         raise DataError(f"reading {path} needs pyarrow: pip install 'compt[parquet]'") from None
     number = 0
@@ -227,13 +231,26 @@ def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str,
                 if _may_be_text(column.name, str(column.type))
             ]
             for batch in file.iter_batches(batch_size=1024, columns=read):
-                # Some programs write text that is not UTF-8, of which pyarrow makes no text.
-                columns = [part.cast(pyarrow.binary()) if types.is_string(part.type) else part for part in batch]
-                for values in zip(*(part.to_pylist() for part in columns), strict=True):
+                columns = [part.cast(_bytes_type(part.type)).to_pylist() for part in batch]
+                for values in zip(*columns, strict=True):
                     number += 1
                     yield number, dict(zip(batch.schema.names, map(_decoded, values), strict=True))
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(f"table of captions {path} is damaged behind row {number}: {error}") from None
+        raise DataError(f"table of captions {path} is damaged behind row {number}: {_line(error)}") from None
+
+
+def _bytes_type(kind: Any) -> Any:
+    """A type of pyarrow with bytes for strings: some programs write strings that are not UTF-8, and pyarrow raises."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        return _bytes_type(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return pyarrow.large_list(_bytes_type(kind.value_type))
+    if types.is_struct(kind):
+        return pyarrow.struct([(field.name, _bytes_type(field.type)) for field in kind])
+    return pyarrow.large_binary() if types.is_string(kind) or types.is_large_string(kind) else kind
 
 
 def _may_be_text(name: str, kind: str) -> bool:
@@ -253,6 +270,8 @@ def _may_be_text(name: str, kind: str) -> bool:
 def _decoded(value: Any) -> Any:
     if isinstance(value, list):
         return [*map(_decoded, value)]
+    if isinstance(value, dict):
+        return {name: _decoded(item) for name, item in value.items()}
     return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
 
 

@@ -318,6 +318,35 @@ def test_parquet_needs_pyarrow_and_reads_lists(tmp_path: Path, monkeypatch: pyte
     assert made.account.unused == {"row_text": 1}
 
 
+def test_strings_of_parquet_that_are_not_utf8_are_counted(tmp_path: Path) -> None:
+    pyarrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    path, texts = tmp_path / "c.parquet", [b"a cat", "größe".encode("latin-1"), b"a dog"]
+
+    def wrong(values: object, to: object) -> object:
+        return pyarrow.array(values, pyarrow.large_binary()).view(to)
+
+    plain, offsets = wrong(texts, pyarrow.large_string()), pyarrow.array([0, 2, 2, 3], pyarrow.int32())
+    columns = {
+        "key": ["a", "b", "c"],
+        "caption": plain,
+        "longIB": pyarrow.ListArray.from_arrays(offsets, plain),
+        "text": plain.dictionary_encode(),
+        "json": pyarrow.StructArray.from_arrays([plain], ["x"]),
+    }
+    parquet.write_table(pyarrow.table(columns), path)
+    made = convert_table(path, tmp_path / "x")
+    lines = [json.loads(line) for line in made.blob.read_text().splitlines()]
+    assert lines == [["a", ["a cat", "a cat"]], ["c", ["a dog", "a dog"]]]
+    assert (made.account.unused, made.account.first["encoding"]) == ({"row_text": 1, "encoding": 3}, "c.parquet:1")
+    blob = bytearray(path.read_bytes())
+    blob[40:60] = bytes(20)
+    path.write_bytes(blob)
+    with pytest.raises(DataError, match=r"c\.parquet: .*[a-z]{4}") as error:
+        convert_table(path, tmp_path / "x")
+    assert "None" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
     for name, data, said in [
         ("c.csv", b"key,caption\n", "no rows with captions"),
