@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
-import tokenize
 import unicodedata
 from ast import literal_eval
 from collections.abc import Mapping, Sequence
@@ -31,12 +29,16 @@ _GROUPS = (_SEVERAL[0], _DREAMLIP_GROUP, *_SEVERAL[1:], *((name,) for name in _S
 CAPTION_COLUMNS = tuple(name for group in _GROUPS for name in group)
 """Every name that is known to hold captions."""
 _KNOWN = frozenset(CAPTION_COLUMNS)
+_DEEPEST = 20
 _IN_ITEMS = ("raw", "caption", "text")
 """Where the objects in a list of captions have their text: Karpathy's, COCO's, and others' files."""
 # White space after a full stop, or a line's end. Beginning with \s lets the search jump from space to space.
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LIST = re.compile(r"""\[\s*["'\]]""")
+_TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+\"""")
+# Between the texts of a numpy array is no comma: Python would join them.
+_TEXTS = re.compile(rf"\[\s*+(?:(?:{_TEXT.pattern})[\s,]*+)*+\]")
 _LETTER = re.compile(r"[^\W_]")
 _BLANK = "".join(map(chr, (*range(33), 127)))
 _MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"))
@@ -98,18 +100,18 @@ def _listed(text: str) -> list[object] | None:
     if _LIST.match(text) and text.endswith("]"):
         with contextlib.suppress(ValueError, RecursionError):
             return list(json.loads(text))
-        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            # Python would join the texts of an array, which have no commas between them.
-            tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
-            if all(token.type == tokenize.STRING or token.string.strip() in ("", "[", "]", ",") for token in tokens):
-                return [literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+        if _TEXTS.fullmatch(text):
+            with contextlib.suppress(ValueError, SyntaxError):
+                return [literal_eval(part) for part in _TEXT.findall(text)]
     return None
 
 
-def _items(value: Any, split: bool = False) -> list[object]:
-    """What one field holds. A missing value holds nothing."""
+def _items(value: Any, split: bool = False, deep: int = 0) -> list[object]:
+    """What one field holds. A missing value holds nothing; of objects in objects, `_DEEPEST` are opened."""
     if value is None:
         return []
+    if deep > _DEEPEST:
+        return [value]
     if isinstance(value, str):
         text = value.strip()
         value = _listed(text) if text.startswith("[") else None
@@ -118,9 +120,9 @@ def _items(value: Any, split: bool = False) -> list[object]:
     if isinstance(value, list):
         if dict not in set(map(type, value)):
             return value
-        return [part for item in value for part in (_items(item) if isinstance(item, dict) else [item])]
+        return [part for item in value for part in (_items(item, deep=deep + 1) if isinstance(item, dict) else [item])]
     if isinstance(value, dict):
-        return next((_items(value[name]) for name in _IN_ITEMS if value.get(name) is not None), [value])
+        return next((_items(value[name], deep=deep + 1) for name in _IN_ITEMS if value.get(name) is not None), [value])
     return [value]
 
 

@@ -462,6 +462,12 @@ def test_a_compressed_table_is_refused(pack: Callable[[bytes], bytes], ending: s
         ('["a cat", null]', ["a cat"], ["not_text"]),
         ('["a", "b"]', ["a", "b"], []),
         ("['a' is no list]", ["['a' is no list]"], []),
+        ("['a' 'b (c']", ["a", "b (c"], []),
+        ("['a (black]", ["['a (black]"], []),
+        ("[\"a\" ''' 'b]", ["[\"a\" ''' 'b]"], []),
+        ("['\\x']", ["['\\x']"], []),
+        ("[" + "'" * 5_001 + "]", ["[" + "'" * 5_001 + "]"], []),
+        ("['a'" + " 'b'" * 50_000 + "]", ["a", *["b"] * 50_000], []),
     ],
 )
 def test_a_list_in_a_text_is_a_list_in_tables_and_shards(
@@ -480,6 +486,13 @@ def test_a_list_in_a_text_is_a_list_in_tables_and_shards(
 @pytest.mark.parametrize("caption", ["\x07", "\x7f", " \x1b \n", "\x07\u200b"])
 def test_a_caption_of_control_characters_is_empty(caption: str) -> None:
     assert sort_out([caption, "a"]) == (["a"], ["empty"])
+
+
+@pytest.mark.parametrize(("opening", "closing"), [('[{"raw":', "}]"), ('{"raw":', "}"), ("[", "]")])
+def test_objects_in_objects_without_end_are_no_caption(opening: str, closing: str) -> None:
+    data = '{"captions":' + opening * 400 + '"x"' + closing * 400 + ', "caption": "good"}'
+    assert read_json_captions(data.encode()) == (["good"], ["not_text"])
+    assert read_json_captions(b'{"captions": [{"raw": {"text": ["x"]}}]}') == (["x"], [])
 
 
 def test_a_caption_that_lost_letters_elsewhere_is_used_as_it_is() -> None:
