@@ -70,6 +70,7 @@ CAUSES: dict[str, Unused] = {
     "text_ending": Unused("member", "text with another ending, of a sample without captions", "name it KEY.txt"),
     "apart": Unused("member", "members of a sample are not together", "pack with tar --sort=name"),
     "duplicate": Unused("member", "file of a key that was read before", "give each sample a key of its own"),
+    "large": Unused("member", "text of more than 16 MiB", "name it otherwise, or cut it"),
     "json": Unused("member", ".json that is damaged, not UTF-8, or no object", "write it again: json.dumps of a dict"),
     "cls": Unused("member", ".cls without a whole number from 0", "write the class number as digits"),
     "lost": Unused("member", "file of the sample at which the tar is cut", "copy the shard again"),

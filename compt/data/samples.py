@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from compt.data.account import CAUSES
 from compt.data.captions import Captions, read_json_captions, read_text, sort_out
-from compt.data.decode import Decoder, Encoded, Unusable, open_image
+from compt.data.decode import MAX_BYTES, Decoder, Encoded, Unusable, open_image
 from compt.data.index import Index, IndexEntry
 from compt.data.order import Box, caption_choice, crop_box
 from compt.data.remote import RemoteShard, Shard, local
@@ -68,7 +68,9 @@ class SampleReader:
         self._checked: set[int] = set()
 
     def image(self, entry: IndexEntry) -> bytes:
-        """The image's file. Raises Unusable("tar"), and DataError for a shard replaced since it was indexed."""
+        """The image's file. Raises Unusable, and DataError for a shard replaced since it was indexed."""
+        if entry.image_size > MAX_BYTES:
+            raise Unusable("image", f"more than {MAX_BYTES:,} bytes")
         return self._files.read(self._shard(entry), entry.image_offset, entry.image_size)
 
     def json(self, entry: IndexEntry) -> bytes:

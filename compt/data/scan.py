@@ -48,6 +48,8 @@ COLUMNS = (
 """Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
 """Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
+MAX_TEXT = 1 << 24
+"""Larger texts, JSONs and class numbers are not read, in bytes."""
 _LABEL = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
 
 
@@ -178,6 +180,8 @@ class _Scanner:
                         self.account.lose("lost", member.name)
                     elif extension in group.members:
                         self._lose("duplicate", key, [extension])
+                    elif member.size > MAX_TEXT and extension in ("txt", "json", "cls"):
+                        self._lose("large", key, [extension])
                     else:
                         group.members[extension] = (member.offset_data, member.size)
                 fault = fault or self._end(archive.offset)

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -360,6 +361,10 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         if data is not None:
             path.write_bytes(data)
         with pytest.raises(DataError, match=said):
+            convert_table(path, tmp_path / "x")
+    os.mkfifo(tmp_path / "pipe.csv")
+    for path in (tmp_path / "pipe.csv", Path("/dev/zero"), tmp_path):  # reading the first two would never end
+        with pytest.raises(DataError, match="it is not a plain file"):
             convert_table(path, tmp_path / "x")
 
 

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from compt.data.check import check
+from compt.data.decode import Unusable
 from compt.data.index import Index, open_index
 from compt.data.samples import SampleReader
 from compt.errors import DataError
@@ -165,6 +166,20 @@ def test_tars_of_other_tools(name: str, tmp_path: Path) -> None:
     reader = SampleReader(report.index)
     assert all(reader.image(report.index.entry(at)) in [*images, picture(1, 40, 36)] for at in range(samples))
     assert not {"15", "16", "17"} & {report.index.key(at)[:2] for at in range(samples)}
+
+
+def test_members_that_are_too_large_are_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "x.tar").open("wb") as file:
+        for name, size in [("a.jpg", 10**9), *((f"a.{kind}", 17 << 20) for kind in ("cls", "json", "txt"))]:
+            info = tarfile.TarInfo(name)
+            info.size = size
+            file.write(info.tobuf())
+            file.seek(size + -size % 512, 1)  # holes, which take no room on the disk
+        file.truncate(file.tell() + 1024)
+    report = check("x.tar", tmp_path)
+    assert report.account.unused == {"large": 3, "caption": 1}
+    with pytest.raises(Unusable, match="more than 715,827,880 bytes"):
+        SampleReader(report.index).image(report.index.entry(0))
 
 
 BOTH = {"a": ["one"], "b": ["two"]}
