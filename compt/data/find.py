@@ -54,7 +54,7 @@ def expand_patterns(
             if not matches:
                 said = "" if name == pattern else f" (from '{pattern}')"
                 kind = "no shard matches" if glob.has_magic(name) or path.is_dir() else "there is no shard"
-                there = f" (it has {beside.line()})" if beside.faults else ""
+                there = f" (it has {beside.line(beside.unused)})" if beside.unused else ""
                 raise DataError(f"{kind} '{path}'{said}{there}")
             found.update(dict.fromkeys(matches))
     if not found:

@@ -50,6 +50,8 @@ KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
 """Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
 MAX_TEXT = 1 << 24
 """Larger texts, JSONs and class numbers are not read, in bytes."""
+MAX_PADDING = (1 << 20) + 2 * tarfile.BLOCKSIZE
+"""Zeros that may end a tar, in bytes: `tar` fills it up to 10,240 bytes, or to 1 MiB with large blocks."""
 _LABEL = re.compile(rb"\s*\+?[0-9]{1,18}\s*")
 
 
@@ -197,14 +199,16 @@ class _Scanner:
         return self._finish()
 
     def _end(self, offset: int) -> str:
-        """The fault at the end of the archive, which is a block of zeros. What follows it may be zeros alone."""
+        """The fault at the end of the archive, which is a block of zeros. What follows it may be some zeros alone."""
         block = os.pread(self.file.fileno(), tarfile.BLOCKSIZE, offset)
         if len(block) < tarfile.BLOCKSIZE or any(block):
             return "cut"
-        # A tar is filled up to 10,240 bytes, or to what `tar --blocking-factor` says; another may follow.
         self.file.seek(offset)
         parts = iter(partial(self.file.read, 1 << 16), b"")
-        return "joined" if any(part.strip(b"\0") for part in parts) else ""
+        if any(part.strip(b"\0") for part in parts):
+            return "joined"
+        # More zeros than `tar` adds: a download that took room for the whole file first, and then stopped.
+        return "cut" if self.size - offset > MAX_PADDING else ""
 
     def _lose(self, cause: str, key: str, extensions: Sequence[str]) -> None:
         for extension in extensions:

@@ -107,6 +107,7 @@ TARS: dict[str, tuple[Made, int, dict[str, int]]] = {
     "webdataset": (webdataset_writes, 3, {}),
     "img2dataset": (img2dataset_writes, 1, {"no_shard": 2}),
     "zeros behind the end": (lambda f: behind(f, bytes(70_000)), 1, {}),
+    "a stopped download": (lambda f: behind(f, bytes(2 << 20)), 1, {"cut": 1}),
     "a second tar behind the end": (
         lambda f: behind(f, write_tar(f / "y", sample("b", 1)).read_bytes()),
         1,
@@ -166,6 +167,13 @@ def test_tars_of_other_tools(name: str, tmp_path: Path) -> None:
     reader = SampleReader(report.index)
     assert all(reader.image(report.index.entry(at)) in [*images, picture(1, 40, 36)] for at in range(samples))
     assert not {"15", "16", "17"} & {report.index.key(at)[:2] for at in range(samples)}
+
+
+def test_a_folder_without_shards_is_described(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(IMAGE)
+    (tmp_path / "0.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"no shard matches .* \(it has file that is not a \.tar: 2\)"):
+        check(str(tmp_path), Path())
 
 
 def test_members_that_are_too_large_are_not_read(tmp_path: Path) -> None:
