@@ -46,6 +46,7 @@ CAUSES: dict[str, Unused] = {
     "hidden_file": Unused("file", "hidden file, or file in a hidden or system folder", harmless=True),
     "beside": Unused("file", "file beside the class folders", harmless=True),
     "not_image": Unused("file", "file that is not an image by its name", "name images .jpg, .png, .webp …"),
+    "foreign_file": Unused("file", "image file of a format that is not read", "convert it to .jpg, .png or .webp"),
     "not_file": Unused("file", "broken link, or not a plain file", "mend the link, or remove it"),
     "circle": Unused("file", "link to a folder above it", "remove the link"),
     "outside": Unused("file", "image outside the class folders", "move it to the folder of its class"),

@@ -13,7 +13,7 @@ from typing import Literal
 from compt.data.account import Account
 from compt.data.decode import MAX_BYTES, Unusable
 from compt.data.labels import WNID
-from compt.data.names import IMAGE_EXTENSIONS, image_stem, is_hidden
+from compt.data.names import FOREIGN, IMAGE_EXTENSIONS, image_stem, is_hidden
 from compt.data.samples import EvalSample
 from compt.errors import DataError
 
@@ -133,7 +133,8 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
         elif is_hidden(item.name):
             account.lose("hidden_file", item.path)
         elif not image_stem(item.name):
-            account.lose("not_image", item.path)
+            foreign = item.name.rpartition(".")[2].lower() in FOREIGN
+            account.lose("foreign_file" if foreign else "not_image", item.path)
         elif not path.is_file():
             account.lose("not_file", item.path)
         else:

@@ -136,6 +136,8 @@ def test_other_files_are_counted_by_cause(tmp_path: Path, caplog) -> None:
     root = folders(tmp_path, ["ant", "bee"])
     (root / "ant" / "._0.JPEG").write_bytes(b"x")
     (root / "ant" / "notes.txt").write_text("x")
+    (root / "ant" / "Thumbs.db").write_text("x")
+    (root / "bee" / "0.AVIF").write_text("x")
     (root / "ant" / "gone.png").symlink_to("nowhere")
     os.mkfifo(root / "ant" / "pipe.png")
     (root / "ant" / "above").symlink_to(root / "ant", target_is_directory=True)
@@ -151,7 +153,8 @@ def test_other_files_are_counted_by_cause(tmp_path: Path, caplog) -> None:
     assert isinstance(data, ClassFolders)
     account = task.data.account
     assert account.unused == {
-        "hidden_file": 3,
+        "hidden_file": 4,
+        "foreign_file": 1,
         "not_image": 2,  # the link to itself has no ending of an image
         "not_file": 2,
         "circle": 1,
