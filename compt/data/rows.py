@@ -201,6 +201,8 @@ def _listed(path: Path) -> Iterator[Any]:
             while at < len(text) and text[at] in ", \t\r\n":
                 at += 1
             if text[at : at + 1] == "]":
+                if (text[at + 1 :] + file.read(CELL)).strip():
+                    raise ValueError("text follows the list")
                 return
             try:
                 value, at = decoder.raw_decode(text, at)

@@ -242,6 +242,7 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
         {"b": ["two"]},
     ),
     "a list that is cut": ("c.json", b'[{"key":"a","caption":"one"},{"key":"b","cap', "is no JSON, behind row 1"),
+    "two lists": ("c.json", b'[{"key":"a","caption":"one"}]\n[{"key":"b","caption":"two"}]', "text follows the list"),
     "a list with a long item": (
         "c.json",
         b'[{"key":"a","x":"' + b"w" * (1 << 24) + b'","caption":"one"},{"key":"b","caption":"two"}]',
