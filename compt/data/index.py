@@ -380,8 +380,8 @@ def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: flo
     if met < max(min_matched * len(index), 1):
         raise DataError(
             f"{met:,} of {len(index):,} samples have a row in {path}, whose {rows:,} rows are joined by URL where both "
-            f"have one, else by key or file name; its first row is of '{table.owner}', and the first sample is '{index.key(0)}'. "
-            f"Mend the table, or accept fewer with data.min_matched (it is {min_matched:g})"
+            f"have one, else by key or file name; its first row is of '{table.owner}', and the first sample is "
+            f"'{index.key(0)}'. Mend the table, or accept fewer with data.min_matched (it is {min_matched:g})"
         )
     index.account.add(table.account)
     used = min(_rows_met(index, table, path), rows)

@@ -187,7 +187,7 @@ class _Scanner:
                     else:
                         group.members[extension] = (member.offset_data, member.size)
                 fault = fault or self._end(archive.offset)
-        except (tarfile.TarError, ValueError):
+        except (tarfile.TarError, ValueError, RecursionError):  # tarfile nests headers that follow each other
             fault = "cut"
         if group is not None and fault == "cut":
             group.cut = True

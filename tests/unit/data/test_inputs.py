@@ -176,6 +176,19 @@ def test_a_folder_without_shards_is_described(tmp_path: Path) -> None:
         check(str(tmp_path), Path())
 
 
+def test_a_chain_of_extended_headers_is_damage(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "x.tar", sample("a", 1))
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 10
+    chain = (header.tobuf() + b"10 path=x\n".ljust(512, b"\0")) * 2000
+    with tarfile.open(path) as archive:
+        archive.getmembers()
+        members = path.read_bytes()[: archive.offset]
+    path.write_bytes(members + chain + bytes(1024))
+    report = check("x.tar", tmp_path)
+    assert (len(report.index), report.account.unused) == (1, {"cut": 1})
+
+
 def test_members_that_are_too_large_are_not_read(tmp_path: Path) -> None:
     with (tmp_path / "x.tar").open("wb") as file:
         for name, size in [("a.jpg", 10**9), *((f"a.{kind}", 17 << 20) for kind in ("cls", "json", "txt"))]:
