@@ -16,7 +16,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from compt.errors import RunError
 
@@ -64,15 +64,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         raise RunError(f"cannot write {Path(*parts)}: {error.strerror or error}") from error
 
 
-def write_bytes(path: Path, data: bytes | memoryview) -> None:
-    """Replace `path` atomically. Raises RunError when the folder cannot be written or the disk is full."""
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A temporary file beside `path` that takes its place when the block ends well, and vanishes otherwise.
+
+    Raises RunError when the folder cannot be written or the disk is full.
+    """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
         try:
             with os.fdopen(descriptor, "wb") as file:
-                file.write(data)
+                with contextlib.suppress(OSError):
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed: see `remove_dead`
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(name, path)
@@ -81,6 +87,12 @@ def write_bytes(path: Path, data: bytes | memoryview) -> None:
                 os.unlink(name)
             raise
         _fsync(path.parent)
+
+
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
+    """Replace `path` atomically. Raises RunError when the folder cannot be written or the disk is full."""
+    with new_file(path) as file:
+        file.write(data)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -128,6 +140,18 @@ def remove_leftovers(folder: Path, *names: str) -> None:
                 path.unlink()
 
 
+def remove_dead(path: Path) -> None:
+    """Delete the temporary files of `path` whose process was killed: one that lives holds a lock on its own.
+
+    An empty file stays: its process may not have locked it yet.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        with contextlib.suppress(FileNotFoundError):
+            if left.stat().st_size and (lock := _lock(left)) is not None:
+                left.unlink(missing_ok=True)
+                os.close(lock)
+
+
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` that becomes `final` when the block ends well, and vanishes otherwise.
@@ -159,10 +183,10 @@ def new_folder(final: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or its process ends; None where another has it, or none can."""
+def _lock(path: Path) -> int | None:
+    """Lock a path until the descriptor is closed or its process ends; None where another has it, or none can."""
     with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return descriptor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,7 +89,7 @@ def check(
             cache=Cache.at(cache_dir),
         )
     if hashes:
-        _refuse_changed([shard.shard for shard in found.index.shards], index_dir)
+        _refuse_changed(found.index.shards, index_dir)
     if as_json:
         typer.echo(json.dumps({**found.to_json(max_bad_share), "hashes_compared": hashes}, indent=1))
     else:
@@ -98,7 +99,7 @@ def check(
         raise typer.Exit(3)
 
 
-def _refuse_changed(shards: list[Any], index_dir: Path | None) -> None:
+def _refuse_changed(shards: Sequence[Any], index_dir: Path | None) -> None:
     """Raise DataError where shards are not what they were when they were hashed first."""
     from compt.data.content import HASHES, changed_shards
     from compt.data.index import index_folder

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -168,10 +169,10 @@ def _examine(
     shard, start, stop = work
     found = Findings(samples=stop - start)
     reader = SampleReader(index)
-    with local(index.shards[shard].shard):
+    with local(index.shards[shard]):
         for sample in range(start, stop):
             entry = index.entry(sample)
-            where = f"{index.shards[shard].shard.name}: {entry.key}"
+            where = f"{index.shards[shard].name}: {entry.key}"
             texts: list[str] = []
             if names is not None:
                 if cause := label_fault(entry.label, len(names), from_one):
@@ -226,18 +227,18 @@ def check(
     Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
     index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched, cache=cache)
-    labels = index.column("label")
-    labelled = bool((labels != NONE).any())
+    labels = set[int]().union(*(np.unique(part).tolist() for part in index.column("label")))
+    labelled = bool(labels - {NONE})
     captioned = not labelled or index.account.used["caption"] > 0
     names, said = _class_names(index, captioned) if labelled else (None, "")
-    from_one = bool(names) and 0 not in labels and bool((labels == len(names or ())).any())
+    from_one = bool(names) and 0 not in labels and len(names or ()) in labels
     examine = partial(_examine, index, CaptionTokens(context_length), captioned, names, from_one)
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
-    works = [
+    works = (
         (shard, first, min(first + _CHUNK, end))
         for shard, (start, end) in enumerate(zip(index.starts.tolist(), index.ends.tolist(), strict=True))
         for first in range(start, end, _CHUNK)
-    ]
+    )
     total = Findings()
     for part in _run(examine, works, workers):
         total.add(part)
@@ -250,14 +251,15 @@ def check(
 
 
 def _run(
-    examine: Callable[[tuple[int, int, int]], Findings], works: list[tuple[int, int, int]], workers: int
+    examine: Callable[[tuple[int, int, int]], Findings], works: Iterator[tuple[int, int, int]], workers: int
 ) -> Iterator[Findings]:
     if workers < 2:
         yield from map(examine, works)
         return
     # `examine` reaches the workers through the fork: the tokenizer in it cannot be pickled.
     with process_pool(workers, initializer=_begin, initargs=(examine,)) as pool:
-        yield from pool.map(_examine_here, works)
+        while some := list(islice(works, 64 * workers)):  # the pool would take all at once
+            yield from pool.map(_examine_here, some)
 
 
 _in_worker: list[Callable[[tuple[int, int, int]], Findings]] = []

@@ -6,8 +6,8 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.remote import Shard, local
@@ -20,8 +20,8 @@ SAMPLED, MOST_BYTES = 8, 1 << 20
 HASHES = "hashes.json"
 
 
-def sampled_hash(shard: Path, rows: NDArray[np.int64]) -> str:
-    """Hex digest of images and stored captions of `SAMPLED` samples; `rows` are the shard's, [samples, len(COLUMNS)].
+def sampled_hash(shard: Path, rows: NDArray[Any]) -> str:
+    """Hex digest of images and stored captions of `SAMPLED` samples. rows: the shard's, each with all `COLUMNS`.
 
     Headers of the tar, and with them times and owners, do not enter it. Raises OSError.
     """

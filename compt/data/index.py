@@ -1,20 +1,22 @@
-"""The index of a WebDataset: one small file per shard, read when needed and reused while the shard is unchanged."""
+"""The index of a WebDataset: one file per shard, reused while the shard is unchanged, and one with all of them."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
 import os
+import struct
 import tempfile
 import zipfile
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +26,13 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.content import sampled_hash, spread
 from compt.data.find import expand_patterns
+from compt.data.merged import Merged, ShardRows, write_merged
 from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
-from compt.data.scan import COLUMNS, KIND_TABLE, ShardScan, scan_shard
+from compt.data.scan import KIND_TABLE, ShardScan, scan_shard
 from compt.data.table import CaptionTable, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
-from compt.files import read_json, write_bytes, write_json
+from compt.files import hash_json, new_file, read_json, remove_dead, write_bytes, write_json
 from compt.recipe.schema import MIN_MATCHED
 
 VERSION = 4
@@ -39,8 +42,8 @@ Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
 _COMPARED = 256
 """Pairs of samples with one row of a table whose images are compared: shards may be listed twice."""
-_HELD_ROWS = 1 << 20
-"""Rows of the shards' tables that one process keeps in memory (about 100 MB)."""
+_STATS = 256
+"""Shards whose time and size a thread reads in turn."""
 
 
 class IndexEntry(NamedTuple):
@@ -66,52 +69,8 @@ class CaptionSource(NamedTuple):
     columns: Sequence[str]
 
 
-_DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error)
-"""What numpy raises for a damaged file."""
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """The index of one shard, without its table. counts: images by their number of captions.
-
-    content: `sampled_hash` of the shard when it had the time `mtime_ns`.
-    """
-
-    shard: Shard
-    file: Path
-    samples: int
-    digest: str
-    account: Account
-    counts: Counter[int]
-    content: str
-    mtime_ns: int
-
-    def table(self) -> tuple[NDArray[np.int64], bytes]:
-        """The rows, int64 [samples, len(COLUMNS)], and all keys, joined. Raises DataError for a damaged file."""
-        try:
-            with np.load(self.file, allow_pickle=False) as stored:
-                return stored["rows"], stored["keys"].tobytes()
-        except _DAMAGES as error:
-            with contextlib.suppress(OSError):
-                self.file.unlink()
-            gone = "has been removed" if not self.file.exists() else "has to be removed"
-            text = f"the index {self.file} was damaged and {gone}; start the same command again to write it again"
-            raise DataError(f"{text} ({error})") from None
-
-    def check_content(self, rows: NDArray[np.int64]) -> None:
-        """Raise DataError where the shard holds other data than when it was indexed, with the same size and time.
-
-        `rows` are those of its table. Raises OSError where the shard cannot be read.
-        """
-        if isinstance(self.shard, RemoteShard):
-            self.shard.check_cached(lambda path: sampled_hash(path, rows) == self.content)
-            return
-        same_time = self.shard.stat().st_mtime_ns == self.mtime_ns
-        if same_time and sampled_hash(self.shard, rows) != self.content:
-            raise DataError(
-                f"{self.shard} holds other data than when it was indexed, with the same sizes and the same time; "
-                f"put the old shard back, or remove {self.file} to index the new one"
-            )
+_DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
+"""What a damaged file raises."""
 
 
 class Index:
@@ -120,28 +79,21 @@ class Index:
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes;
     it does not depend on the folder. content: hash of some samples of each shard.
     columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read. counts:
-    images by their number of captions.
+    images by their number of captions. In memory are a few numbers for each shard, and none for a sample.
     """
 
     def __init__(
-        self, shards: Sequence[ShardIndex], captions: CaptionTable | None = None, columns: Sequence[str] = ()
+        self, shards: Sequence[Shard], merged: Merged, captions: CaptionTable | None = None, columns: Sequence[str] = ()
     ) -> None:
         self.shards = tuple(shards)
         self.captions = captions
         self.columns = tuple(columns)
-        self.sizes = np.array([shard.samples for shard in self.shards], dtype=np.int64)
+        self.sizes = merged.samples.copy()
         self.ends = np.cumsum(self.sizes)
         self.starts = self.ends - self.sizes
-        self.account, self.counts = Account(), Counter[int]()
-        for shard in self.shards:
-            self.account.add(shard.account, f"{shard.shard.name}: ")
-            self.counts.update(shard.counts)
-        identity = [[shard.shard.name, shard.digest] for shard in self.shards]
-        text = json.dumps([identity, captions.digest if captions else None])
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self.content = hashlib.sha256("".join(shard.content for shard in self.shards).encode()).hexdigest()
-        self._tables: OrderedDict[int, tuple[NDArray[np.int64], bytes]] = OrderedDict()
-        self._held = 0
+        self.account, self.counts = merged.account, merged.counts
+        self.fingerprint, self.content = merged.fingerprint, merged.content
+        self._merged = merged
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -149,24 +101,12 @@ class Index:
     @property
     def places(self) -> tuple[Path, ...]:
         """Where files such as class names are: beside the first shard, or one folder above."""
-        return places_beside(self.shards[0].shard)
-
-    def table(self, shard: int) -> tuple[NDArray[np.int64], bytes]:
-        """A shard's rows and keys. The most recent tables stay in memory, up to `_HELD_ROWS`."""
-        found = self._tables.get(shard)
-        if found is not None:
-            self._tables.move_to_end(shard)
-            return found
-        found = self._tables[shard] = self.shards[shard].table()
-        self._held += len(found[0])
-        while self._held > _HELD_ROWS and len(self._tables) > 1:
-            self._held -= len(self._tables.popitem(last=False)[1][0])
-        return found
+        return places_beside(self.shards[0])
 
     @property
     def remote(self) -> bool:
         """Whether some of the shards are in object storage."""
-        return any(isinstance(shard.shard, RemoteShard) for shard in self.shards)
+        return any(isinstance(shard, RemoteShard) for shard in self.shards)
 
     def shard_of(self, sample: int) -> int:
         """The number of the shard that a sample is in."""
@@ -175,24 +115,36 @@ class Index:
     def entry(self, sample: int) -> IndexEntry:
         """Where the parts of a sample are."""
         shard = self.shard_of(sample)
-        rows, keys = self.table(shard)
-        start, size, *where = rows[sample - int(self.starts[shard])].tolist()
-        return IndexEntry(shard, keys[start : start + size].decode("utf-8", "surrogateescape"), *where)
+        rows, keys = self._merged.table(shard)
+        start, size, *where = rows[sample - int(self.starts[shard])].item()
+        return IndexEntry(shard, keys[start : start + size].tobytes().decode("utf-8", "surrogateescape"), *where)
 
     def key(self, sample: int) -> str:
         """A sample's key, as webdataset forms it."""
         return self.entry(sample).key
 
-    def column(self, name: str) -> NDArray[np.int64]:
-        """One column of `scan.COLUMNS` for all samples, [len(self)]. Shards are read one at a time."""
-        at = COLUMNS.index(name)
-        parts = [shard.table()[0][:, at] for shard in self.shards]
-        return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+    def column(self, name: str) -> Iterator[NDArray[Any]]:
+        """One column of `scan.COLUMNS`, [samples] of one shard after another."""
+        return (self._merged.table(shard)[0][name] for shard in range(len(self.shards)))
+
+    def check_content(self, shard: int) -> None:
+        """Raise DataError where a shard holds other data than when it was indexed, with the same size and time.
+
+        Raises OSError where the shard cannot be read.
+        """
+        place, (rows, _), (content, mtime_ns) = self.shards[shard], self._merged.table(shard), self._merged.known(shard)
+        if isinstance(place, RemoteShard):
+            place.check_cached(lambda path: sampled_hash(path, rows) == content)
+        elif place.stat().st_mtime_ns == mtime_ns and sampled_hash(place, rows) != content:
+            raise DataError(
+                f"{place} holds other data than when it was indexed, with the same sizes and the same time; put the "
+                f"old shard back, or index the new one: touch '{place}'"
+            )
 
     def describe(self, sample: int) -> str:
         """`shard: key`, for messages."""
         entry = self.entry(sample)
-        return f"{self.shards[entry.shard].shard.name}: {entry.key}"
+        return f"{self.shards[entry.shard].name}: {entry.key}"
 
 
 def _cache_root() -> Path | None:
@@ -216,8 +168,12 @@ def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
 
 def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
     """The folder to write an index to: `out`, else beside the shards, else in the user's cache. It is created."""
+    return _writable(_folders(shards_folder, out))
+
+
+def _writable(folders: Sequence[Path]) -> Path:
+    """The first folder that can be written. It is created."""
     last: OSError | None = None
-    folders = _folders(shards_folder, out)
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -231,42 +187,38 @@ def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
     )
 
 
-def _file_name(shard: Shard, out: Path | None) -> str:
-    # Shards with one name in several folders may share `out`.
-    folder = shard.folder_hash if isinstance(shard, RemoteShard) else _short_hash(shard.parent)
-    return f"{shard.name}-{folder}.npz" if out is not None else f"{shard.name}.npz"
-
-
-def _version(shard: Shard) -> dict[str, Any]:
-    """What changes when a shard is replaced."""
+def _version(shard: Shard) -> tuple[int, int | str]:
+    """What changes when a shard is replaced: its size, and the time of its last change in ns, or its tag in a store."""
     if isinstance(shard, RemoteShard):
-        return {"size": shard.size, "tag": shard.tag}
-    stat = shard.stat()
-    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+        return shard.size, shard.tag
+    try:
+        stat = shard.stat()
+    except OSError as error:
+        raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _identity(shard: Shard, source: CaptionSource) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "shard": shard.name,
-        **_version(shard),
-        "captions": source.table.digest if source.table else None,
-        "columns": [*source.columns],
-    }
+def _versions(shards: Sequence[Shard]) -> list[tuple[int, int | str]]:
+    """The version of each shard. A network disk takes a millisecond for each, so threads read them."""
+    parts = [shards[first : first + _STATS] for first in range(0, len(shards), _STATS)]
+    with ThreadPoolExecutor(32) as threads:
+        return list(chain.from_iterable(threads.map(lambda part: [*map(_version, part)], parts)))
 
 
-def _load(shard: Shard, file: Path, identity: dict[str, Any]) -> ShardIndex | None:
-    """The stored index of a shard; None where it is missing, damaged, or older than the shard."""
+def _load(file: Path, identity: dict[str, Any], whole: bool = True) -> ShardRows | None:
+    """The stored index of a shard; None where it is missing, damaged, or older than the shard.
+
+    Without `whole` it lacks rows and keys.
+    """
     try:
         with np.load(file, allow_pickle=False) as stored:
             meta = json.loads(stored["meta"].tobytes())
-        if {key: meta[key] for key in identity} != identity:
-            return None
+            if {key: meta[key] for key in identity} != identity:
+                return None
+            rows, keys = (stored["rows"], stored["keys"].tobytes()) if whole else (np.zeros((0, 0), np.int64), b"")
         counts = Counter({int(number): images for number, images in meta["counts"].items()})
-        account = Account.from_json(meta["account"])
-        return ShardIndex(
-            shard, file, meta["samples"], meta["digest"], account, counts, meta["content"], meta.get("mtime_ns", 0)
-        )
+        account, time = Account.from_json(meta["account"]), meta.get("mtime_ns", 0)
+        return ShardRows(meta["shard"], rows, keys, meta["digest"], account, counts, meta["content"], time)
     except _DAMAGES:
         return None
 
@@ -292,8 +244,8 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         raise DataError(f"the index: {error}") from error
 
 
-def _index_one(shard: Shard, file: Path, source: CaptionSource) -> ShardIndex:
-    identity = _identity(shard, source)
+def _index_one(shard: Shard, file: Path, identity: dict[str, Any], source: CaptionSource) -> None:
+    """Scan a shard, and store its index."""
     with local(shard) as path:
         scan = scan_shard(path, source.table, source.columns)
         try:
@@ -301,22 +253,115 @@ def _index_one(shard: Shard, file: Path, source: CaptionSource) -> ShardIndex:
         except OSError as error:
             raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
     _store(file, {**identity, "content": content}, scan)
-    stored = _load(shard, file, identity)
-    if stored is None:
-        raise DataError(f"shard {shard} changed while it was indexed; index it again once it is complete")
-    return stored
 
 
-def _scan_all(shards: list[Shard], files: list[Path], source: CaptionSource, workers: int) -> Iterator[ShardIndex]:
-    if any(isinstance(shard, RemoteShard) for shard in shards):
-        with ThreadPoolExecutor(DOWNLOADS) as threads:  # some download while one scans
-            yield from threads.map(_index_one, shards, files, repeat(source))
-        return
-    if workers < 2:
-        yield from map(_index_one, shards, files, repeat(source))
-        return
-    with process_pool(workers) as pool:
-        yield from pool.map(_index_one, shards, files, repeat(source))
+class _Files:
+    """The files of the index of some shards: one for each shard, and one in which they are merged."""
+
+    def __init__(self, shards: Sequence[Shard], out: Path | None, source: CaptionSource) -> None:
+        self._shards, self._out, self._source = shards, out, source
+        self._versions = _versions(shards)
+        self._folders = functools.cache(partial(_folders, out=out))
+        self._hash = functools.cache(_short_hash)
+        first, table = shards[0].parent, source.table
+        # Seen from the first, so that shards can be moved with an index beside them.
+        beside = functools.cache(lambda folder: os.path.relpath(folder, first))
+        here = out is None and not isinstance(shards[0], RemoteShard)
+        named = [
+            (beside(shard.parent) if here and isinstance(shard, Path) else self._folder_hash(shard), shard.name)
+            for shard in shards
+        ]
+        self._merged = f"merged-{hash_json([named, table and table.folder.name, source.columns])[:16]}.index"
+        self._identity = hash_json([VERSION, named, self._versions, table and table.digest, source.columns])
+        self._places = [*self._folders(first), *(_folders(first, None)[1:] if out else [])]
+
+    def _folder_hash(self, shard: Shard) -> str:
+        return shard.folder_hash if isinstance(shard, RemoteShard) else self._hash(shard.parent)
+
+    def find(self) -> Merged | None:
+        """The merged file, if there is one of these shards as they are now."""
+        for folder in self._places:
+            with contextlib.suppress(*_DAMAGES):
+                return Merged(folder / self._merged, self._identity)
+        return None
+
+    def _one(self, number: int) -> tuple[str, dict[str, Any]]:
+        """The name of the index of one shard, and what it has to begin with."""
+        shard, (size, time) = self._shards[number], self._versions[number]
+        # Shards with one name in several folders may share `out`.
+        name = f"{shard.name}-{self._folder_hash(shard)}.npz" if self._out else f"{shard.name}.npz"
+        return name, {
+            "version": VERSION,
+            "shard": shard.name,
+            "size": size,
+            "tag" if isinstance(shard, RemoteShard) else "mtime_ns": time,
+            "captions": self._source.table.digest if self._source.table else None,
+            "columns": [*self._source.columns],
+        }
+
+    def merge(self, workers: int | None, progress: Progress | None) -> Merged:
+        """Scan the shards without a valid stored index, and merge the indexes of all."""
+        writable = functools.cache(partial(index_folder, out=self._out))
+        files, missing = list[Path](), list[int]()
+        for number, shard in enumerate(self._shards):
+            name, identity = self._one(number)
+            found = (folder / name for folder in self._folders(shard.parent))
+            stored = next((file for file in found if _load(file, identity, whole=False)), None)
+            if stored is None:
+                missing.append(number)
+            files.append(stored or writable(shard.parent) / name)
+        # To start processes takes longer than to scan a few small shards.
+        if workers is None:
+            large = sum(self._versions[number][0] for number in missing) > 1 << 28
+            workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
+        parts = self._parts(files, missing, workers, progress)
+        digest = self._source.table.digest if self._source.table else None
+        try:
+            path = _writable(self._places) / self._merged
+        except DataError:  # nothing had to be scanned, so none of the folders needs to be written
+            with tempfile.TemporaryFile() as own:
+                write_merged(own, self._identity, parts, digest)
+                own.flush()
+                return Merged(own, self._identity)
+        remove_dead(path)
+        with new_file(path) as file:
+            write_merged(file, self._identity, parts, digest)
+        return Merged(path, self._identity)
+
+    def _parts(
+        self, files: list[Path], missing: list[int], workers: int, progress: Progress | None
+    ) -> Iterator[ShardRows]:
+        """The index of each shard, while the `missing` ones are scanned in their order."""
+        scans, left = self._scan(files, missing, workers), set(missing)
+        for number, (shard, file) in enumerate(zip(self._shards, files, strict=True)):
+            identity = self._one(number)[1]
+            if number in left:
+                next(scans)
+            part = _load(file, identity)
+            if part is None:  # its rows were damaged
+                _index_one(shard, file := index_folder(shard.parent, self._out) / file.name, identity, self._source)
+                part = _load(file, identity)
+            if part is None:
+                raise DataError(f"the index {file} cannot be read; remove it, and start the same command again")
+            yield part
+            if progress:
+                progress(number + 1, len(files))
+
+    def _scan(self, files: list[Path], missing: list[int], workers: int) -> Iterator[None]:
+        chosen = (
+            [self._shards[number] for number in missing],
+            [files[number] for number in missing],
+            [self._one(number)[1] for number in missing],
+            repeat(self._source),
+        )
+        if any(isinstance(shard, RemoteShard) for shard in chosen[0]):
+            with ThreadPoolExecutor(DOWNLOADS) as threads:  # some download while one scans
+                yield from threads.map(_index_one, *chosen)
+        elif workers < 2:
+            yield from map(_index_one, *chosen)
+        else:
+            with process_pool(workers) as pool:
+                yield from pool.map(_index_one, *chosen)
 
 
 def build_index(
@@ -328,44 +373,16 @@ def build_index(
     columns: Sequence[str] = (),
     min_matched: float = MIN_MATCHED,
 ) -> Index:
-    """Index the shards, scanning only those without a valid stored index.
+    """Index the shards: open the file of all, or merge it, scanning only shards without a valid stored index.
 
     `columns` names the fields with captions, of a `.json` and of the table (default: the known ones). `workers`
     processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard
     is missing, compressed or unreadable, the index cannot be written, there is no sample at all, or the table of
     captions has a row for a smaller share of the samples than `min_matched`, or for none.
     """
-    table = (
-        convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv and shards else None
-    )
-    source = CaptionSource(table, columns)
-    done: dict[int, ShardIndex] = {}
-    missing: dict[int, Path] = {}
-    sizes: dict[int, int] = {}
-    for number, shard in enumerate(shards):
-        try:
-            identity = _identity(shard, source)
-        except OSError as error:
-            raise DataError(f"cannot read shard {shard}: {error.strerror}") from error
-        name = _file_name(shard, out)
-        stored = None
-        for folder in _folders(shard.parent, out):
-            stored = stored or _load(shard, folder / name, identity)
-        if stored is None:
-            sizes[number] = identity["size"]
-            missing[number] = index_folder(shard.parent, out) / name
-        else:
-            done[number] = stored
-    # To start processes takes longer than to scan a few small shards.
-    if workers is None:
-        large = sum(sizes.values()) > 1 << 28
-        workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
-    scanned = _scan_all([shards[number] for number in missing], list(missing.values()), source, workers)
-    for number, result in zip(missing, scanned, strict=True):
-        done[number] = result
-        if progress:
-            progress(len(done), len(shards))
-    index = Index([done[number] for number in range(len(shards))], table, columns)
+    table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv else None
+    files = _Files(shards, out, CaptionSource(table, columns))
+    index = Index(shards, files.find() or files.merge(workers, progress), table, columns)
     if not len(index):
         lost = index.account.line(cause for cause, count in index.account.unused.items() if count)
         raise DataError(f"no samples in {len(shards)} shards beginning with {shards[0]}: {lost or 'all empty'}")
@@ -400,7 +417,7 @@ def _rows_met(index: Index, table: CaptionTable, path: Path | None) -> int:
         known = read_json(store)
         if known["fingerprint"] == index.fingerprint:
             return int(known["rows"])
-    kinds, offsets = index.column("text_kind"), index.column("text_offset")
+    kinds, offsets = (np.concatenate([*index.column(name)]) for name in ("text_kind", "text_offset"))
     named = np.flatnonzero(kinds == KIND_TABLE)
     named = named[np.argsort(offsets[named], kind="stable")]
     again = np.flatnonzero(offsets[named[1:]] == offsets[named[:-1]])
@@ -421,7 +438,7 @@ def _rows_met(index: Index, table: CaptionTable, path: Path | None) -> int:
 def _image_hash(index: Index, sample: int) -> bytes:
     """Hash of an image's bytes. Raises DataError."""
     entry = index.entry(sample)
-    shard = index.shards[entry.shard].shard
+    shard = index.shards[entry.shard]
     try:
         if isinstance(shard, RemoteShard):
             return hashlib.sha256(shard.read(entry.image_offset, entry.image_size)).digest()

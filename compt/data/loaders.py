@@ -269,9 +269,8 @@ def _with_shards(items: Iterable[_T], index: Index, ahead: int, workers: int) ->
     """The items, each once its shards are on this machine."""
     if not index.remote:
         return items
-    shards = [shard.shard for shard in index.shards]
     behind = IN_WORK * workers + 1
-    return staged(items, _ids, index.ends, shards, ahead, behind)
+    return staged(items, _ids, index.ends, index.shards, ahead, behind)
 
 
 def _ids(item: Any) -> NDArray[np.int64]:

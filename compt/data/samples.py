@@ -82,10 +82,10 @@ class SampleReader:
         if entry.shard not in self._checked:
             self._checked.add(entry.shard)
             try:
-                self.index.shards[entry.shard].check_content(self.index.table(entry.shard)[0])
+                self.index.check_content(entry.shard)
             except OSError as error:
                 raise Unusable("tar", f"cannot be read: {error.strerror}") from None
-        return self.index.shards[entry.shard].shard
+        return self.index.shards[entry.shard]
 
     def captions(self, entry: IndexEntry) -> Captions:
         """All usable captions, and why others are not. Raises Unusable("tar"), and Unusable("caption") without any."""
@@ -222,7 +222,7 @@ class Drawer:
         for shard, first, end in zip(index.shards, index.starts.tolist(), index.ends.tolist(), strict=True):
             if self._free <= 0:
                 break
-            with local(shard.shard):
+            with local(shard):
                 for sample in range(first, end):
                     if self._free > 0:
                         self._remember(sample)

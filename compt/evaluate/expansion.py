@@ -141,7 +141,7 @@ class _Pairs:
             columns=self.settings.columns,
             cache=self.settings.cache,
         )
-        return bool(index.column("captions").any())
+        return any(number for number, images in index.counts.items() if images)
 
     def batches(self, spec: ModelSpec) -> Iterable[Batch]:
         """This rank's batches, tokens [B, 1, T]. Models with the same image size and context get the same ones."""

@@ -16,7 +16,6 @@ from compt.data.account import Account
 from compt.data.check import check
 from compt.data.content import SAMPLED, spread
 from compt.data.index import open_index
-from compt.data.scan import COLUMNS
 from compt.errors import DataError, RunError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
@@ -193,9 +192,8 @@ def test_hashes_notice_a_single_byte_that_samples_do_not(
     shard = next(tmp_path.glob("*.tar"))
     assert said(monkeypatch, capsys, "check", tmp_path, "--hashes")[0] == 0
     times, index = shard.stat(), open_index("*.tar", tmp_path)
-    rows = index.table(0)[0]
-    places = rows[:, COLUMNS.index("image_offset")].tolist()
-    hashed = spread(len(rows), SAMPLED)
+    places = next(index.column("image_offset")).tolist()
+    hashed = spread(len(places), SAMPLED)
     other = next(place for at, place in enumerate(places) if at not in hashed)
     with shard.open("r+b") as file:
         file.seek(other + 60)

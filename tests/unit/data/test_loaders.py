@@ -208,7 +208,7 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_shard_replaced_by_one_of_the_same_size_and_time(index: Index, tmp_path: Path, workers: int) -> None:
-    shard = tmp_path / index.shards[0].shard.name
+    shard = tmp_path / index.shards[0].name
     entry, stat, blob = index.entry(0), shard.stat(), bytearray(shard.read_bytes())
     blob[entry.image_offset] ^= 1
     shard.write_bytes(blob)

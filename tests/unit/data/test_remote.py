@@ -140,7 +140,7 @@ def test_the_cache_never_grows_beyond_its_size(
 ) -> None:
     """Room for the present window and the next: the third takes the place of the first."""
     local = on_disk(tmp_path)
-    sizes = sorted(shard.shard.stat().st_size for shard in local.shards)  # type: ignore[union-attr]
+    sizes = sorted(shard.stat().st_size for shard in local.shards)  # type: ignore[union-attr]
     tight, seen = Cache(cache.folder, sum(sizes[-4:])), []
     real = remote.Cache._make_room
     monkeypatch.setattr(
@@ -180,7 +180,7 @@ def test_a_fault_that_passes_changes_no_batch(
     lines = [record.getMessage() for record in caplog.records]
     assert any(line.startswith(f"s3://bucket/set/{NAMES[2]}: ") and said in line for line in lines) or not said
     # What had arrived is not sent again, up to a piece.
-    assert store.sent[NAMES[2]] <= index.shards[2].shard.size + stores._PIECE * len(faults)  # type: ignore[union-attr]
+    assert store.sent[NAMES[2]] <= index.shards[2].size + stores._PIECE * len(faults)  # type: ignore[union-attr]
 
 
 def replaced(tmp_path: Path, name: str, change: str) -> None:
@@ -287,7 +287,7 @@ def test_a_disk_without_room_makes_room_and_then_says_so(
     tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = open_index(SHARDS, tmp_path, tmp_path / "index", cache=cache)
-    shard = index.shards[0].shard
+    shard = index.shards[0]
     assert isinstance(shard, RemoteShard)
     shard.cached.unlink()
     free = [0]
@@ -304,7 +304,7 @@ def test_a_disk_without_room_makes_room_and_then_says_so(
     cache.drop(cache.hold(shard))
     assert len(list(cache.folder.glob("*.tar"))) == 5  # one of the others has made room
     shard.cached.unlink()
-    held = [cache.hold(other.shard) for other in index.shards[1:] if other.shard.cached.exists()]  # type: ignore
+    held = [cache.hold(other) for other in index.shards[1:] if other.cached.exists()]  # type: ignore
     with pytest.raises(DataError, match=rf"has no room for {shard}"):
         cache.hold(shard)
     for descriptor in held:
@@ -314,7 +314,7 @@ def test_a_disk_without_room_makes_room_and_then_says_so(
 def hold_all(index: Index, done: Any) -> None:
     held = []
     for at in range(6):
-        shard = index.shards[at].shard
+        shard = index.shards[at]
         assert isinstance(shard, RemoteShard)
         held.append(shard.cache.hold(shard))
     done.put([os.fstat(each).st_size for each in held])
@@ -335,7 +335,7 @@ def test_processes_of_one_machine_download_each_shard_once(tmp_path: Path, store
     sizes = [done.get(timeout=60) for _ in ranks]
     for rank in ranks:
         rank.join(10)
-    assert sizes == [[shard.shard.size for shard in index.shards]] * 3  # type: ignore[union-attr]
+    assert sizes == [[shard.size for shard in index.shards]] * 3  # type: ignore[union-attr]
     assert {name: store.gets[name] for name in NAMES} == dict.fromkeys(NAMES, 1)
 
 
@@ -366,7 +366,7 @@ def test_a_download_that_another_process_ends_in_the_last_moment(
     tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = open_index(SHARDS, tmp_path, tmp_path / "index", cache=cache)
-    shard = index.shards[0].shard
+    shard = index.shards[0]
     assert isinstance(shard, RemoteShard)
     shard.cached.rename(tmp_path / "kept")
     real = Cache._make_room
@@ -388,7 +388,7 @@ def test_a_killed_download_is_continued(tmp_path: Path, store: Store, cache: Cac
     shutil.rmtree(cache.folder)
     store.stall = 60.0
     store.faults[NAMES[0]].append("stall")
-    shard = index.shards[0].shard
+    shard = index.shards[0]
     assert isinstance(shard, RemoteShard)
     store.gets.clear()
     store.sent.clear()
@@ -421,8 +421,8 @@ def test_a_damaged_file_of_the_cache_changes_no_batch(
 ) -> None:
     index, want = open_index(SHARDS, tmp_path, cache=cache), run(on_disk(tmp_path))
     for shard in index.shards[:2]:
-        assert isinstance(shard.shard, RemoteShard)
-        path, size = shard.shard.cached, shard.shard.size
+        assert isinstance(shard, RemoteShard)
+        path, size = shard.cached, shard.size
         path.write_bytes(b"?" * (size if damage == "other bytes" else size // 2))
     store.gets.clear()
     assert same(run(index, workers), want)
@@ -434,7 +434,7 @@ def test_unusable_samples_are_replaced_as_from_a_disk(tmp_path: Path, store: Sto
     """A substitute may be in any shard. It is read alone, and not with its whole shard."""
     local = on_disk(tmp_path)
     for number in (0, 3):
-        path = local.shards[number].shard
+        path = local.shards[number]
         assert isinstance(path, Path)
         data = bytearray(path.read_bytes())
         for sample in range(8):
@@ -442,7 +442,7 @@ def test_unusable_samples_are_replaced_as_from_a_disk(tmp_path: Path, store: Sto
             data[entry.image_offset : entry.image_offset + 8] = bytes(8)
         path.write_bytes(data)
     local = on_disk(tmp_path)
-    sizes = [shard.shard.stat().st_size for shard in local.shards]  # type: ignore[union-attr]
+    sizes = [shard.stat().st_size for shard in local.shards]  # type: ignore[union-attr]
     tight = Cache(cache.folder, sum(sorted(sizes)[-4:]))
     index = open_index(SHARDS, tmp_path, cache=tight)
     want = run(local, max_bad_share=1.0)
@@ -602,7 +602,7 @@ def test_hugging_face_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     for address in ("hf://datasets/me/set/{000000..000001}.tar", "hf://datasets/me/set/*.tar"):
         index = open_index(address, tmp_path, cache=cache)
         assert index.fingerprint == local.fingerprint
-        assert [str(shard.shard) for shard in index.shards] == [f"hf://datasets/me/set/{path.name}" for path in paths]
+        assert [str(shard) for shard in index.shards] == [f"hf://datasets/me/set/{path.name}" for path in paths]
     assert np.array_equal(index.sizes, local.sizes)
     assert same(run(index, steps=3, batch=4), run(local, steps=3, batch=4))
     stores.objects.cache_clear()

@@ -609,7 +609,7 @@ def test_captions_of_evaluation_and_validation_are_those_of_the_recipes_columns(
     write_tar(tmp_path / "s.tar", sorted(members))
     recipe = recipe_of("data.caption_columns=[mine]", "evaluation.validation=[s.tar]")
     held_out = open_held_out(recipe, tmp_path)
-    assert held_out.column("captions").tolist() == [2, 2, 2]
+    assert held_out.counts == {2: 3}
     item = EvalSet(name="texts", task="retrieval", data=["s.tar"])
     for columns, expected in ((("mine",), ["mine 0", "x"]), ((), ["theirs"])):
         task = open_set(item, replace(_settings(tmp_path), columns=columns))
@@ -622,6 +622,7 @@ def test_all_indexes_of_a_recipe_are_in_its_folder(tmp_path: Path) -> None:
     recipe = recipe_of("data.index_dir=ours", "evaluation.validation=[data]")
     settings = Scorer(recipe, tmp_path).settings
     for opened in (open_held_out(recipe, tmp_path), open_index("data", tmp_path, settings.index_dir)):
-        assert [shard.file.parent for shard in opened.shards] == [tmp_path / "ours"]
+        assert len(opened) == 4
+    assert len(list((tmp_path / "ours").iterdir())) == 2
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["000000.tar"]
     assert settings.max_bad_share == recipe.data.max_bad_share
