@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import os
 import re
 import urllib.parse
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ def expand_patterns(
     pattern that matches nothing and for a missing shard.
     """
     found: dict[Shard, None] = {}
+    listed = functools.cache(_listed)
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if pattern.startswith("pipe:"):
             raise DataError(f"shards '{pattern}': pipes cannot be read; name the shards as s3://… or https://…")
@@ -42,19 +44,21 @@ def expand_patterns(
             found.update(dict.fromkeys(find_shards(pattern, names, cache or Cache.at())))
             continue
         for name in names:
-            path, beside = base / Path(name).expanduser(), Account()
-            if path.is_dir():
-                matches = _of_folder(path, beside)
+            path, beside = base / Path(name).expanduser() if name[:1] == "~" else base / name, None
+            # A folder is listed once: to ask for each of many shards takes minutes on a network disk.
+            is_folder, is_file = listed(path.parent).get(path.name) or (path.is_dir(), path.is_file())
+            if is_folder:
+                matches = _of_folder(path, beside := Account())
                 if account is not None:
                     account.add(beside)
-            elif glob.has_magic(name) and not path.exists():
-                matches = _matching(path)
+            elif is_file:
+                matches = [path]
             else:
-                matches = [path] if path.is_file() else []
+                matches = _matching(path) if glob.has_magic(name) and not path.exists() else []
             if not matches:
                 said = "" if name == pattern else f" (from '{pattern}')"
-                kind = "no shard matches" if glob.has_magic(name) or path.is_dir() else "there is no shard"
-                there = f" (it has {beside.line(beside.unused)})" if beside.unused else ""
+                kind = "no shard matches" if glob.has_magic(name) or is_folder else "there is no shard"
+                there = f" (it has {beside.line(beside.unused)})" if beside and beside.unused else ""
                 raise DataError(f"{kind} '{path}'{said}{there}")
             found.update(dict.fromkeys(matches))
     if not found:
@@ -62,16 +66,26 @@ def expand_patterns(
     return list(found)
 
 
+def _listed(folder: Path) -> dict[str, tuple[bool, bool]]:
+    """For each name in a folder, whether it is a folder and a plain file; nothing where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: (entry.is_dir(), entry.is_file()) for entry in entries}
+    except OSError:
+        return {}
+
+
 def _of_folder(folder: Path, account: Account) -> list[Path]:
     """The shards in a folder. Other files are counted."""
-    shards = []
+    shards, listed = [], _listed(folder)
     for path in sorted(folder.iterdir()):
-        if path.is_dir():
+        is_folder, is_file = listed.get(path.name) or (path.is_dir(), path.is_file())
+        if is_folder:
             inside = [] if path.name.startswith(".") else sorted([*path.glob("*.tar"), *path.glob("*/*.tar")])
             if inside:
                 account.lose("sub_folder", str(inside[0]), len(inside))
         elif path.suffix.lower() == ".tar" and not path.name.startswith("."):
-            if not path.is_file():
+            if not is_file:
                 account.lose("not_file", str(path))
                 continue
             shards.append(path)
@@ -84,11 +98,11 @@ def _of_folder(folder: Path, account: Account) -> list[Path]:
 def _matching(pattern: Path) -> list[Path]:
     """The paths that match a glob. A folder that exists under a name with brackets is that folder."""
     parts = list(pattern.parts)
-    place = Path(parts.pop(0) if pattern.is_absolute() else "")
+    place, listed = Path(parts.pop(0) if pattern.is_absolute() else ""), functools.cache(_listed)
     while (place / parts[0]).exists():
         place /= parts.pop(0)
-    found = glob.glob(str(Path(*parts)), root_dir=place, recursive=True)
-    return sorted(path for name in found if not (path := place / name).is_dir())
+    found = sorted(place / name for name in glob.glob(str(Path(*parts)), root_dir=place, recursive=True))
+    return [path for path in found if not (listed(path.parent).get(path.name) or (path.is_dir(),))[0]]
 
 
 def find_shards(address: str, names: Sequence[str], cache: Cache) -> list[RemoteShard]:

@@ -170,6 +170,7 @@ def test_another_table_of_captions_is_merged_again(tmp_path: Path) -> None:
     assert len(merged_files(tmp_path)) == 2, "one with the table, as it was last"
     assert everything(open_index("*.tar", tmp_path)) == plain
     assert everything(open_index("*.tar", tmp_path, columns=["nothing"]))[0].captions == 0
+    assert len(merged_files(tmp_path)) == 3
 
 
 def test_a_cut_or_changed_file_is_written_again_or_named(tmp_path: Path, scanned: list[str]) -> None:
@@ -224,9 +225,11 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
     closed = tmp_path / "a"
+    written = set()
     for _ in range(2):
         assert everything(open_index("*.tar", tmp_path / "a")) == want
-        assert len(list((tmp_path / "cache").rglob("merged-*"))) == 1
+        written |= {path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("merged-*")}
+    assert len(written) == 1
     shutil.rmtree(tmp_path / "cache")
     closed = tmp_path
     assert everything(open_index("*.tar", tmp_path / "a")) == want
