@@ -138,7 +138,7 @@ def prepare(folder: Path, how: str, shards: int, samples: int) -> None:
             path.touch()
     if how == "merged from the indexes of shards":
         paths = sorted(folder.glob("*.tar"))
-        files = indexes._Files(paths, None, source)
+        files = indexes._IndexFiles(paths, None, source)
         for number in range(shards):
             name, identity = files._one(number)
             scan = ShardScan(rows, keys, Account(), Counter({1: samples}))
@@ -148,7 +148,7 @@ def prepare(folder: Path, how: str, shards: int, samples: int) -> None:
 def make(folder: Path, how: str, shards: int, samples: int) -> Row:
     """Make the index: scan, merge or write."""
     if how == "written at once":
-        indexes._Files._parts = lambda files, *_: _parts(samples, files)  # type: ignore[method-assign]
+        indexes._IndexFiles._parts = lambda files, *_: _parts(samples, files)  # type: ignore[method-assign]
     cost = Cost()
     index = open_index(f"{{000000..{shards - 1:06d}}}.tar", folder)
     found = cost.end("make")

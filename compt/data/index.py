@@ -255,7 +255,7 @@ def _index_one(shard: Shard, file: Path, identity: dict[str, Any], source: Capti
     _store(file, {**identity, "content": content}, scan)
 
 
-class _Files:
+class _IndexFiles:
     """The files of the index of some shards: one for each shard, and one in which they are merged."""
 
     def __init__(self, shards: Sequence[Shard], out: Path | None, source: CaptionSource) -> None:
@@ -381,7 +381,7 @@ def build_index(
     captions has a row for a smaller share of the samples than `min_matched`, or for none.
     """
     table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv else None
-    files = _Files(shards, out, CaptionSource(table, columns))
+    files = _IndexFiles(shards, out, CaptionSource(table, columns))
     index = Index(shards, files.find() or files.merge(workers, progress), table, columns)
     if not len(index):
         lost = index.account.line(cause for cause, count in index.account.unused.items() if count)

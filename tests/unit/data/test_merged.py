@@ -108,7 +108,7 @@ def test_small_columns_hold_the_same_numbers(shards: list[list[tuple[int, ...]]]
 def test_a_second_start_reads_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_shards(tmp_path / "a", n=11, shards=3)
     first = open_index("a/*.tar", tmp_path)
-    monkeypatch.setattr(index_module, "_Files", type("Opened", (index_module._Files,), {"merge": refuse}))
+    monkeypatch.setattr(index_module, "_IndexFiles", type("Opened", (index_module._IndexFiles,), {"merge": refuse}))
     monkeypatch.setattr(np, "load", refuse)
     assert everything(open_index("a/*.tar", tmp_path)) == everything(first)
     (tmp_path / "a").rename(tmp_path / "b")
@@ -308,10 +308,10 @@ def many(*_: Any) -> Iterator[ShardRows]:
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(SHARDS):
         (tmp_path / f"{number:06d}.tar").touch()
-    monkeypatch.setattr(index_module._Files, "_parts", many)
+    monkeypatch.setattr(index_module._IndexFiles, "_parts", many)
     monkeypatch.setattr(merged_module, "_VIEWS", 16)
     assert len(open_index("*.tar", tmp_path)) == SHARDS * SAMPLES
-    monkeypatch.setattr(index_module._Files, "merge", refuse)
+    monkeypatch.setattr(index_module._IndexFiles, "merge", refuse)
     tracemalloc.start()
     try:
         index = open_index("*.tar", tmp_path)
