@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
 from benchmarks.common import SERIES, Result, one_line, show, write
@@ -274,9 +275,11 @@ def draw(values: str, label: str, sets: Sequence[Row], orders: Sequence[Row]) ->
             axes.plot([row["samples"] for row in rows], [row[key] / unit for row in rows], "o-", label=name, c=colour)
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xlabel("samples")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:,g}"))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.set_xlabel("million samples")
         axes.set_ylabel(label)
-        axes.legend()
+        axes.legend(loc="upper left")
 
     return plot
 
