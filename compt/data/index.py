@@ -326,7 +326,11 @@ class _IndexFiles:
         remove_dead(path)
         with new_file(path) as file:
             write_merged(file, self._identity, parts, digest)
-        return Merged(path, self._identity)
+        try:
+            return Merged(path, self._identity)
+        except _DAMAGES as error:  # another process has written it for other shards, or the disk maps no files
+            text = "start the same command again, or name a folder on another disk with data.index_dir or --out"
+            raise DataError(f"cannot open the index {path}: {error}; {text}") from None
 
     def _parts(
         self, files: list[Path], missing: list[int], workers: int, progress: Progress | None

@@ -236,6 +236,16 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.rglob("merged-*"))
 
 
+def test_a_disk_that_maps_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> Any:
+        raise OSError(19, "No such device")
+
+    make_shards(tmp_path, n=2, shards=1)
+    monkeypatch.setattr(np, "memmap", refused)
+    with pytest.raises(DataError, match=r"cannot open the index .*merged-.*: .*No such device; .*data\.index_dir"):
+        open_index("*.tar", tmp_path)
+
+
 def build(folder: Path, start: Any, found: Any) -> None:
     start.wait()
     found.put(everything(open_index("*.tar", folder)))
