@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,7 +35,7 @@ from compt.cost.training import Mode
 from compt.errors import ConfigError, nearest
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.forecast import check_shares, default_gpus
-from compt.plan.hours import Hours, HoursRow, PublishedRow, family_hours, published_rows
+from compt.plan.hours import Hours, HoursRow, family_hours, published_rows
 from compt.plan.jobs import Job, make_plan
 from compt.recipe.engine import ENGINE_NAMES, EngineConfig, changed_engine
 from compt.recipe.read import load_recipe
@@ -287,7 +287,7 @@ def gpu_hours(
             "throughput": str(throughput) if throughput else None,
             "gpus": number,
             "rows": [row.to_json() for row in rows],
-            "paper": [asdict(row) for row in paper],
+            "paper": paper,
         }
         print_json(made)
         return
@@ -355,14 +355,17 @@ def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, fi
     return notes
 
 
-def _published_table(rows: list[PublishedRow]) -> TextTable:
+def _published_table(rows: list[dict[str, Any]]) -> TextTable:
     body = []
     for row in rows:
-        alone = [f"{row.individual_hours:,.0f} h", f"{row.individual_utilisation:.1%}", f"{row.individual_error:+.1%}"]
-        chain = [f"{row.chain_hours:,.0f} h", f"{row.chain_utilisation:.1%}", f"{row.chain_error:+.1%}"]
-        body.append([row.model, "alone", *alone, "", f"{row.individual_accumulated_hours:,.0f} h", ""])
-        total = f"{row.chain_accumulated_hours:,.0f} h"
-        body.append(["", "chain", *chain, f"{row.speedup:.2f}x", total, f"{row.accumulated_speedup:.2f}x"])
+        for way, trained in (("individual", "alone"), ("chain", "chain")):
+            own = [row["model"] if trained == "alone" else "", trained, f"{row[f'{way}_hours']:,.0f} h"]
+            own += [f"{row[f'{way}_utilisation']:.1%}", f"{row[f'{way}_error']:+.1%}"]
+            total = f"{row[f'{way}_accumulated_hours']:,.0f} h"
+            speedups = (
+                ["", ""] if trained == "alone" else [f"{row['speedup']:.2f}x", f"{row['accumulated_speedup']:.2f}x"]
+            )
+            body.append([*own, speedups[0], total, speedups[1]])
     header = ["Model", "Trained", "GPU-hours", "Use", "Error", "Speed-up", "So far", "Speed-up"]
     model = fitted()
     notes = [

@@ -7,8 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from compt.cost.gpus import Device
-from compt.cost.paper import IMAGES, TABLE_2
-from compt.cost.speed import Conditions, Throughput, fitted, measured, published_times, relative_error, speed
+from compt.cost.paper import IMAGES, TABLE_2, Efficiency
+from compt.cost.speed import (
+    Conditions,
+    PublishedTime,
+    Throughput,
+    fitted,
+    measured,
+    published_times,
+    relative_error,
+    speed,
+)
 from compt.cost.training import JobCost, Mode
 from compt.plan.jobs import Job, Plan
 from compt.recipe.schema import Recipe
@@ -118,50 +127,32 @@ def family_hours(
     return rows
 
 
-@dataclass(frozen=True)
-class PublishedRow:
-    """A model of Table 2: the paper's A100 hours, what they imply, and how far the fitted model is from them.
+def published_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The paper's own rows, where the plan's chain is one of its Table 2; else [].
 
-    `error` is the projection over the published hours, less 1; links after the first have `chain` and its numbers.
+    Each has A100 hours of a model alone (`individual_...`) and as a link (`chain_...`, of the first link those alone),
+    what they imply, and the error of the fitted model: the projection over the published hours, less 1.
     """
-
-    model: str
-    individual_hours: float
-    individual_accumulated_hours: float
-    individual_utilisation: float
-    individual_error: float
-    chain_hours: float
-    chain_accumulated_hours: float
-    chain_utilisation: float
-    chain_error: float
-    speedup: float
-    accumulated_speedup: float
-
-
-def published_rows(plan: Plan) -> list[PublishedRow]:
-    """The paper's own rows, where the plan's chain is one of its Table 2; else []."""
     models = tuple(job.spec.name for job in plan.links)
     key = next((k for k, v in TABLE_2.items() if v.models == models and IMAGES[v.dataset] == plan.images), None)
     if key is None:
         return []
-    family, model, rows = TABLE_2[key], fitted(), []
+    family, rows = TABLE_2[key], []
     times = [time for time in published_times() if time.family == key]
     for at, name in enumerate(models):
         alone = next(time for time in times if time.model == name and time.teacher is None)
         link = next((time for time in times if time.model == name and time.teacher), alone)
-        rows.append(
-            PublishedRow(
-                model=name,
-                individual_hours=alone.hours,
-                individual_accumulated_hours=100 * family.baseline[at].accumulated_hours,
-                individual_utilisation=alone.utilisation,
-                individual_error=relative_error(model, alone),
-                chain_hours=link.hours,
-                chain_accumulated_hours=100 * family.chain[at].accumulated_hours,
-                chain_utilisation=link.utilisation,
-                chain_error=relative_error(model, link),
-                speedup=family.speedup[at].hours,
-                accumulated_speedup=family.speedup[at].accumulated_hours,
-            )
-        )
+        row = {"model": name, **_published("individual", alone, family.baseline[at])}
+        row |= _published("chain", link, family.chain[at])
+        speedup = family.speedup[at]
+        rows.append(row | {"speedup": speedup.hours, "accumulated_speedup": speedup.accumulated_hours})
     return rows
+
+
+def _published(way: str, time: PublishedTime, cells: Efficiency) -> dict[str, float]:
+    return {
+        f"{way}_hours": time.hours,
+        f"{way}_accumulated_hours": 100 * cells.accumulated_hours,
+        f"{way}_utilisation": time.utilisation,
+        f"{way}_error": relative_error(fitted(), time),
+    }
