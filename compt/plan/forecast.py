@@ -19,6 +19,7 @@ from compt.plan.hours import Hours, job_hours, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
 from compt.recipe.engine import ENGINES, EngineConfig
+from compt.recipe.read import largest_divisor, split_batch
 from compt.recipe.schema import Recipe
 
 MOST_GPUS = 8
@@ -281,32 +282,14 @@ def make_forecast(
 
 
 def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
-    """Raise ConfigError unless the batch is shared evenly by `gpus`, and each share by the micro-batch."""
-    batch = recipe.optimizer.batch
-    if batch % gpus:
-        fewer = largest_divisor(batch, min(gpus, batch))
-        more = next((n for n in range(gpus, batch + 1) if batch % n == 0), fewer)
-        numbers = " or ".join(map(str, dict.fromkeys((fewer, more))))
-        raise ConfigError(
-            f"{source}: optimizer.batch = {batch}: is not shared evenly by {gpus} GPUs; --gpus {numbers} would do"
-        )
-    share = batch // gpus
-    places = {"engine": recipe.engine.micro_batch}
-    places |= {
-        f"chain.links.{at}.engine": recipe.engine_of(link.model).micro_batch
-        for at, link in enumerate(recipe.chain.links)
-    }
-    for place, micro in places.items():
-        if micro is not None and micro < share and share % micro:
-            raise ConfigError(
-                f"{source}: {place}.micro_batch = {micro}: does not divide the {share} images of a process, "
-                f"{batch} over {gpus}; take {largest_divisor(share, micro)}"
-            )
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of `number` up to `most`."""
-    return next(n for n in range(most, 0, -1) if number % n == 0)
+    """Raise ConfigError unless `gpus` share the batch evenly, and micro-batches of each link divide a share."""
+    for link in recipe.chain.links:
+        micro = recipe.engine_of(link.model).micro_batch
+        try:
+            split_batch(recipe.optimizer.batch, gpus, micro)
+        except ConfigError as error:
+            where = source if micro == recipe.engine.micro_batch else f"{source}: link {link.model}"
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from compt.errors import RunError, is_out_of_memory
-from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, largest_divisor, memory_of, not_modelled
+from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, memory_of, not_modelled
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig, changed_engine, fully_sharded
+from compt.recipe.read import largest_divisor
 from compt.recipe.schema import Recipe
 from compt.text import count
 

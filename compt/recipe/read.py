@@ -234,12 +234,23 @@ def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
     return parse_recipe(values, str(path))
 
 
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of `number` up to `most`."""
+    return next(n for n in range(most, 0, -1) if number % n == 0)
+
+
 def split_batch(batch: int, world_size: int, micro_batch: int | None) -> tuple[int, int]:
     """Images of a rank in a step, and images of a micro-batch. Raises ConfigError when they do not divide evenly."""
     if batch % world_size:
-        raise ConfigError(f"optimizer.batch {batch} cannot be shared evenly by {world_size} processes")
+        fewer = largest_divisor(batch, min(world_size, batch))
+        more = next((n for n in range(world_size, batch) if batch % n == 0), batch)
+        text = f"optimizer.batch {batch} cannot be shared evenly by {world_size} processes"
+        raise ConfigError(f"{text}; {' or '.join(map(str, dict.fromkeys((fewer, more))))} can share it")
     per_rank = batch // world_size
     micro = min(micro_batch or per_rank, per_rank)
     if per_rank % micro:
-        raise ConfigError(f"engine.micro_batch {micro} does not divide the {per_rank} images of a process")
+        raise ConfigError(
+            f"engine.micro_batch {micro} does not divide the {per_rank} images of a process; "
+            f"take {largest_divisor(per_rank, micro)}"
+        )
     return per_rank, micro

@@ -28,7 +28,7 @@ from compt.design.search import (
 )
 from compt.errors import ConfigError
 from compt.files import write_text
-from compt.plan.forecast import Machine, check_shares, make_forecast
+from compt.plan.forecast import Machine, make_forecast
 from compt.plan.jobs import make_plan
 from compt.recipe.read import parse_recipe
 from compt.recipe.schema import Recipe
@@ -46,7 +46,6 @@ def run_auto(
     if out is not None and out.exists():
         what = "is the recipe that is read" if source.exists() and out.samefile(source) else "exists already"
         raise ConfigError(f"--out {out}: {what}; name a file that does not exist")
-    check_shares(recipe, machine.gpus if machine else 1, str(source))
     made_from = f"the chain designed from {source}"
     try:
         asked.check()

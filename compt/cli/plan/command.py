@@ -21,7 +21,7 @@ from compt.cli.options import (
 from compt.cli.plan.tables import plan_tables
 from compt.cost.training import Mode
 from compt.errors import ConfigError
-from compt.plan.forecast import Machine, check_shares, make_forecast
+from compt.plan.forecast import Machine, make_forecast
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.engine import ENGINE_NAMES
@@ -106,8 +106,6 @@ def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *
     Those of the links, and with `members` of the whole family.
     """
     machine = asked.machine(recipe, source) if wanted else None
-    if machine is not None:
-        check_shares(recipe, machine.gpus, source)
     models = [link.model for link in recipe.chain.links]
     models += [member.name for member in recipe.family.members if members]
     check_engines(recipe, models, machine.gpus if machine else None, Path(), source)

@@ -219,11 +219,11 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         (["gpu-hours", "{recipe}", "--throughput", "none.json"], "--throughput: cannot read none.json"),
         (
             ["gpu-hours", "{recipe}", "--gpus", "3"],
-            r"cc3m_vit\.yaml: optimizer\.batch = 1024: is not shared evenly by 3 GPUs; --gpus 2 or 4 would do",
+            r"cc3m_vit\.yaml: optimizer\.batch 1024 cannot be shared evenly by 3 processes; 2 or 4 can share it",
         ),
         (["gpu-hours", "{recipe}", "--gpus", "5000"], "--gpus 5000: should be from 1 to the 1024"),
         (["gpu-hours", "{recipe}", "--gpus", "0"], "--gpus 0: should be from 1 to the 1024"),
-        (["throughput", "--family", "{recipe}", "--gpus", "3"], "is not shared evenly by 3 GPUs"),
+        (["throughput", "--family", "{recipe}", "--gpus", "3"], "cannot be shared evenly by 3 processes"),
         (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: needs --family"),
         (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: needs --family"),
         (

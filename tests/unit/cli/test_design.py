@@ -325,7 +325,7 @@ def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
         (("--set", "chain.from=somewhere"), "chain.from = 'somewhere'"),
         (("--set", "family.members.0=swin_t", "--set", "chain.links.0.model=swin_t"), "ViTs and Swins"),
         (("--set", "baselines.train.epochs=0"), "baselines.train = 0 epochs: is no step at all"),
-        (("--gpus", "3"), "optimizer.batch = 1024: is not shared evenly by 3 GPUs"),
+        (("--gpus", "3"), "optimizer.batch 1024 cannot be shared evenly by 3 processes"),
         (("--runs", "nowhere"), "nowhere"),
     ],
 )

@@ -153,11 +153,11 @@ REFUSED = {
     "more GPUs than pictures": (["--gpus", "641"], r"--gpus 641: should be from 1 to the 640"),
     "GPUs that do not divide the batch": (
         ["--gpus", "6"],
-        r"r\.yaml: optimizer\.batch = 640: is not shared evenly by 6 GPUs; --gpus 5 or 8 would do",
+        r"r\.yaml: optimizer\.batch 640 cannot be shared evenly by 6 processes; 5 or 8 can share it",
     ),
     "a micro-batch that does not divide": (
         ["--set", "engine.micro_batch=48"],
-        r"r\.yaml: engine\.micro_batch = 48: does not divide the 80 images of a process, 640 over 8; take 40",
+        r"r\.yaml: engine\.micro_batch 48 does not divide the 80 images of a process; take 40",
     ),
     "no micro-batch": (
         ["--set", "engine.micro_batch=0"],

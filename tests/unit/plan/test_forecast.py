@@ -255,7 +255,7 @@ def test_the_engine_is_that_of_each_link() -> None:
     assert 1.5 < again < 2, "each micro-batch runs forward twice, and most of its blocks once more"
     only = forecast(engine__recompute=True).links[2].job.cost
     assert 0.5 < only.recompute_macs / only.student_forward_macs < 1
-    with pytest.raises(ConfigError, match=r"chain\.links\.2\.engine\.micro_batch = 7: does not divide"):
+    with pytest.raises(ConfigError, match=r"link \w+: engine\.micro_batch 7 does not divide"):
         forecast(chain__links__2__engine={"micro_batch": 7})
 
 
@@ -284,9 +284,9 @@ def test_memory_is_that_of_the_recipe_as_it_runs() -> None:
 
 
 def test_the_batch_has_to_be_shared_evenly() -> None:
-    with pytest.raises(ConfigError, match=r"^r\.yaml: optimizer\.batch = 640: .* by 7 GPUs; --gpus 5 or 8 would do$"):
+    with pytest.raises(ConfigError, match=r"^r\.yaml: optimizer\.batch 640 .* by 7 processes; 5 or 8 can share it$"):
         make_forecast(recipe(), Machine(A100, 7), source="r.yaml")
-    with pytest.raises(ConfigError, match=r"engine\.micro_batch = 48: does not divide the 80 images .* take 40$"):
+    with pytest.raises(ConfigError, match=r"engine\.micro_batch 48 does not divide the 80 images .* take 40$"):
         check_shares(recipe(engine__micro_batch=48), 8, "r.yaml")
     check_shares(recipe(engine__micro_batch=100), 8, "r.yaml")
     with pytest.raises(ConfigError, match="does not divide the 640 images of a process"):
