@@ -13,59 +13,28 @@ from compt.models.presets import NORM_EPS, ModelSpec, swin_sizes
 from compt.models.scalars import SCALAR_NAMES, loss_with
 from compt.models.swin import register_swin
 
-_TRAINING = "acts in training only"
-
-HONOURED: dict[str, dict[str, str]] = {
-    "model_cfg": {
-        "embed_dim": "embed_dim",
-        "vision_cfg": "see below",
-        "text_cfg": "see below",
-        "quick_gelu": "quick_gelu",
-        "init_logit_scale": "loss, where losses have the same scalars",
-        "init_logit_bias": "loss: the model has a logit_bias",
-        "custom_text": "the same tower, with parameters below `text.`",
-        "nonscalar_logit_scale": "the scalars are stored in shape [1]",
-        "output_dict": "the form of what forward returns",
-    },
-    "text_cfg": {
-        "context_length": "context_length, and the tokenizer's",
-        "vocab_size": "vocab_size",
-        "width": "text_width",
-        "heads": "text_heads",
-        "layers": "text_depth",
-        "mlp_ratio": "mlp_ratio, the same in both towers",
-        "norm_kwargs": "text_norm_eps; no other argument",
-        "pad_id": "acts with embed_cls only",
-        "eos_id": "acts with pool_type eos only",
-        "tokenizer_mode": "acts with hf_tokenizer_name only",
-        "hf_model_pretrained": "acts with hf_model_name only",
-        "hf_proj_type": "acts with hf_model_name only",
-        "hf_pooler_type": "acts with hf_model_name only",
-    },
-    "vision_cfg of a ViT": {
-        "image_size": "image_size, square",
-        "patch_size": "patch_size",
-        "width": "width",
-        "layers": "depth",
-        "head_width": "head_width",
-        "mlp_ratio": "mlp_ratio, the same in both towers",
-        "no_ln_pre": "no_ln_pre",
-        "norm_kwargs": "norm_eps; no other argument",
-        "patch_dropout": _TRAINING,
-        "attn_pooler_queries": "acts with attentional_pool only",
-        "attn_pooler_heads": "acts with attentional_pool only",
-    },
-    "vision_cfg of a Swin": {
-        "timm_model_name": "all sizes of the image tower",
-        "image_size": "image_size, that of the name",
-        "timm_pool": "`avg`, or empty, which means the same for a Swin",
-        "timm_model_pretrained": "the checkpoint replaces the weights",
-        "timm_drop": _TRAINING,
-        "timm_drop_path": _TRAINING,
-    },
+# What each of them becomes in a ModelSpec, or why it changes nothing, is in docs/checkpoints.md.
+HONOURED: dict[str, tuple[str, ...]] = {
+    "model_cfg": (
+        *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_scale", "init_logit_bias"),
+        # Other names of the same parameters, other shapes of scalars, another form of what forward returns.
+        *("custom_text", "nonscalar_logit_scale", "output_dict"),
+    ),
+    "text_cfg": (
+        *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "norm_kwargs"),
+        # These act only with settings that are refused.
+        *("pad_id", "eos_id", "tokenizer_mode", "hf_model_pretrained", "hf_proj_type", "hf_pooler_type"),
+    ),
+    "vision_cfg of a ViT": (
+        *("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "no_ln_pre", "norm_kwargs"),
+        # The first acts in training only, the others with attentional_pool only.
+        *("patch_dropout", "attn_pooler_queries", "attn_pooler_heads"),
+    ),
+    "vision_cfg of a Swin": (
+        *("timm_model_name", "image_size", "timm_pool", "timm_model_pretrained", "timm_drop", "timm_drop_path"),
+    ),
 }
-"""Every setting of open_clip that a model may change, with the ModelSpec field that has it, or why it changes nothing.
-A setting that is not here has to have open_clip's default."""
+"""Every setting of open_clip that a model may change. A setting that is not here has to have open_clip's default."""
 
 # What a refused setting has to be, where open_clip's default alone would explain too little.
 _RIGHT = {
