@@ -1,7 +1,7 @@
 """Initialization as a pure function of (seed, parameter name, element index), distributed as in open_clip and timm.
 
-Element i of a parameter depends on these three alone, so any slice can be drawn alone. The values are the same for
-every number of ranks and every way of sharding, and an expansion draws only the rows that it needs.
+Element i of a parameter depends on these three alone. So the values are the same for every number of ranks and every
+way of sharding.
 """
 
 from __future__ import annotations
@@ -135,26 +135,15 @@ def _uniform(seed: int, name: str, start: int, count: int) -> Tensor:
     return torch.from_numpy(((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
-def init_tensor(
-    rule: InitRule, seed: int, name: str, shape: Sequence[int], start: int = 0, count: int | None = None
-) -> Tensor:
-    """The fp32 values of parameter `name` in `shape`, or its flat elements `start` .. `start + count`.
-
-    Raises ValueError for a range outside the parameter.
-    """
-    total = math.prod(shape)
-    whole = count is None and start == 0
-    count = total - start if count is None else count
-    if start < 0 or count < 0 or start + count > total:
-        raise ValueError(f"{name}: elements {start} to {start + count} of {total}")
-    values = torch.empty(count, dtype=torch.float32)
+def init_tensor(rule: InitRule, seed: int, name: str, shape: Sequence[int]) -> Tensor:
+    """The fp32 values of parameter `name` in `shape`."""
+    values = torch.empty(math.prod(shape), dtype=torch.float32)
     if rule.kind in ("zeros", "ones", "constant"):
         values.fill_({"zeros": 0.0, "ones": 1.0}.get(rule.kind, rule.scale))
     else:
-        for at in range(0, count, _CHUNK):
-            size = min(_CHUNK, count - at)
-            values[at : at + size] = _transform(rule, _uniform(seed, name, start + at, size))
-    return values.view(tuple(shape)) if whole else values
+        for at, part in enumerate(values.split(_CHUNK)):
+            part.copy_(_transform(rule, _uniform(seed, name, at * _CHUNK, len(part))))
+    return values.view(tuple(shape))
 
 
 def _transform(rule: InitRule, uniform: Tensor) -> Tensor:
