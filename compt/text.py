@@ -179,8 +179,3 @@ def hours(value: float | None) -> str:
     if value < 1:
         return f"{value * 60:.1f} min" if value * 60 >= 1 else f"{value * 3600:.1f} s"
     return f"{value:.2f} h" if value < 100 else f"{value:,.0f} h"
-
-
-def ratio(value: float | None) -> str:
-    """An acceleration in brackets, to follow a cost: 5.68 -> " (5.68x)"; nothing for None."""
-    return "" if value is None else f" ({value:.2f}x)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
@@ -153,7 +154,7 @@ def to_json(breakdown: Breakdown) -> dict[str, Any]:
     return {
         "mode": breakdown.mode,
         "batch": breakdown.batch,
-        "records": [record.to_json() for record in breakdown.records],
+        "records": [asdict(record) for record in breakdown.records],
         "parts": {
             record.part: {field: getattr(record, field) for field in SUMMED}
             | {"sample_macs": record.sample_macs, "step_macs": record.step_macs(breakdown.batch)}

@@ -11,7 +11,6 @@ constants are fitted to the A100 hours of Table 2 of the paper (`fitted`), in th
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -32,6 +31,7 @@ from compt.files import plain_stat
 from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
 from compt.recipe.engine import EngineConfig, EngineName
 from compt.recipe.schema import Optimizer, Recipe
+from compt.recipe.types import first_mistake
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,8 @@ class Throughput(BaseModel):
         except OSError as error:
             raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
         except (ValidationError, ConfigError) as error:
-            raise ConfigError(f"{path} is no throughput file of this program: {_first(error)}") from None
+            mistake = first_mistake(error) if isinstance(error, ValidationError) else error
+            raise ConfigError(f"{path} is no throughput file of this program: {mistake}") from None
         if device is not None and found.kind != device.name:
             raise ConfigError(
                 f"{path} was measured on {found.device}, not on {device.title} ({device.name}); "
@@ -216,16 +217,6 @@ class Throughput(BaseModel):
             and abs((entry.computed_tokens or entry.tokens) - mean) <= max(0.02 * mean, 0.5)
         ]
         return min(fitting, key=distance, default=None)
-
-
-def _first(error: ValidationError | ConfigError) -> str:
-    if isinstance(error, ConfigError):
-        return str(error)
-    fault = error.errors()[0]
-    place = ".".join(map(str, fault["loc"]))
-    given = json.dumps(fault["input"], default=str)
-    shown = "" if fault["type"] in ("missing", "json_invalid") or given[0] == "{" else f", not {given[:60]}"
-    return f"{place + ': ' if place else ''}{fault['msg'].removeprefix('Value error, ')}{shown}"
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:

@@ -52,10 +52,6 @@ class Record:
         """MACs per step of `batch` samples."""
         return batch * self.sample_macs + self.step_update_macs
 
-    def to_json(self) -> dict[str, Any]:
-        """Every field, as plain values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class JobCost:
@@ -100,11 +96,6 @@ class Breakdown:
         """The sum of the named fields over the records of `parts`, by `math.fsum`."""
         values = (getattr(record, field) for record in self.records if record.part in parts for field in fields)
         return math.fsum(values)
-
-    @property
-    def step_macs(self) -> float:
-        """MACs of one step."""
-        return math.fsum(record.step_macs(self.batch) for record in self.records)
 
     def cost(self, samples: float, steps: int) -> JobCost:
         """The sums, for a training run of `samples` samples in `steps` steps."""

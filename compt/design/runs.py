@@ -6,7 +6,6 @@ A job that was stopped, or still trains, is not at the end of its schedule: it i
 from __future__ import annotations
 
 import json
-import textwrap
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, Valid
 from compt.errors import ComptError, RunError
 from compt.files import hash_json, read_json
 from compt.models.presets import ModelSpec
+from compt.recipe.types import first_mistake
 
 _LENGTH = ("steps", "warmup_steps")
 _SEEDS = ("seed", "order_seed")
@@ -157,7 +157,7 @@ def read_run(folder: Path) -> Run:
     except (FileNotFoundError, NotADirectoryError):
         raise RunError(f"{folder} is no run folder: there is no {path.name} in it") from None
     except ValidationError as error:
-        raise RunError(f"{path} is damaged: {_first(error)}") from None
+        raise RunError(f"{path} is damaged: {first_mistake(error)}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
     kinds: dict[str, set[str]] = {}
@@ -183,14 +183,6 @@ def _read(path: Path) -> Any:
     return value
 
 
-def _first(error: ValidationError) -> str:
-    """The first thing that is wrong: key, value, what would be right."""
-    first = error.errors()[0]
-    key, text = ".".join(map(str, first["loc"])), first["msg"].replace("Input should", "should")
-    shown = "" if first["type"] == "missing" else f" = {textwrap.shorten(ascii(first['input']), 60)}"
-    return f"{key}{shown}: {text}"
-
-
 def _job(folder: Path, name: str, kinds: Iterable[str], data: str) -> FinishedJob | str:
     """A finished job, or why there is none."""
     try:
@@ -203,7 +195,7 @@ def _job(folder: Path, name: str, kinds: Iterable[str], data: str) -> FinishedJo
     except FileNotFoundError:
         return "was not begun"
     except ValidationError as error:
-        return f"its manifest is damaged: {_first(error)}"
+        return f"its manifest is damaged: {first_mistake(error)}"
     except (KeyError, TypeError, ComptError) as error:
         return f"its manifest is damaged: {type(error).__name__}: {error}"
     except (OSError, ValueError, OverflowError, RecursionError) as error:

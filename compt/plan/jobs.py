@@ -115,10 +115,6 @@ class Plan:
             return job.cost
         return paper_cost(job.spec, job.active_teacher, samples=job.epochs * self.images, steps=job.steps)
 
-    def total_macs(self, mode: Mode = "exact") -> float:
-        """MACs of all jobs; a model that two jobs share counts once."""
-        return sum(self.cost(job, mode).total_macs for job in self.jobs if job.same_as is None)
-
     def acceleration(self, mode: Mode = "exact") -> float | None:
         """How many times cheaper the whole chain is than its models trained individually; None without `baselines`."""
         value = self.rows(mode)[len(self.links) - 1]["accumulated_speedup"]

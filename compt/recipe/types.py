@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import math
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from compt.errors import nearest
@@ -80,6 +81,16 @@ class Section(BaseModel):
             for name, field in type(self).model_fields.items()
             if not is_execution(field) and not (_kind(field) == "later" and getattr(self, name) == field.default)
         }
+
+
+def first_mistake(error: ValidationError) -> str:
+    """The first mistake that pydantic found, in words: key, value if it is short, and what would be right."""
+    first = error.errors()[0]
+    key, value = ".".join(map(str, first["loc"])), first["input"]
+    text = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+    plain = key and first["type"] != "missing" and not isinstance(value, dict)
+    shown = f" = {textwrap.shorten(ascii(value), 60)}" if plain else ""
+    return f"{key}{shown}: {text}" if key else text
 
 
 def section_within(annotation: Any) -> tuple[type[BaseModel] | None, bool]:

@@ -16,7 +16,7 @@ from compt.plan.links import broken_promises
 from compt.recipe.engine import ENGINES
 from compt.recipe.expansion import expand_words
 from compt.recipe.schema import Recipe
-from compt.text import TextTable, count, digits, hours, ratio
+from compt.text import TextTable, count, digits, hours
 
 PARTS = tuple(field.name for field in fields(Memory))
 
@@ -188,7 +188,7 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
     rows = []
     for item, row, found in zip(forecast.links, forecast.plan.rows(mode), forecast.speedups(), strict=False):
         ratios = [row["speedup"], row["accumulated_speedup"], *(found or ())]
-        rows.append([item.job.name, *(ratio(value).strip(" ()") for value in ratios)])
+        rows.append([item.job.name, *("" if value is None else f"{value:.2f}x" for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
     notes = [f"Over models trained alone for {epochs:.3g} epochs; so far: over all models up to this one."]

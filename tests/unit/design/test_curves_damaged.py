@@ -109,7 +109,7 @@ def test_each_wrong_value_at_each_place(run: Path, file: str) -> None:
         (("primary",), ["a"], r"primary = \['a'\]: should be a valid string"),
         (("data_fingerprint",), None, "data_fingerprint = None: should be a valid string"),
         (("jobs", 1, "kind"), [], r"jobs\.1\.kind = \[\]: should be a valid string"),
-        (("jobs", 0, "name"), {}, r"jobs\.0\.name = \{\}: should be a valid string"),
+        (("jobs", 0, "name"), {}, r"jobs\.0\.name: should be a valid string"),
         (("jobs", 4, "same_as"), 0, r"jobs\.4\.same_as = 0: should be a valid string"),
         (("jobs", 0), 1, r"jobs\.0 = 1: should be a valid dictionary"),
     ],

@@ -142,7 +142,7 @@ def test_sums_and_accumulated_costs() -> None:
     assert [row["accumulated_macs"] for row in rows[:3]] == pytest.approx([sum(own[: at + 1]) for at in range(3)])
     everything = found.totals(found.trained)
     assert everything.models == len(rows) - 1
-    assert everything.macs["exact"] == pytest.approx(found.plan.total_macs())
+    assert everything.macs["exact"] == pytest.approx(sum(item.job.cost.total_macs for item in found.trained))
     alone = found.totals(found.individual)
     assert alone.samples == 3 * 512_000
     assert alone.parameters == sum(parameters(PRESETS[name]) for name in ("vit_t16", "vit_s16", "vit_b16"))

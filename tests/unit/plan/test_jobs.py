@@ -123,7 +123,6 @@ def test_acceleration_follows_from_the_costs() -> None:
     row = found.rows()[1]
     assert row["speedup"] == pytest.approx(baseline / second)
     assert row["accumulated_macs"] == pytest.approx(first + second)
-    assert found.total_macs() == pytest.approx(first + second + baseline)  # the same model is not trained twice
     assert make_plan(parse_recipe(BASE)).acceleration() == found.acceleration()
     paper = found.rows("paper")[1]
     assert paper["total_macs"] != row["total_macs"]
