@@ -166,7 +166,7 @@ def _compared(pair: Pair, students: Sequence[Training], setting: Setting, run: P
         ]
         if not seeds:
             continue
-        own, others, pictures = [], [], []
+        own, others = [], []
         for seed in seeds:
             ids, correct = _answers(_place(run, Training(pair, seed, variant)), name)
             other_ids, other = _answers(_place(run, Training(pair, seed, pair.variants[0])), name)
@@ -174,10 +174,7 @@ def _compared(pair: Pair, students: Sequence[Training], setting: Setting, run: P
                 raise RunError(f"{run}: {variant.name} and {pair.reference} were scored on different '{name}' images")
             own.append(correct)
             others.append(other)
-            pictures.append(ids)
-        mean, low, high = paired_bootstrap(
-            np.concatenate(own), np.concatenate(others), clusters=np.concatenate(pictures), samples=2000
-        )
+        mean, low, high = paired_bootstrap(np.mean(own, axis=0), np.mean(others, axis=0), samples=2000)
         by_seed = [100 * float(np.mean(a) - np.mean(b)) for a, b in zip(own, others, strict=True)]
         found.append(
             {

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, svg
 from benchmarks.expansion.settings import IFD_ONLY, IWI_ONLY, SCRATCH
 from compt.errors import RunError
-from compt.evaluate.stats import mean_and_spread
 from compt.files import write_text
 from compt.text import TextTable
 
@@ -133,9 +133,8 @@ def operators(results: Record, pair: Record, name: str) -> list[Record]:
 
 def scatter(results: Record, pair: Record, name: str) -> float | None:
     """The standard deviation from seed to seed of a difference to the reference, in points, pooled over operators."""
-    deviations = [mean_and_spread(item["by_seed"])[1] for item in operators(results, pair, name)]
-    known = [deviation for deviation in deviations if deviation is not None]
-    return math.sqrt(sum(deviation**2 for deviation in known) / len(known)) if known else None
+    several = [item["by_seed"] for item in operators(results, pair, name) if len(item["by_seed"]) > 1]
+    return math.sqrt(np.mean([np.var(by_seed, ddof=1) for by_seed in several])) if several else None
 
 
 def judge(item: Record, deviation: float | None) -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from compt.chain.run import read_calibration
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import load_arrays
-from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict
+from compt.evaluate.stats import paired_bootstrap, verdict
 from compt.files import read_json
 
 CONTROLS = {
@@ -208,7 +208,7 @@ def _compare(
         ours = accumulated(ours_hours)[-1]
         hours_total = hours / ours if hours and ours else None
     other_hours = [row.device_hours for row in others if row.device_hours]
-    spread = mean_and_spread([100 * float(np.mean(item)) for item in found])[1] if len(found) > 1 else None
+    spread = float(np.std([100 * item.mean() for item in found], ddof=1)) if len(found) > 1 else None
     return Comparison(
         link=link.job,
         others=[other.job for other in others],

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from compt.evaluate.stats import mean_and_spread, paired_bootstrap, verdict, wilson
+from compt.evaluate.stats import paired_bootstrap, verdict, wilson
 
 
 @pytest.mark.parametrize("successes, n", [(5, 10), (1, 100), (0, 10), (10, 10), (230, 1000)])
@@ -58,40 +58,9 @@ def test_bootstrap_is_signed_paired_and_repeatable() -> None:
     assert width < np.subtract(*paired_bootstrap(a, shuffled)[:0:-1])
 
 
-def test_clusters_widen_the_interval_as_much_as_they_should() -> None:
-    a, b = _results(400, 0.1)
-    copies = 9
-    ids = np.repeat(np.arange(400), copies)
-    difference, low, high = paired_bootstrap(a, b)
-    as_single = paired_bootstrap(np.repeat(a, copies), np.repeat(b, copies))
-    clustered = paired_bootstrap(np.repeat(a, copies), np.repeat(b, copies), clusters=ids)
-    assert clustered[0] == pytest.approx(difference)
-    assert clustered[2] - clustered[1] == pytest.approx(high - low, rel=0.05)
-    assert as_single[2] - as_single[1] == pytest.approx((high - low) / 3, rel=0.1)
-
-
-def test_clusters_of_unequal_size_and_any_name() -> None:
-    a, b = _results(300, 0.1)
-    names = np.array([f"u{i**2 // 900}" for i in range(300)])
-    difference, low, high = paired_bootstrap(a, b, clusters=names)
-    rng = np.random.default_rng(1)
-    groups = [np.flatnonzero(names == name) for name in sorted(set(names))]
-    gains = a.astype(float) - b
-    drawn = []
-    for _ in range(3000):
-        chosen = np.concatenate([groups[i] for i in rng.integers(len(groups), size=len(groups))])
-        drawn.append(100 * gains[chosen].mean())
-    assert difference == pytest.approx(100 * gains.mean())
-    assert (low, high) == pytest.approx(tuple(np.percentile(drawn, [2.5, 97.5])), abs=0.5)
-
-
 def test_bootstrap_refuses_what_is_not_paired() -> None:
     with pytest.raises(ValueError, match=r"\[2\] and \[3\]"):
         paired_bootstrap([1, 0], [1, 0, 1])
-    with pytest.raises(ValueError, match="3 clusters for 2"):
-        paired_bootstrap([1, 0], [1, 0], clusters=[1, 2, 3])
-    with pytest.raises(ValueError, match="over 1 clusters says nothing"):
-        paired_bootstrap([1, 0], [1, 1], clusters=[4, 4])
     with pytest.raises(ValueError, match="over 1 samples says nothing"):
         paired_bootstrap([1], [1])
 
@@ -114,10 +83,3 @@ def test_verdict(low, high, expected) -> None:
 
 def test_verdict_with_another_margin() -> None:
     assert verdict(-0.9, -1.2, -0.6, margin=2.0) == "lossless"
-
-
-def test_mean_and_spread() -> None:
-    assert mean_and_spread([1.0, 2.0, 3.0]) == pytest.approx((2.0, 1.0))
-    assert mean_and_spread([4.0]) == (4.0, None)
-    with pytest.raises(ValueError, match="no values"):
-        mean_and_spread([])
