@@ -20,7 +20,7 @@ from compt.dist import collectives as dist
 from compt.errors import ConfigError
 from compt.models.clip import ClipModel, models_in, set_buffers, shardable_blocks
 from compt.models.init import load_state
-from compt.models.states import State, shape_of
+from compt.models.states import State
 
 
 def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
@@ -116,10 +116,6 @@ class _Slices(State):
         own = self._own[name]
         value = self._parts[name].reshape(own.shape)
         return like(own, _slice_of(value, own).to(local(own))) if isinstance(own, DTensor) else value
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of the whole tensor, without reading it if the source knows it."""
-        return shape_of(self._parts, name)
 
 
 def _slice_of(value: Tensor, own: DTensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from compt.data.batch import Batch
-from compt.data.index import open_index
+from compt.data.index import Index, open_index
 from compt.data.loaders import fixed_caption_batches
 from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
@@ -134,23 +134,19 @@ class _Pairs:
         """Whether the data have captions."""
         if class_folders_of(self.item.data, self.settings.base) is not None:
             return False
-        index = open_index(
-            self.item.data,
-            self.settings.base,
-            self.settings.index_dir,
-            columns=self.settings.columns,
-            cache=self.settings.cache,
-        )
-        return any(number for number, images in index.counts.items() if images)
+        return any(number for number, images in self._index().counts.items() if images)
+
+    def _index(self) -> Index:
+        settings = self.settings
+        places = (self.item.data, settings.base, settings.index_dir)
+        return open_index(*places, columns=settings.columns, cache=settings.cache)
 
     def batches(self, spec: ModelSpec) -> Iterable[Batch]:
         """This rank's batches, tokens [B, 1, T]. Models with the same image size and context get the same ones."""
         settings = self.settings
         if self.captioned:
             return fixed_caption_batches(
-                open_index(
-                    self.item.data, settings.base, settings.index_dir, columns=settings.columns, cache=settings.cache
-                ),
+                self._index(),
                 batch=settings.batch,
                 image_size=spec.image_size,
                 captions=1,

@@ -93,18 +93,12 @@ def check_parameters(spec: ModelSpec) -> None:
 
     Raises ConfigError if a parameter has no axes here, is not in the model, or has another shape there.
     """
-    real = exported_shapes(spec)
-    described = {name: parameter.shape for name, parameter in parameters(spec).items()}
-    for name, shape in real.items():
-        if name not in described:
-            raise ConfigError(f"model {spec.name}: compt.expand.axes has no parameter {name} of shape {list(shape)}")
-        if described[name] != shape:
-            raise ConfigError(
-                f"model {spec.name}: parameter {name} has shape {list(shape)}, its axes say {list(described[name])}"
-            )
-    for name in described:
-        if name not in real:
-            raise ConfigError(f"model {spec.name}: compt.expand.axes has a parameter {name}, but the model does not")
+    real = exported_shapes(spec).items()
+    described = {name: parameter.shape for name, parameter in parameters(spec).items()}.items()
+    if odd := sorted({name for name, _ in real ^ described}):
+        raise ConfigError(
+            f"model {spec.name}: compt.expand.axes has other shapes of {', '.join(odd[:3])}, or lacks them"
+        )
 
 
 def _norm(name: str, dim: Dim, **layer: Any) -> Iterator[Parameter]:

@@ -10,7 +10,6 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from compt.expand.plan import ExpandedParameter, ExpansionPlan
 from compt.models.init import InitRule, init_tensor, rule_for
 from compt.models.presets import ModelSpec
 from compt.models.scalars import SCALAR_NAMES
-from compt.models.states import State, check_finite, shape_of
+from compt.models.states import State, check_finite
 
 Read = Callable[[str, bool], Tensor]
 """(name of a teacher parameter, whether to read its moving average) -> its tensor."""
@@ -35,18 +34,8 @@ _CHUNK = 1 << 20
 """Elements that are computed at a time."""
 
 
-class Draw(Protocol):
-    """The source of a student's random numbers. Both methods return a new tensor, which the caller may change."""
-
-    def own(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """The float32 initialization that the student's parameter would have from scratch."""
-
-    def noise(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Uniform in [-1, 1], float64: the noise between copies."""
-
-
-class SeededDraw:
-    """Random numbers that depend on (seed, parameter name, element) only."""
+class Draw:
+    """Random numbers that depend on (seed, parameter name, element) only. Each call makes a new tensor."""
 
     def __init__(self, spec: ModelSpec, seed: int) -> None:
         self.spec = spec
@@ -90,10 +79,6 @@ class Mapped(State):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._function(self._parts[name])
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter."""
-        return shape_of(self._parts, name)
 
 
 class ExpandedState(State):
@@ -146,7 +131,7 @@ def expand(
 
     `average` is the moving average of the teacher's weights, for plans that need it. Raises like `ExpandedState`.
     """
-    return ExpandedState(plan, state, SeededDraw(plan.student, seed), average)
+    return ExpandedState(plan, state, Draw(plan.student, seed), average)
 
 
 def _planned(tensor: Tensor, entry: ExpandedParameter) -> Tensor:

@@ -34,7 +34,7 @@ class State(Mapping[str, Tensor]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading or making it (here: that of its part)."""
-        return tuple(self._parts[name].shape)
+        return shape_of(self._parts, name)
 
 
 def shape_of(state: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ import torch
 from compt.dist import collectives as dist
 from compt.weights.artefact import read_artefact
 from compt.expand.plan import ExpansionPlan
-from compt.expand.execute import SeededDraw
+from compt.expand.execute import Draw
 from compt.files import read_json
 from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, weights
@@ -67,7 +67,7 @@ def test_a_run_of_two_processes_expands_as_its_manifest_says(tmp_path: Path) -> 
         assert trained[key] == initial.manifest[key], key
     assert trained["parent_hash"] == teacher.hash
     plan = ExpansionPlan.from_json(trained["expansion"])
-    again = expand_state(plan, teacher.state, SeededDraw(plan.student, trained["seed"]))
+    again = expand_state(plan, teacher.state, Draw(plan.student, trained["seed"]))
     assert_bitwise_equal(initial.state, again, "from the manifest")
     different = weights(tmp_path / "run", SECOND)
     assert not torch.equal(different["visual.proj"], again["visual.proj"])

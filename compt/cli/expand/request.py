@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,7 +13,6 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from compt.cli.evaluate import open_source
 from compt.errors import ArtefactError, ConfigError
-from compt.files import read_json
 from compt.models.growth import ExpandConfig, disagreeing
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, resized
@@ -159,17 +157,14 @@ def _repeating(asked: ExpandRequest, path: Path) -> tuple[ExpandRequest, dict[st
 
 
 def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path)
-    except OSError as error:
-        raise ArtefactError(f"{path}: {error.strerror or error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ArtefactError(f"{path}: not JSON ({error})") from error
+    from compt.weights.artefact import read_object
+
+    values = read_object(path)
     needed = {"expansion": dict, "seed": int, "parent_hash": str, "hash": str, "spec": dict, "preprocess": dict}
     for key, kind in needed.items():
-        if not isinstance(values, dict) or not isinstance(values.get(key), kind):
+        if not isinstance(values.get(key), kind):
             raise ArtefactError(f"{path}: not the manifest of an expanded model: it has no {key}")
-    return dict(values)
+    return values
 
 
 def _repeated(asked: ExpandRequest, teacher: Artefact, plan: ExpansionPlan, manifest: dict[str, Any]) -> Prepared:

@@ -34,7 +34,7 @@ from compt.data.index import open_index
 from compt.data.workers import _shield
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
-from compt.expand.execute import SeededDraw
+from compt.expand.execute import Draw
 from compt.expand.plan import make_plan
 from compt.files import read_json, sha256_file, write_json
 from compt.models.clip import build
@@ -660,7 +660,7 @@ def test_images_context_and_each_tower_grow_in_a_way_of_their_own(base: Path, ha
     assert (initial.spec.image_size, initial.spec.context_length) == (48, 20)
     assert initial.spec.text_norm_eps == pytest.approx(NORM_EPS / 3)
     assert ExpandConfig.from_dict(manifest(half, SECOND)["expand"]) == config
-    wanted = expand_state(make_plan(teacher.spec, initial.spec, config), teacher.state, SeededDraw(initial.spec, 3))
+    wanted = expand_state(make_plan(teacher.spec, initial.spec, config), teacher.state, Draw(initial.spec, 3))
     assert equal(weights(half, SECOND, "initial"), wanted)
     rows = [row for row in lines(half, SECOND) if row["kind"] == "train"]
     assert all(row["ifd"] > 0 for row in rows)

@@ -417,7 +417,7 @@ def test_shard_sizes(text: str | None, size: int) -> None:
         (["OUT", "--verify", "NOWHERE/*.tar"], DataError, "NOWHERE"),
         (["OUT", "--verify", "UNNAMED/*.tar"], DataError, "there is no classnames.txt"),
         (["OUT", "--verify", "DATA/*.tar", "--classnames", "none.txt"], DataError, "class names"),
-        (["OUT", "--from-manifest", "none.json"], ArtefactError, "none.json: No such file"),
+        (["OUT", "--from-manifest", "none.json"], ArtefactError, "none.json: missing"),
         (
             ["OUT", "--from-manifest", "TEACHER"],
             ArtefactError,

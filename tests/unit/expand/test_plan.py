@@ -15,7 +15,7 @@ from compt.errors import ArtefactError
 from compt.expand import axes as axes_module
 from compt.expand import execute
 from compt.expand.axes import Axis, parameters
-from compt.expand.execute import SeededDraw, expand
+from compt.expand.execute import Draw, expand
 from compt.expand.maps import OWN, ZERO, AxisMap, pack, prefix
 from compt.expand.plan import make_plan
 from compt.models.growth import ExpandConfig, added_layers, layer_sources
@@ -243,7 +243,7 @@ def test_each_parameter_is_made_when_it_is_asked_for():
     assert list(state) == [entry.name for entry in plan.entries]
     assert len(state) == len(plan.entries)
     assert reads == []
-    assert torch.equal(state["visual.proj"], expand_state(plan, old, SeededDraw(SMALL, 7))["visual.proj"])
+    assert torch.equal(state["visual.proj"], expand_state(plan, old, Draw(SMALL, 7))["visual.proj"])
     assert state["visual.proj"] is not state["visual.proj"]
     assert reads == ["visual.proj"] * 3
     made = []

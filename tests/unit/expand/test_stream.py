@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compt.cost import counts
-from compt.expand.execute import SeededDraw, expand
+from compt.expand.execute import Draw, expand
 from compt.expand.plan import ExpansionPlan
 from compt.files import memory_sizes
 from compt.models.growth import ExpandConfig
@@ -46,7 +46,7 @@ def teachers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_memory(case: Case, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     plan = case.plan
     teacher, average = weights(plan.teacher, 1, dtype), weights(plan.teacher, 2, dtype)
-    return expand_state(plan, teacher, SeededDraw(plan.student, SEED), average if plan.needs_average else None)
+    return expand_state(plan, teacher, Draw(plan.student, SEED), average if plan.needs_average else None)
 
 
 def test_every_operator_is_among_the_cases() -> None:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from compt.cost.counts import parameters
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import ConfigError
-from compt.expand.execute import SeededDraw
+from compt.expand.execute import Draw
 from compt.expand.plan import make_plan as make_expansion
 from compt.models.clip import build
 from compt.models.open_clip_config import spec_from_open_clip
@@ -150,7 +150,7 @@ def test_expansion_copies_scalars_and_starts_those_that_the_teacher_lacks(old: s
     state |= {
         name: torch.tensor(value) for name, value in (("logit_scale", 3.5), ("logit_bias", -4.0)) if name in state
     }
-    grown = expand_state(plan, state, SeededDraw(student, 0))
+    grown = expand_state(plan, state, Draw(student, 0))
     assert grown["logit_scale"] == 3.5
     assert set(grown) == set(export_state(build(student, seed=0)))
     if new == "siglip":
