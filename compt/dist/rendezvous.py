@@ -33,6 +33,9 @@ PAUSE = 0.25
 REACHING, GRACE = 0.9, 0.05
 """Shares of the time limit: for waiting, and then for a call of torch to return, or for others to read the store."""
 
+_LISTED = 10
+"""The most missing ranks that a message names."""
+
 _SILENT = "something listens there that never answers; set MASTER_PORT to another port"
 
 
@@ -61,7 +64,8 @@ def meet(place: Place, seconds: float) -> TCPStore:
         if is_host(place.rank):
             # The store ends with this process, and the others still read there who is missing.
             time.sleep(GRACE * seconds)
-        cause = f"{_ranks(missing)} did not connect: exited earlier, or the network is blocked"
+        named = ", ".join(map(str, missing[:_LISTED])) + (f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED))
+        cause = f"rank{'s' * (len(missing) > 1)} {named} did not connect: exited earlier, or the network is blocked"
         raise _failure(place, seconds, f"{cause}. {_origin(place)}")
     return store
 
@@ -159,18 +163,6 @@ def _wait_for_all(place: Place, until: float, store: TCPStore) -> list[int]:
         keys.wait(names, datetime.timedelta(seconds=max(0.1, until - time.monotonic())))
         return []
     return [rank for rank, name in enumerate(names) if not keys.check([name])]
-
-
-def _ranks(numbers: list[int]) -> str:
-    """[1, 2, 3, 7] -> "ranks 1-3,7"."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    text = ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-    return f"rank{'s' if len(numbers) > 1 else ''} {text}"
 
 
 def _serve(place: Place, until: float) -> TCPStore:

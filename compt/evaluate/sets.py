@@ -59,12 +59,12 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     """
     task = open_set(item, settings, together=True)
     context_length: Any = model.context_length
-    if settings.tokenize is None and model.vocab_size < VOCAB_SIZE:  # type: ignore[operator]
+    if model.vocab_size < VOCAB_SIZE:  # type: ignore[operator]
         raise ArtefactError(
             f"vocab_size = {model.vocab_size}: the model has fewer tokens than the vocabulary of OpenAI's CLIP, with "
             f"which class names and captions are read; it must be at least {VOCAB_SIZE}"
         )
-    tokenize: Tokenize = settings.tokenize or partial(clip_tokenizer(), context_length=context_length)
+    tokenize: Tokenize = partial(clip_tokenizer(), context_length=context_length)
     result = task.run(Encoder(model, settings.preprocess, settings.dtype), tokenize)
     result.name, result.pins, result.account = item.name, task.pins(), task.data.account.to_json()
     if task.data.account.faults and dist.is_main():

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalSettings:
-    """How to evaluate. Relative paths of a set start at `base`. `tokenize`: None for open_clip's tokenizer."""
+    """How to evaluate. Relative paths of a set start at `base`."""
 
     preprocess: Preprocess
     base: Path = Path()
@@ -46,7 +46,6 @@ class EvalSettings:
     columns: Sequence[str] = ()
     max_bad_share: float = MAX_BAD_SHARE
     cache: Cache | None = None
-    tokenize: Tokenize | None = None
 
 
 @dataclass(frozen=True)

@@ -126,11 +126,6 @@ def _start(recipe: Recipe, source: str) -> Start | None:
         return None
     if chain.from_model is None and ":" not in chain.from_ and not Path(chain.from_).exists():
         return None
-    try:
-        from compt.chain.run import read_start
-    except ImportError as error:
-        raise ConfigError(
-            f"{source}: chain.from = '{chain.from_}': reading a model that compt did not write takes {error.name}, "
-            "which is not installed; where it is of a preset's sizes, name that in chain.from_model"
-        ) from None
+    from compt.chain.run import read_start
+
     return read_start(recipe, Path(), source)

@@ -265,7 +265,7 @@ def test_a_prefix_belongs_to_the_result_and_a_model_s_name_does_not() -> None:
 
 
 def plan_without_torch(path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    """`compt plan` where torch is not installed."""
+    """`compt plan` where torch cannot be loaded."""
     code = "import sys; sys.modules['torch'] = None; from compt.cli.main import main; main()"
     command = [sys.executable, "-c", code, "plan", str(path), "--json", *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -280,10 +280,3 @@ def test_planning_from_a_model_that_compt_did_not_write_needs_no_torch(tmp_path:
     assert planned.returncode == 0, planned.stderr
     job = json.loads(planned.stdout)["jobs"][0]
     assert job["start"] == str(tmp_path / "theirs.pt")
-    refused = plan_without_torch(path)
-    assert refused.returncode == 2
-    message = " ".join(refused.stderr.split())
-    assert (
-        f"{path}: chain.from = '{tmp_path}/theirs.pt': reading a model that compt did not write takes torch" in message
-    )
-    assert message.endswith("where it is of a preset's sizes, name that in chain.from_model")
