@@ -16,7 +16,7 @@ import torch
 
 from compt.bench.step import Setup, TrainingStep
 from compt.cost.gpus import Device, match_device
-from compt.cost.speed import Measurement, Throughput, mean_tokens, other_settings, smaller
+from compt.cost.speed import Measurement, Throughput, mean_tokens, way_of
 from compt.cost.training import exact_breakdown
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
@@ -159,20 +159,13 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
 
 
 def _asked(setup: Setup, batch: int | None) -> Measurement:
-    engine, micro, chunk = setup.engine, setup.engine.micro_batch, setup.engine.loss_chunk
     return Measurement(
         student=setup.student,
         teacher=setup.teacher,
         captions=setup.captions,
         tokens=mean_tokens(setup.student, setup.tokens),
-        text_buckets=engine.text_buckets,
         batch=batch,
-        micro_batch=micro if batch is None else smaller(micro, batch),
-        loss_chunk=chunk if batch is None else smaller(chunk, batch),
-        compile=engine.compile,
-        engine=engine.name,
-        recompute=engine.recompute,
-        settings=other_settings(setup.optimizer, engine),
+        **way_of(setup.optimizer, setup.engine, batch),
     )
 
 

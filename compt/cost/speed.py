@@ -57,20 +57,9 @@ class Conditions:
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, model: str) -> Conditions:
         """Those of each of `gpus` processes that train `model` by `recipe`; `gpus` divides the batch."""
-        data, engine, batch = recipe.data, recipe.engine_of(model), recipe.optimizer.batch // gpus
-        return cls(
-            data.captions,
-            data.caption_tokens,
-            recipe.optimizer.precision,
-            batch,
-            smaller(engine.micro_batch, batch),
-            smaller(engine.loss_chunk, batch),
-            engine.compile,
-            engine.text_buckets,
-            engine.name,
-            engine.recompute,
-            other_settings(recipe.optimizer, engine),
-        )
+        data, optimizer, batch = recipe.data, recipe.optimizer, recipe.optimizer.batch // gpus
+        way = way_of(optimizer, recipe.engine_of(model), batch)
+        return cls(data.captions, data.caption_tokens, optimizer.precision, batch, **way)
 
     def differences(self, found: Measurement) -> str:
         """How `found` was measured otherwise, in brackets behind a blank; empty where it was not."""
@@ -81,9 +70,19 @@ class Conditions:
         return "".join(f" (measured at {had}; this plan has {has})" for had, has, same in pairs if not same)
 
 
-def smaller(size: int | None, batch: int) -> int | None:
-    """A piece's `size`, or None where the whole `batch` is one piece."""
-    return size if size is not None and size < batch else None
+def way_of(optimizer: Optimizer, engine: EngineConfig, batch: int | None) -> dict[str, Any]:
+    """The fields that `Conditions` and `Measurement` share, for `batch` images of a process; None: not known yet."""
+
+    def piece(size: int | None) -> int | None:
+        return None if size is None or (batch is not None and size >= batch) else size
+
+    return {
+        "micro_batch": piece(engine.micro_batch),
+        "loss_chunk": piece(engine.loss_chunk),
+        "engine": engine.name,
+        **{key: getattr(engine, key) for key in ("compile", "text_buckets", "recompute")},
+        "settings": other_settings(optimizer, engine),
+    }
 
 
 def other_settings(optimizer: Optimizer, engine: EngineConfig) -> dict[str, Any]:
@@ -384,17 +383,18 @@ def speed(
     student: ModelSpec,
     teacher: ModelSpec | None,
     cost: JobCost,
-    device: Device,
+    device: Device | None,
     conditions: Conditions,
     throughput: Throughput | None = None,
-) -> Speed:
+) -> Speed | None:
     """How fast one `device` trains `student`, with the forward pass of `teacher` if there is one.
 
-    Measured if `throughput` has exactly this job, else projected. `paper` costs are for the captions of the published
-    accounting, not for the given ones. Raises ConfigError for a precision without a peak.
+    Measured if `throughput` has exactly this job, else projected; None where that takes a `device` and there is none.
+    `paper` costs are for the captions of the published accounting, not for the given ones. Raises ConfigError for a
+    precision without a peak.
     """
     found = None if throughput is None else measured(student, teacher, cost, conditions, throughput)
-    if found is not None:
+    if found is not None or device is None:
         return found
     model, asked = fitted(), work(student, teacher, cost, conditions.captions, conditions.tokens)
     seconds = model.seconds(asked, device, conditions.precision)

@@ -52,7 +52,9 @@ def speed_of(
 ) -> Speed:
     """How fast each of `gpus` `device`s trains `student`: measured if `file` has exactly this job, else projected."""
     cost, conditions = epoch_cost(recipe, student, teacher, gpus), Conditions.of(recipe, gpus, student.name)
-    return speed(student, teacher, cost, device, conditions, file)
+    found = speed(student, teacher, cost, device, conditions, file)
+    assert found is not None  # there is a device
+    return found
 
 
 def macs_costs(recipe: Recipe, specs: Sequence[ModelSpec], *, gpus: int = 1) -> Costs:

@@ -13,7 +13,6 @@ from compt.cost.speed import (
     PublishedTime,
     Throughput,
     fitted,
-    measured,
     published_times,
     relative_error,
     speed,
@@ -42,15 +41,10 @@ def job_hours(
     recipe: Recipe, job: Job, cost: JobCost, device: Device | None, gpus: int, throughput: Throughput | None
 ) -> Hours | None:
     """GPU-hours of `job` on `gpus` GPUs: measured, else projected for `device`, else None."""
-    teacher = job.active_teacher
     conditions = Conditions.of(recipe, gpus, job.spec.name)
-    if device is not None:
-        found = speed(job.spec, teacher, cost, device, conditions, throughput)
-    else:
-        known = throughput and measured(job.spec, teacher, cost, conditions, throughput)
-        if not known:
-            return None
-        found = known
+    found = speed(job.spec, job.active_teacher, cost, device, conditions, throughput)
+    if found is None:
+        return None
     hours, low, high = (cost.samples * s / 3600 for s in (found.seconds_per_sample, found.low, found.high))
     return Hours(hours, low, high, hours / gpus, found.kind, (f"{found.kind} {found.source}",))
 
