@@ -85,9 +85,9 @@ def hours_costs(
         return samples * speed_of(recipe, student, teacher, device, gpus, file).seconds_per_sample / 3600
 
     alone, links = _tables(specs, hours, distils(recipe))
-    places = {replace(spec, name="", timm_name=""): at for at, spec in enumerate(specs)}
+    places = {replace(spec, name=""): at for at, spec in enumerate(specs)}
     for entry in throughput.entries if throughput else ():
-        student = places.get(replace(entry.student, name="", timm_name=""))
+        student = places.get(replace(entry.student, name=""))
         if student is None:
             continue
         if entry.teacher is None:
@@ -95,7 +95,7 @@ def hours_costs(
             if not distils(recipe):
                 links[:, student] = alone[student]
         elif distils(recipe):
-            teacher = places.get(replace(entry.teacher, name="", timm_name=""))
+            teacher = places.get(replace(entry.teacher, name=""))
             if teacher is not None:
                 links[teacher, student] = hours(specs[student], specs[teacher], throughput)
     return Costs("gpu_hours", alone, links)

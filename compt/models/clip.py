@@ -8,7 +8,7 @@ that is read (class token or end of text); it needs the other tokens for keys an
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import open_clip.model
 import torch
@@ -175,37 +175,15 @@ def _run_blocks(transformer: Transformer, x: Tensor, read: Tensor) -> Tensor:
     return x
 
 
-def _check_swin(spec: ModelSpec, visual: Any) -> None:
-    """Raise ConfigError unless a Swin has the sizes of its timm name: stock open_clip passes timm the name alone."""
-    trunk = visual.trunk
-    found = {
-        "image_size": trunk.patch_embed.img_size[0],
-        "patch_size": trunk.patch_embed.patch_size[0],
-        "width": trunk.embed_dim,
-        "depths": tuple(stage.depth for stage in trunk.layers),
-        "stage_heads": tuple(stage.blocks[0].attn.num_heads for stage in trunk.layers),
-        "stage_windows": tuple(stage.blocks[0].attn.window_size[0] for stage in trunk.layers),
-        "mlp_ratio": trunk.layers[0].blocks[0].mlp_ratio,
-    }
-    for field, value in found.items():
-        if getattr(spec, field) != value:
-            raise ConfigError(
-                f"model {spec.name}: {field} is {getattr(spec, field)}; timm's {spec.timm_name} has {value}"
-            )
-
-
 def build(spec: ModelSpec, device: torch.device | str = "cpu", seed: int | None = None) -> ClipModel:
     """The model of `spec` in fp32.
 
     With a `seed` the parameters are those of `init_parameters`; without one open_clip draws them from torch's global
-    generator; on the "meta" device they have no values (see `materialise`). Raises ConfigError for a Swin whose sizes
-    are not those of its timm name.
+    generator; on the "meta" device they have no values (see `materialise`).
     """
     device = torch.device(device)
     with torch.device("meta" if seed is not None else device):
         model = ClipModel(spec)
-    if spec.arch == "swin":
-        _check_swin(spec, model.visual)
     if seed is not None and device.type != "meta":
         materialise(model, device)
         init_parameters(model, spec, seed)

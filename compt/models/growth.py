@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from compt.errors import ConfigError
@@ -83,11 +83,8 @@ class ExpandConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ExpandConfig:
         """Read what `to_dict` wrote. Raises ConfigError, TypeError or KeyError."""
-        others = {key: value for key, value in values.items() if key not in TOWERS}
-        unknown = sorted(set(others) - {item.name for item in fields(cls)})
-        if unknown:
-            raise ConfigError(f"unknown field '{unknown[0]}' of an expansion")
-        return cls(TowerGrowth(**values["image"]), TowerGrowth(**values["text"]), **others)
+        towers: dict[str, Any] = {tower: TowerGrowth(**values[tower]) for tower in TOWERS}
+        return cls(**{**values, **towers})
 
 
 @dataclass(frozen=True)

@@ -410,7 +410,7 @@ def test_shard_sizes(text: str | None, size: int) -> None:
         (["OUT", "--set", "widht=64"], ConfigError, "--set widht: unknown key (did you mean 'width'?)"),
         (["OUT", "--set", "width=wide"], ConfigError, "--set width = 'wide': should be a whole number"),
         (["OUT", "--set", "depth=2-2"], ConfigError, "--set depth = [2, 2]: should be a whole number"),
-        (["OUT", "--set", "width=12"], ConfigError, "width 12 is not a multiple of the head width 8"),
+        (["OUT", "--set", "width=12"], ConfigError, "width 12 is not 1 x 8"),
         (["OUT", "--set", "width=8"], ConfigError, "its width 8 is smaller than the 16 of 'small'"),
         (["OUT", "--shard-size", "5 apples"], ConfigError, "--shard-size 5 apples: should be a size in bytes"),
         (["OUT", "--both", "depth=netexpand", *GROWN], ConfigError, "takes added layers from the moving average"),

@@ -7,7 +7,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def test_json_has_the_records_and_their_sums() -> None:
     spec = resolve("vit_s16", {"embed_dim": 640})
     breakdown = exact_breakdown(spec, PRESETS["vit_t16"], batch=16, captions=4, tokens=20)
     cost = exact_breakdown(spec, PRESETS["vit_t16"], batch=16, captions=4, tokens=20).of_steps(1)
-    assert found["records"] == [record.to_json() for record in breakdown.records]
+    assert found["records"] == [asdict(record) for record in breakdown.records]
     assert ModelSpec.from_dict(found["model"]) == spec
     assert ModelSpec.from_dict(found["teacher"]) == PRESETS["vit_t16"]
     assert found["step_macs"] == cost.total_macs
@@ -137,7 +137,7 @@ def test_the_rows_of_the_table() -> None:
         ),
         (["vit_s16", "--teacher-set", "depth=3"], "--teacher-set: there is no --teacher"),
         (["vit_s16", "--set", "width"], "--set width: should be KEY=VALUE, as in --set width=448"),
-        (["vit_s16", "--set", "width=100"], "width 100 is not a multiple of the head width 64"),
+        (["vit_s16", "--set", "width=100"], "width 100 is not 1 x 64"),
         (["vit_s16", "--set", "width=-64"], "--set: width = -64: should be greater than 0"),
         (["vit_s16", "--set", "width=["], "--set width=[: is not YAML"),
         (["vit_s16", "--set", "widht=64"], "--set: widht: unknown key (did you mean 'width'?)"),

@@ -134,7 +134,7 @@ REFUSED = {
     ),
     "a width that cannot be": (
         ["--set", "family.members.1.width=100"],
-        r"r\.yaml: family\.members\.1: model vit_s16: width 100 is not a multiple of the head width 64",
+        r"r\.yaml: family\.members\.1: model vit_s16: width 100 is not 1 x 64",
     ),
     "patches that cannot be": (
         ["--set", "family.common={patch_size: 15}"],

@@ -135,9 +135,9 @@ def test_our_model_has_these_parameters_and_macs(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [*(("swin_t", size) for size in (96, 100, 256, 288)), ("swin_b", 100)])
 def test_a_swin_pads_at_other_image_sizes(name: str, size: int) -> None:
-    spec = replace(PRESETS[name], image_size=size)
+    spec = resolve(name, {"image_size": size})
     with torch.device("meta"):
-        trunk = timm.create_model(spec.timm_name, img_size=size, num_classes=0)
+        trunk = timm.create_model(PRESETS[name].timm_name, img_size=size, num_classes=0)
     model = nn.ModuleDict({"visual": nn.ModuleDict({"trunk": trunk})})
     table = image_tower(spec)
     del table["projection"]

@@ -401,7 +401,7 @@ def _changed(path: Path, **changes: object) -> None:
         ({"kind": "v100"}, r"kind = \'v100\': should be null or one of a100-40, a100-80, h100, h200"),
         ({"wings": 2}, "wings = 2: Extra inputs are not permitted"),
         ({"student": {}}, "entries.0.student"),
-        ({"student": {**T.to_dict(), "width": 190}}, "width 190 is not 3 heads of 64"),
+        ({"student": {**T.to_dict(), "width": 190}}, "width 190 is not 3 x 64"),
     ],
 )
 def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict, message: str) -> None:

@@ -131,18 +131,18 @@ def test_a_window_is_no_larger_than_its_stage() -> None:
 @pytest.mark.parametrize(
     ("name", "sizes", "message"),
     [
-        ("swin_t", {"width": 100}, "width 100 is not a multiple of the head width 32"),
+        (
+            "swin_t",
+            {"width": 100},
+            "width 100 is not 3 x 32 .heads x head width.; take a multiple of the head width 32",
+        ),
         ("swin_t", {"depths": []}, "depth is 0; it must be at least 1"),
         ("swin_t", {"depths": [2, 0]}, r"depths is \[2, 0\]; .* at least 1"),
-        ("swin_t", {"depth": 14}, r"depth 14 is not the sum of its depths \[2, 2, 6, 2\]; give"),
         ("swin_t", {"window": 0}, "window is 0; it must be at least 1"),
         ("swin_t", {"image_size": 50}, "image_size 50 is not a multiple of patch_size 4"),
-        ("swin_t", {"stage_heads": [3, 3, 3, 3]}, r"stage_heads is \[3, 3, 3, 3\]; .*\[3, 6, 12, 24\]"),
-        ("swin_t", {"heads": 4}, "width 96 is not 4 heads of 32"),
+        ("swin_t", {"heads": 4}, "width 96 is not 4 x 32"),
         ("swin_t", {"no_ln_pre": True}, "no_ln_pre is for ViTs"),
         ("swin_t", {"norm_eps": 1e-6}, "norm_eps 1e-06 is for ViTs"),
-        ("vit_t16", {"depths": [2, 2]}, "depths is for Swins; vit_t16 is a ViT"),
-        ("vit_t16", {"window": 5}, "window is for Swins"),
         ("vit_t16", {"norm_eps": 0.0}, r"norm_eps is 0.0; it must be a number above 0"),
         ("vit_t16", {"norm_eps": -1e-5}, "norm_eps is -1e-05"),
         ("vit_t16", {"text_norm_eps": math.inf}, "text_norm_eps is inf"),
@@ -163,6 +163,10 @@ def test_sizes_that_no_model_has_are_refused(name: str, sizes: dict[str, Any], m
 def test_a_depth_that_does_not_fit_its_stages_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"depth is 12; the depths \[2, 2, 8, 2\] have 14"):
         replace(PRESETS["swin_t"], depths=(2, 2, 8, 2))
+    with pytest.raises(ConfigError, match=r"stage_heads is \[3, 3, 3, 3\]; .*\[3, 6, 12, 24\]"):
+        replace(PRESETS["swin_t"], stage_heads=(3, 3, 3, 3))
+    with pytest.raises(ConfigError, match=r"timm_model_name swin_tiny_.*: a Swin of these sizes is called compt_swin"):
+        replace(PRESETS["swin_t"], depths=(2, 2, 8, 2), depth=14)
 
 
 OTHER: dict[str, dict[str, Any]] = {

@@ -203,7 +203,7 @@ def test_reading_a_config_registers_its_swin() -> None:
     ("part", "key", "value", "message"),
     [
         ("vision_cfg", "timm_model_name", "compt_swin_w64_d2_h32_p4_win7", "compt_swin_w64_d2_h32_p4_win7 is not"),
-        ("vision_cfg", "timm_model_name", "compt_swin_w65_d2_h32_p4_win7_224", "65 is not 2 heads of 32"),
+        ("vision_cfg", "timm_model_name", "compt_swin_w65_d2_h32_p4_win7_224", "65 is not 2 x 32"),
         ("vision_cfg", "timm_model_name", "swinv2_tiny_window8_256", "swinv2_tiny_window8_256 is not supported"),
         (
             "vision_cfg",

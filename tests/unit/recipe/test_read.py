@@ -130,7 +130,7 @@ WRONG = {
     ),
     "unknown size": ("width: 128", "widht: 128", "family.members.1: widht: unknown key (did you mean 'width'?)"),
     "size of a wrong type": ("width: 128", "width: big", "family.members.1: width = 'big': should be a whole number"),
-    "width no multiple": ("width: 128", "width: 100", "width 100 is not a multiple of the head width 32"),
+    "width no multiple": ("width: 128", "width: 100", "take a multiple of the head width 32"),
     "a name twice": ("[vit_nano,", "[vit_nano, vit_nano,", "family.members.1: the name 'vit_nano' is there twice"),
     "link without model": (
         "model: wide",
