@@ -11,9 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from compt.errors import ConfigError
 from compt.models.presets import ModelSpec
-from compt.recipe.types import checked_caption_tokens
 
 Tokens = float | Mapping[int, float] | None
 """Tokens computed per caption, padding included: a mean, a mapping of lengths to shares of captions (non-negative, with
@@ -53,21 +51,16 @@ def attention_matmuls(width: int, pairs: float) -> Count:
 def token_moments(tokens: Tokens, context: int) -> tuple[float, float]:
     """The means of the length of a caption and of its square, in tokens, with each length cut to `context`.
 
-    A mean counts as captions of that one length. Raises ConfigError for impossible lengths or shares.
+    A mean counts as captions of that one length.
     """
     if tokens is None:
         return context, context**2
-    try:
-        checked = checked_caption_tokens(tokens)
-    except ValueError as error:
-        raise ConfigError(f"caption tokens = {tokens!r}: {error}") from None
-    if not isinstance(checked, Mapping):
-        mean = min(checked, context)
+    if not isinstance(tokens, Mapping):
+        mean = min(tokens, context)
         return mean, mean**2
-    whole = math.fsum(checked.values())
+    whole = math.fsum(tokens.values())
     first, second = (
-        math.fsum(share * min(length, context) ** power for length, share in checked.items()) / whole
-        for power in (1, 2)
+        math.fsum(share * min(length, context) ** power for length, share in tokens.items()) / whole for power in (1, 2)
     )
     return first, second
 
@@ -153,8 +146,7 @@ def image_tower(spec: ModelSpec, *, readout: bool = True) -> dict[str, Count]:
 def text_tower(spec: ModelSpec, tokens: Tokens = None, *, readout: bool = True) -> dict[str, Count]:
     """Parameters of the text tower and MACs per caption, by kind of module; `readout` as in `image_tower`.
 
-    `tokens` are the computed ones, after trimming; lengths are cut to the context. Raises ConfigError for impossible
-    lengths.
+    `tokens` are the computed ones, after trimming; lengths are cut to the context.
     """
     return text_tower_of(spec, *token_moments(tokens, spec.context_length), readout=readout)
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from compt.errors import ConfigError, nearest
-
 
 @dataclass(frozen=True)
 class Device:
@@ -49,13 +47,8 @@ PAPER_DEVICE = DEVICES["a100-80"]
 
 
 def find_device(name: str) -> Device:
-    """The device called `name`. Raises ConfigError for an unknown one."""
-    known = name.lower()
-    known = ALIASES.get(known, known)
-    if known not in DEVICES:
-        names = [*DEVICES, *ALIASES]
-        raise ConfigError(f"unknown GPU '{name}'{nearest(known, names)}; known: {', '.join(names)}")
-    return DEVICES[known]
+    """The device called `name`, or by another of its names."""
+    return DEVICES[ALIASES.get(name, name)]
 
 
 def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
@@ -74,13 +67,4 @@ def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
 
 def utilisation(macs: float, seconds: float, device: Device, precision: str = "bf16") -> float:
     """The share of the dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` reach."""
-    return 2 * macs / seconds / peak(device, precision)
-
-
-def peak(device: Device, precision: str) -> float:
-    """The dense peak in FLOP/s. Raises ConfigError for a precision without one."""
-    if precision not in device.peak_flops:
-        known = device.peak_flops
-        hint = nearest(precision, known)
-        raise ConfigError(f"unknown precision '{precision}'{hint} for {device.title}; known: {', '.join(known)}")
-    return device.peak_flops[precision]
+    return 2 * macs / seconds / device.peak_flops[precision]

@@ -35,7 +35,6 @@ from compt.cost.activations import (
     working_of_towers,
 )
 from compt.cost.counts import Tokens, parameters, projector
-from compt.errors import ConfigError, nearest
 from compt.models.presets import ModelSpec
 from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.engine import ENGINES, EngineKind
@@ -215,8 +214,8 @@ def held_bytes(
     precision: str = "bf16",
     replicas: int = 1,
 ) -> Held:
-    """What each of `world_size` ranks holds between backward and step, when most is held. Raises ConfigError."""
-    kind = _check(engine, precision, world_size=world_size, replicas=replicas)
+    """What each of `world_size` ranks holds between backward and step, when most is held."""
+    kind = ENGINES[engine]
     sizes, n = _sizes(spec, teacher), _shards(kind, world_size, replicas)
     shared = world_size if shard_teacher else 1
     return Held(
@@ -269,13 +268,8 @@ def memory_per_gpu(
     images of this GPU whose similarities are held at once. `shard_teacher`: the teacher lies in shards. `ema`: a
     moving average of the weights is kept. For fsdp2, `replicas`: groups of GPUs that each hold the whole state;
     `reshard`: blocks give their gathered weights up after the forward pass.
-
-    Raises ConfigError for an unknown engine or precision, and for sizes below 1.
     """
-    given = {"micro_batch": micro_batch, "loss_chunk": loss_chunk}
-    numbers = {name: value for name, value in given.items() if value is not None}
-    sizes_given = {"world_size": world_size, "batch": batch, "captions": captions, "replicas": replicas}
-    kind = _check(engine, precision, **sizes_given, **numbers)
+    kind = ENGINES[engine]
     n = _shards(kind, world_size, replicas)
     rows = math.ceil(batch / world_size)
     piece = min(micro_batch or rows, rows)
@@ -411,18 +405,6 @@ def _teacher(teacher: ModelSpec, rows: int, captions: int, compute: int, n: int)
     return _teacher_weights(teacher, compute, n) + gathered + compute * rows * (1 + captions) * teacher.embed_dim
 
 
-def _check(engine: str, precision: str, **sizes: int) -> EngineKind:
-    if engine not in ENGINES:
-        raise ConfigError(f"unknown engine '{engine}'{nearest(engine, ENGINES)}; known: {', '.join(ENGINES)}")
-    if precision not in PRECISION_BYTES:
-        known = ", ".join(PRECISION_BYTES)
-        raise ConfigError(f"unknown precision '{precision}'{nearest(precision, PRECISION_BYTES)}; known: {known}")
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"{name} is {value}; it must be at least 1")
-    return ENGINES[engine]
-
-
 def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:
     """Bytes of the tensors of a model folder in fp32, twice with a moving average. Headers and JSON are not counted."""
     return FP32 * parameters(spec) * (2 if ema else 1)
@@ -431,10 +413,8 @@ def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:
 def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = False, precision: str = "bf16") -> int:
     """Bytes of the tensors of one checkpoint to resume from: weights, both moments, steps, projectors, the average.
 
-    The teacher is not in it, but decides on the projectors. Headers and JSON are not counted. Raises ConfigError for an
-    unknown precision.
+    The teacher is not in it, but decides on the projectors. Headers and JSON are not counted.
     """
-    _check("ddp", precision)
     sizes = _sizes(spec, teacher)
     scaler = 16 if precision == "fp16" else 0
     average = FP32 * sizes.all + _COUNT if ema else 0

@@ -22,7 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from compt.cost.counts import Tokens, token_moments
-from compt.cost.gpus import DEVICES, PAPER_DEVICE, Device, peak, utilisation
+from compt.cost.gpus import DEVICES, PAPER_DEVICE, Device, utilisation
 from compt.cost.paper import IMAGES, TABLE_2
 from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS, paper_cost
 from compt.cost.training import JobCost
@@ -310,7 +310,7 @@ class Projection:
         """Seconds of computing, of memory traffic, and fixed ones, of one sample on `device`."""
         wide = 2.0 if precision in ("fp32", "tf32") else 1.0
         return (
-            asked.flops / (self.efficiency * peak(device, precision)),
+            asked.flops / (self.efficiency * device.peak_flops[precision]),
             asked.channels * wide * self.bytes_per_channel / device.bandwidth_bytes,
             self.fixed_seconds,
         )
@@ -328,7 +328,7 @@ class Projection:
         """
         computing, traffic, fixed = self.parts(asked, device, precision)
         faster = device.bandwidth_bytes / PAPER_DEVICE.bandwidth_bytes
-        gained = peak(device, precision) / peak(PAPER_DEVICE, precision)
+        gained = device.peak_flops[precision] / PAPER_DEVICE.peak_flops[precision]
         slow = computing * max(1.0, gained / max(1.0, faster)) + traffic + fixed
         smallest = min(row.work.flops for row in published_times())
         own = fixed / max(1.0, faster) * min(1.0, asked.flops / smallest)
@@ -342,7 +342,7 @@ def fit(rows: tuple[PublishedTime, ...]) -> Projection:
     fixed, per_flop, per_channel = np.linalg.lstsq(design / seconds[:, None], np.ones(len(rows)), rcond=None)[0]
     return Projection(
         fixed_seconds=float(fixed),
-        efficiency=float(1 / per_flop / peak(PAPER_DEVICE, "bf16")),
+        efficiency=float(1 / per_flop / PAPER_DEVICE.peak_flops["bf16"]),
         bytes_per_channel=float(per_channel * PAPER_DEVICE.bandwidth_bytes),
         error=0.0,
     )
@@ -390,8 +390,7 @@ def speed(
     """How fast one `device` trains `student`, with the forward pass of `teacher` if there is one.
 
     Measured if `throughput` has exactly this job, else projected; None where that takes a `device` and there is none.
-    `paper` costs are for the captions of the published accounting, not for the given ones. Raises ConfigError for a
-    precision without a peak.
+    `paper` costs are for the captions of the published accounting, not for the given ones.
     """
     found = None if throughput is None else measured(student, teacher, cost, conditions, throughput)
     if found is not None or device is None:

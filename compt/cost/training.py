@@ -141,7 +141,7 @@ def exact_breakdown(
     `batch` is the global batch size; `tokens` are the computed tokens of a caption (default: the context; lengths are
     cut to the context of each model). Three ways to save memory compute something again. `recompute`: micro-batches
     run the student and its projectors forward twice. `checkpointing`: blocks run forward again in backward.
-    `chunked_loss`: the similarities are computed again. Raises ConfigError for impossible lengths.
+    `chunked_loss`: the similarities are computed again.
     """
 
     def trained(part: Part, tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:

@@ -76,8 +76,7 @@ def hours_costs(
 ) -> Costs:
     """GPU-hours of an epoch on `gpus` `device`s, as a plan of `recipe` counts them.
 
-    Measured if `throughput` has exactly this job, else projected. Raises ConfigError for a precision that the device
-    does not have.
+    Measured if `throughput` has exactly this job, else projected.
     """
     samples = epoch_steps(recipe) * recipe.optimizer.batch
 

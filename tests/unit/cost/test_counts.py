@@ -26,8 +26,8 @@ from compt.cost.counts import (
 )
 from compt.cost.published import paper_breakdown, paper_cost, paper_parameters
 from compt.cost.training import Breakdown, exact_breakdown
-from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec, resolve
+from compt.recipe.types import checked_caption_tokens
 
 # The joint embeddings that Table G's parameters imply where they are not 512.
 TABLE_G_EMBEDDING = {"vit_s16": 384, "vit_l16": 768}
@@ -79,8 +79,8 @@ def test_each_length_is_cut_to_the_context_of_its_model() -> None:
 
 @pytest.mark.parametrize("tokens", IMPOSSIBLE)
 def test_lengths_that_cannot_be(tokens: Any) -> None:
-    with pytest.raises(ConfigError, match="^caption tokens = "):
-        exact_breakdown(WIDE, None, batch=8, captions=2, tokens=tokens).of_steps(1)
+    with pytest.raises(ValueError, match="should be|needs a share"):
+        checked_caption_tokens(tokens)
 
 
 # The parts and their sums.
