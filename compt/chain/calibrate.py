@@ -325,7 +325,7 @@ def _compare(folder: Path, test: FirstPair, plan: Plan, number: int, factor: flo
         difference=difference,
         low=low,
         high=high,
-        verdict=verdict(difference, low, high),
+        verdict=verdict(low, high),
         lossless=lossless,
     )
 

@@ -13,7 +13,6 @@ import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.errors import ConfigError, nearest
 from compt.models.clip import models_in, shardable_blocks
 from compt.weights.lazy import Weights
 
@@ -146,16 +145,13 @@ class EngineArguments(TypedDict, total=False):
 
 
 class EngineHead:
-    """What every engine begins with. Raises ConfigError for an unknown precision."""
+    """What every engine begins with."""
 
     def __init__(self, module: nn.Module, given: EngineArguments) -> None:
-        precision = given.get("precision", "fp32")
-        if precision not in COMPUTE_DTYPES:
-            raise ConfigError(f"unknown precision '{precision}'{nearest(precision, COMPUTE_DTYPES)}")
         self.rank = dist.rank()
         self.world_size = dist.world_size()
         self.device = torch.device(given.get("device", "cpu"))
-        self.precision = precision
+        self.precision = given.get("precision", "fp32")
         self.unwrapped = module
         if self.device.type == "cuda":
             # Without TF32: the loss has to be true fp32, and autocast covers all that TF32 could speed up.

@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from compt.dist import collectives as dist
-from compt.errors import ConfigError
 from compt.models.clip import ClipModel, models_in, set_buffers, shardable_blocks
 from compt.models.init import load_state
 from compt.models.states import State
@@ -26,13 +25,10 @@ from compt.models.states import State
 def make_mesh(device: torch.device, replicas: int = 1) -> DeviceMesh:
     """All processes as [replicas, shards]: `replicas` groups, each of which holds the whole in shards.
 
-    A single process becomes a group of one. Raises ConfigError when `replicas` does not divide the processes.
+    A single process becomes a group of one.
     """
     dist.join_alone(device)
     world = dist.world_size()
-    if world % replicas:
-        fitting = ", ".join(str(number) for number in range(1, world + 1) if world % number == 0)
-        raise ConfigError(f"engine.fsdp2.replicas: {replicas} does not divide the {world} processes; take {fitting}")
     shape, names = ((world,), ("shard",)) if replicas == 1 else ((replicas, world // replicas), ("replicate", "shard"))
     mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
     dist.share_timeout()

@@ -21,7 +21,7 @@ from compt.data.index import Index, open_index
 from compt.data.loaders import fixed_caption_batches
 from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
-from compt.errors import ArtefactError, DataError
+from compt.errors import ArtefactError
 from compt.evaluate.encoder import Encoder
 from compt.evaluate.folder import class_folders_of
 from compt.evaluate.sets import evaluate_set
@@ -124,10 +124,6 @@ class _Pairs:
 
     item: EvalSet
     settings: EvalSettings
-
-    def __post_init__(self) -> None:
-        if self.item.task != "zeroshot":
-            raise DataError(f"evaluation set '{self.item.name}': should be a zero-shot set, which has classes")
 
     @property
     def captioned(self) -> bool:

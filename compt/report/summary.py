@@ -215,7 +215,7 @@ def _compare(
         difference=difference,
         low=low,
         high=high,
-        verdict=verdict(difference, low, high),
+        verdict=verdict(low, high),
         macs_speedup=float(np.mean([other.macs for other in others])) / link.macs,
         macs_speedup_accumulated=macs_total,
         hours_speedup=float(np.mean(other_hours)) / link.device_hours if other_hours and link.device_hours else None,

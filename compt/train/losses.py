@@ -89,11 +89,9 @@ def learned_scalars(model: nn.Module, scalars: Iterable[Scalar]) -> dict[str, Te
     return {one.name: (value.exp() if one.log else value).reshape(1) for one, value in values.items()}
 
 
-def _check(image: Tensor, text: Tensor, chunk: int | None) -> None:
+def _check(image: Tensor, text: Tensor) -> None:
     if image.ndim != 2 or text.ndim != 3 or image.shape[0] != text.shape[0] or image.shape[1] != text.shape[2]:
         raise ValueError(f"expected image [b, D] and text [b, M, D], got {list(image.shape)} and {list(text.shape)}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk is at least 1, not {chunk}")
 
 
 @dataclass(frozen=True)
@@ -146,9 +144,7 @@ def contrastive_loss(
     chunk * M * N instead of b * M * N numbers. Without `gather` this rank's samples are the whole batch and no other
     rank takes part. Raises ValueError for shapes that do not match.
     """
-    _check(image, text, chunk)
-    if image_to_text not in ("slot", "all"):
-        raise ValueError(f"image_to_text is 'slot' or 'all', not {image_to_text!r}")
+    _check(image, text)
     rows = image.shape[0]
     # Autocast would compute the logits in half precision, where exp(logit_scale) up to 100 costs their last digits.
     with torch.autocast(image.device.type, enabled=False):
@@ -231,7 +227,7 @@ def siglip_loss(
     chunk * b * M logits. The second value, the share of the matching pairs (k = i), has no gradient. Backward expects
     the same factor on every rank. Raises ValueError for shapes that do not match.
     """
-    _check(image, text, chunk)
+    _check(image, text)
     with torch.autocast(image.device.type, enabled=False):
         inputs = (unit(image), unit(text), _wide(scale).reshape(()), _wide(bias).reshape(()))
         sums: tuple[Tensor, Tensor] = _SigmoidPairs.apply(*inputs, chunk or len(image), gather)  # type: ignore[no-untyped-call]
@@ -309,8 +305,6 @@ def feature_distance(teacher: Tensor, student: Tensor, alpha: float, *, scaled: 
     The element mean of unit vectors falls as 1/D, hence the factor D/512: the weight does not depend on the width.
     Without `scaled` the factor is left out.
     """
-    if teacher.shape != student.shape:
-        raise ValueError(f"teacher features {list(teacher.shape)} and student features {list(student.shape)} differ")
     with torch.autocast(student.device.type, enabled=False):
         distance = functional.mse_loss(unit(student), unit(teacher.detach()))
         return alpha * (teacher.shape[-1] / ALPHA_EMBED_DIM if scaled else 1.0) * distance

@@ -104,6 +104,7 @@ SMALLER: dict[str, str] = {
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",
+    "compt/evaluate/stats.py": "scores, calibration and reports judge by the same intervals",
     "compt/evaluate/validation.py": "the validation loss",
     "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",
     "compt/models/swin.py": "imports timm, for those who register a Swin only",

@@ -13,7 +13,7 @@ from torch.nn import functional
 import compt.evaluate.expansion
 from compt.data.index import open_index
 from compt.data.loaders import fixed_caption_batches
-from compt.errors import ArtefactError, DataError
+from compt.errors import ArtefactError
 from compt.evaluate.expansion import COMPARED_EXACTLY, TOLERANCE, Difference, check_kept, verify
 from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
@@ -215,8 +215,3 @@ def test_few_pairs_are_compared_in_float64(teacher: Artefact, data: Path, monkey
     monkeypatch.setattr(compt.evaluate.expansion, "_features", spy)
     check(teacher, data, make_plan(SMALL, DOUBLE, ExpandConfig.both("net2net")))
     assert seen == [(torch.float32, 24, 24)] * 3 + [(torch.float64, COMPARED_EXACTLY, COMPARED_EXACTLY)] * 2
-
-
-def test_a_retrieval_set_is_refused(teacher: Artefact, data: Path) -> None:
-    with pytest.raises(DataError, match="should be a zero-shot set"):
-        verify(teacher, make_plan(SMALL, DOUBLE), 0, item(data, task="retrieval"), SETTINGS)

@@ -20,8 +20,6 @@ def test_wilson_at_the_ends() -> None:
     assert wilson(0, 7)[0] == 0.0
     assert wilson(7, 7)[1] == 100.0
     assert wilson(0, 0) == (0.0, 100.0)
-    with pytest.raises(ValueError, match="3 successes of 2"):
-        wilson(3, 2)
 
 
 def test_wilson_covers_the_truth_about_95_times_in_100() -> None:
@@ -58,13 +56,6 @@ def test_bootstrap_is_signed_paired_and_repeatable() -> None:
     assert width < np.subtract(*paired_bootstrap(a, shuffled)[:0:-1])
 
 
-def test_bootstrap_refuses_what_is_not_paired() -> None:
-    with pytest.raises(ValueError, match=r"\[2\] and \[3\]"):
-        paired_bootstrap([1, 0], [1, 0, 1])
-    with pytest.raises(ValueError, match="over 1 samples says nothing"):
-        paired_bootstrap([1], [1])
-
-
 @pytest.mark.parametrize(
     "low, high, expected",
     [
@@ -78,8 +69,8 @@ def test_bootstrap_refuses_what_is_not_paired() -> None:
     ],
 )
 def test_verdict(low, high, expected) -> None:
-    assert verdict((low + high) / 2, low, high) == expected
+    assert verdict(low, high) == expected
 
 
 def test_verdict_with_another_margin() -> None:
-    assert verdict(-0.9, -1.2, -0.6, margin=2.0) == "lossless"
+    assert verdict(-1.2, -0.6, margin=2.0) == "lossless"

@@ -154,8 +154,6 @@ def test_a_job_is_plain_data() -> None:
     assert values["teacher"] == "1-vit_nano"
     assert ModelSpec.from_dict(values["spec"]).width == 128
     assert values["parameters"] == parameters(job.spec)
-    with pytest.raises(ConfigError, match=r"unknown job '2-wid' \(did you mean '2-wide'\?\)"):
-        plan().job("2-wid")
 
 
 # One other value for every field of the schema; a field that is added needs one as well.
@@ -463,9 +461,7 @@ def test_impossible_trainings(path: str, value: Any, message: str) -> None:
     assert str(caught.value).startswith(f"mine.yaml: {message}")
 
 
-def test_unknown_controls_and_too_few_images() -> None:
-    with pytest.raises(ConfigError, match=r"unknown control 'equal_mac' \(did you mean 'equal_macs'\?\)"):
-        plan(controls=["equal_mac"])
+def test_too_few_images() -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.batch = 64: there are only 10 images"):
         plan(images=10)
 
