@@ -17,7 +17,6 @@ from open_clip.transformer import ResidualAttentionBlock, Transformer, VisionTra
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from compt.errors import ConfigError
 from compt.models.init import init_parameters, load_state
 from compt.models.pixels import sent
 from compt.models.presets import ModelSpec
@@ -127,10 +126,8 @@ class ClipModel(open_clip.model.CLIP):
         """As `encode_text`, in up to `buckets` groups of similar length, each cut to its own longest caption.
 
         tokens int64 [N, L] -> [N, embed_dim] in the order of `tokens`. `lengths`: the captions' lengths, int64 [N] on
-        the CPU; without them the CPU waits for the GPU to find them. Raises ConfigError for fewer than one group.
+        the CPU; without them the CPU waits for the GPU to find them.
         """
-        if buckets < 1:
-            raise ConfigError(f"text_buckets is {buckets}; it must be at least 1")
         if lengths is None:
             lengths = caption_lengths(tokens)
         lengths = lengths.cpu()

@@ -154,12 +154,9 @@ def write_artefact(
     same byte by byte for any number of ranks. An error of one rank is raised on all. Rank 0 calls `check` with the hash
     of the weights before the folder appears; if `check` raises, nothing has changed.
     Raises ArtefactError for weights of another model or a folder in use (`check_free`), RunError when it cannot be
-    written, ValueError for a manifest field that the caller may not set.
+    written.
     """
     folder = Path(folder)
-    taken = sorted(OWN_FIELDS & set(manifest))
-    if taken:
-        raise ValueError(f"manifest fields set by write_artefact itself: {', '.join(taken)}")
     pixels = preprocess.to_dict(spec.image_size)
     states = {plain_name(folder, name): values for name, values in (extra_states or {}).items()} | {"": state}
     writers = Writers(folder, together)

@@ -66,29 +66,19 @@ def compare(view: Weights, spec: ModelSpec, where: str) -> None:
     Weights are fp16, bf16, fp32 or fp64. Reads no tensor.
     """
     wanted = _shapes(spec, len(view), where)
-    lists = (
-        ("missing", [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in view]),
-        ("unexpected", [f"{name} {list(view.shape(name))}" for name in view if name not in wanted]),
-        (
-            "of another shape",
-            [
-                f"{name} {list(view.shape(name))}, the model has {list(shape)}"
-                for name, shape in wanted.items()
-                if name in view and view.shape(name) != shape
-            ],
-        ),
-        (
-            "of another dtype",
-            [
-                f"{name} {str(view.dtype(name)).removeprefix('torch.')}, weights are {_FLOATS}"
-                for name in view
-                if name in wanted and view.dtype(name) not in FLOATS
-            ],
-        ),
-    )
-    lines = [f"  {what}: {entry}" for what, entries in lists for entry in entries]
+    found: dict[str, list[str]] = {"missing": [], "unexpected": [], "of another shape": [], "of another dtype": []}
+    for name, shape in wanted.items():
+        if name not in view:
+            found["missing"].append(f"{name} {list(shape)}")
+            continue
+        if view.shape(name) != shape:
+            found["of another shape"].append(f"{name} {list(view.shape(name))}, the model has {list(shape)}")
+        if (dtype := view.dtype(name)) not in FLOATS:
+            found["of another dtype"].append(f"{name} {str(dtype).removeprefix('torch.')}, weights are {_FLOATS}")
+    found["unexpected"] += [f"{name} {list(view.shape(name))}" for name in view if name not in wanted]
+    lines = [f"  {what}: {entry}" for what, entries in found.items() for entry in entries]
     if lines:
-        counts = ", ".join(f"{len(entries)} {what}" for what, entries in lists if entries)
+        counts = ", ".join(f"{len(entries)} {what}" for what, entries in found.items() if entries)
         head = f"{where}: the weights are not those of this model, {spec.name}: {counts}"
         raise ArtefactError("\n".join([head, *lines]))
 
