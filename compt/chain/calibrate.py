@@ -6,10 +6,9 @@ While the link is not lossless, it and all links after it become longer in propo
 
 from __future__ import annotations
 
-import functools
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,10 +96,6 @@ class FirstPair:
     def __str__(self) -> str:
         target = "" if self.target is None else f" --target {self.target:g}"
         return f"--calibrate{target} --calibrate-on {self.dataset}"
-
-    def next_scales(self, folder: Path) -> Callable[[Plan], tuple[float, ...]]:
-        """`scales` as `compt.chain.run.prepare` asks for them."""
-        return functools.partial(self.scales, folder)
 
     def scales(self, folder: Path, plan: Plan) -> tuple[float, ...]:
         """The lengths that were tried in `folder`, and the accepted one or the next to try: the same on every rank.

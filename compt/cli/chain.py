@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -113,7 +114,7 @@ def _run_chain(
 
     wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
     try:
-        scales = test.next_scales(folder) if test else None
+        scales = functools.partial(test.scales, folder) if test else None
         context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
         left = waiting(made, folder)
         chosen = only(made, names, folder) if names else None

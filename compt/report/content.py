@@ -265,11 +265,8 @@ def unfinished(jobs: list[JobView]) -> list[str]:
     """A line for each job that was begun and is not done, and what is still to do."""
     own = [job for job in jobs if not job.plan.get("same_as")]
     left = [job for job in own if not job.trained]
-    lines = []
-    for job in left:
-        if job.manifest:
-            last = f"; last log line {job.last_line}" if job.last_line else ""
-            lines.append(f"{job.name}: {job.progress()}{last}.")
+    begun = [(job, f"; last log line {job.last_line}" if job.last_line else "") for job in left if job.manifest]
+    lines = [f"{job.name}: {job.progress()}{last}." for job, last in begun]
     waiting = [job.name for job in left if not job.manifest]
     if waiting:
         lines.append(f"Not begun: {', '.join(waiting)}.")
@@ -280,10 +277,7 @@ def environment(state: dict[str, Any], jobs: list[JobView]) -> list[tuple[str, s
     """What, where and when, as (name, value)."""
     found: dict[str, dict[str, None]] = {}
     for job in jobs:
-        machine = {
-            **job.manifest.get("machine", {}),
-            **{k: job.manifest[k] for k in ("processes",) if k in job.manifest},
-        }
+        machine = job.manifest.get("machine", {}) | {k: v for k, v in job.manifest.items() if k == "processes"}
         for key, value in machine.items():
             found.setdefault(key, {})[str(value)] = None
     begun = [job.manifest["started"] for job in jobs if "started" in job.manifest]

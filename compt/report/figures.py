@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -354,15 +355,9 @@ def contact_png(images: Sequence[SheetImage], columns: int = 8) -> bytes:
     return buffer.getvalue()
 
 
-def _fold(text: str, width: int = 22) -> str:
+def _fold(text: str) -> str:
     """On two lines at most."""
-    lines = [""]
-    for word in text.split():
-        if lines[-1] and len(lines[-1]) + len(word) >= width:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    kept = [line if len(line) <= width else f"{line[: width - 1]}…" for line in lines]
-    return "\n".join(kept if len(kept) <= 2 else [kept[0], f"{kept[1][: width - 1]}…"])
+    return textwrap.fill(text, 22, max_lines=2, placeholder="…", break_on_hyphens=False)
 
 
 _PANEL_HEIGHT = 3.3

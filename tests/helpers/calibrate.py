@@ -100,7 +100,9 @@ def calibrate(
     """Run a first-pair test and its chain in this process. Returns the messages."""
     said: list[str] = []
     test = FirstPair.of(recipe_of(*CHANGES, *changes), target, on, "tiny.yaml")
-    context, _ = prepare(recipe_of(*CHANGES, *changes), run, base=base, scales=test.next_scales(run), **options)
+    context, _ = prepare(
+        recipe_of(*CHANGES, *changes), run, base=base, scales=functools.partial(test.scales, run), **options
+    )
     run_calibrated(context, test, said.append, **options)
     return said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from functools import partial
@@ -357,7 +358,7 @@ def test_micro_batches_change_no_length(base: Path, tmp_path: Path) -> None:
     def steps(*changes: str) -> list[int]:
         test = FirstPair.of(recipe_of(*CHANGES, *changes), 1.5, None, "tiny.yaml")
         run = tmp_path / "run"
-        _, plan = prepare(recipe_of(*CHANGES, *changes), run, base=base, scales=test.next_scales(run))
+        _, plan = prepare(recipe_of(*CHANGES, *changes), run, base=base, scales=functools.partial(test.scales, run))
         return [job.steps for job in plan.links]
 
     assert steps() == steps("engine.micro_batch=2", "engine.loss_chunk=3") == [6, 7, 5]
