@@ -147,6 +147,8 @@ def _count(student: ModelSpec, teacher_spec: ModelSpec, name: str, shard_teacher
     device = torch.device("cpu")
     weights = {key: value.detach() for key, value in build(student, seed=0).state_dict().items()}
     frozen = {key: value.detach() for key, value in build(teacher_spec, seed=1).state_dict().items()}
+    # Before the engine, and so not by `build_training`: the DeviceMesh of a sharded teacher holds the numbers of its
+    # ranks, which would count as the engine's.
     if shard_teacher:
         teacher = shard_frozen(build(teacher_spec, device="meta"), frozen, dtype=torch.float32, device=device)
     else:
