@@ -36,7 +36,8 @@ _IN_ITEMS = ("raw", "caption", "text")
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LIST = re.compile(r"""\[\s*["'\]]""")
-_TEXT = re.compile(r"""'(?:[^'\\\n]|\\.)*+'|"(?:[^"\\\n]|\\.)*+\"""")
+# Python warns of other escapes, which it never writes.
+_TEXT = re.compile(r"""'(?:[^'\\\n]|\\[\\'"abfnrtvxuUN0])*+'|"(?:[^"\\\n]|\\[\\'"abfnrtvxuUN0])*+\"""")
 # Between the texts of a numpy array is no comma: Python would join them.
 _TEXTS = re.compile(rf"\[\s*+(?:(?:{_TEXT.pattern})[\s,]*+)*+\]")
 _LETTER = re.compile(r"[^\W_]")
