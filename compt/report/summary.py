@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -234,7 +236,30 @@ def read_state(path: Path) -> dict[str, Any]:
         raise RunError(f"{path}: cannot be read: {error}") from error
 
 
+@contextlib.contextmanager
+def whole_files(run: Path) -> Iterator[None]:
+    """Turn what other keys or types in run.json, a manifest or scores lead to into a RunError.
+
+    It names the line that failed, because a fault of compt's own would end here too.
+    """
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        what = next(iter(f"{type(error).__name__}: {error}".splitlines()))
+        raise RunError(
+            f"{run}: its run.json, a manifest or scores are damaged, or of another version of compt "
+            f"({what}, in {Path(at.filename).name}:{at.lineno}); restore them from a copy"
+        ) from error
+
+
 def summarise(run: Path) -> Summary:
+    """`Summary` of a run folder; jobs that were not begun are left out. Raises RunError."""
+    with whole_files(run):
+        return _summarise(run)
+
+
+def _summarise(run: Path) -> Summary:
     """Read RUN/run.json and the manifests of its jobs; jobs that were not begun are left out. Raises RunError."""
     state = read_state(run / "run.json")
     primary: str | None = state["primary"]

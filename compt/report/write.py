@@ -26,7 +26,7 @@ from compt.report.content import (
     tiles,
     unfinished,
 )
-from compt.report.summary import Row, Summary, read_state, score_file, stored_arrays, summarise
+from compt.report.summary import Row, Summary, read_state, score_file, stored_arrays, summarise, whole_files
 from compt.report.tables import SAME, summary_tables
 from compt.text import TextTable, code_block, escape_markdown, visible
 from compt.weights.artefact import versions
@@ -238,7 +238,8 @@ def write_report(run: Path) -> Path:
 
     Raises RunError when RUN is no run folder or cannot be written.
     """
-    content = _gather(run)
+    with whole_files(run):
+        content = _gather(run)
     drawn = {content[key].name: content[key].png for key in ("accuracy", "curves", "costs") if content[key] is not None}
     if content["sheet"] is not None:
         drawn["contact"] = figures.contact_png(content["sheet"].images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,27 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
         summarise(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
+        summarise(tmp_path)
+
+
+def test_records_with_other_keys_or_types_are_one_line(tmp_path: Path) -> None:
+    """As of another version of compt, or edited by hand."""
+    make_run(tmp_path)
+    said = []
+    for path in (tmp_path / "run.json", next(tmp_path.glob("jobs/*/manifest.json"))):
+        whole = read_json(path)
+        for where in whole:
+            rest = {key: value for key, value in whole.items() if key != where}
+            for values in (rest, *({**rest, where: other} for other in (7, "x", [], {}))):
+                write_json(path, values)
+                with contextlib.suppress(RunError):
+                    summarise(tmp_path)
+                    continue
+                said.append(where)
+        write_json(path, whole)
+    assert {"jobs", "primary", "state", "cost", "scores"} <= {*said}
+    write_json(tmp_path / "run.json", {})
+    with pytest.raises(RunError, match=r"another version .*\(KeyError: 'primary', in summary\.py:[0-9]+\); restore"):
         summarise(tmp_path)
 
 

@@ -375,4 +375,9 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("[")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
         write_report(tmp_path)
+    make_run(tmp_path)
+    state = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**state, "account": [1]}))
+    with pytest.raises(RunError, match="its run.json, a manifest or scores are damaged"):
+        write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
