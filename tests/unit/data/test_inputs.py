@@ -118,6 +118,23 @@ TARS: dict[str, tuple[Made, int, dict[str, int]]] = {
         1,
         {"joined": 1, "no_shard": 1},
     ),
+    "folders with dots, and equal names in them": (
+        written(*((f"./v1.2/{place}/1.{kind}", IMAGE) for place in "ab" for kind in ("jpg", "npy"))),
+        3,
+        {"other": 2, "caption": 2},
+    ),
+    "endings in capitals": (written(("A.JPG", IMAGE), ("A.TXT", b"x"), ("B.JPEG", IMAGE), ("B.Txt", b"x")), 3, {}),
+    "two endings": (written(("a.jpg.jpg", IMAGE), ("a.jpg.txt", b"x")), 1, {"dots": 2}),
+    "texts in a folder of their own": (
+        written(("i/1.jpg", IMAGE), ("t/1.txt", b"x")),
+        2,
+        {"no_image": 1, "caption": 1},
+    ),
+    "a member of no bytes": (
+        written(("a.jpg", b""), ("a.txt", b"x"), ("b.jpg", IMAGE), ("b.txt", b"")),
+        3,
+        {"image": 1, "caption": 1},
+    ),
     "files of Windows": (written(("Thumbs.db", b"x"), ("a/desktop.ini", b"x")), 1, {"hidden": 2}),
     "values that are missing": (
         written(("a.jpg", IMAGE), ("a.txt", b"nan"), ("b.jpg", IMAGE), ("b.json", b'{"caption": "None"}')),
@@ -267,6 +284,14 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
         BOTH,
     ),
     "PD12M's identifiers": ("c.csv", b"id,url,caption\na,http://x/1.jpg,one\nb,http://x/2.jpg,two\n", BOTH),
+    "commas behind the last column": ("c.csv", b"key,caption,,\na,one,,\nb,two,,\n", BOTH),
+    "a second header": ("c.csv", b"key,caption\na,one\nkey,caption\nb,two\n", BOTH),
+    "an index of pandas": ("c.csv", b"Unnamed: 0,filename,caption\n1,a.jpg,one\n0,b.jpg,two\n", BOTH),
+    "RedCaps' annotations": (
+        "c.json",
+        b'{"annotations": [{"image_id": "a", "url": "http://x", "raw_caption": "One!", "caption": "one"}]}',
+        {"a": ["one"]},
+    ),
     "Karpathy's folders": (
         "c.json",
         b'{"images": [{"filepath": "b", "filename": "a.jpg", "sentences": [{"raw": "one"}]}]}',
