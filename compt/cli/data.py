@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compt.cli.options import MaxBadShare, option, progress_bar
+from compt.cli.options import AsJson, ClassOrder, MaxBadShare, option, print_json, progress_bar
 from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
 from compt.text import TextTable, show
+
+if TYPE_CHECKING:
+    from compt.data.pack import PackOptions
 
 Shards = Annotated[
     list[str],
@@ -96,6 +99,83 @@ def check(
         rows = [*found.rows(), *([("hashes", "those of the first time")] if hashes else [])]
         show(TextTable(found.title(max_bad_share), ("", "found"), rows), *found.account.tables())
     if not found.usable(max_bad_share):
+        raise typer.Exit(3)
+
+
+PackSource = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="folder of images, table, or shards", show_default=False)
+]
+PackOut = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
+ShardSize = Annotated[int, option("samples of a shard", metavar="N", min=1)]
+Seed = Annotated[int | None, option("shuffle the samples", metavar="N", min=0, default="order of the source")]
+
+
+def pack(
+    source: PackSource,
+    out: PackOut,
+    images: Annotated[Path | None, option("folder of a table's images", metavar="FOLDER", default="its own")] = None,
+    captions_csv: CaptionsCsv = None,
+    caption_columns: CaptionColumns = None,
+    min_matched: MinMatched = MIN_MATCHED,
+    shard_size: ShardSize = 10_000,
+    seed: Seed = None,
+    class_order: ClassOrder = None,
+    max_bad_share: MaxBadShare = MAX_BAD_SHARE,
+    cache_dir: CacheFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pack images and captions into the shards of a WebDataset.
+
+    SOURCE is a folder of images with .txt, .json or .cls files of the same names, a folder with one folder of images
+    per class, a table with paths of images and captions, or shards in quotation marks. Images are copied as they are.
+    The same command finishes a packing that was interrupted. Exits with code 3 if too many samples are unusable.
+    """
+    from compt.data.pack import PackOptions
+
+    columns = caption_columns or ()
+    options = PackOptions(captions_csv, columns, min_matched, images, shard_size, seed, class_order)
+    _pack(source, out, options, cache_dir, max_bad_share, as_json)
+
+
+def dreamlip(
+    shards: Annotated[str, typer.Argument(metavar="SHARDS", help="shards, in quotation marks", show_default=False)],
+    out: PackOut,
+    captions_csv: Annotated[
+        Path | None, option("DreamLIP's table", metavar="FILE", default="the columns are in each .json")
+    ] = None,
+    min_matched: MinMatched = MIN_MATCHED,
+    shard_size: ShardSize = 10_000,
+    seed: Seed = None,
+    max_bad_share: MaxBadShare = MAX_BAD_SHARE,
+    cache_dir: CacheFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Merge shards with the long captions of DreamLIP.
+
+    Rows are joined with samples by key, file name or URL. The generated captions are cut into sentences as in the
+    authors' code. The same command finishes a merge that was interrupted.
+    """
+    from compt.data.pack import PackOptions
+
+    options = PackOptions(captions_csv, (), min_matched, None, shard_size, seed, None, "sentences")
+    _pack(shards, out, options, cache_dir, max_bad_share, as_json)
+
+
+def _pack(
+    source: str, out: Path, options: PackOptions, cache_dir: Path | None, max_bad_share: float, as_json: bool
+) -> None:
+    from compt.data.pack import pack as run_pack
+    from compt.data.remote import Cache
+
+    with progress_bar("packing samples") as progress:
+        packed = run_pack(source, out, Path.cwd(), options, progress=progress, cache=Cache.at(cache_dir))
+    account = packed.account
+    if as_json:
+        print_json({"shards": packed.shards, "samples": packed.samples, "account": account.to_json()})
+    else:
+        rows = [("shards", f"{packed.shards:,}"), ("samples", f"{packed.samples:,}")]
+        show(TextTable(f"Packed: {out}", ("", "written"), rows), *account.tables())
+    if account.lost_share("sample") > max_bad_share:
         raise typer.Exit(3)
 
 

@@ -55,8 +55,14 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
         {"list": recipes.list_recipes, "show": recipes.show_recipe, "copy": recipes.copy},
     ),
     "data": (
-        "Build, check and index data sets.",
-        {"emoji": data.emoji, "check": data.check, "index": data.index},
+        "Build, pack, check and index data sets.",
+        {
+            "emoji": data.emoji,
+            "pack": data.pack,
+            "dreamlip": data.dreamlip,
+            "check": data.check,
+            "index": data.index,
+        },
     ),
     "bench": (
         "Measure training speed, and convert it into GPU-hours.",

@@ -50,6 +50,13 @@ CAUSES: dict[str, Unused] = {
     "not_file": Unused("file", "broken link, or not a plain file", "mend the link, or remove it"),
     "circle": Unused("file", "link to a folder above it", "remove the link"),
     "outside": Unused("file", "image outside the class folders", "move it to the folder of its class"),
+    # In a folder to pack.
+    "second_file": Unused("file", "second image of a name", "rename it; jpg, png, jpeg, webp come first"),
+    "no_owner": Unused(
+        "file", "text that belongs to no image by its name", "name it like its image, with the ending .txt or .json"
+    ),
+    "no_row": Unused("file", "file of an image that the table does not name", harmless=True),
+    "other_file": Unused("file", "file of another kind", harmless=True),
     # Of a shard as a whole.
     "cut": Unused("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
     "joined": Unused("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),
@@ -81,7 +88,7 @@ CAUSES: dict[str, Unused] = {
     "row_text": Unused("row", "row without a caption", "fill the columns, or name others: data.caption_columns"),
     "row_alone": Unused("row", "row that matches no sample", "compare its keys, URLs and file names with the shards'"),
     # Of a sample that is sought in a table.
-    "unmatched": Unused("join", "sample that matches no row; it keeps the captions in its shard", "complete the table"),
+    "unmatched": Unused("join", "sample that matches no row; it keeps its own captions", "complete the table"),
     # Of a sample.
     "image": Unused("sample", "image that cannot be decoded", "remove the sample, or get the image again"),
     "caption": Unused(

@@ -34,6 +34,7 @@ _IN_ITEMS = ("raw", "caption", "text")
 """Where the objects in a list of captions have their text: Karpathy's, COCO's, and others' files."""
 # White space after a full stop, or a line's end. Beginning with \s lets the search jump from space to space.
 _SENTENCE_END = re.compile(r"\s(?:(?<=[.!?]\s)|(?<=\n))\s*")
+_DREAMLIP_END = re.compile(r"\n|</s>|[.]")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _LIST = re.compile(r"""\[\s*["'\]]""")
 # Python warns of other escapes, which it never writes.
@@ -174,6 +175,38 @@ def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tupl
         if found.texts:
             return Captions(found.texts, lost), len(group) > 1 or group[0] not in _SINGLE or len(items) > 1
     return Captions([], lost), False
+
+
+def by_column(values: Mapping[str, Any], columns: Sequence[str] = ()) -> dict[str, list[str]]:
+    """The captions that `read_columns` finds, by the names of their fields."""
+    for group in (tuple(columns),) if columns else _GROUPS:
+        several = values.get("captions") if group == ("captions",) else None
+        if isinstance(several, dict) and not several.keys().isdisjoint(_DREAMLIP_GROUP):
+            return by_column(several)
+        names = [name for name in group if name in values]
+        generated = not values.keys().isdisjoint(_DREAMLIP_NAMES)
+        if group == _DREAMLIP_GROUP:
+            raw = [name for name in (*_RAW, "caption") if name in values] if generated else []
+            usable = (name for name in raw if sort_out(_items(values[name])).texts)
+            names = [next(usable, ""), *(name for name in names if name in _DREAMLIP_NAMES)]
+        found = {name: texts for name in names if name and (texts := sort_out(_group(values, (name,))).texts)}
+        if found and (group != _DREAMLIP_GROUP or generated):
+            return found
+    return {}
+
+
+def split_as_dreamlip(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same fields, with the generated captions cut into sentences as DreamLIP's authors do.
+
+    Source: `split_caption` in training/data.py of github.com/zyf0619sjtu/DreamLIP. It cuts short and long captions at
+    line ends, `</s>` and every full stop, which it drops. The raw caption stays whole.
+    """
+    return {
+        name: [part for part in map(str.strip, _DREAMLIP_END.split(value)) if part]
+        if name in _DREAMLIP_NAMES and isinstance(value, str) and _listed(value.strip()) is None
+        else value
+        for name, value in values.items()
+    }
 
 
 def parse_json(data: bytes) -> dict[str, Any] | None:

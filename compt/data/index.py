@@ -29,7 +29,7 @@ from compt.data.find import expand_patterns
 from compt.data.merged import Merged, ShardRows, write_merged
 from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
 from compt.data.scan import KIND_TABLE, ShardScan, scan_shard
-from compt.data.table import CaptionTable, convert_table
+from compt.data.table import CaptionTable, Keep, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
 from compt.files import hash_json, new_file, read_json, remove_dead, write_bytes, write_json
@@ -376,6 +376,7 @@ def build_index(
     workers: int | None = None,
     columns: Sequence[str] = (),
     min_matched: float = MIN_MATCHED,
+    keep: Keep = "",
 ) -> Index:
     """Index the shards: open the file of all, or merge it, scanning only shards without a valid stored index.
 
@@ -384,7 +385,9 @@ def build_index(
     is missing, compressed or unreadable, the index cannot be written, there is no sample at all, or the table of
     captions has a row for a smaller share of the samples than `min_matched`, or for none.
     """
-    table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns) if captions_csv else None
+    table = None
+    if captions_csv:
+        table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns, keep)
     files = _IndexFiles(shards, out, CaptionSource(table, columns))
     index = Index(shards, files.find() or files.merge(workers, progress), table, columns)
     if not len(index):
@@ -461,13 +464,14 @@ def open_index(
     columns: Sequence[str] = (),
     min_matched: float = MIN_MATCHED,
     cache: Cache | None = None,
+    keep: Keep = "",
 ) -> Index:
     """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does.
 
-    cache: for shards in object storage.
+    cache: for shards in object storage. keep: what the table of captions keeps; training reads captions alone.
     """
     beside = Account()
     shards = expand_patterns(patterns, base, beside, cache)
-    index = build_index(shards, index_dir, progress, captions_csv, columns=columns, min_matched=min_matched)
+    index = build_index(shards, index_dir, progress, captions_csv, None, columns, min_matched, keep)
     index.account.add(beside)
     return index

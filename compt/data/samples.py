@@ -77,6 +77,13 @@ class SampleReader:
         """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
         return self._files.read(self._shard(entry), entry.json_offset, entry.json_size)
 
+    def text(self, entry: IndexEntry) -> bytes:
+        """The `.txt`, the `.json` or the line of the table that the captions come from. Raises Unusable("tar")."""
+        if entry.text_kind >= KIND_TABLE:
+            assert self.index.captions is not None, "only an index with a table has rows of it"
+            return self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
+        return self._files.read(self._shard(entry), entry.text_offset, entry.text_size)
+
     def _shard(self, entry: IndexEntry) -> Shard:
         """The shard of a sample, whose content is checked before its first sample is read."""
         if entry.shard not in self._checked:
@@ -96,14 +103,13 @@ class SampleReader:
         return found
 
     def _captions(self, entry: IndexEntry) -> Captions:
+        data = self.text(entry)
         if entry.text_kind >= KIND_TABLE:
-            assert self.index.captions is not None, "only an index with a table has rows of it"
-            line = self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
             try:
-                return sort_out(CaptionTable.parse(line))
+                return sort_out(CaptionTable.parse(data))
             except (ValueError, TypeError):
-                raise Unusable("caption", f"{self.index.captions.blob} is damaged; remove its folder") from None
-        data = self._files.read(self._shard(entry), entry.text_offset, entry.text_size)
+                blob = self.index.captions and self.index.captions.blob
+                raise Unusable("caption", f"{blob} is damaged; remove its folder") from None
         if entry.text_kind == KIND_JSON:
             return read_json_captions(data, self.index.columns)
         return read_text(data) if entry.text_kind == KIND_TEXT else Captions([], [])

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.account import Account
-from compt.data.captions import CAPTION_COLUMNS, Captions, read_columns
+from compt.data.captions import CAPTION_COLUMNS, Captions, by_column, read_columns, split_as_dreamlip
 from compt.data.names import image_stem
 from compt.data.rows import (
     JOIN_COLUMNS,
@@ -51,6 +51,9 @@ _WEB = re.compile("https?://", re.IGNORECASE)
 _PART = 1 << 20
 _LOOKED = 100
 """Rows whose columns decide what is read of a table."""
+Keep = Literal["", "columns", "sentences"]
+"""What a conversion keeps beside captions: nothing, the names of their columns, or these with sentences cut as
+DreamLIP's authors cut them."""
 
 
 class Join(NamedTuple):
@@ -78,7 +81,7 @@ class CaptionTable:
 
     @property
     def blob(self) -> Path:
-        """The JSON lines: `["key", ["caption", ...]]`."""
+        """The JSON lines: `["key", ["caption", ...]]`, or `["key", [["column", "caption"], ...]]`, see `Keep`."""
         return self.folder / "captions.jsonl"
 
     @cached_property
@@ -134,6 +137,14 @@ class CaptionTable:
         _, captions = json.loads(line)
         return [str(caption) for caption in captions]
 
+    @staticmethod
+    def fields(line: bytes) -> dict[str, list[str]]:
+        """The captions of one line by column, where a conversion keeps columns. Raises ValueError for another line."""
+        found: dict[str, list[str]] = {}
+        for column, caption in json.loads(line)[1]:
+            found.setdefault(column, []).append(caption)
+        return found
+
 
 def _bytes(name: str) -> bytes:
     # Bytes of a tar or table that are not UTF-8 come back as they were; a half of a pair from a JSON stays one.
@@ -155,7 +166,7 @@ def _sampled_hash(file: int, size: int) -> str:
     return sha.hexdigest()
 
 
-def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> CaptionTable:
+def convert_table(path: Path, parent: Path, columns: Sequence[str] = (), keep: Keep = "") -> CaptionTable:
     """Convert a table of captions to a folder in `parent`, or reuse an earlier conversion of the same file.
 
     Rows with one key are one sample, wherever they are. `columns` names the columns with captions (default: the known
@@ -180,14 +191,15 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = ()) -> Capt
         "mtime_ns": stat.st_mtime_ns,
         "columns": [*columns],
         "content": content,
+        **({"keep": keep} if keep else {}),
     }
     try:
         meta = read_json(folder / "meta.json")
-        if {key: meta[key] for key in identity} == identity:
+        if {key: meta[key] for key in identity} == identity and meta.get("keep", "") == keep:
             return CaptionTable(folder, meta["digest"], Account.from_json(meta["account"]), meta["owner"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
-    writer = _Writer(path, columns)
+    writer = _Writer(path, columns, keep)
     with new_folder(folder) as temporary:
         digest = writer.write(temporary)
         meta = {**identity, "digest": digest, "account": writer.account.to_json(), "owner": writer.owner}
@@ -202,8 +214,8 @@ class _Writer:
     get one more, with the captions of all of them. Only numbers stay in memory: 60 bytes a row with one name.
     """
 
-    def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        self.path, self.columns = path, [known_name(name) for name in columns]
+    def __init__(self, path: Path, columns: Sequence[str], keep: Keep = "") -> None:
+        self.path, self.columns, self.keep = path, [known_name(name) for name in columns], keep
         self.account = Account()
         self.owner = ""
         self._sha = hashlib.sha256()
@@ -223,7 +235,7 @@ class _Writer:
         names.tofile(folder / "names.bin")
         return self._sha.hexdigest()
 
-    def _put(self, blob: BinaryIO, owner: str, captions: list[str], rows: int, web: bool) -> int:
+    def _put(self, blob: BinaryIO, owner: str, captions: list[Any], rows: int, web: bool) -> int:
         line = json.dumps([owner, captions], ensure_ascii=False).encode("utf-8", "replace") + b"\n"
         self._sha.update(line)
         self._lines.extend((blob.tell(), len(line), len(captions), rows, web))
@@ -232,9 +244,9 @@ class _Writer:
 
     def _write_rows(self, blob: BinaryIO) -> None:
         names: dict[str, bool] = {}
-        captions: list[str] = []
+        captions: list[Any] = []
         rows = 0
-        for own, found in self._rows():
+        for own, found in self.rows():
             first, last = next(iter(own)), next(iter(names), None)
             if first != last:
                 if rows:
@@ -286,7 +298,7 @@ class _Writer:
         return np.rec.fromarrays([hashes[starts][kept], lead[kept], some_whole[kept]], dtype=_NAME)
 
     def _merge(self, blob: BinaryIO, places: Sequence[int]) -> int:
-        owner, captions, rows, web = "", list[str](), 0, False
+        owner, captions, rows, web = "", list[Any](), 0, False
         for place in places:
             offset, size, _, own, address = self._lines[len(_FIELDS) * place : len(_FIELDS) * (place + 1)]
             name, texts = json.loads(os.pread(blob.fileno(), size, offset))
@@ -294,8 +306,8 @@ class _Writer:
             owner, rows, web = owner or name, rows + own, web or address > 0
         return self._put(blob, owner, captions, rows, web)
 
-    def _rows(self) -> Iterator[tuple[dict[str, bool], list[str]]]:
-        """The names of each usable row, with whether they are whole, and its captions."""
+    def rows(self) -> Iterator[tuple[dict[str, bool], list[Any]]]:
+        """The names of each usable row, with whether they are whole, and what is stored of its captions."""
         rows = read_rows(self.path, self.account)
         # Objects of JSON may leave out what is missing, so one row alone does not have all columns.
         first = [*islice(rows, _LOOKED)]
@@ -310,7 +322,7 @@ class _Writer:
             names: dict[str, bool] = {}
             for column in joins:
                 names |= {**_names_of(row.get(column)), **names}
-            found = self._captions(row)
+            found, texts = self._captions(row)
             where = f"{self.path.name}:{number}"
             for cause in found.lost:
                 self.account.lose(cause, where)
@@ -320,11 +332,18 @@ class _Writer:
                 self.account.lose("row_text", where)
             else:
                 self.account.used["row"] += 1
-                yield names, found.texts
+                yield names, texts
 
-    def _captions(self, row: dict[str, Any]) -> Captions:
+    def _captions(self, row: dict[str, Any]) -> tuple[Captions, list[Any]]:
+        """The captions of a row, and what is stored of them."""
         values = {name: value for name, value in row.items() if value is not None and value != ""}
-        return read_columns(values, self.columns)[0]
+        if self.keep == "sentences":
+            values = split_as_dreamlip(values)
+        found = read_columns(values, self.columns)[0]
+        if not self.keep:
+            return found, found.texts
+        named = by_column(values, self.columns)
+        return found, [(name, text) for name, texts in named.items() for text in texts]
 
     def _joins(self, names: list[str]) -> list[str]:
         """The columns to join on. Raises DataError where there are none, or no captions."""

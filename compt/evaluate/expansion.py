@@ -17,13 +17,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from compt.data.batch import Batch
+from compt.data.folder import class_folders_of
 from compt.data.index import Index, open_index
 from compt.data.loaders import fixed_caption_batches
 from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError
 from compt.evaluate.encoder import Encoder
-from compt.evaluate.folder import class_folders_of
 from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss

@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from compt.data.account import Account
+from compt.data.folder import class_folders_of, read_class_folders
 from compt.data.index import open_index
 from compt.data.loaders import EvalLoader, eval_loader
 from compt.data.remote import Cache
@@ -26,7 +27,6 @@ from compt.data.samples import EvalSamples, ShardSamples
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
-from compt.evaluate.folder import class_folders_of, read_class_folders
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
 

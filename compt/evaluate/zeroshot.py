@@ -18,11 +18,11 @@ from torch.nn import functional
 
 from compt.data.account import CAUSES, Account
 from compt.data.batch import EvalBatch
+from compt.data.folder import are_wnids, folder_names, read_names
 from compt.data.labels import CLASSNAMES, TEMPLATES, are_numbered, beside, read_classnames, read_lines
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
-from compt.evaluate.folder import are_wnids, check_names, check_order, imagenet_names
 from compt.evaluate.stats import wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, SetData, open_data
 from compt.files import hash_json
@@ -252,13 +252,9 @@ def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[
     """The names, and where they come from: the recipe's file, the file beside the data, or the class folders."""
     path = settings.base / item.classnames if item.classnames else beside(data.places, CLASSNAMES)
     if path is not None:
-        names = read_classnames(path)
-        if data.classes is not None and len(names) != len(data.classes):
-            raise DataError(f"class names {path}: {len(names)} for the {len(data.classes)} folders in {data.places[0]}")
         if data.classes is not None:
-            check_order(data.classes, data.places[0], item.class_order, str(path))
-            check_names(data.classes, names, str(path))
-        return names, str(path)
+            return read_names(path, data.classes, data.places[0], item.class_order), str(path)
+        return read_classnames(path), str(path)
     if data.classes is not None:
         return _folder_names(item, data.classes, data.places[0]), f"folder {data.places[0]}"
     looked = " nor in ".join(str(place) for place in data.places)
@@ -267,8 +263,8 @@ def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[
 
 def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[str]:
     warn = _log.warning if dist.is_main() else _log.debug
+    names = folder_names(classes)
     if are_wnids(classes):
-        names = imagenet_names(classes)
         warn(
             "evaluation set '%s': %s has no %s; its folders are WordNet identifiers: using ImageNet's class names, as "
             "'%s' for %s",
@@ -287,7 +283,7 @@ def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[s
             "class names as `classnames`",
             *(item.name, classes[0]),
         )
-    return [name.replace("_", " ") for name in classes]
+    return names
 
 
 def _templates(item: EvalSet, settings: EvalSettings, data: SetData) -> list[str]:

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compt.data.account import CAUSES, UNITS, Account
+from compt.data.folder import read_class_folders
 from compt.data.index import open_index
 from compt.data.labels import NO_NUMBER
 from compt.data.samples import SampleReader
 from compt.data.scan import _Header
 from compt.data.table import convert_table
 from compt.errors import DataError
-from compt.evaluate.folder import read_class_folders
 from tests.helpers.shards import make_shards, picture, sample, write_tar
 
 IMAGE = picture(0, 4, 4, "JPEG")

@@ -1,4 +1,4 @@
-"""An evaluation set in a folder with one sub-folder per class, as torchvision's ImageFolder reads it."""
+"""The files of a folder of images, and folders with one sub-folder per class, as torchvision's ImageFolder reads."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Literal
 
 from compt.data.account import Account
 from compt.data.decode import MAX_BYTES, Unusable
-from compt.data.labels import WNID
+from compt.data.labels import WNID, read_classnames
 from compt.data.names import FOREIGN, IMAGE_EXTENSIONS, image_stem, is_hidden
 from compt.data.samples import EvalSample
 from compt.errors import DataError
@@ -47,19 +47,27 @@ class ClassFolders:
 
     def image(self, sample: int) -> bytes:
         """The file. Raises Unusable."""
-        try:
-            with self.files[sample].open("rb") as file:
-                data = file.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise Unusable("image", error.strerror or str(error)) from None
-        if len(data) > MAX_BYTES:
-            raise Unusable("image", f"more than {MAX_BYTES:,} bytes")
-        return data
+        return read_image(self.files[sample])
 
     def read(self, sample: int) -> EvalSample:
-        """The file and its class. The key is the path below the folder."""
-        key = self.files[sample].relative_to(self.folder).as_posix()
-        return EvalSample(key, self.image(sample), self.labels[sample])
+        """The file and its class."""
+        return EvalSample(self.key(sample), self.image(sample), self.labels[sample])
+
+    def key(self, sample: int) -> str:
+        """The path below the folder."""
+        return self.files[sample].relative_to(self.folder).as_posix()
+
+
+def read_image(path: Path) -> bytes:
+    """An image's file. Raises Unusable."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise Unusable("image", error.strerror or str(error)) from None
+    if len(data) > MAX_BYTES:
+        raise Unusable("image", f"more than {MAX_BYTES:,} bytes")
+    return data
 
 
 def class_folders_of(data: Sequence[str], base: Path) -> Path | None:
@@ -116,8 +124,14 @@ def _lose_all(account: Account, place: Path) -> None:
             account.lose("hidden_file", str(Path(folder, name)))
 
 
-def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """The images below a class folder. Links to folders are followed, as torchvision does, but not in circles."""
+def files_below(
+    place: Path, account: Account, leave_out: Path | None = None, above: tuple[str, ...] = ()
+) -> Iterator[Path]:
+    """The plain files that are not hidden, by name. Others are counted.
+
+    Links to folders are followed, as torchvision does, but not in circles. leave_out: a folder that is passed over.
+    Raises DataError.
+    """
     real = os.path.realpath(place)
     if real in above:
         account.lose("circle", str(place))
@@ -126,20 +140,27 @@ def _images(place: Path, account: Account, above: tuple[str, ...] = ()) -> Itera
         path = Path(item.path)
         # Unlike the entry's own methods, those of Path take a link to itself for a broken one.
         if path.is_dir():
-            if item.name.startswith(".") or item.name in _SYSTEM:
+            if not _is_class(item):
                 _lose_all(account, path)
-            else:
-                yield from _images(path, account, (*above, real))
+            elif leave_out is None or path.resolve() != leave_out:
+                yield from files_below(path, account, leave_out, (*above, real))
         elif is_hidden(item.name):
             account.lose("hidden_file", item.path)
-        elif not image_stem(item.name):
-            foreign = item.name.rpartition(".")[2].lower() in FOREIGN
-            account.lose("foreign_file" if foreign else "not_image", item.path)
         elif not path.is_file():
             account.lose("not_file", item.path)
         else:
+            yield path
+
+
+def _images(place: Path, account: Account) -> Iterator[Path]:
+    """The images below a class folder."""
+    for path in files_below(place, account):
+        if image_stem(path.name):
             account.used["file"] += 1
             yield path
+        else:
+            foreign = path.suffix[1:].lower() in FOREIGN
+            account.lose("foreign_file" if foreign else "not_image", str(path))
 
 
 def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFolders:
@@ -226,6 +247,21 @@ def check_names(classes: Sequence[str], lines: Sequence[str], source: str) -> No
 
 def _plain(name: str) -> str:
     return " ".join(re.split(r"[\s_-]+", name)).casefold()
+
+
+def read_names(path: Path, classes: Sequence[str], folder: Path, order: ClassOrder | None) -> list[str]:
+    """The class names in a file, for the class folders below `folder`. Raises DataError where they do not fit."""
+    names = read_classnames(path)
+    if len(names) != len(classes):
+        raise DataError(f"class names {path}: {len(names)} for the {len(classes)} folders in {folder}")
+    check_order(classes, folder, order, str(path))
+    check_names(classes, names, str(path))
+    return names
+
+
+def folder_names(classes: Sequence[str]) -> list[str]:
+    """Class names made of the names of class folders. WordNet identifiers become ImageNet's class names."""
+    return imagenet_names(classes) if are_wnids(classes) else [name.replace("_", " ") for name in classes]
 
 
 def are_wnids(names: Iterable[str]) -> bool:
