@@ -15,11 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.account import CAUSES, UNIT_NAMES, Account
+from compt.data.captions import by_column, parse_json
 from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
 from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
 from compt.data.remote import Cache, local
 from compt.data.samples import SampleReader
+from compt.data.scan import KIND_JSON, KIND_TABLE
+from compt.data.table import count_columns
 from compt.data.tokens import CaptionTokens
 from compt.dist.child import process_pool
 from compt.errors import DataError
@@ -38,7 +41,8 @@ class Findings:
     """What some of the samples hold.
 
     account: its samples. lengths: captions by their number of tokens, start and end included. smallest, largest: width
-    and height in pixels. captions_per_image: images by their number of captions.
+    and height in pixels. captions_per_image: images by their number of captions. columns: captions by the field of the
+    `.json` that they come from, or `.txt`.
     """
 
     samples: int = 0
@@ -47,6 +51,7 @@ class Findings:
     smallest: tuple[int, int] = (1 << 30, 1 << 30)
     largest: tuple[int, int] = (0, 0)
     captions_per_image: Counter[int] = field(default_factory=Counter)
+    columns: Counter[str] = field(default_factory=Counter)
 
     def size(self, width: int, height: int) -> None:
         """Note the size of an image."""
@@ -62,6 +67,7 @@ class Findings:
             self.size(*other.smallest)
             self.size(*other.largest)
         self.captions_per_image += other.captions_per_image
+        self.columns += other.columns
 
     @property
     def captions(self) -> int:
@@ -87,7 +93,8 @@ class CheckReport:
     """The findings on all samples of `index`.
 
     account: everything that was read. classes: what is known of the class names, "" for a set without class numbers.
-    captioned: whether samples need captions; a set of class numbers alone can only be classified.
+    captioned: whether samples need captions; a set of class numbers alone can only be classified. table: rows of the
+    table of captions, and captions by column.
     """
 
     index: Index
@@ -96,6 +103,7 @@ class CheckReport:
     classes: str
     captioned: bool
     context_length: int
+    table: tuple[int, Counter[str]] = (0, Counter())
 
     def usable(self, max_bad_share: float) -> bool:
         """Whether a run would go on, with this share of unusable samples or, without captions, class numbers."""
@@ -131,6 +139,8 @@ class CheckReport:
             "captions": self.found.captions,
             "mean_tokens": self.found.mean_tokens,
             "captions_per_image": {str(n): images for n, images in sorted(self.found.captions_per_image.items())},
+            "captions_by_column": dict(self.found.columns),
+            "table": {"rows": self.table[0], "captions_by_column": dict(self.table[1])} if self.table[0] else None,
             "account": self.account.to_json(),
         }
 
@@ -143,6 +153,8 @@ class CheckReport:
             ("shards", f"{len(index.shards):,}"),
             ("samples", f"{found.samples:,} ({index.sizes.min():,} to {index.sizes.max():,} a shard)"),
             ("captions", f"{found.captions:,} usable ({min(images)} to {max(images)} an image)"),
+            *_by_column("captions an image", found.samples, found.columns),
+            *_by_column("captions a row of the table", *self.table),
             (
                 "tokens a caption",
                 (
@@ -155,6 +167,12 @@ class CheckReport:
             *([("class names", self.classes)] if self.classes else []),
             ("fingerprint", index.fingerprint[:16]),
         ]
+
+
+def _by_column(name: str, count: int, columns: Counter[str]) -> list[tuple[str, str]]:
+    """A line with the mean number of captions of each column."""
+    shown = ", ".join(f"{column} {found / count:.3g}" for column, found in columns.items())
+    return [(name, shown)] if shown else []
 
 
 def _examine(
@@ -189,6 +207,10 @@ def _examine(
             found.captions_per_image[len(texts)] += 1
             for caption in texts:
                 found.lengths[min(tokens.length(caption), _LONGEST)] += 1
+            if texts and entry.text_kind < KIND_TABLE:
+                values = parse_json(reader.text(entry)) or {} if entry.text_kind == KIND_JSON else {}
+                by = by_column(values, index.columns) or {".txt": texts}
+                found.columns.update({column: len(captions) for column, captions in by.items()})
     return found
 
 
@@ -247,7 +269,8 @@ def check(
     account = Account()
     account.add(index.account)
     account.add(total.account)
-    return CheckReport(index, total, account, said, captioned, context_length)
+    table = count_columns(captions_csv, columns) if captions_csv else (0, Counter[str]())
+    return CheckReport(index, total, account, said, captioned, context_length, table)
 
 
 def _run(

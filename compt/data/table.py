@@ -7,6 +7,7 @@ import json
 import os
 import re
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -205,6 +206,15 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = (), keep: K
         meta = {**identity, "digest": digest, "account": writer.account.to_json(), "owner": writer.owner}
         write_json(temporary / "meta.json", meta)
     return CaptionTable(folder, digest, writer.account, writer.owner)
+
+
+def count_columns(path: Path, columns: Sequence[str] = ()) -> tuple[int, Counter[str]]:
+    """The rows of a table that have captions, and the captions in each of its columns. Raises DataError."""
+    rows, found = 0, Counter[str]()
+    for _, texts in _Writer(path, columns, "columns").rows():
+        rows += 1
+        found.update(column for column, _ in texts)
+    return rows, found
 
 
 class _Writer:

@@ -304,7 +304,24 @@ def test_dreamlip_is_merged_and_cut_as_the_authors_cut_it(tmp_path: Path, way: s
     if way != "json":
         assert packed.account.unused["unmatched"] == 1
         assert packed.account.used[{"url": "by URL", "key": "by key"}[way]] == 3
-    assert check(str(tmp_path / "out"), Path()).usable(0)
+    report = check(str(tmp_path / "out"), Path())
+    assert report.usable(0)
+    sentences = len(authors_split(f"x 1. {LONG}"))
+    raw = "caption" if way == "json" else "raw_caption"
+    assert report.found.columns == {raw: 3, ".txt": 1, **dict.fromkeys(HEADER[1:], 3 * sentences)}
+    assert dict(report.rows())["captions an image"].startswith(f"{raw} 0.75, shortIB_captions {0.75 * sentences:.3g}, ")
+
+
+def test_check_counts_the_columns_of_a_table(tmp_path: Path) -> None:
+    make_shards(tmp_path / "in", n=4, shards=1)
+    urls = [f"0000{at:05d}" for at in range(4)]
+    dreamlip_table(tmp_path / "t.csv", urls)
+    report = check(str(tmp_path / "in"), Path(), captions_csv=tmp_path / "t.csv")
+    with (tmp_path / "t.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = {name: sum(len(read_columns({name: row[name]}, (name,))[0].texts) for row in rows) for name in HEADER}
+    assert report.table == (4, {**expected, "longLLA_captions": 1})
+    assert dict(report.rows())["captions a row of the table"].startswith("raw_caption 1, shortIB_captions 1, longIB")
 
 
 @pytest.mark.parametrize(
