@@ -166,7 +166,7 @@ def read(folder: Path, how: str, shards: int, samples: int) -> Row:
     found = cost.end("open")
     cost, started = Cost(), time.process_time()
     middle = len(index) // BATCH // 2
-    steps = Steps(index.sizes, SEED, WINDOW, BATCH, middle, middle + BATCHES, 0, 1)
+    steps = Steps(index, SEED, WINDOW, BATCH, middle, middle + BATCHES, 0, 1)
     for count, step in enumerate(steps):
         for sample in step.ids.tolist():
             assert index.entry(sample).key.isdigit()

@@ -32,6 +32,7 @@ from compt.bench.throughput import device_name
 from compt.data.batch import Batch
 from compt.data.index import open_index
 from compt.data.loaders import train_loader
+from compt.data.mixture import open_training
 from compt.errors import RunError
 from compt.plan.jobs import make_plan
 from compt.recipe.read import find_recipe, load_recipe
@@ -82,7 +83,7 @@ def _timed(step: TrainingStep, batches: Iterator[Batch], steps: int) -> Row:
 def measure(case: Case, repeats: int, seconds: float) -> Iterator[Row]:
     """One row for each link, decoder, repeat and source of batches."""
     recipe = load_recipe(find_recipe(case.recipe), case.settings)
-    index = open_index(case.shards or recipe.data.train, Path())
+    index = open_index(case.shards, Path()) if case.shards else open_training(recipe.data, Path())
     for job, decoder in itertools.product(make_plan(recipe).links[: case.links], case.decoders):
         step = TrainingStep(Setup.of_job(job, recipe, Path()), torch.device("cpu"))
         engine = step.setup.engine

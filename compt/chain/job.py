@@ -207,7 +207,7 @@ class JobRun:
         return {**kept, "initial_hash": initial.hash}
 
     def _settings(self) -> TrainSettings:
-        recipe, job, images = self.context.recipe, self.job, len(self.context.index)
+        recipe, job, images = self.context.recipe, self.job, self.context.index.images
         optimizer, engine = recipe.optimizer, self._engine_config
         _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
         every = recipe.evaluation.every

@@ -20,7 +20,8 @@ from compt.chain.job import JobRun, RunContext
 from compt.chain.locks import LOCKS, locked, writing
 from compt.chain.record import is_finished, now, read_manifest, read_record
 from compt.chain.start import hash_of, open_start
-from compt.data.index import Index, open_index
+from compt.data.index import Index
+from compt.data.mixture import open_training
 from compt.data.remote import Cache
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
@@ -112,7 +113,8 @@ def check_unchanged(context: RunContext, plan: Plan) -> None:
     known = _read_state(folder).get("contents", {}) if begun else {}
     changed = [what for what, content in context.contents.items() if known.get(what, content) != content]
     if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
-        what = next((what for what in changed if what.startswith(_TABLE)), "the training shards")
+        shards = "the training shards, or their weights," if context.index.mixture else "the training shards"
+        what = next((what for what in changed if what.startswith(_TABLE)), shards)
         raise RunError(
             f"{folder}: {what} are not those that {begun[0].name} was begun on; take another run folder, or put the "
             "old data back"
@@ -146,18 +148,11 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
     Rank 0 builds what is missing. Then one process of each machine does: each may have its own cache folder.
     """
-    data = recipe.data
-    folder = index_folder_of(recipe, base)
-    csv = base / data.captions_csv if data.captions_csv else None
+    data, folder = recipe.data, index_folder_of(recipe, base)
     dist.on_all(DECODERS.load(data.decoder))
 
     def open_it() -> Index:
-        return open_index(
-            *(data.train, base, folder, csv),
-            columns=data.caption_columns or (),
-            min_matched=data.min_matched,
-            cache=Cache.of(data, base),
-        )
+        return open_training(data, base, folder, Cache.of(data, base))
 
     dist.on_main(open_it)
     dist.on_all(lambda: open_it() if dist.local_rank() == 0 else None)
@@ -166,8 +161,8 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
 def data_warnings(data: Data, index: Index) -> Iterator[str]:
     """What a person should know of the data before training."""
-    if len(index) != data.images:
-        yield f"data.images is {data.images}, but the shards hold {len(index)}: using these"
+    if index.images != data.images:
+        yield f"data.images is {data.images}, but the shards hold {index.images}: using these"
     if index.account.faults:
         yield f"data.train holds more than is used: {index.account.line()} (compt data check shows what to do)"
     few = Counter({n: images for n, images in index.counts.items() if 0 < n < data.captions})
@@ -200,11 +195,12 @@ def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | 
                 "command": shlex.join(sys.argv),
                 "primary": recipe.evaluation.primary,
                 "contact_sheet": recipe.evaluation.contact_sheet,
-                "images": len(context.index),
+                "images": context.index.images,
                 "batch": recipe.optimizer.batch,
                 "captions": recipe.data.captions,
                 "data_fingerprint": context.index.fingerprint,
                 "account": context.index.account.to_json(),
+                **({"sets": context.index.sets} if context.index.sets else {}),
                 "contents": {**old.get("contents", {}), **context.contents},
                 "jobs": [*planned, *kept],
                 **({"calibration": tested} if tested else {}),
@@ -261,7 +257,7 @@ def plan_run(
         context.recipe,
         baselines=baselines,
         controls=controls,
-        images=len(context.index),
+        images=context.index.images,
         world_size=dist.world_size(),
         start=context.start,
         scales=scales,

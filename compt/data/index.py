@@ -27,6 +27,7 @@ from compt.data.account import Account
 from compt.data.content import sampled_hash, spread
 from compt.data.find import expand_patterns
 from compt.data.merged import Merged, ShardRows, write_merged
+from compt.data.order import Mixture
 from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
 from compt.data.scan import KIND_TABLE, ShardScan, scan_shard
 from compt.data.table import CaptionTable, Keep, convert_table
@@ -79,7 +80,8 @@ class Index:
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes;
     it does not depend on the folder. content: hash of some samples of each shard.
     columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read. counts:
-    images by their number of captions. In memory are a few numbers for each shard, and none for a sample.
+    images by their number of captions. mixture: how often an epoch has the samples of several sets. sets: their shards,
+    weights, counts and accounts, as plain values. In memory are a few numbers for each shard, and none for a sample.
     """
 
     def __init__(
@@ -88,6 +90,8 @@ class Index:
         self.shards = tuple(shards)
         self.captions = captions
         self.columns = tuple(columns)
+        self.mixture: Mixture | None = None
+        self.sets: list[dict[str, Any]] = []
         self.sizes = merged.samples.copy()
         self.ends = np.cumsum(self.sizes)
         self.starts = self.ends - self.sizes
@@ -97,6 +101,11 @@ class Index:
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
+
+    @property
+    def images(self) -> int:
+        """Images of an epoch."""
+        return len(self) if self.mixture is None else int(self.mixture.sizes.sum())
 
     @property
     def places(self) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar
 
@@ -61,21 +62,14 @@ class Steps(Sampler[Reference]):
     """
 
     def __init__(
-        self,
-        sizes: NDArray[np.int64],
-        seed: int,
-        window: int,
-        batch: int,
-        start: int,
-        stop: int,
-        rank: int,
-        world_size: int,
+        self, index: Index, seed: int, window: int, batch: int, start: int, stop: int, rank: int, world_size: int
     ) -> None:
-        self._sizes, self._seed, self._window = sizes, seed, window
+        self._index, self._mixture = index, index.mixture
+        self._sizes, self._seed, self._window = (self._mixture or index).sizes, seed, window
         self._batch, self._start, self._stop = batch, start, stop
         share = batch // world_size
         self._part = slice(rank * share, (rank + 1) * share)
-        self.steps_per_epoch = int(sizes.sum()) // batch
+        self.steps_per_epoch = index.images // batch
 
     def __len__(self) -> int:
         return max(self._stop - self._start, 0)
@@ -87,7 +81,8 @@ class Steps(Sampler[Reference]):
                 epoch = step // self.steps_per_epoch
                 order = EpochOrder(self._seed, epoch, self._sizes, self._window)
             first = step % self.steps_per_epoch * self._batch
-            yield Reference(epoch, order[first : first + self._batch][self._part])
+            ids = order[first : first + self._batch][self._part]
+            yield Reference(epoch, self._mixture.find(epoch, ids, self._index.sizes) if self._mixture else ids)
 
 
 class Read(NamedTuple):
@@ -176,12 +171,13 @@ class _Draws(Dataset["Read | Share | Failure"]):
         """Count an unusable sample and put a substitute in its place. Raises DataError after `MAX_SUBSTITUTES`."""
         index = self._drawer.reader.index
         share.skipped[error.cause] += 1
-        share.bad.append((place, f"{index.describe(share.samples[place])}: {error.cause}: {error}"))
+        share.bad.append((place, f"{index.describe(share.samples[place] % len(index))}: {error.cause}: {error}"))
         attempt = share.tried[place]
         share.tried[place] += 1
         if share.tried[place] == MAX_SUBSTITUTES:
             raise DataError(f"{MAX_SUBSTITUTES} samples in a row cannot be used; the last is {share.bad[-1][1]}")
-        key = index.key(share.asked[place])
+        copy, asked = divmod(share.asked[place], len(index))
+        key = index.key(asked) + (f"\0{copy}" if copy else "")
         share.samples[place] = substitute(self._kind.seed, share.epoch, key, attempt, len(index))
 
 
@@ -270,11 +266,11 @@ def _with_shards(items: Iterable[_T], index: Index, ahead: int, workers: int) ->
     if not index.remote:
         return items
     behind = IN_WORK * workers + 1
-    return staged(items, _ids, index.ends, index.shards, ahead, behind)
+    return staged(items, partial(_ids, len(index)), index.ends, index.shards, ahead, behind)
 
 
-def _ids(item: Any) -> NDArray[np.int64]:
-    return item.ids if isinstance(item, Reference) else item
+def _ids(samples: int, item: Any) -> NDArray[np.int64]:
+    return item.ids % samples if isinstance(item, Reference) else item
 
 
 def train_loader(
@@ -307,15 +303,15 @@ def train_loader(
     """
     if batch % world_size:
         raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
-    if len(index) < batch:
-        raise DataError(f"{len(index)} samples are fewer than one batch of {batch}; take a smaller batch or more data")
+    if index.images < batch:
+        raise DataError(f"{index.images} samples are fewer than one batch of {batch}: lower the batch, or add data")
     kind = Kind(image_size, captions, crop_scale, seed)
     tokens = CaptionTokens(context_length, tokenizer)
     chosen: Decoder = DECODERS.load(decoder)()
     drawer = Drawer(index, kind, tokens, chosen, CACHE_BYTES if cache else 0)
     if cache and workers:
         drawer.fill()
-    steps = Steps(index.sizes, seed, window, batch, start_step, total_steps, rank, world_size)
+    steps = Steps(index, seed, window, batch, start_step, total_steps, rank, world_size)
     return TrainLoader(steps, len(steps), index, 2 * window, _Draws(drawer, kind, chosen), workers, max_bad_share)
 
 

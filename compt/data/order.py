@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -79,6 +80,53 @@ class EpochOrder:
         """`count` words of the epoch's stream, beginning with number `first`."""
         source = np.random.Philox(key=self._key).advance(first // 4)  # the counter moves once for four words
         return source.random_raw(first % 4 + count)[first % 4 :]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """What an epoch has of several sets: of weight w, each sample floor(w) times, and a share w - floor(w) once more.
+
+    These shares rotate: in each epoch a shard goes on where it stopped in the epoch before. So a sample is seen w times
+    an epoch on average, and a set of weight 1 as without weights.
+
+    Each array has an item for each copy of a shard. shards: its number. copies: how often the epoch has the shard
+    before. sizes: samples of it in an epoch.
+    """
+
+    shards: NDArray[np.int64]
+    copies: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, sets: Sequence[tuple[float, NDArray[np.int64]]]) -> Mixture:
+        """The mixture of sets with their weights and the sizes of their shards, which are numbered through all sets."""
+        parts: list[tuple[NDArray[np.int64], int, NDArray[np.int64]]] = []
+        first = 0
+        for weight, sizes in sets:
+            numbers, whole = np.arange(first, first + len(sizes)), int(weight)
+            parts += [(numbers, copy, sizes) for copy in range(whole)]
+            if weight > whole:
+                # Rounded sums: the parts of small shards add up to the share of the set.
+                ends = np.rint((weight - whole) * np.cumsum(sizes)).astype(np.int64)
+                parts.append((numbers, whole, np.diff(ends, prepend=0)))
+            first += len(sizes)
+        return cls(
+            np.concatenate([numbers for numbers, _, _ in parts]),
+            np.concatenate([np.full(len(numbers), copy) for numbers, copy, _ in parts]),
+            np.concatenate([sizes for _, _, sizes in parts]),
+        )
+
+    def find(self, epoch: int, places: NDArray[np.int64], sizes: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples at `places` of an epoch, which count the samples of all copies; `sizes` are those of all shards.
+
+        The sample s of n is s + c n where it is that of copy c.
+        """
+        ends = np.cumsum(self.sizes)
+        at = ends.searchsorted(places, side="right")
+        shards, taken = self.shards[at], self.sizes[at]
+        within = (places - ends[at] + taken + epoch * taken) % sizes[shards]
+        starts: NDArray[np.int64] = (np.cumsum(sizes) - sizes)[shards]
+        return starts + within + self.copies[at] * int(sizes.sum())
 
 
 def caption_choice(seed: int, epoch: int, key: str, n: int, m: int) -> list[int]:

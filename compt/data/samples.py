@@ -234,16 +234,18 @@ class Drawer:
                         self._remember(sample)
 
     def draw(self, sample: int, epoch: int) -> Drawn:
-        """One sample at one epoch. Raises Unusable."""
+        """One sample at one epoch; sample + c n is its copy c, see `Mixture.find`. Raises Unusable."""
+        copy, sample = divmod(sample, len(self.reader.index))
         found = self._kept.get(sample)
         if found is None:
             found = self._remember(sample) if self._free > 0 else self._read(sample)
         if isinstance(found, Unusable):
             raise Unusable(found.cause, str(found))
         key, image, captions, lost = found
-        places = self._choose(key, epoch, len(captions))
+        drawn_by = f"{key}\0{copy}" if copy else key
+        places = self._choose(drawn_by, epoch, len(captions))
         chosen = [self._tokens.ids(text) if isinstance(text := captions[at], str) else text for at in places]
-        box = self._box(key, epoch, image)
+        box = self._box(drawn_by, epoch, image)
         prepared = self._decoder.prepare(image, box, self._kind.image_size)
         return Drawn(key, prepared, box, chosen, len(captions) < self._kind.captions, lost)
 

@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 from compt.files import write_text
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.expansion import Expand
-from compt.recipe.schema import Recipe
+from compt.recipe.schema import Recipe, TrainSet
 from compt.recipe.types import Duration, OneOf, is_execution, section_within
 
 _INTRODUCTION = """# Recipes
@@ -83,7 +83,8 @@ def _operators() -> Iterator[str]:
 def _type(annotation: Any, field: FieldInfo) -> str:
     inner, many = section_within(annotation)
     if inner is not None:
-        return "duration" if inner is Duration else "list of sections" if many else "section"
+        kind = "texts or sections" if inner is TrainSet else "sections"
+        return "duration" if inner is Duration else f"list of {kind}" if many else "section"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)

@@ -10,7 +10,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from compt.errors import ConfigError, nearest
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
@@ -18,6 +28,7 @@ from compt.models.scalars import DEFAULT_LOSS, LOSS_TRAITS
 from compt.recipe.engine import EngineConfig, changed_engine, placed
 from compt.recipe.expansion import Expand, LinkExpand
 from compt.recipe.types import (
+    Address,
     CaptionTokens,
     Count,
     Duration,
@@ -30,6 +41,7 @@ from compt.recipe.types import (
     Triple,
     execution,
     later,
+    listed,
 )
 
 Control = Literal["equal_epochs", "equal_macs", "equal_chain_macs"]
@@ -55,14 +67,43 @@ SHARD_CACHE = 100 * 10**9
 """Bytes of shards from object storage that a machine keeps, unless the recipe says another number."""
 
 
+class TrainSet(Section):
+    """One of several training sets, as in `train: [{shards: cc3m/*.tar, weight: 2.5}, {shards: cc12m/*.tar}]`.
+
+    An epoch has each sample of a set `weight` times: 2.5 is twice, and half of the set a third time. The halves take
+    turns. Each time, other crops and captions are drawn.
+    """
+
+    shards: Shards = execution(...)
+    """Shards, as in `data.train`."""
+    weight: float = execution(1.0, gt=0)
+    """How often an epoch has each sample. A run with other weights does not resume."""
+
+
+def _is_set(value: Any) -> str:
+    return "[set]" if isinstance(value, dict | TrainSet) else "[shards]"  # messages leave out names in brackets
+
+
+_ShardsOrSet = Annotated[
+    Annotated[Address, Tag("[shards]")] | Annotated[TrainSet, Tag("[set]")], Discriminator(_is_set)
+]
+
+
 class Data(Section):
     """The training set: images with captions."""
 
-    train: Shards = execution(...)
+    train: Annotated[
+        list[
+            Annotated[Annotated[Address, Tag("[shards]")] | Annotated[TrainSet, Tag("[set]")], Discriminator(_is_set)]
+        ],
+        BeforeValidator(listed),
+        Field(min_length=1),
+    ] = execution(...)
     """WebDataset shards: a path, a `*` or `{000..123}` pattern, or a list of them. Object storage: `s3://bucket/path`,
-    `gs://`, `az://`, `hf://`, `https://`."""
+    `gs://`, `az://`, `hf://`, `https://`. Or a list of sets, each with a weight."""
     images: Count = Field(gt=0)
-    """Number of images in the shards. Plans use it; a run checks it against the shards."""
+    """Number of images in the shards, each as often as the weight of its set says. Plans use it; a run checks it
+    against the shards."""
     captions: int = Field(default=4, gt=0)
     """Captions of an image in a step, drawn without replacement in every epoch."""
     caption_tokens: CaptionTokens | None = execution(None)
@@ -103,6 +144,8 @@ class Data(Section):
             raise ValueError(f"crop_scale {low}, {high} is not a range within 0 to 1")
         if min(self.std) <= 0:
             raise ValueError(f"std {', '.join(map(str, self.std))} has to be above 0")
+        if self.captions_csv is not None and any(isinstance(one, TrainSet) for one in self.train):
+            raise ValueError("captions_csv: goes with one set; merge each with its table first: compt data dreamlip")
         return self
 
 

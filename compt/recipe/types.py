@@ -128,8 +128,9 @@ def _count(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
+def listed(value: Any) -> Any:
+    """A list, also of a single value."""
+    return [value] if isinstance(value, str | dict) else value
 
 
 def checked_address(value: str) -> str:
@@ -160,8 +161,8 @@ Count = Annotated[int, BeforeValidator(_count)]
 Pair = Annotated[tuple[float, float], Field(strict=False)]
 Triple = Annotated[tuple[float, float, float], Field(strict=False)]
 Address = Annotated[str, AfterValidator(checked_address)]
-Paths = Annotated[list[Address], BeforeValidator(_listed)]
-Shards = Annotated[list[Address], BeforeValidator(_listed), Field(min_length=1)]
+Paths = Annotated[list[Address], BeforeValidator(listed)]
+Shards = Annotated[list[Address], BeforeValidator(listed), Field(min_length=1)]
 
 
 def checked_caption_tokens(value: Any) -> Any:

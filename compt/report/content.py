@@ -257,8 +257,18 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
 
 def data_tables(state: dict[str, Any]) -> list[TextTable]:
     """What the training shards hold; nothing for the run of an older version."""
-    account = state.get("account")
-    return Account.from_json(account).tables("Training data") if account else []
+    account, sets = state.get("account"), state.get("sets", [])
+    rows = [
+        [one["shards"], f"{one['weight']:g}", f"{one['samples']:,}", f"{one['images']:,}", _unused(one["account"])]
+        for one in sets
+    ]
+    header = ["shards", "weight", "samples", "images of an epoch", "not used"]
+    apart = [TextTable("Training sets", header, rows)] if sets else []
+    return [*apart, *(Account.from_json(account).tables("Training data") if account else [])]
+
+
+def _unused(account: dict[str, Any]) -> str:
+    return Account.from_json(account).line() or "–"
 
 
 def unfinished(jobs: list[JobView]) -> list[str]:

@@ -42,6 +42,7 @@ from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.init import DrawnState
 from compt.models.presets import NORM_EPS, PRESETS
 from compt.recipe.read import load_recipe
+from compt.report.content import data_tables
 from compt.train.metrics import read_metrics
 from compt.weights import lazy as sources_weights
 from compt.weights.artefact import Artefact, export_open_clip, read_artefact, write_artefact
@@ -410,6 +411,27 @@ def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> Non
     # The same shards in another place are the same data.
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
     chain(moved, half)
+
+
+SETS = "data.train=[{shards: 'train/000000.tar', weight: 1.5}, {shards: 'train/{000001..000003}.tar', weight: 2}]"
+
+
+def test_sets_with_weights_make_longer_epochs_and_resume(base: Path, tmp_path: Path) -> None:
+    chain(base, tmp_path / "whole", SETS, "chain.links.0.train={epochs: 1}")
+    run = tmp_path / "run"
+    stopped_at(base, run, 3, SETS, "chain.links.0.train={epochs: 1}")
+    with pytest.raises(RunError, match="the training shards, or their weights, are not those"):
+        chain(base, run, SETS.replace("1.5", "1"), "chain.links.0.train={epochs: 1}")
+    chain(base, run, SETS, "chain.links.0.train={epochs: 1}")
+    assert_same(tmp_path / "whole", run)
+    state = read_json(run / "run.json")
+    assert [(one["samples"], one["images"]) for one in state["sets"]] == [(12, 18), (36, 72)]
+    assert (state["images"], manifest(run, FIRST)["trained"]["steps"]) == (90, 90 // 12)
+    table = data_tables(state)[0]
+    assert [row[:4] for row in table.rows] == [
+        ["train/000000.tar", "1.5", "12", "18"],
+        ["train/{000001..000003}.tar", "2", "36", "72"],
+    ]
 
 
 def test_what_the_data_hold_is_said_before_training(
