@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compt.cli.options import AsJson, ClassOrder, MaxBadShare, option, print_json, progress_bar
+from compt.cli.options import RECIPE, AsJson, ClassOrder, MaxBadShare, option, print_json, progress_bar
+from compt.errors import ConfigError
+from compt.recipe.read import load_recipe
 from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
-from compt.text import TextTable, show
+from compt.text import TextTable, count, show
 
 if TYPE_CHECKING:
     from compt.data.pack import PackOptions
@@ -57,7 +59,13 @@ def emoji(
 
 
 def check(
-    shards: Shards,
+    shards: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="SHARDS", help="tars, globs, or data-{000000..000331}.tar", show_default="those of --recipe"
+        ),
+    ] = None,
+    recipe: Annotated[Path | None, option("compare with the numbers of this recipe", **RECIPE)] = None,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
     min_matched: MinMatched = MIN_MATCHED,
@@ -75,8 +83,18 @@ def check(
     evaluation would refuse the set: too many unusable samples or, without captions, class numbers.
     """
     from compt.data.check import check as run_check
+    from compt.data.mixture import open_training, sets_table
     from compt.data.remote import Cache
 
+    loaded, own = load_recipe(recipe) if recipe else None, not shards
+    if loaded:
+        data = loaded.data
+        shards = shards or [each for one in data.train for each in ([one] if isinstance(one, str) else one.shards)]
+        captions_csv = captions_csv or (Path(data.captions_csv) if data.captions_csv else None)
+        caption_columns = caption_columns or data.caption_columns
+        index_dir = index_dir or (Path(data.index_dir) if data.index_dir else None)
+    if not shards:
+        raise ConfigError("name shards, or a recipe with --recipe")
     # The shards are hashed after the check, and on request alone: it reads every byte once more.
     with progress_bar("checking samples") as progress:
         found = run_check(
@@ -93,13 +111,36 @@ def check(
         )
     if hashes:
         _refuse_changed(found.index.shards, index_dir)
+    compared, sets = [], []
+    if loaded:
+        index = open_training(loaded.data, Path(), index_dir, Cache.at(cache_dir)) if own else found.index
+        compared, sets = found.compare(loaded, index.images), index.sets
     if as_json:
-        typer.echo(json.dumps({**found.to_json(max_bad_share), "hashes_compared": hashes}, indent=1))
+        values = {**found.to_json(max_bad_share), "hashes_compared": hashes}
+        values |= {"recipe": {name: {"recipe": one, "found": other} for name, one, other in compared}} if loaded else {}
+        values |= {"sets": sets} if sets else {}
+        typer.echo(json.dumps(values, indent=1))
     else:
         rows = [*found.rows(), *([("hashes", "those of the first time")] if hashes else [])]
-        show(TextTable(found.title(max_bad_share), ("", "found"), rows), *found.account.tables())
+        tables = [TextTable(found.title(max_bad_share), ("", "found"), rows), *found.account.tables()]
+        if sets:
+            tables.append(sets_table(sets))
+        if loaded:
+            shown = [[name, _number(one), _number(other), _change(one, other)] for name, one, other in compared]
+            tables.append(TextTable(f"Recipe {loaded.name}", ("", "recipe", "found", "change"), shown))
+        show(*tables)
     if not found.usable(max_bad_share):
         raise typer.Exit(3)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "the whole context"
+    return count(value) if value >= 1e9 else f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
+
+
+def _change(before: float | None, after: float) -> str:
+    return "" if before is None or before == after else f"{100 * (after / before - 1):+.3g} %"
 
 
 PackSource = Annotated[

@@ -19,6 +19,7 @@ from compt.data.captions import by_column, parse_json
 from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
 from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
+from compt.data.lengths import as_found, store_lengths
 from compt.data.remote import Cache, local
 from compt.data.samples import SampleReader
 from compt.data.scan import KIND_JSON, KIND_TABLE
@@ -26,7 +27,8 @@ from compt.data.table import count_columns
 from compt.data.tokens import CaptionTokens
 from compt.dist.child import process_pool
 from compt.errors import DataError
-from compt.recipe.schema import MIN_MATCHED
+from compt.plan.jobs import make_plan
+from compt.recipe.schema import MIN_MATCHED, Recipe
 
 _CHUNK = 500
 """Samples that a worker process checks at a time."""
@@ -143,6 +145,26 @@ class CheckReport:
             "table": {"rows": self.table[0], "captions_by_column": dict(self.table[1])} if self.table[0] else None,
             "account": self.account.to_json(),
         }
+
+    def compare(self, recipe: Recipe, images: int) -> list[tuple[str, float | None, float]]:
+        """What a recipe assumes (None: the whole context), and what was found; `images` are those of an epoch.
+
+        Images, captions of an image that are drawn and that are there, tokens computed for a caption, MACs of all that
+        the recipe trains. Raises ConfigError.
+        """
+        found = as_found(recipe, images, self.found.lengths if self.found.captions else None)
+        tokens, padded = (each.data.caption_tokens for each in (recipe, found))
+        if isinstance(tokens, dict):
+            tokens = sum(length * share for length, share in tokens.items()) / sum(tokens.values())
+        before, after = (
+            sum(job.cost.total_macs for job in make_plan(each).jobs if job.same_as is None) for each in (recipe, found)
+        )
+        return [
+            ("images of an epoch", recipe.data.images, images),
+            ("captions of an image", recipe.data.captions, self.found.captions / max(self.found.samples, 1)),
+            ("tokens computed for a caption", tokens, padded if isinstance(padded, float) else 0),
+            ("MACs", before, after),
+        ]
 
     def rows(self) -> list[tuple[str, str]]:
         """Label and value of each finding, for a table."""
@@ -266,6 +288,7 @@ def check(
         total.add(part)
         if progress:
             progress(total.samples, len(index))
+    store_lengths(index, index_dir, total.lengths)  # compt plan reads them
     account = Account()
     account.add(index.account)
     account.add(total.account)

@@ -386,19 +386,24 @@ def build_index(
     columns: Sequence[str] = (),
     min_matched: float = MIN_MATCHED,
     keep: Keep = "",
+    scan: bool = True,
 ) -> Index:
     """Index the shards: open the file of all, or merge it, scanning only shards without a valid stored index.
 
     `columns` names the fields with captions, of a `.json` and of the table (default: the known ones). `workers`
     processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard
     is missing, compressed or unreadable, the index cannot be written, there is no sample at all, or the table of
-    captions has a row for a smaller share of the samples than `min_matched`, or for none.
+    captions has a row for a smaller share of the samples than `min_matched`, or for none. Without `scan` it is raised
+    where the file of all is missing.
     """
     table = None
     if captions_csv:
         table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns, keep)
     files = _IndexFiles(shards, out, CaptionSource(table, columns))
-    index = Index(shards, files.find() or files.merge(workers, progress), table, columns)
+    merged = files.find()
+    if merged is None and not scan:
+        raise DataError(f"the shards beginning with {shards[0]} are not indexed")
+    index = Index(shards, merged or files.merge(workers, progress), table, columns)
     if not len(index):
         lost = index.account.line(cause for cause, count in index.account.unused.items() if count)
         raise DataError(f"no samples in {len(shards)} shards beginning with {shards[0]}: {lost or 'all empty'}")
@@ -474,13 +479,15 @@ def open_index(
     min_matched: float = MIN_MATCHED,
     cache: Cache | None = None,
     keep: Keep = "",
+    scan: bool = True,
 ) -> Index:
     """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does.
 
-    cache: for shards in object storage. keep: what the table of captions keeps; training reads captions alone.
+    cache: for shards in object storage. keep: what the table of captions keeps; training reads captions alone. scan: as
+    in `build_index`.
     """
     beside = Account()
     shards = expand_patterns(patterns, base, beside, cache)
-    index = build_index(shards, index_dir, progress, captions_csv, None, columns, min_matched, keep)
+    index = build_index(shards, index_dir, progress, captions_csv, None, columns, min_matched, keep, scan)
     index.account.add(beside)
     return index

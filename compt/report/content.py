@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from compt.data.account import Account
+from compt.data.mixture import sets_table
 from compt.evaluate.sets import task_class
 from compt.evaluate.task import ScoreRow
 from compt.recipe.schema import EVALUATION_TASKS
@@ -257,18 +258,9 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
 
 def data_tables(state: dict[str, Any]) -> list[TextTable]:
     """What the training shards hold; nothing for the run of an older version."""
-    account, sets = state.get("account"), state.get("sets", [])
-    rows = [
-        [one["shards"], f"{one['weight']:g}", f"{one['samples']:,}", f"{one['images']:,}", _unused(one["account"])]
-        for one in sets
-    ]
-    header = ["shards", "weight", "samples", "images of an epoch", "not used"]
-    apart = [TextTable("Training sets", header, rows)] if sets else []
+    account, sets = state.get("account"), state.get("sets")
+    apart = [sets_table(sets)] if sets else []
     return [*apart, *(Account.from_json(account).tables("Training data") if account else [])]
-
-
-def _unused(account: dict[str, Any]) -> str:
-    return Account.from_json(account).line() or "–"
 
 
 def unfinished(jobs: list[JobView]) -> list[str]:

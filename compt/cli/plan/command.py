@@ -87,6 +87,9 @@ def plan(
         request = DesignRequest(goal, in_, members, budget, tuple(runs or ()), runs_on)
         run_auto(loaded, recipe, request, machine, out=out, as_json=as_json)
         return
+    from compt.data.lengths import with_data
+
+    loaded, about = with_data(loaded, Path())
     forecast = make_forecast(
         loaded,
         _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),
@@ -95,9 +98,9 @@ def plan(
         source=str(recipe),
     )
     if as_json:
-        print_json(forecast.to_json())
+        print_json({**forecast.to_json(), "data": about})
     else:
-        show(*plan_tables(forecast, mode or "exact", memory))
+        show(*plan_tables(forecast, mode or "exact", memory, about))
 
 
 def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *, members: bool) -> Machine | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from compt.cost.memory import Memory
 from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS
@@ -21,10 +21,13 @@ from compt.text import TextTable, count, digits, hours
 PARTS = tuple(field.name for field in fields(Memory))
 
 
-def plan_tables(forecast: Forecast, mode: Mode = "exact", parts_of: str | None = None) -> list[TextTable]:
-    """The tables of a plan; `parts_of` names the engine whose memory is shown part by part."""
-    machine = forecast.machine
-    tables = [plan_table(forecast, mode), hours_table(forecast, mode), speedup_table(forecast, mode)]
+def plan_tables(
+    forecast: Forecast, mode: Mode = "exact", parts_of: str | None = None, about: str = ""
+) -> list[TextTable]:
+    """The tables of a plan; `parts_of` names the engine whose memory is shown part by part. about: a further note."""
+    machine, first = forecast.machine, plan_table(forecast, mode)
+    first = replace(first, notes=[*first.notes, *([about] if about else [])])
+    tables = [first, hours_table(forecast, mode), speedup_table(forecast, mode)]
     tables += [memory_table(forecast), parts_table(forecast, parts_of) if machine and parts_of else None]
     return [table for table in (*tables, disk_table(forecast)) if table is not None]
 
