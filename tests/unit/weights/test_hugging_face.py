@@ -216,7 +216,7 @@ def test_sizes_of_no_model_end_at_once(tmp_path, part, key, value, message):
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act is gelu and quick_gelu"),
         ({"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}}, "hidden_act is relu"),
         ({"text_config": {"eos_token_id": 5}}, "eos_token_id is 5"),
-        ({"text_config": {"num_attention_heads": 7}}, "is not 7 heads"),
+        ({"text_config": {"num_attention_heads": 7}}, "is not 7 x 73"),
         ({"text_config": {"hidden_size": "x"}}, r"text_config\.hidden_size is 'x'; it must be a whole number"),
         ({"vision_config": {"hidden_size": 768.0}}, r"vision_config\.hidden_size is 768\.0; it must be a whole number"),
         ({"vision_config": {"num_hidden_layers": True}}, "num_hidden_layers is True; it must be a whole number"),
