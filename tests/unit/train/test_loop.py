@@ -519,15 +519,19 @@ def assert_same_run(whole: Path, other: Path) -> None:
         assert manifest(whole, job)["scores"] == manifest(other, job)["scores"]
 
 
-@pytest.mark.parametrize("changes", [[], ["engine.workers=2", "engine.cache=true"]])
+@pytest.mark.parametrize(
+    ("changes", "stops"),
+    [([], ((1, 3, 6), (2, 3))), (["engine.workers=2", "engine.cache=true"], ((3,), (2,)))],
+    ids=["one process", "workers and a cache"],
+)
 def test_a_chain_stopped_in_every_training_is_uninterrupted(
-    changes: list[str], base: Path, whole: Path, tmp_path: Path
+    changes: list[str], stops: tuple[tuple[int, ...], tuple[int, ...]], base: Path, whole: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     every = ["optimizer.ema={decay: 0.9}", "engine.checkpoint_every={steps: 50}", *changes]
-    for step in (1, 3, 6):
+    for step in stops[0]:
         assert f"1-small: stopped by SIGTERM at step {step} of 6" in str(stopped_at(base, run, step, *every))
-    for step in (2, 3):
+    for step in stops[1]:
         assert f"2-large: stopped by SIGTERM at step {step} of 5" in str(stopped_at(base, run, step, *every))
     chain(base, run, *every)
     assert_same_run(whole, run)
