@@ -4,6 +4,7 @@
 """
 
 import gc
+import logging
 
 gc.disable()  # collections would take an eighth of the time of these imports
 
@@ -13,6 +14,7 @@ import torch._inductor.compile_fx  # noqa: E402, F401  # as DeepSpeed does in ev
 import compt.chain.run  # noqa: E402, F401
 import tests.helpers.recipe  # noqa: E402, F401
 
+logging.disable(logging.DEBUG)  # as in tests/conftest.py
 gc.enable()
 gc.collect()
 gc.freeze()
