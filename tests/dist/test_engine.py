@@ -369,8 +369,3 @@ def test_compiled_blocks_give_the_same_gradients_at_any_length() -> None:
         results.append(engine.step(0.0).item())
     assert results[:5] == pytest.approx(results[5:], rel=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for another length"
-
-
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(ConfigError, match="bf16"):
-        DataParallelEngine(nn.Linear(2, 2), precision=cast(Precision, "bf61"))

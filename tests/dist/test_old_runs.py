@@ -34,7 +34,7 @@ STEPS, STOPPED_AT = 8, 5
 KINDS = ("model", "model/ema")
 
 TOLERANCE = 1e-5
-LATER_CAUSES = ("empty", "not_text", "encoding")
+LATER_CAUSES = ("empty", "missing", "not_text", "encoding")
 """Causes of captions left out that lines of metrics did not have then."""
 """Of weights on another kind of processor than the one they were first computed on, where sums round otherwise."""
 

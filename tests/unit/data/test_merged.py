@@ -325,7 +325,7 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path, monkeypatch: pyte
     tracemalloc.start()
     try:
         index = open_index("*.tar", tmp_path)
-        steps = Steps(index.sizes, 0, 2, 1000, 0, 4 * len(index) // 1000, 0, 1)
+        steps = Steps(index, 0, 2, 1000, 0, 4 * len(index) // 1000, 0, 1)
         seen = [index.entry(number).key == f"{number % SAMPLES:05d}" for number in _some(steps, 100)]
         for _ in index.column("label"):
             pass
