@@ -164,7 +164,7 @@ def test_the_suite_runs_from_a_bundle_where_only_torch_is_installed(root: Path, 
             [str(python), *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
         )
 
-    assert "No module named" in run("-c", f"import sys; sys.path.insert(0, '{root}'); import compt.models").stderr
+    assert "No module named" in run("-c", f"import sys; sys.path.insert(0, '{root}'); import compt.models.clip").stderr
     out = tmp_path / "found.json"
     suite = ["--device", "cpu", "--out", str(out), "--only", "check/arithmetic"]
     done = run(str(place / "run.py"), "--source", str(root), "--", *suite)
