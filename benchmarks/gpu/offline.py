@@ -140,7 +140,7 @@ def install(folder: Path, env: Path, deps: bool = True) -> Path:
 def checkout_of(folder: Path, given: Path | None) -> Path:
     """The checkout to run in: the given one, else the nearest above the bundle or the working folder."""
     for place in [given] if given else [*folder.parents, Path.cwd()]:
-        if (place / "benchmarks" / "gpu_suite.py").is_file():
+        if (place / "benchmarks" / "gpu" / "suite.py").is_file():
             return place.resolve()
     raise BundleError(f"{given or folder}: no checkout of the project is here or above; name it with --source")
 

@@ -365,7 +365,9 @@ def chosen_items(only: Sequence[str]) -> list[Item]:
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="gpu_suite", description=(__doc__ or "").split("\n\n", 1)[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.suite", description=(__doc__ or "").split("\n\n", 1)[1]
+    )
     parser.add_argument("--out", type=Path, default=OUT, help=f"the results file (default {OUT})")
     parser.add_argument("--budget", type=float, default=BUDGET, help="time limit of this call in seconds (default 480)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

@@ -146,6 +146,13 @@ def machine(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
+def test_a_bundle_finds_the_checkout_it_lies_in(root: Path, tmp_path: Path) -> None:
+    assert gpu_bundle_run.checkout_of(root / "build" / "gpu-bundle", None) == root
+    assert gpu_bundle_run.checkout_of(tmp_path, root) == root
+    with pytest.raises(gpu_bundle_run.BundleError, match="name it with --source"):
+        gpu_bundle_run.checkout_of(root, tmp_path)
+
+
 @pytest.mark.full
 def test_the_suite_runs_from_a_bundle_where_only_torch_is_installed(root: Path, tmp_path: Path) -> None:
     place = tmp_path / "bundle"
