@@ -1,7 +1,7 @@
 """How long a step waits for data, and how much slower it is than with batches that lie in memory.
 
 `python -m benchmarks.data.waiting PHOTOS` writes docs/results/data_wait. It times the steps of two recipes on all
-cores of this machine: the demo's links on the emoji sample, as the demo runs them, and the first two links of
+cores of this machine: the demo's links on the emoji sample, as the demo runs them, and the first link of
 `cc3m_vit` at 224 pixels on the photographs of `benchmarks.data`. Blocks of steps with the loader and with batches in
 memory alternate. The first needs data/emoji (`compt data emoji`).
 """
@@ -160,7 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(cores)
     cases = (
         Case("demo", 3, ("pillow",)),
-        Case("cc3m_vit", 2, ("pillow", "torch"), str(options.photos.resolve() / "*.tar"), PHOTOGRAPHS),
+        Case("cc3m_vit", 1, ("pillow", "torch"), str(options.photos.resolve() / "*.tar"), PHOTOGRAPHS),
     )
     with one_line():
         if not list(Path("data/emoji/train").glob("*.tar")):
