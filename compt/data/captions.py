@@ -7,7 +7,7 @@ import json
 import re
 import unicodedata
 from ast import literal_eval
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 LONG_COLUMNS = ("longIB", "longSV", "longLLA")
@@ -46,6 +46,10 @@ _BLANK = "".join(map(chr, (*range(33), 127)))
 _MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"))
 """What pandas, Python, JSON and SQL write for a missing value."""
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
+
+
+_Field = tuple[str, list[object]]
+"""The name of a field, and what it holds."""
 
 
 class Captions(NamedTuple):
@@ -128,31 +132,43 @@ def _items(value: Any, split: bool = False, deep: int = 0) -> list[object]:
     return [value]
 
 
-def _chosen(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
+def _fields(values: Mapping[str, Any], names: Sequence[str]) -> list[_Field]:
     return [
-        item
+        (name, _items(values[name], split=_DREAMLIP_NAMES.get(name, name) in LONG_COLUMNS))
         for name in names
         if name in values
-        for item in _items(values[name], split=_DREAMLIP_NAMES.get(name, name) in LONG_COLUMNS)
     ]
 
 
-def _dreamlip(values: Mapping[str, Any]) -> list[object]:
-    generated = _chosen(values, [*_DREAMLIP_NAMES])
+def _dreamlip(values: Mapping[str, Any]) -> list[_Field]:
+    generated = _fields(values, [*_DREAMLIP_NAMES])
     # img2dataset calls the raw caption `caption` if that column was its --caption_col.
-    names = [name for name in (*_RAW, *(("caption",) if generated else ())) if name in values]
-    raw = [items for name in names if (items := _items(values[name]))]
-    return [*next((items for items in raw if not all(map(unusable, items))), raw[0] if raw else []), *generated]
+    names = (*_RAW, *(("caption",) if any(items for _, items in generated) else ()))
+    raw = [(name, items) for name, items in _fields(values, names) if items]
+    usable = ([one] for one in raw if not all(map(unusable, one[1])))
+    return next(usable, raw[:1]) + generated
 
 
-def _group(values: Mapping[str, Any], names: Sequence[str]) -> list[object]:
-    """The captions in one group of known names."""
+def _group(values: Mapping[str, Any], names: Sequence[str]) -> list[_Field]:
+    """The fields in one group of known names, and what each holds."""
     if names == _DREAMLIP_GROUP:
         return _dreamlip(values)
     several = values.get("captions")
     if names == ("captions",) and isinstance(several, dict) and not several.keys().isdisjoint(_DREAMLIP_GROUP):
         return _dreamlip(several)
-    return _chosen(values, names)
+    return _fields(values, names)
+
+
+def _groups(values: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple[Sequence[str], list[_Field]]]:
+    """The groups of names that are there, each with its fields: those of `columns`, or else the known ones in turn."""
+    if columns:
+        yield columns, [field for name in columns for field in _group(values, (name,))]
+        return
+    present = _KNOWN.intersection(values)
+    for group in _GROUPS if present else ():
+        # A field `raw` alone may be anything, such as the name of a camera's file.
+        if not present.isdisjoint(_DREAMLIP_NAMES if group == _DREAMLIP_GROUP else group):
+            yield group, _group(values, group)
 
 
 def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tuple[Captions, bool]:
@@ -161,36 +177,22 @@ def read_columns(values: Mapping[str, Any], columns: Sequence[str] = ()) -> tupl
     `columns` names the fields; without it, the first group of known names that has a usable caption gives them. A
     single caption such as img2dataset's `caption` does not come before a `.txt`.
     """
-    if columns:
-        return sort_out([item for name in columns for item in _group(values, (name,))]), True
     lost: list[str] = []
-    present = _KNOWN.intersection(values)
-    for group in _GROUPS if present else ():
-        # A field `raw` alone may be anything, such as the name of a camera's file.
-        if present.isdisjoint(_DREAMLIP_NAMES if group == _DREAMLIP_GROUP else group):
-            continue
-        items = _group(values, group)
+    for group, fields in _groups(values, columns):
+        items = [item for _, part in fields for item in part]
         found = sort_out(items)
         lost += found.lost
         if found.texts:
-            return Captions(found.texts, lost), len(group) > 1 or group[0] not in _SINGLE or len(items) > 1
-    return Captions([], lost), False
+            first = bool(columns) or len(group) > 1 or group[0] not in _SINGLE or len(items) > 1
+            return Captions(found.texts, lost), first
+    return Captions([], lost), bool(columns)
 
 
 def by_column(values: Mapping[str, Any], columns: Sequence[str] = ()) -> dict[str, list[str]]:
     """The captions that `read_columns` finds, by the names of their fields."""
-    for group in (tuple(columns),) if columns else _GROUPS:
-        several = values.get("captions") if group == ("captions",) else None
-        if isinstance(several, dict) and not several.keys().isdisjoint(_DREAMLIP_GROUP):
-            return by_column(several)
-        names = [name for name in group if name in values]
-        generated = not values.keys().isdisjoint(_DREAMLIP_NAMES)
-        if group == _DREAMLIP_GROUP:
-            raw = [name for name in (*_RAW, "caption") if name in values] if generated else []
-            usable = (name for name in raw if sort_out(_items(values[name])).texts)
-            names = [next(usable, ""), *(name for name in names if name in _DREAMLIP_NAMES)]
-        found = {name: texts for name in names if name and (texts := sort_out(_group(values, (name,))).texts)}
-        if found and (group != _DREAMLIP_GROUP or generated):
+    for _, fields in _groups(values, columns):
+        found = {name: texts for name, items in fields if (texts := sort_out(items).texts)}
+        if found:
             return found
     return {}
 

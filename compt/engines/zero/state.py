@@ -70,7 +70,7 @@ class ZeroWriter:
             self.error = RunError(f"cannot write {path}: {str(error).splitlines()[0]}")
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Read a file without running anything in it, whoever makes DeepSpeed read one."""
+        """Read a file of DeepSpeed's without running anything in it."""
         return load_torch_file(Path(path))
 
 

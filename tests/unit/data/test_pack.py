@@ -341,6 +341,7 @@ def test_sentences_are_the_authors(text: str) -> None:
         {"caption": "a", "text": "b"},
         {"captions": ["a", "b", ""], "caption": "c"},
         {"captions": {"raw": "a", "longIB": ["b", "c"]}},
+        {"captions": {"longIB": None, "shortSV": 3}, "sentences": ["a"]},
         {"raw": "a", "caption": "x", "longIB": "B. C", "shortIB_captions": "d"},
         {"raw": "", "raw_caption": "a", "longIB": "b"},
         {"caption": "a", "shortIB": ["b", None], "longSV": ""},
