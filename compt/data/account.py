@@ -101,7 +101,7 @@ CAUSES: dict[str, Unused] = {
     "label_shift": Unused("label", "class number of a set that counts them from 1", "count class numbers from 0"),
     # Of a caption.
     "empty": Unused("caption", "caption that is empty or invisible", "remove it"),
-    "missing": Unused("caption", "caption that only says nan, None or NULL", "leave it empty"),
+    "missing": Unused("caption", "caption, not in a list, that only says nan, None or NULL", "leave it empty"),
     "not_text": Unused("caption", "caption that is not text", "write captions as strings"),
     "encoding": Unused("caption", "caption that is not UTF-8", "convert it: iconv -f LATIN1 (or other) -t UTF-8"),
 }

@@ -44,7 +44,9 @@ _TEXTS = re.compile(rf"\[\s*+(?:(?:{_TEXT.pattern})[\s,]*+)*+\]")
 _LETTER = re.compile(r"[^\W_]")
 _BLANK = "".join(map(chr, (*range(33), 127)))
 _MISSING = frozenset(("nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"))
-"""What pandas, Python, JSON and SQL write for a missing value."""
+"""What pandas, Python, JSON and SQL write for a missing value. In a list of captions, `null` is a word like others."""
+_ABSENT = object()
+"""Stands for such a value."""
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -62,11 +64,9 @@ class Captions(NamedTuple):
 def unusable(caption: object) -> str:
     """The cause for which something is no caption; "" for a caption."""
     if not isinstance(caption, str):
-        return "not_text"
+        return "missing" if caption is _ABSENT else "not_text"
     if _NO_TEXT.search(caption):
         return "encoding"
-    if caption.strip() in _MISSING:
-        return "missing"
     if caption.isascii():
         return "" if caption.strip(_BLANK) else "empty"
     # Zero-width spaces and the like are no white space to Python.
@@ -81,7 +81,7 @@ def sort_out(captions: Sequence[object]) -> Captions:
         joined = "".join(captions)  # type: ignore[arg-type]
         joined.encode()
         good = str.strip if joined.isascii() and joined.isprintable() else _LETTER.search
-        if "\0" not in joined and _MISSING.isdisjoint(captions) and all(map(good, captions)):  # type: ignore[arg-type]
+        if "\0" not in joined and all(map(good, captions)):  # type: ignore[arg-type]
             return Captions([*captions], [])  # type: ignore[list-item]
     found = Captions([], [])
     for caption in captions:
@@ -120,6 +120,8 @@ def _items(value: Any, split: bool = False, deep: int = 0) -> list[object]:
         return [value]
     if isinstance(value, str):
         text = value.strip()
+        if not deep and text in _MISSING:
+            return [_ABSENT]
         value = _listed(text) if text.startswith("[") else None
         if value is None:
             return [*split_sentences(text)] if split and text else [text]
@@ -235,4 +237,6 @@ def read_text(data: bytes) -> Captions:
     except UnicodeDecodeError:
         return Captions([], ["encoding"])
     lines = _LINE_END.split(text)
+    if text.strip() in _MISSING:
+        lines = [_ABSENT]
     return sort_out(lines if lines[-1] else lines[:-1])

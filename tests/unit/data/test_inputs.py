@@ -141,6 +141,13 @@ TARS: dict[str, tuple[Made, int, dict[str, int]]] = {
         3,
         {"missing": 2, "caption": 2},
     ),
+    "words that are missing values elsewhere": (
+        written(
+            ("a.jpg", IMAGE), ("a.txt", b"zero\nnull"), ("b.jpg", IMAGE), ("b.json", b'{"captions": ["NULL", "None"]}')
+        ),
+        3,
+        {},
+    ),
     "absolute names": (
         written(("/a/b.jpg", IMAGE), ("/a/b.txt", b"x"), ("../c.jpg", IMAGE), ("../c.txt", b"y")),
         3,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compt.data.index import open_index
 from compt.emoji import build as emoji
 from compt.emoji import sample as emoji_sample
 from compt.emoji.sample import CAPTIONS, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet
@@ -47,6 +48,13 @@ def members(folder: Path) -> dict[str, dict[str, bytes]]:
                 assert extension not in found.setdefault(key, {})
                 found[key][extension] = file.read()
     return found
+
+
+def test_the_data_are_those_of_the_committed_demo(root: Path, built: Path, tmp_path: Path) -> None:
+    """Another way of reading shards would change its numbers, and no older run could be resumed."""
+    index = open_index("train/*.tar", built, tmp_path)
+    assert index.fingerprint == read_json(root / "docs" / "results" / "demo" / "run.json")["data_fingerprint"]
+    assert index.counts == {16: len(index)}
 
 
 def test_sample_holds_every_style_without_blank_drawings(sample: EmojiSet) -> None:
