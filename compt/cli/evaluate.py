@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,12 +24,16 @@ from compt.cli.options import (
     option,
     print_json,
 )
+from compt.errors import ConfigError, DataError
 from compt.models.presets import is_own_swin
 from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, EvalSet
+from compt.recipe.suite import load_suite, one_set, shipped_suites
 from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
-    from compt.evaluate.task import ScoreRow
+    import torch
+
+    from compt.evaluate.task import EvalSettings, ScoreRow
     from compt.models.presets import ModelSpec
     from compt.weights.artefact import Artefact
 
@@ -50,6 +57,11 @@ def open_source(path: str, model: str | ModelSpec | None, prefix: str | None, ve
     return open_model(path, model_spec(model) if isinstance(model, str) else model, prefix, verify)
 
 
+def complete_suite(incomplete: str) -> list[str]:
+    """Names of shipped suites that begin with `incomplete`."""
+    return [name for name in shipped_suites() if name.startswith(incomplete)]
+
+
 def evaluation_set(
     data: list[str],
     task: str,
@@ -71,9 +83,20 @@ def evaluation_set(
 
 
 def evaluate(
-    model: Source,
-    data: Annotated[list[str], option("shards (repeatable), or a folder of class folders", metavar="DATA")],
-    task: Annotated[str, one_of(EVALUATION_TASKS, "what to compute")] = "zeroshot",
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="folder, file, checkpoint, or ARCH:TAG of open_clip", show_default=False),
+    ],
+    data: Annotated[
+        list[str] | None, option("shards (repeatable), or a folder of class folders", metavar="DATA")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        option("sets to score: a YAML file or the name of a suite", metavar="SUITE", autocompletion=complete_suite),
+    ] = None,
+    root: Annotated[Path | None, option("folder of the suite's sets", metavar="FOLDER", default="the suite's")] = None,
+    published: Annotated[list[str] | None, option("published model to show beside; repeatable", metavar="NAME")] = None,
+    task: Annotated[str, one_of(EVALUATION_TASKS, "what to compute on --data")] = "zeroshot",
     label: Label = "cls",
     classnames: ClassNames = None,
     templates: Templates = None,
@@ -83,49 +106,93 @@ def evaluate(
     workers: Workers = 0,
     device: DeviceName = "auto",
     precision: Annotated[Literal["fp32", "bf16", "fp16"], option("number format of the model")] = "fp32",
-    out: Annotated[Path | None, option("also write NAME.json and NAME.npz to this folder", metavar="FOLDER")] = None,
+    out: Annotated[Path | None, option("also write tables and every answer to this folder", metavar="FOLDER")] = None,
     per_class: Annotated[bool, option("also show the accuracy of each class", "--per-class")] = False,
     as_json: AsJson = False,
     name: SourceModel = None,
     prefix: SourcePrefix = None,
 ) -> None:
-    """Score a model by zero-shot accuracy or retrieval.
+    """Score models on evaluation sets.
 
-    Computes top-1 and top-5, or recall at 1, 5 and 10 in both directions. Runs in one process, or in every process
-    that torchrun starts.
+    With --data one set, by zero-shot accuracy or retrieval. With --suite many, in one table; `compt eval fetch`
+    downloads them. Several models are compared with the first. Runs in one process, or in every process that torchrun
+    starts.
     """
     from compt.dist import collectives as dist
     from compt.engines.base import COMPUTE_DTYPES
-    from compt.evaluate.sets import evaluate_set, task_class
+    from compt.evaluate.suite import model_labels, score_suite
     from compt.evaluate.task import EvalSettings
-    from compt.evaluate.zeroshot import ZeroShotResult
+    from compt.models.preprocess import Preprocess
+    from compt.report.scores import SuiteReport
 
-    item = evaluation_set(data, task, label, classnames, templates, class_order)
+    if (data is None) == (suite is None):
+        raise ConfigError("compt eval: name one of --data and --suite")
+    if data is not None:
+        sets = one_set(evaluation_set(data, task, label, classnames, templates, class_order))
+    else:
+        sets = load_suite(str(suite))
+    opened = {
+        short: partial(open_source, model, name, prefix)
+        for short, model in zip(model_labels(models), models, strict=True)
+    }
+    base, dtype = Path(root or sets.root).expanduser(), COMPUTE_DTYPES[precision]
+    settings = EvalSettings(Preprocess(), base, batch, workers, dtype=dtype, max_bad_share=max_bad_share)
+    title = Path(suite).stem if suite else sets.sets[0].name
+    report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [])
     try:
         place = dist.init(device)
-        # Without on_all, ranks that can read the model would wait for one that cannot.
-        found = dist.on_all(lambda: open_source(model, name, prefix))
-        dtype = COMPUTE_DTYPES[precision]
-        settings = EvalSettings(found.preprocess, Path.cwd(), batch, workers, dtype=dtype, max_bad_share=max_bad_share)
-        result = evaluate_set(found.load_model(place), item, settings)
+        if suite is None and len(models) == 1:
+            only = next(iter(opened.values()))
+            _one(only, sets.sets[0], settings, place, out, per_class, as_json)
+            return
+        told = say if suite and dist.is_main() and not as_json else lambda _: None
+        report.scores.update(score_suite(opened, sets, settings, place, out, told))
         # One process writes and prints for all.
-        if not dist.is_main():
-            return
-        if out is not None:
-            result.save(out)
-        if as_json:
-            print_json(result.to_dict())
-            return
-        kind, record = task_class(task), result.to_dict()
-        rows = [*_scores(kind.rows(record), record), ("samples", f"{result.n:,}")]
-        rows += [("left out", result.left_out or "0")]
-        show(TextTable(f"{found.spec.name} on {item.name}", ("", "value"), rows, [kind.note]))
-        if per_class and isinstance(result, ZeroShotResult):
-            shares = zip(result.names, result.per_class, strict=True)
-            rows = [(label, "-" if share is None else f"{share:.1f}") for label, share in shares]
-            show(TextTable("Top-1 of each class, percent", ("class", "top1"), rows))
+        if dist.is_main():
+            if out is not None:
+                report.write(out)
+            if as_json:
+                print_json(report.to_dict())
+            else:
+                show(*report.tables())
     finally:
         dist.shutdown()
+    if report.faults:
+        raise DataError(f"{len(report.faults)} scores are missing: {report.faults[0]}")
+
+
+def _one(
+    opened: Callable[[], Artefact],
+    item: EvalSet,
+    settings: EvalSettings,
+    place: torch.device,
+    out: Path | None,
+    per_class: bool,
+    as_json: bool,
+) -> None:
+    """Score one model on one set, and show everything about it."""
+    from compt.dist import collectives as dist
+    from compt.evaluate.sets import evaluate_set, task_class
+    from compt.evaluate.zeroshot import ZeroShotResult
+
+    # Without on_all, ranks that can read the model would wait for one that cannot.
+    found = dist.on_all(opened)
+    result = evaluate_set(found.load_model(place), item, replace(settings, preprocess=found.preprocess))
+    if not dist.is_main():
+        return
+    if out is not None:
+        result.save(out)
+    if as_json:
+        print_json(result.to_dict())
+        return
+    kind, record = task_class(item.task), result.to_dict()
+    rows = [*_scores(kind.rows(record), record), ("samples", f"{result.n:,}")]
+    rows += [("left out", result.left_out or "0")]
+    show(TextTable(f"{found.spec.name} on {item.name}", ("", "value"), rows, [kind.note]))
+    if per_class and isinstance(result, ZeroShotResult):
+        shares = zip(result.names, result.per_class, strict=True)
+        rows = [(label, "-" if share is None else f"{share:.1f}") for label, share in shares]
+        show(TextTable("Top-1 of each class, percent", ("class", "top1"), rows))
 
 
 def _scores(lines: list[ScoreRow], record: dict[str, Any]) -> list[tuple[str, str]]:
@@ -140,6 +207,35 @@ def _scores(lines: list[ScoreRow], record: dict[str, Any]) -> list[tuple[str, st
                 rows.append((f"95 % interval of {key}", "{:.2f} to {:.2f}".format(*interval)))
         about |= line.about
     return rows + [(key, f"{value:,}" if isinstance(value, int) else f"{value:.2f}") for key, value in about.items()]
+
+
+def fetch(
+    suite: Annotated[
+        str,
+        typer.Argument(
+            metavar="SUITE", help="YAML file, or a suite's name", show_default=False, autocompletion=complete_suite
+        ),
+    ],
+    root: Annotated[
+        Path | None, typer.Argument(metavar="FOLDER", help="folder for the sets", show_default="the suite's")
+    ] = None,
+    revision: Annotated[str, option("branch, tag or commit of new downloads", metavar="NAME")] = "main",
+) -> None:
+    """Download a suite's sets from Hugging Face's hub.
+
+    Downloads test shards, class names and templates, and compares each file with the hub's hash. The same command goes
+    on with what is missing, at the commit of the first download.
+    """
+    from compt.data.hub import fetch_set
+
+    sets = load_suite(suite)
+    base = Path(root or sets.root).expanduser()
+    for item in sets.sets:
+        if item.hub is None or item.folder is None:
+            say(f"{item.name}: not from the hub")
+            continue
+        found = fetch_set(item.hub, base / item.folder, revision)
+        say(f"{item.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB, commit {found.commit[:12]}: {found.state}")
 
 
 def export(

@@ -25,12 +25,12 @@ from compt.cli import bench, data, recipes, slurm
 from compt.cli.chain import chain, demo, report
 from compt.cli.curves import curves
 from compt.cli.doctor import doctor
-from compt.cli.evaluate import evaluate, export
+from compt.cli.evaluate import evaluate, export, fetch
 from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
-from compt.cli.options import PlainCommand, PlainGroup, option
+from compt.cli.options import DefaultGroup, PlainCommand, PlainGroup, option
 from compt.cli.plan.command import plan
 from compt.dist.environment import has_others, own_rank
 from compt.errors import ComptError, ConfigError, RunError
@@ -42,7 +42,6 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "chain": chain,
     "report": report,
     "curves": curves,
-    "eval": evaluate,
     "expand": expand,
     "export": export,
     "macs": macs_command,
@@ -54,6 +53,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
         "List, show and copy the recipes that come with compt.",
         {"list": recipes.list_recipes, "show": recipes.show_recipe, "copy": recipes.copy},
     ),
+    "eval": ("Score models on evaluation sets, and download these.", {"score": evaluate, "fetch": fetch}),
     "data": (
         "Build, pack, check and index data sets.",
         {
@@ -78,9 +78,9 @@ _HELP = {"expand": EXPAND_HELP}
 _CONTEXTS = {"launch": {"ignore_unknown_options": True, "allow_interspersed_args": False}}
 
 
-def _typer(about: str, commands: Mapping[str, Callable[..., None]]) -> typer.Typer:
+def _typer(about: str, commands: Mapping[str, Callable[..., None]], kind: type[PlainGroup] = PlainGroup) -> typer.Typer:
     made = typer.Typer(
-        cls=PlainGroup,
+        cls=kind,
         help=about,
         no_args_is_help=True,
         # Panels of rich are cut into narrow columns at 80 characters.
@@ -98,7 +98,7 @@ app = _typer(
     "Chain-of-Models Pre-Training: train a family of CLIP models, each from its smaller predecessor.", COMMANDS
 )
 for _name, (_about, _commands) in GROUPS.items():
-    app.add_typer(_typer(_about, _commands), name=_name)
+    app.add_typer(_typer(_about, _commands, DefaultGroup if _name == "eval" else PlainGroup), name=_name)
 
 
 @app.callback(invoke_without_command=True)

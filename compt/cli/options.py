@@ -68,6 +68,15 @@ class PlainGroup(TyperGroup):
             return super().invoke(ctx)
 
 
+class DefaultGroup(PlainGroup):
+    """A group whose first command needs no name: `compt eval MODEL` beside `compt eval fetch SUITE`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the first command's name in front of words that name no command."""
+        named = bool(args) and args[0] in self.commands
+        return super().parse_args(ctx, args if named else [next(iter(self.commands)), *args])
+
+
 @contextlib.contextmanager
 def _visible_errors() -> Iterator[None]:
     try:

@@ -39,7 +39,8 @@ class Batch:
 class EvalBatch:
     """Samples of an evaluation set. Over all ranks and batches each sample comes exactly once.
 
-    images: uint8 [B, 3, H, W]. ids: their positions in the index. labels: int64 [B] or None. captions: a list
+    images: uint8 [B, 3, H, W]. ids: their positions in the index. labels: int64 [B], bool [B, C] where a sample may
+    have several of C classes, or None. captions: a list
     per image, or None. bad: `shard: key: cause: reason` of each sample that is missing here because it cannot be used.
     """
 

@@ -36,7 +36,7 @@ from compt.errors import DataError, RunError
 from compt.files import hash_json, new_file, read_json, remove_dead, write_bytes, write_json
 from compt.recipe.schema import MIN_MATCHED
 
-VERSION = 4
+VERSION = 5
 """Raised when keys, captions or class numbers are read by other rules: stored indexes are then made again."""
 INDEX_FOLDER = ".compt-index"
 Progress = Callable[[int, int], None]

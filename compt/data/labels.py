@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from compt.errors import DataError
 from compt.files import plain_stat
@@ -35,6 +39,22 @@ def label_fault(label: int, classes: int = 0, from_one: bool = False) -> Cause |
     if label < 0:
         return "label" if label == NONE else "label_text"
     return "label_range" if 0 < classes <= label else None
+
+
+def read_label_array(data: bytes) -> NDArray[np.bool_] | int:
+    """The classes of a sample with several: bool [C] from a `.npy` as clip_benchmark writes it.
+
+    `NONE` without data, `NO_NUMBER` for data that are not one row of numbers.
+    """
+    if not data:
+        return NONE
+    try:
+        values = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError):
+        return NO_NUMBER
+    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "buif":
+        return NO_NUMBER
+    return np.asarray(values > 0)
 
 
 def beside(places: Iterable[Path], name: str) -> Path | None:

@@ -343,6 +343,16 @@ def fixed_caption_batches(
     return TrainLoader(steps, len(steps), index, len(index.shards), draws, workers, MAX_BAD_SHARE)
 
 
+def _check_label(label: int | NDArray[np.bool_] | None, classes: int) -> None:
+    """Raise Unusable for a label that does not fit the number of classes; 0 where that is not known."""
+    if isinstance(label, np.ndarray):
+        if 0 < classes != len(label):
+            raise Unusable("label_range", f"{len(label)} labels for {classes} classes")
+    elif label is not None and (cause := label_fault(label, classes)):
+        beyond = f"label {label}, but the classes are 0 to {classes - 1}"
+        raise Unusable(cause, beyond if cause == "label_range" else CAUSES[cause].text)
+
+
 class _Evaluations(Dataset["EvalBatch | Failure"]):
     """Reads batches of an evaluation set."""
 
@@ -356,9 +366,7 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
         for sample in ids.tolist():
             try:
                 read = self._samples.read(sample)
-                if read.label is not None and (cause := label_fault(read.label, self._classes)):
-                    beyond = f"label {read.label}, but the classes are 0 to {self._classes - 1}"
-                    raise Unusable(cause, beyond if cause == "label_range" else CAUSES[cause].text)
+                _check_label(read.label, self._classes)
                 pixels.append(evaluation_pixels(read.image, self._size, self._preprocess))
             except Unusable as error:
                 batch.bad.append(f"{self._samples.describe(sample)}: {error.cause}: {error}")
@@ -372,7 +380,7 @@ class _Evaluations(Dataset["EvalBatch | Failure"]):
         stacked = np.stack(pixels) if pixels else np.zeros((0, 3, self._size, self._size), np.uint8)
         batch.images = torch.from_numpy(np.ascontiguousarray(stacked))
         labels = [read.label for read in found if read.label is not None]
-        batch.labels = torch.tensor(labels, dtype=torch.int64) if labels else None
+        batch.labels = torch.from_numpy(np.array(labels)) if labels else None
         captions = [read.captions for read in found if read.captions is not None]
         batch.captions = captions or None
         return batch

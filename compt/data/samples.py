@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from compt.data.account import CAUSES
 from compt.data.captions import Captions, read_json_captions, read_text, sort_out
 from compt.data.decode import MAX_BYTES, Decoder, Encoded, Unusable, open_image
 from compt.data.index import Index, IndexEntry
+from compt.data.labels import read_label_array
 from compt.data.order import Box, caption_choice, crop_box
 from compt.data.remote import RemoteShard, Shard, local
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
@@ -74,7 +78,7 @@ class SampleReader:
         return self._files.read(self._shard(entry), entry.image_offset, entry.image_size)
 
     def json(self, entry: IndexEntry) -> bytes:
-        """The sample's JSON, empty when it has none. Raises Unusable("tar")."""
+        """The sample's `.json`, or else its `.npy`; empty when it has none. Raises Unusable("tar")."""
         return self._files.read(self._shard(entry), entry.json_offset, entry.json_size)
 
     def text(self, entry: IndexEntry) -> bytes:
@@ -116,11 +120,14 @@ class SampleReader:
 
 
 class EvalSample(NamedTuple):
-    """One sample of an evaluation set: its image as it is stored, and what the task asked for."""
+    """One sample of an evaluation set: its image as it is stored, and what the task asked for.
+
+    label: a class number, or bool [C] where a sample may have several classes.
+    """
 
     key: str
     image: bytes
-    label: int | None = None
+    label: int | NDArray[np.bool_] | None = None
     captions: list[str] | None = None
 
 
@@ -148,7 +155,11 @@ class EvalSamples(Protocol):
 
 
 class ShardSamples:
-    """Samples of shards. label: None, "cls" for the `.cls` member, or the name of a whole number in the `.json`."""
+    """Samples of shards.
+
+    label: None, "cls" for the `.cls` member, "npy" for several classes in a `.npy`, or the name of a whole number in
+    the `.json`.
+    """
 
     def __init__(self, index: Index, label: str | None = None, captions: bool = False) -> None:
         self.index, self._label, self._captions = index, label, captions
@@ -173,9 +184,11 @@ class ShardSamples:
         captions = self._reader.captions(entry).texts if self._captions else None
         return EvalSample(entry.key, self._reader.image(entry), label, captions)
 
-    def _label_of(self, entry: IndexEntry) -> int | None:
+    def _label_of(self, entry: IndexEntry) -> int | NDArray[np.bool_] | None:
         if self._label == "cls":
             return entry.label
+        if self._label == "npy":
+            return read_label_array(self._reader.json(entry))
         return json_label(self._reader.json(entry), self._label) if self._label is not None else None
 
 

@@ -45,7 +45,8 @@ COLUMNS = (
     "captions",
     "label",
 )
-"""Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`."""
+"""Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`. `json` is the
+`.json`, or the `.npy` with the classes of a sample that has no other text."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
 """Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
 MAX_TEXT = 1 << 24
@@ -241,6 +242,7 @@ class _Scanner:
         values = parse_json(self._read(members["json"])) if "json" in members else None
         found, source, kind = self._captions(members, values)
         label = self._label(members["cls"]) if "cls" in members else NONE
+        values_in = "npy" if "npy" in members and members.keys().isdisjoint(("json", "txt", "cls")) else "json"
         used = 1
         for extension in members:
             if extension == image:
@@ -251,6 +253,8 @@ class _Scanner:
                 cause = "" if kind == KIND_TEXT else "second_text"
             elif extension == "cls":
                 cause = "" if label >= 0 else "cls"
+            elif extension == values_in:
+                cause = ""
             else:
                 cause = "second_image" if extension in IMAGE_EXTENSIONS else "dots" if "." in extension else "other"
                 cause = "text_ending" if extension in TEXT_ENDINGS and kind == KIND_NONE else cause
@@ -260,7 +264,7 @@ class _Scanner:
                 used += 1
         self.account.used["member"] += used
         stored = key.encode("utf-8", "surrogateescape")
-        where = (*members[image], *source, kind, *members.get("json", (0, 0)))
+        where = (*members[image], *source, kind, *members.get(values_in, (0, 0)))
         self.rows.append((self.position, len(stored), *where, len(found.texts), label))
         self.keys.append(stored)
         self.lost.append(found.lost)

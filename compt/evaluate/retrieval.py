@@ -142,6 +142,7 @@ class Retrieval(EvaluationTask):
 
     title: ClassVar[str] = "Retrieval"
     note: ClassVar[str] = "Recall at 1 / 5 / 10 in percent."
+    first_note: ClassVar[str] = "Retrieval: recall at 1 in percent."
 
     @classmethod
     def open(cls, item: EvalSet, settings: EvalSettings) -> Retrieval:
@@ -152,6 +153,16 @@ class Retrieval(EvaluationTask):
         """Rank all pairs, both ways."""
         batches = self.data.batches(encoder.image_size, self.settings)
         return retrieval(encoder, batches, tokenize, name=self.item.name)
+
+    @classmethod
+    def answers(cls, arrays: Arrays) -> list[NDArray[np.float64]]:
+        """1 for each image that found one of its captions first; and each image's share of captions that found it.
+
+        The captions of an image are drawn together: they are not independent.
+        """
+        image = np.searchsorted(arrays["ids"], arrays["owners"])
+        found = np.bincount(image, weights=arrays["text_ranks"] < 1, minlength=len(arrays["ids"]))
+        return [(arrays["image_ranks"] < 1).astype(np.float64), found * len(found) / len(image)]
 
     @classmethod
     def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:

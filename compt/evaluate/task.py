@@ -98,7 +98,7 @@ class Result(ABC):
 
     ids: positions of the samples in the data, int64 [n], ascending. skipped: samples that could not be read, by cause;
     examples: a few of them in words. pins: what identifies the set (`EvaluationTask.pins`). account: that of its
-    shards, as JSON values.
+    shards, as JSON values. scored_by: the hash of the weights and the precision, if the caller names them.
     """
 
     task: ClassVar[str]
@@ -110,6 +110,7 @@ class Result(ABC):
     examples: list[str] = field(default_factory=list, kw_only=True)
     pins: dict[str, str] = field(default_factory=dict, kw_only=True)
     account: dict[str, Any] = field(default_factory=dict, kw_only=True)
+    scored_by: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     @property
     def n(self) -> int:
@@ -144,6 +145,7 @@ class Result(ABC):
             "skipped_examples": self.examples,
             "account": self.account,
             "pins": self.pins,
+            **({"scored_by": self.scored_by} if self.scored_by else {}),
         }
 
     def save(self, folder: Path) -> None:
@@ -172,6 +174,8 @@ class EvaluationTask(ABC):
     """Heading of the task's table in a report."""
     note: ClassVar[str] = ""
     """What the numbers of the table mean."""
+    first_note: ClassVar[str] = ""
+    """What the first number of a line is: tables over many sets show that one alone."""
     classifies: ClassVar[bool] = False
     """Whether each sample gets a class. The record then has top1, top1_interval, classes and chance, the arrays have
     ids, labels, predictions and correct. Only such sets can be compared on, calibrated on, and shown as images."""
@@ -192,6 +196,15 @@ class EvaluationTask(ABC):
     @abstractmethod
     def run(self, encoder: Encoder, tokenize: Tokenize) -> Result:
         """Score a model. All ranks call this and get the same result. Raises DataError on every rank."""
+
+    @classmethod
+    def answers(cls, arrays: Arrays) -> list[NDArray[np.float64]]:
+        """For each line of `rows`, what each image adds to the score, float64 [n]: their mean is the first number, as a share.
+
+        Two models are compared on these, image by image. `arrays` are those of `Result.arrays`. Empty for a task whose
+        score is no such mean.
+        """
+        return []
 
     @classmethod
     def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:

@@ -212,6 +212,7 @@ class ZeroShot(EvaluationTask):
 
     title: ClassVar[str] = "Zero-shot classification"
     note: ClassVar[str] = "Percent, top-1 / top-5."
+    first_note: ClassVar[str] = "Zero-shot classification: top-1 in percent."
     classifies: ClassVar[bool] = True
 
     names: list[str]
@@ -222,8 +223,7 @@ class ZeroShot(EvaluationTask):
     def open(cls, item: EvalSet, settings: EvalSettings) -> ZeroShot:
         """The data with class names and templates. Raises DataError."""
         data = open_data(item, settings, label=item.label)
-        names, source = _class_names(item, settings, data)
-        return cls(item, settings, data, names, source, _templates(item, settings, data))
+        return cls(item, settings, data, *named_classes(item, settings, data))
 
     def pins(self) -> dict[str, str]:
         """The data, the class names, the templates and the name of the label."""
@@ -242,10 +242,21 @@ class ZeroShot(EvaluationTask):
         return result
 
     @classmethod
+    def answers(cls, arrays: Arrays) -> list[NDArray[np.float64]]:
+        """1 for each image that got its class."""
+        return [arrays["correct"].astype(np.float64)]
+
+    @classmethod
     def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:
         """One line: top-1 and top-5."""
         about = {"names": record["classes"], "chance": record["chance"]}
         return [ScoreRow("", {key: record.get(key) for key in ("top1", "top5")}, about)]
+
+
+def named_classes(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str, list[str]]:
+    """The class names, where they come from, and the templates. Raises DataError."""
+    names, source = _class_names(item, settings, data)
+    return names, source, _templates(item, settings, data)
 
 
 def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str]:

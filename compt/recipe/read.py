@@ -153,7 +153,8 @@ _LISTED = 10
 """The most mistakes that one message lists."""
 
 
-def _refuse(source: str, error: ValidationError, section: type[BaseModel]) -> ConfigError:
+def refuse(source: str, error: ValidationError, section: type[BaseModel]) -> ConfigError:
+    """The error that names `source` and, for each mistake, the key, the value and what would be right."""
     lines = _lines(error, section)
     if len(lines) == 1:
         return ConfigError(f"{source}: {lines[0]}")
@@ -171,7 +172,7 @@ def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(values)
         recipe.family.specs()
     except ValidationError as error:
-        raise _refuse(source, error, Recipe) from None
+        raise refuse(source, error, Recipe) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return recipe
@@ -196,7 +197,7 @@ def parse_pairs(section: type[S], text: str, option: str) -> S:
     try:
         return section.model_validate(values)
     except ValidationError as error:
-        raise _refuse(option, error, section) from None
+        raise refuse(option, error, section) from None
 
 
 def shipped_recipes() -> dict[str, Path]:

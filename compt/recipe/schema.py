@@ -58,7 +58,11 @@ DECODERS = OneOf(
 """Decoders of training images. To add one: write a `compt.data.decode.Decoder`, and its name and place here."""
 
 EVALUATION_TASKS = OneOf(
-    {"zeroshot": "compt.evaluate.zeroshot:ZeroShot", "retrieval": "compt.evaluate.retrieval:Retrieval"}
+    {
+        "zeroshot": "compt.evaluate.zeroshot:ZeroShot",
+        "multilabel": "compt.evaluate.multilabel:Multilabel",
+        "retrieval": "compt.evaluate.retrieval:Retrieval",
+    }
 )
 """Tasks of evaluation sets. To add one: write a `compt.evaluate.task.EvaluationTask`, and its name and place here."""
 
@@ -368,7 +372,8 @@ class EvalSet(Section):
     name: Name
     """Name of the set in reports."""
     task: Annotated[str, AfterValidator(EVALUATION_TASKS)] = "zeroshot"
-    """`zeroshot`: classification by class names. `retrieval`: finding captions by image and images by caption."""
+    """`zeroshot`: classification by class names. `multilabel`: the same with several classes an image, from a `.npy`.
+    `retrieval`: finding captions by image and images by caption."""
     data: Shards
     """Shards, as in `data.train`, or a folder."""
     role: Literal["select", "report"] = "report"

@@ -172,7 +172,8 @@ def _data_uri(item: figures.SheetImage) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _html(content: dict[str, Any]) -> str:
+def page(template: str, content: dict[str, Any]) -> str:
+    """A page that needs no other file."""
     loader = FileSystemLoader(TEMPLATES)
     pages = Environment(
         loader=loader,
@@ -183,7 +184,7 @@ def _html(content: dict[str, Any]) -> str:
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
     pages.filters["data_uri"] = _data_uri
-    return pages.get_template("report.html.j2").render(content, colours=figures.COLOURS)
+    return pages.get_template(template).render(content, colours=figures.COLOURS)
 
 
 CAPTIONS = {
@@ -247,6 +248,7 @@ def write_report(run: Path) -> Path:
         for name, png in drawn.items():
             (folder / f"{name}.png").write_bytes(png)
     write_text(run / "report.md", _markdown(content))
-    page = run / "report.html"
-    write_text(page, _html({**content, "captions": CAPTIONS, "nothing_scored": _nothing_scored(content)}))
-    return page
+    path = run / "report.html"
+    content |= {"captions": CAPTIONS, "nothing_scored": _nothing_scored(content)}
+    write_text(path, page("report.html.j2", content))
+    return path

@@ -1,0 +1,146 @@
+"""Scores of several models on the sets of a suite."""
+
+from __future__ import annotations
+
+import glob
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import braceexpand
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from compt.dist import collectives as dist
+from compt.errors import ComptError, ConfigError, DataError
+from compt.evaluate.encoder import Arrays, load_arrays
+from compt.evaluate.sets import evaluate_set, open_set, task_class
+from compt.evaluate.task import EvalSettings
+from compt.files import read_json
+from compt.recipe.suite import Suite, SuiteSet
+from compt.weights.artefact import Artefact
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one model reached on one set.
+
+    record: what the result's .json holds; empty where the set could not be scored. answers: of the task's `answers`.
+    fault: why the set has no score.
+    """
+
+    record: Mapping[str, Any]
+    answers: Sequence[NDArray[np.float64]] = ()
+    fault: str = ""
+
+
+Scores = dict[str, dict[str, Score]]
+"""By model, then by set. A set that is not there is missing."""
+
+
+def is_missing(item: SuiteSet, base: Path) -> bool:
+    """Whether nothing of the set is on this machine: neither its folder nor its first shard."""
+    for pattern in item.data:
+        if "://" in pattern:
+            return False
+        for name in braceexpand.braceexpand(pattern):
+            path = base / Path(name).expanduser()
+            while glob.has_magic(path.name) or glob.has_magic(str(path.parent)):
+                path = path.parent
+            if path.exists():
+                return False
+    return True
+
+
+def model_labels(models: Sequence[str]) -> list[str]:
+    """A short name for each model that the command line names: 3-vit_mini for RUN/jobs/3-vit_mini/model.
+
+    Raises ConfigError for a model that is named twice.
+    """
+    parts = [[part for part in Path(model).parts if part not in ("model", "jobs", "/")] or [model] for model in models]
+    for length in range(1, max(map(len, parts)) + 1):
+        labels = ["/".join(part[-length:]) for part in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    raise ConfigError(f"{next(model for model in models if list(models).count(model) > 1)}: is named twice")
+
+
+def score_suite(
+    models: Mapping[str, Callable[[], Artefact]],
+    suite: Suite,
+    settings: EvalSettings,
+    device: torch.device,
+    out: Path | None = None,
+    told: Callable[[str], None] = lambda _: None,
+) -> Scores:
+    """Score every model on every set that is there. All ranks call this and get the same scores.
+
+    `models` opens each by its label, one at a time. A set that cannot be used gets a `fault`, and the others are still
+    scored. With `out`, results are written to OUT/MODEL, and a set that was already scored there for the same weights,
+    data, class names and precision is not scored again. `told` gets one line for each score, on rank 0.
+
+    Raises what `models` raises, and RunError where `out` cannot be written.
+    """
+    missing = dist.from_main(lambda: {item.name for item in suite.sets if is_missing(item, settings.base)})
+    found: Scores = {}
+    for label, opened in models.items():
+        # Without on_all, ranks that can read the model would wait for one that cannot.
+        artefact = dist.on_all(opened)
+        settings = replace(settings, preprocess=artefact.preprocess)
+        scored_by = {"weights": artefact.hash if out else "", "precision": str(settings.dtype)}
+        folder = None if out is None else out / quote(label, safe=" ()")
+        model = None
+        found[label] = {}
+        for item in suite.sets:
+            if item.name in missing:
+                continue
+            try:
+                score = _stored(folder, item, settings, scored_by) if folder else None
+                if score is None:
+                    model = model if model is not None else artefact.load_model(device)
+                    result = evaluate_set(model, item, settings)
+                    if folder is not None:
+                        result.scored_by = scored_by
+                        dist.on_main(partial(result.save, folder))
+                    score = Score(result.to_dict(), task_class(item.task).answers(result.arrays()))
+            except DataError as error:
+                # One broken set must not lose the hours that the others take.
+                score = Score({}, fault=str(error))
+            found[label][item.name] = score
+            if dist.is_main():
+                told(f"{label}: {item.label_in_tables}: {_said(item, score)}")
+    return found
+
+
+def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Mapping[str, str]) -> Score | None:
+    """The score of an earlier call, if it is of the same model on the same set."""
+
+    def read() -> tuple[dict[str, Any], Arrays] | None:
+        name = quote(item.name, safe=" ()")
+        try:
+            record, arrays = read_json(folder / f"{name}.json"), load_arrays(folder / f"{name}.npz")
+        except (OSError, ValueError, ComptError):
+            return None
+        same = isinstance(record, dict) and record.get("scored_by") == scored_by and record.get("task") == item.task
+        return (record, arrays) if same else None
+
+    kept = dist.from_main(read)
+    if kept is None:
+        return None
+    record, arrays = kept
+    task = open_set(item, settings, together=True)
+    return Score(record, task_class(item.task).answers(arrays)) if record.get("pins") == task.pins() else None
+
+
+def _said(item: SuiteSet, score: Score) -> str:
+    if score.fault:
+        return f"no score: {score.fault}"
+    lines = task_class(item.task).rows(score.record)
+    return ", ".join(f"{key} {value:.2f}" for line in lines for key, value in line.scores.items() if value is not None)

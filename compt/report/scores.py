@@ -1,0 +1,267 @@
+"""Scores of several models on a suite, as tables for terminals, Markdown, HTML, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compt.chain.record import now
+from compt.errors import ConfigError, nearest
+from compt.evaluate.sets import task_class
+from compt.evaluate.stats import paired_bootstrap
+from compt.evaluate.suite import Score, Scores
+from compt.files import write_json, write_text
+from compt.recipe.suite import Suite, SuiteSet
+from compt.report.write import page
+from compt.text import TextTable, escape_markdown
+from compt.weights.artefact import versions
+
+_PLAIN = "per_class", "skipped_examples"
+"""Parts of a record that stay in the model's own file."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table: a set, or one direction of a retrieval set. `at` counts the lines of the set."""
+
+    item: SuiteSet
+    at: int = 0
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """The set's name in tables, with the direction."""
+        return ", ".join(filter(None, (self.item.label_in_tables, self.label)))
+
+
+@dataclass(frozen=True)
+class SuiteReport:
+    """The scores of a suite, and published ones beside them.
+
+    name: of the suite. root: the folder of the sets. published: names of the suite's published models to show. Raises
+    ConfigError for a name that the suite does not have.
+    """
+
+    name: str
+    suite: Suite
+    root: Path
+    scores: Scores
+    published: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        for name in self.published:
+            if name not in self.suite.published:
+                known = ", ".join(self.suite.published) or "the suite has none"
+                raise ConfigError(f"--published {name}: no such model{nearest(name, self.suite.published)}: {known}")
+
+    @property
+    def models(self) -> list[str]:
+        """Labels of the models."""
+        return list(self.scores)
+
+    @property
+    def faults(self) -> list[str]:
+        """Why sets that are there have no score."""
+        return [score.fault for found in self.scores.values() for score in found.values() if score.fault]
+
+    def lines(self) -> Iterator[Line]:
+        """The lines of all sets. A set that is missing, or that no model was scored on, has one."""
+        for item in self.suite.sets:
+            known = next((found for model in self.models if (found := self._score(model, item)) and found.record), None)
+            rows = task_class(item.task).rows(known.record) if known else None
+            yield from (Line(item, at, row.label) for at, row in enumerate(rows)) if rows else [Line(item)]
+
+    def _score(self, model: str, item: SuiteSet) -> Score | None:
+        return self.scores[model].get(item.name)
+
+    def value(self, model: str, line: Line) -> float | None:
+        """The first score of the line in percent, None without one."""
+        score = self._score(model, line.item)
+        if score is None or not score.record:
+            return None
+        return next(iter(task_class(line.item.task).rows(score.record)[line.at].scores.values()))
+
+    def _published(self, name: str, line: Line) -> float | None:
+        scores = line.item.published
+        return scores[self.suite.published.index(name)] if scores and not line.at else None
+
+    def averaged(self) -> list[Line]:
+        """The lines that an average is over: classification sets that every model has a score of."""
+        return [
+            line
+            for line in self.lines()
+            if task_class(line.item.task).classifies and all(self.value(m, line) is not None for m in self.models)
+        ]
+
+    @property
+    def average_label(self) -> str:
+        """`Average of 35`, or `Average of 3 of 35` where sets are missing."""
+        whole = sum(task_class(item.task).classifies for item in self.suite.sets)
+        found = len(self.averaged())
+        return f"Average of {found}" if found == whole else f"Average of {found} of {whole}"
+
+    def tables(self) -> list[TextTable]:
+        """All tables: scores, further metrics, and differences from the first model."""
+        rows = [
+            [line.name, *(self._cell(model, line) for model in self.models)]
+            + [_number(self._published(name, line)) for name in self.published]
+            for line in self.lines()
+        ]
+        if sum(task_class(item.task).classifies for item in self.suite.sets) > 1 and (over := self.averaged()):
+            means = [_mean([self.value(model, line) for line in over]) for model in self.models]
+            # Over the same sets: like is compared with like.
+            means += [_mean([self._published(name, line) for line in over]) for name in self.published]
+            rows.append([self.average_label, *map(_number, means)])
+        header = ["Set", *self.models, *self.published]
+        tables = [TextTable(f"Scores on {self.name}", header, rows, list(self._notes()))]
+        tables += filter(None, [self._metrics(), *map(self._differences, self.models[1:])])
+        return tables
+
+    def _cell(self, model: str, line: Line) -> str:
+        score = self._score(model, line.item)
+        if score is None:
+            return "missing"
+        return "fault" if score.fault else _number(self.value(model, line))
+
+    def _notes(self) -> Iterator[str]:
+        tasks = {item.task for item in self.suite.sets}
+        yield " ".join(note for note in (task_class(task).first_note for task in sorted(tasks)) if note)
+        if self.published:
+            yield f"As published: {', '.join(self.published)}."
+        names = [item.label_in_tables for item in self.suite.sets if self._score(self.models[0], item) is None]
+        if names:
+            whole = len(self.suite.sets)
+            fetched = any(item.hub for item in self.suite.sets)
+            how = f": compt eval fetch {self.name} {self.root}" if fetched else ""
+            yield f"Missing in {self.root}: {len(names)} of {whole} sets ({', '.join(names)}){how}"
+        for item in self.suite.sets:
+            for model in self.models:
+                score = self._score(model, item)
+                if score is not None and score.fault:
+                    yield f"{item.label_in_tables}: {score.fault}"
+                    break
+                if score is not None and (said := _departures(item, score.record)):
+                    yield f"{item.label_in_tables}: {', '.join(said)}."
+                    break
+
+    def _metrics(self) -> TextTable | None:
+        rows = []
+        for item in self.suite.sets:
+            scores = [found.record for model in self.models if (found := self._score(model, item)) is not None]
+            if item.metric and scores:
+                label = f"{item.label_in_tables}, {item.metric.replace('_', ' ')}"
+                rows.append([label, *(_number(record.get(item.metric)) for record in scores)])
+        about = "Percent. The metric that others report for these sets; the averages above take top-1."
+        return TextTable("Further metrics", ["Set", *self.models], rows, [about]) if rows else None
+
+    def _differences(self, model: str) -> TextTable | None:
+        first, rows, halves, gains = self.models[0], [], [], []
+        for line in self.lines():
+            pair = [self._score(name, line.item) for name in (model, first)]
+            answers = [score.answers[line.at] for score in pair if score and len(score.answers) > line.at]
+            if len(answers) < 2 or len(answers[0]) != len(answers[1]) or len(answers[0]) < 2:
+                continue
+            gain, low, high = paired_bootstrap(*answers)
+            rows.append([line.name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}", _verdict(low, high)])
+            if task_class(line.item.task).classifies:
+                gains.append(gain)
+                halves.append((high - low) / 2)
+        if not rows:
+            return None
+        if len(gains) > 1:
+            gain, half = sum(gains) / len(gains), math.hypot(*halves) / len(halves)
+            interval = f"{gain - half:+.2f} to {gain + half:+.2f}"
+            rows.append([self.average_label, f"{gain:+.2f}", interval, _verdict(gain - half, gain + half)])
+        notes = ["Points, with the 95 % interval of a paired bootstrap over samples. It does not cover training seeds."]
+        if len(gains) > 1:
+            notes.append("The average's interval takes the sets as independent.")
+        return TextTable(f"{model} minus {first}", ["Set", "Points", "95 % interval", "Verdict"], rows, notes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every score as JSON values."""
+        scores = {
+            model: {
+                name: {"fault": score.fault}
+                if score.fault
+                else {key: value for key, value in score.record.items() if key not in _PLAIN}
+                for name, score in found.items()
+            }
+            for model, found in self.scores.items()
+        }
+        over = self.averaged()
+        return {
+            "suite": self.name,
+            "sets": [item.name for item in self.suite.sets],
+            "averaged": [line.item.name for line in over],
+            "average": {model: _mean([self.value(model, line) for line in over]) for model in self.models},
+            "scores": scores,
+            "written": now(),
+            "versions": versions(),
+        }
+
+    def csv(self) -> str:
+        """One line for each score of each model, each set and each metric."""
+        text = io.StringIO()
+        lines = csv.writer(text, lineterminator="\n")
+        lines.writerow(["set", "title", "task", "model", "metric", "value", "low", "high", "images"])
+        for item in self.suite.sets:
+            for model in self.models:
+                score = self._score(model, item)
+                about = [item.name, item.label_in_tables, item.task, model]
+                if score is None or score.fault:
+                    lines.writerow([*about, "missing" if score is None else "fault", "", "", "", ""])
+                    continue
+                record = score.record
+                keys = [key for row in task_class(item.task).rows(record) for key in row.scores]
+                keys += [item.metric] if item.metric and item.metric not in keys else []
+                for key in keys:
+                    if (value := record.get(key)) is not None:
+                        interval = record.get(f"{key}_interval") or ["", ""]
+                        lines.writerow([*about, key, value, *interval, record["n"]])
+        return text.getvalue()
+
+    def write(self, folder: Path) -> None:
+        """Write FOLDER/scores.json, .csv, .md and .html. Raises RunError."""
+        tables, sentence = self.tables(), f"{len(self.models)} models on {self.name}"
+        if len(self.models) == 1:
+            sentence = f"{self.models[0]} on {self.name}"
+        write_json(folder / "scores.json", self.to_dict())
+        write_text(folder / "scores.csv", self.csv())
+        head = f"# {escape_markdown(sentence)}\n\n"
+        write_text(folder / "scores.md", head + "\n".join(table.markdown() for table in tables))
+        content = {"title": f"Scores on {self.name}", "sentence": sentence, "tables": tables}
+        content |= {"written": now(), "version": versions()["compt"]}
+        write_text(folder / "scores.html", page("scores.html.j2", content))
+
+
+def _departures(item: SuiteSet, record: dict[str, Any] | Any) -> list[str]:
+    """In what the set that was scored is not the one that the suite describes."""
+    found = []
+    for key, what in (("images", "n"), ("classes", "classes")):
+        wanted, got = getattr(item, key), record.get(what)
+        if wanted is not None and got is not None and got != wanted:
+            found.append(f"{got:,} of {wanted:,} {key}" if got < wanted else f"{got:,} {key}, not {wanted:,}")
+    pins = record.get("pins", {})
+    for key, what in (("classnames", "class names"), ("templates", "templates")):
+        wanted, got = getattr(item, f"{key}_sha256"), pins.get(key)
+        if wanted and got and not got.startswith(wanted):
+            found.append(f"other {what} than clip_benchmark's")
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _verdict(low: float, high: float) -> str:
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"
