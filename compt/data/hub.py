@@ -25,7 +25,7 @@ class Fetched(NamedTuple):
     state: str
 
 
-class _File(NamedTuple):
+class _HubFile(NamedTuple):
     """A file as the hub lists it. hash: SHA-256 of its content, or git's SHA-1 of a small file."""
 
     name: str
@@ -77,7 +77,7 @@ def _known(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _listed(repository: str, revision: str) -> tuple[str, list[_File]]:
+def _listed(repository: str, revision: str) -> tuple[str, list[_HubFile]]:
     """The commit that a revision names, and its files that evaluation reads."""
     from huggingface_hub import HfApi
 
@@ -86,7 +86,7 @@ def _listed(repository: str, revision: str) -> tuple[str, list[_File]]:
     except Exception as error:
         raise _refused(repository, error) from None
     files = [
-        _File(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else item.blob_id or "")
+        _HubFile(item.rfilename, item.size or 0, item.lfs.sha256 if item.lfs else item.blob_id or "")
         for item in info.siblings or ()
         if _WANTED.fullmatch(item.rfilename)
     ]
@@ -95,7 +95,7 @@ def _listed(repository: str, revision: str) -> tuple[str, list[_File]]:
     return str(info.sha), files
 
 
-def _is_unchanged(path: Path, file: _File, stored: dict[str, Any] | None) -> bool:
+def _is_unchanged(path: Path, file: _HubFile, stored: dict[str, Any] | None) -> bool:
     """Whether a file is as an earlier call has left it. Hashing a suite again would take many minutes."""
     if stored is None or not path.is_file():
         return False
@@ -103,21 +103,21 @@ def _is_unchanged(path: Path, file: _File, stored: dict[str, Any] | None) -> boo
     return stored == {"size": file.size, "hash": file.hash, "time": now.st_mtime_ns} and now.st_size == file.size
 
 
-def _download(repository: str, commit: str, file: _File, folder: Path) -> None:
-    from huggingface_hub import hf_hub_download
+def _download(repository: str, commit: str, file: _HubFile, folder: Path) -> None:
+    from huggingface_hub import HfApi
 
     # A file of another size or content would be taken for the right one by its name.
     if (path := folder / file.name).exists() and _hash(path, file) == file.hash:
         return
     try:
-        hf_hub_download(
+        HfApi().hf_hub_download(
             repository, file.name, repo_type="dataset", revision=commit, local_dir=folder, force_download=path.exists()
         )
     except Exception as error:
         raise _refused(f"{repository}: {file.name}", error) from None
 
 
-def _hash(path: Path, file: _File) -> str:
+def _hash(path: Path, file: _HubFile) -> str:
     """The hash of a file on disk, of the kind that the hub gives for it."""
     if len(file.hash) == 64:
         return sha256_file(path)

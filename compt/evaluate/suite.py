@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Score:
+class SetScore:
     """What one model reached on one set.
 
     record: what the result's .json holds; empty where the set could not be scored. answers: of the task's `answers`.
@@ -41,7 +41,7 @@ class Score:
     fault: str = ""
 
 
-Scores = dict[str, dict[str, Score]]
+Scores = dict[str, dict[str, SetScore]]
 """By model, then by set. A set that is not there is missing."""
 
 
@@ -80,7 +80,7 @@ def score_suite(
     out: Path | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> Scores:
-    """Score every model on every set that is there. All ranks call this and get the same scores.
+    """SetScore every model on every set that is there. All ranks call this and get the same scores.
 
     `models` opens each by its label, one at a time. A set that cannot be used gets a `fault`, and the others are still
     scored. With `out`, results are written to OUT/MODEL, and a set that was already scored there for the same weights,
@@ -109,17 +109,17 @@ def score_suite(
                     if folder is not None:
                         result.scored_by = scored_by
                         dist.on_main(partial(result.save, folder))
-                    score = Score(result.to_dict(), task_class(item.task).answers(result.arrays()))
+                    score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()))
             except DataError as error:
                 # One broken set must not lose the hours that the others take.
-                score = Score({}, fault=str(error))
+                score = SetScore({}, fault=str(error))
             found[label][item.name] = score
             if dist.is_main():
                 told(f"{label}: {item.label_in_tables}: {_said(item, score)}")
     return found
 
 
-def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Mapping[str, str]) -> Score | None:
+def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Mapping[str, str]) -> SetScore | None:
     """The score of an earlier call, if it is of the same model on the same set."""
 
     def read() -> tuple[dict[str, Any], Arrays] | None:
@@ -136,10 +136,10 @@ def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Map
         return None
     record, arrays = kept
     task = open_set(item, settings, together=True)
-    return Score(record, task_class(item.task).answers(arrays)) if record.get("pins") == task.pins() else None
+    return SetScore(record, task_class(item.task).answers(arrays)) if record.get("pins") == task.pins() else None
 
 
-def _said(item: SuiteSet, score: Score) -> str:
+def _said(item: SuiteSet, score: SetScore) -> str:
     if score.fault:
         return f"no score: {score.fault}"
     lines = task_class(item.task).rows(score.record)

@@ -199,7 +199,7 @@ class EvaluationTask(ABC):
 
     @classmethod
     def answers(cls, arrays: Arrays) -> list[NDArray[np.float64]]:
-        """For each line of `rows`, what each image adds to the score, float64 [n]: their mean is the first number, as a share.
+        """For each line of `rows`, the score of each image, float64 [n], whose mean is the first number as a share.
 
         Two models are compared on these, image by image. `arrays` are those of `Result.arrays`. Empty for a task whose
         score is no such mean.

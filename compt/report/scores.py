@@ -14,7 +14,7 @@ from compt.chain.record import now
 from compt.errors import ConfigError, nearest
 from compt.evaluate.sets import task_class
 from compt.evaluate.stats import paired_bootstrap
-from compt.evaluate.suite import Score, Scores
+from compt.evaluate.suite import Scores, SetScore
 from compt.files import write_json, write_text
 from compt.recipe.suite import Suite, SuiteSet
 from compt.report.write import page
@@ -76,7 +76,7 @@ class SuiteReport:
             rows = task_class(item.task).rows(known.record) if known else None
             yield from (Line(item, at, row.label) for at, row in enumerate(rows)) if rows else [Line(item)]
 
-    def _score(self, model: str, item: SuiteSet) -> Score | None:
+    def _score(self, model: str, item: SuiteSet) -> SetScore | None:
         return self.scores[model].get(item.name)
 
     def value(self, model: str, line: Line) -> float | None:

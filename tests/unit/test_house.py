@@ -111,7 +111,7 @@ def test_folders_of_the_package_are_shown_at_the_top(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "parquet", "remote"}
+    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "interop", "parquet", "remote"}
     assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
     assert table["optional-dependencies"]["test-all"] == [f"compt[{','.join(sorted(single - {'dali-cuda12'}))}]"]
     assert table["scripts"] == {"compt": "compt.cli.main:run"}
@@ -174,7 +174,7 @@ def test_every_dependency_is_imported(root: Path) -> None:
         if module in imported
         for name in names
     }
-    extras = [packages for extra, packages in table["optional-dependencies"].items() if extra != "dev"]
+    extras = [packages for extra, packages in table["optional-dependencies"].items() if extra not in ("dev", "interop")]
     for requirement in itertools.chain(table["dependencies"], *extras):
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
         assert name in providers or name in BEHIND, f"{name} is installed, but imported nowhere"

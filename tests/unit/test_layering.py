@@ -99,7 +99,6 @@ SMALLER: dict[str, str] = {
     "compt/chain/start.py": "the model that a chain starts from; jobs and calibration both open it",
     "compt/cli/doctor.py": "a command group of its own",
     "compt/cli/recipes.py": "a command group of its own",
-    "compt/data/batch.py": "the type that data hands to training",
     "compt/data/names.py": "tars, tables and class folders read names by the same rules",
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
