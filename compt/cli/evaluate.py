@@ -69,6 +69,7 @@ def evaluation_set(
     classnames: Path | None,
     templates: Path | None,
     class_order: Literal["name", "number"] | None = None,
+    train: list[str] | None = None,
 ) -> EvalSet:
     """The evaluation set that the options describe."""
     return EvalSet(
@@ -79,6 +80,7 @@ def evaluation_set(
         classnames=str(classnames) if classnames else None,
         templates=str(templates) if templates else None,
         class_order=class_order,
+        train=train,
     )
 
 
@@ -96,7 +98,8 @@ def evaluate(
     ] = None,
     root: Annotated[Path | None, option("folder of the suite's sets", metavar="FOLDER", default="the suite's")] = None,
     published: Annotated[list[str] | None, option("published model to show beside; repeatable", metavar="NAME")] = None,
-    task: Annotated[str, one_of(EVALUATION_TASKS, "what to compute on --data")] = "zeroshot",
+    task: Annotated[str | None, one_of(EVALUATION_TASKS, "what to compute", default="zeroshot, or the suite's")] = None,
+    train: Annotated[list[str] | None, option("labelled data for linear_probe and knn", metavar="DATA")] = None,
     label: Label = "cls",
     classnames: ClassNames = None,
     templates: Templates = None,
@@ -128,9 +131,10 @@ def evaluate(
     if (data is None) == (suite is None):
         raise ConfigError("compt eval: name one of --data and --suite")
     if data is not None:
-        sets = one_set(evaluation_set(data, task, label, classnames, templates, class_order))
+        sets = one_set(evaluation_set(data, task or "zeroshot", label, classnames, templates, class_order, train))
     else:
         sets = load_suite(str(suite))
+        sets = sets.with_task(task) if task else sets
     opened = {
         short: partial(open_source, model, name, prefix)
         for short, model in zip(model_labels(models), models, strict=True)
@@ -219,6 +223,7 @@ def fetch(
     root: Annotated[
         Path | None, typer.Argument(metavar="FOLDER", help="folder for the sets", show_default="the suite's")
     ] = None,
+    train: Annotated[bool, option("also download training splits, for linear_probe and knn", "--train")] = False,
     revision: Annotated[str, option("branch, tag or commit of new downloads", metavar="NAME")] = "main",
 ) -> None:
     """Download a suite's sets from Hugging Face's hub.
@@ -234,7 +239,7 @@ def fetch(
         if item.hub is None or item.folder is None:
             say(f"{item.name}: not from the hub")
             continue
-        found = fetch_set(item.hub, base / item.folder, revision)
+        found = fetch_set(item.hub, base / item.folder, revision, train=train)
         say(f"{item.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB, commit {found.commit[:12]}: {found.state}")
 
 

@@ -12,8 +12,8 @@ from compt.files import read_json, sha256_file, write_json
 
 RECORD = "fetched.json"
 """File in a set's folder that names its data set, its commit and the hash of each file."""
-_WANTED = re.compile(r"[\w.-]+\.txt|test/[\w.-]+\.(tar|txt)")
-"""Files that evaluation reads. The training split and pages about the set are not downloaded."""
+_WANTED = re.compile(r"[\w.-]+\.txt|(test|train)/[\w.-]+\.(tar|txt)")
+"""Files that evaluation reads. Pages about the set are not downloaded."""
 
 
 class Fetched(NamedTuple):
@@ -33,8 +33,10 @@ class _HubFile(NamedTuple):
     hash: str
 
 
-def fetch_set(repository: str, folder: Path, revision: str = "main") -> Fetched:
+def fetch_set(repository: str, folder: Path, revision: str = "main", *, train: bool = False) -> Fetched:
     """Download the test split of a data set of the hub, with its class names and templates.
+
+    `train` adds the training split.
 
     The first call writes the commit that `revision` names to FOLDER/fetched.json. Later calls stay with that commit,
     and download what is missing or no longer has its size and time. A file that breaks off goes on where it ended.
@@ -48,6 +50,7 @@ def fetch_set(repository: str, folder: Path, revision: str = "main") -> Fetched:
     commit, files = _listed(repository, known.get("commit") or revision)
     new = 0
     stored: dict[str, dict[str, Any]] = known.get("files") or {}
+    files = [file for file in files if train or not file.name.startswith("train/")]
     for file in files:
         path = folder / file.name
         if not _is_unchanged(path, file, stored.get(file.name)):
@@ -90,7 +93,7 @@ def _listed(repository: str, revision: str) -> tuple[str, list[_HubFile]]:
         for item in info.siblings or ()
         if _WANTED.fullmatch(item.rfilename)
     ]
-    if not any(file.name.endswith(".tar") for file in files):
+    if not any(file.name.startswith("test/") and file.name.endswith(".tar") for file in files):
         raise DataError(f"{repository} at {revision}: has no shards test/*.tar, so it is no set of clip_benchmark")
     return str(info.sha), files
 

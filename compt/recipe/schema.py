@@ -62,6 +62,8 @@ EVALUATION_TASKS = OneOf(
         "zeroshot": "compt.evaluate.zeroshot:ZeroShot",
         "multilabel": "compt.evaluate.multilabel:Multilabel",
         "retrieval": "compt.evaluate.retrieval:Retrieval",
+        "linear_probe": "compt.evaluate.probe:LinearProbe",
+        "knn": "compt.evaluate.probe:Neighbours",
     }
 )
 """Tasks of evaluation sets. To add one: write a `compt.evaluate.task.EvaluationTask`, and its name and place here."""
@@ -373,9 +375,12 @@ class EvalSet(Section):
     """Name of the set in reports."""
     task: Annotated[str, AfterValidator(EVALUATION_TASKS)] = "zeroshot"
     """`zeroshot`: classification by class names. `multilabel`: the same with several classes an image, from a `.npy`.
-    `retrieval`: finding captions by image and images by caption."""
+    `retrieval`: finding captions by image and images by caption. `linear_probe` and `knn`: classification from image
+    features, with the labelled images of `train`."""
     data: Shards
     """Shards, as in `data.train`, or a folder."""
+    train: Shards | None = later(None)
+    """Labelled images for `linear_probe` and `knn`, written as `data`."""
     role: Literal["select", "report"] = "report"
     """`select`: also scored during training, to choose settings. `report`: scored only at the end of a job."""
     label: str = "cls"

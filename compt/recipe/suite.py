@@ -59,6 +59,20 @@ class Suite(Section):
     sets: list[SuiteSet] = Field(min_length=1)
     """The sets, in the order of tables."""
 
+    def with_task(self, task: str) -> Suite:
+        """The classification sets with another task, and the training split beside each one's test split.
+
+        Raises ConfigError for a suite without such sets.
+        """
+        sets = []
+        for item in self.sets:
+            train = item.train or [part.replace("/test/", "/train/") for part in item.data if "/test/" in part]
+            if item.task == "zeroshot" and train:
+                sets.append(item.model_copy(update={"task": task, "train": train, "published": []}))
+        if not sets:
+            raise ConfigError(f"--task {task}: no set of the suite has a training split")
+        return self.model_copy(update={"sets": sets, "published": []})
+
     @model_validator(mode="before")
     @classmethod
     def _from_the_hub(cls, values: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,11 @@ from compt.evaluate.zeroshot import classifier, zero_shot
 from compt.models.preprocess import Preprocess
 from compt.models.clip import build
 from tests.helpers import evaluation as cases
+from tests.helpers.shards import make_shards, picture, write_tar
+from compt.evaluate.suite import score_suite
+from compt.recipe.suite import load_suite
+from compt.report.scores import SuiteReport
+from compt.weights.artefact import Artefact
 from tests.dist.spawn import run_ranks
 from tests.unit.evaluate.test_sets import SPEC
 
@@ -60,8 +67,6 @@ def _set_scores(folder: str) -> tuple[dict[str, float], list[int], dict[str, int
 
 
 def test_shards_and_folders_over_ranks(tmp_path: Path) -> None:
-    from tests.helpers.shards import make_shards, picture
-
     for kind in ("shards", "folders"):
         base = tmp_path / kind
         if kind == "shards":
@@ -91,3 +96,43 @@ def test_an_error_of_one_rank_reaches_all_of_them() -> None:
     first, second = run_ranks(_one_rank_fails, 2, timeout=60)
     assert first == second
     assert "key1 has no label" in first
+
+
+def _suite_scores(folder: str) -> list[str]:
+    base = Path(folder)
+    suite = load_suite(base / "suite.yaml")
+    settings = EvalSettings(Preprocess((0.5,) * 3, (0.25,) * 3), base, batch=3)
+
+    def opened() -> Artefact:
+        return Artefact(base, SPEC, {}, settings.preprocess, build(SPEC, seed=0).state_dict(), "hash")
+
+    scores = score_suite({"tiny": opened}, suite, settings, torch.device("cpu"), base / "out")
+    return [table.markdown() for table in SuiteReport("suite", suite, base, scores).tables()]
+
+
+def test_a_suite_over_ranks(tmp_path: Path) -> None:
+    """Also what is missing, what is broken, tasks that fit on rank 0 alone, and scores that are on disk already."""
+    for split, n in (("test", 11), ("train", 17)):
+        make_shards(tmp_path / "one" / split, n=n, shards=2, classes=3)
+    (tmp_path / "one" / "classnames.txt").write_text("a\nb\nc\n")
+    members = [(f"{at}.{kind}", data) for at in range(5) for kind, data in _several(at)]
+    write_tar(tmp_path / "many" / "test" / "0.tar", members)
+    (tmp_path / "many" / "classnames.txt").write_text("a\nb\n")
+    data, train = "data: one/test/*.tar", "train: one/train/*.tar"
+    (tmp_path / "suite.yaml").write_text(
+        f"sets: [{{name: shot, {data}}}, {{name: probe, task: linear_probe, {data}, {train}}}, "
+        f"{{name: near, task: knn, {data}, {train}}}, {{name: many, task: multilabel, data: many/test/*.tar}}, "
+        "{name: gone, data: gone/*.tar}, {name: broken, task: multilabel, data: one/test/*.tar}]"
+    )
+    single = _suite_scores(str(tmp_path))
+    assert "fault" in single[0]
+    assert "missing" in single[0]
+    assert run_ranks(_suite_scores, 2, str(tmp_path)) == [single, single]
+    shutil.rmtree(tmp_path / "out")
+    assert run_ranks(_suite_scores, 2, str(tmp_path)) == [single, single]
+
+
+def _several(at: int) -> list[tuple[str, bytes]]:
+    blob = io.BytesIO()
+    np.save(blob, np.array([at % 2, at > 1]))
+    return [("png", picture(at, 40, 36)), ("npy", blob.getvalue())]

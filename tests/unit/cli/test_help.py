@@ -55,7 +55,7 @@ def test_choices_are_named_with_a_wrong_value() -> None:
     assert done.exit_code == 2
     assert "--memory" in done.output
     assert "'ddp', 'fsdp2', 'zero0'" in done.output
-    assert "<zeroshot|multilabel|retrieval>" in page("eval")
+    assert "<zeroshot|multilabel|retrieval|linear_probe|knn>" in page("eval")
 
 
 def test_kinds_of_gpu_are_those_that_are_known() -> None:

@@ -1,0 +1,264 @@
+"""Classification from frozen image features and a labelled training split: linear probe and nearest neighbours."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from compt.data.batch import EvalBatch
+from compt.data.labels import CLASSNAMES, beside, read_classnames
+from compt.dist import collectives as dist
+from compt.errors import DataError
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, over_batches
+from compt.evaluate.task import EvalSettings, EvaluationTask, ScoreRow, SetData, open_data
+from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, true_ranks
+from compt.recipe.schema import EvalSet
+
+_log = logging.getLogger(__name__)
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+"""k and the temperature of the votes, as in DINO's evaluation (Wu et al. 2018)."""
+EXPONENTS = (6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0)
+"""Of the penalties 10 ** e / n that are tried first: in scikit-learn's terms, C = 10 ** -e."""
+REFINEMENTS = 3
+"""How often the step between exponents is halved around the best: to a quarter of a decade."""
+HELD_OUT = 5
+"""Every fifth training sample chooses the penalty. The final fit has all of them."""
+
+
+class Features(NamedTuple):
+    """Unit features fp32 [n, D], labels int64 [n] and ids int64 [n] of all ranks, in ascending order of ids."""
+
+    features: Tensor
+    labels: Tensor
+    ids: Tensor
+    skipped: dict[str, int]
+    examples: list[str]
+
+
+def features_of(encoder: Encoder, loader: Iterable[EvalBatch], name: str) -> Features:
+    """Encode this rank's batches and gather what all ranks have, on the model's device.
+
+    Raises DataError, on every rank, for a batch without class numbers and for a set without a usable sample.
+    """
+    parts: list[Tensor] = []
+    about: list[Tensor] = []
+
+    def encode(batch: EvalBatch) -> None:
+        if batch.labels is None or batch.labels.ndim != 1:
+            raise DataError(f"evaluation set '{name}': {batch.keys[0]} has no class number")
+        parts.append(encoder.images(batch.images))
+        about.append(torch.stack([torch.tensor(batch.ids), batch.labels], dim=1))
+
+    with encoder.frozen():
+        losses = over_batches(loader, encode)
+    skipped, examples = losses.over_ranks()
+    width = int(dist.all_reduce_max(parts[0].shape[1] if parts else 0))
+    if not width:
+        raise DataError(f"evaluation set '{name}': no sample can be used{': ' + examples[0] if examples else ''}")
+    features = dist.gather(torch.cat([torch.zeros(0, width, device=encoder.device), *parts]))
+    known = dist.gather(torch.cat([torch.zeros(0, 2, dtype=torch.int64), *about]).to(features.device))
+    order = known[:, 0].argsort()
+    return Features(features[order], known[order, 1], known[order, 0], skipped, examples)
+
+
+def fit_probe(features: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:
+    """Logistic regression by L-BFGS: weights and, in the last row, biases, fp64 [D + 1, C].
+
+    Minimizes the sum over samples of the cross-entropy, plus penalty * n * |weights|^2 / 2: scikit-learn's
+    LogisticRegression with C = 1 / (penalty * n). `start`: weights to begin from.
+    """
+    inputs = functional.pad(features.double(), (0, 1), value=1.0)
+    weights = torch.zeros(inputs.shape[1], classes, dtype=torch.float64, device=inputs.device)
+    if start is not None:
+        weights.copy_(start)
+    weights.requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(inputs @ weights, labels) + penalty / 2 * weights[:-1].square().sum()
+        loss.backward()
+        return loss
+
+    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        optimizer.step(closure)
+    return weights.detach()
+
+
+def choose_penalty(train: Features, classes: int) -> float:
+    """The penalty with the best accuracy on the held-out fifth of the training samples; of equal ones the larger.
+
+    As CLIP's authors do (Radford et al. 2021, appendix A.3): a coarse sweep, then finer ones around the best.
+    """
+    held = torch.arange(len(train.labels), device=train.labels.device) % HELD_OUT == HELD_OUT - 1
+    if held.sum() == 0:
+        return 1.0 / len(train.labels)
+    inputs, n = functional.pad(train.features[held].double(), (0, 1), value=1.0), int((~held).sum())
+    scores: dict[float, float] = {}
+    start: Tensor | None = None
+
+    def score(exponent: float) -> None:
+        nonlocal start
+        start = fit_probe(train.features[~held], train.labels[~held], classes, 10**exponent / n, start)
+        right = (inputs @ start).argmax(dim=1) == train.labels[held]
+        scores[exponent] = float(right.double().mean())
+
+    def best() -> float:
+        return max(scores, key=lambda exponent: (scores[exponent], exponent))
+
+    # From the strongest penalty on: each fit starts from the one before, and weights grow as the penalty falls.
+    for exponent in EXPONENTS:
+        score(exponent)
+    step = 2.0
+    for _ in range(REFINEMENTS):
+        step /= 2
+        middle = best()
+        for exponent in (middle + step, middle - step):
+            if exponent not in scores and min(EXPONENTS) <= exponent <= max(EXPONENTS):
+                score(exponent)
+    return 10 ** best() / n
+
+
+def vote(queries: Tensor, train: Features, classes: int, chunk: int = 1024) -> Tensor:
+    """Scores fp32 [Q, C]: the sum over the nearest training samples of exp(cosine / temperature), by class."""
+    rows = []
+    k = min(NEIGHBOURS, len(train.labels))
+    for start in range(0, len(queries), chunk):
+        near = (queries[start : start + chunk] @ train.features.T).topk(k, dim=1)
+        votes = torch.zeros(len(near.values), classes, device=queries.device)
+        rows.append(votes.scatter_add_(1, train.labels[near.indices], (near.values / TEMPERATURE).exp()))
+    return torch.cat(rows)
+
+
+@dataclass
+class ProbeResult(ZeroShotResult):
+    """As of zero-shot classification. train_images: labelled samples. penalty: the one that was chosen."""
+
+    task: ClassVar[str] = "linear_probe"
+
+    train_images: int = field(default=0, kw_only=True)
+    penalty: float = field(default=0.0, kw_only=True)
+
+    def details(self) -> dict[str, Any]:
+        """Those of zero-shot classification, the number of training samples, and the penalty."""
+        return {**super().details(), "train_images": self.train_images, "penalty": self.penalty}
+
+
+@dataclass
+class NeighboursResult(ZeroShotResult):
+    """As of zero-shot classification. train_images: labelled samples."""
+
+    task: ClassVar[str] = "knn"
+
+    train_images: int = field(default=0, kw_only=True)
+
+    def details(self) -> dict[str, Any]:
+        """Those of zero-shot classification, and the number of training samples."""
+        return {**super().details(), "train_images": self.train_images}
+
+
+@dataclass(frozen=True)
+class LabelledTask(EvaluationTask):
+    """Scores images by features of a labelled training split. names: of the classes, empty without a file of them."""
+
+    note: ClassVar[str] = ZeroShot.note
+    classifies: ClassVar[bool] = True
+
+    train: SetData
+    names: list[str]
+
+    @classmethod
+    def open(cls, item: EvalSet, settings: EvalSettings) -> Self:
+        """Both splits, with their class numbers. Raises DataError."""
+        if item.train is None:
+            raise DataError(f"evaluation set '{item.name}': the task {item.task} needs labelled shards: name `train`")
+        data = open_data(item, settings, label=item.label)
+        train = open_data(item.model_copy(update={"data": item.train}), settings, label=item.label)
+        if data.classes != train.classes:
+            raise DataError(f"evaluation set '{item.name}': `data` and `train` have folders of different classes")
+        path = settings.base / item.classnames if item.classnames else beside(data.places, CLASSNAMES)
+        names = list(data.classes or ()) or (read_classnames(path) if path else [])
+        return cls(item, settings, data, train, names)
+
+    def pins(self) -> dict[str, str]:
+        """Both splits and the name of the label."""
+        return {**super().pins(), "train": self.train.samples.fingerprint, "label": self.item.label}
+
+    @abstractmethod
+    def score(self, queries: Tensor, train: Features, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """Scores [Q, C] of unit features [Q, D], and fields of the result."""
+
+    result_class: ClassVar[type[ZeroShotResult]]
+
+    def run(self, encoder: Encoder, tokenize: Tokenize) -> ZeroShotResult:
+        """Encode both splits once, and score the test split on rank 0."""
+        count = len(self.names)
+        train, test = (
+            features_of(encoder, data.batches(encoder.image_size, self.settings, count), self.item.name)
+            for data in (self.train, self.data)
+        )
+        classes = count or 1 + int(max(train.labels.max(), test.labels.max()))
+
+        def scored() -> tuple[list[list[int]], dict[str, Any]]:
+            scores, about = self.score(test.features, train, classes)
+            ranks, first = true_ranks(scores, test.labels)
+            return torch.stack([test.ids, test.labels, first, ranks], dim=1).tolist(), about
+
+        rows, about = dist.from_main(scored)
+        ids, labels, predictions, ranks = torch.tensor(rows, dtype=torch.int64).T.contiguous().numpy()
+        about |= {"skipped": test.skipped, "examples": test.examples, "train_images": len(train.labels)}
+        if train.skipped:
+            lost = ", ".join(f"{cause} {count}" for cause, count in train.skipped.items())
+            _log.warning("evaluation set '%s': left out of the training split: %s", self.item.name, lost)
+        result = self.result_class(self.item.name, ids, classes, labels, predictions, ranks, **about)
+        result.names = self.names
+        return result
+
+    @classmethod
+    def answers(cls, arrays: Arrays) -> list[Any]:
+        """1 for each image that got its class."""
+        return ZeroShot.answers(arrays)
+
+    @classmethod
+    def rows(cls, record: Mapping[str, Any]) -> list[ScoreRow]:
+        """One line: top-1 and top-5."""
+        about = {"classes": record["classes"], "chance": record["chance"]}
+        return [ScoreRow("", {key: record.get(key) for key in ("top1", "top5")}, about)]
+
+
+@dataclass(frozen=True)
+class LinearProbe(LabelledTask):
+    """Logistic regression on the features."""
+
+    title: ClassVar[str] = "Linear probe"
+    first_note: ClassVar[str] = "Linear probe: top-1 in percent."
+    result_class: ClassVar[type[ZeroShotResult]] = ProbeResult
+
+    def score(self, queries: Tensor, train: Features, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """The regression's logits."""
+        penalty = choose_penalty(train, classes)
+        weights = fit_probe(train.features, train.labels, classes, penalty)
+        return queries.double() @ weights[:-1] + weights[-1], {"penalty": penalty}
+
+
+@dataclass(frozen=True)
+class Neighbours(LabelledTask):
+    """Votes of the nearest training samples."""
+
+    title: ClassVar[str] = "Nearest neighbours"
+    first_note: ClassVar[str] = f"Nearest neighbours: top-1 in percent, {NEIGHBOURS} neighbours."
+    result_class: ClassVar[type[ZeroShotResult]] = NeighboursResult
+
+    def score(self, queries: Tensor, train: Features, classes: int) -> tuple[Tensor, dict[str, Any]]:
+        """The sum of votes for each class."""
+        return vote(queries, train, classes), {}

@@ -1,0 +1,110 @@
+"""Linear probe and nearest neighbours against scikit-learn, and as tasks of an evaluation set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from compt.errors import ConfigError, DataError
+from compt.evaluate.probe import NEIGHBOURS, TEMPERATURE, Features, choose_penalty, fit_probe, vote
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.task import EvalSettings
+from compt.models.clip import build
+from compt.models.preprocess import Preprocess
+from compt.recipe.schema import EvalSet
+from compt.recipe.suite import load_suite
+from tests.helpers.optional import optional
+from tests.helpers.shards import sample, write_tar
+from tests.unit.evaluate.test_sets import SPEC
+
+
+def clusters(n: int, classes: int, noise: float, seed: int = 0) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(classes, 8, generator=torch.Generator().manual_seed(9))
+    labels = torch.arange(n) % classes
+    features = F.normalize(centres[labels] + noise * torch.randn(n, 8, generator=generator), dim=1)
+    return Features(features, labels, torch.arange(n), {}, [])
+
+
+@pytest.mark.parametrize("penalty", [1e-1, 1e-3])
+def test_the_probe_is_scikit_learns_logistic_regression(penalty: float) -> None:
+    optional("sklearn", "interop")
+    from sklearn.linear_model import LogisticRegression
+
+    data = clusters(90, 4, 1.0)
+    theirs = LogisticRegression(C=1 / (penalty * 90), tol=1e-10, max_iter=10_000)
+    theirs.fit(data.features.double().numpy(), data.labels.numpy())
+    ours = fit_probe(data.features, data.labels, 4, penalty)
+    assert np.allclose(ours[:-1].T.numpy(), theirs.coef_, atol=1e-4)
+    biases = ours[-1].numpy()
+    assert np.allclose(biases - biases.mean(), theirs.intercept_ - theirs.intercept_.mean(), atol=1e-4)
+    again = fit_probe(data.features, data.labels, 4, penalty, start=ours + 0.3)
+    assert torch.allclose(again[:-1], ours[:-1], atol=1e-4)
+
+
+def test_neighbours_are_scikit_learns() -> None:
+    optional("sklearn", "interop")
+    from sklearn.neighbors import KNeighborsClassifier
+
+    train, queries = clusters(90, 4, 1.5), clusters(40, 4, 1.5, seed=1).features
+    theirs = KNeighborsClassifier(
+        NEIGHBOURS, metric="cosine", algorithm="brute", weights=lambda d: np.exp((1 - d) / TEMPERATURE)
+    ).fit(train.features.numpy(), train.labels.numpy())
+    scores = vote(queries, train, 4, chunk=7)
+    shares = scores / scores.sum(dim=1, keepdim=True)
+    assert np.allclose(shares.numpy(), theirs.predict_proba(queries.numpy()), atol=1e-5)
+    few = Features(train.features[:3], train.labels[:3], train.ids[:3], {}, [])
+    assert vote(queries, few, 4).count_nonzero(dim=1).tolist() == [3] * 40
+
+
+def test_the_penalty_follows_the_noise() -> None:
+    quiet, loud = (choose_penalty(clusters(200, 4, noise), 4) * 160 for noise in (0.1, 3.0))
+    assert 1e-6 <= loud <= 1e6
+    assert quiet > 1  # all held-out samples are right with any weak or strong fit: the strongest of these
+    # The best of a fine grid, by the same measure, is no better than what the search found.
+    data = clusters(200, 4, 1.5)
+    held = torch.arange(200) % 5 == 4
+
+    def accuracy(penalty: float) -> float:
+        weights = fit_probe(data.features[~held], data.labels[~held], 4, penalty)
+        scores = data.features[held].double() @ weights[:-1] + weights[-1]
+        return float((scores.argmax(1) == data.labels[held]).double().mean())
+
+    found = accuracy(choose_penalty(data, 4))
+    assert found >= max(accuracy(10.0**exponent / 160) for exponent in range(-6, 7, 2)) - 1e-9
+
+
+@pytest.mark.parametrize("task", ["linear_probe", "knn"])
+def test_a_set_with_a_training_split(tmp_path: Path, task: str) -> None:
+    # One image a class: a probe that mixed up samples or labels would not find them all.
+    for split, n in (("test", 12), ("train", 48)):
+        members = [each for at in range(n) for each in sample(f"{at:03d}", at % 3, label=at % 3)]
+        write_tar(tmp_path / split / "0.tar", members)
+    model, settings = build(SPEC, seed=0), EvalSettings(Preprocess((0.5,) * 3, (0.25,) * 3), tmp_path, 5)
+    state = model.state_dict()
+    state["visual.conv1.weight"] *= 60  # features of a new model hardly differ
+    item = EvalSet(name="things", task=task, data=["test/*.tar"], train=["train/*.tar"])
+    result = evaluate_set(model, item, settings)
+    assert (result.classes, result.n, result.to_dict()["train_images"]) == (3, 12, 48)
+    assert result.labels.tolist() == [at % 3 for at in range(12)]
+    assert result.top1 == 100
+    assert set(result.pins) == {"data", "train", "label"}
+    assert evaluate_set(model, item, settings).pins == result.pins
+    with pytest.raises(DataError, match=f"set 'things': the task {task} needs labelled shards: name `train`"):
+        evaluate_set(model, item.model_copy(update={"train": None}), settings)
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\nd\n")
+    assert evaluate_set(model, item, settings).classes == 4
+
+
+def test_a_suite_with_another_task() -> None:
+    suite = load_suite("vtab+").with_task("linear_probe")
+    assert len(suite.sets) == 35
+    assert {item.task for item in suite.sets} == {"linear_probe"}
+    assert suite.sets[0].train == ["wds_imagenet1k/train/*.tar"]
+    assert not suite.published
+    with pytest.raises(ConfigError, match="no set of the suite has a training split"):
+        load_suite("retrieval").with_task("knn")
