@@ -18,7 +18,7 @@ from compt.data.account import CAUSES, UNIT_NAMES, Account
 from compt.data.captions import by_column, parse_json
 from compt.data.decode import Unusable, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames
+from compt.data.labels import CLASSNAMES, NONE, beside, label_fault, read_classnames, read_label_array
 from compt.data.lengths import as_found, store_lengths
 from compt.data.remote import Cache, local
 from compt.data.samples import SampleReader
@@ -203,19 +203,25 @@ def _examine(
     captioned: bool,
     names: Sequence[str] | None,
     from_one: bool,
+    several: bool,
     work: tuple[int, int, int],
 ) -> Findings:
-    """Examine samples `start` to `stop` of a shard. from_one: class numbers are too large by one."""
+    """Examine samples `start` to `stop` of a shard.
+
+    from_one: class numbers are too large by one. several: samples may have several classes.
+    """
     shard, start, stop = work
     found = Findings(samples=stop - start)
     reader = SampleReader(index)
+    # A label and an image are counted apart: a sample may lose one and keep the other.
     with local(index.shards[shard]):
         for sample in range(start, stop):
             entry = index.entry(sample)
             where = f"{index.shards[shard].name}: {entry.key}"
             texts: list[str] = []
             if names is not None:
-                if cause := label_fault(entry.label, len(names), from_one):
+                label = read_label_array(reader.json(entry)) if several else entry.label
+                if cause := label_fault(label, len(names), from_one):
                     found.account.lose(cause, where)
                 else:
                     found.account.used["label"] += 1
@@ -272,11 +278,15 @@ def check(
     """
     index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched, cache=cache)
     labels = set[int]().union(*(np.unique(part).tolist() for part in index.column("label")))
-    labelled = bool(labels - {NONE})
+    kinds, others = (np.concatenate([*index.column(name)]) for name in ("text_kind", "json_size"))
+    several = (
+        labels == {NONE} and not kinds.any() and bool(others.any()) and beside(index.places, CLASSNAMES) is not None
+    )
+    labelled = bool(labels - {NONE}) or several
     captioned = not labelled or index.account.used["caption"] > 0
     names, said = _class_names(index, captioned) if labelled else (None, "")
     from_one = bool(names) and 0 not in labels and len(names or ()) in labels
-    examine = partial(_examine, index, CaptionTokens(context_length), captioned, names, from_one)
+    examine = partial(_examine, index, CaptionTokens(context_length), captioned, names, from_one, several)
     workers = (os.cpu_count() or 1 if len(index) > 4 * _CHUNK else 1) if workers is None else workers
     works = (
         (shard, first, min(first + _CHUNK, end))

@@ -29,11 +29,13 @@ WNID = re.compile(r"n[0-9]{8}(?![0-9])")
 """An identifier of WordNet's nouns, such as ImageNet's folders have: n01440764."""
 
 
-def label_fault(label: int, classes: int = 0, from_one: bool = False) -> Cause | None:
-    """The cause for which a class number cannot be used. classes: class names, 0 if there are none.
+def label_fault(label: int | NDArray[np.bool_], classes: int = 0, from_one: bool = False) -> Cause | None:
+    """The cause for which a class number, or bool [C] of several classes, cannot be used.
 
-    from_one: all numbers are too large by one.
+    classes: class names, 0 if there are none. from_one: all numbers are too large by one.
     """
+    if isinstance(label, np.ndarray):
+        return "label_range" if 0 < classes != len(label) else None
     if from_one and label > 0:
         return "label_shift"
     if label < 0:

@@ -345,12 +345,12 @@ def fixed_caption_batches(
 
 def _check_label(label: int | NDArray[np.bool_] | None, classes: int) -> None:
     """Raise Unusable for a label that does not fit the number of classes; 0 where that is not known."""
+    if label is None or not (cause := label_fault(label, classes)):
+        return
     if isinstance(label, np.ndarray):
-        if 0 < classes != len(label):
-            raise Unusable("label_range", f"{len(label)} labels for {classes} classes")
-    elif label is not None and (cause := label_fault(label, classes)):
-        beyond = f"label {label}, but the classes are 0 to {classes - 1}"
-        raise Unusable(cause, beyond if cause == "label_range" else CAUSES[cause].text)
+        raise Unusable(cause, f"{len(label)} labels, but there are {classes} classes")
+    beyond = f"label {label}, but the classes are 0 to {classes - 1}"
+    raise Unusable(cause, beyond if cause == "label_range" else CAUSES[cause].text)
 
 
 class _Evaluations(Dataset["EvalBatch | Failure"]):

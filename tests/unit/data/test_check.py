@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
@@ -74,6 +76,25 @@ def test_every_fault_is_counted_and_the_first_named(
     assert account.read("sample") == report.found.samples == len(report.index)
     assert report.usable(0.3)
     assert not report.usable(0.1)
+
+
+def test_samples_with_several_classes(tmp_path: Path) -> None:
+    def labels(at: int, count: int) -> bytes:
+        blob = io.BytesIO()
+        np.save(blob, np.arange(count) == at % count)
+        return blob.getvalue()
+
+    contents = [labels(0, 3), labels(1, 3), labels(2, 2), b"no array"]
+    members = [
+        (f"{at}.{kind}", data)
+        for at, own in enumerate(contents)
+        for kind, data in (("png", picture(at, 40, 36)), ("npy", own))
+    ]
+    write_tar(tmp_path / "test" / "0.tar", members)
+    (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
+    report = check("test/*.tar", tmp_path)
+    assert report.account.used["label"] == 2
+    assert dict(report.account.unused) == {"label_range": 1, "label_text": 1}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

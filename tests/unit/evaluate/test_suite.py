@@ -86,7 +86,7 @@ def evaluate(folder: Path, *words: str, models: int = 2) -> str:
 
 
 def test_the_shipped_suites() -> None:
-    assert {"vtab+", "imagenet", "retrieval", "demo"} == set(shipped_suites())
+    assert {"vtab+", "imagenet", "retrieval", "recipes", "demo"} == set(shipped_suites())
     vtab = load_suite("vtab+")
     scored = [item for item in vtab.sets if item.published]
     assert len(scored) == 35
