@@ -218,6 +218,7 @@ class JobRun:
             micro_batch=micro,
             steps_per_epoch=images // optimizer.batch,
             lr=job.lr,
+            schedule=optimizer.schedule,
             clip_grad_norm=optimizer.clip_grad_norm,
             max_nonfinite=optimizer.max_nonfinite,
             log_every=max(1, engine.log_every.to_steps(images, optimizer.batch)),

@@ -36,7 +36,7 @@ _FILLED = (
 
 _ZERO = "zero_optimization"
 _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "scheduler": ((), "the learning rate follows the recipe: warm-up, then cosine"),
+    "scheduler": ((), "the learning rate follows the recipe: warmup, then optimizer.schedule"),
     "amp.enabled": ((False,), "set optimizer.precision in the recipe"),
     "torch_autocast.lower_precision_safe_modules": (([],), "optimizer.precision holds for all modules"),
     "communication_data_type": (("fp32",), "gradients are summed in fp32"),

@@ -327,13 +327,41 @@ class Ema(Section):
     """Share of the average that each step keeps, for example 0.999."""
 
 
+class Schedule(Section):
+    """The learning rate after a linear warm-up. A name alone is its shape: `schedule: linear`."""
+
+    shape: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """`cosine` and `linear` fall from the peak to the end. `wsd` (warm-up, stable, decay) stays at the peak, and falls
+    linearly in the last steps. `constant` stays."""
+    end: float = Field(default=0.0, ge=0, le=1)
+    """Learning rate at the end, as a share of the peak."""
+    decay: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps in which `wsd` falls."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"shape": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _used(self) -> Schedule:
+        # A resolved recipe names every field, those of other shapes with their defaults.
+        if self.shape == "constant" and self.end:
+            raise ValueError(f"end = {self.end:g}: a constant learning rate has no other one at the end; leave it out")
+        if self.shape != "wsd" and self.decay != type(self).model_fields["decay"].default:
+            raise ValueError(f"decay = {self.decay:g}: only wsd has one, and the shape is {self.shape}; leave it out")
+        return self
+
+
 class Optimizer(Section):
-    """AdamW with linear warm-up and a cosine decay to zero, and the task loss."""
+    """AdamW with linear warm-up and a decay of the learning rate, and the task loss."""
 
     batch: int = Field(default=1024, gt=0)
     """Images in a step, over all processes."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
+    schedule: Schedule = later(Schedule())
+    """How the learning rate falls after the warm-up. Default: a cosine to zero, as in the paper."""
     betas: Pair = (0.9, 0.98)
     """Decay of AdamW's two moments."""
     eps: float = Field(default=1e-8, gt=0)

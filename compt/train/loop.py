@@ -23,6 +23,7 @@ from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
 from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.pixels import to_input
+from compt.recipe.schema import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
 from compt.train.metrics import FILE, MetricsWriter, read_metrics, straggler_report
@@ -45,6 +46,7 @@ class TrainSettings:
     micro_batch: int
     steps_per_epoch: int
     lr: float
+    schedule: Schedule
     clip_grad_norm: float | None
     max_nonfinite: int
     log_every: int
@@ -82,11 +84,20 @@ class TrainResult:
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
-    """Linear warm-up, then a cosine that is zero after the last step (Table C of the paper); `step` counts from 0."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / settings.warmup_steps
-    done = (step - settings.warmup_steps) / max(1, settings.total_steps - settings.warmup_steps)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+    """Linear warm-up, then the schedule, which ends after the last step; `step` counts from 0.
+
+    By default the cosine to zero of the paper's Table C.
+    """
+    schedule, total, start = settings.schedule, settings.total_steps, settings.warmup_steps
+    if step < start:
+        return settings.lr * (step + 1) / start
+    if schedule.shape == "wsd":
+        start = max(start, total - round(schedule.decay * total))
+    done = max(0.0, (step - start) / max(1, total - start))
+    left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.shape == "cosine" else 1 - done
+    if schedule.shape == "constant":
+        left = 1.0
+    return settings.lr * (schedule.end + (1 - schedule.end) * left)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.recipe.expansion import expand_result, expand_words, expansion
 from compt.recipe.read import find_recipe, load_recipe, parse_recipe, read_yaml, shipped_recipes, split_batch
 from compt.recipe.reference import EXPANSION_EXAMPLE, reference
+from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -531,3 +533,25 @@ def test_yaml_that_python_cannot_hold_is_one_line(text: str, message: str) -> No
     with pytest.raises(ConfigError, match=rf"^r\.yaml: {message}") as caught:
         read_yaml(text, "r.yaml")
     assert "\n" not in str(caught.value)
+
+
+def test_the_schedule_of_the_learning_rate() -> None:
+    def read(schedule: object) -> Recipe:
+        values = read_yaml(RECIPE, "small.yaml")
+        values["optimizer"] |= {} if schedule is None else {"schedule": schedule}
+        return parse_recipe(values)
+
+    assert "schedule" not in read(None).optimizer.result_fields()  # hashes of older runs stay
+    linear = read("linear").optimizer
+    assert linear.schedule == read({"shape": "linear"}).optimizer.schedule
+    assert linear.result_fields()["schedule"]["shape"] == "linear"
+    resolved = read(None).optimizer.schedule.model_dump()
+    assert read(resolved) == read(None)
+    for value, said in (
+        ({"shape": "constant", "end": 0.1}, "end = 0.1: a constant learning rate has no other one at the end"),
+        ({"decay": 0.1}, "decay = 0.1: only wsd has one, and the shape is cosine"),
+        ("linaer", "did you mean 'linear'"),
+        ({"shape": "wsd", "decay": 0}, "greater than 0"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(said)):
+            read(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -26,6 +27,7 @@ from compt.errors import DataError, Interrupted, RunError
 from compt.models.clip import build
 from compt.models.init import init_parameters
 from compt.models.presets import resolve
+from compt.recipe.schema import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
 from compt.train.loop import TrainResult, TrainSettings, learning_rate, train
@@ -54,6 +56,7 @@ SETTINGS = TrainSettings(
     micro_batch=4,
     steps_per_epoch=3,
     lr=1e-3,
+    schedule=Schedule(),
     clip_grad_norm=None,
     max_nonfinite=3,
     log_every=1,
@@ -120,6 +123,22 @@ class Bench:
 def test_the_learning_rate_by_hand(total: int, warmup: int, wanted: list[float]) -> None:
     settings = replace(SETTINGS, total_steps=total, warmup_steps=warmup, lr=2.0)
     assert [learning_rate(step, settings) / 2 for step in range(total)] == pytest.approx(wanted, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ({"shape": "linear"}, [0.5, 1.0, 1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"shape": "linear", "end": 0.2}, [0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ({"shape": "constant"}, [0.5, *[1.0] * 9]),
+        ({"shape": "wsd", "decay": 0.4}, [0.5, *[1.0] * 6, 0.75, 0.5, 0.25]),
+        ({"shape": "wsd", "decay": 1.0, "end": 0.2}, [0.5, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ({"end": 0.5}, [0.5, 1.0, *(0.75 + 0.25 * math.cos(math.pi * at / 8) for at in range(8))]),
+    ],
+)
+def test_other_schedules_by_hand(schedule: dict[str, Any], wanted: list[float]) -> None:
+    settings = replace(SETTINGS, total_steps=10, warmup_steps=2, lr=2.0, schedule=Schedule(**schedule))
+    assert [learning_rate(step, settings) / 2 for step in range(10)] == pytest.approx(wanted)
 
 
 def test_steps_are_made_at_the_scheduled_rate(tmp_path: Path) -> None:
