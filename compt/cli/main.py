@@ -28,6 +28,7 @@ from compt.cli.doctor import doctor
 from compt.cli.evaluate import evaluate, export, fetch
 from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
+from compt.cli.from_open_clip import from_open_clip
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command
 from compt.cli.options import DefaultGroup, PlainCommand, PlainGroup, option
@@ -50,8 +51,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     "recipes": (
-        "List, show and copy the recipes that come with compt.",
-        {"list": recipes.list_recipes, "show": recipes.show_recipe, "copy": recipes.copy},
+        "List, show and copy recipes; make one from OpenCLIP's arguments.",
+        {
+            "list": recipes.list_recipes,
+            "show": recipes.show_recipe,
+            "copy": recipes.copy,
+            "from-open-clip": from_open_clip,
+        },
     ),
     "eval": ("Score models on evaluation sets, and download these.", {"score": evaluate, "fetch": fetch}),
     "data": (
@@ -74,8 +80,9 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     ),
 }
 _HELP = {"expand": EXPAND_HELP}
-# What follows `launch` belongs to the launcher.
-_CONTEXTS = {"launch": {"ignore_unknown_options": True, "allow_interspersed_args": False}}
+# What follows these is for another program's parser.
+_FOREIGN = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+_CONTEXTS = {"launch": _FOREIGN, "from-open-clip": _FOREIGN}
 
 
 def _typer(about: str, commands: Mapping[str, Callable[..., None]], kind: type[PlainGroup] = PlainGroup) -> typer.Typer:

@@ -156,7 +156,7 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
             link |= {key: _plain(value) for key, value in said.items() if value is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}
-    members = [kept.get(spec.name) or _member(spec, recipe.family.common) for spec in chain]
+    members = [kept.get(spec.name) or member_of(spec, recipe.family.common) for spec in chain]
     values["name"] = f"{recipe.name}_auto"
     values["family"] |= {"members": [one["name"] if list(one) == ["name"] else one for one in members]}
     values["chain"] |= {"links": links}
@@ -174,7 +174,7 @@ def _warmup(recipe: Recipe, epochs: float, like: Link | None) -> dict[str, Any]:
     return dict(_plain(wanted))
 
 
-def _member(spec: ModelSpec, common: Mapping[str, Any]) -> dict[str, Any]:
+def member_of(spec: ModelSpec, common: Mapping[str, Any]) -> dict[str, Any]:
     """A member of a family with `common` sizes that comes to `spec`: a preset and what differs from it."""
     family = ladder(spec)
     preset = next((one for one in family if one.name == spec.name), None)

@@ -1,0 +1,271 @@
+"""A recipe from a command line of OpenCLIP's training program, `open_clip_train`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from compt.cli.options import option
+from compt.errors import ConfigError
+from compt.files import write_text
+from compt.text import TextTable, say, terminal
+
+TAKEN = {
+    "model": "family.members",
+    "force_image_size": "family.members",
+    "force_context_length": "family.members",
+    "force_quick_gelu": "family.members",
+    "train_data": "data.train",
+    "train_data_upsampling_factors": "data.train, the weights of the sets",
+    "train_num_samples": "data.images",
+    "val_data": "evaluation.validation",
+    "imagenet_val": "evaluation.sets",
+    "imagenet_v2": "evaluation.sets",
+    "batch_size": "optimizer.batch, over all GPUs; engine.micro_batch",
+    "accum_freq": "optimizer.batch, over all GPUs; engine.micro_batch",
+    "epochs": "chain.links[0].train",
+    "warmup": "chain.links[0].warmup",
+    "lr": "optimizer.lr",
+    "beta1": "optimizer.betas",
+    "beta2": "optimizer.betas",
+    "eps": "optimizer.eps",
+    "wd": "optimizer.weight_decay",
+    "lr_scheduler": "optimizer.schedule",
+    "skip_scheduler": "optimizer.schedule",
+    "epochs_cooldown": "optimizer.schedule",
+    "lr_cooldown_end": "optimizer.schedule",
+    "precision": "optimizer.precision",
+    "grad_clip_norm": "optimizer.clip_grad_norm",
+    "siglip": "optimizer.loss",
+    "seed": "seed",
+    "name": "name",
+    "workers": "engine.workers",
+    "grad_checkpointing": "engine.recompute",
+    "torchcompile": "engine.compile",
+    "log_every_n_steps": "engine.log_every",
+    "save_frequency": "engine.checkpoint_every",
+    "zeroshot_frequency": "evaluation.every",
+    "val_frequency": "evaluation.every",
+    "image_mean": "data.mean",
+    "image_std": "data.std",
+}
+"""Flags, as OpenCLIP's parser names their values, and the fields of the recipe that say the same."""
+NEEDLESS = {
+    "dataset_type": "shards are recognized; pack CSV files with `compt data pack`",
+    "dataset_resampled": "an epoch has every sample once, in an order that a resume continues",
+    "gather_with_grad": "always",
+    "local_loss": "the loss is that of all features, whatever is computed where",
+    "save_most_recent": "`latest` names the newest checkpoint",
+    "delete_previous_checkpoint": "engine.keep_checkpoints says how many stay",
+    "resume": "the same command resumes a run",
+    "logs": "`compt chain --run-folder FOLDER`",
+    "log_local": "rank 0 logs",
+    "report_to": "TensorBoard files are always written",
+    "ddp_static_graph": "not needed",
+    "no_set_device_rank": "not needed",
+    "device": "`compt chain --device`",
+    "dist_url": "the launcher's variables say it",
+    "dist_backend": "nccl on GPUs, gloo on CPUs",
+    "val_num_samples": "the index counts them",
+    "debug": "not needed",
+    "copy_codebase": "run.json names the versions",
+    "cache_dir": "nothing is downloaded",
+}
+"""Flags without an effect of their own here, and why."""
+LOST = {
+    "pretrained": "links start from a smaller model: chain.from",
+    "opt": "only AdamW",
+    "momentum": "only AdamW",
+    "lr_cooldown_power": "the decay is linear",
+    "image_resize_mode": "images are resized to their shorter side and cropped",
+    "distill_model": "a link learns from its predecessor's features: chain.distill",
+    "distill_pretrained": "a link learns from its predecessor's features: chain.distill",
+    "force_patch_dropout": "no patch dropout",
+    "remote_sync": "copy the run folder with a tool of your store",
+}
+"""Flags with a meaning that compt does not have, and what comes nearest. Others have nothing near."""
+
+
+def from_open_clip(
+    words: Annotated[list[str], typer.Argument(metavar="ARGS", help="arguments of open_clip_train.main")],
+    gpus: Annotated[int, option("GPUs of the OpenCLIP run, for its batch", metavar="N", min=1)] = 1,
+    out: Annotated[Path | None, option("write the recipe here", metavar="FILE", default="print it")] = None,
+) -> None:
+    """Write a recipe that trains as a command of OpenCLIP does.
+
+    Put compt's options first: `compt recipes from-open-clip --gpus 8 --train-data …`. A table names each flag, and the
+    field that takes it over, or why there is none.
+    """
+    values, rows = recipe_of(words, gpus)
+    text = (
+        "# One model, trained the standard way. Put smaller ones before it: compt plan RECIPE --auto designs a chain.\n"
+    )
+    text += yaml.safe_dump(values, sort_keys=False, width=120)
+    if out is not None and out.exists():
+        raise ConfigError(f"{out}: exists already")
+    terminal(stderr=True).print(TextTable("Flags of OpenCLIP", ("Flag", "Here"), rows, left=2))
+    if out is None:
+        typer.echo(text, nl=False)
+    else:
+        write_text(out, text)
+        say(f"Wrote {out}")
+
+
+def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+    """Fields of the recipe, and for each flag what became of it. Raises ConfigError for what makes no recipe."""
+    parsed = _parsed(words)
+    flags = list(dict.fromkeys(_flag(word, parsed) for word in words if word.startswith("--")))
+    rows = [(f"--{flag.replace('_', '-')}", _fate(flag)) for flag in flags if flag != "aug_cfg"]
+    rows += [(f"--aug-cfg {key}", "data.crop_scale" if key == "scale" else "NOT TAKEN OVER") for key in parsed.aug_cfg]
+    if parsed.dataset_type in ("csv", "synthetic"):
+        raise ConfigError(f"--dataset-type {parsed.dataset_type}: pack the images first: compt data pack")
+    for flag in ("train_data", "train_num_samples"):
+        if not getattr(parsed, flag):
+            raise ConfigError(
+                f"--{flag.replace('_', '-')} is missing: a recipe names the shards and counts their images"
+            )
+    member = _member(parsed)
+    values: dict[str, Any] = {
+        "name": _name(parsed.name or member["name"]),
+        "seed": parsed.seed,
+        "data": _data(parsed),
+        "family": {"members": [member]},
+        "chain": {
+            "links": [{"model": member["name"], "train": {"epochs": parsed.epochs}, "warmup": {"steps": parsed.warmup}}]
+        },
+        "optimizer": _optimizer(parsed, gpus),
+        "engine": _engine(parsed),
+        "evaluation": _evaluation(parsed),
+    }
+    return values, rows
+
+
+def _parsed(words: Sequence[str]) -> argparse.Namespace:
+    from open_clip_train.params import parse_args
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found: argparse.Namespace = parse_args(list(words))
+    except SystemExit:
+        last = (said.getvalue().strip().splitlines() or ["wrong arguments"])[-1]
+        raise ConfigError(f"open_clip_train {last.partition('error: ')[2] or last}") from None
+    return found
+
+
+def _flag(word: str, parsed: argparse.Namespace) -> str:
+    """The name of the value that a word of the command line sets; argparse also takes the beginning of a flag."""
+    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+    known = vars(parsed)
+    return name if name in known else next((other for other in known if other.startswith(name)), name)
+
+
+def _fate(flag: str) -> str:
+    if flag in TAKEN:
+        return TAKEN[flag]
+    return NEEDLESS.get(flag) or f"NOT TAKEN OVER{': ' + LOST[flag] if flag in LOST else ''}"
+
+
+def _name(text: str) -> str:
+    kept = "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in text)
+    return kept if kept[:1].isalnum() else f"run{kept}"
+
+
+def _member(parsed: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import replace
+
+    from compt.design.outcome import member_of
+    from compt.weights.infer import model_spec
+
+    spec = model_spec(parsed.model)
+    changes: dict[str, Any] = {}
+    if parsed.force_image_size:
+        sizes = set(parsed.force_image_size if isinstance(parsed.force_image_size, list) else [parsed.force_image_size])
+        if len(sizes) > 1:
+            raise ConfigError(f"--force-image-size {' '.join(map(str, sizes))}: images are square here")
+        changes["image_size"] = sizes.pop()
+    if parsed.force_context_length:
+        changes["context_length"] = parsed.force_context_length
+    if parsed.force_quick_gelu:
+        changes["quick_gelu"] = True
+    return member_of(replace(spec, name=_name(parsed.model), **changes), {})
+
+
+def _data(parsed: argparse.Namespace) -> dict[str, Any]:
+    sets = parsed.train_data.split("::")
+    train: Any = sets if len(sets) > 1 else sets[0]
+    if parsed.train_data_upsampling_factors:
+        weights = [float(factor) for factor in parsed.train_data_upsampling_factors.split("::")]
+        if len(weights) != len(sets):
+            raise ConfigError(f"--train-data-upsampling-factors: {len(weights)} factors for {len(sets)} sets")
+        train = [{"shards": shards, "weight": weight} for shards, weight in zip(sets, weights, strict=True)]
+    found: dict[str, Any] = {"train": train, "images": parsed.train_num_samples, "captions": 1}
+    for flag, field in (("image_mean", "mean"), ("image_std", "std")):
+        if value := getattr(parsed, flag):
+            found[field] = [float(each) for each in value] * (3 if len(value) == 1 else 1)
+    if scale := parsed.aug_cfg.get("scale"):
+        found["crop_scale"] = [float(each) for each in scale]
+    return found
+
+
+def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
+    precisions = {"amp": "fp16", "amp_bf16": "bf16", "amp_bfloat16": "bf16", "fp32": "fp32"}
+    if parsed.precision not in precisions:
+        raise ConfigError(f"--precision {parsed.precision}: weights are fp32 here; use amp, amp_bf16 or fp32")
+    found: dict[str, Any] = {
+        "batch": parsed.batch_size * parsed.accum_freq * gpus,
+        "lr": float(parsed.lr),
+        "betas": [float(parsed.beta1), float(parsed.beta2)],
+        "eps": float(parsed.eps),
+        "weight_decay": float(parsed.wd),
+        "precision": precisions[parsed.precision],
+    }
+    if parsed.grad_clip_norm:
+        found["clip_grad_norm"] = float(parsed.grad_clip_norm)
+    if parsed.siglip:
+        found["loss"] = "siglip"
+    if parsed.skip_scheduler or parsed.lr_scheduler == "const":
+        found["schedule"] = "constant"
+    elif parsed.lr_scheduler == "const-cooldown":
+        if not parsed.epochs_cooldown:
+            raise ConfigError("--lr-scheduler const-cooldown: needs --epochs-cooldown")
+        end = float(parsed.lr_cooldown_end) / float(parsed.lr)
+        found["schedule"] = {"shape": "wsd", "decay": parsed.epochs_cooldown / parsed.epochs, "end": end}
+    return found
+
+
+def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
+    found: dict[str, Any] = {"workers": parsed.workers, "log_every": {"steps": parsed.log_every_n_steps}}
+    found["checkpoint_every"] = {"epochs": parsed.save_frequency}
+    if parsed.accum_freq > 1:
+        found["micro_batch"] = parsed.batch_size
+    if parsed.grad_checkpointing:
+        found["recompute"] = True
+    if parsed.torchcompile:
+        found["compile"] = True
+    return found
+
+
+def _evaluation(parsed: argparse.Namespace) -> dict[str, Any]:
+    paths = {"imagenet_val": parsed.imagenet_val, "imagenet_v2": parsed.imagenet_v2}
+    # `select` sets are scored during training, as OpenCLIP does.
+    sets: list[dict[str, Any]] = [
+        {"name": name, "data": path, "role": "select"} for name, path in paths.items() if path
+    ]
+    if parsed.imagenet_v2:
+        sets[-1]["class_order"] = "number"
+    found: dict[str, Any] = {"sets": sets} if sets else {}
+    if parsed.val_data:
+        found["validation"] = parsed.val_data.split("::")
+    if every := min(
+        [parsed.zeroshot_frequency] * bool(sets) + [parsed.val_frequency] * bool(parsed.val_data), default=0
+    ):
+        found["every"] = {"epochs": every}
+    return found

@@ -1,0 +1,158 @@
+"""A recipe from OpenCLIP's arguments: its fields, its model, its learning rates, and a fate for every flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+import yaml
+from open_clip_train.params import parse_args
+from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
+from typer.testing import CliRunner
+
+from compt.cli.from_open_clip import LOST, NEEDLESS, TAKEN, recipe_of
+from compt.cli.main import app
+from compt.errors import ConfigError
+from compt.models.clip import build
+from compt.plan.jobs import make_plan
+from compt.recipe.read import load_recipe, parse_recipe
+from compt.recipe.schema import Recipe
+from compt.train.loop import learning_rate
+from tests.unit.train.test_loop import SETTINGS, replace
+
+DATA = ["--train-data", "a/{00..10}.tar", "--train-num-samples", "64000"]
+
+
+def made(*words: str, gpus: int = 1) -> tuple[Recipe, dict[str, str]]:
+    values, rows = recipe_of([*DATA, *words], gpus)
+    return parse_recipe(yaml.safe_load(yaml.safe_dump(values))), dict(rows)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-32-quickgelu", "ViT-S-16", "ViT-L-14-336"])
+def test_the_model_is_open_clips(name: str) -> None:
+    recipe, _ = made("--model", name)
+    (spec,) = recipe.family.specs().values()
+    with torch.device("meta"):
+        theirs = open_clip.model.CLIP(
+            **{k: v for k, v in open_clip.get_model_config(name).items() if k != "custom_text"}
+        )
+    ours = build(spec, device="meta").state_dict()
+    assert {k: tuple(v.shape) for k, v in ours.items() if k != "logit_scale"} == {
+        k: tuple(v.shape) for k, v in theirs.state_dict().items() if k in ours and k != "logit_scale"
+    }
+    assert spec.quick_gelu == name.endswith("quickgelu")
+
+
+def test_every_field() -> None:
+    words = ["--model", "ViT-B-16", "--batch-size", "64", "--accum-freq", "2", "--epochs", "10", "--warmup", "100"]
+    words += [
+        "--wd",
+        "0.1",
+        "--grad-clip-norm",
+        "1",
+        "--precision",
+        "amp_bf16",
+        "--siglip",
+        "--workers",
+        "3",
+        "--seed",
+        "7",
+    ]
+    words += [
+        "--name",
+        "my run",
+        "--workers",
+        "3",
+        "--grad-checkpointing",
+        "--imagenet-v2",
+        "v2",
+        "--val-data",
+        "v.tar::w.tar",
+    ]
+    words += ["--zeroshot-frequency", "3", "--val-frequency", "2", "--aug-cfg", "scale=(0.4,1)", "color_jitter=0.3"]
+    words += ["--image-mean", "0.5", "--lock-image", "--report-to", "wandb", "--distill-mod", "ViT-L-14"]
+    recipe, rows = made(*words, gpus=8)
+    optimizer, engine, link = recipe.optimizer, recipe.engine, recipe.chain.links[0]
+    assert (optimizer.batch, engine.micro_batch, engine.workers) == (1024, 64, 3)
+    # What OpenCLIP takes by default for a ViT.
+    assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (5e-4, (0.9, 0.98), 1e-6, 0.1)
+    assert (optimizer.clip_grad_norm, optimizer.precision, optimizer.loss) == (1, "bf16", "siglip")
+    assert (recipe.name, recipe.seed, engine.recompute) == ("my_run", 7, True)
+    assert (link.train.epochs, link.warmup.steps) == (10, 100)
+    data, evaluation = recipe.data, recipe.evaluation
+    assert (data.images, data.captions, data.crop_scale, data.mean) == (64_000, 1, (0.4, 1.0), (0.5, 0.5, 0.5))
+    assert (evaluation.validation, evaluation.every and evaluation.every.epochs) == (["v.tar", "w.tar"], 2)
+    assert [(item.name, item.role, item.class_order) for item in evaluation.sets] == [
+        ("imagenet_v2", "select", "number")
+    ]
+    assert rows["--lock-image"] == "NOT TAKEN OVER"
+    assert rows["--distill-model"].startswith("NOT TAKEN OVER: a link learns")  # argparse takes a flag's beginning
+    assert rows["--aug-cfg color_jitter"] == "NOT TAKEN OVER"
+    assert rows["--report-to"] == NEEDLESS["report_to"]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["--lr-scheduler", "const"], ["--lr-scheduler", "const-cooldown", "--epochs-cooldown", "4",
+                                                "--lr-cooldown-end", "1e-5"]]
+)  # fmt: skip
+def test_learning_rates_are_open_clips(words: list[str]) -> None:
+    recipe, _ = made("--model", "ViT-B-16", "--epochs", "10", "--warmup", "50", "--batch-size", "640", *words)
+    (job,) = make_plan(recipe).jobs
+    settings = replace(
+        SETTINGS, lr=job.lr, total_steps=job.steps, warmup_steps=job.warmup_steps, schedule=recipe.optimizer.schedule
+    )
+    optimizer: Any = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    theirs = {
+        0: cosine_lr(optimizer, 5e-4, 50, 1000),
+        2: const_lr(optimizer, 5e-4, 50, 1000),
+        6: const_lr_cooldown(optimizer, 5e-4, 50, 1000, 400, 1.0, 1e-5),
+    }[len(words)]
+    assert job.steps == 1000
+    assert [learning_rate(step, settings) for step in range(1000)] == pytest.approx([theirs(at) for at in range(1000)])
+
+
+def test_sets_with_weights() -> None:
+    words = ["--train-data", "a.tar::b.tar", "--train-data-upsampling-factors", "1::2.5", "--model", "ViT-B-16"]
+    values, _ = recipe_of([*words, "--train-num-samples", "9"], 1)
+    assert values["data"]["train"] == [{"shards": "a.tar", "weight": 1.0}, {"shards": "b.tar", "weight": 2.5}]
+
+
+def test_every_flag_has_a_fate() -> None:
+    page = Path(__file__).parents[3].joinpath("docs", "open-clip.md").read_text(encoding="utf-8")
+    assert all(f"`--{flag.replace('_', '-')}`" in page for flag in TAKEN.keys() | NEEDLESS.keys() | LOST.keys())
+    known = set(vars(parse_args(["--model", "ViT-B-16"])))
+    assert set(TAKEN) | set(NEEDLESS) | set(LOST) <= known
+    assert len(TAKEN.keys() | NEEDLESS.keys() | LOST.keys()) == len(TAKEN) + len(NEEDLESS) + len(LOST)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "RN50"], "RN50"),
+        (["--model", "ViT-B-16", "--bogus"], "open_clip_train unrecognized arguments: --bogus"),
+        (["--model", "ViT-B-16", "--precision", "pure_fp16"], "--precision pure_fp16: weights are fp32 here"),
+        (["--model", "ViT-B-16", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
+        (["--model", "ViT-B-16", "--dataset-type", "csv"], "compt data pack"),
+        (["--model", "ViT-B-16", "--train-num-samples", "0"], "--train-num-samples is missing"),
+        (["--model", "ViT-B-16", "--force-image-size", "224", "336"], "images are square"),
+        (["--model", "ViT-B-16", "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),
+    ],
+)
+def test_what_makes_no_recipe(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        recipe_of([*DATA, *words], 1)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "mine.yaml"
+    command = ["recipes", "from-open-clip", "--gpus", "2", "--out", str(out), *DATA, "--model", "ViT-B-16", "--trace"]
+    done = CliRunner().invoke(app, command, env={"COLUMNS": "80"})
+    assert done.exit_code == 0, done.output
+    assert "--trace              NOT TAKEN OVER" in done.output
+    assert load_recipe(out).optimizer.batch == 128
+    assert isinstance(CliRunner().invoke(app, command).exception, ConfigError)
