@@ -16,7 +16,8 @@ from compt.engines.base import Engine, Precision
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Distill, Ema, Optimizer
+from compt.recipe.optimizer import Ema, Optimizer
+from compt.recipe.schema import Distill
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_training
 from compt.train.task import ClipTask

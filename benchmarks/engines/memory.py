@@ -31,7 +31,7 @@ from compt.engines.shards import reshard, shard_frozen
 from compt.models.clip import ClipModel, build
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.text import TextTable, terminal
 from compt.train.accumulate import cached_backward
 from compt.train.task import DistillTask

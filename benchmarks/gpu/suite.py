@@ -36,7 +36,7 @@ from compt.errors import ComptError, ConfigError, nearest
 from compt.files import write_json
 from compt.models.presets import PRESETS
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.text import TextTable, terminal
 from compt.weights.artefact import versions
 

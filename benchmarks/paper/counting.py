@@ -27,7 +27,7 @@ from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import ClipModel, build, materialise
 from compt.models.presets import ModelSpec
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_task
 from compt.train.losses import ImageToText

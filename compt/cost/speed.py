@@ -30,7 +30,8 @@ from compt.errors import ConfigError, nearest
 from compt.files import plain_stat
 from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
 from compt.recipe.engine import EngineConfig, EngineName
-from compt.recipe.schema import Optimizer, Recipe
+from compt.recipe.optimizer import Optimizer
+from compt.recipe.schema import Recipe
 from compt.recipe.types import first_mistake
 
 

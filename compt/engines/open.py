@@ -14,7 +14,7 @@ from compt.engines.ddp import DataParallelEngine
 from compt.errors import ConfigError
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 
 
 def open_engine(

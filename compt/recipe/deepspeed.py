@@ -15,8 +15,9 @@ from typing import Any
 from compt.errors import ConfigError
 from compt.files import read_text
 from compt.recipe.engine import EngineConfig
+from compt.recipe.optimizer import Optimizer
 from compt.recipe.read import split_batch
-from compt.recipe.schema import Optimizer, Recipe
+from compt.recipe.schema import Recipe
 
 AUTO = "auto"
 """A value that is left to the recipe or, below zero_optimization, to compt's own file for the stage."""

@@ -17,7 +17,8 @@ from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Distill, Optimizer, Recipe
+from compt.recipe.optimizer import Optimizer
+from compt.recipe.schema import Distill, Recipe
 from compt.train.losses import loss_of
 from compt.train.task import ClipTask, DistillTask
 

@@ -23,7 +23,7 @@ from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
 from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.pixels import to_input
-from compt.recipe.schema import Schedule
+from compt.recipe.optimizer import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
 from compt.train.metrics import FILE, MetricsWriter, read_metrics, straggler_report

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from compt.dist.collectives import gather_with_grad, pass_on, rank, world_size
 from compt.models.scalars import LOSS_TRAITS, Scalar
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 
 ImageToText = Literal["slot", "all"]
 Terms = dict[str, Tensor]

@@ -14,7 +14,7 @@ from compt.train import checkpoint
 from compt.dist import collectives as dist
 from compt.train.checkpoint import Saver
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.engines.base import Engine
 from compt.engines.open import open_engine
 from compt.models.init import DrawnState

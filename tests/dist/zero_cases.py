@@ -22,7 +22,7 @@ from torch.distributed import distributed_c10d
 from compt.dist import collectives as dist
 from compt.train.accumulate import cached_backward
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.recipe.deepspeed import deepspeed_config
 from compt.engines.base import AdamWSettings
 from compt.engines.scale import LossScale

@@ -14,7 +14,7 @@ from compt.cost.speed import Measurement
 from compt.cost.training import exact_breakdown
 from compt.models.presets import PRESETS
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 
 CUDA = torch.device("cuda", 0)
 T, S = PRESETS["vit_t16"], PRESETS["vit_s16"]

@@ -17,7 +17,7 @@ from compt.models.clip import build, caption_lengths
 from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_training
 from compt.train.task import ClipTask

@@ -28,8 +28,8 @@ from compt.models.clip import caption_lengths, padded_tokens
 from compt.models.presets import PRESETS
 from compt.plan.jobs import make_plan
 from compt.recipe.engine import EngineConfig, Fsdp2
+from compt.recipe.optimizer import Ema, Optimizer
 from compt.recipe.read import load_recipe
-from compt.recipe.schema import Ema, Optimizer
 from compt.train.losses import ContrastiveLoss
 from compt.train.metrics import read_metrics
 from tests.helpers.process import finish, start

@@ -41,7 +41,7 @@ from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.losses import contrastive_loss
 from compt.train.task import ClipTask, DistillTask, StudentModule

@@ -26,7 +26,7 @@ from compt.models.clip import ClipModel, build
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.models.swin import register_swin
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.losses import contrastive_loss, loss_of, siglip_loss
 from compt.train.task import ClipTask, DistillTask

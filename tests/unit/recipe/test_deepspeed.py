@@ -15,7 +15,7 @@ import pytest
 from compt.errors import ConfigError
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from tests.helpers.process import finish, start
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -23,7 +23,7 @@ from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec
 from compt.models.scalars import LOSS_TRAITS, LossTraits, Scalar
 from compt.plan.jobs import make_plan
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.losses import LOSSES, Loss, SiglipLoss, Terms
 from compt.train.task import ClipTask, DistillTask

@@ -27,7 +27,7 @@ from compt.errors import DataError, Interrupted, RunError
 from compt.models.clip import build
 from compt.models.init import init_parameters
 from compt.models.presets import resolve
-from compt.recipe.schema import Schedule
+from compt.recipe.optimizer import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
 from compt.train.loop import TrainResult, TrainSettings, learning_rate, train

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from compt.models.scalars import LOSS_TRAITS, SCALAR_NAMES
 from compt.recipe.engine import EngineConfig
-from compt.recipe.schema import Optimizer
+from compt.recipe.optimizer import Optimizer
 from compt.train.losses import (
     LOSSES,
     ImageToText,
