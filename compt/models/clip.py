@@ -3,6 +3,8 @@
 Two savings are exact and need no option. Text is cut after the longest caption: the mask is causal and the feature is
 read at the end-of-text token, so later tokens do not matter. The last block of a transformer computes only the token
 that is read (class token or end of text); it needs the other tokens for keys and values alone.
+
+A third is an option: packed text computes no padding at all (`compt.models.packing`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compt.models.init import init_parameters, load_state
+from compt.models.packing import Packing, attention, pack
 from compt.models.pixels import sent
-from compt.models.presets import ModelSpec
+from compt.models.presets import PACKED, ModelSpec
 from compt.models.scalars import exported_shape
 from compt.models.swin import register_swin
 
@@ -41,12 +44,27 @@ class Block(nn.Module):
         """The dtype of the weights; open_clip reads the dtype of a tower from its first block."""
         return cast(nn.Linear, self.mlp.c_fc).weight.dtype
 
-    def forward(self, x: Tensor, read: Tensor | None = None, attn_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        read: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """[N, L, D] -> [N, L, D]; with `read` (int64 [N], a position each) only those tokens: [N, D].
+
+        With `packing`, `x` holds the T tokens of N captions: [T, D] -> [T, D]. `read` (int [N]) then has the place of
+        each token to read among all T, which is the last one of its caption.
 
         `attn_mask` is ignored: open_clip's own callers pass the causal mask, and the block knows whether it applies.
         """
-        if read is None:
+        if packing is not None:
+            normed = self.ln_1(x)
+            if read is None:
+                x = x + self._attention_packed(normed, None, packing)
+            else:
+                x = x.index_select(0, read) + self._attention_packed(normed, normed.index_select(0, read), packing)
+        elif read is None:
             x = x + self._attention(self.ln_1(x))
         else:
             x = x[torch.arange(len(x), device=x.device), read] + self._attention_at(self.ln_1(x), read)
@@ -73,6 +91,18 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return cast(Tensor, self.attn.out_proj(mixed.reshape(n, width)))
 
+    def _attention_packed(self, x: Tensor, at: Tensor | None, packing: Packing) -> Tensor:
+        """Attention within each caption of all tokens `x` [T, D], or of the last tokens `at` [N, D] alone."""
+        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
+        heads, size, width = self.attn.num_heads, self.attn.head_dim, x.shape[1]
+        if at is None:
+            read = None
+            others = F.linear(x, weight, bias).view(-1, 3, heads, size)
+        else:
+            read = F.linear(at, weight[:width], bias[:width]).view(-1, heads, size)
+            others = F.linear(x, weight[width:], bias[width:]).view(-1, 2, heads, size)
+        return cast(Tensor, self.attn.out_proj(attention(read, others, packing).flatten(1)))
+
 
 def caption_lengths(tokens: Tensor) -> Tensor:
     """Tokens int64 [..., L] -> int64 [...]: the length of each caption up to its end of text, its highest token."""
@@ -85,6 +115,8 @@ def _length_groups(lengths: Tensor, buckets: int) -> tuple[Tensor, ...]:
 
 def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
     """The token positions that `encode_captions` computes for captions of these lengths (int64 [N], on the CPU)."""
+    if buckets == PACKED:
+        return int(lengths.sum())
     return sum(len(group) * int(lengths[group[-1]]) for group in _length_groups(lengths, buckets))
 
 
@@ -125,6 +157,8 @@ class ClipModel(open_clip.model.CLIP):
     def encode_captions(self, tokens: Tensor, buckets: int = 1, lengths: Tensor | None = None) -> Tensor:
         """As `encode_text`, in up to `buckets` groups of similar length, each cut to its own longest caption.
 
+        With `buckets` PACKED all captions are computed together, without padding.
+
         tokens int64 [N, L] -> [N, embed_dim] in the order of `tokens`. `lengths`: the captions' lengths, int64 [N] on
         the CPU; without them the CPU waits for the GPU to find them.
         """
@@ -133,6 +167,8 @@ class ClipModel(open_clip.model.CLIP):
         lengths = lengths.cpu()
         if buckets == 1 or len(tokens) < 2:
             return self.encode_text(tokens, length=int(lengths.max()) if len(tokens) else 1)
+        if buckets == PACKED:
+            return self._encode_packed(tokens, lengths)
         groups = _length_groups(lengths, buckets)
         order = torch.cat(groups)
         order, inverse = sent(torch.stack([order, order.argsort()]), tokens.device)
@@ -141,6 +177,15 @@ class ClipModel(open_clip.model.CLIP):
             for part, group in zip(tokens[order].chunk(buckets), groups, strict=True)
         ]
         return torch.cat(parts)[inverse]
+
+    def _encode_packed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        packing = pack(lengths, tokens.shape[1], tokens.device)
+        dtype = self.transformer.get_cast_dtype()
+        ids = tokens.reshape(-1).index_select(0, packing.taken)
+        x = self.token_embedding(ids).to(dtype)
+        x = x + F.embedding(packing.positions, self.positional_embedding).to(dtype)
+        x = _run_blocks(self.transformer, x, packing.last, packing)
+        return cast(Tensor, (self.ln_final(x) @ self.text_projection).index_select(0, packing.places))
 
     @staticmethod
     def _encode_vit(visual: VisionTransformer, image: Tensor) -> Tensor:
@@ -161,10 +206,10 @@ def _use_blocks(transformer: Transformer, causal: bool) -> None:
     transformer.resblocks = nn.ModuleList(Block(block, causal) for block in transformer.resblocks)
 
 
-def _run_blocks(transformer: Transformer, x: Tensor, read: Tensor) -> Tensor:
+def _run_blocks(transformer: Transformer, x: Tensor, read: Tensor, packing: Packing | None = None) -> Tensor:
     last = len(transformer.resblocks) - 1
     for index, block in enumerate(transformer.resblocks):
-        arguments = (x, read) if index == last else (x,)
+        arguments = (x, read if index == last else None, None, packing)
         if transformer.grad_checkpointing and torch.is_grad_enabled():
             x = checkpoint(block, *arguments, use_reentrant=False)
         else:

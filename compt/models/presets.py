@@ -23,6 +23,8 @@ OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 NORM_EPS = 1e-5
 """What a LayerNorm adds to the variance, unless an expansion changed it."""
+PACKED = 0
+"""The number of text buckets that means packed text, which has no padding."""
 
 # Left out of written descriptions where they have their default: descriptions and hashes are older than these fields.
 _OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps", "loss")

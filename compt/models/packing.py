@@ -1,0 +1,97 @@
+"""Captions of any lengths one after the other, without padding, and attention within each of them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from compt.models.pixels import sent
+
+# torch 2.10 has `is_causal`; later versions have a window, here of all keys to the left and none to the right.
+_WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
+_CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _WINDOW else {"is_causal": True}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the T tokens of N captions lie when they are packed, the shortest caption first.
+
+    Tensors int32 on the model's device. `taken` [T]: the place of each token in the flat, padded batch. `positions` [T]:
+    its position in its caption. `starts` [N + 1]: where each caption begins, and T. `last` [N]: the place of each
+    caption's end of text. `places` [N]: where each caption of the batch is among the packed ones. `groups`: the
+    lengths that occur, ascending, and how many captions have each. `longest`: no caption is longer.
+    """
+
+    taken: Tensor
+    positions: Tensor
+    starts: Tensor
+    last: Tensor
+    places: Tensor
+    groups: tuple[tuple[int, int], ...]
+    longest: int
+
+
+def pack(lengths: Tensor, longest: int, device: torch.device) -> Packing:
+    """Pack captions of `lengths` (int64 [N] on the CPU, N > 0) from a batch padded to `longest` tokens.
+
+    All index tensors travel to `device` in one copy that does not wait.
+    """
+    order = lengths.argsort(stable=True)
+    ordered = lengths[order]
+    ends = ordered.cumsum(0)
+    total = int(ends[-1])
+    positions = torch.arange(total) - (ends - ordered).repeat_interleave(ordered)
+    taken = (order * longest).repeat_interleave(ordered) + positions
+    parts = (taken, positions, torch.cat([ends.new_zeros(1), ends]), ends - 1, order.argsort())
+    moved = sent(torch.cat(parts).int(), device).split([len(part) for part in parts])
+    sizes, counts = ordered.unique_consecutive(return_counts=True)
+    return Packing(*moved, tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), longest)
+
+
+def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
+    """Softmax attention within each caption of a `packing`; H heads of width D.
+
+    `others` [T, 3, H, D] are queries, keys and values of all tokens: causal, -> [T, H, D]. With `read` [N, H, D], the
+    queries of each caption's last token alone, `others` [T, 2, H, D] are keys and values: -> [N, H, D].
+
+    A GPU takes torch's kernel for sequences of any lengths, which is for half precision alone. Elsewhere the captions
+    of one length, which lie side by side, are one call. (Measured on a CPU, four captions an image: half the time of
+    padding queries, keys and values for attention alone.)
+    """
+    if others.is_cuda and others.dtype in (torch.float16, torch.bfloat16):
+        return _by_kernel(read, others, packing)
+    return cast(Tensor, _by_length(read, others, packing))
+
+
+def _by_kernel(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
+    starts = packing.starts
+    if read is None:
+        mixed = varlen_attn(*others.unbind(1), starts, starts, packing.longest, packing.longest, **_CAUSAL)
+    else:
+        one_each = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+        mixed = varlen_attn(read, *others.unbind(1), one_each, starts, 1, packing.longest)
+    return cast(Tensor, mixed)
+
+
+# Not compiled: the lengths that occur change from step to step, and each set of them would be compiled once more.
+@torch.compiler.disable
+def _by_length(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
+    mixed = []
+    counts = [count for _, count in packing.groups]
+    queries = [None] * len(counts) if read is None else read.split(counts)
+    pieces = others.split([length * count for length, count in packing.groups])
+    for query, piece, (length, count) in zip(queries, pieces, packing.groups, strict=True):
+        # [q, k, v][count, heads, length, D], all views
+        parts = piece.view(count, length, *piece.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+        if query is None:
+            found = F.scaled_dot_product_attention(*parts, is_causal=True)
+        else:
+            found = F.scaled_dot_product_attention(query[:, :, None], *parts)
+        mixed.append(found.transpose(1, 2).flatten(0, 1))
+    return torch.cat(mixed)
