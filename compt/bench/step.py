@@ -41,7 +41,7 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     """Lengths of the captions of each piece of a batch, ascending, so that `setup.tokens` tokens are computed.
 
     `tokens` counts padding to the longest caption of a bucket. So all captions of a bucket have one length: the mean
-    of the bucket's part of the distribution. What is left by rounding goes to the next bucket.
+    of the bucket's part of the distribution. Packed, each caption is a bucket of its own. What is left by rounding goes to the next bucket.
     """
     context = setup.student.context_length
     tokens = setup.tokens if isinstance(setup.tokens, Mapping) else {mean_tokens(setup.student, setup.tokens): 1.0}
@@ -51,7 +51,7 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     for piece in torch.arange(batch).split(setup.engine.micro_batch or batch):
         count, start = len(piece) * setup.captions, 0
         lengths: list[int] = []
-        for group in torch.arange(count).chunk(setup.engine.text_buckets):
+        for group in torch.arange(count).chunk(setup.engine.buckets or count):
             size = len(group)
             owed += count * _sum_between(shares, start / count, (start + size) / count)
             length = min(context, max(1, round(owed / size)))

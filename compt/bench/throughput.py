@@ -142,7 +142,7 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     data, times = timed
     peak = _peak_bytes(device)
     pieces = caption_lengths(data.tokens).split(setup.engine.micro_batch or size)
-    positions = sum(padded_tokens(piece.flatten(), setup.engine.text_buckets) for piece in pieces)
+    positions = sum(padded_tokens(piece.flatten(), setup.engine.buckets) for piece in pieces)
     computed = positions / (size * setup.captions)
     middle = median(times) / size
     return _asked(setup, size).model_copy(

@@ -231,7 +231,7 @@ class JobRun:
             std=recipe.data.std,
             identity={"recipe": job.hash, "data": self.context.index.fingerprint},
             captions=recipe.data.captions,
-            text_buckets=engine.text_buckets,
+            text_buckets=engine.buckets,
             macs_per_step=job.cost.total_macs / job.steps,
             peak_flops=peak_flops(self.context.device, optimizer.precision),
             useful_macs=self._useful_macs,

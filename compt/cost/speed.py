@@ -28,7 +28,7 @@ from compt.cost.published import PAPER_TEXT_PASSES, PAPER_TOKENS, paper_cost
 from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
 from compt.files import plain_stat
-from compt.models.presets import NORM_EPS, PRESETS, ModelSpec
+from compt.models.presets import NORM_EPS, PACKED, PRESETS, ModelSpec
 from compt.recipe.engine import EngineConfig, EngineName
 from compt.recipe.optimizer import Optimizer
 from compt.recipe.schema import Recipe
@@ -66,9 +66,13 @@ class Conditions:
         """How `found` was measured otherwise, in brackets behind a blank; empty where it was not."""
         pairs = [
             (f"batch {found.batch:,}", f"{self.batch:,} a GPU", found.batch == self.batch),
-            (f"{found.text_buckets} text buckets", f"{self.text_buckets}", found.text_buckets == self.text_buckets),
+            (_words(found.text_buckets), _words(self.text_buckets), found.text_buckets == self.text_buckets),
         ]
         return "".join(f" (measured at {had}; this plan has {has})" for had, has, same in pairs if not same)
+
+
+def _words(buckets: int) -> str:
+    return "packed text" if buckets == PACKED else f"{buckets} text buckets"
 
 
 def way_of(optimizer: Optimizer, engine: EngineConfig, batch: int | None) -> dict[str, Any]:
@@ -81,7 +85,8 @@ def way_of(optimizer: Optimizer, engine: EngineConfig, batch: int | None) -> dic
         "micro_batch": piece(engine.micro_batch),
         "loss_chunk": piece(engine.loss_chunk),
         "engine": engine.name,
-        **{key: getattr(engine, key) for key in ("compile", "text_buckets", "recompute")},
+        "text_buckets": engine.buckets,
+        **{key: getattr(engine, key) for key in ("compile", "recompute")},
         "settings": other_settings(optimizer, engine),
     }
 
@@ -116,7 +121,7 @@ class Measurement(BaseModel):
     captions: int = Field(ge=1)
     tokens: float = Field(gt=0)
     computed_tokens: float | None = Field(None, gt=0)
-    text_buckets: int = Field(1, ge=1)
+    text_buckets: int = Field(1, ge=PACKED)
     batch: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     loss_chunk: int | None = Field(None, ge=1)

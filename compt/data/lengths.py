@@ -50,7 +50,7 @@ def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
     count = min(engine.micro_batch or share, share) * recipe.data.captions
     ends = np.cumsum(lengths)
     random, total = np.random.Generator(np.random.Philox(0)), 0
-    group = -(-count // engine.text_buckets)
+    group = -(-count // (engine.buckets or count))  # packed, each caption is as long as itself
     for _ in range(_DRAWS):
         drawn = np.sort(ends.searchsorted(random.integers(ends[-1], size=count), side="right"))
         total += sum(int(part[-1]) * len(part) for part in np.split(drawn, range(group, count, group)))

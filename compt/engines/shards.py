@@ -130,7 +130,7 @@ def shard_frozen(
 ) -> ClipModel:
     """A frozen model from the "meta" device with the values `weights` in `dtype`, of which each rank holds a share.
 
-    Its encode_image, encode_text and encode_captions gather it block by block, without gradient. All ranks have to call
+    Its encode_… methods gather it block by block, without gradient. All ranks have to call
     them equally often. No rank ever holds the whole model; `weights` are read one at a time. The student may train with
     any engine. Raises ArtefactError for weights of another model.
     """
@@ -142,7 +142,7 @@ def shard_frozen(
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     fill_shards(model, model, weights, device)
     parts = sharded_parts(model)
-    for name in ("encode_image", "encode_text"):
+    for name in ("encode_image", "encode_text", "encode_packed"):
         register_fsdp_forward_method(model, name)
         setattr(model, name, _forgetting(getattr(model, name), parts))
     return model

@@ -4,7 +4,7 @@ Two savings are exact and need no option. Text is cut after the longest caption:
 read at the end-of-text token, so later tokens do not matter. The last block of a transformer computes only the token
 that is read (class token or end of text); it needs the other tokens for keys and values alone.
 
-A third is an option: packed text computes no padding at all (`compt.models.packing`).
+Packed text, which computes no padding at all, is an option (`compt.models.packing`).
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class ClipModel(open_clip.model.CLIP):
         if buckets == 1 or len(tokens) < 2:
             return self.encode_text(tokens, length=int(lengths.max()) if len(tokens) else 1)
         if buckets == PACKED:
-            return self._encode_packed(tokens, lengths)
+            return self.encode_packed(tokens, lengths)
         groups = _length_groups(lengths, buckets)
         order = torch.cat(groups)
         order, inverse = sent(torch.stack([order, order.argsort()]), tokens.device)
@@ -178,8 +178,12 @@ class ClipModel(open_clip.model.CLIP):
         ]
         return torch.cat(parts)[inverse]
 
-    def _encode_packed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        packing = pack(lengths, tokens.shape[1], tokens.device)
+    def encode_packed(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """As `encode_text`, without padding: the tokens of all captions are one sequence, except in attention.
+
+        tokens int64 [N, L] -> [N, embed_dim]; `lengths`: the captions' lengths, int64 [N] on the CPU, N > 0.
+        """
+        packing = pack(lengths, tokens.shape[1], self.spec.context_length, tokens.device)
         dtype = self.transformer.get_cast_dtype()
         ids = tokens.reshape(-1).index_select(0, packing.taken)
         x = self.token_embedding(ids).to(dtype)

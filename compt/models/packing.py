@@ -24,8 +24,9 @@ class Packing:
 
     Tensors int32 on the model's device. `taken` [T]: the place of each token in the flat, padded batch. `positions` [T]:
     its position in its caption. `starts` [N + 1]: where each caption begins, and T. `last` [N]: the place of each
-    caption's end of text. `places` [N]: where each caption of the batch is among the packed ones. `groups`: the
-    lengths that occur, ascending, and how many captions have each. `longest`: no caption is longer.
+    caption's end of text. `places` [N]: where each caption of the batch is among the packed ones. `lengths` [N]: in
+    packed order. `groups`: the lengths that occur, ascending, and how many captions have each. No caption is longer
+    than `context`.
     """
 
     taken: Tensor
@@ -33,25 +34,26 @@ class Packing:
     starts: Tensor
     last: Tensor
     places: Tensor
+    lengths: Tensor
     groups: tuple[tuple[int, int], ...]
-    longest: int
+    context: int
 
 
-def pack(lengths: Tensor, longest: int, device: torch.device) -> Packing:
-    """Pack captions of `lengths` (int64 [N] on the CPU, N > 0) from a batch padded to `longest` tokens.
+def pack(lengths: Tensor, padded: int, context: int, device: torch.device) -> Packing:
+    """Pack captions of `lengths` (int64 [N] on the CPU, N > 0) from a batch padded to `padded` tokens.
 
     All index tensors travel to `device` in one copy that does not wait.
     """
     order = lengths.argsort(stable=True)
     ordered = lengths[order]
     ends = ordered.cumsum(0)
-    total = int(ends[-1])
-    positions = torch.arange(total) - (ends - ordered).repeat_interleave(ordered)
-    taken = (order * longest).repeat_interleave(ordered) + positions
-    parts = (taken, positions, torch.cat([ends.new_zeros(1), ends]), ends - 1, order.argsort())
+    starts = ends - ordered
+    positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(ordered)
+    taken = (order * padded).repeat_interleave(ordered) + positions
+    parts = (taken, positions, torch.cat([starts, ends[-1:]]), ends - 1, order.argsort(), ordered)
     moved = sent(torch.cat(parts).int(), device).split([len(part) for part in parts])
     sizes, counts = ordered.unique_consecutive(return_counts=True)
-    return Packing(*moved, tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), longest)
+    return Packing(*moved, tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), context)
 
 
 def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
@@ -60,23 +62,43 @@ def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     `others` [T, 3, H, D] are queries, keys and values of all tokens: causal, -> [T, H, D]. With `read` [N, H, D], the
     queries of each caption's last token alone, `others` [T, 2, H, D] are keys and values: -> [N, H, D].
 
-    A GPU takes torch's kernel for sequences of any lengths, which is for half precision alone. Elsewhere the captions
-    of one length, which lie side by side, are one call. (Measured on a CPU, four captions an image: half the time of
-    padding queries, keys and values for attention alone.)
+    A GPU takes torch's kernel for sequences of any lengths, or pads for attention alone where that kernel does not run.
+    Elsewhere the captions of one length, which lie side by side, are one call. (Measured on a CPU, four captions an
+    image: half the time of padding to the longest of each of four groups.)
     """
-    if others.is_cuda and others.dtype in (torch.float16, torch.bfloat16):
-        return _by_kernel(read, others, packing)
-    return cast(Tensor, _by_length(read, others, packing))
+    if not others.is_cuda:
+        return cast(Tensor, _by_length(read, others, packing))
+    return _by_kernel(read, others, packing) if _has_kernel(others) else _by_padding(read, others, packing)
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """Whether flash attention runs on numbers and heads like these. Without a GPU (fake tensors): as on a new one."""
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.shape[-1] % 8 or x.shape[-1] > 256:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
 def _by_kernel(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
-    starts = packing.starts
+    starts, most = packing.starts, packing.context
     if read is None:
-        mixed = varlen_attn(*others.unbind(1), starts, starts, packing.longest, packing.longest, **_CAUSAL)
+        mixed = varlen_attn(*others.unbind(1), starts, starts, most, most, **_CAUSAL)
     else:
         one_each = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
-        mixed = varlen_attn(read, *others.unbind(1), one_each, starts, 1, packing.longest)
+        mixed = varlen_attn(read, *others.unbind(1), one_each, starts, 1, most)
     return cast(Tensor, mixed)
+
+
+def _by_padding(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
+    count, context = len(packing.lengths), packing.context
+    places = torch.arange(count, dtype=torch.int32, device=others.device) * context
+    slots = places.repeat_interleave(packing.lengths, output_size=len(others)) + packing.positions
+    padded = others.new_zeros(count * context, *others.shape[1:]).index_copy(0, slots.long(), others)
+    parts = padded.view(count, context, *others.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+    if read is None:
+        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+        return mixed.transpose(1, 2).flatten(0, 1).index_select(0, slots)
+    mask = torch.arange(context, device=others.device) < packing.lengths[:, None]
+    return F.scaled_dot_product_attention(read[:, :, None], *parts, attn_mask=mask[:, None, None]).squeeze(2)
 
 
 # Not compiled: the lengths that occur change from step to step, and each set of them would be compiled once more.
@@ -87,7 +109,7 @@ def _by_length(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     queries = [None] * len(counts) if read is None else read.split(counts)
     pieces = others.split([length * count for length, count in packing.groups])
     for query, piece, (length, count) in zip(queries, pieces, packing.groups, strict=True):
-        # [q, k, v][count, heads, length, D], all views
+        # Queries, keys and values [count, H, length, D]: views, nothing is copied.
         parts = piece.view(count, length, *piece.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
         if query is None:
             found = F.scaled_dot_product_attention(*parts, is_causal=True)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ValidationError, model_validator
 
 from compt.errors import nearest
+from compt.models.presets import PACKED
 from compt.recipe.types import Duration, OneOf, Section, execution
 
 Part = Literal["weights", "gradients", "optimizer"]
@@ -118,8 +119,12 @@ class EngineConfig(Section):
     """Images that one process computes at once, to save memory. The step stays the same. Default: its whole share."""
     find_micro_batch: bool = execution(False)
     """Before training, search the largest `micro_batch` that fits into memory, up to the one given."""
-    text_buckets: int = execution(1, gt=0)
-    """Groups of captions of similar length in a batch, each padded only to its longest."""
+    text: Literal["auto", "packed", "buckets", "padded"] = execution("auto")
+    """How captions of different lengths are computed together: `packed` without any padding, in `buckets` of similar
+    length, or `padded` to the longest of a batch. `auto`: in buckets where `text_buckets` is given, else packed."""
+    text_buckets: int | None = execution(None, gt=0)
+    """Groups of captions of similar length in a batch, each padded only to its longest. For `text: buckets` (default: 4)
+    and `auto`."""
     loss_chunk: int | None = execution(None, gt=0)
     """Rows of the similarity matrix that are in memory at once. Default: all."""
     compile: bool = execution(False)
@@ -142,6 +147,13 @@ class EngineConfig(Section):
     """Seconds without a step, or in one collective, after which a process counts as hanging and the job ends."""
 
     @property
+    def buckets(self) -> int:
+        """Groups of captions that the text tower computes one after the other; PACKED: one, without padding."""
+        if self.text == "buckets" or (self.text == "auto" and self.text_buckets):
+            return self.text_buckets or _BUCKETS
+        return 1 if self.text == "padded" else PACKED
+
+    @property
     def kind(self) -> EngineKind:
         """What the named engine shards and keeps."""
         return ENGINES[self.name]
@@ -157,6 +169,8 @@ class EngineConfig(Section):
         return self
 
 
+_BUCKETS = 4
+"""Text buckets where a recipe wants buckets and does not say how many."""
 _SETTINGS = ("fsdp2", "deepspeed_config")
 """Keys that are for one kind of engine each."""
 

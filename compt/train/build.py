@@ -86,7 +86,7 @@ def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | No
     optimizer, engine = blueprint.optimizer, blueprint.engine
     loss = loss_of(optimizer, engine)
     if teacher is None:
-        return ClipTask(student, loss, text_buckets=engine.text_buckets, seed=blueprint.seed)
+        return ClipTask(student, loss, text_buckets=engine.buckets, seed=blueprint.seed)
     return DistillTask(
         student,
         teacher,
@@ -94,7 +94,7 @@ def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | No
         alpha=blueprint.distill.alpha,
         reference_compatible=blueprint.distill.reference_compatible,
         teacher_dtype=COMPUTE_DTYPES[optimizer.precision],
-        text_buckets=engine.text_buckets,
+        text_buckets=engine.buckets,
         seed=blueprint.seed,
     )
 

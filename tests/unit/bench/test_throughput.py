@@ -84,26 +84,29 @@ def test_captions_are_as_long_as_is_to_be_computed() -> None:
     assert ((tokens == NANO.vocab_size - 1).sum(-1) == 1).all()
     assert all((caption[length:] == 0).all() for caption, length in zip(tokens[0], lengths[0], strict=True))
     assert (tokens[..., :4] > 0).all()
-    assert lengths_of(3, tokens=6.4).unique().tolist() == [6]
+    assert lengths_of(3, tokens=6.4, text_buckets=1).unique().tolist() == [6]
+    assert sorted(lengths_of(5, tokens=6.4).flatten().tolist()) == [6] * 6 + [7] * 4
     assert lengths_of(3, tokens=None).unique().tolist() == [32]
     assert lengths_of(3, tokens={99: 1.0}).unique().tolist() == [32]
     # In one bucket all are computed as long as the longest: no other lengths come to the mean.
-    assert lengths_of(10, tokens={5: 3.0, 9: 1.0}).unique().tolist() == [6]
+    assert lengths_of(10, tokens={5: 3.0, 9: 1.0}, text_buckets=1).unique().tolist() == [6]
     assert sorted(lengths_of(8, tokens=7.4, text_buckets=4).flatten().tolist()) == [7] * 8 + [8] * 8
-    assert sorted(lengths_of(10, tokens=7.4, micro_batch=2)[::2, 0].tolist()) == [7, 7, 7, 8, 8]
+    assert sorted(lengths_of(10, tokens={5: 3.0, 9: 1.0}).flatten().tolist()) == [5] * 15 + [9] * 5
+    assert sorted(lengths_of(10, tokens=7.4, micro_batch=2, text_buckets=1)[::2, 0].tolist()) == [7, 7, 7, 8, 8]
 
 
 @given(
     st.dictionaries(st.integers(1, 32), st.integers(1, 9), min_size=1, max_size=6),
     st.integers(1, 40),
-    st.integers(1, 6),
+    st.integers(0, 6),
     st.integers(1, 12),
 )
 def test_what_is_computed_is_what_was_asked_for(shares: dict[int, int], batch: int, buckets: int, micro: int) -> None:
-    made = lengths_of(batch, tokens=shares, text_buckets=buckets, micro_batch=micro)
+    text = {"text_buckets": buckets} if buckets else {"text": "packed"}
+    made = lengths_of(batch, tokens=shares, micro_batch=micro, **text)
     computed = sum(padded_tokens(piece.flatten(), buckets) for piece in made.split(micro))
     mean = sum(length * share for length, share in shares.items()) / sum(shares.values())
-    bucket = -(-2 * min(micro, batch) // buckets)
+    bucket = -(-2 * min(micro, batch) // (buckets or 2 * batch))
     # Half a token of a bucket is left by rounding; ends of the range and a last, smaller bucket take a little more.
     assert abs(computed - 2 * batch * mean) <= 0.5 * bucket + batch * 0.5
 
@@ -294,7 +297,7 @@ def test_a_fault_of_the_process_is_printed_above_the_error(tmp_path: Path) -> No
     assert told.index("TypeError") < told.index("measuring vit_nano failed (exit code 1); its error is above")
 
 
-ENGINE_KEYS = ("text_buckets", "micro_batch", "loss_chunk", "compile", "recompute")
+ENGINE_KEYS = ("micro_batch", "loss_chunk", "compile", "recompute")
 SETUPS = [ALONE, replace(ALONE, captions=3), LINK, replace(LINK, captions=3)]
 
 
@@ -311,7 +314,8 @@ class Meter:
         self.seen.append(setup)
         done = {"failure": self.failure} if self.failure else {"seconds_per_sample": 0.5, "low": 0.25, "high": 1.0}
         asked = {"captions": setup.captions, "tokens": setup.tokens, "batch": batch or most, "repeats": 3}
-        asked |= {key: getattr(setup.engine, key) for key in ENGINE_KEYS} | {"engine": setup.engine.name}
+        asked |= {key: getattr(setup.engine, key) for key in ENGINE_KEYS}
+        asked |= {"engine": setup.engine.name, "text_buckets": setup.engine.buckets}
         asked["settings"] = other_settings(setup.optimizer, setup.engine)
         return Measurement(student=setup.student, teacher=setup.teacher, **asked, **done)
 
@@ -372,6 +376,7 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
         {"recompute": True},
         {"name": "fsdp2"},
         {"text_buckets": 2},
+        {"text": "padded"},
         {"shard_teacher": True},
         {"name": "fsdp2", "fsdp2": Fsdp2(cpu_offload=True)},
         {"name": "zero2", "deepspeed_config": "mine.json"},

@@ -307,7 +307,7 @@ def test_another_batch_is_said() -> None:
     assert found.kind == "measured"
     assert found.source == "NVIDIA H200, 2026-01-02 (measured at batch 8; this plan has 1,280 a GPU)"
     buckets = found_in(file, text_buckets=4).source
-    assert buckets.endswith(" (measured at 1 text buckets; this plan has 4)")
+    assert buckets.endswith(" (measured at 1 text buckets; this plan has 4 text buckets)")
     # Of several the very batch, or the nearest.
     file = a_file(entry(), entry(batch=64, seconds_per_sample=1.5e-3), entry(batch=256, seconds_per_sample=1.2e-3))
     assert found_in(file, batch=64).seconds_per_sample == 1.5e-3

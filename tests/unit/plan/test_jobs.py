@@ -223,6 +223,7 @@ OTHER: dict[str, Any] = {
     "optimizer.max_nonfinite": 3,
     "engine.device": "cpu",
     "engine.micro_batch": 16,
+    "engine.text": "padded",
     "engine.text_buckets": 3,
     "engine.loss_chunk": 8,
     "engine.compile": True,
