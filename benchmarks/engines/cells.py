@@ -134,6 +134,8 @@ def blueprint(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Blu
     student, teacher = specs(cell)
     if cell.engine in DS_CONFIGS:
         settings["deepspeed_config"] = DS_CONFIGS[cell.engine]
+    # The text of a ViT's cells is packed, that of a Swin's is in buckets.
+    settings |= {"text": "packed"} if cell.architecture == "vit" else {"text_buckets": 2}
     settings |= {"name": cell.engine, "micro_batch": SAMPLES // cell.world_size // cell.accumulation}
     return Blueprint(
         student=student,

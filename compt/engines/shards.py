@@ -130,9 +130,9 @@ def shard_frozen(
 ) -> ClipModel:
     """A frozen model from the "meta" device with the values `weights` in `dtype`, of which each rank holds a share.
 
-    Its encode_… methods gather it block by block, without gradient. All ranks have to call
-    them equally often. No rank ever holds the whole model; `weights` are read one at a time. The student may train with
-    any engine. Raises ArtefactError for weights of another model.
+    Its encode_… methods gather it block by block, without gradient. All ranks have to call them equally often. No rank
+    ever holds the whole model; `weights` are read one at a time. The student may train with any engine. Raises
+    ArtefactError for weights of another model.
     """
     device = torch.device(device)
     model.requires_grad_(False).eval().to(dtype)
