@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -18,7 +18,8 @@ _WINDOW = "window_size" in inspect.signature(varlen_attn).parameters
 _CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _WINDOW else {"is_causal": True}
 
 
-@dataclass(frozen=True)
+# Not frozen: torch.compile reads every field of a frozen dataclass, and compiles again for every other `groups`.
+@dataclass(eq=False)
 class Packing:
     """Where the T tokens of N captions lie when they are packed, the shortest caption first.
 

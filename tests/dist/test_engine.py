@@ -18,7 +18,7 @@ from compt.engines.base import Precision
 from compt.errors import ArtefactError, ConfigError
 from compt.train.losses import ContrastiveLoss, ImageToText
 from compt.models.clip import ClipModel, build
-from compt.models.presets import resolve
+from compt.models.presets import PACKED, resolve
 from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
 from tests.unit.train.test_losses import oracle
@@ -352,12 +352,13 @@ def test_recomputing_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same_gradients_at_any_length() -> None:
+@pytest.mark.parametrize("buckets", [1, PACKED])
+def test_compiled_blocks_give_the_same_gradients_at_any_length(buckets: int) -> None:
     images, tokens = own_rows(torch.float32)
     torch._dynamo.reset()
     results = []
     for compiled in (False, True):
-        task = make_task(24, torch.float32)
+        task = make_task(24, torch.float32, text_buckets=buckets)
         engine = DataParallelEngine(task.module, compile=compiled)
         for cut in (10, 9, 8, 7):
             shorter = tokens.masked_fill(torch.arange(10) >= cut, 0)

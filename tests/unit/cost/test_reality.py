@@ -23,7 +23,7 @@ from compt.cost.counts import Count, Tokens, image_tower, parameters, scalars, s
 from compt.cost.training import Breakdown, exact_breakdown
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import ClipModel, build
-from compt.models.presets import PRESETS, ModelSpec, resolve
+from compt.models.presets import PACKED, PRESETS, ModelSpec, resolve
 from compt.models.swin import register_swin
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
@@ -271,7 +271,7 @@ def test_the_meta_device_counts_as_a_real_one(name: str) -> None:
     assert trained(spec, teacher, lengths, device="cpu", **run) == trained(spec, teacher, lengths, **run)
 
 
-@pytest.mark.parametrize("buckets", [1, 2, 5])
+@pytest.mark.parametrize("buckets", [PACKED, 1, 2, 5])
 @pytest.mark.parametrize("micro_batch", [None, 2])
 @pytest.mark.parametrize("context", [32, 11])
 def test_trimmed_captions_cost_what_their_lengths_cost(buckets: int, micro_batch: int | None, context: int) -> None:
@@ -282,7 +282,7 @@ def test_trimmed_captions_cost_what_their_lengths_cost(buckets: int, micro_batch
 
     computed: Counter[int] = Counter()
     for piece in lengths.split(micro_batch or len(lengths)):
-        for group in piece.flatten().sort().values.chunk(buckets):
+        for group in piece.flatten().sort().values.chunk(buckets or piece.numel()):
             computed[int(group.max())] += len(group)
     options = {"batch": 4, "captions": 3, "recompute": micro_batch is not None}
     assert wrong(exact_breakdown(spec, teacher, tokens=computed, **options), step, sizes) == []

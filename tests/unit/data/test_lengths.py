@@ -15,6 +15,7 @@ from compt.data.check import check
 from compt.data.index import open_index
 from compt.data.lengths import computed_tokens, stored_lengths, with_data
 from compt.models.clip import padded_tokens
+from compt.models.presets import PACKED
 from compt.plan.jobs import make_plan
 from compt.recipe.read import parse_recipe
 from compt.recipe.schema import Recipe
@@ -26,10 +27,12 @@ def recipe(*changes: str) -> Recipe:
     return parse_recipe(recipe_values(*changes))
 
 
-@pytest.mark.parametrize("buckets", [1, 2, 5])
-def test_padding_is_that_of_training(buckets: int) -> None:
+@pytest.mark.parametrize(
+    ("text", "buckets"), [("text_buckets=1", 1), ("text_buckets=2", 2), ("text_buckets=5", 5), ("text=packed", PACKED)]
+)
+def test_padding_is_that_of_training(text: str, buckets: int) -> None:
     lengths = np.array([0, 0, 5, 9, 0, 3, 1])
-    found = computed_tokens(lengths, recipe(f"engine.text_buckets={buckets}", "engine.micro_batch=4"))
+    found = computed_tokens(lengths, recipe(f"engine.{text}", "engine.micro_batch=4"))
     rng = np.random.default_rng(7)
     drawn = [
         padded_tokens(torch.from_numpy(rng.choice(7, 4 * 2, p=lengths / lengths.sum())), buckets) / 8

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from compt.engines.state_dcp import load_state, save_state
 from compt.models.clip import build
 from compt.models.pixels import to_input
-from compt.models.presets import resolve
+from compt.models.presets import PACKED, resolve
 from compt.train.task import DistillTask
 
 SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
@@ -65,8 +65,8 @@ class PretendedGpu(TorchDispatchMode):
         return not isinstance(host, FakeTensor) and host.data_ptr() in self.pinned
 
 
-@pytest.mark.parametrize("buckets", [1, 2])
-def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int) -> None:
+@pytest.mark.parametrize(("buckets", "sent"), [(1, 0), (2, 1), (PACKED, 1)])
+def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int, sent: int) -> None:
     lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
     with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
         task = DistillTask(build(SPEC, GPU), build(SPEC, GPU), text_buckets=buckets)
@@ -76,8 +76,8 @@ def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int) -> None:
         inputs = to_input(images, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), tokens, lengths
         loss, _ = task.loss(task.module(*inputs), task.targets(*inputs))
     assert loss.device == GPU
-    # What pixels are normalised by; the captions in the order of their lengths, for student and teacher.
-    assert gpu.copies == [False] * (2 * buckets - 1)
+    # What pixels are normalised by; the order of the captions, or where their tokens lie, for student and teacher.
+    assert gpu.copies == [False] * (1 + 2 * sent)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from torch import Tensor
 from compt.data.tokens import CaptionTokens, pad
 from compt.errors import ConfigError
 from compt.models.clip import ClipModel, build, caption_lengths
-from compt.models.presets import VOCAB_SIZE, ModelSpec, resolve
+from compt.models.presets import PACKED, VOCAB_SIZE, ModelSpec, resolve
 from compt.train.losses import contrastive_loss, ifd_loss
 from compt.train.task import ClipTask, DistillTask, StudentModule, cut_captions, fit_images, reduce_report, surrogate
 
@@ -68,7 +68,7 @@ def test_text_buckets_and_known_lengths_change_nothing() -> None:
     student = model()
     plain = StudentModule(student)(images, tokens)["text"]
     lengths = tokens.argmax(dim=-1) + 1
-    for buckets in (2, 3):
+    for buckets in (2, 3, PACKED):
         torch.testing.assert_close(StudentModule(student, text_buckets=buckets)(images, tokens, lengths)["text"], plain)
 
 
@@ -170,7 +170,7 @@ def test_a_teacher_of_a_shorter_context_reads_what_fits() -> None:
     images, tokens = batch()
     teacher = build(replace(tiny(24), context_length=6), seed=1)
     alone = teacher.encode_text(cut_captions(tokens, None, 6)[0].reshape(-1, 6))
-    for buckets, lengths in ((1, None), (2, caption_lengths(tokens))):
+    for buckets, lengths in ((1, None), (2, caption_lengths(tokens)), (PACKED, None)):
         task = DistillTask(model(), teacher, text_buckets=buckets)
         targets = task.targets(images, tokens, lengths)
         torch.testing.assert_close(targets["text"].reshape(len(alone), -1), alone)

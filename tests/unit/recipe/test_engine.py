@@ -1,0 +1,32 @@
+"""What the section `engine` means for the text of a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from compt.models.presets import PACKED
+from compt.recipe.engine import EngineConfig, changed_engine
+
+
+@pytest.mark.parametrize(
+    ("given", "buckets"),
+    [
+        ({}, PACKED),
+        ({"text": "auto"}, PACKED),
+        ({"text": "packed"}, PACKED),
+        ({"text": "padded"}, 1),
+        ({"text": "buckets"}, 4),
+        ({"text": "buckets", "text_buckets": 3}, 3),
+        ({"text_buckets": 3}, 3),
+        ({"text_buckets": 1}, 1),
+        ({"text": "packed", "text_buckets": 3}, PACKED),
+    ],
+)
+def test_how_a_recipe_computes_text(given: dict[str, Any], buckets: int) -> None:
+    assert EngineConfig(**given).buckets == buckets
+
+
+def test_a_link_computes_text_in_its_own_way() -> None:
+    assert changed_engine(EngineConfig(text_buckets=3), {"text": "packed"}).buckets == PACKED
