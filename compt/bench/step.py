@@ -84,6 +84,14 @@ def random_captions(setup: Setup, batch: int, generator: torch.Generator) -> Ten
     return torch.where(places == end, spec.vocab_size - 1, torch.where(places < end, tokens, 0))
 
 
+def random_batch(setup: Setup, batch: int) -> Batch:
+    """Random uint8 pixels and captions of `batch` samples, on the CPU."""
+    generator = torch.Generator().manual_seed(setup.seed)
+    size = setup.student.image_size
+    images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
+    return Batch(images, random_captions(setup, batch, generator), [""] * batch)
+
+
 class TrainingStep:
     """A model, its engine and its teacher, if any, all with random weights. Each call is one training step."""
 
@@ -94,10 +102,7 @@ class TrainingStep:
 
     def data(self, batch: int) -> Batch:
         """Random uint8 pixels and captions of `batch` samples, as a loader gives them."""
-        generator = torch.Generator().manual_seed(self.setup.seed)
-        size = self.setup.student.image_size
-        images = torch.randint(0, 256, (batch, 3, size, size), generator=generator, dtype=torch.uint8)
-        made = Batch(images, random_captions(self.setup, batch, generator), [""] * batch)
+        made = random_batch(self.setup, batch)
         return made.pin_memory() if self.device.type == "cuda" else made
 
     def __call__(self, batch: Batch) -> None:

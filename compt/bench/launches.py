@@ -1,0 +1,191 @@
+"""Kernels that one training step launches on a GPU, counted without one.
+
+The step runs on fake tensors, which have shapes, types and a device but no numbers. Every operation that computes or
+copies on that device counts as one launch, as attention does; views and new memory do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any, cast
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from compt.bench.step import Setup, TrainingStep, random_batch
+from compt.recipe.engine import changed_engine
+
+PARTS = ("input", "teacher", "forward", "loss", "backward", "optimizer")
+"""The parts of a step, in their order; `input` is also what no other part does."""
+_NO_KERNEL = {"device", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+
+
+class Launches(TorchDispatchMode):
+    """Counts what runs on `device`: `counts` by part of the step and operation.
+
+    With `fake`, what has no fake tensor among its inputs and is for the CPU is computed there as usual.
+    """
+
+    def __init__(self, device: torch.device, fake: bool) -> None:
+        super().__init__()
+        self.device, self._fake = device, fake
+        self.part = PARTS[0]
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._fake:
+            if func in (torch.ops.aten.is_pinned.default, torch.ops.aten._pin_memory.default):
+                return func is torch.ops.aten.is_pinned.default or args[0]
+            fake = any(isinstance(leaf, FakeTensor) for leaf in tree_leaves((args, kwargs)))
+            if not fake and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+                with unset_fake_temporarily():
+                    return func(*args, **kwargs)
+        found = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        there = (leaf for leaf in tree_leaves((found, args)) if isinstance(leaf, Tensor))
+        if not func.is_view and name not in _NO_KERNEL and any(leaf.device == self.device for leaf in there):
+            self.counts[self.part, name] += 1
+        return found
+
+    def of(self, part: str) -> int:
+        """The launches of one part of the step."""
+        return sum(number for (where, _), number in self.counts.items() if where == part)
+
+    @property
+    def total(self) -> int:
+        """The launches of the whole step."""
+        return sum(self.counts.values())
+
+
+@contextlib.contextmanager
+def _pretended_gpu() -> Iterator[None]:
+    """Fake tensors, with the autocast of a GPU, which torch switches off without one. No weights are drawn."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
+        mock.patch("torch.cuda.is_bf16_supported", lambda: True),
+        mock.patch("torch.cuda.synchronize"),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", _one_kernel),
+        mock.patch.object(nn.Module, "_apply", _apply),
+        mock.patch("compt.models.clip.load_state"),
+    ):
+        yield
+
+
+def _one_kernel(
+    q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, **_: Any
+) -> Tensor:
+    """Attention as one operator. Without a GPU torch would take the formula, which launches seven kernels."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=q.dtype).masked_fill_(attn_mask.logical_not(), float("-inf"))
+    found = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, 0.0, is_causal)
+    return cast(Tensor, found[0])
+
+
+def _apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As torch's: the module on another device or in another type. Torch's own refuses fake tensors."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(change(value.detach()), value.requires_grad)
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else change(buffer)
+    return module
+
+
+@torch.no_grad()
+def _backward(loss: Tensor) -> None:
+    """What `loss.backward()` computes, node after node. Torch's own engine wants the streams of a GPU that is there."""
+    assert loss.grad_fn is not None
+    uses: Counter[Any] = Counter()
+    nodes, seen = [loss.grad_fn], {loss.grad_fn}
+    while nodes:
+        for node, _ in nodes.pop().next_functions:
+            if node is not None:
+                uses[node] += 1
+                if node not in seen:
+                    seen.add(node)
+                    nodes.append(node)
+    arrived: dict[Any, dict[int, Tensor]] = {loss.grad_fn: {0: torch.ones_like(loss)}}
+    ready = [loss.grad_fn]
+    while ready:
+        node = ready.pop()
+        given = arrived.pop(node, {})
+        if hasattr(node, "variable"):
+            _accumulate(node.variable, given[0])
+            continue
+        run = getattr(node, "apply", node)
+        found = run(*(given.get(at) for at in range(len(node._input_metadata)))) if given else ()
+        found = found if isinstance(found, tuple) else (found,)
+        for (after, at), gradient in zip_longest(node.next_functions, found[: len(node.next_functions)]):
+            if after is None:
+                continue
+            if gradient is not None:
+                _add(arrived.setdefault(after, {}), at, _fitted(gradient, after._input_metadata[at]))
+            uses[after] -= 1
+            if not uses[after]:
+                ready.append(after)
+
+
+def _fitted(gradient: Tensor, wanted: Any) -> Tensor:
+    """A gradient in the shape and type of what it is for, as it was broadcast or cast in the forward pass."""
+    return gradient.sum_to_size(wanted.shape).to(wanted.dtype)
+
+
+def _add(held: dict[int, Tensor], at: int, gradient: Tensor) -> None:
+    held[at] = held[at] + gradient if at in held else gradient
+
+
+def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
+    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def count(setup: Setup, batch: int, device: torch.device) -> Launches:
+    """Count the launches of one training step of `setup` with `batch` images, by ddp in one process and in one piece.
+
+    On a CPU the step is computed. On a GPU it is not, and there need be none. Counted is the second step: the first one
+    makes the optimizer's moments.
+    """
+    fake = device.type == "cuda"
+    plain = {"name": "ddp", "shard_teacher": False, "compile": False, "recompute": False}
+    engine = changed_engine(setup.engine, {**plain, "micro_batch": None, "loss_chunk": None})
+    plan = replace(setup, engine=engine)
+    data = random_batch(plan, batch)
+    with _pretended_gpu() if fake else contextlib.nullcontext(), Launches(device, fake) as seen:
+        step = TrainingStep(plan, device)
+        if fake:
+            step.engine.backward = lambda loss, **_: _backward(loss)  # type: ignore[method-assign]
+        _watch(step, seen)
+        step(data)
+        seen.counts.clear()
+        step(data)
+    return seen
+
+
+def _watch(step: TrainingStep, seen: Launches) -> None:
+    """Let the methods that a step consists of say which part of it they are."""
+    for part, owner, name in (
+        ("teacher", step.task, "targets"),
+        ("forward", step.engine, "forward"),
+        ("loss", step.task, "loss"),
+        ("backward", step.engine, "backward"),
+        ("optimizer", step.engine, "step"),
+    ):
+
+        def run(*args: Any, part: str = part, method: Any = getattr(owner, name), **options: Any) -> Any:
+            before, seen.part = seen.part, part
+            try:
+                return method(*args, **options)
+            finally:
+                seen.part = before
+
+        setattr(owner, name, run)
