@@ -1,7 +1,7 @@
 """Time packed text against text buckets and stock open_clip on a CPU: `python -m benchmarks.text`.
 
 One process, one thread, fp32. A round runs one training step of every way in turn; a ratio is the median over rounds of
-two steps of the same round. It is of CPU time, which other programs on the machine change less than the time on a clock.
+two steps of the same round. It is of CPU time, which other programs on the machine change less than clock time.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from compt.engines.base import AdamWSettings, adamw
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import build, caption_lengths, padded_tokens
 from compt.models.presets import PACKED, ModelSpec, resolve
+from compt.text import TextTable, terminal
 from compt.train.accumulate import cached_backward
 from compt.train.losses import contrastive_loss
 from compt.train.task import ClipTask
-from compt.text import TextTable, terminal
 
 CONTEXT = 77
 WAYS = {"packed": PACKED, "4 buckets": 4, "1 bucket": 1, "open_clip": None}
@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     rows = []
+    others = [way for way in WAYS if way != "packed"]
     for name in options.models:
         spec = resolve(name, {"context_length": CONTEXT})
         images = torch.randn(options.batch, 3, spec.image_size, spec.image_size)
@@ -95,10 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
                     seconds[way].append(time.process_time() - started)
             lengths = caption_lengths(tokens).flatten()
             counted = [f"{padded_tokens(lengths, n) / len(lengths):.1f}" for n in WAYS.values() if n is not None]
-            packed = seconds.pop("packed")[1:]  # the first step of each makes AdamW's moments
-            ratios = [median(b / a for a, b in zip(packed, other[1:], strict=True)) for other in seconds.values()]
+            packed = seconds["packed"][1:]  # the first step of each makes AdamW's moments
+            ratios = [median(b / a for a, b in zip(packed, seconds[way][1:], strict=True)) for way in others]
             rows.append((name, title, " / ".join(counted), f"{median(packed):.3f} s", *(f"{r:.2f}" for r in ratios)))
-    header = ("Model", "Captions", "Tokens: packed / 4 / 1", "Packed", *(f"{way} over it" for way in seconds))
+    header = ("Model", "Captions", "Tokens: packed / 4 / 1", "Packed", *(f"{way} over it" for way in others))
     terminal().print(TextTable("CPU time of a training step", header, rows, (), left=2))
 
 

@@ -25,7 +25,16 @@ from compt.recipe.engine import changed_engine
 
 PARTS = ("input", "teacher", "forward", "loss", "backward", "optimizer")
 """The parts of a step, in their order; `input` is also what no other part does."""
-_NO_KERNEL = {"device", "_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh"}
+_NO_KERNEL = {
+    "device",
+    "_unsafe_view",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "lift_fresh",
+}
 
 
 class Launches(TorchDispatchMode):
@@ -35,7 +44,7 @@ class Launches(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device, fake: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.device, self._fake = device, fake
         self.part = PARTS[0]
         self.counts: Counter[tuple[str, str]] = Counter()
@@ -56,6 +65,19 @@ class Launches(TorchDispatchMode):
             self.counts[self.part, name] += 1
         return found
 
+    def watch(self, part: str, owner: Any, name: str) -> None:
+        """Count what the method `name` of `owner` launches as `part` of the step."""
+        method = getattr(owner, name)
+
+        def run(*arguments: Any, **options: Any) -> Any:
+            before, self.part = self.part, part
+            try:
+                return method(*arguments, **options)
+            finally:
+                self.part = before
+
+        setattr(owner, name, run)
+
     def of(self, part: str) -> int:
         """The launches of one part of the step."""
         return sum(number for (where, _), number in self.counts.items() if where == part)
@@ -71,8 +93,8 @@ def _pretended_gpu() -> Iterator[None]:
     """Fake tensors, with the autocast of a GPU, which torch switches off without one. No weights are drawn."""
     with (
         FakeTensorMode(allow_non_fake_inputs=True),
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch("torch.cuda.is_bf16_supported", lambda: True),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
         mock.patch("torch.cuda.synchronize"),
         mock.patch("torch.nn.functional.scaled_dot_product_attention", _one_kernel),
         mock.patch.object(nn.Module, "_apply", _apply),
@@ -123,7 +145,7 @@ def _backward(loss: Tensor) -> None:
         if hasattr(node, "variable"):
             _accumulate(node.variable, given[0])
             continue
-        run = getattr(node, "apply", node)
+        run: Any = getattr(node, "apply", node)  # a Function in Python, or torch's own node
         found = run(*(given.get(at) for at in range(len(node._input_metadata)))) if given else ()
         found = found if isinstance(found, tuple) else (found,)
         for (after, at), gradient in zip_longest(node.next_functions, found[: len(node.next_functions)]):
@@ -160,32 +182,20 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
     engine = changed_engine(setup.engine, {**plain, "micro_batch": None, "loss_chunk": None})
     plan = replace(setup, engine=engine)
     data = random_batch(plan, batch)
-    with _pretended_gpu() if fake else contextlib.nullcontext(), Launches(device, fake) as seen:
+    seen = Launches(device, fake)
+    with _pretended_gpu() if fake else contextlib.nullcontext(), seen:
         step = TrainingStep(plan, device)
         if fake:
             step.engine.backward = lambda loss, **_: _backward(loss)  # type: ignore[method-assign]
-        _watch(step, seen)
+        for part, owner, name in (
+            ("teacher", step.task, "targets"),
+            ("forward", step.engine, "forward"),
+            ("loss", step.task, "loss"),
+            ("backward", step.engine, "backward"),
+            ("optimizer", step.engine, "step"),
+        ):
+            seen.watch(part, owner, name)
         step(data)
         seen.counts.clear()
         step(data)
     return seen
-
-
-def _watch(step: TrainingStep, seen: Launches) -> None:
-    """Let the methods that a step consists of say which part of it they are."""
-    for part, owner, name in (
-        ("teacher", step.task, "targets"),
-        ("forward", step.engine, "forward"),
-        ("loss", step.task, "loss"),
-        ("backward", step.engine, "backward"),
-        ("optimizer", step.engine, "step"),
-    ):
-
-        def run(*args: Any, part: str = part, method: Any = getattr(owner, name), **options: Any) -> Any:
-            before, seen.part = seen.part, part
-            try:
-                return method(*args, **options)
-            finally:
-                seen.part = before
-
-        setattr(owner, name, run)

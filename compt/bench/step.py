@@ -41,7 +41,8 @@ def caption_lengths_of(setup: Setup, batch: int) -> list[list[int]]:
     """Lengths of the captions of each piece of a batch, ascending, so that `setup.tokens` tokens are computed.
 
     `tokens` counts padding to the longest caption of a bucket. So all captions of a bucket have one length: the mean
-    of the bucket's part of the distribution. Packed, each caption is a bucket of its own. What is left by rounding goes to the next bucket.
+    of the bucket's part of the distribution. Packed, each caption is a bucket of its own. What is left by rounding goes
+    to the next bucket.
     """
     context = setup.student.context_length
     tokens = setup.tokens if isinstance(setup.tokens, Mapping) else {mean_tokens(setup.student, setup.tokens): 1.0}

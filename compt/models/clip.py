@@ -9,8 +9,8 @@ Packed text, which computes no padding at all, is an option (`compt.models.packi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TypeVar, cast
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
 
 import open_clip.model
 import torch
@@ -27,6 +27,39 @@ from compt.models.scalars import exported_shape
 from compt.models.swin import register_swin
 
 T = TypeVar("T", bound=nn.Module)
+
+
+class _Cast(torch.autograd.Function):
+    """Several tensors in another type, by one kernel, as their gradients are on the way back."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        *given, dtype = arguments
+        ctx.dtype = given[0].dtype
+        return _copies(given, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return (*_copies(gradients, ctx.dtype), None)
+
+
+def _copies(given: Sequence[Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    made = [torch.empty_like(one, dtype=dtype) for one in given]
+    torch._foreach_copy_(made, [*given])
+    return tuple(made)
+
+
+class _Products(NamedTuple):
+    """Weight and bias of each matrix product of a block."""
+
+    qkv: Tensor
+    qkv_bias: Tensor
+    out: Tensor
+    out_bias: Tensor
+    up: Tensor
+    up_bias: Tensor
+    down: Tensor
+    down_bias: Tensor
 
 
 class Block(nn.Module):
@@ -58,50 +91,81 @@ class Block(nn.Module):
 
         `attn_mask` is ignored: open_clip's own callers pass the causal mask, and the block knows whether it applies.
         """
+        weights = self._weights(x, together=packing is not None or not self.causal)
+        normed = self.ln_1(x)
         if packing is not None:
-            normed = self.ln_1(x)
-            if read is None:
-                x = x + self._attention_packed(normed, None, packing)
-            else:
-                x = x.index_select(0, read) + self._attention_packed(normed, normed.index_select(0, read), packing)
+            at = None if read is None else normed.index_select(0, read)
+            mixed = self._mix_packed(normed, at, packing, weights)
+            x = x if read is None else x.index_select(0, read)
         elif read is None:
-            x = x + self._attention(self.ln_1(x))
+            mixed = self._mix(normed, weights)
         else:
-            x = x[torch.arange(len(x), device=x.device), read] + self._attention_at(self.ln_1(x), read)
-        return cast(Tensor, x + self.mlp(self.ln_2(x)))
+            rows = torch.arange(len(x), device=x.device)
+            mixed = self._mix_at(normed, normed[rows, read], read, weights)
+            x = x[rows, read]
+        x = x + F.linear(mixed, weights.out, weights.out_bias)
+        hidden = self.mlp.gelu(F.linear(self.ln_2(x), weights.up, weights.up_bias))
+        return x + F.linear(hidden, weights.down, weights.down_bias)
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def _weights(self, x: Tensor, together: bool) -> _Products:
+        """The weights; with `together` in the type that autocast would cast each of them to, with a kernel for each.
+
+        Text in buckets comes by several times. Autocast then keeps its copies, and this would make others every time.
+        """
+        attn, up, down = self.attn, cast(nn.Linear, self.mlp.c_fc), cast(nn.Linear, self.mlp.c_proj)
+        out = attn.out_proj
+        found = [
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            out.weight,
+            out.bias,
+            up.weight,
+            up.bias,
+            down.weight,
+            down.bias,
+        ]
+        device = x.device.type
+        if (
+            together
+            and device in ("cuda", "cpu")
+            and torch.is_autocast_enabled(device)
+            and not torch.compiler.is_compiling()
+        ):
+            wide = [at for at, one in enumerate(found) if one.dtype == torch.float32]
+            narrow = _Cast.apply(*(found[at] for at in wide), torch.get_autocast_dtype(device))  # type: ignore[no-untyped-call]
+            for at, one in zip(wide, narrow, strict=True):
+                found[at] = one
+        return _Products(*found)
+
+    def _mix(self, x: Tensor, weights: _Products) -> Tensor:
         n, length, width = x.shape
-        packed = F.linear(x, self.attn.in_proj_weight, self.attn.in_proj_bias)
+        packed = F.linear(x, weights.qkv, weights.qkv_bias)
         q, k, v = packed.view(n, length, 3, self.attn.num_heads, self.attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
-        return cast(Tensor, self.attn.out_proj(mixed.transpose(1, 2).reshape(n, length, width)))
+        return mixed.transpose(1, 2).reshape(n, length, width)
 
-    def _attention_at(self, x: Tensor, read: Tensor) -> Tensor:
+    def _mix_at(self, x: Tensor, at: Tensor, read: Tensor, weights: _Products) -> Tensor:
         n, length, width = x.shape
-        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
         heads, size = self.attn.num_heads, self.attn.head_dim
-        at = x[torch.arange(n, device=x.device), read]
-        q = F.linear(at, weight[:width], bias[:width]).view(n, heads, 1, size)
-        packed = F.linear(x, weight[width:], bias[width:])
+        q = F.linear(at, weights.qkv[:width], weights.qkv_bias[:width]).view(n, heads, 1, size)
+        packed = F.linear(x, weights.qkv[width:], weights.qkv_bias[width:])
         k, v = packed.view(n, length, 2, heads, size).permute(2, 0, 3, 1, 4).unbind(0)
         mask = None
         if self.causal:
             mask = (torch.arange(length, device=x.device) <= read[:, None])[:, None, None]
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return cast(Tensor, self.attn.out_proj(mixed.reshape(n, width)))
+        return mixed.reshape(n, width)
 
-    def _attention_packed(self, x: Tensor, at: Tensor | None, packing: Packing) -> Tensor:
+    def _mix_packed(self, x: Tensor, at: Tensor | None, packing: Packing, weights: _Products) -> Tensor:
         """Attention within each caption of all tokens `x` [T, D], or of the last tokens `at` [N, D] alone."""
-        weight, bias = self.attn.in_proj_weight, self.attn.in_proj_bias
         heads, size, width = self.attn.num_heads, self.attn.head_dim, x.shape[1]
         if at is None:
             read = None
-            others = F.linear(x, weight, bias).view(-1, 3, heads, size)
+            others = F.linear(x, weights.qkv, weights.qkv_bias).view(-1, 3, heads, size)
         else:
-            read = F.linear(at, weight[:width], bias[:width]).view(-1, heads, size)
-            others = F.linear(x, weight[width:], bias[width:]).view(-1, 2, heads, size)
-        return cast(Tensor, self.attn.out_proj(attention(read, others, packing).flatten(1)))
+            read = F.linear(at, weights.qkv[:width], weights.qkv_bias[:width]).view(-1, heads, size)
+            others = F.linear(x, weights.qkv[width:], weights.qkv_bias[width:]).view(-1, 2, heads, size)
+        return attention(read, others, packing).flatten(1)
 
 
 def caption_lengths(tokens: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -23,8 +23,8 @@ _CAUSAL: dict[str, Any] = {"window_size": (-1, 0)} if _WINDOW else {"is_causal":
 class Packing:
     """Where the T tokens of N captions lie when they are packed, the shortest caption first.
 
-    Tensors int32 on the model's device. `taken` [T]: the place of each token in the flat, padded batch. `positions` [T]:
-    its position in its caption. `starts` [N + 1]: where each caption begins, and T. `last` [N]: the place of each
+    Tensors int32 on the model's device. `taken` [T]: the place of each token in the flat, padded batch. `positions`
+    [T]: its position in its caption. `starts` [N + 1]: where each caption begins, and T. `last` [N]: the place of each
     caption's end of text. `places` [N]: where each caption of the batch is among the packed ones. `lengths` [N]: in
     packed order. `groups`: the lengths that occur, ascending, and how many captions have each. No caption is longer
     than `context`.
@@ -54,7 +54,8 @@ def pack(lengths: Tensor, padded: int, context: int, device: torch.device) -> Pa
     parts = (taken, positions, torch.cat([starts, ends[-1:]]), ends - 1, order.argsort(), ordered)
     moved = sent(torch.cat(parts).int(), device).split([len(part) for part in parts])
     sizes, counts = ordered.unique_consecutive(return_counts=True)
-    return Packing(*moved, tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), context)
+    rest: Any = (tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), context)
+    return Packing(*moved, *rest)
 
 
 def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
@@ -81,12 +82,11 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _by_kernel(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     starts, most = packing.starts, packing.context
+    *query, key, value = others.unbind(1)
     if read is None:
-        mixed = varlen_attn(*others.unbind(1), starts, starts, most, most, **_CAUSAL)
-    else:
-        one_each = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
-        mixed = varlen_attn(read, *others.unbind(1), one_each, starts, 1, most)
-    return cast(Tensor, mixed)
+        return cast(Tensor, varlen_attn(query[0], key, value, starts, starts, most, most, **_CAUSAL))
+    one_each = torch.arange(len(starts), dtype=torch.int32, device=starts.device)
+    return cast(Tensor, varlen_attn(read, key, value, one_each, starts, 1, most))
 
 
 def _by_padding(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
@@ -94,27 +94,31 @@ def _by_padding(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor
     places = torch.arange(count, dtype=torch.int32, device=others.device) * context
     slots = places.repeat_interleave(packing.lengths, output_size=len(others)) + packing.positions
     padded = others.new_zeros(count * context, *others.shape[1:]).index_copy(0, slots.long(), others)
-    parts = padded.view(count, context, *others.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
+    *query, key, value = _by_head(padded, count, context)
     if read is None:
-        mixed = F.scaled_dot_product_attention(*parts, is_causal=True)
+        mixed = F.scaled_dot_product_attention(query[0], key, value, is_causal=True)
         return mixed.transpose(1, 2).flatten(0, 1).index_select(0, slots)
     mask = torch.arange(context, device=others.device) < packing.lengths[:, None]
-    return F.scaled_dot_product_attention(read[:, :, None], *parts, attn_mask=mask[:, None, None]).squeeze(2)
+    return F.scaled_dot_product_attention(read[:, :, None], key, value, attn_mask=mask[:, None, None]).squeeze(2)
+
+
+def _by_head(x: Tensor, count: int, length: int) -> tuple[Tensor, ...]:
+    """Queries, keys and values of captions of one length, or the latter two: each [count, H, length, D], all views."""
+    return x.view(count, length, *x.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 # Not compiled: the lengths that occur change from step to step, and each set of them would be compiled once more.
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _by_length(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     mixed = []
     counts = [count for _, count in packing.groups]
-    queries = [None] * len(counts) if read is None else read.split(counts)
+    last = [None] * len(counts) if read is None else read.split(counts)
     pieces = others.split([length * count for length, count in packing.groups])
-    for query, piece, (length, count) in zip(queries, pieces, packing.groups, strict=True):
-        # Queries, keys and values [count, H, length, D]: views, nothing is copied.
-        parts = piece.view(count, length, *piece.shape[1:]).permute(2, 0, 3, 1, 4).unbind(0)
-        if query is None:
-            found = F.scaled_dot_product_attention(*parts, is_causal=True)
+    for one_each, piece, (length, count) in zip(last, pieces, packing.groups, strict=True):
+        *query, key, value = _by_head(piece, count, length)
+        if one_each is None:
+            found = F.scaled_dot_product_attention(query[0], key, value, is_causal=True)
         else:
-            found = F.scaled_dot_product_attention(query[:, :, None], *parts)
+            found = F.scaled_dot_product_attention(one_each[:, :, None], key, value)
         mixed.append(found.transpose(1, 2).flatten(0, 1))
     return torch.cat(mixed)

@@ -123,8 +123,8 @@ class EngineConfig(Section):
     """How captions of different lengths are computed together: `packed` without any padding, in `buckets` of similar
     length, or `padded` to the longest of a batch. `auto`: in buckets where `text_buckets` is given, else packed."""
     text_buckets: int | None = execution(None, gt=0)
-    """Groups of captions of similar length in a batch, each padded only to its longest. For `text: buckets` (default: 4)
-    and `auto`."""
+    """Groups of captions of similar length in a batch, each padded only to its longest, for `text: auto` and `text:
+    buckets`. Default with the latter: 4."""
     loss_chunk: int | None = execution(None, gt=0)
     """Rows of the similarity matrix that are in memory at once. Default: all."""
     compile: bool = execution(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -98,7 +99,7 @@ def pack_with(**changes: Callable[[Packing], Tensor]) -> Callable[..., Packing]:
 
     def pack(*arguments: Any) -> Packing:
         made = original(*arguments)
-        return packing.replace(made, **{name: change(made) for name, change in changes.items()})
+        return replace(made, **{name: change(made) for name, change in changes.items()})
 
     return pack
 
@@ -139,9 +140,11 @@ def test_the_comparison_notices(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(clip, "pack", value)
     elif name == "is_causal":
         original = F.scaled_dot_product_attention
-        monkeypatch.setattr(
-            F, "scaled_dot_product_attention", lambda *inputs, is_causal=False, **more: original(*inputs, **more)
-        )
+
+        def without_mask(*inputs: Tensor, is_causal: bool = False, **more: Any) -> Tensor:
+            return original(*inputs, **more)
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", without_mask)
     else:
         monkeypatch.setattr(packing, name, value)
     assert worst(trained(model, tokens, PACKED), expected) > 1e-3
@@ -152,7 +155,7 @@ def test_packed_text_computes_each_token_once() -> None:
     assert padded_tokens(lengths, PACKED) == lengths.sum()
     seen = []
     model = build(SPEC, seed=1)
-    model.transformer.resblocks[0].mlp.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
+    model.transformer.resblocks[0].ln_2.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
     model.encode_captions(captions(LENGTHS["mixed"]), PACKED)
     assert seen == [lengths.sum()]
 
