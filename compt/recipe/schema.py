@@ -113,10 +113,9 @@ class Data(Section):
     captions: int = Field(default=4, gt=0)
     """Captions of an image in a step, drawn without replacement in every epoch."""
     caption_tokens: CaptionTokens | None = execution(None)
-    """Tokens that the text tower computes for a caption, including the padding to the longest caption of a batch or
-    bucket: their mean, which runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`. It
-    affects planned costs (default: the whole context) and the number of steps of controls with equal MACs. It affects
-    no other training."""
+    """Tokens that the text tower computes for a caption, including the padding if text is not packed: their mean, which
+    runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`. It affects planned costs
+    (default: the whole context) and the number of steps of controls with equal MACs. It affects no other training."""
     crop_scale: Pair = (0.9, 1.0)
     """Smallest and largest share of an image's area that a random crop keeps."""
     decoder: Annotated[str, AfterValidator(DECODERS)] = later("pillow")

@@ -48,7 +48,10 @@ _SWIN = {
 
 @dataclass(frozen=True)
 class Case:
-    """A small training run: its model, teacher if any, and the micro-batches of a step of `rows` images."""
+    """A small training run: its model, teacher if any, and the micro-batches of a step of `rows` images.
+
+    Its text is packed, or in `buckets`.
+    """
 
     name: str
     student: ModelSpec
@@ -56,14 +59,14 @@ class Case:
     rows: int = 16
     captions: int = 2
     micro: int | None = None
-    buckets: int = 1
+    buckets: int | None = None
 
 
 LINK = Case("link", resolve("vit_nano", {**_SMALL, "embed_dim": 64}), TEACHER)
 CASES = (
     LINK,
     replace(LINK, name="link in pieces", micro=4, buckets=2),
-    Case("swin", resolve("swin_t", {**_SMALL, **_SWIN})),
+    Case("swin", resolve("swin_t", {**_SMALL, **_SWIN}), buckets=1),
 )
 
 

@@ -211,7 +211,7 @@ def check_waits(device: torch.device) -> list[Finding]:
     """No training step waits for the GPU, from pinned images and captions to the update."""
     findings = []
     for precision in ("fp32", "bf16", "fp16"):
-        for buckets, micro in ((1, LINK.rows), (2, LINK.rows), (2, 4)):
+        for buckets, micro in ((None, LINK.rows), (2, LINK.rows), (2, 4)):
             task, engine = open_case(replace(LINK, buckets=buckets), device, EngineConfig(), precision)
             images, tokens = make_batch(LINK, 0)
             batch = Batch((32 * images + 128).clamp(0, 255).byte(), tokens, [""] * len(tokens))
@@ -224,7 +224,8 @@ def check_waits(device: torch.device) -> list[Finding]:
                 )
 
             step()  # makes moments
-            what = f"{precision}, {buckets} text buckets, {micro} images at once"
+            text = "packed text" if buckets is None else f"{buckets} text buckets"
+            what = f"{precision}, {text}, {micro} images at once"
             findings.append(holds(f"{what}: nobody waited", not _waits(step, device)))
     return findings
 

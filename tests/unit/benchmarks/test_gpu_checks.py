@@ -110,7 +110,7 @@ def test_a_wait_within_a_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_checks, "_waits", lambda action, device: waits(action, torch.device("cuda")))
     found = run_check("waits", "cpu")
     assert failed(found) == [finding.what for finding in found]
-    assert {words for finding in found for words in finding.what.split(", ")} >= {"fp16", "2 text buckets"}
+    assert {words for finding in found for words in finding.what.split(", ")} >= {"fp16", "packed text", "2 text buckets"}
     assert modes == ["error", "default"] * len(found)
 
 
@@ -287,7 +287,7 @@ def test_differences_are_detected() -> None:
 
 def test_the_cases_cover_what_may_go_wrong() -> None:
     assert {case.student.arch for case in CASES} == {"vit", "swin"}
-    assert any(case.micro and case.buckets > 1 for case in CASES)
+    assert any(case.micro and case.buckets for case in CASES)
     assert "projector.image.weight" in oracle(LINK).gradients
 
 
