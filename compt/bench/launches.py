@@ -171,6 +171,17 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
+def methods_of_parts(step: TrainingStep) -> list[tuple[str, Any, str]]:
+    """Each part of a step but `input`, with the object and the method that is this part."""
+    return [
+        ("teacher", step.task, "targets"),
+        ("forward", step.engine, "forward"),
+        ("loss", step.task, "loss"),
+        ("backward", step.engine, "backward"),
+        ("optimizer", step.engine, "step"),
+    ]
+
+
 def count(setup: Setup, batch: int, device: torch.device) -> Launches:
     """Count the launches of one training step of `setup` with `batch` images, by ddp in one process and in one piece.
 
@@ -187,13 +198,7 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
         step = TrainingStep(plan, device)
         if fake:
             step.engine.backward = lambda loss, **_: _backward(loss)  # type: ignore[method-assign]
-        for part, owner, name in (
-            ("teacher", step.task, "targets"),
-            ("forward", step.engine, "forward"),
-            ("loss", step.task, "loss"),
-            ("backward", step.engine, "backward"),
-            ("optimizer", step.engine, "step"),
-        ):
+        for part, owner, name in methods_of_parts(step):
             seen.watch(part, owner, name)
         step(data)
         seen.counts.clear()

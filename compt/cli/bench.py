@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from dataclasses import dataclass, replace
@@ -214,6 +215,62 @@ def throughput(
     made = run(setups, chosen, out, command=command, batch=size, most=most, seconds=seconds, fresh=fresh, show=tell)
     show(_throughput_table(made, shown, size is None, most))
     say(f"\nWrote {out}")
+
+
+def profile(
+    recipe: RecipePath,
+    link: Annotated[int, option("link of the chain, from 1", metavar="N", min=1)] = 1,
+    batch: Annotated[
+        int | None, option("images of a step", metavar="N", default="16, on a GPU its share", min=1)
+    ] = None,
+    device: DeviceName = "auto",
+    out: Annotated[Path, option("Chrome trace to write", metavar="FILE")] = Path("trace.json"),
+    set_: Overrides = None,
+) -> None:
+    """Show what a training step spends its time on, and write a trace.
+
+    Runs the steps of a link with its teacher in one process, on random images and captions. Counts the kernels of each
+    part of a step. With --device cuda and no GPU, only counts them, as a GPU would launch them. Open the trace in
+    https://ui.perfetto.dev or chrome://tracing.
+    """
+    loaded = load_recipe(recipe, set_)
+    links = make_plan(loaded, source=str(recipe)).links
+    if link > len(links):
+        raise ConfigError(f"--link {link}: the chain of {recipe} has {len(links)} links")
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    # torch's tracer would print an error where there is no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+
+    import torch
+
+    from compt.bench import launches
+    from compt.bench import profile as profiling
+    from compt.bench.step import Setup
+    from compt.dist import collectives as dist
+
+    setup = Setup.of_job(links[link - 1], loaded, Path.cwd())
+    counted = device == "cuda" and not torch.cuda.is_available()
+    chosen = torch.device("cuda", 0) if counted else dist.init(device)
+    share = loaded.optimizer.batch // default_gpus(loaded.optimizer.batch) if chosen.type == "cuda" else 16
+    images = batch or share
+    seen = launches.count(setup, min(images, 16), chosen)
+    found = None if counted else profiling.profile(setup, images, chosen, out)
+    teacher = f" with {setup.teacher.name}" if setup.teacher else ""
+    title = f"A step of {setup.student.name}{teacher}, {images} images, {setup.optimizer.precision}, on {chosen.type}"
+    notes = [
+        "Launches: of the engine ddp without compilation, in one piece. Attention is one where a kernel computes it."
+    ]
+    if found is not None and found.busy is not None and found.memory is not None:
+        notes.append(f"The GPU computed {found.busy / found.seconds:.0%} of the time. {found.memory / 2**30:.2f} GiB.")
+    header = ["Part", "Launches", "ms", "Share"]
+    tables = [TextTable(title, header, profiling.table_of_parts(seen, found), notes)]
+    if found is not None:
+        slowest = [(name, f"{calls:,}", f"{1e3 * spent:,.1f}") for name, calls, spent in found.operations[:12]]
+        tables.append(TextTable("Slowest operations of one traced step", ["Operation", "Calls", "ms"], slowest))
+    show(*tables)
+    if found is not None:
+        say(f"\nWrote {out}")
 
 
 def _words(entry: Measurement) -> list[str]:

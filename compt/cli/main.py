@@ -72,7 +72,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     ),
     "bench": (
         "Measure training speed, and convert it into GPU-hours.",
-        {"throughput": bench.throughput, "gpu-hours": bench.gpu_hours},
+        {"throughput": bench.throughput, "profile": bench.profile, "gpu-hours": bench.gpu_hours},
     ),
     "slurm": (
         "Run chains on a Slurm cluster.",

@@ -110,7 +110,11 @@ def test_a_wait_within_a_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(gpu_checks, "_waits", lambda action, device: waits(action, torch.device("cuda")))
     found = run_check("waits", "cpu")
     assert failed(found) == [finding.what for finding in found]
-    assert {words for finding in found for words in finding.what.split(", ")} >= {"fp16", "packed text", "2 text buckets"}
+    assert {words for finding in found for words in finding.what.split(", ")} >= {
+        "fp16",
+        "packed text",
+        "2 text buckets",
+    }
     assert modes == ["error", "default"] * len(found)
 
 

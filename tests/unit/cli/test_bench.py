@@ -223,6 +223,8 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         ),
         (["gpu-hours", "{recipe}", "--gpus", "5000"], "--gpus 5000: should be from 1 to the 1024"),
         (["gpu-hours", "{recipe}", "--gpus", "0"], "--gpus 0: should be from 1 to the 1024"),
+        (["profile", "{recipe}", "--link", "5"], r"--link 5: the chain of .*cc3m_vit\.yaml has 4 links"),
+        (["profile", "{recipe}", "--out", "nowhere/t.json"], "--out nowhere/t.json: there is no folder nowhere"),
         (["throughput", "--family", "{recipe}", "--gpus", "3"], "cannot be shared evenly by 3 processes"),
         (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: needs --family"),
         (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: needs --family"),
@@ -324,6 +326,38 @@ def test_a_plan_takes_what_was_measured_of_its_recipe(tmp_path: Path) -> None:
     for row, found in zip(made["rows"], (entries[0], entries[2]), strict=True):
         assert row["chain"]["sources"] == [f"measured {made['device']}, {Throughput.read(out).date[:10]}"]
         assert row["chain"]["gpu_hours"] == pytest.approx(2 * 64 * found.seconds_per_sample / 3600)
+
+
+def test_a_profile_shows_every_part_of_a_step_and_writes_a_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, out = tmp_path / "r.yaml", tmp_path / "t.json"
+    link = {"train": {"epochs": 2}, "warmup": {"steps": 1}}
+    values = {
+        "name": "small",
+        "data": {"train": "x.tar", "images": 64, "captions": 2, "caption_tokens": 6},
+        "family": {"members": ["vit_pico", "vit_nano"]},
+        "chain": {"links": [{"model": "vit_pico", **link}, {"model": "vit_nano", **link}]},
+        "optimizer": {"batch": 8, "precision": "fp32"},
+    }
+    recipe.write_text(yaml.safe_dump(values))
+    text = compt("profile", str(recipe), "--link", "2", "--batch", "4", "--device", "cpu", "--out", str(out))
+    assert "A step of vit_nano with vit_pico, 4 images, fp32, on cpu" in text
+    rows = dict(re.findall(r"^(\w+) +([\d,]+) +[\d,.]+ +\d+%", text, re.MULTILINE))
+    assert list(rows) == ["input", "teacher", "forward", "loss", "backward", "optimizer", "step"]
+    counts = [int(count.replace(",", "")) for count in rows.values()]
+    assert sum(counts[:-1]) == counts[-1]
+    assert "aten::mm" in text
+    events = json.loads(out.read_text())["traceEvents"]
+    found = {event["name"]: event["dur"] for event in events if event.get("ph") == "X"}
+    assert found["compt backward"] > 0
+    assert found.keys() >= {"compt teacher", "compt forward", "compt loss", "compt optimizer", "aten::addmm"}
+    out.unlink()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    text = compt("profile", str(recipe), "--link", "2", "--device", "cuda", "--out", str(out))
+    assert "4 images" not in text
+    assert re.search(r"^step +\d+ +- +-", text, re.MULTILINE)
+    assert not out.exists()
 
 
 def measure_until_killed(words: Sequence[str], told: Path) -> None:
