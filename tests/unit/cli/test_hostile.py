@@ -131,7 +131,7 @@ EXITS: list[tuple[list[str], int, bool]] = [
     (["macs", "{E}"], 2, True),
     (["bench", "gpu-hours", "cc3m_vit", "--throughput", "{0}/{E}"], 2, True),
     (["bench", "throughput", "{E}"], 2, True),
-    (["bench", "profile", "cc3m_vit", "--out", "{0}/nowhere/{E}"], 2, True),
+    (["bench", "profile", "cc3m_vit", "--out", "{0}/missing/{E}"], 2, True),
     (["slurm", "names", "{0}/{E}.yaml"], 2, True),
     (["data", "check", "{0}/set/*.tar"], 3, True),
     (["data", "check", "{0}/set/*.tar", "--json"], 3, False),
