@@ -61,13 +61,15 @@ class _Objects:
         except ImportError:
             raise DataError(f"{root}: object storage is read with obstore: pip install 'compt[remote]'") from None
         options: dict[str, Any] = {"read_timeout": timedelta(seconds=READ_SECONDS), "timeout": timedelta(days=1)}
-        plain = any(place.startswith("http:") for place in (root, *map(os.environ.get, _ENDPOINTS)) if place)
+        profile = _profile(root) if root.startswith("s3:") else {}
+        places = (root, profile.get("endpoint"), *map(os.environ.get, _ENDPOINTS))
+        plain = any(place.startswith("http:") for place in places if place)
         self._obstore = obstore
         self._store = from_url(
             root,
             client_options={**options, "allow_http": plain, **(_netrc(root) if root.startswith("http") else {})},
             retry_config={"max_retries": 0},
-            **(_profile() if root.startswith("s3:") else {}),
+            **profile,
         )
 
     def head(self, key: str) -> Found:
@@ -124,16 +126,42 @@ def objects(root: str) -> _Objects | _HubObjects:
     return _HubObjects() if root.startswith("hf:") else _Objects(root)
 
 
-def _profile() -> dict[str, Any]:
-    """Credentials of a profile; obstore itself reads the environment and asks the machine's metadata service."""
-    stored = os.environ.get("AWS_PROFILE") or Path(os.path.expanduser("~/.aws/credentials")).exists()
-    if "AWS_ACCESS_KEY_ID" in os.environ or not stored:
+def _profile(root: str) -> dict[str, Any]:
+    """Credentials, region and address of a profile, which obstore does not read.
+
+    Raises DataError, which holds nothing that the profile or its helper programs say.
+    """
+    home = Path(os.path.expanduser("~/.aws"))
+    named = bool(os.environ.get("AWS_PROFILE") or os.environ.get("AWS_DEFAULT_PROFILE"))
+    keys = Path(os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or home / "credentials").exists()
+    settings = Path(os.environ.get("AWS_CONFIG_FILE") or home / "config").exists()
+    # As in AWS's own libraries, keys in the environment come before a profile.
+    if {"AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE"} & set(os.environ) or not (named or keys or settings):
         return {}
     try:
+        import boto3
+        from botocore.exceptions import BotoCoreError, ClientError
         from obstore.auth.boto3 import Boto3CredentialProvider
     except ImportError:
+        if not (named or keys):  # a region alone, beside the role of the machine
+            return {}
         raise DataError("profiles in ~/.aws are read with boto3: pip install boto3, or set AWS_ACCESS_KEY_ID") from None
-    return {"credential_provider": Boto3CredentialProvider()}
+    try:
+        session = boto3.Session()
+        if session.get_credentials() is None:
+            return {}
+        # botocore renews credentials 10 minutes before their end: those kept for longer could end in use.
+        provider = Boto3CredentialProvider(session, ttl=timedelta(minutes=5))
+        provider()
+        found: dict[str, Any] = {"credential_provider": provider}
+        if not any(map(os.environ.get, _ENDPOINTS)):
+            found["endpoint"] = session.client("s3").meta.endpoint_url
+    except (BotoCoreError, ClientError) as error:
+        cause = type(error).__name__
+        raise DataError(
+            f"{root}: the AWS profile gives no credentials ({cause}); 'aws sts get-caller-identity' shows why"
+        ) from None
+    return found
 
 
 def _netrc(root: str) -> dict[str, Any]:

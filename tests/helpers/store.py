@@ -23,7 +23,7 @@ class Store(ThreadingHTTPServer):
 
     faults: for each name of an object, what happens to its next GETs: "503", "403", "reset" (before the answer), "cut"
     (a reset in the middle), "short" (a clean end in the middle), "slow", "stall". An empty string is no fault. gets:
-    GETs of each name, answered or not. sent: bytes of bodies of each name.
+    GETs of each name, answered or not. sent: bytes of bodies of each name. authorized: headers with credentials.
     tags: whether answers have ETags.
     """
 
@@ -70,6 +70,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         name = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path).rpartition("/")[2]
         fault = ""
+        self.server.authorized.add(self.headers.get("Authorization", ""))
         with self.server.count:
             if self.command == "GET":
                 self.server.gets[name] += 1
@@ -125,7 +126,6 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urllib.parse.urlsplit(self.path)
         query = urllib.parse.parse_qs(parts.query)
         signed = self.headers.get("Authorization", "")
-        self.server.authorized.add(signed)
         if signed.startswith("AWS4") and f"Credential={KEY}/" not in signed:
             return 403, {}, b"<Error><Code>InvalidAccessKeyId</Code></Error>"
         path = self.server.folder / urllib.parse.unquote(parts.path).strip("/")

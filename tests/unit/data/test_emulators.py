@@ -23,12 +23,20 @@ from filelock import FileLock
 
 from compt.data import stores
 from compt.data.index import open_index
+from compt.data.labels import CLASSNAMES
 from compt.data.remote import Cache
 from compt.errors import DataError
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.task import EvalSettings
+from compt.models.clip import build
+from compt.models.preprocess import Preprocess
+from compt.recipe.schema import EvalSet
+from tests.dist.spawn import run_ranks
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards
 from tests.helpers.store import KEY, Store
 from tests.unit.data.test_remote import run, same
+from tests.unit.evaluate.test_sets import MEAN, SPEC, STD
 
 pytestmark = pytest.mark.slow
 
@@ -200,6 +208,93 @@ def test_an_object_of_s3_that_changed(s3: tuple[str, Store, Any], tmp_path: Path
     obstore.put(s3[2], "set/000001.tar", bytes(10240))
     with pytest.raises(DataError, match=r"s3://bucket/set/000001.tar has changed in the store"):
         run(index, steps=6)
+
+
+def evaluated(folder: Path, data: str, environment: dict[str, str]) -> list[Any]:
+    """Scores of a small model on a set, and its answer for each sample."""
+    os.environ.update(environment)
+    stores.objects.cache_clear()
+    settings = EvalSettings(Preprocess(MEAN, STD), folder, 3, index_dir=folder / "index", cache=Cache(folder / "cache"))
+    results = [
+        evaluate_set(build(SPEC, seed=0), EvalSet(name=task, data=[data], task=task), settings)
+        for task in ("zeroshot", "retrieval")
+    ]
+    return [(one.details() | {"pins": one.pins}, {k: v.tolist() for k, v in one.arrays().items()}) for one in results]
+
+
+def test_two_ranks_evaluate_a_remote_set_as_one_does_a_local_one(s3: tuple[str, Store, Any], tmp_path: Path) -> None:
+    """Each shard is downloaded once for both ranks and both tasks, with a reset on the way."""
+    import obstore
+
+    local = tmp_path / "labelled"
+    for path in make_shards(local, n=22, shards=4, classes=3):
+        obstore.put(s3[2], f"labelled/{path.name}", path.read_bytes())
+    (local / CLASSNAMES).write_text("cat\ndog\nowl\n")
+    obstore.put(s3[2], f"labelled/{CLASSNAMES}", b"cat\ndog\nowl\n")
+    s3[1].faults["000002.tar"].append("reset")
+    remote = run_ranks(evaluated, 2, tmp_path, f"{s3[0]}/labelled/*.tar", s3[1].environment())
+    assert remote[0] == remote[1] == evaluated(tmp_path, "labelled/*.tar", {})
+    assert {name: s3[1].gets[name] for name in s3[1].gets if name.endswith(".tar")} == {
+        f"{number:06d}.tar": 1 + (number == 2) for number in range(4)
+    }
+
+
+@pytest.fixture
+def profiles(s3: tuple[str, Store, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a user who has profiles, with boto3, and nothing in the environment."""
+    (packages,) = (HOME / "moto" / "lib").glob("python*/site-packages")
+    monkeypatch.setattr(sys, "path", [*sys.path, str(packages)])
+    home = tmp_path / "home"
+    (home / ".aws").mkdir(parents=True)
+    (home / ".aws" / "credentials").write_text("[lab]\naws_access_key_id=AKIALAB\naws_secret_access_key=labsecret\n")
+    (home / ".aws" / "config").write_text(
+        f"[profile lab]\nregion=eu-west-1\nendpoint_url={s3[1].url}\n"
+        "[profile helper]\nregion=us-east-1\ncredential_process=sh -c 'echo helpersecret >&2; exit 1'\n"
+    )
+    for name in s3[1].environment():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(home))
+    stores.objects.cache_clear()
+    yield home
+    stores.objects.cache_clear()
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("boto3", "botocore", "s3transfer")]:
+        del sys.modules[name]
+    sys.modules.pop("obstore.auth.boto3", None)
+
+
+@pytest.mark.usefixtures("profiles")
+def test_a_profile_gives_credentials_region_and_address(
+    s3: tuple[str, Store, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    s3[1].authorized.clear()
+    s3[1].faults["000001.tar"].append("503")
+    check_store(s3[0], tmp_path)
+    assert s3[1].authorized
+    assert all("Credential=AKIALAB/" in word and "/eu-west-1/s3/" in word for word in s3[1].authorized)
+    assert "503" in caplog.text
+    written = [path.read_bytes() for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [text for text in [caplog.text.encode(), *written] if b"labsecret" in text or b"AKIALAB" in text]
+
+
+@pytest.mark.parametrize("fault", ["no such profile", "helper that fails", "refused", "no boto3"])
+def test_a_profile_that_gives_no_access_ends_in_one_line(
+    s3: tuple[str, Store, Any], profiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    expected = {
+        "no such profile": r"s3://bucket: the AWS profile gives no credentials \(ProfileNotFound\)",
+        "helper that fails": r"s3://bucket: the AWS profile gives no credentials \(CredentialRetrievalError\)",
+        "refused": r"set/000000.tar: the store refuses access \(403 Forbidden\)",
+        "no boto3": "profiles in ~/.aws are read with boto3: pip install boto3",
+    }
+    names = {"no such profile": "none", "helper that fails": "helper"}
+    monkeypatch.setenv("AWS_PROFILE", names.get(fault, "lab"))
+    if fault == "no boto3":
+        monkeypatch.setitem(sys.modules, "boto3", None)
+    s3[1].faults["000000.tar"].append("403" if fault == "refused" else "")
+    with pytest.raises(DataError, match=expected[fault]) as error:
+        open_index(f"{s3[0]}/set/{{000000..000002}}.tar", tmp_path, cache=Cache(tmp_path / "cache"))
+    assert not [word for word in ("secret", "AKIA") if word in str(error.value)]
 
 
 def test_google(gs: str, tmp_path: Path) -> None:
