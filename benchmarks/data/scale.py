@@ -32,7 +32,7 @@ from benchmarks.common import SERIES, Result, one_line, show, write
 from compt.bench.throughput import device_name
 from compt.data import index as indexes
 from compt.data.account import Account
-from compt.data.index import CaptionSource, open_index
+from compt.data.index import open_index
 from compt.data.loaders import Steps
 from compt.data.merged import ShardRows
 from compt.data.order import EpochOrder
@@ -129,7 +129,6 @@ def write_tar(path: Path, first: int, samples: int) -> None:
 
 def prepare(folder: Path, how: str, shards: int, samples: int) -> None:
     """Write the shards, which are empty unless they are scanned, and the indexes of shards that are merged."""
-    source = CaptionSource(None, ())
     rows, keys = _rows(samples)
     for number in range(shards):
         path = folder / f"{number:06d}.tar"
@@ -139,7 +138,7 @@ def prepare(folder: Path, how: str, shards: int, samples: int) -> None:
             path.touch()
     if how == "merged from the indexes of shards":
         paths = sorted(folder.glob("*.tar"))
-        files = indexes._IndexFiles(paths, None, source)
+        files = indexes._IndexFiles(paths, None, [None] * shards)
         for number in range(shards):
             name, identity = files._one(number)
             scan = ShardScan(rows, keys, Account(), Counter({1: samples}))

@@ -306,8 +306,8 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     """Open the data that models are scored on. Returns hashes for `RunContext.contents`. Raises DataError."""
     recipe, base = context.recipe, context.base
     contents = {"the training shards": context.index.content}
-    if context.index.captions is not None:
-        contents[f"{_TABLE} {recipe.data.captions_csv}"] = context.index.captions.digest
+    digests = {table.path: table.digest for table in context.index.tables if table}
+    contents |= {f"{_TABLE} {name}": digests[base / name] for name in recipe.data.tables}
     with named(source, "evaluation.sets"):
         settings = Scorer(recipe, base).settings
         found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)

@@ -16,6 +16,7 @@ from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
 from compt.text import TextTable, count, show
 
 if TYPE_CHECKING:
+    from compt.data.index import Index
     from compt.data.pack import PackOptions
 
 Shards = Annotated[
@@ -86,19 +87,28 @@ def check(
     from compt.data.mixture import open_training, sets_table
     from compt.data.remote import Cache
 
-    loaded, own = load_recipe(recipe) if recipe else None, not shards
+    loaded = load_recipe(recipe) if recipe else None
     if loaded:
         data = loaded.data
-        shards = shards or [each for one in data.train for each in ([one] if isinstance(one, str) else one.shards)]
         captions_csv = captions_csv or (Path(data.captions_csv) if data.captions_csv else None)
         caption_columns = caption_columns or data.caption_columns
         index_dir = index_dir or (Path(data.index_dir) if data.index_dir else None)
-    if not shards:
+    cache = Cache.at(cache_dir)
+    if loaded and not shards:
+        changed: dict[str, Any] = {
+            "captions_csv": captions_csv and str(captions_csv),
+            "caption_columns": caption_columns,
+        }
+        changed |= {"min_matched": min_matched} if min_matched != MIN_MATCHED else {}
+        source: Index | list[str] = open_training(loaded.data.model_copy(update=changed), Path(), index_dir, cache)
+    elif shards:
+        source = shards
+    else:
         raise ConfigError("name shards, or a recipe with --recipe")
     # The shards are hashed after the check, and on request alone: it reads every byte once more.
     with progress_bar("checking samples") as progress:
         found = run_check(
-            shards,
+            source,
             Path.cwd(),
             index_dir=index_dir,
             captions_csv=captions_csv,
@@ -107,14 +117,11 @@ def check(
             context_length=context_length,
             workers=workers,
             progress=progress,
-            cache=Cache.at(cache_dir),
+            cache=cache,
         )
     if hashes:
         _refuse_changed(found.index.shards, index_dir)
-    compared, sets = [], []
-    if loaded:
-        index = open_training(loaded.data, Path(), index_dir, Cache.at(cache_dir)) if own else found.index
-        compared, sets = found.compare(loaded, index.images), index.sets
+    compared, sets = found.compare(loaded, found.index.images) if loaded else [], found.index.sets
     if as_json:
         values = {**found.to_json(max_bad_share), "hashes_compared": hashes}
         values |= {"recipe": {name: {"recipe": one, "found": other} for name, one, other in compared}} if loaded else {}

@@ -260,8 +260,8 @@ def _class_names(index: Index, captioned: bool) -> tuple[list[str], str]:
 
 
 def check(
-    patterns: str | Sequence[str],
-    base: Path,
+    shards: str | Sequence[str] | Index,
+    base: Path = Path(),
     *,
     index_dir: Path | None = None,
     captions_csv: Path | None = None,
@@ -274,9 +274,14 @@ def check(
 ) -> CheckReport:
     """Read every sample once, with `workers` processes (default: one per CPU; one in all for few samples).
 
-    Raises DataError for what no index can be built from: a missing or compressed shard, no sample at all.
+    shards: patterns of shards, which the options describe as in `open_index`, or the index of a recipe. Raises
+    DataError for what no index can be built from: a missing or compressed shard, no sample at all.
     """
-    index = open_index(patterns, base, index_dir, captions_csv, columns=columns, min_matched=min_matched, cache=cache)
+    index = (
+        shards
+        if isinstance(shards, Index)
+        else open_index(shards, base, index_dir, captions_csv, None, columns, min_matched, cache)
+    )
     labels = set[int]().union(*(np.unique(part).tolist() for part in index.column("label")))
     kinds, others = (np.concatenate([*index.column(name)]) for name in ("text_kind", "json_size"))
     several = (
@@ -302,8 +307,11 @@ def check(
     account = Account()
     account.add(index.account)
     account.add(total.account)
-    table = count_columns(captions_csv, columns) if captions_csv else (0, Counter[str]())
-    return CheckReport(index, total, account, said, captioned, context_length, table)
+    rows, by = 0, Counter[str]()
+    for path in {table.path: None for table in index.tables if table}:
+        more, counts = count_columns(path, index.columns)
+        rows, by = rows + more, by + counts
+    return CheckReport(index, total, account, said, captioned, context_length, (rows, by))
 
 
 def _run(

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.content import sampled_hash, spread
 from compt.data.find import expand_patterns
-from compt.data.merged import Merged, ShardRows, write_merged
+from compt.data.merged import Merged, ShardRows, common, write_merged
 from compt.data.order import Mixture
 from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
 from compt.data.scan import KIND_TABLE, ShardScan, scan_shard
@@ -41,6 +41,8 @@ VERSION = 5
 INDEX_FOLDER = ".compt-index"
 Progress = Callable[[int, int], None]
 """Shards done, shards in all."""
+Tables = Sequence[CaptionTable | None]
+"""The table of captions of each shard."""
 _COMPARED = 256
 """Pairs of samples with one row of a table whose images are compared: shards may be listed twice."""
 _STATS = 256
@@ -63,13 +65,6 @@ class IndexEntry(NamedTuple):
     label: int
 
 
-class CaptionSource(NamedTuple):
-    """Where captions come from, beside the known fields of the shards."""
-
-    table: CaptionTable | None
-    columns: Sequence[str]
-
-
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
 """What a damaged file raises."""
 
@@ -79,16 +74,15 @@ class Index:
 
     sizes: samples of each shard, int64 [shards]. fingerprint: hash of the names of the shards, the keys and the sizes;
     it does not depend on the folder. content: hash of some samples of each shard.
-    columns: the fields of a `.json` with captions, if the recipe names them. account: everything that was read. counts:
+    tables: the table of captions of each shard. columns: the fields of a `.json` with captions, if the recipe names
+    them. account: everything that was read. counts:
     images by their number of captions. mixture: how often an epoch has the samples of several sets. sets: their shards,
     weights, counts and accounts, as plain values. In memory are a few numbers for each shard, and none for a sample.
     """
 
-    def __init__(
-        self, shards: Sequence[Shard], merged: Merged, captions: CaptionTable | None = None, columns: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, shards: Sequence[Shard], merged: Merged, tables: Tables, columns: Sequence[str] = ()) -> None:
         self.shards = tuple(shards)
-        self.captions = captions
+        self.tables = tables
         self.columns = tuple(columns)
         self.mixture: Mixture | None = None
         self.sets: list[dict[str, Any]] = []
@@ -253,10 +247,12 @@ def _store(file: Path, identity: dict[str, Any], scan: ShardScan) -> None:
         raise DataError(f"the index: {error}") from error
 
 
-def _index_one(shard: Shard, file: Path, identity: dict[str, Any], source: CaptionSource) -> None:
+def _index_one(
+    shard: Shard, file: Path, identity: dict[str, Any], table: CaptionTable | None, columns: Sequence[str]
+) -> None:
     """Scan a shard, and store its index."""
     with local(shard) as path:
-        scan = scan_shard(path, source.table, source.columns)
+        scan = scan_shard(path, table, columns)
         try:
             content = sampled_hash(path, scan.rows)
         except OSError as error:
@@ -267,12 +263,12 @@ def _index_one(shard: Shard, file: Path, identity: dict[str, Any], source: Capti
 class _IndexFiles:
     """The files of the index of some shards: one for each shard, and one in which they are merged."""
 
-    def __init__(self, shards: Sequence[Shard], out: Path | None, source: CaptionSource) -> None:
-        self._shards, self._out, self._source = shards, out, source
+    def __init__(self, shards: Sequence[Shard], out: Path | None, tables: Tables, columns: Sequence[str] = ()) -> None:
+        self._shards, self._out, self._tables, self._columns = shards, out, tables, columns
         self._versions = _versions(shards)
         self._folders = functools.cache(partial(_folders, out=out))
         self._hash = functools.cache(_short_hash)
-        first, table = shards[0].parent, source.table
+        first = shards[0].parent
         # Seen from the first, so that shards can be moved with an index beside them.
         beside = functools.cache(lambda folder: os.path.relpath(folder, first))
         here = out is None and not isinstance(shards[0], RemoteShard)
@@ -280,8 +276,10 @@ class _IndexFiles:
             (beside(shard.parent) if here and isinstance(shard, Path) else self._folder_hash(shard), shard.name)
             for shard in shards
         ]
-        self._merged = f"merged-{hash_json([named, table and table.folder.name, source.columns])[:16]}.index"
-        self._identity = hash_json([VERSION, named, self._versions, table and table.digest, source.columns])
+        folders = common([table and table.folder.name for table in tables])
+        self._digests = common([table and table.digest for table in tables])
+        self._merged = f"merged-{hash_json([named, folders, columns])[:16]}.index"
+        self._identity = hash_json([VERSION, named, self._versions, self._digests, columns])
         self._places = [*self._folders(first), *(_folders(first, None)[1:] if out else [])]
 
     def _folder_hash(self, shard: Shard) -> str:
@@ -296,7 +294,7 @@ class _IndexFiles:
 
     def _one(self, number: int) -> tuple[str, dict[str, Any]]:
         """The name of the index of one shard, and what it has to begin with."""
-        shard, (size, time) = self._shards[number], self._versions[number]
+        shard, (size, time), table = self._shards[number], self._versions[number], self._tables[number]
         # Shards with one name in several folders may share `out`.
         name = f"{shard.name}-{self._folder_hash(shard)}.npz" if self._out else f"{shard.name}.npz"
         return name, {
@@ -304,8 +302,8 @@ class _IndexFiles:
             "shard": shard.name,
             "size": size,
             "tag" if isinstance(shard, RemoteShard) else "mtime_ns": time,
-            "captions": self._source.table.digest if self._source.table else None,
-            "columns": [*self._source.columns],
+            "captions": table and table.digest,
+            "columns": [*self._columns],
         }
 
     def merge(self, workers: int | None, progress: Progress | None) -> Merged:
@@ -324,17 +322,16 @@ class _IndexFiles:
             large = sum(self._versions[number][0] for number in missing) > 1 << 28
             workers = min(os.cpu_count() or 1, 8, len(missing)) if large else 1
         parts = self._parts(files, missing, workers, progress)
-        digest = self._source.table.digest if self._source.table else None
         try:
             path = _writable(self._places) / self._merged
         except DataError:  # nothing had to be scanned, so none of the folders needs to be written
             with tempfile.TemporaryFile() as own:
-                write_merged(own, self._identity, parts, digest)
+                write_merged(own, self._identity, parts, self._digests)
                 own.flush()
                 return Merged(own, self._identity)
         remove_dead(path)
         with new_file(path) as file:
-            write_merged(file, self._identity, parts, digest)
+            write_merged(file, self._identity, parts, self._digests)
         try:
             return Merged(path, self._identity)
         except _DAMAGES as error:  # another process has written it for other shards, or the disk maps no files
@@ -352,7 +349,8 @@ class _IndexFiles:
                 next(scans)
             part = _load(file, identity)
             if part is None:  # its rows were damaged
-                _index_one(shard, file := index_folder(shard.parent, self._out) / file.name, identity, self._source)
+                file = index_folder(shard.parent, self._out) / file.name
+                _index_one(shard, file, identity, self._tables[number], self._columns)
                 part = _load(file, identity)
             if part is None:
                 raise DataError(f"the index {file} cannot be read; remove it, and start the same command again")
@@ -365,7 +363,8 @@ class _IndexFiles:
             [self._shards[number] for number in missing],
             [files[number] for number in missing],
             [self._one(number)[1] for number in missing],
-            repeat(self._source),
+            [self._tables[number] for number in missing],
+            repeat(self._columns),
         )
         if any(isinstance(shard, RemoteShard) for shard in chosen[0]):
             with ThreadPoolExecutor(DOWNLOADS) as threads:  # some download while one scans
@@ -387,6 +386,7 @@ def build_index(
     min_matched: float = MIN_MATCHED,
     keep: Keep = "",
     scan: bool = True,
+    tables: Tables | None = None,
 ) -> Index:
     """Index the shards: open the file of all, or merge it, scanning only shards without a valid stored index.
 
@@ -394,41 +394,43 @@ def build_index(
     processes scan (default: one per CPU, 8 at most; a single one for less than 256 MB). Raises DataError where a shard
     is missing, compressed or unreadable, the index cannot be written, there is no sample at all, or the table of
     captions has a row for a smaller share of the samples than `min_matched`, or for none. Without `scan` it is raised
-    where the file of all is missing.
+    where the file of all is missing. tables: for each shard, the table that it has been joined with before.
     """
     table = None
     if captions_csv:
         table = convert_table(captions_csv, index_folder(shards[0].parent, out), columns, keep)
-    files = _IndexFiles(shards, out, CaptionSource(table, columns))
+    tables = tables or [table] * len(shards)
+    files = _IndexFiles(shards, out, tables, columns)
     merged = files.find()
     if merged is None and not scan:
         raise DataError(f"the shards beginning with {shards[0]} are not indexed")
-    index = Index(shards, merged or files.merge(workers, progress), table, columns)
+    index = Index(shards, merged or files.merge(workers, progress), tables, columns)
     if not len(index):
         lost = index.account.line(cause for cause, count in index.account.unused.items() if count)
         raise DataError(f"no samples in {len(shards)} shards beginning with {shards[0]}: {lost or 'all empty'}")
     if table is not None:
-        _join(index, table, captions_csv, min_matched)
+        _join(index, table, min_matched)
     return index
 
 
-def _join(index: Index, table: CaptionTable, path: Path | None, min_matched: float) -> None:
+def _join(index: Index, table: CaptionTable, min_matched: float) -> None:
     """Add the account of a table to that of the shards. Raises DataError where too few samples have a row."""
     met, rows = index.account.used["join"], table.account.used["row"]
     if met < max(min_matched * len(index), 1):
         raise DataError(
-            f"{met:,} of {len(index):,} samples have a row in {path}, whose {rows:,} rows are joined by URL where both "
-            f"have one, else by key or file name; its first row is of '{table.owner}', and the first sample is "
-            f"'{index.key(0)}'. Mend the table, or accept fewer with data.min_matched (it is {min_matched:g})"
+            f"{met:,} of {len(index):,} samples have a row in {table.path}, whose {rows:,} rows are joined by URL "
+            "where both have one, else by key or file name; its first row is of "
+            f"'{table.owner}', and the first sample is '{index.key(0)}'. Mend the table, or accept fewer with "
+            f"data.min_matched (it is {min_matched:g})"
         )
     index.account.add(table.account)
-    used = min(_rows_met(index, table, path), rows)
+    used = min(_rows_met(index, table), rows)
     index.account.used["row"] = used
     if rows > used:
         index.account.lose("row_alone", "", rows - used)
 
 
-def _rows_met(index: Index, table: CaptionTable, path: Path | None) -> int:
+def _rows_met(index: Index, table: CaptionTable) -> int:
     """Rows of a table that samples of the index have, kept in the table's folder: it takes all parts of the index.
 
     Raises DataError where two samples share a row by their names, and have different images.
@@ -447,8 +449,8 @@ def _rows_met(index: Index, table: CaptionTable, path: Path | None) -> int:
         if len({_image_hash(index, sample) for sample in pair}) > 1:
             first, second = map(index.describe, pair)
             raise DataError(
-                f"a row of {path} is that of two samples by its key or file name, {first} and {second}: give samples "
-                "names that no other shard has, or remove these columns from the table to join it by URL"
+                f"a row of {table.path} is that of two samples by its key or file name, {first} and {second}: give "
+                "samples names that no other shard has, or remove these columns from the table to join it by URL"
             )
     rows = table.rows_met(offsets[kinds >= KIND_TABLE])
     with contextlib.suppress(RunError):

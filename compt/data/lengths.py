@@ -73,7 +73,7 @@ def with_data(recipe: Recipe, base: Path) -> tuple[Recipe, str]:
     data, folder = recipe.data, base / recipe.data.index_dir if recipe.data.index_dir else None
     places = [one if isinstance(one, str) else " ".join(one.shards) for one in data.train]
     try:
-        if data.captions_csv or "://" in "".join(places):
+        if data.tables or "://" in "".join(places):
             raise DataError("would have to be read")
         index = open_training(data, base, folder, scan=False)
     except DataError:

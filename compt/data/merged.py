@@ -122,8 +122,13 @@ def _smallest(column: NDArray[np.int64]) -> str:
     return np.min_scalar_type(min(low, -1 - high) if low < 0 else high).str[1:]
 
 
-def write_merged(file: BinaryIO, identity: str, shards: Iterable[ShardRows], captions: str | None) -> None:
-    """Write the indexes of shards, one at a time. captions: digest of the table of captions, a part of the fingerprint.
+def common(values: list[Any]) -> Any:
+    """The value of all shards if it is one, else the values of the shards."""
+    return values[0] if len(set(values)) == 1 else values
+
+
+def write_merged(file: BinaryIO, identity: str, shards: Iterable[ShardRows], captions: Any) -> None:
+    """Write the indexes of shards, one at a time. captions: digests of tables of captions, a part of the fingerprint.
 
     `Merged` opens the file only for the same `identity`.
     """

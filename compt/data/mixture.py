@@ -32,7 +32,11 @@ def open_training(
         (
             " ".join(one.shards),
             one.weight,
-            open_index(one.shards, base, index_dir, columns=columns, cache=cache, scan=scan),
+            open_index(
+                *(one.shards, base, index_dir, base / one.captions_csv if one.captions_csv else None, None),
+                *(columns, data.min_matched, cache),
+                scan=scan,
+            ),
         )
         for one in sets
     ]
@@ -40,7 +44,8 @@ def open_training(
     if len(set(shards)) < len(shards):
         twice = next(shard for shard, count in Counter(shards).items() if count > 1)
         raise DataError(f"{twice} is in two sets; give its set a larger weight instead")
-    joined = build_index(shards, index_dir, columns=columns, scan=scan)
+    tables = [table for _, _, index in opened for table in index.tables]
+    joined = build_index(shards, index_dir, columns=columns, scan=scan, tables=tables)
     joined.account = Account()
     for title, weight, index in opened:
         joined.account.add(index.account, f"{title}: ")

@@ -84,9 +84,13 @@ class SampleReader:
     def text(self, entry: IndexEntry) -> bytes:
         """The `.txt`, the `.json` or the line of the table that the captions come from. Raises Unusable("tar")."""
         if entry.text_kind >= KIND_TABLE:
-            assert self.index.captions is not None, "only an index with a table has rows of it"
-            return self._files.read(self.index.captions.blob, entry.text_offset, entry.text_size)
+            return self._files.read(self._table(entry).blob, entry.text_offset, entry.text_size)
         return self._files.read(self._shard(entry), entry.text_offset, entry.text_size)
+
+    def _table(self, entry: IndexEntry) -> CaptionTable:
+        table = self.index.tables[entry.shard]
+        assert table is not None, "only a shard with a table has rows of it"
+        return table
 
     def _shard(self, entry: IndexEntry) -> Shard:
         """The shard of a sample, whose content is checked before its first sample is read."""
@@ -112,8 +116,7 @@ class SampleReader:
             try:
                 return sort_out(CaptionTable.parse(data))
             except (ValueError, TypeError):
-                blob = self.index.captions and self.index.captions.blob
-                raise Unusable("caption", f"{blob} is damaged; remove its folder") from None
+                raise Unusable("caption", f"{self._table(entry).blob} is damaged; remove its folder") from None
         if entry.text_kind == KIND_JSON:
             return read_json_captions(data, self.index.columns)
         return read_text(data) if entry.text_kind == KIND_TEXT else Captions([], [])

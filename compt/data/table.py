@@ -72,9 +72,11 @@ class Join(NamedTuple):
 class CaptionTable:
     """A table of captions, converted to one JSON line per sample. Lines and the sorted hashes of names stay on disk.
 
-    digest: hash of all lines. account: its rows; those with a caption count as used until samples are sought in it.
+    path: the table itself. digest: hash of all lines. account: its rows; those with a caption count as used until
+    samples are sought in it.
     """
 
+    path: Path
     folder: Path
     digest: str
     account: Account
@@ -197,7 +199,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = (), keep: K
     try:
         meta = read_json(folder / "meta.json")
         if {key: meta[key] for key in identity} == identity and meta.get("keep", "") == keep:
-            return CaptionTable(folder, meta["digest"], Account.from_json(meta["account"]), meta["owner"])
+            return CaptionTable(path, folder, meta["digest"], Account.from_json(meta["account"]), meta["owner"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         pass
     writer = _Writer(path, columns, keep)
@@ -205,7 +207,7 @@ def convert_table(path: Path, parent: Path, columns: Sequence[str] = (), keep: K
         digest = writer.write(temporary)
         meta = {**identity, "digest": digest, "account": writer.account.to_json(), "owner": writer.owner}
         write_json(temporary / "meta.json", meta)
-    return CaptionTable(folder, digest, writer.account, writer.owner)
+    return CaptionTable(path, folder, digest, writer.account, writer.owner)
 
 
 def count_columns(path: Path, columns: Sequence[str] = ()) -> tuple[int, Counter[str]]:

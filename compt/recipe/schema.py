@@ -84,6 +84,8 @@ class TrainSet(Section):
     """Shards, as in `data.train`."""
     weight: float = execution(1.0, gt=0)
     """How often an epoch has each sample. A run with other weights does not resume."""
+    captions_csv: str | None = execution(None)
+    """Table with the captions of this set, as `data.captions_csv`."""
 
 
 def _is_set(value: Any) -> str:
@@ -142,6 +144,12 @@ class Data(Section):
     max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)
     """Share of unusable samples above which training stops, and of unusable labels above which an evaluation does."""
 
+    @property
+    def tables(self) -> list[str]:
+        """All tables of captions."""
+        named = [self.captions_csv, *(one.captions_csv for one in self.train if isinstance(one, TrainSet))]
+        return [*dict.fromkeys(name for name in named if name)]
+
     @model_validator(mode="after")
     def _ranges(self) -> Data:
         low, high = self.crop_scale
@@ -150,7 +158,7 @@ class Data(Section):
         if min(self.std) <= 0:
             raise ValueError(f"std {', '.join(map(str, self.std))} has to be above 0")
         if self.captions_csv is not None and any(isinstance(one, TrainSet) for one in self.train):
-            raise ValueError("captions_csv: goes with one set; merge each with its table first: compt data dreamlip")
+            raise ValueError("captions_csv: goes with one set; give each set of train its own captions_csv")
         return self
 
 

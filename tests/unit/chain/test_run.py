@@ -501,11 +501,14 @@ def test_replaced_data_of_the_same_sizes_are_refused(
     prepare(recipe_of(), half, base=moved)
 
 
-def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change", ["data.captions_csv=captions.csv", "data.train=[{shards: train/*.tar, captions_csv: captions.csv}]"]
+)
+def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path, tmp_path: Path, change: str) -> None:
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "half", "*.yaml"))
     table, run = moved / "captions.csv", tmp_path / "run"
     table.write_text(f"key,caption\n{open_index('train/*.tar', moved).key(0)},one\n")
-    changes = ("data.captions_csv=captions.csv", "data.min_matched=0")
+    changes = (change, "data.min_matched=0")
     stopped_at(moved, run, 1, *changes)
     os.utime(table, ns=(1, 1))
     prepare(recipe_of(*changes), run, base=moved)  # another time alone is no change

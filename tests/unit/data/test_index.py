@@ -256,8 +256,8 @@ def test_a_captions_csv_is_laid_out_once_and_looked_up_by_key(tmp_path: Path) ->
     assert captions_of(index, 2) == ["raw two"]
     assert next(index.column("captions")).tolist() == [9, 3, 1, 3]
     assert index.fingerprint != plain.fingerprint
-    before = index.captions.blob.stat().st_mtime_ns
-    assert open_index("*.tar", tmp_path, captions_csv=csv).captions.blob.stat().st_mtime_ns == before
+    before = index.tables[0].blob.stat().st_mtime_ns
+    assert open_index("*.tar", tmp_path, captions_csv=csv).tables[0].blob.stat().st_mtime_ns == before
     csv.write_text(DREAMLIP.replace("raw two", "raw 2!"))
     assert captions_of(open_index("*.tar", tmp_path, captions_csv=csv), 2) == ["raw 2!"]
     stat = csv.stat()

@@ -126,7 +126,14 @@ def test_a_plan_prices_what_is_indexed_and_checked(folder: Path, capsys: pytest.
     assert planned()["images"] == 48
 
 
-@pytest.mark.parametrize("change", ["data.train=s3://bucket/{0..9}.tar", "data.captions_csv=x.csv"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.train=s3://bucket/{0..9}.tar",
+        "data.captions_csv=x.csv",
+        "data.train={shards: train/*.tar, captions_csv: x.csv}",
+    ],
+)
 def test_a_plan_reads_no_store_and_no_table(folder: Path, change: str) -> None:
     changed = recipe(change)
     assert with_data(changed, folder)[0] is changed

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from compt.data.check import check
 from compt.data.index import Index, open_index
 from compt.data.loaders import train_loader
 from compt.data.mixture import open_training
 from compt.data.order import EpochOrder, Mixture, caption_choice, crop_box
+from compt.data.samples import SampleReader
 from compt.errors import ConfigError, DataError
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Data, TrainSet
@@ -170,6 +172,44 @@ def test_sets_are_counted_apart(tmp_path: Path) -> None:
     assert index.account.used["shard"] == 4
 
 
+def test_each_set_has_captions_of_its_own_table(tmp_path: Path) -> None:
+    """The keys of the sets are alike, as those of img2dataset; a third set has no table."""
+    sets: list[TrainSet | str] = ["c/*.tar"]
+    for name in "cba":
+        make_shards(tmp_path / name, n=9, shards=3, captions=1)
+        keys = [f"{at // 3:04d}{at:05d}" for at in range(9)]
+        (tmp_path / f"{name}.csv").write_text("key,caption\n" + "".join(f"{key},{name} {key}\n" for key in keys[:-1]))
+        if name != "c":
+            sets.insert(0, TrainSet(shards=[f"{name}/*.tar"], captions_csv=f"{name}.csv", weight=1.5))
+    index = open_sets(sets, tmp_path)
+    reader, own = SampleReader(index), SampleReader(open_index("c/*.tar", tmp_path))
+    for at in range(27):
+        entry = index.entry(at)
+        name = index.shards[entry.shard].parent.name
+        plain = name == "c" or at % 9 == 8  # the last sample has no row
+        assert reader.captions(entry).texts == (
+            own.captions(own.index.entry(at % 9)).texts if plain else [f"{name} {entry.key}"]
+        )
+    assert [one["account"]["used"].get("row", 0) for one in index.sets] == [8, 8, 0]
+    assert index.account.used["row"] == 16
+    found = check(index, workers=1)
+    assert found.table == (16, {"caption": 16})
+    assert index.fingerprint != open_sets(["a", "b", "c"], tmp_path).fingerprint
+    (tmp_path / "b.csv").write_text("key,caption\n000000000,b\n")
+    with pytest.raises(DataError, match=r"1 of 9 samples have a row in .*b\.csv"):
+        open_sets(sets, tmp_path)
+
+
+def test_one_table_for_every_set_is_read_as_without_sets(tmp_path: Path) -> None:
+    two_sets(tmp_path)
+    single = open_index(["a/*.tar", "b/*.tar"], tmp_path)
+    rows = "".join(f"{single.key(at)},of {at}\n" for at in range(18))
+    (tmp_path / "t.csv").write_text(f"key,caption\n{rows}")
+    mixed = open_sets([TrainSet(shards=[f"{name}/*.tar"], captions_csv="t.csv") for name in "ab"], tmp_path)
+    single = open_index(["a/*.tar", "b/*.tar"], tmp_path, captions_csv=tmp_path / "t.csv")
+    assert (mixed.fingerprint, mixed.content) == (single.fingerprint, single.content)
+
+
 def test_a_shard_in_two_sets_is_refused(tmp_path: Path) -> None:
     make_shards(tmp_path / "a", n=4, shards=2)
     with pytest.raises(DataError, match=r"000001\.tar is in two sets"):
@@ -206,5 +246,5 @@ def test_a_recipe_with_sets_comes_back_from_its_file(root: Path) -> None:
     assert mixed.result_fields() == single.result_fields()
     values = mixed.model_dump(mode="json", by_alias=True, exclude_none=True)
     assert type(mixed).model_validate(values) == mixed
-    with pytest.raises(ConfigError, match="captions_csv: goes with one set"):
+    with pytest.raises(ConfigError, match="captions_csv: goes with one set; give each set of train its own"):
         load_recipe(path, ["data.train={shards: a, weight: 2}", "data.captions_csv=x.csv"])
