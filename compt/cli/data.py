@@ -155,6 +155,9 @@ PackSource = Annotated[
 ]
 PackOut = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
 ShardSize = Annotated[int, option("samples of a shard", metavar="N", min=1)]
+Resize = Annotated[
+    int | None, option("largest shorter side, in pixels", metavar="N", min=1, default="images stay as they are")
+]
 Seed = Annotated[int | None, option("shuffle the samples", metavar="N", min=0, default="order of the source")]
 
 
@@ -167,6 +170,7 @@ def pack(
     min_matched: MinMatched = MIN_MATCHED,
     shard_size: ShardSize = 10_000,
     seed: Seed = None,
+    resize: Resize = None,
     class_order: ClassOrder = None,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     cache_dir: CacheFolder = None,
@@ -175,13 +179,14 @@ def pack(
     """Pack images and captions into the shards of a WebDataset.
 
     SOURCE is a folder of images with .txt, .json or .cls files of the same names, a folder with one folder of images
-    per class, a table with paths of images and captions, or shards in quotation marks. Images are copied as they are.
-    The same command finishes a packing that was interrupted. Exits with code 3 if too many samples are unusable.
+    per class, a table with paths of images and captions, or shards in quotation marks. Images are copied as they are,
+    unless --resize makes larger ones smaller (JPEG, quality 95). The same command finishes a packing that was
+    interrupted. Exits with code 3 if too many samples are unusable.
     """
     from compt.data.pack import PackOptions
 
     columns = caption_columns or ()
-    options = PackOptions(captions_csv, columns, min_matched, images, shard_size, seed, class_order)
+    options = PackOptions(captions_csv, columns, min_matched, images, shard_size, seed, class_order, resize=resize)
     _pack(source, out, options, cache_dir, max_bad_share, as_json)
 
 

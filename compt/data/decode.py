@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -37,6 +37,8 @@ MAX_BYTES = 8 * MAX_PIXELS
 """Larger files are not read: this is the size of the largest image without compression, with 16 bits a channel."""
 MAX_SCANNED = 16 * MAX_PIXELS
 """A progressive JPEG is not decoded if its scans pass over more pixels than this together. Encoders make about ten."""
+JPEG_QUALITY = 95
+"""Quality of images that are written again, as in img2dataset."""
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 MAX_RESIZED = 1 << 24
 """Larger images are never made on the way to the target size: of 1 x N pixels a resized one would have 224 x 224 N."""
@@ -305,6 +307,29 @@ def _load(image: Image.Image, denominator: int) -> Image.Image:
     if denominator > 1:
         image.draft("RGB", (image.width // denominator, image.height // denominator))
     return to_rgb(image)
+
+
+def shrunk(image: Image.Image, data: bytes, side: int) -> bytes:
+    """`data` where its image has at most `side` pixels on the shorter side, else a smaller JPEG. Raises Unusable.
+
+    An image that is to be shown turned (EXIF) is turned: training ignores this, and a JPEG written here has no EXIF.
+    """
+    width, height = image.size
+    scale = min(side / min(image.size), 1.0)
+    decoded = _load(image, _covering((0, 0, width, height), side) if image.format == "JPEG" else 1)
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if scale == 1 and orientation == 1:
+            return data
+        small = decoded.resize((max(1, round(width * scale)), max(1, round(height * scale))), _BICUBIC)
+        small.info.setdefault("exif", image.info.get("exif", b""))  # lost with transparency
+        written = io.BytesIO()
+        ImageOps.exif_transpose(small).save(written, "JPEG", quality=JPEG_QUALITY)
+        return written.getvalue()
+    except ComptError:
+        raise
+    except Exception as error:
+        raise Unusable("image", f"cannot be written again: {error}") from None
 
 
 class EvaluationDecoder(PillowDecoder):

@@ -19,7 +19,7 @@ import numpy as np
 
 from compt.data.account import JOINED, Account
 from compt.data.captions import CAPTION_COLUMNS, parse_json, read_columns, read_text, split_as_dreamlip
-from compt.data.decode import Unusable, open_image
+from compt.data.decode import Unusable, open_image, shrunk
 from compt.data.folder import ClassOrder, files_below, folder_names, read_class_folders, read_image, read_names
 from compt.data.index import open_index
 from compt.data.labels import CLASSNAMES, NONE, TEMPLATES, beside
@@ -48,7 +48,8 @@ class PackOptions:
 
     captions_csv, columns, min_matched: as in `index.open_index`. images: folder with the images of a table (default:
     that of the table). seed: shuffles the samples (default: the order of the source). class_order: see
-    `folder.read_class_folders`. keep: whether the captions of DreamLIP are cut into sentences.
+    `folder.read_class_folders`. keep: whether the captions of DreamLIP are cut into sentences. resize: the most pixels
+    that the shorter side of an image may have (default: images stay as they are).
     """
 
     captions_csv: Path | None = None
@@ -59,6 +60,7 @@ class PackOptions:
     seed: int | None = None
     class_order: ClassOrder | None = None
     keep: Keep = "columns"
+    resize: int | None = None
 
 
 class _Members(NamedTuple):
@@ -286,9 +288,12 @@ def _open(source: str, out: Path, base: Path, options: PackOptions, cache: Cache
 def _members(sample: _Members, captioned: bool, options: PackOptions) -> tuple[list[tuple[str, bytes]], list[str], int]:
     """Endings and files to write, the causes of what is left out, and the number of captions.
 
-    Images, and captions that no option changes, are copied byte by byte. Raises Unusable.
+    Images and captions that no option changes are copied byte by byte. Raises Unusable.
     """
-    image = open_image(sample.image)
+    image, data = open_image(sample.image), sample.image
+    ending = _EXTENSIONS.get(image.format or "", (image.format or "jpg").lower())
+    if options.resize is not None and (data := shrunk(image, data, options.resize)) is not sample.image:
+        ending = "jpg"
     values, stored, txt, lost = parse_json(sample.json), sample.json, sample.txt, []
     if sample.json and values is None:
         lost, stored = ["json"], b""
@@ -312,13 +317,16 @@ def _members(sample: _Members, captioned: bool, options: PackOptions) -> tuple[l
     label = sample.cls.strip()
     if label and not label.isdigit():
         lost, label = [*lost, "cls"], b""
-    ending = _EXTENSIONS.get(image.format or "", (image.format or "jpg").lower())
-    files = [(ending, sample.image), ("json", stored), ("txt", txt), ("cls", label)]
+    files = [(ending, data), ("json", stored), ("txt", txt), ("cls", label)]
     return [(name, data) for name, data in files if data], [*lost, *found.lost], len(found.texts)
 
 
 def _key(name: str, taken: set[str]) -> str:
-    """A key of a tar for the name: without dots, since a key ends at the first, and in no sample before."""
+    """A key of a tar for the name: without dots, since a key ends at the first, and in no sample before.
+
+    It leads out of no folder into which the tar is unpacked, as names in shards of others may.
+    """
+    name = "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
     key = plain = (name.lstrip("_") if is_metadata(name) else name).replace(".", "_")
     number = 1
     while key in taken:
@@ -359,6 +367,7 @@ def pack(
         "seed": options.seed,
         "columns": [*options.columns],
         "captions": options.keep,
+        "resize": options.resize,
     }
     state = _begun(out, settings)
     samples = _open(source, out, base, options, cache)

@@ -28,7 +28,7 @@ class DesignRequest:
 
     `objective`: cost, acceleration or budget; the first two count `unit`, macs (default) or hours. `size` is how many
     models the chain has (for `budget` at most). `runs` are folders whose links, measured on the evaluation set `on`,
-    replace the paper's numbers.
+    replace the paper's numbers. `data`: a sentence on the numbers of images and tokens.
     """
 
     objective: str
@@ -37,6 +37,7 @@ class DesignRequest:
     budget_gpu_hours: float | None = None
     runs: tuple[Path, ...] = ()
     on: str | None = None
+    data: str = ""
 
     def check(self) -> None:
         """Raise ConfigError for options that contradict each other."""
@@ -157,7 +158,7 @@ class Design:
                 found.append(OF_THE_AUTHORS)
         if asked.objective == "budget":
             found.append(f"Budget {asked.limit:g} GPU-hours: kept by the planned epochs, not by the whole range.")
-        return found
+        return [*found, *([asked.data] if asked.data else [])]
 
 
 def design_tables(design: Design, forecast: Forecast) -> RenderableType:

@@ -75,6 +75,9 @@ def plan(
     loaded = load_recipe(recipe, set_)
     asked = MachineOptions(kind, gpus, throughput)
     counted = asked.given or loaded.engine.device != "cpu"
+    from compt.data.lengths import with_data
+
+    loaded, about = with_data(loaded, Path())
     if auto:
         from compt.cli.design.command import run_auto
         from compt.cli.design.tables import DesignRequest
@@ -84,12 +87,9 @@ def plan(
         goal = objective or "cost"
         counted = counted or goal == "budget" or in_ == "hours"
         machine = _machine(asked, loaded, str(recipe), counted, members=True)
-        request = DesignRequest(goal, in_, members, budget, tuple(runs or ()), runs_on)
+        request = DesignRequest(goal, in_, members, budget, tuple(runs or ()), runs_on, about)
         run_auto(loaded, recipe, request, machine, out=out, as_json=as_json)
         return
-    from compt.data.lengths import with_data
-
-    loaded, about = with_data(loaded, Path())
     forecast = make_forecast(
         loaded,
         _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),

@@ -229,7 +229,8 @@ def test_auto_hands_on_what_was_asked(
     assert plan("--auto")[0] == 0
     (recipe, source, *asked), options = calls.pop()
     assert (recipe.name, source) == ("three", Path("r.yaml"))
-    assert asked == [DesignRequest("cost"), Machine(DEVICES["a100-80"], 8)]
+    data = "The shards are not indexed here: the number of images and the tokens are the recipe's."
+    assert asked == [DesignRequest("cost", data=data), Machine(DEVICES["a100-80"], 8)]
     assert options == {"out": None, "as_json": False}
     speeds = measured({"one": 1e-3}, kind="h100")
     (tmp_path / "h100.json").write_text(speeds.model_dump_json())
@@ -239,7 +240,8 @@ def test_auto_hands_on_what_was_asked(
     (recipe, _, *asked), options = calls.pop()
     assert recipe.name == "other"
     runs = (Path("a"), Path("b"))
-    assert asked == [DesignRequest("budget", "hours", 3, 120.0, runs, "val"), Machine(DEVICES["h100"], 4, speeds)]
+    request = DesignRequest("budget", "hours", 3, 120.0, runs, "val", data)
+    assert asked == [request, Machine(DEVICES["h100"], 4, speeds)]
     assert options == {"out": Path("best.yaml"), "as_json": True}
 
 

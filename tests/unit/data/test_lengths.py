@@ -17,7 +17,7 @@ from compt.data.lengths import computed_tokens, stored_lengths, with_data
 from compt.models.clip import padded_tokens
 from compt.models.presets import PACKED
 from compt.plan.jobs import make_plan
-from compt.recipe.read import parse_recipe
+from compt.recipe.read import load_recipe, parse_recipe
 from compt.recipe.schema import Recipe
 from tests.helpers.recipe import recipe_values
 from tests.helpers.shards import make_shards, sample, write_tar
@@ -100,7 +100,8 @@ def test_check_shows_each_set_of_a_recipe(folder: Path, capsys: pytest.CaptureFi
 
 def test_a_plan_prices_what_is_indexed_and_checked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def planned(*words: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(run(capsys, "plan", "r.yaml", "--json", *words)[1])
+        recipe = () if words[:1] == ("auto.yaml",) else ("r.yaml",)
+        found: dict[str, Any] = json.loads(run(capsys, "plan", *recipe, *words, "--json")[1])
         return found
 
     before = planned()
@@ -121,6 +122,12 @@ def test_a_plan_prices_what_is_indexed_and_checked(folder: Path, capsys: pytest.
     assert checked["data"].endswith("The tokens follow from the lengths that compt data check found.")
     assert checked["totals"]["chain"]["macs"]["exact"] < indexed["totals"]["chain"]["macs"]["exact"]
     assert planned("--set", "data.caption_tokens=5.5")["caption_tokens"] == 5.5
+    baselines = ("--set", "baselines={train: {epochs: 9}, warmup: {steps: 1}}")
+    designed = planned(*baselines, "--auto", "--out", "auto.yaml")
+    assert designed["images"] == 30
+    assert checked["data"] in designed["notes"]
+    assert load_recipe(folder / "auto.yaml").data.caption_tokens == checked["caption_tokens"]
+    assert designed["forecast"]["totals"] == planned("auto.yaml", *baselines)["totals"]
     # Shards that changed are not what was indexed.
     write_tar(folder / "train" / "9.tar", sample("z", 3))
     assert planned()["images"] == 48

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import re
@@ -15,8 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import webdataset
+from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from compt.cli.main import main
@@ -384,6 +387,62 @@ def big_folder(folder: Path, n: int = 60) -> Path:
     csv_table(folder / "t.csv", [{"path": f"{at % 7}/{at:03d}.jpg", "caption": texts(at, 1)[0]} for at in range(n)])
     (folder / "3/003.jpg").write_bytes(b"broken")
     return folder
+
+
+def photo(width: int, height: int, orientation: int = 1, kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    """A smooth image, brighter to the right and redder below, as a camera that is held in some way stores it."""
+    right, below = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    image = Image.fromarray(np.stack([below, right, right], axis=2).astype(np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "a secret place"
+    stream = io.BytesIO()
+    image.save(stream, kind, exif=exif)
+    return stream.getvalue()
+
+
+def test_large_images_are_made_smaller_and_upright(tmp_path: Path) -> None:
+    files = {
+        "large.jpg": photo(1200, 900),
+        "turned.jpg": photo(900, 1200, 6),
+        "clear.png": photo(300, 200, 3, "PNG", "RGBA"),
+        "tall.png": photo(70, 400, kind="PNG"),
+        "small.jpg": photo(90, 64),
+        "little.webp": photo(64, 80, kind="WEBP"),
+        "small_turned.jpg": photo(80, 64, 8),
+        "cut.jpg": photo(900, 900)[:9000],
+    }
+    fill(tmp_path / "photos", {**files, **{f"{Path(name).stem}.txt": name for name in files}})
+    packed = pack(str(tmp_path / "photos"), tmp_path / "out", Path(), PackOptions(resize=64))
+    assert packed.account.unused == {"image": 1}
+    assert packed.account.first["image"].startswith("cut: cannot be decoded: ")
+    found = {item["__key__"]: item for item in read_back(tmp_path / "out")}
+    sizes = {"large": (85, 64), "turned": (85, 64), "clear": (96, 64), "tall": (64, 366), "small_turned": (64, 80)}
+    assert {*found} == {*sizes, "small", "little"}
+    assert (found["small"]["jpg"], found["little"]["webp"]) == (files["small.jpg"], files["little.webp"])
+    for name, size in sizes.items():
+        data = found[name]["jpg"]
+        small = Image.open(io.BytesIO(data))
+        assert (small.format, small.size, small.mode, dict(small.getexif())) == ("JPEG", size, "RGB", {})
+        assert b"secret" not in data
+        stored = next(image for path, image in files.items() if path.rpartition(".")[0] == name)
+        shown = ImageOps.exif_transpose(Image.open(io.BytesIO(stored))).convert("RGB").resize(size)
+        assert np.abs(np.asarray(small).astype(int) - np.asarray(shown).astype(int)).mean() < 2, name
+    with pytest.raises(ConfigError, match=r"was packed with resize 64, not None"):
+        pack(str(tmp_path / "photos"), tmp_path / "out", Path(), PackOptions())
+
+
+def test_a_name_in_a_shard_leads_out_of_no_folder(tmp_path: Path) -> None:
+    """tarfile's own filter refuses an archive whose members would be unpacked outside of the folder."""
+    names = ["../../up", "/absolute", "./here", "a/../../b", "b", "a/b", "../b"]
+    write_tar(tmp_path / "in" / "0.tar", [each for at, name in enumerate(names) for each in sample(name, at)])
+    packed = pack(str(tmp_path / "in" / "*.tar"), tmp_path / "out", Path(), PackOptions())
+    keys = ["up", "absolute", "here", "a/b", "b", "a/b_2", "b_2"]
+    assert packed.samples == len(captions_of(tmp_path / "out")) == len(names)
+    assert [item["__key__"] for item in read_back(tmp_path / "out")] == keys
+    with tarfile.open(tmp_path / "out" / "000000.tar") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    assert not [path for path in tmp_path.iterdir() if path.name not in ("in", "out", "unpacked")]
 
 
 def test_a_killed_packing_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
