@@ -1,9 +1,9 @@
 """How long a step waits for data, and how much slower it is than with batches that lie in memory.
 
 `python -m benchmarks.data.waiting PHOTOS` writes docs/results/data_wait. It times the steps of two recipes on all
-cores of this machine: the demo's links on the emoji sample, as the demo runs them, and the first link of
-`cc3m_vit` at 224 pixels on the photographs of `benchmarks.data`. Blocks of steps with the loader and with batches in
-memory alternate. The first needs data/emoji (`compt data emoji`).
+cores of this machine: the demo's links on the emoji sample, as the demo runs them and with a loader process, and the
+first link of `cc3m_vit` at 224 pixels on the photographs of `benchmarks.data`. Blocks of steps with the loader and with
+batches in memory alternate. The first needs data/emoji (`compt data emoji`).
 """
 
 from __future__ import annotations
@@ -120,11 +120,11 @@ def measure(case: Case, repeats: int, seconds: float) -> Iterator[Row]:
 def table(rows: Sequence[Row], cores: int) -> tuple[TextTable, list[str]]:
     """Wait, slowdown, and the share of the CPU that the loader's workers take; and what the goals say of them."""
     body, said = [], []
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, int, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["recipe"], row["model"], row["decoder"]), []).append(row)
-    worst = 0.0
-    for (recipe, model, decoder), found in groups.items():
+        groups.setdefault((row["recipe"], row["model"], row["workers"], row["decoder"]), []).append(row)
+    worst: dict[bool, float] = {}
+    for (recipe, model, workers, decoder), found in groups.items():
         pairs = [
             [next(row for row in found if (row["repeat"], row["source"]) == (repeat, source)) for source in _SOURCES]
             for repeat in sorted({row["repeat"] for row in found})
@@ -133,16 +133,29 @@ def table(rows: Sequence[Row], cores: int) -> tuple[TextTable, list[str]]:
         slower = median(loaded["seconds"] / held["seconds"] for loaded, held in pairs) - 1
         share = median(loaded["loader_cpu"] / (cores * loaded["seconds"]) for loaded, _ in pairs)
         step = median(held["seconds"] / held["steps"] for _, held in pairs)
-        worst = max(worst, wait)
-        body.append((recipe, model, decoder, f"{1000 * step:,.0f}", f"{wait:.2%}", f"{slower:+.1%}", f"{share:.1%}"))
-    said.append(f"A step waits for data for at most {worst:.2%} of its time; the goal is less than {GOAL:.0%}.")
-    header = ("Recipe", "Link", "Decoder", "Step, ms", "Wait", "Slower by", "Loader's CPU")
+        worst[workers > 0] = max(worst.get(workers > 0, 0.0), wait)
+        body.append(
+            (
+                recipe,
+                model,
+                str(workers),
+                decoder,
+                f"{1000 * step:,.0f}",
+                f"{wait:.2%}",
+                f"{slower:+.1%}",
+                f"{share:.1%}",
+            )
+        )
+    for own in sorted(worst, reverse=True):
+        how = "with a loader process" if own else "without one"
+        said.append(f"A step {how} waits for data for at most {worst[own]:.2%} of its time; the goal is {GOAL:.0%}.")
+    header = ("Recipe", "Link", "Workers", "Decoder", "Step, ms", "Wait", "Slower by", "Loader's CPU")
     notes = (
         "Step: with batches in memory. Wait: share of a step's time with the loader.",
         "Slower by: a step with the loader against one with batches in memory.",
-        "Loader's CPU: share of all cores that its workers take. The demo has none, and keeps its images in memory.",
+        "Loader's CPU: share of all cores that its workers take. The demo itself has none; its images stay in memory.",
     )
-    return TextTable("Steps with the loader, and with batches in memory", header, body, notes, left=3), said
+    return TextTable("Steps with the loader, and with batches in memory", header, body, notes, left=4), said
 
 
 _SOURCES = ("loader", "memory")
@@ -160,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(cores)
     cases = (
         Case("demo", 3, ("pillow",)),
+        Case("demo", 3, ("pillow",), settings=("engine.workers=1",)),
         Case("cc3m_vit", 1, ("pillow", "torch"), str(options.photos.resolve() / "*.tar"), PHOTOGRAPHS),
     )
     with one_line():

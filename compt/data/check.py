@@ -218,7 +218,7 @@ def _examine(
         for sample in range(start, stop):
             entry = index.entry(sample)
             where = f"{index.shards[shard].name}: {entry.key}"
-            texts: list[str] = []
+            texts, by = list[str](), dict[str, list[str]]()
             if names is not None:
                 label = read_label_array(reader.json(entry)) if several else entry.label
                 if cause := label_fault(label, len(names), from_one):
@@ -226,7 +226,11 @@ def _examine(
                 else:
                     found.account.used["label"] += 1
             try:
-                texts = reader.captions(entry).texts if captioned else []
+                if captioned and entry.text_kind == KIND_JSON:
+                    by = by_column(parse_json(reader.text(entry)) or {}, index.columns)
+                    texts = [text for column in by.values() for text in column]
+                if captioned and not texts:  # this says why there is none
+                    texts = reader.captions(entry).texts
                 image = to_rgb(open_image(reader.image(entry)))
                 found.size(image.width, image.height)
                 found.account.used["sample"] += 1
@@ -236,9 +240,7 @@ def _examine(
             for caption in texts:
                 found.lengths[min(tokens.length(caption), _LONGEST)] += 1
             if texts and entry.text_kind < KIND_TABLE:
-                values = parse_json(reader.text(entry)) or {} if entry.text_kind == KIND_JSON else {}
-                by = by_column(values, index.columns) or {".txt": texts}
-                found.columns.update({column: len(captions) for column, captions in by.items()})
+                found.columns.update({column: len(captions) for column, captions in (by or {".txt": texts}).items()})
     return found
 
 
