@@ -278,6 +278,11 @@ def _open(source: str, out: Path, base: Path, options: PackOptions, cache: Cache
         root, found = path, _ImageFolder(path, out, options, own=True)
         if found.plain and len(found):
             found = _ByClass(path, options.class_order)
+            if not len(found):
+                raise DataError(
+                    f"the images in {path} have no captions: put a .txt beside each (1.txt for 1.jpg), name a table "
+                    "with --captions-csv, or, for an evaluation set, sort them into one folder for each class"
+                )
     else:
         return _Shards(source, base, out, options, cache)
     if not len(found):

@@ -89,6 +89,12 @@ def test_a_folder_of_images_with_texts_beside(tmp_path: Path) -> None:
         assert {(member.mtime, member.uid, member.uname, member.mode) for member in archive} == {(0, 0, "", 0o644)}
 
 
+def test_images_without_captions_or_classes_are_one_clear_error(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", ["1.jpg", "2.jpg"])
+    with pytest.raises(DataError, match=r"the images in .*photos have no captions: put a \.txt beside each"):
+        pack(str(tmp_path / "photos"), tmp_path / "out", Path(), PackOptions())
+
+
 def test_class_folders_get_the_numbers_of_torchvision(tmp_path: Path) -> None:
     source = tmp_path / "classes"
     images = photos(source, [f"{name}/{at}.jpg" for name in ("red_fox", "ant", "bee") for at in range(3)])
