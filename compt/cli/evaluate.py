@@ -1,4 +1,4 @@
-"""Commands on single models: `compt eval`, `compt export`; and how a model is named on the command line."""
+"""`compt eval`, and how a model is named on the command line."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from compt.cli.options import (
     print_json,
 )
 from compt.errors import ConfigError, DataError
-from compt.models.presets import is_own_swin
 from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, EvalSet
 from compt.recipe.suite import load_suite, one_set, shipped_suites
 from compt.text import TextTable, say, show
@@ -241,25 +240,3 @@ def fetch(
             continue
         found = fetch_set(item.hub, base / item.folder, revision, train=train)
         say(f"{item.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB, commit {found.commit[:12]}: {found.state}")
-
-
-def export(
-    model: Source,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)],
-    name: SourceModel = None,
-    prefix: SourcePrefix = None,
-) -> None:
-    """Write a model as one file for open_clip.
-
-    create_model("local-dir:OUT") of open_clip loads it.
-    """
-    from compt.weights.artefact import export_open_clip
-
-    source = open_source(model, name, prefix)
-    export_open_clip(source, out)
-    say(f"Wrote {out}")
-    if is_own_swin(source.spec.timm_name):
-        typer.echo(
-            "timm has no Swin of these sizes: before open_clip loads it, call\n"
-            f'    from compt.models import register_swin; register_swin("{source.spec.timm_name}")'
-        )

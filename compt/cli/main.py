@@ -25,9 +25,10 @@ from compt.cli import bench, data, recipes, slurm
 from compt.cli.chain import chain, demo, report
 from compt.cli.curves import curves
 from compt.cli.doctor import doctor
-from compt.cli.evaluate import evaluate, export, fetch
+from compt.cli.evaluate import evaluate, fetch
 from compt.cli.expand.command import HELP as EXPAND_HELP
 from compt.cli.expand.command import expand
+from compt.cli.export import export
 from compt.cli.from_open_clip import from_open_clip
 from compt.cli.launch import SIGNALS, launch, recorded
 from compt.cli.macs import macs_command

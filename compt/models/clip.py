@@ -100,7 +100,7 @@ class Block(nn.Module):
         elif read is None:
             mixed = self._mix(normed, weights)
         else:
-            rows = torch.arange(len(x), device=x.device)
+            rows = torch.arange(x.shape[0], device=x.device)
             mixed = self._mix_at(normed, normed[rows, read], read, weights)
             x = x[rows, read]
         x = x + F.linear(mixed, weights.out, weights.out_bias)

@@ -26,6 +26,9 @@ NORM_EPS = 1e-5
 PACKED = 0
 """The number of text buckets that means packed text, which has no padding."""
 
+MLP_RATIO = 4.0
+"""Width of the hidden layer of an MLP over the width of its block, in open_clip's default."""
+
 # Left out of written descriptions where they have their default: descriptions and hashes are older than these fields.
 _OPTIONAL = ("quick_gelu", "norm_eps", "text_norm_eps", "loss")
 # Fields that count something.
@@ -74,7 +77,7 @@ class ModelSpec:
     embed_dim: int = 512
     head_width: int = 64
     text_head_width: int = 64
-    mlp_ratio: float = 4.0
+    mlp_ratio: float = MLP_RATIO
     depths: tuple[int, ...] = ()
     stage_heads: tuple[int, ...] = ()
     window: int = 7
@@ -169,7 +172,10 @@ class ModelSpec:
         return LOSS_TRAITS[self.loss].scalars
 
     def open_clip_config(self) -> dict[str, Any]:
-        """The model config from which stock open_clip builds this model."""
+        """The model config from which stock open_clip builds this model.
+
+        What has open_clip's default is left out where older versions do not know the key, and would refuse it.
+        """
         vision: dict[str, Any] = {"image_size": self.image_size}
         if self.arch == "swin":
             vision |= {
@@ -186,8 +192,9 @@ class ModelSpec:
                 "head_width": self.head_width,
                 "patch_size": self.patch_size,
                 "mlp_ratio": self.mlp_ratio,
-                "no_ln_pre": self.no_ln_pre,
             }
+            if self.no_ln_pre:
+                vision["no_ln_pre"] = True
             if self.norm_eps != NORM_EPS:
                 vision["norm_kwargs"] = {"eps": self.norm_eps}
         text: dict[str, Any] = {
@@ -196,8 +203,9 @@ class ModelSpec:
             "width": self.text_width,
             "heads": self.text_heads,
             "layers": self.text_depth,
-            "mlp_ratio": self.mlp_ratio,
         }
+        if self.mlp_ratio != MLP_RATIO:
+            text["mlp_ratio"] = self.mlp_ratio
         if self.text_norm_eps != NORM_EPS:
             text["norm_kwargs"] = {"eps": self.text_norm_eps}
         activation = {"quick_gelu": True} if self.quick_gelu else {}

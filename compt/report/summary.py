@@ -300,6 +300,20 @@ def _summarise(run: Path) -> Summary:
     )
 
 
+def chain_to(run: Path, job: str) -> list[Row]:
+    """The jobs that led to `job` of a run, each the teacher of the next, and `job` itself. Raises RunError."""
+    with whole_files(run):
+        state = read_state(run / "run.json")
+        jobs = {item["name"]: item for item in state["jobs"]}
+        rows: list[Row] = []
+        name: str | None = job
+        while name is not None and len(rows) < len(jobs):
+            manifest = read_state(run / "jobs" / name / "manifest.json")
+            rows.insert(0, _row(jobs[name], manifest, state["primary"]))
+            name = jobs[name]["teacher"]
+        return rows
+
+
 def _with_baselines(
     run: Path, primary: str, links: list[Row], tries: list[Row], by_model: dict[str, list[Row]]
 ) -> Iterator[Comparison | NotCompared]:

@@ -1,8 +1,9 @@
 """The model folder that passes from link to link and to users: safetensors, open_clip's config, a manifest.
 
-model-00001-of-0000N.safetensors    the weights under open_clip's names, learned scalars in shape ()
-model.safetensors.index.json        which file holds which parameter (N > 1)
-open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds the model from (N = 1)
+open_clip_model.safetensors         the weights under open_clip's names, learned scalars in shape ()
+model-00001-of-0000N.safetensors    instead of it, the weights of a model that needs several files
+model.safetensors.index.json        which of them holds which parameter
+open_clip_config.json               what `open_clip.create_model("local-dir:FOLDER")` builds a model of one file from
 manifest.json                       spec, preprocessing, tokenizer, versions, digests, and the caller's own fields
 ema/                                other weights of the same model, in a model folder of their own
 """
@@ -30,19 +31,20 @@ from compt.files import disk_errors, new_folder, read_json, sha256_file, write_j
 from compt.models.clip import ClipModel, build, exported_shapes, fill
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.models.presets import ModelSpec
-from compt.models.states import check_finite
 from compt.weights.lazy import Weights, check_link, plain_name
-from compt.weights.safetensors import LazyState, Shape, TensorFile, share_out, split_files, write_tensors
+from compt.weights.safetensors import LazyState, Shape, share_out, split_files, write_tensors
 
 FORMAT = "compt-model"
+EXPORT_FORMAT = "compt-export"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 CONFIG = "open_clip_config.json"
 INDEX = "model.safetensors.index.json"
 OPEN_CLIP_WEIGHTS = "open_clip_model.safetensors"
 HF_PIXELS = "preprocessor_config.json"
+EXPORT_RECORD = "compt_export.json"
+"""In a folder that `compt export` wrote: the model, the format, and all other files."""
 MAX_SHARD_BYTES = 5_000_000_000
-WRITER = "compt"
 
 OWN_FIELDS = frozenset(
     ("format", "format_version", "spec", "preprocess", "tokenizer", "versions", "hash", "extra", "files")
@@ -97,7 +99,7 @@ def check_free(folder: Path, source: Path | None = None) -> None:
         _check_apart(folder, Path(source))
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not (_holds_only_ours(folder) or _holds_only_an_export(folder)):
+    if not any(_holds_only_ours(folder, record) for record in (MANIFEST, EXPORT_RECORD)):
         raise ArtefactError(
             f"{folder}: exists and is not a model folder that compt wrote, or holds other files too; "
             "it is not replaced: name another folder, or remove it"
@@ -114,22 +116,15 @@ def _check_apart(folder: Path, source: Path) -> None:
         raise ArtefactError(f"{folder}: lies in {source}, which is read; name another folder")
 
 
-def _holds_only_ours(folder: Path) -> bool:
+def _holds_only_ours(folder: Path, record: str) -> bool:
+    """Whether `folder` has the file `record` that compt wrote, and no files but those that it names."""
     try:
-        manifest = read_object(folder / MANIFEST)
-        extra = set(manifest["extra"])
-        listed = {MANIFEST, *manifest["files"], *extra}
-        ours = manifest["format"] == FORMAT and {path.name for path in folder.iterdir()} <= listed
-        return ours and all(_holds_only_ours(folder / name) for name in extra)
+        values = read_object(folder / record)
+        extra = set(values["extra"])
+        listed = {record, *values["files"], *extra}
+        ours = values["format"] in (FORMAT, EXPORT_FORMAT) and {path.name for path in folder.iterdir()} <= listed
+        return ours and all(_holds_only_ours(folder / name, record) for name in extra)
     except (ArtefactError, KeyError, TypeError, OSError):
-        return False
-
-
-def _holds_only_an_export(folder: Path) -> bool:
-    try:
-        ours = TensorFile(folder / OPEN_CLIP_WEIGHTS).metadata.get("written_by") == WRITER
-        return ours and {path.name for path in folder.iterdir()} - {HF_PIXELS} == {OPEN_CLIP_WEIGHTS, CONFIG}
-    except (ArtefactError, OSError):
         return False
 
 
@@ -199,10 +194,11 @@ _Written = tuple[str, int]
 def _parts(states: Mapping[str, Mapping[str, Tensor]], spec: ModelSpec, max_shard_bytes: int) -> list[_Shard]:
     parts = []
     for model, state in states.items():
-        shapes = _expected_shapes(state, spec)
+        shapes = expected_shapes(state, spec)
         files = split_files(shapes, max_shard_bytes)
         for number, names in enumerate(files):
-            file = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            numbered = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+            file = numbered if len(files) > 1 else OPEN_CLIP_WEIGHTS
             parts.append(_Shard(model, file, {name: shapes[name] for name in names}))
     return parts
 
@@ -265,7 +261,8 @@ def _describe(
     return str(own["hash"])
 
 
-def _expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
+def expected_shapes(state: Iterable[str], spec: ModelSpec) -> dict[str, Shape]:
+    """Name -> shape of every parameter of `spec`. Raises ArtefactError unless `state` has exactly these names."""
     shapes = exported_shapes(spec)
     odd = sorted(set(state) ^ set(shapes))
     if odd:
@@ -326,27 +323,6 @@ def weight_map(folder: Path, index: str) -> dict[str, str]:
     if not isinstance(listed, dict):
         raise ArtefactError(f"{folder / index}: has no weight_map")
     return {name: plain_name(folder, file) for name, file in listed.items()}
-
-
-def export_open_clip(source: Artefact, folder: Path) -> None:
-    """Write a model as a folder of stock open_clip: one weight file and its config. Reads one tensor at a time.
-
-    Where transformers' CLIPImageProcessor can prepare the model's images, its config is beside them.
-    Raises ArtefactError for a folder in use (`check_free`), and for weights that are not finite.
-    """
-    check_free(folder, source.path)
-    with new_folder(Path(folder)) as temporary:
-        shapes = _expected_shapes(source.state, source.spec)
-        metadata = {"format": "pt", "written_by": WRITER}
-        for name in shapes:
-            check_finite(source.state[name], f"{source.path}: nothing was exported: {name}")
-        write_tensors(temporary / OPEN_CLIP_WEIGHTS, source.state, shapes, metadata)
-        size = source.spec.image_size
-        config = {"model_cfg": source.spec.open_clip_config(), "preprocess_cfg": source.preprocess.to_dict(size)}
-        write_json(temporary / CONFIG, config)
-        processor = source.preprocess.to_hugging_face(size)
-        if processor is not None:
-            write_json(temporary / HF_PIXELS, processor)
 
 
 def _weights_hash(digests: Mapping[str, str]) -> str:

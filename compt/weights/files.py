@@ -21,6 +21,7 @@ from compt.weights.safetensors import LazyState
 HF_CONFIG = "config.json"
 HF_PROCESSOR = "processor_config.json"
 HF_TOKENIZER_CONFIG = "tokenizer_config.json"
+HF_SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 WEIGHTS = (OPEN_CLIP_WEIGHTS, "model.safetensors")
 WEIGHT_PICKLES = (HF_WEIGHTS_NAME, "pytorch_model.bin")
 PICKLES = (".pt", ".pth", ".bin")
@@ -105,11 +106,17 @@ def _check_tokenizer(folder: Path) -> None:
         vocabulary: Any = _beside(folder, name)
         for key in inner:
             vocabulary = vocabulary.get(key) if isinstance(vocabulary, dict) else None
-        if vocabulary and vocabulary != SimpleTokenizer().encoder:
+        if vocabulary and vocabulary != hugging_face_vocabulary():
             raise ArtefactError(
                 f"{folder / name}: its {len(vocabulary)} tokens are not those of OpenAI's CLIP, with which compt "
                 f"reads text; another vocabulary is not supported"
             )
+
+
+def hugging_face_vocabulary() -> dict[str, int]:
+    """The tokens of OpenAI's CLIP by the names in Hugging Face's files. open_clip names the last two otherwise."""
+    words = list(SimpleTokenizer().encoder)[: -len(HF_SPECIAL)]
+    return {word: number for number, word in enumerate([*words, *HF_SPECIAL])}
 
 
 def _beside(folder: Path, name: str) -> dict[str, Any]:

@@ -57,11 +57,16 @@ class Tensors(Weights):
 
 @dataclass(frozen=True)
 class TensorSource:
-    """One parameter, made of one or several of the source's: as they are, transposed, or stacked along dimension 0."""
+    """One parameter, made of one or several of the source's.
+
+    As they are, transposed, stacked along dimension 0, in another shape, the rows from `first` on, or zeros of the
+    same type.
+    """
 
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    change: Literal["same", "transpose", "stack", "reshape"] = "same"
+    change: Literal["same", "transpose", "stack", "reshape", "rows", "zeros"] = "same"
+    first: int = 0
 
 
 class View(Weights):
@@ -78,6 +83,10 @@ class View(Weights):
         tensor = self._weights[part.names[0]]
         if part.change == "transpose":
             return tensor.T.contiguous()
+        if part.change == "rows":
+            return tensor[part.first : part.first + part.shape[0]].clone()
+        if part.change == "zeros":
+            return tensor.new_zeros(part.shape)
         return tensor.reshape(part.shape)
 
     def dtype(self, name: str) -> torch.dtype | str:

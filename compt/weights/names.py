@@ -1,4 +1,4 @@
-"""From other programs' parameter names to open_clip's: prefixes, wrappers, other layouts of the same model."""
+"""Other programs' parameter names and open_clip's: prefixes, wrappers, other layouts of the same model."""
 
 from __future__ import annotations
 
@@ -179,3 +179,29 @@ def _from_hugging_face(own: Mapping[str, str], weights: Weights) -> dict[str, Te
         elif not (layer and layer[3] in ("self_attn.k_proj", "self_attn.v_proj")):
             parts[theirs] = TensorSource((source,), shape)  # unknown: the comparison with the model reports it
     return parts
+
+
+def hugging_face_view(weights: Weights) -> View:
+    """A ViT of compt under the names of transformers' CLIPModel, the packed projections of attention split in three."""
+    named = {name: (theirs, turned) for name, theirs, turned in _HUGGING_FACE}
+    blocks = {ours: theirs for theirs, ours in _HUGGING_FACE_BLOCK.items()}
+    towers = {ours: theirs for theirs, ours in _HUGGING_FACE_TOWERS.items()}
+    parts: dict[str, TensorSource] = {}
+    for name in weights:
+        shape = tuple(weights.shape(name))
+        if name in named:
+            theirs, turned = named[name]
+            parts[theirs] = TensorSource((name,), shape[::-1], "transpose") if turned else TensorSource((name,), shape)
+            continue
+        tower, _, rest = name.partition(".resblocks.")
+        number, _, inner = rest.partition(".")
+        layer = f"{towers[tower]}.{number}"
+        if inner.startswith("attn.in_proj_"):
+            third = shape[0] // 3
+            for at, role in enumerate("qkv"):
+                theirs = f"{layer}.self_attn.{role}_proj.{inner.removeprefix('attn.in_proj_')}"
+                parts[theirs] = TensorSource((name,), (third, *shape[1:]), "rows", at * third)
+        else:
+            part, _, kind = inner.rpartition(".")
+            parts[f"{layer}.{blocks[part]}.{kind}"] = TensorSource((name,), shape)
+    return View(weights, parts)

@@ -23,6 +23,7 @@ MODEL_OPTION = "--teacher-model"
 PREFIX_OPTION = "--teacher-prefix"
 
 _AVERAGE = "ema"
+_MODEL = "model"
 
 
 def open_model(
@@ -31,8 +32,8 @@ def open_model(
     """A model to start from; each access to its state reads one parameter.
 
     `path`: a folder of compt, open_clip, Hugging Face (CLIP), torch.distributed.checkpoint or DeepSpeed (ZeRO 0 to 3),
-    or a folder with weights alone; a .safetensors, .pt, .pth or .bin file; or ARCH:TAG, a pretrained tag of open_clip
-    whose weights are on the disk already.
+    a folder with weights alone, or a job's folder in a run, which means its model; a .safetensors, .pt, .pth or .bin
+    file; or ARCH:TAG, a pretrained tag of open_clip whose weights are on the disk already.
     `spec`: the model. Needed where the source does not describe it and its shapes do not determine it; otherwise
     compared with the source. `prefix`: which of several models in the source, such as "student" or "module.ema".
     `verify`: compare digests, where the source has some.
@@ -42,6 +43,8 @@ def open_model(
     buffers, another model). Raises ArtefactError, listing key by key what does not fit.
     """
     path = Path(path)
+    if (path / _MODEL / MANIFEST).is_file():
+        path = path / _MODEL
     if (path / MANIFEST).is_file():
         if prefix is not None:
             raise ArtefactError(f"{path}: a model folder of compt holds one model; leave {PREFIX_OPTION} out")

@@ -39,6 +39,7 @@ PACKAGES = (
     "chain",
     "design",
     "report",
+    "export",
     "cli",
     "__main__",
 )
@@ -61,6 +62,8 @@ LIGHT = (
     "compt.design",
     "compt.design.*",
     "compt.chain.slurm",
+    "compt.export",
+    "compt.export.formats",
     "compt.dist.environment",
     "compt.cli",
     "compt.cli.*",
@@ -105,6 +108,8 @@ SMALLER: dict[str, str] = {
     "compt/evaluate/contact.py": "the contact sheet",
     "compt/evaluate/stats.py": "scores, calibration and reports judge by the same intervals",
     "compt/evaluate/validation.py": "the validation loss",
+    "compt/cli/export.py": "a command of its own",
+    "compt/export/hub.py": "the one module that uploads",
     "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",
     "compt/models/swin.py": "imports timm, for those who register a Swin only",
 }

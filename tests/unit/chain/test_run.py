@@ -36,6 +36,7 @@ from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import Draw
 from compt.expand.plan import make_plan
+from compt.export.write import export_model
 from compt.files import read_json, sha256_file, write_json
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig, TowerGrowth
@@ -45,7 +46,7 @@ from compt.recipe.read import load_recipe
 from compt.report.content import data_tables
 from compt.train.metrics import read_metrics
 from compt.weights import lazy as sources_weights
-from compt.weights.artefact import Artefact, export_open_clip, read_artefact, write_artefact
+from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from tests.dist.spawn import CONTEXT
 from tests.helpers.process import (
     KILLED,
@@ -592,7 +593,7 @@ def test_a_chain_from_an_existing_model(
     hashed: list[Path] = []
     monkeypatch.setattr(sources_weights, "sha256_file", lambda path: hashed.append(path) or sha256_file(path))
     given = whole / "jobs" / FIRST / "model"
-    export_open_clip(read_artefact(given), tmp_path / "stock")
+    export_model(read_artefact(given), tmp_path / "stock")
     links = 'chain.links=[{"model": "large", "train": {"steps": 5}, "warmup": {"steps": 1}}]'
     for name, start_from in (("a", given), ("b", tmp_path / "stock")):
         chain(base, tmp_path / name, links, f"chain.from={start_from}")
@@ -603,7 +604,7 @@ def test_a_chain_from_an_existing_model(
     assert len(hashed) == 1
     # Other weights in the same place are another recipe.
     shutil.rmtree(tmp_path / "stock")
-    export_open_clip(read_artefact(whole / "jobs" / SECOND / "model"), tmp_path / "stock")
+    export_model(read_artefact(whole / "jobs" / SECOND / "model"), tmp_path / "stock")
     deeper = 'family.members.1={"name": "large", "preset": "vit_pico", "depth": 2, "embed_dim": 48}'
     with pytest.raises(RunError, match="teacher: "):
         chain(base, tmp_path / "b", deeper, links, f"chain.from={tmp_path / 'stock'}")

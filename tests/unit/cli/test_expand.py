@@ -21,11 +21,12 @@ from compt.cli.expand.request import read_bytes, read_sizes, student_spec
 from compt.cli.main import app, main
 from compt.errors import ArtefactError, ComptError, ConfigError, DataError
 from compt.expand.plan import ExpansionPlan, make_plan
+from compt.export.write import export_model
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, ModelSpec, is_own_swin, resolve
-from compt.weights.artefact import export_open_clip, read_artefact, write_artefact
+from compt.weights.artefact import read_artefact, write_artefact
 from tests.helpers.shards import WORDS, make_shards
 from tests.helpers.states import export_state
 
@@ -202,7 +203,7 @@ def test_the_manifest_repeats_the_same_bytes(teacher: Path, tmp_path: Path) -> N
 
 def test_the_manifest_says_what_the_teacher_is(teacher: Path, tmp_path: Path) -> None:
     run(teacher, "vit_pico", tmp_path / "one", *GROWN)
-    file = teacher / "model-00001-of-00001.safetensors"
+    file = teacher / "open_clip_model.safetensors"
     assert "name the model with --teacher-model" in str(refused(file, "vit_pico", "--dry-run", *GROWN))
     run(file, tmp_path / "two", "--from-manifest", tmp_path / "one")
     assert content(tmp_path / "one") == content(tmp_path / "two")
@@ -484,7 +485,7 @@ def test_no_student(teacher: Path) -> None:
 
 
 def test_a_file_that_does_not_say_what_it_is(teacher: Path, data: Path, tmp_path: Path) -> None:
-    export_open_clip(read_artefact(teacher), tmp_path / "stock")
+    export_model(read_artefact(teacher), tmp_path / "stock")
     file = tmp_path / "stock" / "open_clip_model.safetensors"
     assert "name the model with --teacher-model" in str(refused(file, "vit_pico", "--dry-run", *GROWN))
     exported = CliRunner().invoke(app, ["export", str(tmp_path / "stock"), str(tmp_path / "again")])
@@ -498,7 +499,7 @@ def test_a_file_that_does_not_say_what_it_is(teacher: Path, data: Path, tmp_path
 def test_eval_and_export_take_the_name_of_a_model(tmp_path: Path) -> None:
     spec = PRESETS["vit_pico"]
     write_teacher(tmp_path / "pico", spec)
-    export_open_clip(read_artefact(tmp_path / "pico"), tmp_path / "stock")
+    export_model(read_artefact(tmp_path / "pico"), tmp_path / "stock")
     file = tmp_path / "stock" / "open_clip_model.safetensors"
     words = ["export", str(file), str(tmp_path / "again"), "--model", "vit_pico"]
     assert CliRunner().invoke(app, words).exception is None

@@ -371,7 +371,7 @@ def test_a_checkpoint_of_the_last_step_that_is_damaged_is_no_model(
 
 
 def test_a_damaged_model_of_a_finished_link(base: Path, half: Path, whole: Path) -> None:
-    model = half / "jobs" / FIRST / "model" / "model-00001-of-00001.safetensors"
+    model = half / "jobs" / FIRST / "model" / "open_clip_model.safetensors"
     kept = model.read_bytes()
     spoil(model)
     with pytest.raises(ArtefactError, match=rf"{model}: its content is not what the manifest says"):
@@ -384,7 +384,7 @@ def test_a_damaged_model_of_a_finished_link(base: Path, half: Path, whole: Path)
 
 
 def test_damaged_expanded_weights(base: Path, half: Path, whole: Path) -> None:
-    initial = half / "jobs" / SECOND / "initial" / "model-00001-of-00001.safetensors"
+    initial = half / "jobs" / SECOND / "initial" / "open_clip_model.safetensors"
     kept = initial.read_bytes()
     spoil(initial)
     with pytest.raises(ArtefactError, match=rf"{initial}: its content is not what the manifest says"):

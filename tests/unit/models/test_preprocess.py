@@ -19,10 +19,10 @@ from compt.data.decode import evaluation_pixels
 from compt.errors import ArtefactError
 from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
+from compt.export.write import export_model
 from compt.models.pixels import to_input
 from compt.models.preprocess import AS_OPENAI, Preprocess
 from compt.recipe.schema import EvalSet
-from compt.weights.artefact import export_open_clip
 from compt.weights.open import open_model
 from tests.helpers.optional import optional
 from tests.helpers.shards import picture
@@ -71,7 +71,7 @@ def model() -> Any:
 def test_pixels_are_those_of_open_clip_before_and_after_an_export(tmp_path: Path, model: Any, name: str) -> None:
     source = save(tmp_path / "theirs", CONFIG, model, PREPROCESS_CFGS[name])
     found = open_model(source)
-    export_open_clip(found, tmp_path / "exported")
+    export_model(found, tmp_path / "exported")
     assert open_model(tmp_path / "exported").preprocess == found.preprocess
     for folder in (source, tmp_path / "exported"):
         _, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -129,7 +129,7 @@ AGREEING, APART = [0, 1, 2, 3, 4, 5], 6
 @pytest.mark.parametrize("name", ["nothing", "colours", "bilinear", "squash", "bilinear squash"])
 def test_an_export_gives_transformers_the_same_pixels(tmp_path: Path, model: Any, name: str) -> None:
     found = open_model(save(tmp_path / "theirs", CONFIG, model, PREPROCESS_CFGS[name]))
-    export_open_clip(found, tmp_path / "exported")
+    export_model(found, tmp_path / "exported")
     processor = processors().from_pretrained(tmp_path / "exported")
     chosen = range(len(SHAPES)) if "squash" in name else AGREEING
     theirs = torch.cat([torch.as_tensor(processor(opened()[at])["pixel_values"][0])[None] for at in chosen])
@@ -141,7 +141,7 @@ def test_an_export_gives_transformers_the_same_pixels(tmp_path: Path, model: Any
 def test_an_export_says_nothing_to_transformers_that_it_cannot_do(tmp_path: Path, model: Any) -> None:
     found = open_model(save(tmp_path / "theirs", CONFIG, model, PREPROCESS_CFGS["longest"]))
     for _ in range(2):  # an export may replace an export
-        export_open_clip(found, tmp_path / "exported")
+        export_model(found, tmp_path / "exported")
     assert not (tmp_path / "exported" / "preprocessor_config.json").exists()
 
 

@@ -18,6 +18,7 @@ from compt.engines.ddp import DataParallelEngine
 from compt.errors import ConfigError
 from compt.expand.execute import Draw
 from compt.expand.plan import make_plan as make_expansion
+from compt.export.write import export_model
 from compt.models.clip import build
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.presets import PRESETS, ModelSpec
@@ -27,7 +28,7 @@ from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.losses import LOSSES, Loss, SiglipLoss, Terms
 from compt.train.task import ClipTask, DistillTask
-from compt.weights.artefact import export_open_clip, read_artefact, write_artefact
+from compt.weights.artefact import read_artefact, write_artefact
 from compt.weights.open import open_model
 from tests.helpers.recipe import FIRST, SECOND, chain, lines, make_data, manifest, recipe_of, weights
 from tests.helpers.states import expand_state, export_state
@@ -126,7 +127,7 @@ def test_stock_open_clip_loads_a_siglip_model_and_gives_its_logits(tmp_path: Pat
     with torch.no_grad():
         model.logit_bias.fill_(-7.25)
     write_artefact(tmp_path / "model", export_state(model), spec, {})
-    export_open_clip(read_artefact(tmp_path / "model"), tmp_path / "export")
+    export_model(read_artefact(tmp_path / "model"), tmp_path / "export")
     images, tokens = batch(4, 1)
     for folder in ("model", "export"):
         stock = open_clip.create_model(f"local-dir:{tmp_path / folder}").eval()

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from compt.cli.main import app
 from compt.errors import ArtefactError, RunError
+from compt.export.write import export_model
 from compt.models.clip import ClipModel, build
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.preprocess import Preprocess
@@ -22,7 +23,6 @@ from compt.weights.artefact import (
     MANIFEST,
     OPEN_CLIP_WEIGHTS,
     check_free,
-    export_open_clip,
     read_artefact,
     write_artefact,
 )
@@ -66,8 +66,8 @@ def test_stock_open_clip_reads_the_folder(tmp_path, spec):
     model = write(tmp_path / "model", spec)
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
         MANIFEST,
-        "model-00001-of-00001.safetensors",
         CONFIG,
+        "open_clip_model.safetensors",
     ]
     assert_same_logits(model, open_clip.create_model(f"local-dir:{tmp_path / 'model'}"))
 
@@ -78,7 +78,7 @@ def test_stock_open_clip_reads_the_weights_into_a_registered_config(tmp_path):
     config.write_text(json.dumps(PICO.open_clip_config()))
     open_clip.add_model_config(config)
     theirs = open_clip.create_model("compt-registered")
-    theirs.load_state_dict(load_file(tmp_path / "model" / "model-00001-of-00001.safetensors"), strict=True)
+    theirs.load_state_dict(load_file(tmp_path / "model" / "open_clip_model.safetensors"), strict=True)
     assert_same_logits(model, theirs)
 
 
@@ -102,7 +102,7 @@ def test_a_folder_of_several_files_comes_back_and_can_be_merged_for_open_clip(tm
 
     found = read_artefact(tmp_path / "model")
     assert_same_state(found.load_model(), model)
-    export_open_clip(found, tmp_path / "merged")
+    export_model(found, tmp_path / "merged")
     assert_same_logits(model, open_clip.create_model(f"local-dir:{tmp_path / 'merged'}"))
     assert_same_state(open_model(tmp_path / "merged").load_model(), model)
 
@@ -235,7 +235,7 @@ def test_a_damaged_folder_is_refused_with_one_message(tmp_path, damage, message)
 
 def test_links_stay_in_the_folder_or_in_the_cache_that_it_is_of(tmp_path):
     write(tmp_path / "model")
-    weights = tmp_path / "model" / "model-00001-of-00001.safetensors"
+    weights = tmp_path / "model" / "open_clip_model.safetensors"
     weights.rename(weights.with_name("weights"))
     weights.symlink_to("weights")
     assert read_artefact(tmp_path / "model").spec == PICO
@@ -243,7 +243,7 @@ def test_links_stay_in_the_folder_or_in_the_cache_that_it_is_of(tmp_path):
     weights.with_name("weights").rename(tmp_path / "weights")
     weights.symlink_to(tmp_path / "weights")
     for verify in (True, False):
-        with pytest.raises(ArtefactError, match=r"model-00001-of-00001\.safetensors: a link out of its folder, to .*"):
+        with pytest.raises(ArtefactError, match=r"open_clip_model\.safetensors: a link out of its folder, to .*"):
             read_artefact(tmp_path / "model", verify)
     manifest = (tmp_path / "model" / MANIFEST).rename(tmp_path / MANIFEST)
     (tmp_path / "model" / MANIFEST).symlink_to(manifest)
@@ -266,7 +266,7 @@ def test_links_stay_in_the_folder_or_in_the_cache_that_it_is_of(tmp_path):
 
 def test_without_verification_sizes_are_still_compared(tmp_path):
     write(tmp_path / "model")
-    weights = tmp_path / "model" / "model-00001-of-00001.safetensors"
+    weights = tmp_path / "model" / "open_clip_model.safetensors"
     flip_a_byte(weights)
     assert read_artefact(tmp_path / "model", verify=False).spec == PICO
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -331,7 +331,7 @@ def _ema_and_more(folder: Path) -> None:
 
 def _export_and_more(folder: Path) -> None:
     write(folder.with_name("before"))
-    export_open_clip(read_artefact(folder.with_name("before")), folder)
+    export_model(read_artefact(folder.with_name("before")), folder)
     (folder / "thesis.txt").write_text("mine")
 
 
@@ -358,7 +358,7 @@ def test_a_folder_with_other_files_is_never_replaced(tmp_path, fill):
     fill(out)
     before = {path: path.read_bytes() for path in [out, *out.rglob("*")] if path.is_file()}
     with pytest.raises(ArtefactError, match=rf"{out}: exists and is not a model folder that compt wrote"):
-        export_open_clip(read_artefact(tmp_path / "model"), out)
+        export_model(read_artefact(tmp_path / "model"), out)
     with pytest.raises(ArtefactError, match=r"name another folder, or remove it"):
         write(out)
     for command in (["export", "model", "out"], ["expand", "model", "vit_nano", "out"]):
@@ -372,10 +372,10 @@ def test_models_of_ours_and_empty_folders_are_replaced(tmp_path):
     source = read_artefact(tmp_path / "model")
     out = tmp_path / "out"
     out.mkdir()
-    export_open_clip(source, out)
-    export_open_clip(source, out)
+    export_model(source, out)
+    export_model(source, out)
     write(out, extra_states={"ema": export_state(build(PICO, seed=9))})
-    export_open_clip(source, out)
+    export_model(source, out)
     assert_same_state(open_model(out).load_model(), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 
@@ -408,7 +408,7 @@ def test_a_model_is_not_replaced_by_what_is_made_of_it(tmp_path):
 def test_what_is_read_is_neither_replaced_nor_added_to(tmp_path, command, source, out, message):
     write(tmp_path / "model", extra_states={"ema": export_state(build(PICO, seed=9))})
     (tmp_path / "link").symlink_to("model")
-    weights = "model-00001-of-00001.safetensors"
+    weights = "open_clip_model.safetensors"
     (tmp_path / weights).symlink_to(tmp_path / "model" / weights)
     before = {path: path.read_bytes() for path in (tmp_path / "model").rglob("*") if path.is_file()}
     words = [tmp_path / source.replace("WEIGHTS", weights), tmp_path / out, "--teacher-model", "vit_pico"]
@@ -423,7 +423,7 @@ def test_what_is_read_is_neither_replaced_nor_added_to(tmp_path, command, source
 def test_a_folder_beside_what_is_read_is_free(tmp_path):
     write(tmp_path / "model")
     check_free(tmp_path / "model-2", tmp_path / "model")
-    check_free(tmp_path / "model-2", tmp_path / "model" / "model-00001-of-00001.safetensors")
+    check_free(tmp_path / "model-2", tmp_path / "model" / "open_clip_model.safetensors")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -433,5 +433,5 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path, value):
         model.visual.proj[0, 1] = value
     write_artefact(tmp_path / "model", export_state(model), PICO, {})
     with pytest.raises(ArtefactError, match=r"model: nothing was exported: visual\.proj: 1 of [\d,]+ numbers are NaN"):
-        export_open_clip(read_artefact(tmp_path / "model"), tmp_path / "out")
+        export_model(read_artefact(tmp_path / "model"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -261,7 +261,8 @@ def test_a_tokenizer_has_the_vocabulary_of_openai_or_is_refused(tmp_path, words)
     write(tmp_path)
     stock = SimpleTokenizer()
     merges = [pair for pair, _ in sorted(stock.bpe_ranks.items(), key=lambda item: item[1])]
-    vocabulary = dict(stock.encoder)
+    words_only = [word for word in stock.encoder if not word.startswith("<") or not word.endswith("_of_text>")]
+    vocabulary = {word: number for number, word in enumerate([*words_only, "<|startoftext|>", "<|endoftext|>"])}
     if words:  # two words change places
         other = next(word for word, number in vocabulary.items() if number == 3)
         vocabulary[other], vocabulary["cat</w>"] = vocabulary["cat</w>"], 3
