@@ -29,6 +29,6 @@ def push(folder: Path, name: str, private: bool) -> str:
         commit = api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload a model exported by compt")
     # The hub's client lets through the errors of its HTTP library, which has changed with its versions.
     except Exception as error:
-        cause = " ".join(str(error).split()) or type(error).__name__
+        cause = " ".join(f"{type(error).__name__}: {error}".split())
         raise RunError(f"{folder} is written, but {name} could not be pushed: {cause}") from error
     return str(commit.commit_url)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +24,7 @@ from compt.export.formats import FORMATS
 from compt.export.write import export_model
 from compt.models.clip import ClipModel
 from compt.models.preprocess import Preprocess
+from compt.models.presets import PRESETS
 from compt.weights.open import open_model
 from tests.helpers.optional import optional
 from tests.unit.export.conftest import SPECS, write_model
@@ -154,6 +159,73 @@ def test_open_clip_loads_the_export_and_the_model_folder_without_a_warning(
     assert caplog.records == []
 
 
+# The keys of CLIPVisionCfg, CLIPTextCfg and CLIP in open_clip 2.16.0, which refuses all others. SAN pins that version.
+OLD_KEYS = {
+    "vision_cfg": "layers width head_width mlp_ratio patch_size image_size ls_init_value patch_dropout input_patchnorm "
+    "global_average_pool attentional_pool n_queries attn_pooler_heads timm_model_name timm_model_pretrained timm_pool "
+    "timm_proj timm_proj_bias timm_drop timm_drop_path output_tokens",
+    "text_cfg": "context_length vocab_size width heads layers ls_init_value hf_model_name hf_tokenizer_name "
+    "hf_model_pretrained proj pooler_type embed_cls pad_id output_tokens",
+    "": "embed_dim vision_cfg text_cfg quick_gelu cast_dtype output_dict",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_open_clip_2_16_knows_every_key_of_a_preset(name: str) -> None:
+    config = PRESETS[name].open_clip_config()
+    for part, keys in OLD_KEYS.items():
+        assert (config[part] if part else config).keys() <= set(keys.split())
+
+
+def test_older_versions_of_open_clip_find_a_config_and_weights_that_they_can_read(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    found = replace(open_model(models["vit"]), preprocess=Preprocess(mean=(0.5, 0.5, 0.5)))
+    (note,) = export_model(found, tmp_path / "out")
+    assert note.startswith("open_clip 2.16 to 2.32: ")
+    assert "image_mean=(0.5, 0.5, 0.5)" in note
+    assert note.endswith("its tokenizer needs `context_length=32`.")
+    assert json.loads((tmp_path / "out" / "compt-vit_pico.json").read_text()) == found.spec.open_clip_config()
+    state = torch.load(tmp_path / "out" / "open_clip_pytorch_model.bin", weights_only=True)
+    assert state.keys() == set(found.state)
+    assert all(torch.equal(state[key], found.state[key]) for key in state)
+    newer = open_model(write_model(tmp_path / "newer", replace(SPECS["vit"], no_ln_pre=True)))
+    assert export_model(newer, tmp_path / "out")[0].startswith("open_clip 2.23 to 2.32: ")
+
+
+OLD_PROGRAM = """
+import sys, torch, open_clip
+folder, given = sys.argv[1], torch.load(sys.argv[2])
+open_clip.add_model_config(f"{folder}/compt-vit_pico.json")
+model, _, _ = open_clip.create_model_and_transforms(
+    "compt-vit_pico", pretrained=f"{folder}/open_clip_pytorch_model.bin"
+)
+with torch.no_grad():
+    image, text = model.eval().encode_image(given["pixels"]), model.encode_text(given["tokens"])
+torch.save({"file": open_clip.__file__, "image": image, "text": text}, sys.argv[3])
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("version", ["2.16.0", "2.24.0", "2.32.0"])
+@torch.no_grad()
+def test_older_versions_of_open_clip_compute_the_same_features(
+    models: dict[str, Path], tmp_path: Path, version: str
+) -> None:
+    place, ours = tmp_path / "place", load(models["vit"])
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place)]
+    subprocess.run([*pip, f"open_clip_torch=={version}"], check=True)
+    export_model(open_model(models["vit"]), tmp_path / "out")
+    pixels, tokens = pixels_for(ours), tokens_for(ours)
+    torch.save({"pixels": pixels, "tokens": tokens}, tmp_path / "given.pt")
+    words = [sys.executable, "-c", OLD_PROGRAM, *(str(tmp_path / name) for name in ("out", "given.pt", "theirs.pt"))]
+    subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(place)})
+    theirs = torch.load(tmp_path / "theirs.pt")
+    assert theirs["file"].startswith(str(place))
+    assert_same(theirs["image"], ours.encode_image(pixels))
+    assert_same(theirs["text"], ours.encode_text(tokens))
+
+
 # timm
 
 
@@ -186,7 +258,7 @@ def test_timm_says_the_other_settings_of_a_vit_or_refuses_them(tmp_path: Path) -
 
 
 def _onnx(folder: Path, tower: str, given: Tensor) -> Any:
-    session = optional("onnxruntime", "test-all").InferenceSession(folder / f"{tower}.onnx")
+    session = optional("onnxruntime", "interop").InferenceSession(folder / f"{tower}.onnx")
     return session.run(None, {session.get_inputs()[0].name: given.numpy()})[0]
 
 
