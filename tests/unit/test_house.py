@@ -28,6 +28,8 @@ BEHIND = {
     "deepspeed": "the tests, which write with it the folders that compt.weights reads",
     "nvidia-dali-cuda120": "compt.data.dali, where it is installed",
     "nvidia-dali-cuda130": "compt.data.dali, where it is installed",
+    "onnx": "torch.onnx, which compt.export.programs calls",
+    "onnxscript": "torch.onnx, which compt.export.programs calls",
     "obstore": "compt.data.stores, where it is installed",
     "tensorboard": "torch.utils.tensorboard",
     "timm": "open_clip, for the Swins",
@@ -111,7 +113,17 @@ def test_folders_of_the_package_are_shown_at_the_top(root: Path) -> None:
 
 def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
-    single = {"accelerate", "dali-cuda12", "dali-cuda13", "data", "deepspeed", "dev", "interop", "parquet", "remote"}
+    single = {
+        "accelerate",
+        "dali-cuda12",
+        "dali-cuda13",
+        "data",
+        "deepspeed",
+        "dev",
+        "interop",
+        "parquet",
+        "remote",
+    } | {"onnx"}
     assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
     assert table["optional-dependencies"]["test-all"] == [f"compt[{','.join(sorted(single - {'dali-cuda12'}))}]"]
     assert table["scripts"] == {"compt": "compt.cli.main:run"}
