@@ -193,7 +193,7 @@ def test_older_versions_of_open_clip_find_a_config_and_weights_that_they_can_rea
     assert export_model(newer, tmp_path / "out")[0].startswith("open_clip 2.23 to 2.32: ")
 
 
-OLD_PROGRAM = """
+OLD_OPEN_CLIP = """
 import sys, torch, open_clip
 folder, given = sys.argv[1], torch.load(sys.argv[2])
 open_clip.add_model_config(f"{folder}/compt-vit_pico.json")
@@ -204,21 +204,44 @@ with torch.no_grad():
     image, text = model.eval().encode_image(given["pixels"]), model.encode_text(given["tokens"])
 torch.save({"file": open_clip.__file__, "image": image, "text": text}, sys.argv[3])
 """
+OLD_TRANSFORMERS = """
+import sys, torch, transformers
+folder, given = sys.argv[1], torch.load(sys.argv[2])
+model = transformers.CLIPModel.from_pretrained(folder).eval()
+ours = transformers.CLIPTokenizer.from_pretrained(folder)(given["caption"]).input_ids
+assert ours == transformers.CLIPTokenizerFast.from_pretrained(folder)(given["caption"]).input_ids == given["ids"], ours
+with torch.no_grad():
+    image, text = model.get_image_features(given["pixels"]), model.get_text_features(given["tokens"])
+torch.save({"file": transformers.__file__, "image": image, "text": text}, sys.argv[3])
+"""
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("version", ["2.16.0", "2.24.0", "2.32.0"])
+@pytest.mark.parametrize(
+    ("to", "packages", "program"),
+    [
+        *(("open_clip", [f"open_clip_torch=={version}"], OLD_OPEN_CLIP) for version in ("2.16.0", "2.24.0", "2.32.0")),
+        # What LLaVA 1.5 pins, with the packages of its time that it needs.
+        (
+            "hf",
+            ["transformers==4.37.2", "tokenizers==0.15.2", "huggingface_hub==0.24.7"]
+            + ["requests", "urllib3", "idna", "charset_normalizer", "certifi"],
+            OLD_TRANSFORMERS,
+        ),
+    ],
+)
 @torch.no_grad()
-def test_older_versions_of_open_clip_compute_the_same_features(
-    models: dict[str, Path], tmp_path: Path, version: str
+def test_older_versions_that_people_pin_compute_the_same_features(
+    models: dict[str, Path], tmp_path: Path, to: str, packages: list[str], program: str
 ) -> None:
     place, ours = tmp_path / "place", load(models["vit"])
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place)]
-    subprocess.run([*pip, f"open_clip_torch=={version}"], check=True)
-    export_model(open_model(models["vit"]), tmp_path / "out")
+    subprocess.run([*pip, *packages], check=True)
+    export_model(open_model(models["vit"]), tmp_path / "out", to)
     pixels, tokens = pixels_for(ours), tokens_for(ours)
-    torch.save({"pixels": pixels, "tokens": tokens}, tmp_path / "given.pt")
-    words = [sys.executable, "-c", OLD_PROGRAM, *(str(tmp_path / name) for name in ("out", "given.pt", "theirs.pt"))]
+    given = {"pixels": pixels, "tokens": tokens, "caption": CAPTIONS[1], "ids": [n for n in tokens[1].tolist() if n]}
+    torch.save(given, tmp_path / "given.pt")
+    words = [sys.executable, "-c", program, *(str(tmp_path / name) for name in ("out", "given.pt", "theirs.pt"))]
     subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(place)})
     theirs = torch.load(tmp_path / "theirs.pt")
     assert theirs["file"].startswith(str(place))
