@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers.optional import optional
 from tests.helpers.ports import free_port
-from tests.helpers.recipe import SECOND, chain, largest_difference, make_data, weights, write_recipe
+from tests.helpers.recipe import FIRST, SECOND, chain, largest_difference, make_data, stopped_at, weights, write_recipe
 from tests.launch.hosts import Hosts, two_hosts
 
 pytestmark = pytest.mark.dist
@@ -125,6 +125,8 @@ def assert_same(whole: Path, run: Path) -> None:
 
 @pytest.mark.slow
 def test_a_chain_by_torchrun_on_two_hosts(hosts: Hosts, base: Path, whole: Path, tmp_path: Path) -> None:
+    """Begun on one process, and finished by torchrun."""
+    stopped_at(base, tmp_path / "run", 3)
     meet = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"{hosts.address(0)}:{free_port()}", "--rdzv_id", "7"]
     for host in (0, 1):
         words = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *meet]
@@ -134,7 +136,8 @@ def test_a_chain_by_torchrun_on_two_hosts(hosts: Hosts, base: Path, whole: Path,
         # Under `compt launch`, as docs/cluster.md says.
         start = [sys.executable, "-m", "compt", "launch", sys.executable]
         hosts.start(host, [*start, *words, *local, TRAIN, *options], base)
-    outputs(hosts, 0, 400.0)
+    said = "".join(outputs(hosts, 0, 400.0))
+    assert said.count(f"{FIRST}: evaluating") == 1, "one process speaks"
     assert_same(whole, tmp_path / "run")
 
 

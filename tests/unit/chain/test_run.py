@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -14,7 +15,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from compt.chain.locks import locked
 from compt.chain.record import STATES, steps_left
 from compt.chain.run import difference, prepare, run_only, start_anew, waiting
 from compt.chain.start import open_start
+from compt.cli.main import main
 from compt.data.account import Account
 from compt.data.index import open_index
 from compt.data.workers import _shield
@@ -272,56 +273,55 @@ def latest_step(run: Path, job: str) -> int:
 # --- signals
 
 
-def command(base: Path, run: Path, *changes: str, **options: Any) -> subprocess.Popen[str]:
+def command(base: Path, run: Path, said: Path, *changes: str) -> subprocess.Popen[bytes]:
+    """`compt chain`, which writes its output to the file `said`."""
     recipe = write_recipe(base / f"{run.parent.name}.yaml", *changes)
-    return subprocess.Popen(
-        [sys.executable, "-m", "compt", "chain", str(recipe), "--run", str(run)],
-        cwd=base,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    with said.open("wb") as file:
+        return subprocess.Popen(
+            [sys.executable, "-m", "compt", "chain", str(recipe), "--run", str(run)],
+            cwd=base,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
 
 
-@pytest.fixture
-def processes() -> Iterator[list[subprocess.Popen[str]]]:
-    started: list[subprocess.Popen[str]] = []
-    yield started
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+def forked_command(base: Path, run: Path, said: Path, *changes: str) -> None:
+    """The same in a process that has imported torch already."""
+    os.setsid()
+    os.chdir(base)
+    file = os.open(said, os.O_WRONLY | os.O_CREAT)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    recipe = write_recipe(base / f"{run.parent.name}.yaml", *changes)
+    main(lambda: ["chain", str(recipe), "--run", str(run)])
 
 
-def wait_for(path: Path, process: subprocess.Popen[str], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"no {path} after {seconds:g} s"
-        time.sleep(0.05)
-
-
-def test_the_command_exits_with_75_on_signals_to_all_its_processes(
-    base: Path, tmp_path: Path, processes: list[subprocess.Popen[str]]
-) -> None:
+def test_the_command_exits_with_75_on_signals_to_all_its_processes(base: Path, tmp_path: Path) -> None:
     run, changes = tmp_path / "run", ["chain.links.0.train={steps: 100000}", "engine.workers=2", "evaluation.every="]
     changes += ["engine.checkpoint_every={steps: 100000}"]
     for number in (signal.SIGTERM, signal.SIGINT):
         before = latest_step(run, FIRST) if run.exists() else 0
-        metrics = run / "jobs" / FIRST / "metrics.jsonl"
+        metrics, said = run / "jobs" / FIRST / "metrics.jsonl", tmp_path / number.name
         metrics.unlink(missing_ok=True)
-        process = command(base, run, *changes)
-        processes.append(process)
-        wait_for(metrics, process)
-        until = time.monotonic() + 60
-        while not metrics.stat().st_size and time.monotonic() < until:  # the first step
-            time.sleep(0.05)
-        os.killpg(process.pid, number)  # as a terminal, a batch system and `timeout` do: the loader's processes too
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 75, output
+        # A new interpreter for Ctrl-C, which could leave a traceback while Python exits.
+        forked = number == signal.SIGTERM
+        process = start(forked_command, base, run, said, *changes) if forked else command(base, run, said, *changes)
+        pid, until = process.pid, time.monotonic() + 120
+        assert pid is not None
+        try:
+            while not (metrics.exists() and metrics.stat().st_size):  # the first step
+                assert is_running(pid), said.read_text()
+                assert time.monotonic() < until, f"no {metrics} after 120 s"
+                time.sleep(0.05)
+            os.killpg(pid, number)  # as a terminal, a batch system and `timeout` do: the loader's processes too
+            code = process.wait(60) if isinstance(process, subprocess.Popen) else finish(process, 60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        output = said.read_text()
+        assert code == 75, output
         assert f"stopped by {number.name} at step" in output
         assert "Traceback" not in output
         assert latest_step(run, FIRST) > before

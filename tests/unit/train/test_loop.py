@@ -540,7 +540,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "stops"),
-    [([], ((1, 3, 6), (2, 3))), (["engine.workers=2", "engine.cache=true"], ((3,), (2,)))],
+    [([], ((1, 6), (3,))), (["engine.workers=2", "engine.cache=true"], ((3,), (2,)))],
     ids=["one process", "workers and a cache"],
 )
 def test_a_chain_stopped_in_every_training_is_uninterrupted(
@@ -565,9 +565,8 @@ def test_the_processes_of_the_loader_end_with_the_training(base: Path, tmp_path:
 def test_an_accumulating_chain_stopped_is_uninterrupted(base: Path, tmp_path: Path) -> None:
     changes = ["optimizer.ema={decay: 0.9}", "engine.micro_batch=4", "engine.text_buckets=2"]
     chain(base, tmp_path / "whole", *changes)
-    for step in (3, 5):
+    for step in (3, 2):
         stopped_at(base, tmp_path / "run", step, *changes)
-    stopped_at(base, tmp_path / "run", 2, *changes)
     chain(base, tmp_path / "run", *changes)
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 
