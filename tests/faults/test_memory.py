@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compt.chain import job as jobs
+from compt.dist import child
 from compt.dist import collectives as dist
 from compt.errors import RunError, is_out_of_memory
 from compt.plan.jobs import make_plan
@@ -102,6 +103,7 @@ def failing(trial: Trial, micro_batch: int) -> None:
 
 
 def searched(folder: Path) -> None:
+    child.METHOD = "forkserver"
     recipe = recipe_of()
     job = make_plan(recipe, baselines=False, controls=()).jobs[-1]
     trial = Trial.of(job, recipe, folder, torch.device("cpu"))
