@@ -1,4 +1,4 @@
-"""One rank of a link of 300 million parameters, or of a control; run under a memory limit.
+"""One rank of a link of 184 million parameters, or of a control; run under a memory limit.
 
 Prints the largest anonymous memory of the process as JSON.
 """
@@ -16,7 +16,7 @@ from compt.recipe.schema import Recipe
 from compt.chain.job import JobRun
 from tests.helpers.recipe import recipe_of
 
-LINKS = ("1-vit_310m", "2-vit_320m")
+LINKS = ("1-vit_184m", "2-vit_197m")
 SIZES = "preset: vit_l16, embed_dim: 64, text_width: 128, text_heads: 2, text_depth: 1"
 STEPS = "train: {steps: 2}, warmup: {steps: 1}"
 
@@ -24,8 +24,8 @@ CHANGES = (
     "data.images=12",
     "data.captions=1",
     "family.common={context_length: 8, patch_size: 16, image_size: 32}",
-    f"family.members=[{{name: vit_310m, depth: 14, {SIZES}}}, {{name: vit_320m, depth: 15, {SIZES}}}]",
-    f"chain.links=[{{model: vit_310m, {STEPS}}}, {{model: vit_320m, {STEPS}}}]",
+    f"family.members=[{{name: vit_184m, depth: 14, {SIZES}}}, {{name: vit_197m, depth: 15, {SIZES}}}]",
+    f"chain.links=[{{model: vit_184m, {STEPS}}}, {{model: vit_197m, {STEPS}}}]",
     "baselines=",
     "optimizer.batch=3",
     "engine.name=fsdp2",

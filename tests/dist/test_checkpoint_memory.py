@@ -27,9 +27,9 @@ from tests.helpers.recipe import make_data
 WORLD = 3
 BESIDES = 500_000_000
 """Bytes of a rank beside its shares: a block that is gathered, activations, a few of the largest parameters."""
-LIMIT = 2_700_000_000
+LIMIT = 1_800_000_000
 """Bytes of a rank: Python and torch, a third of the weights, gradients and moments, and a few tensors."""
-NEEDED = 9_000_000_000
+NEEDED = 6_000_000_000
 
 pytestmark = pytest.mark.slow
 
@@ -84,7 +84,7 @@ def test_no_rank_holds_a_model(tmp_path: Path) -> None:
         pytest.skip(f"takes {NEEDED / 1e9:g} GB of memory and of disk")
     make_data(tmp_path, images=12)
     first, second = (link.spec for link in make_plan(recipe("link"), baselines=False, controls=()).links)
-    assert counts.parameters(first) > 300_000_000
+    assert counts.parameters(first) > 180_000_000
     # Weights, gradients and two moments in shards; the expansion has a few tensors alone.
     shares = {"link": 4 * model_bytes(first) // WORLD, "expand": 0}
     for action, share in shares.items():

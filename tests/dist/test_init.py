@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
+from compt.cli import main as cli
 from compt.dist import collectives as dist
 from compt.dist.environment import Place
 from compt.dist.rendezvous import meet
@@ -167,32 +168,33 @@ def limits(place: dict[str, str], said: Path) -> None:
 
 
 @pytest.mark.dist
-def test_rank_0_prints_an_agreed_error_before_torchrun_stops_it(tmp_path: Path) -> None:
+def test_rank_0_prints_an_agreed_error_before_a_launcher_stops_it(tmp_path: Path) -> None:
     """torchrun stops all ranks as soon as one exits."""
-    script = tmp_path / "script.py"
-    script.write_text(AGREED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
-    assert ended.stderr.count("they agree") == 1, ended.stderr
-    assert "compt: they agree" in ended.stderr
+    variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    places = [{**variables, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    ranks = [start(agreeing, place, tmp_path / place["RANK"]) for place in places]
+    ranks[1].join(90.0)
+    ranks[0].terminate()
+    assert [finish(rank, 90.0) for rank in ranks] == [RunError.exit_code] * 2
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["compt: they agree\n", ""]
 
 
-AGREED = """
-import os, time
-from compt.cli import main as cli
-from compt.dist import collectives as dist
-from compt.errors import RunError
-def app(*_, **__):
-    dist.init("cpu")
-    try:
-        dist.agree(RunError("they agree"))
-    finally:
-        dist.shutdown()
-        if os.environ["RANK"] == "0":
-            time.sleep(1.0)
-cli.app = app
-cli.run()
-"""
+def agreeing(place: dict[str, str], said: Path) -> None:
+    """A slow rank 0 and a fast rank 1, which agree about an error."""
+    os.environ.update(place)
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+
+    def app(*_: Any, **__: Any) -> None:
+        dist.init("cpu")
+        try:
+            dist.agree(RunError("they agree"))
+        finally:
+            dist.shutdown()
+            if place["RANK"] == "0":
+                time.sleep(1.0)
+
+    cli.app = app  # type: ignore[assignment]
+    cli.run()
 
 
 LEFT = """
