@@ -9,6 +9,7 @@ import typer
 
 from compt.cli.evaluate import Source, SourceModel, SourcePrefix, open_source
 from compt.cli.options import one_of, option
+from compt.errors import ConfigError
 from compt.export.formats import FORMATS
 from compt.recipe.types import OneOf
 from compt.text import say
@@ -35,6 +36,8 @@ def export(
     The formats are described in docs/export.md. OUT/README.md shows how to load the model.
     """
     FORMATS[to].check_packages(to)
+    if private and repository is None:
+        raise ConfigError("--private is for the repository of --push-to-hub; name one, or leave --private out")
     if repository is not None:
         from compt.export.hub import check_repository
 

@@ -124,6 +124,8 @@ def test_a_name_that_no_repository_has_is_refused_before_anything_is_written(
     failed = CliRunner().invoke(app, words).exception
     assert isinstance(failed, ConfigError)
     assert "should be ORG/NAME" in str(failed)
+    alone = CliRunner().invoke(app, [*words[:3], "--private"]).exception
+    assert "--private is for the repository of --push-to-hub" in str(alone)
     assert not (tmp_path / "out").exists()
 
 
