@@ -30,7 +30,7 @@ def train(model: str, epochs: int) -> Path:
             shutil.copytree(RUN / job, folder / job)
     links[at]["train"] = {"epochs": epochs}
     app(
-        ["chain", str(RECIPE), "--run", str(folder), "--set", f"chain.links={json.dumps(links[: at + 1])}"],
+        ["chain", str(RECIPE), "--run-folder", str(folder), "--set", f"chain.links={json.dumps(links[: at + 1])}"],
         standalone_mode=False,
     )
     return folder

@@ -16,7 +16,7 @@ from compt.recipe.deepspeed import check_engines
 from compt.recipe.schema import Recipe
 
 SCRIPT = Path("slurm/link.sbatch")
-"""What each job runs; relative to the checkout's top folder."""
+"""What each job runs, in the folder of sbatch: `slurm` of a checkout, or what `compt slurm copy` wrote."""
 ARRAY = "baselines"
 """Name of the order for the job array of baselines."""
 

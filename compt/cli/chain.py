@@ -55,7 +55,7 @@ def chain(
 
 def demo(
     fresh: Annotated[bool, option("delete an earlier run and start again", "--fresh")] = False,
-    run: Annotated[Path, option("run folder", "--run-folder", "--run", metavar="FOLDER")] = Path("runs/demo"),
+    run: Annotated[Path, option("run folder", "--run-folder", metavar="FOLDER")] = Path("runs/demo"),
     recipe: Annotated[Path, option(RECIPE_HELP, **RECIPE)] = Path("demo"),
     set_: Overrides = None,
 ) -> None:

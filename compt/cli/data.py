@@ -42,7 +42,7 @@ def emoji(
 ) -> None:
     """Build the emoji data set as WebDataset shards.
 
-    Needs a checkout of the project: the set is built from its sample/emoji, whose images have 32 pixels a side.
+    Its images have 32 pixels a side. The set is built from a sample that comes with compt.
     """
     from compt.emoji.build import build
 

@@ -230,8 +230,8 @@ def launch(
     r"""Run a launcher, and exit with the exit code of its ranks.
 
     \b
-    compt launch torchrun --nproc_per_node 8 launchers/train.py \
-        --recipe cc3m_vit --run-folder runs/cc3m
+    compt launch torchrun --nproc_per_node 8 -m compt \
+        chain cc3m_vit --run-folder runs/cc3m
 
     Passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks, gives them time to save, and exits with code 75.
     """

@@ -77,7 +77,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
     ),
     "slurm": (
         "Run chains on a Slurm cluster.",
-        {"submit": slurm.submit, "names": slurm.names},
+        {"submit": slurm.submit, "names": slurm.names, "copy": slurm.copy},
     ),
 }
 _HELP = {"expand": EXPAND_HELP}

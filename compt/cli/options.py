@@ -110,7 +110,7 @@ Overrides = Annotated[
     list[str] | None, option("set a field, as in optimizer.lr=5e-4; repeatable", "--set", metavar="KEY=VALUE")
 ]
 RunFolder = Annotated[
-    Path | None, option("run folder", "--run-folder", "--run", metavar="FOLDER", default="runs/NAME of the recipe")
+    Path | None, option("run folder", "--run-folder", metavar="FOLDER", default="runs/NAME of the recipe")
 ]
 Baselines = Annotated[bool, option("also train every model from scratch", "--baselines")]
 AsJson = Annotated[bool, option("print JSON", "--json")]

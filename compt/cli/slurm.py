@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+from importlib import resources
 from pathlib import Path
 from typing import Annotated
 
@@ -35,9 +37,8 @@ def submit(
     from compt.chain.slurm import SCRIPT, clash, make_orders
     from compt.chain.slurm import send as send_orders
 
-    # Slurm runs the script from the folder of sbatch, and a wheel does not contain it.
     if not SCRIPT.is_file():
-        raise ConfigError(f"{SCRIPT} is missing; run this command in the top folder of a checkout of compt")
+        raise ConfigError(f"{SCRIPT} is missing; write it with `compt slurm copy`, or change to a checkout")
     loaded = load_recipe(recipe, set_)
     folder = run or Path("runs") / loaded.name
     orders = make_orders(
@@ -60,6 +61,20 @@ def submit(
         there = clash(orders, folder)
         refused = f"would refuse: {there}" if there else "does that."
         typer.echo(visible(f"Nothing was submitted; --submit {refused}"), err=True)
+
+
+def copy(
+    out: Annotated[Path, typer.Argument(metavar="DEST", help="folder to write")] = Path("slurm"),
+) -> None:
+    """Copy the job scripts for Slurm.
+
+    `compt slurm submit` and the scripts expect them in ./slurm. A checkout has them there already.
+    """
+    if out.exists():
+        raise ConfigError(f"{out}: exists already")
+    # sbatch copies a script away from common.sh beside it, so the scripts need a folder that they find again.
+    shutil.copytree(str(resources.files("compt") / "slurm"), out)
+    say(f"Wrote {out}")
 
 
 def names(

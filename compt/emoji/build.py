@@ -1,6 +1,6 @@
 """The emoji data set: colour emoji of seven open styles, 16 English captions each, split by style and concept.
 
-`build` writes the set as WebDataset shards, from the sample in the repository.
+`build` writes the set as WebDataset shards, from the sample that comes with compt.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The emoji set: styles, concepts and drawings, and the sample of it that is committed to the repository.
+"""The emoji set: styles, concepts and drawings, and the sample of it that comes with compt.
 
 The sample is one lossless sheet of drawings per style and one table of concepts and captions, with the licences.
 """
@@ -38,15 +38,14 @@ COLUMNS = 48
 """Drawings in a row of a sheet."""
 CONCEPTS = "concepts.json.gz"
 
-SAMPLE = Path(__file__).resolve().parents[2] / "sample" / "emoji"
-"""The sample in a checkout; an installed wheel has none."""
+SAMPLE = Path(__file__).parent / "data"
 
 Pixels = NDArray[np.uint8]
 
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """Styles, subgroups, sentences and aliases: `sample/emoji/table.yaml`."""
+    """Styles, subgroups, sentences and aliases: `data/table.yaml`."""
     # All values are text: with YAML's own types the icons "on" and "no" would become booleans.
     found: dict[str, Any] = yaml.load((SAMPLE / "table.yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     return found
@@ -105,10 +104,7 @@ def read_sample(folder: Path = SAMPLE) -> EmojiSet:
             cells = _from_sheet(sheet, len(positions))
             drawings[name] = {concepts[p].id: cell for p, cell in zip(positions, cells, strict=True)}
     except FileNotFoundError as error:
-        raise DataError(
-            f"the emoji sample is not there ({error.filename}): it comes with a checkout of the project, "
-            "not with an installed wheel; run in a checkout"
-        ) from error
+        raise DataError(f"{error.filename}: this file of the emoji sample is missing; install compt again") from error
     except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{folder}: the emoji sample is damaged ({error})") from error
     return EmojiSet(

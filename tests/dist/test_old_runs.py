@@ -62,7 +62,7 @@ def compt(base: Path, *words: str) -> str:
 
 
 def resume(base: Path, engine: str) -> str:
-    return compt(base, "chain", "recipe.yaml", "--set", f"engine.name={engine}", "--run", engine)
+    return compt(base, "chain", "recipe.yaml", "--set", f"engine.name={engine}", "--run-folder", engine)
 
 
 def job_manifest(run: Path, job: str) -> dict[str, Any]:

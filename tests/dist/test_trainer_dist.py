@@ -152,7 +152,7 @@ def torchrun(base: Path, tmp_path: Path) -> Iterator[Any]:
         words = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "--", str(script)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", *words, "--recipe", str(recipe), "--run", str(run)],
+                [sys.executable, "-m", *words, "--recipe", str(recipe), "--run-folder", str(run)],
                 cwd=base,
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
                 stdout=subprocess.PIPE,

@@ -114,29 +114,32 @@ def test_deepspeed_without_a_file_is_refused() -> None:
         chain_words(["r.yaml", "--deepspeed"], {})
 
 
-def chain_options() -> list[str]:
-    """All options of `compt chain`, with `--run` as launchers/train.py has it."""
-    command: Any = typer.main.get_command(app)
-    names = [name for option in command.commands["chain"].params for name in option.opts if name.startswith("--")]
-    assert "--set" in names
-    return [name for name in names if name != "--run"] + ["--run-folder", "--recipe", "--deepspeed_config"]
+def commands(group: Any, *words: str) -> Iterator[tuple[list[str], list[str]]]:
+    """The words of each command of compt, and its options."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *words, name)
+        else:
+            options = [text for option in command.params for text in (*option.opts, *option.secondary_opts)]
+            yield [*words, name], [text for text in options if text.startswith("-")]
 
 
-def script_words(launcher: str, words: list[str]) -> list[str]:
-    """The words that a launcher passes on to its script."""
+def passed_on(launcher: str, words: list[str]) -> list[str]:
+    """The words that a launcher passes on after those that name the module or the script."""
     found: Any
     if launcher == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        found = get_args_parser().parse_args(["--nproc_per_node", "2", "train.py", *words]).training_script_args
+        found = get_args_parser().parse_args(["--nproc_per_node", "2", *words]).training_script_args
     elif launcher == "accelerate":
         from accelerate.commands.launch import launch_command_parser
 
-        found = launch_command_parser().parse_args(["--num_processes", "2", "train.py", *words]).training_script_args
+        found = launch_command_parser().parse_args(["--num_processes", "2", *words]).training_script_args
     else:
         from deepspeed.launcher import launch, runner
 
-        args = runner.parse_args(["--num_gpus", "2", "train.py", *words])
+        words = ["--no_local_rank", "--module", *words[1:]] if words[0] == "-m" else words
+        args = runner.parse_args(["--num_gpus", "2", *words])
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", ["launch", "--node_rank=0", args.user_script, *args.user_args])
             found = launch.parse_args().training_script_args
@@ -145,10 +148,17 @@ def script_words(launcher: str, words: list[str]) -> list[str]:
 
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate", "deepspeed"])
 def test_no_launcher_consumes_our_options(launcher: str) -> None:
+    """argparse takes the start of an option for the option: torchrun refused --run, which could be its --run-path."""
     optional("torch" if launcher == "torchrun" else launcher, launcher)
-    for name in chain_options():
-        for words in ([name, "value", "--set", "a=b"], [f"{name}=value"]):
-            assert script_words(launcher, words) == words
+    found = {" ".join(words): options for words, options in commands(typer.main.get_command(app))}
+    assert {"--set", "--run-folder"} <= set(found["chain"])
+    for words, options in found.items():
+        for name in options:
+            # torchrun parses all words in a hundredth of a second; one value a name is enough.
+            after = [*words.split(), name, "value", f"{name}=value", "--set", "a=b"]
+            assert passed_on(launcher, ["-m", "compt", *after]) == after
+    after = [word for name in ("--recipe", "--deepspeed_config", *found["chain"]) for word in (name, f"{name}=value")]
+    assert passed_on(launcher, ["train.py", *after]) == after
 
 
 # --- exit codes

@@ -183,7 +183,12 @@ class Cluster:
         """The process of a rank of a job's step."""
         for pid, values, title in self.processes():
             own = (values.get("SLURM_JOB_ID"), values.get("SLURM_PROCID"))
-            if own == (job, str(number)) and "train.py" in title and "srun" not in title and "SLURM_STEP_ID" in values:
+            if (
+                own == (job, str(number))
+                and "compt chain" in title
+                and "srun" not in title
+                and "SLURM_STEP_ID" in values
+            ):
                 return pid
         raise AssertionError(f"rank {number} of job {job} is not running")
 

@@ -88,7 +88,7 @@ def test_missing_data_is_not_queued(cluster: Cluster, files: Files, tmp_path: Pa
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"RECIPE": "/nowhere.yaml"}, "RECIPE='/nowhere.yaml' cannot be read"),
+        ({"RECIPE": "/nowhere.yaml"}, "/nowhere.yaml: no such file"),
         ({"NODES": "two"}, "NODES='two' should be a whole number"),
         ({"GPUS": "0"}, "GPUS='0' (per node) should be a whole number"),
         ({"PYTHON": "/nowhere/python"}, "PYTHON='/nowhere/python' cannot be started"),

@@ -21,7 +21,7 @@ def compt(*words: str) -> tuple[str, ...]:
 
 def send(cluster: Cluster, files: Files, recipe: Path, run: Path, data: str, *words: str) -> dict[str, str]:
     """Run `compt slurm submit --submit`. Returns the id of each job."""
-    place = ("--run", str(run), "--gpus", "1", "--set", f"data.train='{data}'")
+    place = ("--run-folder", str(run), "--gpus", "1", "--set", f"data.train='{data}'")
     options = ("--sbatch=--cpus-per-task=1", f"--sbatch={cluster.output}")
     command = compt("slurm", "submit", str(recipe), *place, *options, "--submit", *words)
     said = cluster.run(*command, PYTHON=sys.executable, SBATCH_OPEN_MODE="append", OMP_NUM_THREADS="1").stdout
@@ -40,7 +40,7 @@ def test_each_link_has_its_own_nodes(cluster: Cluster, files: Files, tmp_path: P
     assert list(jobs) == [FIRST, SECOND]
     assert cluster.show(jobs[SECOND])["Dependency"] == f"afterok:{jobs[FIRST]}(unfulfilled)"
     # While it is in the queue, it is not submitted again.
-    place = ("--run", str(run), "--gpus", "1", "--set", f"data.train='{data}'", "--nodes", "2", "--submit")
+    place = ("--run-folder", str(run), "--gpus", "1", "--set", f"data.train='{data}'", "--nodes", "2", "--submit")
     refused = cluster.run(*compt("slurm", "submit", str(recipe), *place), check=False, PYTHON=sys.executable)
     assert f"{SECOND} (job {jobs[SECOND]}); wait for them" in " ".join(refused.stderr.split())
     first, second = (cluster.wait_for(jobs[name], "COMPLETED") for name in (FIRST, SECOND))

@@ -250,7 +250,7 @@ def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
         state = read_json(run / "run.json")
         write_json(run / "run.json", {**state, "calibration": {**state["calibration"], "outcome": "open", "tries": []}})
         for trainings in (1, 0):
-            output, error = command(base, monkeypatch, "--run", str(run), "--calibrate")
+            output, error = command(base, monkeypatch, "--run-folder", str(run), "--calibrate")
             assert isinstance(error, NotLossless)
             assert "2-large was not lossless in 4 tries" in " ".join(output.split())
             assert ("continuing with" in output) == bool(trainings)
@@ -486,7 +486,7 @@ def test_a_record_older_than_the_decision_is_brought_up_to_date(
     write_json(run / "run.json", state)
     assert summarise(run).calibration == record(third), "what is shown is what was decided"
     with scored(AT_THIRD):
-        output, error = command(base, monkeypatch, "--run", str(run), "--calibrate")
+        output, error = command(base, monkeypatch, "--run-folder", str(run), "--calibrate")
     assert (error, record(run)) == (None, record(third))
     assert "every model is done" in output
 
@@ -684,7 +684,7 @@ def command(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[s
 @pytest.mark.usefixtures("no_figures")
 def test_the_command(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scored(AT_THIRD):
-        output, error = command(base, monkeypatch, "--run", str(open_run), "--calibrate", "--estimate")
+        output, error = command(base, monkeypatch, "--run-folder", str(open_run), "--calibrate", "--estimate")
         assert error is None, output
         assert "3 of 5 models are done; continuing with 2-large." in output
         assert "2-large, try 3: -0.25 points on choose" in output

@@ -278,7 +278,7 @@ def command(base: Path, run: Path, said: Path, *changes: str) -> subprocess.Pope
     recipe = write_recipe(base / f"{run.parent.name}.yaml", *changes)
     with said.open("wb") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "compt", "chain", str(recipe), "--run", str(run)],
+            [sys.executable, "-m", "compt", "chain", str(recipe), "--run-folder", str(run)],
             cwd=base,
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdout=file,
@@ -295,7 +295,7 @@ def forked_command(base: Path, run: Path, said: Path, *changes: str) -> None:
     os.dup2(file, 1)
     os.dup2(file, 2)
     recipe = write_recipe(base / f"{run.parent.name}.yaml", *changes)
-    main(lambda: ["chain", str(recipe), "--run", str(run)])
+    main(lambda: ["chain", str(recipe), "--run-folder", str(run)])
 
 
 def test_the_command_exits_with_75_on_signals_to_all_its_processes(base: Path, tmp_path: Path) -> None:

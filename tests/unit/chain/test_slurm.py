@@ -176,12 +176,22 @@ def test_the_command_shows_and_sends_nothing(tmp_path: Path, root: Path, monkeyp
     assert not log.exists()
 
 
-def test_the_command_is_for_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_scripts_are_copied_where_there_is_no_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = fake_sbatch(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     recipe = write_recipe(tmp_path / "recipe.yaml")
     refused = CliRunner().invoke(app, ["slurm", "submit", str(recipe)])
     assert isinstance(refused.exception, ConfigError)
-    assert "slurm/link.sbatch is missing" in str(refused.exception)
+    assert "slurm/link.sbatch is missing; write it with `compt slurm copy`" in str(refused.exception)
+    assert CliRunner().invoke(app, ["slurm", "copy"]).output == "Wrote slurm\n"
+    assert CliRunner().invoke(app, ["slurm", "submit", str(recipe), "--gpus", "1"]).exit_code == 0
+    assert str(CliRunner().invoke(app, ["slurm", "copy"]).exception) == "slurm: exists already"
+    # The copies run there, with a shipped recipe by its name.
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    environment = {**os.environ, "PYTHON": sys.executable, "DATA": "/a b/*.tar"}
+    for name in ("chain_vit", "chain_swin"):
+        subprocess.run([f"slurm/{name}.sbatch"], env=environment, check=True)
+        assert log.read_text().splitlines()[-1] == f"slurm/{name}.sbatch"
 
 
 def test_an_engine_that_the_processes_cannot_run_is_not_queued(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_slurm_shows_it_as_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("compt.chain.slurm.clash", lambda *_: EVIL)
-    assert run(tmp_path, ["slurm", "submit", "demo", "--run", "{0}/{E}", "--sbatch", "--comment={E}"]) == 0
+    assert run(tmp_path, ["slurm", "submit", "demo", "--run-folder", "{0}/{E}", "--sbatch", "--comment={E}"]) == 0
     out, err = capfd.readouterr()
     assert not hidden(out + err)
     assert all("=q>`|`![i](x)" in shown for shown in (out, err))

@@ -88,8 +88,8 @@ WORDS: list[tuple[str, int, str]] = [
     ("eval fifo --data x", 4, "fifo"),
     ("eval file --data x", 4, "file"),
     ("expand " + LONG + " vit_pico out", 2, "File name too long"),
-    ("chain recipe.yaml --run file", 5, "file"),
-    ("chain recipe.yaml --run loop", 5, "loop"),
+    ("chain recipe.yaml --run-folder file", 5, "file"),
+    ("chain recipe.yaml --run-folder loop", 5, "loop"),
     ("doctor file", 5, "file"),
 ]
 

@@ -181,5 +181,5 @@ def test_only_its_own_folder_is_replaced(tmp_path: Path, sample: EmojiSet) -> No
 
 
 def test_a_missing_sample_is_one_clear_message(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="run in a checkout"):
+    with pytest.raises(DataError, match="none/concepts.json.gz: this file of the emoji sample is missing"):
         emoji_sample.read_sample(tmp_path / "none")

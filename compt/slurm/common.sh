@@ -19,9 +19,9 @@ quoted() {
 
 is_count() { [[ $1 =~ ^[1-9][0-9]*$ ]]; }
 
-# Check the settings of all files, and the current folder.
+# Check the settings of all files, and the current folder. `compt slurm copy` writes slurm/ where there is no checkout.
 check_common() {
-    [[ -f launchers/train.py && -f slurm/common.sh ]] || die "$PWD is not the top folder of compt's checkout; submit from there"
+    [[ -f slurm/common.sh ]] || die "$PWD has no slurm/common.sh; submit from the folder that has slurm/"
     [[ -z ${NODES:-} ]] || is_count "$NODES" || die "NODES='$NODES' should be a whole number above 0"
     [[ -z ${GPUS:-} ]] || is_count "$GPUS" || die "GPUS='$GPUS' (per node) should be a whole number above 0"
     if [[ -z ${PYTHON:-} ]]; then
@@ -31,10 +31,9 @@ check_common() {
     command -v "$PYTHON" >/dev/null || die "PYTHON='$PYTHON' cannot be started"
 }
 
-# Check the recipe and its training shards; set `chain` to the arguments of `compt chain`.
+# Check that there are training shards; set `chain` to the arguments of `compt chain`.
 check_chain() {
     [[ -n ${DATA:-} ]] || die "DATA is missing: set it to the training shards, for example DATA='/data/cc3m/{000..331}.tar'"
-    [[ -r $RECIPE ]] || die "RECIPE='$RECIPE' cannot be read"
     chain=("$RECIPE" --set "data.train=$(quoted "$DATA")")
     [[ -z ${RUN_DIR:-} ]] || chain+=(--run-folder "$RUN_DIR")
 }
