@@ -64,7 +64,7 @@ def train(seed: int, decoder: str, epochs: float) -> list[dict[str, Any]]:
     changes = [f"seed={seed}", f"data.decoder={decoder}", f"data.train={RUNS}/data/train/*.tar", "baselines=null"]
     changes += [f"chain.links={json.dumps(links)}", f"evaluation={json.dumps(scored)}"]
     run = RUNS / f"epochs-{epochs:g}" / f"{decoder}-{seed}"
-    app(["chain", "demo", "--run", str(run), *(f"--set={each}" for each in changes)], standalone_mode=False)
+    app(["chain", "demo", "--run-folder", str(run), *(f"--set={each}" for each in changes)], standalone_mode=False)
     jobs = {model: read_manifest(run / "jobs" / f"{at}-{model}") for at, model in enumerate(EPOCHS, 1)}
     about = {"seed": seed, "decoder": decoder}
     return [{**about, "link": model, "top1": job["scores"][TESTED]["top1"]} for model, job in jobs.items()]

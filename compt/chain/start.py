@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError
-from compt.recipe.schema import Chain
+from compt.recipe.schema import ChainConfig
 from compt.weights.artefact import Artefact
 from compt.weights.infer import model_spec
 from compt.weights.open import MODEL_OPTION, PREFIX_OPTION, open_model
@@ -17,7 +17,7 @@ def hash_of(model: Artefact) -> str:
     return dist.from_main(lambda: model.hash)
 
 
-def open_start(chain: Chain, base: Path) -> Artefact:
+def open_start(chain: ChainConfig, base: Path) -> Artefact:
     """The model at `chain.from`, relative to `base`.
 
     Raises ConfigError for a `chain.from_model` that is unknown, ArtefactError for a model that cannot be read.

@@ -12,7 +12,7 @@ from compt.models.growth import TOWERS, ExpandConfig, Tower, check_sizes, disagr
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, VOCAB_SIZE, ModelSpec
-from compt.recipe.schema import Chain
+from compt.recipe.schema import ChainConfig
 
 
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
@@ -91,13 +91,13 @@ class Start:
     averaged: bool | None = False
 
 
-def is_described(chain: Chain, base: Path) -> bool:
+def is_described(chain: ChainConfig, base: Path) -> bool:
     """Whether the sizes of the model at `chain.from` are known without torch: compt wrote it, or a preset names it."""
     assert chain.from_ is not None
     return (base / chain.from_ / MANIFEST).exists() or chain.from_model in PRESETS
 
 
-def planned_start(chain: Chain, base: Path) -> Start:
+def planned_start(chain: ChainConfig, base: Path) -> Start:
     """The model at `chain.from`, without loading torch. Weights that compt did not write are not read.
 
     Raises ConfigError if its sizes are unknown.

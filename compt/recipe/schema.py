@@ -291,7 +291,7 @@ class Distill(Section):
     as the paper does, and do not scale `alpha` for teachers of other widths than 512."""
 
 
-class Chain(Section):
+class ChainConfig(Section):
     """The chain, smallest model first."""
 
     links: list[Link] = Field(min_length=1)
@@ -397,7 +397,7 @@ class Recipe(Section):
     """Training set."""
     family: Family
     """The models."""
-    chain: Chain
+    chain: ChainConfig
     """The links: which models are trained, in which order, for how long."""
     baselines: Baselines | None = None
     """Models trained from scratch to compare with."""

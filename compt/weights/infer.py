@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from functools import cache
 from typing import Any
@@ -12,8 +12,10 @@ import open_clip
 
 from compt.errors import ArtefactError, ConfigError, nearest
 from compt.models.clip import exported_shapes
+from compt.models.growth import disagreeing
 from compt.models.open_clip_config import spec_from_open_clip
-from compt.models.presets import PRESETS, ModelSpec
+from compt.models.presets import PRESETS, ModelSpec, resized
+from compt.recipe.schema import checked_sizes
 from compt.weights.lazy import FLOATS, View, Weights
 from compt.weights.names import OPENAI_SIZES
 
@@ -35,6 +37,36 @@ def model_spec(name: str) -> ModelSpec:
         return spec_from_open_clip(open_clip.get_model_config(name) or {}, name)
     except ArtefactError as error:
         raise ConfigError(str(error)) from error
+
+
+def sizes_for(spec: ModelSpec, sizes: Mapping[str, Any], option: str = "") -> dict[str, Any]:
+    """Checked fields to replace in a model. Raises ConfigError, which begins with `option`."""
+    try:
+        return checked_sizes("swin_t" if spec.arch == "swin" else "vit_b16", dict(sizes))
+    except ConfigError as error:
+        raise ConfigError(f"{option}{error}") from None
+
+
+def student_of(
+    teacher: ModelSpec, name: str, sizes: Mapping[str, Any], option: str = ""
+) -> tuple[ModelSpec, dict[str, Any]]:
+    """The student called `name` with `sizes`, and the sizes that it takes over from the teacher.
+
+    Unless set, it takes over what must agree (activation, head widths, ln_pre), and the image, window, context and
+    vocabulary sizes that would shrink. Raises ConfigError, which begins with `option` where it is about a size.
+    """
+    base = teacher if name == teacher.name else model_spec(name)
+    values = sizes_for(base, sizes, option)
+    alike = base.arch == teacher.arch
+    names = disagreeing(teacher, base)
+    shrinking = ("context_length", "vocab_size", *(("window",) if alike and base.arch == "swin" else ()))
+    names += [key for key in shrinking if getattr(base, key) < getattr(teacher, key)]
+    image = ("image_size", "patch_size")
+    sides = [spec.image_size // spec.patch_size for spec in (base, teacher)]
+    if alike and not any(key in values for key in image) and sides[0] < sides[1]:
+        names += [key for key in image if getattr(base, key) != getattr(teacher, key)]
+    taken = {key: getattr(teacher, key) for key in names if key not in values}
+    return resized(base, {**taken, **values}), taken
 
 
 def infer_spec(view: View, leftover: Collection[str], name: str, option: str) -> ModelSpec:

@@ -13,13 +13,12 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from compt.cli.evaluate import open_source
 from compt.errors import ArtefactError, ConfigError
-from compt.models.growth import ExpandConfig, disagreeing
+from compt.models.growth import ExpandConfig
 from compt.models.preprocess import Preprocess
-from compt.models.presets import PRESETS, ModelSpec, resized
+from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.links import MANIFEST
 from compt.recipe.expansion import BothExpand, Expand, LinkExpand, TowerExpand, expansion
 from compt.recipe.read import parse_pairs, read_yaml
-from compt.recipe.schema import checked_sizes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -217,25 +216,7 @@ def read_sizes(given: Sequence[str]) -> dict[str, Any]:
 
 
 def student_spec(teacher: ModelSpec, name: str, sizes: Sequence[str]) -> tuple[ModelSpec, dict[str, Any]]:
-    """The student called `name` with `sizes`, and the sizes that it takes over from the teacher.
+    """`student_of` with the texts of --set. Raises ConfigError."""
+    from compt.weights.infer import student_of
 
-    Unless set, it takes over what must agree (activation, head widths, ln_pre), and the image, window, context and
-    vocabulary sizes that would shrink. Raises ConfigError.
-    """
-    from compt.weights.infer import model_spec
-
-    base = teacher if name == teacher.name else model_spec(name)
-    try:
-        values = checked_sizes("swin_t" if base.arch == "swin" else "vit_b16", read_sizes(sizes))
-    except ConfigError as error:
-        raise ConfigError(f"--set {error}") from None
-    alike = base.arch == teacher.arch
-    names = disagreeing(teacher, base)
-    shrinking = ("context_length", "vocab_size", *(("window",) if alike and base.arch == "swin" else ()))
-    names += [key for key in shrinking if getattr(base, key) < getattr(teacher, key)]
-    image = ("image_size", "patch_size")
-    sides = [spec.image_size // spec.patch_size for spec in (base, teacher)]
-    if alike and not any(key in values for key in image) and sides[0] < sides[1]:
-        names += [key for key in image if getattr(base, key) != getattr(teacher, key)]
-    taken = {key: getattr(teacher, key) for key in names if key not in values}
-    return resized(base, {**taken, **values}), taken
+    return student_of(teacher, name, read_sizes(sizes), "--set ")

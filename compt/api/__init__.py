@@ -1,0 +1,1 @@
+"""What a program may import from `compt`, and the page about it."""
