@@ -37,6 +37,7 @@ def submit(
     from compt.chain.slurm import SCRIPT, clash, make_orders
     from compt.chain.slurm import send as send_orders
 
+    # Slurm runs a copy of the script, which looks for common.sh in the folder of sbatch.
     if not SCRIPT.is_file():
         raise ConfigError(f"{SCRIPT} is missing; write it with `compt slurm copy`, or change to a checkout")
     loaded = load_recipe(recipe, set_)
@@ -72,7 +73,6 @@ def copy(
     """
     if out.exists():
         raise ConfigError(f"{out}: exists already")
-    # sbatch copies a script away from common.sh beside it, so the scripts need a folder that they find again.
     shutil.copytree(str(resources.files("compt") / "slurm"), out)
     say(f"Wrote {out}")
 
