@@ -47,7 +47,7 @@ class OneOf:
     recipe stays fast.
     """
 
-    table: Mapping[str, Any]
+    table: dict[str, Any]
 
     def __call__(self, name: str) -> str:
         """`name` itself. Raises ValueError for one that the table does not have."""
