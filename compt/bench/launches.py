@@ -190,7 +190,7 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
     """
     fake = device.type == "cuda"
     plain = {"name": "ddp", "shard_teacher": False, "compile": False, "recompute": False}
-    engine = changed_engine(setup.engine, {**plain, "micro_batch": None, "loss_chunk": None})
+    engine = changed_engine(setup.engine.on(device.type), {**plain, "micro_batch": None, "loss_chunk": None})
     plan = replace(setup, engine=engine)
     data = random_batch(plan, batch)
     seen = Launches(device, fake)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -97,8 +97,8 @@ class TrainingStep:
     """A model, its engine and its teacher, if any, all with random weights. Each call is one training step."""
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
-        self.setup, self.device = setup, device
-        self.task, self.engine = build_training(setup, device)
+        self.setup, self.device = replace(setup, engine=setup.engine.on(device.type)), device
+        self.task, self.engine = build_training(self.setup, device)
         self.task.module.train()
 
     def data(self, batch: int) -> Batch:

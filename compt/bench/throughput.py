@@ -7,6 +7,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -127,6 +128,7 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
     does not report it).
     """
     torch.manual_seed(setup.seed)
+    setup = replace(setup, engine=setup.engine.on(device.type))
     before = 0 if device.type == "cuda" else memory_sizes().get("VmRSS")
     search = _LargestBatch(setup, device)
     size = batch or largest_batch(search.fits, most)

@@ -190,7 +190,7 @@ class JobRun:
 
     @property
     def _engine_config(self) -> EngineConfig:
-        return self.context.recipe.engine_of(self.job.spec.name)
+        return self.context.recipe.engine_of(self.job.spec.name).on(self.context.device.type)
 
     def _initial(self) -> Mapping[str, Tensor] | None:
         """The expanded weights that training begins with; None where they are drawn from the seed instead."""

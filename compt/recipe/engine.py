@@ -121,10 +121,10 @@ class EngineConfig(Section):
     """Before training, search the largest `micro_batch` that fits into memory, up to the one given."""
     text: Literal["auto", "packed", "buckets", "padded"] = execution("auto")
     """How captions of different lengths are computed together: `packed` without any padding, in `buckets` of similar
-    length, or `padded` to the longest of a batch. `auto`: in buckets where `text_buckets` is given, else packed."""
+    length, or `padded` to the longest of a batch. `auto`: buckets; on a CPU packed if `text_buckets` is not given."""
     text_buckets: int | None = execution(None, gt=0)
     """Groups of captions of similar length in a batch, each padded only to its longest, for `text: auto` and `text:
-    buckets`. Default with the latter: 4."""
+    buckets`. Default: 4."""
     loss_chunk: int | None = execution(None, gt=0)
     """Rows of the similarity matrix that are in memory at once. Default: all."""
     compile: bool = execution(False)
@@ -149,9 +149,13 @@ class EngineConfig(Section):
     @property
     def buckets(self) -> int:
         """Groups of captions that the text tower computes one after the other; PACKED: one, without padding."""
-        if self.text == "buckets" or (self.text == "auto" and self.text_buckets):
-            return self.text_buckets or _BUCKETS
-        return 1 if self.text == "padded" else PACKED
+        return {"padded": 1, "packed": PACKED}.get(self.text, self.text_buckets or _BUCKETS)
+
+    def on(self, device: str) -> EngineConfig:
+        """With `text: auto` decided for a type of device: packed text has not run on a GPU yet."""
+        if device != "cpu" or self.text != "auto" or self.text_buckets:
+            return self
+        return self.model_copy(update={"text": "packed"})
 
     @property
     def kind(self) -> EngineKind:

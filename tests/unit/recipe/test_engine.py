@@ -13,8 +13,8 @@ from compt.recipe.engine import EngineConfig, changed_engine
 @pytest.mark.parametrize(
     ("given", "buckets"),
     [
-        ({}, PACKED),
-        ({"text": "auto"}, PACKED),
+        ({}, 4),
+        ({"text": "auto"}, 4),
         ({"text": "packed"}, PACKED),
         ({"text": "padded"}, 1),
         ({"text": "buckets"}, 4),
@@ -25,7 +25,11 @@ from compt.recipe.engine import EngineConfig, changed_engine
     ],
 )
 def test_how_a_recipe_computes_text(given: dict[str, Any], buckets: int) -> None:
-    assert EngineConfig(**given).buckets == buckets
+    config = EngineConfig(**given)
+    assert config.on("cuda").buckets == config.buckets == buckets
+    assert config.on("cpu").buckets == (
+        buckets if given.get("text", "auto") != "auto" or "text_buckets" in given else PACKED
+    )
 
 
 def test_a_link_computes_text_in_its_own_way() -> None:
