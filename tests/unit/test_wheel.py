@@ -110,7 +110,7 @@ def test_both_hold_every_file_of_the_package(packages: tuple[Path, Path], files:
 
 @pytest.mark.slow
 def test_the_readme_s_main_path_works_in_an_empty_folder(installed: Installed) -> None:
-    """One run of 25 seconds on two cores: a demo of two steps a model, its scores, and a chain on two processes."""
+    """A demo of two steps a model, its scores, and a chain on two processes."""
     run = installed.run
     place = Path(run("python", "-c", "import compt; print(compt.__file__)").strip())
     assert installed.python.parents[1] in place.parents
