@@ -202,12 +202,13 @@ def one_of_each_kind(names: list[str]) -> list[int]:
 
 @pytest.mark.full
 def test_killed_before_each_kind_of_write(base: Path, whole: Path, tmp_path: Path) -> None:
-    numbers = one_of_each_kind(writes_of(chain, base, tmp_path / "all"))
+    often = "engine.checkpoint_every={steps: 2}"  # so that an old checkpoint is deleted
+    numbers = one_of_each_kind(writes_of(lambda data, run: chain(data, run, often), base, tmp_path / "all"))
     assert len(numbers) >= 16
     for number in numbers:
         run = tmp_path / f"run{number}"
-        assert finish(start(chain_dying_at_write, number, base, run)) == KILLED
-        chain(base, run)
+        assert finish(start(chain_dying_at_write, number, base, run, often)) == KILLED
+        chain(base, run, often)
         assert_same(whole, run)
         shutil.rmtree(run)
 
