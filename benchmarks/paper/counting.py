@@ -90,7 +90,7 @@ class Storages:
 
 
 class _Copies(TorchDispatchMode):
-    """Records the copies that autocast makes of parameters."""
+    """Records the copies of parameters in another type: those of autocast, and those of a block's one kernel."""
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -101,6 +101,8 @@ class _Copies(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._to_copy.default and _address(args[0]) in self._parameters:
             self.made.append(result)
+        if func is torch.ops.aten._foreach_copy_.default:
+            self.made += [copy for copy, one in zip(*args[:2], strict=True) if _address(one) in self._parameters]
         return result
 
 

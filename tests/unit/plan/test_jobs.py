@@ -162,6 +162,7 @@ OTHER: dict[str, Any] = {
     "seed": 1,
     "data.train.N.shards": None,  # see test_a_recipe_with_sets_comes_back_from_its_file
     "data.train.N.weight": None,  # the same
+    "data.train.N.captions_csv": None,  # the same
     "data.images": 1990,
     "data.captions": 3,
     "data.caption_tokens": 9.0,
@@ -212,6 +213,9 @@ OTHER: dict[str, Any] = {
     "baselines.controls": [],
     "optimizer.batch": 32,
     "optimizer.lr": 5e-4,
+    "optimizer.schedule.shape": "linear",
+    "optimizer.schedule.end": 0.1,
+    "optimizer.schedule.decay": None,  # see test_the_decay_of_wsd_is_a_result
     "optimizer.betas": [0.9, 0.999],
     "optimizer.eps": 1e-6,
     "optimizer.weight_decay": 0.2,
@@ -254,6 +258,7 @@ OTHER: dict[str, Any] = {
     "evaluation.sets.N.name": "c",
     "evaluation.sets.N.task": "retrieval",
     "evaluation.sets.N.data": "c.tar",
+    "evaluation.sets.N.train": "t.tar",
     "evaluation.sets.N.role": "select",
     "evaluation.sets.N.label": "label",
     "evaluation.sets.N.classnames": "names.txt",
@@ -286,6 +291,11 @@ def fields(section: type[BaseModel] = Recipe, prefix: str = "", execution: bool 
 
 FIELDS = dict(fields())
 TESTED_APART = {path for path, value in OTHER.items() if value is None}
+
+
+def test_the_decay_of_wsd_is_a_result() -> None:
+    fast, slow = (changed("optimizer.schedule", {"shape": "wsd", "decay": decay}) for decay in (0.1, 0.2))
+    assert hashes(fast) != hashes(slow)
 
 
 def test_every_field_has_another_value_here() -> None:
