@@ -142,5 +142,5 @@ def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Map
 def _said(item: SuiteSet, score: SetScore) -> str:
     if score.fault:
         return f"no score: {score.fault}"
-    lines = task_class(item.task).rows(score.record)
-    return ", ".join(f"{key} {value:.2f}" for line in lines for key, value in line.scores.items() if value is not None)
+    lines = [(line.label, next(iter(line.scores.items()))) for line in task_class(item.task).rows(score.record)]
+    return ", ".join(f"{label or key} {value:.2f}" for label, (key, value) in lines if value is not None)
