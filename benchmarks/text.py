@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print a table of ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["vit_nano", "vit_micro", "vit_mini"])
-    parser.add_argument("--batch", type=int, default=64, help="images of a step (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="images per step (default: 64)")
     parser.add_argument("--rounds", type=int, default=8, help="steps of each way (default: 8)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

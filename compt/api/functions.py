@@ -210,7 +210,7 @@ def contrastive_loss(
 ) -> Tensor:
     """The symmetric contrastive loss that compt trains with (CoM-PT, section 3.2), a scalar.
 
-    `image` float [B, D]; `text` float [B, D], or [B, M, D] with M captions an image; normalised here. `logit_scale`:
+    `image` float [B, D]; `text` float [B, D], or [B, M, D] with M captions per image; normalised here. `logit_scale`:
     one element, already exponentiated, as open_clip's ClipLoss takes it. With one caption it is open_clip's loss.
     `image_to_text`: with several captions, whether candidates are those of one slot or all. With `gather` in a process
     group the negatives are those of all ranks, and the mean over ranks is the loss. Raises ValueError for shapes that

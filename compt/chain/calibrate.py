@@ -172,7 +172,9 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
     if name is not None:
         if name not in sets:
             known = f"; sets: {', '.join(sets)}" if sets else "; the recipe has none"
-            raise ConfigError(f"--calibrate-on {name}: is no evaluation set of {source}{nearest(name, sets)}{known}")
+            raise ConfigError(
+                f"--calibrate-on {name}: is not an evaluation set of {source}{nearest(name, sets)}{known}"
+            )
         if not task_class(sets[name].task).classifies:
             raise ConfigError(
                 f"--calibrate-on {name}: is a {sets[name].task} set; accuracies are compared: name a zero-shot one"
@@ -183,8 +185,8 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
     chosen += [item.name for item in shots if item.name == recipe.evaluation.primary]
     if not chosen:
         raise ConfigError(
-            f"{source}: evaluation.primary: is no zero-shot set, and none has the role `select`; --calibrate compares "
-            "accuracies on such a set: add one, or name one with --calibrate-on"
+            f"{source}: evaluation.primary: is not a zero-shot set, and none has the role `select`; --calibrate "
+            "compares accuracies on such a set: add one, or name one with --calibrate-on"
         )
     return chosen[0]
 

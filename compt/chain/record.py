@@ -42,7 +42,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     remedy = f"restore it, or remove {folder} to train it again"
     manifest = read_record(path, ("state", "hash", "result"), remedy)
     if manifest["state"] not in STATES:
-        raise RunError(f"{path} is damaged: '{manifest['state']}' is no state; {remedy}")
+        raise RunError(f"{path} is damaged: '{manifest['state']}' is not a state; {remedy}")
     return manifest
 
 

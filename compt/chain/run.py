@@ -116,12 +116,11 @@ def check_unchanged(context: RunContext, plan: Plan) -> None:
         shards = "the training shards, or their weights," if context.index.mixture else "the training shards"
         what = next((what for what in changed if what.startswith(_TABLE)), shards)
         raise RunError(
-            f"{folder}: {what} are not those that {begun[0].name} was begun on; take another run folder, or put the "
-            "old data back"
+            f"{folder}: {what} changed since {begun[0].name} started; take another run folder, or restore the old data"
         )
     if changed:
         raise RunError(
-            f"{folder}: {changed[0]} hold other data than when {begun[0].name} was begun; put the old data back, take "
+            f"{folder}: {changed[0]} changed since {begun[0].name} started; restore the old data, take "
             "another run folder, or (an evaluation set) give the set another name"
         )
     names = {job.name for job in plan.jobs}

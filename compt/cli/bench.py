@@ -159,12 +159,12 @@ def throughput(
     ] = None,
     family: Annotated[Path | None, option("recipe whose jobs are measured, as it trains them", **RECIPE)] = None,
     captions: Annotated[
-        str | None, option("captions an image", metavar="N,...", default="4 or the recipe's, and 6")
+        str | None, option("captions per image", metavar="N,...", default="4 or the recipe's, and 6")
     ] = None,
     tokens: CaptionLengths = None,
     batch: Annotated[
         str | None,
-        option("images of a step; auto: the most that fit", metavar="N|auto", default="auto; with --family a share"),
+        option("images per step; auto: the most that fit", metavar="N|auto", default="auto; with --family a share"),
     ] = None,
     gpus: Annotated[
         int | None, option("GPUs that share the batch of --family", metavar="N", default="as in plan")
@@ -221,7 +221,7 @@ def profile(
     recipe: RecipePath,
     link: Annotated[int, option("link of the chain, from 1", metavar="N", min=1)] = 1,
     batch: Annotated[
-        int | None, option("images of a step", metavar="N", default="16, on a GPU its share", min=1)
+        int | None, option("images per step", metavar="N", default="16, on a GPU its share", min=1)
     ] = None,
     device: DeviceName = "auto",
     out: Annotated[Path, option("Chrome trace to write", metavar="FILE")] = Path("trace.json"),
@@ -305,7 +305,7 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
         rows.append([*cells, "-" if memory is None else f"{memory / 2**30:.2f}", "-" if mfu is None else f"{mfu:.1%}"])
     notes = ["Measured. Samples/s: median, and slowest to fastest step, with the forward pass of the teacher."]
     if searched:
-        limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s a step"
+        limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s per step"
         notes.append(f"Batches are the largest that {limit}, {most} at most.")
     if made.kind is None:
         notes.append("No MFU: the peak of this device is not known. GiB is what the process grew by.")
@@ -428,7 +428,7 @@ def _published_table(rows: list[dict[str, Any]]) -> TextTable:
     notes = [
         "Use: the published MACs in the published hours, as a share of an A100's dense bf16 peak.",
         (
-            "Error: projected over published hours, less 1. Projection: seconds a sample = FLOPs / "
+            "Error: projected over published hours, less 1. Projection: seconds per sample = FLOPs / "
             f"({model.efficiency:.1%} of the peak) + channels x {model.bytes_per_channel:.0f} bytes / bandwidth + "
             f"{1e3 * model.fixed_seconds:.3f} ms; a row left out of its fit is off by {model.error:.1%} at most."
         ),

@@ -18,7 +18,7 @@ _HEADER = ["Link", "Epochs:top-1", "Baseline", "Epochs to match", "95 % interval
 
 def curves(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUNS", help="run folders, or results kept of them", show_default=False)
+        list[Path], typer.Argument(metavar="RUNS", help="run folders, or their saved results", show_default=False)
     ],
     on: Annotated[str | None, option("evaluation set", metavar="SET", default="the primary set of the runs")] = None,
     target: Annotated[

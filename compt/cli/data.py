@@ -25,7 +25,7 @@ Shards = Annotated[
 ]
 CaptionsCsv = Annotated[Path | None, option("table of captions: CSV, TSV, JSONL, JSON or Parquet", metavar="FILE")]
 CaptionColumns = Annotated[
-    list[str] | None, option("column with captions; may be repeated", metavar="NAME", default="the known names")
+    list[str] | None, option("column with captions; repeatable", metavar="NAME", default="the known names")
 ]
 MinMatched = Annotated[float, option("share of samples that need a row of the table", metavar="SHARE", min=0, max=1)]
 IndexFolder = Annotated[
@@ -154,7 +154,7 @@ PackSource = Annotated[
     str, typer.Argument(metavar="SOURCE", help="folder of images, table, or shards", show_default=False)
 ]
 PackOut = Annotated[Path, typer.Argument(metavar="OUT", help="folder to write", show_default=False)]
-ShardSize = Annotated[int, option("samples of a shard", metavar="N", min=1)]
+ShardSize = Annotated[int, option("samples per shard", metavar="N", min=1)]
 Resize = Annotated[
     int | None, option("largest shorter side, in pixels", metavar="N", min=1, default="images stay as they are")
 ]

@@ -32,7 +32,7 @@ def macs_command(
     teacher_set: Annotated[
         list[str] | None, option("set a size of the teacher; repeatable", "--teacher-set", metavar="KEY=VALUE")
     ] = None,
-    batch: Annotated[int, option("images of a step, over all ranks", metavar="N", min=1)] = BATCH,
+    batch: Annotated[int, option("images per step, over all ranks", metavar="N", min=1)] = BATCH,
     captions: Annotated[int | None, option("captions of an image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
     mode: ModeName = "exact",
@@ -131,18 +131,18 @@ def macs_table(breakdown: Breakdown, title: str, sample: str) -> TextTable:
     rows += [row(f"{record.part}, all", record) for record in parts]
     if len(parts) > 1:
         rows.append(row("all", _sum(breakdown, *(record.part for record in parts))))
-    again = ", again (to save memory)" if "Again" in columns else ""
-    per = "a step" if exact else "a sample too"
+    again = ", Bwd and Again (to save memory)" if "Again" in columns else " and Bwd"
+    update = "step" if exact else "sample, too"
     note = (
-        f"MACs are multiply-accumulates of matrix products and convolutions. Of a sample, an image with {sample}: "
-        f"fwd, bwd{again}. Of {per}: update. Step: all of {breakdown.batch:,} samples. {_ASSUMPTIONS[breakdown.mode]}"
+        f"MACs are multiply-accumulates of matrix products and convolutions. Fwd{again} are per sample "
+        f"(one image with {sample}). Update is per {update}. Step is the total for {breakdown.batch:,} samples. "
+        f"{_ASSUMPTIONS[breakdown.mode]}"
     )
     return TextTable(f"MACs of {title}, mode {breakdown.mode}", ["Module", "Params", *columns], rows, [note])
 
 
 _ASSUMPTIONS: dict[Mode, str] = {
-    "exact": "That is what this program computes. Norms, biases, activations, softmax and embedding lookups are not "
-    "counted.",
+    "exact": "That is what compt computes. Norms, biases, activations, softmax and embedding lookups are not counted.",
     "paper": f"That is the published accounting: 3 forward - patch embedding + {PAPER_PARAMETER_MACS} parameters, no "
     "loss, no projectors; Swin without its attention's two products; of the text tower the blocks' parameters alone.",
 }

@@ -189,7 +189,7 @@ def _end_output(error: OSError) -> None:
 
 
 def _prepare_process() -> None:
-    """Make up for what torch and Python take for granted: open standard streams, and a user who has a name."""
+    """Provide what torch and Python require: open standard streams, and a user who has a name."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)

@@ -118,12 +118,12 @@ Kind = Annotated[
     Literal["a100", "a100-40", "a100-80", "h100", "h200"] | None,
     option("kind of GPU to plan for", case_sensitive=False, default=KIND),
 ]
-Gpus = Annotated[int | None, option("GPUs of a job", metavar="N", default="8, or fewer that divide the batch")]
+Gpus = Annotated[int | None, option("GPUs per job", metavar="N", default="8, or fewer that divide the batch")]
 ThroughputFile = Annotated[
     Path | None, option("speeds measured by `compt bench throughput`", "--throughput", metavar="FILE")
 ]
 CaptionLengths = Annotated[
-    str | None, option("computed tokens a caption: 30, or 20:0.7,40:0.3, or context", "--tokens", metavar="LENGTHS")
+    str | None, option("computed tokens per caption: 30, or 20:0.7,40:0.3, or context", "--tokens", metavar="LENGTHS")
 ]
 _DEVICES = ["auto", "cpu", "cuda"]
 DeviceName = Annotated[
@@ -131,7 +131,7 @@ DeviceName = Annotated[
 ]
 ModeName = Annotated[Mode, option("count what compt computes (exact), or as published (paper)", "--mode")]
 _SCORING = "Scoring"
-BatchSize = Annotated[int, option("images of a step", "--batch", metavar="N", min=1, panel=_SCORING)]
+BatchSize = Annotated[int, option("images per step", "--batch", metavar="N", min=1, panel=_SCORING)]
 Workers = Annotated[int, option("processes that decode images", "--workers", metavar="N", min=0, panel=_SCORING)]
 MaxBadShare = Annotated[float, option("share of unusable samples that is accepted", metavar="SHARE", min=0, max=1)]
 Label = Annotated[
@@ -139,7 +139,7 @@ Label = Annotated[
 ]
 ClassNames = Annotated[
     Path | None,
-    option("class names, one a line", "--classnames", metavar="FILE", default="beside the data", panel=_SCORING),
+    option("class names, one per line", "--classnames", metavar="FILE", default="beside the data", panel=_SCORING),
 ]
 ClassOrder = Annotated[
     Literal["name", "number"] | None,
@@ -147,7 +147,9 @@ ClassOrder = Annotated[
 ]
 Templates = Annotated[
     Path | None,
-    option("templates with {c}, one a line", "--templates", metavar="FILE", default="beside the data", panel=_SCORING),
+    option(
+        "templates with {c}, one per line", "--templates", metavar="FILE", default="beside the data", panel=_SCORING
+    ),
 ]
 
 

@@ -21,7 +21,7 @@ def submit(
     set_: Overrides = None,
     run: RunFolder = None,
     nodes: Annotated[int, option("nodes of a link without `nodes`", metavar="N", min=1)] = 1,
-    gpus: Annotated[int, option("GPUs of a node, one process each", metavar="N", min=1)] = 8,
+    gpus: Annotated[int, option("GPUs per node, one process each", metavar="N", min=1)] = 8,
     baselines: Annotated[bool, option("also train the baselines, as a job array", "--baselines")] = False,
     sbatch: Annotated[
         list[str] | None,

@@ -57,15 +57,15 @@ class Conditions:
 
     @classmethod
     def of(cls, recipe: Recipe, gpus: int, model: str) -> Conditions:
-        """Those of each of `gpus` processes that train `model` by `recipe`; `gpus` divides the batch."""
+        """The conditions of one of `gpus` processes that train `model` by `recipe`; `gpus` divides the batch."""
         data, optimizer, batch = recipe.data, recipe.optimizer, recipe.optimizer.batch // gpus
         way = way_of(optimizer, recipe.engine_of(model), batch)
         return cls(data.captions, data.caption_tokens, optimizer.precision, batch, **way)
 
     def differences(self, found: Measurement) -> str:
-        """How `found` was measured otherwise, in brackets behind a blank; empty where it was not."""
+        """How `found` was measured otherwise, in brackets after a space, or empty."""
         pairs = [
-            (f"batch {found.batch:,}", f"{self.batch:,} a GPU", found.batch == self.batch),
+            (f"batch {found.batch:,}", f"{self.batch:,} per GPU", found.batch == self.batch),
             (_words(found.text_buckets), _words(self.text_buckets), found.text_buckets == self.text_buckets),
         ]
         return "".join(f" (measured at {had}; this plan has {has})" for had, has, same in pairs if not same)
@@ -189,7 +189,7 @@ class Throughput(BaseModel):
             raise ConfigError(f"cannot read {path}: {error.strerror or error}") from None
         except (ValidationError, ConfigError) as error:
             mistake = first_mistake(error) if isinstance(error, ValidationError) else error
-            raise ConfigError(f"{path} is no throughput file of this program: {mistake}") from None
+            raise ConfigError(f"{path} is not a throughput file of compt: {mistake}") from None
         if device is not None and found.kind != device.name:
             raise ConfigError(
                 f"{path} was measured on {found.device}, not on {device.title} ({device.name}); "
@@ -225,7 +225,7 @@ class Throughput(BaseModel):
 
 
 def _nameless(spec: ModelSpec) -> ModelSpec:
-    """What of a model decides on its speed."""
+    """The fields of a model that affect its speed."""
     return replace(spec, name="", timm_name="", norm_eps=NORM_EPS, text_norm_eps=NORM_EPS)
 
 

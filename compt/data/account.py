@@ -1,4 +1,4 @@
-"""One account of what tars, folders and tables hold: used, or not used for a named cause, with what mends it."""
+"""One account of what tars, folders and tables hold: used, or not used, with the cause and the fix."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ CAUSES: dict[str, Unused] = {
     ),
     "tar": Unused("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
     "label": Unused("label", "sample without a class number", "write it into KEY.cls"),
-    "label_text": Unused("label", "class number that is no whole number from 0", "write it as digits"),
+    "label_text": Unused("label", "class number that is not a whole number from 0", "write it as digits"),
     "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
     "label_shift": Unused("label", "class number of a set that counts them from 1", "count class numbers from 0"),
     # Of a caption.

@@ -173,22 +173,30 @@ class CheckReport:
         smallest = found.smallest if found.largest != (0, 0) else (0, 0)
         return [
             ("shards", f"{len(index.shards):,}"),
-            ("samples", f"{found.samples:,} ({index.sizes.min():,} to {index.sizes.max():,} a shard)"),
-            ("captions", f"{found.captions:,} usable ({min(images)} to {max(images)} an image)"),
-            *_by_column("captions an image", found.samples, found.columns),
-            *_by_column("captions a row of the table", *self.table),
+            ("samples", f"{found.samples:,} ({_span(index.sizes.min(), index.sizes.max())} per shard)"),
+            ("captions", f"{found.captions:,} usable ({_span(min(images), max(images))} per image)"),
+            *_by_column("captions per image", found.samples, found.columns),
+            *_by_column("captions per row of the table", *self.table),
             (
-                "tokens a caption",
+                "tokens per caption",
                 (
                     f"mean {found.mean_tokens:.1f}, median {found.tokens(0.5)}, 95 % {found.tokens(0.95)}, "
                     f"longest {found.tokens(1)}"
                 ),
             ),
             (f"over {self.context_length} tokens", f"{100 * found.share_over(self.context_length):.2f} %"),
-            ("image sizes", " to ".join(f"{width} x {height}" for width, height in (smallest, found.largest))),
+            (
+                "image sizes",
+                " to ".join(dict.fromkeys(f"{width} x {height}" for width, height in (smallest, found.largest))),
+            ),
             *([("class names", self.classes)] if self.classes else []),
             ("fingerprint", index.fingerprint[:16]),
         ]
+
+
+def _span(least: int, most: int) -> str:
+    """Both ends of a range, or the one number that both are."""
+    return f"{least:,}" if least == most else f"{least:,} to {most:,}"
 
 
 def _by_column(name: str, count: int, columns: Counter[str]) -> list[tuple[str, str]]:

@@ -21,8 +21,8 @@ from compt.errors import ConfigError
 _THREADS = 8
 """The most threads of a pipeline. More do not help: on a GPU they only read headers and decode what it cannot."""
 _END_OF_JPEG = b"\xff\xd9"
-# A forked process has no threads of the pipelines that it inherits, and would wait for them for ever when it frees one,
-# be it garbage. So it never does.
+# A forked process has no threads of the pipelines that it inherits, and would hang if it freed one, so it keeps
+# a reference to each.
 _pipelines: WeakSet[Any] = WeakSet()
 _inherited: list[Any] = []
 os.register_at_fork(after_in_child=lambda: _inherited.extend(_pipelines))

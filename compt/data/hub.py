@@ -94,7 +94,7 @@ def _listed(repository: str, revision: str) -> tuple[str, list[_HubFile]]:
         if _WANTED.fullmatch(item.rfilename)
     ]
     if not any(file.name.startswith("test/") and file.name.endswith(".tar") for file in files):
-        raise DataError(f"{repository} at {revision}: has no shards test/*.tar, so it is no set of clip_benchmark")
+        raise DataError(f"{repository} at {revision}: has no shards test/*.tar, so it is not a set of clip_benchmark")
     return str(info.sha), files
 
 

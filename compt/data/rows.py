@@ -175,7 +175,7 @@ def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, An
                 values = images
         if not isinstance(values, list | Iterator):
             raise DataError(
-                f"table of captions {path} is no list of objects, and has no list `images` or `annotations`"
+                f"table of captions {path} is not a list of objects, and has no list `images` or `annotations`"
             )
         for row in values:
             number += 1

@@ -120,7 +120,7 @@ def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
     found = {_nameless(spec): spec for spec in rising}
     named = set(found)
     for shape in (*family, *_vit_shapes(rising[-1], family)):
-        # By its usual text tower; what that is in the end depends on the wanted model above.
+        # Uses the usual text tower; the final one depends on the wanted model above.
         above = next((spec for spec in rising if log2_size(shape) < log2_size(spec)), None)
         if above is not None:
             spec = _below(shape, above, family)

@@ -287,7 +287,7 @@ class _CurveReader:
             own = self._shared(job)
             if "baseline" in job.kinds and own["model"] == shared["model"]:
                 differ = [key for key in sorted(own.keys() | shared.keys()) if own.get(key) != shared.get(key)]
-                return f"{job.label} is no baseline to it: they differ in {' and '.join(differ)}"
+                return f"{job.label} is not its baseline: they differ in {' and '.join(differ)}"
         return f"there is no finished baseline of {spec.name}"
 
     def _points(self, jobs: Iterable[FinishedJob]) -> tuple[Point, ...]:

@@ -26,7 +26,7 @@ from compt.recipe.types import first_mistake
 _LENGTH = ("steps", "warmup_steps")
 _SEEDS = ("seed", "order_seed")
 _LARGEST = 10**9
-"""No size of a model and no number of images is as large."""
+"""Larger sizes of a model are refused as damaged; so are a thousand times as many images or steps."""
 
 
 class _RunFile(BaseModel):
@@ -149,13 +149,13 @@ class Run:
 def read_run(folder: Path) -> Run:
     """Read FOLDER/run.json and every manifest below FOLDER/jobs, those that run.json no longer lists too.
 
-    Raises RunError where there is no run, or run.json is damaged. What is wrong with a manifest stands in `skipped`.
+    Raises RunError where there is no run, or run.json is damaged. Problems of manifests are listed in `skipped`.
     """
     path = folder / "run.json"
     try:
         state = _RunState.model_validate(_read(path))
     except (FileNotFoundError, NotADirectoryError):
-        raise RunError(f"{folder} is no run folder: there is no {path.name} in it") from None
+        raise RunError(f"{folder} is not a run folder: it has no {path.name}") from None
     except ValidationError as error:
         raise RunError(f"{path} is damaged: {first_mistake(error)}") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -200,7 +200,7 @@ def _sized(chains: dict[int, FoundChain], size: int) -> FoundChain:
 
 
 def most_acceleration(task: Problem, size: int | None = None) -> FoundChain:
-    """The chain with all wanted models whose members would cost the most individually for what it costs itself.
+    """The chain with all wanted models and the largest ratio of baseline cost to chain cost.
 
     Of `size` members, or of any number. A ratio of two sums, found by Dinkelbach's iteration: the chain of least
     (acceleration so far) * cost - baseline cost, until none is below zero. Raises ConfigError where there is none.

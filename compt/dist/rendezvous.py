@@ -149,7 +149,7 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
 
 
 def _of_this_attempt(store: TCPStore) -> PrefixStore:
-    """Prefix keys with the attempt: after a restart by torchrun the store still has those of the attempt before."""
+    """Prefix keys with the attempt: after a restart by torchrun the store still has the previous attempt's keys."""
     return PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

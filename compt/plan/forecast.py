@@ -180,7 +180,7 @@ class Forecast:
         )
 
     def speedups(self) -> list[tuple[float, float] | None]:
-        """For each link GPU-hours of its individual training over its own, alone and with the links before it.
+        """For each link: baseline GPU-hours / its GPU-hours, for it alone and summed up to it.
 
         None without a machine, and where the recipe does not say how members are trained individually.
         """

@@ -267,7 +267,7 @@ class _Planner:
         steps, warmup_steps = (round(scale * length.to_steps(self.images, self.batch)) for length in (train, warmup))
         if steps < 1:
             times = "" if scale == 1 else f" x {scale:.3g}"
-            raise ConfigError(f"{key}.train = {train}{times}: is no step at all, at {self.batch} images a step")
+            raise ConfigError(f"{key}.train = {train}{times}: is less than one step, at {self.batch} images per step")
         if warmup_steps > steps:
             raise ConfigError(
                 f"{key}.warmup = {warmup}: {warmup_steps} steps are longer than the training, {train} = {steps} steps"

@@ -1,4 +1,4 @@
-"""What to change in a recipe when a job runs out of memory, with the planner's numbers."""
+"""What to change in a recipe when a job runs out of memory, with the plan's numbers."""
 
 from __future__ import annotations
 
@@ -67,14 +67,14 @@ def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room
     if not named:
         name = fully_sharded(background=True)[0] if world_size > 1 else engine.name
         least = needed({"name": name, "micro_batch": 1, "recompute": True, "loss_chunk": 1, "shard_teacher": True})
-        text = f"  None of these alone does by the planner's count, and all together take {count(least)}B:"
+        text = f"  No single change is enough by the plan's count, and all together take {count(least)}B:"
         named = [f"{text} take more GPUs, or larger ones"]
     held = " and ".join(
         f"{count(size)}B {word}" for size, word in ((room.free, "free"), (room.total, "in all")) if size is not None
     )
     unknown = "".join(f"\n  Not counted: {text}" for text in not_modelled(engine))
     return (
-        f"{job.name}: out of memory{f' ({held})' if held else ''}; the planner counts {count(now)}B for each of "
+        f"{job.name}: out of memory{f' ({held})' if held else ''}; the plan counts {count(now)}B for each of "
         f"{world_size} processes. Any of these changes of the recipe may do, and none changes the result:\n"
         + "\n".join(named)
         + unknown

@@ -382,7 +382,7 @@ class Evaluation(Section):
         for key in ("primary", "contact_sheet"):
             value = getattr(self, key)
             if value is not None and value not in names:
-                raise ValueError(f"{key} '{value}' is no evaluation set{nearest(value, names)}")
+                raise ValueError(f"{key} '{value}' is not an evaluation set{nearest(value, names)}")
         return self
 
 
@@ -418,7 +418,9 @@ class Recipe(Section):
         names = [member.name for member in self.family.members]
         for link in self.chain.links:
             if link.model not in names:
-                raise ValueError(f"chain.links: '{link.model}' is no member of the family{nearest(link.model, names)}")
+                raise ValueError(
+                    f"chain.links: '{link.model}' is not a member of the family{nearest(link.model, names)}"
+                )
         if len({link.model for link in self.chain.links}) != len(self.chain.links):
             raise ValueError("chain.links: a model is there twice")
         if self.chain.from_ is None:

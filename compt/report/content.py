@@ -247,13 +247,13 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         "Non-finite steps had a loss or gradient that is not finite and changed no weight. Skipped samples were "
         "replaced by others. Few captions: samples with fewer than asked for, drawn with replacement."
     )
-    anew = [
+    restarted = [
         f"{job.name} went on under another kind of engine after step {' and '.join(f'{step:,}' for step in steps)}: "
-        "the optimizer's moments and the moving average began anew there."
+        "the optimizer's moments and the moving average restarted there."
         for job in jobs
         if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
     ]
-    return TextTable("Jobs", header, rows, [note, *anew])
+    return TextTable("Jobs", header, rows, [note, *restarted])
 
 
 def data_tables(state: dict[str, Any]) -> list[TextTable]:
@@ -293,7 +293,7 @@ def environment(state: dict[str, Any], jobs: list[JobView]) -> list[tuple[str, s
         ("seeds", ", ".join(seeds)),
         ("training images", f"{state.get('images', 0):,}"),
         ("batch", f"{state.get('batch', 0):,}"),
-        ("captions an image", str(state.get("captions", ""))),
+        ("captions per image", str(state.get("captions", ""))),
         ("data fingerprint", state.get("data_fingerprint", "")),
     ]
     return [(key, str(value)) for key, value in rows if value]

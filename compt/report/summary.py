@@ -231,7 +231,7 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return dict(read_json(path))
     except FileNotFoundError:
-        raise RunError(f"{path.parent} is no run folder: there is no {path.name} in it") from None
+        raise RunError(f"{path.parent} is not a run folder: it has no {path.name}") from None
     except (OSError, ValueError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
 

@@ -237,7 +237,7 @@ def _nothing_scored(content: dict[str, Any]) -> str:
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, which needs no other file, and RUN/report.md with RUN/report/*.png; returns the former.
 
-    Raises RunError when RUN is no run folder or cannot be written.
+    Raises RunError when RUN is not a run folder or cannot be written.
     """
     with whole_files(run):
         content = _gather(run)

@@ -1,4 +1,4 @@
-"""Task losses over several captions an image, and inverse feature distillation, in fp32 whatever the training dtype.
+"""Task losses over several captions per image, and inverse feature distillation, in fp32 whatever the training dtype.
 
 In a process group each rank computes the loss of its own images against the captions of all ranks. The mean of the
 ranks' values is the loss of the whole batch, and averaging parameter gradients over ranks gives its gradient.

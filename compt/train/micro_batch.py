@@ -94,7 +94,7 @@ def release(device: torch.device) -> None:
 
 
 def largest(sizes: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The largest of ascending `sizes` that `fits`; None if none does. Whatever is smaller than one that fits fits too.
+    """The largest of ascending `sizes` that `fits`; None if none does. If a size fits, all smaller sizes fit.
 
     Tries the last size first, as it often fits, and then halves the range.
     """

@@ -161,7 +161,7 @@ def _swin(view: View, name: str, hint: str) -> ModelSpec:
         if (preset.width, preset.depths, (2 * preset.window - 1) ** 2) == (width, depths, table):
             text = _text(view, name, hint)
             return replace(preset, embed_dim=view.shape("visual.head.proj.weight")[0], **text)
-    raise ValueError(f"a Swin of width {width} with stages of {depths} blocks is no preset")
+    raise ValueError(f"a Swin of width {width} with stages of {depths} blocks is not a preset")
 
 
 def _text(view: View, name: str, hint: str) -> dict[str, Any]:

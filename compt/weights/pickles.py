@@ -126,7 +126,7 @@ class _Memo(dict[int, Any]):
         super().__setitem__(place, value)
 
     def _size(self, value: Any) -> int:
-        """Values in `value`, those of a tuple inside as often as it is held."""
+        """Values in `value`; a nested tuple counts once per reference."""
         if id(value) not in self._sizes:
             parts = value if type(value) is tuple else vars(value).values()
             size = sum(self._size(part) if type(part) in _HASHED else 1 for part in parts)

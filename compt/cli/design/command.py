@@ -82,7 +82,7 @@ def _check(recipe: Recipe, asked: DesignRequest) -> None:
         raise ConfigError(f"--members {asked.size}: family.members names {wanted} models; take {wanted} or more")
     steps, warmup = (length.to_steps(images, batch) for length in (settings.train, settings.warmup))
     if steps < 1:
-        raise ConfigError(f"baselines.train = {settings.train}: is no step at all")
+        raise ConfigError(f"baselines.train = {settings.train}: is less than one step")
     if warmup > steps:
         raise ConfigError(
             f"baselines.warmup = {settings.warmup}: {warmup} steps are longer than baselines.train = "

@@ -69,7 +69,7 @@ class DesignRequest:
         return f"greatest acceleration in {unit}" if self.objective == "acceleration" else f"least {unit}"
 
     def loss(self, one: FoundChain) -> float:
-        """What the best of several chains has the least of."""
+        """The quantity that the search minimizes."""
         return 1 / one.acceleration if self.objective == "acceleration" else one.cost
 
 

@@ -84,11 +84,12 @@ def expand(
     text: Annotated[str, option("the text tower", metavar="PAIRS", default="as --both", panel=_HOW)] = "",
     seed: Annotated[int | None, option("seed of new weights", metavar="N", default="0", panel=_HOW)] = None,
     from_manifest: Annotated[
-        Path | None, option("repeat the expansion recorded in this manifest.json", metavar="FILE", panel=_HOW)
+        Path | None,
+        option("repeat the expansion recorded in this folder or manifest.json", metavar="FOLDER", panel=_HOW),
     ] = None,
     set_: Sizes = None,
     teacher_model: Annotated[
-        str | None, option("what TEACHER is, where it does not say so", metavar="NAME", panel=_MODELS)
+        str | None, option("architecture of TEACHER, if its files have none", metavar="NAME", panel=_MODELS)
     ] = None,
     teacher_prefix: Annotated[
         str | None, option("prefix of the teacher's names, as in module.student.", metavar="P", panel=_MODELS)

@@ -1,4 +1,4 @@
-"""The tables of a plan: models and MACs, GPU-hours, acceleration, memory of a GPU, disk."""
+"""The tables of a plan: models and MACs, GPU-hours, acceleration, memory per GPU, disk."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def span(found: Hours) -> str:
 def _notes(forecast: Forecast, mode: Mode) -> list[str]:
     plan = forecast.plan
     data = plan.recipe.data
-    counted = "as this program computes (mode 'exact')"
+    counted = "as compt computes (mode 'exact')"
     if mode == "paper":
         counted = f"as the paper counts: {PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens (mode 'paper')"
     about = (
-        f"{plan.images:,} images, batch {plan.recipe.optimizer.batch}, {data.captions} captions an image, each"
+        f"{plan.images:,} images, batch {plan.recipe.optimizer.batch}, {data.captions} captions per image, each"
         f"{_length(data.caption_tokens)}. MACs are multiply-accumulates, {counted}. Teacher: share of "
         "the MACs in its forward passes."
     )
@@ -112,7 +112,7 @@ def _hours_notes(forecast: Forecast, machine: Machine, mode: Mode, gpus: str) ->
     about = (
         f"In {recipe.optimizer.precision}, {'; '.join(found.sources)}"
         f"{'' if measured else '; ~ marks a projection, or a sum with one'}. "
-        f"{'' if mode == 'exact' else 'GPU-hours are those of this program in either mode. '}"
+        f"{'' if mode == 'exact' else 'GPU-hours are those of compt in either mode. '}"
         f"Wall time: GPU-hours over {gpus}, without any waiting for ranks or data."
     )
     notes = [about]
@@ -217,8 +217,8 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     pieces = f" in pieces of {' or '.join(f'{size:,}' for size in micro)}" if micro and micro[0] < share else ""
     room = f"{_gb(machine.room_bytes)} of {_gb(machine.device.memory_bytes)} GB"
     note = (
-        f"{share:,} images a GPU{pieces}, which has {room} for them. Recomputed: with engine.recompute; ! does not "
-        f"fit. The recipe trains {_engines(forecast)}. Parts: --memory ENGINE."
+        f"{share:,} images per GPU{pieces}, which has {room} for them. Recomputed: with engine.recompute; ! does not "
+        f"fit. The recipe trains {_engines(forecast)}. --memory ENGINE shows the parts."
     )
     unknown = _grouped(
         (text, item.job.name)
@@ -227,7 +227,7 @@ def memory_table(forecast: Forecast) -> TextTable | None:
     )
     notes = [note, *(f"Not counted, in {names}: {text}." for text, names in unknown.items())]
     warned = warning(forecast)
-    return TextTable("Memory of a GPU, in GB", ["Model", *ENGINES], rows, [*notes, *([warned] if warned else [])])
+    return TextTable("Memory per GPU, in GB", ["Model", *ENGINES], rows, [*notes, *([warned] if warned else [])])
 
 
 def _engines(forecast: Forecast) -> str:
@@ -239,7 +239,7 @@ def _engines(forecast: Forecast) -> str:
 
 
 def parts_table(forecast: Forecast, engine: str) -> TextTable:
-    """GB of each GPU with one engine, a row a part. The forecast has to have a machine."""
+    """GB of each GPU with one engine, one row per part. The forecast has to have a machine."""
     rows = []
     for item in forecast.trained:
         fit = item.memory[engine]
@@ -282,7 +282,7 @@ def disk_table(forecast: Forecast) -> TextTable:
     distances = _grouped((str(recipe.engine_of(job.spec.name).checkpoint_every), job.name) for job in jobs)
     every = " or ".join(f"{text} ({names})" if len(distances) > 1 else text for text, names in distances.items())
     note = (
-        f"A checkpoint every {every}; one more than are kept while the next is written, none after the end. "
+        f"A checkpoint every {every}; one extra while the next is written; all are deleted at the end. "
         "Metrics, scores and the training set are not in it."
     )
     return TextTable("Disk", ["Model", "Expanded", "Checkpoints", "Final model", "Peak", "End"], rows, [note])

@@ -413,7 +413,7 @@ def test_measurements_of_two_machines_do_not_mix(tmp_path: Path, changes: dict[s
 def test_a_damaged_file_is_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "t.json"
     out.write_text('{"format": 1')
-    with pytest.raises(ConfigError, match="is no throughput file"):
+    with pytest.raises(ConfigError, match="is not a throughput file"):
         bench(out, Meter())
     assert out.read_text() == '{"format": 1'
 

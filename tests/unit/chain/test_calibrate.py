@@ -632,12 +632,12 @@ NO_SETS = ("evaluation.sets=[]", "evaluation.primary=")
             {},
             r"tiny\.yaml: chain\.links: has only 'small'; --calibrate needs a second link",
         ),
-        (NO_SETS, {}, r"tiny\.yaml: evaluation\.primary: is no zero-shot set, and none has the role `select`"),
-        (NO_SETS, {"on": "x"}, r"--calibrate-on x: is no evaluation set of tiny\.yaml; the recipe has none"),
+        (NO_SETS, {}, r"tiny\.yaml: evaluation\.primary: is not a zero-shot set, and none has the role `select`"),
+        (NO_SETS, {"on": "x"}, r"--calibrate-on x: is not an evaluation set of tiny\.yaml; the recipe has none"),
         (
             [],
             {"on": "chose"},
-            r"is no evaluation set of tiny\.yaml \(did you mean 'choose'\?\); sets: held_out, choose",
+            r"is not an evaluation set of tiny\.yaml \(did you mean 'choose'\?\); sets: held_out, choose",
         ),
         (
             ["evaluation.sets.1={name: texts, task: retrieval, data: val/*.tar}"],
@@ -660,7 +660,7 @@ NO_SETS = ("evaluation.sets=[]", "evaluation.primary=")
         (
             ["chain.links.2.train={steps: 1}", "chain.links.2.warmup={steps: 0}"],
             {"target": 4.5},
-            r"chain\.links\.2\.train = 1 steps x 0\.\d+: is no step at all",
+            r"chain\.links\.2\.train = 1 steps x 0\.\d+: is less than one step",
         ),
     ],
 )

@@ -408,7 +408,7 @@ def test_a_longer_chain_goes_on_from_a_finished_one(base: Path, run: Path) -> No
 
 def test_other_shards_are_refused(base: Path, half: Path, tmp_path: Path) -> None:
     other = make_data(tmp_path / "other", 60)
-    with pytest.raises(RunError, match=f"the training shards are not those that {FIRST} was begun on"):
+    with pytest.raises(RunError, match=f"the training shards changed since {FIRST} started"):
         chain(other, half)
     # The same shards in another place are the same data.
     moved = shutil.copytree(base, tmp_path / "moved", ignore=shutil.ignore_patterns("whole", "*.yaml"))
@@ -516,7 +516,7 @@ def test_a_table_replaced_by_one_of_the_same_size_and_time_is_refused(base: Path
     prepare(recipe_of(*changes), run, base=moved)  # another time alone is no change
     table.write_text(table.read_text().replace("one", "two"))
     os.utime(table, ns=(1, 1))
-    with pytest.raises(RunError, match=f"the captions of table captions.csv are not those that {FIRST} was begun on"):
+    with pytest.raises(RunError, match=f"the captions of table captions.csv changed since {FIRST} started"):
         prepare(recipe_of(*changes), run, base=moved)
 
 

@@ -169,7 +169,7 @@ def test_what_the_file_does_not_have_is_said(root: Path, tmp_path: Path) -> None
         return " ".join(compt("gpu-hours", recipe, "--throughput", file, *words).split())
 
     assert "Hours are measured A machine, 2026-01-02;" in told()
-    assert "2026-01-02 (measured at batch 128; this plan has 256 a GPU);" in told("--gpus", "4")
+    assert "2026-01-02 (measured at batch 128; this plan has 256 per GPU);" in told("--gpus", "4")
     assert "(measured at 4 text buckets; this plan has 2 text buckets)" in told("--set", "engine.text_buckets=2")
     for change, said in (
         ("optimizer.precision=fp16", "The throughput file, which is of bf16, has no measurement in fp16 with 4"),

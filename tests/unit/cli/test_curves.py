@@ -143,7 +143,7 @@ def test_options_reach_the_fit(tmp_path: Path) -> None:
     ("words", "error", "message"),
     [
         (["--on", "nothing"], ConfigError, f"--on nothing: no job was scored on it.*scored were: {SET}"),
-        (["nowhere"], RunError, "nowhere is no run folder"),
+        (["nowhere"], RunError, "nowhere is not a run folder"),
     ],
 )
 def test_one_message_for_bad_input(tmp_path: Path, words: list[str], error: type[Exception], message: str) -> None:

@@ -229,7 +229,7 @@ def test_measured_speeds_are_used(auto: Auto, tmp_path: Path) -> None:
     assert last["hours"]["kind"] == "measured"
     assert last["hours"]["gpu_hours"] == pytest.approx(0.5 * last["samples"] / 3600)
     told = " ".join(auto("--throughput", str(tmp_path / "t.json"))[1].split())
-    assert "measured an A100, 2026-01-01 (measured at batch 256; this plan has 128 a GPU)" in told
+    assert "measured an A100, 2026-01-01 (measured at batch 256; this plan has 128 per GPU)" in told
     slow = ("--objective", "budget", "--budget", "900", "--throughput", str(tmp_path / "t.json"))
     assert values["chosen"]["gpu_hours"]["hours"]["middle"] > 5000
     found = as_json(auto, *slow)["chosen"]["specs"]
@@ -324,7 +324,7 @@ def test_seeds_of_one_link_are_averaged(auto: Auto, tmp_path: Path) -> None:
         (("--set", "baselines=null"), "baselines: is missing"),
         (("--set", "chain.from=somewhere"), "chain.from = 'somewhere'"),
         (("--set", "family.members.0=swin_t", "--set", "chain.links.0.model=swin_t"), "ViTs and Swins"),
-        (("--set", "baselines.train.epochs=0"), "baselines.train = 0 epochs: is no step at all"),
+        (("--set", "baselines.train.epochs=0"), "baselines.train = 0 epochs: is less than one step"),
         (("--gpus", "3"), "optimizer.batch 1024 cannot be shared evenly by 3 processes"),
         (("--runs", "nowhere"), "nowhere"),
     ],

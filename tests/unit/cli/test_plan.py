@@ -92,7 +92,7 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     assert re.search(r"2-two +25\.6 +23\.0-30\.7 ", text)
     assert "measured NVIDIA A100-SXM4-80GB, 2026-01-02. Wall" in text
     assert (
-        "2026-01-02 (measured at batch 80; this plan has 160 a GPU)"
+        "2026-01-02 (measured at batch 80; this plan has 160 per GPU)"
         in plan("--throughput", str(path), "--gpus", "4")[1]
     )
     pieces = plan("--throughput", str(path), "--set", "engine.micro_batch=40")[1]
@@ -174,7 +174,7 @@ REFUSED = {
     ),
     "damaged speeds": (
         ["--throughput", "torn.json"],
-        r"--throughput: torn\.json is no throughput file of this program",
+        r"--throughput: torn\.json is not a throughput file of compt",
     ),
     "no baselines": (["--baselines", "--set", "baselines=null"], r"r\.yaml: baselines: is missing"),
     "no chain": (["--set", "chain=3"], r"r\.yaml: chain = 3: should be a section with the keys"),

@@ -305,7 +305,7 @@ def test_another_batch_is_said() -> None:
     file = a_file(entry())
     found = found_in(file, batch=1280)
     assert found.kind == "measured"
-    assert found.source == "NVIDIA H200, 2026-01-02 (measured at batch 8; this plan has 1,280 a GPU)"
+    assert found.source == "NVIDIA H200, 2026-01-02 (measured at batch 8; this plan has 1,280 per GPU)"
     buckets = found_in(file, text_buckets=4).source
     assert buckets.endswith(" (measured at 1 text buckets; this plan has 4 text buckets)")
     # Of several the very batch, or the nearest.
@@ -405,7 +405,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict, message: str) 
     _changed(path, **changes)
     with pytest.raises(ConfigError, match=message) as error:
         Throughput.read(path)
-    assert str(error.value).startswith(f"{path} is no throughput file")
+    assert str(error.value).startswith(f"{path} is not a throughput file")
     assert "\n" not in str(error.value)
 
 
@@ -413,7 +413,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, changes: dict, message: str) 
 def test_a_torn_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "t.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="is no throughput file"):
+    with pytest.raises(ConfigError, match="is not a throughput file"):
         Throughput.read(path)
     with pytest.raises(ConfigError, match=r"cannot read .*none\.json: No such file"):
         Throughput.read(tmp_path / "none.json")

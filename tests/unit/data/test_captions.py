@@ -354,7 +354,7 @@ def test_tables_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
         ("c.csv", b"\xff\xfek\0e\0y\0", "is UTF-16: convert it with `iconv -f UTF-16 -t UTF-8`"),
         ("c.csv.gz", b"\x1f\x8b\x08\0", "is compressed: unpack it with `gunzip -k c.csv.gz`"),
         ("c.json", b"{", "is no JSON"),
-        ("c.json", b"3", "is no list of objects"),
+        ("c.json", b"3", "is not a list of objects"),
         ("none.csv", None, r"none\.csv"),
     ]:
         path = tmp_path / name

@@ -37,7 +37,7 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert (found.smallest, found.largest) == ((40, 36), (40, 36))
     assert found.captions_per_image == {3: 10}
     rows = dict(report.rows())
-    assert rows["samples"] == "10 (5 to 5 a shard)"
+    assert rows["samples"] == "10 (5 per shard)"
     assert rows["fingerprint"] == open_index("*.tar", tmp_path).fingerprint[:16]
     assert seen[-1] == (10, 10)
     assert report.account.faults == []

@@ -318,7 +318,9 @@ def test_dreamlip_is_merged_and_cut_as_the_authors_cut_it(tmp_path: Path, way: s
     sentences = len(authors_split(f"x 1. {LONG}"))
     raw = "caption" if way == "json" else "raw_caption"
     assert report.found.columns == {raw: 3, ".txt": 1, **dict.fromkeys(HEADER[1:], 3 * sentences)}
-    assert dict(report.rows())["captions an image"].startswith(f"{raw} 0.75, shortIB_captions {0.75 * sentences:.3g}, ")
+    assert dict(report.rows())["captions per image"].startswith(
+        f"{raw} 0.75, shortIB_captions {0.75 * sentences:.3g}, "
+    )
 
 
 def test_check_counts_the_columns_of_a_table(tmp_path: Path) -> None:
@@ -330,7 +332,7 @@ def test_check_counts_the_columns_of_a_table(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     expected = {name: sum(len(read_columns({name: row[name]}, (name,))[0].texts) for row in rows) for name in HEADER}
     assert report.table == (4, {**expected, "longLLA_captions": 1})
-    assert dict(report.rows())["captions a row of the table"].startswith("raw_caption 1, shortIB_captions 1, longIB")
+    assert dict(report.rows())["captions per row of the table"].startswith("raw_caption 1, shortIB_captions 1, longIB")
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,7 @@ def test_what_cannot_be_used_is_left_out_with_its_reason(tmp_path: Path) -> None
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for name in ("nothing", "file", "."):
-        with pytest.raises(RunError, match="is no run folder"):
+        with pytest.raises(RunError, match="is not a run folder"):
             matches([tmp_path / name])
     for text in ("{", "[]", '{"jobs": 3, "data_fingerprint": "", "primary": null}', '{"jobs": []}'):
         (tmp_path / "run.json").write_text(text)
@@ -254,8 +254,7 @@ def test_models_scored_with_other_pins_are_not_joined(tmp_path: Path) -> None:
     assert [point.epochs for point in second.points] == [40]
     assert second.match is second.baseline is None
     assert (
-        second.reason
-        == f"{tmp_path}/e5/baseline-vit_micro-s0 is no baseline to it: they differ in evaluation templates"
+        second.reason == f"{tmp_path}/e5/baseline-vit_micro-s0 is not its baseline: they differ in evaluation templates"
     )
     assert names([first, second])[1] == "vit_nano → vit_micro, evaluation.templates templates-2"
 
@@ -283,7 +282,7 @@ def test_other_shards_are_another_curve_without_this_baseline(tmp_path: Path) ->
     first, second = matches([*lengths(tmp_path, POINTS), other])
     assert len(first.points) == 3
     assert second.baseline is None
-    assert second.reason == f"{tmp_path}/e5/baseline-vit_micro-s0 is no baseline to it: they differ in data"
+    assert second.reason == f"{tmp_path}/e5/baseline-vit_micro-s0 is not its baseline: they differ in data"
 
 
 def test_without_a_baseline_there_is_no_target(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_a_shard_that_vanishes_while_it_trains(data: Path, base: Path, whole: Pa
     shard = data / "train" / "000002.tar"
     kept = shard.read_bytes()
     shard.unlink()
-    with pytest.raises(RunError, match=f"the training shards are not those that {FIRST} was begun on"):
+    with pytest.raises(RunError, match=f"the training shards changed since {FIRST} started"):
         chain(data, half)
     shard.write_bytes(kept)
     assert_finishes(data, half, whole)
@@ -200,7 +200,7 @@ def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ("optimizer.batsch=3", r"tiny\.yaml: optimizer\.batsch = 3: unknown key \(did you mean 'batch'\?\)"),
-        ("chain.links.1.model=lage", r"tiny\.yaml: .*'lage' is no member of the family \(did you mean 'large'\?\)"),
+        ("chain.links.1.model=lage", r"tiny\.yaml: .*'lage' is not a member of the family \(did you mean 'large'\?\)"),
         ("chain.links.0.train=6", r"chain\.links\.0\.train = 6: needs a unit"),
         ("family.members.0.preset=vit_pixo", r"unknown model 'vit_pixo' \(did you mean 'vit_pico'\?\)"),
         ("engine.device=gpu", r"engine\.device = 'gpu'"),

@@ -454,7 +454,7 @@ def test_class_numbers_that_cannot_be_used_are_left_out_up_to_a_share(tmp_path: 
     assert (result.ids.tolist(), result.labels.tolist()) == ([0, 1, 6], [0, 1, 1])
     assert result.skipped == {"label_text": 2, "label": 1, "label_range": 1}
     assert len(result.examples) == 3
-    assert result.examples[0] == "a.tar: 2: label_text: class number that is no whole number from 0"
+    assert result.examples[0] == "a.tar: 2: label_text: class number that is not a whole number from 0"
     with pytest.raises(DataError, match="'set': 4 of 7 samples have no usable label for the 2 classes of"):
         evaluate_set(model, item, settings)
     for share in (0.5, 4 / 7):

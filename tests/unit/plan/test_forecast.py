@@ -107,7 +107,7 @@ SAMPLES = {"1-one": 8 * 64_000, "2-two": 4 * 64_000, "3-three": 2 * 64_000}
 def test_measured_hours_are_samples_times_seconds() -> None:
     found = forecast(Machine(A100, 4, measured(SECONDS)))
     hours = {item.job.name: item.hours for item in found.links}
-    told = " (measured at batch 80; this plan has 160 a GPU)"
+    told = " (measured at batch 80; this plan has 160 per GPU)"
     for name, seconds in (("1-one", 1e-3), ("2-two", 2.5e-3), ("3-three", 6e-3)):
         one = hours[name]
         assert one is not None

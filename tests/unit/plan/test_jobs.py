@@ -456,8 +456,12 @@ def test_a_manifest_as_it_is_written_is_read_without_torch() -> None:
             "chain.links.1.warmup = 3 epochs: 93 steps are longer than the training",
         ),
         ("baselines.warmup", {"steps": 999}, "baselines.warmup = 999 steps: 999 steps are longer than the training"),
-        ("chain.links.0.train", {"steps": 0}, "chain.links.0.train = 0 steps: is no step at all, at 64 images a step"),
-        ("chain.links.0.train", {"epochs": 0.001}, "chain.links.0.train = 0.001 epochs: is no step at all"),
+        (
+            "chain.links.0.train",
+            {"steps": 0},
+            "chain.links.0.train = 0 steps: is less than one step, at 64 images per step",
+        ),
+        ("chain.links.0.train", {"epochs": 0.001}, "chain.links.0.train = 0.001 epochs: is less than one step"),
         (
             "family.members.1.width",
             32,

@@ -124,7 +124,7 @@ WRONG = {
         "train: needs exactly one of epochs, steps, samples; it has",
     ),
     "no unit": ("{steps: 50}", "{}", "chain.links.1.train: needs exactly one of epochs, steps, samples; it has none"),
-    "unknown model": ("[vit_nano,", "[vit_nono,", "no member of the family (did you mean 'vit_nono'?)"),
+    "unknown model": ("[vit_nano,", "[vit_nono,", "not a member of the family (did you mean 'vit_nono'?)"),
     "unknown preset": (
         "preset: vit_micro",
         "preset: vit_mirco",
@@ -137,7 +137,7 @@ WRONG = {
     "link without model": (
         "model: wide",
         "model: wider",
-        "chain.links: 'wider' is no member of the family (did you mean",
+        "chain.links: 'wider' is not a member of the family (did you mean",
     ),
     "link twice": ("model: wide", "model: vit_nano", "chain.links: a model is there twice"),
     "duplicate key": ("name: small", "name: small\nname: large", "line 3: the key 'name' occurs twice"),
@@ -199,7 +199,7 @@ WRONG = {
     "no evaluation set": (
         "sets:",
         "primary: val_stile\n  sets:",
-        "primary 'val_stile' is no evaluation set (did you mean",
+        "primary 'val_stile' is not an evaluation set (did you mean",
     ),
     "batch above images": ("batch: 64", "batch: 4096", "optimizer.batch 4096 is larger than data.images 2000"),
     "impossible crop": ("images: 2_000", "images: 2_000, crop_scale: [0.9, 0.5]", "crop_scale 0.9, 0.5 is not a range"),

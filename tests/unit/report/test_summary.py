@@ -184,7 +184,7 @@ def test_names_of_sets_that_are_no_file_names(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=rf"{tmp_path} is no run folder: there is no run.json in it"):
+    with pytest.raises(RunError, match=rf"{tmp_path} is not a run folder: it has no run.json"):
         summarise(tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):

@@ -370,7 +370,7 @@ def test_drawing_follows_the_pages_colours(tmp_path: Path) -> None:
 
 
 def test_what_is_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=re.escape(f"{tmp_path / 'no'} is no run folder")):
+    with pytest.raises(RunError, match=re.escape(f"{tmp_path / 'no'} is not a run folder")):
         write_report(tmp_path / "no")
     (tmp_path / "run.json").write_text("[")
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
