@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from compt.cli.options import RECIPE, AsJson, ClassOrder, MaxBadShare, option, print_json, progress_bar
+from compt.cli.options import CLASS_ORDER_HELP, RECIPE, AsJson, MaxBadShare, option, print_json, progress_bar
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
@@ -171,7 +171,7 @@ def pack(
     shard_size: ShardSize = 10_000,
     seed: Seed = None,
     resize: Resize = None,
-    class_order: ClassOrder = None,
+    class_order: Annotated[Literal["name", "number"] | None, option(CLASS_ORDER_HELP)] = None,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     cache_dir: CacheFolder = None,
     as_json: AsJson = False,

@@ -227,13 +227,13 @@ def launch(
         typer.Argument(metavar="COMMAND", help="torchrun, deepspeed or accelerate, with options", show_default=False),
     ],
 ) -> None:
-    r"""Run a launcher, and exit with the exit code of its ranks.
+    """Run a launcher, and exit with the exit code of its ranks.
 
     \b
-    compt launch torchrun --nproc_per_node 8 -m compt \
+    compt launch torchrun --nproc_per_node 8 -m compt \\
         chain cc3m_vit --run-folder runs/cc3m
 
     Passes SIGTERM, SIGUSR1 and Ctrl-C on to the ranks, gives them time to save, and exits with code 75.
-    """
+    """  # noqa: D301 - help keeps the lines after the character \b
     with tempfile.TemporaryDirectory(prefix="compt-launch-") as folder:
         sys.exit(run_launcher(command, Path(folder)))

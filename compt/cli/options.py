@@ -84,7 +84,7 @@ def _visible_errors() -> Iterator[None]:
     except Exception as error:
         # Of all errors only those about the command line have a message. Typer does not export their class.
         if isinstance(message := getattr(error, "message", None), str):
-            error.message = visible(message)  # type: ignore[attr-defined]
+            error.message = visible(message.replace("Value error, ", ""))  # type: ignore[attr-defined]
         raise
 
 
@@ -129,7 +129,8 @@ _DEVICES = ["auto", "cpu", "cuda"]
 DeviceName = Annotated[
     str, option("auto, cpu, cuda or cuda:N", "--device", metavar="DEVICE", autocompletion=lambda: _DEVICES)
 ]
-ModeName = Annotated[Mode, option("count what compt computes (exact), or as published (paper)", "--mode")]
+MODE_HELP = "count what compt computes (exact), or as published (paper)"
+ModeName = Annotated[Mode, option(MODE_HELP, "--mode")]
 _SCORING = "Scoring"
 BatchSize = Annotated[int, option("images per step", "--batch", metavar="N", min=1, panel=_SCORING)]
 Workers = Annotated[int, option("processes that decode images", "--workers", metavar="N", min=0, panel=_SCORING)]
@@ -141,10 +142,8 @@ ClassNames = Annotated[
     Path | None,
     option("class names, one per line", "--classnames", metavar="FILE", default="beside the data", panel=_SCORING),
 ]
-ClassOrder = Annotated[
-    Literal["name", "number"] | None,
-    option("order of class folders, where names and numbers differ", "--class-order", panel=_SCORING),
-]
+CLASS_ORDER_HELP = "order of class folders, where names and numbers differ"
+ClassOrder = Annotated[Literal["name", "number"] | None, option(CLASS_ORDER_HELP, "--class-order", panel=_SCORING)]
 Templates = Annotated[
     Path | None,
     option(

@@ -59,7 +59,8 @@ def expand_patterns(
                 said = "" if name == pattern else f" (from '{pattern}')"
                 kind = "no shard matches" if glob.has_magic(name) or is_folder else "there is no shard"
                 there = f" (it has {beside.line(beside.unused)})" if beside and beside.unused else ""
-                raise DataError(f"{kind} '{path}'{said}{there}")
+                make = " (make it: compt data emoji)" if path.parts[-4:-2] == ("data", "emoji") else ""
+                raise DataError(f"{kind} '{path}'{said}{there}{make}")
             found.update(dict.fromkeys(matches))
     if not found:
         raise DataError("no shards are given")

@@ -40,6 +40,8 @@ class LossTraits:
     pairwise: bool = False
 
     def __post_init__(self) -> None:
+        if "logit_scale" not in [scalar.name for scalar in self.scalars]:
+            raise ValueError("a loss should have the scalar logit_scale, which every CLIP of open_clip has")
         unknown = [scalar.name for scalar in self.scalars if scalar.name not in SCALAR_NAMES]
         if unknown:
             raise ValueError(f"{', '.join(unknown)}: open_clip's CLIP has only the scalars {', '.join(SCALAR_NAMES)}")

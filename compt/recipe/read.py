@@ -10,14 +10,14 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from compt.errors import ConfigError, nearest
 from compt.files import read_text
-from compt.recipe.schema import Recipe
+from compt.recipe.schema import Control, Recipe
 from compt.recipe.types import Duration, section_within
 
 
@@ -107,7 +107,7 @@ def _section_at(section: type[BaseModel], location: Sequence[int | str]) -> type
     return section
 
 
-def _lines(error: ValidationError, section: type[BaseModel]) -> list[str]:
+def _lines(error: ValidationError, section: type[BaseModel], set_keys: Sequence[str]) -> list[str]:
     """A line for each mistake: key, value, what is wrong, and the nearest that would be right."""
     lines: dict[str, str] = {}
     meant = set()
@@ -134,10 +134,12 @@ def _lines(error: ValidationError, section: type[BaseModel]) -> list[str]:
             text = f"should be a section with the keys {', '.join(_keys(_section_at(section, location)))}"
         elif kind == "literal_error" and isinstance(value, str):
             text += nearest(value, re.findall(r"'([^']*)'", item["ctx"]["expected"]))
-        text = _INSTEAD.get(kind, text)
+        text = _LISTS.get(key, text) if kind == "list_type" else _INSTEAD.get(kind, text)
         # An address may hold a password, and this line goes into logs.
         plain = isinstance(value, str | int | float | bool) and "://" not in str(value)
         shown = f"{key} = {value!r}" if key and plain else key
+        if any(f"{key}.".startswith(f"{name}.") for name in set_keys):
+            shown = f"--set {shown}"
         lines.setdefault(key, f"{shown}: {text}" if shown else text)
     return list(lines.values())
 
@@ -149,13 +151,22 @@ _INSTEAD = {
 }
 """Words for pydantic's messages that name Python types."""
 
-_LISTED = 10
+_LISTS = {
+    "data.train": "should be shards (text), a list of them, or a list of {shards, weight}",
+    "baselines.controls": f"should be a list of {', '.join(get_args(Control))}",
+}
+"""Words for lists whose items pydantic does not name."""
+
+_LISTED = 20
 """The most mistakes that one message lists."""
 
 
-def refuse(source: str, error: ValidationError, section: type[BaseModel]) -> ConfigError:
-    """The error that names `source` and, for each mistake, the key, the value and what would be right."""
-    lines = _lines(error, section)
+def refuse(source: str, error: ValidationError, section: type[BaseModel], set_keys: Sequence[str] = ()) -> ConfigError:
+    """The error that names `source` and, for each mistake, the key, the value and what would be right.
+
+    A mistake at or below one of `set_keys` is named as one of `--set`.
+    """
+    lines = _lines(error, section, set_keys)
     if len(lines) == 1:
         return ConfigError(f"{source}: {lines[0]}")
     more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
@@ -163,8 +174,8 @@ def refuse(source: str, error: ValidationError, section: type[BaseModel]) -> Con
     return ConfigError(f"{source}: {len(lines)} mistakes{listed}")
 
 
-def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check plain values.
+def parse_recipe(values: Mapping[str, Any], source: str = "recipe", set_keys: Sequence[str] = ()) -> Recipe:
+    """Check plain values, of which `--set` gave those at `set_keys`.
 
     Raises ConfigError that names `source` and, for each mistake, the key, the value and what would be right.
     """
@@ -172,7 +183,7 @@ def parse_recipe(values: Mapping[str, Any], source: str = "recipe") -> Recipe:
         recipe = Recipe.model_validate(values)
         recipe.family.specs()
     except ValidationError as error:
-        raise refuse(source, error, Recipe) from None
+        raise refuse(source, error, Recipe, set_keys) from None
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
     return recipe
@@ -232,7 +243,7 @@ def load_recipe(path: Path, overrides: Sequence[str] | None = None) -> Recipe:
         raise ConfigError(f"{path}: should be a mapping with the keys {', '.join(_keys(Recipe))}")
     for override in overrides or ():
         _set(values, override)
-    return parse_recipe(values, str(path))
+    return parse_recipe(values, str(path), [override.partition("=")[0] for override in overrides or ()])
 
 
 def largest_divisor(number: int, most: int) -> int:

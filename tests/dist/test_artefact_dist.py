@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt.weights import artefact, safetensors as tensorfile
+from compt.weights import artefact, safetensors as weight_file
 from compt.dist import collectives as dist
 from compt import files
 from compt.weights.artefact import read_artefact, write_artefact
@@ -80,7 +80,7 @@ class Unreadable(Mapping[str, Tensor]):
 
 def failing_append(at: int) -> Callable[..., Any]:
     """An `_append` whose `at`-th call finds the disk full."""
-    original, left = tensorfile._append, [at]
+    original, left = weight_file._append, [at]
 
     def append(*arguments: Any) -> tuple[str, int]:
         left[0] -= 1
@@ -128,7 +128,7 @@ def misfortunes(folder: Path, small: str | None, read_only: str | None) -> dict[
     for bad_rank in range(dist.world_size()):
         told[f"unreadable on {bad_rank}"] = attempt(folder, None, Unreadable(state) if rank == bad_rank else state)
     for at in (1, 9):
-        patch = (tensorfile, "_append", failing_append(at)) if rank == last else None
+        patch = (weight_file, "_append", failing_append(at)) if rank == last else None
         told[f"tensor {at} of the last rank"] = attempt(folder, patch)
     for name in (artefact.INDEX, artefact.CONFIG, artefact.MANIFEST):
         told[name] = attempt(folder, (artefact, "write_json", failing_json(name)))
@@ -206,7 +206,7 @@ def test_an_error_on_one_rank_is_raised_on_all_and_leaves_nothing(
 
 def dying(folder: Path, who: list[int], at: int) -> None:
     """Kills each rank in `who` at its `at`-th tensor."""
-    original, left = tensorfile._append, [at]
+    original, left = weight_file._append, [at]
 
     def append(*arguments: Any) -> tuple[str, int]:
         left[0] -= 1
@@ -214,7 +214,7 @@ def dying(folder: Path, who: list[int], at: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(*arguments)
 
-    tensorfile._append = append
+    weight_file._append = append
     write(folder, seed=2)
 
 
@@ -248,14 +248,14 @@ def test_the_folder_is_the_same_for_any_number_of_writers(world: int, tmp_path: 
 
 def write_counting(folder: Path) -> int:
     """Writes its share; returns how many bytes of tensors it was."""
-    original, sizes = tensorfile._append, []
+    original, sizes = weight_file._append, []
 
     def append(*arguments: Any) -> tuple[str, int]:
         kind, size = original(*arguments)
         sizes.append(size)
         return kind, size
 
-    tensorfile._append = append
+    weight_file._append = append
     write(folder)
-    tensorfile._append = original
+    weight_file._append = original
     return sum(sizes)

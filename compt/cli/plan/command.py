@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from compt.cli.options import (
+    MODE_HELP,
     AsJson,
     Gpus,
     Kind,
@@ -37,7 +38,7 @@ def plan(
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
     baselines: Annotated[bool, option("also plan the training of each model alone", "--baselines")] = False,
-    mode: Annotated[Mode | None, option("count what compt computes, or as published", default="exact")] = None,
+    mode: Annotated[Mode | None, option(MODE_HELP, default="exact")] = None,
     memory: Annotated[str | None, one_of(ENGINE_NAMES, "show the memory of this engine, part by part")] = None,
     auto: Annotated[bool, option("find a chain instead of showing the recipe's", "--auto")] = False,
     objective: Annotated[

@@ -18,7 +18,7 @@ import yaml
 from typer.testing import CliRunner
 
 from compt.bench import throughput
-from compt.cli import bench as cli_bench
+from compt.cli import bench as bench_command
 from compt.cli.main import app
 from compt.cli.options import read_tokens
 from compt.cost.gpus import DEVICES
@@ -254,24 +254,24 @@ def test_bad_options_get_one_clear_error(root: Path, words: list[str], message: 
 
 
 def test_the_chains_are_those_of_the_presets() -> None:
-    assert [name for chain in cli_bench.CHAINS for name in chain] != []
-    assert {name for chain in cli_bench.CHAINS for name in chain} == set(PRESETS)
-    pairs = [(spec.name, teacher and teacher.name) for spec, teacher in cli_bench._jobs([], None).pairs]
+    assert [name for chain in bench_command.CHAINS for name in chain] != []
+    assert {name for chain in bench_command.CHAINS for name in chain} == set(PRESETS)
+    pairs = [(spec.name, teacher and teacher.name) for spec, teacher in bench_command._jobs([], None).pairs]
     assert len(pairs) == len(PRESETS)
     assert {("vit_t16", None), ("vit_s16", "vit_c16"), ("vit_l16", "vit_xb16"), ("swin_l", "swin_b")} <= set(pairs)
 
 
 def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
-    jobs = cli_bench._jobs(["vit_b16"], root / "recipes" / "cc3m_vit.yaml")
+    jobs = bench_command._jobs(["vit_b16"], root / "recipes" / "cc3m_vit.yaml")
     recipe = jobs.recipe
     assert recipe is not None
-    assert cli_bench._captions(None, recipe) == [4, 6]
-    assert cli_bench._captions(
+    assert bench_command._captions(None, recipe) == [4, 6]
+    assert bench_command._captions(
         None, recipe.model_copy(update={"data": recipe.data.model_copy(update={"captions": 6})})
     ) == [6]
     assert read_tokens("context") is None
     assert read_tokens("20:0.7,40:0.3") == {20: 0.7, 40: 0.3}
-    setups = cli_bench._setups(jobs, [4, 6], None, "bf16", {}, 0)
+    setups = bench_command._setups(jobs, [4, 6], None, "bf16", {}, 0)
     assert [(setup.student.name, setup.teacher and setup.teacher.name, setup.captions) for setup in setups] == [
         ("vit_b16", None, 4),
         ("vit_b16", None, 6),
@@ -280,11 +280,11 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     ]
     assert {setup.engine.text_buckets for setup in setups} == {recipe.engine.text_buckets}
     for device, gpus, batch in (("cuda", None, 128), ("cuda", 4, 256), ("cpu", None, 1024), ("cpu", 2, 512)):
-        assert cli_bench._batch(None, gpus, jobs, "r.yaml", device) == batch
-    assert cli_bench._batch("auto", None, jobs, "r.yaml", "cuda") is None
-    assert cli_bench._batch("9", None, jobs, "r.yaml", "cuda") == 9
-    assert cli_bench._batch(None, None, cli_bench._jobs([], None), "", "cuda") is None
-    setups = cli_bench._setups(jobs, [4], None, None, {"name": "zero2", "recompute": True}, 0)
+        assert bench_command._batch(None, gpus, jobs, "r.yaml", device) == batch
+    assert bench_command._batch("auto", None, jobs, "r.yaml", "cuda") is None
+    assert bench_command._batch("9", None, jobs, "r.yaml", "cuda") == 9
+    assert bench_command._batch(None, None, bench_command._jobs([], None), "", "cuda") is None
+    setups = bench_command._setups(jobs, [4], None, None, {"name": "zero2", "recompute": True}, 0)
     assert {(setup.engine.name, setup.engine.recompute) for setup in setups} == {("zero2", True)}
 
 
@@ -293,7 +293,7 @@ def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -
     own = {"name": "fsdp2", "recompute": True, "micro_batch": 32, "text_buckets": 2}
     values["chain"]["links"][1]["engine"] = own
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
-    setups = cli_bench._setups(cli_bench._jobs([], tmp_path / "r.yaml"), [4], None, None, {}, 0)
+    setups = bench_command._setups(bench_command._jobs([], tmp_path / "r.yaml"), [4], None, None, {}, 0)
     for setup in setups:
         engine = setup.engine
         found = (engine.name, engine.recompute, engine.micro_batch, engine.text_buckets)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from compt.cli.expand import command as cli_expand
+from compt.cli.expand import command as expand_command
 from compt.cli.expand.request import read_bytes, read_sizes, student_spec
 from compt.cli.main import app, main
 from compt.errors import ArtefactError, ComptError, ConfigError, DataError
@@ -275,13 +275,13 @@ def test_verify_scores_what_was_written(
     teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = export_state(build(plan().student, seed=8))
-    real = cli_expand._write
+    real = expand_command._write
 
     def write_something_else(prepared: Any) -> None:
         real(prepared)
         write_artefact(prepared.out, other, prepared.plan.student, {})
 
-    monkeypatch.setattr(cli_expand, "_write", write_something_else)
+    monkeypatch.setattr(expand_command, "_write", write_something_else)
     words = ("--both", "width=duplicate", "--verify", data / "*.tar", "--json")
     found = json.loads(run(teacher, "vit_pico", tmp_path / "out", *GROWN, *words))
     assert found["out"] == str(tmp_path / "out")

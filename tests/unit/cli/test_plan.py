@@ -127,10 +127,10 @@ def test_warnings_say_what_would_fit(plan: Plan) -> None:
 
 
 REFUSED = {
-    "no images": (["--set", "data.images=0"], r"r\.yaml: data\.images = 0: should be greater than 0"),
+    "no images": (["--set", "data.images=0"], r"r\.yaml: --set data\.images = 0: should be greater than 0"),
     "negative epochs": (
         ["--set", "chain.links.1.train.epochs=-2"],
-        r"r\.yaml: chain\.links\.1\.train\.epochs = -2: should be greater than or equal to 0",
+        r"r\.yaml: --set chain\.links\.1\.train\.epochs = -2: should be greater than or equal to 0",
     ),
     "a width that cannot be": (
         ["--set", "family.members.1.width=100"],
@@ -161,7 +161,7 @@ REFUSED = {
     ),
     "no micro-batch": (
         ["--set", "engine.micro_batch=0"],
-        r"r\.yaml: engine\.micro_batch = 0: should be greater than 0",
+        r"r\.yaml: --set engine\.micro_batch = 0: should be greater than 0",
     ),
     "no speeds": (["--throughput", "none.json"], r"--throughput: cannot read none\.json: No such file or directory"),
     "speeds of another kind": (
@@ -177,7 +177,7 @@ REFUSED = {
         r"--throughput: torn\.json is not a throughput file of compt",
     ),
     "no baselines": (["--baselines", "--set", "baselines=null"], r"r\.yaml: baselines: is missing"),
-    "no chain": (["--set", "chain=3"], r"r\.yaml: chain = 3: should be a section with the keys"),
+    "no chain": (["--set", "chain=3"], r"r\.yaml: --set chain = 3: should be a section with the keys"),
     **{
         f"{option} without --auto": ([option, value], rf"{option} {value}: is for --auto, which is missing")
         for option, value in (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from compt.bench.estimate import seconds_of
 from compt.bench.step import TrainingStep
-from compt.cli import bench as cli_bench
+from compt.cli import bench as bench_command
 from compt.dist import collectives as dist
 from compt.engines import open as opening
 from compt.engines.fsdp2 import ShardedEngine
@@ -142,8 +142,8 @@ def test_estimate_and_throughput_time_the_step_that_the_chain_runs(
 
     assert recorder.take(lambda: seconds_of([(job, 5)], recipe, CPU, 1, data)) == wanted
 
-    jobs = cli_bench._jobs(["large"], write_recipe(tmp_path / "recipe.yaml", *changes))
-    setup = cli_bench._setups(jobs, [recipe.data.captions], None, None, {}, recipe.seed)[-1]
+    jobs = bench_command._jobs(["large"], write_recipe(tmp_path / "recipe.yaml", *changes))
+    setup = bench_command._setups(jobs, [recipe.data.captions], None, None, {}, recipe.seed)[-1]
 
     def time() -> None:
         step = TrainingStep(setup, CPU)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compt.errors import ArtefactError, RunError
-from compt.weights import safetensors as tensorfile
+from compt.weights import safetensors as weight_file
 from compt.weights.safetensors import DTYPES, LazyState, TensorFile, share_out, split_files, write_tensors
 
 METADATA = {"format": "pt"}
@@ -201,7 +201,7 @@ def test_a_full_disk_and_one_that_fails_at_the_header(tmp_path: Path, monkeypatc
 
 def test_a_file_that_was_not_finished_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = drawn({"a": (80,), "b": (80,)}, torch.float32)
-    append = tensorfile._append
+    append = weight_file._append
 
     def killed(file, path, name, *rest):
         if name == "b":
@@ -209,7 +209,7 @@ def test_a_file_that_was_not_finished_cannot_be_read(tmp_path: Path, monkeypatch
             raise KeyboardInterrupt
         return append(file, path, name, *rest)
 
-    monkeypatch.setattr(tensorfile, "_append", killed)
+    monkeypatch.setattr(weight_file, "_append", killed)
     with pytest.raises(KeyboardInterrupt):
         write_tensors(tmp_path / "file", state, shapes_of(state), METADATA)
     assert (tmp_path / "file").stat().st_size > 320
