@@ -92,7 +92,10 @@ class TextTable:
         fits = widths[widest] >= words
         yield from (Text(title, "bold"), Text(), table if fits else Group(*_blocks(header, rows)))
         if notes:
-            yield from (Text(), *(Text(note, "dim") for note in notes))
+            yield Text()
+            for line in (line for note in notes for line in Text(note, "dim").wrap(console, options.max_width)):
+                line.rstrip()
+                yield line
 
     def _visible(self) -> tuple[str, list[str], list[list[str]], list[str]]:
         """Title, header, rows and notes. A line break in a cell is shown too: it could pose as another row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -18,9 +19,12 @@ def list_recipes() -> None:
     """List the recipes that come with compt."""
     rows = []
     for name, path in shipped_recipes().items():
-        recipe = load_recipe(path)
-        rows.append((name, ", ".join(link.model for link in recipe.chain.links), str(recipe.optimizer.batch)))
-    show(TextTable("Recipes", ("Name", "Models of the chain", "Batch"), rows, left=2))
+        links = load_recipe(path).chain.links
+        chain = f"{links[0].model} - {links[-1].model} ({len(links)} models)"
+        # The first sentence of the comment at the top, without what it adds in parentheses.
+        text = recipe_text(path).partition("\nname:")[0].replace("\n#", "").removeprefix("# ")
+        rows.append((name, chain, re.split(r"[.:;,] | \(", text)[0].removesuffix(".")))
+    show(TextTable("Recipes", ("Name", "Chain", "Description"), rows, left=3))
 
 
 def show_recipe(recipe: RecipePath) -> None:
