@@ -168,6 +168,6 @@ def _as_given(setting: Setting) -> list[Outcome]:
         jobs = make_plan(setting.recipe, world_size=setting.gpus).links
     except ConfigError:
         return []
-    label = f"{len(jobs)} model{'s' * (len(jobs) > 1)}, the recipe's, its own epochs"
+    label = f"{len(jobs)} model{'s' * (len(jobs) > 1)}, the recipe's"
     given = outcome(setting, label, [job.spec for job in jobs], [job.epochs for job in jobs])
     return [replace(given, predicted=False)]

@@ -196,7 +196,7 @@ def _others_table(design: Design) -> TextTable:
         hours = one.baseline_gpu_hours if one is alone else one.gpu_hours
         rows.append(
             [
-                f"{one.label}: {', '.join(spec.name for spec in one.specs)}",
+                one.label,
                 count(one.baseline_macs) if one is alone else _macs(one.macs),
                 *([_hours(hours.hours, hours.kind)] if hours else []),
                 "1" if one is alone else _times(design.asked, one),
@@ -210,7 +210,8 @@ def _others_table(design: Design) -> TextTable:
         "they differ by less than their ranges."
     )
     header = ["Chain", "MACs", *(["GPU-hours"] if in_hours else []), "Acceleration"]
-    return TextTable("Alternatives", header, rows, [note])
+    members = [f"{one.label}: {', '.join(spec.name for spec in one.specs)}." for one in (*design.others, alone)]
+    return TextTable("Alternatives", header, rows, [note, *members])
 
 
 def _number(value: float) -> str:
