@@ -156,19 +156,23 @@ class Chain:
         current folder. Raises ConfigError, DataError, RunError, and Interrupted on SIGTERM or Ctrl-C: finished work
         stays, and the same call continues.
         """
+        import torch.distributed
+
         from compt.chain.run import prepare, run_chain, waiting
         from compt.dist import collectives as dist
         from compt.report.summary import summarise
 
         place = Path(folder)
         wanted: dict[str, Any] = {"baselines": self.baselines, "controls": self.controls, "source": self.recipe.name}
+        joined = torch.distributed.is_initialized()
         try:
             context, plan = prepare(self.recipe, place, base=Path.cwd(), **wanted)
             if waiting(plan, place):
                 run_chain(context, plan, say)
             return summarise(place)
         finally:
-            dist.shutdown()
+            if not joined:  # a process group of the caller stays
+                dist.shutdown()
 
 
 def evaluate_model(

@@ -129,6 +129,10 @@ def evaluate(
 
     if (data is None) == (suite is None):
         raise ConfigError("compt eval: name one of --data and --suite")
+    of_one_set = {"--classnames": classnames, "--templates": templates, "--class-order": class_order, "--train": train}
+    for flag, given in {**of_one_set, "--label": label != "cls", "--per-class": per_class}.items():
+        if suite is not None and given:
+            raise ConfigError(f"compt eval: {flag} goes with --data; the sets of a suite have their own")
     if data is not None:
         sets = one_set(evaluation_set(data, task or "zeroshot", label, classnames, templates, class_order, train))
     else:

@@ -15,6 +15,8 @@ import yaml
 from compt.cli.options import option
 from compt.errors import ConfigError
 from compt.files import write_text
+from compt.plan.jobs import make_plan
+from compt.recipe.read import parse_recipe
 from compt.text import TextTable, say, terminal
 
 TAKEN = {
@@ -26,8 +28,8 @@ TAKEN = {
     "train_data_upsampling_factors": "data.train, the weights of the sets",
     "train_num_samples": "data.images",
     "val_data": "evaluation.validation",
-    "imagenet_val": "evaluation.sets",
-    "imagenet_v2": "evaluation.sets",
+    "imagenet_val": "evaluation.sets, with one template unless `templates` names a file",
+    "imagenet_v2": "evaluation.sets, with one template unless `templates` names a file",
     "batch_size": "optimizer.batch, over all GPUs; engine.micro_batch",
     "accum_freq": "optimizer.batch, over all GPUs; engine.micro_batch",
     "epochs": "chain.links[0].train",
@@ -138,12 +140,23 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
         "data": _data(parsed),
         "family": {"members": [member]},
         "chain": {
-            "links": [{"model": member["name"], "train": {"epochs": parsed.epochs}, "warmup": {"steps": parsed.warmup}}]
+            "links": [
+                {
+                    "model": member["name"],
+                    "train": {"epochs": parsed.epochs},
+                    # Without a scheduler OpenCLIP has no warm-up either.
+                    "warmup": {"steps": 0 if parsed.skip_scheduler else parsed.warmup},
+                }
+            ]
         },
         "optimizer": _optimizer(parsed, gpus),
         "engine": _engine(parsed),
         "evaluation": _evaluation(parsed),
     }
+    try:
+        make_plan(parse_recipe(values, "the recipe"))
+    except ConfigError as error:
+        raise ConfigError(f"these arguments make no recipe that runs: {error}") from None
     return values, rows
 
 
@@ -211,6 +224,8 @@ def _data(parsed: argparse.Namespace) -> dict[str, Any]:
         if value := getattr(parsed, flag):
             found[field] = [float(each) for each in value] * (3 if len(value) == 1 else 1)
     if scale := parsed.aug_cfg.get("scale"):
+        if not isinstance(scale, tuple | list):
+            raise ConfigError(f"--aug-cfg scale={scale}: should be two numbers, as in scale=(0.9,1.0)")
         found["crop_scale"] = [float(each) for each in scale]
     return found
 
@@ -236,6 +251,8 @@ def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
     elif parsed.lr_scheduler == "const-cooldown":
         if not parsed.epochs_cooldown:
             raise ConfigError("--lr-scheduler const-cooldown: needs --epochs-cooldown")
+        if not parsed.lr:
+            raise ConfigError(f"--lr {parsed.lr}: should be above 0")
         end = float(parsed.lr_cooldown_end) / float(parsed.lr)
         found["schedule"] = {"shape": "wsd", "decay": parsed.epochs_cooldown / parsed.epochs, "end": end}
     return found
@@ -243,7 +260,7 @@ def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
 
 def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {"workers": parsed.workers, "log_every": {"steps": parsed.log_every_n_steps}}
-    found["checkpoint_every"] = {"epochs": parsed.save_frequency}
+    found["checkpoint_every"] = {"epochs": parsed.save_frequency or parsed.epochs}  # 0: only at the end
     if parsed.accum_freq > 1:
         found["micro_batch"] = parsed.batch_size
     if parsed.grad_checkpointing:
@@ -255,17 +272,16 @@ def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
 
 def _evaluation(parsed: argparse.Namespace) -> dict[str, Any]:
     paths = {"imagenet_val": parsed.imagenet_val, "imagenet_v2": parsed.imagenet_v2}
-    # `select` sets are scored during training, as OpenCLIP does.
-    sets: list[dict[str, Any]] = [
-        {"name": name, "data": path, "role": "select"} for name, path in paths.items() if path
-    ]
+    # `select` sets are scored during training, as OpenCLIP does. A frequency of 0 is never.
+    role = "select" if parsed.zeroshot_frequency else "report"
+    sets: list[dict[str, Any]] = [{"name": name, "data": path, "role": role} for name, path in paths.items() if path]
     if parsed.imagenet_v2:
         sets[-1]["class_order"] = "number"
     found: dict[str, Any] = {"sets": sets} if sets else {}
-    if parsed.val_data:
+    often = [parsed.zeroshot_frequency] * bool(sets)
+    if parsed.val_data and parsed.val_frequency:
         found["validation"] = parsed.val_data.split("::")
-    if every := min(
-        [parsed.zeroshot_frequency] * bool(sets) + [parsed.val_frequency] * bool(parsed.val_data), default=0
-    ):
-        found["every"] = {"epochs": every}
+        often.append(parsed.val_frequency)
+    if any(often):
+        found["every"] = {"epochs": min(filter(None, often))}
     return found

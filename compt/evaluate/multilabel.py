@@ -15,8 +15,8 @@ from compt.data.batch import EvalBatch
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
 from compt.evaluate.task import EvalSettings, Result, ScoreRow, open_data
-from compt.evaluate.zeroshot import ZeroShot, classifier, named_classes
-from compt.recipe.schema import EvalSet
+from compt.evaluate.zeroshot import ZeroShot, check_labels, classifier, named_classes
+from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
 
 
 @dataclass
@@ -63,7 +63,12 @@ def average_precision(scores: NDArray[np.float32], labels: NDArray[np.bool_]) ->
 
 
 def multilabel(
-    encoder: Encoder, loader: Iterable[EvalBatch], weights: Tensor, *, name: str = "multilabel"
+    encoder: Encoder,
+    loader: Iterable[EvalBatch],
+    weights: Tensor,
+    *,
+    name: str = "multilabel",
+    max_bad_share: float = MAX_BAD_SHARE,
 ) -> MultilabelResult:
     """Score this rank's batches with `weights` [D, C] and collect the scores of all ranks.
 
@@ -86,6 +91,7 @@ def multilabel(
         losses = over_batches(loader, score)
     rows = by_id(torch.cat(parts))
     skipped, examples = losses.over_ranks()
+    check_labels(name, None, skipped, examples, classes, "the class names", max_bad_share, len(rows))
     if not len(rows):
         raise DataError(f"evaluation set '{name}': no sample can be used{': ' + examples[0] if examples else ''}")
     ids, labels, scores = np.split(rows, [1, 1 + classes], axis=1)
@@ -112,9 +118,9 @@ class Multilabel(ZeroShot):
     def run(self, encoder: Encoder, tokenize: Tokenize) -> MultilabelResult:  # type: ignore[override]
         """Build the classifier and score every sample for every class."""
         weights = classifier(encoder, self.names, self.templates, tokenize, self.settings.batch)
-        result = multilabel(
-            encoder, self.data.batches(encoder.image_size, self.settings, len(self.names)), weights, name=self.item.name
-        )
+        batches = self.data.batches(encoder.image_size, self.settings, len(self.names))
+        share = self.settings.max_bad_share
+        result = multilabel(encoder, batches, weights, name=self.item.name, max_bad_share=share)
         result.names = self.names
         return result
 

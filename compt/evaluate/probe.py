@@ -18,7 +18,8 @@ from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, over_batches
 from compt.evaluate.task import EvalSettings, EvaluationTask, ScoreRow, SetData, open_data
-from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, true_ranks
+from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, check_labels, true_ranks
+from compt.files import hash_json
 from compt.recipe.schema import EvalSet
 
 _log = logging.getLogger(__name__)
@@ -100,8 +101,12 @@ def choose_penalty(train: Features, classes: int) -> float:
 
     As CLIP's authors do (Radford et al. 2021, appendix A.3): a coarse sweep, then finer ones around the best.
     """
-    held = torch.arange(len(train.labels), device=train.labels.device) % HELD_OUT == HELD_OUT - 1
-    if held.sum() == 0:
+    # Every fifth sample of each class, in a random order: sets list their classes in turn, or one after the other.
+    order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0)).to(train.labels.device)
+    order = order[train.labels[order].argsort(stable=True)]
+    held = torch.zeros(len(order), dtype=torch.bool, device=order.device)
+    held[order[HELD_OUT - 1 :: HELD_OUT]] = True
+    if not held.any():
         return 1.0 / len(train.labels)
     inputs, n = functional.pad(train.features[held].double(), (0, 1), value=1.0), int((~held).sum())
     scores: dict[float, float] = {}
@@ -126,7 +131,7 @@ def choose_penalty(train: Features, classes: int) -> float:
         for exponent in (middle + step, middle - step):
             if exponent not in scores and min(EXPONENTS) <= exponent <= max(EXPONENTS):
                 score(exponent)
-    return 10 ** best() / n
+    return 10 ** best() / len(train.labels)
 
 
 def vote(queries: Tensor, train: Features, classes: int, chunk: int = 1024) -> Tensor:
@@ -191,8 +196,9 @@ class LabelledTask(EvaluationTask):
         return cls(item, settings, data, train, names)
 
     def pins(self) -> dict[str, str]:
-        """Both splits and the name of the label."""
-        return {**super().pins(), "train": self.train.samples.fingerprint, "label": self.item.label}
+        """Both splits, the class names and the name of the label."""
+        names = {"classnames": hash_json(self.names)} if self.names else {}
+        return {**super().pins(), **names, "train": self.train.samples.fingerprint, "label": self.item.label}
 
     @abstractmethod
     def score(self, queries: Tensor, train: Features, classes: int) -> tuple[Tensor, dict[str, Any]]:
@@ -207,13 +213,27 @@ class LabelledTask(EvaluationTask):
             features_of(encoder, data.batches(encoder.image_size, self.settings, count), self.item.name)
             for data in (self.train, self.data)
         )
-        classes = count or 1 + int(max(train.labels.max(), test.labels.max()))
+        known = 1 + int(train.labels.max())
+        if not count and int(test.labels.max()) >= known:
+            raise DataError(
+                f"evaluation set '{self.item.name}': label {int(test.labels.max())} occurs, but the labels of `train` "
+                f"end at {known - 1}; name a file of class names"
+            )
+        if not count and known > len(train.labels):
+            raise DataError(
+                f"evaluation set '{self.item.name}': label {known - 1} with {len(train.labels)} labelled images; "
+                "number classes from 0, or name a file of class names"
+            )
+        classes = count or known
 
         def scored() -> tuple[list[list[int]], dict[str, Any]]:
             scores, about = self.score(test.features, train, classes)
             ranks, first = true_ranks(scores, test.labels)
             return torch.stack([test.ids, test.labels, first, ranks], dim=1).tolist(), about
 
+        for data in (train, test):
+            source, share = "the class names" if count else "the labels", self.settings.max_bad_share
+            check_labels(self.item.name, data.labels.cpu().numpy(), data.skipped, data.examples, classes, source, share)
         rows, about = dist.from_main(scored)
         ids, labels, predictions, ranks = torch.tensor(rows, dtype=torch.int64).T.contiguous().numpy()
         about |= {"skipped": test.skipped, "examples": test.examples, "train_images": len(train.labels)}

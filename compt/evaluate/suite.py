@@ -21,7 +21,7 @@ from compt.errors import ComptError, ConfigError, DataError
 from compt.evaluate.encoder import Arrays, load_arrays
 from compt.evaluate.sets import evaluate_set, open_set, task_class
 from compt.evaluate.task import EvalSettings
-from compt.files import read_json
+from compt.files import hash_json, read_json
 from compt.recipe.suite import Suite, SuiteSet
 from compt.weights.artefact import Artefact
 
@@ -33,11 +33,12 @@ class SetScore:
     """What one model reached on one set.
 
     record: what the result's .json holds; empty where the set could not be scored. answers: of the task's `answers`.
-    fault: why the set has no score.
+    ids: of the images that these are about. fault: why the set has no score.
     """
 
     record: Mapping[str, Any]
     answers: Sequence[NDArray[np.float64]] = ()
+    ids: NDArray[np.int64] | None = None
     fault: str = ""
 
 
@@ -46,17 +47,20 @@ Scores = dict[str, dict[str, SetScore]]
 
 
 def is_missing(item: SuiteSet, base: Path) -> bool:
-    """Whether nothing of the set is on this machine: neither its folder nor its first shard."""
-    for pattern in item.data:
-        if "://" in pattern:
-            return False
-        for name in braceexpand.braceexpand(pattern):
-            path = base / Path(name).expanduser()
-            while glob.has_magic(path.name) or glob.has_magic(str(path.parent)):
-                path = path.parent
-            if path.exists():
-                return False
-    return True
+    """Whether nothing of the set, or of its training split, is on this machine: neither a folder nor a first shard."""
+    return not all(any(_is_there(name, base) for name in data) for data in (item.data, item.train) if data)
+
+
+def _is_there(pattern: str, base: Path) -> bool:
+    if "://" in pattern:
+        return True
+    for name in braceexpand.braceexpand(pattern):
+        path = base / Path(name).expanduser()
+        while glob.has_magic(path.name) or glob.has_magic(str(path.parent)):
+            path = path.parent
+        if path.exists():
+            return True
+    return False
 
 
 def model_labels(models: Sequence[str]) -> list[str]:
@@ -64,12 +68,18 @@ def model_labels(models: Sequence[str]) -> list[str]:
 
     Raises ConfigError for a model that is named twice.
     """
-    parts = [[part for part in Path(model).parts if part not in ("model", "jobs", "/")] or [model] for model in models]
+    parts = [[part for part in _parts(model) if part not in ("model", "jobs", "/")] or [model] for model in models]
     for length in range(1, max(map(len, parts)) + 1):
         labels = ["/".join(part[-length:]) for part in parts]
         if len(set(labels)) == len(labels):
             return labels
-    raise ConfigError(f"{next(model for model in models if list(models).count(model) > 1)}: is named twice")
+    twice = next(at for at, part in enumerate(parts) if parts.index(part) < at)
+    raise ConfigError(f"{models[twice]}: is named twice")
+
+
+def _parts(model: str) -> tuple[str, ...]:
+    path = Path(model)
+    return (path.resolve() if path.name in ("", "..") or ".." in path.parts else path).parts
 
 
 def score_suite(
@@ -95,6 +105,9 @@ def score_suite(
         artefact = dist.on_all(opened)
         settings = replace(settings, preprocess=artefact.preprocess)
         scored_by = {"weights": artefact.hash if out else "", "precision": str(settings.dtype)}
+        # One file may hold several models, and settings of a model need not be in its weights.
+        about = [artefact.spec.to_dict(), artefact.preprocess.to_dict(artefact.spec.image_size), sorted(artefact.state)]
+        scored_by["model"] = hash_json([*about, settings.max_bad_share])
         folder = None if out is None else out / quote(label, safe=" ()")
         model = None
         found[label] = {}
@@ -109,7 +122,7 @@ def score_suite(
                     if folder is not None:
                         result.scored_by = scored_by
                         dist.on_main(partial(result.save, folder))
-                    score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()))
+                    score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()), result.ids)
             except DataError as error:
                 # One broken set must not lose the hours that the others take.
                 score = SetScore({}, fault=str(error))
@@ -135,8 +148,9 @@ def _stored(folder: Path, item: SuiteSet, settings: EvalSettings, scored_by: Map
     if kept is None:
         return None
     record, arrays = kept
-    task = open_set(item, settings, together=True)
-    return SetScore(record, task_class(item.task).answers(arrays)) if record.get("pins") == task.pins() else None
+    if record.get("pins") != open_set(item, settings, together=True).pins():
+        return None
+    return SetScore(record, task_class(item.task).answers(arrays), arrays["ids"])
 
 
 def _said(item: SuiteSet, score: SetScore) -> str:

@@ -172,23 +172,42 @@ def zero_shot(
         losses = over_batches(loader, score)
     rows = by_id(torch.cat(parts))
     skipped, examples = losses.over_ranks()
-    without = {cause: count for cause, count in skipped.items() if CAUSES[cause].unit == "label"}
-    lost, n = sum(without.values()), len(rows) + sum(skipped.values())
-    if without.get("label_range") and 0 not in rows[:, 1]:
-        raise DataError(
-            f"evaluation set '{name}': no sample has the class number 0, and {without['label_range']:,} have numbers "
-            f"beyond the {classes} classes of {classes_from}: count class numbers from 0, not from 1"
-        )
-    if lost > max_bad_share * n:
-        raise DataError(
-            f"evaluation set '{name}': {lost:,} of {n:,} samples have no usable label for the {classes} classes of "
-            f"{classes_from}, more than data.max_bad_share {max_bad_share:g} allows: "
-            f"{Account(unused=Counter(without)).line()}; such as {examples[0]}"
-        )
+    check_labels(name, rows[:, 1], skipped, examples, classes, classes_from, max_bad_share)
     if not len(rows):
         raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
     ids, labels, predictions, ranks = rows.T.copy()
     return ZeroShotResult(name, ids, classes, labels, predictions, ranks, skipped=skipped, examples=examples)
+
+
+def check_labels(
+    name: str,
+    labels: NDArray[np.int64] | None,
+    skipped: Mapping[str, int],
+    examples: Sequence[str],
+    classes: int,
+    classes_from: str,
+    max_bad_share: float,
+    n: int = 0,
+) -> None:
+    """Raise DataError where labels count from 1, or where more than `max_bad_share` of the samples have no usable one.
+
+    labels: of the usable samples; None where the `n` usable samples may have several. `skipped` and
+    `examples`: the others.
+    """
+    without = {cause: count for cause, count in skipped.items() if CAUSES[cause].unit == "label"}
+    used = sum(skipped.values()) - sum(without.values()) + (n if labels is None else len(labels))
+    lost = sum(without.values())
+    if without.get("label_range") and labels is not None and 0 not in labels:
+        raise DataError(
+            f"evaluation set '{name}': no sample has the class number 0, and {without['label_range']:,} have numbers "
+            f"beyond the {classes} classes of {classes_from}: count class numbers from 0, not from 1"
+        )
+    if lost > max_bad_share * (used + lost):
+        raise DataError(
+            f"evaluation set '{name}': {lost:,} of {used + lost:,} samples have no usable label for the {classes} "
+            f"classes of {classes_from}, more than data.max_bad_share {max_bad_share:g} allows: "
+            f"{Account(unused=Counter(without)).line()}; such as {examples[0]}"
+        )
 
 
 DEFAULT_TEMPLATES = ("a photo of {c}",)

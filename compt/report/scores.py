@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from compt.chain.record import now
 from compt.errors import ConfigError, nearest
 from compt.evaluate.sets import task_class
@@ -139,15 +141,15 @@ class SuiteReport:
             fetched = any(item.hub for item in self.suite.sets)
             how = f": compt eval fetch {self.name} {self.root}" if fetched else ""
             yield f"Missing in {self.root}: {len(names)} of {whole} sets ({', '.join(names)}){how}"
+        told: dict[str, None] = {}
         for item in self.suite.sets:
             for model in self.models:
                 score = self._score(model, item)
                 if score is not None and score.fault:
-                    yield f"{item.label_in_tables}: {score.fault}"
-                    break
-                if score is not None and (said := _departures(item, score.record)):
-                    yield f"{item.label_in_tables}: {', '.join(said)}."
-                    break
+                    told[f"{item.label_in_tables}: {score.fault}"] = None
+                elif score is not None and (said := _departures(item, score.record)):
+                    told[f"{item.label_in_tables}: {', '.join(said)}."] = None
+        yield from told
 
     def _metrics(self) -> TextTable | None:
         rows = []
@@ -163,8 +165,14 @@ class SuiteReport:
         first, rows, halves, gains = self.models[0], [], [], []
         for line in self.lines():
             pair = [self._score(name, line.item) for name in (model, first)]
-            answers = [score.answers[line.at] for score in pair if score and len(score.answers) > line.at]
-            if len(answers) < 2 or len(answers[0]) != len(answers[1]) or len(answers[0]) < 2:
+            scored = [score for score in pair if score and score.ids is not None and len(score.answers) > line.at]
+            if len(scored) < 2:
+                continue
+            # An image that one of the models could not read has no partner.
+            first_ids, second_ids = (np.asarray(score.ids) for score in scored)
+            _, *places = np.intersect1d(first_ids, second_ids, assume_unique=True, return_indices=True)
+            answers = [score.answers[line.at][place] for score, place in zip(scored, places, strict=True)]
+            if len(answers[0]) < 2:
                 continue
             gain, low, high = paired_bootstrap(*answers)
             rows.append([line.name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}", _verdict(low, high)])
@@ -176,7 +184,7 @@ class SuiteReport:
         if len(gains) > 1:
             gain, half = sum(gains) / len(gains), math.hypot(*halves) / len(halves)
             interval = f"{gain - half:+.2f} to {gain + half:+.2f}"
-            rows.append([self.average_label, f"{gain:+.2f}", interval, _verdict(gain - half, gain + half)])
+            rows.append([f"Average of {len(gains)}", f"{gain:+.2f}", interval, _verdict(gain - half, gain + half)])
         notes = ["Points, with the 95 % interval of a paired bootstrap over samples. It does not cover training seeds."]
         if len(gains) > 1:
             notes.append("The average's interval takes the sets as independent.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -64,6 +64,7 @@ def build_training(
     `weights` are the student's before the first step, `teacher_weights` the teacher's; without them they are drawn.
     Raises ArtefactError for weights of another model, ConfigError for settings that contradict each other.
     """
+    blueprint = replace(blueprint, engine=blueprint.engine.on(device.type))
     # The student starts on the "meta" device, so that an engine that shards never holds the whole of it.
     student = build(blueprint.student, device="meta")
     teacher = None if blueprint.teacher is None else _open_teacher(blueprint, device, teacher_weights)

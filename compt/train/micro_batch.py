@@ -14,7 +14,7 @@ import itertools
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,6 @@ class Trial:
     def of(cls, job: Job, recipe: Recipe, base: Path, device: torch.device) -> Trial:
         """The trial of a planned job, on as many processes as there are."""
         blueprint = Blueprint.of(job, recipe, base)
-        blueprint = replace(blueprint, engine=blueprint.engine.on(device.type))
         share, _ = split_batch(recipe.optimizer.batch, dist.world_size(), blueprint.engine.micro_batch)
         return cls(blueprint, recipe.data.captions, str(device), share)
 

@@ -23,7 +23,7 @@ from compt.recipe.schema import Recipe
 from compt.train.loop import learning_rate
 from tests.unit.train.test_loop import SETTINGS, replace
 
-DATA = ["--train-data", "a/{00..10}.tar", "--train-num-samples", "64000"]
+DATA = ["--train-data", "a/{00..10}.tar", "--train-num-samples", "64000", "--warmup", "10"]
 
 
 def made(*words: str, gpus: int = 1) -> tuple[Recipe, dict[str, str]]:
@@ -114,9 +114,29 @@ def test_learning_rates_are_open_clips(words: list[str]) -> None:
     assert [learning_rate(step, settings) for step in range(1000)] == pytest.approx([theirs(at) for at in range(1000)])
 
 
+def test_zero_is_never() -> None:
+    words = [
+        "--model",
+        "ViT-B-16",
+        "--save-frequency",
+        "0",
+        "--skip-scheduler",
+        "--imagenet-val",
+        "i",
+        "--val-data",
+        "v",
+    ]
+    recipe, _ = made(*words, "--zeroshot-frequency", "0", "--val-frequency", "2", "--epochs", "4")
+    assert recipe.engine.checkpoint_every.epochs == 4
+    assert recipe.chain.links[0].warmup.steps == 0
+    assert recipe.evaluation.every is not None
+    assert recipe.evaluation.every.epochs == 2
+    assert recipe.evaluation.sets[0].role == "report"
+
+
 def test_sets_with_weights() -> None:
     words = ["--train-data", "a.tar::b.tar", "--train-data-upsampling-factors", "1::2.5", "--model", "ViT-B-16"]
-    values, _ = recipe_of([*words, "--train-num-samples", "9"], 1)
+    values, _ = recipe_of([*words, "--train-num-samples", "9000", "--warmup", "10"], 1)
     assert values["data"]["train"] == [{"shards": "a.tar", "weight": 1.0}, {"shards": "b.tar", "weight": 2.5}]
 
 
@@ -136,6 +156,8 @@ def test_every_flag_has_a_fate() -> None:
         (["--model", "ViT-B-16", "--precision", "pure_fp16"], "--precision pure_fp16: weights are fp32 here"),
         (["--model", "ViT-B-16", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
         (["--model", "ViT-B-16", "--dataset-type", "csv"], "compt data pack"),
+        (["--model", "ViT-B-16", "--warmup", "40000"], "these arguments make no recipe that runs: "),
+        (["--model", "ViT-B-16", "--aug-cfg", "scale=0.4"], "should be two numbers"),
         (["--model", "ViT-B-16", "--train-num-samples", "0"], "--train-num-samples is missing"),
         (["--model", "ViT-B-16", "--force-image-size", "224", "336"], "images are square"),
         (["--model", "ViT-B-16", "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),

@@ -78,6 +78,17 @@ def test_the_penalty_follows_the_noise() -> None:
     assert found >= max(accuracy(10.0**exponent / 160) for exponent in range(-6, 7, 2)) - 1e-9
 
 
+def test_the_penalty_of_classes_that_take_turns() -> None:
+    """Every fifth sample would be of two classes of ten, which the fit would then never see."""
+    data = clusters(200, 10, 0.3)
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
+    mixed = Features(data.features[order], data.labels[order], data.ids, {}, [])
+    for one in (data, mixed):
+        weights = fit_probe(one.features, one.labels, 10, choose_penalty(one, 10))
+        right = (one.features.double() @ weights[:-1] + weights[-1]).argmax(1) == one.labels
+        assert right.double().mean() > 0.95
+
+
 @pytest.mark.parametrize("task", ["linear_probe", "knn"])
 def test_a_set_with_a_training_split(tmp_path: Path, task: str) -> None:
     # One image a class: a probe that mixed up samples or labels would not find them all.
@@ -98,6 +109,13 @@ def test_a_set_with_a_training_split(tmp_path: Path, task: str) -> None:
         evaluate_set(model, item.model_copy(update={"train": None}), settings)
     (tmp_path / "classnames.txt").write_text("a\nb\nc\nd\n")
     assert evaluate_set(model, item, settings).classes == 4
+    (tmp_path / "classnames.txt").write_text("a\nb\n")
+    with pytest.raises(DataError, match="have no usable label for the 2 classes of the class names"):
+        evaluate_set(model, item, settings)
+    (tmp_path / "classnames.txt").unlink()
+    write_tar(tmp_path / "test" / "0.tar", sample("a", 0, label=9))
+    with pytest.raises(DataError, match="label 9 occurs, but the labels of `train` end at 2"):
+        evaluate_set(model, item, settings)
 
 
 def test_a_suite_with_another_task() -> None:

@@ -188,8 +188,11 @@ def test_several_models_on_one_set(folder: Path) -> None:
 def test_names_of_models() -> None:
     assert model_labels(["runs/demo/jobs/3-vit_mini/model", "ViT-B-32:openai"]) == ["3-vit_mini", "ViT-B-32:openai"]
     assert model_labels(["a/jobs/1-x/model", "b/jobs/1-x/model/"]) == ["a/1-x", "b/1-x"]
-    with pytest.raises(ConfigError, match="a/b: is named twice"):
-        model_labels(["a/b", "a/b"])
+    for twice in ("a/b", "a/b/model", "./a/b/"):
+        with pytest.raises(ConfigError, match=f"{twice}: is named twice"):
+            model_labels(["a/b", twice])
+    assert model_labels(["."]) == [Path.cwd().name]
+    assert model_labels(["x/.."]) == [Path.cwd().name]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +224,7 @@ def test_what_the_command_refuses(folder: Path) -> None:
         ([], "name one of --data and --suite"),
         (["--suite", "demo", "--data", "x"], "name one of --data and --suite"),
         (["--suite", "vtab+", "--published", "vit_s16-cc3"], "no such model"),
+        (["--suite", "demo", "--classnames", "x"], "--classnames goes with --data"),
     ):
         done = CliRunner().invoke(app, ["eval", "model", *words])
         assert isinstance(done.exception, ConfigError), done.output
