@@ -12,6 +12,7 @@ from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.jobs import Plan, make_plan
 from compt.recipe.read import find_recipe, load_recipe, parse_recipe
 from compt.recipe.schema import EvalSet, Recipe
+from compt.recipe.suite import name_of
 
 if TYPE_CHECKING:
     import torch
@@ -274,6 +275,5 @@ def _preprocess_of(model: Any) -> Preprocess:
 
 def _evaluation_set(item: str | EvalSet | Mapping[str, Any]) -> EvalSet:
     if isinstance(item, str):
-        path = Path(item)
-        return EvalSet(name=path.parent.name if path.suffix == ".tar" else path.name, data=[item])
+        return EvalSet(name=name_of(item), data=[item])
     return item if isinstance(item, EvalSet) else EvalSet.model_validate(item)

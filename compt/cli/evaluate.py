@@ -26,7 +26,7 @@ from compt.cli.options import (
 )
 from compt.errors import ConfigError, DataError
 from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, EvalSet
-from compt.recipe.suite import load_suite, one_set, shipped_suites
+from compt.recipe.suite import load_suite, name_of, one_set, shipped_suites
 from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def evaluation_set(
 ) -> EvalSet:
     """The evaluation set that the options describe."""
     return EvalSet(
-        name=Path(data[0]).parent.name if data[0].endswith(".tar") else Path(data[0]).name,
+        name=name_of(data[0]),
         task=task,
         data=data,
         label=label,
@@ -238,9 +238,17 @@ def fetch(
 
     sets = load_suite(suite)
     base = Path(root or sets.root).expanduser()
+    failed: list[str] = []
     for item in sets.sets:
         if item.hub is None or item.folder is None:
             say(f"{item.name}: not from the hub")
             continue
-        found = fetch_set(item.hub, base / item.folder, revision, train=train)
+        try:
+            found = fetch_set(item.hub, base / item.folder, revision, train=train)
+        except DataError as error:
+            failed.append(str(error))
+            say(f"{item.name}: {error}")
+            continue
         say(f"{item.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB, commit {found.commit[:12]}: {found.state}")
+    if failed:
+        raise DataError(f"{len(failed)} sets were not downloaded; the same command goes on with them. {failed[0]}")

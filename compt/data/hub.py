@@ -48,9 +48,18 @@ def fetch_set(repository: str, folder: Path, revision: str = "main", *, train: b
     if known and known.get("repository") != repository:
         raise DataError(f"{folder}: holds {known.get('repository')}, not {repository}; name another folder")
     commit, files = _listed(repository, known.get("commit") or revision)
+    if known and revision not in ("main", commit, known.get("revision")):
+        raise DataError(
+            f"{folder}: was downloaded at commit {commit[:12]}, not at {revision}; name another folder"
+            f" or remove {RECORD}"
+        )
     new = 0
     stored: dict[str, dict[str, Any]] = known.get("files") or {}
     files = [file for file in files if train or not file.name.startswith("train/")]
+    record = {"repository": repository, "revision": known.get("revision") or revision, "commit": commit}
+    # Before the first file, so that a set of which files are missing is known as such.
+    record["wanted"] = sorted({*known.get("wanted", ()), *(file.name for file in files)})
+    write_json(folder / RECORD, {**record, "files": stored})
     for file in files:
         path = folder / file.name
         if not _is_unchanged(path, file, stored.get(file.name)):
@@ -65,9 +74,15 @@ def fetch_set(repository: str, folder: Path, revision: str = "main", *, train: b
             new += 1
         stored[file.name] = {"size": file.size, "hash": file.hash, "time": path.stat().st_mtime_ns}
         # After every file: a call that is stopped does not read all files again.
-        write_json(folder / RECORD, {"repository": repository, "commit": commit, "files": stored})
+        write_json(folder / RECORD, {**record, "files": stored})
     state = f"{new} downloaded" if new else "all there"
     return Fetched(len(files), sum(file.size for file in files), commit, state)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Files of a set that `compt eval fetch` began to download and has not finished; none for other folders."""
+    known = _known(folder / RECORD)
+    return [name for name in known.get("wanted", ()) if name not in known.get("files", {})]
 
 
 def _known(path: Path) -> dict[str, Any]:

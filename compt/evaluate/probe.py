@@ -30,6 +30,8 @@ EXPONENTS = (6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0)
 """Of the penalties 10 ** e / n that are tried first: in scikit-learn's terms, C = 10 ** -e."""
 REFINEMENTS = 3
 """How often the step between exponents is halved around the best: to a quarter of a decade."""
+CHUNK = 1 << 14
+"""Training samples that are computed at a time."""
 HELD_OUT = 5
 """Every fifth training sample chooses the penalty. The final fit has all of them."""
 
@@ -76,8 +78,8 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, penalty: float, st
     Minimizes the sum over samples of the cross-entropy, plus penalty * n * |weights|^2 / 2: scikit-learn's
     LogisticRegression with C = 1 / (penalty * n). `start`: weights to begin from.
     """
-    inputs = functional.pad(features.double(), (0, 1), value=1.0)
-    weights = torch.zeros(inputs.shape[1], classes, dtype=torch.float64, device=inputs.device)
+    n, width = features.shape
+    weights = torch.zeros(width + 1, classes, dtype=torch.float64, device=features.device)
     if start is not None:
         weights.copy_(start)
     weights.requires_grad_()
@@ -87,11 +89,18 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, penalty: float, st
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        loss = functional.cross_entropy(inputs @ weights, labels) + penalty / 2 * weights[:-1].square().sum()
+        loss = penalty / 2 * weights[:-1].square().sum()
         loss.backward()
-        return loss
+        total = loss.detach()
+        # ImageNet's features in fp64 and their logits would take 15 GB.
+        for part, own in zip(features.split(CHUNK), labels.split(CHUNK), strict=True):
+            inputs = functional.pad(part.double(), (0, 1), value=1.0)
+            loss = functional.cross_entropy(inputs @ weights, own, reduction="sum") / n
+            loss.backward()
+            total += loss.detach()
+        return total
 
-    with torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+    with torch.enable_grad(), torch.autocast(features.device.type, enabled=False):
         optimizer.step(closure)
     return weights.detach()
 
@@ -137,11 +146,17 @@ def choose_penalty(train: Features, classes: int) -> float:
 def vote(queries: Tensor, train: Features, classes: int, chunk: int = 1024) -> Tensor:
     """Scores fp32 [Q, C]: the sum over the nearest training samples of exp(cosine / temperature), by class."""
     rows = []
-    k = min(NEIGHBOURS, len(train.labels))
-    for start in range(0, len(queries), chunk):
-        near = (queries[start : start + chunk] @ train.features.T).topk(k, dim=1)
-        votes = torch.zeros(len(near.values), classes, device=queries.device)
-        rows.append(votes.scatter_add_(1, train.labels[near.indices], (near.values / TEMPERATURE).exp()))
+    for some in queries.split(chunk):
+        near, labels = torch.zeros(len(some), 0, device=some.device), train.labels[:0].expand(len(some), 0)
+        for part, own in zip(train.features.split(CHUNK), train.labels.split(CHUNK), strict=True):
+            near, labels = (
+                torch.cat([near, some @ part.T], dim=1),
+                torch.cat([labels, own.expand(len(some), -1)], dim=1),
+            )
+            near, places = near.topk(min(NEIGHBOURS, near.shape[1]), dim=1)
+            labels = labels.gather(1, places)
+        votes = torch.zeros(len(some), classes, device=some.device)
+        rows.append(votes.scatter_add_(1, labels, (near / TEMPERATURE).exp()))
     return torch.cat(rows)
 
 

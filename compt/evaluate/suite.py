@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compt.data.hub import missing_files
 from compt.dist import collectives as dist
 from compt.errors import ComptError, ConfigError, DataError
 from compt.evaluate.encoder import Arrays, load_arrays
@@ -115,6 +116,11 @@ def score_suite(
             if item.name in missing:
                 continue
             try:
+                if item.folder and (absent := dist.from_main(partial(missing_files, settings.base / item.folder))):
+                    raise DataError(
+                        f"{settings.base / item.folder}: {len(absent)} files are not downloaded yet, such as "
+                        f"{absent[0]}: run `compt eval fetch` again"
+                    )
                 score = _stored(folder, item, settings, scored_by) if folder else None
                 if score is None:
                     model = model if model is not None else artefact.load_model(device)

@@ -128,6 +128,13 @@ def load_suite(name: str | Path) -> Suite:
         raise refuse(str(path), error, Suite) from None
 
 
+def name_of(data: str) -> str:
+    """The name of a set that has none: of its folder, without those of splits. wds_cars/test/*.tar is wds_cars."""
+    parts = Path(data).parts[:-1] if data.endswith(".tar") else Path(data).parts
+    named = [part for part in parts if part not in ("test", "train", "val")]
+    return (named or list(parts) or [Path.cwd().name])[-1]
+
+
 def one_set(item: EvalSet) -> Suite:
     """The suite of one set, whose paths start at the current folder."""
     return Suite(root=str(Path.cwd()), sets=[SuiteSet(**item.model_dump())])

@@ -152,14 +152,18 @@ class SuiteReport:
         yield from told
 
     def _metrics(self) -> TextTable | None:
-        rows = []
+        rows, notes = [], ["Percent. The metric that others report for these sets; the averages above take top-1."]
         for item in self.suite.sets:
-            scores = [found.record for model in self.models if (found := self._score(model, item)) is not None]
-            if item.metric and scores:
+            found = [self._score(model, item) for model in self.models]
+            scores = [score.record if score is not None else {} for score in found]
+            known = {key for record in scores for key, value in record.items() if isinstance(value, float)}
+            if item.metric and known and item.metric not in known:
+                near = nearest(item.metric, known)
+                notes.append(f"{item.label_in_tables} has no '{item.metric}'{near}: {', '.join(sorted(known))}.")
+            elif item.metric and known:
                 label = f"{item.label_in_tables}, {item.metric.replace('_', ' ')}"
                 rows.append([label, *(_number(record.get(item.metric)) for record in scores)])
-        about = "Percent. The metric that others report for these sets; the averages above take top-1."
-        return TextTable("Further metrics", ["Set", *self.models], rows, [about]) if rows else None
+        return TextTable("Further metrics", ["Set", *self.models], rows, notes) if rows or notes[1:] else None
 
     def _differences(self, model: str) -> TextTable | None:
         first, rows, halves, gains = self.models[0], [], [], []

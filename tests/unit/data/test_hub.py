@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from compt.cli.main import app
-from compt.data.hub import fetch_set
+from compt.data.hub import fetch_set, missing_files
 from compt.errors import DataError
 from tests.helpers.hub import COMMIT, Hub
 from tests.helpers.shards import make_shards
@@ -58,6 +58,31 @@ def test_a_download_that_breaks_off_goes_on(hub: Hub, tmp_path: Path, monkeypatc
     assert hub.sent["test/0.tar"] == len(hub.files["test/0.tar"])
 
 
+def test_a_set_that_is_half_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.files["test/0.tar"], whole = hub.files["test/0.tar"][:-1], hub.files["test/0.tar"]
+    listed, hub.listed = (
+        hub.listed,
+        lambda name: (
+            Hub.listed(hub, name)
+            | {  # type: ignore[method-assign]
+                "lfs": {"sha256": "0" * 64, "size": 1, "pointerSize": 1}
+            }
+            if name == "test/0.tar"
+            else Hub.listed(hub, name)
+        ),
+    )
+    folder = tmp_path / "set"
+    with pytest.raises(DataError, match="has the hash"):
+        fetch_set(NAME, folder)
+    assert "test/0.tar" in missing_files(folder)
+    hub.files["test/0.tar"], hub.listed = whole, listed  # type: ignore[method-assign]
+    fetch_set(NAME, folder)
+    assert missing_files(folder) == []
+    assert missing_files(tmp_path) == []
+    with pytest.raises(DataError, match=f"was downloaded at commit {COMMIT[:12]}, not at v2"):
+        fetch_set(NAME, folder, "v2")
+
+
 def test_another_content_than_the_hub_says_is_refused(hub: Hub, tmp_path: Path) -> None:
     right = hub.files["test/0.tar"]
     true_tag = hub.tag("test/0.tar")
@@ -96,4 +121,9 @@ def test_the_command_and_a_suite_of_what_it_fetched(hub: Hub, tmp_path: Path) ->
     done = CliRunner().invoke(app, ["eval", "fetch", str(suite), str(tmp_path / "eval")])
     assert done.exit_code == 0, done.output
     assert f"things: 4 files, 0.0 MB, commit {COMMIT[:12]}: 4 downloaded\nhere: not from the hub\n" == done.output
+    suite.write_text("hub: clip-benchmark/wds_{name}\nsets: [{name: gone}, {name: things}]\n")
+    done = CliRunner().invoke(app, ["eval", "fetch", str(suite), str(tmp_path / "eval")])
+    assert isinstance(done.exception, DataError)
+    assert "1 sets were not downloaded" in str(done.exception)
+    assert "things: 4 files" in done.output
     assert json.loads((tmp_path / "eval" / "wds_things" / "fetched.json").read_text())["repository"] == NAME

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from compt.errors import ConfigError, DataError
+from compt.evaluate import probe
 from compt.evaluate.probe import NEIGHBOURS, TEMPERATURE, Features, choose_penalty, fit_probe, vote
 from compt.evaluate.sets import evaluate_set
 from compt.evaluate.task import EvalSettings
@@ -31,7 +32,8 @@ def clusters(n: int, classes: int, noise: float, seed: int = 0) -> Features:
 
 
 @pytest.mark.parametrize("penalty", [1e-1, 1e-3])
-def test_the_probe_is_scikit_learns_logistic_regression(penalty: float) -> None:
+def test_the_probe_is_scikit_learns_logistic_regression(penalty: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CHUNK", 32)
     optional("sklearn", "interop")
     from sklearn.linear_model import LogisticRegression
 
@@ -46,7 +48,8 @@ def test_the_probe_is_scikit_learns_logistic_regression(penalty: float) -> None:
     assert torch.allclose(again[:-1], ours[:-1], atol=1e-4)
 
 
-def test_neighbours_are_scikit_learns() -> None:
+def test_neighbours_are_scikit_learns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "CHUNK", 13)
     optional("sklearn", "interop")
     from sklearn.neighbors import KNeighborsClassifier
 
