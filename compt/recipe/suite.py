@@ -68,7 +68,9 @@ class Suite(Section):
         for item in self.sets:
             train = item.train or [part.replace("/test/", "/train/") for part in item.data if "/test/" in part]
             if item.task == "zeroshot" and train:
-                sets.append(item.model_copy(update={"task": task, "train": train, "published": []}))
+                # Another name: the scores of two tasks may go to one folder.
+                changes = {"name": f"{item.name}-{task}", "title": item.label_in_tables, "task": task, "train": train}
+                sets.append(item.model_copy(update={**changes, "published": []}))
         if not sets:
             raise ConfigError(f"--task {task}: no set of the suite has a training split")
         return self.model_copy(update={"sets": sets, "published": []})

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -238,17 +239,18 @@ class SuiteReport:
         return text.getvalue()
 
     def write(self, folder: Path) -> None:
-        """Write FOLDER/scores.json, .csv, .md and .html. Raises RunError."""
+        """Write FOLDER/NAME.json, .csv, .md and .html, with the name of the suite. Raises RunError."""
         tables, sentence = self.tables(), f"{len(self.models)} models on {self.name}"
         if len(self.models) == 1:
             sentence = f"{self.models[0]} on {self.name}"
-        write_json(folder / "scores.json", self.to_dict())
-        write_text(folder / "scores.csv", self.csv())
+        path = folder / quote(self.name, safe=" ()+")
+        write_json(path.with_name(f"{path.name}.json"), self.to_dict())
+        write_text(path.with_name(f"{path.name}.csv"), self.csv())
         head = f"# {escape_markdown(sentence)}\n\n"
-        write_text(folder / "scores.md", head + "\n".join(table.markdown() for table in tables))
+        write_text(path.with_name(f"{path.name}.md"), head + "\n".join(table.markdown() for table in tables))
         content = {"title": f"Scores on {self.name}", "sentence": sentence, "tables": tables}
         content |= {"written": now(), "version": versions()["compt"]}
-        write_text(folder / "scores.html", page("scores.html.j2", content))
+        write_text(path.with_name(f"{path.name}.html"), page("scores.html.j2", content))
 
 
 def _departures(item: SuiteSet, record: dict[str, Any] | Any) -> list[str]:

@@ -120,7 +120,7 @@ def test_class_names_and_templates_are_clip_benchmarks() -> None:
 def test_a_table_of_models_and_sets(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = evaluate(folder, "--out", str(out), "--published", "others")
-    scores = json.loads((out / "scores.json").read_text())
+    scores = json.loads((out / "mine.json").read_text())
     top1 = {m: [scores["scores"][m][name]["top1"] for name in ("one", "two")] for m in ("0-tiny", "1-tiny")}
     table = text.split("Further metrics")[0].splitlines()
     lines = {cells[0]: cells[1:] for line in table if len(cells := re.split("  +", line.strip())) > 1}
@@ -141,12 +141,12 @@ def test_a_table_of_models_and_sets(folder: Path, tmp_path: Path) -> None:
     arrays = [np.load(out / m / "one.npz")["correct"] for m in top1]
     gain, low, high = paired_bootstrap(arrays[1], arrays[0])
     assert f"{gain:+.2f}  {low:+.2f} to {high:+.2f}" in text
-    rows = list(csv.DictReader((out / "scores.csv").open()))
+    rows = list(csv.DictReader((out / "mine.csv").open()))
     assert {(row["set"], row["model"], row["metric"]): row["value"] for row in rows}["one", "1-tiny", "top1"] == str(
         top1["1-tiny"][0]
     )
     assert [row["value"] for row in rows if row["metric"] == "missing"] == ["", ""]
-    page, markdown = (out / "scores.html").read_text(), (out / "scores.md").read_text()
+    page, markdown = (out / "mine.html").read_text(), (out / "mine.md").read_text()
     assert '<th scope="row">First</th>' in page
     assert "| First |" in markdown
 
@@ -162,10 +162,10 @@ def test_scores_on_disk_are_kept_while_nothing_changed(
         return real(model, item, settings)
 
     monkeypatch.setattr(suites, "evaluate_set", count)
-    before = json.loads((tmp_path / "scores.json").read_text())["scores"]
+    before = json.loads((tmp_path / "mine.json").read_text())["scores"]
     evaluate(folder, "--out", str(tmp_path), models=1)
     assert scored == ["bare"]
-    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == before
+    assert json.loads((tmp_path / "mine.json").read_text())["scores"] == before
     templates = folder / "eval" / "wds_two" / "zeroshot_classification_templates.txt"
     kept = templates.read_text()
     templates.write_text("another {c}\n")
@@ -333,7 +333,7 @@ def test_clip_benchmarks_own_sets_and_numbers(tmp_path: Path, monkeypatch: pytes
     ):
         done = CliRunner().invoke(app, [*map(str, words)])
         assert done.exit_code == 0, done.output
-    ours = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]["tiny"]
+    ours = json.loads((tmp_path / "out" / "suite.json").read_text())["scores"]["tiny"]
 
     output = str(tmp_path / "{dataset}.json")
     words = ["--dataset", "wds/single", "wds/several", "wds/flickr30k", "--dataset_root", f"{tmp_path}/wds_{{dataset}}"]
