@@ -37,8 +37,8 @@ WANTED = {
     "a loader process is killed": "was killed by SIGKILL",
     "a loader process is stopped": "has stopped its loader process",
     "shared memory full": "Batches pass through /dev/shm",
-    "other shards of the same size at the resume": "the training shards hold other data",
-    "another table of captions at the resume": "the captions of table captions.csv are not those",
+    "other shards of the same size at the resume": "the training shards changed since",
+    "another table of captions at the resume": "the captions of table captions.csv changed since",
     "a pickle that runs a command in a checkpoint": "refused: it asks for posix.system",
 }
 

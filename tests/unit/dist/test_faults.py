@@ -199,7 +199,7 @@ def test_fewer_samples_than_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("optimizer.batsch=3", r"tiny\.yaml: --set optimizer\.batsch = 3: unknown key \(did you mean 'batch'\?\)"),
+        ("optimizer.batsch=3", r"tiny\.yaml: optimizer\.batsch = 3: unknown key \(did you mean 'batch'\?\)"),
         ("chain.links.1.model=lage", r"tiny\.yaml: .*'lage' is not a member of the family \(did you mean 'large'\?\)"),
         ("chain.links.0.train=6", r"chain\.links\.0\.train = 6: needs a unit"),
         ("family.members.0.preset=vit_pixo", r"unknown model 'vit_pixo' \(did you mean 'vit_pico'\?\)"),
