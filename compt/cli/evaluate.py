@@ -152,8 +152,8 @@ def evaluate(
             only = next(iter(opened.values()))
             _one(only, sets.sets[0], settings, place, out, per_class, as_json)
             return
-        told = say if suite and dist.is_main() and not as_json else lambda _: None
-        report.scores.update(score_suite(opened, sets, settings, place, out, told))
+        progress = say if suite and dist.is_main() and not as_json else lambda _: None
+        report.scores.update(score_suite(opened, sets, settings, place, out, progress))
         # One process writes and prints for all.
         if dist.is_main():
             if out is not None:

@@ -89,13 +89,13 @@ def score_suite(
     settings: EvalSettings,
     device: torch.device,
     out: Path | None = None,
-    told: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Scores:
     """SetScore every model on every set that is there. All ranks call this and get the same scores.
 
     `models` opens each by its label, one at a time. A set that cannot be used gets a `fault`, and the others are still
     scored. With `out`, results are written to OUT/MODEL, and a set that was already scored there for the same weights,
-    data, class names and precision is not scored again. `told` gets one line for each score, on rank 0.
+    data, class names and precision is not scored again. `progress` gets one line for each score, on rank 0.
 
     Raises what `models` raises, and RunError where `out` cannot be written.
     """
@@ -134,7 +134,7 @@ def score_suite(
                 score = SetScore({}, fault=str(error))
             found[label][item.name] = score
             if dist.is_main():
-                told(f"{label}: {item.label_in_tables}: {_said(item, score)}")
+                progress(f"{label}: {item.label_in_tables}: {_said(item, score)}")
     return found
 
 

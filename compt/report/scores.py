@@ -142,15 +142,15 @@ class SuiteReport:
             fetched = any(item.hub for item in self.suite.sets)
             how = f": compt eval fetch {self.name} {self.root}" if fetched else ""
             yield f"Missing in {self.root}: {len(names)} of {whole} sets ({', '.join(names)}){how}"
-        told: dict[str, None] = {}
+        lines: dict[str, None] = {}
         for item in self.suite.sets:
             for model in self.models:
                 score = self._score(model, item)
                 if score is not None and score.fault:
-                    told[f"{item.label_in_tables}: {score.fault}"] = None
+                    lines[f"{item.label_in_tables}: {score.fault}"] = None
                 elif score is not None and (said := _departures(item, score.record)):
-                    told[f"{item.label_in_tables}: {', '.join(said)}."] = None
-        yield from told
+                    lines[f"{item.label_in_tables}: {', '.join(said)}."] = None
+        yield from lines
 
     def _metrics(self) -> TextTable | None:
         rows, notes = [], ["Percent. The metric that others report for these sets; the averages above take top-1."]

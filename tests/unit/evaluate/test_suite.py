@@ -307,11 +307,11 @@ def test_clip_benchmarks_own_sets_and_numbers(tmp_path: Path, monkeypatch: pytes
         classes = tuple(f"thing {at}" for at in range(6))
         templates = ("a photo of {c}.", "art of the {c}")
 
-    pictures = [Image.open(io.BytesIO(picture(at, 40, 36))) for at in range(30)]
-    single = Images((each, at % 6) for at, each in enumerate(pictures))
-    several = Images((each, torch.tensor(rng.integers(0, 2, 6))) for each in pictures)
+    images = [Image.open(io.BytesIO(picture(at, 40, 36))) for at in range(30)]
+    single = Images((each, at % 6) for at, each in enumerate(images))
+    several = Images((each, torch.tensor(rng.integers(0, 2, 6))) for each in images)
     # No two captions are alike: here a tie counts against the model, there the first caption wins.
-    captioned = [(each, [f"number {at}", f"again {at}"]) for at, each in enumerate(pictures)]
+    captioned = [(each, [f"number {at}", f"again {at}"]) for at, each in enumerate(images)]
     kinds = {"single": single, "several": several}
     for name, data in kinds.items():
         out = str(tmp_path / f"wds_{name}")

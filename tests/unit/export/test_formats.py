@@ -195,7 +195,7 @@ def test_older_versions_of_open_clip_find_a_config_and_weights_that_they_can_rea
 
 OLD_OPEN_CLIP = """
 import sys, torch, open_clip
-folder, given = sys.argv[1], torch.load(sys.argv[2])
+folder, given = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
 open_clip.add_model_config(f"{folder}/compt-vit_pico.json")
 model, _, _ = open_clip.create_model_and_transforms(
     "compt-vit_pico", pretrained=f"{folder}/open_clip_pytorch_model.bin"
@@ -206,7 +206,7 @@ torch.save({"file": open_clip.__file__, "image": image, "text": text}, sys.argv[
 """
 OLD_TRANSFORMERS = """
 import sys, torch, transformers
-folder, given = sys.argv[1], torch.load(sys.argv[2])
+folder, given = sys.argv[1], torch.load(sys.argv[2], weights_only=True)
 model = transformers.CLIPModel.from_pretrained(folder).eval()
 ours = transformers.CLIPTokenizer.from_pretrained(folder)(given["caption"]).input_ids
 assert ours == transformers.CLIPTokenizerFast.from_pretrained(folder)(given["caption"]).input_ids == given["ids"], ours
@@ -243,7 +243,7 @@ def test_older_versions_that_people_pin_compute_the_same_features(
     torch.save(given, tmp_path / "given.pt")
     words = [sys.executable, "-c", program, *(str(tmp_path / name) for name in ("out", "given.pt", "theirs.pt"))]
     subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(place)})
-    theirs = torch.load(tmp_path / "theirs.pt")
+    theirs = torch.load(tmp_path / "theirs.pt", weights_only=True)
     assert theirs["file"].startswith(str(place))
     assert_same(theirs["image"], ours.encode_image(pixels))
     assert_same(theirs["text"], ours.encode_text(tokens))
