@@ -145,7 +145,7 @@ def evaluate(
     base, dtype = Path(root or sets.root).expanduser(), COMPUTE_DTYPES[precision]
     settings = EvalSettings(Preprocess(), base, batch, workers, dtype=dtype, max_bad_share=max_bad_share)
     title = "-".join(filter(None, (Path(suite).stem, task))) if suite else sets.sets[0].name
-    report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [])
+    report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [], suite or "")
     try:
         place = dist.init(device)
         if suite is None and len(models) == 1:

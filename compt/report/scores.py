@@ -46,8 +46,9 @@ class Line:
 class SuiteReport:
     """The scores of a suite, and published ones beside them.
 
-    name: of the suite. root: the folder of the sets. published: names of the suite's published models to show. Raises
-    ConfigError for a name that the suite does not have.
+    name: of the suite and its task. source: the suite as `compt eval fetch` takes it. root: the folder of the sets.
+    published: names of the suite's published models to show. Raises ConfigError for a name that the suite does not
+    have.
     """
 
     name: str
@@ -55,6 +56,7 @@ class SuiteReport:
     root: Path
     scores: Scores
     published: Sequence[str] = ()
+    source: str = ""
 
     def __post_init__(self) -> None:
         for name in self.published:
@@ -140,7 +142,8 @@ class SuiteReport:
         if names:
             whole = len(self.suite.sets)
             fetched = any(item.hub for item in self.suite.sets)
-            how = f": compt eval fetch {self.name} {self.root}" if fetched else ""
+            train = " --train" if any(item.train for item in self.suite.sets) else ""
+            how = f": compt eval fetch {self.source or self.name} {self.root}{train}" if fetched else ""
             yield f"Missing in {self.root}: {len(names)} of {whole} sets ({', '.join(names)}){how}"
         lines: dict[str, None] = {}
         for item in self.suite.sets:

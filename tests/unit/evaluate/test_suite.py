@@ -132,7 +132,7 @@ def test_a_table_of_models_and_sets(folder: Path, tmp_path: Path) -> None:
     assert scores["averaged"] == ["one", "two"]
     assert scores["average"] == {m: pytest.approx(np.mean(top1[m])) for m in top1}
     flat = " ".join(text.split())
-    assert f"Missing in {folder}/eval: 1 of 5 sets (gone): compt eval fetch mine {folder}/eval" in flat
+    assert f"Missing in {folder}/eval: 1 of 5 sets (gone): compt eval fetch {folder}/mine.yaml {folder}/eval" in flat
     assert "two: 24 of 25 images." in flat
     assert "First: 24" not in flat
     assert max(map(len, text.split("Scores on")[1].splitlines())) <= 80
