@@ -6,7 +6,7 @@ import contextlib
 import io
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,24 @@ def by_id(rows: Tensor) -> NDArray[np.int64]:
     if len(every) > 1 and (every[1:, 0] == every[:-1, 0]).any():
         raise ValueError("an evaluation sample was seen twice")
     return every
+
+
+def everywhere(
+    parts: Sequence[Tensor], owners: Sequence[int], device: torch.device, name: str, examples: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Feature rows of all ranks [n, D] and their owners int64 [n], on `device`, in ascending order of owners.
+
+    `parts` are this rank's rows, `owners` the sample of each. Rows of one owner come from one rank, and keep their
+    order.
+    Raises DataError, on every rank, for a set without a row; `examples` say why.
+    """
+    # A rank without a readable image still gathers, with no rows, and needs the width of the others.
+    width = int(dist.all_reduce_max(parts[0].shape[1] if parts else 0))
+    if not width:
+        raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
+    of = dist.gather(torch.tensor(owners, dtype=torch.int64, device=device))
+    order = of.argsort(stable=True)
+    return dist.gather(torch.cat([torch.zeros(0, width, device=device), *parts]))[order], of[order]
 
 
 def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> None:

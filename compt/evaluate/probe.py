@@ -16,7 +16,7 @@ from compt.data.batch import EvalBatch
 from compt.data.labels import CLASSNAMES, beside, read_classnames
 from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.encoder import Arrays, Encoder, Tokenize, over_batches
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, everywhere, over_batches
 from compt.evaluate.task import EvalSettings, EvaluationTask, ScoreRow, SetData, open_data
 from compt.evaluate.zeroshot import ZeroShot, ZeroShotResult, check_labels, true_ranks
 from compt.files import hash_json
@@ -52,24 +52,22 @@ def features_of(encoder: Encoder, loader: Iterable[EvalBatch], name: str) -> Fea
     Raises DataError, on every rank, for a batch without class numbers and for a set without a usable sample.
     """
     parts: list[Tensor] = []
-    about: list[Tensor] = []
+    ids: list[int] = []
+    own: list[int] = []
 
     def encode(batch: EvalBatch) -> None:
         if batch.labels is None or batch.labels.ndim != 1:
             raise DataError(f"evaluation set '{name}': {batch.keys[0]} has no class number")
         parts.append(encoder.images(batch.images))
-        about.append(torch.stack([torch.tensor(batch.ids), batch.labels], dim=1))
+        ids.extend(batch.ids)
+        own.extend(batch.labels.tolist())
 
     with encoder.frozen():
         losses = over_batches(loader, encode)
     skipped, examples = losses.over_ranks()
-    width = int(dist.all_reduce_max(parts[0].shape[1] if parts else 0))
-    if not width:
-        raise DataError(f"evaluation set '{name}': no sample can be used{': ' + examples[0] if examples else ''}")
-    features = dist.gather(torch.cat([torch.zeros(0, width, device=encoder.device), *parts]))
-    known = dist.gather(torch.cat([torch.zeros(0, 2, dtype=torch.int64), *about]).to(features.device))
-    order = known[:, 0].argsort()
-    return Features(features[order], known[order, 1], known[order, 0], skipped, examples)
+    features, order = everywhere(parts, ids, encoder.device, name, examples)
+    labels = by_id(torch.tensor([ids, own], dtype=torch.int64).T)[:, 1]
+    return Features(features, torch.from_numpy(labels.copy()).to(features.device), order, skipped, examples)
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int, penalty: float, start: Tensor | None = None) -> Tensor:

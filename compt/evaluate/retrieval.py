@@ -14,7 +14,7 @@ from torch import Tensor
 from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
+from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, everywhere, over_batches
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, open_data
 from compt.recipe.schema import EvalSet
 
@@ -100,13 +100,9 @@ def retrieval(
     with encoder.frozen():
         losses = over_batches(loader, encode)
     skipped, examples = losses.over_ranks()
-    # A rank without a readable image still gathers, with no rows, and needs the width of the others.
-    width = int(dist.all_reduce_max(images[0].shape[1] if images else 0))
-    if not width:
-        raise DataError(f"evaluation set '{name}': no sample can be read{': ' + examples[0] if examples else ''}")
-    nothing = torch.zeros(0, width, device=encoder.device)
-    image, image_of = _everywhere(torch.cat([nothing, *images]), ids)
-    text, text_of = _everywhere(torch.cat([nothing, *texts]), owners)
+    # Every rank has all features: a query may find its answer among the rows of any rank.
+    image, image_of = everywhere(images, ids, encoder.device, name, examples)
+    text, text_of = everywhere(texts, owners, encoder.device, name, examples)
     image_ranks = _shared(image, text, image_of, text_of, chunk)
     text_ranks = _shared(text, image, text_of, image_of, chunk)
     return RetrievalResult(
@@ -118,13 +114,6 @@ def retrieval(
         skipped=skipped,
         examples=examples,
     )
-
-
-def _everywhere(features: Tensor, owners: list[int]) -> tuple[Tensor, Tensor]:
-    """The rows of all ranks in ascending order of owners. Rows of one owner come from one rank and keep their order."""
-    of = dist.gather(torch.tensor(owners, dtype=torch.int64, device=features.device))
-    order = of.argsort(stable=True)
-    return dist.gather(features)[order], of[order]
 
 
 def _shared(
