@@ -51,7 +51,7 @@ def create_model(name: str, *, seed: int = 0, device: torch.device | str = "cpu"
     """A model with random weights, fp32, in training mode.
 
     `sizes` replace fields of the model, as in a recipe's family: `width=448`. Weights depend on `seed` and on the names
-    of parameters alone. Features: `model.encode_image` float32 [N, 3, H, W] -> [N, embed_dim], `model.encode_text`
+    of parameters only. Features: `model.encode_image` float32 [N, 3, H, W] -> [N, embed_dim], `model.encode_text`
     int64 [N, context_length] -> [N, embed_dim]; neither has unit length. Raises ConfigError for an unknown name or
     impossible sizes.
     """

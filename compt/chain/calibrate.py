@@ -1,6 +1,6 @@
 """The first-pair test of CoM-PT's third rule (section 3.1.2): how short the links may be.
 
-The test trains the first link that grows from another model, and compares it with the same model trained individually.
+The test trains the first link that grows from another model, and compares it with its baseline.
 While the link is not lossless, it and all links after it become longer in proportion, and it trains again.
 """
 
@@ -40,7 +40,7 @@ class NotLossless(RunError):
 
 @dataclass(frozen=True)
 class Try:
-    """One length of the link that is tried, against its model trained individually, on the same images.
+    """One length of the link that is tried, against its baseline, on the same images.
 
     `factor` multiplies the recipe's lengths. `speedup` is what `baseline` cost in MACs over `macs`, which include the
     teacher's forward passes. Accuracies (top-1) are in percent, `difference` (try minus baseline) and its 95 % interval
@@ -81,11 +81,9 @@ class FirstPair:
     def of(recipe: Recipe, target: float | None, dataset: str | None, source: str) -> FirstPair:
         """What was asked for on the command line. Raises ConfigError where this recipe has no first pair to test."""
         if target is not None and not (math.isfinite(target) and target > 1):
-            raise ConfigError(f"--target {target:g}: should be greater than 1, the cost of the individual training")
+            raise ConfigError(f"--target {target:g}: should be greater than 1, the cost of the baseline")
         if recipe.baselines is None:
-            raise ConfigError(
-                f"{source}: baselines: is missing; --calibrate compares a link with its model trained individually"
-            )
+            raise ConfigError(f"{source}: baselines: is missing; --calibrate compares a link with its baseline")
         if len(recipe.chain.links) <= first_student(recipe):
             raise ConfigError(
                 f"{source}: chain.links: has only '{recipe.chain.links[0].model}'; --calibrate needs a second link, "
@@ -192,7 +190,7 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
 
 
 def pair(plan: Plan) -> tuple[Job, Job]:
-    """The tried link, and the same model trained individually."""
+    """The tried link, and its baseline."""
     at = first_student(plan.recipe)
     return plan.links[at], plan.individual[at]
 

@@ -401,7 +401,7 @@ def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> 
         run_jobs(context, plan, jobs, say)
 
 
-def start_anew(folder: Path) -> None:
+def start_fresh(folder: Path) -> None:
     """Remove a run folder. Raises RunError if a process is using it, or if it is no run folder."""
     if not folder.exists():
         return

@@ -262,7 +262,9 @@ def profile(
         "Launches: of the engine ddp without compilation, in one piece. Attention is one where a kernel computes it."
     ]
     if found is not None and found.busy is not None and found.memory is not None:
-        notes.append(f"The GPU computed {found.busy / found.seconds:.0%} of the time. {found.memory / 2**30:.2f} GiB.")
+        notes.append(
+            f"The GPU computed {100 * found.busy / found.seconds:.0f} % of the time. {found.memory / 2**30:.2f} GiB."
+        )
     header = ["Part", "Launches", "ms", "Share"]
     tables = [TextTable(title, header, profiling.table_of_parts(seen, found), notes)]
     if found is not None:
@@ -302,7 +304,9 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
         memory, mfu = entry.peak_memory_bytes, entry.mfu
         span = f"{1 / entry.high:,.3g}-{1 / entry.low:,.3g}"
         cells += [str(entry.batch), f"{1 / entry.seconds_per_sample:,.4g}", span]
-        rows.append([*cells, "-" if memory is None else f"{memory / 2**30:.2f}", "-" if mfu is None else f"{mfu:.1%}"])
+        rows.append(
+            [*cells, "-" if memory is None else f"{memory / 2**30:.2f}", "-" if mfu is None else f"{100 * mfu:.1f} %"]
+        )
     notes = ["Measured. Samples/s: median, and slowest to fastest step, with the forward pass of the teacher."]
     if searched:
         limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s per step"
@@ -323,7 +327,7 @@ def gpu_hours(
     set_: Overrides = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show the GPU-hours of a chain, and of its models alone.
+    """Show the GPU-hours of a chain, and of its baselines.
 
     Has the form of Table 2 of the paper. GPU-hours are measured if FILE has them, else projected (docs/hardware.md).
     For a device whose peak is not known nothing is projected, and --gpus is 1 by default.
@@ -353,11 +357,11 @@ def gpu_hours(
     show(own, so_far, *([_published_table(paper)] if paper else []))
 
 
-def _pair(row: HoursRow, alone: list[str], chain: list[str]) -> list[list[str]]:
-    """The rows of one model: trained alone, if the recipe says how, and as a link of the chain."""
+def _pair(row: HoursRow, baseline: list[str], chain: list[str]) -> list[list[str]]:
+    """The rows of one model: its baseline, if the recipe has one, and as a link of the chain."""
     if row.individual_epochs is None:
         return [[row.model, "chain", *chain]]
-    return [[row.model, "alone", *alone], ["", "chain", *chain]]
+    return [[row.model, "baseline", *baseline], ["", "chain", *chain]]
 
 
 def _cells(value: Hours | None, speedup: float | None = None) -> list[str]:
@@ -376,9 +380,9 @@ _HOURS = ("GPU-hours", "Range", "Speed-up", "Basis")
 def _hours_table(rows: list[HoursRow], title: str) -> TextTable:
     body = []
     for row in rows:
-        alone = [f"{row.individual_epochs or 0:.3g}", *_cells(row.individual)]
-        body += _pair(row, alone, [f"{row.epochs:.3g}", *_cells(row.chain, row.speedup)])
-    notes = ["Projected: by the model of docs/hardware.md. Alone: trained from scratch, without a chain."]
+        baseline = [f"{row.individual_epochs or 0:.3g}", *_cells(row.individual)]
+        body += _pair(row, baseline, [f"{row.epochs:.3g}", *_cells(row.chain, row.speedup)])
+    notes = ["Projected: by the model of docs/hardware.md. Baseline: trained from scratch, without a chain."]
     return TextTable(title, ["Model", "Trained", "Epochs", *_HOURS], body, notes, left=2)
 
 
@@ -415,12 +419,12 @@ def _hours_notes(rows: list[HoursRow], recipe: Recipe, mode: Mode, gpus: int, fi
 def _published_table(rows: list[dict[str, Any]]) -> TextTable:
     body = []
     for row in rows:
-        for way, trained in (("individual", "alone"), ("chain", "chain")):
-            own = [row["model"] if trained == "alone" else "", trained, f"{row[f'{way}_hours']:,.0f} h"]
-            own += [f"{row[f'{way}_utilisation']:.1%}", f"{row[f'{way}_error']:+.1%}"]
+        for way, trained in (("individual", "baseline"), ("chain", "chain")):
+            own = [row["model"] if trained == "baseline" else "", trained, f"{row[f'{way}_hours']:,.0f} h"]
+            own += [f"{100 * row[f'{way}_utilisation']:.1f} %", f"{100 * row[f'{way}_error']:+.1f} %"]
             total = f"{row[f'{way}_accumulated_hours']:,.0f} h"
             speedups = (
-                ["", ""] if trained == "alone" else [f"{row['speedup']:.2f}x", f"{row['accumulated_speedup']:.2f}x"]
+                ["", ""] if trained == "baseline" else [f"{row['speedup']:.2f}x", f"{row['accumulated_speedup']:.2f}x"]
             )
             body.append([*own, speedups[0], total, speedups[1]])
     header = ["Model", "Trained", "GPU-hours", "Use", "Error", "Speed-up", "So far", "Speed-up"]
@@ -429,8 +433,9 @@ def _published_table(rows: list[dict[str, Any]]) -> TextTable:
         "Use: the published MACs in the published hours, as a share of an A100's dense bf16 peak.",
         (
             "Error: projected over published hours, less 1. Projection: seconds per sample = FLOPs / "
-            f"({model.efficiency:.1%} of the peak) + channels x {model.bytes_per_channel:.0f} bytes / bandwidth + "
-            f"{1e3 * model.fixed_seconds:.3f} ms; a row left out of its fit is off by {model.error:.1%} at most."
+            f"({100 * model.efficiency:.1f} % of the peak) + channels x {model.bytes_per_channel:.0f} bytes / "
+            f"bandwidth + {1e3 * model.fixed_seconds:.3f} ms; a row left out of its fit is off by at most "
+            f"{100 * model.error:.1f} %."
         ),
     ]
     return TextTable("The paper's A100 hours (Table 2)", header, body, notes, left=2)

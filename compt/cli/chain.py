@@ -60,12 +60,12 @@ def demo(
     set_: Overrides = None,
 ) -> None:
     """Train a chain of small CLIP models on emoji images, on a CPU."""
-    from compt.chain.run import start_anew
+    from compt.chain.run import start_fresh
     from compt.emoji import build as emoji
 
     loaded = load_recipe(recipe, set_)
     if fresh:
-        start_anew(run)
+        start_fresh(run)
     data = Path("data/emoji")
     if not (data / "manifest.json").exists():
         _say(f"Writing the emoji sample to {data} …")

@@ -105,7 +105,7 @@ def check(
         source = shards
     else:
         raise ConfigError("name shards, or a recipe with --recipe")
-    # The shards are hashed after the check, and on request alone: it reads every byte once more.
+    # The shards are hashed after the check, and only on request: it reads every byte once more.
     with progress_bar("checking samples") as progress:
         found = run_check(
             source,

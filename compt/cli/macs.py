@@ -144,7 +144,7 @@ def macs_table(breakdown: Breakdown, title: str, sample: str) -> TextTable:
 _ASSUMPTIONS: dict[Mode, str] = {
     "exact": "That is what compt computes. Norms, biases, activations, softmax and embedding lookups are not counted.",
     "paper": f"That is the published accounting: 3 forward - patch embedding + {PAPER_PARAMETER_MACS} parameters, no "
-    "loss, no projectors; Swin without its attention's two products; of the text tower the blocks' parameters alone.",
+    "loss, no projectors; Swin without its attention's two products; of the text tower only the blocks' parameters.",
 }
 
 

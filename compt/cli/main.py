@@ -138,7 +138,7 @@ def _print_error(error: ComptError, rank: str) -> None:
 
 @recorded()
 def main(words: Callable[[], list[str]] | None = None) -> None:
-    """Entry point: one line for an error that the user can mend, with its own exit code.
+    """Entry point: one line for an error that the user can fix, with its own exit code.
 
     `words` makes the arguments, where they are not those of the command line.
     """

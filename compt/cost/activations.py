@@ -27,7 +27,7 @@ class BlockShape:
     """One transformer block on an image or a caption of `positions` tokens.
 
     `keys`: tokens of a window whose attention scores are kept; 0 with fused attention. `padding`: positions that fill
-    up its windows. `masked`: its windows are shifted. `readout`: one position alone is computed, from the keys and
+    up its windows. `masked`: its windows are shifted. `readout`: only one position is computed, from the keys and
     values of all; `causal`: with a mask. `wide_stream`: the block's input is in fp32, else of the compute type.
     `quick_gelu`: its activation is no single kernel, and keeps the sigmoid too.
     """

@@ -47,7 +47,7 @@ CAUSES: dict[str, Unused] = {
     "beside": Unused("file", "file beside the class folders", harmless=True),
     "not_image": Unused("file", "file that is not an image by its name", "name images .jpg, .png, .webp …"),
     "foreign_file": Unused("file", "image file of a format that is not read", "convert it to .jpg, .png or .webp"),
-    "not_file": Unused("file", "broken link, or not a plain file", "mend the link, or remove it"),
+    "not_file": Unused("file", "broken link, or not a plain file", "fix the link, or remove it"),
     "circle": Unused("file", "link to a folder above it", "remove the link"),
     "outside": Unused("file", "image outside the class folders", "move it to the folder of its class"),
     # In a folder to pack.
@@ -97,7 +97,7 @@ CAUSES: dict[str, Unused] = {
     "tar": Unused("sample", "sample in a shard that has changed since it was indexed", "index the shards again"),
     "label": Unused("label", "sample without a class number", "write it into KEY.cls"),
     "label_text": Unused("label", "class number that is not a whole number from 0", "write it as digits"),
-    "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or mend KEY.cls"),
+    "label_range": Unused("label", "class number beyond classnames.txt", "complete classnames.txt, or fix KEY.cls"),
     "label_shift": Unused("label", "class number of a set that counts them from 1", "count class numbers from 0"),
     # Of a caption.
     "empty": Unused("caption", "caption that is empty or invisible", "remove it"),
@@ -173,7 +173,7 @@ class Account:
         return cls(used, unused, images, {cause: str(at) for cause, at in values["first"].items() if cause in CAUSES})
 
     def tables(self, title: str = "What was read", units: Iterable[str] = UNITS) -> list[TextTable]:
-        """What was read, and what was not used, with what mends it."""
+        """What was read, and what was not used, with the cause and the fix."""
         shown = [unit for unit in units if self.read(unit)]
         rows = [
             [UNIT_NAMES[unit], *(f"{n:,}" for n in (self.read(unit), self.used[unit], self.lost(unit)))]

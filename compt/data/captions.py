@@ -168,7 +168,7 @@ def _groups(values: Mapping[str, Any], columns: Sequence[str]) -> Iterator[tuple
         return
     present = _KNOWN.intersection(values)
     for group in _GROUPS if present else ():
-        # A field `raw` alone may be anything, such as the name of a camera's file.
+        # A single field `raw` may be anything, such as the name of a camera's file.
         if not present.isdisjoint(_DREAMLIP_NAMES if group == _DREAMLIP_GROUP else group):
             yield group, _group(values, group)
 

@@ -95,8 +95,8 @@ class CheckReport:
     """The findings on all samples of `index`.
 
     account: everything that was read. classes: what is known of the class names, "" for a set without class numbers.
-    captioned: whether samples need captions; a set of class numbers alone can only be classified. table: rows of the
-    table of captions, and captions by column.
+    captioned: whether samples need captions; one that has only class numbers can only be classified. table: rows of
+    the table of captions, and captions by column.
     """
 
     index: Index

@@ -178,7 +178,7 @@ def read_class_folders(folder: Path, order: ClassOrder | None = None) -> ClassFo
         elif path.is_dir():
             _lose_all(account, path)
         elif item.is_symlink() and not path.exists():
-            raise DataError(f"{path} is a broken link, perhaps to a class: mend it, or remove it")
+            raise DataError(f"{path} is a broken link, perhaps to a class: fix it, or remove it")
         elif is_hidden(item.name):
             account.lose("hidden_file", item.path)
         elif not image_stem(item.name):
@@ -216,7 +216,7 @@ def _check_layout(folder: Path, names: list[str]) -> None:
         )
     if len(names) == 1:
         raise DataError(
-            f"{folder} has one folder alone, so there is only one class; if the class folders are below it, "
+            f"{folder} has only one folder, so there is only one class; if the class folders are below it, "
             f"name {folder / names[0]}"
         )
 

@@ -485,7 +485,7 @@ def open_index(
 ) -> Index:
     """The index of the shards that match; missing parts are built. Raises DataError as `build_index` does.
 
-    cache: for shards in object storage. keep: what the table of captions keeps; training reads captions alone. scan: as
+    cache: for shards in object storage. keep: what the table of captions keeps; training reads only captions. scan: as
     in `build_index`.
     """
     beside = Account()

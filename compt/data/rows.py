@@ -112,7 +112,7 @@ def _name_at(row: list[str]) -> int | None:
 
 
 def known_names(path: Path, row: Iterable[str]) -> list[str]:
-    """Names as they are known. Raises DataError for two columns of one name: a row would keep the last alone."""
+    """Names as they are known. Raises DataError for two columns of one name: a row would keep only the last."""
     names = [known_name(name) for name in row]
     for name, count in Counter(filter(None, names)).items():
         if count > 1:

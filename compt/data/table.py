@@ -99,7 +99,7 @@ class CaptionTable:
     def find(self, keys: Sequence[bytes], urls: Sequence[str]) -> Join:
         """The line of each sample, by its key, else by the end of its key's path, else by its URL ("" for none).
 
-        The end of a path meets whole names alone, and only where no other sample has the same end: `dog/1` is not the
+        The end of a path matches only whole names, and only where no other sample has the same end: `dog/1` is not the
         row of `cat/1.jpg`, and `1.jpg` is neither `cat/1` nor `dog/1`. Where both have an address in the web, it
         decides alone: keys are often numbers, which another download gives to other images.
         """

@@ -104,7 +104,7 @@ def _tables(specs: Sequence[ModelSpec], cost: Cost, distilled: bool) -> tuple[Fl
     """`alone` [n] and `links` [n, n] from some 2 n calls of `cost` instead of n^2.
 
     A teacher costs the same whatever its student; a student's cost depends on its teacher through the width of the
-    joint embedding alone, which is that of the projectors' output.
+    joint embedding only, which is that of the projectors' output.
     """
     alone = np.array([cost(spec, None) for spec in specs])
     if not distilled:

@@ -175,7 +175,7 @@ class EvaluationTask(ABC):
     note: ClassVar[str] = ""
     """What the numbers of the table mean."""
     first_note: ClassVar[str] = ""
-    """What the first number of a line is: tables over many sets show that one alone."""
+    """What the first number of a line is: tables over many sets show only that one."""
     classifies: ClassVar[bool] = False
     """Whether each sample gets a class. The record then has top1, top1_interval, classes and chance, the arrays have
     ids, labels, predictions and correct. Only such sets can be compared on, calibrated on, and shown as images."""

@@ -31,7 +31,7 @@ def write(source: Artefact, folder: Path) -> list[str]:
         torch.save({name: source.state[name].reshape(shapes[name]) for name in shapes}, folder / HF_WEIGHTS_NAME)
     config = spec.open_clip_config()
     write_json(folder / CONFIG, {"model_cfg": config, "preprocess_cfg": source.preprocess.to_dict(size)})
-    # Older versions read a model from their registry alone: a bare config, found by the name of its file.
+    # Older versions read a model only from their registry: a bare config, found by the name of its file.
     old = "compt-" + re.sub(r"[^A-Za-z0-9._-]", "_", spec.name)
     write_json(folder / f"{old}.json", config)
     processor = source.preprocess.to_hugging_face(size)

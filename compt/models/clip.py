@@ -2,7 +2,7 @@
 
 Two savings are exact and need no option. Text is cut after the longest caption: the mask is causal and the feature is
 read at the end-of-text token, so later tokens do not matter. The last block of a transformer computes only the token
-that is read (class token or end of text); it needs the other tokens for keys and values alone.
+that is read (class token or end of text); it needs the other tokens only for keys and values.
 
 Packed text, which computes no padding at all, is an option (`compt.models.packing`).
 """
@@ -157,7 +157,7 @@ class Block(nn.Module):
         return mixed.reshape(n, width)
 
     def _mix_packed(self, x: Tensor, at: Tensor | None, packing: Packing, weights: _Products) -> Tensor:
-        """Attention within each caption of all tokens `x` [T, D], or of the last tokens `at` [N, D] alone."""
+        """Attention within each caption of all tokens `x` [T, D], or only of the last tokens `at` [N, D]."""
         heads, size, width = self.attn.num_heads, self.attn.head_dim, x.shape[1]
         if at is None:
             read = None

@@ -1,6 +1,6 @@
 """Initialization as a pure function of (seed, parameter name, element index), distributed as in open_clip and timm.
 
-Element i of a parameter depends on these three alone. So the values are the same for every number of ranks and every
+Element i of a parameter depends only on these three. So the values are the same for every number of ranks and every
 way of sharding.
 """
 

@@ -62,9 +62,9 @@ def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     """Softmax attention within each caption of a `packing`; H heads of width D.
 
     `others` [T, 3, H, D] are queries, keys and values of all tokens: causal, -> [T, H, D]. With `read` [N, H, D], the
-    queries of each caption's last token alone, `others` [T, 2, H, D] are keys and values: -> [N, H, D].
+    queries of each caption's last token only, `others` [T, 2, H, D] are keys and values: -> [N, H, D].
 
-    A GPU takes torch's kernel for sequences of any lengths, or pads for attention alone where that kernel does not run.
+    A GPU takes torch's kernel for sequences of any lengths, or pads only for attention where that kernel does not run.
     Elsewhere the captions of one length, which lie side by side, are one call. (Measured on a CPU, four captions an
     image: half the time of padding to the longest of each of four groups.)
     """

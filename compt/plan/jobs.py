@@ -88,13 +88,13 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """The jobs of a recipe in the order in which they run, and what the same family costs trained individually."""
+    """The jobs of a recipe in the order in which they run, and what its baselines cost."""
 
     recipe: Recipe
     jobs: tuple[Job, ...]
     images: int
     individual: tuple[Job, ...]
-    """For each link the same model trained individually (first seed), planned or not; empty without `baselines`."""
+    """For each link its baseline (first seed), planned or not; empty without `baselines`."""
 
     @property
     def links(self) -> list[Job]:
@@ -112,7 +112,7 @@ class Plan:
         return paper_cost(job.spec, job.active_teacher, samples=job.epochs * self.images, steps=job.steps)
 
     def acceleration(self, mode: Mode = "exact") -> float | None:
-        """How many times cheaper the whole chain is than its models trained individually; None without `baselines`."""
+        """How many times cheaper the whole chain is than its baselines; None without `baselines`."""
         value = self.rows(mode)[len(self.links) - 1]["accumulated_speedup"]
         return None if value is None else float(value)
 
@@ -156,7 +156,7 @@ def make_plan(
     base: Path = Path(),
     source: str = "recipe",
 ) -> Plan:
-    """The links of the chain in order, then the individually trained members, then the controls of the last link.
+    """The links of the chain in order, then the baselines, then the controls of the last link.
 
     `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
     `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
@@ -199,7 +199,7 @@ class _Planner:
             elif scales:
                 jobs = [*jobs, individual[first_student(self.recipe)]]
         elif baselines or scales:
-            raise ConfigError("baselines: is missing; it says how the members are trained individually")
+            raise ConfigError("baselines: is missing; it says how the baselines are trained")
         if controls is None:
             controls = settings.controls if settings else ()
         elif controls and not settings:

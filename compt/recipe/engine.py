@@ -45,7 +45,7 @@ class EngineKind:
     """When the memory of gradients is taken during the whole step, not only from their backward on. `among several`: of
     several processes."""
     settings: Literal["fsdp2", "deepspeed_config"] | None = None
-    """The key of `engine` that is for engines of this kind alone."""
+    """The key of `engine` that is only for engines of this kind."""
     stage: int | None = None
     """The stage of DeepSpeed's ZeRO."""
     background: bool = True

@@ -46,9 +46,9 @@ class LinkExpand(BothExpand):
     """
 
     image: TowerExpand = TowerExpand()
-    """Operators of the image tower alone."""
+    """Operators of the image tower only."""
     text: TowerExpand = TowerExpand()
-    """Operators of the text tower alone."""
+    """Operators of the text tower only."""
 
 
 class Expand(LinkExpand):

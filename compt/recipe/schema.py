@@ -313,7 +313,7 @@ class ChainConfig(Section):
 
 
 class Baselines(Section):
-    """How the members of the chain are trained individually from scratch, for comparison."""
+    """How the baselines train: each member of the chain from scratch, for comparison."""
 
     train: Duration
     """Length of each baseline's training."""

@@ -174,7 +174,7 @@ def checked_caption_tokens(value: Any) -> Any:
         if not _positive(value):
             raise ValueError("should be a number above 0, or a mapping of lengths to shares")
         return float(value)
-    # JSON knows keys of text alone, and a recipe has to come back from it.
+    # JSON knows only keys of text, and a recipe has to come back from it.
     shares = {int(at) if isinstance(at, str) and at.isdecimal() else at: share for at, share in value.items()}
     for length, share in shares.items():
         if not isinstance(length, int) or isinstance(length, bool) or length < 1:

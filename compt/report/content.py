@@ -97,7 +97,7 @@ def macs_alone(state: dict[str, Any]) -> dict[str, float]:
 
 
 def acceleration(state: dict[str, Any]) -> float | None:
-    """MACs of the chain's members trained individually over those of the chain; None where not all are planned.
+    """MACs of the baselines over those of the chain; None where not all are planned.
 
     Failed tries of a first-pair test are a cost of the chain.
     """
@@ -114,7 +114,7 @@ def _scratch(job: str) -> str:
 
 def _against(item: Comparison) -> str:
     control = item.others[0] in CONTROLS
-    what = f"the same model {_scratch(item.others[0])}" if control else "the same model trained individually"
+    what = f"the same model {_scratch(item.others[0])}" if control else "its baseline"
     verdict = "" if control else f": {item.verdict}"
     return f"{item.difference:+.1f} points against {what}{verdict} [95 %: {item.low:+.1f} to {item.high:+.1f}]"
 
@@ -125,7 +125,7 @@ def _last(summary: Summary) -> Row | None:
 
 
 def _comparisons(summary: Summary, row: Row) -> Iterator[Comparison]:
-    """Those of `row` that say most: with training individually, then with as many epochs from scratch, or MACs."""
+    """Those of `row` that say most: with the baseline, then with as many epochs from scratch, or MACs."""
     yield from (item for item in summary.comparisons if item.link == row.job)
     controls = {item.others[0]: item for item in summary.control_comparisons if item.link == row.job}
     yield from [controls[name] for name in CONTROLS if name in controls][:1]
@@ -146,7 +146,7 @@ def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> st
         verb = "costs" if done else "will cost"
         ratio = f"{faster:.1f}x fewer" if faster >= 1 else f"{1 / faster:.1f}x more"
         tried = ", failed tries included" if summary.tries else ""
-        parts.append(f"the chain {verb} {ratio} MACs than its members trained individually{tried}")
+        parts.append(f"the chain {verb} {ratio} MACs than the baselines{tried}")
     return "; ".join(parts) + "."
 
 
@@ -157,13 +157,13 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
     if row is not None and row.top1 is not None:
         shown.append((percent(row.top1), "%", f"top-1 of {row.model} on {summary.primary}"))
         for item in _comparisons(summary, row):
-            what = "against training it individually"
+            what = "against its baseline"
             if item.others[0] in CONTROLS:
                 what = f"against the model {_scratch(item.others[0])}"
             shown.append((f"{item.difference:+.1f}", "points", f"{what}, 95 %: {item.low:+.1f} to {item.high:+.1f}"))
     faster = acceleration(state)
     if faster:
-        shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all members individually"))
+        shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all baselines"))
     used = [row.device_hours for row in summary.paid if row.device_hours is not None]
     if used:
         value, _, unit = hours(sum(used)).partition(" ")

@@ -117,7 +117,7 @@ PARTS = (
     ("student", COLOURS["chain"]),
     ("teacher's forward passes", COLOURS["teacher"]),
     ("loss, optimizer, recomputation", COLOURS["other"]),
-    ("trained individually", COLOURS["alone"]),
+    ("baseline", COLOURS["alone"]),
 )
 
 
@@ -190,7 +190,7 @@ def accuracy_figure(
         axes = canvas.add_subplot()
         _cost_axis(axes, [point.macs for point in every], narrow)
         for line in individual:
-            _line(axes, line, "alone", "o", "--", "trained individually" if line is individual[0] else "_")
+            _line(axes, line, "alone", "o", "--", "baselines" if line is individual[0] else "_")
         if chain:
             _line(axes, chain, "chain", "s", "-", "chain")
         if controls:
@@ -220,7 +220,7 @@ def accuracy_figure(
         canvas.legend(loc="outside lower left", ncols=1 if narrow else 3)
         return canvas
 
-    text = f"Top-1 on {primary} against accumulated training MACs, for the chain and for members trained individually."
+    text = f"Top-1 on {primary} against accumulated training MACs, for the chain and for the baselines."
     return _render("accuracy", text, draw)
 
 
@@ -386,7 +386,7 @@ def _panel(axes: Axes, name: str, link: LinkCurve) -> None:
     fitted = isotonic([point.top1 for point in link.points], [len(point.jobs) for point in link.points])
     right = 1.08 * max(epochs)
     if link.baseline is not None:
-        label = f"trained individually, {link.baseline.epochs:.4g} epochs"
+        label = f"baseline, {link.baseline.epochs:.4g} epochs"
         axes.axhspan(link.baseline.low, link.baseline.high, color=COLOURS["alone"], alpha=0.16, linewidth=0)
         axes.axhline(link.baseline.top1, color=COLOURS["alone"], label=label)
         if link.target is not None and link.target != link.baseline.top1:

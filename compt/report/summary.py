@@ -1,4 +1,4 @@
-"""What a run has shown so far, read from its manifests alone: scores with intervals, costs, verdicts."""
+"""What a run has shown so far, read only from its manifests: scores with intervals, costs, verdicts."""
 
 from __future__ import annotations
 
@@ -317,7 +317,7 @@ def chain_to(run: Path, job: str) -> list[Row]:
 def _with_baselines(
     run: Path, primary: str, links: list[Row], tries: list[Row], by_model: dict[str, list[Row]]
 ) -> Iterator[Comparison | NotCompared]:
-    """Each link against its model trained individually, unless that is the same training."""
+    """Each link against its baseline, unless the link is the baseline."""
     for at, link in enumerate(links):
         others = by_model.get(link.model, [])
         if not others or any(other.job == link.job for other in others):

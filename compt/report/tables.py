@@ -17,20 +17,20 @@ SAME = {
 
 
 def labels(summary: Summary) -> dict[str, str]:
-    """A short name for each job: 3-vit_mini; vit_mini alone; vit_mini, same epochs."""
+    """A short name for each job: 3-vit_mini; vit_mini baseline; vit_mini, same epochs."""
     found = {row.job: row.job for row in summary.links}
     found |= {row.job: f"{row.model}, try {_number(row)}" for row in summary.tries}
-    found |= {row.job: _alone(row, row.seed, summary) for row in summary.baselines}
+    found |= {row.job: _baseline(row, row.seed, summary) for row in summary.baselines}
     found |= {row.job: f"{row.model}, {SAME.get(row.job, row.job)}" for row in summary.controls}
     return found
 
 
-def _alone(row: Row, seed: int, summary: Summary) -> str:
-    return f"{row.model} alone" + (f", seed {seed}" if len(summary.individual) > 1 else "")
+def _baseline(row: Row, seed: int, summary: Summary) -> str:
+    return f"{row.model} baseline" + (f", seed {seed}" if len(summary.individual) > 1 else "")
 
 
 def results_table(summary: Summary) -> TextTable:
-    """Accuracy and cost of each model: the chain, then models trained alone."""
+    """Accuracy and cost of each model: the chain, then baselines and controls."""
     names = labels(summary)
     rows = []
     for row in (*summary.paid, *summary.baselines, *summary.controls):
@@ -48,7 +48,7 @@ def results_table(summary: Summary) -> TextTable:
         )
     notes.append("MACs and device time of training, with the forward passes of the teacher.")
     if summary.baselines:
-        notes.append("Alone: trained from scratch, without a chain.")
+        notes.append("Baseline: trained from scratch, without a chain.")
     if summary.controls:
         notes.append("Same epochs, same MACs, chain's MACs: trained from scratch for as long as the link or the chain.")
     header = ["Model", "Epochs", "Top-1", "95 % interval", "MACs", "Time"]
@@ -56,9 +56,8 @@ def results_table(summary: Summary) -> TextTable:
 
 
 def cost_table(summary: Summary) -> TextTable:
-    """What each chain has cost up to each model, and the acceleration over the baselines, as in the paper's Table 2."""
+    """What each chain has cost up to each model; the baselines too, as in the paper's Table 2."""
     names = labels(summary)
-    by_link = {item.link: item for item in summary.comparisons}
     # A first link is its own baseline until another baseline has begun.
     chains: list[tuple[int | None, list[Row]]] = [(None, summary.paid)]
     chains += [item for item in summary.individual.items() if any(row.kind == "baseline" for row in item[1])]
@@ -71,23 +70,22 @@ def cost_table(summary: Summary) -> TextTable:
         total_macs = accumulated([row.macs if whole else None for row in members])
         total_hours = accumulated([row.device_hours if whole else None for row in members])
         for row, macs, time in zip(members, total_macs, total_hours, strict=True):
-            name = names[row.job] if seed is None else _alone(row, seed, summary)
-            cells = [name, "-" if macs is None else count(macs), hours(time)]
-            rows.append(cells + (_accelerations(by_link.get(row.job) if seed is None else None) if by_link else []))
-    header, notes = ["Model", "MACs so far", "Time so far"], []
-    if by_link:
-        header += ["MACs", "so far", "Time", "so far"]
-        notes.append("x: cost of the baseline over that of the link; so far: of all models up to this one.")
-    if summary.tries:
-        notes.append("Tries were not lossless. Their cost counts in everything after them.")
-    return TextTable("Costs", header, rows, notes)
+            name = names[row.job] if seed is None else _baseline(row, seed, summary)
+            rows.append([name, "-" if macs is None else count(macs), hours(time)])
+    notes = ["Tries were not lossless. Their cost counts in everything after them."] if summary.tries else []
+    return TextTable("Costs", ["Model", "MACs so far", "Time so far"], rows, notes)
 
 
-def _accelerations(found: Comparison | None) -> list[str]:
-    if found is None:
-        return [""] * 4
-    values = (found.macs_speedup, found.macs_speedup_accumulated, found.hours_speedup, found.hours_speedup_accumulated)
-    return ["" if value is None else f"{value:.2f}x" for value in values]
+def acceleration_table(summary: Summary) -> TextTable | None:
+    """What the baseline of each link cost over what the link cost; None without a finished baseline."""
+    rows = []
+    for found in summary.comparisons:
+        macs = (found.macs_speedup, found.macs_speedup_accumulated)
+        time = (found.hours_speedup, found.hours_speedup_accumulated)
+        rows.append([found.link, *("" if value is None else f"{value:.2f}x" for value in (*macs, *time))])
+    note = "Cost of the baseline over that of the link; so far: of all models up to this one."
+    header = ["Link", "MACs", "MACs so far", "Time", "Time so far"]
+    return TextTable("Acceleration", header, rows, [note]) if rows else None
 
 
 def comparison_table(summary: Summary) -> TextTable | None:
@@ -176,10 +174,10 @@ def _paid(record: dict[str, Any]) -> list[str]:
     )
     words = f"{len(failed)} failed {'try' if len(failed) == 1 else 'tries'}: {cost} of device time."
     if record["outcome"] == "lossless":
-        chain, alone = record["chain_macs"], record["individual_macs"]
+        chain, baselines = record["chain_macs"], record["individual_macs"]
         words += (
-            f" The whole chain's planned acceleration in MACs is {alone / (chain + record['failed_macs']):.2f}x with "
-            f"them, {alone / chain:.2f}x without."
+            f" The whole chain's planned acceleration in MACs is {baselines / (chain + record['failed_macs']):.2f}x "
+            f"with them, {baselines / chain:.2f}x without."
         )
     return [words]
 
@@ -187,7 +185,7 @@ def _paid(record: dict[str, Any]) -> list[str]:
 def _difference(item: Comparison | NotCompared, names: dict[str, str], seeds: bool) -> list[str]:
     other = names[item.others[0]]
     if len(item.others) > 1:
-        other = f"{other.partition(', seed ')[0]}, {len(item.others)} seeds"
+        other = f"{other.partition(' baseline')[0]}, {len(item.others)} baselines"
     if isinstance(item, NotCompared):
         return [item.link, other, "-", "-", "not compared", *(["-"] if seeds else [])]
     verdict: str = item.verdict
@@ -204,4 +202,5 @@ def summary_tables(summary: Summary) -> Iterator[TextTable]:
     if summary.rows:
         yield results_table(summary)
         yield cost_table(summary)
-    yield from (table for table in (comparison_table(summary), calibration_table(summary)) if table)
+    found = (acceleration_table(summary), comparison_table(summary), calibration_table(summary))
+    yield from (table for table in found if table)

@@ -189,8 +189,8 @@ def page(template: str, content: dict[str, Any]) -> str:
 
 CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
-    "line; a control, the last model from scratch, at its own MACs alone.",
-    "curves": "Solid: chain; dashed: trained individually; dotted: controls; dash-dotted: failed tries. r is the "
+    "line; a control, the last model from scratch, at its own MACs only.",
+    "curves": "Solid: chain; dashed: baselines; dotted: controls; dash-dotted: failed tries. r is the "
     "weighted feature loss over the task loss.",
     "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
 }

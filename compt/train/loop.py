@@ -105,7 +105,7 @@ class _Counts:
     """What adds up over a run and survives a resume.
 
     `few_captions`, `text_tokens` and `skipped` are this rank's own. `moments_anew`: steps after which an engine of
-    another kind took over the weights alone.
+    another kind took over only the weights.
     """
 
     step: int = 0

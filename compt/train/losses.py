@@ -257,7 +257,7 @@ class _SigmoidPairs(torch.autograd.Function):
                 images = image[start : start + chunk]
                 logits = ((scale * images) @ here.T).add_(bias)
                 at = torch.arange(len(images), device=image.device)
-                # Own captions are here in the first round alone: -log sigmoid(z x) is softplus(-x) for them.
+                # Own captions are here only in the first round: -log sigmoid(z x) is softplus(-x) for them.
                 own = (at, start + at)
                 if hop == 0:
                     logits.view(-1, rows, captions)[own] *= -1

@@ -39,7 +39,7 @@ def open_model(
     `verify`: compare digests, where the source has some.
 
     The state has open_clip's names, the source's dtypes (DeepSpeed's: fp32), and learned scalars in shape (). The
-    manifest of a model that compt did not write holds `left_out` alone: what else the source holds (projectors,
+    manifest of a model that compt did not write holds only `left_out`: what else the source holds (projectors,
     buffers, another model). Raises ArtefactError, listing key by key what does not fit.
     """
     path = Path(path)

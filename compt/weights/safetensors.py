@@ -52,7 +52,7 @@ _WIDEST = 8  # bytes an element
 def split_files(shapes: Mapping[str, Shape], max_bytes: int) -> list[list[str]]:
     """Which parameters go to which file: in order, up to `max_bytes` of float32 in each; a larger one has its own file.
 
-    The result depends on names and shapes alone, so every process finds the same files whatever the types are.
+    The result depends only on names and shapes, so every process finds the same files whatever the types are.
     """
     files: list[list[str]] = [[]]
     size = 0
@@ -82,7 +82,7 @@ def write_tensors(
     """Write the parameters named in `shapes` as one safetensors file and flush it; returns the bytes of the tensors.
 
     Takes one tensor at a time from `state` and keeps none; it may take a tensor twice whose size is no multiple of 8
-    elements. The file's bytes depend on names, shapes, types, values and `metadata` alone. The header is written last,
+    elements. The file's bytes depend on names, shapes, types, values and `metadata` only. The header is written last,
     so an unfinished file cannot be read. Raises ArtefactError for a tensor of another shape or of a type that the
     format does not have, RunError when the disk is full.
     """

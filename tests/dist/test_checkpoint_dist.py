@@ -154,17 +154,17 @@ def remounted(folder: Path, rank: int) -> Callable[[], None] | None:
     if dist.any_true(not ready):
         return None
 
-    def mend() -> None:
+    def fix() -> None:
         if dist.rank() == rank:
             subprocess.run(["umount", "-l", str(folder)], check=True)
 
-    return mend
+    return fix
 
 
 def attempt(folder: Path, asynchronous: bool, fault: Callable[[], Callable[[], None] | None]) -> str:
     """The error of saving under a fault, or "". Removes the fault."""
-    mend = fault()
-    if mend is None:
+    fix = fault()
+    if fix is None:
         return "not allowed"
     saver = Saver(folder, asynchronous=asynchronous)
     try:
@@ -173,7 +173,7 @@ def attempt(folder: Path, asynchronous: bool, fault: Callable[[], Callable[[], N
     except ComptError as error:
         return f"{type(error).__name__}: {error}"
     finally:
-        mend()
+        fix()
         dist.barrier()
     return ""
 

@@ -71,7 +71,7 @@ def _check(recipe: Recipe, asked: DesignRequest) -> None:
     """Raise ConfigError for recipes that no chain can be designed for."""
     settings, images, batch = recipe.baselines, recipe.data.images, recipe.optimizer.batch
     if settings is None:
-        raise ConfigError("baselines: is missing; --auto takes the epochs of an individual run from it")
+        raise ConfigError("baselines: is missing; --auto takes the epochs of the baselines from it")
     if recipe.chain.from_ is not None:
         raise ConfigError(
             f"chain.from = '{recipe.chain.from_}': --auto designs chains whose first model is trained from scratch; "
@@ -142,7 +142,7 @@ def _design(setting: Setting, source: str, asked: DesignRequest) -> Design:
         rows[chosen],
         rows[best],
         (*rows.values(), *_as_given(setting)),
-        outcome(setting, "individually", specs, [baseline_epochs] * len(specs)),
+        outcome(setting, "baselines", specs, [baseline_epochs] * len(specs)),
         designed_recipe(recipe, rows[chosen].specs, rows[chosen].epochs, source),
     )
 

@@ -82,7 +82,7 @@ class Design:
     chosen: Outcome
     best: Outcome
     others: tuple[Outcome, ...]
-    individually: Outcome
+    baselines: Outcome
     values: dict[str, Any]
 
     @property
@@ -113,8 +113,8 @@ class Design:
         factor = model.factor(distils(setting.recipe))
         found.append(
             f"Epochs: a line through {len(model.points)} published links (docs/design.md). Range: a factor of "
-            f"{factor:.2f} both ways, as far as the line was off at the worst known link. Behind costs and "
-            "accelerations: the bound if all links need the upper end."
+            f"{factor:.2f} both ways, as far as the line was off at the worst known link. > and <: the bound if all "
+            "links need the upper end."
         )
         found.append(
             "With another recipe or data set links may need several times as many epochs: test the first pair with "
@@ -147,7 +147,7 @@ class Design:
         if caution := model.caution(images):
             found.append(caution)
         if chosen.acceleration.middle <= 1 and len(chosen.specs) > 1:
-            found.append("By these numbers a chain saves nothing here: individual training costs no more.")
+            found.append("By these numbers a chain saves nothing here: the baselines cost no more.")
         hours = chosen.gpu_hours
         if hours is not None and setting.device is not None:
             found.append(
@@ -177,46 +177,48 @@ def _chain_table(design: Design, forecast: Forecast) -> TextTable:
         needed, total, hours = chosen.needed[at], row["total_macs"], item.hours
         longer = max(1.0, needed.high / chosen.epochs[at])
         cells = [
-            f"{spec.name} {spec.width}x{spec.depth} {spec.text_width}x{spec.text_depth}",
+            spec.name,
             count(parameters(item.job.spec)),
             f"{chosen.epochs[at]:.4g}" + (f" ({_number(needed.low)}-{_number(needed.high)})" if at else ""),
-            _macs(Range(total, total, total * longer)),
+            count(total),
         ]
         if hours is not None:
             cells.append(_hours(Range(hours.gpu_hours, hours.low, hours.high * longer), hours.kind))
         rows.append([*cells, _times(design.asked, so_far) if at else ""])
     header = ["Model", "Params", "Epochs", "MACs", *(["GPU-hours"] if setting.device else []), "Acceleration"]
-    return TextTable(f"Chain for {setting.recipe.name}: {design.goal}", header, rows, design.notes())
+    sizes = (f"{s.name} {s.width}x{s.depth}, {s.text_width}x{s.text_depth}" for s in chosen.specs)
+    notes = [f"Sizes, width x depth of image and text tower: {'; '.join(sizes)}.", *design.notes()]
+    return TextTable(f"Chain for {setting.recipe.name}: {design.goal}", header, rows, notes)
 
 
 def _others_table(design: Design) -> TextTable:
-    """The chosen chain among others, and the wanted models without a chain."""
-    alone, rows = design.individually, []
-    for one in (*design.others, alone):
-        hours = one.baseline_gpu_hours if one is alone else one.gpu_hours
+    """The chosen chain among others, and the baselines of the wanted models."""
+    baselines, rows = design.baselines, []
+    for one in (*design.others, baselines):
+        hours = one.baseline_gpu_hours if one is baselines else one.gpu_hours
         rows.append(
             [
                 one.label,
-                count(one.baseline_macs) if one is alone else _macs(one.macs),
+                count(one.baseline_macs) if one is baselines else _macs(one.macs),
                 *([_hours(hours.hours, hours.kind)] if hours else []),
-                "1" if one is alone else _times(design.asked, one),
+                "1" if one is baselines else _times(design.asked, one),
             ]
         )
     in_hours = design.setting.device is not None
     note = (
         f"{'~ is projected, not measured. ' if in_hours else ''}Acceleration: "
-        f"{'GPU-hours' if design.asked.in_hours else 'MACs'} of the same models trained individually for "
-        f"{design.setting.baseline_epochs:g} epochs over those of the chain. Chains share most of what is uncertain: "
-        "they differ by less than their ranges."
+        f"{'GPU-hours' if design.asked.in_hours else 'MACs'} of the baselines of the same models, of "
+        f"{design.setting.baseline_epochs:g} epochs each, over those of the chain. Chains share most of what is "
+        "uncertain: they differ by less than their ranges."
     )
     header = ["Chain", "MACs", *(["GPU-hours"] if in_hours else []), "Acceleration"]
-    members = [f"{one.label}: {', '.join(spec.name for spec in one.specs)}." for one in (*design.others, alone)]
+    members = [f"{one.label}: {', '.join(spec.name for spec in one.specs)}." for one in (*design.others, baselines)]
     return TextTable("Alternatives", header, rows, [note, *members])
 
 
 def _number(value: float) -> str:
-    """Three digits, whole above a thousand."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:.3g}"
+    """Three digits, and at most three decimals; whole above a thousand."""
+    return f"{value:,.0f}" if value >= 999.5 else f"{round(value, 3):.3g}"
 
 
 def _macs(found: Range) -> str:
@@ -238,7 +240,7 @@ def _times(asked: DesignRequest, one: Outcome) -> str:
 
 def design_json(design: Design) -> dict[str, Any]:
     """Everything: the chain and its alternatives with ranges, the epoch model and its points, the recipe."""
-    setting, alone = design.setting, design.individually
+    setting, baselines = design.setting, design.baselines
     return {
         "objective": design.asked.objective,
         "unit": "gpu_hours" if design.asked.in_hours else "macs",
@@ -249,9 +251,9 @@ def design_json(design: Design) -> dict[str, Any]:
         "best": design.best.to_json(),
         "alternatives": [one.to_json() for one in design.others],
         "individually": {
-            "models": [spec.name for spec in alone.specs],
-            "macs": alone.baseline_macs,
-            "gpu_hours": alone.baseline_gpu_hours and asdict(alone.baseline_gpu_hours),
+            "models": [spec.name for spec in baselines.specs],
+            "macs": baselines.baseline_macs,
+            "gpu_hours": baselines.baseline_gpu_hours and asdict(baselines.baseline_gpu_hours),
         },
         "epochs_model": setting.epochs.to_json(),
         "extrapolated": design.extrapolated,

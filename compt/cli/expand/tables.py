@@ -130,9 +130,9 @@ def _shares(entries: Sequence[ExpandedParameter]) -> tuple[str, str, str]:
 
 def _share(number: int, size: int) -> str:
     if number in (0, size):
-        return "100%" if number else "-"
-    # Rounding must not turn a share into 0% or 100%.
-    return f"{min(max(100 * number / size, 0.1), 99.9):.1f}%"
+        return "100 %" if number else "-"
+    # Rounding must not turn a share into 0 % or 100 %.
+    return f"{min(max(100 * number / size, 0.1), 99.9):.1f} %"
 
 
 def verification_tables(found: Verification, plan: ExpansionPlan) -> Iterator[TextTable]:

@@ -37,7 +37,7 @@ def plan(
     kind: Kind = None,
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
-    baselines: Annotated[bool, option("also plan the training of each model alone", "--baselines")] = False,
+    baselines: Annotated[bool, option("also plan the baseline of each model", "--baselines")] = False,
     mode: Annotated[Mode | None, option(MODE_HELP, default="exact")] = None,
     memory: Annotated[str | None, one_of(ENGINE_NAMES, "show the memory of this engine, part by part")] = None,
     auto: Annotated[bool, option("find a chain instead of showing the recipe's", "--auto")] = False,

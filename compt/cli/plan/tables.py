@@ -33,8 +33,8 @@ def plan_tables(
 
 
 def _sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
-    """The sums below the jobs: the chain, its models alone, and everything that a run trains."""
-    sums = [("Chain", forecast.links), ("Individually", list(forecast.individual))]
+    """The sums below the jobs: the chain, its baselines, and everything that a run trains."""
+    sums = [("Chain", forecast.links), ("Baselines", list(forecast.individual))]
     if len(forecast.trained) > len(forecast.links):
         sums.append(("Whole run", forecast.trained))
     return [(name, items) for name, items in sums if items]
@@ -185,7 +185,7 @@ def _length(tokens: float | Mapping[int, float] | None) -> str:
 
 
 def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
-    """How many times less each link costs than training its model alone; None if the recipe has no baselines."""
+    """How many times less each link costs than its baseline; None if the recipe has no baselines."""
     if not forecast.individual:
         return None
     rows = []
@@ -194,7 +194,7 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
         rows.append([item.job.name, *("" if value is None else f"{value:.2f}x" for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
-    notes = [f"Over models trained alone for {epochs:.3g} epochs; so far: over all models up to this one."]
+    notes = [f"Over baselines of {epochs:.3g} epochs; so far: over all models up to this one."]
     start = forecast.plan.recipe.chain.from_
     if start is not None:
         notes.append(f"No figure includes the cost of training {start}.")

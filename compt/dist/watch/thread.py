@@ -149,7 +149,7 @@ class Watch:
             os.close(end)
 
     def _join(self) -> None:
-        """Meet the other ranks in the store, over a connection for this watch alone."""
+        """Meet the other ranks in the store, over a connection of its own."""
         found = _get_default_store().clone() if self.world > 1 else HashStore()  # type: ignore[attr-defined]
         store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
         store.set(str(self.rank), self._life().to_json())

@@ -226,8 +226,8 @@ def test_a_difference_after_a_stop_is_detected(changes: dict[str, Any], what: li
     for most in (0.0, gpu_checks_chain.AGAIN):
         found = gpu_checks_chain._compare(whole, halves, "1-small", kept, most)
         assert failed(found) == [f"1-small: {each}" for each in what]
-    anew = gpu_checks_chain._lines(whole, "1-small")[: gpu_checks_chain.STOP]
-    found = gpu_checks_chain._compare(whole, halves, "1-small", anew, 1.0)
+    again = gpu_checks_chain._lines(whole, "1-small")[: gpu_checks_chain.STOP]
+    found = gpu_checks_chain._compare(whole, halves, "1-small", again, 1.0)
     assert failed(found)[:1] == ["1-small: went on after the steps that it had"]
 
 

@@ -27,7 +27,7 @@ from compt.chain import run as chain_module
 from compt.chain.job import JobRun
 from compt.chain.locks import locked
 from compt.chain.record import STATES, steps_left
-from compt.chain.run import difference, prepare, run_only, start_anew, waiting
+from compt.chain.run import difference, prepare, run_only, start_fresh, waiting
 from compt.chain.start import open_start
 from compt.cli.main import main
 from compt.data.account import Account
@@ -756,7 +756,7 @@ def test_a_second_process_is_refused(base: Path, half: Path) -> None:
     process = start(hold, half, ready, release)
     try:
         assert ready.wait(60)
-        for action in (lambda: chain(base, half), lambda: start_anew(half)):
+        for action in (lambda: chain(base, half), lambda: start_fresh(half)):
             with pytest.raises(RunError, match="is in use by another process"):
                 action()
     finally:
@@ -772,14 +772,14 @@ def test_what_a_process_at_one_job_has_is_not_removed(run: Path) -> None:
     try:
         assert ready.wait(60)
         with pytest.raises(RunError, match=f"jobs/{SECOND} is in use by another process"):
-            start_anew(run)
+            start_fresh(run)
     finally:
         release.set()
     assert finish(process) == 0
     assert {path: seen for path, seen in files_of(run).items() if not path.endswith("lock")} == {
         path: seen for path, seen in before.items() if not path.endswith("lock")
     }
-    start_anew(run)
+    start_fresh(run)
 
 
 @pytest.mark.parametrize("begun_again", [False, True])
@@ -792,7 +792,7 @@ def test_a_job_does_not_start_in_a_run_that_was_started_over(
 
     def overtaken(*arguments: Any) -> str:
         started = write(*arguments)
-        start_anew(half)
+        start_fresh(half)
         if begun_again:
             write_json(half / "run.json", {"data_fingerprint": "x", "started": "later", "jobs": []})
         return started
@@ -818,7 +818,7 @@ def test_no_job_is_begun_while_a_run_is_removed(base: Path, half: Path, monkeypa
     # What was written of the run before is as it was, so that the job's lock is next.
     monkeypatch.setattr(chain_module, "_write_state", lambda *_: read_json(half / "run.json")["started"])
     monkeypatch.setattr(shutil, "rmtree", meanwhile)
-    start_anew(half)
+    start_fresh(half)
     assert refused
     assert all("another process has held run.lock for 0.2 s" in text for text in refused)
     assert not (half / "jobs").exists()
@@ -932,13 +932,13 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
 
 
 def test_starting_over(run: Path, tmp_path: Path) -> None:
-    start_anew(tmp_path / "nothing")
+    start_fresh(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
-    start_anew(run)
+    start_fresh(run)
     assert sorted(path.name for path in run.iterdir()) == ["lock", "run.lock"]
-    start_anew(run)
+    start_fresh(run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     with pytest.raises(RunError, match="holds other files than a run's"):
-        start_anew(tmp_path / "mine")
+        start_fresh(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()

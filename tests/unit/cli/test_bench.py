@@ -146,7 +146,7 @@ def test_measured_hours_by_hand(root: Path, tmp_path: Path) -> None:
     assert second["chain_accumulated"]["kind"] == "measured"
     assert [second["individual"]["kind"], third["chain"]["kind"]] == ["projected"] * 2
     text = compt("gpu-hours", str(root / "recipes" / "cc3m_vit.yaml"), "--throughput", str(file), width=80)
-    rows = [line for line in text.splitlines() if re.search(r" (alone|chain) ", line)]
+    rows = [line for line in text.splitlines() if re.search(r" (baseline|chain) ", line)]
     bases = [re.search(r"(part projected|measured|projected) *([\d.,]+ h)? *$", row) for row in rows[:16]]
     assert [
         sum(found[1] == kind for found in bases if found) for kind in ("measured", "part projected", "projected")

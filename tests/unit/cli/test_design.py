@@ -124,7 +124,7 @@ def test_what_a_person_sees(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None
         assert words in text
     for label in ("5 models, chosen: vit_t16, vit_c16", "4 models: vit_t16", "4 models, the recipe's: "):
         assert label in text
-    assert "individually: " in text
+    assert "baselines: vit_t16" in text
 
 
 @pytest.mark.parametrize("objective", ["cost", "acceleration", "budget --budget 300"])
@@ -135,6 +135,16 @@ def test_a_person_with_any_terminal(auto: Auto, monkeypatch: pytest.MonkeyPatch,
     assert max(map(len, lines)) <= columns
     rules = [line for line in lines if set(line.strip()) == {"─"}]
     assert len(rules) == 2 or columns == 60, "both are tables"
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_line_a_row_in_80_columns(auto: Auto, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = auto("--kind", "a100-80", recipe=recipe)[1].splitlines()
+    rules = [at for at, line in enumerate(lines) if set(line.strip()) == {"─"}]
+    assert len(rules) == 2
+    rows = [row for at in rules for row in lines[at + 1 : lines.index("", at)]]
+    assert all(line[0] != " " for line in rows), "a row that starts with a blank continues the one before"
 
 
 def test_alternatives_are_no_better(auto: Auto) -> None:
@@ -349,9 +359,9 @@ def test_it_takes_no_torch() -> None:
 
 
 def test_the_page_shows_what_is_printed(auto: Auto, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "108")
+    monkeypatch.setenv("COLUMNS", "80")
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = auto()[1].partition("\n\nSimpler chains")[0]
+    table = auto()[1].partition("\n\nSizes, ")[0]
     shown = "\n".join(line.rstrip() for line in table.splitlines())
     assert f"```text\n{shown}\n```" in page
 

@@ -94,7 +94,7 @@ def shown_parameters(output: str) -> Iterator[tuple[str, list[str]]]:
         elif re.match(r"layer \d+ ", line):
             layer = re.findall(r"\d+", line)[0] + "."
         elif re.match(r" {0,2}[a-z]\S+ +.*(%|-)$", line.rstrip()) and not line.startswith(("all ", "part ")):
-            name, *words = line.split()
+            name, *words = line.replace(" %", "%").split()
             yield f"{prefix}{layer if line.startswith('  ') else ''}{name}", words
 
 
@@ -114,7 +114,7 @@ def test_a_dry_run_shows_every_parameter(teacher: Path, columns: int) -> None:
     assert re.search(r"layer 2 +from 1;", output)
     assert re.search(r"layer 1 +from 0, added;", output)
     totals = plan().totals
-    total = f"{100 * totals['copied'] / totals['parameters']:.1f}%"
+    total = f"{100 * totals['copied'] / totals['parameters']:.1f} %"
     assert re.search(rf"all +\S+ [kM] +{total}", output)
 
 
@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite_are_counted_and_nothing_is_written(tmp_path
 def test_a_share_that_is_not_everything_is_not_said_to_be() -> None:
     from compt.cli.expand.tables import _share
 
-    assert [_share(n, 10**6) for n in (0, 1, 500_000, 999_999, 10**6)] == ["-", "0.1%", "50.0%", "99.9%", "100%"]
+    assert [_share(n, 10**6) for n in (0, 1, 500_000, 999_999, 10**6)] == ["-", "0.1 %", "50.0 %", "99.9 %", "100 %"]
 
 
 def test_json_has_everything(teacher: Path, tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_folders_that_are_no_classes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has the splits train, val, not classes: name one of them: .*/imagenet/train"):
         opened(root)
     wrapped = folders(tmp_path / "wrapped", ["imagenetv2/0", "imagenetv2/1"])
-    with pytest.raises(DataError, match=r"has one folder alone.*name .*/wrapped/imagenetv2"):
+    with pytest.raises(DataError, match=r"has only one folder.*name .*/wrapped/imagenetv2"):
         opened(wrapped)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "ILSVRC2012_val_00000001.JPEG").write_bytes(IMAGE)
@@ -197,5 +197,5 @@ def test_a_broken_link_that_may_be_a_class_is_refused(tmp_path: Path) -> None:
     """Left out, it would shift the numbers of the classes after it."""
     root = folders(tmp_path, ["ant", "bee"])
     (root / "ape").symlink_to("nowhere")
-    with pytest.raises(DataError, match="ape is a broken link, perhaps to a class: mend it, or remove it"):
+    with pytest.raises(DataError, match="ape is a broken link, perhaps to a class: fix it, or remove it"):
         opened(root)

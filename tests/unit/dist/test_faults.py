@@ -1,5 +1,5 @@
 """What goes wrong: bad data, bad recipes, full disks, damaged files. Each is a clear error or a counted skip, nothing
-that was finished is lost, and the same command finishes once it is mended.
+that was finished is lost, and the same command finishes once it is fixed.
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ def write_long_pairs(folder: Path) -> None:
     """Note the peak of memory while each of three students is written; the first loads what else is needed."""
     peaks = []
     for depth in (2, 2, 12):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
         case = Case(long_pair(depth), ExpandConfig.both("net2net"))
         write_student(folder, folder / f"long-{depth}", case, together=False, shard=10**9)
         peaks.append(memory_sizes()["VmHWM"])

@@ -129,7 +129,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
         "name: shapes",
     ):
         assert text in page.text, text
-    assert "a control, the last model from scratch, at its own MACs alone" in page.text
+    assert "a control, the last model from scratch, at its own MACs only" in page.text
     assert "control-equal_macs (from scratch, the link's MACs)" in page.text
     assert "Not finished" not in page.text
     assert page.tags.count("svg") == 6
@@ -144,10 +144,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
 def test_the_sentence_says_what_is_there(tmp_path: Path) -> None:
     make_run(tmp_path / "whole")
     said = headline(tmp_path / "whole")
-    assert "+2.0 points against the same model trained individually: lossless [95 %: " in said
+    assert "+2.0 points against its baseline: lossless [95 %: " in said
     assert "+15.0 points against the same model from scratch for the link's epochs [95 %: +11" in said
     assert "equal_macs" not in said
-    assert said.endswith("the chain costs 3.0x fewer MACs than its members trained individually.")
+    assert said.endswith("the chain costs 3.0x fewer MACs than the baselines.")
     make_run(tmp_path / "chain", baselines=False)
     assert headline(tmp_path / "chain") == (
         "3 of 3 models trained; vit_mini reaches 26.0 % top-1 on test_style (chance 0.5 %)."
