@@ -49,8 +49,8 @@ weights of the undisturbed run. *Steps again*: steps after the newest checkpoint
 
 {random}
 
-If a process is killed before the ranks have met, the others end after `COMPT_CONNECT_SECONDS`, {connect:g} in these
-runs.
+If a process is killed before the ranks have met, the others end after `COMPT_CONNECT_SECONDS` ({connect:g} in
+the campaign as it is now).
 
 ## How a fault is found
 
@@ -76,9 +76,22 @@ ranks met. It also measures how long its own main thread has made no progress. A
 - If the whole job is suspended and continued, no rank is to blame.
 
 **Out of memory** on any rank ends all of them. The message lists changes of the recipe that should fit, computed by
-the planner. `engine.find_micro_batch: true` searches for the largest micro-batch before a run, with trial steps in
+the plan. `engine.find_micro_batch: true` searches for the largest micro-batch before a run, with trial steps in
 child processes. With several processes the log has `step_seconds_max`, `step_seconds_mean`, `data_wait_max` and
 `slowest_rank`.
+
+## Exit codes
+
+| code | meaning |
+|--:|---|
+| 0 | done |
+| 2 | recipe or option wrong |
+| 3 | data cannot be used |
+| 4 | a model folder or checkpoint is missing, torn, or of another model |
+| 5 | the run cannot continue: locked, changed recipe, full disk, too many non-finite steps |
+| 75 | stopped by SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint was saved, unless the run hung. The same command resumes |
+
+Launchers replace code 75 by their own, except under `compt launch`.
 """
 
 
