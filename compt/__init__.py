@@ -1,4 +1,4 @@
-"""Chain-of-Models Pre-Training: train a family of CLIP models, each from its smaller predecessor.
+"""Chain-of-Models Pre-Training: train a family of CLIP models, each from the next smaller one.
 
 `import compt` loads nothing else: a name of `__all__` is imported when it is used (docs/api.md).
 """

@@ -186,7 +186,7 @@ def throughput(
 
     Times each model alone and as a link of a chain, with the forward pass of its teacher, on random images and
     captions. Writes each result at once. A model that does not fit into memory is recorded as such. MFU is the share
-    of the dense peak of the device, if known, at two FLOPs a MAC.
+    of the dense peak of the device, if known, at two FLOPs per MAC.
     """
     # Wrong arguments end the command here, before torch loads, which takes seconds.
     jobs = _jobs(models or [], family)

@@ -74,8 +74,8 @@ def check(
     index_dir: IndexFolder = None,
     cache_dir: CacheFolder = None,
     context_length: Annotated[int, option("tokens that the text tower takes", metavar="N")] = 77,
-    workers: Annotated[int | None, option("processes", metavar="N", default="one a core")] = None,
-    hashes: Annotated[bool, option("compare every byte with the first --hashes", "--hashes")] = False,
+    workers: Annotated[int | None, option("processes", metavar="N", default="one per core")] = None,
+    hashes: Annotated[bool, option("hash every byte and compare with the first such check", "--hashes")] = False,
     as_json: Annotated[bool, option("print the report as JSON", "--json")] = False,
 ) -> None:
     """Read every sample of a WebDataset and report problems.

@@ -87,8 +87,8 @@ LOST = {
     "momentum": "only AdamW",
     "lr_cooldown_power": "the decay is linear",
     "image_resize_mode": "images are resized to their shorter side and cropped",
-    "distill_model": "a link learns from its predecessor's features: chain.distill",
-    "distill_pretrained": "a link learns from its predecessor's features: chain.distill",
+    "distill_model": "a link learns from its teacher's features: chain.distill",
+    "distill_pretrained": "a link learns from its teacher's features: chain.distill",
     "force_patch_dropout": "no patch dropout",
     "remote_sync": "copy the run folder with a tool of your store",
 }

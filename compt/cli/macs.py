@@ -33,7 +33,7 @@ def macs_command(
         list[str] | None, option("set a size of the teacher; repeatable", "--teacher-set", metavar="KEY=VALUE")
     ] = None,
     batch: Annotated[int, option("images per step, over all ranks", metavar="N", min=1)] = BATCH,
-    captions: Annotated[int | None, option("captions of an image", metavar="N", min=1, default=str(CAPTIONS))] = None,
+    captions: Annotated[int | None, option("captions per image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
     mode: ModeName = "exact",
     recompute: Annotated[bool, option("run forward twice, as with micro-batches", "--recompute")] = False,

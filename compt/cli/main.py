@@ -102,9 +102,7 @@ def _typer(about: str, commands: Mapping[str, Callable[..., None]], kind: type[P
     return made
 
 
-app = _typer(
-    "Chain-of-Models Pre-Training: train a family of CLIP models, each from its smaller predecessor.", COMMANDS
-)
+app = _typer("Chain-of-Models Pre-Training: train a family of CLIP models, each from the next smaller one.", COMMANDS)
 for _name, (_about, _commands) in GROUPS.items():
     app.add_typer(_typer(_about, _commands, DefaultGroup if _name == "eval" else PlainGroup), name=_name)
 

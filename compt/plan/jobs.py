@@ -39,7 +39,7 @@ class Job:
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
     this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
-    link, so that none sees its predecessor's draws again. A try is a link of a first-pair test that was not lossless.
+    link, so that none sees its teacher's draws again. A try is a link of a first-pair test that was not lossless.
     """
 
     name: str

@@ -43,7 +43,9 @@ def _choices(names: Iterable[str]) -> str:
     return ", ".join([f"{first} (default)", *others])
 
 
-HELP = f"""Inverse weight initialization: make a larger model from a smaller one.
+HELP = f"""Make a larger model from a smaller one.
+
+This is the inverse weight initialization of the paper.
 
 The pairs of --both, --image and --text are KEY=VALUE with commas between, as in width=lemon,depth=stack. \
 Keys and values are those of the recipe's section `expand`; a tower's own pairs come first:
@@ -89,7 +91,7 @@ def expand(
     ] = None,
     set_: Sizes = None,
     teacher_model: Annotated[
-        str | None, option("architecture of TEACHER, if its files have none", metavar="NAME", panel=_MODELS)
+        str | None, option("architecture of MODEL, if its files have none", metavar="NAME", panel=_MODELS)
     ] = None,
     teacher_prefix: Annotated[
         str | None, option("prefix of the teacher's names, as in module.student.", metavar="P", panel=_MODELS)

@@ -50,7 +50,7 @@ def plan(
     ] = None,
     budget: Annotated[float | None, option("with --auto: the most to spend", metavar="GPU_HOURS")] = None,
     runs: Annotated[
-        list[Path] | None, option("with --auto: a run folder to learn from (repeatable)", metavar="RUN")
+        list[Path] | None, option("with --auto: a run folder to learn from; repeatable", metavar="RUN")
     ] = None,
     runs_on: Annotated[
         str | None, option("with --runs: evaluation set that decides; default: theirs", metavar="SET")
