@@ -1,4 +1,4 @@
-"""Checkpoints of one process; several are in tests/dist/test_checkpoint_dist.py."""
+"""Checkpoints of one process; several are in tests/dist/train/test_checkpoint.py."""
 
 from __future__ import annotations
 

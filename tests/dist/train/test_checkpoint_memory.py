@@ -21,7 +21,7 @@ from benchmarks.handoff.run import ROOT, limited, model_bytes
 from compt.cost import counts
 from compt.weights.artefact import read_artefact
 from compt.plan.jobs import make_plan
-from tests.dist.memory_process import LINKS, recipe
+from tests.dist.train.memory_process import LINKS, recipe
 from tests.helpers.recipe import make_data
 
 WORLD = 3
@@ -54,7 +54,7 @@ def run(action: str, folder: Path, limit: int) -> Run:
     common |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     # What is freed is to be given back: glibc keeps holes of up to 32 MB, which a device's allocator has no part in.
     common |= {"MALLOC_MMAP_THRESHOLD_": "2097152"}
-    command = [sys.executable, "-m", "tests.dist.memory_process", action, str(folder)]
+    command = [sys.executable, "-m", "tests.dist.train.memory_process", action, str(folder)]
     with contextlib.ExitStack() as stack:
         limits = [stack.enter_context(limited(limit)) for _ in range(WORLD)]
         processes = [

@@ -15,9 +15,9 @@ import torch
 
 from compt.weights.deepspeed import read_zero_state
 from tests.helpers.cases import matrix
-from tests.dist import zero_cases as cases
+from tests.dist.engines import zero_cases as cases
 from tests.dist.spawn import run_ranks
-from tests.dist.zero_cases import Cell, Result
+from tests.dist.engines.zero_cases import Cell, Result
 
 # Only looked for: importing takes seconds, and the ranks do it.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: pip install 'compt[deepspeed]'")

@@ -26,7 +26,7 @@ from compt.train.metrics import read_metrics
 from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import TIMES, largest_difference
 
-RUNS = Path(__file__).resolve().parents[1] / "fixtures" / "runs"
+RUNS = Path(__file__).resolve().parents[2] / "fixtures" / "runs"
 EXPECTED: dict[str, Any] = json.loads((RUNS / "expected.json").read_text())
 ENGINES = tuple(EXPECTED["runs"])
 FIRST, SECOND = "1-small", "2-large"

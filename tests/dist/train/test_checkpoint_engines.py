@@ -21,7 +21,7 @@ from compt.models.init import DrawnState
 from compt.models.clip import build
 from compt.train.task import StudentModule
 from tests.dist.spawn import run_ranks
-from tests.dist.zero_cases import VIT
+from tests.dist.engines.zero_cases import VIT
 from tests.helpers.checkpoint import same
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero3")

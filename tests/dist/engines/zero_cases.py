@@ -1,4 +1,4 @@
-"""What ranks do in test_zero_engine.py, and the plain loop in one process that they are compared with."""
+"""What ranks do in test_zero.py, and the plain loop in one process that they are compared with."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from compt.models.presets import ModelSpec, resolve
 from compt.train.task import ClipTask, DistillTask
 from tests.unit.train.test_losses import oracle
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 STEPS = 3
 LR = 2e-3

@@ -24,7 +24,7 @@ from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import FIRST, SECOND, chain, largest_difference, lines, make_data, manifest, weights, write_recipe
 from tests.helpers.shards import sample, write_tar
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 ONE_LINK = "chain.links=[{model: small, train: {steps: 6}, warmup: {steps: 2}}]"
 """The first link alone, for what no later link would show again."""
