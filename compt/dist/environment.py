@@ -124,8 +124,8 @@ def _from_slurm(environment: Environment) -> Place | None:
     if "MASTER_ADDR" not in environment:
         _check(
             rank > 0 or node == 0,
-            f"rank 0 runs on node {node} of {listed}={environment[listed]}, but the others look for it on the first: set "
-            "MASTER_ADDR, or remove --distribution=arbitrary",
+            f"rank 0 runs on node {node} of {listed}={environment[listed]}, but the others look for it on the first: "
+            "set MASTER_ADDR, or remove --distribution=arbitrary",
         )
     master = _host(environment["MASTER_ADDR"]) if "MASTER_ADDR" in environment else first_node(environment[listed])
     return Place(rank, world, local, master, _slurm_port(environment), by_slurm=True)
@@ -155,8 +155,8 @@ def _port(environment: Environment) -> int:
     port = _number(environment, "MASTER_PORT")
     if port == 0:
         raise ConfigError(
-            "MASTER_PORT=0: every process must know the port: set one from 1, or on one node use torchrun --standalone, "
-            "which finds a free port"
+            "MASTER_PORT=0: every process must know the port: set one from 1, or on one node use torchrun "
+            "--standalone, which finds a free port"
         )
     if port >= 2**16:
         raise ConfigError(f"MASTER_PORT={port}: ports end at {2**16 - 1}")

@@ -1,4 +1,4 @@
-"""How the ranks of a job meet: through a key-value store that rank 0, or torchrun, serves at MASTER_ADDR:MASTER_PORT."""
+"""How the ranks of a job meet: in a key-value store that rank 0, or torchrun, serves at MASTER_ADDR:MASTER_PORT."""
 
 from __future__ import annotations
 
@@ -64,7 +64,9 @@ def meet(place: Place, seconds: float) -> TCPStore:
         if is_host(place.rank):
             # The store ends with this process, and the others still read there who is missing.
             time.sleep(GRACE * seconds)
-        named = ", ".join(map(str, missing[:_LISTED])) + (f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED))
+        named = ", ".join(map(str, missing[:_LISTED])) + (
+            f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED)
+        )
         cause = f"rank{'s' * (len(missing) > 1)} {named} did not connect: exited earlier, or the network is blocked"
         raise _failure(place, seconds, f"{cause}. {_origin(place)}")
     return store

@@ -23,8 +23,9 @@ CONTEXT.set_forkserver_preload(["tests.helpers.preload"])
 def run_ranks(function: Callable[..., Any], world: int, *arguments: Any, timeout: float = 120.0) -> list[Any]:
     """`function(*arguments)` on `world` gloo ranks; the results in the order of ranks.
 
-    The function is a module's top-level name, and arguments and results can be pickled. Inside, `compt.dist.collectives` is
-    initialised on the CPU with one thread. Raises AssertionError with the ranks' tracebacks or after `timeout` seconds.
+    The function is a module's top-level name, and arguments and results can be pickled. Inside,
+    `compt.dist.collectives` is initialised on the CPU with one thread.
+    Raises AssertionError with the ranks' tracebacks or after `timeout` seconds.
     """
     # The parent holds the store on a port that the system chose, so parallel tests cannot take each other's.
     limit = datetime.timedelta(seconds=timeout)

@@ -208,3 +208,5 @@ def test_no_folder_of_tests_is_passed_over(root: Path, pytestconfig: pytest.Conf
     ]
     assert "dist" in folders
     assert passed_over == []
+    ruff = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["ruff"]
+    assert not folders & set(ruff["exclude"]), "without this list, ruff passes over every folder called dist"

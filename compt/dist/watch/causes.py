@@ -60,7 +60,7 @@ class Seen:
     gone: bool = False
 
     def look(self) -> None:
-        """See whether the process exists. Call it before reading the heartbeat, or an orderly end looks like a death."""
+        """See whether the process exists. Call it before reading the heartbeat: else an orderly end seems a death."""
         self.gone = self.state == "gone"
 
     def update(self, life: Life) -> None:
@@ -128,7 +128,8 @@ def obstacle(doing: str) -> str:
         return f"A signal or a debugger has stopped its loader process {', '.join(stopped)}. "
     if doing != WAITING:
         return ""
-    return f"Its loader processes deliver nothing: the disk with the shards may hang, or memory is short. {shared_memory()} "
+    why = "the disk with the shards may hang, or memory is short"
+    return f"Its loader processes deliver nothing: {why}. {shared_memory()} "
 
 
 def lost(first: Seen | None, with_rank_0: bool) -> Cause | None:

@@ -70,8 +70,8 @@ class Post:
 class Life:
     """A process's heartbeat: who it is, and what its main thread has been doing for `age` seconds.
 
-    `tick` increases with every heartbeat, `count` with every `beat` of the main thread. `where` is its line. `left`: the
-    process ended its work in order. `hint`: a sentence on what keeps it, where this machine shows it.
+    `tick` increases with every heartbeat, `count` with every `beat` of the main thread. `where` is its line. `left`:
+    the process ended its work in order. `hint`: a sentence on what keeps it, where this machine shows it.
     """
 
     tick: int

@@ -20,7 +20,6 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +63,7 @@ def collective_timeout(timeout: float) -> float:
 
 @dataclass(frozen=True)
 class _Beat:
-    """What the main thread has been doing since `at` (monotonic clock); at one place all ranks have the same `count`."""
+    """What the main thread has been doing since `at` (monotonic clock). At one place all ranks have one `count`."""
 
     count: int
     step: int
@@ -370,7 +369,7 @@ class Watch:
         os._exit(cause.exit_code)
 
     def _prints(self, cause: Cause) -> bool:
-        """Whether this rank prints the cause: its finder, or the first rank to write the file if each found it alone."""
+        """Whether this rank prints the cause: its finder, or the first rank to write the file if each found it."""
         if cause.finder not in (-1, self.rank):
             return False
         try:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from compt.train import loop as trainer
 from compt.chain.run import only, prepare, run_only
 from compt.errors import ConfigError, Interrupted, RunError
-from tests.helpers.cases import matrix
+from compt.train import loop as trainer
 from tests.dist.spawn import run_ranks
+from tests.helpers.cases import matrix
 from tests.helpers.recipe import chain, largest_difference, lines, make_data, manifest, recipe_of, weights
 
 TOLERANCE = 5e-5

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from compt.dist import collectives as dist
-from compt.weights.artefact import Artefact
 from compt.chain.start import hash_of
+from compt.dist import collectives as dist
 from compt.models.presets import PRESETS
+from compt.weights.artefact import Artefact
 from tests.dist.spawn import run_ranks
 
 

@@ -20,7 +20,6 @@ from compt.cli import main as cli
 from compt.dist import collectives as dist
 from compt.dist.environment import Place
 from compt.dist.rendezvous import meet
-from compt.engines import state_dcp
 from compt.errors import ComptError, ConfigError, Gone, RunError
 from tests.dist.spawn import CONTEXT
 from tests.faults.group import Group

@@ -11,14 +11,13 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.train.accumulate import cached_backward
-from compt.engines.base import AdamWSettings, decays
+from compt.engines.base import AdamWSettings, Precision, decays
 from compt.engines.ddp import DataParallelEngine
-from compt.engines.base import Precision
-from compt.errors import ArtefactError, ConfigError
-from compt.train.losses import ContrastiveLoss, ImageToText
+from compt.errors import ArtefactError
 from compt.models.clip import ClipModel, build
 from compt.models.presets import PACKED, resolve
+from compt.train.accumulate import cached_backward
+from compt.train.losses import ContrastiveLoss, ImageToText
 from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
 from tests.unit.train.test_losses import oracle

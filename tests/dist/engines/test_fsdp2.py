@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from compt.dist import collectives as dist
-from compt.train.accumulate import cached_backward
 from compt.engines.base import AdamWSettings
 from compt.engines.ddp import DataParallelEngine
-from compt.engines.base import Precision
-from compt.engines.shards import shard_frozen
 from compt.engines.fsdp2 import ShardedEngine
-from compt.engines.shards import local, make_mesh, sharded_parts
-from compt.errors import ArtefactError, ConfigError
+from compt.engines.shards import local, make_mesh, shard_frozen, sharded_parts
+from compt.errors import ArtefactError
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
+from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from compt.weights.deepspeed import read_zero_state
-from tests.helpers.cases import matrix
 from tests.dist.engines import zero_cases as cases
-from tests.dist.spawn import run_ranks
 from tests.dist.engines.zero_cases import Cell, Result
+from tests.dist.spawn import run_ranks
+from tests.helpers.cases import matrix
 
 # Only looked for: importing takes seconds, and the ranks do it.
 pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="no deepspeed: pip install 'compt[deepspeed]'")

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from compt.dist import collectives as dist
-from compt.train.accumulate import cached_backward
-from compt.recipe.engine import EngineConfig
-from compt.recipe.optimizer import Optimizer
-from compt.recipe.deepspeed import deepspeed_config
 from compt.engines.base import AdamWSettings
 from compt.engines.scale import LossScale
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
+from compt.recipe.deepspeed import deepspeed_config
+from compt.recipe.engine import EngineConfig
+from compt.recipe.optimizer import Optimizer
+from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 from tests.unit.train.test_losses import oracle
 
@@ -447,8 +447,8 @@ def from_meta(cells: list[Cell]) -> None:
 def frozen(folder: str, stages: list[int]) -> None:
     """A frozen parameter stays, and is saved and loaded, or set, with the others."""
     from compt.errors import ArtefactError
-    from compt.weights.lazy import Tensors
     from compt.weights.deepspeed import read_zero
+    from compt.weights.lazy import Tensors
 
     name = "model.visual.conv1.weight"
     for stage in stages:

@@ -11,24 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from compt.dist import collectives as dist
-from compt.recipe.schema import EvalSet
 from compt.data.batch import EvalBatch
+from compt.dist import collectives as dist
 from compt.errors import DataError
-from compt.evaluate.sets import evaluate_set
-from compt.evaluate.task import EvalSettings
 from compt.evaluate.retrieval import retrieval
+from compt.evaluate.sets import evaluate_set
+from compt.evaluate.suite import score_suite
+from compt.evaluate.task import EvalSettings
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import classifier, zero_shot
-from compt.models.preprocess import Preprocess
 from compt.models.clip import build
-from tests.helpers import evaluation as cases
-from tests.helpers.shards import make_shards, picture, write_tar
-from compt.evaluate.suite import score_suite
+from compt.models.preprocess import Preprocess
+from compt.recipe.schema import EvalSet
 from compt.recipe.suite import load_suite
 from compt.report.scores import SuiteReport
 from compt.weights.artefact import Artefact
 from tests.dist.spawn import run_ranks
+from tests.helpers import evaluation as cases
+from tests.helpers.shards import make_shards, picture, write_tar
 from tests.unit.evaluate.test_sets import SPEC
 
 N, CLASSES = 31, 7

@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from compt.dist import collectives as dist
-from compt.weights.artefact import read_artefact
-from compt.expand.plan import ExpansionPlan
 from compt.expand.execute import Draw
+from compt.expand.plan import ExpansionPlan
 from compt.files import read_json
+from compt.weights.artefact import read_artefact
 from tests.dist.spawn import run_ranks
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, manifest, weights
-from tests.helpers.stream import CASES, assert_bitwise_equal, digests, write_student, write_teachers
 from tests.helpers.states import expand_state
-
+from tests.helpers.stream import CASES, assert_bitwise_equal, digests, write_student, write_teachers
 
 # Every operator, on one architecture; a table of a Swin is read like any other parameter.
 OPERATORS = [name for name in CASES if name.startswith(("vit, width", "swin, depth"))]

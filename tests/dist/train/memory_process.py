@@ -10,10 +10,10 @@ import sys
 from pathlib import Path
 
 from benchmarks.handoff.process import Memory, status
-from compt.dist import collectives as dist
-from compt.chain.run import only, prepare, run_only
-from compt.recipe.schema import Recipe
 from compt.chain.job import JobRun
+from compt.chain.run import only, prepare, run_only
+from compt.dist import collectives as dist
+from compt.recipe.schema import Recipe
 from tests.helpers.recipe import recipe_of
 
 LINKS = ("1-vit_184m", "2-vit_197m")

@@ -18,14 +18,14 @@ import torch.distributed as torch_dist
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-from compt.train import checkpoint
 from compt.dist import collectives as dist
-from compt.weights.artefact import write_artefact
-from compt.train.checkpoint import Saver
 from compt.dist.watch.causes import is_consequence
 from compt.engines import state_dcp
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
+from compt.train import checkpoint
+from compt.train.checkpoint import Saver
+from compt.weights.artefact import write_artefact
 from compt.weights.open import open_model
 from tests.dist.spawn import run_ranks
 from tests.helpers.checkpoint import SHAPES, engine, same

@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt.train import checkpoint
 from compt.dist import collectives as dist
-from compt.train.checkpoint import Saver
-from compt.recipe.engine import EngineConfig
-from compt.recipe.optimizer import Optimizer
 from compt.engines.base import Engine
 from compt.engines.open import open_engine
-from compt.models.init import DrawnState
 from compt.models.clip import build
+from compt.models.init import DrawnState
+from compt.recipe.engine import EngineConfig
+from compt.recipe.optimizer import Optimizer
+from compt.train import checkpoint
+from compt.train.checkpoint import Saver
 from compt.train.task import StudentModule
-from tests.dist.spawn import run_ranks
 from tests.dist.engines.zero_cases import VIT
+from tests.dist.spawn import run_ranks
 from tests.helpers.checkpoint import same
 
 ENGINES = ("ddp", "fsdp2", "zero1", "zero3")

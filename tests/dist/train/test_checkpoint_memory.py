@@ -19,8 +19,8 @@ from torch.distributed import TCPStore
 
 from benchmarks.handoff.run import ROOT, limited, model_bytes
 from compt.cost import counts
-from compt.weights.artefact import read_artefact
 from compt.plan.jobs import make_plan
+from compt.weights.artefact import read_artefact
 from tests.dist.train.memory_process import LINKS, recipe
 from tests.helpers.recipe import make_data
 

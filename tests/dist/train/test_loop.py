@@ -14,14 +14,23 @@ from typing import Any
 
 import pytest
 
-from compt.data.batch import SKIPPED
+from compt.data.batch import SKIPPED, Batch
 from compt.dist import collectives as dist
-from compt.train import loop as trainer
-from compt.data.batch import Batch
 from compt.errors import DataError, Interrupted
+from compt.train import loop as trainer
 from compt.train.metrics import read_metrics
 from tests.dist.spawn import run_ranks
-from tests.helpers.recipe import FIRST, SECOND, chain, largest_difference, lines, make_data, manifest, weights, write_recipe
+from tests.helpers.recipe import (
+    FIRST,
+    SECOND,
+    chain,
+    largest_difference,
+    lines,
+    make_data,
+    manifest,
+    weights,
+    write_recipe,
+)
 from tests.helpers.shards import sample, write_tar
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -1,4 +1,4 @@
-"""A model folder that several ranks write together appears whole on all of them or not at all, whatever happens to one of them."""
+"""A model folder that several ranks write together appears whole or not at all, whatever happens to one of them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from compt.weights import artefact, safetensors as weight_file
-from compt.dist import collectives as dist
 from compt import files
-from compt.weights.artefact import read_artefact, write_artefact
+from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ComptError
 from compt.expand.axes import parameters
 from compt.models.presets import ModelSpec
+from compt.weights import artefact
+from compt.weights import safetensors as weight_file
+from compt.weights.artefact import read_artefact, write_artefact
 from tests.dist.spawn import run_ranks
 from tests.unit.expand.cases import BIG
 

@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
-from compt.data.batch import SKIPPED
 from compt.chain import job as jobs
-from compt.train.checkpoint import Saver, find_latest
-from compt.recipe.read import load_recipe
-from compt.data import loaders as dataset
-from compt.errors import ArtefactError, ComptError, ConfigError, DataError, RunError
 from compt.chain.job import JobRun
-from compt.train.metrics import MetricsWriter
+from compt.data import loaders as dataset
+from compt.data.batch import SKIPPED
+from compt.errors import ArtefactError, ComptError, ConfigError, DataError, RunError
+from compt.recipe.read import load_recipe
+from compt.train.checkpoint import Saver, find_latest
 from compt.train.loop import TrainResult, TrainSettings
+from compt.train.metrics import MetricsWriter
 from tests.helpers.recipe import (
     FIRST,
     SECOND,
@@ -152,7 +152,9 @@ def test_undecodable_images_and_empty_captions_are_counted_and_replaced(data: Pa
     run = tmp_path / "run"
     chain(data, run, "chain.links.0.train={epochs: 2}")
     trained = manifest(run, FIRST)["trained"]
-    assert trained["skipped_samples"] == {**dict.fromkeys(SKIPPED, 0), "image": 2, "caption": 2}, "one sample of each, in two epochs"
+    assert trained["skipped_samples"] == {**dict.fromkeys(SKIPPED, 0), "image": 2, "caption": 2}, (
+        "one sample of each, in two epochs"
+    )
     assert [line["skipped_image"] for line in lines(run, FIRST) if line["kind"] == "train"][-1] == 2
     assert trained["samples"] == 96
 
@@ -165,7 +167,8 @@ def test_too_many_bad_samples_stop_the_run_and_name_one(
         rewritten(data / "train" / shard, lambda name, blob: b"no" if name.endswith("png") else blob)
     run = tmp_path / "run"
     with pytest.raises(
-        DataError, match=r"of the last \d+ samples that were tried cannot be used, more than data\.max_bad_share 0\.2 allows"
+        DataError,
+        match=r"of the last \d+ samples that were tried cannot be used, more than data\.max_bad_share 0\.2 allows",
     ) as e:
         chain(data, run)
     assert "for example 00000" in str(e.value)
