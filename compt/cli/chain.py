@@ -1,4 +1,4 @@
-"""Commands on runs: `compt chain`, `compt demo`, `compt report`."""
+"""Commands on runs: `compt chain`, `compt demo`, `compt report`, `compt compare`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from compt.cli.options import RECIPE, RECIPE_HELP, Baselines, Overrides, RecipePath, RunFolder, option
+from compt.cli.options import (
+    RECIPE,
+    RECIPE_HELP,
+    AsJson,
+    Baselines,
+    Overrides,
+    RecipePath,
+    RunFolder,
+    option,
+    print_json,
+)
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
-from compt.text import say
+from compt.text import say, show
 
 if TYPE_CHECKING:
     from compt.chain.calibrate import FirstPair
@@ -74,19 +84,50 @@ def demo(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="run folder, finished or not", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folder, finished or not", show_default=False)],
 ) -> None:
-    """Show the results of a run and write its report.
+    """Show the results of runs and write their reports.
 
-    Writes RUN/report.html and RUN/report.md.
+    Writes RUN/report.html and RUN/report.md. Several runs are also compared, as by `compt compare`.
     """
     from compt.report.summary import summarise
     from compt.report.tables import summary_tables
     from compt.report.write import write_report
-    from compt.text import show
 
-    show(*summary_tables(summarise(run)))
-    say(f"\nReport: {write_report(run)}")
+    for at, run in enumerate(runs):
+        if at:
+            say("")
+        show(*summary_tables(summarise(run)))
+        say(f"\nReport: {write_report(run)}")
+    if len(runs) > 1:
+        say("")
+        compare(runs)
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="run folder, or saved results", show_default=False)],
+    on: Annotated[str | None, option("evaluation set", metavar="SET", default="the primary set of the runs")] = None,
+    out: Annotated[
+        Path | None, option("also write compare.html, compare.md and compare.json here", metavar="FOLDER")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare the finished models of one or more runs.
+
+    Models that differ only in their seed count as one. Each link is compared with the other models of its size, image
+    by image. Models that were scored on other images, class names or templates are named and not compared.
+    """
+    from compt.report.compare import compare_runs
+
+    found = compare_runs(runs, on)
+    if out is not None:
+        found.write(out)
+    if as_json:
+        print_json(found.to_json())
+        return
+    show(*found.tables())
+    if out is not None:
+        say(f"\nWrote {out}")
 
 
 def _say(text: str) -> None:
@@ -132,9 +173,9 @@ def _run_chain(
         elif left:
             run_only(context, made, left, _say) if chosen is not None else run_chain(context, made, _say)
         # All ranks wait for the report: Slurm kills the job soon after its first process exits.
-        dist.on_main(lambda: report(folder))
+        dist.on_main(lambda: report([folder]))
     except NotLossless:
-        dist.on_main(lambda: report(folder))
+        dist.on_main(lambda: report([folder]))
         raise
     finally:
         dist.shutdown()

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from compt import __version__
 from compt.cli import bench, data, recipes, slurm
-from compt.cli.chain import chain, demo, report
+from compt.cli.chain import chain, compare, demo, report
 from compt.cli.curves import curves
 from compt.cli.doctor import doctor
 from compt.cli.evaluate import evaluate, fetch
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "plan": plan,
     "chain": chain,
     "report": report,
+    "compare": compare,
     "curves": curves,
     "expand": expand,
     "export": export,

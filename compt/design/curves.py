@@ -8,7 +8,7 @@ rate had not come down.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,8 +17,7 @@ import numpy as np
 
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.design.crossing import Numbers, crossing, interval, paired_draws
-from compt.design.runs import FinishedJob, Lineage, Skipped, read_run
-from compt.errors import ConfigError, nearest
+from compt.design.runs import FinishedJob, Lineage, Skipped, grouped, read_scored
 from compt.files import flatten, hash_json
 from compt.models.presets import ModelSpec
 
@@ -78,6 +77,23 @@ class Point:
     jobs: tuple[str, ...]
     seeds: tuple[int, ...]
     spread: float | None
+
+    @classmethod
+    def of(cls, group: Sequence[FinishedJob], name: str) -> Point:
+        """The mean over `group`, of which each job was scored on the set `name`."""
+        scores = [job.manifest.scores[name] for job in group]
+        top1 = [score.top1 for score in scores]
+        low, high = np.mean([score.top1_interval for score in scores], axis=0)
+        return cls(
+            epochs=group[0].manifest.epochs,
+            top1=float(np.mean(top1)),
+            low=float(low),
+            high=float(high),
+            macs=float(np.mean([job.manifest.macs for job in group])),
+            jobs=tuple(job.label for job in group),
+            seeds=tuple(job.manifest.seed for job in group),
+            spread=float(np.std(top1, ddof=1)) if len(group) > 1 else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -172,32 +188,9 @@ def read_curves(
     `option` is how the caller's command takes `on`, for messages.
     Raises RunError for a folder that is no run, ConfigError for a set that no job was scored on.
     """
-    found = [read_run(folder) for folder in runs]
-    jobs = [job for run in found for job in run.jobs]
-    skipped = [item for run in found for item in run.skipped]
-    name = _evaluation_set(on, jobs, [run.primary for run in found], option)
-    skipped += [Skipped(job.label, f"was not scored on {name}") for job in jobs if name not in job.manifest.scores]
-    scored: dict[str, FinishedJob] = {}
-    for job in jobs:
-        if name in job.manifest.scores:
-            # A run folder that was copied holds the same model again.
-            same = [job.manifest.hash, job.manifest.model_hash, job.manifest.scores[name].pins]
-            scored.setdefault(hash_json(same), job)
-    return _CurveReader(name, target, not average_seeds, Lineage(jobs), list(scored.values()), skipped).curves()
-
-
-def _evaluation_set(on: str | None, jobs: Sequence[FinishedJob], primaries: Iterable[str | None], option: str) -> str:
-    known = sorted({name for job in jobs for name in job.manifest.scores})
-    shown = f"scored were: {', '.join(known) or 'none'}"
-    if on is None:
-        named = sorted({name for name in primaries if name is not None})
-        if len(named) != 1:
-            reported = f"report on {' and '.join(named)}" if named else "name no set that they report on"
-            raise ConfigError(f"the runs {reported}: give runs that report on one, or name it ({option} NAME); {shown}")
-        on = named[0]
-    if jobs and on not in known:
-        raise ConfigError(f"{option} {on}: no job was scored on it by top-1{nearest(on, known)}; {shown}")
-    return on
+    found = read_scored(runs, on, option)
+    reader = _CurveReader(found.evaluation_set, target, not average_seeds, found.lineage, found.jobs, found.skipped)
+    return reader.curves()
 
 
 @dataclass(frozen=True)
@@ -213,7 +206,7 @@ class _CurveReader:
 
     def curves(self) -> Curves:
         links = []
-        for members in _grouped([job for job in self.jobs if job.manifest.parent_hash is not None], self._kind_of):
+        for members in grouped([job for job in self.jobs if job.manifest.parent_hash is not None], self._kind_of):
             specs = map(self.lineage.teacher_spec, members)
             spec = next((spec for spec in specs if spec is not None), None)
             if spec is None:
@@ -270,7 +263,7 @@ class _CurveReader:
         )
         scratch = [job for job in self.jobs if job.manifest.parent_hash is None]
         same = [job for job in scratch if self._shared(job) == shared]
-        groups = _grouped(
+        groups = grouped(
             [job for job in same if "baseline" in job.kinds],
             lambda job: [job.settings, job.manifest.steps, job.warmup_steps],
         )
@@ -292,26 +285,11 @@ class _CurveReader:
 
     def _points(self, jobs: Iterable[FinishedJob]) -> tuple[Point, ...]:
         """One for each length, in rising order."""
-        return tuple(map(self._point, _by_length(jobs)))
-
-    def _point(self, group: Sequence[FinishedJob]) -> Point:
-        scores = [job.manifest.scores[self.name] for job in group]
-        top1 = [score.top1 for score in scores]
-        low, high = np.mean([score.top1_interval for score in scores], axis=0)
-        return Point(
-            epochs=group[0].manifest.epochs,
-            top1=float(np.mean(top1)),
-            low=float(low),
-            high=float(high),
-            macs=float(np.mean([job.manifest.macs for job in group])),
-            jobs=tuple(job.label for job in group),
-            seeds=tuple(job.manifest.seed for job in group),
-            spread=float(np.std(top1, ddof=1)) if len(group) > 1 else None,
-        )
+        return tuple(Point.of(group, self.name) for group in _by_length(jobs))
 
     def _crossed(self, curve: LinkCurve, members: list[FinishedJob], group: list[FinishedJob]) -> LinkCurve:
         """`curve` with its baseline, the jobs of `group`, and where it reaches the target."""
-        baseline, margin = self._point(group), MARGINS[self.target]
+        baseline, margin = Point.of(group, self.name), MARGINS[self.target]
         epochs, weights = ([point.epochs for point in curve.points], [len(point.jobs) for point in curve.points])
         found = float(crossing(epochs, [point.top1 for point in curve.points], baseline.top1 - margin, weights))
         draws = self._draws([*_by_length(members), group])
@@ -339,14 +317,7 @@ class _CurveReader:
 
 
 def _by_length(jobs: Iterable[FinishedJob]) -> list[list[FinishedJob]]:
-    return _grouped(sorted(jobs, key=lambda job: job.manifest.steps), lambda job: job.manifest.steps)
-
-
-def _grouped(jobs: Iterable[FinishedJob], key: Callable[[FinishedJob], Any]) -> list[list[FinishedJob]]:
-    groups: dict[str, list[FinishedJob]] = {}
-    for job in jobs:
-        groups.setdefault(hash_json(key(job)), []).append(job)
-    return list(groups.values())
+    return grouped(sorted(jobs, key=lambda job: job.manifest.steps), lambda job: job.manifest.steps)
 
 
 def names(links: Sequence[LinkCurve]) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from compt.errors import ComptError, RunError
+from compt.errors import ComptError, ConfigError, RunError, nearest
 from compt.files import hash_json, read_json
 from compt.models.presets import ModelSpec
 from compt.recipe.types import first_mistake
@@ -27,6 +27,24 @@ _LENGTH = ("steps", "warmup_steps")
 _SEEDS = ("seed", "order_seed")
 _LARGEST = 10**9
 """Larger sizes of a model are refused as damaged; so are a thousand times as many images or steps."""
+
+
+Answers = tuple[NDArray[np.int64], NDArray[np.bool_]]
+"""Ids [n] of a set's images in ascending order, and whether a model was right on each [n]."""
+
+
+def score_file(run: Path, job: str, name: str) -> Path:
+    """Where a job keeps its answers on the evaluation set `name`."""
+    return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}.npz"
+
+
+def stored_answers(run: Path, job: str, name: str) -> Answers | None:
+    """The answers of a job on a set with classes; None where they are missing or torn."""
+    try:
+        with np.load(score_file(run, job, name), allow_pickle=False) as stored:
+            return stored["ids"], stored["correct"].astype(bool)
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error):
+        return None
 
 
 class _RunFile(BaseModel):
@@ -119,14 +137,9 @@ class FinishedJob:
         """Steps of warm-up, where the recipe has them."""
         return self.manifest.result.get("warmup_steps")
 
-    def answers(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]] | None:
+    def answers(self, name: str) -> Answers | None:
         """Ids [n] of a set's images and whether each was right [n]; None where they are missing or torn."""
-        path = self.run / "jobs" / self.name / "scores" / f"{quote(name, safe=' ()')}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as stored:
-                return stored["ids"], stored["correct"].astype(bool)
-        except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error):
-            return None
+        return stored_answers(self.run, self.name, name)
 
 
 @dataclass(frozen=True)
@@ -203,6 +216,58 @@ def _job(folder: Path, name: str, kinds: Iterable[str], data: str) -> FinishedJo
     if manifest.trained != manifest.steps:
         return f"was trained for {manifest.trained} of {manifest.steps} steps: that is not the end of its schedule"
     return FinishedJob(folder, name, frozenset({manifest.kind, *kinds}), data, manifest)
+
+
+@dataclass(frozen=True)
+class ScoredJobs:
+    """The finished jobs of some runs that were scored on one set, each once. `lineage` is over all finished jobs."""
+
+    evaluation_set: str
+    jobs: list[FinishedJob]
+    lineage: Lineage
+    skipped: list[Skipped]
+
+
+def read_scored(runs: Sequence[Path], on: str | None, option: str) -> ScoredJobs:
+    """Jobs of `runs` that were scored on the set `on`, or without it on the one set that all runs report on.
+
+    `option` is how the caller's command takes `on`, for messages. Raises RunError for a folder that is no run,
+    ConfigError for a set that no job was scored on.
+    """
+    found = [read_run(folder) for folder in runs]
+    jobs = [job for run in found for job in run.jobs]
+    skipped = [item for run in found for item in run.skipped]
+    name = _evaluation_set(on, jobs, [run.primary for run in found], option)
+    skipped += [Skipped(job.label, f"was not scored on {name}") for job in jobs if name not in job.manifest.scores]
+    scored: dict[str, FinishedJob] = {}
+    for job in jobs:
+        if name in job.manifest.scores:
+            # A run folder that was copied holds the same model again.
+            same = [job.manifest.hash, job.manifest.model_hash, job.manifest.scores[name].pins]
+            scored.setdefault(hash_json(same), job)
+    return ScoredJobs(name, list(scored.values()), Lineage(jobs), skipped)
+
+
+def _evaluation_set(on: str | None, jobs: Sequence[FinishedJob], primaries: Iterable[str | None], option: str) -> str:
+    known = sorted({name for job in jobs for name in job.manifest.scores})
+    shown = f"scored were: {', '.join(known) or 'none'}"
+    if on is None:
+        named = sorted({name for name in primaries if name is not None})
+        if len(named) != 1:
+            reported = f"report on {' and '.join(named)}" if named else "name no set that they report on"
+            raise ConfigError(f"the runs {reported}: give runs that report on one, or name it ({option} NAME); {shown}")
+        on = named[0]
+    if jobs and on not in known:
+        raise ConfigError(f"{option} {on}: no job was scored on it by top-1{nearest(on, known)}; {shown}")
+    return on
+
+
+def grouped(jobs: Iterable[FinishedJob], key: Callable[[FinishedJob], Any]) -> list[list[FinishedJob]]:
+    """Jobs with equal keys together, in the order of their first."""
+    groups: dict[str, list[FinishedJob]] = {}
+    for job in jobs:
+        groups.setdefault(hash_json(key(job)), []).append(job)
+    return list(groups.values())
 
 
 class Lineage:

@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 from compt.cost.paper import LOSSLESS_POINTS
 
 Verdict = Literal["lossless", "not lossless", "undecided"]
+Direction = Literal["better", "worse", "undecided"]
 
 _Z = 1.959963984540054  # the 97.5 % quantile of the normal distribution
 
@@ -33,13 +34,23 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """(accuracy of a - accuracy of b, low, high) in points, with the 95 % percentile interval.
 
-    Both arrays [n], n > 1, have the same samples in the same order: 0 or 1, or the mean over seeds.
+    Both arrays [n] or [seeds, n], n > 1, have the same samples in the same order: 0 or 1, or the mean over seeds. Where
+    both have two seeds or more, the interval covers the choice of seeds too: the mean over seeds of each moves by
+    Student's t (Behrens and Fisher's difference of two means; 2 seeds give a very wide interval). Otherwise it covers
+    the choice of samples alone.
     """
+    a, b = (np.atleast_2d(np.asarray(each, dtype=np.float64)) for each in (correct_a, correct_b))
     # Gains have few distinct values. To draw how often each occurs is the same as to draw samples, and takes no memory.
-    gains = np.asarray(correct_a, dtype=np.float64) - np.asarray(correct_b, dtype=np.float64)
+    gains = a.mean(axis=0) - b.mean(axis=0)
     values, counts = np.unique(gains, return_counts=True)
-    drawn = np.random.default_rng(seed).multinomial(len(gains), counts / len(gains), size=samples)
-    low, high = np.percentile(drawn @ values / len(gains), [2.5, 97.5])
+    rng = np.random.default_rng(seed)
+    drawn = rng.multinomial(len(gains), counts / len(gains), size=samples) @ values / len(gains)
+    if min(len(a), len(b)) > 1:
+        # Drawing seeds with replacement instead would give intervals far too narrow for 2 to 5 seeds.
+        for each in (a, b):
+            error = each.mean(axis=1).std(ddof=1) / math.sqrt(len(each))
+            drawn = drawn + error * rng.standard_t(len(each) - 1, size=samples)
+    low, high = np.percentile(drawn, [2.5, 97.5])
     return 100 * float(gains.mean()), 100 * float(low), 100 * float(high)
 
 
@@ -52,3 +63,8 @@ def verdict(low: float, high: float, margin: float = LOSSLESS_POINTS) -> Verdict
     if low > -margin:
         return "lossless"
     return "not lossless" if high < -margin else "undecided"
+
+
+def direction(low: float, high: float) -> Direction:
+    """What the interval of a difference says of the first: "undecided" where it spans 0."""
+    return "better" if low > 0 else "worse" if high < 0 else "undecided"

@@ -16,12 +16,12 @@ import numpy as np
 from compt.chain.record import now
 from compt.errors import ConfigError, nearest
 from compt.evaluate.sets import task_class
-from compt.evaluate.stats import paired_bootstrap
+from compt.evaluate.stats import direction, paired_bootstrap
 from compt.evaluate.suite import Scores, SetScore
 from compt.files import write_json, write_text
 from compt.recipe.suite import Suite, SuiteSet
-from compt.report.write import page
-from compt.text import TextTable, escape_markdown
+from compt.report.write import write_tables
+from compt.text import TextTable
 from compt.weights.artefact import versions
 
 _PLAIN = "per_class", "skipped_examples"
@@ -183,7 +183,7 @@ class SuiteReport:
             if len(answers[0]) < 2:
                 continue
             gain, low, high = paired_bootstrap(*answers)
-            rows.append([line.name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}", _verdict(low, high)])
+            rows.append([line.name, f"{gain:+.2f}", f"{low:+.2f} to {high:+.2f}", direction(low, high)])
             if task_class(line.item.task).classifies:
                 gains.append(gain)
                 halves.append((high - low) / 2)
@@ -192,7 +192,7 @@ class SuiteReport:
         if len(gains) > 1:
             gain, half = sum(gains) / len(gains), math.hypot(*halves) / len(halves)
             interval = f"{gain - half:+.2f} to {gain + half:+.2f}"
-            rows.append([f"Average of {len(gains)}", f"{gain:+.2f}", interval, _verdict(gain - half, gain + half)])
+            rows.append([f"Average of {len(gains)}", f"{gain:+.2f}", interval, direction(gain - half, gain + half)])
         notes = ["Points, with the 95 % interval of a paired bootstrap over samples. It does not cover training seeds."]
         if len(gains) > 1:
             notes.append("The average's interval takes the sets as independent.")
@@ -249,11 +249,7 @@ class SuiteReport:
         path = folder / quote(self.name, safe=" ()+")
         write_json(path.with_name(f"{path.name}.json"), self.to_dict())
         write_text(path.with_name(f"{path.name}.csv"), self.csv())
-        head = f"# {escape_markdown(sentence)}\n\n"
-        write_text(path.with_name(f"{path.name}.md"), head + "\n".join(table.markdown() for table in tables))
-        content = {"title": f"Scores on {self.name}", "sentence": sentence, "tables": tables}
-        content |= {"written": now(), "version": versions()["compt"]}
-        write_text(path.with_name(f"{path.name}.html"), page("scores.html.j2", content))
+        write_tables(path, f"Scores on {self.name}", sentence, tables)
 
 
 def _departures(item: SuiteSet, record: dict[str, Any] | Any) -> list[str]:
@@ -278,7 +274,3 @@ def _number(value: float | None) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
-
-
-def _verdict(low: float, high: float) -> str:
-    return "better" if low > 0 else "worse" if high < 0 else "undecided"

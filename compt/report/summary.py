@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compt.chain.run import read_calibration
+from compt.design.runs import Answers, stored_answers
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import load_arrays
 from compt.evaluate.stats import paired_bootstrap, verdict
@@ -150,11 +150,6 @@ def _row(job: dict[str, Any], manifest: dict[str, Any], primary: str | None) -> 
     )
 
 
-def score_file(run: Path, job: str, name: str) -> Path:
-    """Where a job keeps its answers on the evaluation set `name`."""
-    return run / "jobs" / job / "scores" / f"{quote(name, safe=' ()')}.npz"
-
-
 def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
     """The arrays of a result; {} where the file is missing or torn."""
     try:
@@ -163,22 +158,36 @@ def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return {}
 
 
-Answers = tuple[NDArray[np.int64], NDArray[np.bool_]]
+class ImageAnswers(NamedTuple):
+    """A job's answers on a set, None where they are missing. `pins` are hashes of what its scores depend on."""
+
+    job: str
+    pins: Mapping[str, Any]
+    answers: Answers | None
 
 
-def _answers(run: Path, job: str, primary: str) -> Answers | None:
-    """Ids of the images and whether each was right; None where they are missing or unreadable."""
-    arrays = stored_arrays(score_file(run, job, primary))
-    return (arrays["ids"], arrays["correct"].astype(bool)) if {"ids", "correct"} <= arrays.keys() else None
+def paired(ours: Sequence[ImageAnswers], theirs: Sequence[ImageAnswers]) -> tuple[float, float, float] | str:
+    """(Mean of `ours` minus mean of `theirs`, low, high) in points by `paired_bootstrap`, each a model over seeds.
 
-
-def _mismatch(link: Row, other: Row, primary: str) -> str | None:
-    """What `other` was scored with that is not what `link` was scored with."""
-    own, theirs = (row.scores[primary].get("pins", {}) for row in (link, other))
-    differ = [key for key in sorted(own.keys() | theirs.keys()) if own.get(key) != theirs.get(key)]
-    if not differ:
-        return None
-    return f"{other.job} was scored with other {' and '.join(_PINS.get(key, key) for key in differ)}"
+    All have to be scored on the same images, class names and templates; else the reason why they cannot be compared.
+    """
+    first = ours[0]
+    reasons = [] if first.answers else [f"the answers of {first.job} are missing"]
+    for other in (*ours[1:], *theirs):
+        keys = sorted(first.pins.keys() | other.pins.keys())
+        differ = [_PINS.get(key, key) for key in keys if first.pins.get(key) != other.pins.get(key)]
+        if differ:
+            reasons.append(f"{other.job} was scored with other {' and '.join(differ)}")
+        elif other.answers is None:
+            reasons.append(f"the answers of {other.job} are missing")
+        elif first.answers and not np.array_equal(other.answers[0], first.answers[0]):
+            reasons.append(f"{other.job} was scored on other images")
+    if first.answers and len(first.answers[0]) < 2:
+        reasons.append("one image is too few")
+    if reasons:
+        return "; ".join(reasons)
+    own, others = ([each.answers[1] for each in side if each.answers] for side in (ours, theirs))
+    return paired_bootstrap(own, others)
 
 
 def _compare(
@@ -187,21 +196,14 @@ def _compare(
     """`link` against the mean of `others` (the same model over seeds); None while something is not scored yet."""
     if any(row.top1 is None for row in (link, *others)) or link.images < 2:
         return None
-    own, theirs = _answers(run, link.job, primary), [_answers(run, other.job, primary) for other in others]
-    found, reasons = [], [f"the answers of {link.job} are missing"] if own is None else []
-    for other, answers in zip(others, theirs, strict=True):
-        if reason := _mismatch(link, other, primary):
-            reasons.append(reason)
-        elif answers is None:
-            reasons.append(f"the answers of {other.job} are missing")
-        elif own is not None and not np.array_equal(answers[0], own[0]):
-            reasons.append(f"{other.job} was scored on other images")
-        else:
-            found.append(answers[1])
-    if reasons or own is None:
-        return NotCompared(link.job, [other.job for other in others], "; ".join(reasons))
-    # Averaged over seeds, an image's correctness of the baseline is a share.
-    difference, low, high = paired_bootstrap(own[1], np.mean(found, axis=0))
+    scored = [
+        ImageAnswers(row.job, row.scores[primary].get("pins", {}), stored_answers(run, row.job, primary))
+        for row in (link, *others)
+    ]
+    found = paired(scored[:1], scored[1:])
+    if isinstance(found, str):
+        return NotCompared(link.job, [other.job for other in others], found)
+    difference, low, high = found
     ours_macs, ours_hours = [row.macs for row in paid_to_here], [row.device_hours for row in paid_to_here]
     macs_total = hours_total = None
     if others_to_here is not None:
@@ -210,7 +212,7 @@ def _compare(
         ours = accumulated(ours_hours)[-1]
         hours_total = hours / ours if hours and ours else None
     other_hours = [row.device_hours for row in others if row.device_hours]
-    spread = float(np.std([100 * item.mean() for item in found], ddof=1)) if len(found) > 1 else None
+    spread = float(np.std([row.top1 for row in others if row.top1 is not None], ddof=1)) if len(others) > 1 else None
     return Comparison(
         link=link.job,
         others=[other.job for other in others],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compt.chain.record import now
+from compt.design.runs import score_file
 from compt.files import new_folder, write_text
 from compt.report import figures
 from compt.report.content import (
@@ -26,7 +28,7 @@ from compt.report.content import (
     tiles,
     unfinished,
 )
-from compt.report.summary import Row, Summary, read_state, score_file, stored_arrays, summarise, whole_files
+from compt.report.summary import Row, Summary, read_state, stored_arrays, summarise, whole_files
 from compt.report.tables import SAME, summary_tables
 from compt.text import TextTable, code_block, escape_markdown, visible
 from compt.weights.artefact import versions
@@ -185,6 +187,14 @@ def page(template: str, content: dict[str, Any]) -> str:
     )
     pages.filters["data_uri"] = _data_uri
     return pages.get_template(template).render(content, colours=figures.COLOURS)
+
+
+def write_tables(path: Path, title: str, sentence: str, tables: Sequence[TextTable]) -> None:
+    """Write PATH.md and PATH.html: one sentence and tables. Raises RunError."""
+    head = f"# {escape_markdown(sentence)}\n\n"
+    write_text(path.with_name(f"{path.name}.md"), head + "\n".join(table.markdown() for table in tables))
+    content = {"title": title, "sentence": sentence, "tables": tables, "written": now(), "version": versions()["compt"]}
+    write_text(path.with_name(f"{path.name}.html"), page("tables_page.html.j2", content))
 
 
 CAPTIONS = {

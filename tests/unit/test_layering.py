@@ -110,7 +110,6 @@ SMALLER: dict[str, str] = {
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/contact.py": "the contact sheet",
-    "compt/evaluate/stats.py": "scores, calibration and reports judge by the same intervals",
     "compt/evaluate/validation.py": "the validation loss",
     "compt/cli/export.py": "a command of its own",
     "compt/export/hub.py": "the one module that uploads",

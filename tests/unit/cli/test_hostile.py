@@ -149,6 +149,7 @@ EXITS: list[tuple[list[str], int, bool]] = [
     (["export", "{0}/{E}", "{0}/{E}"], 4, True),
     (["report", "{0}/{E}"], 5, True),
     (["curves", "{0}/curves{E}"], 5, True),
+    (["compare", "{0}/run{E}"], 0, False),
     (["doctor", "{0}/{E}.yaml/{E}"], 5, True),
 ]
 

@@ -74,3 +74,16 @@ def test_verdict(low, high, expected) -> None:
 
 def test_verdict_with_another_margin() -> None:
     assert verdict(-1.2, -0.6, margin=2.0) == "lossless"
+
+
+def test_an_interval_over_seeds_is_students_t_where_images_agree() -> None:
+    """Without noise from images, the interval over seeds is that of Behrens and Fisher: Student's t for one side."""
+    n, ours = 1000, (400, 420, 440)
+    a = np.stack([np.arange(n) < k for k in ours])
+    b = np.stack([np.arange(n) < 300] * 3)
+    gain, low, high = paired_bootstrap(a, b)
+    assert gain == pytest.approx(12.0)
+    images = np.subtract(*paired_bootstrap(a.mean(axis=0), b.mean(axis=0))[:0:-1])
+    half = 4.303 * 2 / np.sqrt(3)  # t of 2 degrees of freedom, standard deviation of 2 points
+    assert np.hypot(images / 2, half) == pytest.approx((high - low) / 2, rel=0.1)
+    assert paired_bootstrap(a, b[:1]) == paired_bootstrap(a.mean(axis=0), b[0]), "one side without a spread"

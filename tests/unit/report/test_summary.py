@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from compt.design.runs import score_file
 from compt.errors import RunError
 from compt.evaluate.stats import wilson
 from compt.files import read_json, write_json
 from compt.plan.jobs import Plan
-from compt.report.summary import Row, accumulated, score_file, stored_arrays, summarise
+from compt.report.summary import Row, accumulated, stored_arrays, summarise
 from tests.helpers.run import RECIPE, SHARES, answers, make_run, recipe
 
 REST = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")

@@ -15,12 +15,13 @@ import pytest
 from PIL import Image
 
 from compt.design.curves import Point
+from compt.design.runs import score_file
 from compt.errors import RunError
 from compt.files import read_json, write_json
 from compt.report import figures
 from compt.report.content import acceleration, read_job, sentence, tiles, unfinished
 from compt.report.figures import COLOURS
-from compt.report.summary import score_file, summarise
+from compt.report.summary import summarise
 from compt.report.write import contact_sheet, write_report
 from tests.helpers.run import RECIPE, make_run, recipe
 

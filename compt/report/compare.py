@@ -1,0 +1,225 @@
+"""Models of several runs against each other: mean and spread over seeds, and differences on the same images."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compt.cost.paper import LOSSLESS_POINTS
+from compt.design.curves import Point
+from compt.design.runs import FinishedJob, ScoredJobs, Skipped, grouped, read_scored
+from compt.evaluate.stats import direction, verdict
+from compt.files import flatten, hash_json, write_json
+from compt.report.summary import ImageAnswers, paired
+from compt.report.tables import SAME
+from compt.report.write import write_tables
+from compt.text import TextTable, count
+
+_SHOWN = 6
+"""Settings in which two models differ, in a note; more are counted."""
+
+
+@dataclass(frozen=True)
+class SeedGroup:
+    """One model, trained in one way with one or more seeds. `point` has its mean accuracy, spread and cost."""
+
+    label: str
+    jobs: tuple[FinishedJob, ...]
+    point: Point
+
+    @property
+    def kind(self) -> str:
+        """The first of link, baseline, control and try that one of its jobs is."""
+        kinds = frozenset[str]().union(*(job.kinds for job in self.jobs))
+        return next(kind for kind in ("link", "baseline", "control", "try", *kinds) if kind in kinds)
+
+    @property
+    def model(self) -> str:
+        """A digest of the model's sizes, without its name."""
+        return hash_json(replace(self.jobs[0].manifest.spec, name="").to_dict())
+
+    @property
+    def runs(self) -> list[str]:
+        """The run folders, each once, as they were given."""
+        return list(dict.fromkeys(str(job.run) for job in self.jobs))
+
+
+@dataclass(frozen=True)
+class ModelDifference:
+    """`model` minus `against` in points with a 95 % interval, or the `reason` why they cannot be compared.
+
+    seeds: how many of each. The interval covers their choice where both have two or more, else that of images alone.
+    """
+
+    model: str
+    against: str
+    points: float | None = None
+    low: float | None = None
+    high: float | None = None
+    verdict: str = "not compared"
+    seeds: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """What some runs show on one evaluation set. `notes` name how models differ that share a name."""
+
+    evaluation_set: str
+    groups: list[SeedGroup]
+    differences: list[ModelDifference]
+    notes: list[str]
+    skipped: list[Skipped]
+
+    def tables(self) -> list[TextTable]:
+        """The models, and their differences if there are any."""
+        return [self._models(), *([self._differences()] if self.differences else [])]
+
+    def _models(self) -> TextTable:
+        rows = []
+        for group in self.groups:
+            point = group.point
+            spread = "" if point.spread is None else f"{point.spread:.2f}"
+            seeds = ", ".join(map(str, sorted(point.seeds)))
+            cells = [f"{point.epochs:.3g}", seeds, f"{point.top1:.2f}", spread, count(point.macs)]
+            rows.append([group.label, *cells])
+        notes = ["Top-1 in percent, mean over seeds; SD: standard deviation over seeds. MACs of one training run."]
+        notes += self.notes
+        notes += [f"Left out: {item.job} {item.reason}." for item in self.skipped]
+        if not rows:
+            notes.insert(0, "No model in these runs is trained to its end.")
+        header = ["Model", "Epochs", "Seeds", "Top-1", "SD", "MACs"]
+        return TextTable(f"Models on {self.evaluation_set}", header, rows, notes)
+
+    def _differences(self) -> TextTable:
+        rows = []
+        for item in self.differences:
+            cells = ["-"] * 3
+            if item.points is not None:
+                cells = [f"{item.points:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", item.seeds]
+            rows.append([item.model, item.against, *cells, item.verdict])
+        about = (
+            "Points of top-1, the first model minus the second, on the same images. The interval covers the choice of "
+            "images, and of seeds where both models have two or more. Without seeds in it, another seed moves the "
+            f"result too. Lossless: less than {LOSSLESS_POINTS} points below the baseline."
+        )
+        notes = [about]
+        notes += [
+            f"Not compared: {item.model} and {item.against}, as {item.reason}."
+            for item in self.differences
+            if item.reason
+        ]
+        header = ["Model", "Against", "Points", "95 % interval", "Seeds", "Verdict"]
+        return TextTable("Differences", header, rows, notes, left=2)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for files."""
+        models = [{"label": group.label, "kind": group.kind, **asdict(group.point)} for group in self.groups]
+        differences = [asdict(item) for item in self.differences]
+        skipped = [asdict(item) for item in self.skipped]
+        about = {"evaluation_set": self.evaluation_set, "notes": self.notes, "skipped": skipped}
+        return {**about, "models": models, "differences": differences}
+
+    def write(self, folder: Path) -> None:
+        """Write FOLDER/compare.json, .md and .html. Raises RunError."""
+        title, runs = f"Comparison on {self.evaluation_set}", {run for group in self.groups for run in group.runs}
+        write_json(folder / "compare.json", self.to_json())
+        sentence = f"{len(self.groups)} models of {len(runs)} runs on {self.evaluation_set}"
+        write_tables(folder / "compare", title, sentence, self.tables())
+
+
+def compare_runs(runs: Sequence[Path], on: str | None = None, option: str = "--on") -> Comparisons:
+    """Group the finished models of `runs` over their seeds, and compare those of the same sizes.
+
+    Each link is compared with its baselines, controls and failed tries, and with the first link of the same sizes.
+    Without a link, models are compared with the first. Raises RunError and ConfigError, as `read_scored` does.
+    """
+    found = read_scored(runs, on, option)
+    groups = _groups(found)
+    differences = [
+        _difference(first, second, found.evaluation_set)
+        for model in dict.fromkeys(group.model for group in groups)
+        for first, second in _pairs([group for group in groups if group.model == model])
+    ]
+    return Comparisons(found.evaluation_set, groups, differences, list(_notes(found, groups)), found.skipped)
+
+
+def _settings(job: FinishedJob, found: ScoredJobs) -> dict[str, Any]:
+    """What determines the weights but for seeds."""
+    about = {"steps": job.manifest.steps, "warmup_steps": job.warmup_steps, "training shards": job.data}
+    return flatten({**job.settings, **about, "teacher": found.lineage.teacher(job, seeds=False)})
+
+
+def _groups(found: ScoredJobs) -> list[SeedGroup]:
+    members = grouped(found.jobs, lambda job: _settings(job, found))
+    groups = [SeedGroup(_label(jobs[0]), tuple(jobs), Point.of(jobs, found.evaluation_set)) for jobs in members]
+    counts = Counter(group.label for group in groups)
+    # Folders with one name are told apart by their paths.
+    folders = Counter(run.name for run in {job.run.resolve() for job in found.jobs})
+    named = []
+    for group in groups:
+        if counts[group.label] > 1:
+            run = group.jobs[0].run
+            name = run.resolve().name if folders[run.resolve().name] == 1 else str(run)
+            more = f" and {len(group.runs) - 1} more" if len(group.runs) > 1 else ""
+            group = replace(group, label=f"{group.label} ({name}{more})")
+        named.append(group)
+    return named
+
+
+def _label(job: FinishedJob) -> str:
+    if "link" in job.kinds:
+        return job.name
+    if "baseline" in job.kinds:
+        return f"{job.manifest.spec.name} baseline"
+    if job.name in SAME:
+        return f"{job.manifest.spec.name}, {SAME[job.name]}"
+    return job.name
+
+
+def _pairs(groups: Sequence[SeedGroup]) -> Iterator[tuple[SeedGroup, SeedGroup]]:
+    """Groups of one model to compare: the first minus the second."""
+    links = [group for group in groups if group.kind == "link"]
+    others = [group for group in groups if group.kind != "link"]
+    yield from ((link, other) for link in links for other in others)
+    for group in links[1:] or ([] if links else others[1:]):
+        yield group, (links or others)[0]
+
+
+def _difference(first: SeedGroup, second: SeedGroup, name: str) -> ModelDifference:
+    sides = [
+        [ImageAnswers(job.label, job.manifest.scores[name].pins, job.answers(name)) for job in group.jobs]
+        for group in (first, second)
+    ]
+    found = paired(*sides)
+    if isinstance(found, str):
+        return ModelDifference(first.label, second.label, reason=found)
+    points, low, high = found
+    said = verdict(low, high) if second.kind == "baseline" else direction(low, high)
+    return ModelDifference(
+        first.label, second.label, points, low, high, said, ", ".join(str(len(side)) for side in sides)
+    )
+
+
+def _notes(found: ScoredJobs, groups: Sequence[SeedGroup]) -> Iterator[str]:
+    """How groups differ that share a name, and who trained on other shards."""
+    shards = dict.fromkeys(job.data for job in found.jobs)
+    for group in groups:
+        own = _settings(group.jobs[0], found)
+        first = next(other for other in groups if _label(other.jobs[0]) == _label(group.jobs[0]))
+        if first is not group:
+            theirs = _settings(first.jobs[0], found)
+            keys = [key for key in dict.fromkeys([*own, *theirs]) if own.get(key) != theirs.get(key)]
+            # A digest says nothing to people.
+            differ = [
+                key if key in ("teacher", "training shards") else f"{key} ({own.get(key)}, not {theirs.get(key)})"
+                for key in keys[:_SHOWN]
+            ]
+            more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
+            yield f"{group.label} differs from {first.label} in {', '.join(differ)}{more}."
+    if len(shards) > 1:
+        sets = [[group.label for group in groups if group.jobs[0].data == each] for each in shards]
+        yield f"The training data differ: {'; '.join(map(', '.join, sets))}."

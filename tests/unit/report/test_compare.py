@@ -1,0 +1,139 @@
+"""Several runs compared: groups over seeds, differences on the same images, and what cannot be compared."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compt.cli.chain import compare, report
+from compt.errors import ConfigError
+from compt.files import read_json, write_json
+from compt.report.compare import ModelDifference, SeedGroup, compare_runs
+from compt.report.summary import summarise
+from tests.helpers.run import RECIPE, SHARES, make_run, recipe
+
+
+def run(folder: Path, seed: int = 0, shares: dict[str, float] | None = None, **changes: Any) -> Path:
+    """A run whose models are trained with `seed`."""
+    wanted = {key.replace("s0", f"s{seed}"): share for key, share in {**SHARES, **(shares or {})}.items()}
+    make_run(folder, use=recipe(seed=seed, **changes), shares=wanted)
+    return folder
+
+
+def edit(path: Path, *keys: str, to: Any) -> None:
+    values = part = read_json(path)
+    for key in keys[:-1]:
+        part = part[key]
+    part[keys[-1]] = to
+    write_json(path, values)
+
+
+def by_name(groups: list[SeedGroup]) -> dict[str, SeedGroup]:
+    return {group.label: group for group in groups}
+
+
+def pair(differences: list[ModelDifference], model: str, against: str) -> ModelDifference:
+    return next(item for item in differences if (item.model, item.against) == (model, against))
+
+
+def test_one_run_gives_the_differences_of_its_report(tmp_path: Path) -> None:
+    found, summary = compare_runs([run(tmp_path / "a")]), summarise(tmp_path / "a")
+    ours = {(item.model, item.points, item.low, item.high) for item in found.differences}
+    theirs = [*summary.comparisons, *summary.control_comparisons]
+    assert ours == {(item.link, item.difference, item.low, item.high) for item in theirs}
+    assert {group.kind for group in found.groups} == {"link", "baseline", "control"}
+
+
+def test_seeds_are_one_model_with_a_spread(tmp_path: Path) -> None:
+    shares = [(0.26, 0.24), (0.28, 0.23), (0.30, 0.22)]
+    runs = [
+        run(tmp_path / f"s{seed}", seed, {"3-vit_mini": ours, "baseline-vit_mini-s0": theirs})
+        for seed, (ours, theirs) in enumerate(shares)
+    ]
+    found = compare_runs(runs)
+    assert [group.label for group in found.groups[:3]] == ["1-vit_nano", "2-vit_micro", "3-vit_mini"]
+    group = by_name(found.groups)["3-vit_mini"]
+    assert (group.point.seeds, group.point.top1) == ((0, 1, 2), pytest.approx(28.0))
+    assert group.point.spread == pytest.approx(np.std([26, 28, 30], ddof=1))
+    item = pair(found.differences, "3-vit_mini", "vit_mini baseline")
+    assert item.points == pytest.approx(28 - 23)
+    assert item.seeds == "3, 3"
+    # Student's t over the seeds alone, and the interval over images alone, are both narrower.
+    error = math.sqrt((2.0**2 + 1.0**2) / 3)
+    single = pair(compare_runs(runs[1:2]).differences, "3-vit_mini", "vit_mini baseline")
+    assert single.seeds == "1, 1"
+    width = item.high - item.low
+    assert width > 2 * 2.776 * error
+    assert width > single.high - single.low
+
+
+def test_a_baseline_of_another_seed_in_the_same_run_joins_its_group(tmp_path: Path) -> None:
+    run(tmp_path / "a", baselines={**RECIPE["baselines"], "seeds": [0, 3]})
+    groups = by_name(compare_runs([tmp_path / "a"]).groups)
+    assert groups["vit_mini baseline"].point.seeds == (0, 3)
+    assert groups["1-vit_nano"].point.seeds == (0, 3), "a baseline with the first link's settings is that link again"
+
+
+def test_runs_with_other_settings_are_compared_link_by_link(tmp_path: Path) -> None:
+    longer = [*RECIPE["chain"]["links"][:2], {**RECIPE["chain"]["links"][2], "train": {"epochs": 20}}]
+    runs = [run(tmp_path / "short"), run(tmp_path / "long", shares={"3-vit_mini": 0.3}, chain={"links": longer})]
+    found = compare_runs(runs)
+    item = pair(found.differences, "3-vit_mini (long)", "3-vit_mini (short)")
+    assert item.points == pytest.approx(4.0)
+    assert item.verdict == "better"
+    steps = [read_json(each / "jobs" / "3-vit_mini" / "manifest.json")["steps"] for each in reversed(runs)]
+    assert f"3-vit_mini (long) differs from 3-vit_mini (short) in steps ({steps[0]}, not {steps[1]})." in found.notes
+    assert by_name(found.groups)["1-vit_nano"].runs == [str(runs[0])], "the same model in two runs counts once"
+
+
+def test_scores_of_other_images_or_texts_are_named_and_not_compared(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "a"), run(tmp_path / "b", 1)]
+    for name in ("3-vit_mini", "baseline-vit_mini-s1"):
+        edit(runs[1] / "jobs" / name / "manifest.json", "scores", "test_style", "pins", "templates", to="00")
+    found = compare_runs(runs)
+    item = pair(found.differences, "3-vit_mini", "vit_mini baseline")
+    assert (item.points, item.verdict) == (None, "not compared")
+    assert item.reason == "; ".join(
+        f"{runs[1]}/{name} was scored with other templates" for name in ("3-vit_mini", "baseline-vit_mini-s1")
+    )
+    assert pair(found.differences, "2-vit_micro", "vit_micro baseline").points is not None
+    assert f"Not compared: 3-vit_mini and vit_mini baseline, as {item.reason}." in found.tables()[1].notes
+
+
+def test_other_training_data_is_named(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "a"), run(tmp_path / "b", 1)]
+    edit(runs[1] / "run.json", "data_fingerprint", to="another")
+    notes = compare_runs(runs).notes
+    assert "3-vit_mini (b) differs from 3-vit_mini (a) in training shards." in notes
+    assert notes[-1].startswith("The training data differ: 1-vit_nano (a), 2-vit_micro (a)")
+
+
+def test_unfinished_models_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "a", states={"3-vit_mini": "training"})
+    notes = compare_runs([tmp_path / "a"]).tables()[0].notes
+    assert f"Left out: {tmp_path / 'a'}/3-vit_mini is not finished (training)." in notes
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = [run(tmp_path / "a"), run(tmp_path / "b", 1)]
+    out = tmp_path / "out"
+    compare(runs, out=out)
+    shown = capsys.readouterr().out
+    assert "Models on test_style" in shown
+    stored = read_json(out / "compare.json")
+    assert [item["label"] for item in stored["models"]][:3] == ["1-vit_nano", "2-vit_micro", "3-vit_mini"]
+    assert "7 models of 2 runs on test_style" in (out / "compare.html").read_text(encoding="utf-8")
+    assert "| 3-vit_mini | 12 | 0, 1 |" in (out / "compare.md").read_text(encoding="utf-8")
+    monkeypatch.setattr("compt.report.write.write_report", lambda folder: folder / "report.html")
+    report(runs)
+    both = capsys.readouterr().out
+    assert [line for line in both.splitlines() if line.startswith(("Results of", "Report:", "Models on"))] == [
+        *(line for folder in runs for line in (f"Results of {folder.name}", f"Report: {folder / 'report.html'}")),
+        "Models on test_style",
+    ]
+    with pytest.raises(ConfigError, match=r"--on other: no job was scored on it"):
+        compare(runs, on="other")
