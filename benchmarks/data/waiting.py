@@ -95,6 +95,8 @@ def measure(case: Case, repeats: int, seconds: float) -> Iterator[Row]:
             captions=recipe.data.captions,
             context_length=job.spec.context_length,
             crop_scale=recipe.data.crop_scale,
+            crop_ratio=recipe.data.crop_ratio,
+            augment=recipe.data.augment,
             decoder=decoder,
             window=recipe.data.shuffle_shards,
             start_step=0,

@@ -247,6 +247,8 @@ class JobRun:
             captions=recipe.data.captions,
             context_length=self.job.spec.context_length,
             crop_scale=recipe.data.crop_scale,
+            crop_ratio=recipe.data.crop_ratio,
+            augment=recipe.data.augment,
             decoder=recipe.data.decoder,
             window=recipe.data.shuffle_shards,
             start_step=start_step,

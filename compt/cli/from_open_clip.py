@@ -93,6 +93,15 @@ LOST = {
     "remote_sync": "copy the run folder with a tool of your store",
 }
 """Flags with a meaning that compt does not have, and what comes nearest. Others have nothing near."""
+AUGMENT = {
+    "scale": "data.crop_scale",
+    "ratio": "data.crop_ratio",
+    "color_jitter": "data.augment.brightness, contrast, saturation, hue",
+    "color_jitter_prob": "data.augment.jitter",
+    "gray_scale_prob": "data.augment.grey",
+    "use_timm": "decides which other keys OpenCLIP uses",
+}
+"""Keys of `--aug-cfg`, and the fields of the recipe that say the same. `re_prob` and `re_count` have none."""
 
 
 def from_open_clip(
@@ -125,7 +134,7 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
     parsed = _parsed(words)
     flags = list(dict.fromkeys(_flag(word, parsed) for word in words if word.startswith("--")))
     rows = [(f"--{flag.replace('_', '-')}", _fate(flag)) for flag in flags if flag != "aug_cfg"]
-    rows += [(f"--aug-cfg {key}", "data.crop_scale" if key == "scale" else "NOT TAKEN OVER") for key in parsed.aug_cfg]
+    rows += [(f"--aug-cfg {key}", _aug_fate(key, parsed.aug_cfg)) for key in parsed.aug_cfg]
     if parsed.dataset_type in ("csv", "synthetic"):
         raise ConfigError(f"--dataset-type {parsed.dataset_type}: pack the images first: compt data pack")
     for flag in ("train_data", "train_num_samples"):
@@ -186,6 +195,19 @@ def _fate(flag: str) -> str:
     return NEEDLESS.get(flag) or f"NOT TAKEN OVER{': ' + LOST[flag] if flag in LOST else ''}"
 
 
+def _aug_fate(key: str, given: dict[str, Any]) -> str:
+    """What became of a key of `--aug-cfg`; OpenCLIP itself leaves some of them out."""
+    if key not in AUGMENT:
+        return "NOT TAKEN OVER: no random erasing" if key in ("re_prob", "re_count") else "NOT TAKEN OVER"
+    if key in ("color_jitter_prob", "gray_scale_prob") and given.get("use_timm"):
+        return "without effect in OpenCLIP, with use_timm"
+    if key == "ratio" and not given.get("use_timm"):
+        return "without effect in OpenCLIP, without use_timm"
+    if key == "color_jitter" and not given.get("use_timm") and not given.get("color_jitter_prob"):
+        return "without effect in OpenCLIP, without color_jitter_prob or use_timm"
+    return AUGMENT[key]
+
+
 def _name(text: str) -> str:
     kept = "".join(letter if letter.isalnum() or letter in "_.-" else "_" for letter in text)
     return kept if kept[:1].isalnum() else f"run{kept}"
@@ -223,11 +245,39 @@ def _data(parsed: argparse.Namespace) -> dict[str, Any]:
     for flag, field in (("image_mean", "mean"), ("image_std", "std")):
         if value := getattr(parsed, flag):
             found[field] = [float(each) for each in value] * (3 if len(value) == 1 else 1)
-    if scale := parsed.aug_cfg.get("scale"):
-        if not isinstance(scale, tuple | list):
-            raise ConfigError(f"--aug-cfg scale={scale}: should be two numbers, as in scale=(0.9,1.0)")
-        found["crop_scale"] = [float(each) for each in scale]
+    given = parsed.aug_cfg
+    for key, field in (("scale", "crop_scale"), ("ratio", "crop_ratio")):
+        if given.get(key) and _aug_fate(key, given) == AUGMENT[key]:
+            found[field] = _numbers(key, given[key], 2)
+    if augment := _augment(given):
+        found["augment"] = augment
     return found
+
+
+def _augment(given: dict[str, Any]) -> dict[str, float]:
+    """The section `data.augment`, from what OpenCLIP's `image_transform` does with `--aug-cfg`."""
+    found: dict[str, float] = {}
+    if (strengths := given.get("color_jitter")) and _aug_fate("color_jitter", given) == AUGMENT["color_jitter"]:
+        if given.get("use_timm") and not isinstance(strengths, tuple | list):
+            strengths = [strengths] * 3
+        counts = (3, 4) if given.get("use_timm") else (4,)
+        values = _numbers("color_jitter", strengths, *counts)
+        found = dict(zip(("brightness", "contrast", "saturation", "hue"), values, strict=False))
+    for key, field in (("color_jitter_prob", "jitter"), ("gray_scale_prob", "grey")):
+        if (
+            (share := given.get(key))
+            and _aug_fate(key, given) == AUGMENT[key]
+            and (field == "grey" or any(found.values()))
+        ):
+            found[field] = float(share)
+    return found
+
+
+def _numbers(key: str, value: Any, *counts: int) -> list[float]:
+    many = value if isinstance(value, tuple | list) else [value]
+    if len(many) not in counts or not all(isinstance(each, int | float) for each in many):
+        raise ConfigError(f"--aug-cfg {key}={value}: should be {' or '.join(map(str, counts))} numbers")
+    return [float(each) for each in many]
 
 
 def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:

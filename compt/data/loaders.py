@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Dataset, Sampler
 
 from compt.data.account import CAUSES
+from compt.data.augment import change_pixels
 from compt.data.batch import Batch, EvalBatch
 from compt.data.decode import Decoder, EvaluationDecoder, Pixels, Unusable, evaluation_pixels
 from compt.data.index import Index
@@ -31,7 +32,7 @@ from compt.data.tokens import CaptionTokens, Tokenizer, pad
 from compt.data.workers import IN_WORK, read_batches
 from compt.errors import DataError
 from compt.models.preprocess import AS_OPENAI, Preprocess
-from compt.recipe.schema import DECODERS, MAX_BAD_SHARE
+from compt.recipe.schema import DECODERS, MAX_BAD_SHARE, Augment
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
@@ -151,6 +152,8 @@ class _Draws(Dataset["Read | Share | Failure"]):
             for place, error in zip(places, (broken[at] for at in sorted(broken)), strict=True):
                 self._replace(share, place, error)
                 share.drawn[place] = self._draw(share, place)
+        if self._kind.augment.active:
+            change_pixels(pixels, [one.change for one in share.drawn if one.change])
         for one in share.drawn:
             share.skipped.update(one.lost)
         rows = [ids for one in share.drawn for ids in one.tokens]
@@ -284,6 +287,8 @@ def train_loader(
     start_step: int,
     total_steps: int,
     crop_scale: tuple[float, float] = (0.9, 1.0),
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    augment: Augment | None = None,
     window: int = 8,
     rank: int = 0,
     world_size: int = 1,
@@ -305,12 +310,12 @@ def train_loader(
         raise DataError(f"a batch of {batch} cannot be cut into {world_size} equal parts, one for each process")
     if index.images < batch:
         raise DataError(f"{index.images} samples are fewer than one batch of {batch}: lower the batch, or add data")
-    kind = Kind(image_size, captions, crop_scale, seed)
+    kind = Kind(image_size, captions, crop_scale, seed, crop_ratio=crop_ratio, augment=augment or Augment())
     tokens = CaptionTokens(context_length, tokenizer)
     chosen: Decoder = DECODERS.load(decoder)()
     drawer = Drawer(index, kind, tokens, chosen, CACHE_BYTES if cache else 0)
     if cache and workers:
-        drawer.fill()
+        drawer.fill()  # before the workers fork: each would fill a cache of its own
     steps = Steps(index, seed, window, batch, start_step, total_steps, rank, world_size)
     return TrainLoader(steps, len(steps), index, 2 * window, _Draws(drawer, kind, chosen), workers, max_bad_share)
 

@@ -11,6 +11,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -181,6 +182,41 @@ def crop_box(
         w = max(1, round(height * ratio[1]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+class Change(NamedTuple):
+    """How the pixels of an image change after the crop.
+
+    jitter: places among brightness, contrast, saturation and hue, with a factor (or the turn of the hue), in the order
+    in which they are applied.
+    """
+
+    flip: bool
+    jitter: tuple[tuple[int, float], ...]
+    grey: bool
+
+
+def image_change(
+    seed: int, epoch: int, key: str, flip: float, strengths: Sequence[float], jitter: float, grey: float
+) -> Change:
+    """A change as torchvision's RandomHorizontalFlip, ColorJitter (for a share `jitter` of images) and RandomGrayscale
+    draw it. `strengths` are those of brightness, contrast, saturation and hue; 0 leaves the pixels alone.
+
+    Each choice has a word of its own, so no setting has an effect on what others draw.
+    """
+    drawn, *words = _words(seed, epoch, "augment", key, 0)
+    flipped, jittered, greyed, *places = ((word >> 11) * _UNIT for word in words)
+    factors: list[tuple[int, float]] = []
+    if jittered < jitter:
+        for place, (strength, at) in enumerate(zip(strengths, places, strict=True)):
+            low, high = (-strength, strength) if place == 3 else (max(0.0, 1 - strength), 1 + strength)
+            if strength:
+                factors.append((place, low + (high - low) * at))
+    ordered = []
+    for left in range(len(factors), 0, -1):
+        place, drawn = divmod(drawn * left, 1 << 64)
+        ordered.append(factors.pop(place))
+    return Change(flipped < flip, tuple(ordered), greyed < grey)
 
 
 def substitute(seed: int, epoch: int, key: str, attempt: int, n: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,11 +17,12 @@ from compt.data.captions import Captions, read_json_captions, read_text, sort_ou
 from compt.data.decode import MAX_BYTES, Decoder, Encoded, Unusable, open_image
 from compt.data.index import Index, IndexEntry
 from compt.data.labels import read_label_array
-from compt.data.order import Box, caption_choice, crop_box
+from compt.data.order import Box, Change, caption_choice, crop_box, image_change
 from compt.data.remote import RemoteShard, Shard, local
 from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
 from compt.data.table import CaptionTable
 from compt.data.tokens import CaptionTokens, Ids
+from compt.recipe.schema import Augment
 
 _OPEN_FILES = 128
 
@@ -198,7 +199,8 @@ class ShardSamples:
 class Drawn(NamedTuple):
     """An image that is still to be decoded, the box to cut from it, and its captions as a step sees them.
 
-    few: captions were drawn with replacement. lost: the causes of captions that cannot be used.
+    few: captions were drawn with replacement. lost: the causes of captions that cannot be used. change: for the pixels
+    of the box, with `data.augment`.
     """
 
     key: str
@@ -207,6 +209,7 @@ class Drawn(NamedTuple):
     tokens: list[Ids]
     few: bool
     lost: list[str]
+    change: Change | None = None
 
 
 class _Stored(NamedTuple):
@@ -227,6 +230,8 @@ class Kind:
     crop_scale: tuple[float, float]
     seed: int
     fixed: bool = False
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    augment: Augment = field(default_factory=Augment)
 
 
 class Drawer:
@@ -263,7 +268,8 @@ class Drawer:
         chosen = [self._tokens.ids(text) if isinstance(text := captions[at], str) else text for at in places]
         box = self._box(drawn_by, epoch, image)
         prepared = self._decoder.prepare(image, box, self._kind.image_size)
-        return Drawn(key, prepared, box, chosen, len(captions) < self._kind.captions, lost)
+        change = self._change(drawn_by, epoch) if self._kind.augment.active else None
+        return Drawn(key, prepared, box, chosen, len(captions) < self._kind.captions, lost, change)
 
     def _read(self, sample: int) -> _Stored:
         entry = self.reader.index.entry(sample)
@@ -295,4 +301,9 @@ class Drawer:
     def _box(self, key: str, epoch: int, image: Encoded) -> Box:
         if self._kind.fixed:
             return 0, 0, image.width, image.height
-        return crop_box(self._kind.seed, epoch, key, image.width, image.height, self._kind.crop_scale)
+        kind = self._kind
+        return crop_box(kind.seed, epoch, key, image.width, image.height, kind.crop_scale, kind.crop_ratio)
+
+    def _change(self, key: str, epoch: int) -> Change:
+        how = self._kind.augment
+        return image_change(self._kind.seed, epoch, key, how.flip, how.strengths, how.jitter, how.grey)

@@ -97,6 +97,47 @@ _ShardsOrSet = Annotated[
 ]
 
 
+class Augment(Section):
+    """Random changes to the training images after the crop, as torchvision's functions make them: first the flip, then
+    the colours, in a random order, then grey.
+
+    A strength s is a factor between 1 - s and 1 + s, at least 0. The teacher sees the same pixels as the student.
+    """
+
+    flip: float = Field(default=0.0, ge=0, le=1)
+    """Share of images that are flipped left to right. Captions stay: "on the left" becomes wrong."""
+    brightness: float = Field(default=0.0, ge=0)
+    """Strength of changes in brightness."""
+    contrast: float = Field(default=0.0, ge=0)
+    """Strength of changes in contrast."""
+    saturation: float = Field(default=0.0, ge=0)
+    """Strength of changes in saturation."""
+    hue: float = Field(default=0.0, ge=0, le=0.5)
+    """Largest turn of the hue, to either side, as a share of the colour circle."""
+    jitter: float = Field(default=1.0, gt=0, le=1)
+    """Share of images whose brightness, contrast, saturation and hue change."""
+    grey: float = Field(default=0.0, ge=0, le=1)
+    """Share of images that become grey."""
+
+    @property
+    def strengths(self) -> tuple[float, float, float, float]:
+        """Of brightness, contrast, saturation and hue."""
+        return self.brightness, self.contrast, self.saturation, self.hue
+
+    @property
+    def active(self) -> bool:
+        """Whether anything changes."""
+        return any((self.flip, self.grey, *self.strengths))
+
+    @model_validator(mode="after")
+    def _used(self) -> Augment:
+        if self.jitter != 1 and not any(self.strengths):
+            raise ValueError(
+                f"jitter = {self.jitter:g}: set brightness, contrast, saturation or hue too, or leave it out"
+            )
+        return self
+
+
 class Data(Section):
     """The training set: images with captions."""
 
@@ -120,6 +161,10 @@ class Data(Section):
     (default: the whole context) and the number of steps of controls with equal MACs. It affects no other training."""
     crop_scale: Pair = (0.9, 1.0)
     """Smallest and largest share of an image's area that a random crop keeps."""
+    crop_ratio: Pair = later((3 / 4, 4 / 3))
+    """Smallest and largest ratio of a random crop's width to its height."""
+    augment: Augment = later(Augment())
+    """Random flips and colours. Default: none."""
     decoder: Annotated[str, AfterValidator(DECODERS)] = later("pillow")
     """Decoder of the training images. Evaluation always uses `pillow`."""
     mean: Triple = OPENAI_MEAN
@@ -155,6 +200,8 @@ class Data(Section):
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"crop_scale {low}, {high} is not a range within 0 to 1")
+        if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
+            raise ValueError(f"crop_ratio {self.crop_ratio[0]}, {self.crop_ratio[1]} is not a range above 0")
         if min(self.std) <= 0:
             raise ValueError(f"std {', '.join(map(str, self.std))} has to be above 0")
         if self.captions_csv is not None and any(isinstance(one, TrainSet) for one in self.train):

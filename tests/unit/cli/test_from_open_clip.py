@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,13 @@ from open_clip_train.params import parse_args
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from typer.testing import CliRunner
 
-from compt.cli.from_open_clip import LOST, NEEDLESS, TAKEN, recipe_of
+from compt.cli.from_open_clip import AUGMENT, LOST, NEEDLESS, TAKEN, recipe_of
 from compt.cli.main import app
 from compt.errors import ConfigError
 from compt.models.clip import build
 from compt.plan.jobs import make_plan
 from compt.recipe.read import load_recipe, parse_recipe
-from compt.recipe.schema import Recipe
+from compt.recipe.schema import Augment, Recipe
 from compt.train.loop import learning_rate
 from tests.unit.train.test_loop import SETTINGS, replace
 
@@ -90,8 +92,42 @@ def test_every_field() -> None:
     ]
     assert rows["--lock-image"] == "NOT TAKEN OVER"
     assert rows["--distill-model"].startswith("NOT TAKEN OVER: a link learns")  # argparse takes a flag's beginning
-    assert rows["--aug-cfg color_jitter"] == "NOT TAKEN OVER"
+    assert rows["--aug-cfg color_jitter"].startswith("without effect in OpenCLIP")
+    assert data.augment == Augment()
     assert rows["--report-to"] == NEEDLESS["report_to"]
+
+
+SIMCLR = Augment(brightness=0.3, contrast=0.3, saturation=0.2, hue=0.1, jitter=0.8, grey=0.2)
+
+
+@pytest.mark.parametrize(
+    ("given", "crop_ratio", "augment"),
+    [
+        ("color_jitter=(0.3,0.3,0.2,0.1) color_jitter_prob=0.8 gray_scale_prob=0.2 ratio=(0.5,2.0)", 0.75, SIMCLR),
+        (
+            "use_timm=True color_jitter=0.4 color_jitter_prob=0.8 gray_scale_prob=0.2 ratio=(0.5,2.0)",
+            0.5,
+            Augment(brightness=0.4, contrast=0.4, saturation=0.4),
+        ),
+    ],
+)
+def test_augmentation_is_what_open_clip_makes_of_its_keys(given: str, crop_ratio: float, augment: Augment) -> None:
+    words = given.split()
+    recipe, rows = made("--model", "ViT-B-16", "--aug-cfg", *words, "re_prob=0.1")
+    assert (recipe.data.crop_ratio[0], recipe.data.augment) == (crop_ratio, augment)
+    assert rows["--aug-cfg re_prob"] == "NOT TAKEN OVER: no random erasing"
+    # OpenCLIP's own transform has a step for what is taken over, and for nothing else.
+    config = parse_args(["--model", "ViT-B-16", "--aug-cfg", *words]).aug_cfg
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the keys that it does not use
+        theirs = open_clip.image_transform(32, is_train=True, aug_cfg=config)
+    steps = {type(step).__name__.lower().replace("_", ""): step for step in theirs.transforms}
+    assert ("colorjitter" in steps, "grayscale" in steps) == (True, augment.grey > 0)
+    crop = next(step for name, step in steps.items() if name.startswith("randomresizedcrop"))
+    assert crop.ratio[0] == crop_ratio
+    jitter = getattr(steps["colorjitter"], "transf", steps["colorjitter"])
+    assert jitter.brightness == (1 - augment.brightness, 1 + augment.brightness)
+    assert jitter.hue == ((-augment.hue, augment.hue) if augment.hue else None)
 
 
 @pytest.mark.parametrize(
@@ -143,6 +179,9 @@ def test_sets_with_weights() -> None:
 def test_every_flag_has_a_fate() -> None:
     page = Path(__file__).parents[3].joinpath("docs", "open-clip.md").read_text(encoding="utf-8")
     assert all(f"`--{flag.replace('_', '-')}`" in page for flag in TAKEN.keys() | NEEDLESS.keys() | LOST.keys())
+    keys = {field.name for field in fields(open_clip.AugmentationCfg)}
+    assert all(f"`--aug-cfg {key}=…`" in page for key in keys)
+    assert keys == AUGMENT.keys() | {"re_prob", "re_count"}
     known = set(vars(parse_args(["--model", "ViT-B-16"])))
     assert set(TAKEN) | set(NEEDLESS) | set(LOST) <= known
     assert len(TAKEN.keys() | NEEDLESS.keys() | LOST.keys()) == len(TAKEN) + len(NEEDLESS) + len(LOST)
@@ -157,7 +196,8 @@ def test_every_flag_has_a_fate() -> None:
         (["--model", "ViT-B-16", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
         (["--model", "ViT-B-16", "--dataset-type", "csv"], "compt data pack"),
         (["--model", "ViT-B-16", "--warmup", "40000"], "these arguments make no recipe that runs: "),
-        (["--model", "ViT-B-16", "--aug-cfg", "scale=0.4"], "should be two numbers"),
+        (["--model", "ViT-B-16", "--aug-cfg", "scale=0.4"], "should be 2 numbers"),
+        (["--model", "ViT-B-16", "--aug-cfg", "color_jitter=0.4", "color_jitter_prob=1"], "should be 4 numbers"),
         (["--model", "ViT-B-16", "--train-num-samples", "0"], "--train-num-samples is missing"),
         (["--model", "ViT-B-16", "--force-image-size", "224", "336"], "images are square"),
         (["--model", "ViT-B-16", "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),

@@ -167,6 +167,9 @@ OTHER: dict[str, Any] = {
     "data.captions": 3,
     "data.caption_tokens": 9.0,
     "data.crop_scale": [0.5, 1.0],
+    "data.crop_ratio": [0.5, 2.0],
+    **{f"data.augment.{name}": 0.5 for name in ("flip", "brightness", "contrast", "saturation", "hue", "grey")},
+    "data.augment.jitter": None,  # see test_the_share_of_jitter_is_a_result
     "data.mean": [0.5, 0.5, 0.5],
     "data.std": [0.5, 0.5, 0.5],
     "data.shuffle_shards": 2,
@@ -296,6 +299,12 @@ TESTED_APART = {path for path, value in OTHER.items() if value is None}
 def test_the_decay_of_wsd_is_a_result() -> None:
     fast, slow = (changed("optimizer.schedule", {"shape": "wsd", "decay": decay}) for decay in (0.1, 0.2))
     assert hashes(fast) != hashes(slow)
+
+
+def test_the_share_of_jitter_is_a_result() -> None:
+    few, many = (changed("data.augment", {"hue": 0.1, "jitter": share}) for share in (0.5, 1.0))
+    assert hashes(few) != hashes(many)
+    assert hashes(changed("data.augment", {"flip": 0.0})) == hashes(parse_recipe(BASE))
 
 
 def test_every_field_has_another_value_here() -> None:

@@ -203,6 +203,17 @@ WRONG = {
     ),
     "batch above images": ("batch: 64", "batch: 4096", "optimizer.batch 4096 is larger than data.images 2000"),
     "impossible crop": ("images: 2_000", "images: 2_000, crop_scale: [0.9, 0.5]", "crop_scale 0.9, 0.5 is not a range"),
+    "impossible shape": ("images: 2_000", "images: 2_000, crop_ratio: [0, 1]", "crop_ratio 0.0, 1.0 is not a range"),
+    "jitter of nothing": (
+        "images: 2_000",
+        "images: 2_000, augment: {jitter: 0.5, grey: 0.2}",
+        "jitter = 0.5: set brightness, contrast",
+    ),
+    "more than half a circle": (
+        "images: 2_000",
+        "images: 2_000, augment: {hue: 0.6}",
+        "data.augment.hue = 0.6: should be less than or equal to 0.5",
+    ),
     "count with a wrong suffix": (
         "images: 2_000",
         "images: 2T",
