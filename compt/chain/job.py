@@ -36,6 +36,7 @@ from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.build import Blueprint, build_training
 from compt.train.checkpoint import find_latest, name_of, open_weights, remove_checkpoints
+from compt.train.loggers import Logs, OpenLoggers
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
@@ -206,6 +207,10 @@ class JobRun:
         }
         return {**kept, "initial_hash": initial.hash}
 
+    @property
+    def _logs(self) -> Logs:
+        return Logs(tuple(self._engine_config.loggers), self.context.recipe.name, self.job.name, self.job.result)
+
     def _settings(self) -> TrainSettings:
         recipe, job, images = self.context.recipe, self.job, self.context.index.images
         optimizer, engine = recipe.optimizer, self._engine_config
@@ -230,6 +235,7 @@ class JobRun:
             mean=recipe.data.mean,
             std=recipe.data.std,
             identity={"recipe": job.hash, "data": self.context.index.fingerprint},
+            logs=self._logs,
             captions=recipe.data.captions,
             text_buckets=engine.buckets,
             macs_per_step=job.cost.total_macs / job.steps,
@@ -346,6 +352,14 @@ class JobRun:
             **self._scored(artefact),
             sets=self.context.recipe.evaluation.identity(),
         )
+        self._log_scores()
+
+    def _log_scores(self) -> None:
+        """Show the loggers how the job ended. They were closed with the training, which a resume may leave out."""
+        manifest = self.manifest
+        final = {**manifest["scores"], **{key: manifest[key] for key in ("validation_loss",) if key in manifest}}
+        with OpenLoggers(self._logs, self.folder, self.job.steps) as loggers:
+            loggers.finish(self.job.steps, final, self.folder / "scores" / "contact.npz")
 
     def _scored(self, artefact: Artefact) -> dict[str, Any]:
         """Scores for the manifest. Each rank loads the whole model, unless there is nothing to score."""

@@ -33,6 +33,7 @@ from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.schema import DECODERS, Data, Recipe
+from compt.train.loggers import check_loggers
 from compt.train.signals import StopSignal
 
 _log = logging.getLogger(__name__)
@@ -297,7 +298,9 @@ def prepare(
     context = replace(context, contents=_contents(context, source))
     dist.on_main(lambda: check_unchanged(context, plan))
     chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
-    check_engines(recipe, [job.spec.name for job in chosen], dist.world_size(), base, source)
+    models = [job.spec.name for job in chosen]
+    check_engines(recipe, models, dist.world_size(), base, source)
+    dist.on_main(lambda: check_loggers({name for model in models for name in recipe.engine_of(model).loggers}))
     return context, plan
 
 

@@ -52,6 +52,7 @@ TAKEN = {
     "grad_checkpointing": "engine.recompute",
     "torchcompile": "engine.compile",
     "log_every_n_steps": "engine.log_every",
+    "report_to": "engine.loggers",
     "save_frequency": "engine.checkpoint_every",
     "zeroshot_frequency": "evaluation.every",
     "val_frequency": "evaluation.every",
@@ -69,7 +70,7 @@ NEEDLESS = {
     "resume": "the same command resumes a run",
     "logs": "`compt chain --run-folder FOLDER`",
     "log_local": "rank 0 logs",
-    "report_to": "TensorBoard files are always written",
+    "wandb_project_name": "set WANDB_PROJECT",
     "ddp_static_graph": "not needed",
     "no_set_device_rank": "not needed",
     "device": "`compt chain --device`",
@@ -317,6 +318,8 @@ def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
         found["recompute"] = True
     if parsed.torchcompile:
         found["compile"] = True
+    if named := [name for name in ("tensorboard", "wandb") if name in parsed.report_to or "all" in parsed.report_to]:
+        found["loggers"] = named
     return found
 
 

@@ -78,6 +78,15 @@ def fully_sharded(*, background: bool = False) -> list[str]:
     return [name for name, kind in ENGINES.items() if kind.shards == _EVERYTHING and kind.background >= background]
 
 
+LOGGERS = OneOf(
+    {
+        "tensorboard": "compt.train.loggers:TensorBoard",
+        "wandb": "compt.train.loggers:WeightsAndBiases",
+        "mlflow": "compt.train.loggers:MlFlow",
+    }
+)
+"""Programs that show curves. To add one: write a `compt.train.loggers.Logger`, and its name and place here."""
+
 ENGINE_NAMES = OneOf(ENGINES)
 EngineName = Annotated[str, AfterValidator(ENGINE_NAMES)]
 
@@ -135,6 +144,9 @@ class EngineConfig(Section):
     """Keep the encoded images of the training set in memory."""
     log_every: Duration = execution(Duration(steps=50))
     """Log this often."""
+    loggers: list[Annotated[str, AfterValidator(LOGGERS)]] = execution(["tensorboard"])
+    """Programs that show curves, beside `metrics.jsonl`: `tensorboard`, `wandb` (Weights & Biases), `mlflow`. Each job
+    is a run there, with its settings, final scores and the contact sheet."""
     checkpoint_every: Duration = execution(Duration(steps=1000))
     """Write a checkpoint this often."""
     keep_checkpoints: int = execution(2, gt=0)

@@ -26,6 +26,7 @@ from compt.models.pixels import to_input
 from compt.recipe.optimizer import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
+from compt.train.loggers import Logs
 from compt.train.metrics import FILE, MetricsWriter, read_metrics, straggler_report
 from compt.train.signals import StopSignal, Waited
 from compt.train.task import Task, reduce_report
@@ -58,6 +59,7 @@ class TrainSettings:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     identity: Mapping[str, str]
+    logs: Logs = field(default_factory=Logs)
     captions: int = 1
     text_buckets: int = 1
     macs_per_step: float = 0.0
@@ -241,7 +243,12 @@ class _Loop(contextlib.ExitStack):
         self._task, self._engine, self._settings = task, engine, settings
         self._title, self._counts = title, counts
         self._writer = MetricsWriter(
-            folder, total_steps=settings.total_steps, batch=settings.batch, start_step=counts.step, title=title
+            folder,
+            total_steps=settings.total_steps,
+            batch=settings.batch,
+            start_step=counts.step,
+            title=title,
+            logs=settings.logs,
         )
         self._saver = checkpoint.Saver(
             folder / "checkpoints",

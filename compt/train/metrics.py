@@ -1,10 +1,9 @@
-"""Metrics of a run: one JSON line a log step, the same to TensorBoard, and a line of progress for people."""
+"""Metrics of a run: one JSON line a log step, the same to the loggers, and a line of progress for people."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import time
 from collections.abc import Mapping
@@ -21,13 +20,11 @@ from rich.table import Column
 from compt.dist import collectives as dist
 from compt.files import disk_errors, write_text
 from compt.text import terminal
+from compt.train.loggers import Logs, OpenLoggers
 
 FILE = "metrics.jsonl"
-TENSORBOARD = "tb"
 PLAIN_EVERY = 10.0
 """Seconds between two lines of progress when the output is not a terminal."""
-
-_log = logging.getLogger(__name__)
 
 
 def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -65,7 +62,7 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes FOLDER/metrics.jsonl and FOLDER/tb and shows progress, on rank 0 only; a context manager.
+    """Writes FOLDER/metrics.jsonl, tells the loggers, and shows progress, on rank 0 only; a context manager.
 
     A run that resumes at `start_step` first cuts off what was logged after it, so that no step is logged twice. `batch`
     counts the images of all ranks: a line's `samples` is step * batch. Lines have a `kind`: "train" or "eval".
@@ -80,8 +77,10 @@ class MetricsWriter:
         start_step: int = 0,
         title: str = "training",
         console: Console | None = None,
+        logs: Logs | None = None,
     ) -> None:
         self._folder = folder
+        self._loggers = OpenLoggers(logs or Logs(), folder, start_step)
         self._total = total_steps
         self._batch = batch
         self._start = start_step
@@ -89,7 +88,6 @@ class MetricsWriter:
         self._console = console or terminal(stderr=True)
         self._active = dist.is_main()
         self._file: TextIO | None = None
-        self._board: Any = None
         self._bar: Progress | None = None
         self._bar_task = TaskID(0)
         self._shown: dict[str, float] = {}
@@ -104,10 +102,7 @@ class MetricsWriter:
             self._folder.mkdir(parents=True, exist_ok=True)
             _cut_back(path, self._start)
             self._file = path.open("a", encoding="utf-8")
-        from torch.utils.tensorboard import SummaryWriter
-
-        with disk_errors(self._folder / TENSORBOARD):
-            self._board = SummaryWriter(str(self._folder / TENSORBOARD), purge_step=self._start + 1)
+        self._loggers.__enter__()
         if self._console.is_terminal:
             self._bar = Progress(
                 *_columns(self._console.width),
@@ -126,10 +121,10 @@ class MetricsWriter:
         if self._bar is not None:
             self._bar.stop()
         # On a full disk closing fails too, and would hide the error of the line that could not be written.
-        for output in (self._board, self._file):
-            if output is not None:
-                with contextlib.suppress(OSError):
-                    output.close()
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._loggers.__exit__(kind, error, _)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a training line and show its `loss`, `r` and `samples_per_s`. Raises RunError on a full disk."""
@@ -178,16 +173,8 @@ class MetricsWriter:
             plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
             self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
-        if self._board is None:
-            return
-        try:
-            for key, value in values.items():
-                self._board.add_scalar(f"{kind}/{key}", value, step)
-            self._board.add_scalar(f"{kind}/samples", step * self._batch, step)
-        except OSError as error:
-            text = "cannot write %s: %s; curves end here, metrics.jsonl goes on"
-            _log.warning(text, self._folder / TENSORBOARD, error)
-            self._board = None
+        shown = {**values, "samples": float(step * self._batch)}
+        self._loggers.log(step, {f"{kind}/{key}": value for key, value in shown.items()})
 
 
 def _numbers(shown: Mapping[str, float]) -> list[str]:

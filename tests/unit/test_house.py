@@ -26,6 +26,8 @@ BEHIND = {
     "deepspeed": "the tests, which write with it the folders that compt.weights reads",
     "nvidia-dali-cuda120": "compt.data.dali, where it is installed",
     "nvidia-dali-cuda130": "compt.data.dali, where it is installed",
+    "mlflow-skinny": "compt.train.loggers, where it is installed",
+    "wandb": "compt.train.loggers, where it is installed",
     "onnx": "torch.onnx, which compt.export.programs calls",
     "onnxscript": "torch.onnx, which compt.export.programs calls",
     "obstore": "compt.data.stores, where it is installed",
@@ -97,9 +99,12 @@ def test_extras_and_console_script(root: Path) -> None:
         "deepspeed",
         "dev",
         "interop",
+        "mlflow",
+        "onnx",
         "parquet",
         "remote",
-    } | {"onnx"}
+        "wandb",
+    }
     assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
     assert table["optional-dependencies"]["test-all"] == [f"compt[{','.join(sorted(single - {'dali-cuda12'}))}]"]
     assert table["scripts"] == {"compt": "compt.cli.main:run"}

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from compt.chain import locks as chain_locks
 from compt.chain import run as chain_module
@@ -141,6 +142,11 @@ def test_a_finished_chain(base: Path, whole: Path) -> None:
     assert waiting(plan_of(base, whole), whole) == []
     row = read_metrics(whole / "jobs" / SECOND / "metrics.jsonl", "train")[-1]
     assert {"loss", "task", "t2v", "v2t", "ifd", "r", "logit_scale", "grad_norm", "memory_gib"} <= row.keys()
+    board = EventAccumulator(str(whole / "jobs" / SECOND / "tb"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("train/loss")][-1] == 5
+    (final,) = board.Scalars("final/held_out/top1")
+    assert (final.step, final.value) == (5, pytest.approx(second["scores"]["held_out"]["top1"]))
 
 
 def test_a_finished_chain_is_left_alone(base: Path, run: Path) -> None:

@@ -237,6 +237,7 @@ OTHER: dict[str, Any] = {
     "engine.workers": 0,
     "engine.cache": True,
     "engine.log_every": {"steps": 3},
+    "engine.loggers": [],
     "engine.checkpoint_every": {"epochs": 1},
     "engine.keep_checkpoints": 5,
     "engine.keep_every": {"epochs": 1},
