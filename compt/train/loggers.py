@@ -154,7 +154,9 @@ class WeightsAndBiases(Logger):
             config=self._logs.parameters(),
             dir=self._folder,
             reinit="create_new",
-            settings=wandb.Settings(console="off", silent=True, login_timeout=PATIENCE, finish_timeout=PATIENCE),
+            settings=wandb.Settings(
+                console="off", silent=True, login_timeout=PATIENCE, init_timeout=PATIENCE, finish_timeout=PATIENCE
+            ),
         )
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")

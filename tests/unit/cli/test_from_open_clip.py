@@ -191,6 +191,7 @@ def test_every_flag_has_a_fate() -> None:
     ("words", "said"),
     [
         (["--model", "RN50"], "RN50"),
+        (["--model", "roberta-ViT-B-32"], "text_cfg.hf_model_name = roberta-base is not supported"),
         (["--model", "ViT-B-16", "--bogus"], "open_clip_train unrecognized arguments: --bogus"),
         (["--model", "ViT-B-16", "--precision", "pure_fp16"], "--precision pure_fp16: weights are fp32 here"),
         (["--model", "ViT-B-16", "--lr-scheduler", "const-cooldown"], "needs --epochs-cooldown"),
