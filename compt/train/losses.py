@@ -23,6 +23,7 @@ from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
 
 ImageToText = Literal["slot", "all"]
+Chunk = int | Literal["tiled"] | None
 Terms = dict[str, Tensor]
 
 ALPHA_EMBED_DIM = 512
@@ -39,8 +40,9 @@ class Loss(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, optimizer: Optimizer, chunk: int | None) -> Loss:
-        """The loss as a recipe describes it. `chunk`: images of this rank to treat at a time (`engine.loss_chunk`)."""
+    def of(cls, optimizer: Optimizer, chunk: Chunk) -> Loss:
+        """The loss as a recipe describes it. `chunk`: images of this rank to treat at a time, or `tiled`
+        (`engine.loss_chunk`)."""
 
     @abstractmethod
     def __call__(self, outputs: Mapping[str, Tensor], *, gather: bool = True) -> tuple[Tensor, Terms]:
@@ -100,10 +102,10 @@ class ContrastiveLoss(Loss):
 
     name = "contrastive"
     image_to_text: ImageToText = "slot"
-    chunk: int | None = None
+    chunk: Chunk = None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, chunk: int | None) -> ContrastiveLoss:
+    def of(cls, optimizer: Optimizer, chunk: Chunk) -> ContrastiveLoss:
         """The loss as a recipe describes it."""
         return cls(optimizer.image_to_text, chunk)
 
@@ -128,7 +130,7 @@ def contrastive_loss(
     scale: Tensor,
     *,
     image_to_text: ImageToText = "slot",
-    chunk: int | None = None,
+    chunk: Chunk = None,
     gather: bool = True,
 ) -> ContrastiveTerms:
     """Symmetric contrastive loss of N images with M captions each (CoM-PT, section 3.2, with the mean over N*M).
@@ -141,7 +143,8 @@ def contrastive_loss(
     mean over (i, j) of -log softmax_kl(s v_i·t_kl)[i, j].
 
     `chunk`: how many images of this rank to treat at a time. Backward computes their logits again, so that memory is
-    chunk * M * N instead of b * M * N numbers. Without `gather` this rank's samples are the whole batch and no other
+    chunk * M * N instead of b * M * N numbers. `tiled`: Triton's kernels hold no logits in memory
+    (`compt.train.tiled`), on a GPU. Without `gather` this rank's samples are the whole batch and no other
     rank takes part. Raises ValueError for shapes that do not match.
     """
     _check(image, text)
@@ -149,6 +152,11 @@ def contrastive_loss(
     # Autocast would compute the logits in half precision, where exp(logit_scale) up to 100 costs their last digits.
     with torch.autocast(image.device.type, enabled=False):
         image, text, scale = unit(image), unit(text), _wide(scale).reshape(())
+        if chunk == "tiled":
+            from compt.train.tiled import softmax_sums  # Triton comes with torch's builds for CUDA alone
+
+            means = softmax_sums(image, text, scale, image_to_text, gather) / (rows * text.shape[1])
+            return ContrastiveTerms(means.mean(), means[0], means[1])
         every_image, every_text = (gather_with_grad(image), gather_with_grad(text)) if gather else (image, text)
         first = rank() * rows if gather else 0
         if chunk is None or chunk >= rows:
@@ -195,10 +203,10 @@ class SiglipLoss(Loss):
     """`siglip_loss`; reports task, its shares `positive` and `negative`, logit_scale and logit_bias."""
 
     name = "siglip"
-    chunk: int | None = None
+    chunk: Chunk = None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, chunk: int | None) -> SiglipLoss:
+    def of(cls, optimizer: Optimizer, chunk: Chunk) -> SiglipLoss:
         """The loss as a recipe describes it."""
         return cls(chunk)
 
@@ -211,7 +219,7 @@ class SiglipLoss(Loss):
 
 
 def siglip_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, chunk: int | None = None, gather: bool = True
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, chunk: Chunk = None, gather: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Pairwise sigmoid loss of N images with M captions each (SigLIP, arXiv 2303.15343), and its matching pairs' share.
 
@@ -243,7 +251,7 @@ class _SigmoidPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: int, gather: bool
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: Chunk, gather: bool
     ) -> tuple[Tensor, Tensor]:
         rows, captions, width = text.shape
         ranks = world_size() if gather else 1
@@ -253,6 +261,14 @@ class _SigmoidPairs(torch.autograd.Function):
         block = torch.stack((text, torch.zeros_like(text))).reshape(2, rows * captions, width)
         for hop in range(ranks):
             here, by_text = block
+            if chunk == "tiled":
+                from compt.train.tiled import sigmoid_pairs
+
+                sums = (total, positive, by_image, by_scale, by_bias, by_text)
+                for held, met in zip(sums, sigmoid_pairs(image, here, scale, bias, own=hop == 0), strict=True):
+                    held += met
+                block = pass_on(block) if ranks > 1 else block
+                continue
             for start in range(0, rows, chunk):
                 images = image[start : start + chunk]
                 logits = ((scale * images) @ here.T).add_(bias)
