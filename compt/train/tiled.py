@@ -29,31 +29,31 @@ _PROGRAMS = 512
 
 
 @triton.jit
-def _products(rows, columns, row, column, n_rows, n_columns, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _products(rows, columns, row, column, n_rows, n_columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
     """[ROWS, COLUMNS]: products of the rows and columns at these positions; zero beyond the last."""
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, width, DEPTH):
+    for start in range(0, WIDTH, DEPTH):
         depth = start + tl.arange(0, DEPTH)
-        left = (row < n_rows)[:, None] & (depth < width)[None, :]
-        right = (column < n_columns)[None, :] & (depth < width)[:, None]
+        left = (row < n_rows)[:, None] & (depth < WIDTH)[None, :]
+        right = (column < n_columns)[None, :] & (depth < WIDTH)[:, None]
         # 64-bit places: all captions of many ranks have more than 2^31 numbers.
-        a = tl.load(rows + row.to(tl.int64)[:, None] * width + depth[None, :], mask=left, other=0.0)
-        b = tl.load(columns + column.to(tl.int64)[None, :] * width + depth[:, None], mask=right, other=0.0)
+        a = tl.load(rows + row.to(tl.int64)[:, None] * WIDTH + depth[None, :], mask=left, other=0.0)
+        b = tl.load(columns + column.to(tl.int64)[None, :] * WIDTH + depth[:, None], mask=right, other=0.0)
         found = tl.dot(a, b, found, input_precision="tf32x3")
     return found
 
 
 @triton.jit
 def _softmax_kernel(
-    rows, columns, scale, out, n_rows, n_columns, width, first, span,
-    GROUPS: tl.constexpr, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr,
+    rows, columns, scale, out, n_rows, n_columns, first,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, GROUPS: tl.constexpr, PER_ROW: tl.constexpr, PER_COLUMN: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """Of each row and group of columns: log of the softmax's denominator, expected logit, sum of the right logits.
 
     Column c is in group c % GROUPS. It is right for a row if both belong to one image: PER_ROW rows and PER_COLUMN
-    columns are one image, and the first row's image is `first`. Program (i, g, p) takes `span` columns of group g from
-    column p * span on and writes to out [p, 3, n_rows, GROUPS].
+    columns are one image, and the first row's image is `first`. Program (i, g, p) takes SPAN columns of group g from
+    column p * SPAN on and writes to out [p, 3, n_rows, GROUPS].
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     group, part = tl.program_id(1), tl.program_id(2)
@@ -64,11 +64,11 @@ def _softmax_kernel(
     total = tl.zeros((ROWS,), tl.float32)
     expected = tl.zeros((ROWS,), tl.float32)
     right = tl.zeros((ROWS,), tl.float32)
-    for start in range(part * span, tl.minimum(part * span + span, members), COLUMNS):
-        member = start + tl.arange(0, COLUMNS)
+    for tile in range(0, SPAN, COLUMNS):
+        member = part * SPAN + tile + tl.arange(0, COLUMNS)
         column = member * GROUPS + group
         there = (member < members)[None, :]
-        logits = factor * _products(rows, columns, row, column, n_rows, n_columns, width, ROWS, COLUMNS, DEPTH)
+        logits = factor * _products(rows, columns, row, column, n_rows, n_columns, WIDTH, ROWS, COLUMNS, DEPTH)
         highest = tl.maximum(most, tl.max(tl.where(there, logits, float("-inf")), 1))
         # Sums so far are relative to the largest logit so far.
         before = tl.exp(most - highest)
@@ -98,8 +98,8 @@ def _softplus(x):
 
 @triton.jit
 def _gradient_kernel(
-    rows, columns, scale, bias, image_logs, caption_logs, upstream, out, sums, n_rows, n_columns, width, first, span,
-    SIGMOID: tl.constexpr, IMAGES: tl.constexpr, CAPTIONS: tl.constexpr, GROUPS: tl.constexpr, RIGHT: tl.constexpr,
+    rows, columns, scale, bias, image_logs, caption_logs, upstream, out, sums, n_rows, n_columns, first,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr, SIGMOID: tl.constexpr, IMAGES: tl.constexpr, CAPTIONS: tl.constexpr, GROUPS: tl.constexpr, RIGHT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows, without its factor `scale`: sum over columns of the logit's gradient times the column.
@@ -108,8 +108,8 @@ def _gradient_kernel(
     `first`. SIGMOID: the logit has a bias, and of images' rows `sums` [p, 4, n_rows] gets the value, its share of the
     right pairs, and the gradients of bias and scale. Otherwise `image_logs` [images, GROUPS] and `caption_logs`
     [captions] are the logs of the denominators, `upstream` [2] is the gradient of the captions' and the images' sum,
-    and RIGHT captions are right in one softmax of an image. Program (i, p) takes `span` columns from p * span on and
-    writes to out [p, n_rows, width], which is zero before.
+    and RIGHT captions are right in one softmax of an image. Program (i, p) takes SPAN columns from p * SPAN on and
+    writes to out [p, n_rows, WIDTH], which is zero before.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -118,10 +118,10 @@ def _gradient_kernel(
     share = tl.zeros((ROWS,), tl.float32)
     by_bias = tl.zeros((ROWS,), tl.float32)
     by_scale = tl.zeros((ROWS,), tl.float32)
-    for start in range(part * span, tl.minimum(part * span + span, n_columns), COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
+    for tile in range(0, SPAN, COLUMNS):
+        column = part * SPAN + tile + tl.arange(0, COLUMNS)
         there = (row < n_rows)[:, None] & (column < n_columns)[None, :]
-        products = _products(rows, columns, row, column, n_rows, n_columns, width, ROWS, COLUMNS, DEPTH)
+        products = _products(rows, columns, row, column, n_rows, n_columns, WIDTH, ROWS, COLUMNS, DEPTH)
         if IMAGES:
             own = (column // CAPTIONS)[None, :] == (first + row)[:, None]
         else:
@@ -151,12 +151,12 @@ def _gradient_kernel(
         slope = tl.where(there, slope, 0.0)
         # No other program touches these rows of `out`. The sum lies in memory, as features may be too wide for
         # registers; the barrier lets each thread see what the others have added.
-        for begin in range(0, width, DEPTH):
+        for begin in range(0, WIDTH, DEPTH):
             depth = begin + tl.arange(0, DEPTH)
-            right = (column < n_columns)[:, None] & (depth < width)[None, :]
-            b = tl.load(columns + column.to(tl.int64)[:, None] * width + depth[None, :], mask=right, other=0.0)
-            place = out + (part.to(tl.int64) * n_rows + row)[:, None] * width + depth[None, :]
-            kept = (row < n_rows)[:, None] & (depth < width)[None, :]
+            right = (column < n_columns)[:, None] & (depth < WIDTH)[None, :]
+            b = tl.load(columns + column.to(tl.int64)[:, None] * WIDTH + depth[None, :], mask=right, other=0.0)
+            place = out + (part.to(tl.int64) * n_rows + row)[:, None] * WIDTH + depth[None, :]
+            kept = (row < n_rows)[:, None] & (depth < WIDTH)[None, :]
             held = tl.load(place, mask=kept, other=0.0)
             tl.store(place, tl.dot(slope, b, held, input_precision="tf32x3"), mask=kept)
         tl.debug_barrier()
@@ -182,8 +182,8 @@ def _softmax(
     tiles, parts, span = _split(len(rows), len(columns) // groups, groups)
     out = rows.new_empty(parts, 3, len(rows), groups)
     _softmax_kernel[tiles, groups, parts](
-        *(rows, columns, scale, out, len(rows), len(columns), rows.shape[1], first, span),
-        **{"GROUPS": groups, "PER_ROW": per_row, "PER_COLUMN": per_column, **_TILE},
+        *(rows, columns, scale, out, len(rows), len(columns), first),
+        **{"WIDTH": rows.shape[1], "SPAN": span, "GROUPS": groups, "PER_ROW": per_row, "PER_COLUMN": per_column, **_TILE},
     )
     logs, expected, right = out.unbind(1)
     whole = logs.logsumexp(0)
@@ -211,8 +211,8 @@ def _gradient(
     by_image, by_caption = logs or (rows, rows)
     _gradient_kernel[tiles, parts](
         *(rows, columns, scale, rows if bias is None else bias, by_image, by_caption),
-        *(rows if upstream is None else upstream, out, sums, len(rows), len(columns), rows.shape[1], first, span),
-        **{"SIGMOID": bias is not None, "IMAGES": images, "CAPTIONS": captions, "GROUPS": groups},
+        *(rows if upstream is None else upstream, out, sums, len(rows), len(columns), first),
+        **{"WIDTH": rows.shape[1], "SPAN": span, "SIGMOID": bias is not None, "IMAGES": images, "CAPTIONS": captions, "GROUPS": groups},
         **{"RIGHT": captions // groups, **_TILE},
     )
     return scale * out.sum(0), sums.sum((0, 2))
