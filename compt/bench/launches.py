@@ -1,7 +1,8 @@
-"""Kernels that one training step launches on a GPU, counted without one.
+"""Kernels that one training step launches on a GPU, and the bytes that they move, counted without one.
 
 The step runs on fake tensors, which have shapes, types and a device but no numbers. Every operation that computes or
-copies on that device counts as one launch, as attention does; views and new memory do not.
+copies on that device counts as one launch, as attention does; views and new memory do not. An operation moves the
+bytes of the tensors that it takes and gives; a lookup only what it looks up.
 """
 
 from __future__ import annotations
@@ -35,10 +36,18 @@ _NO_KERNEL = {
     "new_empty_strided",
     "lift_fresh",
 }
+_LOOKUPS = {"embedding", "index", "index_select"}
+PRODUCTS = ("mm", "bmm", "conv", "attention", "_varlen_attn")
+"""Parts of the names of operations that multiply matrices, attention among them. The others only move numbers."""
+
+
+def is_product(operation: str) -> bool:
+    """Whether an operation multiplies matrices."""
+    return any(part in operation for part in PRODUCTS)
 
 
 class Launches(TorchDispatchMode):
-    """Counts what runs on `device`: `counts` by part of the step and operation.
+    """Counts what runs on `device`: `counts` and `moved` (bytes) by part of the step and operation.
 
     With `fake`, what has no fake tensor among its inputs and is for the CPU is computed there as usual.
     """
@@ -48,6 +57,7 @@ class Launches(TorchDispatchMode):
         self.device, self._fake = device, fake
         self.part = PARTS[0]
         self.counts: Counter[tuple[str, str]] = Counter()
+        self.moved: Counter[tuple[str, str]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -60,9 +70,16 @@ class Launches(TorchDispatchMode):
                     return func(*args, **kwargs)
         found = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        there = (leaf for leaf in tree_leaves((found, args)) if isinstance(leaf, Tensor))
-        if not func.is_view and name not in _NO_KERNEL and any(leaf.device == self.device for leaf in there):
+        if func.is_view or name in _NO_KERNEL:
+            return found
+        given, taken = (
+            [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.device == self.device]
+            for value in (found, args)
+        )
+        if given or taken:
             self.counts[self.part, name] += 1
+            touched = [*given, *(given if name in _LOOKUPS else taken)]
+            self.moved[self.part, name] += sum(leaf.numel() * leaf.element_size() for leaf in touched)
         return found
 
     def watch(self, part: str, owner: Any, name: str) -> None:
@@ -202,5 +219,6 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
             seen.watch(part, owner, name)
         step(data)
         seen.counts.clear()
+        seen.moved.clear()
         step(data)
     return seen

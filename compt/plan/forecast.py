@@ -15,7 +15,7 @@ from compt.cost.memory import Memory, artefact_bytes, checkpoint_bytes, memory_p
 from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
-from compt.plan.hours import Hours, job_hours, sum_hours
+from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
 from compt.recipe.engine import ENGINES, EngineConfig
@@ -110,7 +110,7 @@ class Disk:
 class Estimate:
     """What one job needs. Without a machine there are neither hours nor memory.
 
-    `engine` and `recompute` are how the recipe trains it.
+    `engine` and `recompute` are how the recipe trains it. `own` are the hours projected for compt itself.
     """
 
     job: Job
@@ -119,6 +119,7 @@ class Estimate:
     hours: Hours | None
     memory: Mapping[str, Fit]
     disk: Disk
+    own: OwnHours | None = None
 
     @property
     def needed_bytes(self) -> float:
@@ -196,6 +197,17 @@ class Forecast:
             found.append((other.gpu_hours / link.hours.gpu_hours, alone / chain))
         return found
 
+    def own_speedups(self) -> list[float]:
+        """As the second of `speedups`, of the hours projected for compt itself; [] where some job has none."""
+        pairs = [(link.own, alone.own) for link, alone in zip(self.links, self.individual, strict=False)]
+        found, chain, alone = [], 0.0, 0.0
+        for own, other in pairs:
+            if own is None or other is None:
+                return []
+            chain, alone = chain + own.gpu_hours, alone + other.gpu_hours
+            found.append(alone / chain)
+        return found
+
     def disk_peak_bytes(self) -> int:
         """The most bytes that the run folder holds at any time, logs and scores left out."""
         peak = kept = 0
@@ -237,6 +249,7 @@ class Forecast:
                     "recompute": item.recompute,
                     "macs": {mode: rows[mode][at] for mode in MODES},
                     "hours": item.hours and asdict(item.hours),
+                    "own_hours": item.own and item.own.to_json(),
                     **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
                     "memory": {engine: fit.to_json() for engine, fit in item.memory.items()} or None,
                     "disk": asdict(item.disk),
@@ -247,6 +260,7 @@ class Forecast:
             "acceleration": {
                 **{f"{mode}_macs": self.plan.acceleration(mode) for mode in MODES},
                 "gpu_hours": speedups[-1] and speedups[-1][1],
+                "own_gpu_hours": own[-1] if (own := self.own_speedups()) else None,
             },
             "too_large": self.remedy and asdict(self.remedy),
             "disk": {"peak_bytes": self.disk_peak_bytes(), "end_bytes": self.disk_end_bytes()},
@@ -275,7 +289,8 @@ def make_forecast(
     plan = make_plan(recipe, baselines=baselines, world_size=gpus, start=start, source=source)
     estimates = tuple(_estimate(recipe, job, machine) for job in plan.jobs)
     individual = tuple(
-        replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine)) for job in plan.individual
+        replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine), own=_own(recipe, job, machine))
+        for job in plan.individual
     )
     remedy = _remedy(recipe, estimates, machine) if machine else None
     return Forecast(plan, machine, estimates, individual, remedy)
@@ -300,13 +315,18 @@ def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
     for engine in ENGINES:
         stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
         memory[engine] = Fit(stored, again, machine.room_bytes)
-    return Estimate(job, config.name, config.recompute, _hours(recipe, job, machine), memory, disk)
+    hours, own = _hours(recipe, job, machine), _own(recipe, job, machine)
+    return Estimate(job, config.name, config.recompute, hours, memory, disk, own)
 
 
 def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:
     if machine is None:
         return None
     return job_hours(recipe, job, job.cost, machine.device, machine.gpus, machine.throughput)
+
+
+def _own(recipe: Recipe, job: Job, machine: Machine | None) -> OwnHours | None:
+    return None if machine is None else own_hours(recipe, job, machine.device, machine.gpus)
 
 
 def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:

@@ -17,6 +17,7 @@ from compt.cost.speed import (
     relative_error,
     speed,
 )
+from compt.cost.step import StepTime, step_time
 from compt.cost.training import JobCost, Mode
 from compt.plan.jobs import Job, Plan
 from compt.recipe.schema import Recipe
@@ -47,6 +48,39 @@ def job_hours(
         return None
     hours, low, high = (cost.samples * s / 3600 for s in (found.seconds_per_sample, found.low, found.high))
     return Hours(hours, low, high, hours / gpus, found.kind, (f"{found.kind} {found.source}",))
+
+
+@dataclass(frozen=True)
+class OwnHours:
+    """GPU-hours of compt's own steps, projected from what a step launches, moves and computes (`compt.cost.step`)."""
+
+    step: StepTime
+    gpu_hours: float
+    low: float
+    high: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values; seconds are of a step of one GPU."""
+        return {
+            "launches": self.step.launches,
+            "host_seconds": self.step.host,
+            "product_seconds": self.step.products,
+            "traffic_seconds": self.step.traffic,
+            "decides": self.step.decides,
+            "gpu_hours": self.gpu_hours,
+            "low": self.low,
+            "high": self.high,
+        }
+
+
+def own_hours(recipe: Recipe, job: Job, device: Device, gpus: int) -> OwnHours | None:
+    """The projection for `job` on `gpus` GPUs; None in fp32, in which nothing was counted."""
+    conditions = Conditions.of(recipe, gpus, job.spec.name)
+    if conditions.precision == "fp32":
+        return None
+    step = step_time(job.spec, job.active_teacher, job.cost, device, conditions)
+    each = job.steps * gpus / 3600
+    return OwnHours(step, each * step.seconds, each * step.low, each * step.high)
 
 
 def sum_hours(items: Sequence[Hours]) -> Hours:

@@ -27,7 +27,7 @@ def plan_tables(
     """The tables of a plan; `parts_of` names the engine whose memory is shown part by part. about: a further note."""
     machine, first = forecast.machine, plan_table(forecast, mode)
     first = replace(first, notes=[*first.notes, *([about] if about else [])])
-    tables = [first, hours_table(forecast, mode), speedup_table(forecast, mode)]
+    tables = [first, hours_table(forecast, mode), speedup_table(forecast, mode), own_table(forecast)]
     tables += [memory_table(forecast), parts_table(forecast, parts_of) if machine and parts_of else None]
     return [table for table in (*tables, disk_table(forecast)) if table is not None]
 
@@ -199,6 +199,29 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
     if start is not None:
         notes.append(f"No figure includes the cost of training {start}.")
     return TextTable("Acceleration", header, rows, notes)
+
+
+def own_table(forecast: Forecast) -> TextTable | None:
+    """Projected steps of compt itself: launches, time of host and GPU, GPU-hours, acceleration; None without any."""
+    machine, speedups = forecast.machine, forecast.own_speedups()
+    if machine is None or any(item.own is None for item in forecast.trained):
+        return None
+    rows = []
+    for item in forecast.trained:
+        assert item.own is not None
+        step, at = item.own.step, forecast.links.index(item) if item.job.kind == "link" else len(speedups)
+        ratio = f"{speedups[at]:.2f}x" if at < len(speedups) else ""
+        milliseconds = [f"{1e3 * value:.1f}" for value in (step.host, step.products, step.traffic)]
+        rows.append(
+            [item.job.name, f"{step.launches:,}", *milliseconds, step.decides, f"~{digits(item.own.gpu_hours)}", ratio]
+        )
+    note = (
+        "A projection, not measured (docs/hardware.md). A step takes as long as its launches by the host, or as its "
+        "matrix products and other memory traffic on the GPU, whichever is longer. In ms, on one GPU, without loading "
+        "data and communication. So far: GPU-hours of all models up to this one trained alone, over the chain's."
+    )
+    header = ["Model", "Launches", "Host", "Products", "Traffic", "Decides", "GPU-hours", "So far"]
+    return TextTable(f"compt's own steps on {machine.device.title}, projected", header, rows, [note])
 
 
 def memory_table(forecast: Forecast) -> TextTable | None:

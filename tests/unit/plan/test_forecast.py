@@ -165,7 +165,8 @@ def test_without_a_machine_there_are_neither_hours_nor_memory() -> None:
     assert values["machine"] is None
     assert {job["hours"] for job in values["jobs"]} == {job["memory"] for job in values["jobs"]} == {None}
     assert values["totals"]["chain"]["hours"] is None
-    assert values["acceleration"]["gpu_hours"] is None
+    assert values["acceleration"]["gpu_hours"] is values["acceleration"]["own_gpu_hours"] is None
+    assert {job["own_hours"] for job in values["jobs"]} == {None}
     assert values["disk"]["peak_bytes"] > 0
 
 
@@ -188,7 +189,7 @@ def test_a_recipe_without_baselines() -> None:
     found = forecast(baselines=None)
     values = found.to_json()
     assert values["totals"]["individual"] is None
-    assert values["acceleration"] == {"exact_macs": None, "paper_macs": None, "gpu_hours": None}
+    assert values["acceleration"] == {"exact_macs": None, "paper_macs": None, "gpu_hours": None, "own_gpu_hours": None}
 
 
 # Memory
