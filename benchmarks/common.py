@@ -32,6 +32,8 @@ TOLERANCE = 0.025
 """Largest relative difference between our counters and a published number."""
 SIGNIFICANT = 6
 """Digits kept in JSON and CSV: few enough that two machines write the same ones."""
+IDLE_LOAD = 0.5
+"""A higher load average at the start of a timing is reported: the machine is not idle."""
 UNEXPLAINED = "Nothing that is published explains it."
 """Part of the note of each cell whose difference has no known cause."""
 

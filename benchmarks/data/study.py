@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Result, one_line, show, write
+from benchmarks.common import IDLE_LOAD, Result, one_line, show, write
 from benchmarks.data import decoding, pipelines
 from compt.bench.throughput import device_name
 from compt.data.index import open_index
@@ -33,8 +33,6 @@ from compt.weights.artefact import versions
 
 OUT = Path("docs/results")
 SIZES = (64, 224)
-IDLE_LOAD = 0.5
-"""A higher load average at the start is reported: the machine is not idle."""
 PACKAGES = ("pillow", "torchvision", "webdataset", "nvidia-dali-cuda130", "nvidia-dali-cuda120")
 
 Row = dict[str, Any]

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import Result, one_line, show, write
+from benchmarks.common import IDLE_LOAD, Result, one_line, show, write
 from benchmarks.data.process import cpu_seconds
-from benchmarks.data.study import IDLE_LOAD, OUT, installed
+from benchmarks.data.study import OUT, installed
 from compt.bench.step import Setup, TrainingStep
 from compt.bench.throughput import device_name
 from compt.data.batch import Batch

@@ -1,8 +1,9 @@
 """Check correctness and measure speed on this GPU within a few minutes: `python -m benchmarks.gpu.suite`.
 
-It runs the checks of `benchmarks.gpu.checks`, then measures throughput and MFU of the presets, each alone (a baseline)
-and with a teacher (a link); the paper's models come before variants of one of them. It writes every result at once, and
-a second call continues. Exit code 1 if a check failed.
+It runs the checks of `benchmarks.gpu.checks`. Then it times the training step beside those of OpenCLIP and of the
+paper's settings (`benchmarks.peers`). Then it measures throughput and MFU of the presets, each alone (a baseline) and
+with a teacher (a link); the paper's models come before variants of one of them. It writes every result at once, and a
+second call continues. Exit code 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,7 +48,9 @@ SOURCES = (
     "compt/**/*.py",
     "compt/ds_configs/*.json",
     "benchmarks/gpu/**/*.py",
+    "benchmarks/common.py",
     "benchmarks/paper/counting.py",
+    "benchmarks/peers/*.py",
     "launchers/train.py",
     "tests/helpers/recipe.py",
     "tests/helpers/shards.py",
@@ -57,9 +61,10 @@ STEP_SECONDS = 0.6
 """Expected seconds of a timed step. The batch is as large as this allows, up to `LARGEST`."""
 GUESSED_PEAK, GUESSED_SHARE = 100e12, 0.25
 LARGEST = 512
-LEAST = {"check": 15.0, "speed": 10.0}
+LEAST = {"check": 15.0, "peers": 40.0, "speed": 10.0}
 """No item starts with fewer seconds left than this."""
-SPEED_SECONDS = 75.0
+SPEED_SECONDS, PEERS_SECONDS = 75.0, 150.0
+PEERS_WAYS = ("text=packed", "text=buckets", "text=packed,compile=true")
 VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "recomputed": {"recompute": True},
@@ -69,22 +74,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fp16": {"precision": "fp16"},
 }
 OF_VARIANTS = "vit_b16"
+PEERS = (("vit_t16",), ("vit_t16", "vit_s16"), ("vit_s16", "vit_b16"), ("vit_b16", "vit_l16"))
+"""What is compared with peers: the links of the paper's first chain."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A check, or a measurement of the speed of `setup`. Items with the same `process` share a process."""
+    """A check, a comparison with peers, or a measurement of the speed of `setup`.
+
+    `models` are a student alone, or a teacher and its student. Items with the same `process` share a process.
+    """
 
     name: str
     process: str
     seconds: float
     setup: Setup | None = None
     search: bool = False
+    models: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
-        """`check` or `speed`."""
-        return "speed" if self.setup else "check"
+        """`check`, `peers` or `speed`."""
+        return self.name.partition("/")[0]
 
 
 @dataclass
@@ -115,11 +126,11 @@ class State:
         return state
 
     def find(self, item: Item) -> dict[str, Any] | None:
-        """The record of an item for this machine. A check must have run with this source, a speed with any."""
+        """The record of an item for this machine. A check must have run with this source, the others with any."""
 
         def answers(record: dict[str, Any]) -> bool:
             here = all(record.get(key) == value for key, value in self.stamp.items())
-            current = item.kind == "speed" or record["source"] == self.source
+            current = item.kind != "check" or record["source"] == self.source
             return bool(record["name"] == item.name and here and current)
 
         return next(filter(answers, reversed(self.records)), None)
@@ -160,6 +171,7 @@ def all_items() -> list[Item]:
 
     pairs = [list(zip(chain, (None, *chain[:-1]), strict=True)) for chain in CHAINS]
     small, vit, swin, large = pairs
+    items += [Item(f"peers/{'<'.join(reversed(one))}", "peers", PEERS_SECONDS, models=one) for one in PEERS]
     for student, teacher in (*vit, *swin):
         items.append(speed(student, setup_of(student)))
         if teacher:
@@ -218,6 +230,17 @@ def measure_speed(setup: Setup, device: str, batch: int | None, search: bool, se
     return found.model_dump(mode="json")
 
 
+def compare_peers(models: tuple[str, ...], device: str, batch: int | None) -> list[dict[str, Any]]:
+    """The rows of `benchmarks.peers` for a job, with four captions as in DreamLIP. Runs in the worker."""
+    from benchmarks.peers.sides import PEERS as OTHERS
+    from benchmarks.peers.study import BATCH, ROUNDS, cases, compare
+
+    chosen = dist.init(device)
+    case = cases(models, ["dreamlip"], batch or (4 if chosen.type == "cpu" else BATCH), "bf16")[-1]
+    ways = PEERS_WAYS if chosen.type == "cuda" else PEERS_WAYS[:2]
+    return compare(case, chosen, ways, ROUNDS[chosen.type], list(OTHERS))
+
+
 def check(name: str, device: str) -> list[dict[str, Any]]:
     """The findings of a check as plain values. Runs in the worker."""
     dist.init(device)
@@ -240,12 +263,14 @@ def run_item(item: Item, worker: Worker, options: Options, limit: float) -> dict
         if item.setup is not None:
             arguments = (item.setup, options.device, options.batch, item.search, options.seconds)
             return {"measurement": worker.run(measure_speed, *arguments, seconds=limit)}
+        if item.models:
+            return {"rows": worker.run(compare_peers, item.models, options.device, options.batch, seconds=limit)}
         findings = worker.run(check, item.name.removeprefix("check/"), options.device, seconds=limit)
         return {"passed": all(finding["passed"] for finding in findings), "findings": findings}
     except WorkerTimeout:
         raise
     except WorkerError as error:
-        return {"error": str(error)} | ({} if item.setup else {"passed": False})
+        return {"error": str(error)} | ({"passed": False} if item.kind == "check" else {})
 
 
 def run(
@@ -274,7 +299,7 @@ def run(
                 if rest < item.seconds:  # more time may do
                     left.append(item)
                     continue
-                found = {"error": str(error)} | ({} if item.setup else {"passed": False})
+                found = {"error": str(error)} | ({"passed": False} if item.kind == "check" else {})
             say(item, state.put(item, time.monotonic() - begun, found), False)
     finally:
         worker.stop()
@@ -339,6 +364,20 @@ def speed_table(records: Sequence[dict[str, Any]], device: str, source: str) -> 
     return TextTable(f"Throughput on {device}", ["Job", "Batch", "Samples/s", "Peak memory", "MFU"], rows, notes)
 
 
+def peers_line(rows: Sequence[dict[str, Any]]) -> str:
+    """The time of each peer's step over that of compt's."""
+    own = rows[0]["side"]
+    return f"over {own}: " + "; ".join(f"{row['side']} {median(row['ratios']):.2f}" for row in rows[1:])
+
+
+def peers_table(rows: Sequence[dict[str, Any]], device: torch.device) -> TextTable:
+    """A row for each side of each job."""
+    from benchmarks.peers.study import table
+
+    peak = peak_flops(device, "bf16")
+    return table(rows, peak, {"peak": "the datasheet's dense peak" if peak else "an unknown peak"})
+
+
 def write_throughput(state: State, items: Sequence[Item], device: torch.device) -> Path | None:
     """Write the bf16 measurements as a file for `compt plan --throughput`; None if there are none."""
     entries = []
@@ -395,14 +434,16 @@ def suite(given: argparse.Namespace, started: float) -> int:
     name = device_name(device)
     stamp = {"device": name, "versions": versions()}
     if given.batch:
-        items = [replace(item, name=f"{item.name}@{given.batch}") if item.setup else item for item in items]
+        items = [item if item.kind == "check" else replace(item, name=f"{item.name}@{given.batch}") for item in items]
     state = State.open(given.out, stamp, given.fresh)
     console = terminal()
 
     def say(item: Item, record: dict[str, Any], known: bool) -> None:
         when = " (from an earlier call)" if known else ""
-        if item.setup is None:
+        if item.kind == "check":
             line = f"{'passed' if record['passed'] else 'FAILED'}: {worst(record)}"
+        elif item.kind == "peers":
+            line = str(record.get("error") or peers_line(record["rows"]))
         else:
             found = record.get("measurement", {})
             seconds = found.get("seconds_per_sample")
@@ -414,9 +455,11 @@ def suite(given: argparse.Namespace, started: float) -> int:
     found = [record for item in items if (record := state.find(item)) is not None]
     checks = [record for record in found if record["name"].startswith("check/")]
     speeds = [record for record in found if record["name"].startswith("speed/")]
-    for table in ([check_table(checks, name)] if checks else []) + (
-        [speed_table(speeds, name, state.source)] if speeds else []
-    ):
+    rows = [row for record in found for row in record.get("rows", [])]
+    tables = [check_table(checks, name)] if checks else []
+    tables += [peers_table(rows, device)] if rows else []
+    tables += [speed_table(speeds, name, state.source)] if speeds else []
+    for table in tables:
         console.print(table)
     written = [str(state.path), str(write_throughput(state, items, device) or "")]
     console.print(f"Written: {', '.join(filter(None, written))}", markup=False, soft_wrap=True)

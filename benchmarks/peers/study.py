@@ -23,8 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-from benchmarks.common import Result, one_line, show, write
-from benchmarks.data.study import IDLE_LOAD
+from benchmarks.common import IDLE_LOAD, Result, one_line, show, write
 from benchmarks.peers.sides import PEERS, SEED, Captions, Case, Clock, Own, Side
 from compt.bench.throughput import device_name, peak_flops
 from compt.cost.training import exact_breakdown
@@ -174,7 +173,7 @@ def _span(values: Sequence[float]) -> str:
     return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def table(rows: Sequence[Row], peak: float | None, about: Row) -> TextTable:
+def table(rows: Sequence[Row], peak: float | None, about: Mapping[str, Any]) -> TextTable:
     """A row of the table for each side of each case."""
     body, last = [], None
     for row in rows:

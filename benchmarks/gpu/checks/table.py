@@ -41,8 +41,9 @@ from compt.data.batch import Batch
 from compt.engines.base import AdamWSettings, Engine, Precision
 from compt.engines.ddp import DataParallelEngine
 from compt.models.clip import caption_lengths
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS
 from compt.recipe.engine import EngineConfig
+from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.loop import training_step
 from compt.train.task import ClipTask
@@ -120,6 +121,57 @@ def check_adamw(device: torch.device) -> list[Finding]:
     way = math.sqrt(sum(apart(expected[name], initial[name]) ** 2 for name in initial))
     off = math.sqrt(sum(apart(value.cpu(), expected[name]) ** 2 for name, value in engine.weights()))
     return [holds("fused", "aten::_fused_adamw_" in ops), Finding("weights", off / way, 1e-4)]
+
+
+def check_packed(device: torch.device) -> list[Finding]:
+    """Packed captions have the features and gradients of padded ones; on a GPU by torch's kernel for any lengths."""
+    findings = []
+    precisions: tuple[Precision, ...] = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32",)
+    for precision in precisions:
+        found = []
+        for text in ("padded", "packed"):
+            config = EngineConfig.model_validate({"text": text})
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+                task, engine = open_case(replace(LINK, teacher=None), device, config, precision)
+                loss = backward(LINK, task, engine, 0)
+            gradients = [value.flatten() for name, value in engine.gradients() if "visual" not in name]
+            found.append((float(loss), torch.cat(gradients), {event.key for event in seen.key_averages()}))
+        (right, gradient, _), (loss_packed, gradient_packed, names) = found
+        most = 1e-5 if precision == "fp32" else HALF[precision]
+        off = apart(gradient_packed, gradient) / gradient.norm().item()
+        findings.append(Finding(f"{precision}: loss", abs(loss_packed - right) / abs(right), most))
+        findings.append(Finding(f"{precision}: gradient", off, most))
+        if precision != "fp32":
+            used = any("varlen_attn" in name for name in names)
+            findings.append(holds(f"{precision}: torch's kernel ran", used))
+    return findings
+
+
+def check_launches(device: torch.device) -> list[Finding]:
+    """A step launches as many kernels as are counted without a GPU; says how long the host needs for each."""
+    from compt.bench.launches import count
+    from compt.bench.step import Setup, TrainingStep
+
+    if device.type != "cuda":
+        return []
+    findings = []
+    for text in ("packed", "buckets"):
+        setup = Setup(
+            student=PRESETS["vit_t16"],
+            tokens=20,
+            optimizer=Optimizer(precision="bf16"),
+            engine=EngineConfig.model_validate({"text": text}),
+        )
+        counted = count(setup, 16, device).total
+        step = TrainingStep(setup, device)
+        data = step.data(16)
+        seconds = min(step.seconds(data, warm_up=3, repeats=5))  # so small a batch waits for the host
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            step(data)
+        launched = sum(row.count for row in seen.key_averages() if row.self_device_time_total > 0)
+        findings.append(Finding(f"{text}: launched over counted", launched / counted, 1.25, 0.8))
+        findings.append(Finding(f"{text}: microseconds a launch", 1e6 * seconds / counted, math.inf, 0.0))
+    return findings
 
 
 def check_scaler(device: torch.device) -> list[Finding]:
@@ -313,7 +365,6 @@ def check_memory(device: torch.device) -> list[Finding]:
         return []
     from benchmarks.paper.counting import Case as Step
     from compt.cost.memory import memory_per_gpu
-    from compt.models.presets import PRESETS
 
     findings = []
     for case in (
@@ -370,6 +421,8 @@ CHECKS: dict[str, Check] = {
     "scaler": Check(check_scaler),
     "nonfinite": Check(check_nonfinite),
     "waits": Check(check_waits),
+    "packed": Check(check_packed),
+    "launches": Check(check_launches),
     "memory": Check(check_memory),
     "dali": Check(check_dali),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),

@@ -39,7 +39,8 @@ class Fake:
         pass
 
     def run(self, function: Callable[..., Any], first: Any, *more: Any, seconds: float) -> Any:
-        Fake.asked.append(first if isinstance(first, str) else first.student.name)
+        names = "<".join(first) if isinstance(first, tuple) else first
+        Fake.asked.append(names if isinstance(names, str) else names.student.name)
         Fake.now += 100
         found = Fake.on(len(Fake.asked))
         if found is not None:
@@ -73,7 +74,8 @@ def names(out: Path) -> list[str]:
 def test_correctness_comes_first_and_every_preset_is_in_it() -> None:
     items = all_items()
     kinds = [item.kind for item in items]
-    assert kinds == sorted(kinds)  # check, then speed
+    assert kinds == sorted(kinds)  # check, then peers, then speed
+    assert [item.models for item in items if item.models] == list(gpu_suite.PEERS)
     assert len({item.name for item in items}) == len(items)
     assert [item.name for item in items][: len(CHECKS)] == [f"check/{name}" for name in CHECKS]
     alone = {item.setup.student.name for item in items if item.setup and item.setup.teacher is None}
@@ -266,7 +268,33 @@ def test_the_chains_leave_time_for_other_checks() -> None:
 
 def test_item_kinds() -> None:
     assert Item("check/x", "plain", 1.0).kind == "check"
+    assert Item("peers/x", "peers", 1.0, models=("vit_t16",)).kind == "peers"
     assert Item("speed/x", "plain", 1.0, setup_of("vit_t16")).kind == "speed"
+
+
+def test_a_comparison_with_peers_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"model": "vit_s16", "teacher": "vit_t16", "captions": "four", "batch": 2, "seconds": [1.0, 2.0]}
+    row |= {"flops_per_second": 1e12, "memory_bytes": None}
+    rows = [{**row, "side": "compt, text=packed", "ratios": [1.0, 1.0]}, {**row, "side": "peer", "ratios": [3.0, 4.0]}]
+    Fake.on = staticmethod(lambda call: rows)  # type: ignore[assignment]
+    out, words = tmp_path / "s.json", ("--only", "peers/vit_s16*", "--batch", "2")
+    for known in ("", " (from an earlier call)"):
+        assert suite(out, *words) == 0
+        said = capsys.readouterr().out
+        assert f"peers/vit_s16<vit_t16@2: over compt, text=packed: peer 3.50{known}" in said
+        assert "3.50 (3.00 to 4.00)" in said
+    assert names(out) == ["peers/vit_s16<vit_t16@2"]
+
+
+def test_a_real_comparison_with_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.peers import study
+
+    small = study.Captions("two", 2, 8, None)
+    monkeypatch.setitem(study.CAPTIONS, "dreamlip", small)
+    rows = gpu_suite.compare_peers(("vit_pico", "vit_nano"), "cpu", 2)
+    assert [row["side"] for row in rows][:2] == ["compt, text=packed", "compt, text=buckets"]
+    assert {(row["model"], row["teacher"]) for row in rows} == {("vit_nano", "vit_pico")}
+    assert json.loads(json.dumps(rows)) == rows
 
 
 @pytest.mark.full
