@@ -29,7 +29,7 @@ from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
 from compt.files import plain_stat
 from compt.models.presets import NORM_EPS, PACKED, PRESETS, ModelSpec
-from compt.recipe.engine import EngineConfig, EngineName
+from compt.recipe.engine import EngineConfig, EngineName, LossChunk
 from compt.recipe.optimizer import Optimizer
 from compt.recipe.schema import Recipe
 from compt.recipe.types import first_mistake
@@ -47,7 +47,7 @@ class Conditions:
     precision: str = "bf16"
     batch: int = 128
     micro_batch: int | None = None
-    loss_chunk: int | None = None
+    loss_chunk: LossChunk = None
     compile: bool = False
     text_buckets: int = 1
     engine: EngineName = "ddp"
@@ -83,7 +83,7 @@ def way_of(optimizer: Optimizer, engine: EngineConfig, batch: int | None) -> dic
 
     return {
         "micro_batch": piece(engine.micro_batch),
-        "loss_chunk": piece(engine.loss_chunk),
+        "loss_chunk": engine.loss_chunk if engine.loss_chunk == "tiled" else piece(engine.loss_chunk),
         "engine": engine.name,
         "text_buckets": engine.buckets,
         **{key: getattr(engine, key) for key in ("compile", "recompute")},
@@ -124,7 +124,7 @@ class Measurement(BaseModel):
     text_buckets: int = Field(1, ge=PACKED)
     batch: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1)
-    loss_chunk: int | None = Field(None, ge=1)
+    loss_chunk: LossChunk = None
     compile: bool = False
     engine: EngineName = "ddp"
     recompute: bool = False

@@ -420,7 +420,7 @@ def memory_of(
         precision=recipe.optimizer.precision,
         micro_batch=micro_batch or config.micro_batch,
         recompute=recompute,
-        loss_chunk=config.loss_chunk,
+        loss_chunk=config.loss_rows,
         shard_teacher=config.shard_teacher,
         ema=recipe.optimizer.ema is not None,
         replicas=config.fsdp2.replicas if engine == config.name else 1,

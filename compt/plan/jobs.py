@@ -388,6 +388,7 @@ def recipe_cost(
     """
     rows, engine = recipe.optimizer.batch // world_size, recipe.engine_of(spec.name)
     micro, chunk = engine.micro_batch, engine.loss_chunk
+    # The tiled loss computes the similarities again too, but half of the products for the gradients.
     return exact_breakdown(
         spec,
         teacher,
@@ -396,7 +397,7 @@ def recipe_cost(
         tokens=tokens,
         recompute=again and micro is not None and micro < rows,
         checkpointing=again and engine.recompute,
-        chunked_loss=again and chunk is not None and chunk < rows,
+        chunked_loss=again and isinstance(chunk, int) and chunk < rows,
     ).of_steps(steps)
 
 

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from compt.errors import nearest
 from compt.models.presets import PACKED
 from compt.recipe.types import Duration, OneOf, Section, execution
 
 Part = Literal["weights", "gradients", "optimizer"]
+LossChunk = Annotated[int, Field(gt=0)] | Literal["tiled"] | None
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,9 @@ class EngineConfig(Section):
     text_buckets: int | None = execution(None, gt=0)
     """Groups of captions of similar length in a batch, each padded only to its longest, for `text: auto` and `text:
     buckets`. Default: 4."""
-    loss_chunk: int | None = execution(None, gt=0)
-    """Rows of the similarity matrix that are in memory at once. Default: all."""
+    loss_chunk: LossChunk = execution(None)
+    """Rows of the similarity matrix that are in memory at once; `tiled`: none, by kernels in Triton on a GPU, and 64
+    rows on a CPU. Default: all."""
     compile: bool = execution(False)
     """Compile the model with torch.compile."""
     workers: int = execution(4, ge=0)
@@ -164,10 +166,19 @@ class EngineConfig(Section):
         return {"padded": 1, "packed": PACKED}.get(self.text, self.text_buckets or _BUCKETS)
 
     def on(self, device: str) -> EngineConfig:
-        """With `text: auto` decided for a type of device: packed text has not run on a GPU yet."""
-        if device != "cpu" or self.text != "auto" or self.text_buckets:
+        """With `text: auto` decided for a type of device, and with no kernels that a CPU lacks.
+
+        Packed text has not run on a GPU yet.
+        """
+        if device != "cpu":
             return self
-        return self.model_copy(update={"text": "packed"})
+        packed = {"text": "packed"} if self.text == "auto" and not self.text_buckets else {}
+        return self.model_copy(update={**packed, **({"loss_chunk": 64} if self.loss_chunk == "tiled" else {})})
+
+    @property
+    def loss_rows(self) -> int | None:
+        """`loss_chunk` as a number of rows: tiles take less memory than one row does."""
+        return 1 if self.loss_chunk == "tiled" else self.loss_chunk
 
     @property
     def kind(self) -> EngineKind:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,12 +19,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from compt.dist.collectives import gather_with_grad, pass_on, rank, world_size
+from compt.errors import ConfigError
 from compt.models.scalars import LOSS_TRAITS, Scalar
-from compt.recipe.engine import EngineConfig
+from compt.recipe.engine import EngineConfig, LossChunk
 from compt.recipe.optimizer import Optimizer
 
 ImageToText = Literal["slot", "all"]
-Chunk = int | Literal["tiled"] | None
 Terms = dict[str, Tensor]
 
 ALPHA_EMBED_DIM = 512
@@ -40,7 +41,7 @@ class Loss(ABC):
 
     @classmethod
     @abstractmethod
-    def of(cls, optimizer: Optimizer, chunk: Chunk) -> Loss:
+    def of(cls, optimizer: Optimizer, chunk: LossChunk) -> Loss:
         """The loss as a recipe describes it. `chunk`: images of this rank to treat at a time, or `tiled`
         (`engine.loss_chunk`)."""
 
@@ -102,10 +103,10 @@ class ContrastiveLoss(Loss):
 
     name = "contrastive"
     image_to_text: ImageToText = "slot"
-    chunk: Chunk = None
+    chunk: LossChunk = None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, chunk: Chunk) -> ContrastiveLoss:
+    def of(cls, optimizer: Optimizer, chunk: LossChunk) -> ContrastiveLoss:
         """The loss as a recipe describes it."""
         return cls(optimizer.image_to_text, chunk)
 
@@ -130,7 +131,7 @@ def contrastive_loss(
     scale: Tensor,
     *,
     image_to_text: ImageToText = "slot",
-    chunk: Chunk = None,
+    chunk: LossChunk = None,
     gather: bool = True,
 ) -> ContrastiveTerms:
     """Symmetric contrastive loss of N images with M captions each (CoM-PT, section 3.2, with the mean over N*M).
@@ -203,10 +204,10 @@ class SiglipLoss(Loss):
     """`siglip_loss`; reports task, its shares `positive` and `negative`, logit_scale and logit_bias."""
 
     name = "siglip"
-    chunk: Chunk = None
+    chunk: LossChunk = None
 
     @classmethod
-    def of(cls, optimizer: Optimizer, chunk: Chunk) -> SiglipLoss:
+    def of(cls, optimizer: Optimizer, chunk: LossChunk) -> SiglipLoss:
         """The loss as a recipe describes it."""
         return cls(chunk)
 
@@ -219,7 +220,7 @@ class SiglipLoss(Loss):
 
 
 def siglip_loss(
-    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, chunk: Chunk = None, gather: bool = True
+    image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, chunk: LossChunk = None, gather: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Pairwise sigmoid loss of N images with M captions each (SigLIP, arXiv 2303.15343), and its matching pairs' share.
 
@@ -251,7 +252,7 @@ class _SigmoidPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: Chunk, gather: bool
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: LossChunk, gather: bool
     ) -> tuple[Tensor, Tensor]:
         rows, captions, width = text.shape
         ranks = world_size() if gather else 1
@@ -311,7 +312,9 @@ LOSSES: dict[str, type[Loss]] = {loss.name: loss for loss in (ContrastiveLoss, S
 
 
 def loss_of(optimizer: Optimizer, engine: EngineConfig) -> Loss:
-    """The loss that a recipe asks for."""
+    """The loss that a recipe asks for. Raises ConfigError for a tiled loss where Triton is missing."""
+    if engine.loss_chunk == "tiled" and find_spec("triton") is None:
+        raise ConfigError("engine.loss_chunk: tiled needs Triton (pip install triton), or give a number of rows")
     return LOSSES[optimizer.loss].of(optimizer, engine.loss_chunk)
 
 

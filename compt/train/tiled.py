@@ -24,6 +24,8 @@ from compt.dist.collectives import gather_with_grad, rank
 
 _TILE = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
 """Rows and columns of a tile, and the numbers of each feature that are multiplied at a time."""
+_WARPS = 8
+"""Of 32 threads, for a program. With 4 the registers of an H100 do not suffice (tests/unit/train/test_tiled.py)."""
 _PROGRAMS = 512
 """Few rows are shared among about so many programs: each takes a part of the columns."""
 
@@ -183,7 +185,8 @@ def _softmax(
     out = rows.new_empty(parts, 3, len(rows), groups)
     _softmax_kernel[tiles, groups, parts](
         *(rows, columns, scale, out, len(rows), len(columns), first),
-        **{"WIDTH": rows.shape[1], "SPAN": span, "GROUPS": groups, "PER_ROW": per_row, "PER_COLUMN": per_column, **_TILE},
+        **{"WIDTH": rows.shape[1], "SPAN": span, "GROUPS": groups, "PER_ROW": per_row},
+        **{"PER_COLUMN": per_column, **_TILE, "num_warps": _WARPS},
     )
     logs, expected, right = out.unbind(1)
     whole = logs.logsumexp(0)
@@ -212,8 +215,8 @@ def _gradient(
     _gradient_kernel[tiles, parts](
         *(rows, columns, scale, rows if bias is None else bias, by_image, by_caption),
         *(rows if upstream is None else upstream, out, sums, len(rows), len(columns), first),
-        **{"WIDTH": rows.shape[1], "SPAN": span, "SIGMOID": bias is not None, "IMAGES": images, "CAPTIONS": captions, "GROUPS": groups},
-        **{"RIGHT": captions // groups, **_TILE},
+        **{"WIDTH": rows.shape[1], "SPAN": span, "SIGMOID": bias is not None, "IMAGES": images},
+        **{"CAPTIONS": captions, "GROUPS": groups, "RIGHT": captions // groups, **_TILE, "num_warps": _WARPS},
     )
     return scale * out.sum(0), sums.sum((0, 2))
 

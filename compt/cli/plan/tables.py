@@ -169,7 +169,8 @@ def _setting(asked: Conditions, mode: Mode) -> str:
     if mode == "paper":
         captions = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
     ways = [f"micro-batches of {asked.micro_batch}" if asked.micro_batch else ""]
-    ways += [f"chunks of the loss of {asked.loss_chunk}" if asked.loss_chunk else ""]
+    chunk = asked.loss_chunk
+    ways += ["a tiled loss" if chunk == "tiled" else f"chunks of the loss of {chunk}" if chunk else ""]
     ways += ["compiled blocks" if asked.compile else "", "recomputed blocks" if asked.recompute else ""]
     ways += [f"the engine {asked.engine}" if asked.engine != "ddp" else ""]
     ways += [f"{key} {value}" for key, value in asked.settings.items()]
