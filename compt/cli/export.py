@@ -24,6 +24,9 @@ def export(
     licence: Annotated[
         str | None, option("licence for the model card, as in apache-2.0", "--license", metavar="NAME")
     ] = None,
+    image_size: Annotated[
+        int | None, option("resize the positions for images of this size", metavar="PIXELS", default="the model's")
+    ] = None,
     repository: Annotated[
         str | None, option("also upload OUT to this repository", "--push-to-hub", metavar="ORG/NAME", panel=_HUB)
     ] = None,
@@ -44,7 +47,7 @@ def export(
         check_repository(repository)
     from compt.export.write import export_model
 
-    for note in export_model(open_source(model, name, prefix), out, to, licence):
+    for note in export_model(open_source(model, name, prefix), out, to, licence, image_size):
         say(note)
     say(f"Wrote {out}")
     if repository is not None:

@@ -214,6 +214,9 @@ with torch.no_grad():
     image, text = model.get_image_features(given["pixels"]), model.get_text_features(given["tokens"])
 torch.save({"file": transformers.__file__, "image": image, "text": text}, sys.argv[3])
 """
+# What LLaVA 1.5 pins, with the packages of its time that it needs.
+TRANSFORMERS_4_37 = ["transformers==4.37.2", "tokenizers==0.15.2", "huggingface_hub==0.24.7"]
+TRANSFORMERS_4_37 += ["requests", "urllib3", "idna", "charset_normalizer", "certifi"]
 
 
 @pytest.mark.full
@@ -221,13 +224,7 @@ torch.save({"file": transformers.__file__, "image": image, "text": text}, sys.ar
     ("to", "packages", "program"),
     [
         *(("open_clip", [f"open_clip_torch=={version}"], OLD_OPEN_CLIP) for version in ("2.16.0", "2.24.0", "2.32.0")),
-        # What LLaVA 1.5 pins, with the packages of its time that it needs.
-        (
-            "hf",
-            ["transformers==4.37.2", "tokenizers==0.15.2", "huggingface_hub==0.24.7"]
-            + ["requests", "urllib3", "idna", "charset_normalizer", "certifi"],
-            OLD_TRANSFORMERS,
-        ),
+        ("hf", TRANSFORMERS_4_37, OLD_TRANSFORMERS),
     ],
 )
 @torch.no_grad()
