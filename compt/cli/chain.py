@@ -71,7 +71,7 @@ def demo(
 ) -> None:
     """Train a chain of small CLIP models on emoji images, on a CPU."""
     from compt.chain.run import start_fresh
-    from compt.emoji import build as emoji
+    from compt.drawings import emoji
 
     loaded = load_recipe(recipe, set_)
     if fresh:

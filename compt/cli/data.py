@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -44,19 +44,40 @@ def emoji(
 
     Its images have 32 pixels a side. The set is built from a sample that comes with compt.
     """
-    from compt.emoji.build import build
+    from compt.drawings.emoji import build
 
-    made = build(out)
+    _show_drawings("Emoji", build(out), out)
+
+
+def icons(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")] = Path("data/icons"),
+    size: Annotated[int, option("pixels a side", metavar="PIXELS", min=8, max=1024)] = 32,
+    everything: Annotated[bool, option("all drawings, and rarer concepts", "--all")] = False,
+) -> None:
+    """Build the icon data set as WebDataset shards.
+
+    Downloads about 110 MB from npm, and renders icons of open sets. Needs Node.js and `pip install 'compt[data]'`.
+    """
+    from compt.drawings.icons import build
+
+    _show_drawings("Icons", build(out, size, everything=everything), out)
+
+
+def _show_drawings(title: str, made: dict[str, Any], out: Path) -> None:
     note = (
         f"{made['held_out_concepts']} concepts are held out of training in every style. Drawings left out: "
         f"{sum(made['dropped'].values())}. Licences and hashes: {out / 'manifest.json'}."
     )
     rows = [
-        (name, ", ".join(split["styles"]), f"{split['samples']:,}", f"{split['concepts']:,}", str(len(split["shards"])))
+        (name, _styles(split["styles"]), f"{split['samples']:,}", f"{split['concepts']:,}", str(len(split["shards"])))
         for name, split in made["splits"].items()
     ]
     header = ("folder", "styles", "images", "concepts", "shards")
-    show(TextTable(f"Emoji, {made['size']} px, from {made['source']}: {out}", header, rows, [note]))
+    show(TextTable(f"{title}, {made['size']} px, from {made['source']}: {out}", header, rows, [note]))
+
+
+def _styles(names: Collection[str]) -> str:
+    return ", ".join(names) if len(names) < 10 else f"{len(names)} styles"
 
 
 def check(

@@ -66,6 +66,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
         "Build, pack, check and index data sets.",
         {
             "emoji": data.emoji,
+            "icons": data.icons,
             "pack": data.pack,
             "dreamlip": data.dreamlip,
             "check": data.check,

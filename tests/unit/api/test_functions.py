@@ -204,7 +204,7 @@ def test_both_methods_work_in_a_loop_of_one_s_own(nano: Path, capsys: pytest.Cap
 @pytest.mark.slow
 def test_the_whole_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """The example with two steps a model instead of 54."""
-    from compt.emoji.build import build as build_emoji
+    from compt.drawings.emoji import build as build_emoji
 
     text = (EXAMPLES / "whole_path.py").read_text(encoding="utf-8")
     assert len([line for line in text.splitlines() if line.strip()]) <= 30

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compt.emoji.sample import SAMPLE, EmojiSet, read_sample
+from compt.drawings.build import DrawingSet
+from compt.drawings.emoji import SAMPLE, read_sample
+from compt.drawings.packages import fetch
 from compt.errors import DataError
 from compt.files import read_json
 from sample.emoji import render
@@ -20,7 +22,7 @@ from tests.helpers.optional import optional
 
 
 @pytest.fixture(scope="module")
-def sample() -> EmojiSet:
+def sample() -> DrawingSet:
     return read_sample()
 
 
@@ -36,7 +38,7 @@ def test_sample_is_small_and_has_its_licences() -> None:
         assert licence in attribution
 
 
-def test_sample_survives_writing_and_damage_is_named(tmp_path: Path, sample: EmojiSet) -> None:
+def test_sample_survives_writing_and_damage_is_named(tmp_path: Path, sample: DrawingSet) -> None:
     few = replace(sample, drawings={"noto": dict(list(sample.drawings["noto"].items())[:50])})
     few.sources = {**sample.sources, "styles": {"noto": sample.sources["styles"]["noto"]}}
     render.write_sample(tmp_path, few)
@@ -128,13 +130,13 @@ def test_a_changed_licence_or_a_torn_package_is_refused(tmp_path: Path) -> None:
 def test_missing_npm_is_one_clear_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match="npm is not installed"):
-        render.fetch_packages(tmp_path)
+        fetch([render.STYLES["noto"].pinned], tmp_path)
 
 
 def test_the_command_writes_a_sample_or_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def read_npm(size: int, *, progress: bool = False) -> EmojiSet:
+    def read_npm(size: int, *, progress: bool = False) -> DrawingSet:
         sizes.append(size)
         few = {"noto": dict(list(read_sample().drawings["noto"].items())[:20])}
         return replace(read_sample(), size=size, drawings=few)

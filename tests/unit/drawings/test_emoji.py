@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from compt.data.index import open_index
-from compt.emoji import build as emoji
-from compt.emoji import sample as emoji_sample
-from compt.emoji.sample import CAPTIONS, TEST_STYLE, VALIDATION_STYLE, Concept, EmojiSet
+from compt.drawings import emoji
+from compt.drawings.build import TRAIN_SHARDS, Concept, DrawingSet, lay_out, split
+from compt.drawings.captions import CAPTIONS
+from compt.drawings.emoji import TEST_STYLE, VALIDATION_STYLE
 from compt.errors import DataError
 from compt.files import read_json, sha256_file
 
@@ -24,8 +25,8 @@ EVALUATION = ("val_style", "test_style", "val_concepts", "test_concepts")
 
 
 @pytest.fixture(scope="module")
-def sample() -> EmojiSet:
-    return emoji_sample.read_sample()
+def sample() -> DrawingSet:
+    return emoji.read_sample()
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,8 @@ def test_the_data_are_those_of_the_committed_demo(root: Path, built: Path, tmp_p
     assert index.counts == {16: len(index)}
 
 
-def test_sample_holds_every_style_without_blank_drawings(sample: EmojiSet) -> None:
-    assert list(sample.drawings) == list(emoji_sample.table()["styles"])
+def test_sample_holds_every_style_without_blank_drawings(sample: DrawingSet) -> None:
+    assert list(sample.drawings) == list(emoji.table()["styles"])
     assert sum(len(drawings) for drawings in sample.drawings.values()) >= 5000
     for drawings in sample.drawings.values():
         for pixels in drawings.values():
@@ -66,7 +67,7 @@ def test_sample_holds_every_style_without_blank_drawings(sample: EmojiSet) -> No
             assert pixels.min() < 250
 
 
-def test_captions_are_distinct_and_name_no_style(sample: EmojiSet) -> None:
+def test_captions_are_distinct_and_name_no_style(sample: DrawingSet) -> None:
     for concept in sample.concepts.values():
         assert len({caption.casefold() for caption in concept.captions}) == CAPTIONS
         assert concept.captions[0] == concept.name
@@ -76,8 +77,8 @@ def test_captions_are_distinct_and_name_no_style(sample: EmojiSet) -> None:
     assert max(names.values()) == 1
 
 
-def test_splits_share_no_style_and_no_held_out_concept(sample: EmojiSet) -> None:
-    folders = emoji.split(sample)
+def test_splits_share_no_style_and_no_held_out_concept(sample: DrawingSet) -> None:
+    folders = split(sample)
     train = {item.concept.id for item in folders["train"]}
     assert not {item.style for item in folders["train"]} & {VALIDATION_STYLE, TEST_STYLE}
     assert not any(item.concept.held_out for item in folders["train"])
@@ -113,18 +114,18 @@ def test_family_takes_gender_and_direction_out(identity: str, family: str) -> No
     assert Concept(identity, "", "", "", ()).family == family
 
 
-def test_shards_hold_what_the_manifest_says(built: Path, sample: EmojiSet) -> None:
+def test_shards_hold_what_the_manifest_says(built: Path, sample: DrawingSet) -> None:
     manifest = read_json(built / "manifest.json")
     assert manifest["sources"] == sample.sources
-    for name, split in manifest["splits"].items():
-        folder, shards = built / name, split["shards"]
+    for name, entry in manifest["splits"].items():
+        folder, shards = built / name, entry["shards"]
         assert {path.name for path in folder.glob("*.tar")} == set(shards)
-        assert all(sha256_file(folder / shard) == entry["sha256"] for shard, entry in shards.items())
-        assert len(members(folder)) == split["samples"] == sum(entry["samples"] for entry in shards.values())
-    assert len(manifest["splits"]["train"]["shards"]) == emoji.TRAIN_SHARDS
+        assert all(sha256_file(folder / shard) == one["sha256"] for shard, one in shards.items())
+        assert len(members(folder)) == entry["samples"] == sum(one["samples"] for one in shards.values())
+    assert len(manifest["splits"]["train"]["shards"]) == TRAIN_SHARDS
 
 
-def test_samples_decode_to_the_drawings(built: Path, sample: EmojiSet) -> None:
+def test_samples_decode_to_the_drawings(built: Path, sample: DrawingSet) -> None:
     for parts in members(built / "val_style").values():
         text = json.loads(parts["json"])
         with Image.open(io.BytesIO(parts["png"])) as image:
@@ -168,18 +169,18 @@ def test_the_bytes_are_those_that_published_results_were_measured_on(built: Path
     assert sha.hexdigest() == "367c66df0ed040563233eef3118fef9452e30f1055cbdf7af5cf6b19371f2e16"
 
 
-def test_only_its_own_folder_is_replaced(tmp_path: Path, sample: EmojiSet) -> None:
+def test_only_its_own_folder_is_replaced(tmp_path: Path, sample: DrawingSet) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
     with pytest.raises(DataError, match="has other files in it"):
         emoji.build(other)
     assert (other / "thesis.txt").read_text() == "precious"
-    few = EmojiSet(32, sample.concepts, {"noto": dict(list(sample.drawings["noto"].items())[:20])})
-    emoji.lay_out(few, tmp_path / "set", "sample")
-    emoji.lay_out(few, tmp_path / "set", "sample")
+    few = emoji.emoji_set(32, sample.concepts, {"noto": dict(list(sample.drawings["noto"].items())[:20])})
+    lay_out(few, tmp_path / "set", "sample")
+    lay_out(few, tmp_path / "set", "sample")
 
 
 def test_a_missing_sample_is_one_clear_message(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none/concepts.json.gz: this file of the emoji sample is missing"):
-        emoji_sample.read_sample(tmp_path / "none")
+        emoji.read_sample(tmp_path / "none")

@@ -1,4 +1,4 @@
-"""The emoji set: styles, concepts and drawings, and the sample of it that comes with compt.
+"""The emoji set: colour emoji of seven open styles, 16 English captions each, from the sample that comes with compt.
 
 The sample is one lossless sheet of drawings per style and one table of concepts and captions, with the licences.
 """
@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import functools
 import gzip
-import hashlib
 import json
-import re
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
-from numpy.typing import NDArray
 from PIL import Image
 
+from compt.drawings.build import Concept, DrawingSet, Pixels, lay_out
 from compt.errors import DataError
-
-CAPTIONS = 16
-"""Captions of every image."""
-
-HELD_OUT_SHARE = 0.105
-"""Share of concept families that no training shard shows."""
 
 VALIDATION_STYLE = "fxemoji"
 """The smallest style, and drawn by other people than the rest: it costs the training data least."""
@@ -40,59 +32,21 @@ CONCEPTS = "concepts.json.gz"
 
 SAMPLE = Path(__file__).parent / "data"
 
-Pixels = NDArray[np.uint8]
-
 
 @functools.cache
 def table() -> dict[str, Any]:
-    """Styles, subgroups, sentences and aliases: `data/table.yaml`."""
+    """Styles, subgroups, sentences and aliases: `data/emoji.yaml`."""
     # All values are text: with YAML's own types the icons "on" and "no" would become booleans.
-    found: dict[str, Any] = yaml.load((SAMPLE / "table.yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    found: dict[str, Any] = yaml.load((SAMPLE / "emoji.yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     return found
 
 
-def subgroup_text(subgroup: str) -> str:
-    """A Unicode group or subgroup in words: 'animal-mammal' is 'animal mammal'."""
-    words: str = table()["subgroups"].get(subgroup) or re.sub(r"[-_\s]+", " ", subgroup.replace("&", " and ")).lower()
-    return words
+def build(out: Path) -> dict[str, Any]:
+    """Write the set to `out` from the sample, and return its manifest, as in `lay_out`. Raises DataError."""
+    return lay_out(read_sample(), out, "sample")
 
 
-@dataclass(frozen=True)
-class Concept:
-    """One emoji in all styles. id: its code points in hexadecimal, without U+FE0F, joined by '-'."""
-
-    id: str
-    name: str
-    group: str
-    subgroup: str
-    captions: tuple[str, ...]
-
-    @property
-    def family(self) -> str:
-        """The id without gender and direction: 'man running' and 'woman running facing right' are one family."""
-        # Drop ♀, ♂ and → with the joiner before them; man and woman become person, boy and girl become child.
-        neutral = re.sub(r"(-200d)?-(2640|2642|27a1)\b", "", self.id)
-        return re.sub(r"\b1f46[67]\b", "1f9d2", re.sub(r"\b1f46[89]\b", "1f9d1", neutral))
-
-    @property
-    def held_out(self) -> bool:
-        """Whether training must not show this concept. Only the family's hash decides."""
-        digest = hashlib.sha256(f"held out: {self.family}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") < HELD_OUT_SHARE * 2**64
-
-
-@dataclass
-class EmojiSet:
-    """Drawings by style and concept id, uint8 [size, size, 3] on white, and the concepts that they show."""
-
-    size: int
-    concepts: dict[str, Concept]
-    drawings: dict[str, dict[str, Pixels]]
-    sources: dict[str, Any] = field(default_factory=dict)
-    dropped: Counter[str] = field(default_factory=Counter)
-
-
-def read_sample(folder: Path = SAMPLE) -> EmojiSet:
+def read_sample(folder: Path = SAMPLE) -> DrawingSet:
     """Read the sample that `sample/emoji/render.py` wrote. Raises DataError if it is missing or damaged."""
     try:
         found = json.loads(gzip.decompress((folder / CONCEPTS).read_bytes()))
@@ -107,8 +61,27 @@ def read_sample(folder: Path = SAMPLE) -> EmojiSet:
         raise DataError(f"{error.filename}: this file of the emoji sample is missing; install compt again") from error
     except (OSError, EOFError, ValueError, KeyError, IndexError) as error:
         raise DataError(f"{folder}: the emoji sample is damaged ({error})") from error
-    return EmojiSet(
-        CELL, {concept.id: concept for concept in concepts}, drawings, found["sources"], Counter(found["dropped"])
+    return emoji_set(CELL, {concept.id: concept for concept in concepts}, drawings, found["sources"], found["dropped"])
+
+
+def emoji_set(
+    size: int,
+    concepts: dict[str, Concept],
+    drawings: dict[str, dict[str, Pixels]],
+    sources: Mapping[str, Any] | None = None,
+    dropped: Mapping[str, int] | None = None,
+) -> DrawingSet:
+    """The set of these drawings, with the split and the words that every emoji set has."""
+    return DrawingSet(
+        "emoji",
+        size,
+        concepts,
+        drawings,
+        (VALIDATION_STYLE,),
+        (TEST_STYLE,),
+        table()["subgroups"],
+        dict(sources or {}),
+        Counter(dropped or {}),
     )
 
 

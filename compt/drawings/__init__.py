@@ -1,0 +1,1 @@
+"""Sets of drawings with captions: the emoji of the demo, and icons."""

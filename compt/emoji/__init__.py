@@ -1,1 +1,0 @@
-"""The emoji data set of the demo."""
