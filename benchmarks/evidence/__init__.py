@@ -1,0 +1,1 @@
+"""Evidence for the paper's claims, on icons: baselines on their plateau, links, whole chains, seeds."""

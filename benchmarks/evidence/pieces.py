@@ -1,0 +1,141 @@
+"""The pieces of the evidence study, in order of worth. A piece is one training run of at most 100 minutes on a core."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compt.plan.jobs import make_plan
+from compt.recipe.read import load_recipe, parse_recipe
+from compt.recipe.schema import Recipe
+
+RECIPE = Path("benchmarks/evidence/icons.yaml")
+MEMBERS = ("a", "b", "c", "d")
+SEEDS = (0, 1, 2)
+
+LENGTHS = (10, 20, 40, 80, 160)
+"""Epochs of the baselines: complete schedules, each twice as long as the last."""
+
+BASELINE_LR = 3e-3
+
+LINKS = (5, 10, 20, 40)
+"""Epochs of the links."""
+
+LINK_LRS = (3e-3, 1e-3)
+"""Peak rates of links: that of the baselines, and a lower one that spoils the expanded weights less."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One training run: a model from scratch, or as a link that grows from the model of another piece.
+
+    `alpha`: weight of distillation; None: the recipe's. `warmup` in steps.
+    """
+
+    model: str
+    epochs: float
+    seed: int = 0
+    teacher: Piece | None = None
+    lr: float = BASELINE_LR
+    warmup: int = 200
+    alpha: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of its folder and of its files of results: `b-e10-s0-lr0.001-w50-from-a-e40-s0`."""
+        text = f"{self.model}-e{self.epochs:g}-s{self.seed}"
+        if self.lr != BASELINE_LR:
+            text += f"-lr{self.lr:g}"
+        if self.teacher is None:
+            return text
+        alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
+        return f"{text}-w{self.warmup}{alpha}-from-{self.teacher.name}"
+
+    def model_folder(self, runs: Path) -> Path:
+        """The trained model."""
+        return runs / self.name / "jobs" / f"1-{self.model}" / "model"
+
+    def recipe(self, runs: Path) -> Recipe:
+        """The recipe of this run alone. Raises ConfigError."""
+        values = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+        link: dict[str, Any] = {
+            "model": self.model,
+            "train": {"epochs": self.epochs},
+            "warmup": {"steps": self.warmup},
+            "lr": self.lr,
+        }
+        if self.alpha is not None:
+            link["alpha"] = self.alpha
+        chain: dict[str, Any] = {**values["chain"], "links": [link]}
+        if self.teacher is not None:
+            chain["from"] = str(self.teacher.model_folder(runs))
+        values |= {"name": self.name, "seed": self.seed, "chain": chain, "baselines": None}
+        # Scores while training would cost time that differs between pieces: a model is scored at its end.
+        values["evaluation"]["every"] = {"epochs": self.epochs}
+        return parse_recipe(values, f"{RECIPE} for {self.name}")
+
+
+def macs_of(piece: Piece) -> float:
+    """The MACs of its training, with the teacher's forward passes, without reading data or weights."""
+    base = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+    # A link needs its teacher's size, which the plan takes from the link before.
+    models = [piece.model] if piece.teacher is None else [piece.teacher.model, piece.model]
+    base["chain"]["links"] = [
+        {"model": model, "train": {"epochs": piece.epochs}, "warmup": {"steps": 1}} for model in models
+    ]
+    plan = make_plan(parse_recipe({**base, "baselines": None}, "piece"))
+    job = plan.jobs[-1]
+    return plan.cost(job).total_macs
+
+
+def plateau_pieces(model: str, seed: int = 0) -> list[Piece]:
+    """The baselines of one model at all lengths."""
+    return [Piece(model, epochs, seed) for epochs in LENGTHS]
+
+
+def pieces() -> Iterator[Piece]:
+    """All pieces; a teacher comes before its students, and no piece comes twice."""
+    seen = set()
+    for piece in _in_order():
+        for needed in (*_teachers(piece), piece):
+            if needed.name not in seen:
+                seen.add(needed.name)
+                yield needed
+
+
+def _teachers(piece: Piece) -> list[Piece]:
+    if piece.teacher is None:
+        return []
+    return [*_teachers(piece.teacher), piece.teacher]
+
+
+def _in_order() -> Iterator[Piece]:
+    first = Piece("a", LENGTHS[-2])
+    # The regime: baselines of the smallest pair at all lengths, then links between them.
+    for model in MEMBERS[:2]:
+        yield from plateau_pieces(model)
+    for epochs, lr in itertools.product(LINKS, LINK_LRS):
+        yield Piece("b", epochs, 0, first, lr, warmup=50)
+    # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
+    yield Piece("b", 10, 0, first, 1e-3, warmup=300)
+    yield Piece("b", 10, 0, first, 1e-3, warmup=50, alpha=0.0)
+    yield Piece("b", 10, 0, Piece("a", LENGTHS[-1]), 1e-3, warmup=50)
+    yield Piece("b", 10, 0, Piece("a", LENGTHS[-3]), 1e-3, warmup=50)
+    # The other members, then more seeds.
+    yield from plateau_pieces("c")
+    for seed, model in itertools.product(SEEDS[1:], MEMBERS[:3]):
+        yield Piece(model, LENGTHS[-2], seed)
+    yield from plateau_pieces("d")
+    for seed in SEEDS:
+        yield from chain(seed)
+
+
+def chain(seed: int, lr: float = LINK_LRS[1]) -> Iterator[Piece]:
+    """A whole chain with links of a quarter, a fifth and a sixth of the first model's length."""
+    model = Piece("a", LENGTHS[-2], seed)
+    for name, share in zip(MEMBERS[1:], (4, 5, 6), strict=True):
+        model = Piece(name, round(LENGTHS[-2] / share), seed, model, lr, warmup=50)
+        yield model

@@ -1,0 +1,156 @@
+"""Runs pieces, resumes them after a stop, and keeps of each a small file of results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from filelock import FileLock, Timeout
+
+from benchmarks.common import rounded
+from benchmarks.evidence.pieces import MEMBERS, Piece, macs_of, pieces
+from compt.chain.record import read_manifest
+from compt.cli.main import app
+from compt.errors import RunError
+from compt.evaluate.encoder import load_arrays
+from compt.files import read_json, write_json, write_text
+
+RUNS = Path("runs/evidence")
+RAW = Path("docs/results/evidence/raw")
+
+SETS = "sets.npz"
+"""The concept of each image of each evaluation set, the same for all pieces."""
+
+MACS_PER_SECOND = 8e9
+"""Speed of a core before a piece has been measured, for the plan of hours."""
+
+Say = Callable[[str], None]
+
+
+def is_done(piece: Piece, raw: Path = RAW) -> bool:
+    """Whether its results are there."""
+    return (raw / f"{piece.name}.json").exists()
+
+
+def run(max_minutes: float | None, say: Say, todo: Iterable[Piece] | None = None) -> None:
+    """Run the next pieces in order of worth, as long as the next one ends within `max_minutes` by its plan.
+
+    Several processes may run at once: each takes the next piece that no other has.
+    """
+    started = time.monotonic()
+    RUNS.mkdir(parents=True, exist_ok=True)
+    speeds = measured_speeds()
+    for piece in pieces() if todo is None else todo:
+        if is_done(piece):
+            continue
+        left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
+        if left is not None and planned_minutes(piece, speeds) > left:
+            say(f"{piece.name}: would take {planned_minutes(piece, speeds):.0f} minutes, {left:.0f} are left")
+            return
+        try:
+            with FileLock(RUNS / f"{piece.name}.lock", timeout=0):
+                train(piece)
+                collect(piece)
+        except Timeout:
+            say(f"{piece.name}: another process has it")
+
+
+def train(piece: Piece) -> None:
+    """Train the piece, or continue; first its teacher, if only its results are there and not its model."""
+    if piece.teacher is not None and not piece.teacher.model_folder(RUNS).exists():
+        with FileLock(RUNS / f"{piece.teacher.name}.lock"):
+            train(piece.teacher)
+    recipe = piece.recipe(Path.cwd() / RUNS)
+    path = RUNS / f"{piece.name}.yaml"
+    values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+    for key in ("train", "validation"):
+        place = values["data"] if key == "train" else values["evaluation"]
+        place[key] = _absolute(place[key])
+    for item in values["evaluation"]["sets"]:
+        item["data"] = _absolute(item["data"])
+    write_text(path, yaml.safe_dump(values, sort_keys=False))
+    app(["chain", str(path), "--run-folder", str(RUNS / piece.name)], standalone_mode=False)
+
+
+def _absolute(pattern: Any) -> Any:
+    return str(Path.cwd() / pattern) if isinstance(pattern, str) else [str(Path.cwd() / one) for one in pattern]
+
+
+def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
+    """Write the results of a finished piece: NAME.json, and NAME.npz with one bit an image.
+
+    Raises RunError if it was scored on other images than the pieces before.
+    """
+    place = runs / piece.name / "jobs" / f"1-{piece.model}"
+    manifest = read_manifest(place)
+    answers = {path.stem: load_arrays(path) for path in sorted((place / "scores").glob("*.npz"))}
+    labels: dict[str, Any] = {name: arrays["labels"].astype(np.uint16) for name, arrays in answers.items()}
+    raw.mkdir(parents=True, exist_ok=True)
+    if (raw / SETS).exists():
+        known = load_arrays(raw / SETS)
+        for name, found in labels.items():
+            if not np.array_equal(found, known[name]):
+                raise RunError(f"{place}: '{name}' has other images than the pieces before; build data/icons again")
+    else:
+        np.savez_compressed(raw / SETS, **labels)
+    bits: dict[str, Any] = {name: np.packbits(arrays["correct"]) for name, arrays in answers.items()}
+    np.savez_compressed(raw / f"{piece.name}.npz", **bits)
+    kept = ("top1", "top5", "mean_per_class", "n")
+    values = {
+        "piece": piece.name,
+        "model": piece.model,
+        "epochs": piece.epochs,
+        "seed": piece.seed,
+        "teacher": piece.teacher.name if piece.teacher else None,
+        "lr": piece.lr,
+        "warmup": piece.warmup,
+        "alpha": manifest["alpha"],
+        "parameters": manifest["parameters"],
+        "steps": manifest["steps"],
+        "macs": manifest["cost"]["total_macs"],
+        "device_hours": manifest["trained"]["device_hours"],
+        "validation_loss": manifest["validation_loss"],
+        "scores": {name: {key: item[key] for key in kept if key in item} for name, item in manifest["scores"].items()},
+        "machine": manifest["starts"][-1]["machine"],
+        "started": manifest["started"],
+        "finished": manifest["finished"],
+        "data_fingerprint": read_json(runs / piece.name / "run.json")["data_fingerprint"],
+    }
+    write_json(raw / f"{piece.name}.json", rounded(values))
+
+
+def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
+    """The results of all finished pieces, in order of worth; `correct` has an array of 0 and 1 for each set."""
+    found = []
+    sets = load_arrays(raw / SETS) if (raw / SETS).exists() else {}
+    names = [piece.name for piece in pieces()]
+    files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
+    for path in files:
+        values = read_json(path)
+        bits = load_arrays(path.with_suffix(".npz"))
+        values["correct"] = {name: np.unpackbits(bits[name])[: len(sets[name])] for name in bits}
+        found.append(values)
+    return found
+
+
+def _order(name: str, names: list[str]) -> tuple[int, str]:
+    return (names.index(name) if name in names else len(names), name)
+
+
+def measured_speeds(raw: Path = RAW) -> dict[str, float]:
+    """MACs a second on this core by model: the median over its finished pieces."""
+    speeds: dict[str, list[float]] = {model: [] for model in MEMBERS}
+    for path in raw.glob("*.json"):
+        values = read_json(path)
+        speeds[values["model"]].append(values["macs"] / (3600 * values["device_hours"]))
+    return {model: float(np.median(found)) for model, found in speeds.items() if found}
+
+
+def planned_minutes(piece: Piece, speeds: dict[str, float]) -> float:
+    """Minutes of one core, from the speed of its model, or of the largest model that was measured."""
+    speed = speeds.get(piece.model, max(speeds.values(), default=MACS_PER_SECOND))
+    return macs_of(piece) / speed / 60

@@ -1,0 +1,158 @@
+"""The evidence study: its pieces, its statistics, and the report of the committed raw results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.evidence import report, run
+from benchmarks.evidence.pieces import LENGTHS, MEMBERS, Piece, macs_of, pieces
+from benchmarks.evidence.statistics import MARGIN, difference, quantile
+from compt.errors import RunError
+from compt.files import write_json
+from compt.plan.jobs import make_plan
+from tests.helpers.optional import optional
+
+# Pieces
+
+
+def test_teachers_come_before_students_and_no_piece_twice() -> None:
+    planned = list(pieces())
+    names = [piece.name for piece in planned]
+    assert len(set(names)) == len(names)
+    for at, piece in enumerate(planned):
+        assert piece.teacher is None or names.index(piece.teacher.name) < at
+
+
+def test_each_model_costs_about_three_times_its_predecessor() -> None:
+    macs = [macs_of(Piece(model, 10)) for model in MEMBERS]
+    for small, large in itertools.pairwise(macs):
+        assert 2.7 < large / small < 3.7
+
+
+def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    teacher = Piece("a", 40)
+    recipe = teacher.recipe(tmp_path)
+    assert make_plan(recipe).jobs[0].epochs == pytest.approx(40, abs=0.1)
+    link = Piece("b", 10, 1, teacher, 1e-3, warmup=50, alpha=0.0).recipe(tmp_path)
+    assert link.chain.from_ == str(tmp_path / "a-e40-s0" / "jobs" / "1-a" / "model")
+    assert (link.seed, link.chain.links[0].lr, link.chain.links[0].alpha) == (1, 1e-3, 0.0)
+    assert macs_of(Piece("b", 10, 0, teacher)) > macs_of(Piece("b", 10))
+
+
+# Statistics
+
+
+def test_the_quantile_is_that_of_student_s_t() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in (1, 1.5, 2, 3.7, 10, 200, 50_000):
+        assert quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-4)
+
+
+def test_one_image_a_concept_and_one_seed_is_the_paired_t_interval() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(0)
+    own, other = random.random((2, 1, 400)) < 0.5
+    found = difference(own, other, np.arange(400))
+    gains = own[0].astype(float) - other[0]
+    low, high = stats.t.interval(0.95, 399, gains.mean(), stats.sem(gains))
+    assert (found.low, found.high) == pytest.approx((100 * low, 100 * high), rel=1e-4)
+
+
+def test_intervals_cover_the_truth_in_a_simulation() -> None:
+    """Concepts and seeds shift the accuracy: intervals over images alone would miss the truth far more often."""
+    random = np.random.default_rng(1)
+    concepts = np.repeat(np.arange(150), 6)
+    hits = naive = 0
+    for _ in range(400):
+        of_concept = random.normal(0, 0.15, 150)[concepts]
+        of_seed = random.normal(0, 0.02, (3, 1))
+        own = random.random((3, 900)) < np.clip(0.5 + of_concept + of_seed, 0, 1)
+        other = random.random((3, 900)) < 0.5
+        found = difference(own, other, concepts)
+        hits += found.low <= 0 <= found.high
+        images = (own.mean(axis=0) - other.mean(axis=0)).std() / 30 * 196
+        naive += abs(found.mean) <= images
+    assert 0.93 <= hits / 400 <= 1
+    assert naive / 400 < 0.85
+
+
+def test_a_verdict_is_that_of_the_margin() -> None:
+    same = np.zeros((2, 4))
+    assert difference(same, same, range(4)).verdict == "lossless"
+    assert difference(same, same + 1, range(4)).verdict == "not lossless"
+    assert MARGIN == 1.0
+    with pytest.raises(ValueError, match="gains of shape"):
+        difference(same, same, range(5))
+
+
+# Results
+
+
+def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
+    """What a run leaves of a piece, with `top1` percent of 100 images correct."""
+    place = runs / piece.name / "jobs" / f"1-{piece.model}"
+    (place / "scores").mkdir(parents=True)
+    arrays = {"labels": np.array(labels), "correct": np.arange(100) < top1}
+    names = (report.SELECT, report.REPORT, report.UNSEEN)
+    for name in names:
+        np.savez(place / "scores" / f"{name}.npz", **arrays)  # type: ignore[arg-type]
+    manifest = {
+        **dict.fromkeys(("hash", "result"), ""),
+        "state": "done",
+        "alpha": 500.0 if piece.teacher else 0.0,
+        "parameters": 9,
+        "steps": 10,
+        "cost": {"total_macs": 1e12 * piece.epochs},
+        "trained": {"device_hours": 0.1},
+        "validation_loss": 1.0,
+        "scores": {name: {"top1": top1, "top5": 90.0, "n": 100} for name in names},
+        "starts": [{"machine": {"torch": "2"}}],
+        "started": "then",
+        "finished": "now",
+    }
+    write_json(place / "manifest.json", manifest)
+    write_json(runs / piece.name / "run.json", {"data_fingerprint": "f"})
+
+
+def test_results_are_collected_and_reported(tmp_path: Path) -> None:
+    runs, raw = tmp_path / "runs", tmp_path / "raw"
+    teacher = Piece("a", 20)
+    done = [*(Piece("b", epochs) for epochs in LENGTHS[:3]), teacher, Piece("b", 5, 0, teacher)]
+    for piece, top1 in zip(done, (10, 30, 30.5, 20, 33), strict=True):
+        finished(runs, piece, top1, [*range(50), *range(50)])
+        run.collect(piece, runs, raw)
+        assert run.is_done(piece, raw)
+    study = report.Study(raw)
+    assert study.plateau("b") == 20
+    (link,) = study.links()
+    found = study.compare(link, study.baselines("b", 20))
+    assert found is not None
+    assert found.mean == pytest.approx(3.0)
+    assert study.as_good(link) is None
+    report.write_report(tmp_path, raw)
+    assert report.changed(tmp_path, raw) == []
+    text = (tmp_path / "tables.md").read_text()
+    assert "20 (plateau)" in text
+    path = raw / f"{teacher.name}.json"
+    values: dict[str, Any] = json.loads(path.read_text())
+    values["scores"][report.REPORT]["top1"] = 21.0
+    write_json(path, values)
+    assert report.changed(tmp_path, raw) == ["tables.md", "lengths.svg"]
+    finished(runs, Piece("a", 40), 20, [*range(100)])
+    with pytest.raises(RunError, match="has other images than the pieces before"):
+        run.collect(Piece("a", 40), runs, raw)
+
+
+def test_the_committed_report_is_that_of_the_raw_results(root: Path) -> None:
+    if not (root / run.RAW).exists():
+        pytest.skip("no piece has been measured yet")
+    optional("matplotlib", "dev")
+    assert report.changed(root / report.OUT, root / run.RAW) == []
+    assert {values["data_fingerprint"] for values in report.Study(root / run.RAW).all} == {report.FINGERPRINT}
