@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,6 @@ def macs_of(piece: Piece) -> float:
     return plan.cost(job).total_macs
 
 
-def plateau_pieces(model: str, seed: int = 0) -> list[Piece]:
-    """The baselines of one model at all lengths."""
-    return [Piece(model, epochs, seed) for epochs in LENGTHS]
-
-
 def pieces() -> Iterator[Piece]:
     """All pieces; a teacher comes before its students, and no piece comes twice."""
     seen = set()
@@ -113,24 +108,31 @@ def _teachers(piece: Piece) -> list[Piece]:
 
 
 def _in_order() -> Iterator[Piece]:
-    first = Piece("a", LENGTHS[-2])
-    # The regime: baselines of the smallest pair at all lengths, then links between them.
+    short, plateau = LENGTHS[2], LENGTHS[3]
+    # The regime: baselines of the smallest pair, then links between them.
     for model in MEMBERS[:2]:
-        yield from plateau_pieces(model)
-    for epochs, lr in itertools.product(LINKS, LINK_LRS):
-        yield Piece("b", epochs, 0, first, lr, warmup=50)
+        yield from (Piece(model, epochs) for epochs in LENGTHS[:3])
+    yield from _links(Piece("a", short), (10,))
+    for model in MEMBERS[:2]:
+        yield Piece(model, plateau)
+    first = Piece("a", plateau)
+    yield from _links(first, LINKS)
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
-    yield Piece("b", 10, 0, first, 1e-3, warmup=300)
-    yield Piece("b", 10, 0, first, 1e-3, warmup=50, alpha=0.0)
-    yield Piece("b", 10, 0, Piece("a", LENGTHS[-1]), 1e-3, warmup=50)
-    yield Piece("b", 10, 0, Piece("a", LENGTHS[-3]), 1e-3, warmup=50)
-    # The other members, then more seeds.
-    yield from plateau_pieces("c")
-    for seed, model in itertools.product(SEEDS[1:], MEMBERS[:3]):
-        yield Piece(model, LENGTHS[-2], seed)
-    yield from plateau_pieces("d")
+    yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=300)
+    yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=50, alpha=0.0)
+    yield Piece("b", 10, 0, Piece("a", LENGTHS[-1]), LINK_LRS[1], warmup=50)
+    # Whether the lengths so far are the plateau, the other members, then more seeds.
+    for model in MEMBERS:
+        yield from (Piece(model, epochs) for epochs in LENGTHS)
+    for seed, model in itertools.product(SEEDS[1:], MEMBERS):
+        yield Piece(model, plateau, seed)
     for seed in SEEDS:
         yield from chain(seed)
+
+
+def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
+    for epochs, lr in itertools.product(lengths, LINK_LRS):
+        yield Piece("b", epochs, teacher.seed, teacher, lr, warmup=50)
 
 
 def chain(seed: int, lr: float = LINK_LRS[1]) -> Iterator[Piece]:

@@ -25,7 +25,7 @@ RAW = Path("docs/results/evidence/raw")
 SETS = "sets.npz"
 """The concept of each image of each evaluation set, the same for all pieces."""
 
-MACS_PER_SECOND = 8e9
+MACS_PER_SECOND = 1.2e10
 """Speed of a core before a piece has been measured, for the plan of hours."""
 
 Say = Callable[[str], None]
