@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{OUT}: {', '.join(names)} differ from the raw results; run `python -m benchmarks.evidence report`"
                 )
         elif given.part == "run":
-            run(given.max_minutes, lambda text: print(text, flush=True))
+            run(given.max_minutes, lambda text: print(text, flush=True), write_report)
         elif given.part == "plan":
             terminal().print(plan_table())
         else:

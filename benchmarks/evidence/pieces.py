@@ -109,6 +109,9 @@ def _teachers(piece: Piece) -> list[Piece]:
 
 def _in_order() -> Iterator[Piece]:
     short, plateau = LENGTHS[2], LENGTHS[3]
+    # A first look, far from the plateau: a link of a quarter at two rates.
+    yield from (Piece(model, LENGTHS[1]) for model in MEMBERS[:2])
+    yield from _links(Piece("a", LENGTHS[1]), LINKS[:1])
     # The regime: baselines of the smallest pair, then links between them.
     for model in MEMBERS[:2]:
         yield from (Piece(model, epochs) for epochs in LENGTHS[:3])

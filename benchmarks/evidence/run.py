@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,17 @@ def is_done(piece: Piece, raw: Path = RAW) -> bool:
     return (raw / f"{piece.name}.json").exists()
 
 
-def run(max_minutes: float | None, say: Say, todo: Iterable[Piece] | None = None) -> None:
+def run(max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
     """Run the next pieces in order of worth, as long as the next one ends within `max_minutes` by its plan.
+
+    Calls `after` when results have been written.
 
     Several processes may run at once: each takes the next piece that no other has.
     """
     started = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     speeds = measured_speeds()
-    for piece in pieces() if todo is None else todo:
+    for piece in pieces():
         if is_done(piece):
             continue
         left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
@@ -55,6 +57,7 @@ def run(max_minutes: float | None, say: Say, todo: Iterable[Piece] | None = None
             with FileLock(RUNS / f"{piece.name}.lock", timeout=0):
                 train(piece)
                 collect(piece)
+            after()
         except Timeout:
             say(f"{piece.name}: another process has it")
 
@@ -88,7 +91,10 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
     place = runs / piece.name / "jobs" / f"1-{piece.model}"
     manifest = read_manifest(place)
     answers = {path.stem: load_arrays(path) for path in sorted((place / "scores").glob("*.npz"))}
-    labels: dict[str, Any] = {name: arrays["labels"].astype(np.uint16) for name, arrays in answers.items()}
+    # In the retrieval set every image is a concept of its own, and correct if its own caption ranks first.
+    labels: dict[str, Any] = {
+        name: arrays.get("labels", np.arange(len(arrays["ids"]))).astype(np.uint16) for name, arrays in answers.items()
+    }
     raw.mkdir(parents=True, exist_ok=True)
     if (raw / SETS).exists():
         known = load_arrays(raw / SETS)
@@ -97,9 +103,13 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
                 raise RunError(f"{place}: '{name}' has other images than the pieces before; build data/icons again")
     else:
         np.savez_compressed(raw / SETS, **labels)
-    bits: dict[str, Any] = {name: np.packbits(arrays["correct"]) for name, arrays in answers.items()}
+    bits: dict[str, Any] = {
+        name: np.packbits(arrays["correct"] if "correct" in arrays else arrays["image_ranks"] == 0)
+        for name, arrays in answers.items()
+    }
     np.savez_compressed(raw / f"{piece.name}.npz", **bits)
-    kept = ("top1", "top5", "mean_per_class", "n")
+    recalls = (f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in (1, 5, 10))
+    kept = ("top1", "top5", "mean_per_class", "n", *recalls)
     values = {
         "piece": piece.name,
         "model": piece.model,

@@ -104,7 +104,8 @@ def split(drawn: DrawingSet) -> dict[str, list[Sample]]:
     """The samples of every folder, ordered by the hashes of their keys.
 
     `train` has no held-out concept and no drawing of the validation and test styles. `*_style` has the concepts that
-    training shows in another style, `*_concepts` those that training never shows.
+    training shows in another style, `*_concepts` those that training never shows. `test_pairs` has one drawing of each
+    concept in `test_style`, if that has several.
     """
     training = [style for style in drawn.drawings if style not in (*drawn.validation, *drawn.test)]
     known = {i for style in training for i in drawn.drawings[style] if not drawn.concepts[i].held_out}
@@ -118,13 +119,16 @@ def split(drawn: DrawingSet) -> dict[str, list[Sample]]:
         ]
         return sorted(samples, key=lambda sample: hashlib.sha256(sample.key.encode()).digest())
 
-    return {
+    folders = {
         "train": chosen(training, True),
         "val_style": chosen(drawn.validation, True),
         "test_style": chosen(drawn.test, True),
         "val_concepts": chosen(drawn.validation, False),
         "test_concepts": chosen(drawn.test, False),
     }
+    # Retrieval needs captions that belong to one image.
+    pairs = list({sample.concept.id: sample for sample in folders["test_style"]}.values())
+    return folders if len(pairs) == len(folders["test_style"]) else {**folders, "test_pairs": pairs}
 
 
 def lay_out(drawn: DrawingSet, out: Path, source: str) -> dict[str, Any]:

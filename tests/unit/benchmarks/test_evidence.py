@@ -99,7 +99,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
     """What a run leaves of a piece, with `top1` percent of 100 images correct."""
     place = runs / piece.name / "jobs" / f"1-{piece.model}"
     (place / "scores").mkdir(parents=True)
-    arrays = {"labels": np.array(labels), "correct": np.arange(100) < top1}
+    arrays = {"ids": np.arange(100), "labels": np.array(labels), "correct": np.arange(100) < top1}
     names = (report.SELECT, report.REPORT, report.UNSEEN)
     for name in names:
         np.savez(place / "scores" / f"{name}.npz", **arrays)  # type: ignore[arg-type]

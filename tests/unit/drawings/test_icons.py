@@ -111,6 +111,7 @@ def test_the_shards_are_always_the_same_bytes(packages: dict[str, Path], tmp_pat
     manifest = read_json(tmp_path / "one" / "manifest.json")
     assert manifest["sources"]["styles"][TEST]["license"] == "MIT"
     assert manifest["splits"]["test_style"]["samples"] == 3
+    assert manifest["splits"]["test_pairs"]["samples"] == 2
 
 
 def test_an_unexpected_licence_and_a_missing_set_are_named(packages: dict[str, Path], tmp_path: Path) -> None:
