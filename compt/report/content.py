@@ -125,10 +125,18 @@ def _last(summary: Summary) -> Row | None:
 
 
 def _comparisons(summary: Summary, row: Row) -> Iterator[Comparison]:
-    """Those of `row` that say most: with the baseline, then with as many epochs from scratch, or MACs."""
+    """Those of `row` that belong together: with its baseline, with as many epochs, and with as many MACs in all."""
     yield from (item for item in summary.comparisons if item.link == row.job)
     controls = {item.others[0]: item for item in summary.control_comparisons if item.link == row.job}
-    yield from [controls[name] for name in CONTROLS if name in controls][:1]
+    for names in (("control-equal_epochs",), ("control-equal_chain_macs", "control-equal_macs")):
+        yield from [controls[name] for name in names if name in controls][:1]
+
+
+_MISSING = {
+    "baseline": "no baseline of it",
+    "control-equal_epochs": "no control with the link's epochs",
+    "control-equal_chain_macs": "no control with the whole chain's MACs",
+}
 
 
 def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> str:
@@ -140,6 +148,8 @@ def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> st
         result = f"{row.model} reaches {percent(row.top1)} % top-1 on {summary.primary}"
         result += f" (chance {percent(100 / row.classes)} %)" if row.classes else ""
         parts.append(", ".join([result, *map(_against, _comparisons(summary, row))]))
+        if summary.missing:
+            parts.append(f"this run has {' and '.join(_MISSING[name] for name in summary.missing)} to compare with")
     faster = acceleration(state)
     if faster:
         done = all(job.trained for job in own if job.plan["kind"] == "link")

@@ -26,6 +26,10 @@ CONTROLS = {
 }
 """What each control is: the last link's model, trained from scratch at that cost."""
 
+LIKE_FOR_LIKE = ("baseline", "control-equal_epochs", "control-equal_chain_macs")
+"""What the last link has to be compared with, so that no comparison flatters: its baseline's full training, the same
+epochs, and the MACs of the whole chain."""
+
 _PINS = {"data": "images", "classnames": "class names", "templates": "templates", "label": "labels"}
 
 
@@ -89,6 +93,8 @@ class Summary:
     `individual` holds, for each seed, the chain's members trained individually in the chain's order; where a baseline
     is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
     first-pair test found not to be lossless, `calibration` is its record (`compt.chain.run.read_calibration`).
+    `missing` holds the part of `LIKE_FOR_LIKE` that the last link is not compared with, and why: "pending" or "not
+    run". It is empty while nothing is compared.
     """
 
     run: str
@@ -102,6 +108,8 @@ class Summary:
     not_compared: list[NotCompared] = field(default_factory=list)
     tries: list[Row] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
+    missing: dict[str, str] = field(default_factory=dict)
+    folder: Path = Path()
 
     @property
     def rows(self) -> list[Row]:
@@ -277,6 +285,7 @@ def _summarise(run: Path) -> Summary:
     links = [row for row in rows.values() if row.kind == "link"]
     by_model: dict[str, list[Row]] = {}
     individual: dict[int, dict[str, Row]] = {}
+    # A baseline that is the same training as a link has no manifest of its own: the link's row counts as both.
     for job in state["jobs"]:
         row = rows.get(same.get(job["name"], job["name"]))
         if job["kind"] == "baseline" and row is not None:
@@ -299,7 +308,23 @@ def _summarise(run: Path) -> Summary:
         not_compared=[item for item in (*compared, *with_controls) if isinstance(item, NotCompared)],
         tries=tries,
         calibration=read_calibration(run),
+        missing=_missing(state, links, [*compared, *with_controls]),
+        folder=run,
     )
+
+
+def _missing(
+    state: dict[str, Any], links: Sequence[Row], compared: Sequence[Comparison | NotCompared]
+) -> dict[str, str]:
+    """The part of `LIKE_FOR_LIKE` that the last link has no comparison with, and why."""
+    own = [item for item in compared if item.link == links[-1].job]
+    if not any(isinstance(item, Comparison) for item in own):
+        return {}
+    kinds = {job["name"]: job["kind"] for job in state["jobs"]}
+    found = {other if other in CONTROLS else kinds[other] for item in own for other in item.others}
+    planned = {job["name"] for job in state["jobs"]}
+    planned |= {job["kind"] for job in state["jobs"] if job["spec"]["name"] == links[-1].model}
+    return {name: "pending" if name in planned else "not run" for name in LIKE_FOR_LIKE if name not in found}
 
 
 def chain_to(run: Path, job: str) -> list[Row]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from compt.report.summary import CONTROLS, Comparison, NotCompared, Row, Summary, accumulated
+from compt.report.summary import CONTROLS, LIKE_FOR_LIKE, Comparison, NotCompared, Row, Summary, accumulated
 from compt.text import TextTable, count, hours
 
 SAME = {
@@ -96,6 +97,10 @@ def comparison_table(summary: Summary) -> TextTable | None:
     names = labels(summary)
     seeds = any(isinstance(item, Comparison) and item.seed_spread is not None for item in items)
     rows = [_difference(item, names, seeds) for item in items]
+    for name, why in summary.missing.items():
+        last = summary.links[-1]
+        other = f"{last.model} baseline" if name == "baseline" else f"{last.model}, {SAME[name]}"
+        rows.append([last.job, other, "-", "-", why, *(["-"] if seeds else [])])
     about = (
         "Points of top-1, link minus the other model, on the same images; 95 % interval by paired bootstrap. "
         "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (control: 0)."
@@ -103,6 +108,12 @@ def comparison_table(summary: Summary) -> TextTable | None:
     scope = "The interval covers the choice of images, not training seeds: another seed moves results too."
     notes = [about, scope] if summary.comparisons or summary.control_comparisons else []
     notes += [f"Not compared: {item.link}, as {item.reason}." for item in summary.not_compared]
+    if "not run" in summary.missing.values():
+        wanted = {*LIKE_FOR_LIKE, *(row.job for row in summary.controls)}
+        controls = [name.removeprefix("control-") for name in CONTROLS if name in wanted]
+        words = ["compt", "chain", str(summary.folder / "recipe.yaml"), "--run-folder", str(summary.folder)]
+        words += ["--baselines", "--set", f"baselines.controls=[{','.join(controls)}]"]
+        notes.append(f"Not run, and needed for the whole comparison: {shlex.join(words)}")
     header = ["Link", "Against", "Points", "95 % interval", "Verdict"]
     if seeds:
         header.append("SD")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,8 @@ from compt.cli.plan.tables import (
 from compt.cost.gpus import DEVICES
 from compt.files import read_json, write_json
 from compt.plan.forecast import Forecast, Machine, make_forecast
+from compt.plan.jobs import make_plan
+from compt.recipe.read import load_recipe
 from compt.recipe.schema import Control
 from compt.report.summary import CONTROLS, Summary, summarise
 from compt.report.tables import SAME, acceleration_table, comparison_table, cost_table, results_table, summary_tables
@@ -111,11 +114,52 @@ def test_seeds_have_rows_of_their_own(tmp_path: Path) -> None:
     assert set(names[4:6] + names[6:]) < {row[0] for row in results_table(found).rows}
     compared = comparison_table(found)
     assert compared is not None
-    assert compared.rows[-3][1] == "vit_mini, 2 baselines"
+    assert compared.rows[-4][1] == "vit_mini, 2 baselines"
     assert compared.header[-1] == "SD"
-    assert compared.rows[-3][-1] == f"{found.comparisons[-1].seed_spread:.2f}"
+    assert compared.rows[-4][-1] == f"{found.comparisons[-1].seed_spread:.2f}"
     assert compared.rows[-1][-1] == "-"
     assert "over seeds" in compared.notes[-1]
+
+
+def control_run(folder: Path, controls: list[str], baselines: bool = True, **options: Any) -> Summary:
+    """A run with these controls, as of `compt chain`; without baselines as of `compt demo`."""
+    use = recipe(baselines={**RECIPE["baselines"], "controls": controls})
+    made = make_run(folder, use=use, **options)
+    if not baselines:
+        state = read_json(folder / "run.json")
+        state["jobs"] = [job for job in state["jobs"] if job["kind"] != "baseline"]
+        write_json(folder / "run.json", state)
+    assert made.jobs
+    return summarise(folder)
+
+
+def test_a_flattering_comparison_never_stands_alone(tmp_path: Path) -> None:
+    """A run as of the demo, with the control of equal epochs only, names what is missing, and the command for it."""
+    found = control_run(tmp_path / "a run", ["equal_epochs"], baselines=False)
+    assert found.missing == {"baseline": "not run", "control-equal_chain_macs": "not run"}
+    table = comparison_table(found)
+    assert table is not None
+    assert [row[1:] for row in table.rows[1:]] == [
+        ["vit_mini baseline", "-", "-", "not run"],
+        ["vit_mini, chain's MACs", "-", "-", "not run"],
+    ]
+    _, _, command = table.notes[-1].partition(": ")
+    words = shlex.split(command)
+    assert words[:5] == ["compt", "chain", f"{found.folder}/recipe.yaml", "--run-folder", str(found.folder)]
+    again = make_plan(load_recipe(Path(words[2]), [words[-1]]), baselines="--baselines" in words, controls=None)
+    assert {"control-equal_epochs", "control-equal_chain_macs", "baseline-vit_mini-s0"} <= {j.name for j in again.jobs}
+
+
+def test_a_whole_comparison_names_nothing_as_missing(tmp_path: Path) -> None:
+    controls = ["equal_epochs", "equal_macs", "equal_chain_macs"]
+    assert control_run(tmp_path / "whole", controls).missing == {}
+    found = control_run(tmp_path / "open", controls, states={"control-equal_chain_macs": "training"})
+    assert found.missing == {"control-equal_chain_macs": "pending"}
+    table = comparison_table(found)
+    assert table is not None
+    assert "compt chain" not in " ".join(table.notes)
+    make_run(tmp_path / "plain", baselines=False)
+    assert summarise(tmp_path / "plain").missing == {}, "nothing is compared"
 
 
 def test_sums_without_a_member_are_left_out(tmp_path: Path) -> None:
@@ -139,8 +183,9 @@ def test_a_chain_that_has_just_begun(tmp_path: Path) -> None:
 def test_differences(summary: Summary) -> None:
     table = comparison_table(summary)
     assert table is not None
-    assert [row[0] for row in table.rows] == ["2-vit_micro", "3-vit_mini", "3-vit_mini", "3-vit_mini"]
-    assert [row[1] for row in table.rows[1:]] == ["vit_mini baseline", "vit_mini, same epochs", "vit_mini, same MACs"]
+    assert [row[0] for row in table.rows] == ["2-vit_micro", *["3-vit_mini"] * 4]
+    controls = [f"vit_mini, {same}" for same in ("same epochs", "same MACs", "chain's MACs")]
+    assert [row[1] for row in table.rows[1:]] == ["vit_mini baseline", *controls]
     assert "not training seeds" in table.notes[1]
     assert "SD" not in table.header
     assert table.rows[2][2] == "+15.00"
