@@ -231,8 +231,11 @@ def _thin(pairs: Sequence[tuple[float, float]]) -> tuple[list[float], list[float
     return [float(x) for x, _ in means], [float(y) for _, y in means]
 
 
-def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure | None:
-    """One panel for each key of `panels` (key to title) that some run logged; None if there is none."""
+def curves_figure(name: str, curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure | None:
+    """One panel for each key of `panels` (key to title) that some run logged; None if there is none.
+
+    The axis of gradient norms is logarithmic where they jump; speeds start at 0.
+    """
     shown = [(key, title) for key, title in panels.items() if any(curve.values.get(key) for curve in curves)]
     if not shown:
         return None
@@ -254,6 +257,11 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
                 width = 2 if curve.kind == "link" else 1.4
                 axes.plot(x, y, linewidth=width, marker=dots, markersize=3, **style(curve))
             axes.set_title(title)
+            if key == "grad_norm":
+                values = [y for curve in curves for _, y in curve.values.get(key, ()) if 0 < y < math.inf]
+                axes.set_yscale("log" if values and max(values) / min(values) > LOG_FROM else "linear")
+            elif key in ("samples_per_s", "data_wait"):
+                axes.set_ylim(bottom=0)
             axes.xaxis.set_major_formatter(_tick(count))
             axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(5))
             axes.set_xlim(left=0)
@@ -265,7 +273,7 @@ def curves_figure(curves: Sequence[Curve], panels: Mapping[str, str]) -> Figure 
         return canvas
 
     text = f"Curves against images seen: {'; '.join(title for _, title in shown)}."
-    return _render("curves", text, draw)
+    return _render(name, text, draw)
 
 
 def _tick(number: Callable[[float], str]) -> FuncFormatter:

@@ -69,7 +69,17 @@ def _pairs(rows: list[dict[str, Any]], *keys: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in found if not math.isnan(y)]
 
 
-def _curves(jobs: list[JobView]) -> figures.Figure | None:
+_STEPS = {
+    "lr": "Learning rate",
+    "grad_norm": "Gradient norm, before clipping",
+    "samples_per_s": "Images per second",
+    "data_wait": "Time spent waiting for data, %",
+}
+"""Columns of metrics.jsonl that are about the steps, not about what the model learned."""
+
+
+def _curves(jobs: list[JobView]) -> tuple[figures.Figure | None, figures.Figure | None]:
+    """Two figures: what the models learned, and how the steps went."""
     models = list(dict.fromkeys(job.model for job in jobs))
     sets = sorted({key for job in jobs for row in job.evals for key in row if key.endswith("/top1")})
     panels = {"task": "Task loss", "r": "r, distillation over task loss"}
@@ -78,9 +88,11 @@ def _curves(jobs: list[JobView]) -> figures.Figure | None:
     for job in jobs:
         values = {"task": _pairs(job.train, "task", "loss"), "r": _pairs(job.train, "r")}
         values |= {key: _pairs(job.evals, key) for key in ("validation_loss", *sets)}
+        values |= {key: _pairs(job.train, key) for key in _STEPS}
+        values["data_wait"] = [(x, 100 * share) for x, share in values["data_wait"]]
         if any(values.values()):
             curves.append(figures.Curve(job.name, str(job.plan["kind"]), models.index(job.model), values))
-    return figures.curves_figure(curves, panels)
+    return figures.curves_figure("curves", curves, panels), figures.curves_figure("steps", curves, _STEPS)
 
 
 def _costs(state: dict[str, Any]) -> figures.Figure | None:
@@ -147,6 +159,7 @@ def _gather(run: Path) -> dict[str, Any]:
     jobs = [read_job(run, plan) for plan in state["jobs"]]
     path = run / "recipe.yaml"
     recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    learned, steps = _curves(jobs)
     return {
         "title": str(state.get("name") or summary.run),
         "run": summary.run,
@@ -155,7 +168,8 @@ def _gather(run: Path) -> dict[str, Any]:
         "unfinished": unfinished(jobs),
         "results": list(summary_tables(summary)),
         "accuracy": _accuracy(summary),
-        "curves": _curves(jobs),
+        "curves": learned,
+        "steps": steps,
         "costs": _costs(state),
         "sheet": contact_sheet(run, state, summary),
         "scores": score_tables(summary, roles_of(recipe)),
@@ -197,11 +211,14 @@ def write_tables(path: Path, title: str, sentence: str, tables: Sequence[TextTab
     write_text(path.with_name(f"{path.name}.html"), page("tables_page.html.j2", content))
 
 
+FIGURES = ("accuracy", "curves", "steps", "costs")
 CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
     "line; a control, the last model from scratch, at its own MACs only.",
     "curves": "Solid: chain; dashed: baselines; dotted: controls; dash-dotted: failed tries. r is the "
     "weighted feature loss over the task loss.",
+    "steps": "Learning rate and gradient norm are those of the logged step. Images per second (of all processes) "
+    "and the time spent waiting for data are means since the line before, without evaluations.",
     "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
 }
 
@@ -227,6 +244,7 @@ def _markdown(content: dict[str, Any]) -> str:
         lines += ["### Images", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
         lines += [f"{escape_markdown(text)} (✓); the true name is bold.", ""]
     figure("curves", "Training")
+    figure("steps", "Steps")
     figure("costs", "Cost")
     lines += [table.markdown() for table in content["scores"]]
     lines.append(content["jobs"].markdown())
@@ -251,7 +269,7 @@ def write_report(run: Path) -> Path:
     """
     with whole_files(run):
         content = _gather(run)
-    drawn = {content[key].name: content[key].png for key in ("accuracy", "curves", "costs") if content[key] is not None}
+    drawn = {content[key].name: content[key].png for key in FIGURES if content[key] is not None}
     if content["sheet"] is not None:
         drawn["contact"] = figures.contact_png(content["sheet"].images)
     with new_folder(run / PICTURES) as folder:

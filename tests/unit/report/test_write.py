@@ -7,6 +7,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from compt.report.content import acceleration, read_job, sentence, tiles, unfini
 from compt.report.figures import COLOURS
 from compt.report.summary import summarise
 from compt.report.write import contact_sheet, write_report
+from compt.train.metrics import read_metrics
 from tests.helpers.run import RECIPE, make_run, recipe
 
 REST = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")
@@ -71,7 +73,9 @@ def drawn() -> Iterator[dict[bytes, Any]]:
 
     def once(draw: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
-            key = pickle.dumps((draw.__name__, arguments))
+            # The curves of the steps take most of the time, and no test is about their look.
+            shown = ("steps", bool(arguments[1])) if arguments[0] == "steps" else arguments
+            key = pickle.dumps((draw.__name__, shown))
             if key not in made:
                 made[key] = draw(*arguments)
             return made[key]
@@ -133,10 +137,10 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "a control, the last model from scratch, at its own MACs only" in page.text
     assert "control-equal_macs (from scratch, the link's MACs)" in page.text
     assert "Not finished" not in page.text
-    assert page.tags.count("svg") == 6
+    assert page.tags.count("svg") == 8
     assert page.tags.count("img") == 40
     pictures = sorted(path.name for path in (tmp_path / "report").iterdir())
-    assert pictures == ["accuracy.png", "contact.png", "cost.png", "curves.png"]
+    assert pictures == ["accuracy.png", "contact.png", "cost.png", "curves.png", "steps.png"]
     assert all(f"](report/{name})" in markdown for name in pictures)
     assert "Not finished" not in markdown
     assert "| 3-vit_mini | 12 | 26.00 | 21.9 to 30.5 |" in markdown
@@ -301,6 +305,23 @@ def test_names_are_no_markup(tmp_path: Path) -> None:
     assert "<script>alert(1)</script>" in page.text
     assert "<script>" not in markdown.split("### Recipe")[0]
     assert r"&lt;b>x&lt;/b>\|y\$a\$ (select)" in markdown
+
+
+def test_curves_of_steps_show_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: dict[str, list[figures.Curve]] = {}
+
+    def note(name: str, curves: list[figures.Curve], panels: dict[str, str]) -> None:
+        shown[name] = [replace(each, values={key: each.values[key] for key in panels}) for each in curves]
+
+    make_run(tmp_path)
+    monkeypatch.setattr("compt.report.write.figures.curves_figure", note)
+    write_report(tmp_path)
+    lines = read_metrics(tmp_path / "jobs" / "1-vit_nano" / "metrics.jsonl", "train")
+    own = shown["steps"][0]
+    assert own.label == "1-vit_nano"
+    for key in ("lr", "grad_norm", "samples_per_s"):
+        assert own.values[key] == [(line["samples"], line[key]) for line in lines]
+    assert own.values["data_wait"] == [(line["samples"], 100 * line["data_wait"]) for line in lines]
 
 
 def test_numbers_that_are_not_finite_leave_gaps(tmp_path: Path) -> None:
