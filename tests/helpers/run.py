@@ -138,7 +138,12 @@ def metrics_lines(job: Job, batch: int, until: int, share: float, every: int = 4
         start = 1.6 if job.teacher else 4.8
         task = 0.6 + (start - 0.6) * np.exp(-3 * done) + 0.05 * rng.standard_normal()
         row: dict[str, Any] = {"kind": "train", "step": step, "samples": step * batch, "epoch": 60 * done, "task": task}
-        row |= {"loss": task, "lr": 1e-3 * (1 - done), "logit_scale": 14 + 20 * done, "grad_norm": 1.0}
+        row |= {
+            "loss": task,
+            "lr": 1e-3 * (1 - done),
+            "logit_scale": 14 + 20 * done,
+            "grad_norm": 20 * float(np.exp(-6 * done)),
+        }
         if job.teacher:
             r = 0.4 + 2.2 * np.exp(-2 * done)
             row |= {"r": r, "ifd": r * task, "loss": task * (1 + r)}

@@ -93,6 +93,7 @@ def test_extras_and_console_script(root: Path) -> None:
     table = project(root)
     single = {
         "accelerate",
+        "browser",
         "dali-cuda12",
         "dali-cuda13",
         "data",
@@ -167,7 +168,11 @@ def test_every_dependency_is_imported(root: Path) -> None:
         if module in imported
         for name in names
     }
-    extras = [packages for extra, packages in table["optional-dependencies"].items() if extra not in ("dev", "interop")]
+    extras = [
+        packages
+        for extra, packages in table["optional-dependencies"].items()
+        if extra not in ("browser", "dev", "interop")
+    ]
     for requirement in itertools.chain(table["dependencies"], *extras):
         name = re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower().replace("_", "-")
         assert name in providers or name in BEHIND, f"{name} is installed, but imported nowhere"
