@@ -15,7 +15,7 @@ from compt.engines.base import COMPUTE_DTYPES
 from compt.evaluate.contact import save_contact_sheet
 from compt.evaluate.encoder import Encoder
 from compt.evaluate.sets import evaluate_set, open_set
-from compt.evaluate.task import EvalSettings
+from compt.evaluate.task import LONG, EvalSettings
 from compt.evaluate.validation import validation_loss
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.models.clip import ClipModel
@@ -104,7 +104,7 @@ class Scorer:
         for item in evaluation.sets:
             result = evaluate_set(model, item, settings)
             dist.on_main(functools.partial(result.save, folder))
-            scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
+            scores[item.name] = {key: value for key, value in result.to_dict().items() if key not in LONG}
             if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
                 samples = open_set(item, settings).data.samples
                 dist.on_main(functools.partial(save_contact_sheet, folder, result, samples, model.spec.image_size))

@@ -30,6 +30,9 @@ from compt.evaluate.encoder import Arrays, Encoder, Tokenize, save_result
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
 
+LONG = ("per_class", "classnames")
+"""Parts of a record with an entry for each class, which stay in the file of the result."""
+
 _log = logging.getLogger(__name__)
 
 

@@ -117,6 +117,7 @@ class ZeroShotResult(Result):
             "mean_per_class": sum(present) / len(present),
             "chance": self.chance,
             "per_class": self.per_class,
+            **({"classnames": list(self.names)} if self.names else {}),
         }
 
     def arrays(self) -> Arrays:

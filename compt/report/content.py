@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from compt.data.account import Account
 from compt.data.mixture import sets_table
+from compt.design.runs import score_file
 from compt.evaluate.sets import task_class
 from compt.evaluate.task import ScoreRow
 from compt.recipe.schema import EVALUATION_TASKS
-from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_state
+from compt.report.summary import CONTROLS, Comparison, Row, Summary, read_record, read_state, stored_arrays
+from compt.report.tables import labels as short_names
 from compt.text import TextTable, count, hours
 from compt.train.metrics import FILE as METRICS
 from compt.train.metrics import read_metrics
@@ -215,6 +218,59 @@ def _score_table(task: str, sets: list[str], rows: list[Row], roles: dict[str, s
         if beside:
             notes.append(f"{name} holds more than is used: {beside}.")
     return _turned(kind.title, ["Set", "images", *about, *(row.job for row in rows)], lines, [*filter(None, notes)])
+
+
+CLASSES_SHOWN = 40
+"""Rows of a table of classes: half are the best, half the worst ones."""
+IMAGES_PER_CLASS = 5
+"""A class with fewer images has no accuracy worth a row."""
+
+
+def class_tables(summary: Summary) -> list[TextTable]:
+    """The accuracy of each class for the last scored model and those of its sizes, a table for each set with enough
+    images. Sets whose files are missing have none.
+    """
+    last = _last(summary)
+    rows = [row for row in summary.rows if last and row.model == last.model and row.scores]
+    rows.sort(key=lambda row: row is not last)
+    found = [_class_table(summary, rows, name) for name in last.scores] if last else []
+    return [table for table in found if table]
+
+
+def _class_table(summary: Summary, rows: list[Row], name: str) -> TextTable | None:
+    files = [score_file(summary.folder, row.job, name) for row in rows]
+    labels = stored_arrays(files[0]).get("labels")
+    records = {row.job: read_record(path) for row, path in zip(rows, files, strict=True)}
+    shares: dict[str, list[float | None]] = {
+        job: found["per_class"] for job, found in records.items() if "per_class" in found
+    }
+    first, *others = rows
+    if first.job not in shares or labels is None or labels.ndim != 1 or not len(labels):
+        return None
+    own = shares[first.job]
+    counts = np.bincount(labels, minlength=len(own))
+    # Only models that were scored on the same classes stand beside each other.
+    others = [row for row in others if records[row.job].get("pins") == records[first.job].get("pins")]
+    others = [row for row in others if len(shares.get(row.job, ())) == len(own)]
+    if len(labels) < IMAGES_PER_CLASS * np.count_nonzero(counts):
+        return None
+    names = records[first.job].get("classnames") or [str(number) for number in range(len(own))]
+    order = sorted((at for at in range(len(own)) if own[at] is not None), key=lambda at: (-(own[at] or 0.0), at))
+    lines = [
+        [str(names[at]), f"{counts[at]:,}", *(_share(shares[row.job][at]) for row in (first, *others))] for at in order
+    ]
+    notes = ["Top-1 of each class in percent, by the first model. Few images give a class a wide interval."]
+    if len(lines) > CLASSES_SHOWN:
+        half = CLASSES_SHOWN // 2
+        notes.append(f"{len(lines) - CLASSES_SHOWN:,} classes between the best and the worst {half} are left out.")
+        lines = [*lines[:half], *lines[-half:]]
+    shown = short_names(summary)
+    header = ["Class", "Images", *(shown[row.job] for row in (first, *others))]
+    return TextTable(f"Classes of {name}", header, lines, notes)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def _turned(title: str, header: list[str], rows: list[list[str]], notes: list[str]) -> TextTable:

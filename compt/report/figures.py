@@ -199,12 +199,12 @@ def accuracy_figure(
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         own, before, raised = [], np.full(2, -1.0), 5
         for point in chain:
-            place = (axes.transData - axes.transAxes).transform((point.macs, point.high))
+            end = (axes.transData - axes.transAxes).transform((point.macs, point.high))
             # The names of two points would cover each other where their bars end close together.
-            close = np.all(np.abs(place - before) < (0.14 if narrow else 0.08, 0.06))
+            close = np.all(np.abs(end - before) < (0.14 if narrow else 0.08, 0.06))
             raised = 5 if raised > 5 or not close else 16
             own.append((point, point.high, (0, raised), "center", "chain"))
-            before = place
+            before = end
         met = {(point.macs, point.top1) for point in chain}
         own += [
             (point, point.low, (0, -15), "center", "alone")

@@ -18,14 +18,12 @@ from compt.errors import ConfigError, nearest
 from compt.evaluate.sets import task_class
 from compt.evaluate.stats import direction, paired_bootstrap
 from compt.evaluate.suite import Scores, SetScore
+from compt.evaluate.task import LONG
 from compt.files import write_json, write_text
 from compt.recipe.suite import Suite, SuiteSet
 from compt.report.write import write_tables
 from compt.text import TextTable
 from compt.weights.artefact import versions
-
-_PLAIN = "per_class", "skipped_examples"
-"""Parts of a record that stay in the model's own file."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +202,7 @@ class SuiteReport:
             model: {
                 name: {"fault": score.fault}
                 if score.fault
-                else {key: value for key, value in score.record.items() if key not in _PLAIN}
+                else {key: value for key, value in score.record.items() if key not in (*LONG, "skipped_examples")}
                 for name, score in found.items()
             }
             for model, found in self.scores.items()

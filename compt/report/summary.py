@@ -166,6 +166,14 @@ def stored_arrays(path: Path) -> dict[str, NDArray[Any]]:
         return {}
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What stands beside the arrays of a result, in a .json; {} where it is missing or torn."""
+    try:
+        return dict(read_json(path.with_suffix(".json")))
+    except (OSError, TypeError, ValueError):
+        return {}
+
+
 class ImageAnswers(NamedTuple):
     """A job's answers on a set, None where they are missing. `pins` are hashes of what its scores depend on."""
 

@@ -17,6 +17,7 @@ from compt.files import new_folder, write_text
 from compt.report import figures
 from compt.report.content import (
     JobView,
+    class_tables,
     data_tables,
     environment,
     jobs_table,
@@ -173,6 +174,7 @@ def _gather(run: Path) -> dict[str, Any]:
         "costs": _costs(state),
         "sheet": contact_sheet(run, state, summary),
         "scores": score_tables(summary, roles_of(recipe)),
+        "classes": class_tables(summary),
         "jobs": jobs_table(jobs),
         "data": data_tables(state),
         "environment": environment(state, jobs),
@@ -246,7 +248,7 @@ def _markdown(content: dict[str, Any]) -> str:
     figure("curves", "Training")
     figure("steps", "Steps")
     figure("costs", "Cost")
-    lines += [table.markdown() for table in content["scores"]]
+    lines += [table.markdown() for table in (*content["scores"], *content["classes"])]
     lines.append(content["jobs"].markdown())
     lines += [table.markdown() for table in content["data"]]
     lines.append(TextTable("Environment", ["", "value"], content["environment"]).markdown())

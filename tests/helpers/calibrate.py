@@ -17,6 +17,7 @@ from compt.chain.job import JobRun
 from compt.chain.run import prepare
 from compt.dist import collectives as dist
 from compt.evaluate.scorer import Scorer
+from compt.evaluate.task import LONG
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.files import read_json
 from tests.helpers.process import chain_dying_at, chain_dying_at_write, die
@@ -71,7 +72,7 @@ def scored(
             share = shares.get(job["steps"], baseline) if tried else baseline
             result = answers(item.name, share, (pins or {}).get(job["name"], "ab12"))
             dist.on_main(functools.partial(result.save, folder))
-            scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
+            scores[item.name] = {key: value for key, value in result.to_dict().items() if key not in LONG}
         return scores
 
     with pytest.MonkeyPatch.context() as patch:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from compt.evaluate.encoder import save_result
 from compt.evaluate.retrieval import RetrievalResult
+from compt.evaluate.task import LONG
 from compt.evaluate.zeroshot import ZeroShotResult
 from compt.files import write_json
 from compt.plan.jobs import Job, Plan, make_plan
@@ -100,6 +101,7 @@ def answers(share: float, seed: int, n: int = PICTURES, name: str = "test_style"
         predictions=np.where(correct, labels, wrong),
         ranks=np.where(correct, 0, 1 + np.random.default_rng(seed + 1).integers(60, size=n)),
         pins={"data": "ab12"},
+        names=NAMES,
     )
 
 
@@ -213,7 +215,7 @@ def _scores(folder: Path, made: Recipe, share: float, seed: int, n: int, npz: bo
             result = answers(share * (1.0 if item.name == "test_style" else 0.9), seed, n, item.name)
         if npz:
             result.save(folder)
-        scores[item.name] = {key: value for key, value in result.to_dict().items() if key != "per_class"}
+        scores[item.name] = {key: value for key, value in result.to_dict().items() if key not in LONG}
         if item.name == made.evaluation.contact_sheet and isinstance(result, ZeroShotResult) and npz:
             chosen = np.unique(np.linspace(0, n - 1, min(40, n)).round().astype(int))
             arrays = {

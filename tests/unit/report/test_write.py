@@ -20,9 +20,9 @@ from compt.design.runs import score_file
 from compt.errors import RunError
 from compt.files import read_json, write_json
 from compt.report import figures
-from compt.report.content import acceleration, read_job, sentence, tiles, unfinished
+from compt.report.content import acceleration, class_tables, read_job, sentence, tiles, unfinished
 from compt.report.figures import COLOURS
-from compt.report.summary import summarise
+from compt.report.summary import stored_arrays, summarise
 from compt.report.write import contact_sheet, write_report
 from compt.train.metrics import read_metrics
 from tests.helpers.run import RECIPE, make_run, recipe
@@ -293,6 +293,36 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
     assert 'class="right"' in source
     assert "&lt;wide&gt; &amp; low" in source
     assert "<wide>" not in source
+
+
+def test_classes_with_enough_images_have_a_table(tmp_path: Path) -> None:
+    make_run(tmp_path, n=2000)
+    page, markdown = report(tmp_path)
+    table = next(table for table in class_tables(summarise(tmp_path)) if table.title == "Classes of test_style")
+    controls = ["vit_mini, same epochs", "vit_mini, same MACs"]
+    assert table.header == ["Class", "Images", "3-vit_mini", "vit_mini alone", *controls]
+    stored = stored_arrays(score_file(tmp_path, "3-vit_mini", "test_style"))
+    names = read_json(score_file(tmp_path, "3-vit_mini", "test_style").with_suffix(".json"))["classnames"]
+    for row in table.rows:
+        own = stored["labels"] == names.index(row[0])
+        assert row[1:3] == [str(own.sum()), f"{100 * stored['correct'][own].mean():.1f}"]
+    shares = [float(row[2]) for row in table.rows]
+    assert shares == sorted(shares, reverse=True)
+    assert len(shares) == 40
+    assert "160 classes between the best and the worst 20 are left out." in table.notes
+    assert page.tags.count("details") == 3
+    assert "### Classes of test_style" in markdown
+    path = score_file(tmp_path, "baseline-vit_mini-s0", "test_style").with_suffix(".json")
+    write_json(path, {**read_json(path), "pins": {"data": "other"}})
+    table = next(table for table in class_tables(summarise(tmp_path)) if table.title == "Classes of test_style")
+    assert table.header == ["Class", "Images", "3-vit_mini", *controls]
+
+
+def test_few_images_a_class_or_missing_files_give_no_table_of_classes(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    assert class_tables(summarise(tmp_path)) == [], "two images a class"
+    make_run(tmp_path / "none", n=2000, npz=False)
+    assert class_tables(summarise(tmp_path / "none")) == []
 
 
 def test_names_are_no_markup(tmp_path: Path) -> None:
