@@ -27,7 +27,8 @@ class RetrievalResult(Result):
 
     The rank of a query is the number of wrong candidates that score at least as high as its best right one. So ties
     count against the model, also between two images with the same caption. image_ranks [images]; text_ranks and owners
-    (the image's id) [captions], in ascending order of ids and, within an image, of captions.
+    (the image's id) [captions], in ascending order of ids and, within an image, of captions. found [images]: the place
+    of the best caption among all, as an example of what the model finds.
     """
 
     task: ClassVar[str] = "retrieval"
@@ -35,6 +36,7 @@ class RetrievalResult(Result):
     image_ranks: NDArray[np.int64]
     owners: NDArray[np.int64]
     text_ranks: NDArray[np.int64]
+    found: NDArray[np.int64]
 
     def headline(self) -> dict[str, float]:
         """The recalls: image_to_text_r1 ... text_to_image_r10."""
@@ -46,14 +48,16 @@ class RetrievalResult(Result):
         return {"texts": len(self.owners), **self.headline()}
 
     def arrays(self) -> Arrays:
-        """ids, image_ranks, owners, text_ranks."""
-        return {name: getattr(self, name) for name in ("ids", "image_ranks", "owners", "text_ranks")}
+        """ids, image_ranks, owners, text_ranks, found."""
+        return {name: getattr(self, name) for name in ("ids", "image_ranks", "owners", "text_ranks", "found")}
 
 
 def query_ranks(
     queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int = 256
 ) -> Tensor:
-    """Ranks int64 [Q] of the best right candidate of each query. Scores of `chunk` queries are in memory at a time.
+    """For each query the rank of its best right candidate, and the place of its best candidate: int64 [Q, 2].
+
+    Scores of `chunk` queries are in memory at a time.
 
     queries [Q, D], candidates [K, D]; a candidate is right where candidate_of [K] equals query_of [Q].
     """
@@ -64,8 +68,8 @@ def query_ranks(
         right = candidate_of == query_of[own, None]
         best = scores.masked_fill(~right, float("-inf")).amax(dim=1, keepdim=True)
         # "Not below" instead of "at least": a NaN then counts against the model.
-        ranks.append((~(scores < best) & ~right).sum(dim=1))
-    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.int64, device=queries.device)
+        ranks.append(torch.stack([(~(scores < best) & ~right).sum(dim=1), scores.argmax(dim=1)], dim=1))
+    return torch.cat(ranks) if ranks else torch.zeros(0, 2, dtype=torch.int64, device=queries.device)
 
 
 def retrieval(
@@ -103,14 +107,15 @@ def retrieval(
     # Every rank has all features: a query may find its answer among the rows of any rank.
     image, image_of = everywhere(images, ids, encoder.device, name, examples)
     text, text_of = everywhere(texts, owners, encoder.device, name, examples)
-    image_ranks = _shared(image, text, image_of, text_of, chunk)
-    text_ranks = _shared(text, image, text_of, image_of, chunk)
+    image_ranks, found = _shared(image, text, image_of, text_of, chunk)
+    text_ranks, _ = _shared(text, image, text_of, image_of, chunk)
     return RetrievalResult(
         name,
         image_of.cpu().numpy(),
         image_ranks,
         text_of.cpu().numpy(),
         text_ranks,
+        found,
         skipped=skipped,
         examples=examples,
     )
@@ -118,11 +123,12 @@ def retrieval(
 
 def _shared(
     queries: Tensor, candidates: Tensor, query_of: Tensor, candidate_of: Tensor, chunk: int
-) -> NDArray[np.int64]:
-    """`query_ranks`, with the queries shared between the ranks."""
+) -> list[NDArray[np.int64]]:
+    """The columns of `query_ranks`, with the queries shared between the ranks."""
     own = torch.arange(dist.rank(), len(queries), dist.world_size(), device=queries.device)
     ranks = query_ranks(queries[own], candidates, query_of[own], candidate_of, chunk)
-    return by_id(torch.stack([own, ranks], dim=1))[:, 1].copy()
+    _, *columns = by_id(torch.cat([own[:, None], ranks], dim=1)).T.copy()
+    return columns
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from compt.data.loaders import fixed_caption_batches
 from compt.data.remote import Cache
 from compt.dist import collectives as dist
 from compt.engines.base import COMPUTE_DTYPES
-from compt.evaluate.contact import save_contact_sheet
+from compt.evaluate.contact import save_caption_sheet, save_contact_sheet
 from compt.evaluate.encoder import Encoder
+from compt.evaluate.retrieval import RetrievalResult
 from compt.evaluate.sets import evaluate_set, open_set
 from compt.evaluate.task import LONG, EvalSettings
 from compt.evaluate.validation import validation_loss
@@ -101,11 +103,17 @@ class Scorer:
         """Score every set. The answers to single samples, and the images of a contact sheet, go to `folder`."""
         evaluation, settings = self.recipe.evaluation, self.settings
         scores: dict[str, Any] = {}
+        captioned = next((item for item in evaluation.sets if item.task == RetrievalResult.task), None)
         for item in evaluation.sets:
             result = evaluate_set(model, item, settings)
             dist.on_main(functools.partial(result.save, folder))
             scores[item.name] = {key: value for key, value in result.to_dict().items() if key not in LONG}
+            save: Callable[..., None] | None = None
             if item.name == evaluation.contact_sheet and isinstance(result, ZeroShotResult):
+                save = save_contact_sheet
+            elif evaluation.contact_sheet and item is captioned and isinstance(result, RetrievalResult):
+                save = save_caption_sheet
+            if save:
                 samples = open_set(item, settings).data.samples
-                dist.on_main(functools.partial(save_contact_sheet, folder, result, samples, model.spec.image_size))
+                dist.on_main(functools.partial(save, folder, result, samples, model.spec.image_size))
         return scores

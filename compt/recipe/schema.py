@@ -415,7 +415,8 @@ class Evaluation(Section):
     batch: int = execution(256, gt=0)
     """Images that are computed at once."""
     contact_sheet: str | None = execution(None)
-    """A set of which the report shows images with their predictions."""
+    """A set of which the report shows images with their predictions. With it, the report also shows images of the first
+    retrieval set with the captions that the model finds."""
 
     def identity(self) -> list[dict[str, Any]]:
         """What scores depend on beside the model. When it changes, models are scored again."""

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from compt.chain.record import now
 from compt.design.runs import score_file
+from compt.evaluate.contact import CAPTIONS_FILE, CLASSES_FILE
 from compt.files import new_folder, write_text
 from compt.report import figures
 from compt.report.content import (
@@ -29,7 +30,7 @@ from compt.report.content import (
     tiles,
     unfinished,
 )
-from compt.report.summary import Row, Summary, read_state, stored_arrays, summarise, whole_files
+from compt.report.summary import Row, Summary, read_record, read_state, stored_arrays, summarise, whole_files
 from compt.report.tables import SAME, summary_tables
 from compt.text import TextTable, code_block, escape_markdown, visible
 from compt.weights.artefact import versions
@@ -137,7 +138,7 @@ def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet |
     """Of the last link that has one, else of the last model that has one."""
     name = state.get("contact_sheet")
     for row in [*reversed(summary.links), *reversed(summary.baselines + summary.controls)]:
-        stored = stored_arrays(score_file(run, row.job, "contact"))
+        stored = stored_arrays(score_file(run, row.job, CLASSES_FILE))
         if not stored:
             continue
         images, ids, labels, names = (stored[key] for key in ("images", "ids", "labels", "classnames"))
@@ -150,6 +151,17 @@ def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet |
             right = None if answer is None else answer == label
             shown.append(figures.SheetImage(image, str(names[label]), text, right))
         return Sheet(row.job, row.model, str(name), shown)
+    return None
+
+
+def caption_sheet(run: Path, summary: Summary) -> Sheet | None:
+    """Images with their first caption and the one that the last link finds; None where none were kept."""
+    for row in [*reversed(summary.links), *reversed(summary.baselines + summary.controls)]:
+        path = score_file(run, row.job, CAPTIONS_FILE)
+        if stored := stored_arrays(path):
+            texts = (stored[key].tolist() for key in ("captions", "answers", "right"))
+            shown = [figures.SheetImage(*each) for each in zip(stored["images"], *texts, strict=True)]
+            return Sheet(row.job, row.model, str(read_record(path).get("set", "")), shown)
     return None
 
 
@@ -173,6 +185,7 @@ def _gather(run: Path) -> dict[str, Any]:
         "steps": steps,
         "costs": _costs(state),
         "sheet": contact_sheet(run, state, summary),
+        "found": caption_sheet(run, summary),
         "scores": score_tables(summary, roles_of(recipe)),
         "classes": class_tables(summary),
         "jobs": jobs_table(jobs),
@@ -245,6 +258,11 @@ def _markdown(content: dict[str, Any]) -> str:
         text = f"Answers of {sheet.model} on {sheet.name}: {sheet.right} of {len(sheet.images)} right"
         lines += ["### Images", "", f"![{escape_markdown(text)}]({PICTURES}/contact.png)", ""]
         lines += [f"{escape_markdown(text)} (✓); the true name is bold.", ""]
+    found: Sheet | None = content["found"]
+    if found is not None:
+        text = f"Captions that {found.model} finds on {found.name}: {found.right} of {len(found.images)} right"
+        lines += ["### Captions", "", f"![{escape_markdown(text)}]({PICTURES}/captions.png)", ""]
+        lines += [f"{escape_markdown(text)} (✓); the first caption of the image is bold.", ""]
     figure("curves", "Training")
     figure("steps", "Steps")
     figure("costs", "Cost")
@@ -274,6 +292,8 @@ def write_report(run: Path) -> Path:
     drawn = {content[key].name: content[key].png for key in FIGURES if content[key] is not None}
     if content["sheet"] is not None:
         drawn["contact"] = figures.contact_png(content["sheet"].images)
+    if content["found"] is not None:
+        drawn["captions"] = figures.contact_png(content["found"].images, 6)
     with new_folder(run / PICTURES) as folder:
         for name, png in drawn.items():
             (folder / f"{name}.png").write_bytes(png)

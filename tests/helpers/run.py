@@ -108,7 +108,9 @@ def answers(share: float, seed: int, n: int = PICTURES, name: str = "test_style"
 def retrieved(share: float, seed: int, n: int = 100) -> RetrievalResult:
     rng = np.random.default_rng(seed)
     ranks = [rng.geometric(share, size=size) - 1 for size in (n, 2 * n)]
-    return RetrievalResult("captions", np.arange(n), ranks[0], np.repeat(np.arange(n), 2), ranks[1])
+    owners, ids = np.repeat(np.arange(n), 2), np.arange(n)
+    found = np.where(ranks[0] < 1, 2 * ids, (2 * ids + 7) % len(owners))
+    return RetrievalResult("captions", ids, ranks[0], owners, ranks[1], found)
 
 
 def picture(label: int, size: int = 32) -> np.ndarray:
@@ -215,6 +217,15 @@ def _scores(folder: Path, made: Recipe, share: float, seed: int, n: int, npz: bo
             result = answers(share * (1.0 if item.name == "test_style" else 0.9), seed, n, item.name)
         if npz:
             result.save(folder)
+        if isinstance(result, RetrievalResult) and npz and made.evaluation.contact_sheet:
+            arrays = {
+                "images": np.stack([picture(label) for label in range(0, 192, 16)]),
+                "ids": np.arange(12),
+                "captions": np.array([f"a {NAMES[label]} on white" for label in range(0, 192, 16)]),
+                "answers": np.array([f"a {NAMES[label + (label > 80)]} on white" for label in range(0, 192, 16)]),
+                "right": np.arange(0, 192, 16) <= 80,
+            }
+            save_result(folder, "contact_captions", {"set": item.name, "pictures": 12}, arrays)
         scores[item.name] = {key: value for key, value in result.to_dict().items() if key not in LONG}
         if item.name == made.evaluation.contact_sheet and isinstance(result, ZeroShotResult) and npz:
             chosen = np.unique(np.linspace(0, n - 1, min(40, n)).round().astype(int))

@@ -109,7 +109,6 @@ SMALLER: dict[str, str] = {
     "compt/data/names.py": "tars, tables and class folders read names by the same rules",
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
-    "compt/evaluate/contact.py": "the contact sheet",
     "compt/evaluate/validation.py": "the validation loss",
     "compt/cli/export.py": "a command of its own",
     "compt/export/hub.py": "the one module that uploads",

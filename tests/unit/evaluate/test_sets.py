@@ -22,9 +22,9 @@ from compt.data.index import open_index
 from compt.data.labels import read_classnames
 from compt.data.loaders import fixed_caption_batches
 from compt.errors import ArtefactError, ConfigError, DataError
-from compt.evaluate.contact import save_contact_sheet
+from compt.evaluate.contact import save_caption_sheet, save_contact_sheet
 from compt.evaluate.encoder import Encoder, load_arrays
-from compt.evaluate.retrieval import query_ranks, retrieval
+from compt.evaluate.retrieval import RetrievalResult, query_ranks, retrieval
 from compt.evaluate.scorer import Scorer, open_held_out
 from compt.evaluate.sets import check_sets, evaluate_set, open_set
 from compt.evaluate.task import EvalSettings
@@ -197,22 +197,24 @@ def _naive_ranks(n: int) -> tuple[list[int], list[int]]:
         for i, cs in enumerate(captions)
         for c in cs
     ]
-    image_ranks = []
+    image_ranks, found = [], []
     for i in range(n):
         order = sorted(range(len(text)), key=lambda t: -float(image[i] @ text[t][1]))
         image_ranks.append(next(place for place, t in enumerate(order) if text[t][0] == i))
+        found.append(order[0])
     text_ranks = []
     for owner, feature in text:
         order = sorted(range(n), key=lambda i: -float(image[i] @ feature))
         text_ranks.append(order.index(owner))
-    return image_ranks, text_ranks
+    return image_ranks, text_ranks, found
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_retrieval_against_one_by_one(chunk: int) -> None:
     n = 41
     result = retrieval(cases.encoder(), cases.Loader(n, with_captions=True), cases.tokenize, name="set", chunk=chunk)
-    image_ranks, text_ranks = _naive_ranks(n)
+    image_ranks, text_ranks, found = _naive_ranks(n)
+    assert result.found.tolist() == found
     assert result.image_ranks.tolist() == image_ranks
     assert result.text_ranks.tolist() == text_ranks
     assert result.ids.tolist() == list(range(n))
@@ -228,11 +230,11 @@ def test_retrieval_against_one_by_one(chunk: int) -> None:
 def test_retrieval_ties_and_broken_features_count_against_the_model() -> None:
     same = torch.ones(4, 3)
     of = torch.arange(4)
-    assert query_ranks(same, same, of, of).tolist() == [3, 3, 3, 3]
+    assert query_ranks(same, same, of, of)[:, 0].tolist() == [3, 3, 3, 3]
     broken = torch.full((4, 3), float("nan"))
-    assert query_ranks(broken, same, of, of).tolist() == [3, 3, 3, 3]
+    assert query_ranks(broken, same, of, of)[:, 0].tolist() == [3, 3, 3, 3]
     # Two captions of one image with equal scores do not lower each other's rank.
-    assert query_ranks(same[:1], same[:2], torch.tensor([0]), torch.tensor([0, 0])).tolist() == [0]
+    assert query_ranks(same[:1], same[:2], torch.tensor([0]), torch.tensor([0, 0])).tolist() == [[0, 0]]
 
 
 def test_retrieval_names_an_image_without_caption() -> None:
@@ -373,6 +375,23 @@ def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, na
     # Ids follow the classes: ant, blue_dog, cat have images 10.., 0.., 20...
     source = picture(3, 40, 36) if name == "things" else picture(0, 40, 50)
     assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
+
+
+def test_a_sheet_of_captions_has_those_that_the_model_finds(tmp_path: Path, model) -> None:
+    make_shards(tmp_path / "data" / "test", n=20, shards=2)
+    item, settings = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"]), _settings(tmp_path)
+    result, samples = evaluate_set(model, item, settings), open_set(item, settings).data.samples
+    assert isinstance(result, RetrievalResult)
+    save_caption_sheet(tmp_path, result, samples, 32)
+    stored = load_arrays(tmp_path / "contact_captions.npz")
+    every = [(sample, text) for sample in result.ids.tolist() for text in samples.read(sample).captions]
+    assert [sample for sample, _ in every] == result.owners.tolist()
+    at = [result.ids.tolist().index(sample) for sample in stored["ids"].tolist()]
+    assert len(at) == 12
+    assert stored["captions"].tolist() == [samples.read(int(result.ids[i])).captions[0] for i in at]
+    assert stored["answers"].tolist() == [every[result.found[i]][1] for i in at]
+    assert stored["right"].tolist() == [bool(result.image_ranks[i] == 0) for i in at]
+    assert stored["images"].shape == (12, 3, 32, 32)
 
 
 def test_a_contact_sheet_of_a_retrieval_set_is_refused_early(tmp_path: Path) -> None:

@@ -138,9 +138,12 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert "control-equal_macs (from scratch, the link's MACs)" in page.text
     assert "Not finished" not in page.text
     assert page.tags.count("svg") == 8
-    assert page.tags.count("img") == 40
+    assert page.tags.count("img") == 40 + 12
+    assert "12 images of captions, evenly spread" in page.text
+    assert "that 3-vit_mini finds for them: 6 right" in page.text
+    assert "✓ a tiny red circle on white" in page.text
     pictures = sorted(path.name for path in (tmp_path / "report").iterdir())
-    assert pictures == ["accuracy.png", "contact.png", "cost.png", "curves.png", "steps.png"]
+    assert pictures == ["accuracy.png", "captions.png", "contact.png", "cost.png", "curves.png", "steps.png"]
     assert all(f"](report/{name})" in markdown for name in pictures)
     assert "Not finished" not in markdown
     assert "| 3-vit_mini | 12 | 26.00 | 21.9 to 30.5 |" in markdown
@@ -255,11 +258,15 @@ def test_missing_answers(tmp_path: Path) -> None:
     page, _ = report(tmp_path / "none")
     assert "3-vit_mini" in page.text
     assert "Held-out images" not in page.text
+    assert "Captions found" not in page.text
     make_run(tmp_path / "some")
     score_file(tmp_path / "some", "3-vit_mini", "test_style").unlink()
+    for path in (tmp_path / "some").glob("jobs/*/scores/contact_captions.npz"):
+        path.unlink()
     page, _ = report(tmp_path / "some")
     assert "Held-out images" in page.text
     assert "✗" not in page.text, "without answers nothing is marked"
+    assert "Captions found" not in page.text
     contact = score_file(tmp_path / "some", "3-vit_mini", "contact")
     contact.write_bytes(contact.read_bytes()[:200])
     page, _ = report(tmp_path / "some")
