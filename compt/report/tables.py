@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from compt.evaluate.stats import direction
 from compt.report.summary import CONTROLS, LIKE_FOR_LIKE, Comparison, NotCompared, Row, Summary, accumulated
 from compt.text import TextTable, count, hours
 
@@ -201,7 +202,7 @@ def _difference(item: Comparison | NotCompared, names: dict[str, str], seeds: bo
         return [item.link, other, "-", "-", "not compared", *(["-"] if seeds else [])]
     verdict: str = item.verdict
     if item.others[0] in CONTROLS:
-        verdict = "better" if item.low > 0 else "worse" if item.high < 0 else "undecided"
+        verdict = direction(item.low, item.high)
     cells = [item.link, other, f"{item.difference:+.2f}", f"{item.low:+.2f} to {item.high:+.2f}", verdict]
     if seeds:
         cells.append("-" if item.seed_spread is None else f"{item.seed_spread:.2f}")
