@@ -51,7 +51,7 @@ class SeedGroup:
 class ModelDifference:
     """`model` minus `against` in points with a 95 % interval, or the `reason` why they cannot be compared.
 
-    seeds: how many of each. The interval covers their choice where both have two or more, else that of images alone.
+    seeds: how many of each. The interval covers their choice where both have two or more, else only that of images.
     """
 
     model: str

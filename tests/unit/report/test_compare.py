@@ -62,7 +62,7 @@ def test_seeds_are_one_model_with_a_spread(tmp_path: Path) -> None:
     item = pair(found.differences, "3-vit_mini", "vit_mini baseline")
     assert item.points == pytest.approx(28 - 23)
     assert item.seeds == "3, 3"
-    # Student's t over the seeds alone, and the interval over images alone, are both narrower.
+    # Student's t over seeds only, and the interval over images only, are both narrower.
     error = math.sqrt((2.0**2 + 1.0**2) / 3)
     single = pair(compare_runs(runs[1:2]).differences, "3-vit_mini", "vit_mini baseline")
     assert single.seeds == "1, 1"

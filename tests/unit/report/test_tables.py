@@ -133,7 +133,7 @@ def control_run(folder: Path, controls: list[str], baselines: bool = True, **opt
     return summarise(folder)
 
 
-def test_a_flattering_comparison_never_stands_alone(tmp_path: Path) -> None:
+def test_a_flattering_comparison_never_comes_without_the_others(tmp_path: Path) -> None:
     """A run as of the demo, with the control of equal epochs only, names what is missing, and the command for it."""
     found = control_run(tmp_path / "a run", ["equal_epochs"], baselines=False)
     assert found.missing == {"baseline": "not run", "control-equal_chain_macs": "not run"}

@@ -307,7 +307,7 @@ def test_classes_with_enough_images_have_a_table(tmp_path: Path) -> None:
     page, markdown = report(tmp_path)
     table = next(table for table in class_tables(summarise(tmp_path)) if table.title == "Classes of test_style")
     controls = ["vit_mini, same epochs", "vit_mini, same MACs"]
-    assert table.header == ["Class", "Images", "3-vit_mini", "vit_mini alone", *controls]
+    assert table.header == ["Class", "Images", "3-vit_mini", "vit_mini baseline", *controls]
     stored = stored_arrays(score_file(tmp_path, "3-vit_mini", "test_style"))
     names = read_json(score_file(tmp_path, "3-vit_mini", "test_style").with_suffix(".json"))["classnames"]
     for row in table.rows:
