@@ -104,6 +104,7 @@ def test_extras_and_console_script(root: Path) -> None:
         "onnx",
         "parquet",
         "remote",
+        "tiled",
         "wandb",
     }
     assert set(table["optional-dependencies"]) == single | {"cluster", "test-all"}
