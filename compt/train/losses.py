@@ -43,7 +43,8 @@ class Loss(ABC):
     @abstractmethod
     def of(cls, optimizer: Optimizer, chunk: LossChunk) -> Loss:
         """The loss as a recipe describes it. `chunk`: images of this rank to treat at a time, or `tiled`
-        (`engine.loss_chunk`)."""
+        (`engine.loss_chunk`).
+        """
 
     @abstractmethod
     def __call__(self, outputs: Mapping[str, Tensor], *, gather: bool = True) -> tuple[Tensor, Terms]:
@@ -252,7 +253,7 @@ class _SigmoidPairs(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: LossChunk, gather: bool
+        ctx: Any, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, chunk: int | Literal["tiled"], gather: bool
     ) -> tuple[Tensor, Tensor]:
         rows, captions, width = text.shape
         ranks = world_size() if gather else 1

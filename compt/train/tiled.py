@@ -10,6 +10,9 @@ Rows and columns are features of length one, fp32, contiguous. Products are fp32
 products of TF32, which lose about what fp32 loses).
 """
 
+# Triton compiles the kernels from their source and has no types for them.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 from typing import Any, Literal
@@ -31,7 +34,10 @@ _PROGRAMS = 512
 
 
 @triton.jit
-def _products(rows, columns, row, column, n_rows, n_columns, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr):  # fmt: skip
+def _products(
+    rows, columns, row, column, n_rows, n_columns,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
     """[ROWS, COLUMNS]: products of the rows and columns at these positions; zero beyond the last."""
     found = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, WIDTH, DEPTH):
@@ -101,7 +107,8 @@ def _softplus(x):
 @triton.jit
 def _gradient_kernel(
     rows, columns, scale, bias, image_logs, caption_logs, upstream, out, sums, n_rows, n_columns, first,
-    WIDTH: tl.constexpr, SPAN: tl.constexpr, SIGMOID: tl.constexpr, IMAGES: tl.constexpr, CAPTIONS: tl.constexpr, GROUPS: tl.constexpr, RIGHT: tl.constexpr,
+    WIDTH: tl.constexpr, SPAN: tl.constexpr,
+    SIGMOID: tl.constexpr, IMAGES: tl.constexpr, CAPTIONS: tl.constexpr, GROUPS: tl.constexpr, RIGHT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows, without its factor `scale`: sum over columns of the logit's gradient times the column.
@@ -185,7 +192,10 @@ def _softmax(
     out = rows.new_empty(parts, 3, len(rows), groups)
     _softmax_kernel[tiles, groups, parts](
         *(rows, columns, scale, out, len(rows), len(columns), first),
-        **{"WIDTH": rows.shape[1], "SPAN": span, "GROUPS": groups, "PER_ROW": per_row},
+        WIDTH=rows.shape[1],
+        SPAN=span,
+        GROUPS=groups,
+        PER_ROW=per_row,
         **{"PER_COLUMN": per_column, **_TILE, "num_warps": _WARPS},
     )
     logs, expected, right = out.unbind(1)
@@ -215,13 +225,18 @@ def _gradient(
     _gradient_kernel[tiles, parts](
         *(rows, columns, scale, rows if bias is None else bias, by_image, by_caption),
         *(rows if upstream is None else upstream, out, sums, len(rows), len(columns), first),
-        **{"WIDTH": rows.shape[1], "SPAN": span, "SIGMOID": bias is not None, "IMAGES": images},
+        WIDTH=rows.shape[1],
+        SPAN=span,
+        SIGMOID=bias is not None,
+        IMAGES=images,
         **{"CAPTIONS": captions, "GROUPS": groups, "RIGHT": captions // groups, **_TILE, "num_warps": _WARPS},
     )
     return scale * out.sum(0), sums.sum((0, 2))
 
 
-def softmax_sums(image: Tensor, text: Tensor, scale: Tensor, image_to_text: Literal["slot", "all"], gather: bool) -> Tensor:  # fmt: skip
+def softmax_sums(
+    image: Tensor, text: Tensor, scale: Tensor, image_to_text: Literal["slot", "all"], gather: bool
+) -> Tensor:
     """[2]: both directions of the contrastive loss, summed over this rank's images [b, D] and captions [b, M, D].
 
     The features have length one. Backward expects the same factors on every rank; other arguments as in
@@ -244,7 +259,8 @@ class _SoftmaxTiles(torch.autograd.Function):
         every_log = gather_with_grad(logs) if gather else logs
         sums, ctx.by_scale = torch.stack((t2v, v2t), 1)
         ctx.save_for_backward(image, text, scale, every_image, every_text, logs, every_log)
-        return sums
+        found: Tensor = sums
+        return found
 
     @staticmethod
     @once_differentiable

@@ -36,6 +36,7 @@ from benchmarks.gpu.checks.cases import (
 from benchmarks.gpu.checks.chain import SECONDS, check_chain
 from benchmarks.gpu.checks.decoding import check_dali
 from benchmarks.gpu.checks.finding import Finding, holds
+from benchmarks.gpu.checks.loss import check_tiled
 from benchmarks.gpu.checks.processes import check_processes
 from compt.data.batch import Batch
 from compt.engines.base import AdamWSettings, Engine, Precision
@@ -425,6 +426,7 @@ CHECKS: dict[str, Check] = {
     "launches": Check(check_launches),
     "memory": Check(check_memory),
     "dali": Check(check_dali),
+    "tiled": Check(check_tiled, seconds=120),
     "fsdp2": Check(check_engine("fsdp2"), "sharded"),
     "skips": Check(check_skips("fsdp2"), "sharded"),
     "checkpoint": Check(check_checkpoint("ddp", "fsdp2"), "sharded"),
