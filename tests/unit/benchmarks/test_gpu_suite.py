@@ -272,7 +272,10 @@ def test_item_kinds() -> None:
     assert Item("speed/x", "plain", 1.0, setup_of("vit_t16")).kind == "speed"
 
 
-def test_a_comparison_with_peers_is_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_with_peers_is_written_and_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     row = {"model": "vit_s16", "teacher": "vit_t16", "captions": "four", "batch": 2, "seconds": [1.0, 2.0]}
     row |= {"flops_per_second": 1e12, "memory_bytes": None}
     rows = [{**row, "side": "compt, text=packed", "ratios": [1.0, 1.0]}, {**row, "side": "peer", "ratios": [3.0, 4.0]}]
