@@ -149,7 +149,10 @@ def check_packed(device: torch.device) -> list[Finding]:
 
 
 def check_launches(device: torch.device) -> list[Finding]:
-    """A step launches as many kernels as are counted without a GPU; says how long the host needs for each."""
+    """A step launches about as many kernels as are counted without a GPU; says how long the host needs for each.
+
+    Some operations, such as the backward pass of a LayerNorm, are two kernels, and the count takes them as one.
+    """
     from compt.bench.launches import count
     from compt.bench.step import Setup, TrainingStep
 
@@ -170,7 +173,7 @@ def check_launches(device: torch.device) -> list[Finding]:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
             step(data)
         launched = sum(row.count for row in seen.key_averages() if row.self_device_time_total > 0)
-        findings.append(Finding(f"{text}: launched over counted", launched / counted, 1.25, 0.8))
+        findings.append(Finding(f"{text}: launched over counted", launched / counted, 1.6, 0.8))
         findings.append(Finding(f"{text}: microseconds a launch", 1e6 * seconds / counted, math.inf, 0.0))
     return findings
 
