@@ -90,7 +90,7 @@ class NotCompared:
 class Summary:
     """All rows of a run, and its comparisons with baselines and controls.
 
-    `individual` holds, for each seed, the chain's members trained individually in the chain's order; where a baseline
+    `individual` holds, for each seed, the baselines in the chain's order; where a baseline
     is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
     first-pair test found not to be lossless, `calibration` is its record (`compt.chain.run.read_calibration`).
     `missing` holds the part of `LIKE_FOR_LIKE` that the last link is not compared with, and why: "pending" or "not

@@ -219,7 +219,7 @@ def own_table(forecast: Forecast) -> TextTable | None:
     note = (
         "A projection, not measured (docs/hardware.md). A step takes as long as its launches by the host, or as its "
         "matrix products and other memory traffic on the GPU, whichever is longer. In ms, on one GPU, without loading "
-        "data and communication. So far: GPU-hours of all models up to this one trained alone, over the chain's."
+        "data and communication. So far: GPU-hours of the baselines up to this model, over the chain's."
     )
     header = ["Model", "Launches", "Host", "Products", "Traffic", "Decides", "GPU-hours", "So far"]
     return TextTable(f"compt's own steps on {machine.device.title}, projected", header, rows, [note])
