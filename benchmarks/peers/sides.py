@@ -7,6 +7,7 @@ the same model, written from the paper. Both compute every caption in its whole 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -186,9 +187,17 @@ def stock_model(
     with tempfile.TemporaryDirectory(prefix="compt-peers-") as folder:
         config = {"model_cfg": spec.open_clip_config(), "preprocess_cfg": {}}
         (Path(folder) / "open_clip_config.json").write_text(json.dumps(config), encoding="utf-8")
-        model: nn.Module = open_clip.create_model(
-            f"local-dir:{folder}", load_weights=False, precision=PRECISIONS[precision], device=device, output_dict=True
-        )
+        logging.disable(logging.WARNING)  # it warns that there are no pretrained weights
+        try:
+            model: nn.Module = open_clip.create_model(
+                f"local-dir:{folder}",
+                load_weights=False,
+                precision=PRECISIONS[precision],
+                device=device,
+                output_dict=True,
+            )
+        finally:
+            logging.disable(logging.NOTSET)
     model.load_state_dict({name: value.reshape(exported_shape(name, value.shape)) for name, value in weights.items()})
     return model
 
