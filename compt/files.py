@@ -14,6 +14,7 @@ import secrets
 import shutil
 import stat
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -216,6 +217,31 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def user_cache(name: str) -> Path:
+    """The folder `name` of compt in the user's cache, on the disk of this machine; it need not exist.
+
+    That is $XDG_CACHE_HOME or ~/.cache, and a folder among temporary files where neither can be written.
+    """
+    with contextlib.suppress(RuntimeError):  # a uid of a container has no home
+        user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        there = next(place for place in (user, *user.parents) if place.exists())
+        if there.is_dir() and os.access(there, os.W_OK):
+            return user / "compt" / name
+    return Path(tempfile.gettempdir()) / f"compt-{name}-{os.getuid()}"
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder`, which its owner alone can read, and return it. Raises RunError where it is another user's."""
+    with disk_errors(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.lstat()
+        if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+            raise RunError(f"{folder} belongs to another user, or is a link; set $XDG_CACHE_HOME to a folder of yours")
+        if stat.S_IMODE(found.st_mode) & 0o077:
+            folder.chmod(0o700)
+    return folder
 
 
 def memory_sizes() -> dict[str, int]:

@@ -206,7 +206,7 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
     makes the optimizer's moments.
     """
     fake = device.type == "cuda"
-    plain = {"name": "ddp", "shard_teacher": False, "compile": False, "recompute": False}
+    plain = {"name": "ddp", "shard_teacher": False, "compile": "off", "compile_mode": "default", "recompute": False}
     engine = changed_engine(setup.engine.on(device.type), {**plain, "micro_batch": None, "loss_chunk": None})
     plan = replace(setup, engine=engine)
     data = random_batch(plan, batch)

@@ -286,7 +286,7 @@ def _words(entry: Measurement) -> list[str]:
 def _how(entry: Measurement) -> str:
     """Settings of a job that differ from the defaults, in words."""
     ways: list[str] = [entry.engine if entry.engine != "ddp" else ""]
-    ways += ["compiled" if entry.compile else "", "recomputed" if entry.recompute else ""]
+    ways += [f"compiled {entry.compile}" if entry.compile != "off" else "", "recomputed" if entry.recompute else ""]
     ways += [f"{key} {value}" for key, value in entry.settings.items()]
     return " ".join(filter(None, ways))
 

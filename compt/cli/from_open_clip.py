@@ -317,7 +317,7 @@ def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
     if parsed.grad_checkpointing:
         found["recompute"] = True
     if parsed.torchcompile:
-        found["compile"] = True
+        found["compile"] = "blocks"
     if named := [name for name in ("tensorboard", "wandb") if name in parsed.report_to or "all" in parsed.report_to]:
         found["loggers"] = named
     return found

@@ -29,7 +29,7 @@ from compt.cost.training import JobCost
 from compt.errors import ConfigError, nearest
 from compt.files import plain_stat
 from compt.models.presets import NORM_EPS, PACKED, PRESETS, ModelSpec
-from compt.recipe.engine import EngineConfig, EngineName, LossChunk
+from compt.recipe.engine import Compile, EngineConfig, EngineName, LossChunk
 from compt.recipe.optimizer import Optimizer
 from compt.recipe.schema import Recipe
 from compt.recipe.types import first_mistake
@@ -48,7 +48,7 @@ class Conditions:
     batch: int = 128
     micro_batch: int | None = None
     loss_chunk: LossChunk = None
-    compile: bool = False
+    compile: Compile = "off"
     text_buckets: int = 1
     engine: EngineName = "ddp"
     recompute: bool = False
@@ -96,7 +96,9 @@ def other_settings(optimizer: Optimizer, engine: EngineConfig) -> dict[str, Any]
 
     Without `engine.fsdp2.replicas`: measured is one process alone.
     """
-    found = engine.model_dump(include={"shard_teacher", "deepspeed_config", "fsdp2"}, exclude_defaults=True)
+    found = engine.model_dump(
+        include={"shard_teacher", "deepspeed_config", "fsdp2", "compile_mode"}, exclude_defaults=True
+    )
     own = found.pop("fsdp2", {})
     own.pop("replicas", None)
     found |= {f"fsdp2.{key}": value for key, value in own.items()}
@@ -125,7 +127,7 @@ class Measurement(BaseModel):
     batch: int | None = Field(None, ge=1)
     micro_batch: int | None = Field(None, ge=1)
     loss_chunk: LossChunk = None
-    compile: bool = False
+    compile: Compile = "off"
     engine: EngineName = "ddp"
     recompute: bool = False
     settings: dict[str, Any] = {}

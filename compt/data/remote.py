@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from compt.data.labels import CLASSNAMES, TEMPLATES
 from compt.data.stores import NEVER, Found, MissingError, again, failed_attempt, objects
 from compt.errors import ComptError, DataError
-from compt.files import write_bytes
+from compt.files import user_cache, write_bytes
 from compt.recipe.schema import SHARD_CACHE, Data
 
 DOWNLOADS = 4
@@ -135,16 +135,11 @@ class Cache:
         if folder is None and (named := os.environ.get("COMPT_CACHE")):
             folder = Path(named)
         if folder is None:
-            with contextlib.suppress(RuntimeError):  # a uid of a container has no home
-                user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-                there = next(place for place in (user, *user.parents) if place.exists())
-                if there.is_dir() and os.access(there, os.W_OK):
-                    folder = user / "compt" / "shards"
-        if folder is None:
-            folder = Path(tempfile.gettempdir()) / f"compt-shards-{os.getuid()}"
-            folder.mkdir(mode=0o700, exist_ok=True)
-            if folder.stat().st_uid != os.getuid():
-                raise DataError(f"{folder} belongs to another user: set $COMPT_CACHE to a folder of yours")
+            folder = user_cache("shards")
+            if folder.parent == Path(tempfile.gettempdir()):
+                folder.mkdir(mode=0o700, exist_ok=True)
+                if folder.stat().st_uid != os.getuid():
+                    raise DataError(f"{folder} belongs to another user: set $COMPT_CACHE to a folder of yours")
         return cls(folder, size)
 
     @classmethod

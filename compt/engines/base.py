@@ -9,20 +9,18 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypedDict
 
 import torch
-import torch._dynamo.config as dynamo
 from torch import Tensor, nn
 
 from compt.dist import collectives as dist
-from compt.models.clip import models_in, shardable_blocks
+from compt.engines.compiler import compile_model
+from compt.models.clip import models_in
+from compt.recipe.engine import Compile, CompileMode
 from compt.weights.lazy import Weights
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
 COMPUTE_DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of activations and of a frozen teacher, by precision. Parameters stay in fp32."""
-
-_VARIANTS = 64
-"""Compiled variants of a block that torch keeps."""
 
 Finish = Callable[[], list[Path]]
 """Waits until this process's part of a save is on disk, and returns the files that it wrote."""
@@ -132,7 +130,8 @@ class EngineArguments(TypedDict, total=False):
     """What every engine takes beside the module and AdamW's settings.
 
     `initial`: the values of a module from the "meta" device. `caps`: the largest values of parameters, enforced after
-    each step. `ema_decay`: that of a moving average of the weights, if one is kept. `compile`, `recompute`: of blocks.
+    each step. `ema_decay`: that of a moving average of the weights, if one is kept. `compile`, `compile_mode`: as in a
+    recipe. `recompute`: blocks.
     """
 
     precision: Precision
@@ -140,7 +139,8 @@ class EngineArguments(TypedDict, total=False):
     initial: Mapping[str, Tensor] | None
     caps: Mapping[str, float] | None
     ema_decay: float | None
-    compile: bool
+    compile: Compile
+    compile_mode: CompileMode
     recompute: bool
 
 
@@ -159,21 +159,12 @@ class EngineHead:
             torch.backends.cudnn.allow_tf32 = False
 
     def _change_blocks(self, given: EngineArguments, hooked: bool = True) -> None:
-        """Recompute, then compile blocks, with their hooks if `hooked`. Sharding comes after it. Names stay."""
+        """Recompute blocks, then compile blocks (with their hooks if `hooked`) or towers; both before sharding."""
         for model in models_in(self.unwrapped):
             if given.get("recompute"):
                 model.set_grad_checkpointing(True)
-            if not given.get("compile"):
-                continue
-            # All blocks share their code. By default torch keeps 8 compiled variants of it and runs the rest
-            # uncompiled, but there are more: first and last blocks, both towers, each stage of a Swin, with and without
-            # gradient, and captions of other lengths.
-            dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
-            for block in shardable_blocks(model):
-                if hooked:
-                    block.compile()
-                else:
-                    block.forward = torch.compile(block.forward)
+            if (how := given.get("compile", "off")) != "off":
+                compile_model(model, how, given.get("compile_mode", "default"), self.device, hooked)
 
     @contextmanager
     def scoring(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ def open_engine(
         "caps": caps,
         "ema_decay": optimizer.ema.decay if optimizer.ema else None,
         "compile": config.compile,
+        "compile_mode": config.compile_mode,
         "recompute": config.recompute,
     }
     if config.name not in OPENERS:

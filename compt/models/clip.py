@@ -9,7 +9,7 @@ Packed text, which computes no padding at all, is an option (`compt.models.packi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import open_clip.model
@@ -198,11 +198,17 @@ class ClipModel(open_clip.model.CLIP):
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """Images float [N, 3, H, W], normalised by mean and std -> features [N, embed_dim], not of unit length."""
-        if isinstance(self.visual, VisionTransformer):
-            features = self._encode_vit(self.visual, image)
-        else:
-            features = self.visual(image)
+        features = self._image_tower(image)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def compile_towers(self, compiled: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        """Let `compiled` replace each function that runs a whole tower. Names of parameters stay."""
+        for name in ("_image_tower", "_text_tower", "_packed_tower"):
+            setattr(self, name, compiled(getattr(self, name)))
+
+    def _image_tower(self, image: Tensor) -> Tensor:
+        visual = self.visual
+        return self._encode_vit(visual, image) if isinstance(visual, VisionTransformer) else cast(Tensor, visual(image))
 
     def encode_text(self, text: Tensor, normalize: bool = False, length: int | None = None) -> Tensor:
         """Tokens int64 [N, L] with L <= context_length -> features [N, embed_dim], not of unit length.
@@ -211,12 +217,14 @@ class ClipModel(open_clip.model.CLIP):
         """
         if length is None:
             length = int(caption_lengths(text).max()) if len(text) else 1
-        text = text[:, :length]
+        x = self._text_tower(text[:, :length])
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def _text_tower(self, text: Tensor) -> Tensor:
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[: text.shape[1]].to(dtype)
         x = _run_blocks(self.transformer, x, text.argmax(dim=-1))
-        x = self.ln_final(x) @ self.text_projection
-        return F.normalize(x, dim=-1) if normalize else x
+        return cast(Tensor, self.ln_final(x) @ self.text_projection)
 
     def encode_captions(self, tokens: Tensor, buckets: int = 1, lengths: Tensor | None = None) -> Tensor:
         """As `encode_text`, in up to `buckets` groups of similar length, each cut to its own longest caption.
@@ -247,7 +255,9 @@ class ClipModel(open_clip.model.CLIP):
 
         tokens int64 [N, L] -> [N, embed_dim]; `lengths`: the captions' lengths, int64 [N] on the CPU, N > 0.
         """
-        packing = pack(lengths, tokens.shape[1], self.spec.context_length, tokens.device)
+        return self._packed_tower(tokens, pack(lengths, tokens.shape[1], self.spec.context_length, tokens.device))
+
+    def _packed_tower(self, tokens: Tensor, packing: Packing) -> Tensor:
         dtype = self.transformer.get_cast_dtype()
         ids = tokens.reshape(-1).index_select(0, packing.taken)
         x = self.token_embedding(ids).to(dtype)

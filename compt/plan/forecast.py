@@ -436,6 +436,6 @@ def not_modelled(config: EngineConfig) -> tuple[str, ...]:
             not config.fsdp2.reshard_after_forward and config.micro_batch is not None
         ),
         "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
-        "what engine.compile keeps otherwise": config.compile,
+        "what engine.compile keeps otherwise": config.compile != "off",
     }
     return tuple(text for text, there in given.items() if there)

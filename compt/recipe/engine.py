@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 
 from compt.errors import nearest
 from compt.models.presets import PACKED
@@ -92,6 +92,17 @@ ENGINE_NAMES = OneOf(ENGINES)
 EngineName = Annotated[str, AfterValidator(ENGINE_NAMES)]
 
 
+def _spelt(*names: str) -> BeforeValidator:
+    """Read false and true as these names. YAML reads `off` and `on` as false and true, and older files have them."""
+    return BeforeValidator(lambda value: names[value] if isinstance(value, bool) else value)
+
+
+Compile = Annotated[Literal["off", "blocks", "towers"], _spelt("off", "blocks")]
+CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+CAPTURING = ("reduce-overhead", "max-autotune")
+"""Modes in which the compiler captures CUDA graphs."""
+
+
 class Fsdp2(Section):
     """How torch's `fully_shard` shards a model. Each block of a tower is a unit."""
 
@@ -138,8 +149,12 @@ class EngineConfig(Section):
     loss_chunk: LossChunk = execution(None)
     """Rows of the similarity matrix that are in memory at once; `tiled`: none, by kernels in Triton on a GPU, and 64
     rows on a CPU. Default: all."""
-    compile: bool = execution(False)
-    """Compile the model with torch.compile."""
+    compile: Compile = execution("off")
+    """What torch.compile compiles: nothing (`off`, as false), each of the `blocks` (as true), or whole `towers`, which
+    takes longer to compile. Engines that gather weights block by block (fsdp2, zero3) compile blocks only."""
+    compile_mode: CompileMode = execution("default")
+    """The mode of torch.compile, for `compile: blocks` and `compile: towers`. `reduce-overhead` and `max-autotune`
+    capture CUDA graphs; they have not run on a GPU yet."""
     workers: int = execution(4, ge=0)
     """Processes that decode images, for each training process. At most one per core is started."""
     cache: bool = execution(False)
@@ -191,6 +206,15 @@ class EngineConfig(Section):
             if getattr(self, key) != type(self).model_fields[key].default and self.kind.settings != key:
                 fitting = ", ".join(name for name, kind in ENGINES.items() if kind.settings == key)
                 raise ValueError(f"{key} is for name {fitting}, not for '{self.name}'")
+        if self.compile == "towers" and "weights" in self.kind.shards:
+            raise ValueError(f"compile: {self.name} gathers weights block by block; write blocks instead of towers")
+        if self.compile_mode != "default" and self.compile == "off":
+            raise ValueError(f"compile_mode: '{self.compile_mode}' needs compile: blocks or towers")
+        if self.compile_mode in CAPTURING and (self.micro_batch or self.find_micro_batch or self.recompute):
+            raise ValueError(
+                f"compile_mode: '{self.compile_mode}' captures CUDA graphs, which does not work with micro-batches or "
+                "recompute; write max-autotune-no-cudagraphs or default"
+            )
         if self.async_checkpoints and not self.kind.background:
             raise ValueError(f"async_checkpoints: {self.name} writes while training waits; leave it out")
         return self

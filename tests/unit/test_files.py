@@ -13,7 +13,16 @@ import pytest
 
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import save_result
-from compt.files import new_folder, read_text, remove_leftovers, write_bytes, write_json, write_text
+from compt.files import (
+    new_folder,
+    private_folder,
+    read_text,
+    remove_leftovers,
+    user_cache,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def test_bytes_and_text(tmp_path: Path) -> None:
@@ -179,3 +188,18 @@ def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a1.json.0123abcd", "a[1].json"]
     save_result(tmp_path, "a1", {}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a1.json", "a1.npz", "a[1].json"]
+
+
+def test_a_private_folder_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = user_cache("compiled")
+    assert folder == tmp_path / "compt" / "compiled"
+    folder.mkdir(parents=True, mode=0o755)
+    assert private_folder(folder) == folder
+    assert folder.stat().st_mode & 0o777 == 0o700
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(RunError, match="belongs to another user, or is a link"):
+        private_folder(tmp_path / "link")
+    monkeypatch.setattr(os, "getuid", lambda: 4321)
+    with pytest.raises(RunError, match="belongs to another user"):
+        private_folder(folder)

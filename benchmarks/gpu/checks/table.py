@@ -304,17 +304,17 @@ def _waits(action: Callable[[], object], device: torch.device) -> bool:
     return False
 
 
-def check_compile(name: str) -> Callable[[torch.device], list[Finding]]:
-    """Compiled blocks have the names and results of eager ones, and nothing recompiles after the first steps."""
-    return lambda device: _compile(name, device)
+def check_compile(name: str, how: str = "blocks") -> Callable[[torch.device], list[Finding]]:
+    """Compiled models have the names and results of eager ones, and nothing recompiles after the first steps."""
+    return lambda device: _compile(name, how, device)
 
 
-def _compile(name: str, device: torch.device) -> list[Finding]:
+def _compile(name: str, how: str, device: torch.device) -> list[Finding]:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    config = EngineConfig.model_validate({"name": name, "compile": True})
+    config = EngineConfig.model_validate({"name": name, "compile": how})
     case = CASES[1]
     findings = compare(case.name, train(case, device, config), oracle(case))
     task, engine = open_case(case, device, config)
@@ -440,6 +440,7 @@ CHECKS: dict[str, Check] = {
     "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
     "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
     "compile": Check(check_compile("ddp"), "compiled", 240),
+    "compile_towers": Check(check_compile("ddp", "towers"), "compiled", 240),
     "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
     "compile_zero2": Check(check_compile("zero2"), "compiled", 240),
     "compile_zero3": Check(check_compile("zero3"), "compiled", 240),

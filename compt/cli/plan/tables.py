@@ -171,7 +171,10 @@ def _setting(asked: Conditions, mode: Mode) -> str:
     ways = [f"micro-batches of {asked.micro_batch}" if asked.micro_batch else ""]
     chunk = asked.loss_chunk
     ways += ["a tiled loss" if chunk == "tiled" else f"chunks of the loss of {chunk}" if chunk else ""]
-    ways += ["compiled blocks" if asked.compile else "", "recomputed blocks" if asked.recompute else ""]
+    ways += [
+        f"compiled {asked.compile}" if asked.compile != "off" else "",
+        "recomputed blocks" if asked.recompute else "",
+    ]
     ways += [f"the engine {asked.engine}" if asked.engine != "ddp" else ""]
     ways += [f"{key} {value}" for key, value in asked.settings.items()]
     return ", ".join([f"{asked.precision} with {captions}", *filter(None, ways)])

@@ -66,7 +66,7 @@ class ZeroEngine(EngineHead):
         self._engine, self._zero, *_ = self._deepspeed.initialize(model=module, optimizer=self.optimizer, config=json)
         forget_module(module)
         dist.share_timeout()
-        if given.get("compile") and stage == 3:
+        if given.get("compile", "off") != "off" and stage == 3:
             self._gather_blocks_whole()
         # DeepSpeed's hooks on gradients hold the engine where the garbage collector does not look. Without `destroy`
         # its memory would be missing for the next link.

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from compt.dist import collectives as dist
 from compt.engines.base import AdamWSettings, Precision, decays
+from compt.engines.compiler import CACHE
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import ArtefactError
 from compt.models.clip import ClipModel, build
 from compt.models.presets import PACKED, resolve
+from compt.recipe.engine import Compile
 from compt.train.accumulate import cached_backward
 from compt.train.losses import ContrastiveLoss, ImageToText
 from compt.train.task import ClipTask, DistillTask
@@ -336,7 +338,7 @@ def test_values_come_from_outside_one_by_one_and_nothing_else() -> None:
 
 
 def test_compiling_leaves_names_alone() -> None:
-    plain, compiled = DataParallelEngine(model()), DataParallelEngine(model(), compile=True)
+    plain, compiled = DataParallelEngine(model()), DataParallelEngine(model(), compile="towers")
     assert list(plain.state()) == list(compiled.state())
 
 
@@ -351,21 +353,36 @@ def test_recomputing_gives_the_same_gradients() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("buckets", [1, PACKED])
-def test_compiled_blocks_give_the_same_gradients_at_any_length(buckets: int) -> None:
+@pytest.mark.parametrize(("how", "buckets"), [("blocks", PACKED), ("towers", 2)])
+def test_compiled_models_give_the_same_gradients_at_any_length_and_compile_once(
+    how: Compile, buckets: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(CACHE, "")
     images, tokens = own_rows(torch.float32)
-    torch._dynamo.reset()
-    results = []
-    for compiled in (False, True):
+    counters = torch._dynamo.utils.counters
+    results, hits, misses = [], [], []
+    compiled: tuple[Compile, ...] = ("off", how, how)  # the last one as in a resumed run
+    for way in compiled:
+        torch._dynamo.reset()
+        counters.clear()
         task = make_task(24, torch.float32, text_buckets=buckets)
-        engine = DataParallelEngine(task.module, compile=compiled)
+        engine = DataParallelEngine(task.module, compile=way)
+        found = []
         for cut in (10, 9, 8, 7):
             shorter = tokens.masked_fill(torch.arange(10) >= cut, 0)
             shorter[..., cut - 1] = 63
             loss, _ = cached_backward(task, engine, images, shorter, 4)
-            results.append(loss.item())
+            found.append(loss.item())
             if cut == 8:
-                graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        results.append(engine.step(0.0).item())
-    assert results[:5] == pytest.approx(results[5:], rel=1e-5)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs, "compiled again for another length"
+                graphs = counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs, "compiled again for another length"
+        assert (graphs > 0) == (way != "off")
+        results.append([*found, engine.step(0.0).item()])
+        hits.append(counters["inductor"]["fxgraph_cache_hit"] + counters["aot_autograd"]["autograd_cache_hit"])
+        misses.append(counters["inductor"]["fxgraph_cache_miss"])
+    assert results[0] == pytest.approx(results[1], rel=1e-5)
+    assert results[1] == pytest.approx(results[2], rel=1e-6)
+    assert misses[1] > 0 == misses[2], "a resumed run compiles again"
+    assert hits[2] >= misses[1] / 2
+    assert (tmp_path / "compt" / "compiled").stat().st_mode & 0o777 == 0o700

@@ -95,8 +95,8 @@ def test_every_setting_equals_one_process(world: int) -> None:
 
 @pytest.mark.full
 def test_compiled_blocks_equal_one_process() -> None:
-    cells = [Cell(stage, pieces=4, compile=True) for stage in (2, 3)]
-    check_all(cases.compare_traced, 2, [*cells, Cell(3, "swin", recompute=True, compile=True)])
+    cells = [Cell(stage, pieces=4, compile="blocks") for stage in (2, 3)]
+    check_all(cases.compare_traced, 2, [*cells, Cell(3, "swin", recompute=True, compile="blocks")])
 
 
 def go_on(found: dict, expected: dict) -> None:

@@ -25,7 +25,7 @@ from compt.engines.scale import LossScale
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.deepspeed import deepspeed_config
-from compt.recipe.engine import EngineConfig
+from compt.recipe.engine import Compile, EngineConfig
 from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
@@ -84,7 +84,7 @@ class Cell(NamedTuple):
     zero: tuple[tuple[str, Any], ...] = ()
     recompute: bool = False
     shipped: str = ""
-    compile: bool = False
+    compile: Compile = "off"
     scaled: bool = False
 
     def config(self) -> dict[str, Any]:

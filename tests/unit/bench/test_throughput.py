@@ -237,14 +237,14 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {key: getattr(with_ways, key) for key in (*ways, "text_buckets", "compile")} == {
         **ways,
         "text_buckets": 2,
-        "compile": False,
+        "compile": "off",
     }
     in_one = measure(engine_of(setup, **ways), CPU, 4, 32, 0.0)
     assert (in_one.micro_batch, in_one.loss_chunk) == (None, None)
     monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
     monkeypatch.setattr(TrainingStep, "data", lambda self, batch: found_data)
     found_data = SimpleNamespace(tokens=random_captions(setup, 8, torch.Generator()))
-    assert measure(engine_of(setup, compile=True), CPU, 8, 32, 0.0).compile
+    assert measure(engine_of(setup, compile="blocks"), CPU, 8, 32, 0.0).compile == "blocks"
     monkeypatch.undo()
     assert throughput.known_device(CPU) is None
     assert throughput.peak_flops(CPU, "bf16") is None
@@ -372,7 +372,7 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
     for changes in (
         {"micro_batch": 2},
         {"loss_chunk": 2},
-        {"compile": True},
+        {"compile": "blocks"},
         {"recompute": True},
         {"name": "fsdp2"},
         {"text_buckets": 2},

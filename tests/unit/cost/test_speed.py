@@ -277,7 +277,7 @@ def test_measured_only_for_the_very_job() -> None:
     assert kind_of(file, precision="fp16") == "projected"
     assert kind_of(file, micro_batch=4) == "projected"
     assert kind_of(file, loss_chunk=4) == "projected"
-    assert kind_of(file, compile=True) == "projected"
+    assert kind_of(file, compile="blocks") == "projected"
     assert kind_of(a_file(entry(seconds_per_sample=None, low=None, high=None, failure="no"))) == "projected"
     # A predecessor without distillation takes no time.
     assert kind_of(file, distilled=False) == "projected"
@@ -285,7 +285,7 @@ def test_measured_only_for_the_very_job() -> None:
 
 
 def test_measured_with_the_settings_of_the_plan() -> None:
-    for key, value in (("micro_batch", 4), ("loss_chunk", 4), ("compile", True)):
+    for key, value in (("micro_batch", 4), ("loss_chunk", 4), ("compile", "towers")):
         file = a_file(entry(**{key: value}), entry(seconds_per_sample=1.5e-3))
         assert found_in(file, **{key: value}).seconds_per_sample == 2e-3
         assert found_in(file).seconds_per_sample == 1.5e-3
@@ -320,9 +320,9 @@ def test_another_batch_is_said() -> None:
 def test_conditions_are_those_of_a_process(root: Path) -> None:
     changes = ["engine.micro_batch=64", "engine.loss_chunk=128", "engine.compile=true", "data.caption_tokens=20"]
     recipe = load_recipe(root / "recipes" / "cc3m_vit.yaml", changes)
-    assert Conditions.of(recipe, 4, "vit_t16") == Conditions(4, 20.0, "bf16", 256, 64, 128, True, 4)
-    assert Conditions.of(recipe, 8, "vit_t16") == Conditions(4, 20.0, "bf16", 128, 64, None, True, 4)
-    assert Conditions.of(recipe, 16, "vit_t16") == Conditions(4, 20.0, "bf16", 64, None, None, True, 4)
+    assert Conditions.of(recipe, 4, "vit_t16") == Conditions(4, 20.0, "bf16", 256, 64, 128, "blocks", 4)
+    assert Conditions.of(recipe, 8, "vit_t16") == Conditions(4, 20.0, "bf16", 128, 64, None, "blocks", 4)
+    assert Conditions.of(recipe, 16, "vit_t16") == Conditions(4, 20.0, "bf16", 64, None, None, "blocks", 4)
     own = load_recipe(
         root / "recipes" / "cc3m_vit.yaml",
         ["chain.links.1.engine={name: fsdp2, recompute: true, micro_batch: 32}", "engine.text_buckets=1"],

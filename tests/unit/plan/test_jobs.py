@@ -234,6 +234,7 @@ OTHER: dict[str, Any] = {
     "engine.text_buckets": 3,
     "engine.loss_chunk": 8,
     "engine.compile": True,
+    "engine.compile_mode": None,  # see test_settings_of_one_engine_or_with_others_are_no_result
     "engine.workers": 0,
     "engine.cache": True,
     "engine.log_every": {"steps": 3},
@@ -243,7 +244,7 @@ OTHER: dict[str, Any] = {
     "engine.keep_every": {"epochs": 1},
     "engine.async_checkpoints": True,
     "engine.name": "fsdp2",
-    "engine.deepspeed_config": None,  # see test_settings_of_one_engine_are_no_result
+    "engine.deepspeed_config": None,  # see test_settings_of_one_engine_or_with_others_are_no_result
     **{
         f"engine.fsdp2.{name}": None
         for name in ("reshard_after_forward", "replicas", "cpu_offload", "reduce_precision")
@@ -325,11 +326,12 @@ def test_result_fields_change_the_hashes_and_execution_fields_do_not(path: str) 
     "engine",
     [
         {"name": "zero2", "deepspeed_config": "a.json"},
+        {"compile": "blocks", "compile_mode": "max-autotune"},
         {"name": "fsdp2", "fsdp2": {"reshard_after_forward": False}},
         {"name": "fsdp2", "fsdp2": {"replicas": 2, "cpu_offload": True, "reduce_precision": "bf16"}},
     ],
 )
-def test_settings_of_one_engine_are_no_result(engine: dict[str, Any]) -> None:
+def test_settings_of_one_engine_or_with_others_are_no_result(engine: dict[str, Any]) -> None:
     assert hashes(changed("engine", engine)) == hashes(parse_recipe(BASE))
 
 
