@@ -10,7 +10,9 @@ from statistics import median
 import torch
 
 from compt.bench.step import Setup, TrainingStep
+from compt.bench.tune import trial_of, tuned
 from compt.plan.jobs import Job
+from compt.recipe.engine import changed_engine
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.micro_batch import Trial, find_micro_batch
@@ -23,7 +25,11 @@ def seconds_per_step(job: Job, recipe: Recipe, device: torch.device, world_size:
     """
     setup = Setup.of_job(job, recipe, base)
     share, micro = split_batch(recipe.optimizer.batch, world_size, setup.engine.micro_batch)
-    if setup.engine.find_micro_batch:
+    if setup.engine.tune:
+        chosen = tuned(trial_of(job, recipe, base, device)).chosen
+        setup = replace(setup, engine=changed_engine(setup.engine, dict(chosen)))
+        micro = chosen["micro_batch"] or share
+    elif setup.engine.find_micro_batch:
         micro = find_micro_batch(Trial.of(job, recipe, base, device))
     setup = replace(setup, engine=setup.engine.model_copy(update={"micro_batch": micro}))
     step = TrainingStep(setup, device)

@@ -106,9 +106,9 @@ class TrainingStep:
         made = random_batch(self.setup, batch)
         return made.pin_memory() if self.device.type == "cuda" else made
 
-    def __call__(self, batch: Batch) -> None:
-        """Forward, backward and update; waits until the GPU is done."""
-        training_step(
+    def __call__(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Forward, backward and update; waits until the GPU is done. Returns the report and the gradient's norm."""
+        found = training_step(
             self.task,
             self.engine,
             batch,
@@ -120,6 +120,7 @@ class TrainingStep:
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        return found
 
     def seconds(self, batch: Batch, *, warm_up: int = 1, repeats: int = 3, seconds: float = 0.0) -> list[float]:
         """Seconds of each step after `warm_up` others: at least `repeats` steps, and at least `seconds` in sum."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compt.bench.throughput import peak_flops
+from compt.bench.tune import trial_of, tuned, with_chosen
 from compt.chain.record import MANIFEST, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
 from compt.cost.training import exact_breakdown
@@ -191,7 +192,9 @@ class JobRun:
 
     @property
     def _engine_config(self) -> EngineConfig:
-        return self.context.recipe.engine_of(self.job.spec.name).on(self.context.device.type)
+        """The engine's settings on this device, with those that `engine.tune` has chosen."""
+        config = self.context.recipe.engine_of(self.job.spec.name)
+        return with_chosen(config, self.manifest.get("tuned")).on(self.context.device.type)
 
     def _initial(self) -> Mapping[str, Tensor] | None:
         """The expanded weights that training begins with; None where they are drawn from the seed instead."""
@@ -270,8 +273,14 @@ class JobRun:
         """Train from the newest checkpoint, the expanded or the fresh weights, and write `model/`."""
         beat(0, "opening the model", LONG)
         origin = self._origin()
+        config = self.context.recipe.engine_of(self.job.spec.name)
+        searches = (config.tune or config.find_micro_batch) and dist.from_main(
+            lambda: steps_left(self.job, self.folder)
+        )
+        if searches and config.tune:
+            self._tune()
         settings = self._settings()
-        if self._engine_config.find_micro_batch and dist.from_main(lambda: steps_left(self.job, self.folder)):
+        if searches and not config.tune:
             settings = replace(settings, micro_batch=self._find_micro_batch())
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
@@ -313,7 +322,7 @@ class JobRun:
     def _run_steps(self, settings: TrainSettings) -> TrainResult:
         teacher = self._teacher() if self.job.active_teacher else None
         task, engine = build_training(
-            Blueprint.of(self.job, self.context.recipe, self.context.base),
+            replace(Blueprint.of(self.job, self.context.recipe, self.context.base), engine=self._engine_config),
             self.context.device,
             self._initial(),
             teacher.state if teacher else None,
@@ -327,6 +336,14 @@ class JobRun:
             (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
             self.job.name,
         )
+
+    def _tune(self) -> None:
+        """Choose the fastest settings, or take those of an earlier start on the same machine; the manifest has them."""
+        trial = trial_of(self.job, self.context.recipe, self.context.base, self.context.device)
+        found = tuned(trial, self.manifest.get("tuned"))
+        for line in found.lines():
+            self.say(f"{self.job.name}: {line}")
+        self._enter("training", tuned=asdict(found))
 
     def _find_micro_batch(self) -> int:
         """The largest micro-batch that fits; the manifest notes it beside the machine."""
@@ -343,7 +360,15 @@ class JobRun:
         artefact, job = dist.on_all(self._trained), self.job
         trained = artefact.manifest["trained"]
         tokens = trained["tokens_per_caption"]  # as measured
-        cost = recipe_cost(self.context.recipe, job.spec, job.active_teacher, job.steps, dist.world_size(), tokens)
+        cost = recipe_cost(
+            self.context.recipe,
+            job.spec,
+            job.active_teacher,
+            job.steps,
+            dist.world_size(),
+            tokens,
+            engine=self._engine_config,
+        )
         self._enter(
             "evaluated",
             trained=trained,

@@ -19,6 +19,7 @@ from compt.models.growth import ExpandConfig, check_config, grown_spec
 from compt.models.preprocess import Preprocess
 from compt.models.presets import ModelSpec
 from compt.plan.links import Start, averaging, check_growth, check_start, planned_start
+from compt.recipe.engine import EngineConfig
 from compt.recipe.expansion import expand_result, expansion
 from compt.recipe.schema import Link, Recipe
 from compt.recipe.types import Duration
@@ -380,13 +381,15 @@ def recipe_cost(
     tokens: Tokens,
     *,
     again: bool = True,
+    engine: EngineConfig | None = None,
 ) -> JobCost:
     """What `steps` steps of a recipe cost with captions of `tokens` on `world_size` processes.
 
-    `again` charges what is computed twice to save memory: blocks, with `engine.recompute`; micro-batches and chunks of
-    the loss, where the share of a process is larger than one of them.
+    `engine`: the settings that run, where they are not the recipe's. `again` charges what is computed twice to save
+    memory: blocks, with `engine.recompute`; micro-batches and chunks of the loss, where the share of a process is
+    larger than one of them.
     """
-    rows, engine = recipe.optimizer.batch // world_size, recipe.engine_of(spec.name)
+    rows, engine = recipe.optimizer.batch // world_size, engine or recipe.engine_of(spec.name)
     micro, chunk = engine.micro_batch, engine.loss_chunk
     # The tiled loss computes the similarities again too, but half of the products for the gradients.
     return exact_breakdown(

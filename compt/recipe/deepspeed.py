@@ -182,9 +182,10 @@ class _File:
 def _fill_batches(file: _File, engine: EngineConfig, optimizer: Optimizer, world_size: int | None) -> dict[str, Any]:
     file.compare("train_batch_size", "optimizer.batch", optimizer.batch)
     keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-    for key in keys if engine.find_micro_batch else ():
+    searching = [name for name in ("find_micro_batch", "tune") if getattr(engine, name)]
+    for key in keys if searching else ():
         if file.get(key) not in (None, AUTO):
-            raise file.error(key, 'engine.find_micro_batch searches for it; write "auto"')
+            raise file.error(key, f'engine.{searching[0]} searches for it; write "auto"')
     if world_size is None:
         return {"train_batch_size": optimizer.batch}
     per_rank, micro = split_batch(optimizer.batch, world_size, engine.micro_batch)

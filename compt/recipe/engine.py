@@ -140,6 +140,10 @@ class EngineConfig(Section):
     """Images that one process computes at once, to save memory. The step stays the same. Default: its whole share."""
     find_micro_batch: bool = execution(False)
     """Before training, search the largest `micro_batch` that fits into memory, up to the one given."""
+    tune: bool = execution(False)
+    """Before training, time `text`, `compile`, `recompute` and the micro-batch, where the recipe does not set them, and
+    keep the fastest that fits. Takes at most 20 minutes for a job, besides the search for the micro-batch. The result
+    is kept in the run and in the user's cache."""
     text: Literal["auto", "packed", "buckets", "padded"] = execution("auto")
     """How captions of different lengths are computed together: `packed` without any padding, in `buckets` of similar
     length, or `padded` to the longest of a batch. `auto`: buckets; on a CPU packed if `text_buckets` is not given."""

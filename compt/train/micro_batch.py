@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits into memory, found by trial steps.
+"""Trial steps in processes of their own, and the largest micro-batch that fits into memory, found by them.
 
 A step that runs out of memory on one rank leaves the others waiting in a collective, and may have changed weights
 already. So each rank starts a child process for each trial. The children form a process group of their own, and end
@@ -11,8 +11,10 @@ from __future__ import annotations
 import datetime
 import gc
 import itertools
+import math
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,7 @@ from compt.train.build import Blueprint, build_training
 STEPS = 2
 """Steps of a trial. The first one creates the optimizer's moments, so the second needs most memory."""
 
-_OTHER = "another rank's trial failed"
+_OTHER, _MEMORY, _TIME = "another rank's trial failed", "memory", "time"
 _POLL = 0.2
 _numbers = itertools.count()
 
@@ -114,39 +116,55 @@ def fits_apart(trial: Trial, micro_batch: int, action: Callable[[Trial, int], No
 
     The children run `action(trial, micro_batch)` (default: `steps`). Raises RunError for other faults.
     """
-    beat(0, "looking for a micro-batch", LONG)
+    return not isinstance(apart(trial, micro_batch, action or steps, "looking for a micro-batch"), str)
+
+
+def apart(
+    trial: Trial, micro_batch: int, action: Callable[[Trial, int], Any], doing: str, seconds: float = math.inf
+) -> list[Any] | str:
+    """What `action(trial, micro_batch)` returns on each rank, in a child process of each; or why it returns nothing.
+
+    That is too little memory on a rank, or more than `seconds` there. `doing` says, for messages, what the trial is
+    for. All ranks call it and get the same. Raises RunError, on all, for other faults.
+    """
+    beat(0, doing, LONG)
     number = next(_numbers)
     place = (dist.rank(), dist.world_size(), number)
-    process, receiver = start_child(_try, place, trial, micro_batch, action or steps)
-    outcome = _outcome(process, receiver, number)
-    outcomes: list[str] = dist.gather_objects(outcome)
-    if "memory" in outcomes:
-        return False
-    faults = [f"rank {rank}: {text}" for rank, text in enumerate(outcomes) if text]
+    process, receiver = start_child(_try, place, trial, micro_batch, action)
+    outcomes: list[tuple[str, Any]] = dist.gather_objects(_outcome(process, receiver, number, seconds))
+    texts = [text for text, _ in outcomes]
+    for known, why in ((_MEMORY, "does not fit into memory"), (_TIME, f"takes more than {seconds:.0f} s")):
+        if known in texts:
+            return why
+    faults = [f"rank {rank}: {text}" for rank, text in enumerate(texts) if text]
     if faults:
         faults.sort(key=lambda text: _OTHER in text)
-        dist.fail(RunError(f"{trial.blueprint.student.name}: looking for a micro-batch failed: {faults[0]}"))
-    return True
+        dist.fail(RunError(f"{trial.blueprint.student.name}: {doing} failed: {faults[0]}"))
+    return [value for _, value in outcomes]
 
 
-def _outcome(process: Any, receiver: Any, number: int) -> str:
-    """The outcome of this rank's trial: an empty text if it ran, "memory", or another fault.
+def _outcome(process: Any, receiver: Any, number: int, seconds: float) -> tuple[str, Any]:
+    """The outcome of this rank's trial: an empty text if it ran, `_MEMORY`, `_TIME` or another fault; and its value.
 
     A failed trial is noted in the store, and the other ranks then kill theirs, which would wait for it for ever.
     """
     store = _get_default_store() if dist.world_size() > 1 else None
-    key, outcome = f"compt/fit/{number}/failed", _OTHER
+    key, outcome, value, started = f"compt/fit/{number}/failed", _OTHER, None, time.monotonic()
     while True:
         if receiver.poll(_POLL):
             try:
-                outcome = receiver.recv()
+                outcome, value = receiver.recv()
             except EOFError:
                 process.join()
                 # SIGKILL is what the system sends when memory runs out.
                 killed = process.exitcode == -signal.SIGKILL
-                outcome = "memory" if killed else f"its process ended with code {process.exitcode}"
+                outcome = _MEMORY if killed else f"its process ended with code {process.exitcode}"
             break
         if store is not None and store.check([key]):
+            process.kill()
+            break
+        if time.monotonic() - started > seconds:
+            outcome = _TIME
             process.kill()
             break
     if outcome and store is not None:
@@ -155,23 +173,24 @@ def _outcome(process: Any, receiver: Any, number: int) -> str:
     if process.is_alive():
         process.kill()
         process.join()
-    return outcome
+    return outcome, value
 
 
 def _try(
-    sender: Any, place: tuple[int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], None]
+    sender: Any, place: tuple[int, int, int], trial: Trial, micro_batch: int, action: Callable[[Trial, int], Any]
 ) -> None:
+    value = None
     try:
         _join(place, torch.device(trial.device))
-        action(trial, micro_batch)
+        value = action(trial, micro_batch)
         outcome = ""
     except Exception as error:
         outcome = f"{type(error).__name__}: {error}"
         if is_out_of_memory(error):
-            outcome = "memory"
+            outcome = _MEMORY
         elif is_consequence(error):
             outcome = f"{_OTHER} ({outcome})"
-    sender.send(outcome)
+    sender.send((outcome, value))
     sender.close()
     # Leaving the process group in order would wait for the trials of other ranks.
     os._exit(0)

@@ -252,6 +252,7 @@ OTHER: dict[str, Any] = {
     "engine.shard_teacher": True,
     "engine.recompute": True,
     "engine.find_micro_batch": True,
+    "engine.tune": True,
     "engine.timeout": 60.0,
     "chain.links.N.engine": {"name": "zero2"},
     "chain.links.N.nodes": 2,
