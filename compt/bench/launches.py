@@ -22,7 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compt.bench.step import Setup, TrainingStep, random_batch
+from compt.engines.base import Engine
 from compt.recipe.engine import changed_engine
+from compt.train.task import Task
 
 PARTS = ("input", "teacher", "forward", "loss", "backward", "optimizer")
 """The parts of a step, in their order; `input` is also what no other part does."""
@@ -188,14 +190,14 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
     parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
-def methods_of_parts(step: TrainingStep) -> list[tuple[str, Any, str]]:
+def methods_of_parts(task: Task, engine: Engine) -> list[tuple[str, Any, str]]:
     """Each part of a step but `input`, with the object and the method that is this part."""
     return [
-        ("teacher", step.task, "targets"),
-        ("forward", step.engine, "forward"),
-        ("loss", step.task, "loss"),
-        ("backward", step.engine, "backward"),
-        ("optimizer", step.engine, "step"),
+        ("teacher", task, "targets"),
+        ("forward", engine, "forward"),
+        ("loss", task, "loss"),
+        ("backward", engine, "backward"),
+        ("optimizer", engine, "step"),
     ]
 
 
@@ -215,7 +217,7 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
         step = TrainingStep(plan, device)
         if fake:
             step.engine.backward = lambda loss, **_: _backward(loss)  # type: ignore[method-assign]
-        for part, owner, name in methods_of_parts(step):
+        for part, owner, name in methods_of_parts(step.task, step.engine):
             seen.watch(part, owner, name)
         step(data)
         seen.counts.clear()

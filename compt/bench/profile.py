@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,12 @@ from torch.profiler import ProfilerActivity
 
 from compt.bench.launches import PARTS, Launches, methods_of_parts
 from compt.bench.step import Setup, TrainingStep
+from compt.dist import collectives as dist
+from compt.engines.base import Engine
+from compt.errors import Interrupted
+from compt.files import write_text
+from compt.text import TextTable
+from compt.train.task import Task
 
 _REPEATS = 5
 """Steps that are timed. Two come before them: the first makes the optimizer's moments."""
@@ -37,9 +43,17 @@ class Profile:
 class _Clock:
     """Seconds of each part of the steps. On a GPU they are taken on its own clock, so that nothing waits in between."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, task: Task, engine: Engine) -> None:
         self._gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any, Any]] = []
+        self._watched = methods_of_parts(task, engine)
+        for part, owner, name in self._watched:
+            self.watch(part, owner, name)
+
+    def close(self) -> None:
+        """Give the parts their own methods back."""
+        for _, owner, name in self._watched:
+            delattr(owner, name)
 
     def _now(self) -> Any:
         if not self._gpu:
@@ -74,9 +88,7 @@ def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Prof
     """Time and trace training steps of `setup` on `device`; writes the file `trace`, in Chrome's format."""
     gpu = device.type == "cuda"
     step = TrainingStep(setup, device)
-    clock = _Clock(device)
-    for part, owner, name in methods_of_parts(step):
-        clock.watch(part, owner, name)
+    clock = _Clock(device, step.task, step.engine)
     data = step.data(batch)
     step.seconds(data, warm_up=1, repeats=1)
     if gpu:
@@ -88,15 +100,10 @@ def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Prof
         parts.append(clock.take())
         parts[-1]["input"] = whole[-1] - sum(parts[-1].values())
     memory = torch.cuda.max_memory_allocated(device) if gpu else None
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
-    with torch.profiler.profile(activities=activities, acc_events=True) as seen:
+    with _profiler(device) as seen:
         step(data)
     seen.export_chrome_trace(str(trace))
-    rows = [row for row in seen.key_averages() if not row.key.startswith(("compt ", "ProfilerStep"))]
-    spent = [
-        (row.key, row.count, (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6) for row in rows
-    ]
-    operations = sorted((one for one in spent if one[2] > 0), key=lambda one: one[2], reverse=True)
+    operations = _operations(seen, gpu)
     return Profile(
         seconds=median(whole),
         parts={part: median(each[part] for each in parts) for part in PARTS},
@@ -106,15 +113,104 @@ def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Prof
     )
 
 
-def table_of_parts(seen: Launches, found: Profile | None) -> list[tuple[str, str, str, str]]:
+def _profiler(device: torch.device) -> torch.profiler.profile:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    return torch.profiler.profile(activities=activities, acc_events=True)
+
+
+def _operations(seen: torch.profiler.profile, gpu: bool) -> list[tuple[str, int, float]]:
+    rows = [row for row in seen.key_averages() if not row.key.startswith(("compt ", "ProfilerStep"))]
+    spent = [
+        (row.key, row.count, (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6) for row in rows
+    ]
+    return sorted((one for one in spent if one[2] > 0), key=lambda one: one[2], reverse=True)
+
+
+class StepTrace:
+    """Traces the steps `first` to `last` of a run, counted from 1, on rank 0: a context for the run.
+
+    Called with the number of each step before it begins. Writes `trace-FIRST-LAST.json.gz` in Chrome's format and
+    `trace-FIRST-LAST.md` with the tables of `compt bench profile` into `folder`. A run that stops in between has a
+    trace of the steps that it did; one that starts after `first` has none.
+    """
+
+    def __init__(self, task: Task, engine: Engine, steps: tuple[int, int], folder: Path, say: Callable[[str], None]):
+        self._task, self._engine = task, engine
+        self._first, self._last = steps
+        self._folder, self._say = folder, say
+        self._running: tuple[_Clock, torch.profiler.profile, float] | None = None
+        self._next = 0
+
+    def __call__(self, step: int) -> None:
+        """Begin or end the trace, if `step` is where it does."""
+        self._next = step
+        if step == self._first and dist.is_main():
+            self._synchronize()
+            clock, seen = _Clock(self._engine.device, self._task, self._engine), _profiler(self._engine.device)
+            seen.start()
+            self._running = clock, seen, time.perf_counter()
+        elif step == self._last + 1:
+            self._end()
+
+    def __enter__(self) -> StepTrace:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Interrupted):
+            self._next += 1  # the step that began last has ended
+        self._end()
+
+    def _synchronize(self) -> None:
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize(self._engine.device)
+
+    def _end(self) -> None:
+        if self._running is None:
+            return
+        (clock, seen, started), self._running = self._running, None
+        self._synchronize()
+        seconds = time.perf_counter() - started
+        seen.stop()
+        clock.close()
+        count = max(1, self._next - self._first)
+        gpu = self._engine.device.type == "cuda"
+        parts = {part: spent / count for part, spent in clock.take().items()}
+        parts["input"] = seconds / count - sum(parts.values())
+        operations = _operations(seen, gpu)
+        busy = sum(spent for _, _, spent in operations) / count if gpu else None
+        found = Profile(seconds / count, parts, operations, busy, None)
+        path = self._folder / f"trace-{self._first}-{self._first + count - 1}.json.gz"
+        seen.export_chrome_trace(str(path))
+        tables = tables_of(f"A step of {self._folder.name}, mean of {count} traced steps", None, found)
+        write_text(path.with_suffix("").with_suffix(".md"), "\n".join(table.markdown() for table in tables))
+        self._say(f"{self._folder.name}: traced {count} steps; wrote {path} and a table beside it")
+
+
+def tables_of(title: str, seen: Launches | None, found: Profile | None, notes: Sequence[str] = ()) -> list[TextTable]:
+    """The parts of a step and, where it was traced, its slowest operations."""
+    header = ["Part", "Launches", "ms", "Share"]
+    lines = list(notes)
+    if found is not None and found.busy is not None:
+        lines.append(f"The GPU computed {100 * found.busy / found.seconds:.0f} % of the time.")
+    if found is not None and found.memory is not None:
+        lines.append(f"The GPU's memory: {found.memory / 2**30:.2f} GiB.")
+    tables = [TextTable(title, header, table_of_parts(seen, found), lines)]
+    if found is not None:
+        slowest = [(name, f"{calls:,}", f"{1e3 * spent:,.1f}") for name, calls, spent in found.operations[:12]]
+        tables.append(TextTable("Slowest operations that were traced", ["Operation", "Calls", "ms"], slowest))
+    return tables
+
+
+def table_of_parts(seen: Launches | None, found: Profile | None) -> list[tuple[str, str, str, str]]:
     """Part, launches, milliseconds and share of the step, for each part that a step has."""
     rows = []
     for part in PARTS:
-        launched = seen.of(part)
+        launched = 0 if seen is None else seen.of(part)
         if not launched and not (found and found.parts[part] > 1e-6):
             continue
         spent = "-" if found is None else f"{1e3 * found.parts[part]:,.1f}"
         share = "-" if found is None else f"{found.parts[part] / found.seconds:.0%}"
-        rows.append((part, f"{launched:,}", spent, share))
+        rows.append((part, "-" if seen is None else f"{launched:,}", spent, share))
     total = "-" if found is None else f"{1e3 * found.seconds:,.1f}"
-    return [*rows, ("step", f"{seen.total:,}", total, "-" if found is None else "100%")]
+    launches = "-" if seen is None else f"{seen.total:,}"
+    return [*rows, ("step", launches, total, "-" if found is None else "100%")]

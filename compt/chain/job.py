@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compt.bench.profile import StepTrace
 from compt.bench.throughput import peak_flops
 from compt.bench.tune import trial_of, tuned, with_chosen
 from compt.chain.record import MANIFEST, machine, now, read_manifest, steps_left
@@ -54,7 +56,8 @@ class RunContext:
     """What all jobs of a run share.
 
     Relative paths of the recipe start at `base`. `start` describes the model at `chain.from`. `contents`, on rank 0:
-    hashes of some samples of all data, by the words that messages have for them.
+    hashes of some samples of all data, by the words that messages have for them. `profile_steps`: first and last step
+    of each job that is traced.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class RunContext:
     base: Path
     start: Start | None = None
     contents: Mapping[str, str] = field(default_factory=dict)
+    profile_steps: tuple[int, int] | None = None
 
     def job_folder(self, name: str) -> Path:
         """Where the job `name` keeps its files."""
@@ -327,15 +331,19 @@ class JobRun:
             self._initial(),
             teacher.state if teacher else None,
         )
-        return train(
-            task,
-            engine,
-            settings,
-            self.folder,
-            self._loader,
-            (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
-            self.job.name,
-        )
+        wanted = self.context.profile_steps
+        trace = StepTrace(task, engine, wanted, self.folder, self.say) if wanted else None
+        with trace or contextlib.nullcontext():
+            return train(
+                task,
+                engine,
+                settings,
+                self.folder,
+                self._loader,
+                (lambda: self.scorer.during_training(task.model)) if self.scorer.looks_on else None,
+                self.job.name,
+                trace or (lambda step: None),
+            )
 
     def _tune(self) -> None:
         """Choose the fastest settings, or take those of an earlier start on the same machine; the manifest has them."""

@@ -261,16 +261,7 @@ def profile(
     notes = [
         "Launches: of the engine ddp without compilation, in one piece. Attention is one where a kernel computes it."
     ]
-    if found is not None and found.busy is not None and found.memory is not None:
-        notes.append(
-            f"The GPU computed {100 * found.busy / found.seconds:.0f} % of the time. {found.memory / 2**30:.2f} GiB."
-        )
-    header = ["Part", "Launches", "ms", "Share"]
-    tables = [TextTable(title, header, profiling.table_of_parts(seen, found), notes)]
-    if found is not None:
-        slowest = [(name, f"{calls:,}", f"{1e3 * spent:,.1f}") for name, calls, spent in found.operations[:12]]
-        tables.append(TextTable("Slowest operations of one traced step", ["Operation", "Calls", "ms"], slowest))
-    show(*tables)
+    show(*profiling.tables_of(title, seen, found, notes))
     if found is not None:
         say(f"\nWrote {out}")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
+import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +45,7 @@ def chain(
     calibrate: Annotated[bool, option("lengthen the links until the first pair is lossless", "--calibrate")] = False,
     target: Annotated[float | None, option("acceleration to try first, with --calibrate", metavar="X")] = None,
     calibrate_on: Annotated[str | None, option("evaluation set to compare on, with --calibrate", metavar="SET")] = None,
+    profile_steps: Annotated[str | None, option("trace these steps of each job that trains", metavar="A-B")] = None,
 ) -> None:
     """Train a chain, or continue the run in its folder.
 
@@ -60,7 +64,17 @@ def chain(
         raise ConfigError(f"{'--target' if target is not None else '--calibrate-on'}: needs --calibrate")
     wanted = None if controls or baselines else ()
     folder = run or Path("runs") / loaded.name
-    _run_chain(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or ())
+    traced = _steps(profile_steps) if profile_steps else None
+    _run_chain(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or (), traced)
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """The first and the last step of `--profile-steps`. Raises ConfigError."""
+    found = re.fullmatch(r"([1-9]\d*)-(\d+)", text)
+    if found is None or int(found[1]) > int(found[2]):
+        raise ConfigError(f"--profile-steps {text}: should be the first and the last step, counted from 1, as in 20-22")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # torch's tracer would print an error where there is no GPU
+    return int(found[1]), int(found[2])
 
 
 def demo(
@@ -147,6 +161,7 @@ def _run_chain(
     estimate: bool,
     test: FirstPair | None = None,
     names: Sequence[str] = (),
+    profile_steps: tuple[int, int] | None = None,
 ) -> None:
     """Train what is left of the run, then write its report. `controls`: None for all, `names` for --only."""
     from compt.chain.calibrate import NotLossless, hopeless, run_calibrated
@@ -157,6 +172,7 @@ def _run_chain(
     try:
         scales = functools.partial(test.scales, folder) if test else None
         context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
+        context = replace(context, profile_steps=profile_steps)
         left = waiting(made, folder)
         chosen = only(made, names, folder) if names else None
         if chosen is not None:

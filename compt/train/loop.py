@@ -195,11 +195,13 @@ def train(
     open_loader: Callable[[int], Iterable[Batch]],
     evaluate: Callable[[], dict[str, float]] | None = None,
     title: str = "training",
+    begins: Callable[[int], None] = lambda step: None,
 ) -> TrainResult:
     """Train `task` until `settings.total_steps`, from the newest checkpoint below `folder` or from the start.
 
     `open_loader(step)` yields this rank's batches from that step on. `evaluate()` returns named scores; all ranks call
-    it. The state after the last step is the newest checkpoint.
+    it. The state after the last step is the newest checkpoint. `begins` is called with the number of each step, from 1,
+    before its batch is read.
 
     Raises Interrupted after it has saved, when SIGTERM, SIGUSR1 or Ctrl-C arrived; DataError, on every rank, for data
     that cannot be used; RunError for too many non-finite steps in a row and for a checkpoint that cannot be written.
@@ -221,6 +223,7 @@ def train(
         batches = _batches(open_loader, counts.step)
         with _Loop(task, engine, settings, folder, title, counts) as loop, contextlib.closing(batches):
             while counts.step < settings.total_steps and not loop.stopping:
+                begins(counts.step + 1)
                 batch = loop.next_batch(batches)
                 if batch is None:
                     loop.save()

@@ -1,0 +1,60 @@
+"""The trace of some steps of a run."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compt.chain.run import prepare, run_chain
+from compt.cli.chain import _steps
+from compt.errors import ConfigError
+from tests.helpers.recipe import FIRST, SECOND, chain, make_data, recipe_of, weights_hash
+
+LINKS = (
+    "chain.links=[{model: small, train: {steps: 3}, warmup: {steps: 1}}, "
+    "{model: large, train: {steps: 4}, warmup: {steps: 1}}]"
+)
+
+
+def test_exactly_these_steps_are_traced_and_nothing_else_changes(tmp_path: Path) -> None:
+    base, said = make_data(tmp_path), []
+    chain(base, tmp_path / "plain", LINKS)
+    context, plan = prepare(recipe_of(LINKS), tmp_path / "run", base=base, baselines=False, controls=())
+    run_chain(replace(context, profile_steps=(2, 3)), plan, said.append)
+    for job, parts in ((FIRST, 4), (SECOND, 5)):  # the second one has a teacher
+        folder = tmp_path / "run" / "jobs" / job
+        events = json.loads(gzip.decompress((folder / "trace-2-3.json.gz").read_bytes()))["traceEvents"]
+        names = [event["name"] for event in events if event.get("ph") == "X"]
+        assert [names.count(f"compt {part}") for part in ("forward", "loss", "backward", "optimizer")] == [2] * 4
+        assert names.count("compt teacher") == 2
+        table = (folder / "trace-2-3.md").read_text()
+        rows = dict(re.findall(r"^\| (\w+) \| - \| ([\d.,]+) \|", table, re.MULTILINE))
+        assert len(rows) - 2 >= parts - 1
+        assert sum(float(rows[part].replace(",", "")) for part in rows if part != "step") == pytest.approx(
+            float(rows["step"].replace(",", "")), abs=0.5
+        )
+        assert "Slowest operations" in table
+        assert any(line.startswith(f"{job}: traced 2 steps; wrote ") for line in said)
+        assert weights_hash(tmp_path / "run", job) == weights_hash(tmp_path / "plain", job)
+
+
+def test_a_job_that_ends_early_has_a_trace_of_what_it_did(tmp_path: Path) -> None:
+    context, plan = prepare(recipe_of(LINKS), tmp_path / "run", base=make_data(tmp_path), baselines=False, controls=())
+    run_chain(replace(context, profile_steps=(3, 99)), plan, lambda line: None)
+    assert [path.name for path in sorted((tmp_path / "run" / "jobs").glob("*/trace*.gz"))] == [
+        "trace-3-3.json.gz",
+        "trace-3-4.json.gz",
+    ]
+
+
+@pytest.mark.parametrize("text", ["5", "0-3", "4-3", "a-b", "1-2-3"])
+def test_steps_are_two_numbers_in_order(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KINETO_LOG_LEVEL", "5")
+    with pytest.raises(ConfigError, match=f"--profile-steps {text}: should be the first and the last step"):
+        _steps(text)
+    assert _steps("3-3") == (3, 3)
