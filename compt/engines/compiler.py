@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo.config as dynamo
+from torch import Tensor
 
 from compt.files import private_folder, user_cache
 from compt.models.clip import ClipModel, shardable_blocks
@@ -16,6 +18,9 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """The variable that says where torch keeps compiled code."""
 _VARIANTS = 64
 """Compiled variants of a function that torch keeps."""
+_SIZES = 32
+"""Numbers of tokens of packed text where CUDA graphs are captured. A step is filled up by 1/64 of its context at most,
+and most steps of a run have one or two of these sizes."""
 
 
 def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: torch.device, hooked: bool = True) -> None:
@@ -35,8 +40,19 @@ def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: tor
         # DDP would cut the graph of a tower into its buckets, which it cannot where blocks are computed again.
         if model.transformer.grad_checkpointing:
             dynamo.optimize_ddp = False
-        model.compile_towers(lambda tower: torch.compile(tower, **options))
-        # A CPU runs packed attention length by length, uncompiled, so its text tower is compiled in pieces: blocks.
+        if mode in CAPTURING:
+            model.text_sizes = _SIZES
+
+        def compiled(tower: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            packed = tower.__name__ == "_packed_tower"
+            # A CPU runs packed attention length by length, uncompiled: there the tower's blocks are compiled instead.
+            if packed and device.type != "cuda":
+                return tower
+            # A graph for each size of packed text: code for any size would not be captured.
+            fixed = packed and mode in CAPTURING
+            return torch.compile(tower, dynamic=False if fixed else None, **options)
+
+        model.compile_towers(compiled)
         blocks = [] if device.type == "cuda" else list(model.transformer.resblocks)
     for block in blocks:
         if hooked:
@@ -49,7 +65,7 @@ def _options(mode: CompileMode) -> dict[str, Any]:
     """The arguments of torch.compile for a mode."""
     if mode not in CAPTURING:
         return {} if mode == "default" else {"mode": mode}
-    # The number of tokens changes from step to step, and each number would be captured as a graph of its own. So only
+    # The length of padded text changes from step to step, and each would be captured as a graph of its own. So only
     # code for fixed shapes is captured.
     from torch._inductor import list_mode_options
 

@@ -187,6 +187,9 @@ def padded_tokens(lengths: Tensor, buckets: int = 1) -> int:
 class ClipModel(open_clip.model.CLIP):
     """open_clip's CLIP: its state dict, its features (to rounding), fewer operations. Learned scalars: [1]."""
 
+    text_sizes: int | None = None
+    """To how many numbers of tokens packed text is filled up; None: it is not."""
+
     def __init__(self, spec: ModelSpec) -> None:
         if spec.arch == "swin":
             register_swin(spec.timm_name)
@@ -255,7 +258,8 @@ class ClipModel(open_clip.model.CLIP):
 
         tokens int64 [N, L] -> [N, embed_dim]; `lengths`: the captions' lengths, int64 [N] on the CPU, N > 0.
         """
-        return self._packed_tower(tokens, pack(lengths, tokens.shape[1], self.spec.context_length, tokens.device))
+        packing = pack(lengths, tokens.shape[1], self.spec.context_length, tokens.device, self.text_sizes)
+        return self._packed_tower(tokens, packing)
 
     def _packed_tower(self, tokens: Tensor, packing: Packing) -> Tensor:
         dtype = self.transformer.get_cast_dtype()

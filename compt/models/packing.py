@@ -40,22 +40,37 @@ class Packing:
     context: int
 
 
-def pack(lengths: Tensor, padded: int, context: int, device: torch.device) -> Packing:
+def pack(lengths: Tensor, padded: int, context: int, device: torch.device, sizes: int | None = None) -> Packing:
     """Pack captions of `lengths` (int64 [N] on the CPU, N > 0) from a batch padded to `padded` tokens.
 
-    All index tensors travel to `device` in one copy that does not wait.
+    All index tensors travel to `device` in one copy that does not wait. With `sizes`, captions that nobody reads
+    follow, so that batches of N captions have at most `sizes` + 1 numbers of tokens, from which all shapes follow.
     """
     order = lengths.argsort(stable=True)
     ordered = lengths[order]
+    taken = (order * padded).repeat_interleave(ordered)
+    if sizes is not None:
+        unread = _unread(int(ordered.sum()), len(ordered), context, sizes)
+        taken = torch.cat([taken, taken.new_zeros(int(unread.sum()))])
+        ordered = torch.cat([ordered, unread])
     ends = ordered.cumsum(0)
     starts = ends - ordered
     positions = torch.arange(int(ends[-1])) - starts.repeat_interleave(ordered)
-    taken = (order * padded).repeat_interleave(ordered) + positions
+    # An unread caption has the first tokens of the batch, as many as fit into the padded length.
+    taken = (taken + positions).clamp_(max=len(lengths) * padded - 1)
     parts = (taken, positions, torch.cat([starts, ends[-1:]]), ends - 1, order.argsort(), ordered)
     moved = sent(torch.cat(parts).int(), device).split([len(part) for part in parts])
-    sizes, counts = ordered.unique_consecutive(return_counts=True)
-    rest: Any = (tuple(zip(sizes.tolist(), counts.tolist(), strict=True)), context)
+    alike, counts = ordered.unique_consecutive(return_counts=True)
+    rest: Any = (tuple(zip(alike.tolist(), counts.tolist(), strict=True)), context)
     return Packing(*moved, *rest)
+
+
+def _unread(tokens: int, captions: int, context: int, sizes: int) -> Tensor:
+    """Lengths of the captions that fill `tokens` up to a size: of 1 to `context` tokens, and always equally many."""
+    step = -(-captions * context // sizes)
+    count = max(1, -(-(step - 1) // max(1, context - 1)))
+    fill = -(-(tokens + count) // step) * step - tokens
+    return torch.tensor([fill // count + (at < fill % count) for at in range(count)])
 
 
 def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:

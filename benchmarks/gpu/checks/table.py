@@ -304,18 +304,23 @@ def _waits(action: Callable[[], object], device: torch.device) -> bool:
     return False
 
 
-def check_compile(name: str, how: str = "blocks") -> Callable[[torch.device], list[Finding]]:
-    """Compiled models have the names and results of eager ones, and nothing recompiles after the first steps."""
-    return lambda device: _compile(name, how, device)
+def check_compile(name: str, how: str = "blocks", **more: str) -> Callable[[torch.device], list[Finding]]:
+    """Compiled models have the names and results of eager ones, and nothing recompiles after the first steps.
+
+    `more` are other fields of the recipe's `engine`.
+    """
+    return lambda device: _compile({"name": name, "compile": how, **more}, device)
 
 
-def _compile(name: str, how: str, device: torch.device) -> list[Finding]:
+def _compile(given: dict[str, str], device: torch.device) -> list[Finding]:
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
-    config = EngineConfig.model_validate({"name": name, "compile": how})
-    case = CASES[1]
+    config = EngineConfig.model_validate(given)
+    # Modes that capture CUDA graphs take no micro-batches, and compile once more for each size of packed text.
+    captures = "compile_mode" in given
+    case = LINK if captures else CASES[1]
     findings = compare(case.name, train(case, device, config), oracle(case))
     task, engine = open_case(case, device, config)
     for step in range(STEPS):
@@ -330,7 +335,7 @@ def _compile(name: str, how: str, device: torch.device) -> list[Finding]:
     return [
         *findings,
         Finding("graphs", compiled, math.inf, 1),
-        Finding("graphs after the first steps", again, 0),
+        Finding("graphs after the first steps", again, 2 * STEPS if captures else 0),
         Finding("blocks left eager", skipped, 0),
     ]
 
@@ -441,6 +446,9 @@ CHECKS: dict[str, Check] = {
     "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
     "compile": Check(check_compile("ddp"), "compiled", 240),
     "compile_towers": Check(check_compile("ddp", "towers"), "compiled", 240),
+    "compile_graphs": Check(
+        check_compile("ddp", "towers", compile_mode="reduce-overhead", text="packed"), "compiled", 240
+    ),
     "compile_fsdp2": Check(check_compile("fsdp2"), "compiled", 240),
     "compile_zero2": Check(check_compile("zero2"), "compiled", 240),
     "compile_zero3": Check(check_compile("zero3"), "compiled", 240),

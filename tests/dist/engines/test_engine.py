@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from compt.dist import collectives as dist
 from compt.engines.base import AdamWSettings, Precision, decays
-from compt.engines.compiler import CACHE
+from compt.engines.compiler import CACHE, compile_model
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import ArtefactError
 from compt.models.clip import ClipModel, build
 from compt.models.presets import PACKED, resolve
-from compt.recipe.engine import Compile
+from compt.recipe.engine import Compile, CompileMode
 from compt.train.accumulate import cached_backward
 from compt.train.losses import ContrastiveLoss, ImageToText
 from compt.train.task import ClipTask, DistillTask
@@ -386,3 +386,24 @@ def test_compiled_models_give_the_same_gradients_at_any_length_and_compile_once(
     assert misses[1] > 0 == misses[2], "a resumed run compiles again"
     assert hits[2] >= misses[1] / 2
     assert (tmp_path / "compt" / "compiled").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("mode", ["default", "max-autotune-no-cudagraphs", "reduce-overhead", "max-autotune"])
+def test_modes_that_capture_graphs_have_fixed_sizes_of_packed_text(
+    mode: CompileMode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fixed: dict[str, bool | None] = {}
+
+    def compiled(tower: Any, dynamic: bool | None = None, **options: Any) -> Any:
+        fixed[tower.__name__] = dynamic
+        skips = options.get("options", {}).get("triton.cudagraph_skip_dynamic_graphs", False)
+        assert skips == options.get("options", {}).get("triton.cudagraphs", False)
+        return tower
+
+    monkeypatch.setenv(CACHE, "/somewhere")
+    monkeypatch.setattr(torch, "compile", compiled)
+    student = model()
+    compile_model(student, "towers", mode, torch.device("cuda"))
+    captures = mode in ("reduce-overhead", "max-autotune")
+    assert (student.text_sizes is not None) == captures
+    assert fixed == {"_image_tower": None, "_text_tower": None, "_packed_tower": False if captures else None}

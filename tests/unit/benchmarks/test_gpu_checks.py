@@ -81,7 +81,7 @@ def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
     worker = Worker(tmp_path / "log")
     names = [name for name, check in CHECKS.items() if check.process not in ("plain", "chain")]
     engines = {"fsdp2", "zero0", "zero1", "zero2", "zero3", "processes"}
-    compiled = {"compile", "compile_towers", "compile_fsdp2", "compile_zero2", "compile_zero3"}
+    compiled = {"compile", "compile_towers", "compile_graphs", "compile_fsdp2", "compile_zero2", "compile_zero3"}
     assert engines | compiled | {"skips", "zero_skips", "checkpoint", "zero_checkpoint"} == set(names)
     try:
         assert worker.run(compiled_eagerly, names, seconds=500) == {name: [] for name in names}

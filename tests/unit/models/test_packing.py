@@ -185,3 +185,36 @@ def test_other_lengths_are_not_compiled_again(way: str, monkeypatch: pytest.Monk
 
 
 LONG = [[5, 12, 2, 5], [3, 3, 7, 9], [12, 12, 11, 3], [2, 3, 4, 5], [6, 6, 6, 6]]
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("sizes", [1, 3, 32])
+def test_text_filled_up_to_a_few_sizes_has_the_same_features_and_gradients(
+    way: str, sizes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(SPEC, seed=1)
+    monkeypatch.setattr(clip, "attention", WAYS[way])
+    for lengths in LENGTHS.values():
+        expected = trained(model, captions(lengths), 1)
+        for padded in (12, max(lengths)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(model, "text_sizes", sizes)
+                assert worst(trained(model, captions(lengths)[:, :padded], PACKED), expected) < 1e-5
+
+
+def test_an_epoch_has_few_shapes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for count, context, sizes in ((64, 77, 32), (7, 12, 4), (3, 2, 32), (256, 77, 5)):
+        shapes = set()
+        for _ in range(200):
+            longest = int(torch.randint(1, context + 1, (1,), generator=generator))
+            lengths = torch.randint(1, longest + 1, (count,), generator=generator)
+            made = packing.pack(lengths, context, context, torch.device("cpu"), sizes)
+            assert made.lengths.min() >= 1
+            assert made.lengths.max() <= context
+            assert made.lengths.sum() == len(made.taken) == made.starts[-1]
+            assert len(made.taken) - lengths.sum() < -(-count * context // sizes) + len(made.lengths) - count + 1
+            parts = (made.taken, made.positions, made.starts, made.last, made.places, made.lengths)
+            shapes.add(tuple(len(part) for part in parts))
+        assert 1 < len(shapes) <= sizes + 1
+        assert len({tokens for tokens, *_ in shapes}) == len(shapes), "shapes follow from the number of tokens"
