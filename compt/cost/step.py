@@ -119,7 +119,7 @@ def launches(student: ModelSpec, teacher: ModelSpec | None, conditions: Conditio
 
 def _counted(conditions: Conditions) -> tuple[_PerBlock, _PerBlock, _PerBlock]:
     n = conditions.text_buckets
-    if conditions.compile:
+    if conditions.compile != "off":
         n = max(1, n)
         forward, backward, known = (_PerBlock(one.base, one.image, one.text * n) for one in _COMPILED_BLOCKS)
         return forward, backward, known
@@ -143,7 +143,7 @@ def step_time(
     again = cost.recompute_macs / cost.student_forward_macs
     moved = {"products": 0.0, "rest": 0.0}
     for part, each in (("products", _PRODUCTS), ("rest", _REST)):
-        fused = _COMPILED_TRAFFIC if conditions.compile and part == "rest" else 1.0
+        fused = _COMPILED_TRAFFIC if conditions.compile != "off" and part == "rest" else 1.0
         passes = each[0] * (1 + again) + each[1]
         models = [(student, passes), *([(teacher, each[2])] if teacher else [])]
         moved[part] = sum(fused * many * batch * _passed(spec, captions, part, tokens) for spec, many in models)
