@@ -183,19 +183,26 @@ def evaluate_model(
     preprocess: Preprocess | None = None,
     batch: int = 256,
     workers: int = 0,
+    device: torch.device | str | None = None,
 ) -> dict[str, Result]:
     """Score a model on evaluation sets; the results by the names of the sets.
 
     `model`: a model of compt or of open_clip on its device, or what `load_model` opens. A set is a path of shards or of
     a folder of class folders, to score zero-shot, or the fields of a recipe's `evaluation.sets`: `{"name": "pairs",
     "task": "retrieval", "data": "data/pairs/*.tar"}`. Paths start at the current folder. `preprocess`: the model's own
-    unless given. `result.headline()` has the scores by name, in percent (`top1`, `top5`); `result.to_dict()` has
-    `top1_interval` too, the 95 % interval. Raises DataError for data that cannot be used.
+    unless given. `device`: for a model that is opened (default: the CPU). `result.headline()` has the scores by name,
+    in percent (`top1`, `top5`); `result.to_dict()` has `top1_interval` too, the 95 % interval. Raises ConfigError for
+    `device` beside a module, and DataError for data that cannot be used.
     """
     from compt.evaluate.sets import evaluate_set
     from compt.evaluate.task import EvalSettings
 
-    scored = load_model(model).model if isinstance(model, str | Path) else model
+    if isinstance(model, str | Path):
+        scored: nn.Module = load_model(model, device=device or "cpu").model
+    elif device is None:
+        scored = model
+    else:
+        raise ConfigError("evaluate_model: `device` is for a model that is opened; move a module with .to()")
     settings = EvalSettings(preprocess or _preprocess_of(scored), Path.cwd(), batch, workers)
     several = [sets] if isinstance(sets, str | EvalSet | Mapping) else sets
     found = [_evaluation_set(item) for item in several]

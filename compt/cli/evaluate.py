@@ -152,6 +152,8 @@ def evaluate(
             only = next(iter(opened.values()))
             _one(only, sets.sets[0], settings, place, out, per_class, as_json)
             return
+        if out is not None:
+            dist.on_main(partial(report.check_folder, out))
         progress = say if suite and dist.is_main() and not as_json else lambda _: None
         report.scores.update(score_suite(opened, sets, settings, place, out, progress))
         # One process writes and prints for all.
@@ -246,9 +248,10 @@ def fetch(
         try:
             found = fetch_set(item.hub, base / item.folder, revision, train=train)
         except DataError as error:
-            failed.append(str(error))
+            failed.append(f"{item.name}: {error}")
             say(f"{item.name}: {error}")
             continue
         say(f"{item.name}: {found.files} files, {found.bytes / 1e6:,.1f} MB, commit {found.commit[:12]}: {found.state}")
     if failed:
-        raise DataError(f"{len(failed)} sets were not downloaded; the same command goes on with them. {failed[0]}")
+        named = "\n".join(f"  {line}" for line in failed)
+        raise DataError(f"{len(failed)} sets were not downloaded; the same command goes on with them:\n{named}")

@@ -20,6 +20,8 @@ from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memo
 
 T = TypeVar("T")
 
+_NO_LIMIT = datetime.timedelta(days=365)
+
 _joined: list[Place] = []
 """This process's place in the group that `init` joined. LOCAL_RANK may change later: DeepSpeed's is the GPU's index."""
 _beside: list[Any] = []
@@ -258,6 +260,30 @@ def from_main(action: Callable[[], T]) -> T:
     """Run `action` on rank 0 and return its picklable result on all ranks. Its ComptErrors are raised on all ranks."""
     result: T = broadcast_object(on_all(lambda: action() if is_main() else None))
     return result
+
+
+def from_main_slowly(action: Callable[[], T]) -> T:
+    """As `from_main`, for an `action` that may take longer than a collective: the others wait without a limit.
+
+    They notice when rank 0 exits.
+    """
+    if world_size() == 1:
+        return action()
+    # `from_main` alone would hold the others in a collective of the first group, which ends them after its timeout.
+    group = torch_dist.new_group(backend="gloo", timeout=_NO_LIMIT)
+    result: T | None = None
+    error: ComptError | None = None
+    if is_main():
+        try:
+            result = action()
+        except ComptError as caught:
+            error = caught
+    with together():
+        torch_dist.barrier(group)
+    torch_dist.destroy_process_group(group)
+    agree(error)
+    found: T = broadcast_object(result)
+    return found
 
 
 def _reduce_scalar(value: float, operation: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from compt.data.batch import EvalBatch
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
+from compt.evaluate.stats import bootstrap
 from compt.evaluate.task import EvalSettings, Result, ScoreRow, open_data
 from compt.evaluate.zeroshot import ZeroShot, check_labels, classifier, named_classes
 from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
@@ -42,9 +44,23 @@ class MultilabelResult(Result):
         present = [value for value in self.per_class if value is not None]
         return {"mean_average_precision": sum(present) / len(present) if present else 0.0}
 
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the score: a bootstrap over images. A class without a drawn image does not count."""
+        orders = np.argsort(-self.scores, axis=0, kind="stable")
+        sorted_labels = np.take_along_axis(self.labels, orders, axis=0)
+
+        def score(drawn: NDArray[np.int64]) -> float:
+            columns = zip(sorted_labels.T, orders.T, strict=True)
+            drawn_labels = [np.repeat(labels, drawn[order]) for labels, order in columns]
+            return 100 * float(np.mean([_precision(labels) for labels in drawn_labels if labels.any()] or [np.nan]))
+
+        return bootstrap(score, np.ones(self.n, dtype=np.int64))
+
     def details(self) -> dict[str, Any]:
-        """The number of classes, the score, and that of each class."""
-        return {"classes": self.labels.shape[1], **self.headline(), "per_class": self.per_class}
+        """The number of classes, the score with its interval, and that of each class."""
+        interval = {"mean_average_precision_interval": list(self.interval)} if self.labels.any() else {}
+        return {"classes": self.labels.shape[1], **self.headline(), **interval, "per_class": self.per_class}
 
     def arrays(self) -> Arrays:
         """ids, labels, scores."""
@@ -57,9 +73,12 @@ def average_precision(scores: NDArray[np.float32], labels: NDArray[np.bool_]) ->
     scores, labels: [n]. Images are in descending order of scores, of equal ones in the order of the set, as in
     clip_benchmark. 0 without an image of the class.
     """
-    right = labels[np.argsort(-scores, kind="stable")]
+    return _precision(labels[np.argsort(-scores, kind="stable")]) if labels.any() else 0.0
+
+
+def _precision(right: NDArray[np.bool_]) -> float:
     precision = np.cumsum(right) / np.arange(1, len(right) + 1)
-    return float(precision[right].mean()) if right.any() else 0.0
+    return float(precision[right].mean())
 
 
 def multilabel(

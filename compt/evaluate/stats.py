@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from compt.cost.paper import LOSSLESS_POINTS
 
@@ -52,6 +53,21 @@ def paired_bootstrap(
             drawn = drawn + error * rng.standard_t(len(each) - 1, size=samples)
     low, high = np.percentile(drawn, [2.5, 97.5])
     return 100 * float(gains.mean()), 100 * float(low), 100 * float(high)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.int64]], float], counts: ArrayLike, *, samples: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % percentile interval of `statistic` over sets of images that are drawn, with replacement, from the set.
+
+    counts: int [K], the number of images of each kind: all ones where every image is of its own. `statistic` takes such
+    counts of a drawn set. Where it is NaN for a drawn set, that set is left out.
+    """
+    counts = np.asarray(counts)
+    n, generator = int(counts.sum()), np.random.default_rng(seed)
+    drawn = [statistic(generator.multinomial(n, counts / n)) for _ in range(samples)]
+    low, high = np.nanpercentile(drawn, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def verdict(low: float, high: float, margin: float = LOSSLESS_POINTS) -> Verdict:

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from compt.data.hub import missing_files
 from compt.dist import collectives as dist
 from compt.errors import ComptError, ConfigError, DataError
 from compt.evaluate.encoder import Arrays, load_arrays
@@ -91,11 +90,12 @@ def score_suite(
     out: Path | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Scores:
-    """SetScore every model on every set that is there. All ranks call this and get the same scores.
+    """Score every model on every set that is there and has what its task needs.
 
-    `models` opens each by its label, one at a time. A set that cannot be used gets a `fault`, and the others are still
-    scored. With `out`, results are written to OUT/MODEL, and a set that was already scored there for the same weights,
-    data, class names and precision is not scored again. `progress` gets one line for each score, on rank 0.
+    All ranks call this and get the same scores. `models` opens each by its label, one at a time. A set that cannot be
+    used gets a `fault`, and the others are still scored. With `out`, results are written to OUT/MODEL,
+    and a set that was already scored there for the same weights, data, class names and precision is not scored again.
+    `progress` gets one line for each score, on rank 0.
 
     Raises what `models` raises, and RunError where `out` cannot be written.
     """
@@ -113,14 +113,9 @@ def score_suite(
         model = None
         found[label] = {}
         for item in suite.sets:
-            if item.name in missing:
+            if item.name in missing or item.train == []:
                 continue
             try:
-                if item.folder and (absent := dist.from_main(partial(missing_files, settings.base / item.folder))):
-                    raise DataError(
-                        f"{settings.base / item.folder}: {len(absent)} files are not downloaded yet, such as "
-                        f"{absent[0]}: run `compt eval fetch` again"
-                    )
                 score = _stored(folder, item, settings, scored_by) if folder else None
                 if score is None:
                     model = model if model is not None else artefact.load_model(device)

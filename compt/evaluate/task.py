@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from compt.data.account import Account
 from compt.data.folder import class_folders_of, read_class_folders
+from compt.data.hub import missing_files
 from compt.data.index import open_index
 from compt.data.loaders import EvalLoader, eval_loader
 from compt.data.remote import Cache
@@ -81,7 +82,8 @@ class SetData:
 def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None, captions: bool = False) -> SetData:
     """The samples of a set with what the task needs of each: its `label`, its `captions`, or both.
 
-    Shards that are new or changed are indexed first. Raises DataError.
+    Shards that are new or changed are indexed first. Raises DataError, also for a set of which `compt eval fetch` has
+    not downloaded every file.
     """
     folder = class_folders_of(item.data, settings.base)
     if folder is not None:
@@ -92,6 +94,12 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
     index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns, cache=settings.cache)
+    for place in index.places:
+        if absent := missing_files(place):
+            raise DataError(
+                f"{place}: {len(absent)} files are not downloaded yet, such as {absent[0]}: "
+                "run `compt eval fetch` again"
+            )
     return SetData(ShardSamples(index, label, captions), index.places, account=index.account)
 
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -23,7 +24,7 @@ from compt.data.labels import CLASSNAMES, TEMPLATES, are_numbered, beside, read_
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
-from compt.evaluate.stats import wilson
+from compt.evaluate.stats import bootstrap, wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, SetData, open_data
 from compt.files import hash_json
 from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
@@ -103,18 +104,31 @@ class ZeroShotResult(Result):
         hits = np.bincount(self.labels, weights=self.correct, minlength=self.classes)
         return [100 * float(hit / n) if n else None for hit, n in zip(hits, counts, strict=True)]
 
+    @cached_property
+    def mean_per_class_interval(self) -> tuple[float, float]:
+        """95 % interval of mean_per_class: a bootstrap over images. A class without a drawn image does not count."""
+        kinds = np.bincount(self.labels + self.classes * self.correct, minlength=2 * self.classes)
+
+        def mean(drawn: NDArray[np.int64]) -> float:
+            wrong, right = drawn.reshape(2, -1)
+            present = wrong + right > 0
+            return 100 * float((right[present] / (wrong + right)[present]).mean())
+
+        return bootstrap(mean, kinds)
+
     def headline(self) -> dict[str, float]:
         """top1, and top5 where there is one."""
         return {"top1": self.top1} | ({"top5": self.top5} if self.top5 is not None else {})
 
     def details(self) -> dict[str, Any]:
-        """Scores, their interval, the level of chance, and the accuracy of each class."""
+        """Scores, their intervals, the level of chance, and the accuracy of each class."""
         present = [share for share in self.per_class if share is not None]
         return {
             "classes": self.classes,
             **self.headline(),
             "top1_interval": list(wilson(int(self.correct.sum()), self.n)),
             "mean_per_class": sum(present) / len(present),
+            "mean_per_class_interval": list(self.mean_per_class_interval),
             "chance": self.chance,
             "per_class": self.per_class,
             **({"classnames": list(self.names)} if self.names else {}),

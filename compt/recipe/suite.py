@@ -13,12 +13,14 @@ from compt.errors import ConfigError, nearest
 from compt.files import read_text
 from compt.recipe.read import read_yaml, refuse
 from compt.recipe.schema import EvalSet
-from compt.recipe.types import Section
+from compt.recipe.types import Paths, Section
 
 
 class SuiteSet(EvalSet):
     """A set with what is known of it. Its paths start at the suite's root."""
 
+    train: Paths | None = None
+    """Labelled images for `linear_probe` and `knn`, written as `data`. `[]`: the set has no training split."""
     title: str = ""
     """Name of the set in tables. Default: its `name`."""
     metric: str | None = None
@@ -62,16 +64,18 @@ class Suite(Section):
     def with_task(self, task: str) -> Suite:
         """The classification sets with another task, and the training split beside each one's test split.
 
-        Raises ConfigError for a suite without such sets.
+        A set without one has an empty `train`, and is shown so. Raises ConfigError if that is all sets.
         """
         sets = []
         for item in self.sets:
-            train = item.train or [part.replace("/test/", "/train/") for part in item.data if "/test/" in part]
-            if item.task == "zeroshot" and train:
+            train = item.train
+            if train is None:
+                train = [part.replace("/test/", "/train/") for part in item.data if "/test/" in part]
+            if item.task == "zeroshot":
                 # Another name: the scores of two tasks may go to one folder.
                 changes = {"name": f"{item.name}-{task}", "title": item.label_in_tables, "task": task, "train": train}
                 sets.append(item.model_copy(update={**changes, "published": []}))
-        if not sets:
+        if not any(item.train for item in sets):
             raise ConfigError(f"--task {task}: no set of the suite has a training split")
         return self.model_copy(update={"sets": sets, "published": []})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from compt.evaluate.sets import task_class
 from compt.evaluate.stats import direction, paired_bootstrap
 from compt.evaluate.suite import Scores, SetScore
 from compt.evaluate.task import LONG
-from compt.files import write_json, write_text
+from compt.files import read_json, write_json, write_text
 from compt.recipe.suite import Suite, SuiteSet
 from compt.report.write import write_tables
 from compt.text import TextTable
@@ -104,7 +104,7 @@ class SuiteReport:
     @property
     def average_label(self) -> str:
         """`Average of 35`, or `Average of 3 of 35` where sets are missing."""
-        whole = sum(task_class(item.task).classifies for item in self.suite.sets)
+        whole = sum(task_class(item.task).classifies for item in self.suite.sets if item.train != [])
         found = len(self.averaged())
         return f"Average of {found}" if found == whole else f"Average of {found} of {whole}"
 
@@ -128,7 +128,7 @@ class SuiteReport:
     def _cell(self, model: str, line: Line) -> str:
         score = self._score(model, line.item)
         if score is None:
-            return "missing"
+            return "-" if line.item.train == [] else "missing"
         return "fault" if score.fault else _number(self.value(model, line))
 
     def _notes(self) -> Iterator[str]:
@@ -136,9 +136,12 @@ class SuiteReport:
         yield " ".join(note for note in (task_class(task).first_note for task in sorted(tasks)) if note)
         if self.published:
             yield f"As published: {', '.join(self.published)}."
-        names = [item.label_in_tables for item in self.suite.sets if self._score(self.models[0], item) is None]
+        without = [item for item in self.suite.sets if self._score(self.models[0], item) is None]
+        names = [item.label_in_tables for item in without if item.train != []]
+        if unsplit := [item.label_in_tables for item in without if item.train == []]:
+            yield f"Without a training split: {', '.join(unsplit)}."
         if names:
-            whole = len(self.suite.sets)
+            whole = len(self.suite.sets) - len(unsplit)
             fetched = any(item.hub for item in self.suite.sets)
             train = " --train" if any(item.train for item in self.suite.sets) else ""
             how = f": compt eval fetch {self.source or self.name} {self.root}{train}" if fetched else ""
@@ -154,7 +157,7 @@ class SuiteReport:
         yield from lines
 
     def _metrics(self) -> TextTable | None:
-        rows, notes = [], ["Percent. The metric that others report for these sets; the averages above take top-1."]
+        rows, notes = [], ["Percent, with 95 % intervals. What others report; the averages above take top-1."]
         for item in self.suite.sets:
             found = [self._score(model, item) for model in self.models]
             scores = [score.record if score is not None else {} for score in found]
@@ -164,7 +167,7 @@ class SuiteReport:
                 notes.append(f"{item.label_in_tables} has no '{item.metric}'{near}: {', '.join(sorted(known))}.")
             elif item.metric and known:
                 label = f"{item.label_in_tables}, {item.metric.replace('_', ' ')}"
-                rows.append([label, *(_number(record.get(item.metric)) for record in scores)])
+                rows.append([label, *(_with_interval(record, item.metric) for record in scores)])
         return TextTable("Further metrics", ["Set", *self.models], rows, notes) if rows or notes[1:] else None
 
     def _differences(self, model: str) -> TextTable | None:
@@ -211,6 +214,7 @@ class SuiteReport:
         return {
             "suite": self.name,
             "sets": [item.name for item in self.suite.sets],
+            "data": {item.name: item.data for item in self.suite.sets},
             "averaged": [line.item.name for line in over],
             "average": {model: _mean([self.value(model, line) for line in over]) for model in self.models},
             "scores": scores,
@@ -228,7 +232,8 @@ class SuiteReport:
                 score = self._score(model, item)
                 about = [item.name, item.label_in_tables, item.task, model]
                 if score is None or score.fault:
-                    lines.writerow([*about, "missing" if score is None else "fault", "", "", "", ""])
+                    state = "fault" if score else "no training split" if item.train == [] else "missing"
+                    lines.writerow([*about, state, "", "", "", ""])
                     continue
                 record = score.record
                 keys = [key for row in task_class(item.task).rows(record) for key in row.scores]
@@ -238,6 +243,22 @@ class SuiteReport:
                         interval = record.get(f"{key}_interval") or ["", ""]
                         lines.writerow([*about, key, value, *interval, record["n"]])
         return text.getvalue()
+
+    def check_folder(self, folder: Path) -> None:
+        """Raise ConfigError where another suite wrote to `folder` and a set of the same name has other data there."""
+        data = {item.name: item.data for item in self.suite.sets}
+        for path in sorted(folder.glob("*.json")):
+            try:
+                found = read_json(path)
+            except (OSError, ValueError):
+                continue
+            others = found.get("data") if isinstance(found, dict) else None
+            for name, other in others.items() if isinstance(others, dict) else ():
+                if name in data and other != data[name]:
+                    raise ConfigError(
+                        f"--out {folder}: {path.name} has scores of another set '{name}', of {', '.join(other)}; name "
+                        "another folder"
+                    )
 
     def write(self, folder: Path) -> None:
         """Write FOLDER/NAME.json, .csv, .md and .html, with the name of the suite. Raises RunError."""
@@ -272,3 +293,8 @@ def _number(value: float | None) -> str:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _with_interval(record: Mapping[str, Any], key: str) -> str:
+    interval = record.get(f"{key}_interval")
+    return _number(record.get(key)) + (" ({:.2f} to {:.2f})".format(*interval) if interval else "")

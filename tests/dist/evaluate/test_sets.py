@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -136,3 +138,23 @@ def _several(at: int) -> list[tuple[str, bytes]]:
     blob = io.BytesIO()
     np.save(blob, np.array([at % 2, at > 1]))
     return [("png", picture(at, 40, 36)), ("npy", blob.getvalue())]
+
+
+def _slow(fails: bool) -> object:
+    torch.distributed.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=1), torch.distributed.group.WORLD)
+
+    def work() -> int:
+        time.sleep(3)
+        if fails:
+            raise DataError("cannot be fitted")
+        return 7
+
+    try:
+        return dist.from_main_slowly(work)
+    except DataError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_wait_for_the_first_longer_than_a_collective_may(fails: bool) -> None:
+    assert run_ranks(_slow, 2, fails) == [("cannot be fitted" if fails else 7)] * 2

@@ -167,6 +167,10 @@ def test_a_chain_runs_and_its_models_are_scored(tmp_path: Path, monkeypatch: pyt
     scored = compt.evaluate_model(f"run/jobs/{SECOND}", "eval/*.tar")["eval"]
     assert scored.headline()["top1"] == last.top1
     assert tuple(scored.to_dict()["top1_interval"]) == (last.low, last.high)
+    with pytest.raises((RuntimeError, AssertionError), match="(?i)cuda|nvidia"):
+        compt.evaluate_model(f"run/jobs/{SECOND}", "eval/*.tar", device="cuda:99")
+    with pytest.raises(ConfigError, match="`device` is for a model that is opened"):
+        compt.evaluate_model(compt.create_model("vit_nano"), "eval/*.tar", device="cpu")
     # A second call trains nothing, and open_clip's own module gets the same score.
     said.clear()
     assert compt.Chain(recipe_of("evaluation.every=")).run("run", say=said.append) == summary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from typer.testing import CliRunner
 from compt.cli.main import app
 from compt.data.hub import fetch_set, missing_files
 from compt.errors import DataError
+from compt.evaluate.task import EvalSettings, open_data
+from compt.models.preprocess import Preprocess
+from compt.recipe.schema import EvalSet
 from tests.helpers.hub import COMMIT, Hub
 from tests.helpers.shards import make_shards
 
@@ -75,6 +79,11 @@ def test_a_set_that_is_half_downloaded(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has the hash"):
         fetch_set(NAME, folder)
     assert "test/0.tar" in missing_files(folder)
+    make_shards(folder / "test", n=2, shards=1, classes=2)
+    settings = EvalSettings(Preprocess(), tmp_path)
+    with pytest.raises(DataError, match="files are not downloaded yet, such as .*: run `compt eval fetch` again"):
+        open_data(EvalSet(name="half", data=["set/test/*.tar"]), settings, label="cls")
+    shutil.rmtree(folder / "test")
     hub.files["test/0.tar"], hub.listed = whole, listed  # type: ignore[method-assign]
     fetch_set(NAME, folder)
     assert missing_files(folder) == []
@@ -127,3 +136,14 @@ def test_the_command_and_a_suite_of_what_it_fetched(hub: Hub, tmp_path: Path) ->
     assert "1 sets were not downloaded" in str(done.exception)
     assert "things: 4 files" in done.output
     assert json.loads((tmp_path / "eval" / "wds_things" / "fetched.json").read_text())["repository"] == NAME
+
+
+def test_fetch_goes_on_after_a_failure_and_names_all(hub: Hub, tmp_path: Path) -> None:
+    sets = [{"name": name, "hub": place} for name, place in (("a", "no/one"), ("b", NAME), ("c", "no/two"))]
+    (tmp_path / "s.yaml").write_text(json.dumps({"sets": sets}))
+    done = CliRunner().invoke(app, ["eval", "fetch", str(tmp_path / "s.yaml"), str(tmp_path / "eval")])
+    assert isinstance(done.exception, DataError)
+    first, *named = str(done.exception).splitlines()
+    assert first == "2 sets were not downloaded; the same command goes on with them:"
+    assert [line.split(" cannot")[0] for line in named] == ["  a: no/one:", "  c: no/two:"]
+    assert missing_files(tmp_path / "eval" / NAME.rpartition("/")[2]) == []

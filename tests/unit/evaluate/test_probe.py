@@ -13,11 +13,15 @@ from compt.errors import ConfigError, DataError
 from compt.evaluate import probe
 from compt.evaluate.probe import NEIGHBOURS, TEMPERATURE, Features, choose_penalty, fit_probe, vote
 from compt.evaluate.sets import evaluate_set
+from compt.evaluate.suite import score_suite
 from compt.evaluate.task import EvalSettings
 from compt.models.clip import build
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
 from compt.recipe.suite import load_suite
+from compt.report.scores import SuiteReport
+from compt.weights.artefact import write_artefact
+from compt.weights.open import open_model
 from tests.helpers.optional import optional
 from tests.helpers.shards import sample, write_tar
 from tests.unit.evaluate.test_sets import SPEC
@@ -121,11 +125,36 @@ def test_a_set_with_a_training_split(tmp_path: Path, task: str) -> None:
         evaluate_set(model, item, settings)
 
 
+def test_sets_without_a_training_split_are_not_missing(tmp_path: Path) -> None:
+    (tmp_path / "s.yaml").write_text(
+        "sets: [{name: whole, data: a/test/*.tar}, {name: gone, data: b/test/*.tar}, "
+        "{name: v2, data: a/test/*.tar, train: []}]"
+    )
+    for split in ("test", "train"):
+        members = [each for at in range(12) for each in sample(f"{at:03d}", at % 3, label=at % 3)]
+        write_tar(tmp_path / "a" / split / "0.tar", members)
+    suite = load_suite(tmp_path / "s.yaml").with_task("knn")
+    settings = EvalSettings(Preprocess((0.5,) * 3, (0.25,) * 3), tmp_path, 5)
+    write_artefact(tmp_path / "model", build(SPEC, seed=0).state_dict(), SPEC, {})
+    scores = score_suite({"m": lambda: open_model(tmp_path / "model")}, suite, settings, torch.device("cpu"))
+    assert set(scores["m"]) == {"whole-knn"}
+    report = SuiteReport("s", suite, tmp_path, scores)
+    assert [line.split(",")[4] for line in report.csv().splitlines()[1:]][-2:] == ["missing", "no training split"]
+    (table,) = report.tables()
+    assert [row[1] for row in table.rows][1:3] == ["missing", "-"]
+    assert report.average_label == "Average of 1 of 2"
+    assert "Without a training split: v2." in table.notes
+    assert any("1 of 2 sets (gone)" in note for note in table.notes)
+
+
 def test_a_suite_with_another_task() -> None:
     suite = load_suite("vtab+").with_task("linear_probe")
     assert len(suite.sets) == 35
     assert {item.task for item in suite.sets} == {"linear_probe"}
     assert suite.sets[0].train == ["wds_imagenet1k/train/*.tar"]
     assert not suite.published
+    assert [item.title for item in suite.sets if item.train == []] == [
+        *("ImageNet-v2", "ImageNet-R", "ImageNet Sketch", "ObjectNet", "ImageNet-A")
+    ]
     with pytest.raises(ConfigError, match="no set of the suite has a training split"):
         load_suite("retrieval").with_task("knn")

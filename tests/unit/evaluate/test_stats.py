@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from compt.evaluate.stats import paired_bootstrap, verdict, wilson
+from compt.evaluate.multilabel import MultilabelResult, average_precision
+from compt.evaluate.stats import bootstrap, paired_bootstrap, verdict, wilson
+from compt.evaluate.zeroshot import ZeroShotResult
 
 
 @pytest.mark.parametrize("successes, n", [(5, 10), (1, 100), (0, 10), (10, 10), (230, 1000)])
@@ -87,3 +89,42 @@ def test_an_interval_over_seeds_is_students_t_where_images_agree() -> None:
     half = 4.303 * 2 / np.sqrt(3)  # t of 2 degrees of freedom, standard deviation of 2 points
     assert np.hypot(images / 2, half) == pytest.approx((high - low) / 2, rel=0.1)
     assert paired_bootstrap(a, b[:1]) == paired_bootstrap(a.mean(axis=0), b[0]), "one side without a spread"
+
+
+def test_the_bootstrap_of_a_share_is_its_normal_interval() -> None:
+    right = 700
+    low, high = bootstrap(lambda drawn: 100 * drawn[1] / 1000, [1000 - right, right], samples=4000)
+    half = 1.96 * 100 * math.sqrt(0.7 * 0.3 / 1000)
+    assert (low, high) == pytest.approx((70 - half, 70 + half), abs=0.25)
+    assert (low, high) == bootstrap(lambda drawn: 100 * drawn[1] / 1000, [300, 700], samples=4000)
+
+
+def test_the_interval_of_the_mean_per_class_is_that_of_drawn_images() -> None:
+    """Against a plain bootstrap of images. With few images of a class, it is wider than that of top-1."""
+    rng = np.random.default_rng(3)
+    labels = np.repeat(np.arange(3), [200, 40, 6])
+    ranks = (rng.random(len(labels)) < 0.4).astype(np.int64)
+    found = ZeroShotResult("set", np.arange(len(labels)), 3, labels, labels, ranks)
+    means = []
+    for _ in range(2000):
+        drawn = rng.integers(0, len(labels), len(labels))
+        per_class = [found.correct[drawn][labels[drawn] == k] for k in range(3)]
+        means.append(100 * np.mean([share.mean() for share in per_class if len(share)]))
+    record = found.to_dict()
+    assert record["mean_per_class_interval"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1.5)
+    assert np.diff(record["mean_per_class_interval"]) > 1.5 * np.diff(record["top1_interval"])
+
+
+def test_the_interval_of_average_precision_is_that_of_drawn_images() -> None:
+    rng = np.random.default_rng(4)
+    labels = rng.random((120, 3)) < (0.5, 0.2, 0.05)
+    scores = (labels + rng.normal(size=labels.shape)).astype(np.float32)
+    found = MultilabelResult("set", np.arange(120), labels, scores)
+    means = []
+    for _ in range(2000):
+        drawn = rng.integers(0, 120, 120)
+        pairs = [(scores[drawn, k], labels[drawn, k]) for k in range(3) if labels[drawn, k].any()]
+        means.append(100 * np.mean([average_precision(*pair) for pair in pairs]))
+    interval = found.to_dict()["mean_average_precision_interval"]
+    assert interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1.5)
+    assert interval[0] < found.headline()["mean_average_precision"] < interval[1]

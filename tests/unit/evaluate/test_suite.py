@@ -177,6 +177,28 @@ def test_scores_on_disk_are_kept_while_nothing_changed(
     assert scored[3:] == ["one", "two", "find", "bare"]
 
 
+def test_one_folder_for_two_suites_loses_no_scores(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, sets in (
+        ("first", "{name: one, data: wds_one/test/*.tar}"),
+        ("second", "{name: one, data: wds_one/test/*.tar}, {name: two, data: wds_two/test/*.tar}"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(f"root: {folder}/eval\nsets: [{sets}]\n")
+        words = ["eval", str(folder / "run/jobs/0-tiny"), "--suite", str(tmp_path / f"{name}.yaml"), "--out", str(out)]
+        assert CliRunner().invoke(app, words).exit_code == 0
+    assert {path.name for path in out.glob("*.csv")} == {"first.csv", "second.csv"}
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    # Another set of that name, in another suite of that name too.
+    (tmp_path / "first.yaml").write_text(f"root: {folder}/eval\nsets: [{{name: one, data: wds_two/test/*.tar}}]\n")
+    words[3] = str(tmp_path / "first.yaml")
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, ConfigError)
+    assert "first.json has scores of another set 'one', of wds_one/test/*.tar; name another folder" in str(
+        done.exception
+    )
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_several_models_on_one_set(folder: Path) -> None:
     models = [str(folder / "run" / "jobs" / f"{seed}-tiny" / "model") for seed in range(2)]
     done = CliRunner().invoke(app, ["eval", *models, "--data", str(folder / "eval" / "wds_one" / "test" / "*.tar")])
