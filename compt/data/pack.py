@@ -18,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from compt.data.account import JOINED, Account
-from compt.data.captions import CAPTION_COLUMNS, parse_json, read_columns, read_text, split_as_dreamlip
+from compt.data.captions import CAPTION_COLUMNS, by_column, parse_json, read_columns, read_text, split_as_dreamlip
 from compt.data.decode import Unusable, open_image, shrunk
 from compt.data.folder import ClassOrder, files_below, folder_names, read_class_folders, read_image, read_names
 from compt.data.index import open_index
 from compt.data.labels import CLASSNAMES, NONE, TEMPLATES, beside
 from compt.data.names import FOREIGN, IMAGE_EXTENSIONS, TEXT_ENDINGS, is_metadata
+from compt.data.parquet import ParquetImages, parquet_files
 from compt.data.remote import Cache
 from compt.data.samples import SampleReader
 from compt.data.scan import KIND_TABLE, KIND_TEXT
@@ -250,6 +251,41 @@ class _Shards(_Source):
         )
 
 
+class _Rows(_Source):
+    """Images and captions in Parquet files. Raises ConfigError and DataError."""
+
+    beside: dict[str, str] = {}  # noqa: RUF012
+    captioned = True
+
+    def __init__(self, paths: Sequence[Path], options: PackOptions) -> None:
+        for flag, given in (("--captions-csv", options.captions_csv), ("--images", options.images)):
+            if given is not None:
+                raise ConfigError(f"{flag} {given}: {paths[0]} has its own images and captions")
+        if options.seed is not None:
+            raise ConfigError(f"--seed: rows of {paths[0].suffix} are read in their order; pack the shards once more")
+        self._images, self.account, self._options = ParquetImages(paths), Account(), options
+        self.fingerprint, known = self._images.fingerprint, {*CAPTION_COLUMNS, *options.columns}
+        if known.isdisjoint(self._images.columns):
+            raise DataError(
+                f"{paths[0]}: no column has a name known for captions; name one with --columns, of "
+                f"{', '.join(self._images.columns) or 'none'}"
+            )
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, sample: int) -> str:
+        return self._images.name(sample)
+
+    def read(self, sample: int) -> _Members:
+        values = self._images.read(sample)
+        image = (values.pop(self._images.image) or {}).get("bytes")
+        if not image:
+            raise Unusable("image", "its row has no image")
+        values = split_as_dreamlip(values) if self._options.keep == "sentences" else values
+        return _Members(image, row=by_column(values, self._options.columns))
+
+
 def _copied(places: Sequence[Path], name: str) -> dict[str, str]:
     """The name and text of a file beside the source, if it is there."""
     found = beside(places, name)
@@ -266,6 +302,8 @@ def _size(path: Path) -> int:
 def _open(source: str, out: Path, base: Path, options: PackOptions, cache: Cache | None) -> _Source:
     """The samples that `source` names. Raises ConfigError and DataError."""
     path = base / Path(source).expanduser()
+    if "://" not in source and (paths := parquet_files(path)):
+        return _Rows(paths, options)
     table = path.is_file() and path.suffix.lower() != ".tar"
     if options.images is not None and not table:
         raise ConfigError(f"--images {options.images}: is for a table as SOURCE")

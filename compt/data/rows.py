@@ -230,7 +230,7 @@ def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str,
             read = [
                 f"{column.name}.path" if re.match("struct<.*bytes: .*path: ", str(column.type)) else column.name
                 for column in schema
-                if _may_be_text(column.name, str(column.type))
+                if may_be_text(column.name, str(column.type))
             ]
             for batch in file.iter_batches(batch_size=1024, columns=read):
                 columns = [part.cast(_bytes_type(part.type)).to_pylist() for part in batch]
@@ -255,7 +255,7 @@ def _bytes_type(kind: Any) -> Any:
     return pyarrow.large_binary() if types.is_string(kind) or types.is_large_string(kind) else kind
 
 
-def _may_be_text(name: str, kind: str) -> bool:
+def may_be_text(name: str, kind: str) -> bool:
     """Whether a column of Parquet may have text, or numbers as keys. Others take long, such as lists of features.
 
     Some programs write text as bytes, but bytes may be images, too.

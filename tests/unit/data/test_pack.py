@@ -29,6 +29,7 @@ from compt.data.index import open_index
 from compt.data.pack import PackOptions, pack
 from compt.data.samples import SampleReader
 from compt.errors import ConfigError, DataError
+from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
 
@@ -535,3 +536,51 @@ def test_the_commands_exit_as_check_does(tmp_path: Path, capsys: pytest.CaptureF
     code, said = run("dreamlip", out, str(tmp_path / "merged"), "--json")
     assert code == 0
     assert json.loads(said)["samples"] == 39
+
+
+@pytest.mark.parametrize("source", ["train-00000-of-00001.parquet", "", "train-*.parquet"])
+def test_parquet_with_images_inside(tmp_path: Path, source: str) -> None:
+    """The schema is that of `datasets` 5.2.0, Dataset.to_parquet: an image without a file has no path."""
+    arrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    images = [picture(at, 9, 8, "PNG" if at % 2 else "JPEG") for at in range(7)]
+    kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
+    paths = ["dogs/a.jpg", None, "b.jpg", None, "c.d.jpg", None, None]
+    rows = [{"bytes": image, "path": path} for image, path in zip(images, paths, strict=True)]
+    rows[6] = {"bytes": None, "path": "gone.jpg"}
+    columns = {
+        "image": arrow.array(rows, kind),
+        "caption": arrow.array([[f"{at} one", f"{at} two"] for at in range(7)], arrow.list_(arrow.string())),
+        "clip_feature": arrow.array([[0.5] * 4] * 7, arrow.list_(arrow.float32())),
+        "label": arrow.array([0, 1] * 3 + [0], arrow.int64()),
+    }
+    place = tmp_path / "data"
+    place.mkdir()
+    parquet.write_table(arrow.table(columns), place / "train-00000-of-00001.parquet", row_group_size=3)
+    report = pack(str(place / source), tmp_path / "out", tmp_path, PackOptions(shard_size=4))
+    assert (report.samples, report.shards) == (6, 2)
+    assert report.account.unused == {"image": 1}
+    found = read_back(tmp_path / "out")
+    assert [one["__key__"] for one in found] == [
+        *("dogs/a", "train-00000-of-00001_00000001", "b", "train-00000-of-00001_00000003", "c_d"),
+        "train-00000-of-00001_00000005",
+    ]
+    assert [one.get("jpg") or one["png"] for one in found] == images[:6]
+    assert [json.loads(one["json"]) for one in found] == [{"caption": [f"{at} one", f"{at} two"]} for at in range(6)]
+    whole = contents(tmp_path / "out")
+    state = json.loads((tmp_path / "out" / "pack.json").read_text())
+    assert state["read"] == 7
+    pack(str(place / source), tmp_path / "again", tmp_path, PackOptions(shard_size=4))
+    assert contents(tmp_path / "again") == whole
+
+
+def test_what_parquet_with_images_needs(tmp_path: Path) -> None:
+    arrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
+    kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
+    image = arrow.array([{"bytes": picture(0, 9, 8, "JPEG"), "path": None}], kind)
+    parquet.write_table(arrow.table({"image": image, "what": ["a cat"]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="no column has a name known for captions; name one with --columns, of what"):
+        pack("a.parquet", tmp_path / "out", tmp_path, PackOptions())
+    with pytest.raises(ConfigError, match="--seed: rows of .parquet are read in their order"):
+        pack("a.parquet", tmp_path / "out", tmp_path, PackOptions(seed=0))
+    assert pack("a.parquet", tmp_path / "out", tmp_path, PackOptions(columns=["what"])).samples == 1
+    assert json.loads(read_back(tmp_path / "out")[0]["json"]) == {"captions": ["a cat"]}
