@@ -71,7 +71,9 @@ def main(out: str) -> None:
     dist.init("cpu", timeout_seconds=120)
     share = 18 // dist.world_size()
     own = slice(dist.rank() * share, (dist.rank() + 1) * share)
-    torch.save({"alone": compute(slice(None), False), "together": compute(own, True)}, f"{out}/{dist.rank()}.pt")
+    together = compute(own, True)
+    alone = compute(slice(None), False) if dist.rank() == 0 else []
+    torch.save({"alone": alone, "together": together}, f"{out}/{dist.rank()}.pt")
     dist.shutdown()
 
 
