@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from benchmarks.common import one_line
 from benchmarks.evidence.pieces import pieces
 from benchmarks.evidence.report import OUT, changed, write_report
-from benchmarks.evidence.run import is_done, measured_speeds, planned_minutes, run
+from benchmarks.evidence.run import is_done, measured_speeds, own_rates, planned_minutes, run
 from compt.text import TextTable, terminal
 
 
@@ -44,7 +44,7 @@ def plan_table() -> TextTable:
     """Every piece that is left, with the minutes of one core that it takes."""
     speeds = measured_speeds()
     rows, total = [], 0.0
-    for piece in pieces():
+    for piece in pieces(own_rates()):
         if not is_done(piece):
             minutes = planned_minutes(piece, speeds)
             total += minutes

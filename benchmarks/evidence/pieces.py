@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ LENGTHS = (10, 20, 40, 80, 160)
 """Epochs of the baselines: complete schedules, each twice as long as the last."""
 
 BASELINE_LR = 3e-3
+"""The rate of a baseline, unless another of BASELINE_LRS is better on the validation sets after RATED epochs."""
+
+BASELINE_LRS = (BASELINE_LR, 1e-3, 6e-3)
+RATED = LENGTHS[1]
+SELECT = "val_style"
+"""The evaluation set by which lengths and rates are chosen."""
 
 LINKS = (5, 10, 20, 40)
 """Epochs of the links."""
@@ -91,10 +97,10 @@ def macs_of(piece: Piece) -> float:
     return plan.cost(job).total_macs
 
 
-def pieces() -> Iterator[Piece]:
-    """All pieces; a teacher comes before its students, and no piece comes twice."""
+def pieces(rates: Mapping[str, float]) -> Iterator[Piece]:
+    """All pieces; a teacher comes before its students, and no piece comes twice. `rates`: of baselines, by model."""
     seen = set()
-    for piece in _in_order():
+    for piece in _in_order(lambda model, epochs, seed=0: Piece(model, epochs, seed, lr=rates.get(model, BASELINE_LR))):
         for needed in (*_teachers(piece), piece):
             if needed.name not in seen:
                 seen.add(needed.name)
@@ -107,30 +113,33 @@ def _teachers(piece: Piece) -> list[Piece]:
     return [*_teachers(piece.teacher), piece.teacher]
 
 
-def _in_order() -> Iterator[Piece]:
+def _in_order(baseline: Callable[..., Piece]) -> Iterator[Piece]:
     short, plateau = LENGTHS[2], LENGTHS[3]
     # A first look, far from the plateau: a link of a quarter at two rates.
-    yield from (Piece(model, LENGTHS[1]) for model in MEMBERS[:2])
-    yield from _links(Piece("a", LENGTHS[1]), LINKS[:1])
+    yield from (baseline(model, LENGTHS[1]) for model in MEMBERS[:2])
+    yield from _links(baseline("a", LENGTHS[1]), LINKS[:1])
     # The regime: baselines of the smallest pair, then links between them.
     for model in MEMBERS[:2]:
-        yield from (Piece(model, epochs) for epochs in LENGTHS[:3])
-    yield from _links(Piece("a", short), (10,))
+        yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
+    yield from _links(baseline("a", short), (10,))
+    # Each model's own rate, as links choose theirs too. Where another is better, its baselines are trained with that.
+    for model, lr in itertools.product(MEMBERS, BASELINE_LRS):
+        yield Piece(model, RATED, lr=lr)
     for model in MEMBERS[:2]:
-        yield Piece(model, plateau)
-    first = Piece("a", plateau)
+        yield baseline(model, plateau)
+    first = baseline("a", plateau)
     yield from _links(first, LINKS)
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=300)
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=50, alpha=0.0)
-    yield Piece("b", 10, 0, Piece("a", LENGTHS[-1]), LINK_LRS[1], warmup=50)
+    yield Piece("b", 10, 0, baseline("a", LENGTHS[-1]), LINK_LRS[1], warmup=50)
     # Whether the lengths so far are the plateau, the other members, then more seeds.
     for model in MEMBERS:
-        yield from (Piece(model, epochs) for epochs in LENGTHS)
+        yield from (baseline(model, epochs) for epochs in LENGTHS)
     for seed, model in itertools.product(SEEDS[1:], MEMBERS):
-        yield Piece(model, plateau, seed)
+        yield baseline(model, plateau, seed)
     for seed in SEEDS:
-        yield from chain(seed)
+        yield from chain(baseline("a", plateau, seed))
 
 
 def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
@@ -138,9 +147,9 @@ def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
         yield Piece("b", epochs, teacher.seed, teacher, lr, warmup=50)
 
 
-def chain(seed: int, lr: float = LINK_LRS[1]) -> Iterator[Piece]:
+def chain(first: Piece, lr: float = LINK_LRS[1]) -> Iterator[Piece]:
     """A whole chain with links of a quarter, a fifth and a sixth of the first model's length."""
-    model = Piece("a", LENGTHS[-2], seed)
+    model = first
     for name, share in zip(MEMBERS[1:], (4, 5, 6), strict=True):
-        model = Piece(name, round(LENGTHS[-2] / share), seed, model, lr, warmup=50)
+        model = Piece(name, round(first.epochs / share), first.seed, model, lr, warmup=50)
         yield model

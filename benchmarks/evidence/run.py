@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import MEMBERS, Piece, macs_of, pieces
+from benchmarks.evidence.pieces import MEMBERS, RATED, SELECT, Piece, macs_of, pieces
 from compt.chain.record import read_manifest
 from compt.cli.main import app
 from compt.errors import RunError
@@ -46,9 +46,13 @@ def run(max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
     started = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     speeds = measured_speeds()
-    for piece in pieces():
-        if is_done(piece):
-            continue
+    others: set[str] = set()
+
+    def following() -> Iterator[Piece]:
+        return (piece for piece in pieces(own_rates()) if not is_done(piece) and piece.name not in others)
+
+    # Again after each piece: its results may change a model's rate, and with it the pieces.
+    while (piece := next(following(), None)) is not None:
         left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
         if left is not None and planned_minutes(piece, speeds) > left:
             say(f"{piece.name}: would take {planned_minutes(piece, speeds):.0f} minutes, {left:.0f} are left")
@@ -59,6 +63,7 @@ def run(max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
                 collect(piece)
             after()
         except Timeout:
+            others.add(piece.name)
             say(f"{piece.name}: another process has it")
 
 
@@ -137,7 +142,7 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
     """The results of all finished pieces, in order of worth; `correct` has an array of 0 and 1 for each set."""
     found = []
     sets = load_arrays(raw / SETS) if (raw / SETS).exists() else {}
-    names = [piece.name for piece in pieces()]
+    names = [piece.name for piece in pieces(own_rates(raw))]
     files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
     for path in files:
         values = read_json(path)
@@ -149,6 +154,17 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
 
 def _order(name: str, names: list[str]) -> tuple[int, str]:
     return (names.index(name) if name in names else len(names), name)
+
+
+def own_rates(raw: Path = RAW) -> dict[str, float]:
+    """The rate of each model's baselines: the best on SELECT after RATED epochs, of those that were tried."""
+    best: dict[str, tuple[float, float]] = {}
+    for path in raw.glob("*.json"):
+        values = read_json(path)
+        if (values["teacher"], values["epochs"], values["seed"]) == (None, RATED, 0):
+            found = (values["scores"][SELECT]["top1"], values["lr"])
+            best[values["model"]] = max(found, best.get(values["model"], found))
+    return {model: rate for model, (_, rate) in best.items()}
 
 
 def measured_speeds(raw: Path = RAW) -> dict[str, float]:

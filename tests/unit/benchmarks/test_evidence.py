@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks.evidence import report, run
-from benchmarks.evidence.pieces import LENGTHS, MEMBERS, Piece, macs_of, pieces
+from benchmarks.evidence.pieces import LENGTHS, MEMBERS, SELECT, Piece, macs_of, pieces
 from benchmarks.evidence.statistics import MARGIN, difference, quantile
 from compt.errors import RunError
 from compt.files import write_json
@@ -22,11 +22,13 @@ from tests.helpers.optional import optional
 
 
 def test_teachers_come_before_students_and_no_piece_twice() -> None:
-    planned = list(pieces())
+    planned = list(pieces({"b": 1e-3}))
     names = [piece.name for piece in planned]
     assert len(set(names)) == len(names)
     for at, piece in enumerate(planned):
         assert piece.teacher is None or names.index(piece.teacher.name) < at
+    assert Piece("b", LENGTHS[-1], lr=1e-3) in planned, "a model's own rate"
+    assert Piece("b", LENGTHS[-1]) not in planned
 
 
 def test_each_model_costs_about_three_times_its_predecessor() -> None:
@@ -87,6 +89,10 @@ def test_a_verdict_is_that_of_the_margin() -> None:
     same = np.zeros((2, 4))
     assert difference(same, same, range(4)).verdict == "lossless"
     assert difference(same, same + 1, range(4)).verdict == "not lossless"
+    assert difference(same[:1], same[:1], range(4)).verdict == "undecided", "one seed"
+    wide = np.array([[1, 1, 0, 1], [1, 1, 0, 1]]), np.array([[0, 0, 0, 1], [0, 0, 0, 1]])
+    assert difference(*wide, range(4)).half_width > MARGIN
+    assert difference(*wide, range(4)).verdict == "undecided"
     assert MARGIN == 1.0
     with pytest.raises(ValueError, match="gains of shape"):
         difference(same, same, range(5))
@@ -100,7 +106,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
     place = runs / piece.name / "jobs" / f"1-{piece.model}"
     (place / "scores").mkdir(parents=True)
     arrays = {"ids": np.arange(100), "labels": np.array(labels), "correct": np.arange(100) < top1}
-    names = (report.SELECT, report.REPORT, report.UNSEEN)
+    names = (SELECT, report.REPORT, report.UNSEEN)
     for name in names:
         np.savez(place / "scores" / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     manifest = {
