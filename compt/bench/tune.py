@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from compt.bench.step import Setup, TrainingStep, random_batch
 from compt.bench.throughput import device_name
+from compt.cost.counts import Tokens
 from compt.cost.speed import way_of
 from compt.dist import collectives as dist
 from compt.errors import RunError
@@ -159,7 +160,9 @@ def _search(key: str, trial: Trial, setup: Setup, measure: Callable[[Trial, int]
     """
     started = time.monotonic()
     device = torch.device(trial.device).type
-    given = setup.engine.model_fields_set | ({"text"} if setup.engine.text_buckets else set())
+    given = set(setup.engine.model_fields_set)
+    if setup.engine.text_buckets or setup.tokens is None:  # without lengths of captions, no text mode can save tokens
+        given.add("text")
     config = setup.engine.on(device)
     tried: list[dict[str, Any]] = []
     first: Timing | None = None
@@ -198,7 +201,8 @@ def _search(key: str, trial: Trial, setup: Setup, measure: Callable[[Trial, int]
         for value in values:
             # To compute blocks again only pays where the memory that it saves lets more images pass at once.
             useless = name == "recompute" and (fixed or micro == trial.share)
-            if name in given or useless or getattr(config, name) == value:
+            same = getattr(config, name) == value or (value == "buckets" and config.text == "auto")
+            if name in given or useless or same:
                 continue
             try:
                 other = changed_engine(config, {name: value})
@@ -217,6 +221,16 @@ def _close(first: Timing, other: Timing, most: float) -> bool:
     return all(abs(a - b) <= most * abs(a) for a, b in pairs)
 
 
+def _spread(setup: Setup) -> Tokens:
+    """Lengths of captions. Around a mean that a recipe gives, half of it and half more, a third of the captions each.
+
+    Captions of one length have nothing to pad, and packed text would gain nothing.
+    """
+    if setup.tokens is None or isinstance(setup.tokens, Mapping):
+        return setup.tokens
+    return {max(1, round(setup.tokens * part)): 1.0 for part in (0.5, 1.0, 1.5)}
+
+
 def _measure(trial: Trial, micro_batch: int) -> list[Timing] | str:
     return apart(trial, micro_batch, timed, "timing settings of a step", TRIAL)
 
@@ -226,8 +240,11 @@ def timed(trial: Trial, micro_batch: int) -> Timing:
     setup = trial.blueprint
     assert isinstance(setup, Setup)
     step = TrainingStep(setup, torch.device(trial.device))
-    longest = random_batch(replace(step.setup, tokens=None), trial.share)
-    data = step.data(trial.share)
+    # The same captions for every setting: those that `TrainingStep.data` makes depend on text mode and micro-batch.
+    engine = setup.engine.model_copy(update={"text": "packed", "micro_batch": None})
+    same = replace(step.setup, engine=engine, tokens=_spread(setup))
+    longest = random_batch(replace(same, tokens=None), trial.share)
+    data = random_batch(same, trial.share)
     # Both lengths several times: a compiler sees that lengths differ, and the largest memory is taken once.
     for batch in (longest, data, longest):
         step(batch)

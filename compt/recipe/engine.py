@@ -214,10 +214,12 @@ class EngineConfig(Section):
             raise ValueError(f"compile: {self.name} gathers weights block by block; write blocks instead of towers")
         if self.compile_mode != "default" and self.compile == "off":
             raise ValueError(f"compile_mode: '{self.compile_mode}' needs compile: blocks or towers")
-        if self.compile_mode in CAPTURING and (self.micro_batch or self.find_micro_batch or self.recompute):
+        if self.compile_mode in CAPTURING and (
+            self.micro_batch or self.find_micro_batch or self.recompute or self.tune
+        ):
             raise ValueError(
-                f"compile_mode: '{self.compile_mode}' captures CUDA graphs, which does not work with micro-batches or "
-                "recompute; write max-autotune-no-cudagraphs or default"
+                f"compile_mode: '{self.compile_mode}' captures CUDA graphs, which does not work with micro-batches, "
+                "recompute or tune; write max-autotune-no-cudagraphs or default"
             )
         if self.async_checkpoints and not self.kind.background:
             raise ValueError(f"async_checkpoints: {self.name} writes while training waits; leave it out")

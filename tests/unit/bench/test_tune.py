@@ -28,7 +28,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def trial(*changes: str) -> Trial:
-    recipe = recipe_of("engine.tune=true", *changes)
+    recipe = recipe_of("engine.tune=true", "data.caption_tokens=7.4", *changes)
     return trial_of(make_plan(recipe, baselines=False, controls=()).jobs[-1], recipe, Path(), CPU)
 
 
@@ -48,6 +48,7 @@ def fits(monkeypatch: pytest.MonkeyPatch, size: Callable[[Any], int]) -> None:
     monkeypatch.setattr(tune, "find_micro_batch", lambda one: size(one.blueprint.engine))
 
 
+TUNED = ("engine.tune=true", "engine.compile=off", "data.caption_tokens=7.4")
 SPEED = {"off": 1.0, "blocks": 0.8, "towers": 0.79}
 
 
@@ -120,13 +121,15 @@ def test_no_trial_begins_after_the_time(monkeypatch: pytest.MonkeyPatch) -> None
     assert made.chosen == {"text": "packed", "compile": "off", "recompute": False, "micro_batch": None}
 
 
-def test_a_timing_has_the_loss_and_gradient_of_any_text_mode() -> None:
+@pytest.mark.parametrize("tokens", ["7.4", "{5: 0.5, 9: 0.5}", "null"])
+def test_a_timing_has_the_loss_and_gradient_of_any_setting(tokens: str) -> None:
     found = []
-    for text in ("packed", "buckets"):
-        one = trial(f"engine.text={text}", "optimizer.precision=fp32")
+    for changes in ([], ["engine.text=buckets"], ["engine.micro_batch=4"]):
+        one = trial("engine.text=packed", "optimizer.precision=fp32", f"data.caption_tokens={tokens}", *changes)
         found.append(tune.timed(one, 4))
     assert found[0].seconds > 0
     assert tune._close(found[0], found[1], 1e-5)
+    assert tune._close(found[0], found[2], 1e-5)
     assert not tune._close(found[0], replace(found[1], norm=2 * found[1].norm), 1e-5)
 
 
@@ -134,13 +137,13 @@ def test_a_resumed_run_takes_over_what_was_chosen(cache: Path, tmp_path: Path, m
     base, run, seen = make_data(tmp_path), tmp_path / "run", []
     fits(monkeypatch, lambda engine: 6)
     monkeypatch.setattr(tune, "_measure", meter(seen, lambda engine, micro: 0.5 if engine.recompute else 1.0))
-    stopped_at(base, run, 3, "engine.tune=true", "engine.compile=off")
+    stopped_at(base, run, 3, *TUNED)
     chosen = {"text": "packed", "recompute": True, "micro_batch": 6}
     assert manifest(run, FIRST)["tuned"]["chosen"] == chosen
     assert len(manifest(run, FIRST)["tuned"]["tried"]) == len(seen) == 3
     shutil.rmtree(cache)
     seen.clear()
-    said = chain(base, run, "engine.tune=true", "engine.compile=off")
+    said = chain(base, run, *TUNED)
     assert len(seen) == 3, "only the second link was measured"
     done = manifest(run, FIRST)
     assert done["tuned"]["chosen"] == chosen
