@@ -261,7 +261,7 @@ class OpenClip(Peer):
             skip_scheduler=True,
             horovod=False,
             grad_clip_norm=None,
-            rank=0,
+            rank=1,  # rank 0 reads the losses for its log in every step
             world_size=1,
             batch_size=self.case.batch,
             log_every_n_steps=1,

@@ -19,8 +19,8 @@ CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _VARIANTS = 64
 """Compiled variants of a function that torch keeps."""
 _SIZES = 32
-"""Numbers of tokens of packed text where CUDA graphs are captured. A step is filled up by 1/64 of its context at most,
-and most steps of a run have one or two of these sizes."""
+"""Numbers of tokens of packed text where CUDA graphs are captured. A step is filled up by 1/64 of all contexts in the
+mean and 1/32 at most, and most steps of a run have one or two of these sizes."""
 
 
 def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: torch.device, hooked: bool = True) -> None:
