@@ -140,6 +140,7 @@ class StepTrace:
         self._folder, self._say = folder, say
         self._running: tuple[_Clock, torch.profiler.profile, float] | None = None
         self._next = 0
+        self._began = False
 
     def __call__(self, step: int) -> None:
         """Begin or end the trace, if `step` is where it does."""
@@ -148,7 +149,7 @@ class StepTrace:
             self._synchronize()
             clock, seen = _Clock(self._engine.device, self._task, self._engine), _profiler(self._engine.device)
             seen.start()
-            self._running = clock, seen, time.perf_counter()
+            self._running, self._began = (clock, seen, time.perf_counter()), True
         elif step == self._last + 1:
             self._end()
 
@@ -159,6 +160,8 @@ class StepTrace:
         if kind is None or issubclass(kind, Interrupted):
             self._next += 1  # the step that began last has ended
         self._end()
+        if kind is None and not self._began and dist.is_main():
+            self._say(f"{self._folder.name}: no trace: this start did not train step {self._first}")
 
     def _synchronize(self) -> None:
         if self._engine.device.type == "cuda":

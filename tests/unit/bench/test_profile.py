@@ -45,11 +45,11 @@ def test_exactly_these_steps_are_traced_and_nothing_else_changes(tmp_path: Path)
 
 def test_a_job_that_ends_early_has_a_trace_of_what_it_did(tmp_path: Path) -> None:
     context, plan = prepare(recipe_of(LINKS), tmp_path / "run", base=make_data(tmp_path), baselines=False, controls=())
-    run_chain(replace(context, profile_steps=(3, 99)), plan, lambda line: None)
-    assert [path.name for path in sorted((tmp_path / "run" / "jobs").glob("*/trace*.gz"))] == [
-        "trace-3-3.json.gz",
-        "trace-3-4.json.gz",
-    ]
+    said: list[str] = []
+    run_chain(replace(context, profile_steps=(4, 99)), plan, said.append)
+    (trace,) = (tmp_path / "run" / "jobs").glob("*/trace*.gz")
+    assert (trace.parent.name, trace.name) == ("2-large", "trace-4-4.json.gz")
+    assert "1-small: no trace: this start did not train step 4" in said
 
 
 @pytest.mark.parametrize("text", ["5", "0-3", "4-3", "a-b", "1-2-3"])
