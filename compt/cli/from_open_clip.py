@@ -27,9 +27,12 @@ TAKEN = {
     "train_data": "data.train",
     "train_data_upsampling_factors": "data.train, the weights of the sets",
     "train_num_samples": "data.images",
-    "val_data": "evaluation.validation",
+    "dataset_resampled": "lengths in steps: an epoch there is --train-num-samples, whatever the shards hold; here each "
+    "sample comes once a pass",
+    "val_data": "evaluation.validation: the loss; for recalls add a retrieval set",
     "imagenet_val": "evaluation.sets, with one template unless `templates` names a file",
-    "imagenet_v2": "evaluation.sets, with one template unless `templates` names a file",
+    "imagenet_v2": "evaluation.sets, with one template unless `templates` names a file; its folders are numbers, so "
+    "name a file of class names as `classnames`",
     "batch_size": "optimizer.batch, over all GPUs; engine.micro_batch",
     "accum_freq": "optimizer.batch, over all GPUs; engine.micro_batch",
     "epochs": "chain.links[0].train",
@@ -62,7 +65,6 @@ TAKEN = {
 """Flags, as OpenCLIP's parser names their values, and the fields of the recipe that say the same."""
 NEEDLESS = {
     "dataset_type": "shards are recognized; pack CSV files with `compt data pack`",
-    "dataset_resampled": "an epoch has every sample once, in an order that a resume continues",
     "gather_with_grad": "always",
     "local_loss": "the loss is that of all features, whatever is computed where",
     "save_most_recent": "`latest` names the newest checkpoint",
@@ -88,12 +90,20 @@ LOST = {
     "momentum": "only AdamW",
     "lr_cooldown_power": "the decay is linear",
     "image_resize_mode": "images are resized to their shorter side and cropped",
+    "image_interpolation": "bicubic",
     "distill_model": "a link learns from its teacher's features: chain.distill",
     "distill_pretrained": "a link learns from its teacher's features: chain.distill",
     "force_patch_dropout": "no patch dropout",
     "remote_sync": "copy the run folder with a tool of your store",
 }
 """Flags with a meaning that compt does not have, and what comes nearest. Others have nothing near."""
+SAME: dict[str, Any] = {
+    "opt": "adamw",
+    "lr_cooldown_power": 1.0,
+    "image_resize_mode": "shortest",
+    "image_interpolation": "bicubic",
+}
+"""Values of flags in LOST that say what compt does anyway."""
 AUGMENT = {
     "scale": "data.crop_scale",
     "ratio": "data.crop_ratio",
@@ -134,7 +144,7 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
     """Fields of the recipe, and for each flag what became of it. Raises ConfigError for what makes no recipe."""
     parsed = _parsed(words)
     flags = list(dict.fromkeys(_flag(word, parsed) for word in words if word.startswith("--")))
-    rows = [(f"--{flag.replace('_', '-')}", _fate(flag)) for flag in flags if flag != "aug_cfg"]
+    rows = [(f"--{flag.replace('_', '-')}", _fate(flag, parsed)) for flag in flags if flag != "aug_cfg"]
     rows += [(f"--aug-cfg {key}", _aug_fate(key, parsed.aug_cfg)) for key in parsed.aug_cfg]
     if parsed.dataset_type in ("csv", "synthetic"):
         raise ConfigError(f"--dataset-type {parsed.dataset_type}: pack the images first: compt data pack")
@@ -143,6 +153,9 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
             raise ConfigError(
                 f"--{flag.replace('_', '-')} is missing: a recipe names the shards and counts their images"
             )
+    for flag in ("epochs", "batch_size", "accum_freq"):
+        if (count := getattr(parsed, flag)) < 1:
+            raise ConfigError(f"--{flag.replace('_', '-')} {count}: should be at least 1")
     member = _member(parsed)
     values: dict[str, Any] = {
         "name": _name(parsed.name or member["name"]),
@@ -153,15 +166,15 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
             "links": [
                 {
                     "model": member["name"],
-                    "train": {"epochs": parsed.epochs},
+                    "train": _length(parsed, gpus, parsed.epochs),
                     # Without a scheduler OpenCLIP has no warm-up either.
                     "warmup": {"steps": 0 if parsed.skip_scheduler else parsed.warmup},
                 }
             ]
         },
         "optimizer": _optimizer(parsed, gpus),
-        "engine": _engine(parsed),
-        "evaluation": _evaluation(parsed),
+        "engine": _engine(parsed, gpus),
+        "evaluation": _evaluation(parsed, gpus),
     }
     try:
         make_plan(parse_recipe(values, "the recipe"))
@@ -180,6 +193,10 @@ def _parsed(words: Sequence[str]) -> argparse.Namespace:
     except SystemExit:
         last = (said.getvalue().strip().splitlines() or ["wrong arguments"])[-1]
         raise ConfigError(f"open_clip_train {last.partition('error: ')[2] or last}") from None
+    except (ValueError, SyntaxError, TypeError) as error:  # of --aug-cfg, which OpenCLIP splits and reads itself
+        raise ConfigError(
+            f"open_clip_train --aug-cfg: {error}; write KEY=VALUE, as in --aug-cfg 'scale=(0.4,1)'"
+        ) from None
     return found
 
 
@@ -190,9 +207,11 @@ def _flag(word: str, parsed: argparse.Namespace) -> str:
     return name if name in known else next((other for other in known if other.startswith(name)), name)
 
 
-def _fate(flag: str) -> str:
+def _fate(flag: str, parsed: argparse.Namespace) -> str:
     if flag in TAKEN:
         return TAKEN[flag]
+    if flag in SAME and getattr(parsed, flag) == SAME[flag]:
+        return "the same here"
     return NEEDLESS.get(flag) or f"NOT TAKEN OVER{': ' + LOST[flag] if flag in LOST else ''}"
 
 
@@ -234,14 +253,47 @@ def _member(parsed: argparse.Namespace) -> dict[str, Any]:
     return member_of(replace(spec, name=_name(parsed.model), **changes), {})
 
 
+def _batch(parsed: argparse.Namespace, gpus: int) -> int:
+    """Images of all GPUs in an optimizer step."""
+    images: int = parsed.batch_size * parsed.accum_freq * gpus
+    return images
+
+
+def _length(parsed: argparse.Namespace, gpus: int, epochs: int) -> dict[str, int]:
+    """A duration of so many of OpenCLIP's epochs.
+
+    With `--dataset-resampled` shards are drawn with replacement until an epoch has `--train-num-samples`. An epoch here
+    is one pass over the shards, whose number of images may be quite another: that length is written in steps.
+    """
+    if not parsed.dataset_resampled:
+        return {"epochs": epochs}
+    steps = parsed.train_num_samples // (batch := _batch(parsed, gpus))
+    if not steps:
+        raise ConfigError(f"--train-num-samples {parsed.train_num_samples}: fewer than one batch of {batch}")
+    return {"steps": epochs * steps}
+
+
+def _weights(parsed: argparse.Namespace, sets: int) -> list[float]:
+    """The factors of the sets. Raises ConfigError for those that OpenCLIP refuses."""
+    flag, given = "--train-data-upsampling-factors", parsed.train_data_upsampling_factors
+    if not parsed.dataset_resampled:
+        raise ConfigError(f"{flag} {given}: OpenCLIP takes factors with --dataset-resampled only")
+    try:
+        weights = [float(factor) for factor in given.split("::")]
+    except ValueError:
+        raise ConfigError(f"{flag} {given}: should be a number for each set, as in 1::2.5") from None
+    if len(weights) != sets:
+        raise ConfigError(f"{flag}: {len(weights)} factors for {sets} sets")
+    return weights
+
+
 def _data(parsed: argparse.Namespace) -> dict[str, Any]:
     sets = parsed.train_data.split("::")
     train: Any = sets if len(sets) > 1 else sets[0]
     if parsed.train_data_upsampling_factors:
-        weights = [float(factor) for factor in parsed.train_data_upsampling_factors.split("::")]
-        if len(weights) != len(sets):
-            raise ConfigError(f"--train-data-upsampling-factors: {len(weights)} factors for {len(sets)} sets")
-        train = [{"shards": shards, "weight": weight} for shards, weight in zip(sets, weights, strict=True)]
+        weights = _weights(parsed, len(sets))
+        if len(sets) > 1:  # the factor of one set changes no share, and so nothing in OpenCLIP
+            train = [{"shards": shards, "weight": weight} for shards, weight in zip(sets, weights, strict=True)]
     found: dict[str, Any] = {"train": train, "images": parsed.train_num_samples, "captions": 1}
     for flag, field in (("image_mean", "mean"), ("image_std", "std")):
         if value := getattr(parsed, flag):
@@ -270,14 +322,15 @@ def _augment(given: dict[str, Any]) -> dict[str, float]:
             and _aug_fate(key, given) == AUGMENT[key]
             and (field == "grey" or any(found.values()))
         ):
-            found[field] = float(share)
+            (found[field],) = _numbers(key, share, 1)
     return found
 
 
 def _numbers(key: str, value: Any, *counts: int) -> list[float]:
     many = value if isinstance(value, tuple | list) else [value]
     if len(many) not in counts or not all(isinstance(each, int | float) for each in many):
-        raise ConfigError(f"--aug-cfg {key}={value}: should be {' or '.join(map(str, counts))} numbers")
+        wanted = "a number" if counts == (1,) else f"{' or '.join(map(str, counts))} numbers"
+        raise ConfigError(f"--aug-cfg {key}={value}: should be {wanted}")
     return [float(each) for each in many]
 
 
@@ -286,7 +339,7 @@ def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
     if parsed.precision not in precisions:
         raise ConfigError(f"--precision {parsed.precision}: weights are fp32 here; use amp, amp_bf16 or fp32")
     found: dict[str, Any] = {
-        "batch": parsed.batch_size * parsed.accum_freq * gpus,
+        "batch": _batch(parsed, gpus),
         "lr": float(parsed.lr),
         "betas": [float(parsed.beta1), float(parsed.beta2)],
         "eps": float(parsed.eps),
@@ -309,9 +362,9 @@ def _optimizer(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
     return found
 
 
-def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
+def _engine(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
     found: dict[str, Any] = {"workers": parsed.workers, "log_every": {"steps": parsed.log_every_n_steps}}
-    found["checkpoint_every"] = {"epochs": parsed.save_frequency or parsed.epochs}  # 0: only at the end
+    found["checkpoint_every"] = _length(parsed, gpus, parsed.save_frequency or parsed.epochs)  # 0: only at the end
     if parsed.accum_freq > 1:
         found["micro_batch"] = parsed.batch_size
     if parsed.grad_checkpointing:
@@ -323,8 +376,10 @@ def _engine(parsed: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _evaluation(parsed: argparse.Namespace) -> dict[str, Any]:
+def _evaluation(parsed: argparse.Namespace, gpus: int) -> dict[str, Any]:
     paths = {"imagenet_val": parsed.imagenet_val, "imagenet_v2": parsed.imagenet_v2}
+    if parsed.imagenet_v2:  # names the folder above; the class folders below it are called 0 to 999
+        paths["imagenet_v2"] = f"{parsed.imagenet_v2.rstrip('/')}/ImageNetV2-matched-frequency"
     # `select` sets are scored during training, as OpenCLIP does. A frequency of 0 is never.
     role = "select" if parsed.zeroshot_frequency else "report"
     sets: list[dict[str, Any]] = [{"name": name, "data": path, "role": role} for name, path in paths.items() if path]
@@ -336,5 +391,5 @@ def _evaluation(parsed: argparse.Namespace) -> dict[str, Any]:
         found["validation"] = parsed.val_data.split("::")
         often.append(parsed.val_frequency)
     if any(often):
-        found["every"] = {"epochs": min(filter(None, often))}
+        found["every"] = _length(parsed, gpus, min(filter(None, often)))
     return found

@@ -15,13 +15,14 @@ from open_clip_train.params import parse_args
 from open_clip_train.scheduler import const_lr, const_lr_cooldown, cosine_lr
 from typer.testing import CliRunner
 
-from compt.cli.from_open_clip import AUGMENT, LOST, NEEDLESS, TAKEN, recipe_of
+from compt.cli.from_open_clip import AUGMENT, LOST, NEEDLESS, SAME, TAKEN, recipe_of
 from compt.cli.main import app
 from compt.errors import ConfigError
 from compt.models.clip import build
 from compt.plan.jobs import make_plan
 from compt.recipe.read import load_recipe, parse_recipe
 from compt.recipe.schema import Augment, Recipe
+from compt.recipe.types import Duration
 from compt.train.loop import learning_rate
 from tests.unit.train.test_loop import SETTINGS, replace
 
@@ -87,9 +88,10 @@ def test_every_field() -> None:
     data, evaluation = recipe.data, recipe.evaluation
     assert (data.images, data.captions, data.crop_scale, data.mean) == (64_000, 1, (0.4, 1.0), (0.5, 0.5, 0.5))
     assert (evaluation.validation, evaluation.every and evaluation.every.epochs) == (["v.tar", "w.tar"], 2)
-    assert [(item.name, item.role, item.class_order) for item in evaluation.sets] == [
-        ("imagenet_v2", "select", "number")
+    assert [(item.name, item.role, item.class_order, item.data) for item in evaluation.sets] == [
+        ("imagenet_v2", "select", "number", ["v2/ImageNetV2-matched-frequency"])
     ]
+    assert "`classnames`" in rows["--imagenet-v2"]
     assert rows["--lock-image"] == "NOT TAKEN OVER"
     assert rows["--distill-model"].startswith("NOT TAKEN OVER: a link learns")  # argparse takes a flag's beginning
     assert rows["--aug-cfg color_jitter"].startswith("without effect in OpenCLIP")
@@ -170,10 +172,37 @@ def test_zero_is_never() -> None:
     assert recipe.evaluation.sets[0].role == "report"
 
 
+RESAMPLED = ["--model", "ViT-B-16", "--dataset-resampled"]
+
+
 def test_sets_with_weights() -> None:
-    words = ["--train-data", "a.tar::b.tar", "--train-data-upsampling-factors", "1::2.5", "--model", "ViT-B-16"]
+    words = [*RESAMPLED, "--train-data", "a.tar::b.tar", "--train-data-upsampling-factors", "1::2.5"]
     values, _ = recipe_of([*words, "--train-num-samples", "9000", "--warmup", "10"], 1)
     assert values["data"]["train"] == [{"shards": "a.tar", "weight": 1.0}, {"shards": "b.tar", "weight": 2.5}]
+    recipe, _ = made(*RESAMPLED, "--train-data-upsampling-factors", "2")
+    assert recipe.data.train == ["a/{00..10}.tar"], "OpenCLIP does not train longer with the factor of one set"
+
+
+def test_a_resampled_epoch_has_the_samples_that_the_command_says() -> None:
+    words = ["--batch-size", "50", "--accum-freq", "2", "--epochs", "6", "--save-frequency", "2", "--val-data", "v.tar"]
+    recipe, rows = made(*RESAMPLED, *words, "--val-frequency", "3", gpus=4)
+    per_epoch = 64_000 // 400
+    lengths = [recipe.chain.links[0].train, recipe.engine.checkpoint_every, recipe.evaluation.every]
+    assert lengths == [Duration(steps=count * per_epoch) for count in (6, 2, 3)]
+    # The shards hold ten times as many images, and the run is as long.
+    (job,) = make_plan(recipe, images=640_000).jobs
+    assert job.steps == 6 * per_epoch
+    assert rows["--dataset-resampled"].startswith("lengths in steps")
+
+
+def test_values_that_compt_has_anyway() -> None:
+    flags = ["--opt", "--lr-cooldown-power", "--image-resize-mode", "--image-interpolation"]
+    same = [word for pair in zip(flags, ["adamw", "1", "shortest", "bicubic"], strict=True) for word in pair]
+    others = [word for pair in zip(flags, ["timm/lamb", "2", "squash", "bilinear"], strict=True) for word in pair]
+    assert [made("--model", "ViT-B-16", *same)[1][flag] for flag in flags] == ["the same here"] * 4
+    betas = ["--lr", "1e-3", "--beta1", "0.9", "--beta2", "0.98", "--eps", "1e-6"]  # timm's optimizers have no defaults
+    _, rows = made("--model", "ViT-B-16", *others, *betas)
+    assert all(rows[flag].startswith("NOT TAKEN OVER: ") for flag in flags)
 
 
 def test_every_flag_has_a_fate() -> None:
@@ -185,6 +214,7 @@ def test_every_flag_has_a_fate() -> None:
     known = set(vars(parse_args(["--model", "ViT-B-16"])))
     assert set(TAKEN) | set(NEEDLESS) | set(LOST) <= known
     assert len(TAKEN.keys() | NEEDLESS.keys() | LOST.keys()) == len(TAKEN) + len(NEEDLESS) + len(LOST)
+    assert SAME.keys() <= LOST.keys()
 
 
 @pytest.mark.parametrize(
@@ -201,7 +231,18 @@ def test_every_flag_has_a_fate() -> None:
         (["--model", "ViT-B-16", "--aug-cfg", "color_jitter=0.4", "color_jitter_prob=1"], "should be 4 numbers"),
         (["--model", "ViT-B-16", "--train-num-samples", "0"], "--train-num-samples is missing"),
         (["--model", "ViT-B-16", "--force-image-size", "224", "336"], "images are square"),
-        (["--model", "ViT-B-16", "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),
+        ([*RESAMPLED, "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),
+        ([*RESAMPLED, "--train-data-upsampling-factors", "x"], "x: should be a number for each set"),
+        (["--model", "ViT-B-16", "--train-data-upsampling-factors", "2"], "with --dataset-resampled only"),
+        ([*RESAMPLED, "--batch-size", "65000"], "--train-num-samples 64000: fewer than one batch of 65000"),
+        (["--model", "ViT-B-16", "--aug-cfg", "scale"], "write KEY=VALUE"),
+        (["--model", "ViT-B-16", "--aug-cfg", "scale=(0.9"], "'(' was never closed"),
+        (["--model", "ViT-B-16", "--aug-cfg", "gray_scale_prob=x"], "gray_scale_prob=x: should be a number"),
+        (
+            ["--model", "ViT-B-16", "--lr-scheduler", "const-cooldown", "--epochs-cooldown", "1", "--epochs", "0"],
+            "--epochs 0: should be at least 1",
+        ),
+        (["--model", "ViT-B-16", "--accum-freq", "0"], "--accum-freq 0: should be at least 1"),
     ],
 )
 def test_what_makes_no_recipe(words: list[str], said: str) -> None:
