@@ -19,16 +19,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Full, Queue
 from threading import Thread
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compt.dist import collectives as dist
-from compt.errors import ConfigError
+from compt.errors import ConfigError, Interrupted
 from compt.files import flatten, write_text
 from compt.recipe.engine import LOGGERS
 
+End = Literal["finished", "failed", "stopped"]
+"""How a job ends: stopped is by a signal, and the same command goes on."""
 TENSORBOARD = "tb"
 PATIENCE = 30.0
 """Seconds at the end in which all loggers may write what is left."""
@@ -91,8 +94,8 @@ class Logger(ABC):
         """The final scores, and the images of the contact sheet, uint8 [H, W, 3]."""
 
     @abstractmethod
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, end: End) -> None:
+        """Write what is left, and how it ended. A finished training is opened once more, for its scores."""
 
     def _run_id(self, name: str, make: Callable[[], str]) -> tuple[str, bool]:
         """The id of this job's run in another program, from FOLDER/NAME/id, and whether it is new."""
@@ -128,8 +131,8 @@ class TensorBoard(Logger):
         if images is not None:
             self._board.add_image("contact_sheet", images, step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Write what is left."""
+    def close(self, end: End) -> None:
+        """Write what is left. Event files do not say how a run ended."""
         self._board.close()
 
 
@@ -173,9 +176,11 @@ class WeightsAndBiases(Logger):
         if images is not None:
             self._run.log({"contact_sheet": wandb.Image(images), "step": step})
 
-    def close(self) -> None:
-        """Upload what is left."""
-        self._run.finish()
+    def close(self, end: End) -> None:
+        """Upload what is left. The service calls a run preempted that says so and ends with a code other than 0."""
+        if end == "stopped":
+            self._run.mark_preempting()
+        self._run.finish(exit_code={"finished": 0, "failed": 1, "stopped": Interrupted.exit_code}[end])
 
 
 class MlFlow(Logger):
@@ -191,18 +196,18 @@ class MlFlow(Logger):
             raise ConfigError("engine.loggers: mlflow needs the address of a server in MLFLOW_TRACKING_URI")
 
     def open(self) -> None:
-        """Begin the run with its parameters, or go on with it."""
+        """Begin the run, or go on with it. Parameters that an earlier try did not get through are sent again."""
         from mlflow import MlflowClient
         from mlflow.entities import Param
 
         self._client = MlflowClient()
         self._id, new = self._run_id("mlflow", self._begin)
-        if new:
-            parameters = [Param(key, str(value)) for key, value in self._logs.parameters().items()]
-            for first in range(0, len(parameters), 100):  # the most that a server takes at once
-                self._client.log_batch(self._id, params=parameters[first : first + 100])
-        else:
+        if not new:
             self._client.update_run(self._id, status="RUNNING")
+        sent = {} if new else self._client.get_run(self._id).data.params
+        parameters = [Param(key, str(value)) for key, value in self._logs.parameters().items() if key not in sent]
+        for first in range(0, len(parameters), 100):  # the most that a server takes at once
+            self._client.log_batch(self._id, params=parameters[first : first + 100])
 
     def _begin(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self._logs.run
@@ -218,15 +223,15 @@ class MlFlow(Logger):
         self._client.log_batch(self._id, [Metric(key, value, now, step) for key, value in values.items()])
 
     def finish(self, step: int, scores: Mapping[str, float], images: NDArray[np.uint8] | None) -> None:
-        """The scores as metrics of the last step, and an image. The run ends."""
+        """The scores as metrics of the last step, and an image."""
         if scores:
             self.log(step, {f"final/{key}": value for key, value in scores.items()})
         if images is not None:
             self._client.log_image(self._id, images, "contact_sheet.png")
-        self._client.set_terminated(self._id)
 
-    def close(self) -> None:
-        """Nothing is left."""
+    def close(self, end: End) -> None:
+        """Set the run's status. A stopped one is not scheduled again by MLflow itself, so it is "killed" until then."""
+        self._client.set_terminated(self._id, {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}[end])
 
 
 class _Outlet(Thread):
@@ -238,6 +243,7 @@ class _Outlet(Thread):
         self._calls: Queue[Callable[[Logger], None] | None] = Queue(_WAITING)
         self._lost = self._put = 0
         self._warned = False
+        self._end: End = "finished"
 
     def put(self, call: Callable[[Logger], None]) -> None:
         self._put += 1
@@ -247,11 +253,13 @@ class _Outlet(Thread):
             self._lost += 1
             self._warn(f"{_WAITING} lines wait for it")
 
-    def end(self, seconds: float) -> None:
+    def end(self, end: End, seconds: float) -> None:
         """Wait until everything is written, for that long."""
+        deadline = time.monotonic() + seconds
+        self._end = end
         with contextlib.suppress(Full):
             self._calls.put(None, timeout=seconds)
-        self.join(seconds)
+        self.join(max(0.0, deadline - time.monotonic()))
         if self.is_alive():
             self._lost += self._calls.qsize()
             _log.warning("%s: has not written everything after %g s; going on", self._called, PATIENCE)
@@ -263,7 +271,7 @@ class _Outlet(Thread):
         while (call := self._calls.get()) is not None:
             self._lost += not (works and self._tried(call))
         if works:
-            self._tried(lambda logger: logger.close())
+            self._tried(lambda logger: logger.close(self._end))
 
     def _tried(self, call: Callable[[Logger], None]) -> bool:
         try:
@@ -294,10 +302,12 @@ class OpenLoggers(contextlib.AbstractContextManager["OpenLoggers"]):
             outlet.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        end = time.monotonic() + PATIENCE
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt)
+        end: End = "finished" if error is None else "stopped" if stopped else "failed"
+        deadline = time.monotonic() + PATIENCE
         for outlet in self._outlets:
-            outlet.end(max(0.0, end - time.monotonic()))
+            outlet.end(end, max(0.0, deadline - time.monotonic()))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Values of a step, named `train/loss` and the like."""

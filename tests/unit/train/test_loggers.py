@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from compt.errors import ConfigError
+from compt.errors import ConfigError, Interrupted, RunError
 from compt.recipe.engine import LOGGERS
 from compt.train import loggers
-from compt.train.loggers import Logger, Logs, OpenLoggers, check_loggers
+from compt.train.loggers import End, Logger, Logs, OpenLoggers, check_loggers
 from compt.train.metrics import MetricsWriter, read_metrics
+from tests.helpers.optional import optional
 
 GAPS = "there have gaps, metrics.jsonl goes on"
 SETTINGS = {"optimizer": {"lr": 0.001, "batch": 64}, "data": {"mean": [0.5, 0.5, 0.5]}}
@@ -96,7 +98,7 @@ def transaction_log(data: bytes) -> Iterator[bytes]:
 def test_weights_and_biases_offline(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("wandb")
+    optional("wandb", "wandb")
     from wandb.proto.wandb_internal_pb2 import Record
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -124,7 +126,7 @@ def test_weights_and_biases_offline(
 
 
 def test_mlflow_in_files(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    mlflow = optional("mlflow", "mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     whole(tmp_path, "mlflow", caplog)
@@ -161,7 +163,7 @@ class Broken(Logger):
     def finish(self, step: int, scores: Mapping[str, float], images: Any) -> None:
         self._do("finish")
 
-    def close(self) -> None:
+    def close(self, end: End) -> None:
         self._do("close")
 
 
@@ -194,6 +196,97 @@ def test_a_logger_that_fails_loses_lines_and_nothing_else(
     assert Broken.written == written
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     Broken.held.set()
+
+
+ENDS: list[tuple[Exception, str, tuple[bool, int]]] = [
+    (RunError("the loss is nan"), "FAILED", (False, 1)),
+    (Interrupted("stopped by SIGUSR1"), "KILLED", (True, 75)),
+]
+
+
+def ended_by(folder: Path, name: str, error: Exception) -> None:
+    """A job that ends in an error after step 10."""
+    logs = Logs((name,), "family", "1-vit_nano", SETTINGS)
+    with pytest.raises(type(error)), MetricsWriter(folder, total_steps=30, batch=64, logs=logs) as writer:
+        writer.log(10, {"loss": 2.5})
+        raise error
+
+
+@pytest.mark.parametrize(("error", "status", "_"), ENDS)
+def test_mlflow_says_how_a_job_ended(
+    error: Exception,
+    status: str,
+    _: object,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    mlflow = optional("mlflow", "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient()
+    ended_by(tmp_path, "mlflow", error)
+    name = (tmp_path / "mlflow" / "id").read_text().strip()
+    assert client.get_run(name).info.status == status
+    trained(tmp_path, "mlflow", [20, 30], start=10)
+    assert client.get_run(name).info.status == "FINISHED", "the same run goes on"
+    assert said(caplog) == []
+
+
+@pytest.mark.parametrize(("error", "_", "wanted"), ENDS)
+def test_weights_and_biases_says_how_a_job_ended(
+    error: Exception,
+    _: object,
+    wanted: tuple[bool, int],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    optional("wandb", "wandb")
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ended_by(tmp_path, "wandb", error)
+    (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    records = [Record.FromString(data) for data in transaction_log(file.read_bytes())]
+    codes = [record.exit.exit_code for record in records if record.HasField("exit")]
+    assert (any(record.HasField("preempting") for record in records), *codes) == wanted
+    assert said(caplog) == []
+
+
+def test_mlflow_gets_parameters_that_failed_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = optional("mlflow", "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client = mlflow.MlflowClient()
+
+    def fails(*_: object, **__: object) -> None:
+        raise ConnectionError("no network")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mlflow.MlflowClient, "log_batch", fails)
+        trained(tmp_path, "mlflow", [10])
+    trained(tmp_path, "mlflow", [20], start=10)
+    run = client.get_run((tmp_path / "mlflow" / "id").read_text().strip())
+    assert run.data.params == {"optimizer.lr": "0.001", "optimizer.batch": "64", "data.mean": "[0.5, 0.5, 0.5]"}
+
+
+def test_the_wait_for_a_full_queue_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGERS.table, "broken", f"{__name__}:Broken")
+    monkeypatch.setattr(Broken, "faults", ("hang",))
+    monkeypatch.setattr(Broken, "held", threading.Event(), raising=False)
+    monkeypatch.setattr(Broken, "written", [], raising=False)
+    monkeypatch.setattr(loggers, "PATIENCE", 0.1)
+    monkeypatch.setattr(loggers, "_WAITING", 1)
+    waits: list[float] = []
+    monkeypatch.setattr(loggers._Outlet, "join", lambda _, timeout: waits.append(timeout))
+    with OpenLoggers(Logs(("broken",)), tmp_path) as opened:
+        opened.log(1, {})
+        while not opened._outlets[0]._calls.empty():  # until the thread hangs in it
+            time.sleep(0.001)
+        opened.log(2, {})
+    Broken.held.set()
+    assert waits == [0.0]
 
 
 def test_what_is_missing_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
