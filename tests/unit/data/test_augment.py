@@ -19,6 +19,7 @@ from compt.data.index import Index, open_index
 from compt.data.loaders import train_loader
 from compt.data.order import Change, image_change
 from compt.recipe.schema import Augment
+from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards
 
 ALL = Augment(flip=0.5, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, jitter=0.8, grey=0.3)
@@ -144,7 +145,7 @@ def load(index: Index, augment: Augment | None = ALL, **other: Any) -> list[Batc
 @pytest.mark.parametrize("decoder", ["pillow", "torch", "dali"])
 def test_every_decoder_gets_the_same_changes(index: Index, decoder: str) -> None:
     if decoder == "dali":
-        pytest.importorskip("nvidia.dali")
+        optional("nvidia.dali", "dali-cuda13")
     plain, changed = load(index, None, decoder=decoder), load(index, decoder=decoder)
     for step, (before, after) in enumerate(zip(plain, changed, strict=True)):
         assert before.keys == after.keys
