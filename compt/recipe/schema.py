@@ -141,13 +141,7 @@ class Augment(Section):
 class Data(Section):
     """The training set: images with captions."""
 
-    train: Annotated[
-        list[
-            Annotated[Annotated[Address, Tag("[shards]")] | Annotated[TrainSet, Tag("[set]")], Discriminator(_is_set)]
-        ],
-        BeforeValidator(listed),
-        Field(min_length=1),
-    ] = execution(...)
+    train: Annotated[list[_ShardsOrSet], BeforeValidator(listed), Field(min_length=1)] = execution(...)
     """WebDataset shards: a path, a `*` or `{000..123}` pattern, or a list of them. Object storage: `s3://bucket/path`,
     `gs://`, `az://`, `hf://`, `https://`. Or a list of sets, each with a weight."""
     images: Count = Field(gt=0)
