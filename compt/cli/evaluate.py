@@ -154,6 +154,9 @@ def evaluate(
             return
         if out is not None:
             dist.on_main(partial(report.check_folder, out))
+        # A wrong path ends at once, not after the hours that the models before it take.
+        for model in models:
+            dist.on_all(partial(open_source, model, name, prefix, verify=False))
         progress = say if suite and dist.is_main() and not as_json else lambda _: None
         report.scores.update(score_suite(opened, sets, settings, place, out, progress))
         # One process writes and prints for all.

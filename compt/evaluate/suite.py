@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from compt.dist import collectives as dist
-from compt.errors import ComptError, ConfigError, DataError
+from compt.errors import ArtefactError, ComptError, ConfigError, DataError
 from compt.evaluate.encoder import Arrays, load_arrays
 from compt.evaluate.sets import evaluate_set, open_set, task_class
 from compt.evaluate.task import EvalSettings
@@ -93,38 +93,45 @@ def score_suite(
     """Score every model on every set that is there and has what its task needs.
 
     All ranks call this and get the same scores. `models` opens each by its label, one at a time. A set that cannot be
-    used gets a `fault`, and the others are still scored. With `out`, results are written to OUT/MODEL,
+    used gets a `fault`, and the others are still scored; so does every set of a model that is missing or damaged, as the
+    models before it may have taken hours. With `out`, results are written to OUT/MODEL,
     and a set that was already scored there for the same weights, data, class names and precision is not scored again.
     `progress` gets one line for each score, on rank 0.
 
-    Raises what `models` raises, and RunError where `out` cannot be written.
+    Raises RunError where `out` cannot be written, and what `models` raises except ArtefactError and DataError.
     """
     missing = dist.from_main(lambda: {item.name for item in suite.sets if is_missing(item, settings.base)})
     found: Scores = {}
     for label, opened in models.items():
-        # Without on_all, ranks that can read the model would wait for one that cannot.
-        artefact = dist.on_all(opened)
+        items = [item for item in suite.sets if item.name not in missing and item.train != []]
+        try:
+            # Without on_all, ranks that can read the model would wait for one that cannot.
+            artefact = dist.on_all(opened)
+            weights = dist.on_all(lambda artefact=artefact: artefact.hash) if out else ""
+        except (ArtefactError, DataError) as error:
+            found[label] = {item.name: SetScore({}, fault=str(error)) for item in items}
+            if dist.is_main():
+                progress(f"{label}: no score: {error}")
+            continue
         settings = replace(settings, preprocess=artefact.preprocess)
-        scored_by = {"weights": artefact.hash if out else "", "precision": str(settings.dtype)}
+        scored_by = {"weights": weights, "precision": str(settings.dtype)}
         # One file may hold several models, and settings of a model need not be in its weights.
         about = [artefact.spec.to_dict(), artefact.preprocess.to_dict(artefact.spec.image_size), sorted(artefact.state)]
         scored_by["model"] = hash_json([*about, settings.max_bad_share])
         folder = None if out is None else out / quote(label, safe=" ()")
         model = None
         found[label] = {}
-        for item in suite.sets:
-            if item.name in missing or item.train == []:
-                continue
+        for item in items:
             try:
                 score = _stored(folder, item, settings, scored_by) if folder else None
                 if score is None:
-                    model = model if model is not None else artefact.load_model(device)
+                    model = model if model is not None else dist.on_all(partial(artefact.load_model, device))
                     result = evaluate_set(model, item, settings)
                     if folder is not None:
                         result.scored_by = scored_by
                         dist.on_main(partial(result.save, folder))
                     score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()), result.ids)
-            except DataError as error:
+            except (ArtefactError, DataError) as error:
                 # One broken set must not lose the hours that the others take.
                 score = SetScore({}, fault=str(error))
             found[label][item.name] = score

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compt.cli.main import app
-from compt.errors import ConfigError, DataError
+from compt.errors import ArtefactError, ConfigError, DataError
 from compt.evaluate import suite as suites
 from compt.evaluate.multilabel import average_precision
 from compt.evaluate.retrieval import Retrieval
@@ -28,7 +29,7 @@ from compt.models.clip import build
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
 from compt.recipe.suite import load_suite, shipped_suites
-from compt.weights.artefact import write_artefact
+from compt.weights.artefact import Artefact, write_artefact
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture
 from tests.unit.evaluate.test_sets import MEAN, SPEC, STD
@@ -205,6 +206,45 @@ def test_several_models_on_one_set(folder: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "1-tiny minus 0-tiny" in done.output
     assert "Average" not in done.output
+
+
+def test_a_model_that_is_not_there_ends_before_anything_is_scored(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suites, "score_suite", lambda *_: pytest.fail("scored before every model was found"))
+    command = ["eval", str(folder / "run" / "jobs" / "0-tiny"), str(folder / "typo"), "--suite"]
+    done = CliRunner().invoke(app, [*command, str(folder / "mine.yaml")])
+    assert isinstance(done.exception, ArtefactError), done.output
+    assert f"{folder / 'typo'}: no such model" in str(done.exception)
+
+
+@pytest.mark.parametrize("opens", [False, True], ids=["digest", "weights"])
+def test_a_damaged_model_leaves_the_scores_of_the_others(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opens: bool
+) -> None:
+    """Its fault is found after the first model was scored: when its digest is compared, or when weights are read."""
+    jobs = folder / "run" / "jobs"
+    shutil.copytree(jobs / "1-tiny", tmp_path / "bad")
+    [weights] = (tmp_path / "bad" / "model").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "s.yaml").write_text(f"root: {folder}/eval\nsets: [{{name: one, data: wds_one/test/*.tar}}]\n")
+    if opens:
+
+        def load(artefact: Artefact, device: object) -> object:
+            if artefact.path.parent.name == "bad":
+                raise ArtefactError("weights.bin: cannot be read")
+            return real(artefact)
+
+        real = Artefact.load_model
+        monkeypatch.setattr(Artefact, "load_model", load)
+        shutil.copytree(jobs / "1-tiny", tmp_path / "bad", dirs_exist_ok=True)
+    words = ["eval", str(jobs / "0-tiny"), str(tmp_path / "bad"), "--suite", str(tmp_path / "s.yaml")]
+    done = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "out")], env={"COLUMNS": "80"})
+    assert isinstance(done.exception, DataError), done.output
+    assert "1 scores are missing" in str(done.exception)
+    assert ("cannot be read" if opens else str(weights)) in str(done.exception)
+    assert re.search(r"^one +\d+\.\d\d +fault", done.output, re.MULTILINE), done.output
+    assert (tmp_path / "out" / "s.csv").is_file()
 
 
 def test_names_of_models() -> None:
