@@ -24,14 +24,14 @@ CLASSES_FILE, CAPTIONS_FILE = "contact", "contact_captions"
 def save_contact_sheet(folder: Path, result: ZeroShotResult, samples: EvalSamples, image_size: int) -> None:
     """Write FOLDER/contact.npz: images uint8 [n, 3, H, W], their sample ids and labels, and all class names.
 
-    `IMAGES` of the scored samples are taken, evenly spread. Raises RunError.
+    Classes without names have their numbers. `IMAGES` of the scored samples are taken, evenly spread. Raises RunError.
     """
     chosen = _spread(len(result.ids), IMAGES)
     arrays: Arrays = {
         "images": _pixels(samples, result.ids[chosen], image_size),
         "ids": result.ids[chosen],
         "labels": result.labels[chosen],
-        "classnames": np.array(result.names),
+        "classnames": np.array(list(result.names) or [str(number) for number in range(result.classes)]),
     }
     save_result(folder, CLASSES_FILE, {"set": result.name, "pictures": len(chosen)}, arrays)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from compt.chain.record import now
 from compt.design.runs import score_file
@@ -147,11 +148,16 @@ def contact_sheet(run: Path, state: dict[str, Any], summary: Summary) -> Sheet |
         shown = []
         for image, sample, label in zip(images, ids.tolist(), labels.tolist(), strict=True):
             answer = answers.get(sample)
-            text = "" if answer is None else str(names[answer]) if answer >= 0 else "no finite score"
+            text = "" if answer is None else _class_name(names, answer) if answer >= 0 else "no finite score"
             right = None if answer is None else answer == label
-            shown.append(figures.SheetImage(image, str(names[label]), text, right))
+            shown.append(figures.SheetImage(image, _class_name(names, label), text, right))
         return Sheet(row.job, row.model, str(name), shown)
     return None
+
+
+def _class_name(names: NDArray[Any], number: int) -> str:
+    # Sheets of older versions have no names where the set has none.
+    return str(names[number] if len(names) else number)
 
 
 def caption_sheet(run: Path, summary: Summary) -> Sheet | None:

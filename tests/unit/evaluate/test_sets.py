@@ -377,6 +377,16 @@ def test_contact_sheets_of_shards_and_of_class_folders(tmp_path: Path, model, na
     assert np.array_equal(stored["images"][3], evaluation_pixels(source, 32))
 
 
+def test_a_contact_sheet_of_classes_without_names_has_their_numbers(tmp_path: Path, model) -> None:
+    for split in ("test", "train"):
+        make_shards(tmp_path / split, n=20, shards=1, classes=3)
+    item, settings = EvalSet(name="k", task="knn", data=["test/*.tar"], train=["train/*.tar"]), _settings(tmp_path)
+    result = evaluate_set(model, item, settings)
+    assert list(result.names) == []
+    save_contact_sheet(tmp_path, result, open_set(item, settings).data.samples, 32)
+    assert load_arrays(tmp_path / "contact.npz")["classnames"].tolist() == ["0", "1", "2"]
+
+
 def test_a_sheet_of_captions_has_those_that_the_model_finds(tmp_path: Path, model) -> None:
     make_shards(tmp_path / "data" / "test", n=20, shards=2)
     item, settings = EvalSet(name="find", task="retrieval", data=["data/test/*.tar"]), _settings(tmp_path)

@@ -12,12 +12,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from compt.design.curves import Point
 from compt.design.runs import score_file
 from compt.errors import RunError
+from compt.evaluate.encoder import save_result
 from compt.files import read_json, write_json
 from compt.report import figures
 from compt.report.content import acceleration, class_tables, read_job, sentence, tiles, unfinished
@@ -300,6 +302,18 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
     assert 'class="right"' in source
     assert "&lt;wide&gt; &amp; low" in source
     assert "<wide>" not in source
+
+
+def test_a_contact_sheet_without_class_names_shows_numbers(tmp_path: Path) -> None:
+    """As of nearest neighbours or a linear probe, in the files of an older version."""
+    make_run(tmp_path)
+    path = score_file(tmp_path, "3-vit_mini", "contact")
+    stored = {**stored_arrays(path), "classnames": np.array([])}
+    save_result(path.parent, "contact", {}, stored)
+    sheet = contact_sheet(tmp_path, read_json(tmp_path / "run.json"), summarise(tmp_path))
+    assert sheet is not None
+    assert [picture.name for picture in sheet.images] == [str(label) for label in stored["labels"]]
+    assert all(picture.right == (picture.name == picture.answer) for picture in sheet.images)
 
 
 def test_classes_with_enough_images_have_a_table(tmp_path: Path) -> None:
