@@ -102,8 +102,10 @@ def report(
 ) -> None:
     """Show the results of runs and write their reports.
 
-    Writes RUN/report.html and RUN/report.md. Several runs are also compared, as by `compt compare`.
+    Writes RUN/report.html and RUN/report.md. Several runs that report on one set are also compared, as by `compt
+    compare`.
     """
+    from compt.report.compare import compare_runs
     from compt.report.summary import summarise
     from compt.report.tables import summary_tables
     from compt.report.write import write_report
@@ -115,7 +117,13 @@ def report(
         say(f"\nReport: {write_report(run)}")
     if len(runs) > 1:
         say("")
-        compare(runs)
+        try:
+            found = compare_runs(runs, option="compt compare RUN… --on")
+        except ConfigError as error:
+            # The reports are whole: runs that report on different sets are only not compared.
+            say(f"Not compared: {error}.")
+        else:
+            show(*found.tables())
 
 
 def compare(

@@ -137,3 +137,17 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     ]
     with pytest.raises(ConfigError, match=r"--on other: no job was scored on it"):
         compare(runs, on="other")
+
+
+def test_reports_of_runs_with_different_primary_sets_are_written_and_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    primary = {**RECIPE["evaluation"], "primary": "val_style"}
+    runs = [run(tmp_path / "a"), run(tmp_path / "b", 1, evaluation=primary)]
+    report(runs)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all((folder / "report.html").is_file() for folder in runs)
+    assert (
+        "Not compared: the runs report on test_style and val_style: give runs that report on one, or name it" in shown
+    )
+    assert "(compt compare RUN… --on NAME); scored were: test_style, val_style." in shown
