@@ -94,7 +94,7 @@ class Summary:
     is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
     first-pair test found not to be lossless, `calibration` is its record (`compt.chain.run.read_calibration`).
     `missing` holds the part of `LIKE_FOR_LIKE` that the last link is not compared with, and why: "pending" or "not
-    run". It is empty while nothing is compared.
+    run". It is empty while nothing of the chain's last link is compared.
     """
 
     run: str
@@ -324,7 +324,13 @@ def _summarise(run: Path) -> Summary:
 def _missing(
     state: dict[str, Any], links: Sequence[Row], compared: Sequence[Comparison | NotCompared]
 ) -> dict[str, str]:
-    """The part of `LIKE_FOR_LIKE` that the last link has no comparison with, and why."""
+    """The part of `LIKE_FOR_LIKE` that the last link has no comparison with, and why.
+
+    Nothing while that link is not begun: the links before it have no controls.
+    """
+    planned_links = [job["name"] for job in state["jobs"] if job["kind"] == "link"]
+    if not links or links[-1].job != planned_links[-1]:
+        return {}
     own = [item for item in compared if item.link == links[-1].job]
     if not any(isinstance(item, Comparison) for item in own):
         return {}

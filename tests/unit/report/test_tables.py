@@ -160,6 +160,11 @@ def test_a_whole_comparison_names_nothing_as_missing(tmp_path: Path) -> None:
     assert "compt chain" not in " ".join(table.notes)
     make_run(tmp_path / "plain", baselines=False)
     assert summarise(tmp_path / "plain").missing == {}, "nothing is compared"
+    states = {"3-vit_mini": "planned", **dict.fromkeys((*controls, "baseline-vit_mini-s0"), "planned")}
+    states |= {f"control-{name}": "planned" for name in controls}
+    found = control_run(tmp_path / "first two", controls, states=states)
+    assert [item.link for item in found.comparisons] == ["2-vit_micro"]
+    assert found.missing == {}, "only the last link has controls, and it is not begun"
 
 
 def test_sums_without_a_member_are_left_out(tmp_path: Path) -> None:
