@@ -31,8 +31,12 @@ _ORIGINS = {
 }
 
 
-def model_card(source: Artefact, kind: ExportFormat, notes: Sequence[str], licence: str | None) -> str:
+def model_card(
+    source: Artefact, kind: ExportFormat, notes: Sequence[str], licence: str | None, trained: int | None = None
+) -> str:
     """The card of a model in one format. `notes`: sentences in Markdown about loading it.
+
+    `trained`: the image size of the weights that `source` was made from, which `source.hash` and scores are of.
 
     A model that lies in its run's folder gets the chain that led to it, costs, scores and the data's fingerprint.
     Raises RunError where that run is damaged.
@@ -48,17 +52,23 @@ def model_card(source: Artefact, kind: ExportFormat, notes: Sequence[str], licen
     body = [f"# {escape_markdown(name)}", "", f"A CLIP model as {kind.about}. Written by compt {__version__}.", ""]
     body += ["## Load it", "", *code_block("\n".join(kind.load), "python"), ""]
     body += [*(f"- {note}" for note in notes), ""]
-    body += [table.markdown() for table in _tables(source)]
+    body += [table.markdown() for table in _tables(source, trained or source.spec.image_size)]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(body)))
 
 
-def _tables(source: Artefact) -> Iterator[TextTable]:
+def _tables(source: Artefact, trained: int) -> Iterator[TextTable]:
     yield _model_table(source)
     run, job = _origin(source)
     values = {
         title: str(source.manifest[key]) for key, title in _ORIGINS.items() if source.manifest.get(key) is not None
     }
-    values = {"Hash of the weights": source.hash} | values
+    values = {_ORIGINS["hash"]: source.hash} | values
+    at = ""
+    if trained != source.spec.image_size:
+        at = f" at {trained} pixels"
+        values = {
+            f"{key} that it was made from" if key == _ORIGINS["hash"] else key: each for key, each in values.items()
+        }
     if run is None:
         yield TextTable("Where it comes from", ("", ""), list(values.items()))
         return
@@ -66,7 +76,7 @@ def _tables(source: Artefact) -> Iterator[TextTable]:
     with whole_files(run):
         values["Fingerprint of the training data"] = str(read_state(run / "run.json").get("data_fingerprint", "-"))
         yield _chain_table(chain)
-        yield _score_table(chain[-1].scores)
+        yield _score_table(f"Scores{at}", chain[-1].scores)
         yield TextTable("Where it comes from", ("", ""), list(values.items()))
 
 
@@ -111,7 +121,7 @@ def _chain_table(chain: Sequence[Row]) -> TextTable:
     return TextTable("Training", ("Job", "Model", "Epochs", "MACs", "Time"), rows, [note], left=2)
 
 
-def _score_table(scores: Mapping[str, Mapping[str, Any]]) -> TextTable:
+def _score_table(title: str, scores: Mapping[str, Mapping[str, Any]]) -> TextTable:
     rows = []
     for name, record in scores.items():
         for line in task_class(record["task"]).rows(record):
@@ -120,4 +130,4 @@ def _score_table(scores: Mapping[str, Mapping[str, Any]]) -> TextTable:
                 interval = f"{low:.2f} to {high:.2f}" if low is not None and high is not None else "-"
                 if value is not None:
                     rows.append((name, key, f"{value:.{line.digits + 1}f}", interval, f"{record['n']:,}"))
-    return TextTable("Scores", ("Set", "Score", "Value", "95 % interval", "Images"), rows, left=2)
+    return TextTable(title, ("Set", "Score", "Value", "95 % interval", "Images"), rows, left=2)

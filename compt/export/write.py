@@ -58,7 +58,7 @@ def export_model(
                 f"The model was trained and scored with images of {trained} pixels. "
                 f"Its position embeddings are resized for {source.spec.image_size} pixels."
             )
-        write_text(temporary / CARD, model_card(source, kind, notes, licence))
+        write_text(temporary / CARD, model_card(source, kind, notes, licence, trained))
         _write_record(source, temporary, to)
     return notes
 

@@ -48,6 +48,20 @@ def test_the_card_of_a_job_names_its_chain_costs_scores_and_data(run: Path, tmp_
     assert 'CLIPModel.from_pretrained("FOLDER")' in card.text
 
 
+def test_the_card_of_a_resized_model_says_what_its_hash_and_scores_are_of(run: Path, tmp_path: Path) -> None:
+    source = open_model(run / "jobs" / LAST)
+    trained = source.spec.image_size
+    for size, hashed, title in (
+        (2 * trained, "Hash of the weights that it was made from", f"Scores at {trained} pixels"),
+        (None, "Hash of the weights", "Scores"),
+    ):
+        export_model(source, tmp_path / "out", image_size=size)
+        text = ModelCard.load(tmp_path / "out" / "README.md").text
+        assert f"| {hashed} | {source.hash} |" in text
+        assert text.count(source.hash) == 1
+        assert f"\n### {title}\n" in text
+
+
 def test_a_model_that_the_job_did_not_write_gets_none_of_its_scores(run: Path) -> None:
     write_model(run / "jobs" / LAST / "model", replace(SPECS["vit"], no_ln_pre=True))
     text = model_card(open_model(run / "jobs" / LAST), FORMATS["timm"], [], None)
