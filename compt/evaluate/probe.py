@@ -106,7 +106,8 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, penalty: float, st
 def choose_penalty(train: Features, classes: int) -> float:
     """The penalty with the best accuracy on the held-out fifth of the training samples; of equal ones the larger.
 
-    As CLIP's authors do (Radford et al. 2021, appendix A.3): a coarse sweep, then finer ones around the best.
+    The sweep is that of CLIP's authors (Radford et al. 2021, appendix A.3): a coarse one, then finer ones around the
+    best. Their features are those before the projection; here they are of the joint embedding.
     """
     # Every fifth sample of each class, in a random order: sets list their classes in turn, or one after the other.
     order = torch.randperm(len(train.labels), generator=torch.Generator().manual_seed(0)).to(train.labels.device)
