@@ -18,7 +18,9 @@ import train_net
 
 def register(folder):
     """Make the export known to open_clip; returns SAN's options that choose it. Exits if SAN cannot use the model."""
-    config = next(folder.glob("compt-*.json"))
+    config = next(folder.glob("compt-*.json"), None)
+    if config is None:
+        sys.exit(f"{folder} is not an export of compt export --to open_clip")
     model = json.loads(config.read_text())
     images = json.loads((folder / "compt_export.json").read_text())["preprocess"]
     if "timm_model_name" in model["vision_cfg"]:
@@ -27,10 +29,11 @@ def register(folder):
         sys.exit(
             f"{folder}: SAN makes 77 tokens of a caption, and this model reads {model['text_cfg']['context_length']}"
         )
-    if images["mean"] != list(open_clip.OPENAI_DATASET_MEAN):
-        sys.exit(
-            f"{folder}: open_clip 2.16 gives SAN the colours of OpenAI, and this model has a mean of {images['mean']}"
-        )
+    for key, theirs in (("mean", open_clip.OPENAI_DATASET_MEAN), ("std", open_clip.OPENAI_DATASET_STD)):
+        if images[key] != list(theirs):
+            sys.exit(
+                f"{folder}: open_clip 2.16 gives SAN the colours of OpenAI, and this model has a {key} of {images[key]}"
+            )
     open_clip.add_model_config(config)
     weights = str(folder / "open_clip_pytorch_model.bin")
     return ["MODEL.SAN.CLIP_MODEL_NAME", config.stem, "MODEL.SAN.CLIP_PRETRAINED_NAME", weights]
@@ -50,6 +53,8 @@ class Trainer(train_net.Trainer):
 
 # detectron2 starts one process for each GPU, which imports this file but does not run it: the next two lines must be
 # outside of `if __name__ == "__main__"`.
+if len(sys.argv) < 2:
+    sys.exit("name the folder of an export: python train_san.py EXPORT --config-file ...")
 OPTIONS = register(Path(sys.argv[1]).resolve())
 train_net.Trainer = Trainer
 

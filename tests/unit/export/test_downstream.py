@@ -11,6 +11,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,6 +28,7 @@ from compt.cli.main import app
 from compt.errors import ConfigError
 from compt.export.write import export_model, for_images
 from compt.models.clip import ClipModel
+from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS
 from compt.weights.open import open_model
 from tests.helpers.optional import optional
@@ -170,6 +172,20 @@ def test_the_launcher_of_san_registers_the_export_and_sets_the_betas(
         export_model(open_model(models[name]), tmp_path / name)
         with pytest.raises(SystemExit, match=words):
             launch(name)
+    export_model(open_model(models["vit"]), tmp_path / "hf", "hf")
+    with pytest.raises(SystemExit, match=r"hf is not an export of compt export --to open_clip"):
+        launch("hf")
+    source = open_model(tmp_path / "model")
+    for key in ("mean", "std"):
+        colours = Preprocess(
+            **{"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, key: (0.5,) * 3}
+        )
+        export_model(replace(source, preprocess=colours), tmp_path / key)
+        with pytest.raises(SystemExit, match=rf"this model has a {key} of \[0\.5, 0\.5, 0\.5\]"):
+            launch(key)
+    monkeypatch.setattr(sys, "argv", ["train_san.py"])
+    with pytest.raises(SystemExit, match="name the folder of an export"):
+        runpy.run_path(str(FILES / "train_san.py"), run_name="__mp_main__")
 
 
 # LLaVA
