@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, everywhere, over_batches
+from compt.evaluate.stats import bootstrap, wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, open_data
 from compt.recipe.schema import EvalSet
 
@@ -43,9 +45,31 @@ class RetrievalResult(Result):
         ways = {"image_to_text": self.image_ranks, "text_to_image": self.text_ranks}
         return {f"{way}_r{k}": 100 * float((ranks < k).mean()) for way, ranks in ways.items() for k in KS}
 
+    @cached_property
+    def intervals(self) -> dict[str, list[float]]:
+        """95 % intervals of the recalls: Wilson's where the queries are images, else a bootstrap over images.
+
+        The captions of an image are drawn together: they are not independent.
+        """
+        found = {f"image_to_text_r{k}": wilson(int((self.image_ranks < k).sum()), self.n) for k in KS}
+        image = np.searchsorted(self.ids, self.owners)
+        captions = np.bincount(image, minlength=self.n)
+        for k in KS:
+            hits = np.bincount(image, weights=self.text_ranks < k, minlength=self.n)
+            # Images with as many captions, of which as many find it, are of one kind: few kinds are fast to draw.
+            kinds, counts = np.unique(np.stack([hits, captions]), axis=1, return_counts=True)
+
+            def recall(drawn: NDArray[np.int64], kinds: NDArray[np.float64] = kinds) -> float:
+                right, every = kinds @ drawn
+                return 100 * float(right / every)
+
+            found[f"text_to_image_r{k}"] = bootstrap(recall, counts)
+        return {key: list(interval) for key, interval in found.items()}
+
     def details(self) -> dict[str, Any]:
-        """The number of captions and the recalls."""
-        return {"texts": len(self.owners), **self.headline()}
+        """The number of captions, and the recalls with their intervals."""
+        intervals = {f"{key}_interval": interval for key, interval in self.intervals.items()}
+        return {"texts": len(self.owners), **self.headline(), **intervals}
 
     def arrays(self) -> Arrays:
         """ids, image_ranks, owners, text_ranks, found."""

@@ -127,6 +127,7 @@ class ZeroShotResult(Result):
             "classes": self.classes,
             **self.headline(),
             "top1_interval": list(wilson(int(self.correct.sum()), self.n)),
+            **({"top5_interval": list(wilson(int((self.ranks < 5).sum()), self.n))} if self.top5 is not None else {}),
             "mean_per_class": sum(present) / len(present),
             "mean_per_class_interval": list(self.mean_per_class_interval),
             "chance": self.chance,

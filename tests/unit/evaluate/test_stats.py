@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from compt.evaluate.multilabel import MultilabelResult, average_precision
+from compt.evaluate.retrieval import RetrievalResult
 from compt.evaluate.stats import bootstrap, paired_bootstrap, verdict, wilson
 from compt.evaluate.zeroshot import ZeroShotResult
 
@@ -113,6 +114,45 @@ def test_the_interval_of_the_mean_per_class_is_that_of_drawn_images() -> None:
     record = found.to_dict()
     assert record["mean_per_class_interval"] == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1.5)
     assert np.diff(record["mean_per_class_interval"]) > 1.5 * np.diff(record["top1_interval"])
+
+
+def tipping(successes: int, n: int) -> list[float]:
+    """Wilson's bounds as roots of (share - p)^2 = z^2 p (1 - p) / n, in percent."""
+    share, c = successes / n, 1.959964**2 / n
+    return [100 * float(root) for root in sorted(np.roots([1 + c, -(2 * share + c), share**2]).real)]
+
+
+def test_top5_and_recall_of_captions_have_wilson_s_interval() -> None:
+    ranks = np.random.default_rng(5).geometric(0.15, size=200) - 1
+    ids = np.arange(200)
+    record = ZeroShotResult("set", ids, 40, ids % 40, ids % 40, ranks).to_dict()
+    assert record["top5_interval"] == pytest.approx(tipping(int((ranks < 5).sum()), 200), abs=1e-4)
+    assert "top5_interval" not in ZeroShotResult("set", ids, 5, ids % 5, ids % 5, ranks).to_dict()
+    record = RetrievalResult("set", ids, ranks, ids, ranks, ids).to_dict()
+    for k in (1, 5, 10):
+        found = record[f"image_to_text_r{k}_interval"]
+        assert found == pytest.approx(tipping(int((ranks < k).sum()), 200), abs=1e-4)
+
+
+def test_the_interval_of_the_recall_of_images_is_that_of_drawn_images() -> None:
+    """Against a plain bootstrap of images with all of their captions. Captions that were drawn alone would give a
+    narrower one."""
+    rng = np.random.default_rng(6)
+    ids = np.sort(rng.permutation(1000)[:150])
+    owners = np.repeat(ids, rng.integers(1, 8, size=150))
+    easy = dict(zip(ids.tolist(), (rng.random(150) < 0.4).tolist(), strict=True))
+    ranks = np.array([rng.geometric(0.6 if easy[owner] else 0.03) - 1 for owner in owners.tolist()])
+    found = RetrievalResult("set", ids, np.zeros(150, np.int64), owners, ranks, np.zeros(150, np.int64))
+    record = found.to_dict()
+    own = [ranks[owners == each] for each in ids]
+    for k in (1, 5, 10):
+        drawn = [np.concatenate([own[at] for at in rng.integers(0, 150, 150)]) for _ in range(1500)]
+        expected = np.percentile([100 * (each < k).mean() for each in drawn], [2.5, 97.5])
+        interval = record[f"text_to_image_r{k}_interval"]
+        assert interval == pytest.approx(expected, abs=1.2)
+        assert interval[0] < record[f"text_to_image_r{k}"] < interval[1]
+        alone = np.subtract(*wilson(int((ranks < k).sum()), len(ranks))[::-1])
+        assert np.subtract(*interval[::-1]) > 1.4 * alone
 
 
 def test_the_interval_of_average_precision_is_that_of_drawn_images() -> None:

@@ -42,6 +42,9 @@ def test_the_card_of_a_job_names_its_chain_costs_scores_and_data(run: Path, tmp_
     score = manifest["scores"]["test_style"]
     low, high = score["top1_interval"]
     assert f"| test_style | top1 | {score['top1']:.2f} | {low:.2f} to {high:.2f} | {score['n']:,} |" in card.text
+    rows = [line.split(" | ") for line in card.text.splitlines() if line.startswith(("| test_style", "| captions"))]
+    assert len(rows) == 8
+    assert not [row for row in rows if row[3] == "-"], "a score without an interval"
     jobs = [line.split(" | ")[0] for line in card.text.splitlines() if " T | " in line or " P | " in line]
     assert jobs == ["| 1-vit_nano", "| 2-vit_micro", "| 3-vit_mini", "| Together"]
     assert "| Fingerprint of the training data | 9f8e7d6c5b4a |" in card.text
