@@ -13,7 +13,7 @@ from compt.design.curves import Point
 from compt.design.runs import FinishedJob, ScoredJobs, Skipped, grouped, read_scored
 from compt.evaluate.stats import direction, verdict
 from compt.files import flatten, hash_json, write_json
-from compt.report.summary import ImageAnswers, paired
+from compt.report.summary import LIKE_FOR_LIKE, ImageAnswers, paired, read_state
 from compt.report.tables import SAME
 from compt.report.write import write_tables
 from compt.text import TextTable, count
@@ -24,11 +24,16 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class SeedGroup:
-    """One model, trained in one way with one or more seeds. `point` has its mean accuracy, spread and cost."""
+    """One model, trained in one way with one or more seeds. `point` has its mean accuracy, spread and cost.
+
+    macs_so_far: of this training and of those that led to its teacher, the mean over seeds; None where a teacher's
+    training is in none of the runs.
+    """
 
     label: str
     jobs: tuple[FinishedJob, ...]
     point: Point
+    macs_so_far: float | None
 
     @property
     def kind(self) -> str:
@@ -51,6 +56,7 @@ class SeedGroup:
 class ModelDifference:
     """`model` minus `against` in points with a 95 % interval, or the `reason` why they cannot be compared.
 
+    Without either, `against` is a model that a whole comparison needs, and `verdict` says "not run" or "pending".
     seeds: how many of each. The interval covers their choice where both have two or more, else only that of images.
     """
 
@@ -85,13 +91,16 @@ class Comparisons:
             spread = "" if point.spread is None else f"{point.spread:.2f}"
             seeds = ", ".join(map(str, sorted(point.seeds)))
             cells = [f"{point.epochs:.3g}", seeds, f"{point.top1:.2f}", spread, count(point.macs)]
-            rows.append([group.label, *cells])
-        notes = ["Top-1 in percent, mean over seeds; SD: standard deviation over seeds. MACs of one training run."]
+            rows.append([group.label, *cells, "-" if group.macs_so_far is None else count(group.macs_so_far)])
+        notes = [
+            "Top-1 in percent, mean over seeds; SD: standard deviation over seeds. MACs of one training run; so far: "
+            "with those of the models before it in its chain, without failed tries."
+        ]
         notes += self.notes
         notes += [f"Left out: {item.job} {item.reason}." for item in self.skipped]
         if not rows:
             notes.insert(0, "No model in these runs is trained to its end.")
-        header = ["Model", "Epochs", "Seeds", "Top-1", "SD", "MACs"]
+        header = ["Model", "Epochs", "Seeds", "Top-1", "SD", "MACs", "MACs so far"]
         return TextTable(f"Models on {self.evaluation_set}", header, rows, notes)
 
     def _differences(self) -> TextTable:
@@ -112,12 +121,17 @@ class Comparisons:
             for item in self.differences
             if item.reason
         ]
+        if any(item.verdict == "not run" for item in self.differences):
+            notes.append("Not run, and needed for the whole comparison: `compt report RUN` shows the command.")
         header = ["Model", "Against", "Points", "95 % interval", "Seeds", "Verdict"]
         return TextTable("Differences", header, rows, notes, left=2)
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for files."""
-        models = [{"label": group.label, "kind": group.kind, **asdict(group.point)} for group in self.groups]
+        models = [
+            {"label": group.label, "kind": group.kind, **asdict(group.point), "macs_so_far": group.macs_so_far}
+            for group in self.groups
+        ]
         differences = [asdict(item) for item in self.differences]
         skipped = [asdict(item) for item in self.skipped]
         about = {"evaluation_set": self.evaluation_set, "notes": self.notes, "skipped": skipped}
@@ -135,7 +149,8 @@ def compare_runs(runs: Sequence[Path], on: str | None = None, option: str = "--o
     """Group the finished models of `runs` over their seeds, and compare those of the same sizes.
 
     Each link is compared with its baselines, controls and failed tries, and with the first link of the same sizes.
-    Without a link, models are compared with the first. Raises RunError and ConfigError, as `read_scored` does.
+    Without a link, models are compared with the first. What `LIKE_FOR_LIKE` asks of the last link of a chain and no run
+    has is named as not run. Raises RunError and ConfigError, as `read_scored` does.
     """
     found = read_scored(runs, on, option)
     groups = _groups(found)
@@ -144,6 +159,9 @@ def compare_runs(runs: Sequence[Path], on: str | None = None, option: str = "--o
         for model in dict.fromkeys(group.model for group in groups)
         for first, second in _pairs([group for group in groups if group.model == model])
     ]
+    for run in runs:
+        known = {(item.model, item.against) for item in differences}
+        differences += [item for item in _not_run(run, groups, differences) if (item.model, item.against) not in known]
     return Comparisons(found.evaluation_set, groups, differences, list(_notes(found, groups)), found.skipped)
 
 
@@ -155,7 +173,10 @@ def _settings(job: FinishedJob, found: ScoredJobs) -> dict[str, Any]:
 
 def _groups(found: ScoredJobs) -> list[SeedGroup]:
     members = grouped(found.jobs, lambda job: _settings(job, found))
-    groups = [SeedGroup(_label(jobs[0]), tuple(jobs), Point.of(jobs, found.evaluation_set)) for jobs in members]
+    groups = [
+        SeedGroup(_label(jobs[0]), tuple(jobs), Point.of(jobs, found.evaluation_set), _macs_so_far(jobs, found))
+        for jobs in members
+    ]
     counts = Counter(group.label for group in groups)
     # Folders with one name are told apart by their paths.
     folders = Counter(run.name for run in {job.run.resolve() for job in found.jobs})
@@ -168,6 +189,39 @@ def _groups(found: ScoredJobs) -> list[SeedGroup]:
             group = replace(group, label=f"{group.label} ({name}{more})")
         named.append(group)
     return named
+
+
+def _macs_so_far(jobs: Sequence[FinishedJob], found: ScoredJobs) -> float | None:
+    lines = [[job, *found.lineage.ancestors(job)] for job in jobs]
+    if any(line[-1].manifest.parent_hash is not None for line in lines):
+        return None
+    return sum(job.manifest.macs for line in lines for job in line) / len(lines)
+
+
+def _not_run(
+    run: Path, groups: Sequence[SeedGroup], differences: Sequence[ModelDifference]
+) -> Iterator[ModelDifference]:
+    """What the last link of a run's chain has to be compared with and is not, as in the report of that run."""
+    planned = read_state(run / "run.json")["jobs"]
+    last = next((job for job in reversed(planned) if job["kind"] == "link"), None)
+    own = [group for group in groups for job in group.jobs if last and (job.run, job.name) == (run, last["name"])]
+    compared = {item.against for group in own for item in differences if item.model == group.label}
+    if last is None or not compared:
+        return
+    same = {job["name"]: job["same_as"] for job in planned if job.get("same_as")}
+    there = set[str]()
+    for group in groups:
+        if group.label in compared or group in own:
+            names = {job.name for job in group.jobs}
+            there |= names | {name for name, other in same.items() if other in names}
+            there |= {kind for job in group.jobs for kind in job.kinds}
+    spec = own[0].jobs[0].manifest.spec.name
+    listed = {job["name"] for job in planned}
+    listed |= {job["kind"] for job in planned if job.get("spec", {}).get("name") == spec}
+    for name in LIKE_FOR_LIKE:
+        if name not in there:
+            against = f"{spec} baseline" if name == "baseline" else f"{spec}, {SAME[name]}"
+            yield ModelDifference(own[0].label, against, verdict="pending" if name in listed else "not run")
 
 
 def _label(job: FinishedJob) -> str:

@@ -174,6 +174,9 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
             if item.others[0] in CONTROLS:
                 what = f"against the model {_scratch(item.others[0])}"
             shown.append((f"{item.difference:+.1f}", "points", f"{what}, 95 %: {item.low:+.1f} to {item.high:+.1f}"))
+        for name, why in summary.missing.items():
+            what = "its baseline" if name == "baseline" else f"the model {_scratch(name)}"
+            shown.append((why, "", f"against {what}"))
     faster = acceleration(state)
     if faster:
         shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all baselines"))

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from compt.cli.chain import compare, report
 from compt.errors import ConfigError
 from compt.files import read_json, write_json
 from compt.report.compare import ModelDifference, SeedGroup, compare_runs
 from compt.report.summary import summarise
+from compt.text import count
 from tests.helpers.run import RECIPE, SHARES, make_run, recipe
 
 
@@ -42,10 +45,53 @@ def pair(differences: list[ModelDifference], model: str, against: str) -> ModelD
 
 def test_one_run_gives_the_differences_of_its_report(tmp_path: Path) -> None:
     found, summary = compare_runs([run(tmp_path / "a")]), summarise(tmp_path / "a")
-    ours = {(item.model, item.points, item.low, item.high) for item in found.differences}
+    ours = {(item.model, item.points, item.low, item.high) for item in found.differences if item.points is not None}
     theirs = [*summary.comparisons, *summary.control_comparisons]
     assert ours == {(item.link, item.difference, item.low, item.high) for item in theirs}
     assert {group.kind for group in found.groups} == {"link", "baseline", "control"}
+
+
+def test_what_no_run_has_to_compare_with_is_named_as_in_the_report(tmp_path: Path) -> None:
+    """And a control that one run has serves the links of all runs with the same settings."""
+    controls = {**RECIPE["baselines"], "controls": ["equal_epochs"]}
+    first, second = run(tmp_path / "a", baselines=controls), tmp_path / "b"
+    assert summarise(first).missing == {"control-equal_chain_macs": "not run"}
+    table = compare_runs([first]).tables()[1]
+    assert table.rows[-1] == ["3-vit_mini", "vit_mini, chain's MACs", "-", "-", "-", "not run"]
+    assert [row[-1] for row in table.rows].count("not run") == 1
+    assert table.notes[-1].endswith("`compt report RUN` shows the command.")
+    every = {**RECIPE["baselines"], "controls": ["equal_epochs", "equal_macs", "equal_chain_macs"]}
+    run(second, 1, baselines=every)
+    assert "not run" not in {item.verdict for item in compare_runs([first, second]).differences}
+    make_run(second, use=recipe(seed=1, baselines=every), states={"control-equal_chain_macs": "training"})
+    (second / "jobs" / "control-equal_chain_macs" / "manifest.json").unlink()
+    assert [item.verdict for item in compare_runs([second]).differences].count("pending") == 1
+    make_run(tmp_path / "c", baselines=False)
+    assert compare_runs([tmp_path / "c"]).differences == [], "nothing is compared"
+
+
+def test_a_link_s_cost_so_far_has_those_of_the_links_before_it(tmp_path: Path) -> None:
+    controls = {**RECIPE["baselines"], "controls": ["equal_epochs", "equal_macs", "equal_chain_macs"]}
+    runs = [run(tmp_path / f"s{seed}", seed, baselines=controls) for seed in range(3)]
+    for each in runs:
+        for path in each.glob("jobs/*/manifest.json"):
+            edit(path, "model_hash", to=f"{path.parent.name} of {each.name}")
+        for job, teacher in (("2-vit_micro", "1-vit_nano"), ("3-vit_mini", "2-vit_micro")):
+            edit(each / "jobs" / job / "manifest.json", "parent_hash", to=f"{teacher} of {each.name}")
+    found = compare_runs(runs)
+    groups = by_name(found.groups)
+    costs = [groups[name].point.macs for name in ("1-vit_nano", "2-vit_micro", "3-vit_mini")]
+    shown = [groups[name].macs_so_far for name in ("1-vit_nano", "2-vit_micro", "3-vit_mini")]
+    assert shown == [pytest.approx(sum(costs[: at + 1])) for at in range(3)]
+    assert groups["vit_mini baseline"].macs_so_far == pytest.approx(groups["vit_mini baseline"].point.macs)
+    assert found.to_json()["models"][2]["macs_so_far"] == shown[2]
+    text = io.StringIO()
+    Console(file=text, width=80, color_system=None).print(found.tables()[0])
+    [line] = [line for line in text.getvalue().splitlines() if line.startswith("3-vit_mini ")]
+    assert line.split()[-4:] == [part for macs in (costs[2], shown[2]) for part in count(macs).split()]
+    assert "MACs so far" in text.getvalue()
+    edit(runs[0] / "jobs" / "1-vit_nano" / "manifest.json", "state", to="training")
+    assert by_name(compare_runs(runs[:1]).groups)["3-vit_mini"].macs_so_far is None, "the first model's cost is unknown"
 
 
 def test_seeds_are_one_model_with_a_spread(tmp_path: Path) -> None:

@@ -189,7 +189,9 @@ def test_tiles_and_acceleration(tmp_path: Path) -> None:
     state = read_json(tmp_path / "run.json")
     assert acceleration(state) == pytest.approx(made.acceleration())
     shown = tiles(summarise(tmp_path), state)
-    assert [value for value, _, _ in shown][:5] == ["26.0", "+2.0", "+15.0", "+13.0", f"{made.acceleration():.2f}"]
+    expected = ["26.0", "+2.0", "+15.0", "+13.0", "not run", f"{made.acceleration():.2f}"]
+    assert [value for value, _, _ in shown][:6] == expected
+    assert shown[4][2] == "against the model from scratch for the whole chain's MACs"
     state["jobs"] = [job for job in state["jobs"] if job["name"] != "baseline-vit_mini-s0"]
     assert acceleration(state) is None
 
