@@ -93,9 +93,9 @@ def score_suite(
     """Score every model on every set that is there and has what its task needs.
 
     All ranks call this and get the same scores. `models` opens each by its label, one at a time. A set that cannot be
-    used gets a `fault`, and the others are still scored; so does every set of a model that is missing or damaged, as the
-    models before it may have taken hours. With `out`, results are written to OUT/MODEL,
-    and a set that was already scored there for the same weights, data, class names and precision is not scored again.
+    used gets a `fault`, and the others are still scored; so does every set of a model that is missing or damaged, as
+    the models before it may have taken hours. With `out`, results are written to OUT/MODEL, and a set that was already
+    scored there for the same weights, data, class names and precision is not scored again.
     `progress` gets one line for each score, on rank 0.
 
     Raises RunError where `out` cannot be written, and what `models` raises except ArtefactError and DataError.
