@@ -120,6 +120,9 @@ def test_the_readme_s_main_path_works_in_an_empty_folder(installed: Installed) -
     assert "vit_l16" in run("compt", "plan", "cc3m_vit", "--gpus", "8", "--kind", "a100-80")
     shown = run("compt", "demo", *SHORT)
     assert re.search(r"^3-vit_mini +0\.0\d", shown, re.MULTILINE), shown
+    # What docs/wheel.md shows: costs of the chain, and what the demo has no time to compare with.
+    assert re.search(r"^Model +MACs so far +Time so far", shown, re.MULTILINE), shown
+    assert re.search(r"^3-vit_mini +vit_mini, chain's MACs .* not run$", shown, re.MULTILINE), shown
     assert (installed.folder / "runs" / "demo" / "report.html").is_file()
     scored = run("compt", "eval", "runs/demo/jobs/3-vit_mini/model", "--data", "data/emoji/test_style/*.tar")
     assert "1,681" in scored
