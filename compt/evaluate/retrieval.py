@@ -59,7 +59,7 @@ class RetrievalResult(Result):
             # Images with as many captions, of which as many find it, are of one kind: few kinds are fast to draw.
             kinds, counts = np.unique(np.stack([hits, captions]), axis=1, return_counts=True)
 
-            def recall(drawn: NDArray[np.int64], kinds: NDArray[np.float64] = kinds) -> float:
+            def recall(drawn: NDArray[np.int64], kinds: NDArray[Any] = kinds) -> float:
                 right, every = kinds @ drawn
                 return 100 * float(right / every)
 

@@ -107,7 +107,7 @@ def score_suite(
         try:
             # Without on_all, ranks that can read the model would wait for one that cannot.
             artefact = dist.on_all(opened)
-            weights = dist.on_all(lambda artefact=artefact: artefact.hash) if out else ""
+            weights = dist.on_all(partial(getattr, artefact, "hash")) if out else ""
         except (ArtefactError, DataError) as error:
             found[label] = {item.name: SetScore({}, fault=str(error)) for item in items}
             if dist.is_main():

@@ -92,11 +92,11 @@ class Comparisons:
             seeds = ", ".join(map(str, sorted(point.seeds)))
             cells = [f"{point.epochs:.3g}", seeds, f"{point.top1:.2f}", spread, count(point.macs)]
             rows.append([group.label, *cells, "-" if group.macs_so_far is None else count(group.macs_so_far)])
-        notes = [
+        about = (
             "Top-1 in percent, mean over seeds; SD: standard deviation over seeds. MACs of one training run; so far: "
             "with those of the models before it in its chain, without failed tries."
-        ]
-        notes += self.notes
+        )
+        notes = [about, *self.notes]
         notes += [f"Left out: {item.job} {item.reason}." for item in self.skipped]
         if not rows:
             notes.insert(0, "No model in these runs is trained to its end.")
