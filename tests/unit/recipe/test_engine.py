@@ -58,12 +58,13 @@ def test_older_recipes_say_true_or_false_for_what_is_compiled(given: Any, way: s
         ({"compile_mode": "max-autotune"}, "needs compile: blocks or towers"),
         (
             {"compile": True, "compile_mode": "reduce-overhead", "micro_batch": 2},
-            "does not work with micro-batches or recompute",
+            "does not work with micro-batches, recompute or tune",
         ),
         (
             {"compile": True, "compile_mode": "max-autotune", "recompute": True},
             "write max-autotune-no-cudagraphs or default",
         ),
+        ({"compile": True, "compile_mode": "max-autotune", "tune": True}, "recompute or tune"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(given: dict[str, Any], said: str) -> None:
