@@ -205,8 +205,8 @@ def read_packages(
 ) -> DrawingSet:
     """Render the tarballs `paths` (by package) at `size` pixels.
 
-    A held-out drawing that is the same as a training drawing of its concept is dropped, and counted: authors copy from
-    each other. Raises DataError for an unreadable package or an unexpected licence.
+    A held-out drawing that is the same as one of its concept in the training set is dropped, and counted: authors copy
+    from each other. Raises DataError for an unreadable package or an unexpected licence.
     """
     found = _read_sets(paths["@iconify/json"])
     concepts = _concepts(found, read_keywords(paths), AUTHORS_OF_ALL if everything else AUTHORS)

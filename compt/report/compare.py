@@ -178,7 +178,7 @@ def _groups(found: ScoredJobs) -> list[SeedGroup]:
         for jobs in members
     ]
     counts = Counter(group.label for group in groups)
-    # Folders with one name are told apart by their paths.
+    # Folders with the same name get their paths.
     folders = Counter(run.name for run in {job.run.resolve() for job in found.jobs})
     named = []
     for group in groups:

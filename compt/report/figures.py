@@ -307,7 +307,7 @@ def cost_figure(bars: Sequence[Bar]) -> Figure | None:
         axes = canvas.add_subplot()
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
-        # A training of its own stands close under the chain's bar that it is compared with.
+        # The bar of a baseline lies close under the chain's bar that it is compared with.
         places = np.cumsum([0.0 if not at else 0.78 if not label else 1.15 for at, (label, _) in enumerate(bars)])
         start = np.zeros(len(bars))
         for part, (name, colour) in enumerate(PARTS):

@@ -62,7 +62,7 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 class MetricsWriter:
-    """Writes FOLDER/metrics.jsonl, tells the loggers, and shows progress, on rank 0 only; a context manager.
+    """Writes FOLDER/metrics.jsonl, gives its lines to the loggers, and shows progress, on rank 0; a context manager.
 
     A run that resumes at `start_step` first cuts off what was logged after it, so that no step is logged twice. `batch`
     counts the images of all ranks: a line's `samples` is step * batch. Lines have a `kind`: "train" or "eval".
