@@ -21,13 +21,12 @@ from compt.cost.training import JobCost
 from compt.models.presets import PACKED, ModelSpec
 
 LAUNCH_SECONDS = 10e-6
-"""Work of the host for one operation of eager PyTorch: Python, autograd, dispatch and cudaLaunchKernel. Published
-accounts say 5 to 25 microseconds. An assumption until a GPU has run `check/launches` of the suite."""
+"""Work of the host for one operation of eager PyTorch: Python, autograd, dispatch and cudaLaunchKernel. An
+assumption until a GPU has run `check/launches` of the suite."""
 PRODUCT_SHARE = 0.7
-"""Share of the dense peak that matrix products reach. Published measurements of large bf16 products: 80 to 87 percent
-on A100 and H100. Those of narrow models are smaller."""
+"""Share of the dense peak that matrix products reach. An assumption; narrow models reach less than wide ones."""
 BANDWIDTH_SHARE = 0.85
-"""Share of the datasheet's bandwidth that copies reach: about 0.85 to 0.9 in published runs of BabelStream."""
+"""Share of the datasheet's bandwidth that copies reach. An assumption."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from compt.design.curves import Point
 from compt.design.runs import FinishedJob, ScoredJobs, Skipped, grouped, read_scored
 from compt.evaluate.stats import direction, verdict
 from compt.files import flatten, hash_json, write_json
-from compt.report.summary import LIKE_FOR_LIKE, ImageAnswers, paired, read_state
+from compt.report.summary import ImageAnswers, paired, read_state, unmatched
 from compt.report.tables import SAME
 from compt.report.write import write_tables
 from compt.text import TextTable, count
@@ -218,10 +218,9 @@ def _not_run(
     spec = own[0].jobs[0].manifest.spec.name
     listed = {job["name"] for job in planned}
     listed |= {job["kind"] for job in planned if job.get("spec", {}).get("name") == spec}
-    for name in LIKE_FOR_LIKE:
-        if name not in there:
-            against = f"{spec} baseline" if name == "baseline" else f"{spec}, {SAME[name]}"
-            yield ModelDifference(own[0].label, against, verdict="pending" if name in listed else "not run")
+    for name, why in unmatched(there, listed).items():
+        against = f"{spec} baseline" if name == "baseline" else f"{spec}, {SAME[name]}"
+        yield ModelDifference(own[0].label, against, verdict=why)
 
 
 def _label(job: FinishedJob) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -338,6 +338,11 @@ def _missing(
     found = {other if other in CONTROLS else kinds[other] for item in own for other in item.others}
     planned = {job["name"] for job in state["jobs"]}
     planned |= {job["kind"] for job in state["jobs"] if job["spec"]["name"] == links[-1].model}
+    return unmatched(found, planned)
+
+
+def unmatched(found: Set[str], planned: Set[str]) -> dict[str, str]:
+    """The part of `LIKE_FOR_LIKE` that is not `found`: "pending" where it is `planned`, else "not run"."""
     return {name: "pending" if name in planned else "not run" for name in LIKE_FOR_LIKE if name not in found}
 
 

@@ -95,7 +95,7 @@ class Logger(ABC):
 
     @abstractmethod
     def close(self, end: End) -> None:
-        """Write what is left, and how it ended. A finished training is opened once more, for its scores."""
+        """Write what is left, and how it ended. A finished job is opened once more, for its scores."""
 
     def _run_id(self, name: str, make: Callable[[], str]) -> tuple[str, bool]:
         """The id of this job's run in another program, from FOLDER/NAME/id, and whether it is new."""

@@ -28,7 +28,7 @@ from compt.dist.collectives import gather_with_grad, rank
 _TILE = {"ROWS": 64, "COLUMNS": 64, "DEPTH": 32}
 """Rows and columns of a tile, and the numbers of each feature that are multiplied at a time."""
 _WARPS = 8
-"""Of 32 threads, for a program. With 4 the registers of an H100 do not suffice (tests/unit/train/test_tiled.py)."""
+"""Of 32 threads, for a program. With 4, the compiled kernels need more registers than there are (docs/log.md)."""
 _PROGRAMS = 512
 """Few rows are shared among about so many programs: each takes a part of the columns."""
 
