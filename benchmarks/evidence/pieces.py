@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,23 +123,30 @@ def _in_order(baseline: Callable[..., Piece]) -> Iterator[Piece]:
         yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
     yield from _links(baseline("a", short), (10,))
     # Each model's own rate, as links choose theirs too. Where another is better, its baselines are trained with that.
-    for model, lr in itertools.product(MEMBERS, BASELINE_LRS):
+    for model, lr in itertools.product(MEMBERS[:2], BASELINE_LRS):
         yield Piece(model, RATED, lr=lr)
     for model in MEMBERS[:2]:
         yield baseline(model, plateau)
     first = baseline("a", plateau)
     yield from _links(first, LINKS)
+    # Whether that length is the plateau, and two more seeds of the smallest pair.
+    for model in MEMBERS[:2]:
+        yield baseline(model, LENGTHS[-1])
+    for seed in SEEDS[1:]:
+        yield from (baseline(model, plateau, seed) for model in MEMBERS[:2])
+        yield from chain(baseline("a", plateau, seed), MEMBERS[:2])
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=300)
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=50, alpha=0.0)
     yield Piece("b", 10, 0, baseline("a", LENGTHS[-1]), LINK_LRS[1], warmup=50)
-    # Whether the lengths so far are the plateau, the other members, then more seeds.
-    for model in MEMBERS:
+    # The larger members, one after the other: rates, lengths, their link, seeds.
+    for count, model in enumerate(MEMBERS[2:], start=3):
+        yield from (Piece(model, RATED, lr=lr) for lr in BASELINE_LRS)
         yield from (baseline(model, epochs) for epochs in LENGTHS)
-    for seed, model in itertools.product(SEEDS[1:], MEMBERS):
-        yield baseline(model, plateau, seed)
-    for seed in SEEDS:
-        yield from chain(baseline("a", plateau, seed))
+        yield from chain(first, MEMBERS[:count])
+        for seed in SEEDS[1:]:
+            yield baseline(model, plateau, seed)
+            yield from chain(baseline("a", plateau, seed), MEMBERS[:count])
 
 
 def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
@@ -147,9 +154,9 @@ def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
         yield Piece("b", epochs, teacher.seed, teacher, lr, warmup=50)
 
 
-def chain(first: Piece, lr: float = LINK_LRS[1]) -> Iterator[Piece]:
-    """A whole chain with links of a quarter, a fifth and a sixth of the first model's length."""
+def chain(first: Piece, members: Sequence[str], lr: float = LINK_LRS[1]) -> Iterator[Piece]:
+    """The links of a chain, of a quarter, a fifth and a sixth of the first model's length."""
     model = first
-    for name, share in zip(MEMBERS[1:], (4, 5, 6), strict=True):
+    for name, share in zip(members[1:], (4, 5, 6), strict=False):
         model = Piece(name, round(first.epochs / share), first.seed, model, lr, warmup=50)
         yield model
