@@ -377,22 +377,20 @@ class JobRun:
             tokens,
             engine=self._engine_config,
         )
-        self._enter(
-            "evaluated",
-            trained=trained,
-            cost=cost.to_json(),
-            model_hash=artefact.hash,
-            **self._scored(artefact),
-            sets=self.context.recipe.evaluation.identity(),
-        )
-        self._log_scores()
-
-    def _log_scores(self) -> None:
-        """Show the loggers how the job ended. They were closed with the training, which a resume may leave out."""
-        manifest = self.manifest
-        final = {**manifest["scores"], **{key: manifest[key] for key in ("validation_loss",) if key in manifest}}
-        with OpenLoggers(self._logs, self.folder, self.job.steps) as loggers:
-            loggers.finish(self.job.steps, final, self.folder / "scores" / "contact.npz")
+        # They were closed with the training, which a resume may leave out. Open while the job is scored: a job whose
+        # scoring fails has failed.
+        with OpenLoggers(self._logs, self.folder, job.steps) as loggers:
+            self._enter(
+                "evaluated",
+                trained=trained,
+                cost=cost.to_json(),
+                model_hash=artefact.hash,
+                **self._scored(artefact),
+                sets=self.context.recipe.evaluation.identity(),
+            )
+            manifest = self.manifest
+            final = {**manifest["scores"], **{key: manifest[key] for key in ("validation_loss",) if key in manifest}}
+            loggers.finish(job.steps, final, self.folder / "scores" / "contact.npz")
 
     def _scored(self, artefact: Artefact) -> dict[str, Any]:
         """Scores for the manifest. Each rank loads the whole model, unless there is nothing to score."""

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,11 +18,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from compt.errors import ConfigError, Interrupted, RunError
+from compt.evaluate.scorer import Scorer
 from compt.recipe.engine import LOGGERS
 from compt.train import loggers
 from compt.train.loggers import End, Logger, Logs, OpenLoggers, check_loggers
 from compt.train.metrics import MetricsWriter, read_metrics
 from tests.helpers.optional import optional
+from tests.helpers.recipe import chain, make_data
 
 GAPS = "there have gaps, metrics.jsonl goes on"
 SETTINGS = {"optimizer": {"lr": 0.001, "batch": 64}, "data": {"mean": [0.5, 0.5, 0.5]}}
@@ -252,6 +254,37 @@ def test_weights_and_biases_says_how_a_job_ended(
     codes = [record.exit.exit_code for record in records if record.HasField("exit")]
     assert (any(record.HasField("preempting") for record in records), *codes) == wanted
     assert said(caplog) == []
+
+
+class Ends(Logger):
+    package = "json"
+    ends: ClassVar[list[End]] = []
+
+    def open(self) -> None: ...
+
+    def log(self, step: int, values: Mapping[str, float]) -> None: ...
+
+    def finish(self, step: int, scores: Mapping[str, float], images: Any) -> None: ...
+
+    def close(self, end: End) -> None:
+        self.ends.append(end)
+
+
+def test_a_job_whose_scoring_fails_has_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LOGGERS.table, "ends", f"{__name__}:Ends")
+    monkeypatch.setattr(Ends, "ends", [])
+    base = make_data(tmp_path)
+
+    def fails(*_: object) -> None:
+        raise RunError("the set is gone")
+
+    with monkeypatch.context() as patch, pytest.raises(RunError, match="the set is gone"):
+        patch.setattr(Scorer, "at_the_end", fails)
+        chain(base, tmp_path / "run", "engine.loggers=[ends]")
+    assert Ends.ends == ["finished", "failed"]  # of the training, and of the scoring
+    chain(base, tmp_path / "run", "engine.loggers=[ends]")
+    # The second job's training and scoring follow the first one's scoring.
+    assert Ends.ends == ["finished", "failed", *["finished"] * 3]
 
 
 def test_mlflow_gets_parameters_that_failed_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
