@@ -105,3 +105,10 @@ def no_disk_waits() -> Iterator[None]:
 def root() -> Path:
     """The repository's top folder."""
     return ROOT
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the figures out of reports: drawing them takes two seconds."""
+    for name in ("accuracy_figure", "curves_figure", "cost_figure"):
+        monkeypatch.setattr(f"compt.report.figures.{name}", lambda *_: None)

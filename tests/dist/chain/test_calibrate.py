@@ -24,6 +24,7 @@ def refused(base: Path, run: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     base = make_data(tmp_path)
     said = calibrate_scored(base, tmp_path / "one")

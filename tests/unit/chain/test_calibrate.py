@@ -114,13 +114,6 @@ def open_run(base: Path, third: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figures out of reports. `test_the_report_says_what_was_decided` draws them, in two seconds."""
-    for name in ("accuracy_figure", "curves_figure", "cost_figure"):
-        monkeypatch.setattr(f"compt.report.figures.{name}", lambda *_: None)
-
-
 def record(run: Path) -> dict[str, Any]:
     values: dict[str, Any] = read_json(run / "run.json")["calibration"]
     return values
@@ -225,6 +218,7 @@ def test_the_accepted_try_is_the_link_of_that_length(base: Path, third: Path, tm
     assert equal(weights(third, SECOND), weights(plain, SECOND))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = begun
@@ -262,6 +256,7 @@ def test_never_lossless(base: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
     assert "| large, try 4 | 2.5 |" in text
 
 
+@pytest.mark.slow
 def test_a_test_whose_tries_are_not_kept_ends(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
     monkeypatch.setattr("compt.chain.calibrate._decide", lambda *values: compared.append(values))
@@ -270,6 +265,7 @@ def test_a_test_whose_tries_are_not_kept_ends(base: Path, open_run: Path, monkey
     assert (names, len(compared)) == ([f"{SECOND} 6"], 6)
 
 
+@pytest.mark.slow
 def test_few_steps_are_not_tried_twice(base: Path, begun: Path) -> None:
     change = "chain.links.1={model: large, train: {steps: 1}, warmup: {steps: 0}}"
     with scored({1: 0.1, 2: 0.2, 3: 0.5}), trained() as names:
@@ -278,6 +274,7 @@ def test_few_steps_are_not_tried_twice(base: Path, begun: Path) -> None:
     assert [item["factor"] for item in record(begun)["tries"]] == [1.0, 1.25**2, 1.25**5]
 
 
+@pytest.mark.slow
 def test_real_scores_decide_as_they_stand_on_disk(base: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     try:
@@ -295,6 +292,7 @@ def test_real_scores_decide_as_they_stand_on_disk(base: Path, tmp_path: Path) ->
     assert not any(item["lossless"] for item in tries[:-1])
 
 
+@pytest.mark.slow
 def test_scores_on_other_images_are_no_comparison(base: Path, begun: Path) -> None:
     message = f"{SECOND} and {BASELINE} were not scored on the same choose; restore the set"
     with scored({5: 0.40}, pins={SECOND: "cd34"}), pytest.raises(RunError, match=message):
@@ -314,6 +312,7 @@ def test_the_set_to_compare_on() -> None:
     assert of("evaluation.sets.1={name: t, task: retrieval, data: x, role: select}") == "held_out"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("on", "tries"), [(None, 1), ("held_out", 2)])
 def test_it_compares_there(base: Path, begun: Path, on: str | None, tries: int) -> None:
     with scored({5: 0.38}, on="held_out"):
@@ -333,6 +332,7 @@ def macs(steps: int, *, teacher: bool) -> float:
     )
 
 
+@pytest.mark.slow
 def test_a_target_sets_the_first_length(base: Path, begun: Path) -> None:
     run = begun
     wanted = macs(12, teacher=False) / (1.5 * macs(1, teacher=True))
@@ -354,6 +354,7 @@ def test_a_target_sets_the_first_length(base: Path, begun: Path) -> None:
         calibrate(base, run, target=1.5, on="held_out")
 
 
+@pytest.mark.slow
 def test_micro_batches_change_no_length(base: Path, tmp_path: Path) -> None:
     def steps(*changes: str) -> list[int]:
         test = FirstPair.of(recipe_of(*CHANGES, *changes), 1.5, None, "tiny.yaml")
@@ -364,6 +365,7 @@ def test_micro_batches_change_no_length(base: Path, tmp_path: Path) -> None:
     assert steps() == steps("engine.micro_batch=2", "engine.loss_chunk=3") == [6, 7, 5]
 
 
+@pytest.mark.slow
 def test_a_model_from_outside_makes_the_first_link_the_one_that_is_tried(
     base: Path, third: Path, tmp_path: Path
 ) -> None:
@@ -383,6 +385,7 @@ def test_a_model_from_outside_makes_the_first_link_the_one_that_is_tried(
 # --- what it costs
 
 
+@pytest.mark.slow
 def test_costs_by_hand(with_baselines: Path) -> None:
     run = with_baselines
     rest = ["baseline-small-s3", "baseline-third-s3"]
@@ -420,6 +423,7 @@ def test_costs_by_hand(with_baselines: Path) -> None:
     assert {row[0]: row[2] for row in faster.rows}[SECOND] == f"{alone / tried:.2f}x"
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_decided(third: Path, run: Path) -> None:
     write_report(run)
     for text in ((run / "report.md").read_text(), (run / "report.html").read_text()):
@@ -439,6 +443,7 @@ def test_the_report_says_what_was_decided(third: Path, run: Path) -> None:
     assert (rows["Points"][at], rows["Verdict"][at]) == ("-2.00", "not lossless")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_the_table_of_a_test_that_goes_on(open_run: Path) -> None:
     state = read_json(open_run / "run.json")
@@ -462,6 +467,7 @@ def test_the_table_of_a_test_that_goes_on(open_run: Path) -> None:
 # --- afterwards
 
 
+@pytest.mark.slow
 def test_baselines_afterwards_train_only_what_is_missing(base: Path, with_baselines: Path, tmp_path: Path) -> None:
     run = shutil.copytree(with_baselines, tmp_path / "run")
     with scored(AT_THIRD), trained() as names:
@@ -472,12 +478,14 @@ def test_baselines_afterwards_train_only_what_is_missing(base: Path, with_baseli
     assert len(record(run)["tries"]) == 3
 
 
+@pytest.mark.slow
 def test_controls_have_the_accepted_lengths(base: Path, run: Path) -> None:
     with scored(AT_THIRD), trained() as names:
         chain(base, run, *CHANGES, controls=["equal_epochs"])
     assert names == ["control-equal_epochs 6"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_a_record_older_than_the_decision_is_brought_up_to_date(
     base: Path, third: Path, run: Path, monkeypatch: pytest.MonkeyPatch
@@ -492,6 +500,7 @@ def test_a_record_older_than_the_decision_is_brought_up_to_date(
     assert "every model is done" in output
 
 
+@pytest.mark.slow
 def test_without_its_record_a_run_goes_on_from_the_manifests(base: Path, third: Path, run: Path) -> None:
     (run / "run.json").unlink()
     with scored(AT_THIRD), trained() as names:
@@ -502,6 +511,7 @@ def test_without_its_record_a_run_goes_on_from_the_manifests(base: Path, third: 
     assert_same(third, run)
 
 
+@pytest.mark.slow
 def test_a_removed_folder_is_trained_again_and_decides_nothing(base: Path, third: Path, run: Path) -> None:
     for name in (SECOND, LAST, TRY_1):
         shutil.rmtree(run / "jobs" / name)
@@ -512,6 +522,7 @@ def test_a_removed_folder_is_trained_again_and_decides_nothing(base: Path, third
     assert all(equal(weights(third, name), weights(run, name)) for name in ALL)
 
 
+@pytest.mark.slow
 def test_a_changed_recipe_is_refused_and_later_lengths_may_change(base: Path, run: Path) -> None:
     with pytest.raises(
         RunError, match="the recipe has changed since 1-small was begun:\n  order_seed: 3000 -> 4000\n  seed: 3 -> 4"
@@ -530,6 +541,7 @@ def test_a_changed_recipe_is_refused_and_later_lengths_may_change(base: Path, ru
 # --- begun otherwise
 
 
+@pytest.mark.slow
 def test_without_the_option_an_open_test_is_refused(base: Path, open_run: Path) -> None:
     message = (
         "its first-pair test is not decided yet; go on with --calibrate --calibrate-on choose, or take another run"
@@ -541,6 +553,7 @@ def test_without_the_option_an_open_test_is_refused(base: Path, open_run: Path) 
             chain(base, open_run, *CHANGES)
 
 
+@pytest.mark.slow
 def test_an_open_test_goes_on(base: Path, third: Path, open_run: Path) -> None:
     with scored(AT_THIRD), trained() as names:
         calibrate(base, open_run)
@@ -548,6 +561,7 @@ def test_an_open_test_goes_on(base: Path, third: Path, open_run: Path) -> None:
     assert_same(third, open_run)
 
 
+@pytest.mark.slow
 def test_a_chain_that_was_begun_can_be_tested_until_a_later_link_has_begun(
     base: Path, third: Path, tmp_path: Path
 ) -> None:
@@ -682,6 +696,7 @@ def command(base: Path, monkeypatch: pytest.MonkeyPatch, *words: str) -> tuple[s
     return result.output, result.exception
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_figures")
 def test_the_command(base: Path, open_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with scored(AT_THIRD):

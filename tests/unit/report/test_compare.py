@@ -185,6 +185,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         compare(runs, on="other")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_reports_of_runs_with_different_primary_sets_are_written_and_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
