@@ -16,7 +16,6 @@ from compt.bench.launches import PARTS, Launches, methods_of_parts
 from compt.bench.step import Setup, TrainingStep
 from compt.dist import collectives as dist
 from compt.engines.base import Engine
-from compt.errors import Interrupted
 from compt.files import write_text
 from compt.text import TextTable
 from compt.train.task import Task
@@ -74,6 +73,11 @@ class _Clock:
             return found
 
         setattr(owner, name, run)
+
+    @property
+    def steps(self) -> int:
+        """Updates of the weights since the last `take`."""
+        return sum(part == "optimizer" for part, _, _ in self._marks)
 
     def take(self) -> dict[str, float]:
         """The seconds of each part since the last call. The device has finished."""
@@ -139,12 +143,10 @@ class StepTrace:
         self._first, self._last = steps
         self._folder, self._say = folder, say
         self._running: tuple[_Clock, torch.profiler.profile, float] | None = None
-        self._next = 0
         self._began = False
 
     def __call__(self, step: int) -> None:
         """Begin or end the trace, if `step` is where it does."""
-        self._next = step
         if step == self._first and dist.is_main():
             self._synchronize()
             clock, seen = _Clock(self._engine.device, self._task, self._engine), _profiler(self._engine.device)
@@ -157,8 +159,6 @@ class StepTrace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Interrupted):
-            self._next += 1  # the step that began last has ended
         self._end()
         if kind is None and not self._began and dist.is_main():
             self._say(f"{self._folder.name}: no trace: this start did not train step {self._first}")
@@ -175,7 +175,10 @@ class StepTrace:
         seconds = time.perf_counter() - started
         seen.stop()
         clock.close()
-        count = max(1, self._next - self._first)
+        count = clock.steps
+        if count == 0:
+            self._say(f"{self._folder.name}: no trace: it ended before step {self._first} did")
+            return
         gpu = self._engine.device.type == "cuda"
         parts = {part: spent / count for part, spent in clock.take().items()}
         parts["input"] = seconds / count - sum(parts.values())

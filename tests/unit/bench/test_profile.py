@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 
 from compt.chain.run import prepare, run_chain
 from compt.cli.chain import _steps
-from compt.errors import ConfigError
+from compt.data.batch import Batch
+from compt.errors import ConfigError, Interrupted
+from compt.train.loop import _Loop
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, recipe_of, weights_hash
 
 LINKS = (
@@ -50,6 +54,26 @@ def test_a_job_that_ends_early_has_a_trace_of_what_it_did(tmp_path: Path) -> Non
     (trace,) = (tmp_path / "run" / "jobs").glob("*/trace*.gz")
     assert (trace.parent.name, trace.name) == ("2-large", "trace-4-4.json.gz")
     assert "1-small: no trace: this start did not train step 4" in said
+
+
+@pytest.mark.parametrize(("first", "written"), [(1, ["trace-1-2.json.gz"]), (3, [])])
+def test_a_run_that_stops_while_it_waits_has_a_trace_of_whole_steps(
+    first: int, written: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = _Loop.next_batch
+
+    def stopped(loop: _Loop, batches: Iterator[Batch]) -> Batch | None:
+        if loop._counts.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return load(loop, batches)
+
+    monkeypatch.setattr(_Loop, "next_batch", stopped)
+    context, plan = prepare(recipe_of(LINKS), tmp_path / "run", base=make_data(tmp_path), baselines=False, controls=())
+    said: list[str] = []
+    with pytest.raises(Interrupted, match="stopped by SIGTERM at step 2"):
+        run_chain(replace(context, profile_steps=(first, 9)), plan, said.append)
+    assert [path.name for path in (tmp_path / "run" / "jobs" / FIRST).glob("trace*.gz")] == written
+    assert ("1-small: no trace: it ended before step 3 did" in said) == (not written)
 
 
 @pytest.mark.parametrize("text", ["5", "0-3", "4-3", "a-b", "1-2-3"])
