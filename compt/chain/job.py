@@ -18,7 +18,7 @@ from compt.bench.throughput import peak_flops
 from compt.bench.tune import trial_of, tuned, with_chosen
 from compt.chain.record import MANIFEST, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
-from compt.cost.training import exact_breakdown
+from compt.cost.counts import Tokens
 from compt.data.account import Account
 from compt.data.batch import Batch
 from compt.data.index import Index
@@ -42,6 +42,7 @@ from compt.train.checkpoint import find_latest, name_of, open_weights, remove_ch
 from compt.train.loggers import Logs, OpenLoggers
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release
+from compt.train.task import DistillTask
 from compt.weights.artefact import Artefact, read_artefact, write_artefact
 from compt.weights.open import average_of
 
@@ -248,6 +249,7 @@ class JobRun:
             macs_per_step=job.cost.total_macs / job.steps,
             peak_flops=peak_flops(self.context.device, optimizer.precision),
             useful_macs=self._useful_macs,
+            hit_macs=self._hit_macs,
         )
 
     def _loader(self, start_step: int) -> Iterable[Batch]:
@@ -331,6 +333,9 @@ class JobRun:
             self._initial(),
             teacher.state if teacher else None,
         )
+        # Not in `build_training`: timings and searches have the teacher compute every caption, as a first epoch does.
+        if self._engine_config.teacher_cache and isinstance(task, DistillTask):
+            task.keep_captions(self._engine_config.teacher_cache)
         wanted = self.context.profile_steps
         trace = StepTrace(task, engine, wanted, self.folder, self.say) if wanted else None
         with trace or contextlib.nullcontext():
@@ -376,6 +381,7 @@ class JobRun:
             dist.world_size(),
             tokens,
             engine=self._engine_config,
+            **self._looked(trained),
         )
         # They were closed with the training, which a resume may leave out. Open while the job is scored: a job whose
         # scoring fails has failed.
@@ -410,12 +416,30 @@ class JobRun:
             )
         return artefact
 
-    def _useful_macs(self, tokens: float) -> float:
-        """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory."""
-        job = self.job
-        batch, captions = self.context.recipe.optimizer.batch, self.context.recipe.data.captions
-        cost = exact_breakdown(job.spec, job.active_teacher, batch=batch, captions=captions, tokens=tokens).of_steps(1)
-        return cost.sample_macs
+    def _looked(self, trained: Mapping[str, Any]) -> dict[str, Any]:
+        """The share of all captions that the teacher computed, and their mean length, where its cache had others."""
+        hits, misses = (trained.get(f"teacher_{name}", 0) for name in ("hits", "misses"))
+        if not hits:
+            return {}
+        own = {"teacher_tokens": trained["teacher_tokens_per_caption"]} if misses else {}
+        return {"teacher_share": 1 - hits / (trained["samples"] * self.context.recipe.data.captions), **own}
+
+    def _useful_macs(self, tokens: Tokens, teacher_share: float = 1.0) -> float:
+        """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory.
+
+        The teacher computes `teacher_share` of the captions.
+        """
+        job, recipe = self.job, self.context.recipe
+        return recipe_cost(
+            recipe, job.spec, job.active_teacher, 1, 1, tokens, again=False, teacher_share=teacher_share
+        ).sample_macs
+
+    @property
+    def _hit_macs(self) -> float:
+        """What a plan charges for a caption that the teacher's cache has."""
+        data = self.context.recipe.data
+        whole, without = (self._useful_macs(data.caption_tokens, share) for share in (1.0, 0.0))
+        return (whole - without) / data.captions
 
     def _finish(self) -> None:
         dist.on_main(lambda: remove_checkpoints(self.folder / "checkpoints"))

@@ -48,6 +48,11 @@ ZERO_BUCKET = 50_000_000
 ZERO_PERSISTENT = 100_000
 """Numbers of a parameter up to which stage 3 leaves it whole: `stage3_param_persistence_threshold` of ds_configs."""
 
+CAPTION_BYTES = 128
+"""What the entry of a cached caption takes in a dict beside its features and the numbers of its tokens, of
+`CAPTION_TOKEN` bytes each: measured for CPython 3.11, a test holds it."""
+CAPTION_TOKEN = 4
+
 _MOMENTS = 2 * FP32
 _TOKEN = _COUNT = 8
 """Bytes of a token's number, and of the number of steps in an average."""

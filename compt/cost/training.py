@@ -135,13 +135,16 @@ def exact_breakdown(
     recompute: bool = False,
     checkpointing: bool = False,
     chunked_loss: bool = False,
+    teacher_captions: float | None = None,
+    teacher_tokens: Tokens = None,
 ) -> Breakdown:
     """The cost of training `spec` with compt, distilling features of `teacher` if there is one.
 
     `batch` is the global batch size; `tokens` are the computed tokens of a caption (default: the context; lengths are
     cut to the context of each model). Three ways to save memory compute something again. `recompute`: micro-batches
     run the student and its projectors forward twice. `checkpointing`: blocks run forward again in backward.
-    `chunked_loss`: the similarities are computed again.
+    `chunked_loss`: the similarities are computed again. `teacher_captions`: captions of a sample that the teacher
+    computes, of `teacher_tokens`, where a cache has the others (default: all, of `tokens`).
     """
 
     def trained(part: Part, tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:
@@ -174,12 +177,13 @@ def exact_breakdown(
     records.append(Record("loss", "both", "similarities", 0, similarities, 2 * similarities, again))
     if teacher is not None:
         records += frozen("image", image_tower(teacher), 1)
-        records += frozen("text", text_tower(teacher, tokens), captions)
+        many = captions if teacher_captions is None else teacher_captions
+        records += frozen("text", text_tower(teacher, teacher_tokens or tokens), many)
         records += frozen("both", scalars(teacher), 1)
     return Breakdown("exact", batch, tuple(records))
 
 
-def frozen(tower: Tower, counts: Mapping[str, Count], times: int) -> Iterator[Record]:
+def frozen(tower: Tower, counts: Mapping[str, Count], times: float) -> Iterator[Record]:
     """The records of a teacher's tower: only forward passes."""
     for module, count in counts.items():
         yield Record("teacher", tower, module, count.parameters, forward_macs=times * count.macs)

@@ -18,6 +18,7 @@ from compt.errors import ConfigError
 from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
+from compt.plan.teacher_cache import CachedCaptions, cached_captions
 from compt.recipe.engine import ENGINES, EngineConfig
 from compt.recipe.read import largest_divisor, split_batch
 from compt.recipe.schema import Recipe
@@ -110,7 +111,8 @@ class Disk:
 class Estimate:
     """What one job needs. Without a machine there are neither hours nor memory.
 
-    `engine` and `recompute` are how the recipe trains it. `own` are the hours projected for compt itself.
+    `engine` and `recompute` are how the recipe trains it. `own` are the hours projected for compt itself. `cached` is
+    what the teacher's cache would have; neither MACs nor hours include it.
     """
 
     job: Job
@@ -120,6 +122,7 @@ class Estimate:
     memory: Mapping[str, Fit]
     disk: Disk
     own: OwnHours | None = None
+    cached: CachedCaptions | None = None
 
     @property
     def needed_bytes(self) -> float:
@@ -253,6 +256,7 @@ class Forecast:
                     **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
                     "memory": {engine: fit.to_json() for engine, fit in item.memory.items()} or None,
                     "disk": asdict(item.disk),
+                    "teacher_cache": item.cached and asdict(item.cached),
                 }
                 for at, item in enumerate(self.estimates)
             ],
@@ -309,14 +313,15 @@ def check_shares(recipe: Recipe, gpus: int, source: str) -> None:
 
 def _estimate(recipe: Recipe, job: Job, machine: Machine | None) -> Estimate:
     disk, config = _disk(recipe, job), recipe.engine_of(job.spec.name)
+    cached = cached_captions(recipe, job, machine.gpus if machine else 1)
     if machine is None:
-        return Estimate(job, config.name, config.recompute, None, {}, disk)
+        return Estimate(job, config.name, config.recompute, None, {}, disk, cached=cached)
     memory = {}
     for engine in ENGINES:
         stored, again = (memory_of(recipe, job, engine, machine.gpus, recompute=on) for on in (False, True))
         memory[engine] = Fit(stored, again, machine.room_bytes)
     hours, own = _hours(recipe, job, machine), _own(recipe, job, machine)
-    return Estimate(job, config.name, config.recompute, hours, memory, disk, own)
+    return Estimate(job, config.name, config.recompute, hours, memory, disk, own, cached)
 
 
 def _hours(recipe: Recipe, job: Job, machine: Machine | None) -> Hours | None:

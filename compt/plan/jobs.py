@@ -382,12 +382,15 @@ def recipe_cost(
     *,
     again: bool = True,
     engine: EngineConfig | None = None,
+    teacher_share: float = 1.0,
+    teacher_tokens: Tokens = None,
 ) -> JobCost:
     """What `steps` steps of a recipe cost with captions of `tokens` on `world_size` processes.
 
     `engine`: the settings that run, where they are not the recipe's. `again` charges what is computed twice to save
     memory: blocks, with `engine.recompute`; micro-batches and chunks of the loss, where the share of a process is
-    larger than one of them.
+    larger than one of them. `teacher_share`: of the captions, those that the teacher computes, of `teacher_tokens`;
+    `engine.teacher_cache` has the others.
     """
     rows, engine = recipe.optimizer.batch // world_size, engine or recipe.engine_of(spec.name)
     micro, chunk = engine.micro_batch, engine.loss_chunk
@@ -401,6 +404,8 @@ def recipe_cost(
         recompute=again and micro is not None and micro < rows,
         checkpointing=again and engine.recompute,
         chunked_loss=again and isinstance(chunk, int) and chunk < rows,
+        teacher_captions=None if teacher_share == 1 else teacher_share * recipe.data.captions,
+        teacher_tokens=teacher_tokens,
     ).of_steps(steps)
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, mo
 
 from compt.errors import nearest
 from compt.models.presets import PACKED
-from compt.recipe.types import Duration, OneOf, Section, execution
+from compt.recipe.types import Count, Duration, OneOf, Section, execution
 
 Part = Literal["weights", "gradients", "optimizer"]
 LossChunk = Annotated[int, Field(gt=0)] | Literal["tiled"] | None
@@ -131,6 +131,10 @@ class EngineConfig(Section):
     contradiction is an error. Default: the file for the stage in ds_configs."""
     shard_teacher: bool = execution(False)
     """Shard the frozen teacher too, and gather it block by block."""
+    teacher_cache: Count | None = execution(None, gt=0)
+    """Bytes of the CPU's memory in which each process keeps the teacher's features of captions: `20G`. A caption that a
+    process sees again is not computed again by the teacher. When the memory is full, further captions are computed
+    every time. Not with `shard_teacher`. Default: none."""
     recompute: bool = execution(False)
     """Activation checkpointing: keep only the inputs of blocks and compute blocks again in backward. Less memory, a
     third more work."""
@@ -220,6 +224,11 @@ class EngineConfig(Section):
             raise ValueError(
                 f"compile_mode: '{self.compile_mode}' captures CUDA graphs, which does not work with micro-batches, "
                 "recompute or tune; write max-autotune-no-cudagraphs or default"
+            )
+        if self.teacher_cache and self.shard_teacher:
+            raise ValueError(
+                "teacher_cache: a teacher with shard_teacher computes on all processes together, and one that has all "
+                "captions in its cache would not take part; leave out one of the two"
             )
         if self.async_checkpoints and not self.kind.background:
             raise ValueError(f"async_checkpoints: {self.name} writes while training waits; leave it out")

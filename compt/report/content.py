@@ -286,6 +286,12 @@ def _joined(line: ScoreRow) -> str:
     return " / ".join(f"{value:.{line.digits}f}" for value in line.scores.values() if value is not None) or "-"
 
 
+def _looked(job: JobView) -> tuple[int, int]:
+    """Captions that the teacher's cache had, and had not."""
+    known = job.manifest.get("trained") or (job.train[-1] if job.train else {})
+    return known.get("teacher_hits", 0), known.get("teacher_misses", 0)
+
+
 def jobs_table(jobs: list[JobView]) -> TextTable:
     """Where every job stands, and what was lost on the way."""
     rows = []
@@ -322,7 +328,13 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         for job in jobs
         if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
     ]
-    return TextTable("Jobs", header, rows, [note, *restarted])
+    kept = [
+        f"{job.name}: the teacher's cache had {100 * hits / (hits + misses):.1f} % of {count(hits + misses)} captions."
+        for job in jobs
+        for hits, misses in [_looked(job)]
+        if hits + misses
+    ]
+    return TextTable("Jobs", header, rows, [note, *restarted, *kept])
 
 
 def data_tables(state: dict[str, Any]) -> list[TextTable]:

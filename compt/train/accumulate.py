@@ -16,12 +16,13 @@ def cached_backward(
     tokens: Tensor,
     micro_batch: int | None = None,
     lengths: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> tuple[Tensor, Scalars]:
     """Add the gradients of this rank's batch; returns the detached loss and the task's report.
 
-    images float [b, 3, H, W], tokens int64 [b, M, T], lengths as in `Task`. At most `micro_batch` samples pass through
-    the models at once. The usual accumulation, a mean of the losses of small batches, would leave out the negatives of
-    the other pieces. Instead:
+    images float [b, 3, H, W], tokens int64 [b, M, T], lengths and known as in `Task`. At most `micro_batch` samples
+    pass through the models at once. The usual accumulation, a mean of the losses of small batches, would leave out the
+    negatives of the other pieces. Instead:
 
     1. A forward of each piece, without a graph, gives all features.
     2. The loss of the whole batch gives the gradient of each feature.
@@ -36,12 +37,13 @@ def cached_backward(
         for at, (part, ids) in enumerate(zip(images.split(size), tokens.split(size), strict=True))
     ]
     if len(pieces) == 1:
-        targets = task.targets(images, tokens, lengths)
+        targets = task.targets(images, tokens, lengths, known)
         loss, report = task.loss(engine.forward(images, tokens, lengths), targets)
         engine.backward(loss)
         return loss.detach(), report
 
-    targets = _join([task.targets(*piece) for piece in pieces])
+    own = [None] * len(pieces) if known is None else known.split(size)
+    targets = _join([task.targets(*piece, on_cpu) for piece, on_cpu in zip(pieces, own, strict=True)])
     with torch.no_grad():
         features = _join([_widened(engine.forward(*piece)) for piece in pieces])
     leaves = {name: feature.requires_grad_() for name, feature in features.items()}

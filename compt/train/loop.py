@@ -6,7 +6,7 @@ import contextlib
 import logging
 import math
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compt.data.batch import SKIPPED, Batch
+from compt.data.batch import Batch
 from compt.dist import collectives as dist
 from compt.dist.watch.causes import WAITING
 from compt.dist.watch.thread import EVALUATING, LONG, TRAINING, beat
@@ -26,6 +26,7 @@ from compt.models.pixels import to_input
 from compt.recipe.optimizer import Schedule
 from compt.train import checkpoint
 from compt.train.accumulate import cached_backward
+from compt.train.counts import Counts, Window, over_ranks
 from compt.train.loggers import Logs
 from compt.train.metrics import FILE, MetricsWriter, read_metrics, straggler_report
 from compt.train.signals import StopSignal, Waited
@@ -65,8 +66,11 @@ class TrainSettings:
     macs_per_step: float = 0.0
     peak_flops: float | None = None
     """Dense peak of the device of one process, in FLOP/s; without it no MFU is reported."""
-    useful_macs: Callable[[float], float] | None = None
-    """MACs a sample for a mean number of computed tokens a caption, without what is computed twice to save memory."""
+    useful_macs: Callable[[float, float], float] | None = None
+    """MACs a sample, without what is computed twice to save memory: for a mean number of computed tokens a caption, and
+    the share of captions that the teacher computes."""
+    hit_macs: float = 0.0
+    """MACs of `macs_per_step` that a caption saves whose features the teacher's cache has."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,11 @@ class TrainResult:
     """Mean token positions computed for a caption, with the padding to the longest of its group."""
     moments_anew: tuple[int, ...] = ()
     """Steps after which AdamW's moments and the moving average started from zero, as another kind of engine went on."""
+    teacher_hits: int = 0
+    teacher_misses: int = 0
+    """Captions whose features the teacher's cache had, and had not; 0 and 0 without a cache."""
+    teacher_tokens_per_caption: float = 0.0
+    """As `tokens_per_caption`, of the captions that the cache had not."""
 
 
 def learning_rate(step: int, settings: TrainSettings) -> float:
@@ -102,72 +111,23 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
     return settings.lr * (schedule.end + (1 - schedule.end) * left)
 
 
-@dataclass
-class _Counts:
-    """What adds up over a run and survives a resume.
-
-    `few_captions`, `text_tokens` and `skipped` are this rank's own. `moments_anew`: steps after which an engine of
-    another kind took over only the weights.
-    """
-
-    step: int = 0
-    device_seconds: float = 0.0
-    nonfinite: int = 0
-    nonfinite_in_a_row: int = 0
-    few_captions: int = 0
-    text_tokens: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    moments_anew: list[int] = field(default_factory=list)
-
-    def to_state(self) -> dict[str, Any]:
-        """Plain values over all ranks."""
-        few, tokens = (int(dist.all_reduce_sum(value)) for value in (self.few_captions, self.text_tokens))
-        sums = {"few_captions": few, "text_tokens": tokens, "skipped": _over_ranks(self.skipped)}
-        return {**self.__dict__, **sums}
-
-    @classmethod
-    def from_state(cls, state: Mapping[str, Any]) -> _Counts:
-        """Read what `to_state` gave. Rank 0 takes the sums over ranks, the others start from zero."""
-        counts = cls(**{**state, "skipped": Counter(state["skipped"])})
-        if not dist.is_main():
-            counts.few_captions = counts.text_tokens = 0
-            counts.skipped.clear()
-        return counts
-
-
-@dataclass
-class _Window:
-    """What happened since the last log line.
-
-    `seconds` of all `steps`; of these `waited` for data of any rank, `own_wait` for this rank's own. `text_tokens` are
-    the token positions that this rank computed for its `captions`.
-    """
-
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
-    own_wait: float = 0.0
-    captions: int = 0
-    text_tokens: int = 0
-
-
-def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> _Counts:
+def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> Counts:
     """Load the newest whole checkpoint, if there is one. Raises RunError when it belongs to another run."""
     path = dist.from_main(lambda: checkpoint.find_latest(folder))
     if path is None:
-        return _Counts()
+        return Counts()
     state = dist.on_all(lambda: checkpoint.read_state(path))
     changed = [key for key, value in settings.identity.items() if state["identity"].get(key) != value]
     if changed:
         dist.agree(RunError(f"{path} belongs to another run: its {' and '.join(changed)} differs from this run's"))
     checkpoint.load(path, engine)
-    counts = _Counts.from_state(state["counts"])
+    counts = Counts.from_state(state["counts"])
     if checkpoint.format_of(path) != engine.format:
         counts.moments_anew.append(counts.step)
     return counts
 
 
-def _state(counts: _Counts, settings: TrainSettings) -> dict[str, Any]:
+def _state(counts: Counts, settings: TrainSettings) -> dict[str, Any]:
     """What a checkpoint keeps beside the engine's state."""
     return {
         "identity": dict(settings.identity),
@@ -240,7 +200,7 @@ class _Loop(contextlib.ExitStack):
     """What a loop holds on to between its steps. All ranks call every method together."""
 
     def __init__(
-        self, task: Task, engine: Engine, settings: TrainSettings, folder: Path, title: str, counts: _Counts
+        self, task: Task, engine: Engine, settings: TrainSettings, folder: Path, title: str, counts: Counts
     ) -> None:
         super().__init__()
         self._task, self._engine, self._settings = task, engine, settings
@@ -260,7 +220,7 @@ class _Loop(contextlib.ExitStack):
             asynchronous=settings.async_checkpoints,
         )
         self._stop = StopSignal()
-        self._window, self._norms = _Window(), _Norms(settings.max_nonfinite, title)
+        self._window, self._norms = Window(), _Norms(settings.max_nonfinite, title)
         self._report: dict[str, Tensor] = {}
         self._norm = torch.zeros(())
         self._lr = self._started = 0.0
@@ -324,6 +284,8 @@ class _Loop(contextlib.ExitStack):
         self._norms.put(counts.step + 1, self._norm)
         self._norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
         _count(counts, self._window, settings, batch, time.perf_counter() - self._started)
+        if self._task.kept is not None:
+            self._window.teacher_hits += counts.add(self._task.kept.looked())
 
     def _is_due(self, every: int | None) -> bool:
         return _is_due(self._counts.step, every, self._settings.total_steps)
@@ -336,7 +298,7 @@ class _Loop(contextlib.ExitStack):
             return
         line = {**reduce_report(self._report), "lr": self._lr, "grad_norm": float(self._norm)}
         self._writer.log(step, line | _numbers(self._counts, self._window, self._settings, self._engine.device))
-        self._window = _Window()
+        self._window = Window()
         self._saver.poll()
 
     def evaluate(self, evaluate: Callable[[], dict[str, float]] | None) -> None:
@@ -391,7 +353,7 @@ class _Norms:
         """Keep the norm of `step`, which the GPU may still be computing."""
         self._unread.append((step, norm))
 
-    def read(self, counts: _Counts, leave: int = 0) -> None:
+    def read(self, counts: Counts, leave: int = 0) -> None:
         """Count the steps that were not finite, all but the newest `leave`. Raises RunError for too many in a row."""
         while len(self._unread) > leave:
             step, norm = self._unread.popleft()
@@ -423,11 +385,11 @@ def training_step(
     """
     images = to_input(batch.images.to(engine.device, non_blocking=True), mean, std)
     tokens = batch.tokens.to(engine.device, non_blocking=True)
-    _, report = cached_backward(task, engine, images, tokens, micro_batch, caption_lengths(batch.tokens))
+    _, report = cached_backward(task, engine, images, tokens, micro_batch, caption_lengths(batch.tokens), batch.tokens)
     return report, engine.step(lr, clip_grad_norm)
 
 
-def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Batch, seconds: float) -> None:
+def _count(counts: Counts, window: Window, settings: TrainSettings, batch: Batch, seconds: float) -> None:
     counts.step += 1
     counts.device_seconds += seconds * dist.world_size()
     counts.skipped.update(batch.skipped)
@@ -442,36 +404,37 @@ def _count(counts: _Counts, window: _Window, settings: TrainSettings, batch: Bat
     window.seconds += seconds
 
 
-def _numbers(counts: _Counts, window: _Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
+def _numbers(counts: Counts, window: Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
     """What a log line has beside losses."""
     window.seconds = max(window.seconds, 1e-9)  # a virtual machine's clock may have paused
+    hits, misses, _ = counts.looked_over_ranks()
+    looked = {"teacher_hits": hits, "teacher_misses": misses} if hits + misses else {}
     return {
         "epoch": counts.step / settings.steps_per_epoch,
         "samples_per_s": window.steps * settings.batch / window.seconds,
         "data_wait": window.waited / window.seconds,
         "device_hours": counts.device_seconds / 3600,
         "nonfinite_steps": counts.nonfinite,
-        **{f"skipped_{cause}": n for cause, n in _over_ranks(counts.skipped).items()},
+        **{f"skipped_{cause}": n for cause, n in over_ranks(counts.skipped).items()},
         "memory_gib": _memory_gib(device),
         **straggler_report(window.seconds - window.waited + window.own_wait, window.own_wait, window.steps),
-        "macs": counts.step * settings.macs_per_step,
+        "macs": counts.step * settings.macs_per_step - settings.hit_macs * looked.get("teacher_hits", 0),
+        **looked,
         **_mfu(window, settings),
     }
 
 
-def _mfu(window: _Window, settings: TrainSettings) -> dict[str, float]:
+def _mfu(window: Window, settings: TrainSettings) -> dict[str, float]:
     """Model FLOPs utilisation: two FLOPs a useful MAC, over the devices' peak; waiting for data counts as time.
 
     Empty where the peak of the device is not known.
     """
     if settings.peak_flops is None or settings.useful_macs is None:
         return {}
-    flops = 2 * settings.useful_macs(window.text_tokens / window.captions) * settings.batch * window.steps
+    computed = 1 - window.teacher_hits / window.captions
+    useful = settings.useful_macs(window.text_tokens / window.captions, computed)
+    flops = 2 * useful * settings.batch * window.steps
     return {"mfu": flops / (settings.peak_flops * dist.world_size() * window.seconds)}
-
-
-def _over_ranks(counts: Counter[str]) -> dict[str, int]:
-    return {cause: int(dist.all_reduce_sum(counts[cause])) for cause in SKIPPED}
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -483,14 +446,18 @@ def _memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _result(counts: _Counts, settings: TrainSettings) -> TrainResult:
+def _result(counts: Counts, settings: TrainSettings) -> TrainResult:
+    hits, misses, tokens = counts.looked_over_ranks()
     return TrainResult(
         steps=counts.step,
         samples=counts.step * settings.batch,
         device_hours=counts.device_seconds / 3600,
         nonfinite_steps=counts.nonfinite,
-        skipped_samples=_over_ranks(counts.skipped),
+        skipped_samples=over_ranks(counts.skipped),
         few_captions=int(dist.all_reduce_sum(counts.few_captions)),
         tokens_per_caption=dist.all_reduce_sum(counts.text_tokens) / (counts.step * settings.batch * settings.captions),
         moments_anew=tuple(counts.moments_anew),
+        teacher_hits=hits,
+        teacher_misses=misses,
+        teacher_tokens_per_caption=tokens / misses if misses else 0.0,
     )

@@ -18,6 +18,7 @@ from compt.models.presets import VOCAB_SIZE
 from compt.models.scalars import SCALAR_NAMES
 from compt.models.states import State, shape_of
 from compt.train.losses import ContrastiveLoss, Loss, ifd_loss, learned_scalars
+from compt.train.teacher_cache import CaptionFeatures
 
 SHARED_OUTPUTS = frozenset(SCALAR_NAMES)
 """Outputs of a module that belong to the whole batch; every other output has a row for each sample."""
@@ -29,10 +30,12 @@ class Task(Protocol):
     """One trainable module and its loss.
 
     `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` int64 [b, M] on the
-    CPU, the tokens of each caption. Without `lengths` the CPU waits for the GPU to find them.
+    CPU, the tokens of each caption; `known`: the tokens on the CPU, for `kept`. Without them the CPU waits for the GPU.
     """
 
     name: str
+    kept: CaptionFeatures | None
+    """Features of captions that a teacher does not compute again; None: it computes all."""
 
     @property
     def model(self) -> ClipModel:
@@ -42,7 +45,9 @@ class Task(Protocol):
     def module(self) -> nn.Module:
         """Everything that is trained; `forward(images, tokens, lengths)` returns the outputs by name."""
 
-    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    def targets(
+        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Inputs of the loss that are not trained, a row for each sample, without gradient."""
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
@@ -158,6 +163,7 @@ class ClipTask:
     """
 
     name = "clip"
+    kept: CaptionFeatures | None = None
 
     def __init__(
         self,
@@ -182,7 +188,9 @@ class ClipTask:
         """The model that is trained."""
         return self.module.model
 
-    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    def targets(
+        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Nothing: the batch says which caption belongs to which image."""
         return {}
 
@@ -231,17 +239,34 @@ class DistillTask(ClipTask):
         self.alpha = alpha
         self.reference_compatible = reference_compatible
 
+    def keep_captions(self, limit: int) -> None:
+        """Keep the teacher's features of captions in up to `limit` bytes. Raises ConfigError as `CaptionFeatures`."""
+        width, buckets = self.teacher.spec.embed_dim, self.module.text_buckets
+        self.kept = CaptionFeatures(limit, width, self.teacher_dtype, buckets)
+
     @torch.no_grad()
-    def targets(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    def targets(
+        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """The teacher's features: image [b, D'], text [b, M, D'], not normalised.
 
         `fit_images` resizes the images to its image size, `cut_captions` cuts the captions to its context.
         """
-        tokens, lengths = cut_captions(tokens, lengths, self.teacher.spec.context_length)
+        context = self.teacher.spec.context_length
+        cut, lengths = cut_captions(tokens, lengths, context)
         with torch.autocast(images.device.type, enabled=False):
             fitted = fit_images(images, self.teacher.spec.image_size).to(self.teacher_dtype)
-            image, text = encode(self.teacher, fitted, tokens, lengths, self.module.text_buckets)
-        return {"image": image, "text": text}
+            if self.kept is None:
+                image, text = encode(self.teacher, fitted, cut, lengths, self.module.text_buckets)
+                return {"image": image, "text": text}
+            known, _ = cut_captions(tokens.cpu() if known is None else known, None, context)
+            text = self.kept.of(cut.flatten(0, 1), known.flatten(0, 1), self._text)
+            image = self.teacher.encode_image(fitted)
+        return {"image": image, "text": text.view(*cut.shape[:2], -1)}
+
+    def _text(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        features: Tensor = self.teacher.encode_captions(tokens, self.module.text_buckets, lengths)
+        return features
 
     def loss(self, outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> tuple[Tensor, Scalars]:
         """Task loss plus distillation; adds ifd, ifd_image, ifd_text (all times alpha) and r = ifd / task."""

@@ -29,7 +29,7 @@ def plan_tables(
     first = replace(first, notes=[*first.notes, *([about] if about else [])])
     tables = [first, hours_table(forecast, mode), speedup_table(forecast, mode), own_table(forecast)]
     tables += [memory_table(forecast), parts_table(forecast, parts_of) if machine and parts_of else None]
-    return [table for table in (*tables, disk_table(forecast)) if table is not None]
+    return [table for table in (*tables, cache_table(forecast), disk_table(forecast)) if table is not None]
 
 
 def _sums(forecast: Forecast) -> list[tuple[str, list[Estimate]]]:
@@ -299,6 +299,29 @@ def warning(forecast: Forecast) -> str | None:
         f"Warning: does not fit the {_gb(machine.room_bytes)} GB that {machine.device.title} has for it: {jobs}. "
         f"What would let {'them all' if len(found.jobs) > 1 else 'it'} fit: {remedies}."
     )
+
+
+def cache_table(forecast: Forecast) -> TextTable | None:
+    """What the teacher's cache would keep and save; None if no job has one."""
+    found = [(item, item.cached) for item in forecast.trained if item.cached is not None]
+    if not found:
+        return None
+    rows = []
+    for item, cached in found:
+        cost, later = item.job.cost, cached.hits + cached.later_misses
+        sizes = [_bytes(size) for size in (cached.whole_bytes, cached.kept_bytes)]
+        saved = f"{100 * cached.saved_macs / (cost.samples * cost.teacher_forward_macs):.0f} %"
+        hits = f"{100 * cached.hits / later:.0f} %" if later else ""
+        rows.append([item.job.name, *sizes, count(cached.first_misses), count(later), hits, saved])
+    data, gpus = forecast.plan.recipe.data, forecast.machine.gpus if forecast.machine else 1
+    note = (
+        f"A projection. All captions: {data.caption_pool or data.captions:g} of each image, of which a step draws "
+        f"{data.captions} (data.caption_pool). Kept: by each of {gpus} processes, which knows the captions that it has "
+        "seen itself. First: captions of the first epoch, which are all computed. Later: those of later epochs; hits: "
+        "the share of them that is kept. Saved: share of the teacher's MACs. The other tables do not include it."
+    )
+    header = ["Model", "All captions", "Kept", "First", "Later", "Hits", "Saved"]
+    return TextTable("Captions kept by engine.teacher_cache", header, rows, [note])
 
 
 def disk_table(forecast: Forecast) -> TextTable:

@@ -165,6 +165,7 @@ OTHER: dict[str, Any] = {
     "data.train.N.captions_csv": None,  # the same
     "data.images": 1990,
     "data.captions": 3,
+    "data.caption_pool": 7.0,
     "data.caption_tokens": 9.0,
     "data.crop_scale": [0.5, 1.0],
     "data.crop_ratio": [0.5, 2.0],
@@ -250,6 +251,7 @@ OTHER: dict[str, Any] = {
         for name in ("reshard_after_forward", "replicas", "cpu_offload", "reduce_precision")
     },
     "engine.shard_teacher": True,
+    "engine.teacher_cache": 10**9,
     "engine.recompute": True,
     "engine.find_micro_batch": True,
     "engine.tune": True,

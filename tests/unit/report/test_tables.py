@@ -15,6 +15,7 @@ from rich.console import Console
 
 from compt.cli.plan.tables import (
     PARTS,
+    cache_table,
     hours_table,
     memory_table,
     parts_table,
@@ -312,6 +313,20 @@ def test_accelerations_of_macs_and_of_hours() -> None:
     assert paper.rows[2][2] in shown(plan_tables(found, "paper"), 100)
     without = make_forecast(recipe(baselines=None), None)
     assert speedup_table(without) is None
+
+
+def test_a_plan_shows_what_the_teacher_s_cache_has() -> None:
+    assert cache_table(forecast()) is None
+    found = forecast(engine={"device": "cpu", "teacher_cache": "2M"})
+    table = cache_table(found)
+    assert table is not None
+    row, item = rows_of(table)["2-vit_micro"], found.links[1]
+    assert item.cached is not None
+    later = item.cached.hits + item.cached.later_misses
+    assert float(row["Hits"].split()[0]) == pytest.approx(100 * item.cached.hits / later, abs=0.5)
+    assert row["Later"] == count(later)
+    assert 0 < float(row["Saved"].split()[0]) < 100
+    assert "Captions kept by engine.teacher_cache" in shown(plan_tables(found), 80)
 
 
 def test_memory_is_marked_where_it_does_not_fit() -> None:

@@ -617,9 +617,10 @@ def test_the_estimate_takes_every_kind_of_job_and_changes_nothing(base: Path, wh
 def test_cached_backward_is_what_the_loop_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
 
-    def spy(task: Any, engine: Any, images: Tensor, tokens: Tensor, micro: int, lengths: Tensor) -> Any:
+    def spy(task: Any, engine: Any, images: Tensor, tokens: Tensor, micro: int, lengths: Tensor, known: Tensor) -> Any:
         sizes.append((len(images), micro, lengths.shape))
-        return cached_backward(task, engine, images, tokens, micro, lengths)
+        assert torch.equal(known, tokens)
+        return cached_backward(task, engine, images, tokens, micro, lengths, known)
 
     monkeypatch.setattr("compt.train.loop.cached_backward", spy)
     Bench(tmp_path, micro_batch=2, total_steps=2).train()
