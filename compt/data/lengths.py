@@ -57,9 +57,14 @@ def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
     return round(total / (_DRAWS * count), 1)
 
 
-def as_found(recipe: Recipe, images: int, lengths: NDArray[np.int64] | None) -> Recipe:
-    """The recipe with the number of images of an epoch, and with the tokens that captions of these lengths take."""
+def as_found(recipe: Recipe, images: int, lengths: NDArray[np.int64] | None, pool: float | None = None) -> Recipe:
+    """The recipe with the number of images of an epoch, and with the tokens that captions of these lengths take.
+
+    `pool`: captions that an image has, on average.
+    """
     changes: dict[str, object] = {"images": images}
+    if pool is not None and recipe.data.caption_pool is None:
+        changes["caption_pool"] = round(pool, 2)
     if lengths is not None:
         changes["caption_tokens"] = computed_tokens(lengths, recipe)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
@@ -86,4 +91,5 @@ def with_data(recipe: Recipe, base: Path) -> tuple[Recipe, str]:
         f"{few:,} of {len(index):,} images have fewer captions than are drawn." if few else "",
         "The tokens follow from the lengths that compt data check found." if lengths is not None else "",
     ]
-    return as_found(recipe, index.images, lengths), " ".join(filter(None, notes))
+    captions = sum(number * images for number, images in index.counts.items())
+    return as_found(recipe, index.images, lengths, captions / len(index)), " ".join(filter(None, notes))

@@ -151,7 +151,7 @@ class Data(Section):
     """Captions of an image in a step, drawn without replacement in every epoch."""
     caption_pool: float | None = execution(None, gt=0)
     """Captions that an image has, on average; a step draws `captions` of them. It affects only what plans say about
-    `engine.teacher_cache`. Default: `captions`."""
+    `engine.teacher_cache`. Default: that of indexed shards, else `captions`."""
     caption_tokens: CaptionTokens | None = execution(None)
     """Tokens that the text tower computes for a caption, including the padding if text is not packed: their mean, which
     runs measure and report, or the share of captions of each length, `{7: 0.8, 9: 0.2}`. It affects planned costs

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from compt.engines.base import COMPUTE_DTYPES, Engine
+from compt.engines.compiler import compile_model
 from compt.engines.open import open_engine
 from compt.engines.shards import shard_frozen
 from compt.models.clip import ClipModel, build, fill
 from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
-from compt.recipe.engine import EngineConfig
+from compt.recipe.engine import CAPTURING, EngineConfig
 from compt.recipe.optimizer import Optimizer
 from compt.recipe.schema import Distill, Recipe
 from compt.train.losses import loss_of
@@ -101,10 +102,14 @@ def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | No
 
 
 def _open_teacher(blueprint: Blueprint, device: torch.device, weights: Mapping[str, Tensor] | None) -> ClipModel:
-    """The frozen teacher: whole on every rank, or in shards with `engine.shard_teacher`."""
+    """The frozen teacher, compiled as the student is: whole on every rank, or with `engine.shard_teacher` in shards."""
     assert blueprint.teacher is not None
-    model = build(blueprint.teacher, device="meta")
+    model, engine = build(blueprint.teacher, device="meta"), blueprint.engine
+    if engine.compile != "off":
+        # Not as CUDA graphs: the next run of one overwrites features that the loss still needs.
+        mode = "default" if engine.compile_mode in CAPTURING else engine.compile_mode
+        compile_model(model, "blocks" if engine.shard_teacher else engine.compile, mode, device)
     given = DrawnState(model, blueprint.teacher, blueprint.seed) if weights is None else weights
-    if blueprint.engine.shard_teacher:
+    if engine.shard_teacher:
         return shard_frozen(model, given, dtype=COMPUTE_DTYPES[blueprint.optimizer.precision], device=device)
     return fill(model, given, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,8 +19,12 @@ from compt.dist import collectives as dist
 from compt.engines import open as opening
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.zero.engine import ZeroEngine
+from compt.models.presets import resolve
+from compt.recipe.engine import EngineConfig
+from compt.recipe.optimizer import Optimizer
 from compt.train import build as building
 from compt.train import loop
+from compt.train.build import Blueprint
 from compt.train.micro_batch import Trial, steps
 from tests.helpers.recipe import BATCH, chain, make_data, plan_of, recipe_of, write_recipe
 
@@ -157,3 +162,57 @@ def test_estimate_and_throughput_time_the_step_that_the_chain_runs(
         raise Taken
 
     assert recorder.take(try_micro_batch) == wanted[:-1]  # it takes no step of the trainer
+
+
+# --- the teacher is compiled as the student is
+
+
+def _blueprint(**engine: Any) -> Blueprint:
+    sizes = {"image_size": 16, "depth": 2, "context_length": 10, "vocab_size": 64, "embed_dim": 16}
+    optimizer = Optimizer(batch=4, precision="fp32")
+    spec = resolve("vit_pico", sizes)
+    return Blueprint(student=spec, teacher=spec, optimizer=optimizer, engine=EngineConfig(device="cpu", **engine))
+
+
+@pytest.mark.parametrize(
+    ("engine", "wanted"),
+    [
+        ({}, None),
+        ({"compile": "blocks"}, ("blocks", "default")),
+        ({"compile": "towers"}, ("towers", "default")),
+        ({"compile": "towers", "shard_teacher": True}, ("blocks", "default")),
+        ({"compile": "towers", "compile_mode": "max-autotune-no-cudagraphs"}, ("towers", "max-autotune-no-cudagraphs")),
+        ({"compile": "blocks", "compile_mode": "reduce-overhead"}, ("blocks", "default")),
+    ],
+)
+def test_how_a_teacher_is_compiled(
+    engine: dict[str, Any], wanted: tuple[str, str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, str]] = []
+    monkeypatch.setattr(building, "compile_model", lambda model, how, mode, device: seen.append((how, mode)))
+    monkeypatch.setattr(building, "shard_frozen", lambda model, given, **_: building.fill(model, given, CPU))
+    building._open_teacher(_blueprint(**engine), CPU, None)
+    assert seen == ([] if wanted is None else [wanted])
+
+
+@pytest.mark.parametrize("how", ["blocks", "towers"])
+@pytest.mark.parametrize("text", ["padded", "packed"])
+def test_a_compiled_teacher_gives_the_same_features(how: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters, graphs, features = torch._dynamo.utils.counters, [], []
+    images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    for way in ("off", how):
+        counters.clear()
+        task, _ = building.build_training(_blueprint(compile=way, text=text), CPU)
+        found = []
+        for length in (10, 9, 8, 7):
+            tokens = torch.arange(4 * 2 * length).view(4, 2, length) % 50 + 1
+            tokens[..., -1] = 63
+            found.append(task.targets(images, tokens))
+            graphs.append(counters["stats"]["unique_graphs"])
+        features.append(found)
+    assert graphs[:4] == [0] * 4
+    assert 0 < graphs[4] <= graphs[6] == graphs[7], "compiled again for another length"
+    torch.testing.assert_close(features[1], features[0], rtol=1e-5, atol=1e-5)
