@@ -92,7 +92,8 @@ class AdamWEngine(EngineHead, ABC):
             norm = norm / self._scale.scale
             self.optimizer.grad_scale = self._scale.scale.to(self._control)  # type: ignore[attr-defined]
         if max_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(self._stepped.values(), max_norm, norm)
+            together = self.device.type == "cuda" or None
+            torch.nn.utils.clip_grads_with_norm_(self._stepped.values(), max_norm, norm, foreach=together)
         found_inf = (~norm.isfinite()).float()
         self.optimizer.found_inf = found_inf.to(self._control)  # type: ignore[attr-defined]
         self.optimizer.step()

@@ -7,9 +7,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+_SMALL = 1 << 20
+"""Numbers of a tensor for which a GPU takes less time than Python takes to launch a kernel."""
+
+
+def _is_small(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.numel() <= _SMALL
+
 
 class Average:
-    """Averages of `tensors` (fp32, by name). The first update copies them; later ones keep `decay` of the average."""
+    """Averages of `tensors` (fp32, by name). The first update copies them; later ones keep `decay` of the average.
+
+    On a GPU, small tensors are updated together, in a few launches. That takes a copy of them for a moment.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], decay: float) -> None:
         self._sources = dict(tensors)
@@ -26,9 +36,17 @@ class Average:
         """
         finite = finite.to(self.updates.device)
         weight = torch.where(self.updates == 0, 1.0, 1.0 - self._decay) * finite
+        small: tuple[list[Tensor], list[Tensor]] = ([], [])
         for name, tensor in self._sources.items():
             average = self.tensors[name]
-            average.lerp_(tensor.detach(), weight.to(average.device, average.dtype))
+            if _is_small(tensor):
+                small[0].append(average)
+                small[1].append(tensor.detach())
+            else:
+                average.lerp_(tensor.detach(), weight.to(average.device, average.dtype))
+        if small[0]:
+            torch._foreach_mul_(small[0], 1.0 - weight)
+            torch._foreach_add_(small[0], torch._foreach_mul(small[1], weight))
         self.updates += finite
 
     def state(self) -> dict[str, Tensor]:
