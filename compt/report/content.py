@@ -286,10 +286,15 @@ def _joined(line: ScoreRow) -> str:
     return " / ".join(f"{value:.{line.digits}f}" for value in line.scores.values() if value is not None) or "-"
 
 
-def _looked(job: JobView) -> tuple[int, int]:
-    """Captions that the teacher's cache had, and had not."""
-    known = job.manifest.get("trained") or (job.train[-1] if job.train else {})
-    return known.get("teacher_hits", 0), known.get("teacher_misses", 0)
+def _cached(jobs: list[JobView]) -> list[str]:
+    """How many captions the teacher's cache had, of each job that had one."""
+    notes = []
+    for job in jobs:
+        known = job.manifest.get("trained") or (job.train[-1] if job.train else {})
+        hits, misses = (known.get(f"teacher_{name}", 0) for name in ("hits", "misses"))
+        if whole := hits + misses:
+            notes.append(f"{job.name}: the teacher's cache had {100 * hits / whole:.1f} % of {count(whole)} captions.")
+    return notes
 
 
 def jobs_table(jobs: list[JobView]) -> TextTable:
@@ -328,13 +333,7 @@ def jobs_table(jobs: list[JobView]) -> TextTable:
         for job in jobs
         if (steps := (job.manifest.get("trained") or {}).get("moments_anew"))
     ]
-    kept = [
-        f"{job.name}: the teacher's cache had {100 * hits / (hits + misses):.1f} % of {count(hits + misses)} captions."
-        for job in jobs
-        for hits, misses in [_looked(job)]
-        if hits + misses
-    ]
-    return TextTable("Jobs", header, rows, [note, *restarted, *kept])
+    return TextTable("Jobs", header, rows, [note, *restarted, *_cached(jobs)])
 
 
 def data_tables(state: dict[str, Any]) -> list[TextTable]:

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -30,6 +31,7 @@ from compt.plan.forecast import Forecast, Machine, make_forecast
 from compt.plan.jobs import make_plan
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Control
+from compt.report.content import jobs_table
 from compt.report.summary import CONTROLS, Summary, summarise
 from compt.report.tables import SAME, acceleration_table, comparison_table, cost_table, results_table, summary_tables
 from compt.text import TextTable, count, escape_markdown, hours
@@ -327,6 +329,22 @@ def test_a_plan_shows_what_the_teacher_s_cache_has() -> None:
     assert row["Later"] == count(later)
     assert 0 < float(row["Saved"].split()[0]) < 100
     assert "Captions kept by engine.teacher_cache" in shown(plan_tables(found), 80)
+
+
+def test_jobs_say_what_the_teacher_s_cache_had() -> None:
+    def job(name: str, trained: dict[str, Any], **line: Any) -> Any:
+        plan = {"parameters": 10, "steps": 4, "seed": 0}
+        manifest = {"trained": trained} if trained else {}
+        return SimpleNamespace(
+            name=name, progress=lambda: "", plan=plan, manifest=manifest, train=[line] if line else []
+        )
+
+    jobs = [job("a", {"teacher_hits": 0, "teacher_misses": 0}), job("b", {"teacher_hits": 1, "teacher_misses": 3})]
+    jobs += [job("c", {}, teacher_hits=0, teacher_misses=7), job("d", {})]
+    assert jobs_table(jobs).notes[1:] == [
+        "b: the teacher's cache had 25.0 % of 4 captions.",
+        "c: the teacher's cache had 0.0 % of 7 captions.",
+    ]
 
 
 def test_memory_is_marked_where_it_does_not_fit() -> None:
