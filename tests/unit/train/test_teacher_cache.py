@@ -162,13 +162,15 @@ def test_half_precision_is_kept_as_it_is() -> None:
     assert task.kept.looked()[:2] == (12, 12)
 
 
-def test_captions_are_cut_to_the_context_of_the_teacher() -> None:
-    task, plain, (images, tokens) = distill(context=6), distill(context=6, cache=None), batch(0)
+@pytest.mark.parametrize("buckets", [1, PACKED])
+def test_captions_are_cut_to_the_context_of_the_teacher(buckets: int) -> None:
+    task, plain, (images, tokens) = distill(buckets, context=6), distill(context=6, cache=None), batch(0)
     for _ in range(2):
         found = task.targets(images, tokens, caption_lengths(tokens), tokens)["text"]
         torch.testing.assert_close(found, plain.targets(images, tokens)["text"], **CLOSE)
     assert task.kept is not None
-    assert task.kept.looked()[:2] == (12, 12)
+    lengths = caption_lengths(tokens).clamp(max=6)
+    assert task.kept.looked() == Looked(12, 12, int(lengths.sum() if buckets == PACKED else 12 * lengths.max()))
 
 
 @pytest.mark.parametrize("micro_batch", [None, 2])
