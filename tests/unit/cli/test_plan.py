@@ -353,6 +353,7 @@ def test_the_page_names_every_key_of_the_json(plan: Plan) -> None:
     page = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8").partition("## JSON")[2]
     named = set(re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE))
     words = ("--kind", "a100-40", "--gpus", "1", "--set", "optimizer.batch=6400", "--baselines")
+    words = (*words, "--set", "engine.teacher_cache=1G")
     found = keys(as_json(plan, *words))
     groups = {f"totals.{name}" for name in ("chain", "individual", "run")}
     spelt = {re.sub(r"^totals\.(chain|individual|run)\.", "totals.GROUP.", key) for key in found - groups}
