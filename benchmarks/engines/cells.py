@@ -15,6 +15,7 @@ from compt.dist import collectives as dist
 from compt.engines.base import Engine, Precision
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
+from compt.recipe.engine import ENGINES as KINDS
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Ema, Optimizer
 from compt.recipe.schema import Distill
@@ -35,6 +36,18 @@ TASKS = {
 SIGLIP = "siglip"
 """Another task, of the sigmoid loss without a teacher. The tests run cells of it; the measured matrix has none."""
 ARCHITECTURES = ("vit", "swin")
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "text: padded": {"text": "padded"},
+    "text: buckets": {"text": "buckets", "text_buckets": 2},
+    "text: packed": {"text": "packed"},
+    "loss_chunk: 4": {"loss_chunk": 4},
+    "recompute": {"recompute": True},
+    "compile: blocks": {"compile": "blocks"},
+    "compile: towers": {"compile": "towers"},
+}
+"""Fields of `engine` that change how a step is computed. Each is tried on two processes."""
+OPTION_TASKS = ("contrastive", "projector")
 
 DS_CONFIGS = {f"zero{stage}": f"zero{stage}.json" for stage in (1, 2, 3)}
 """Files of `benchmarks/engines/ds_configs`. The files for real models would put a tiny model in one bucket and never
@@ -72,18 +85,20 @@ SPECS: dict[str, ModelSpec] = {
 
 @dataclass(frozen=True)
 class Cell:
-    """One engine, number of processes, number of micro-batches (`accumulation`), task and architecture."""
+    """One engine, number of processes, number of micro-batches (`accumulation`), task, architecture and option."""
 
     engine: str
     world_size: int
     accumulation: int = 1
     task: str = "contrastive"
     architecture: str = "vit"
+    option: str = ""
 
     def __str__(self) -> str:
         processes = "process" if self.world_size == 1 else "processes"
         pieces = f", {self.accumulation} micro-batches" if self.accumulation > 1 else ""
-        return f"{self.engine}, {self.world_size} {processes}{pieces}, {self.task}, {self.architecture}"
+        option = f", {self.option}" if self.option else ""
+        return f"{self.engine}, {self.world_size} {processes}{pieces}, {self.task}, {self.architecture}{option}"
 
 
 def cells(engine: str, world_size: int) -> list[Cell]:
@@ -94,6 +109,12 @@ def cells(engine: str, world_size: int) -> list[Cell]:
         for task in TASKS
         for accumulation in ACCUMULATIONS
     ]
+
+
+def option_cells(engine: str) -> list[Cell]:
+    """The cells of every option that works with this engine."""
+    fitting = [option for option in OPTIONS if not (option == "compile: towers" and "weights" in KINDS[engine].shards)]
+    return [Cell(engine, 2, 1, task, option=option) for option in fitting for task in OPTION_TASKS]
 
 
 def start(spec: ModelSpec, seed: int) -> dict[str, Tensor]:
@@ -135,7 +156,8 @@ def blueprint(cell: Cell, precision: Precision = "fp32", **settings: Any) -> Blu
     if cell.engine in DS_CONFIGS:
         settings["deepspeed_config"] = DS_CONFIGS[cell.engine]
     # The text of a ViT's cells is packed, that of a Swin's is in buckets.
-    settings |= {"text": "packed"} if cell.architecture == "vit" else {"text_buckets": 2}
+    text = {"text": "packed"} if cell.architecture == "vit" else {"text_buckets": 2}
+    settings |= text | OPTIONS.get(cell.option, {})
     settings |= {"name": cell.engine, "micro_batch": SAMPLES // cell.world_size // cell.accumulation}
     return Blueprint(
         student=student,

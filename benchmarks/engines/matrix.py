@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import one_line
-from benchmarks.engines.cells import ACCUMULATIONS, ENGINES, TASKS, WORLDS, Cell, cells, train
+from benchmarks.engines.cells import ACCUMULATIONS, ENGINES, OPTIONS, TASKS, WORLDS, Cell, cells, option_cells, train
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
 from benchmarks.engines.page import OUT, PAGE, about, scientific, write_results
 from compt.text import TextTable, terminal
 
 FILE = "matrix.json"
 QUANTITIES = tuple(TOLERANCES)
+STEP = ("loss", "norm", "gradients")
 _NOTE = """Each number is the larger of ViT and Swin. Gradients: per tensor, relative to its norm, at the first and
 third step. Weights after three steps and their moving average: per tensor, relative to the distance from the start."""
 TIMEOUT = 1500.0
@@ -55,7 +56,7 @@ def misses(records: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def tables(results: Mapping[str, Any]) -> list[TextTable]:
-    """Two tables: by engine, processes, micro-batches and task; and by engine and quantity."""
+    """Three tables: by engine, processes, micro-batches and task; by option; and by engine and quantity."""
     records = results["cells"]
 
     def largest(quantities: Iterable[str], **wanted: Any) -> str:
@@ -73,15 +74,16 @@ def tables(results: Mapping[str, Any]) -> list[TextTable]:
             str(world),
             str(pieces),
             *(
-                largest(("loss", "norm", "gradients"), engine=engine, world_size=world, accumulation=pieces, task=task)
+                largest(STEP, engine=engine, world_size=world, accumulation=pieces, task=task, option="")
                 for task in TASKS
             ),
-            largest(("parameters", "average"), engine=engine, world_size=world, accumulation=pieces),
+            largest(("parameters", "average"), engine=engine, world_size=world, accumulation=pieces, option=""),
         )
         for engine, world in dict.fromkeys((record["engine"], record["world_size"]) for record in records)
         for pieces in ACCUMULATIONS
     ]
     engines = dict.fromkeys(record["engine"] for record in records)
+    by_option = [(option, *(largest(STEP, engine=engine, option=option) for engine in engines)) for option in OPTIONS]
     by_quantity = [(engine, *(largest((quantity,), engine=engine) for quantity in QUANTITIES)) for engine in engines]
     limits = ("tolerance", *(f"{TOLERANCES[quantity]:g}" for quantity in QUANTITIES))
     return [
@@ -90,6 +92,12 @@ def tables(results: Mapping[str, Any]) -> list[TextTable]:
             ("Engine", "Processes", "Micro-batches", *(task.capitalize() for task in TASKS), "Weights, all tasks"),
             by_task,
             (" ".join(_NOTE.split()),),
+        ),
+        TextTable(
+            "The same for each option, on two processes",
+            ("Option of `engine`", *engines),
+            by_option,
+            ("Contrastive and with projectors, ViT. The engines without a number refuse the option.",),
         ),
         TextTable(
             "Largest difference over all cells",
@@ -114,6 +122,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for world in options.worlds:
                 print(f"{engine}, {world} processes …", flush=True)
                 records += run(cells(engine, world))
+                if world == 2:
+                    records += run(option_cells(engine))
         results = {**about(), "tolerances": TOLERANCES, "cells": records}
         made = tables(results)
         for table in made:

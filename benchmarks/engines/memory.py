@@ -286,10 +286,10 @@ def _table(pair: str, records: Sequence[Mapping[str, Any]]) -> TextTable:
                 str(record["world_size"]),
                 *(shown(record, part) for part in PARTS),
                 shown(other, "teacher"),
-                f"{own / base[record['world_size']]:.0%}" if record["world_size"] in base else "-",
+                f"{100 * own / base[record['world_size']]:.0f}" if record["world_size"] in base else "-",
             )
         )
-    header = ("Engine", "Processes", *(part.capitalize() for part in PARTS), "Sharded teacher", "Of ddp")
+    header = ("Engine", "Processes", *(part.capitalize() for part in PARTS), "Sharded teacher", "Of ddp, %")
     student, teacher = PAIRS[pair]
     count = sum(parameter.numel() for parameter in build(student, device="meta").parameters())
     note = " ".join(_NOTE.format(count / 1e6).split())

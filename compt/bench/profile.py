@@ -194,7 +194,7 @@ class StepTrace:
 
 def tables_of(title: str, seen: Launches | None, found: Profile | None, notes: Sequence[str] = ()) -> list[TextTable]:
     """The parts of a step and, where it was traced, its slowest operations."""
-    header = ["Part", "Launches", "ms", "Share"]
+    header = ["Part", "Launches", "ms", "Share, %"]
     lines = list(notes)
     if found is not None and found.busy is not None:
         lines.append(f"The GPU computed {100 * found.busy / found.seconds:.0f} % of the time.")
@@ -215,8 +215,8 @@ def table_of_parts(seen: Launches | None, found: Profile | None) -> list[tuple[s
         if not launched and not (found and found.parts[part] > 1e-6):
             continue
         spent = "-" if found is None else f"{1e3 * found.parts[part]:,.1f}"
-        share = "-" if found is None else f"{found.parts[part] / found.seconds:.0%}"
+        share = "-" if found is None else f"{100 * found.parts[part] / found.seconds:.0f}"
         rows.append((part, "-" if seen is None else f"{launched:,}", spent, share))
     total = "-" if found is None else f"{1e3 * found.seconds:,.1f}"
     launches = "-" if seen is None else f"{seen.total:,}"
-    return [*rows, ("step", launches, total, "-" if found is None else "100%")]
+    return [*rows, ("step", launches, total, "-" if found is None else "100")]

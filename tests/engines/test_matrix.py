@@ -18,6 +18,7 @@ from benchmarks.engines.cells import (
     Cell,
     Trained,
     cells,
+    option_cells,
     train,
 )
 from benchmarks.engines.oracle import TOLERANCES, differences, reference
@@ -41,6 +42,12 @@ BF16 = {"loss": 2e-3, "norm": 2e-2}
 
 def test_a_diagonal_of_the_matrix() -> None:
     assert matrix.misses(matrix.run(DIAGONAL)) == []
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_option(engine: str) -> None:
+    assert matrix.misses(matrix.run(option_cells(engine))) == []
 
 
 @pytest.mark.full
