@@ -1,31 +1,38 @@
 """Measure what a chain saves on real data: `python -m benchmarks.evidence run`.
 
 Runs the next pieces in order of worth and continues after a stop. Each piece is one training run on one core; two
-processes share the list. `plan` shows what is left. `report` writes tables and figures from the committed raw results.
+processes share the list. `plan` shows what is left, `speeds` times steps on an idle machine, `collect` writes the
+results of run folders again, and `report` writes tables and figures from the committed raw results.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 
 from benchmarks.common import one_line
-from benchmarks.evidence.pieces import pieces
+from benchmarks.evidence.pieces import Piece, arms, baselines_at, pieces, pieces_of
 from benchmarks.evidence.report import OUT, changed, write_report
-from benchmarks.evidence.run import is_done, measured_speeds, own_rates, planned_minutes, run
+from benchmarks.evidence.run import collect_again, is_done, run
+from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_speeds
+from benchmarks.evidence.study import Study
 from compt.text import TextTable, terminal
+
+CLAIMS = "abcdfgj"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run, plan, report or check."""
+    """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("run", "plan", "report"), help="what to do")
+    parser.add_argument("part", nargs="?", choices=("run", "plan", "speeds", "collect", "report"), help="what to do")
     parser.add_argument("--max-minutes", type=float, help="run: start no piece that would end later")
+    parser.add_argument("--claim", choices=tuple(CLAIMS), help="run, plan: only what this claim compares")
     parser.add_argument("--check", action="store_true", help="compare tables and figures with the raw results")
     given = parser.parse_args(argv)
     if (given.part is None) != given.check:
-        parser.error("name run, plan or report; or give --check alone")
+        parser.error("name run, plan, speeds, collect or report; or give --check alone")
     with one_line():
         if given.check:
             if names := changed():
@@ -33,25 +40,55 @@ def main(argv: Sequence[str] | None = None) -> None:
                     f"{OUT}: {', '.join(names)} differ from the raw results; run `python -m benchmarks.evidence report`"
                 )
         elif given.part == "run":
-            run(given.max_minutes, lambda text: print(text, flush=True), write_report)
+            say = functools.partial(print, flush=True)
+            run(lambda: planned(given.claim), given.max_minutes, say, write_report)
         elif given.part == "plan":
-            terminal().print(plan_table())
+            for table in plan_tables(given.claim):
+                terminal().print(table)
+        elif given.part == "collect":
+            collect_again(planned(), print)
+            write_report()
+        elif given.part == "speeds":
+            write_speeds(pairs(planned()))
         else:
             write_report()
 
 
-def plan_table() -> TextTable:
-    """Every piece that is left, with the minutes of one core that it takes."""
-    speeds = measured_speeds()
+def planned(claim: str | None = None) -> list[Piece]:
+    """The pieces, as the results so far determine rates and plateaus; only those of one claim if it is given."""
+    study = Study()
+    if claim:
+        return list(pieces_of([arms(baselines_at(study.rates))[claim]]))
+    return list(pieces(study.rates, study.plateaus()))
+
+
+def plan_tables(claim: str | None = None) -> list[TextTable]:
+    """Every piece that is left, and what each claim needs beyond the pieces before it, in minutes of an idle core."""
+    speeds = read_speeds()
     rows, total = [], 0.0
-    for piece in pieces(own_rates()):
+    for piece in planned(claim):
         if not is_done(piece):
-            minutes = planned_minutes(piece, speeds)
+            minutes = idle_minutes(piece, speeds)
             total += minutes
             rows.append([piece.name, f"{minutes:.1f}", f"{total / 60:.1f}"])
-    return TextTable(
-        f"{len(rows)} pieces are left: {total / 60:.1f} hours of one core", ("piece", "minutes", "hours so far"), rows
-    )
+    title = f"{len(rows)} pieces are left: {total / 60:.1f} hours of one idle core"
+    tables = [TextTable(title, ("piece", "minutes", "hours so far"), rows)]
+    if not claim:
+        tables.append(_claims_table())
+    return tables
+
+
+def _claims_table() -> TextTable:
+    study = Study()
+    compared = arms(baselines_at(study.rates))
+    before = {piece for piece in planned() if piece not in set(pieces_of(compared.values()))}
+    rows = []
+    for letter, found in compared.items():
+        own = [piece for piece in pieces_of([found]) if piece not in before and not is_done(piece)]
+        before.update(own)
+        rows.append([letter, str(len(own)), f"{sum(idle_minutes(piece, study.speeds) for piece in own):.0f}"])
+    title = "What is left of each claim, beyond the claims above it and what they share with the chain"
+    return TextTable(title, ("claim", "pieces", "minutes"), rows)
 
 
 if __name__ == "__main__":

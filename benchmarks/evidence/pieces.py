@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ from compt.recipe.schema import Recipe
 
 RECIPE = Path("benchmarks/evidence/icons.yaml")
 MEMBERS = ("a", "b", "c", "d")
+"""The family. Each member costs about three times its predecessor."""
+
+OTHER_FAMILIES = {3: ("a", "bc", "d"), 7: ("a", "ab", "b", "bc", "c", "cd", "d")}
+"""Families of 3 and 7 in the same range of costs, by their number of members."""
+
 SEEDS = (0, 1, 2)
 
 LENGTHS = (10, 20, 40, 80, 160)
@@ -27,18 +33,33 @@ RATED = LENGTHS[1]
 SELECT = "val_style"
 """The evaluation set by which lengths and rates are chosen."""
 
+LENGTH = LENGTHS[3]
+"""Epochs of the baselines that have all seeds, and of the first model of a chain."""
+
 LINKS = (5, 10, 20, 40)
-"""Epochs of the links."""
+"""Epochs of the links from a to b."""
+
+SHARES = (4, 5, 6)
+"""A chain's links train for these parts of the first model's length: lengths fall linearly along a chain."""
 
 LINK_LRS = (3e-3, 1e-3)
 """Peak rates of links: that of the baselines, and a lower one that spoils the expanded weights less."""
+
+ALPHAS = (0.0, 500.0, 2e3, 8e3, 32e3, 128e3)
+"""Weights of distillation. With the paper's 500, r = IFD / task is about 0.02 here; these span r from 0 to about 1."""
+
+ALPHA_SEEDS = SEEDS[:2]
+
+EQUAL_EPOCHS = 25
+"""Epochs of model d from scratch that cost the MACs of the whole chain from a to d."""
 
 
 @dataclass(frozen=True)
 class Piece:
     """One training run: a model from scratch, or as a link that grows from the model of another piece.
 
-    `alpha`: weight of distillation; None: the recipe's. `warmup` in steps.
+    `alpha`: weight of distillation; None: the recipe's. `warmup` in steps. Without `expanded`, a link starts from
+    random weights, and its teacher only distils.
     """
 
     model: str
@@ -48,6 +69,7 @@ class Piece:
     lr: float = BASELINE_LR
     warmup: int = 200
     alpha: float | None = None
+    expanded: bool = True
 
     @property
     def name(self) -> str:
@@ -58,7 +80,13 @@ class Piece:
         if self.teacher is None:
             return text
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
-        return f"{text}-w{self.warmup}{alpha}-from-{self.teacher.name}"
+        start = "" if self.expanded else "-random"
+        return f"{text}-w{self.warmup}{alpha}{start}-from-{self.teacher.name}"
+
+    @property
+    def chain(self) -> tuple[Piece, ...]:
+        """The models that it grows from, the smallest first, and itself."""
+        return (self,) if self.teacher is None else (*self.teacher.chain, self)
 
     def model_folder(self, runs: Path) -> Path:
         """The trained model."""
@@ -84,37 +112,59 @@ class Piece:
         return parse_recipe(values, f"{RECIPE} for {self.name}")
 
 
+def link_recipe(model: str, teacher: str | None, epochs: float = 1) -> Recipe:
+    """A recipe whose last job is `model` from scratch or as a link, to plan and time it without data or weights."""
+    values = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+    # A link needs its teacher's size, which the plan takes from the link before.
+    models = [model] if teacher is None else [teacher, model]
+    links = [{"model": name, "train": {"epochs": epochs}, "warmup": {"steps": 1}} for name in models]
+    return parse_recipe({**values, "chain": {**values["chain"], "links": links}, "baselines": None}, str(RECIPE))
+
+
+@functools.cache
 def macs_of(piece: Piece) -> float:
     """The MACs of its training, with the teacher's forward passes, without reading data or weights."""
-    base = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
-    # A link needs its teacher's size, which the plan takes from the link before.
-    models = [piece.model] if piece.teacher is None else [piece.teacher.model, piece.model]
-    base["chain"]["links"] = [
-        {"model": model, "train": {"epochs": piece.epochs}, "warmup": {"steps": 1}} for model in models
-    ]
-    plan = make_plan(parse_recipe({**base, "baselines": None}, "piece"))
-    job = plan.jobs[-1]
-    return plan.cost(job).total_macs
+    teaches = piece.teacher is not None and piece.alpha != 0
+    plan = make_plan(link_recipe(piece.model, piece.teacher.model if teaches and piece.teacher else None, piece.epochs))
+    return plan.cost(plan.jobs[-1]).total_macs
 
 
-def pieces(rates: Mapping[str, float]) -> Iterator[Piece]:
-    """All pieces; a teacher comes before its students, and no piece comes twice. `rates`: of baselines, by model."""
+Baseline = Callable[..., Piece]
+"""(model, epochs, seed=0) -> a model from scratch at its own rate."""
+
+
+def baselines_at(rates: Mapping[str, float]) -> Baseline:
+    """Baselines at the `rates` of their models; a model that is not named trains at BASELINE_LR."""
+    return lambda model, epochs, seed=0: Piece(model, epochs, seed, lr=rates.get(model, BASELINE_LR))
+
+
+def pieces(rates: Mapping[str, float], plateaus: Mapping[str, float | None] | None = None) -> Iterator[Piece]:
+    """All pieces; a teacher comes before its students, and no piece comes twice.
+
+    `rates`: of baselines, by model. `plateaus`: lengths of models whose plateau is known; there they get all seeds.
+    """
+    baseline = baselines_at(rates)
+    return _once(itertools.chain(_in_order(baseline, plateaus or {}), pieces_of(arms(baseline).values())))
+
+
+def pieces_of(claims: Iterable[Sequence[Arm]]) -> Iterator[Piece]:
+    """All that these claims compare: one seed after the other, in each of them claim by claim."""
+    claims = list(claims)
+    return _once(arm.pieces[seed] for seed in SEEDS for claim in claims for arm in claim if seed < len(arm.pieces))
+
+
+def _once(found: Iterable[Piece]) -> Iterator[Piece]:
+    """Each piece once, its teachers before it."""
     seen = set()
-    for piece in _in_order(lambda model, epochs, seed=0: Piece(model, epochs, seed, lr=rates.get(model, BASELINE_LR))):
-        for needed in (*_teachers(piece), piece):
+    for piece in found:
+        for needed in piece.chain:
             if needed.name not in seen:
                 seen.add(needed.name)
                 yield needed
 
 
-def _teachers(piece: Piece) -> list[Piece]:
-    if piece.teacher is None:
-        return []
-    return [*_teachers(piece.teacher), piece.teacher]
-
-
-def _in_order(baseline: Callable[..., Piece]) -> Iterator[Piece]:
-    short, plateau = LENGTHS[2], LENGTHS[3]
+def _in_order(baseline: Baseline, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
+    short = LENGTHS[2]
     # A first look, far from the plateau: a link of a quarter at two rates.
     yield from (baseline(model, LENGTHS[1]) for model in MEMBERS[:2])
     yield from _links(baseline("a", LENGTHS[1]), LINKS[:1])
@@ -126,15 +176,16 @@ def _in_order(baseline: Callable[..., Piece]) -> Iterator[Piece]:
     for model, lr in itertools.product(MEMBERS[:2], BASELINE_LRS):
         yield Piece(model, RATED, lr=lr)
     for model in MEMBERS[:2]:
-        yield baseline(model, plateau)
-    first = baseline("a", plateau)
+        yield baseline(model, LENGTH)
+    first = baseline("a", LENGTH)
     yield from _links(first, LINKS)
     # Whether that length is the plateau, and two more seeds of the smallest pair.
     for model in MEMBERS[:2]:
         yield baseline(model, LENGTHS[-1])
     for seed in SEEDS[1:]:
-        yield from (baseline(model, plateau, seed) for model in MEMBERS[:2])
-        yield from chain(baseline("a", plateau, seed), MEMBERS[:2])
+        yield from (baseline(model, LENGTH, seed) for model in MEMBERS[:2])
+        yield from chain(baseline("a", LENGTH, seed), MEMBERS[:2])
+    yield from _on_plateau(baseline, plateaus, MEMBERS[:2])
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=300)
     yield Piece("b", 10, 0, first, LINK_LRS[1], warmup=50, alpha=0.0)
@@ -145,18 +196,108 @@ def _in_order(baseline: Callable[..., Piece]) -> Iterator[Piece]:
         yield from (baseline(model, epochs) for epochs in LENGTHS)
         yield from chain(first, MEMBERS[:count])
         for seed in SEEDS[1:]:
-            yield baseline(model, plateau, seed)
-            yield from chain(baseline("a", plateau, seed), MEMBERS[:count])
+            yield baseline(model, LENGTH, seed)
+            yield from chain(baseline("a", LENGTH, seed), MEMBERS[:count])
+        yield from _on_plateau(baseline, plateaus, (model,))
+
+
+def _on_plateau(baseline: Baseline, plateaus: Mapping[str, float | None], models: Iterable[str]) -> Iterator[Piece]:
+    """All seeds on a plateau that was found at another length than LENGTH."""
+    for model in models:
+        if (epochs := plateaus.get(model)) is not None:
+            yield from (baseline(model, epochs, seed) for seed in SEEDS)
 
 
 def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
     for epochs, lr in itertools.product(lengths, LINK_LRS):
-        yield Piece("b", epochs, teacher.seed, teacher, lr, warmup=50)
+        yield link("b", epochs, teacher, lr=lr)
 
 
-def chain(first: Piece, members: Sequence[str], lr: float = LINK_LRS[1]) -> Iterator[Piece]:
-    """The links of a chain, of a quarter, a fifth and a sixth of the first model's length."""
+def link(model: str, epochs: float, teacher: Piece, *, lr: float = LINK_LRS[1], alpha: float | None = None) -> Piece:
+    """A link with a short warm-up, of its teacher's seed."""
+    return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50, alpha=alpha)
+
+
+def chain(first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES) -> Iterator[Piece]:
+    """The links of a chain. `shares` are those of the first model's length, one for each link."""
     model = first
-    for name, share in zip(members[1:], (4, 5, 6), strict=False):
-        model = Piece(name, round(first.epochs / share), first.seed, model, lr, warmup=50)
+    for name, share in zip(members[1:], shares, strict=False):
+        model = link(name, round(first.epochs / share), model)
         yield model
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train a model, with one piece for each seed: what a claim compares."""
+
+    name: str
+    pieces: tuple[Piece, ...]
+
+
+def family_arms(baseline: Baseline, members: Sequence[str], shares: Sequence[float] = SHARES) -> list[Arm]:
+    """The members of a chain, the smallest first."""
+    by_seed = [(first, *chain(first, members, shares)) for first in _firsts(baseline, members[0])]
+    return [Arm(" → ".join(members[: at + 1]), found) for at, found in enumerate(zip(*by_seed, strict=True))]
+
+
+def _firsts(baseline: Baseline, model: str) -> list[Piece]:
+    return [baseline(model, LENGTH, seed) for seed in SEEDS]
+
+
+def shares_of(count: int) -> list[float]:
+    """The shares of a chain of `count` members: as many steps as it has links, from the first of SHARES to the last."""
+    return [SHARES[0] + (SHARES[-1] - SHARES[0]) * at / (count - 2) for at in range(count - 1)]
+
+
+def arms(baseline: Baseline) -> dict[str, list[Arm]]:
+    """What each claim compares, by its letter in `benchmarks.evidence.claims`, in order of worth.
+
+    Baselines on their plateau are not among them: which length that is follows from the results.
+    """
+    firsts = _firsts(baseline, "a")
+    whole = family_arms(baseline, MEMBERS)
+    short_b = round(LENGTH / SHARES[0])
+    from_scratch = Arm("neither", tuple(baseline("b", short_b, seed) for seed in SEEDS))
+    return {
+        "a": [Arm(f"{epochs} epochs", tuple(link("b", epochs, first) for first in firsts)) for epochs in LINKS],
+        "f": [
+            whole[1],
+            Arm("IWI alone", tuple(link("b", short_b, first, alpha=0.0) for first in firsts)),
+            Arm(
+                "IFD alone",
+                # As a model from scratch: its rate and warm-up.
+                tuple(
+                    replace(plain, teacher=first, expanded=False)
+                    for plain, first in zip(from_scratch.pieces, firsts, strict=True)
+                ),
+            ),
+            from_scratch,
+        ],
+        "b": [family_arms(baseline, MEMBERS[at:], SHARES[at:])[-1] for at in (2, 1, 0)],
+        "j": [whole[-1], Arm("d from scratch", tuple(baseline("d", EQUAL_EPOCHS, seed) for seed in SEEDS))],
+        "c": [family_arms(baseline, members, shares_of(count))[-1] for count, members in sorted(families().items())],
+        # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
+        "d": [
+            Arm(
+                f"{whole[at].name} → {model}",
+                tuple(link(model, round(LENGTH / share), one) for one in whole[at].pieces),
+            )
+            for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))
+            for at in teachers
+        ],
+        "g": [
+            Arm(
+                f"alpha {alpha:g}",
+                tuple(
+                    link("b", short_b, first, alpha=None if alpha == ALPHAS[1] else alpha)
+                    for first in firsts[: len(ALPHA_SEEDS)]
+                ),
+            )
+            for alpha in ALPHAS
+        ],
+    }
+
+
+def families() -> dict[int, tuple[str, ...]]:
+    """The families by their number of members."""
+    return {len(MEMBERS): MEMBERS, **OTHER_FAMILIES}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,15 @@ from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
 from benchmarks.evidence.pieces import MEMBERS, RATED, SELECT, Piece, macs_of, pieces
+from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
+from compt.chain.run import prepare, run_jobs, running
 from compt.cli.main import app
 from compt.errors import RunError
 from compt.evaluate.encoder import load_arrays
 from compt.files import read_json, write_json, write_text
+from compt.recipe.schema import Recipe
+from compt.train.metrics import FILE, read_metrics
 
 RUNS = Path("runs/evidence")
 RAW = Path("docs/results/evidence/raw")
@@ -36,8 +40,8 @@ def is_done(piece: Piece, raw: Path = RAW) -> bool:
     return (raw / f"{piece.name}.json").exists()
 
 
-def run(max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
-    """Run the next pieces in order of worth, as long as the next one ends within `max_minutes` by its plan.
+def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
+    """Run the next of the `planned` pieces, as long as it ends within `max_minutes` by its plan.
 
     Calls `after` when results have been written.
 
@@ -49,9 +53,9 @@ def run(max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
     others: set[str] = set()
 
     def following() -> Iterator[Piece]:
-        return (piece for piece in pieces(own_rates()) if not is_done(piece) and piece.name not in others)
+        return (piece for piece in planned() if not is_done(piece) and piece.name not in others)
 
-    # Again after each piece: its results may change a model's rate, and with it the pieces.
+    # Again after each piece: its results may change a model's rate or plateau, and with it the pieces.
     while (piece := next(following(), None)) is not None:
         left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
         if left is not None and planned_minutes(piece, speeds) > left:
@@ -81,7 +85,25 @@ def train(piece: Piece) -> None:
     for item in values["evaluation"]["sets"]:
         item["data"] = _absolute(item["data"])
     write_text(path, yaml.safe_dump(values, sort_keys=False))
-    app(["chain", str(path), "--run-folder", str(RUNS / piece.name)], standalone_mode=False)
+    if piece.expanded:
+        app(["chain", str(path), "--run-folder", str(RUNS / piece.name)], standalone_mode=False)
+    else:
+        _train_from_random(recipe, RUNS / piece.name)
+
+
+class _FromRandom(JobRun):
+    """A link that starts from the weights of a model from scratch, so that its teacher only distils."""
+
+    def _initial(self) -> None:
+        return None
+
+
+def _train_from_random(recipe: Recipe, folder: Path) -> None:
+    # Recipes always expand a link, so a job of our own is run in place of theirs.
+    context, plan = prepare(recipe, folder, base=Path.cwd())
+    with running(folder):
+        run_jobs(context, plan, (), print)
+        _FromRandom(plan.jobs[0], context, print).run()
 
 
 def _absolute(pattern: Any) -> Any:
@@ -114,6 +136,7 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
     }
     np.savez_compressed(raw / f"{piece.name}.npz", **bits)
     recalls = (f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in (1, 5, 10))
+    r = [row["r"] for row in read_metrics(place / FILE, "train") if "r" in row]
     kept = ("top1", "top5", "mean_per_class", "n", *recalls)
     values = {
         "piece": piece.name,
@@ -124,6 +147,8 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "lr": piece.lr,
         "warmup": piece.warmup,
         "alpha": manifest["alpha"],
+        "expanded": piece.expanded,
+        "r": float(np.mean(r)) if r else None,
         "parameters": manifest["parameters"],
         "steps": manifest["steps"],
         "macs": manifest["cost"]["total_macs"],
@@ -138,6 +163,14 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
     write_json(raw / f"{piece.name}.json", rounded(values))
 
 
+def collect_again(planned: Iterable[Piece], say: Say) -> None:
+    """Write the results of all finished pieces whose run folder is still there: for those that an older code wrote."""
+    for piece in planned:
+        if read_manifest(RUNS / piece.name / "jobs" / f"1-{piece.model}")["state"] == "done":
+            collect(piece)
+            say(piece.name)
+
+
 def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
     """The results of all finished pieces, in order of worth; `correct` has an array of 0 and 1 for each set."""
     found = []
@@ -145,7 +178,8 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
     names = [piece.name for piece in pieces(own_rates(raw))]
     files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
     for path in files:
-        values = read_json(path)
+        # The first pieces were collected before there were links from random weights, and without r.
+        values = {"expanded": True, "r": None, **read_json(path)}
         bits = load_arrays(path.with_suffix(".npz"))
         values["correct"] = {name: np.unpackbits(bits[name])[: len(sets[name])] for name in bits}
         found.append(values)

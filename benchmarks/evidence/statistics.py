@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from compt.evaluate.stats import Verdict, verdict
+from compt.evaluate.stats import Direction, Verdict, direction, verdict
 
 MARGIN = 1.0
 """Points. A model is as good as its baseline if the whole interval of their difference lies above -MARGIN."""
@@ -38,6 +38,11 @@ class Difference:
         """As by the rules: "lossless" needs several seeds, and an interval that is narrower than the margin."""
         found = verdict(self.low, self.high, MARGIN)
         return found if found == "not lossless" or (self.seeds > 1 and self.half_width <= MARGIN) else "undecided"
+
+    @property
+    def direction(self) -> Direction:
+        """Whether the first is better or worse; as the verdict, it needs several seeds."""
+        return direction(self.low, self.high) if self.seeds > 1 else "undecided"
 
 
 def difference(own: ArrayLike, other: ArrayLike, concepts: ArrayLike) -> Difference:

@@ -10,13 +10,33 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.evidence import pieces as pieces_module
 from benchmarks.evidence import report, run
-from benchmarks.evidence.pieces import LENGTHS, MEMBERS, SELECT, Piece, macs_of, pieces
+from benchmarks.evidence.pieces import (
+    EQUAL_EPOCHS,
+    LENGTHS,
+    MEMBERS,
+    SEEDS,
+    SELECT,
+    Piece,
+    arms,
+    baselines_at,
+    families,
+    family_arms,
+    link,
+    macs_of,
+    pieces,
+    pieces_of,
+    shares_of,
+)
 from benchmarks.evidence.statistics import MARGIN, difference, quantile
+from benchmarks.evidence.study import FINGERPRINT, REPORT, UNSEEN, Study
 from compt.errors import RunError
 from compt.files import write_json
 from compt.plan.jobs import make_plan
+from compt.weights.artefact import read_artefact
 from tests.helpers.optional import optional
+from tests.helpers.shards import make_shards
 
 # Pieces
 
@@ -46,6 +66,60 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
     assert link.chain.from_ == str(tmp_path / "a-e40-s0" / "jobs" / "1-a" / "model")
     assert (link.seed, link.chain.links[0].lr, link.chain.links[0].alpha) == (1, 1e-3, 0.0)
     assert macs_of(Piece("b", 10, 0, teacher)) > macs_of(Piece("b", 10))
+
+
+def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
+    """A piece with another name is trained again."""
+    names = {piece.name for piece in pieces(run.own_rates(root / run.RAW))}
+    assert {path.stem for path in (root / run.RAW).glob("*.json")} <= names
+    assert Piece("b", 10, 0, Piece("a", 80), 1e-3, 300).name == "b-e10-s0-lr0.001-w300-from-a-e80-s0"
+    whole = family_arms(baselines_at({}), MEMBERS)[-1].pieces[2]
+    assert whole.name == "d-e13-s2-lr0.001-w50-from-c-e16-s2-lr0.001-w50-from-b-e20-s2-lr0.001-w50-from-a-e80-s2"
+
+
+def test_a_plateau_at_another_length_gets_all_seeds() -> None:
+    more = set(pieces({}, {"b": 160, "c": None})) - set(pieces({}))
+    assert more == {Piece("b", 160, seed) for seed in SEEDS[1:]}
+
+
+def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:
+    baseline = baselines_at({"b": 1e-3})
+    found = arms(baseline)
+    for claim in found.values():
+        for arm in claim:
+            assert [piece.seed for piece in arm.pieces] == list(SEEDS)[: len(arm.pieces)]
+            assert all(one.seed == piece.seed for piece in arm.pieces for one in piece.chain)
+    planned = list(pieces({"b": 1e-3}))
+    assert set(pieces_of(found.values())) <= set(planned)
+    both, weights, features, neither = (arm.pieces[1] for arm in found["f"])
+    assert {piece.epochs for piece in (both, weights, features, neither)} == {20}
+    assert (weights.alpha, weights.expanded, weights.lr) == (0.0, True, both.lr)
+    assert (features.alpha, features.expanded, features.lr, features.warmup) == (None, False, 1e-3, neither.warmup)
+    assert both == found["g"][1].pieces[1]
+    assert both in family_arms(baseline, MEMBERS)[1].pieces
+    assert {arm.pieces[0].epochs for arm in found["b"]} == {13}
+    assert [len(arm.pieces[0].chain) for arm in found["b"]] == [2, 3, 4]
+
+
+def test_families_of_other_sizes_have_equal_ratios(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    for count, low, high in ((3, 5.5, 6.5), (4, 2.7, 3.7), (7, 1.6, 2.05)):
+        macs = [macs_of(Piece(model, 1)) for model in families()[count]]
+        assert all(low < large / small < high for small, large in itertools.pairwise(macs))
+        chain = family_arms(baselines_at({}), families()[count], shares_of(count))[-1].pieces[0].chain
+        assert (len(chain), chain[1].epochs, chain[-1].epochs) == (count, 20, 13)
+
+
+def test_equal_compute_is_that_of_the_whole_chain(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    chain = family_arms(baselines_at({}), MEMBERS)[-1].pieces[0].chain
+    assert macs_of(Piece("d", EQUAL_EPOCHS)) == pytest.approx(sum(map(macs_of, chain)), rel=0.025)
+
+
+def test_a_link_without_distillation_costs_no_teacher(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    first = Piece("a", 80)
+    assert macs_of(link("b", 20, first, alpha=0.0)) == macs_of(Piece("b", 20)) < macs_of(link("b", 20, first))
 
 
 # Statistics
@@ -106,7 +180,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
     place = runs / piece.name / "jobs" / f"1-{piece.model}"
     (place / "scores").mkdir(parents=True)
     arrays = {"ids": np.arange(100), "labels": np.array(labels), "correct": np.arange(100) < top1}
-    names = (SELECT, report.REPORT, report.UNSEEN)
+    names = (SELECT, REPORT, UNSEEN)
     for name in names:
         np.savez(place / "scores" / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     manifest = {
@@ -124,6 +198,9 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
         "finished": "now",
     }
     write_json(place / "manifest.json", manifest)
+    if piece.teacher:
+        lines = [{"kind": "train", "step": step, "r": step / 100} for step in (1, 3)]
+        (place / "metrics.jsonl").write_text("\n".join([*map(json.dumps, lines), '{"kind": "eval", "step": 3}']))
     write_json(runs / piece.name / "run.json", {"data_fingerprint": "f"})
 
 
@@ -135,20 +212,21 @@ def test_results_are_collected_and_reported(tmp_path: Path) -> None:
         finished(runs, piece, top1, [*range(50), *range(50)])
         run.collect(piece, runs, raw)
         assert run.is_done(piece, raw)
-    study = report.Study(raw)
+    study = Study(raw)
     assert study.plateau("b") == 20
-    (link,) = study.links()
-    found = study.compare(link, study.baselines("b", 20))
+    (only,) = study.links()
+    assert (only[0]["r"], only[0]["expanded"]) == (0.02, True)
+    found = study.compare(only, study.baselines("b", 20))
     assert found is not None
     assert found.mean == pytest.approx(3.0)
-    assert study.as_good(link) is None
+    assert study.as_good(only) is None
     report.write_report(tmp_path, raw)
     assert report.changed(tmp_path, raw) == []
     text = (tmp_path / "tables.md").read_text()
     assert "20 (plateau)" in text
     path = raw / f"{teacher.name}.json"
     values: dict[str, Any] = json.loads(path.read_text())
-    values["scores"][report.REPORT]["top1"] = 21.0
+    values["scores"][REPORT]["top1"] = 21.0
     write_json(path, values)
     assert report.changed(tmp_path, raw) == ["tables.md", "lengths.svg"]
     finished(runs, Piece("a", 40), 20, [*range(100)])
@@ -156,9 +234,55 @@ def test_results_are_collected_and_reported(tmp_path: Path) -> None:
         run.collect(Piece("a", 40), runs, raw)
 
 
+TINY = """
+name: tiny
+data: {train: "data/train/*.tar", images: 96, captions: 2}
+family:
+  members: [{name: a, preset: vit_pico}, {name: b, preset: vit_nano, depth: 2, text_depth: 1}]
+chain: {links: [{model: a, train: {epochs: 1}, warmup: {steps: 1}}]}
+optimizer: {batch: 32, precision: fp32}
+engine: {device: cpu, workers: 0}
+evaluation:
+  validation: "data/train/*.tar"
+  primary: test_style
+  sets: [{name: val_style, data: "data/test/*.tar"}, {name: test_style, data: "data/test/*.tar"}]
+"""
+
+
+def test_a_link_may_start_from_random_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a learning rate of almost 0 a model stays what it was: a link is then far from its teacher's expansion."""
+    make_shards(tmp_path / "data" / "train", 96, 2, size=(32, 32))
+    make_shards(tmp_path / "data" / "test", 24, 1, classes=4, size=(32, 32))
+    (tmp_path / "data" / "test" / "classnames.txt").write_text("cat\ndog\nhouse\ntree\n")
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pieces_module, "RECIPE", Path("tiny.yaml"))
+    teacher = Piece("a", 1, warmup=1)
+    still = {name: Piece("b", 1, 0, teacher, 1e-30, 1, expanded=name == "expanded") for name in ("expanded", "random")}
+    scratch = Piece("b", 1, 0, None, 1e-30, 1)
+    folders = {}
+    for name, piece in {**still, "scratch": scratch}.items():
+        run.train(piece)
+        run.collect(piece)
+        run.train(piece)  # it is finished: nothing is trained again
+        folders[name] = read_artefact(piece.model_folder(run.RUNS))
+    key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
+    random, expanded, drawn = (np.asarray(folders[name].state[key]) for name in ("random", "expanded", "scratch"))
+    assert np.abs(random - drawn).max() < 1e-6
+    assert np.abs(expanded - drawn).max() > 1e-3
+    found = {item["piece"]: item for item in run.read_raw()}
+    assert found[still["random"].name]["r"] > 0
+    assert (found[still["random"].name]["expanded"], found[scratch.name]["r"]) == (False, None)
+    before = (run.RAW / f"{scratch.name}.npz").read_bytes()
+    (run.RAW / f"{scratch.name}.json").unlink()
+    run.collect_again([*still.values(), scratch, Piece("b", 2)], lambda text: None)
+    assert {item["piece"]: item for item in run.read_raw()}.keys() == found.keys()
+    assert (run.RAW / f"{scratch.name}.npz").read_bytes() == before
+
+
 def test_the_committed_report_is_that_of_the_raw_results(root: Path) -> None:
     if not (root / run.RAW).exists():
         pytest.skip("no piece has been measured yet")
     optional("matplotlib", "dev")
     assert report.changed(root / report.OUT, root / run.RAW) == []
-    assert {values["data_fingerprint"] for values in report.Study(root / run.RAW).all} == {report.FINGERPRINT}
+    assert {values["data_fingerprint"] for values in Study(root / run.RAW).all} == {FINGERPRINT}

@@ -1,0 +1,265 @@
+"""The paper's claims: what the measured pieces say about each, by rules that do not depend on the numbers.
+
+A claim has several comparisons. It *holds* if all of them show it, *does not hold* if one shows the opposite, is *not
+measured* if none could be made, and is *undecided* otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from benchmarks.common import number
+from benchmarks.evidence.pieces import (
+    LENGTH,
+    MEMBERS,
+    Arm,
+    Piece,
+    arms,
+    baselines_at,
+    families,
+    family_arms,
+    macs_of,
+    shares_of,
+)
+from benchmarks.evidence.statistics import Difference
+from benchmarks.evidence.study import REPORT, UNSEEN, Study, interval, mean_r
+from compt.text import TextTable
+
+Answer = Literal["yes", "no", "open", "missing"]
+"""Whether a comparison shows its part of a claim, the opposite, neither, or is not there."""
+
+Outcome = Literal["holds", "does not hold", "undecided", "not measured"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One comparison of a claim. `what` says what would have to be true, in a few words."""
+
+    what: str
+    answer: Answer
+    found: Difference | None = None
+
+    @property
+    def words(self) -> str:
+        said = {"yes": "", "no": "no", "open": "undecided", "missing": "not measured"}[self.answer]
+        shown = interval(self.found) if self.found else ""
+        return f"{self.what}: {', '.join(filter(None, (shown, said))) or 'yes'}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim with the comparisons that decide it, and its table."""
+
+    letter: str
+    text: str
+    parts: Sequence[Part]
+    table: TextTable
+    remark: str = ""
+
+    @property
+    def outcome(self) -> Outcome:
+        return outcome([part.answer for part in self.parts])
+
+    @property
+    def sentence(self) -> str:
+        """The claim, what became of it, and the differences in points that say so."""
+        details = "; ".join(part.words for part in self.parts)
+        return f"({self.letter}) {self.text}: **{self.outcome}**. {details}.{' ' * bool(self.remark)}{self.remark}"
+
+
+def outcome(answers: Sequence[Answer]) -> Outcome:
+    """What a claim's comparisons say together."""
+    if all(answer == "missing" for answer in answers):
+        return "not measured"
+    if "no" in answers:
+        return "does not hold"
+    return "holds" if all(answer == "yes" for answer in answers) else "undecided"
+
+
+def as_good(what: str, found: Difference | None) -> Part:
+    """The first is as good as the second: the whole interval lies above the margin."""
+    if found is None:
+        return Part(what, "missing")
+    answers: dict[str, Answer] = {"lossless": "yes", "not lossless": "no", "undecided": "open"}
+    return Part(what, answers[found.verdict], found)
+
+
+def better(what: str, found: Difference | None) -> Part:
+    """The first is better than the second: the whole interval lies above 0."""
+    if found is None:
+        return Part(what, "missing")
+    answers: dict[str, Answer] = {"better": "yes", "worse": "no", "undecided": "open"}
+    return Part(what, answers[found.direction], found)
+
+
+def rising(what: str, values: Sequence[float | None]) -> Part:
+    """Each value is larger than the one before. These are costs, which are known exactly."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return Part(what, "missing")
+    shown = f"{what} ({', '.join(f'{value:.2f}' for value in known)})"
+    return Part(shown, "yes" if all(a < b for a, b in itertools.pairwise(known)) else "no")
+
+
+def claims(study: Study) -> list[Claim]:
+    """All claims, in the order of their letters."""
+    made: dict[str, Callable[[Study, list[Arm]], Claim]] = {
+        "a": _lossless,
+        "b": _prepending,
+        "c": _members,
+        "d": _ratios,
+        "f": _initialization_and_distillation,
+        "g": _weight_of_distillation,
+        "j": _instead,
+    }
+    found = arms(baselines_at(study.rates))
+    return [make(study, found[letter]) for letter, make in made.items()]
+
+
+def _lossless(study: Study, lengths: list[Arm]) -> Claim:
+    links = family_arms(baselines_at(study.rates), MEMBERS)[1:]
+    parts = []
+    for arm in links:
+        model = arm.pieces[0].model
+        known = study.plateau(model) is not None
+        found = study.compare(study.find(arm.pieces), study.reference(model)) if known else None
+        parts.append(as_good(arm.name, found))
+    table = _table(study, "(a) Links from a to b by length", lengths, "b")
+    return Claim("a", "Every member of the chain is as good as its baseline on the plateau", parts, table)
+
+
+def _prepending(study: Study, chains: list[Arm]) -> Claim:
+    alone = study.reference("d") if study.plateau("d") else []
+    parts = [
+        as_good(f"{arm_name(arm)} is as good as d alone", study.compare(study.find(arm.pieces), alone))
+        for arm in chains
+    ]
+    costs = [alone[0]["macs"] if alone else None, *(_whole_cost(study, arm) for arm in chains)]
+    savings = [None if cost is None or costs[0] is None else costs[0] / cost for cost in costs]
+    parts.append(rising("each further model makes the whole chain cheaper, d alone over chain", savings))
+    table = _table(study, "(b) Model d at the end of chains that begin at c, b and a", chains, "d")
+    return Claim("b", "Prepending smaller models lowers the cost of the largest", parts, table)
+
+
+def _members(study: Study, chains: list[Arm]) -> Claim:
+    counts = sorted(families())
+    fewest = study.find(chains[0].pieces)
+    parts = [
+        as_good(
+            f"d after {count} members is as good as after {counts[0]}", study.compare(study.find(arm.pieces), fewest)
+        )
+        for count, arm in zip(counts[1:], chains[1:], strict=True)
+    ]
+    savings = [
+        _planned_saving(count) if study.find(arm.pieces) else None for count, arm in zip(counts, chains, strict=True)
+    ]
+    parts.append(rising("family acceleration in MACs with 3, 4 and 7 members", savings))
+    remark = (
+        f"Costs are planned, with baselines of {LENGTH} epochs for all members: those of ab, bc and cd were not "
+        "trained, so whether these members are lossless is not known."
+    )
+    table = _table(study, "(c) Model d at the end of chains of 3, 4 and 7 members", chains, "d")
+    return Claim("c", "More members in the same range make the family cheaper", parts, table, remark)
+
+
+def _planned_saving(count: int) -> float:
+    members = families()[count]
+    chain = family_arms(baselines_at({}), members, shares_of(count))[-1].pieces[0].chain
+    return sum(macs_of(Piece(model, LENGTH)) for model in members) / sum(map(macs_of, chain))
+
+
+def _ratios(study: Study, links: list[Arm]) -> Claim:
+    parts = []
+    for student in ("c", "d"):
+        near, *far = (arm for arm in links if arm.pieces[0].model == student)
+        for arm in far:
+            found = study.compare(study.find(near.pieces), study.find(arm.pieces))
+            parts.append(better(f"{near.name} is better than {arm.name}", found))
+    table = _table(study, "(d) The same student, after the same steps, from teachers of different sizes", links)
+    return Claim("d", "A smaller expansion ratio gives a better student at equal length", parts, table)
+
+
+def _initialization_and_distillation(study: Study, ways: list[Arm]) -> Claim:
+    both, weights, features, neither = (study.find(arm.pieces) for arm in ways)
+    parts = [
+        better("IWI alone is better than neither", study.compare(weights, neither)),
+        better("IFD alone is better than neither", study.compare(features, neither)),
+        better("both are better than IWI alone", study.compare(both, weights)),
+        better("both are better than IFD alone", study.compare(both, features)),
+    ]
+    named = [Arm("both", ways[0].pieces), *ways[1:]]
+    table = _table(study, "(f) Model b after 20 epochs: with IWI and IFD, with one, with neither", named, "b")
+    return Claim("f", "IWI and IFD each help, and help together", parts, table)
+
+
+def _weight_of_distillation(study: Study, weights: list[Arm]) -> Claim:
+    found = {arm.name: study.find(arm.pieces) for arm in weights}
+    without, *others = found.values()
+    measured = [(r, items) for items in others if (r := mean_r(items)) is not None]
+    text = "An alpha that gives r of about 0.1 is best"
+    table = _table(study, "(g) Model b after 20 epochs by weight of distillation", weights, "b")
+    if len(measured) < 2 or not without:
+        return Claim("g", text, [Part("alphas", "missing")], table)
+    best_r, best = min(measured, key=lambda one: abs(np.log(one[0] / 0.1)))
+    largest_r, largest = max(measured, key=lambda one: one[0])
+    parts = [better(f"r {best_r:.2g} is better than none", study.compare(best, without))]
+    if largest is not best:
+        what = f"r {best_r:.2g} is better than r {largest_r:.2g}"
+        parts.append(better(what, study.compare(best, largest)))
+    return Claim("g", text, parts, table)
+
+
+def _instead(study: Study, ways: list[Arm]) -> Claim:
+    chain, alone = (study.find(arm.pieces) for arm in ways)
+    parts = [better("d of the chain is better than d alone for as many MACs", study.compare(chain, alone))]
+    remark = (
+        "Classical distillation from large to small is not measured: recipes grow a student from a smaller teacher."
+    )
+    table = _table(study, "(j) Model d for the MACs of the whole chain", ways)
+    return Claim("j", "A chain is the best use of its compute for the largest model", parts, table, remark)
+
+
+def arm_name(arm: Arm) -> str:
+    """The chain that the arm's model ends: `b → c → d`."""
+    return " → ".join(piece.model for piece in arm.pieces[0].chain)
+
+
+def _whole_cost(study: Study, arm: Arm) -> float | None:
+    """MACs of the arm's model with all that it grows from; None if one of them is missing."""
+    for piece in arm.pieces:
+        found = study.find(piece.chain)
+        if len(found) == len(piece.chain):
+            return float(sum(item["macs"] for item in found))
+    return None
+
+
+def _table(study: Study, title: str, compared: Iterable[Arm], model: str | None = None) -> TextTable:
+    """A row for each arm; with `model`, also the difference to its baseline."""
+    baseline = study.reference(model) if model else []
+    rows = []
+    for arm in compared:
+        items = study.find(arm.pieces)
+        cost = _whole_cost(study, arm)
+        cells = [
+            f"{arm.pieces[0].epochs:g}",
+            str(len(items)),
+            number(mean_r(items), 3),
+            number(study.accuracy(items, REPORT), 2),
+            number(study.accuracy(items, UNSEEN), 2),
+            "-" if not items else f"{items[0]['macs'] / 1e12:.2f}",
+            "-" if cost is None else f"{cost / 1e12:.2f}",
+        ]
+        if model:
+            cells.append(interval(study.compare(items, baseline)))
+        rows.append([arm.name if items else f"{arm.name} (missing)", *cells])
+    header = ["", "epochs", "seeds", "r = IFD / task", "test sets, %", "unseen concepts, %", "MACs, T"]
+    header += ["MACs with its teachers, T"]
+    if model:
+        length = f" of {baseline[0]['epochs']:g} epochs" if baseline else ""
+        header.append(f"points against the baseline{length} [95 %]")
+    return TextTable(title=title, header=header, rows=rows)

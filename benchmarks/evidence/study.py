@@ -1,0 +1,148 @@
+"""The finished pieces of the evidence study, and what follows from them alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.pieces import BASELINE_LR, LENGTHS, MEMBERS, SEEDS, SELECT, Piece
+from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
+from benchmarks.evidence.speeds import SPEEDS, read_speeds
+from benchmarks.evidence.statistics import Difference, difference
+from compt.evaluate.encoder import load_arrays
+
+REPORT, UNSEEN = "test_style", "unseen_concepts"
+"""The evaluation sets of results: test sets, and concepts that training never shows."""
+
+FINGERPRINT = "8aad55b4c9c38d75e168469b1891012ee49bc9683342325b5e3d66e2e7ffdfce"
+"""Of the training shards of `compt data icons`: with others, no result can be compared."""
+
+PLATEAU_GAIN = 1.0
+"""Points. A baseline is on its plateau if twice its length gains less, on the validation sets."""
+
+Record = dict[str, Any]
+
+
+class Study:
+    """The finished pieces, and what follows from them."""
+
+    def __init__(self, raw: Path = RAW) -> None:
+        self.all = read_raw(raw)
+        self.by_name = {item["piece"]: item for item in self.all}
+        self.labels = load_arrays(raw / SETS) if self.all else {}
+        self.rates = {**dict.fromkeys(MEMBERS, BASELINE_LR), **own_rates(raw)}
+        self.speeds = read_speeds(raw.parent / SPEEDS.name)
+
+    def find(self, pieces: Iterable[Piece]) -> list[Record]:
+        """The records of those that are finished."""
+        return [self.by_name[piece.name] for piece in pieces if piece.name in self.by_name]
+
+    def baselines(self, model: str, epochs: float | None = None) -> list[Record]:
+        """The model from scratch at its own rate, by length and seed."""
+        return [
+            item
+            for item in self.all
+            if (item["model"], item["teacher"], item["lr"]) == (model, None, self.rates.get(model))
+            and epochs in (None, item["epochs"])
+        ]
+
+    def links(self) -> list[list[Record]]:
+        """Links, those that differ only by their seed together."""
+        groups: dict[tuple[Any, ...], list[Record]] = {}
+        for item in self.all:
+            if item["teacher"]:
+                key = (
+                    item["model"],
+                    item["epochs"],
+                    item["lr"],
+                    item["warmup"],
+                    item["alpha"],
+                    item["expanded"],
+                    seedless(item["teacher"]),
+                )
+                groups.setdefault(key, []).append(item)
+        return list(groups.values())
+
+    def accuracy(self, items: Iterable[Record], name: str) -> float | None:
+        """Mean top-1 in percent."""
+        found = [item["scores"][name]["top1"] for item in items]
+        return float(np.mean(found)) if found else None
+
+    def plateau(self, model: str) -> float | None:
+        """The shortest length after which doubling gains less than PLATEAU_GAIN points; None if it is not known yet."""
+        for short, long in itertools.pairwise(LENGTHS):
+            ends = [self.accuracy(self.baselines(model, epochs), SELECT) for epochs in (short, long)]
+            if ends[0] is not None and ends[1] is not None and ends[1] - ends[0] < PLATEAU_GAIN:
+                return short
+        return None
+
+    def plateaus(self) -> dict[str, float | None]:
+        """The plateau of each member of the family."""
+        return {model: self.plateau(model) for model in MEMBERS}
+
+    def reference(self, model: str) -> list[Record]:
+        """The baselines on the model's plateau; before it is known, the longest that there are."""
+        epochs = self.plateau(model) or max((item["epochs"] for item in self.baselines(model)), default=None)
+        return [] if epochs is None else self.baselines(model, epochs)
+
+    def seconds(self, item: Record) -> float | None:
+        """Seconds of its training on an idle core: steps x measured seconds of a step; None before speeds are there."""
+        teacher = item["teacher"].partition("-")[0] if item["teacher"] and item["alpha"] else None
+        step = self.speeds.get((item["model"], teacher))
+        return None if step is None else item["steps"] * step
+
+    def compare(self, own: list[Record], others: list[Record], name: str = REPORT) -> Difference | None:
+        """own - others over the seeds that both have; None without one."""
+        by_seed = {item["seed"]: item for item in others}
+        pairs = [
+            (item["correct"][name], by_seed[item["seed"]]["correct"][name]) for item in own if item["seed"] in by_seed
+        ]
+        if not pairs:
+            return None
+        return difference([one for one, _ in pairs], [other for _, other in pairs], self.labels[name])
+
+    def as_good(self, items: list[Record]) -> Record | None:
+        """The shortest baseline of the same model that is at least as accurate on the validation sets.
+
+        None where no baseline is, or where the next shorter one was not measured: it may be as good too. Lengths go in
+        factors of two, so a baseline of a length between them may be as good, at up to half the cost.
+        """
+        wanted = self.accuracy(items, SELECT) or 0.0
+        for epochs in LENGTHS:
+            found = self.baselines(items[0]["model"], epochs)
+            if not found:
+                return None
+            if (self.accuracy(found, SELECT) or 0.0) >= wanted:
+                return found[0]
+        return None
+
+
+def seedless(name: str) -> str:
+    for seed in SEEDS:
+        name = name.replace(f"-s{seed}", "")
+    return name
+
+
+def interval(found: Difference | None) -> str:
+    """A difference in points with its interval."""
+    return "-" if found is None else f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def times(cost: float | None, other: float | None) -> str:
+    """How many times `other` the first cost is."""
+    return "-" if cost is None or other is None else f"{cost / other:.2f}"
+
+
+def minutes(seconds: float | None) -> str:
+    """Seconds as minutes."""
+    return "-" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def mean_r(items: Iterable[Record]) -> float | None:
+    """The mean of r = IFD / task over seeds, of means over the training."""
+    found = [item["r"] for item in items if item["r"] is not None]
+    return float(np.mean(found)) if found else None
