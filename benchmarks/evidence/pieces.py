@@ -42,6 +42,10 @@ LINKS = (5, 10, 20, 40)
 SHARES = (4, 5, 6)
 """A chain's links train for these parts of the first model's length: lengths fall linearly along a chain."""
 
+LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
+"""The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
+paper. So a family of 7 saves more than one of 3, if its last model is as good all the same."""
+
 LINK_LRS = (3e-3, 1e-3)
 """Peak rates of links: that of the baselines, and a lower one that spoils the expanded weights less."""
 
@@ -245,8 +249,9 @@ def _firsts(baseline: Baseline, model: str) -> list[Piece]:
 
 
 def shares_of(count: int) -> list[float]:
-    """The shares of a chain of `count` members: as many steps as it has links, from the first of SHARES to the last."""
-    return [SHARES[0] + (SHARES[-1] - SHARES[0]) * at / (count - 2) for at in range(count - 1)]
+    """The shares of a chain of `count` members: in equal steps from the first of SHARES to that of LAST_SHARES."""
+    first, last = SHARES[0], LAST_SHARES[count]
+    return [first + (last - first) * at / (count - 2) for at in range(count - 1)]
 
 
 def arms(baseline: Baseline) -> dict[str, list[Arm]]:

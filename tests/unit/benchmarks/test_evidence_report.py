@@ -1,0 +1,372 @@
+"""Tables, verdicts and claims of the evidence study, with made-up results."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.evidence import claims as claims_module
+from benchmarks.evidence import family, report, speeds
+from benchmarks.evidence.claims import Answer, Claim, as_good, better, outcome, rising
+from benchmarks.evidence.pieces import (
+    LENGTHS,
+    MEMBERS,
+    RECIPE,
+    SELECT,
+    Arm,
+    Piece,
+    arms,
+    baselines_at,
+    family_arms,
+    link,
+    macs_of,
+    pieces,
+)
+from benchmarks.evidence.run import SETS
+from benchmarks.evidence.statistics import Difference
+from benchmarks.evidence.study import REPORT, UNSEEN, Study, mean_r
+from compt.bench.step import Setup
+from compt.errors import RunError
+from compt.files import read_json, write_json
+from compt.plan.jobs import make_plan
+from compt.recipe.read import load_recipe
+from compt.text import TextTable
+
+IMAGES = 4000
+"""Each of a concept of its own: a difference of 1 point has a half-width of about 0.3."""
+BASELINE = baselines_at({})
+
+
+@pytest.fixture
+def raw(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(root)
+    folder = tmp_path / "raw"
+    folder.mkdir()
+    labels: dict[str, Any] = dict.fromkeys((SELECT, REPORT, UNSEEN), np.arange(IMAGES, dtype=np.uint16))
+    np.savez(folder / SETS, **labels)
+    return folder
+
+
+def put(raw: Path, piece: Piece, top1: float, r: float | None = None) -> None:
+    """Results of a piece with `top1` percent of its images correct: the first ones, and seeds move by 0.05 points."""
+    top1 += 0.05 * piece.seed * (piece.teacher is not None)
+    correct = np.arange(IMAGES) < round(top1 / 100 * IMAGES)
+    sets = (SELECT, REPORT, UNSEEN)
+    bits: dict[str, Any] = {name: np.packbits(correct) for name in sets}
+    np.savez(raw / f"{piece.name}.npz", **bits)
+    values = {
+        "piece": piece.name,
+        "model": piece.model,
+        "epochs": piece.epochs,
+        "seed": piece.seed,
+        "teacher": piece.teacher.name if piece.teacher else None,
+        "lr": piece.lr,
+        "warmup": piece.warmup,
+        "alpha": 0.0 if piece.teacher is None else 500.0 if piece.alpha is None else piece.alpha,
+        "expanded": piece.expanded,
+        "r": r,
+        "steps": round(99 * piece.epochs),
+        "macs": macs_of(piece),
+        "scores": {name: {"top1": 100 * float(correct.mean()), "n": IMAGES} for name in sets},
+    }
+    write_json(raw / f"{piece.name}.json", values)
+
+
+def put_arm(raw: Path, arm: Arm, top1: float, r: float | None = None, seeds: int = 3) -> None:
+    for piece in arm.pieces[:seeds]:
+        put(raw, piece, top1, r)
+
+
+def put_plateau(raw: Path, models: Iterable[str] = MEMBERS, top1: float = 30.0) -> None:
+    """Baselines whose plateau is at 80 epochs, with three seeds there; 40 epochs are 3 points below."""
+    for model, (epochs, below) in itertools.product(models, zip(LENGTHS, (15, 8, 3, 0, -0.5), strict=True)):
+        for seed in range(3 if epochs == 80 else 1):
+            put(raw, BASELINE(model, epochs, seed), top1 - below)
+
+
+def cells(table: TextTable, row: int) -> dict[str, str]:
+    return dict(zip(table.header, table.rows[row], strict=True))
+
+
+# The family
+
+
+def test_each_member_has_its_verdict(raw: Path) -> None:
+    put_plateau(raw, "abc")
+    _, b, c, d = family_arms(BASELINE, MEMBERS)
+    put_arm(raw, b, 30.2)
+    put_arm(raw, c, 27.0)
+    put_arm(raw, d, 33.0, seeds=1)
+    put(raw, BASELINE("d", 80), 33.0)
+    quality, costs = family.family_tables(Study(raw))
+    rows = [cells(quality, at) for at in range(4)]
+    assert [row["margin 1"] for row in rows] == ["is the baseline", "lossless", "not lossless", "no plateau yet"]
+    assert [row["mean above -0.5"] for row in rows] == ["-", "yes", "no", "yes"]
+    assert [row["seeds"] for row in rows] == ["3", "3", "3", "1"]
+    assert rows[1]["points against it [95 %]"].startswith("+0.25 [")
+    assert rows[2]["unseen concepts [95 %]"].startswith("-2.95 [")
+    # MACs: each alone, and the sum of baselines over that of the chain.
+    alone = [macs_of(Piece(model, 80)) for model in MEMBERS]
+    paid = [macs_of(piece) for piece in d.pieces[0].chain]
+    assert [row[2] for row in costs.rows] == [f"{one / other:.2f}" for one, other in zip(alone, paid, strict=True)]
+    assert [row[3] for row in costs.rows] == [f"{sum(alone[:n]) / sum(paid[:n]):.2f}" for n in (1, 2, 3, 4)]
+    # c is as good as a baseline of 40 epochs at 27.0, and b needs all 160; that of d is not known: 40 is not measured.
+    assert [row[6] for row in costs.rows] == ["80", "160", "80", "-"]
+    assert costs.rows[3][7:] == ["-"] * 4
+    assert {cell for row in costs.rows for cell in row[4:6]} == {"-"}, "no speeds yet"
+
+
+def test_one_seed_is_undecided_and_missing_members_end_the_sums(raw: Path) -> None:
+    put_plateau(raw)
+    _, b, c, d = family_arms(BASELINE, MEMBERS)
+    put_arm(raw, b, 29.0)
+    put_arm(raw, d, 30.0, seeds=1)
+    quality, costs = family.family_tables(Study(raw))
+    assert [row[6] for row in quality.rows] == ["is the baseline", "undecided", "missing", "undecided"]
+    assert [row[3] == "-" for row in costs.rows] == [False, False, True, True]
+    assert costs.rows[3][2] != "-", "alone it saves what it saves"
+    put_arm(raw, c, 30.0)
+    assert all(row[3] != "-" for row in family.family_tables(Study(raw))[1].rows)
+
+
+def test_a_shorter_plateau_is_the_baseline(raw: Path) -> None:
+    """The first model of the chain has then trained for longer than its baseline."""
+    put_plateau(raw, "a")
+    put(raw, BASELINE("a", 40), 29.8)
+    quality, costs = family.family_tables(Study(raw))
+    assert (cells(quality, 0)["baseline's epochs"], quality.rows[0][6]) == ("40", "undecided")
+    assert costs.rows[0][2] == "0.50"
+
+
+def test_without_results_all_is_missing(raw: Path) -> None:
+    (raw / SETS).unlink()
+    study = Study(raw)
+    assert [row[6] for row in family.family_tables(study)[0].rows] == ["missing"] * 4
+    assert {claim.outcome for claim in claims_module.claims(study)} == {"not measured"}
+    assert set(report.files(study)) == {"tables.md", "lengths.svg", "links.svg"}
+
+
+def test_the_curve_has_all_measured_lengths(raw: Path) -> None:
+    put_plateau(raw, "ab")
+    for epochs, top1 in ((5, 20.0), (20, 29.0), (40, 30.5)):
+        put(raw, link("b", epochs, BASELINE("a", 80)), top1)
+    put(raw, link("b", 20, BASELINE("a", 80, 1)), 29.0)
+    put(raw, link("b", 10, BASELINE("a", 40)), 25.0)  # of another teacher
+    study = Study(raw)
+    found = family.lengths_of_links(study, 1e-3)
+    assert [(epochs, one.seeds, round(one.mean, 1)) for epochs, one in found] == [
+        (5, 1, -10.0),
+        (20, 2, -1.0),
+        (40, 1, 0.5),
+    ]
+    assert family.lengths_of_links(study, 3e-3) == []
+
+
+# Device time
+
+
+def test_device_times_are_steps_times_measured_seconds(raw: Path) -> None:
+    put_plateau(raw, "ab")
+    _, b, *_ = family_arms(BASELINE, MEMBERS)
+    put_arm(raw, b, 30.0)
+    put(raw, link("b", 20, BASELINE("a", 80), alpha=0.0), 30.0)
+    timed = (("a", None, 0.03), ("b", None, 0.08), ("b", "a", 0.1))
+    steps = [{"model": model, "teacher": teacher, "seconds": seconds} for model, teacher, seconds in timed]
+    write_json(raw.parent / "speeds.json", {"steps": steps})
+    study = Study(raw)
+    costs = family.family_tables(study)[1]
+    assert costs.rows[1][4:6] == [f"{80 * 0.08 / (20 * 0.1):.2f}", f"{80 * 0.11 / (80 * 0.03 + 20 * 0.1):.2f}"]
+    plain = study.by_name["b-e20-s0-lr0.001-w50-alpha0-from-a-e80-s0"]
+    assert study.seconds(plain) == pytest.approx(20 * 99 * 0.08), "its teacher takes no part"
+    assert study.seconds({**plain, "model": "c"}) is None
+    rows = [cells(report.baseline_table(study), at) for at in range(4)]
+    assert rows[3]["minutes (steps x measured seconds)"] == f"{80 * 99 * 0.03 / 60:.1f}"
+    assert "4.00" in report.link_table(study).rows[0] or "3.20" in report.link_table(study).rows[0]
+
+
+def test_plans_use_measured_seconds_where_there_are_any(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(root)
+    piece = link("b", 20, Piece("a", 80))
+    assert speeds.idle_minutes(piece, {("b", "a"): 0.1}) == pytest.approx(20 * 99 * 0.1 / 60)
+    rough = speeds.idle_minutes(piece, {("b", None): 0.1})
+    assert rough == pytest.approx(macs_of(piece) / macs_of(Piece("b", 20)) * 20 * 99 * 128 / 1700 / 60)
+
+
+def test_all_pairs_are_timed_as_chains_run_them(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each round times every pair; the setups are those of the recipe's own jobs, as for --estimate."""
+    monkeypatch.chdir(root)
+    wanted = speeds.pairs(pieces({}))
+    assert {("a", None), ("d", None), ("cd", None), ("b", "a"), ("c", "b"), ("d", "c"), ("d", "a")} <= set(wanted)
+    order: list[Setup] = []
+
+    class Step:
+        def __init__(self, setup: Setup, device: object) -> None:
+            self.setup = setup
+
+        def data(self, batch: int) -> int:
+            return batch
+
+        def seconds(self, data: int, seconds: float) -> list[float]:
+            order.append(self.setup)
+            assert data == 128
+            return [1.0, 9.0, float(len(order))]
+
+    monkeypatch.setattr(speeds, "TrainingStep", Step)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    found = speeds.measure([("a", None), ("b", "a")], rounds=3)
+    plan = make_plan(load_recipe(RECIPE, []))
+    jobs = [Setup.of_job(job, plan.recipe, Path()) for job in plan.jobs[:2]]
+    assert order == 3 * jobs
+    assert found[1] == {"model": "b", "teacher": "a", "seconds": 4.0, "low": 2.0, "high": 6.0}
+
+    out = tmp_path / "speeds.json"
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0, 0))
+    with pytest.raises(RunError, match=r"load average is 1\.5"):
+        speeds.write_speeds([("a", None)], out)
+    assert speeds.read_speeds(out) == {}
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0, 0))
+    speeds.write_speeds([("a", None)], out)
+    assert speeds.read_speeds(out).keys() == {("a", None)}
+    about = read_json(out)
+    assert (about["threads"], about["load_average"], about["batch"]) == (1, 0.1, 128)
+    assert about["versions"]["torch"]
+
+
+# Claims
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted"),
+    [
+        (["yes", "yes"], "holds"),
+        (["yes", "open"], "undecided"),
+        (["yes", "missing"], "undecided"),
+        (["open", "missing"], "undecided"),
+        (["missing", "missing"], "not measured"),
+        (["yes", "no"], "does not hold"),
+        (["missing", "no"], "does not hold"),
+    ],
+)
+def test_parts_decide_a_claim(answers: list[Answer], wanted: str) -> None:
+    assert outcome(answers) == wanted
+
+
+def test_parts_follow_from_intervals() -> None:
+    above = Difference(1.0, 0.2, 1.8, 3)
+    found = {
+        "above": above,
+        "slightly below": Difference(-0.4, -0.9, -0.1, 3),
+        "below": Difference(-3.0, -3.5, -2.5, 3),
+        "spans": Difference(0.1, -2.0, 2.2, 3),
+        "one seed": replace(above, seeds=1),
+    }
+    assert [as_good("", one).answer for one in found.values()] == ["yes", "yes", "no", "open", "open"]
+    assert [better("", one).answer for one in found.values()] == ["yes", "no", "no", "open", "open"]
+    assert as_good("", None).answer == better("", None).answer == "missing"
+    assert [rising("", values).answer for values in ([1, 2, 3], [1, 2, 2], [1, None, 3])] == ["yes", "no", "missing"]
+
+
+def claim(raw: Path, letter: str) -> Claim:
+    return next(one for one in claims_module.claims(Study(raw)) if one.letter == letter)
+
+
+def test_lossless_members(raw: Path) -> None:
+    put_plateau(raw)
+    links = family_arms(BASELINE, MEMBERS)[1:]
+    assert claim(raw, "a").outcome == "not measured"
+    put_arm(raw, links[0], 30.0)
+    assert claim(raw, "a").outcome == "undecided"
+    assert "a → b: +0.05 [" in claim(raw, "a").sentence
+    put_arm(raw, links[1], 30.5)
+    put_arm(raw, links[2], 29.9)
+    assert claim(raw, "a").outcome == "holds"
+    put_arm(raw, links[2], 27.0)
+    assert claim(raw, "a").outcome == "does not hold"
+    (raw / f"{BASELINE('d', 160).name}.json").unlink()
+    assert claim(raw, "a").outcome == "undecided", "the plateau of d is not known"
+
+
+def test_prepending(raw: Path) -> None:
+    chains = arms(BASELINE)["b"]
+    put_plateau(raw)
+    for arm in chains:
+        put_arm(raw, arm, 30.0)
+    assert claim(raw, "b").outcome == "undecided", "the costs of b → c are not known"
+    for arm in chains:
+        for piece in arm.pieces[0].chain[1:-1]:
+            put(raw, piece, 30.0)
+    assert claim(raw, "b").outcome == "holds"
+    costs = [macs_of(Piece("d", 80)) / sum(map(macs_of, arm.pieces[0].chain)) for arm in chains]
+    assert f"(1.00, {', '.join(f'{cost:.2f}' for cost in costs)})" in claim(raw, "b").sentence
+    assert costs == sorted(costs)
+    put_arm(raw, chains[0], 20.0)
+    assert claim(raw, "b").outcome == "does not hold"
+
+
+def test_more_members(raw: Path) -> None:
+    three, four, seven = arms(BASELINE)["c"]
+    put_arm(raw, three, 30.0)
+    assert claim(raw, "c").outcome == "not measured"
+    put_arm(raw, four, 30.0)
+    put_arm(raw, seven, 30.4)
+    found = claim(raw, "c")
+    assert found.outcome == "holds"
+    assert [row[0] for row in found.table.rows] == ["a → bc → d", "a → b → c → d", "a → ab → b → bc → c → cd → d"]
+    put_arm(raw, seven, 20.0)
+    assert claim(raw, "c").outcome == "does not hold"
+
+
+def test_ratios(raw: Path) -> None:
+    for arm, top1 in zip(arms(BASELINE)["d"], (31.0, 29.0, 35.0, 34.0, 32.0), strict=True):
+        put_arm(raw, arm, top1)
+    assert claim(raw, "d").outcome == "holds"
+    put_arm(raw, arms(BASELINE)["d"][4], 35.0)
+    assert claim(raw, "d").outcome == "undecided"
+    put_arm(raw, arms(BASELINE)["d"][4], 37.0)
+    assert claim(raw, "d").outcome == "does not hold"
+
+
+def test_initialization_and_distillation(raw: Path) -> None:
+    ways = arms(BASELINE)["f"]
+    for arm, top1 in zip(ways, (30.0, 28.0, 26.0, 24.0), strict=True):
+        put_arm(raw, arm, top1)
+    assert claim(raw, "f").outcome == "holds"
+    assert [row[0] for row in claim(raw, "f").table.rows] == ["both", "IWI alone", "IFD alone", "neither"]
+    put_arm(raw, ways[1], 30.0)
+    assert claim(raw, "f").outcome == "undecided", "IFD adds nothing"
+    put_arm(raw, ways[2], 22.0)
+    assert claim(raw, "f").outcome == "does not hold"
+
+
+def test_the_weight_of_distillation(raw: Path) -> None:
+    ways = arms(BASELINE)["g"]
+    put_arm(raw, ways[0], 28.0)
+    for arm, r, top1 in zip(ways[1:], (0.02, 0.06, 0.12, 0.4, 1.1), (28.5, 29.0, 31.0, 29.0, 26.0), strict=True):
+        put_arm(raw, arm, top1, r)
+    found = claim(raw, "g")
+    assert found.outcome == "holds"
+    assert "r 0.12 is better than r 1.1: +5.00 [" in found.sentence
+    assert mean_r(Study(raw).find(ways[3].pieces)) == pytest.approx(0.12)
+    put_arm(raw, ways[3], 26.0, 0.12)
+    assert claim(raw, "g").outcome == "does not hold"
+
+
+def test_instead(raw: Path) -> None:
+    chain, alone = arms(BASELINE)["j"]
+    put_arm(raw, chain, 30.0)
+    assert claim(raw, "j").outcome == "not measured"
+    put_arm(raw, alone, 28.0)
+    assert claim(raw, "j").outcome == "holds"
+    put_arm(raw, alone, 32.0)
+    assert claim(raw, "j").outcome == "does not hold"
+    put_arm(raw, alone, 30.0)
+    assert claim(raw, "j").outcome == "undecided"
+    assert "Classical distillation" in claim(raw, "j").sentence
