@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.common import one_line
-from benchmarks.evidence.pieces import Piece, arms, baselines_at, pieces, pieces_of
+from benchmarks.evidence.pieces import Piece, arms, baselines_at, of_the_family, pieces, pieces_of
 from benchmarks.evidence.report import OUT, changed, write_report
 from benchmarks.evidence.run import collect_again, is_done, run
 from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_speeds
@@ -80,14 +80,14 @@ def plan_tables(claim: str | None = None) -> list[TextTable]:
 
 def _claims_table() -> TextTable:
     study = Study()
-    compared = arms(baselines_at(study.rates))
-    before = {piece for piece in planned() if piece not in set(pieces_of(compared.values()))}
+    baseline = baselines_at(study.rates)
+    before = set(of_the_family(baseline, study.plateaus()))
     rows = []
-    for letter, found in compared.items():
+    for letter, found in arms(baseline).items():
         own = [piece for piece in pieces_of([found]) if piece not in before and not is_done(piece)]
         before.update(own)
         rows.append([letter, str(len(own)), f"{sum(idle_minutes(piece, study.speeds) for piece in own):.0f}"])
-    title = "What is left of each claim, beyond the claims above it and what they share with the chain"
+    title = "What is left of each claim, beyond the family and the claims above it"
     return TextTable(title, ("claim", "pieces", "minutes"), rows)
 
 

@@ -148,7 +148,7 @@ def pieces(rates: Mapping[str, float], plateaus: Mapping[str, float | None] | No
     `rates`: of baselines, by model. `plateaus`: lengths of models whose plateau is known; there they get all seeds.
     """
     baseline = baselines_at(rates)
-    return _once(itertools.chain(_in_order(baseline, plateaus or {}), pieces_of(arms(baseline).values())))
+    return _once(itertools.chain(of_the_family(baseline, plateaus or {}), pieces_of(arms(baseline).values())))
 
 
 def pieces_of(claims: Iterable[Sequence[Arm]]) -> Iterator[Piece]:
@@ -167,7 +167,8 @@ def _once(found: Iterable[Piece]) -> Iterator[Piece]:
                 yield needed
 
 
-def _in_order(baseline: Baseline, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
+def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
+    """The family's baselines and chain, and what led to them; they may come twice, and teachers are left out."""
     short = LENGTHS[2]
     # A first look, far from the plateau: a link of a quarter at two rates.
     yield from (baseline(model, LENGTHS[1]) for model in MEMBERS[:2])

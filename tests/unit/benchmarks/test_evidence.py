@@ -80,8 +80,8 @@ def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
 
 
 def test_a_plateau_at_another_length_gets_all_seeds() -> None:
-    more = set(pieces({}, {"b": 160, "c": None})) - set(pieces({}))
-    assert more == {Piece("b", 160, seed) for seed in SEEDS[1:]}
+    more = set(pieces({}, {"b": 160, "c": None, "d": 40})) - set(pieces({}))
+    assert more == {Piece(model, epochs, seed) for model, epochs in (("b", 160), ("d", 40)) for seed in SEEDS[1:]}
 
 
 def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:

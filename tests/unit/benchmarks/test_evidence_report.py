@@ -196,6 +196,7 @@ def test_plans_use_measured_seconds_where_there_are_any(root: Path, monkeypatch:
     monkeypatch.chdir(root)
     piece = link("b", 20, Piece("a", 80))
     assert speeds.idle_minutes(piece, {("b", "a"): 0.1}) == pytest.approx(20 * 99 * 0.1 / 60)
+    assert speeds.pair_of(link("b", 20, Piece("a", 80), alpha=0.0)) == ("b", None), "its teacher takes no part"
     rough = speeds.idle_minutes(piece, {("b", None): 0.1})
     assert rough == pytest.approx(macs_of(piece) / macs_of(Piece("b", 20)) * 20 * 99 * 128 / 1700 / 60)
 
