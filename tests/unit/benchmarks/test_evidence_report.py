@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.evidence import claims as claims_module
 from benchmarks.evidence import family, report, speeds
+from benchmarks.evidence.__main__ import CLAIMS, plan_tables
 from benchmarks.evidence.claims import Answer, Claim, as_good, better, outcome, rising
 from benchmarks.evidence.pieces import (
     LENGTHS,
@@ -242,6 +243,22 @@ def test_all_pairs_are_timed_as_chains_run_them(root: Path, tmp_path: Path, monk
 
 
 # Claims
+
+
+def test_the_command_line_knows_every_claim(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = [one.letter for one in claims_module.claims(Study(raw))]
+    assert judged == sorted(arms(BASELINE)) == list(CLAIMS)
+    monkeypatch.setattr("benchmarks.evidence.__main__.Study", lambda: Study(raw))
+    monkeypatch.setattr("benchmarks.evidence.__main__.is_done", lambda piece: piece == BASELINE("a", 80))
+    monkeypatch.setattr("benchmarks.evidence.__main__.read_speeds", dict)
+    everything, by_claim = plan_tables()
+    assert len(everything.rows) == len(list(pieces({}))) - 1
+    assert {row[0]: row[1] for row in by_claim.rows}["j"] == "3"
+    (own,) = plan_tables("f")
+    assert [row[0] for row in own.rows][:2] == [
+        "b-e20-s0-lr0.001-w50-from-a-e80-s0",
+        "b-e20-s0-lr0.001-w50-alpha0-from-a-e80-s0",
+    ]
 
 
 @pytest.mark.parametrize(
