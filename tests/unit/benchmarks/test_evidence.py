@@ -76,7 +76,7 @@ def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
     assert {path.stem for path in (root / run.RAW).glob("*.json")} <= names
     assert Piece("b", 10, 0, Piece("a", 80), 1e-3, 300).name == "b-e10-s0-lr0.001-w300-from-a-e80-s0"
     whole = family_arms(baselines_at({}), MEMBERS)[-1].pieces[2]
-    assert whole.name == "d-e13-s2-lr0.001-w50-from-c-e16-s2-lr0.001-w50-from-b-e20-s2-lr0.001-w50-from-a-e80-s2"
+    assert whole.name == "d-e13-s2-w50-from-c-e16-s2-w50-from-b-e20-s2-w50-from-a-e80-s2"
 
 
 def test_a_plateau_at_another_length_gets_all_seeds() -> None:
