@@ -266,8 +266,9 @@ class _SigmoidPairs(torch.autograd.Function):
             if chunk == "tiled":
                 from compt.train.tiled import sigmoid_pairs
 
-                sums = (total, positive, by_image, by_scale, by_bias, by_text)
-                for held, met in zip(sums, sigmoid_pairs(image, here, scale, bias, own=hop == 0), strict=True):
+                wanted = any(ctx.needs_input_grad)
+                sums = (total, positive, by_image, by_scale, by_bias, by_text)[: 6 if wanted else 2]
+                for held, met in zip(sums, sigmoid_pairs(image, here, scale, bias, hop == 0, wanted), strict=True):
                     held += met
                 block = pass_on(block) if ranks > 1 else block
                 continue

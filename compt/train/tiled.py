@@ -109,6 +109,7 @@ def _gradient_kernel(
     rows, columns, scale, bias, image_logs, caption_logs, upstream, out, sums, n_rows, n_columns, first,
     WIDTH: tl.constexpr, SPAN: tl.constexpr,
     SIGMOID: tl.constexpr, IMAGES: tl.constexpr, CAPTIONS: tl.constexpr, GROUPS: tl.constexpr, RIGHT: tl.constexpr,
+    GRADIENT: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows, without its factor `scale`: sum over columns of the logit's gradient times the column.
@@ -118,7 +119,7 @@ def _gradient_kernel(
     right pairs, and the gradients of bias and scale. Otherwise `image_logs` [images, GROUPS] and `caption_logs`
     [captions] are the logs of the denominators, `upstream` [2] is the gradient of the captions' and the images' sum,
     and RIGHT captions are right in one softmax of an image. Program (i, p) takes SPAN columns from p * SPAN on and
-    writes to out [p, n_rows, WIDTH], which is zero before.
+    writes to out [p, n_rows, WIDTH], which is zero before and, without GRADIENT, afterwards.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -160,7 +161,7 @@ def _gradient_kernel(
         slope = tl.where(there, slope, 0.0)
         # No other program touches these rows of `out`. The sum lies in memory, as features may be too wide for
         # registers; the barrier lets each thread see what the others have added.
-        for begin in range(0, WIDTH, DEPTH):
+        for begin in range(0, WIDTH if GRADIENT else 0, DEPTH):
             depth = begin + tl.arange(0, DEPTH)
             right = (column < n_columns)[:, None] & (depth < WIDTH)[None, :]
             b = tl.load(columns + column.to(tl.int64)[:, None] * WIDTH + depth[None, :], mask=right, other=0.0)
@@ -217,10 +218,11 @@ def _gradient(
     logs: tuple[Tensor, Tensor] | None = None,
     upstream: Tensor | None = None,
     groups: int = 1,
+    wanted: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """The rows' gradient [rows, D], and the sums [4] that the sigmoid loss takes from images' rows."""
+    """The rows' gradient [rows, D] if `wanted`, and the sums [4] that the sigmoid loss takes from images' rows."""
     tiles, parts, span = _split(len(rows), len(columns))
-    out, sums = rows.new_zeros(parts, *rows.shape), rows.new_zeros(parts, 4, len(rows))
+    out, sums = rows.new_zeros(parts if wanted else 0, *rows.shape), rows.new_zeros(parts, 4, len(rows))
     by_image, by_caption = logs or (rows, rows)
     _gradient_kernel[tiles, parts](
         *(rows, columns, scale, rows if bias is None else bias, by_image, by_caption),
@@ -229,6 +231,7 @@ def _gradient(
         SPAN=span,
         SIGMOID=bias is not None,
         IMAGES=images,
+        GRADIENT=wanted,
         **{"CAPTIONS": captions, "GROUPS": groups, "RIGHT": captions // groups, **_TILE, "num_warps": _WARPS},
     )
     return scale * out.sum(0), sums.sum((0, 2))
@@ -283,16 +286,21 @@ class _SoftmaxTiles(torch.autograd.Function):
         return by_image, by_text.view_as(text), (upstream * ctx.by_scale).sum(), None, None
 
 
-def sigmoid_pairs(image: Tensor, captions: Tensor, scale: Tensor, bias: Tensor, own: bool) -> tuple[Tensor, ...]:
+def sigmoid_pairs(
+    image: Tensor, captions: Tensor, scale: Tensor, bias: Tensor, own: bool, gradients: bool = True
+) -> tuple[Tensor, ...]:
     """The sigmoid loss of this rank's images [b, D] with the captions [b*M, D] of one rank, `own` ones or another's.
 
-    Returns the sum over pairs, its share of the matching pairs, and the gradients of image, scale, bias and captions.
+    Returns the sum over pairs, its share of the matching pairs, and with `gradients` those of image, scale, bias and
+    captions.
     """
     image, captions = image.contiguous(), captions.contiguous()
     per_image = len(captions) // len(image)
     # Beyond the last image, `first` matches nothing.
     common: Any = (scale, 0 if own else len(image), per_image)
-    by_image, sums = _gradient(image, captions, *common, images=True, bias=bias)
+    by_image, sums = _gradient(image, captions, *common, images=True, bias=bias, wanted=gradients)
+    if not gradients:
+        return sums[0], sums[1]
     by_text, _ = _gradient(captions, image, *common, images=False, bias=bias)
     total, positive, by_bias, by_scale = sums
     return total, positive, by_image, by_scale, by_bias, by_text

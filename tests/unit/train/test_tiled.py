@@ -66,6 +66,23 @@ def compute(cases: list[tuple[Any, ...]], own: slice, gather: bool) -> list[tupl
     return found
 
 
+def validated(case: tuple[Any, ...]) -> tuple[Tensor, list[bool]]:
+    """The terms without gradients, and for each kernel of pairs whether it was to compute some."""
+    from compt.train import tiled
+
+    original, asked = tiled._gradient, []
+
+    def gradient(*arguments: Any, wanted: bool = True, **options: Any) -> Any:
+        asked.append(wanted)
+        return original(*arguments, wanted=wanted, **options)
+
+    tiled._gradient = gradient
+    with torch.no_grad():
+        terms = loss(case[0], inputs(*case), "tiled", False)[1]
+    tiled._gradient = original
+    return terms, asked
+
+
 def main(out: str) -> None:
     """Save what this rank finds, alone and with the other rank."""
     from compt.dist import collectives as dist
@@ -75,7 +92,8 @@ def main(out: str) -> None:
     own = slice(dist.rank() * share, (dist.rank() + 1) * share)
     together = compute(CASES, own, True)
     alone = compute(ALONE, slice(None), False) if dist.rank() == 0 else []
-    torch.save({"alone": alone, "together": together}, f"{out}/{dist.rank()}.pt")
+    without = validated(ALONE[-1]) if dist.rank() == 0 else ()
+    torch.save({"alone": alone, "together": together, "without": without}, f"{out}/{dist.rank()}.pt")
     dist.shutdown()
 
 
@@ -134,6 +152,12 @@ def test_tiles_equal_the_loops(found: list[dict[str, Any]], at: int) -> None:
         close((torch.cat(both) if number < 2 else sum(both)) / 2, expected, dtype)  # type: ignore[operator]
 
 
+def test_pairs_without_gradients_are_multiplied_once(found: list[dict[str, Any]]) -> None:
+    terms, asked = found[0]["without"]
+    close(terms, right(ALONE[-1])[0], "float32")
+    assert asked == [False]
+
+
 def test_a_cpu_takes_chunks_and_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = EngineConfig(loss_chunk="tiled")
     assert asked.on("cuda") == asked
@@ -144,17 +168,24 @@ def test_a_cpu_takes_chunks_and_a_missing_triton_is_named(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("name", "sigmoid", "images", "capability"),
+    ("name", "sigmoid", "images", "gradient", "capability"),
     [
-        ("_softmax_kernel", False, True, 80),
-        ("_gradient_kernel", False, True, 80),
-        ("_gradient_kernel", False, False, 90),
-        ("_gradient_kernel", True, True, 90),
-        ("_gradient_kernel", True, False, 80),
+        ("_softmax_kernel", False, True, True, 80),
+        ("_gradient_kernel", False, True, True, 80),
+        ("_gradient_kernel", False, False, True, 90),
+        ("_gradient_kernel", True, True, True, 90),
+        ("_gradient_kernel", True, True, False, 80),
+        ("_gradient_kernel", True, False, True, 80),
     ],
 )
 def test_the_kernels_compile_for_gpus_that_are_not_here(
-    name: str, sigmoid: bool, images: bool, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    sigmoid: bool,
+    images: bool,
+    gradient: bool,
+    capability: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Triton's compiler takes them, their products run on tensor cores, and their tiles fit into shared memory."""
     optional("triton", "tiled")
@@ -166,7 +197,7 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(
     from compt.train import tiled
 
     constants = {"WIDTH": 512, "SPAN": 1024, "GROUPS": 4, "PER_ROW": 1, "PER_COLUMN": 4, **tiled._TILE}
-    more = {"SIGMOID": sigmoid, "IMAGES": images, "CAPTIONS": 4, "RIGHT": 1}
+    more = {"SIGMOID": sigmoid, "IMAGES": images, "CAPTIONS": 4, "RIGHT": 1, "GRADIENT": gradient}
     kernel = getattr(tiled, name)
     names = kernel.arg_names
     given = {key: value for key, value in {**constants, **more}.items() if key in names}
@@ -186,6 +217,9 @@ def test_the_kernels_compile_for_gpus_that_are_not_here(
     assert made.metadata.shared < 100 * 1024
     assert "mma" in made.asm["ptx"]
     assert "tf32" in made.asm["ptx"]
+    products = made.asm["ttgir"].count("tt.dot") + made.asm["ttgir"].count("warp_group_dot ")
+    # Of three products in TF32 each: the similarities, and their gradient.
+    assert products == (6 if name == "_gradient_kernel" and gradient else 3)
 
 
 if __name__ == "__main__":
