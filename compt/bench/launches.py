@@ -209,6 +209,7 @@ def count(setup: Setup, batch: int, device: torch.device) -> Launches:
     """
     fake = device.type == "cuda"
     plain = {"name": "ddp", "shard_teacher": False, "compile": "off", "compile_mode": "default", "recompute": False}
+    plain |= {"graphs": "off"}
     engine = changed_engine(setup.engine.on(device.type), {**plain, "micro_batch": None, "loss_chunk": None})
     plan = replace(setup, engine=engine)
     data = random_batch(plan, batch)

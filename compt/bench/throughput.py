@@ -24,7 +24,7 @@ from compt.dist import collectives as dist
 from compt.dist.child import start_child
 from compt.errors import ComptError, ConfigError, RunError
 from compt.files import memory_sizes, write_json
-from compt.models.clip import caption_lengths, padded_tokens
+from compt.models.clip import caption_lengths
 from compt.weights.artefact import versions
 
 CPU_STEP_SECONDS = 5.0
@@ -141,10 +141,11 @@ def measure(setup: Setup, device: torch.device, batch: int | None, most: int, se
             size -= max(1, size // 16)
     if timed is None:
         return _failed(setup, None, "a batch of 1 does not fit into memory")
+    assert search.step is not None
     data, times = timed
-    peak = _peak_bytes(device)
+    peak, model = _peak_bytes(device), search.step.task.model
     pieces = caption_lengths(data.tokens).split(setup.engine.micro_batch or size)
-    positions = sum(padded_tokens(piece.flatten(), setup.engine.buckets) for piece in pieces)
+    positions = sum(model.computed_tokens(piece.flatten(), setup.engine.buckets) for piece in pieces)
     computed = positions / (size * setup.captions)
     middle = median(times) / size
     return _asked(setup, size).model_copy(

@@ -97,7 +97,7 @@ def other_settings(optimizer: Optimizer, engine: EngineConfig) -> dict[str, Any]
     Without `engine.fsdp2.replicas`: measured is one process alone.
     """
     found = engine.model_dump(
-        include={"shard_teacher", "deepspeed_config", "fsdp2", "compile_mode"}, exclude_defaults=True
+        include={"shard_teacher", "deepspeed_config", "fsdp2", "compile_mode", "graphs"}, exclude_defaults=True
     )
     own = found.pop("fsdp2", {})
     own.pop("replicas", None)

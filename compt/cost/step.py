@@ -51,7 +51,7 @@ forward and seven backward."""
 _COMPILED_TRAFFIC = 0.6
 """What a compiled block moves beside products, of what it moves eagerly: estimated. Casts, sums and norms are fused."""
 _OTHERS = 44
-"""Operations of input, loss and optimizer."""
+"""Operations of input, loss and optimizer: about as many as a captured step launches beside its graph."""
 _DISTILLED = 68
 """Operations that distillation adds to loss and backward pass."""
 _SWIN_LAUNCHES = {"forward": 2.5, "backward": 1.88, "teacher": 2.43}
@@ -106,6 +106,8 @@ def _second(pair: tuple[str, float]) -> float:
 
 def launches(student: ModelSpec, teacher: ModelSpec | None, conditions: Conditions) -> int:
     """Operations that a step launches, in half precision."""
+    if conditions.settings.get("engine.graphs") == "on":
+        return _OTHERS + 1
     forward, backward, known = _counted(conditions)
     pieces = -(-conditions.batch // (conditions.micro_batch or conditions.batch))
     again = (pieces > 1) + conditions.recompute

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -20,6 +21,8 @@ from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memo
 
 T = TypeVar("T")
 
+_BUCKET = 32 * 2**20
+"""Numbers that a collective averages: 128 MiB in fp32."""
 _NO_LIMIT = datetime.timedelta(days=365)
 
 _joined: list[Place] = []
@@ -318,6 +321,21 @@ def any_of(*flags: bool) -> tuple[bool, ...]:
     with together():
         torch_dist.all_reduce(tensor, op=ReduceOp.MAX)
     return tuple(map(bool, tensor.tolist()))
+
+
+def average(tensors: Sequence[Tensor]) -> None:
+    """Replace each tensor by its mean over ranks, with a collective for about each `_BUCKET` numbers."""
+    if world_size() == 1:
+        return
+    ends = itertools.accumulate(one.numel() for one in tensors)
+    for _, pairs in itertools.groupby(zip(ends, tensors, strict=True), lambda pair: pair[0] // _BUCKET):
+        bucket = [one for _, one in pairs]
+        # Divided first, as DistributedDataParallel does: a sum of fp16's scaled gradients could overflow.
+        flat = torch.cat([one.flatten() for one in bucket]).div_(world_size())
+        with together():
+            torch_dist.all_reduce(flat)
+        parts = flat.split([one.numel() for one in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
 
 def mean_of_scalars(values: Mapping[str, Tensor]) -> dict[str, float]:

@@ -12,15 +12,13 @@ from torch import Tensor
 
 from compt.files import private_folder, user_cache
 from compt.models.clip import ClipModel, shardable_blocks
+from compt.models.packing import SIZES
 from compt.recipe.engine import CAPTURING, Compile, CompileMode
 
 CACHE = "TORCHINDUCTOR_CACHE_DIR"
 """The variable that says where torch keeps compiled code."""
 _VARIANTS = 64
 """Compiled variants of a function that torch keeps."""
-_SIZES = 32
-"""Numbers of tokens of packed text where CUDA graphs are captured. A step is filled up by 1/64 of all contexts in the
-mean and 1/32 at most, and most steps of a run have one or two of these sizes."""
 
 
 def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: torch.device, hooked: bool = True) -> None:
@@ -41,7 +39,7 @@ def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: tor
         if model.transformer.grad_checkpointing:
             dynamo.optimize_ddp = False
         if mode in CAPTURING:
-            model.text_sizes = _SIZES
+            model.text_sizes = SIZES
 
         def compiled(tower: Callable[..., Tensor]) -> Callable[..., Tensor]:
             packed = tower.__name__ == "_packed_tower"

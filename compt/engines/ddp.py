@@ -33,15 +33,16 @@ class DataParallelEngine(AdamWEngine):
             fill(module, initial, self.device)
         module.to(self.device)
         self._change_blocks(given)
-        self.module: nn.Module = module
-        if self.world_size > 1:
-            self.module = DistributedDataParallel(
-                module,
-                device_ids=[self.device] if self.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,
-            )
+        self.module = self._wrapped(module) if self.world_size > 1 else module
         self._prepare(settings, given)
+
+    def _wrapped(self, module: nn.Module) -> nn.Module:
+        return DistributedDataParallel(
+            module,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
         if isinstance(self.module, DistributedDataParallel) and not last:

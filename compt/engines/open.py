@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compt.engines.base import AdamWSettings, Engine, EngineArguments
 from compt.engines.ddp import DataParallelEngine
+from compt.engines.graphs import GraphEngine
 from compt.errors import ConfigError
 from compt.recipe.deepspeed import deepspeed_config
 from compt.recipe.engine import EngineConfig
@@ -54,7 +55,7 @@ Opener = Callable[[EngineConfig, Optimizer, Path], tuple[Callable[..., Engine], 
 
 
 def _ddp(config: EngineConfig, optimizer: Optimizer, base: Path) -> tuple[Callable[..., Engine], dict[str, Any]]:
-    return DataParallelEngine, {}
+    return (GraphEngine if config.graphs == "on" else DataParallelEngine), {}
 
 
 def _fsdp2(config: EngineConfig, optimizer: Optimizer, base: Path) -> tuple[Callable[..., Engine], dict[str, Any]]:

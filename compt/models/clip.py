@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from compt.models.init import init_parameters, load_state
-from compt.models.packing import Packing, attention, pack
+from compt.models.packing import Lengths, Packing, attention, filled, pack
 from compt.models.pixels import sent
 from compt.models.presets import PACKED, ModelSpec
 from compt.models.scalars import exported_shape
@@ -229,14 +229,23 @@ class ClipModel(open_clip.model.CLIP):
         x = _run_blocks(self.transformer, x, text.argmax(dim=-1))
         return cast(Tensor, self.ln_final(x) @ self.text_projection)
 
-    def encode_captions(self, tokens: Tensor, buckets: int = 1, lengths: Tensor | None = None) -> Tensor:
+    def computed_tokens(self, lengths: Tensor, buckets: int = 1) -> int:
+        """`padded_tokens`, with those that fill packed text up."""
+        tokens = padded_tokens(lengths, buckets)
+        if buckets != PACKED or self.text_sizes is None:
+            return tokens
+        return filled(tokens, len(lengths), self.spec.context_length, self.text_sizes)
+
+    def encode_captions(self, tokens: Tensor, buckets: int = 1, lengths: Lengths | None = None) -> Tensor:
         """As `encode_text`, in up to `buckets` groups of similar length, each cut to its own longest caption.
 
         With `buckets` PACKED all captions are computed together, without padding.
 
         tokens int64 [N, L] -> [N, embed_dim] in the order of `tokens`. `lengths`: the captions' lengths, int64 [N] on
-        the CPU; without them the CPU waits for the GPU to find them.
+        the CPU, or their packing; without them the CPU waits for the GPU to find them.
         """
+        if isinstance(lengths, Packing):
+            return self._packed_tower(tokens, lengths)
         if lengths is None:
             lengths = caption_lengths(tokens)
         lengths = lengths.cpu()

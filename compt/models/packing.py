@@ -26,8 +26,8 @@ class Packing:
     Tensors int32 on the model's device. `taken` [T]: the place of each token in the flat, padded batch. `positions`
     [T]: its position in its caption. `starts` [N + 1]: where each caption begins, and T. `last` [N]: the place of each
     caption's end of text. `places` [N]: where each caption of the batch is among the packed ones. `lengths` [N]: in
-    packed order. `groups`: the lengths that occur, ascending, and how many captions have each. No caption is longer
-    than `context`.
+    packed order. `groups`: the lengths that occur, ascending, and how many captions have each; none where the
+    tensors are buffers that change. No caption is longer than `context`.
     """
 
     taken: Tensor
@@ -38,6 +38,18 @@ class Packing:
     lengths: Tensor
     groups: tuple[tuple[int, int], ...]
     context: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors, in the order of the fields."""
+        return (self.taken, self.positions, self.starts, self.last, self.places, self.lengths)
+
+
+Lengths = Tensor | Packing
+"""How long captions are: int64 on the CPU, or how they are packed already."""
+SIZES = 32
+"""Numbers of tokens of packed text where CUDA graphs are captured. A step is filled up by 1/64 of all contexts in the
+mean and 1/32 at most, and most steps of a run have one or two of these sizes."""
 
 
 def pack(lengths: Tensor, padded: int, context: int, device: torch.device, sizes: int | None = None) -> Packing:
@@ -67,10 +79,20 @@ def pack(lengths: Tensor, padded: int, context: int, device: torch.device, sizes
 
 def _unread(tokens: int, captions: int, context: int, sizes: int) -> Tensor:
     """Lengths of the captions that fill `tokens` up to a size: of 1 to `context` tokens, and always equally many."""
-    step = -(-captions * context // sizes)
-    count = max(1, -(-(step - 1) // max(1, context - 1)))
-    fill = -(-(tokens + count) // step) * step - tokens
+    fill = filled(tokens, captions, context, sizes) - tokens
+    count = _unread_captions(captions, context, sizes)
     return torch.tensor([fill // count + (at < fill % count) for at in range(count)])
+
+
+def filled(tokens: int, captions: int, context: int, sizes: int) -> int:
+    """The number of tokens that `pack` fills the `tokens` of `captions` up to, with `sizes`."""
+    step = -(-captions * context // sizes)
+    return -(-(tokens + _unread_captions(captions, context, sizes)) // step) * step
+
+
+def _unread_captions(captions: int, context: int, sizes: int) -> int:
+    step = -(-captions * context // sizes)
+    return max(1, -(-(step - 1) // max(1, context - 1)))
 
 
 def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
@@ -83,9 +105,10 @@ def attention(read: Tensor | None, others: Tensor, packing: Packing) -> Tensor:
     Elsewhere the captions of one length, which lie side by side, are one call. (Measured on a CPU, four captions an
     image: half the time of padding to the longest of each of four groups.)
     """
-    if not others.is_cuda:
+    if not others.is_cuda and packing.groups:
         return cast(Tensor, _by_length(read, others, packing))
-    return _by_kernel(read, others, packing) if _has_kernel(others) else _by_padding(read, others, packing)
+    kernel = others.is_cuda and _has_kernel(others)
+    return _by_kernel(read, others, packing) if kernel else _by_padding(read, others, packing)
 
 
 def _has_kernel(x: Tensor) -> bool:

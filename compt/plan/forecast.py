@@ -442,5 +442,6 @@ def not_modelled(config: EngineConfig) -> tuple[str, ...]:
         ),
         "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
         "what engine.compile keeps otherwise": config.compile != "off",
+        "what engine.graphs keeps during the whole step: gradients, and the batch once more": config.graphs == "on",
     }
     return tuple(text for text, there in given.items() if there)

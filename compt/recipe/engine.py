@@ -99,8 +99,8 @@ def _spelt(*names: str) -> BeforeValidator:
 
 Compile = Annotated[Literal["off", "blocks", "towers"], _spelt("off", "blocks")]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-CAPTURING = ("reduce-overhead", "max-autotune")
-"""Modes in which the compiler captures CUDA graphs."""
+CAPTURING = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+"""Modes in which the compiler captures CUDA graphs, and the same without."""
 
 
 class Fsdp2(Section):
@@ -162,7 +162,10 @@ class EngineConfig(Section):
     takes longer to compile. Engines that gather weights block by block (fsdp2, zero3) compile blocks only."""
     compile_mode: CompileMode = execution("default")
     """The mode of torch.compile, for `compile: blocks` and `compile: towers`. `reduce-overhead` and `max-autotune`
-    capture CUDA graphs; they have not run on a GPU yet."""
+    capture CUDA graphs of towers, with `text: packed`; they have not run on a GPU yet."""
+    graphs: Annotated[Literal["off", "on"], _spelt("off", "on")] = execution("off")
+    """Capture whole training steps as CUDA graphs, a graph for each of at most 33 sizes of packed text. For `name: ddp`
+    and `text: packed`; it has not run on a GPU yet."""
     workers: int = execution(4, ge=0)
     """Processes that decode images, for each training process. At most one per core is started."""
     cache: bool = execution(False)
@@ -189,14 +192,16 @@ class EngineConfig(Section):
         return {"padded": 1, "packed": PACKED}.get(self.text, self.text_buckets or _BUCKETS)
 
     def on(self, device: str) -> EngineConfig:
-        """With `text: auto` decided for a type of device, and with no kernels that a CPU lacks.
+        """With `text: auto` decided for a type of device, and with no kernels and no compiler's graphs on a CPU.
 
         Packed text has not run on a GPU yet.
         """
         if device != "cpu":
             return self
         packed = {"text": "packed"} if self.text == "auto" and not self.text_buckets else {}
-        return self.model_copy(update={**packed, **({"loss_chunk": 64} if self.loss_chunk == "tiled" else {})})
+        chunk = {"loss_chunk": 64} if self.loss_chunk == "tiled" else {}
+        mode = {"compile_mode": CAPTURING.get(self.compile_mode, self.compile_mode)}
+        return self.model_copy(update={**packed, **chunk, **mode})
 
     @property
     def loss_rows(self) -> int | None:
@@ -218,21 +223,37 @@ class EngineConfig(Section):
             raise ValueError(f"compile: {self.name} gathers weights block by block; write blocks instead of towers")
         if self.compile_mode != "default" and self.compile == "off":
             raise ValueError(f"compile_mode: '{self.compile_mode}' needs compile: blocks or towers")
-        if self.compile_mode in CAPTURING and (
-            self.micro_batch or self.find_micro_batch or self.recompute or self.tune
-        ):
-            raise ValueError(
-                f"compile_mode: '{self.compile_mode}' captures CUDA graphs, which does not work with micro-batches, "
-                "recompute or tune; write max-autotune-no-cudagraphs or default"
-            )
         if self.teacher_cache and self.shard_teacher:
             raise ValueError(
                 "teacher_cache: a teacher with shard_teacher computes on all processes together, and one that has all "
                 "captions in its cache would not take part; leave out one of the two"
             )
+        if self.compile_mode in CAPTURING:
+            other = "write max-autotune-no-cudagraphs or default"
+            self._check_captured(f"compile_mode: '{self.compile_mode}'", other)
+            if self.compile != "towers":
+                raise ValueError(f"compile_mode: '{self.compile_mode}' captures graphs of towers only; {other}")
+        if self.graphs == "on":
+            self._check_captured("graphs: on", "write graphs: off")
+            if self.name != "ddp" or self.shard_teacher:
+                why = "a sharded teacher" if self.name == "ddp" else f"'{self.name}'"
+                raise ValueError(f"graphs: {why} communicates within a step; write name: ddp, or graphs: off")
+            if self.teacher_cache:
+                raise ValueError("graphs: teacher_cache looks captions up on the CPU; leave out one of the two")
+            if self.compile_mode in CAPTURING:
+                raise ValueError(f"graphs: compile_mode '{self.compile_mode}' captures graphs too; leave one out")
         if self.async_checkpoints and not self.kind.background:
             raise ValueError(f"async_checkpoints: {self.name} writes while training waits; leave it out")
         return self
+
+    def _check_captured(self, what: str, other: str) -> None:
+        """Raise ValueError for what no CUDA graph works with."""
+        if self.micro_batch or self.find_micro_batch or self.recompute or self.tune:
+            raise ValueError(
+                f"{what} captures CUDA graphs, which does not work with micro-batches, recompute or tune; {other}"
+            )
+        if self.text != "packed":
+            raise ValueError(f"{what} captures CUDA graphs, which needs the few sizes of text: packed; or {other}")
 
 
 _BUCKETS = 4

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from compt.engines.base import Engine
+from compt.engines.graphs import GraphEngine
 from compt.train.task import SHARED_OUTPUTS, Scalars, Task, surrogate
 
 
@@ -36,6 +37,8 @@ def cached_backward(
         (part, ids, None if lengths is None else lengths[at * size : at * size + len(part)])
         for at, (part, ids) in enumerate(zip(images.split(size), tokens.split(size), strict=True))
     ]
+    if len(pieces) == 1 and isinstance(engine, GraphEngine):
+        return engine.whole_step(task, images, tokens, lengths)
     if len(pieces) == 1:
         targets = task.targets(images, tokens, lengths, known)
         loss, report = task.loss(engine.forward(images, tokens, lengths), targets)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,8 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compt.dist import collectives as dist
 from compt.engines.base import COMPUTE_DTYPES, Engine
 from compt.engines.compiler import compile_model
+from compt.engines.graphs import RECORDERS
 from compt.engines.open import open_engine
 from compt.engines.shards import shard_frozen
 from compt.models.clip import ClipModel, build, fill
@@ -22,6 +25,8 @@ from compt.recipe.optimizer import Optimizer
 from compt.recipe.schema import Distill, Recipe
 from compt.train.losses import loss_of
 from compt.train.task import ClipTask, DistillTask
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ def build_training(
     `weights` are the student's before the first step, `teacher_weights` the teacher's; without them they are drawn.
     Raises ArtefactError for weights of another model, ConfigError for settings that contradict each other.
     """
-    blueprint = replace(blueprint, engine=blueprint.engine.on(device.type))
+    blueprint = replace(blueprint, engine=_captured(blueprint, device.type))
     # The student starts on the "meta" device, so that an engine that shards never holds the whole of it.
     student = build(blueprint.student, device="meta")
     teacher = None if blueprint.teacher is None else _open_teacher(blueprint, device, teacher_weights)
@@ -99,6 +104,23 @@ def build_task(blueprint: Blueprint, student: ClipModel, teacher: ClipModel | No
         text_buckets=engine.buckets,
         seed=blueprint.seed,
     )
+
+
+def _captured(blueprint: Blueprint, device: str) -> EngineConfig:
+    """The engine's settings on a type of device, without graphs that cannot be captured; says why not, in one line."""
+    asked, teacher = blueprint.engine, blueprint.teacher
+    engine, why = asked.on(device), f"{device} has no CUDA graphs"
+    if engine.compile_mode != asked.compile_mode and dist.is_main():
+        _log.warning("engine.compile_mode: %s is %s here: %s", asked.compile_mode, engine.compile_mode, why)
+    if asked.graphs == "off":
+        return engine
+    if device in RECORDERS:
+        if teacher is None or teacher.context_length >= blueprint.student.context_length:
+            return engine
+        why = f"the teacher '{teacher.name}' has a shorter context than '{blueprint.student.name}'"
+    if dist.is_main():
+        _log.warning("engine.graphs: steps run eagerly: %s", why)
+    return engine.model_copy(update={"graphs": "off"})
 
 
 def _open_teacher(blueprint: Blueprint, device: torch.device, weights: Mapping[str, Tensor] | None) -> ClipModel:

@@ -21,7 +21,7 @@ from compt.dist.watch.causes import WAITING
 from compt.dist.watch.thread import EVALUATING, LONG, TRAINING, beat
 from compt.engines.base import Engine
 from compt.errors import DataError, Interrupted, RunError
-from compt.models.clip import caption_lengths, padded_tokens
+from compt.models.clip import ClipModel, caption_lengths
 from compt.models.pixels import to_input
 from compt.recipe.optimizer import Schedule
 from compt.train import checkpoint
@@ -84,7 +84,7 @@ class TrainResult:
     skipped_samples: dict[str, int]
     few_captions: int
     tokens_per_caption: float
-    """Mean token positions computed for a caption, with the padding to the longest of its group."""
+    """Mean token positions computed for a caption, with those that only pad or fill up."""
     moments_anew: tuple[int, ...] = ()
     """Steps after which AdamW's moments and the moving average started from zero, as another kind of engine went on."""
     teacher_hits: int = 0
@@ -283,7 +283,7 @@ class _Loop(contextlib.ExitStack):
         )
         self._norms.put(counts.step + 1, self._norm)
         self._norms.read(counts, leave=0 if _is_read(counts.step + 1, settings) else 1)
-        _count(counts, self._window, settings, batch, time.perf_counter() - self._started)
+        _count(counts, self._window, settings, self._task.model, batch, time.perf_counter() - self._started)
         if self._task.kept is not None:
             self._window.teacher_hits += counts.add(self._task.kept.looked())
 
@@ -389,14 +389,16 @@ def training_step(
     return report, engine.step(lr, clip_grad_norm)
 
 
-def _count(counts: Counts, window: Window, settings: TrainSettings, batch: Batch, seconds: float) -> None:
+def _count(
+    counts: Counts, window: Window, settings: TrainSettings, model: ClipModel, batch: Batch, seconds: float
+) -> None:
     counts.step += 1
     counts.device_seconds += seconds * dist.world_size()
     counts.skipped.update(batch.skipped)
     counts.few_captions += batch.few_captions
     lengths = caption_lengths(batch.tokens)
     pieces = lengths.split(settings.micro_batch)
-    computed = sum(padded_tokens(piece.flatten(), settings.text_buckets) for piece in pieces)
+    computed = sum(model.computed_tokens(piece.flatten(), settings.text_buckets) for piece in pieces)
     counts.text_tokens += computed
     window.text_tokens += computed
     window.captions += lengths.numel()

@@ -14,6 +14,7 @@ from compt.dist.collectives import mean_of_scalars
 from compt.errors import ConfigError
 from compt.models.clip import ClipModel
 from compt.models.init import init_tensor, linear_rule
+from compt.models.packing import Lengths, Packing
 from compt.models.presets import VOCAB_SIZE
 from compt.models.scalars import SCALAR_NAMES
 from compt.models.states import State, shape_of
@@ -30,7 +31,8 @@ class Task(Protocol):
     """One trainable module and its loss.
 
     `images` is float [b, 3, H, W], normalised by mean and std; `tokens` int64 [b, M, T]; `lengths` int64 [b, M] on the
-    CPU, the tokens of each caption; `known`: the tokens on the CPU, for `kept`. Without them the CPU waits for the GPU.
+    CPU, the tokens of each caption, or a `Packing` of all of them; `known`: the tokens on the CPU, for `kept`. Without
+    them the CPU waits for the GPU.
     """
 
     name: str
@@ -46,7 +48,7 @@ class Task(Protocol):
         """Everything that is trained; `forward(images, tokens, lengths)` returns the outputs by name."""
 
     def targets(
-        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+        self, images: Tensor, tokens: Tensor, lengths: Lengths | None = None, known: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Inputs of the loss that are not trained, a row for each sample, without gradient."""
 
@@ -91,7 +93,7 @@ class StudentModule(nn.Module):
         """
         return _InitialState(model, self._shapes, self._drawn)
 
-    def forward(self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, tokens: Tensor, lengths: Lengths | None = None) -> dict[str, Tensor]:
         """`image` [b, D] and `text` [b, M, D], not normalised; each learned scalar [1], exponentiated where it is a
         logarithm; with projectors also `image_projected` [b, D'] and `text_projected` [b, M, D'].
         """
@@ -122,22 +124,25 @@ class _InitialState(State):
 
 
 def encode(
-    model: ClipModel, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, buckets: int = 1
+    model: ClipModel, images: Tensor, tokens: Tensor, lengths: Lengths | None = None, buckets: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Un-normalised features: images [b, 3, H, W] -> [b, D], captions [b, M, T] -> [b, M, D]."""
     samples, captions = tokens.shape[:2]
-    flat = None if lengths is None else lengths.reshape(-1)
+    flat = lengths.reshape(-1) if isinstance(lengths, Tensor) else lengths
     text = model.encode_captions(tokens.reshape(samples * captions, -1), buckets, flat)
     return model.encode_image(images), text.reshape(samples, captions, -1)
 
 
-def cut_captions(tokens: Tensor, lengths: Tensor | None, context: int) -> tuple[Tensor, Tensor | None]:
+def cut_captions(tokens: Tensor, lengths: Lengths | None, context: int) -> tuple[Tensor, Lengths | None]:
     """Captions cut to `context` tokens as the tokenizer cuts them: the last token becomes the end of text.
 
-    tokens int64 [b, M, T] -> [b, M, min(T, context)]; `lengths` as in `Task`.
+    tokens int64 [b, M, T] -> [b, M, min(T, context)]; `lengths` as in `Task`. Raises ValueError for packed captions
+    that would have to be cut.
     """
     if tokens.shape[-1] <= context:
         return tokens, lengths
+    if isinstance(lengths, Packing):
+        raise ValueError(f"captions packed for {tokens.shape[-1]} tokens do not fit into {context}")
     end, at = tokens.max(dim=-1)
     cut = tokens[..., :context].clone()
     cut[..., -1] = torch.where(at >= context, end, cut[..., -1])
@@ -189,7 +194,7 @@ class ClipTask:
         return self.module.model
 
     def targets(
-        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+        self, images: Tensor, tokens: Tensor, lengths: Lengths | None = None, known: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Nothing: the batch says which caption belongs to which image."""
         return {}
@@ -246,7 +251,7 @@ class DistillTask(ClipTask):
 
     @torch.no_grad()
     def targets(
-        self, images: Tensor, tokens: Tensor, lengths: Tensor | None = None, known: Tensor | None = None
+        self, images: Tensor, tokens: Tensor, lengths: Lengths | None = None, known: Tensor | None = None
     ) -> dict[str, Tensor]:
         """The teacher's features: image [b, D'], text [b, M, D'], not normalised.
 

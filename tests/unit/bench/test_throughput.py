@@ -24,7 +24,7 @@ from compt.cost.training import exact_breakdown
 from compt.dist import child
 from compt.errors import ConfigError, RunError
 from compt.files import memory_sizes
-from compt.models.clip import caption_lengths, padded_tokens
+from compt.models.clip import build, caption_lengths, padded_tokens
 from compt.models.presets import PRESETS
 from compt.plan.jobs import make_plan
 from compt.recipe.engine import EngineConfig, Fsdp2
@@ -241,7 +241,8 @@ def test_numbers_of_a_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     in_one = measure(engine_of(setup, **ways), CPU, 4, 32, 0.0)
     assert (in_one.micro_batch, in_one.loss_chunk) == (None, None)
-    monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: setattr(self, "setup", setup))
+    made = {"task": SimpleNamespace(model=build(NANO, "meta"))}
+    monkeypatch.setattr(TrainingStep, "__init__", lambda self, setup, device: vars(self).update(setup=setup, **made))
     monkeypatch.setattr(TrainingStep, "data", lambda self, batch: found_data)
     found_data = SimpleNamespace(tokens=random_captions(setup, 8, torch.Generator()))
     assert measure(engine_of(setup, compile="blocks"), CPU, 8, 32, 0.0).compile == "blocks"

@@ -12,7 +12,7 @@ from compt.bench.launches import Launches, count, is_product
 from compt.bench.step import Setup
 from compt.cost.counts import parameters
 from compt.cost.gpus import DEVICES
-from compt.cost.speed import Conditions
+from compt.cost.speed import Conditions, other_settings
 from compt.cost.step import BANDWIDTH_SHARE, LAUNCH_SECONDS, StepTime, launches, step_time
 from compt.cost.training import exact_breakdown
 from compt.models.presets import ModelSpec, resolve
@@ -64,6 +64,17 @@ def test_launches_of_a_swin() -> None:
     one, packed = resolve("swin_t", {"text_depth": 2}), EngineConfig(text="packed")
     conditions = Conditions(4, TOKENS, "bf16", BATCH, text_buckets=packed.buckets)
     assert launches(one, one, conditions) == pytest.approx(counted(one, one, packed).total, rel=0.02)
+
+
+def test_a_captured_step_does_not_wait_for_its_launches() -> None:
+    recipe = EngineConfig(graphs="on", text="packed")
+    eager, captured = (
+        time_of(resolve("vit_t16"), None, DEVICES["h100"], settings=other_settings(Optimizer(), engine))
+        for engine in (EngineConfig(text="packed"), recipe)
+    )
+    assert captured.host < 0.1 * eager.host
+    assert captured.decides != "launches"
+    assert captured.seconds == eager.device < eager.seconds
 
 
 def test_a_step_takes_as_long_as_host_or_device() -> None:

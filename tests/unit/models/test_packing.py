@@ -213,6 +213,7 @@ def test_an_epoch_has_few_shapes() -> None:
             assert made.lengths.min() >= 1
             assert made.lengths.max() <= context
             assert made.lengths.sum() == len(made.taken) == made.starts[-1]
+            assert packing.filled(int(lengths.sum()), count, context, sizes) == len(made.taken)
             assert len(made.taken) - lengths.sum() < -(-count * context // sizes) + len(made.lengths) - count + 1
             parts = (made.taken, made.positions, made.starts, made.last, made.places, made.lengths)
             shapes.add(tuple(len(part) for part in parts))

@@ -236,6 +236,7 @@ OTHER: dict[str, Any] = {
     "engine.loss_chunk": 8,
     "engine.compile": True,
     "engine.compile_mode": None,  # see test_settings_of_one_engine_or_with_others_are_no_result
+    "engine.graphs": None,
     "engine.workers": 0,
     "engine.cache": True,
     "engine.log_every": {"steps": 3},
@@ -329,7 +330,8 @@ def test_result_fields_change_the_hashes_and_execution_fields_do_not(path: str) 
     "engine",
     [
         {"name": "zero2", "deepspeed_config": "a.json"},
-        {"compile": "blocks", "compile_mode": "max-autotune"},
+        {"compile": "towers", "compile_mode": "max-autotune", "text": "packed"},
+        {"graphs": "on", "text": "packed"},
         {"name": "fsdp2", "fsdp2": {"reshard_after_forward": False}},
         {"name": "fsdp2", "fsdp2": {"replicas": 2, "cpu_offload": True, "reduce_precision": "bf16"}},
     ],

@@ -65,8 +65,67 @@ def test_older_recipes_say_true_or_false_for_what_is_compiled(given: Any, way: s
             "write max-autotune-no-cudagraphs or default",
         ),
         ({"compile": True, "compile_mode": "max-autotune", "tune": True}, "recompute or tune"),
+        (
+            {"compile": True, "compile_mode": "max-autotune", "text": "packed"},
+            "captures graphs of towers only; write max-autotune-no-cudagraphs or default",
+        ),
+        *(
+            (
+                {"compile": "towers", "compile_mode": "reduce-overhead", **text},
+                "'reduce-overhead' captures CUDA graphs, which needs the few sizes of text: packed; or write max-auto",
+            )
+            for text in ({}, {"text": "padded"}, {"text_buckets": 2})
+        ),
     ],
 )
 def test_what_cannot_be_compiled_is_refused(given: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         EngineConfig(**given)
+
+
+@pytest.mark.parametrize("on", [True, "on"])
+def test_a_recipe_asks_for_graphs(on: Any) -> None:
+    config = EngineConfig(graphs=on, text="packed", compile="towers", loss_chunk=8)
+    assert config.graphs == "on"
+    assert EngineConfig().graphs == EngineConfig(graphs=False).graphs == "off"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "graphs: on captures CUDA graphs, which needs the few sizes of text: packed; or write graphs: off"),
+        ({"text": "buckets"}, "needs the few sizes of text: packed"),
+        *(
+            ({"text": "packed", **more}, "does not work with micro-batches, recompute or tune; write graphs: off")
+            for more in ({"micro_batch": 2}, {"find_micro_batch": True}, {"recompute": True}, {"tune": True})
+        ),
+        *(
+            ({"text": "packed", "name": name}, f"graphs: '{name}' communicates within a step; write name: ddp")
+            for name in ("fsdp2", "zero0", "zero3")
+        ),
+        ({"text": "packed", "shard_teacher": True}, "graphs: a sharded teacher communicates within a step"),
+        ({"text": "packed", "teacher_cache": 10**6}, "graphs: teacher_cache looks captions up on the CPU"),
+        (
+            {"text": "packed", "compile": "towers", "compile_mode": "max-autotune"},
+            "graphs: compile_mode 'max-autotune' captures graphs too; leave one out",
+        ),
+        ({"graphs": "auto"}, "should be 'off' or 'on'"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        EngineConfig(**{"graphs": "on", **given})
+
+
+def test_a_link_with_another_engine_captures_nothing() -> None:
+    common = EngineConfig(graphs="on", text="packed")
+    with pytest.raises(ValueError, match="communicates within a step"):
+        changed_engine(common, {"name": "fsdp2"})
+    assert changed_engine(common, {"name": "fsdp2", "graphs": False}).graphs == "off"
+
+
+def test_a_cpu_compiles_without_graphs() -> None:
+    for mode, plain in (("reduce-overhead", "default"), ("max-autotune", "max-autotune-no-cudagraphs")):
+        config = EngineConfig(compile="towers", compile_mode=mode, text="packed")  # type: ignore[arg-type]
+        assert config.on("cuda").compile_mode == mode
+        assert config.on("cpu").compile_mode == plain
