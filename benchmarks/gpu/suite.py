@@ -67,6 +67,7 @@ SPEED_SECONDS, PEERS_SECONDS = 75.0, 150.0
 PEERS_WAYS = ("text=packed", "text=buckets", "text=packed,compile=true")
 VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
+    "graphs": {"graphs": "on", "text": "packed"},
     "recomputed": {"recompute": True},
     "fsdp2": {"name": "fsdp2"},
     "zero2": {"name": "zero2"},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -123,9 +123,11 @@ def train(
     config: EngineConfig | None = None,
     precision: Precision = "fp32",
     part: slice = slice(None),
+    first: Callable[[ClipTask, Engine], object] = lambda task, engine: None,
 ) -> Trained:
-    """Train a few steps from the same weights, on this rank's `part` of each batch."""
+    """Train a few steps from the same weights, on this rank's `part` of each batch; before that call `first`."""
     task, engine = open_case(case, device, config or EngineConfig(), precision)
+    first(task, engine)
     before = dict(engine.weights())
     losses: list[float] = []
     norms: list[float] = []

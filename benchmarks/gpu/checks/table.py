@@ -41,6 +41,7 @@ from benchmarks.gpu.checks.processes import check_processes
 from compt.data.batch import Batch
 from compt.engines.base import AdamWSettings, Engine, Precision
 from compt.engines.ddp import DataParallelEngine
+from compt.engines.graphs import RECORDERS, GraphEngine
 from compt.models.clip import caption_lengths
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS
 from compt.recipe.engine import EngineConfig
@@ -56,7 +57,9 @@ HALF: dict[Precision, float] = {"bf16": 0.1, "fp16": 0.02}
 """Tolerances of losses and the whole gradient in half precision: several times the differences seen."""
 
 
-def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
+def half_precision(
+    device: torch.device, config: EngineConfig, first: Callable[[ClipTask, Engine], object] = lambda task, engine: None
+) -> list[Finding]:
     """bf16 and fp16 stay near fp32, and are not fp32. DeepSpeed has no fp16 on a CPU."""
     findings = []
     right = oracle(LINK)
@@ -64,7 +67,7 @@ def half_precision(device: torch.device, config: EngineConfig) -> list[Finding]:
     for precision, most in HALF.items():
         if device.type == "cpu" and config.name.startswith("zero") and precision == "fp16":
             continue
-        found = train(LINK, device, config, precision)
+        found = train(LINK, device, config, precision, first=first)
         off = math.sqrt(sum(apart(found.gradients[name], g) ** 2 for name, g in right.gradients.items()))
         findings.append(Finding(f"{precision}: loss", ratio(found.losses, right.losses), most, 1e-8))
         findings.append(Finding(f"{precision}: gradient", off / size, most, 1e-5))
@@ -340,6 +343,31 @@ def _compile(given: dict[str, str], device: torch.device) -> list[Finding]:
     ]
 
 
+def check_graphs(device: torch.device) -> list[Finding]:
+    """Steps that are replayed from CUDA graphs give the oracle's results, and are near them in half precision.
+
+    Each batch comes by twice before the steps that count, so that the graph of its size is there. Where the device has
+    no graphs, steps are eager.
+    """
+    engines: list[Engine] = []
+
+    def capture(task: ClipTask, engine: Engine) -> None:
+        engines.append(engine)
+        for step in (*range(STEPS), *range(STEPS)):
+            backward(LINK, task, engine, step)
+            task.module.zero_grad()
+
+    config = EngineConfig.model_validate({"graphs": "on", "text": "packed"})
+    findings = compare("replayed", train(LINK, device, config, first=capture), oracle(LINK))
+    findings += half_precision(device, config, capture)
+    for engine in engines if device.type in RECORDERS else []:
+        assert isinstance(engine, GraphEngine)
+        findings.append(holds("several sizes", engine.sizes > 1))
+        # All but the first step of each size.
+        findings.append(Finding("steps replayed", engine.replays, math.inf, 3 * STEPS - engine.sizes))
+    return findings
+
+
 def check_checkpoint(*names: str) -> Callable[[torch.device], list[Finding]]:
     """A checkpoint loads bit for bit, and training continues as if it had not stopped."""
     return lambda device: [finding for name in names for finding in _checkpoint(name, device)]
@@ -444,6 +472,7 @@ CHECKS: dict[str, Check] = {
     "zero_skips": Check(check_skips("zero2", "zero3"), "deepspeed", 90),
     "zero_checkpoint": Check(check_checkpoint("zero2", "zero3"), "deepspeed", 90),
     "chain_zero": Check(check_chain("chain_zero"), "chain", SECONDS["chain_zero"]),
+    "graphs": Check(check_graphs, "graphs", 90),
     "compile": Check(check_compile("ddp"), "compiled", 240),
     "compile_towers": Check(check_compile("ddp", "towers"), "compiled", 240),
     "compile_graphs": Check(

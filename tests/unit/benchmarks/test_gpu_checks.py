@@ -26,8 +26,10 @@ from benchmarks.gpu.checks.finding import Finding
 from benchmarks.gpu.checks.table import CHECKS, run_check
 from benchmarks.gpu.worker import Worker
 from compt.engines.ddp import DataParallelEngine
+from compt.engines.graphs import _CapturedStep
 from tests.helpers.optional import optional
 from tests.helpers.process import ended
+from tests.helpers.recorded import Recorded, RecordedGraphs
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,20 @@ def test_a_check_of_one_process_passes_on_a_cpu(name: str) -> None:
     found = run_check(name, "cpu")
     assert found
     assert failed(found) == []
+
+
+def test_replays_are_checked_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for CUDA graphs; the check fails where nothing is captured, and where a replay is wrong."""
+    assert len(run_check("graphs", "cpu")) == 8, "eager"
+    monkeypatch.setitem(gpu_checks.RECORDERS, "cpu", RecordedGraphs)
+    found = run_check("graphs", "cpu")
+    assert failed(found) == []
+    assert [finding.what for finding in found].count("steps replayed") == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(_CapturedStep, "_capture", lambda step, recorder: None)
+        assert failed(run_check("graphs", "cpu")) == ["steps replayed"] * 3
+    monkeypatch.setattr(Recorded, "replay", lambda recorded: None)
+    assert {"replayed: losses", "replayed: worst gradient", "bf16: loss"} <= set(failed(run_check("graphs", "cpu")))
 
 
 def test_dali_passes_on_a_cpu_and_fails_for_another_crop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +96,7 @@ def compiled_eagerly(names: list[str]) -> dict[str, list[str]]:
 def test_checks_of_other_engines_pass_on_a_cpu(tmp_path: Path) -> None:
     worker = Worker(tmp_path / "log")
     names = [name for name, check in CHECKS.items() if check.process not in ("plain", "chain")]
-    engines = {"fsdp2", "zero0", "zero1", "zero2", "zero3", "processes"}
+    engines = {"fsdp2", "zero0", "zero1", "zero2", "zero3", "processes", "graphs"}
     compiled = {"compile", "compile_towers", "compile_graphs", "compile_fsdp2", "compile_zero2", "compile_zero3"}
     assert engines | compiled | {"skips", "zero_skips", "checkpoint", "zero_checkpoint"} == set(names)
     try:

@@ -82,7 +82,9 @@ def test_correctness_comes_first_and_every_preset_is_in_it() -> None:
     links = {item.setup.student.name for item in items if item.setup and item.setup.teacher}
     assert alone == set(PRESETS)
     assert alone - links == {"vit_t16", "swin_t", "swin_b384", "vit_pico"}  # the first of each chain
-    assert {"speed/vit_b16+fsdp2", "speed/vit_b16+zero3", "speed/vit_b16+compiled"} <= {item.name for item in items}
+    assert {"speed/vit_b16+fsdp2", "speed/vit_b16+zero3", "speed/vit_b16+compiled", "speed/vit_b16+graphs"} <= {
+        item.name for item in items
+    }
     assert sum(item.search for item in items) == 1
 
 
