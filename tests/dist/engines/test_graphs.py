@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -375,6 +379,69 @@ def test_the_compilers_graphs_need_a_gpu(
     said, engine = build_line(caplog, {"compile": "towers", "text": "packed", "compile_mode": "reduce-overhead"})
     assert said == "engine.compile_mode: reduce-overhead is default here: cpu has no CUDA graphs"
     assert engine.unwrapped.model.text_sizes is None
+
+
+# --- CUDA's own graphs, as far as their calls go
+
+
+class Streams:
+    """torch.cuda's streams and graphs, with the arguments that its functions take. Notes what runs on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> None:
+        self.stream, self.log, self.fails = "main", [], fails
+        self.graph_arguments = inspect.signature(torch.cuda.graph.__init__)
+        for name in ("Stream", "current_stream", "graph_pool_handle", "stream", "CUDAGraph", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, f"_{name}"))
+
+    def _Stream(self, device: torch.device) -> Any:
+        return SimpleNamespace(name="side", wait_stream=lambda other: self.log.append(f"side waits for {other.name}"))
+
+    def _current_stream(self) -> Any:
+        return SimpleNamespace(
+            name=self.stream, wait_stream=lambda other: self.log.append(f"{self.stream} waits for {other.name}")
+        )
+
+    def _graph_pool_handle(self) -> str:
+        return "pool"
+
+    def _CUDAGraph(self) -> Any:
+        return SimpleNamespace(replay=lambda: self.log.append(f"replay on {self.stream}"))
+
+    @contextlib.contextmanager
+    def _stream(self, stream: Any) -> Iterator[None]:
+        before, self.stream = self.stream, stream.name
+        try:
+            yield
+        finally:
+            self.stream = before
+
+    @contextlib.contextmanager
+    def _graph(self, *arguments: Any, **options: Any) -> Iterator[None]:
+        given = self.graph_arguments.bind(None, *arguments, **options).arguments
+        self.log.append(f"capture on {given['stream'].name} in {given['pool']}, {given['capture_error_mode']}")
+        self.stream = given["stream"].name
+        yield
+        if self.fails:  # as torch's own: it leaves its stream only after a capture that ended well
+            raise RuntimeError("capture failed")
+
+
+def test_captures_share_a_stream_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Streams(monkeypatch)
+    recorder = graphs.CudaGraphs(torch.device("cuda", 0))
+    recorder.warm_up(lambda: seen.log.append(f"warm on {seen.stream}"))
+    replay = recorder.capture(lambda: seen.log.append(f"part on {seen.stream}"))
+    replay()
+    assert seen.log == [
+        *("side waits for main", "warm on side", "main waits for side"),
+        *("capture on side in pool, thread_local", "part on side", "replay on main"),
+    ]
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = Streams(monkeypatch, fails=True)
+    with pytest.raises(RuntimeError, match="capture failed"):
+        graphs.CudaGraphs(torch.device("cuda", 0)).capture(lambda: None)
+    assert seen.stream == "main"
 
 
 # --- the stand-in

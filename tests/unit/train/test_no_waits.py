@@ -16,8 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 from compt.engines.state_dcp import load_state, save_state
 from compt.models.clip import build
+from compt.models.packing import SIZES, Packing, pack
 from compt.models.pixels import to_input
 from compt.models.presets import PACKED, resolve
+from compt.train.losses import ContrastiveLoss
 from compt.train.task import DistillTask
 
 SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
@@ -78,6 +80,25 @@ def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int, sent: int) -> Non
     assert loss.device == GPU
     # What pixels are normalised by; the order of the captions, or where their tokens lie, for student and teacher.
     assert gpu.copies == [False] * (1 + 2 * sent)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", [ContrastiveLoss(), ContrastiveLoss("all"), ContrastiveLoss(chunk=3)], ids=repr)
+def test_what_is_captured_copies_nothing_and_asks_for_no_number(loss: ContrastiveLoss, dtype: torch.dtype) -> None:
+    """With the kernel of attention that half precision takes on a GPU, and with padded attention."""
+    lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        task = DistillTask(build(SPEC, GPU), build(SPEC, GPU), loss, text_buckets=PACKED)
+        images: Tensor = torch.zeros((4, 3, 16, 16), device=GPU)
+        tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
+        packing = pack(lengths.flatten(), 10, 10, GPU, SIZES)
+        packing = Packing(*packing.tensors, (), 10)
+        gpu.copies.clear()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            outputs = task.module(images, tokens, packing)
+        value, _ = task.loss(outputs, task.targets(images, tokens, packing))
+    assert value.device == GPU
+    assert gpu.copies == []
 
 
 @pytest.mark.parametrize(
