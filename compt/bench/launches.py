@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_leaves
 
 from compt.bench.step import Setup, TrainingStep, random_batch
 from compt.engines.base import Engine
+from compt.engines.graphs import GraphEngine
 from compt.recipe.engine import changed_engine
 from compt.train.task import Task
 
-PARTS = ("input", "teacher", "forward", "loss", "backward", "optimizer")
-"""The parts of a step, in their order; `input` is also what no other part does."""
+PARTS = ("input", "teacher", "forward", "loss", "backward", "graph", "optimizer")
+"""The parts of a step, in their order; `input` is also what no other part does, `graph` the four before of a captured
+step."""
 _NO_KERNEL = {
     "device",
     "_unsafe_view",
@@ -192,6 +194,8 @@ def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
 
 def methods_of_parts(task: Task, engine: Engine) -> list[tuple[str, Any, str]]:
     """Each part of a step but `input`, with the object and the method that is this part."""
+    if isinstance(engine, GraphEngine):
+        return [("graph", engine, "whole_step"), ("optimizer", engine, "step")]
     return [
         ("teacher", task, "targets"),
         ("forward", engine, "forward"),

@@ -27,7 +27,8 @@ def setup(model: str, precision: Any = "bf16", **engine: Any) -> Setup:
 def test_a_step_of_vit_t16_with_packed_text_launches_few_kernels() -> None:
     packed = count(setup("vit_t16", text="packed"), 16, GPU)
     assert packed.counts["forward", "_varlen_attn"] == packed.counts["backward", "_varlen_attn_backward"] == 12
-    assert [packed.of(part) for part in PARTS] == [6, 0, *map(packed.of, ("forward", "loss", "backward", "optimizer"))]
+    assert [packed.of(part) for part in PARTS] == [6, 0, *map(packed.of, PARTS[2:])]
+    assert packed.of("graph") == 0 < min(map(packed.of, ("forward", "loss", "backward", "optimizer")))
     assert packed.total == sum(map(packed.of, PARTS)) <= 1115
     assert packed.of("optimizer") <= 16
     assert packed.counts["optimizer", "_fused_adamw_"] == 2

@@ -15,14 +15,27 @@ import pytest
 from compt.chain.run import prepare, run_chain
 from compt.cli.chain import _steps
 from compt.data.batch import Batch
+from compt.engines.graphs import RECORDERS
 from compt.errors import ConfigError, Interrupted
 from compt.train.loop import _Loop
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, recipe_of, weights_hash
+from tests.helpers.recorded import RecordedGraphs
 
 LINKS = (
     "chain.links=[{model: small, train: {steps: 3}, warmup: {steps: 1}}, "
     "{model: large, train: {steps: 4}, warmup: {steps: 1}}]"
 )
+
+
+def test_a_captured_step_is_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An event that is recorded within a capture could not be read."""
+    monkeypatch.setitem(RECORDERS, "cpu", RecordedGraphs)
+    base, asked = make_data(tmp_path), (LINKS, "engine.graphs=on", "engine.text=packed")
+    context, plan = prepare(recipe_of(*asked), tmp_path / "run", base=base, baselines=False, controls=())
+    run_chain(replace(context, profile_steps=(2, 3)), plan, lambda _: None)
+    for job in (FIRST, SECOND):
+        table = (tmp_path / "run" / "jobs" / job / "trace-2-3.md").read_text()
+        assert set(re.findall(r"^\| (\w+) \| - \|", table, re.MULTILINE)) == {"input", "graph", "optimizer", "step"}
 
 
 def test_exactly_these_steps_are_traced_and_nothing_else_changes(tmp_path: Path) -> None:
