@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from compt.engines.state_dcp import load_state, save_state
+from compt.models import packing
 from compt.models.clip import build
-from compt.models.packing import SIZES, Packing, pack
 from compt.models.pixels import to_input
 from compt.models.presets import PACKED, resolve
 from compt.train.losses import ContrastiveLoss
@@ -84,21 +84,30 @@ def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int, sent: int) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("loss", [ContrastiveLoss(), ContrastiveLoss("all"), ContrastiveLoss(chunk=3)], ids=repr)
-def test_what_is_captured_copies_nothing_and_asks_for_no_number(loss: ContrastiveLoss, dtype: torch.dtype) -> None:
+def test_what_is_captured_copies_nothing_and_asks_for_no_number(
+    loss: ContrastiveLoss, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the kernel of attention that half precision takes on a GPU, and with padded attention."""
+    # Torch switches the autocast of a GPU off without one.
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda: True)
+    kernels, attend = [], packing._by_kernel
+    monkeypatch.setattr(packing, "_by_kernel", lambda *given: kernels.append(given) or attend(*given))
     lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
     with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
         task = DistillTask(build(SPEC, GPU), build(SPEC, GPU), loss, text_buckets=PACKED)
         images: Tensor = torch.zeros((4, 3, 16, 16), device=GPU)
         tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
-        packing = pack(lengths.flatten(), 10, 10, GPU, SIZES)
-        packing = Packing(*packing.tensors, (), 10)
+        made = packing.pack(lengths.flatten(), 10, 10, GPU, packing.SIZES)
+        packed = packing.Packing(*made.tensors, (), 10)
         gpu.copies.clear()
         with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
-            outputs = task.module(images, tokens, packing)
-        value, _ = task.loss(outputs, task.targets(images, tokens, packing))
+            outputs = task.module(images, tokens, packed)
+        value, _ = task.loss(outputs, task.targets(images, tokens, packed))
     assert value.device == GPU
     assert gpu.copies == []
+    # One block of the student; the teacher is in fp32 here.
+    assert len(kernels) == (dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize(
