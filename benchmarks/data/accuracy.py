@@ -66,8 +66,17 @@ def train(seed: int, decoder: str, epochs: float) -> list[dict[str, Any]]:
     run = RUNS / f"epochs-{epochs:g}" / f"{decoder}-{seed}"
     app(["chain", "demo", "--run-folder", str(run), *(f"--set={each}" for each in changes)], standalone_mode=False)
     jobs = {model: read_manifest(run / "jobs" / f"{at}-{model}") for at, model in enumerate(EPOCHS, 1)}
-    about = {"seed": seed, "decoder": decoder}
-    return [{**about, "link": model, "top1": job["scores"][TESTED]["top1"]} for model, job in jobs.items()]
+    return [
+        {
+            "seed": seed,
+            "decoder": decoder,
+            "link": model,
+            "top1": job["scores"][TESTED]["top1"],
+            "finished": job["finished"],
+            **{key: job["starts"][-1]["machine"][key] for key in ("device", "torch")},
+        }
+        for model, job in jobs.items()
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]], title: str) -> TextTable:
@@ -95,8 +104,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_jpegs(RUNS / "data")
         runs = itertools.product(range(asked.seeds), DECODERS)
         rows = [row for seed, decoder in runs for row in train(seed, decoder, asked.epochs)]
-        found = table(rows, f"Top-1 on {TESTED}, {asked.epochs:g} times {EPOCHS} epochs, {asked.seeds} seeds")
-        show(result := Result("decoders", "Accuracy with two decoders", tables=(found,), records={"scores": rows}))
+        lengths = " → ".join(f"{asked.epochs * length:g}" for length in EPOCHS.values())
+        found = table(rows, f"Top-1 on {TESTED}, %: links of {lengths} epochs, {asked.seeds} seeds")
+        last = max(rows, key=lambda row: row["finished"])
+        about = f"Trained until {last['finished'][:10]} on {last['device']}, torch {last['torch']}, seeds 0 to "
+        about += f"{asked.seeds - 1}: `python -m benchmarks.data.accuracy`."
+        records = {"scores": rows}
+        show(result := Result("decoders", "Accuracy with two decoders", (), (found,), records, (about,)))
         print(f"written: {write(result, asked.out)}")
 
 
