@@ -60,10 +60,11 @@ def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
 def as_found(recipe: Recipe, images: int, lengths: NDArray[np.int64] | None, pool: float | None = None) -> Recipe:
     """The recipe with the number of images of an epoch, and with the tokens that captions of these lengths take.
 
-    `pool`: captions that an image has, on average.
+    `pool`: captions that an image has, on average, which plans need where the teacher's captions are cached.
     """
     changes: dict[str, object] = {"images": images}
-    if pool is not None and recipe.data.caption_pool is None:
+    cached = any(recipe.engine_of(link.model).teacher_cache for link in recipe.chain.links)
+    if cached and pool is not None and recipe.data.caption_pool is None:
         changes["caption_pool"] = round(pool, 2)
     if lengths is not None:
         changes["caption_tokens"] = computed_tokens(lengths, recipe)

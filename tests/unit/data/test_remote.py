@@ -136,7 +136,7 @@ def test_the_next_shards_come_while_the_present_ones_are_read(tmp_path: Path, st
 
 
 def test_the_cache_never_grows_beyond_its_size(
-    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Room for the present window and the next: the third takes the place of the first."""
     local = on_disk(tmp_path)
@@ -149,7 +149,9 @@ def test_the_cache_never_grows_beyond_its_size(
     assert same(run(open_index(SHARDS, tmp_path, cache=tight)), run(local))
     assert max(seen) + min(sizes) == tight.size  # seen before the next shard takes its place
     assert taken(tight) <= tight.size
-    assert max(store.gets[name] for name in NAMES) <= 3
+    # On a loaded machine an attempt may time out, and is made again.
+    again = {name: sum("attempt" in line and name in line for line in caplog.messages) for name in NAMES}
+    assert max(store.gets[name] - again[name] for name in NAMES) <= 3
 
 
 # What happens to GETs of one shard while it is downloaded, and the line that names it.

@@ -182,7 +182,7 @@ def _blueprint(**engine: Any) -> Blueprint:
         ({"compile": "towers"}, ("towers", "default")),
         ({"compile": "towers", "shard_teacher": True}, ("blocks", "default")),
         ({"compile": "towers", "compile_mode": "max-autotune-no-cudagraphs"}, ("towers", "max-autotune-no-cudagraphs")),
-        ({"compile": "blocks", "compile_mode": "reduce-overhead"}, ("blocks", "default")),
+        ({"compile": "towers", "compile_mode": "reduce-overhead", "text": "packed"}, ("towers", "default")),
     ],
 )
 def test_how_a_teacher_is_compiled(
