@@ -178,6 +178,7 @@ RESAMPLED = ["--model", "ViT-B-16", "--dataset-resampled"]
 def test_sets_with_weights() -> None:
     words = [*RESAMPLED, "--train-data", "a.tar::b.tar", "--train-data-upsampling-factors", "1::2.5"]
     values, _ = recipe_of([*words, "--train-num-samples", "9000", "--warmup", "10"], 1)
+    assert values["data"]["decoder"] == "torch"
     assert values["data"]["train"] == [{"shards": "a.tar", "weight": 1.0}, {"shards": "b.tar", "weight": 2.5}]
     recipe, _ = made(*RESAMPLED, "--train-data-upsampling-factors", "2")
     assert recipe.data.train == ["a/{00..10}.tar"], "OpenCLIP does not train longer with the factor of one set"
