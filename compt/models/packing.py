@@ -86,12 +86,17 @@ def _unread(tokens: int, captions: int, context: int, sizes: int) -> Tensor:
 
 def filled(tokens: int, captions: int, context: int, sizes: int) -> int:
     """The number of tokens that `pack` fills the `tokens` of `captions` up to, with `sizes`."""
-    step = -(-captions * context // sizes)
+    step = _step(captions, context, sizes)
     return -(-(tokens + _unread_captions(captions, context, sizes)) // step) * step
 
 
+def _step(captions: int, context: int, sizes: int) -> int:
+    """Tokens from one size to the next."""
+    return -(-captions * context // sizes)
+
+
 def _unread_captions(captions: int, context: int, sizes: int) -> int:
-    step = -(-captions * context // sizes)
+    step = _step(captions, context, sizes)
     return max(1, -(-(step - 1) // max(1, context - 1)))
 
 

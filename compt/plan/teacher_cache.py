@@ -33,8 +33,8 @@ class CachedCaptions:
 def cached_captions(recipe: Recipe, job: Job, processes: int) -> CachedCaptions | None:
     """The projection for `job`; None without a cache or a teacher.
 
-    In each epoch a process draws a share p of all captions anew. After e epochs it knows 1 - (1 - p)^e of them, or as
-    many as fit. Texts that occur twice are taken as different ones. With sets of different weights, each is taken to
+    In each epoch a process draws a share p of all captions by chance. After e epochs it knows 1 - (1 - p)^e of them, or
+    as many as fit. Texts that occur twice are taken as different ones. With sets of different weights, each is taken to
     have as many captions as at the smallest weight: there are at most so many.
     """
     limit, teacher, data = recipe.engine_of(job.spec.name).teacher_cache, job.active_teacher, recipe.data

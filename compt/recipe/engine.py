@@ -99,7 +99,7 @@ def _spelt(*names: str) -> BeforeValidator:
 
 Compile = Annotated[Literal["off", "blocks", "towers"], _spelt("off", "blocks")]
 CompileMode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
-CAPTURING = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
+CAPTURING: dict[CompileMode, CompileMode] = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 """Modes in which the compiler captures CUDA graphs, and the same without."""
 
 

@@ -129,7 +129,7 @@ def _open_teacher(blueprint: Blueprint, device: torch.device, weights: Mapping[s
     model, engine = build(blueprint.teacher, device="meta"), blueprint.engine
     if engine.compile != "off":
         # Not as CUDA graphs: the next run of one overwrites features that the loss still needs.
-        mode = "default" if engine.compile_mode in CAPTURING else engine.compile_mode
+        mode = CAPTURING.get(engine.compile_mode, engine.compile_mode)
         compile_model(model, "blocks" if engine.shard_teacher else engine.compile, mode, device)
     given = DrawnState(model, blueprint.teacher, blueprint.seed) if weights is None else weights
     if engine.shard_teacher:

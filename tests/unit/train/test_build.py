@@ -183,6 +183,10 @@ def _blueprint(**engine: Any) -> Blueprint:
         ({"compile": "towers", "shard_teacher": True}, ("blocks", "default")),
         ({"compile": "towers", "compile_mode": "max-autotune-no-cudagraphs"}, ("towers", "max-autotune-no-cudagraphs")),
         ({"compile": "towers", "compile_mode": "reduce-overhead", "text": "packed"}, ("towers", "default")),
+        (
+            {"compile": "towers", "compile_mode": "max-autotune", "text": "packed"},
+            ("towers", "max-autotune-no-cudagraphs"),
+        ),
     ],
 )
 def test_how_a_teacher_is_compiled(
