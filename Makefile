@@ -34,7 +34,7 @@ test: $(STAMP) ## Run the tests (without a GPU, the GPU tests are skipped)
 	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "not slow and not full and not slurm" $(ARGS)
 
 test-slow: $(STAMP) ## Run the long tests: engines, faults, launchers, memory limits
-	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not slurm" $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) pytest -n $(WORKERS) --dist worksteal -m "slow and not full and not slurm" $(ARGS)
 
 test-full: ## Run every test, including the complete matrices (about an hour); a missing package is an error
 	@COMPT_TEST_ALL=1 $(MAKE) --no-print-directory EXTRAS=test-all test test-slow test-slurm test-matrices

@@ -40,6 +40,7 @@ BF16 = {"loss": 2e-3, "norm": 2e-2}
 """Largest relative difference from ddp's in bf16: it rounds at other places, eight bits of precision."""
 
 
+@pytest.mark.slow
 def test_a_diagonal_of_the_matrix() -> None:
     assert matrix.misses(matrix.run(DIAGONAL)) == []
 

@@ -367,6 +367,7 @@ def test_a_loader_process_that_is_killed_is_named(
     assert "Traceback" not in ended.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", [False, True])
 def test_a_loader_process_that_is_stopped_is_named_and_a_signal_heard(
     signalled: bool, base: Path, tmp_path: Path, groups: Callable[..., Group]

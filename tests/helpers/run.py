@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,10 @@ def retrieved(share: float, seed: int, n: int = 100) -> RetrievalResult:
     return RetrievalResult("captions", ids, ranks[0], owners, ranks[1], found)
 
 
+# Runs have the same scores again and again, and a score draws a thousand samples for its intervals once.
+_answers, _retrieved = functools.cache(answers), functools.cache(retrieved)
+
+
 def picture(label: int, size: int = 32) -> np.ndarray:
     """uint8 [3, size, size] of the shape that NAMES[label] describes."""
     words = NAMES[label].split()
@@ -212,9 +217,9 @@ def _scores(folder: Path, made: Recipe, share: float, seed: int, n: int, npz: bo
     for item in made.evaluation.sets:
         result: ZeroShotResult | RetrievalResult
         if item.task == "retrieval":
-            result = retrieved(share, seed)
+            result = _retrieved(share, seed)
         else:
-            result = answers(share * (1.0 if item.name == "test_style" else 0.9), seed, n, item.name)
+            result = _answers(share * (1.0 if item.name == "test_style" else 0.9), seed, n, item.name)
         if npz:
             result.save(folder)
         if isinstance(result, RetrievalResult) and npz and made.evaluation.contact_sheet:

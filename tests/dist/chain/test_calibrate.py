@@ -41,6 +41,7 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
         assert largest_difference(weights(tmp_path / "one", name), weights(tmp_path / "two", name)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_two_processes_end_alike(tmp_path: Path) -> None:
     base = make_data(tmp_path)
     first, second = run_ranks(refused, 2, base, tmp_path / "run")

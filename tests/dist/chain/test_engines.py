@@ -81,6 +81,7 @@ def assert_same(whole: Path, run: Path) -> None:
         assert manifest(run, job)["state"] == "done"
 
 
+@pytest.mark.slow
 def test_a_chain_from_engine_to_engine(base: Path, whole: Path, tmp_path: Path) -> None:
     """Link 1 under DDP on one process, link 2 under ZeRO-2 on two, link 3 under FSDP2 on four: one run folder."""
     run = tmp_path / "run"

@@ -211,6 +211,7 @@ print(before.count("pt_gloo_runloop") > 0, threads().count("pt_gloo_runloop"))
 """
 
 
+@pytest.mark.slow
 def test_a_group_that_was_left_leaves_no_threads() -> None:
     """They would free Python's tensors while Python shuts down, which aborts the process."""
     # A new interpreter: what is imported after the group was made kept it alive.

@@ -39,6 +39,7 @@ def test_it_is_that_of_a_plain_loop_and_leaves_out_steps_that_were_none(
     assert int(held.updates) == 4
 
 
+@pytest.mark.slow
 def test_clipping_and_average_launch_few_kernels_on_a_gpu() -> None:
     seen = [count(_setup("vit_s16", "vit_t16", one), 16, torch.device("cuda", 0)) for one in (CLIPPED, AVERAGED)]
     clipped, averaged = (one.of("optimizer") for one in seen)

@@ -474,6 +474,7 @@ def alone_and_apart() -> tuple[Any, ...]:
     return scored(), sizes(), frozen()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_ranks_score_alone_and_hold_shares(world: int) -> None:
     results = [alone_and_apart()] if world == 1 else run_ranks(alone_and_apart, world, timeout=300.0)

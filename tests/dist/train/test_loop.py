@@ -182,6 +182,7 @@ def torchrun(base: Path, tmp_path: Path) -> Iterator[Any]:
 LAUNCHER = ROOT / "launchers" / "train.py"
 
 
+@pytest.mark.slow
 def test_a_signal_to_torchrun_saves(torchrun: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changes = ["chain.links.0.train={steps: 100000}", "engine.checkpoint_every={steps: 100000}", "engine.workers=1"]

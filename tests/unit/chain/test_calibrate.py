@@ -581,6 +581,7 @@ def test_a_chain_that_was_begun_can_be_tested_until_a_later_link_has_begun(
 # --- killed
 
 
+@pytest.mark.slow
 def test_killed_at_each_place_in_turn(base: Path, third: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     places = [

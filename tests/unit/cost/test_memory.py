@@ -189,6 +189,7 @@ def check_kept(case: Case, device: str, rel: float) -> None:
         assert memory.weights - whole.weights == counted.copies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case", [*GPU_CASES, *(pytest.param(case, marks=pytest.mark.full) for case in LARGE_GPU_CASES)], ids=name_of
 )
@@ -225,6 +226,7 @@ def test_a_cpu_keeps_less_of_norms_in_half_precision() -> None:
 # The whole step: peak memory within 5 %
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

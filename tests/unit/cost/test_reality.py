@@ -112,7 +112,12 @@ def our_counts(name: str, length: int) -> Table:
     return our_image_counts(name) + counted(lambda: ours(name).encode_text(tokens, length=length), ours(name))
 
 
-@pytest.mark.parametrize("name", MODELS)
+LARGE = ("swin_s", "swin_b", "swin_l", "swin_l384")
+"""Presets with the parts of swin_t and swin_b384 in other numbers and sizes."""
+BUT_LARGE = pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LARGE)) for n in MODELS])
+
+
+@BUT_LARGE
 def test_stock_open_clip_has_these_parameters_and_macs(name: str) -> None:
     spec = MODELS[name]
     forward, sizes = stock_counts(name)
@@ -121,11 +126,7 @@ def test_stock_open_clip_has_these_parameters_and_macs(name: str) -> None:
     assert parameters(spec) == sum(sizes.values())
 
 
-LARGE = ("swin_s", "swin_b", "swin_l", "swin_l384")
-"""Presets with the parts of swin_t and swin_b384 in other numbers and sizes."""
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.full] * (n in LARGE)) for n in MODELS])
+@BUT_LARGE
 def test_our_model_has_these_parameters_and_macs(name: str) -> None:
     spec = MODELS[name]
     assert differences(parameters_of(spec), parameters_by_place(ours(name))) == []

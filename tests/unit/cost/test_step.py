@@ -60,6 +60,7 @@ def test_launches_and_bytes_are_those_of_a_step(student: str, teacher: str | Non
     assert rest == pytest.approx(1, abs=0.1) if text == "packed" else rest > 1, "buckets add gradients of weights up"
 
 
+@pytest.mark.slow
 def test_launches_of_a_swin() -> None:
     one, packed = resolve("swin_t", {"text_depth": 2}), EngineConfig(text="packed")
     conditions = Conditions(4, TOKENS, "bf16", BATCH, text_buckets=packed.buckets)

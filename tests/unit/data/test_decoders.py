@@ -310,7 +310,7 @@ def test_a_run_says_so_before_it_reads_the_data(tmp_path: Path, monkeypatch: pyt
     assert not list((tmp_path / "data").rglob("*.npz"))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_exactly(tmp_path: Path, decoder: str, workers: int) -> None:
     base = make_data(tmp_path / "data")
     changes = [*ONE_LINK, f"data.decoder={decoder}", f"engine.workers={workers}"]

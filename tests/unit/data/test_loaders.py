@@ -250,6 +250,7 @@ class Numbers(Dataset[Any]):
         return number
 
 
+@pytest.mark.slow
 def test_torch_raises_no_death_of_a_loader_process_in_the_middle_of_a_step() -> None:
     assert finish(start(die_in_a_step)) == 0
 

@@ -504,6 +504,7 @@ def test_a_committed_run(root: Path) -> None:
 QUICK = ("evaluation.validation=[]", "evaluation.every=", "engine.checkpoint_every={steps: 100}")
 
 
+@pytest.mark.slow
 def test_real_runs_of_several_lengths_from_one_teacher(tmp_path: Path) -> None:
     base = helpers_recipe.make_data(tmp_path)
     whole = tmp_path / "whole"

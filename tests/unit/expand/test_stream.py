@@ -162,6 +162,7 @@ def long_pair(depth: int) -> tuple[ModelSpec, ModelSpec]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="counts memory as Linux does")
 def test_memory_does_not_follow_the_number_of_parameters(tmp_path: Path) -> None:
     sizes = []

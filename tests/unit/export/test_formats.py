@@ -293,7 +293,7 @@ RUNNERS = {"onnx": _onnx, "torch_export": _torch}
     ("name", "to"),
     [
         ("vit", "onnx"),
-        ("swin", "torch_export"),
+        pytest.param("swin", "torch_export", marks=pytest.mark.slow),
         pytest.param("swin", "onnx", marks=pytest.mark.full),
         pytest.param("vit", "torch_export", marks=pytest.mark.full),
     ],

@@ -199,6 +199,7 @@ def test_how_a_teacher_is_compiled(
     assert seen == ([] if wanted is None else [wanted])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["blocks", "towers"])
 @pytest.mark.parametrize("text", ["padded", "packed"])
 def test_a_compiled_teacher_gives_the_same_features(how: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:

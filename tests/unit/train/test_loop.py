@@ -538,6 +538,7 @@ def assert_same_run(whole: Path, other: Path) -> None:
         assert manifest(whole, job)["scores"] == manifest(other, job)["scores"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "stops"),
     [([], ((1, 6), (3,))), (["engine.workers=2", "engine.cache=true"], ((3,), (2,)))],
@@ -562,6 +563,7 @@ def test_the_processes_of_the_loader_end_with_the_training(base: Path, tmp_path:
     assert multiprocessing.active_children() == []
 
 
+@pytest.mark.slow
 def test_an_accumulating_chain_stopped_is_uninterrupted(base: Path, tmp_path: Path) -> None:
     changes = ["optimizer.ema={decay: 0.9}", "engine.micro_batch=4", "engine.text_buckets=2"]
     chain(base, tmp_path / "whole", *changes)

@@ -134,6 +134,7 @@ def close(found: Tensor, expected: Tensor, dtype: str) -> None:
     assert off < (5e-3 if rough else 2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", range(len(CASES)), ids=["-".join(map(str, case)) for case in CASES])
 def test_tiles_equal_the_loops(found: list[dict[str, Any]], at: int) -> None:
     case = CASES[at]
