@@ -22,6 +22,16 @@ OTHER_FAMILIES = {3: ("a", "bc", "d"), 7: ("a", "ab", "b", "bc", "c", "cd", "d")
 
 SEEDS = (0, 1, 2)
 
+LADDER = (40, 80, 160, 320)
+"""Epochs of baselines on parts of the training set."""
+SMALLER = (2, 1, 4)
+"""Numbers of shards of the parts."""
+
+IMAGES = {1: 1594, 2: 3189, 4: 6379, 8: 12759}
+"""Training images in the first shards, by their number. Images are shuffled, so the first shards are a random part."""
+ALL = 8
+"""All shards."""
+
 LENGTHS = (10, 20, 40, 80, 160)
 """Epochs of the baselines: complete schedules, each twice as long as the last."""
 
@@ -65,7 +75,7 @@ class Piece:
     """One training run: a model from scratch, or as a link that grows from the model of another piece.
 
     `alpha`: weight of distillation; None: the recipe's. `warmup` in steps. Without `expanded`, a link starts from
-    random weights, and its teacher only distils.
+    random weights, and its teacher only distils. `shards`: how many of the training set, the first ones.
     """
 
     model: str
@@ -76,6 +86,7 @@ class Piece:
     warmup: int = 200
     alpha: float | None = None
     expanded: bool = True
+    shards: int = ALL
 
     @property
     def name(self) -> str:
@@ -83,6 +94,8 @@ class Piece:
         text = f"{self.model}-e{self.epochs:g}-s{self.seed}"
         if self.lr != BASELINE_LR:
             text += f"-lr{self.lr:g}"
+        if self.shards != ALL:
+            text += f"-shards{self.shards}"
         if self.teacher is None:
             return text
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
@@ -112,17 +125,22 @@ class Piece:
         chain: dict[str, Any] = {**values["chain"], "links": [link]}
         if self.teacher is not None:
             chain["from"] = str(self.teacher.model_folder(runs))
+        # A pattern of its own for all shards would give runs of before another identity.
+        if self.shards != ALL:
+            values["data"]["train"] = [f"data/icons/train/icon-train-{at:06d}.tar" for at in range(self.shards)]
+            values["data"]["images"] = IMAGES[self.shards]
         values |= {"name": self.name, "seed": self.seed, "chain": chain, "baselines": None}
         # Scores while training would cost time that differs between pieces: a model is scored at its end.
         values["evaluation"]["every"] = {"epochs": self.epochs}
         return parse_recipe(values, f"{RECIPE} for {self.name}")
 
 
-def link_recipe(model: str, teacher: str | None, epochs: float = 1) -> Recipe:
+def link_recipe(model: str, teacher: str | None, epochs: float = 1, shards: int = ALL) -> Recipe:
     """A recipe whose last job is `model` from scratch or as a link, to plan and time it without data or weights."""
     values = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
     # A link needs its teacher's size, which the plan takes from the link before.
     models = [model] if teacher is None else [teacher, model]
+    values["data"]["images"] = IMAGES[shards]
     links = [{"model": name, "train": {"epochs": epochs}, "warmup": {"steps": 1}} for name in models]
     return parse_recipe({**values, "chain": {**values["chain"], "links": links}, "baselines": None}, str(RECIPE))
 
@@ -131,7 +149,8 @@ def link_recipe(model: str, teacher: str | None, epochs: float = 1) -> Recipe:
 def macs_of(piece: Piece) -> float:
     """The MACs of its training, with the teacher's forward passes, without reading data or weights."""
     teaches = piece.teacher is not None and piece.alpha != 0
-    plan = make_plan(link_recipe(piece.model, piece.teacher.model if teaches and piece.teacher else None, piece.epochs))
+    teacher = piece.teacher.model if teaches and piece.teacher else None
+    plan = make_plan(link_recipe(piece.model, teacher, piece.epochs, piece.shards))
     return plan.cost(plan.jobs[-1]).total_macs
 
 
@@ -186,26 +205,34 @@ def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> I
         yield baseline(model, LENGTH)
     first = baseline("a", LENGTH)
     yield from _links(first, LINKS)
-    # Whether that length is the plateau, and two more seeds of the smallest pair.
+    # Whether that length is the plateau.
     for model in MEMBERS[:2]:
         yield baseline(model, LENGTHS[-1])
-    for seed in SEEDS[1:]:
-        yield from (baseline(model, LENGTH, seed) for model in MEMBERS[:2])
-        yield from chain(baseline("a", LENGTH, seed), MEMBERS[:2])
-    yield from _on_plateau(baseline, plateaus, MEMBERS[:2])
+    # How much data leaves a plateau within reach.
+    yield from ladder()
+    # The larger members: rates, lengths, and the chain, first with one seed. The highest rate was far worse for both
+    # small ones.
+    for model in MEMBERS[2:]:
+        yield from (Piece(model, RATED, lr=lr) for lr in BASELINE_LRS[:2])
+        yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
+    yield from chain(first, MEMBERS)
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
     yield Piece("b", 10, 0, first, LINK_LR, warmup=300)
     yield Piece("b", 10, 0, first, LINK_LR, warmup=50, alpha=0.0)
     yield Piece("b", 10, 0, baseline("a", LENGTHS[-1]), LINK_LR, warmup=50)
-    # The larger members, one after the other: rates, lengths, their link, seeds.
-    for count, model in enumerate(MEMBERS[2:], start=3):
-        yield from (Piece(model, RATED, lr=lr) for lr in BASELINE_LRS)
-        yield from (baseline(model, epochs) for epochs in LENGTHS)
-        yield from chain(first, MEMBERS[:count])
-        for seed in SEEDS[1:]:
-            yield baseline(model, LENGTH, seed)
-            yield from chain(baseline("a", LENGTH, seed), MEMBERS[:count])
-        yield from _on_plateau(baseline, plateaus, (model,))
+    # All seeds of the whole family, then the longest schedules of the larger members.
+    for seed, model in itertools.product(SEEDS, MEMBERS):
+        yield baseline(model, LENGTH, seed)
+        yield from chain(baseline("a", LENGTH, seed), MEMBERS[: MEMBERS.index(model) + 1])
+    yield from _on_plateau(baseline, plateaus, MEMBERS)
+    yield from (baseline(model, LENGTHS[-1]) for model in MEMBERS[2:])
+
+
+def ladder() -> Iterator[Piece]:
+    """Baselines of the smallest pair on parts of the training set, at the rate for all."""
+    for shards in SMALLER:
+        for model, epochs in itertools.product(MEMBERS[:2], LADDER):
+            yield Piece(model, epochs, shards=shards)
 
 
 def _on_plateau(baseline: Baseline, plateaus: Mapping[str, float | None], models: Iterable[str]) -> Iterator[Piece]:

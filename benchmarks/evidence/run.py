@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import MEMBERS, RATED, SELECT, Piece, macs_of, pieces
+from benchmarks.evidence.pieces import ALL, MEMBERS, RATED, SELECT, Piece, macs_of, pieces
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
 from compt.chain.run import prepare, run_jobs, running
@@ -148,6 +148,7 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "warmup": piece.warmup,
         "alpha": manifest["alpha"],
         "expanded": piece.expanded,
+        "shards": piece.shards,
         "r": float(np.mean(r)) if r else None,
         "parameters": manifest["parameters"],
         "steps": manifest["steps"],
@@ -178,8 +179,8 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
     names = [piece.name for piece in pieces(own_rates(raw))]
     files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
     for path in files:
-        # The first pieces were collected before there were links from random weights, and without r.
-        values = {"expanded": True, "r": None, **read_json(path)}
+        # The first pieces were collected without these.
+        values = {"expanded": True, "r": None, "shards": ALL, **read_json(path)}
         bits = load_arrays(path.with_suffix(".npz"))
         values["correct"] = {name: np.unpackbits(bits[name])[: len(sets[name])] for name in bits}
         found.append(values)
@@ -195,7 +196,8 @@ def own_rates(raw: Path = RAW) -> dict[str, float]:
     best: dict[str, tuple[float, float]] = {}
     for path in raw.glob("*.json"):
         values = read_json(path)
-        if (values["teacher"], values["epochs"], values["seed"]) == (None, RATED, 0):
+        own = (values["teacher"], values["epochs"], values["seed"], values.get("shards", ALL))
+        if own == (None, RATED, 0, ALL):
             found = (values["scores"][SELECT]["top1"], values["lr"])
             best[values["model"]] = max(found, best.get(values["model"], found))
     return {model: rate for model, (_, rate) in best.items()}

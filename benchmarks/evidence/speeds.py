@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import IDLE_LOAD, rounded
-from benchmarks.evidence.pieces import RECIPE, Piece, link_recipe, macs_of
+from benchmarks.evidence.pieces import IMAGES, RECIPE, Piece, link_recipe, macs_of
 from compt.bench.step import Setup, TrainingStep
 from compt.bench.throughput import device_name
 from compt.data.batch import Batch
@@ -107,10 +107,9 @@ def read_speeds(path: Path = SPEEDS) -> Mapping[Pair, float]:
 
 def idle_minutes(piece: Piece, speeds: Mapping[Pair, float]) -> float:
     """Minutes of one idle core that the training of a piece takes, without its scores."""
-    recipe = load_recipe(RECIPE, [])
-    batch = recipe.optimizer.batch
-    steps = piece.epochs * (recipe.data.images // batch)
+    batch = load_recipe(RECIPE, []).optimizer.batch
+    steps = piece.epochs * (IMAGES[piece.shards] // batch)
     if pair_of(piece) in speeds:
         return steps * speeds[pair_of(piece)] / 60
-    share_of_link = macs_of(piece) / macs_of(Piece(piece.model, piece.epochs))
+    share_of_link = macs_of(piece) / macs_of(Piece(piece.model, piece.epochs, shards=piece.shards))
     return share_of_link * steps * batch / SAMPLES_PER_SECOND[piece.model] / 60

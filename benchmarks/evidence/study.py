@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.evidence.pieces import BASELINE_LR, LENGTHS, MEMBERS, SEEDS, SELECT, Piece
+from benchmarks.evidence.pieces import ALL, BASELINE_LR, LENGTHS, MEMBERS, SEEDS, SELECT, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import Difference, difference
@@ -47,6 +47,7 @@ class Study:
             item
             for item in self.all
             if (item["model"], item["teacher"], item["lr"]) == (model, None, self.rates.get(model))
+            and item["shards"] == ALL
             and epochs in (None, item["epochs"])
         ]
 
