@@ -95,7 +95,7 @@ def tables(results: Mapping[str, Any]) -> list[TextTable]:
         ),
         TextTable(
             "The same for each option, on two processes",
-            ("Option of `engine`", *engines),
+            ("Option of engine", *engines),
             by_option,
             ("Contrastive and with projectors, ViT. The engines without a number refuse the option.",),
         ),

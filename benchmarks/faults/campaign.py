@@ -14,6 +14,7 @@ import random
 import shutil
 import sys
 import tempfile
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,10 @@ printed them on that day.
 
 {faults}
 
-*Ended in*: seconds from the fault until the last process had ended. *Same*: whether the same command reached the
-weights of the undisturbed run. *Steps again*: steps after the newest checkpoint, which were trained a second time.
-*Samples lost or twice*: steps of the final model that saw other samples than without the fault.
+*Exit codes*: of rank 0 and of rank 1; -9 is a process that was killed. *Ended in*: seconds from the fault until the
+last process had ended. *Same*: whether the same command reached the weights of the undisturbed run. *Steps again*:
+steps after the newest checkpoint, which were trained a second time. *Samples lost or twice*: steps of the final model
+that saw other samples than without the fault.
 
 {random}
 
@@ -105,7 +107,7 @@ def fault_table(rows: list[dict[str, Any]]) -> TextTable:
                 row["fault"],
                 " ".join(map(str, row["exit_codes"])),
                 f"{row['seconds']:.1f} s",
-                row["message"].split(". ")[0][:160] or "-",
+                textwrap.shorten(row["message"].split(". ")[0], 160, placeholder=" …") or "-",
                 {True: "yes", False: "no", None: "does not end it"}[row["same"]],
                 str(row["repeated_steps"]),
                 row["note"] or str(row["wrong_samples"]),

@@ -75,7 +75,7 @@ NEEDLESS = {
     "wandb_project_name": "set WANDB_PROJECT",
     "ddp_static_graph": "not needed",
     "no_set_device_rank": "not needed",
-    "device": "`compt chain --device`",
+    "device": "engine.device",
     "dist_url": "the launcher's variables say it",
     "dist_backend": "nccl on GPUs, gloo on CPUs",
     "val_num_samples": "the index counts them",

@@ -36,9 +36,9 @@ def macs_command(
     captions: Annotated[int | None, option("captions per image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
     mode: ModeName = "exact",
-    recompute: Annotated[bool, option("run forward twice, as with micro-batches", "--recompute")] = False,
-    checkpointing: Annotated[bool, option("with activation checkpointing", "--checkpointing")] = False,
-    chunked_loss: Annotated[bool, option("with engine.loss_chunk", "--chunked-loss")] = False,
+    recompute: Annotated[bool, option("forward twice, as with engine.micro_batch", "--recompute")] = False,
+    checkpointing: Annotated[bool, option("blocks twice, as with engine.recompute", "--checkpointing")] = False,
+    chunked_loss: Annotated[bool, option("similarities twice, as with engine.loss_chunk", "--chunked-loss")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the parameters and MACs of a model, part by part.

@@ -14,8 +14,9 @@ from pydantic_core import PydanticUndefined
 
 from compt.files import write_text
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
+from compt.models.presets import PRESETS
 from compt.recipe.expansion import Expand
-from compt.recipe.schema import Recipe, TrainSet
+from compt.recipe.schema import Member, Recipe, TrainSet
 from compt.recipe.types import Duration, OneOf, is_execution, section_within
 
 _INTRODUCTION = """# Recipes
@@ -66,6 +67,8 @@ def _section(path: str, section: type[BaseModel], execution: bool | None) -> Ite
     yield ""
     if section is Expand:
         yield from _operators()
+    if section is Member:
+        yield from _presets()
     for inner_path, inner, own in below:
         yield from _section(inner_path, inner, own)
 
@@ -78,6 +81,22 @@ def _operators() -> Iterator[str]:
         yield ""
     yield "A link takes what it does not set from `chain.expand`; a tower takes it from the value for both towers:\n"
     yield f"```yaml\n{EXPANSION_EXAMPLE}```\n"
+
+
+def _presets() -> Iterator[str]:
+    """The models that a recipe can name, and their sizes."""
+    yield "## Presets\n"
+    yield "Sizes of towers are width x depth; of a Swin, the width of the first stage x the blocks of each stage."
+    yield "`vit_t16` to `swin_l` are the paper's models (Table G), `vit_pico` to `vit_maxi` are small models for CPUs."
+    yield "`compt macs PRESET` shows parameters and costs.\n"
+    yield "| preset | image tower | text tower | joint embedding | image, patch in pixels | tokens of a caption |"
+    yield "|---|---|---|--:|---|--:|"
+    for spec in PRESETS.values():
+        depth = "-".join(map(str, spec.depths)) or spec.depth
+        towers = f"{spec.width} x {depth} | {spec.text_width} x {spec.text_depth}"
+        image = f"{spec.image_size}, {spec.patch_size}"
+        yield f"| `{spec.name}` | {towers} | {spec.embed_dim} | {image} | {spec.context_length} |"
+    yield ""
 
 
 def _type(annotation: Any, field: FieldInfo) -> str:

@@ -33,7 +33,7 @@ check_common() {
 
 # Check that there are training shards; set `chain` to the arguments of `compt chain`.
 check_chain() {
-    [[ -n ${DATA:-} ]] || die "DATA is missing: set it to the training shards, for example DATA='/data/cc3m/{000..331}.tar'"
+    [[ -n ${DATA:-} ]] || die "DATA is missing: set it to the training shards, for example DATA='/data/cc3m/{00000..00331}.tar'"
     chain=("$RECIPE" --set "data.train=$(quoted "$DATA")")
     [[ -z ${RUN_DIR:-} ]] || chain+=(--run-folder "$RUN_DIR")
 }
