@@ -164,7 +164,8 @@ def _backward(loss: Tensor) -> None:
         node = ready.pop()
         given = arrived.pop(node, {})
         if hasattr(node, "variable"):
-            _accumulate(node.variable, given[0])
+            grad = node.variable.grad
+            node.variable.grad = given[0] if grad is None else grad + given[0]
             continue
         run: Any = getattr(node, "apply", node)  # a Function in Python, or torch's own node
         found = run(*(given.get(at) for at in range(len(node._input_metadata)))) if given else ()
@@ -173,23 +174,13 @@ def _backward(loss: Tensor) -> None:
             if after is None:
                 continue
             if gradient is not None:
-                _add(arrived.setdefault(after, {}), at, _fitted(gradient, after._input_metadata[at]))
+                # In the shape and type of what it is for, as it was broadcast or cast in the forward pass.
+                wanted, held = after._input_metadata[at], arrived.setdefault(after, {})
+                fitted = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
+                held[at] = held[at] + fitted if at in held else fitted
             uses[after] -= 1
             if not uses[after]:
                 ready.append(after)
-
-
-def _fitted(gradient: Tensor, wanted: Any) -> Tensor:
-    """A gradient in the shape and type of what it is for, as it was broadcast or cast in the forward pass."""
-    return gradient.sum_to_size(wanted.shape).to(wanted.dtype)
-
-
-def _add(held: dict[int, Tensor], at: int, gradient: Tensor) -> None:
-    held[at] = held[at] + gradient if at in held else gradient
-
-
-def _accumulate(parameter: Tensor, gradient: Tensor) -> None:
-    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def methods_of_parts(task: Task, engine: Engine) -> list[tuple[str, Any, str]]:

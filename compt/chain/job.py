@@ -223,7 +223,7 @@ class JobRun:
         recipe, job, images = self.context.recipe, self.job, self.context.index.images
         optimizer, engine = recipe.optimizer, self._engine_config
         _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
-        every = recipe.evaluation.every
+        every, tokens = recipe.evaluation.every, recipe.data.caption_tokens
         return TrainSettings(
             total_steps=job.steps,
             warmup_steps=job.warmup_steps,
@@ -249,7 +249,8 @@ class JobRun:
             macs_per_step=job.cost.total_macs / job.steps,
             peak_flops=peak_flops(self.context.device, optimizer.precision),
             useful_macs=self._useful_macs,
-            hit_macs=self._hit_macs,
+            # What a plan charges for a caption that the teacher's cache has.
+            hit_macs=(self._useful_macs(tokens) - self._useful_macs(tokens, 0.0)) / recipe.data.captions,
         )
 
     def _loader(self, start_step: int) -> Iterable[Batch]:
@@ -400,7 +401,7 @@ class JobRun:
 
     def _scored(self, artefact: Artefact) -> dict[str, Any]:
         """Scores for the manifest. Each rank loads the whole model, unless there is nothing to score."""
-        if not self.scorer.has_work:
+        if not (self.scorer.looks_on or self.context.recipe.evaluation.sets):
             return {"scores": {}}
         self.say(f"{self.job.name}: evaluating")
         model = artefact.load_model(self.context.device)
@@ -433,13 +434,6 @@ class JobRun:
         return recipe_cost(
             recipe, job.spec, job.active_teacher, 1, 1, tokens, again=False, teacher_share=teacher_share
         ).sample_macs
-
-    @property
-    def _hit_macs(self) -> float:
-        """What a plan charges for a caption that the teacher's cache has."""
-        data = self.context.recipe.data
-        whole, without = (self._useful_macs(data.caption_tokens, share) for share in (1.0, 0.0))
-        return (whole - without) / data.captions
 
     def _finish(self) -> None:
         dist.on_main(lambda: remove_checkpoints(self.folder / "checkpoints"))

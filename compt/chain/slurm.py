@@ -132,7 +132,9 @@ def clash(orders: Sequence[Order], run: Path) -> str | None:
         number: order.name
         for number, sent_from, command in (line for line in lines if len(line) == 3)
         for order in orders
-        if _trains(command, order) and _run_of(command, Path(sent_from)) == run.resolve()
+        if _trains(command, order)
+        and (named := _RUN.search(command))
+        and Path(sent_from, named[1]).resolve() == run.resolve()
     }
     if not found:
         return None
@@ -144,12 +146,6 @@ def clash(orders: Sequence[Order], run: Path) -> str | None:
 def _trains(command: str, order: Order) -> bool:
     """Whether a job's command, its words joined by blanks, trains the models of the order."""
     return command.endswith(f" --only {order.name}") or (order.name == ARRAY and " --baselines --each " in command)
-
-
-def _run_of(command: str, sent_from: Path) -> Path | None:
-    """Return the run folder in a job's command."""
-    named = _RUN.search(command)
-    return (sent_from / named[1]).resolve() if named else None
 
 
 def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict[str, str]:

@@ -36,10 +36,8 @@ if TYPE_CHECKING:
     from compt.models.presets import ModelSpec
     from compt.weights.artefact import Artefact
 
-Source = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="folder, file, checkpoint, or ARCH:TAG of open_clip", show_default=False),
-]
+_MODEL = typer.Argument(metavar="MODEL", help="folder, file, checkpoint, or ARCH:TAG of open_clip", show_default=False)
+Source = Annotated[str, _MODEL]
 SourceModel = Annotated[
     str | None, option("architecture of MODEL, if its files have none", "--model", "--teacher-model", metavar="NAME")
 ]
@@ -84,10 +82,7 @@ def evaluation_set(
 
 
 def evaluate(
-    models: Annotated[
-        list[str],
-        typer.Argument(metavar="MODEL", help="folder, file, checkpoint, or ARCH:TAG of open_clip", show_default=False),
-    ],
+    models: Annotated[list[str], _MODEL],
     data: Annotated[
         list[str] | None, option("shards (repeatable), or a folder of class folders", metavar="DATA")
     ] = None,

@@ -20,10 +20,7 @@ from compt.recipe.read import parse_recipe
 from compt.text import TextTable, say, terminal
 
 TAKEN = {
-    "model": "family.members",
-    "force_image_size": "family.members",
-    "force_context_length": "family.members",
-    "force_quick_gelu": "family.members",
+    **dict.fromkeys(("model", "force_image_size", "force_context_length", "force_quick_gelu"), "family.members"),
     "train_data": "data.train",
     "train_data_upsampling_factors": "data.train, the weights of the sets",
     "train_num_samples": "data.images",
@@ -33,19 +30,14 @@ TAKEN = {
     "imagenet_val": "evaluation.sets, with one template unless `templates` names a file",
     "imagenet_v2": "evaluation.sets, with one template unless `templates` names a file; its folders are numbers, so "
     "name a file of class names as `classnames`",
-    "batch_size": "optimizer.batch, over all GPUs; engine.micro_batch",
-    "accum_freq": "optimizer.batch, over all GPUs; engine.micro_batch",
+    **dict.fromkeys(("batch_size", "accum_freq"), "optimizer.batch, over all GPUs; engine.micro_batch"),
     "epochs": "chain.links[0].train",
     "warmup": "chain.links[0].warmup",
     "lr": "optimizer.lr",
-    "beta1": "optimizer.betas",
-    "beta2": "optimizer.betas",
+    **dict.fromkeys(("beta1", "beta2"), "optimizer.betas"),
     "eps": "optimizer.eps",
     "wd": "optimizer.weight_decay",
-    "lr_scheduler": "optimizer.schedule",
-    "skip_scheduler": "optimizer.schedule",
-    "epochs_cooldown": "optimizer.schedule",
-    "lr_cooldown_end": "optimizer.schedule",
+    **dict.fromkeys(("lr_scheduler", "skip_scheduler", "epochs_cooldown", "lr_cooldown_end"), "optimizer.schedule"),
     "precision": "optimizer.precision",
     "grad_clip_norm": "optimizer.clip_grad_norm",
     "siglip": "optimizer.loss",
@@ -57,8 +49,7 @@ TAKEN = {
     "log_every_n_steps": "engine.log_every",
     "report_to": "engine.loggers",
     "save_frequency": "engine.checkpoint_every",
-    "zeroshot_frequency": "evaluation.every",
-    "val_frequency": "evaluation.every",
+    **dict.fromkeys(("zeroshot_frequency", "val_frequency"), "evaluation.every"),
     "image_mean": "data.mean",
     "image_std": "data.std",
 }
@@ -73,26 +64,24 @@ NEEDLESS = {
     "logs": "`compt chain --run-folder FOLDER`",
     "log_local": "rank 0 logs",
     "wandb_project_name": "set WANDB_PROJECT",
-    "ddp_static_graph": "not needed",
-    "no_set_device_rank": "not needed",
     "device": "engine.device",
     "dist_url": "the launcher's variables say it",
     "dist_backend": "nccl on GPUs, gloo on CPUs",
     "val_num_samples": "the index counts them",
-    "debug": "not needed",
+    **dict.fromkeys(("ddp_static_graph", "no_set_device_rank", "debug"), "not needed"),
     "copy_codebase": "run.json names the versions",
     "cache_dir": "nothing is downloaded",
 }
 """Flags without an effect of their own here, and why."""
 LOST = {
     "pretrained": "links start from a smaller model: chain.from",
-    "opt": "only AdamW",
-    "momentum": "only AdamW",
+    **dict.fromkeys(("opt", "momentum"), "only AdamW"),
     "lr_cooldown_power": "the decay is linear",
     "image_resize_mode": "images are resized to their shorter side and cropped",
     "image_interpolation": "bicubic",
-    "distill_model": "a link learns from its teacher's features: chain.distill",
-    "distill_pretrained": "a link learns from its teacher's features: chain.distill",
+    **dict.fromkeys(
+        ("distill_model", "distill_pretrained"), "a link learns from its teacher's features: chain.distill"
+    ),
     "force_patch_dropout": "no patch dropout",
     "remote_sync": "copy the run folder with a tool of your store",
 }

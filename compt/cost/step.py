@@ -87,7 +87,8 @@ class StepTime:
     @property
     def decides(self) -> str:
         """What the step waits for most."""
-        return max(("launches", self.host), ("products", self.products), ("traffic", self.traffic), key=_second)[0]
+        waits = {"launches": self.host, "products": self.products, "traffic": self.traffic}
+        return max(waits, key=waits.__getitem__)
 
     @property
     def low(self) -> float:
@@ -98,10 +99,6 @@ class StepTime:
     def high(self) -> float:
         """The most: the host launches nothing while the GPU computes."""
         return self.host + self.device
-
-
-def _second(pair: tuple[str, float]) -> float:
-    return pair[1]
 
 
 def launches(student: ModelSpec, teacher: ModelSpec | None, conditions: Conditions) -> int:

@@ -22,8 +22,6 @@ class Unused(NamedTuple):
     harmless: bool = False
 
 
-UNITS = ("file", "shard", "member", "row", "join", "sample", "label", "caption")
-"""What is counted, in the order of reading. A join is a sample for which a row of the table of captions is sought."""
 JOINED = "by "
 """What precedes the name of a way to join, in the units of `Account.used`."""
 UNIT_NAMES = {
@@ -36,6 +34,7 @@ UNIT_NAMES = {
     "label": "class numbers",
     "caption": "captions",
 }
+"""What is counted, in the order of reading. A join is a sample for which a row of the table of captions is sought."""
 
 CAUSES: dict[str, Unused] = {
     # In a folder of shards.
@@ -155,12 +154,7 @@ class Account:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {
-            "used": dict(self.used),
-            "unused": dict(self.unused),
-            "images": dict(self.images),
-            "first": self.first,
-        }
+        return {name: dict(value) for name, value in vars(self).items()}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Account:
@@ -172,7 +166,7 @@ class Account:
         )
         return cls(used, unused, images, {cause: str(at) for cause, at in values["first"].items() if cause in CAUSES})
 
-    def tables(self, title: str = "What was read", units: Iterable[str] = UNITS) -> list[TextTable]:
+    def tables(self, title: str = "What was read", units: Iterable[str] = tuple(UNIT_NAMES)) -> list[TextTable]:
         """What was read, and what was not used, with the cause and the fix."""
         shown = [unit for unit in units if self.read(unit)]
         rows = [

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain, repeat
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +29,7 @@ from compt.data.find import expand_patterns
 from compt.data.merged import Merged, ShardRows, common, write_merged
 from compt.data.order import Mixture
 from compt.data.remote import DOWNLOADS, Cache, RemoteShard, Shard, local, places_beside
-from compt.data.scan import KIND_TABLE, ShardScan, scan_shard
+from compt.data.scan import KIND_TABLE, IndexEntry, ShardScan, scan_shard
 from compt.data.table import CaptionTable, Keep, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
@@ -47,22 +47,6 @@ _COMPARED = 256
 """Pairs of samples with one row of a table whose images are compared: shards may be listed twice."""
 _STATS = 256
 """Shards whose time and size a thread reads in turn."""
-
-
-class IndexEntry(NamedTuple):
-    """Where the parts of one sample are: offsets and sizes in bytes in its shard. See `scan.COLUMNS`."""
-
-    shard: int
-    key: str
-    image_offset: int
-    image_size: int
-    text_offset: int
-    text_size: int
-    text_kind: int
-    json_offset: int
-    json_size: int
-    captions: int
-    label: int
 
 
 _DAMAGES = (OSError, ValueError, KeyError, TypeError, EOFError, struct.error, zipfile.BadZipFile, zlib.error)
@@ -111,13 +95,9 @@ class Index:
         """Whether some of the shards are in object storage."""
         return any(isinstance(shard, RemoteShard) for shard in self.shards)
 
-    def shard_of(self, sample: int) -> int:
-        """The number of the shard that a sample is in."""
-        return int(self.ends.searchsorted(sample, side="right"))
-
     def entry(self, sample: int) -> IndexEntry:
         """Where the parts of a sample are."""
-        shard = self.shard_of(sample)
+        shard = int(self.ends.searchsorted(sample, side="right"))
         rows, keys = self._merged.table(shard)
         start, size, *where = rows[sample - int(self.starts[shard])].item()
         return IndexEntry(shard, keys[start : start + size].tobytes().decode("utf-8", "surrogateescape"), *where)

@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from compt.data.account import CAUSES
 from compt.data.captions import Captions, read_json_captions, read_text, sort_out
 from compt.data.decode import MAX_BYTES, Decoder, Encoded, Unusable, open_image
-from compt.data.index import Index, IndexEntry
+from compt.data.index import Index
 from compt.data.labels import read_label_array
 from compt.data.order import Box, Change, caption_choice, crop_box, image_change
 from compt.data.remote import RemoteShard, Shard, local
-from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, json_label
+from compt.data.scan import KIND_JSON, KIND_TABLE, KIND_TEXT, IndexEntry, json_label
 from compt.data.table import CaptionTable
 from compt.data.tokens import CaptionTokens, Ids
 from compt.recipe.schema import Augment

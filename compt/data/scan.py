@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,21 +32,29 @@ from compt.data.names import (
 from compt.data.table import COMPRESSED, CaptionTable
 from compt.errors import DataError
 
-COLUMNS = (
-    "key_start",
-    "key_size",
-    "image_offset",
-    "image_size",
-    "text_offset",
-    "text_size",
-    "text_kind",
-    "json_offset",
-    "json_size",
-    "captions",
-    "label",
-)
-"""Columns of a shard's int64 table. `captions` counts the non-empty ones; `label` may be `labels.NONE`. `json` is the
-`.json`, or the `.npy` with the classes of a sample that has no other text."""
+
+class IndexEntry(NamedTuple):
+    """Where the parts of one sample are: offsets and sizes in bytes in its shard.
+
+    `captions` counts the non-empty ones; `label` may be `labels.NONE`. `json` is the `.json`, or the `.npy` with the
+    classes of a sample that has no other text.
+    """
+
+    shard: int
+    key: str
+    image_offset: int
+    image_size: int
+    text_offset: int
+    text_size: int
+    text_kind: int
+    json_offset: int
+    json_size: int
+    captions: int
+    label: int
+
+
+COLUMNS = ("key_start", "key_size", *IndexEntry._fields[2:])
+"""Columns of a shard's int64 table: in it, where the key is stands for the shard and the key."""
 KIND_NONE, KIND_JSON, KIND_TEXT, KIND_TABLE, KIND_URL = range(5)
 """Where captions are. The last two: in a row of a table that was found by key or file name, or by URL."""
 MAX_TEXT = 1 << 24

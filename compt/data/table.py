@@ -366,16 +366,12 @@ class _Writer:
         texts = self.columns or [name for name in names if name in CAPTION_COLUMNS]
         if not texts:
             raise DataError(f"{place}; none is known to hold captions: name those that do with data.caption_columns")
-        known = sorted((name for name in names if plain_name(name) in JOIN_COLUMNS and name not in texts), key=_rank)
+        known = [name for join in JOIN_COLUMNS for name in names if plain_name(name) == join and name not in texts]
         others = [name for name in names if name not in texts]
         if not others:
             raise DataError(f"{place}; none says which sample a row belongs to: add a column key, url or filename")
         names = [name for name in known if plain_name(name) not in LAST_JOINS]
         return names if any(plain_name(name) not in URL_JOINS for name in names) else known or others[:1]
-
-
-def _rank(name: str) -> int:
-    return JOIN_COLUMNS.index(plain_name(name))
 
 
 def _names_of(value: Any) -> dict[str, bool]:

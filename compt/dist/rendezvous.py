@@ -150,14 +150,10 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
     )
 
 
-def _of_this_attempt(store: TCPStore) -> PrefixStore:
-    """Prefix keys with the attempt: after a restart by torchrun the store still has the previous attempt's keys."""
-    return PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-
-
 def _wait_for_all(place: Place, until: float, store: TCPStore) -> list[int]:
     """Return the ranks that have not connected by then."""
-    keys = _of_this_attempt(store)
+    # After a restart by torchrun the store still has the previous attempt's keys.
+    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     names = [f"here/{rank}" for rank in range(place.world_size)]
     keys.set(names[place.rank], "")
     with contextlib.suppress(torch_dist.DistStoreError):

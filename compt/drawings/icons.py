@@ -211,8 +211,10 @@ def read_packages(
     found = _read_sets(paths["@iconify/json"])
     concepts = _concepts(found, read_keywords(paths), AUTHORS_OF_ALL if everything else AUTHORS)
     drawings, dropped = _render(found, concepts, size, everything=everything, progress=progress)
+    # The set of a style: 'ion' of 'ion' and 'ion-2'.
+    prefixes = {style: style if style in found else style.rpartition("-")[0] for style in drawings}
     validation, test = (
-        tuple(style for style in drawings if _prefix(style, found) in sets(part)) for part in ("validation", "test")
+        tuple(style for style, prefix in prefixes.items() if prefix in sets(part)) for part in ("validation", "test")
     )
     _drop_copies(drawings, {*validation, *test}, dropped)
     shown = {identity for one in drawings.values() for identity in one}
@@ -255,11 +257,6 @@ def _render(
                 if number == most:
                     break
     return drawings, dropped
-
-
-def _prefix(style: str, found: Mapping[str, _Set]) -> str:
-    """The set of a style: 'ion' of 'ion' and 'ion-2'."""
-    return style if style in found else style.rpartition("-")[0]
 
 
 def _draw(one: _Set, key: _KEY, size: int) -> Iterator[tuple[Pixels | None, str]]:

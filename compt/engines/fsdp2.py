@@ -169,8 +169,9 @@ class ShardedEngine(AdamWEngine):
         """
         reshard(self._root)
         kept = [(part._parameters, dict(part._parameters)) for part in self.unwrapped.modules()]
-        hooks = [table for part in sharded_parts(self.unwrapped) for table in _hooks(part)]
-        silenced = [(table, dict(table)) for table in hooks]
+        parts = [cast(nn.Module, part) for part in sharded_parts(self.unwrapped)]
+        hooks = [table for part in parts for table in (part._forward_pre_hooks, part._forward_hooks)]
+        silenced: list[tuple[dict[int, Any], dict[int, Any]]] = [(table, dict(table)) for table in hooks]
         try:
             for table, parameters in kept:
                 for name, parameter in parameters.items():
@@ -185,8 +186,3 @@ class ShardedEngine(AdamWEngine):
                 table.update(parameters)
             for hook, entries in silenced:
                 hook.update(entries)
-
-
-def _hooks(part: FSDPModule) -> list[dict[int, Any]]:
-    module = cast(nn.Module, part)
-    return [module._forward_pre_hooks, module._forward_hooks]

@@ -16,9 +16,9 @@ from compt.data.batch import EvalBatch
 from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, over_batches
 from compt.evaluate.stats import bootstrap
-from compt.evaluate.task import EvalSettings, Result, ScoreRow, open_data
-from compt.evaluate.zeroshot import ZeroShot, check_labels, classifier, named_classes
-from compt.recipe.schema import MAX_BAD_SHARE, EvalSet
+from compt.evaluate.task import Result, ScoreRow
+from compt.evaluate.zeroshot import ZeroShot, check_labels, classifier
+from compt.recipe.schema import MAX_BAD_SHARE
 
 
 @dataclass
@@ -127,12 +127,7 @@ class Multilabel(ZeroShot):
     note: ClassVar[str] = "Mean average precision in percent."
     first_note: ClassVar[str] = "Multi-label classification: mean average precision in percent."
     classifies: ClassVar[bool] = False
-
-    @classmethod
-    def open(cls, item: EvalSet, settings: EvalSettings) -> Multilabel:
-        """The data with class names and templates. Raises DataError."""
-        data = open_data(item, settings, label="npy")
-        return cls(item, settings, data, *named_classes(item, settings, data))
+    label: ClassVar[str] = "npy"
 
     def run(self, encoder: Encoder, tokenize: Tokenize) -> MultilabelResult:  # type: ignore[override]
         """Build the classifier and score every sample for every class."""

@@ -160,20 +160,6 @@ def vote(queries: Tensor, train: Features, classes: int, chunk: int = 1024) -> T
 
 
 @dataclass
-class ProbeResult(ZeroShotResult):
-    """As of zero-shot classification. train_images: labelled samples. penalty: the one that was chosen."""
-
-    task: ClassVar[str] = "linear_probe"
-
-    train_images: int = field(default=0, kw_only=True)
-    penalty: float = field(default=0.0, kw_only=True)
-
-    def details(self) -> dict[str, Any]:
-        """Those of zero-shot classification, the number of training samples, and the penalty."""
-        return {**super().details(), "train_images": self.train_images, "penalty": self.penalty}
-
-
-@dataclass
 class NeighboursResult(ZeroShotResult):
     """As of zero-shot classification. train_images: labelled samples."""
 
@@ -184,6 +170,19 @@ class NeighboursResult(ZeroShotResult):
     def details(self) -> dict[str, Any]:
         """Those of zero-shot classification, and the number of training samples."""
         return {**super().details(), "train_images": self.train_images}
+
+
+@dataclass
+class ProbeResult(NeighboursResult):
+    """As of nearest neighbours. penalty: the one that was chosen."""
+
+    task: ClassVar[str] = "linear_probe"
+
+    penalty: float = field(default=0.0, kw_only=True)
+
+    def details(self) -> dict[str, Any]:
+        """Those of nearest neighbours, and the penalty."""
+        return {**super().details(), "penalty": self.penalty}
 
 
 @dataclass(frozen=True)

@@ -67,11 +67,6 @@ class Scorer:
         evaluation = self.recipe.evaluation
         return bool(evaluation.validation) or any(item.role == "select" for item in evaluation.sets)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether there is anything to score."""
-        return self.looks_on or bool(self.recipe.evaluation.sets)
-
     def held_out_loss(self, model: ClipModel) -> dict[str, float]:
         """{"validation_loss": …}, the task loss on the validation shards; {} where the recipe has none."""
         recipe, settings = self.recipe, self.settings

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -249,16 +249,18 @@ class ZeroShot(EvaluationTask):
     note: ClassVar[str] = "Percent, top-1 / top-5."
     first_note: ClassVar[str] = "Zero-shot classification: top-1 in percent."
     classifies: ClassVar[bool] = True
+    label: ClassVar[str] = ""
+    """The label to read, where the recipe does not choose it."""
 
     names: list[str]
     source: str
     templates: list[str]
 
     @classmethod
-    def open(cls, item: EvalSet, settings: EvalSettings) -> ZeroShot:
+    def open(cls, item: EvalSet, settings: EvalSettings) -> Self:
         """The data with class names and templates. Raises DataError."""
-        data = open_data(item, settings, label=item.label)
-        return cls(item, settings, data, *named_classes(item, settings, data))
+        data = open_data(item, settings, label=cls.label or item.label)
+        return cls(item, settings, data, *_class_names(item, settings, data), _templates(item, settings, data))
 
     def pins(self) -> dict[str, str]:
         """The data, the class names, the templates and the name of the label."""
@@ -286,12 +288,6 @@ class ZeroShot(EvaluationTask):
         """One line: top-1 and top-5."""
         about = {"names": record["classes"], "chance": record["chance"]}
         return [ScoreRow("", {key: record.get(key) for key in ("top1", "top5")}, about)]
-
-
-def named_classes(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str, list[str]]:
-    """The class names, where they come from, and the templates. Raises DataError."""
-    names, source = _class_names(item, settings, data)
-    return names, source, _templates(item, settings, data)
 
 
 def _class_names(item: EvalSet, settings: EvalSettings, data: SetData) -> tuple[list[str], str]:

@@ -64,15 +64,11 @@ class Parameter:
         return self.name.startswith("visual.")
 
     @property
-    def is_matrix(self) -> bool:
-        """Whether it is a matrix or the patch convolution, and not an embedding or a table."""
-        places = any(axis.kind in {"prefix", "grid", "offsets"} for dim in self.dims for axis in dim)
-        return len(self.dims) > 1 and not places
-
-    @property
-    def roles(self) -> int:
-        """The number of matrices that are stacked in it: three in packed attention, otherwise one."""
-        return math.prod(axis.size for axis in self.dims[0] if axis.name == "qkv") if self.dims else 1
+    def matrices(self) -> int:
+        """The number of matrices that are stacked in it: three in packed attention, none in embeddings and tables."""
+        if len(self.dims) < 2 or any(axis.kind in {"prefix", "grid", "offsets"} for dim in self.dims for axis in dim):
+            return 0
+        return math.prod(axis.size for axis in self.dims[0] if axis.name == "qkv")
 
     def name_in_layer(self, layer: int) -> str:
         """The name of the same parameter in another layer of its stack."""

@@ -202,8 +202,7 @@ class _ExpansionPlanner:
         grown = _grown(tower.width, source, parameter)
         rule = ", ".join(part for part in (grown or "copy", where) if part)
         grows = any(len(m.known) < len(m.index) for m in along)
-        completed = WIDTH_OPERATORS[tower.width].complement and parameter.is_matrix and grows
-        roles = parameter.roles if completed else 0
+        roles = parameter.matrices if WIDTH_OPERATORS[tower.width].complement and grows else 0
         return ExpandedParameter(name, shape, "gather", rule, (source_name,), source.shape, along, average, roles)
 
     def _map(self, operator: str, use: Use, old: Dim, new: Dim) -> AxisMap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -47,8 +47,7 @@ def export_model(
     if image_size is not None and image_size != trained:
         source = for_images(source, image_size)
     shapes = expected_shapes(source.state, source.spec)
-    module, _, name = kind.writer.partition(":")
-    writer: Callable[[Artefact, Path], list[str]] = getattr(importlib.import_module(module), name)
+    writer: Callable[[Artefact, Path], list[str]] = pkgutil.resolve_name(kind.writer)
     with new_folder(folder) as temporary:
         for parameter in shapes:
             check_finite(source.state[parameter], f"{source.path}: nothing was exported: {parameter}")

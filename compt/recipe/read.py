@@ -229,7 +229,7 @@ def find_recipe(name: str | Path) -> Path:
 
 
 def recipe_text(path: Path) -> str:
-    """The text of a recipe's file. Raises ConfigError."""
+    """The text of the file of a recipe or a suite. Raises ConfigError."""
     try:
         return read_text(path)
     except (OSError, UnicodeDecodeError) as error:

@@ -88,12 +88,9 @@ class TrainSet(Section):
     """Table with the captions of this set, as `data.captions_csv`."""
 
 
-def _is_set(value: Any) -> str:
-    return "[set]" if isinstance(value, dict | TrainSet) else "[shards]"  # messages leave out names in brackets
-
-
 _ShardsOrSet = Annotated[
-    Annotated[Address, Tag("[shards]")] | Annotated[TrainSet, Tag("[set]")], Discriminator(_is_set)
+    Annotated[Address, Tag("[shards]")] | Annotated[TrainSet, Tag("[set]")],  # messages leave out names in brackets
+    Discriminator(lambda value: "[set]" if isinstance(value, dict | TrainSet) else "[shards]"),
 ]
 
 

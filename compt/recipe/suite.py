@@ -10,8 +10,7 @@ from typing import Any
 from pydantic import Field, ValidationError, model_validator
 
 from compt.errors import ConfigError, nearest
-from compt.files import read_text
-from compt.recipe.read import read_yaml, refuse
+from compt.recipe.read import read_yaml, recipe_text, refuse
 from compt.recipe.schema import EvalSet
 from compt.recipe.types import Paths, Section
 
@@ -124,10 +123,7 @@ def load_suite(name: str | Path) -> Suite:
             f"suite {name}: no such file, and no suite of that name{nearest(str(name), known)}; known: "
             f"{', '.join(known)}"
         )
-    try:
-        values = read_yaml(read_text(path), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    values = read_yaml(recipe_text(path), str(path))
     try:
         return Suite.model_validate(values)
     except ValidationError as error:

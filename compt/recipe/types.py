@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import math
+import pkgutil
 import re
 import textwrap
 from collections.abc import Mapping
@@ -59,8 +59,7 @@ class OneOf:
 
     def load(self, name: str) -> Any:
         """The class called `name`."""
-        module, _, attribute = self.table[self(name)].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        return pkgutil.resolve_name(self.table[self(name)])
 
 
 class Section(BaseModel):

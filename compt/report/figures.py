@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import math
 import re
@@ -344,14 +345,15 @@ class SheetImage:
         """A sign for right or wrong that needs no colour."""
         return "" if self.right is None else "✓" if self.right else "✗"
 
-    def encoded(self) -> tuple[str, bytes]:
-        """Media type and bytes: lossless where it is small."""
+    @property
+    def uri(self) -> str:
+        """The image itself as an address: lossless where it is small."""
         item = Image.fromarray(self.image.transpose(1, 2, 0))
         small = max(item.size) <= 64
         item.thumbnail((128, 128))
         buffer = io.BytesIO()
         item.save(buffer, "PNG" if small else "JPEG", quality=88)
-        return ("image/png" if small else "image/jpeg"), buffer.getvalue()
+        return f"data:image/{'png' if small else 'jpeg'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def contact_png(images: Sequence[SheetImage], columns: int = 8) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -204,11 +203,6 @@ def _gather(run: Path) -> dict[str, Any]:
     }
 
 
-def _data_uri(item: figures.SheetImage) -> str:
-    kind, content = item.encoded()
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def page(template: str, content: dict[str, Any]) -> str:
     """A page that needs no other file."""
     loader = FileSystemLoader(TEMPLATES)
@@ -220,7 +214,6 @@ def page(template: str, content: dict[str, Any]) -> str:
         lstrip_blocks=True,
         finalize=lambda value: visible(value) if type(value) is str else value,
     )
-    pages.filters["data_uri"] = _data_uri
     return pages.get_template(template).render(content, colours=figures.COLOURS)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 from compt.dist import collectives as dist
 from compt.engines.base import Engine
 from compt.engines.zero.state import open_average
-from compt.errors import ArtefactError, RunError
+from compt.errors import ArtefactError
 from compt.files import hash_json, new_folder, read_json, sha256_file, write_json, write_text
 from compt.models.scalars import exported_shape
 from compt.weights.artefact import Writers
@@ -91,7 +91,7 @@ class Saver:
         }
         with contextlib.ExitStack() as undo:
             temporary = writers.main(lambda: self._begin(final, undo))
-            writers.all(lambda: _check_seen(temporary / STATE, writers.rank))
+            writers.all(lambda: writers.check_seen(temporary / STATE))
             finish = writers.all(lambda: engine.save(temporary / STATE, asynchronous=self._asynchronous))
             files = self._threads.submit(lambda: _describe(temporary, finish()))
             self._pending = _Pending(step, temporary, record, undo.pop_all(), files)
@@ -198,11 +198,6 @@ def _read_record(path: Path) -> dict[str, Any]:
     if fault:
         raise ArtefactError(f"checkpoint {path}: {fault}")
     return dict(read_json(path / RECORD))
-
-
-def _check_seen(folder: Path, rank: int) -> None:
-    if not folder.is_dir():
-        raise RunError(f"cannot write {folder}: rank {rank} does not see it; all ranks need one file system")
 
 
 def _describe(folder: Path, files: list[Path]) -> _Files:

@@ -215,8 +215,7 @@ def _write_own(
     folder: Path, states: Mapping[str, Mapping[str, Tensor]], parts: Sequence[_Shard], writers: Writers
 ) -> dict[_Shard, _Written]:
     """Write the files that this process owns."""
-    if not folder.is_dir():
-        raise RunError(f"cannot write {folder}: rank {writers.rank} does not see it; all ranks need one file system")
+    writers.check_seen(folder)
     written = {}
     for part, owner in zip(parts, share_out([part.elements for part in parts], writers.number), strict=True):
         if owner == writers.rank:
@@ -389,6 +388,11 @@ class Writers:
                 return action()
 
         return dist.on_all(guarded) if self.together else guarded()
+
+    def check_seen(self, folder: Path) -> None:
+        """Raise RunError where this process does not see `folder`, which rank 0 made."""
+        if not folder.is_dir():
+            raise RunError(f"cannot write {folder}: rank {self.rank} does not see it; all ranks need one file system")
 
     def main(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on all."""

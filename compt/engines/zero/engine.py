@@ -82,10 +82,8 @@ class ZeroEngine(EngineHead):
         # A hook, as the caps have to come before DeepSpeed copies what was stepped to the module.
         own = weakref.proxy(self)
         self.optimizer.register_step_post_hook(lambda *_: own._cap())
-        self._average = None if decay is None else Average(self._vectors(), decay)
-
-    def _vectors(self) -> dict[str, Tensor]:
-        return {str(number): self._parts.weight(number) for number in range(len(self._parts.masters))}
+        vectors = {str(number): self._parts.weight(number) for number in range(len(self._parts.masters))}
+        self._average = None if decay is None else Average(vectors, decay)
 
     def _average_vector(self, number: int) -> Tensor:
         assert self._average is not None

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compt.data.account import CAUSES, UNITS, Account
+from compt.data.account import CAUSES, UNIT_NAMES, Account
 from compt.data.folder import read_class_folders
 from compt.data.index import open_index
 from compt.data.labels import NO_NUMBER
@@ -336,7 +336,7 @@ def test_an_account_survives_json_and_names_everything() -> None:
     newer = {**account.to_json(), "unused": {"dots": 2, "unheard": 5}, "first": {"unheard": "z"}}
     assert Account.from_json(newer).unused == {"dots": 2}
     for name, cause in CAUSES.items():
-        assert cause.unit in UNITS, name
+        assert cause.unit in UNIT_NAMES, name
         assert cause.harmless != bool(cause.remedy), name
     lost = Account()
     lost.lose("bare", "\udcff")

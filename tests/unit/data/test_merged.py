@@ -26,10 +26,10 @@ from hypothesis import strategies as st
 from compt.data import index as index_module
 from compt.data import merged as merged_module
 from compt.data.account import Account
-from compt.data.index import INDEX_FOLDER, Index, IndexEntry, open_index
+from compt.data.index import INDEX_FOLDER, Index, open_index
 from compt.data.loaders import Steps
 from compt.data.merged import Merged, ShardRows, write_merged
-from compt.data.scan import COLUMNS
+from compt.data.scan import COLUMNS, IndexEntry
 from compt.errors import DataError
 from tests.helpers.shards import make_shards, sample, write_tar
 

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import re
+from base64 import b64decode
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -298,8 +299,8 @@ def test_the_contact_sheet(tmp_path: Path) -> None:
     for picture in sheet.images:
         assert picture.right == (picture.name == picture.answer)
         assert picture.mark == ("✓" if picture.right else "✗")
-        kind, content = picture.encoded()
-        assert (kind, Image.open(io.BytesIO(content)).size) == ("image/png", (32, 32))
+        kind, _, content = picture.uri.partition(",")
+        assert (kind, Image.open(io.BytesIO(b64decode(content))).size) == ("data:image/png;base64", (32, 32))
     source = write_report(tmp_path).read_text(encoding="utf-8")
     assert 'class="right"' in source
     assert "&lt;wide&gt; &amp; low" in source
