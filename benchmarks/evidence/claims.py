@@ -122,10 +122,12 @@ def claims(study: Study) -> list[Claim]:
 
 
 def _lossless(study: Study, lengths: list[Arm]) -> Claim:
-    links = family_arms(baselines_at(study.rates), MEMBERS)[1:]
     parts = []
-    for arm in links:
+    for arm in family_arms(baselines_at(study.rates), MEMBERS):
         model = arm.pieces[0].model
+        # The first member is its own baseline, if its plateau is where chains begin.
+        if model == MEMBERS[0] and study.plateau(model) == LENGTH:
+            continue
         known = study.plateau(model) is not None
         found = study.compare(study.find(arm.pieces), study.reference(model)) if known else None
         parts.append(as_good(arm.name, found))

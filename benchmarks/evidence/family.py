@@ -10,11 +10,15 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
 from benchmarks.evidence.pieces import LENGTH, LINK_LRS, LINKS, MEMBERS, Arm, baselines_at, family_arms, link
-from benchmarks.evidence.statistics import MARGIN, Difference
-from benchmarks.evidence.study import REPORT, UNSEEN, Record, Study, interval, times
+from benchmarks.evidence.statistics import MARGIN, Difference, Length
+from benchmarks.evidence.study import REPORT, UNSEEN, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
 
+EQUAL = (
+    "Equal accuracy: the length of a baseline that is as accurate on the validation sets, between measured lengths by "
+    "their logarithm; ? where it lies outside of them."
+)
 MISSING = "missing"
 NO_PLATEAU = "no plateau yet"
 
@@ -37,14 +41,11 @@ def family_tables(study: Study, members: Sequence[str] = MEMBERS) -> list[TextTa
     )
     sums = _Sums()
     header = ["chain", "baseline's epochs", "MACs x", "family", "device time x", "family"]
-    header += ["shortest as good", "MACs x", "family", "device time x", "family"]
+    header += ["epochs of equal accuracy [95 %]", "MACs x", "family", "device time x", "family"]
     notes = [
         "Family: the baselines of all members so far over the chain so far, also for the chain that ends there.",
         "Device time: steps x measured seconds of a step on an idle core (speeds.json).",
-        (
-            "Shortest as good: the shortest baseline that is at least as accurate on the validation sets, if the next "
-            "shorter one was measured too. One of a length between them may be as good, at up to half the cost."
-        ),
+        EQUAL,
     ]
     costs = TextTable("What the chain saves", header, [_costs(study, arm, sums) for arm in chain], notes)
     return [quality, costs]
@@ -80,7 +81,7 @@ def _quality(study: Study, arm: Arm) -> list[str]:
     return [
         arm.name,
         f"{arm.pieces[0].epochs:g}",
-        str(len(items)),
+        str(found.seeds if found else len(items)),
         number(study.accuracy(items, REPORT), 2),
         "-" if not baseline else f"{baseline[0]['epochs']:g}",
         *shown,
@@ -88,26 +89,25 @@ def _quality(study: Study, arm: Arm) -> list[str]:
 
 
 def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
-    items = study.find(arm.pieces)
+    items, model = study.find(arm.pieces), arm.pieces[0].model
+    reference, equal = study.reference(model), study.equal(items)
+    if items and arm.pieces[0].teacher is None and equal is None:
+        # The first member of a chain is a baseline: it is as accurate as itself.
+        equal = Length(items[0]["epochs"], None, None)
     cells = [arm.name]
-    for name, other in (
-        ("plateau", _first(study.reference(arm.pieces[0].model))),
-        ("shortest", study.as_good(items) if items else None),
+    for name, epochs, shown in (
+        ("plateau", reference[0]["epochs"] if reference else None, f"{reference[0]['epochs']:g}" if reference else "-"),
+        ("equal", equal.epochs if equal else None, span(equal)),
     ):
-        cells.append("-" if other is None else f"{other['epochs']:g}")
+        cells.append(shown)
         for kind in ("macs", "seconds"):
-            cells += sums.add(f"{kind}, {name}", *(_cost(study, one, kind) for one in (other, _first(items))))
+            baseline = None if epochs is None else study.cost_of_epochs(model, epochs, kind)
+            cells += sums.add(f"{kind}, {name}", baseline, _cost(study, items[0], kind) if items else None)
     return cells
 
 
-def _first(items: Sequence[Record]) -> Record | None:
+def _cost(study: Study, item: Record, kind: str) -> float | None:
     """Seeds cost the same."""
-    return items[0] if items else None
-
-
-def _cost(study: Study, item: Record | None, kind: str) -> float | None:
-    if item is None:
-        return None
     return study.seconds(item) if kind == "seconds" else float(item["macs"])
 
 

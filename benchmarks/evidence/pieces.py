@@ -24,8 +24,8 @@ SEEDS = (0, 1, 2)
 
 LADDER = (40, 80, 160, 320)
 """Epochs of baselines on parts of the training set."""
-SMALLER = (2, 1, 4)
-"""Numbers of shards of the parts."""
+PARTS = (2, 1)
+"""Shards of the parts."""
 
 IMAGES = {1: 1594, 2: 3189, 4: 6379, 8: 12759}
 """Training images in the first shards, by their number. Images are shuffled, so the first shards are a random part."""
@@ -36,9 +36,15 @@ LENGTHS = (10, 20, 40, 80, 160)
 """Epochs of the baselines: complete schedules, each twice as long as the last."""
 
 BASELINE_LR = 3e-3
-"""The rate of a baseline, unless another of BASELINE_LRS is better on the validation sets after RATED epochs."""
+"""The rate of a baseline, unless another of RATES is better on the validation sets after RATED epochs."""
 
-BASELINE_LRS = (BASELINE_LR, 1e-3, 6e-3)
+RATES = {
+    "a": (3e-3, 1e-3, 6e-3, 1.7e-3),
+    "b": (3e-3, 1e-3, 6e-3, 1.7e-3),
+    "c": (3e-3, 1e-3, 1.7e-3, 6e-4),
+    "d": (1e-3, 6e-4, 1.7e-3),
+}
+"""The rates that are tried for each model's baselines, in their order. The wider a model, the lower its best."""
 RATED = LENGTHS[1]
 SELECT = "val_style"
 """The evaluation set by which lengths and rates are chosen."""
@@ -199,8 +205,8 @@ def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> I
         yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
     yield from _links(baseline("a", short), (10,))
     # Each model's own rate, as links choose theirs too. Where another is better, its baselines are trained with that.
-    for model, lr in itertools.product(MEMBERS[:2], BASELINE_LRS):
-        yield Piece(model, RATED, lr=lr)
+    for model in MEMBERS[:2]:
+        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
     for model in MEMBERS[:2]:
         yield baseline(model, LENGTH)
     first = baseline("a", LENGTH)
@@ -208,13 +214,16 @@ def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> I
     # Whether that length is the plateau.
     for model in MEMBERS[:2]:
         yield baseline(model, LENGTHS[-1])
-    # How much data leaves a plateau within reach.
+    # Whether less data leaves a plateau within reach.
     yield from ladder()
-    # The larger members: rates, lengths, and the chain, first with one seed. The highest rate was far worse for both
-    # small ones.
+    # The larger members: rates and lengths, and a chain from a shorter first model.
     for model in MEMBERS[2:]:
-        yield from (Piece(model, RATED, lr=lr) for lr in BASELINE_LRS[:2])
-        yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
+        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
+    for model in MEMBERS[2:]:
+        yield baseline(model, short)
+    for piece in chain(baseline("a", short), MEMBERS):
+        yield from (replace(piece, lr=lr) for lr in LINK_LRS)
+    yield from (baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from chain(first, MEMBERS)
     # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
     yield Piece("b", 10, 0, first, LINK_LR, warmup=300)
@@ -229,10 +238,9 @@ def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> I
 
 
 def ladder() -> Iterator[Piece]:
-    """Baselines of the smallest pair on parts of the training set, at the rate for all."""
-    for shards in SMALLER:
-        for model, epochs in itertools.product(MEMBERS[:2], LADDER):
-            yield Piece(model, epochs, shards=shards)
+    """Baselines of the smallest pair on parts of the training set, at the first rate."""
+    combined = itertools.product(PARTS, MEMBERS[:2], LADDER)
+    return (Piece(model, epochs, shards=shards) for shards, model, epochs in combined)
 
 
 def _on_plateau(baseline: Baseline, plateaus: Mapping[str, float | None], models: Iterable[str]) -> Iterator[Piece]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
-from benchmarks.evidence.family import draw_lengths_of_links, family_tables
-from benchmarks.evidence.pieces import LENGTHS, MEMBERS, SELECT
+from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, family_tables
+from benchmarks.evidence.pieces import IMAGES, LENGTHS, MEMBERS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
-from benchmarks.evidence.study import REPORT, UNSEEN, Study, interval, mean_r, minutes, seedless, times
+from benchmarks.evidence.study import REPORT, UNSEEN, Record, Study, interval, mean_r, minutes, seedless, span, times
 from compt.files import write_text
 from compt.text import TextTable
 
@@ -21,26 +22,27 @@ OUT = RAW.parent
 
 
 def baseline_table(study: Study) -> TextTable:
-    """Accuracy of each model by length."""
+    """Accuracy of each model by rate and length, on all images and on parts of them."""
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for item in study.all:
+        if item["teacher"] is None:
+            groups.setdefault((-item["shards"], item["model"], -item["lr"], item["epochs"]), []).append(item)
     rows = []
-    for model in MEMBERS:
-        for epochs in LENGTHS:
-            if items := study.baselines(model, epochs):
-                scores = [number(study.accuracy(items, name), 2) for name in (SELECT, REPORT, UNSEEN)]
-                plateau = " (plateau)" if study.plateau(model) == epochs else ""
-                macs = f"{items[0]['macs'] / 1e12:.2f}"
-                rows.append(
-                    [
-                        model,
-                        f"{study.rates[model]:g}",
-                        f"{epochs:g}{plateau}",
-                        str(len(items)),
-                        *scores,
-                        macs,
-                        minutes(study.seconds(items[0])),
-                    ]
-                )
-    header = ["model", "lr", "epochs", "seeds", "validation sets", "test sets", "unseen concepts", "MACs, T"]
+    for (_, model, _, epochs), items in sorted(groups.items()):
+        at_plateau = items[0] in study.baselines(model) and study.plateau(model) == epochs
+        rows.append(
+            [
+                f"{IMAGES[items[0]['shards']]:,}",
+                model,
+                f"{items[0]['lr']:g}",
+                f"{epochs:g}{' (plateau)' if at_plateau else ''}",
+                str(len(items)),
+                *(number(study.accuracy(items, name), 2) for name in (SELECT, REPORT, UNSEEN)),
+                f"{items[0]['macs'] / 1e12:.2f}",
+                minutes(study.seconds(items[0])),
+            ]
+        )
+    header = ["images", "model", "lr", "epochs", "seeds", "validation sets", "test sets", "unseen concepts", "MACs, T"]
     header += ["minutes (steps x measured seconds)"]
     return TextTable(title="From scratch: zero-shot top-1, %", header=header, rows=rows)
 
@@ -53,7 +55,7 @@ def link_table(study: Study) -> TextTable:
         plateau = study.plateau(one["model"])
         baseline = study.reference(one["model"])
         found = study.compare(items, baseline)
-        short = study.as_good(items)
+        equal = study.equal(items)
         unseen = study.compare(items, baseline, UNSEEN)
         verdict = "-" if found is None else found.verdict if plateau else "no plateau yet"
         rows.append(
@@ -64,7 +66,7 @@ def link_table(study: Study) -> TextTable:
                 str(one["warmup"]),
                 f"{one['alpha']:g}",
                 number(mean_r(items), 3),
-                str(len(items)),
+                str(found.seeds if found else len(items)),
                 number(study.accuracy(items, REPORT), 2),
                 f"{baseline[0]['epochs']:g}" if baseline else "-",
                 interval(found),
@@ -72,19 +74,17 @@ def link_table(study: Study) -> TextTable:
                 interval(unseen),
                 times(baseline[0]["macs"], one["macs"]) if baseline else "-",
                 times(study.seconds(baseline[0]), study.seconds(one)) if baseline else "-",
-                "-" if short is None else f"{short['macs'] / one['macs']:.2f} ({short['epochs']:g} epochs)",
+                span(equal),
+                "-" if equal is None else times(study.cost_of_epochs(one["model"], equal.epochs, "macs"), one["macs"]),
             ]
         )
     header = ["link", "epochs", "lr", "warm-up", "alpha", "r", "seeds", "top-1, %", "baseline's epochs"]
     header += ["points against it [95 %]", f"margin {MARGIN:g}", "unseen concepts [95 %]", "MACs x"]
-    header += ["device time x (steps x measured seconds)", "MACs x, shortest as good"]
+    header += ["device time x (steps x measured seconds)", "epochs of equal accuracy [95 %]", "MACs x there"]
     verdicts = sum(row[header.index(f"margin {MARGIN:g}")] in ("lossless", "not lossless", "undecided") for row in rows)
     notes = [
         f"{verdicts} verdicts at 95 % each, without a correction for their number.",
-        (
-            "Shortest as good: the shortest baseline that is at least as accurate on the validation sets. Lengths go "
-            "in factors of two, so up to half of it may do."
-        ),
+        EQUAL,
     ]
     return TextTable(title="Links on the test sets", header=header, rows=rows, notes=notes)
 

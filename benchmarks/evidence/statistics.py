@@ -1,4 +1,4 @@
-"""Intervals over training seeds and over images, and what they say about "lossless".
+"""Intervals over training seeds and over images, what they say about "lossless", and lengths of equal accuracy.
 
 The images of one concept are no independent samples: an easy concept is easy in all styles. So the concepts are what
 is drawn. Seeds are drawn too: another seed trains another model.
@@ -7,15 +7,19 @@ is drawn. Seeds are drawn too: another seed trains another model.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from compt.evaluate.stats import Direction, Verdict, direction, verdict
 
 MARGIN = 1.0
 """Points. A model is as good as its baseline if the whole interval of their difference lies above -MARGIN."""
+
+DRAWS = 1000
+"""Draws of concepts for the interval of a length."""
 
 STEPS = 20_001
 
@@ -35,9 +39,10 @@ class Difference:
 
     @property
     def verdict(self) -> Verdict:
-        """As by the rules: "lossless" needs several seeds, and an interval that is narrower than the margin."""
+        """As by the rules: it needs several seeds, and "lossless" an interval that is narrower than the margin."""
         found = verdict(self.low, self.high, MARGIN)
-        return found if found == "not lossless" or (self.seeds > 1 and self.half_width <= MARGIN) else "undecided"
+        decided = self.seeds > 1 and (found == "not lossless" or self.half_width <= MARGIN)
+        return found if decided else "undecided"
 
     @property
     def direction(self) -> Direction:
@@ -51,9 +56,10 @@ def difference(own: ArrayLike, other: ArrayLike, concepts: ArrayLike) -> Differe
     own, other: [seeds, images], 0 or 1, the same images in the same order; seed i of one and seed i of the other are a
     pair. concepts: [images], equal numbers for images of one concept.
 
-    The variance is the sum of two: that of the seeds' differences over their number, and that of concepts as clusters
-    (linearized ratio estimator; Cochran 1977, section 9.3). The noise that both have in common counts twice, so the
-    interval is rather too wide. Degrees of freedom: Satterthwaite (1946). Raises ValueError for other shapes.
+    Seeds and concepts are crossed, and both are drawn. The variance is that of concepts as clusters (linearized ratio
+    estimator; Cochran 1977, section 9.3), plus that of the seeds' differences over their number, less what differs by
+    seed and concept, which both contain (two-way clustering; Cameron, Gelbach and Miller 2011), and never below the
+    larger of the two. Degrees of freedom: Satterthwaite (1946) for the two. Raises ValueError for other shapes.
     """
     gains = np.asarray(own, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     if gains.ndim != 2 or gains.shape[1] != len(np.asarray(concepts)):
@@ -61,17 +67,66 @@ def difference(own: ArrayLike, other: ArrayLike, concepts: ArrayLike) -> Differe
     seeds, images = gains.shape
     mean = float(gains.mean())
     _, cluster = np.unique(np.asarray(concepts), return_inverse=True)
-    residuals = np.bincount(cluster, weights=gains.mean(axis=0) - mean)
-    clusters = len(residuals)
-    parts = [(float(residuals @ residuals) / images**2 * clusters / (clusters - 1), clusters - 1)]
+    cells = np.array([np.bincount(cluster, weights=one - mean) for one in gains]) / images
+    clusters = cells.shape[1]
+    correction = clusters / (clusters - 1)
+    by_concept = float((cells.mean(axis=0) ** 2).sum()) * correction
+    parts = [(by_concept, clusters - 1)]
+    shared = 0.0
     if seeds > 1:
-        parts.append((float(gains.mean(axis=1).var(ddof=1)) / seeds, seeds - 1))
-    variance = sum(part for part, _ in parts)
+        parts.append((float(cells.sum(axis=1).var(ddof=1)) / seeds, seeds - 1))
+        # Of each seed's own deviations from the mean of seeds.
+        shared = float(((cells - cells.mean(axis=0)) ** 2).sum()) * correction / (seeds * (seeds - 1))
+    variance = max(sum(part for part, _ in parts) - shared, *(part for part, _ in parts), 0.0)
     if variance == 0:
         return Difference(100 * mean, 100 * mean, 100 * mean, seeds)
-    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    freedom = sum(part for part, _ in parts) ** 2 / sum(part**2 / degrees for part, degrees in parts)
     half = quantile(freedom) * math.sqrt(variance)
     return Difference(100 * mean, 100 * (mean - half), 100 * (mean + half), seeds)
+
+
+@dataclass(frozen=True)
+class Length:
+    """Epochs of a baseline that is as accurate as a link, with a 95 % interval over concepts.
+
+    `low` or `high` is None where it lies outside of the lengths that were measured.
+    """
+
+    epochs: float
+    low: float | None
+    high: float | None
+
+
+def equal_length(own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike, concepts: ArrayLike) -> Length | None:
+    """The length at which baselines reach the accuracy of `own`; None where none or the shortest does.
+
+    own: [images], baselines: [lengths, images], the shares of seeds that are right; lengths ascend. Between lengths,
+    accuracy is linear in their logarithm. The interval is that of concepts drawn with replacement.
+    """
+    values = np.vstack([np.asarray(baselines, dtype=np.float64), np.asarray(own, dtype=np.float64)])
+    _, cluster = np.unique(np.asarray(concepts), return_inverse=True)
+    sums = np.array([np.bincount(cluster, weights=row) for row in values])
+    counts = np.bincount(cluster)
+    found = _length_at(sums.sum(axis=1) / counts.sum(), lengths)
+    if found is None or not math.isfinite(found):
+        return None
+    clusters = len(counts)
+    drawn = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=DRAWS)
+    each = [_length_at(row, lengths) for row in (drawn @ sums.T) / (drawn @ counts)[:, None]]
+    low, high = np.percentile([0.0 if one is None else one for one in each], [2.5, 97.5], method="nearest")
+    return Length(found, float(low) or None, float(high) if math.isfinite(high) else None)
+
+
+def _length_at(accuracies: NDArray[np.float64], lengths: Sequence[float]) -> float | None:
+    """Where the first accuracies reach the last; None if the shortest does already, infinity if none does."""
+    own, reached = accuracies[-1], np.flatnonzero(accuracies[:-1] >= accuracies[-1])
+    if not len(reached):
+        return math.inf
+    if (at := int(reached[0])) == 0:
+        return None
+    below, above = accuracies[at - 1], accuracies[at]
+    share = (own - below) / (above - below)
+    return float(lengths[at - 1] * (lengths[at] / lengths[at - 1]) ** share)
 
 
 def quantile(freedom: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.evidence.pieces import ALL, BASELINE_LR, LENGTHS, MEMBERS, SEEDS, SELECT, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
-from benchmarks.evidence.statistics import Difference, difference
+from benchmarks.evidence.statistics import Difference, Length, difference, equal_length
 from compt.evaluate.encoder import load_arrays
 
 REPORT, UNSEEN = "test_style", "unseen_concepts"
@@ -41,13 +41,13 @@ class Study:
         """The records of those that are finished."""
         return [self.by_name[piece.name] for piece in pieces if piece.name in self.by_name]
 
-    def baselines(self, model: str, epochs: float | None = None) -> list[Record]:
-        """The model from scratch at its own rate, by length and seed."""
+    def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
+        """The model from scratch at its own rate, or at the first one on fewer shards, by length and seed."""
+        lr = self.rates.get(model) if shards == ALL else BASELINE_LR
         return [
             item
             for item in self.all
-            if (item["model"], item["teacher"], item["lr"]) == (model, None, self.rates.get(model))
-            and item["shards"] == ALL
+            if (item["model"], item["teacher"], item["lr"], item["shards"]) == (model, None, lr, shards)
             and epochs in (None, item["epochs"])
         ]
 
@@ -106,20 +106,30 @@ class Study:
             return None
         return difference([one for one, _ in pairs], [other for _, other in pairs], self.labels[name])
 
-    def as_good(self, items: list[Record]) -> Record | None:
-        """The shortest baseline of the same model that is at least as accurate on the validation sets.
+    def equal(self, items: Sequence[Record]) -> Length | None:
+        """The length at which a baseline of the model is as accurate on the validation sets, over the common seeds."""
+        if not items:
+            return None
+        by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
+        lengths = [epochs for epochs, found in by_length.items() if found]
+        seeds = {item["seed"] for item in items}.intersection(
+            *({item["seed"] for item in by_length[epochs]} for epochs in lengths)
+        )
+        if len(lengths) < 2 or not seeds:
+            return None
+        own, *others = (
+            np.mean([item["correct"][SELECT] for item in found if item["seed"] in seeds], axis=0)
+            for found in (items, *(by_length[epochs] for epochs in lengths))
+        )
+        return equal_length(own, lengths, others, self.labels[SELECT])
 
-        None where no baseline is, or where the next shorter one was not measured: it may be as good too. Lengths go in
-        factors of two, so a baseline of a length between them may be as good, at up to half the cost.
-        """
-        wanted = self.accuracy(items, SELECT) or 0.0
-        for epochs in LENGTHS:
-            found = self.baselines(items[0]["model"], epochs)
-            if not found:
-                return None
-            if (self.accuracy(found, SELECT) or 0.0) >= wanted:
-                return found[0]
-        return None
+    def cost_of_epochs(self, model: str, epochs: float, kind: str) -> float | None:
+        """`macs` or `seconds` of a baseline of this length, from one that was measured."""
+        found = self.baselines(model)
+        if not found:
+            return None
+        cost = found[0]["macs"] if kind == "macs" else self.seconds(found[0])
+        return None if cost is None else cost / found[0]["epochs"] * epochs
 
 
 def seedless(name: str) -> str:
@@ -131,6 +141,14 @@ def seedless(name: str) -> str:
 def interval(found: Difference | None) -> str:
     """A difference in points with its interval."""
     return "-" if found is None else f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
+
+
+def span(found: Length | None) -> str:
+    """A length in epochs with its interval."""
+    if found is None:
+        return "-"
+    low, high = ("?" if one is None else f"{one:.0f}" for one in (found.low, found.high))
+    return f"{found.epochs:.0f} [{low}, {high}]"
 
 
 def times(cost: float | None, other: float | None) -> str:

@@ -29,7 +29,7 @@ from benchmarks.evidence.pieces import (
     pieces_of,
     shares_of,
 )
-from benchmarks.evidence.statistics import MARGIN, difference, quantile
+from benchmarks.evidence.statistics import MARGIN, difference, equal_length, quantile
 from benchmarks.evidence.study import FINGERPRINT, REPORT, UNSEEN, Study
 from compt.errors import RunError
 from compt.files import write_json
@@ -72,7 +72,7 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
 
 def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
     """A piece with another name is trained again."""
-    names = {piece.name for piece in pieces(run.own_rates(root / run.RAW))}
+    names = {piece.name for rates in ({}, run.own_rates(root / run.RAW)) for piece in pieces(rates)}
     assert {path.stem for path in (root / run.RAW).glob("*.json")} <= names
     assert Piece("b", 10, 0, Piece("a", 80), 1e-3, 300).name == "b-e10-s0-lr0.001-w300-from-a-e80-s0"
     whole = family_arms(baselines_at({}), MEMBERS)[-1].pieces[2]
@@ -161,6 +161,36 @@ def test_intervals_cover_the_truth_in_a_simulation() -> None:
     assert naive / 400 < 0.85
 
 
+def test_what_seeds_and_concepts_share_counts_once() -> None:
+    """Means over seeds and concepts that differ in the pairs of them alone: both variances hold all of it."""
+    random = np.random.default_rng(2)
+    means, widths = [], []
+    for _ in range(300):
+        of_pair = np.repeat(random.normal(0, 0.3, (4, 200)), 2, axis=1)
+        found = difference(of_pair, np.zeros((4, 400)), np.repeat(np.arange(200), 2))
+        means.append(found.mean)
+        widths.append(found.half_width)
+    # Against a normal's interval of the true spread. Counted twice, it would be more than 1.5 times as wide.
+    assert 1 < float(np.mean(widths)) / (1.96 * float(np.std(means))) < 1.4
+
+
+def test_a_length_of_equal_accuracy_is_between_those_measured() -> None:
+    right = {share: np.arange(400) % 100 < share for share in (10, 20, 30, 40)}
+    concepts = np.arange(400) // 4
+    lengths, baselines = (10, 20, 40), [right[10], right[20], right[40]]
+    found = equal_length(right[30], lengths, baselines, concepts)
+    assert found is not None
+    assert found.epochs == pytest.approx(20 * 2**0.5)
+    assert found.low is not None
+    assert found.low < found.epochs
+    assert found.high is None or found.high > found.epochs
+    assert equal_length(right[20], lengths, baselines, concepts).epochs == pytest.approx(20)  # type: ignore[union-attr]
+    assert equal_length(right[40] | right[30], lengths, baselines[:2], concepts) is None, "above all"
+    assert equal_length(right[10] & False, lengths, baselines, concepts) is None, "below the shortest"
+    # As accurate as the longest, on other images: in half of all draws it is better.
+    assert equal_length(np.roll(right[40], 50), lengths, baselines, concepts).high is None  # type: ignore[union-attr]
+
+
 def test_a_verdict_is_that_of_the_margin() -> None:
     same = np.zeros((2, 4))
     assert difference(same, same, range(4)).verdict == "lossless"
@@ -221,7 +251,8 @@ def test_results_are_collected_and_reported(tmp_path: Path) -> None:
     found = study.compare(only, study.baselines("b", 20))
     assert found is not None
     assert found.mean == pytest.approx(3.0)
-    assert study.as_good(only) is None
+    equal = study.equal(only)
+    assert equal is None, "no baseline is as accurate"
     report.write_report(tmp_path, raw)
     assert report.changed(tmp_path, raw) == []
     text = (tmp_path / "tables.md").read_text()
