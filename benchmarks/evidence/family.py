@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from benchmarks.common import COLOUR, SERIES, number
 from benchmarks.evidence.pieces import LENGTH, LINK_LRS, LINKS, MEMBERS, Arm, baselines_at, family_arms, link
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
-from benchmarks.evidence.study import REPORT, UNSEEN, Record, Study, interval, span, times
+from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
 
@@ -19,6 +19,7 @@ EQUAL = (
     "Equal accuracy: the length of a baseline that is as accurate on the validation sets, between measured lengths by "
     "their logarithm; ? where it lies outside of them."
 )
+KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
 NO_PLATEAU = "no plateau yet"
 
@@ -100,15 +101,10 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
         ("equal", equal.epochs if equal else None, span(equal)),
     ):
         cells.append(shown)
-        for kind in ("macs", "seconds"):
+        for kind in KINDS:
             baseline = None if epochs is None else study.cost_of_epochs(model, epochs, kind)
-            cells += sums.add(f"{kind}, {name}", baseline, _cost(study, items[0], kind) if items else None)
+            cells += sums.add(f"{kind}, {name}", baseline, study.cost(items[0], kind) if items else None)
     return cells
-
-
-def _cost(study: Study, item: Record, kind: str) -> float | None:
-    """Seeds cost the same."""
-    return study.seconds(item) if kind == "seconds" else float(item["macs"])
 
 
 def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) -> list[tuple[float, Difference]]:

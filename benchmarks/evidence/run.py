@@ -179,12 +179,16 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
     names = [piece.name for piece in pieces(own_rates(raw))]
     files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
     for path in files:
-        # The first pieces were collected without these.
-        values = {"expanded": True, "r": None, "shards": ALL, **read_json(path)}
+        values = _results(path)
         bits = load_arrays(path.with_suffix(".npz"))
         values["correct"] = {name: np.unpackbits(bits[name])[: len(sets[name])] for name in bits}
         found.append(values)
     return found
+
+
+def _results(path: Path) -> dict[str, Any]:
+    # The first pieces were collected without these.
+    return {"expanded": True, "r": None, "shards": ALL, **read_json(path)}
 
 
 def _order(name: str, names: list[str]) -> tuple[int, str]:
@@ -195,9 +199,8 @@ def own_rates(raw: Path = RAW) -> dict[str, float]:
     """The rate of each model's baselines: the best on SELECT after RATED epochs, of those that were tried."""
     best: dict[str, tuple[float, float]] = {}
     for path in raw.glob("*.json"):
-        values = read_json(path)
-        own = (values["teacher"], values["epochs"], values["seed"], values.get("shards", ALL))
-        if own == (None, RATED, 0, ALL):
+        values = _results(path)
+        if (values["teacher"], values["epochs"], values["seed"], values["shards"]) == (None, RATED, 0, ALL):
             found = (values["scores"][SELECT]["top1"], values["lr"])
             best[values["model"]] = max(found, best.get(values["model"], found))
     return {model: rate for model, (_, rate) in best.items()}

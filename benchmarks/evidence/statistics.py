@@ -26,7 +26,7 @@ STEPS = 20_001
 
 @dataclass(frozen=True)
 class Difference:
-    """Accuracy minus accuracy, in points, with its 95 % interval. With one seed, the interval is over images alone."""
+    """Accuracy minus accuracy, in points, with its 95 % interval: with one seed, over concepts alone."""
 
     mean: float
     low: float
@@ -108,22 +108,22 @@ def equal_length(own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike,
     sums = np.array([np.bincount(cluster, weights=row) for row in values])
     counts = np.bincount(cluster)
     found = _length_at(sums.sum(axis=1) / counts.sum(), lengths)
-    if found is None or not math.isfinite(found):
+    if not 0 < found < math.inf:
         return None
     clusters = len(counts)
     drawn = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=DRAWS)
     each = [_length_at(row, lengths) for row in (drawn @ sums.T) / (drawn @ counts)[:, None]]
-    low, high = np.percentile([0.0 if one is None else one for one in each], [2.5, 97.5], method="nearest")
-    return Length(found, float(low) or None, float(high) if math.isfinite(high) else None)
+    low, high = np.percentile(each, [2.5, 97.5], method="nearest")
+    return Length(found, float(low) if low > 0 else None, float(high) if high < math.inf else None)
 
 
-def _length_at(accuracies: NDArray[np.float64], lengths: Sequence[float]) -> float | None:
-    """Where the first accuracies reach the last; None if the shortest does already, infinity if none does."""
+def _length_at(accuracies: NDArray[np.float64], lengths: Sequence[float]) -> float:
+    """Where the first accuracies reach the last; 0 if the shortest does already, infinity if none does."""
     own, reached = accuracies[-1], np.flatnonzero(accuracies[:-1] >= accuracies[-1])
     if not len(reached):
         return math.inf
     if (at := int(reached[0])) == 0:
-        return None
+        return 0.0
     below, above = accuracies[at - 1], accuracies[at]
     share = (own - below) / (above - below)
     return float(lengths[at - 1] * (lengths[at] / lengths[at - 1]) ** share)

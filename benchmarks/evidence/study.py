@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,8 @@ PLATEAU_GAIN = 1.0
 """Points. A baseline is on its plateau if twice its length gains less, on the validation sets."""
 
 Record = dict[str, Any]
+Kind = Literal["macs", "seconds"]
+"""Of costs."""
 
 
 class Study:
@@ -123,12 +125,14 @@ class Study:
         )
         return equal_length(own, lengths, others, self.labels[SELECT])
 
-    def cost_of_epochs(self, model: str, epochs: float, kind: str) -> float | None:
-        """`macs` or `seconds` of a baseline of this length, from one that was measured."""
+    def cost(self, item: Record, kind: Kind) -> float | None:
+        """MACs or seconds of a training. Seeds cost the same."""
+        return self.seconds(item) if kind == "seconds" else float(item["macs"])
+
+    def cost_of_epochs(self, model: str, epochs: float, kind: Kind) -> float | None:
+        """The cost of a baseline of this length, from one that was measured."""
         found = self.baselines(model)
-        if not found:
-            return None
-        cost = found[0]["macs"] if kind == "macs" else self.seconds(found[0])
+        cost = self.cost(found[0], kind) if found else None
         return None if cost is None else cost / found[0]["epochs"] * epochs
 
 

@@ -252,8 +252,7 @@ def test_results_are_collected_and_reported(tmp_path: Path) -> None:
     found = study.compare(only, study.baselines("b", 20))
     assert found is not None
     assert found.mean == pytest.approx(3.0)
-    equal = study.equal(only)
-    assert equal is None, "no baseline is as accurate"
+    assert study.equal(only) is None, "no baseline is as accurate"
     report.write_report(tmp_path, raw)
     assert report.changed(tmp_path, raw) == []
     text = (tmp_path / "tables.md").read_text()

@@ -153,6 +153,7 @@ def test_tiles_equal_the_loops(found: list[dict[str, Any]], at: int) -> None:
         close((torch.cat(both) if number < 2 else sum(both)) / 2, expected, dtype)  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_pairs_without_gradients_are_multiplied_once(found: list[dict[str, Any]]) -> None:
     terms, asked = found[0]["without"]
     close(terms, right(ALONE[-1])[0], "float32")
