@@ -13,14 +13,14 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.common import one_line
-from benchmarks.evidence.pieces import Piece, arms, baselines_at, of_the_family, pieces, pieces_of
+from benchmarks.evidence.pieces import Piece, arms, of_the_family, pieces, pieces_of
 from benchmarks.evidence.report import OUT, changed, write_report
 from benchmarks.evidence.run import collect_again, is_done, run
 from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_speeds
 from benchmarks.evidence.study import Study
 from compt.text import TextTable, terminal
 
-CLAIMS = "abcdfgj"
+CLAIMS = "abcdefgj"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -58,7 +58,7 @@ def planned(claim: str | None = None) -> list[Piece]:
     """The pieces, as the results so far determine rates and plateaus; only those of one claim if it is given."""
     study = Study()
     if claim:
-        return list(pieces_of([arms(baselines_at(study.rates))[claim]]))
+        return list(pieces_of([arms(study.rates)[claim]]))
     return list(pieces(study.rates, study.plateaus()))
 
 
@@ -80,10 +80,9 @@ def plan_tables(claim: str | None = None) -> list[TextTable]:
 
 def _claims_table() -> TextTable:
     study = Study()
-    baseline = baselines_at(study.rates)
-    before = set(of_the_family(baseline, study.plateaus()))
+    before = set(of_the_family(study.rates))
     rows = []
-    for letter, found in arms(baseline).items():
+    for letter, found in arms(study.rates).items():
         own = [piece for piece in pieces_of([found]) if piece not in before and not is_done(piece)]
         before.update(own)
         rows.append([letter, str(len(own)), f"{sum(idle_minutes(piece, study.speeds) for piece in own):.0f}"])

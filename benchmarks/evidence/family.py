@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
-from benchmarks.evidence.pieces import LENGTH, LINK_LRS, LINKS, MEMBERS, Arm, baselines_at, family_arms, link
+from benchmarks.evidence.pieces import LENGTH, LENGTHS, LINKS, MEMBERS, RATES, SHORT, Arm, Piece, family_arms
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
-from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Study, interval, span, times
+from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
 
@@ -21,25 +22,19 @@ EQUAL = (
 )
 KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
-NO_PLATEAU = "no plateau yet"
 
 
-def judged(study: Study, model: str, found: Difference | None) -> str:
-    """The verdict on a difference to the model's baseline; none before the baseline's plateau is known."""
-    if found is None:
-        return MISSING
-    return found.verdict if study.plateau(model) else NO_PLATEAU
+def family_tables(study: Study, epochs: float = SHORT) -> list[TextTable]:
+    """Each member of the chain against its own baseline: accuracy, and what the chain saves up to it.
 
-
-def family_tables(study: Study, members: Sequence[str] = MEMBERS) -> list[TextTable]:
-    """Each member of the chain against its own baseline: accuracy, and what the chain saves up to it."""
-    chain = family_arms(baselines_at(study.rates), members)
+    `epochs` of the first model, and of the baselines if their plateau is not known.
+    """
+    chain = family_arms(study.rates, epochs=epochs)
     header = ["chain", "epochs", "seeds", "top-1, %", "baseline's epochs", "points against it [95 %]"]
     header += [f"margin {MARGIN:g}", f"mean above -{LOSSLESS_POINTS:g}", "unseen concepts [95 %]"]
     note = f"The paper calls a model lossless if it is at most {LOSSLESS_POINTS:g} points below, without an interval."
-    quality = TextTable(
-        "The chain against its baselines, on the test sets", header, [_quality(study, arm) for arm in chain], [note]
-    )
+    title = f"The chain from a of {epochs:g} epochs against its baselines, on the test sets"
+    quality = TextTable(title, header, [_quality(study, arm) for arm in chain], [note])
     sums = _Sums()
     header = ["chain", "baseline's epochs", "MACs x", "family", "device time x", "family"]
     header += ["epochs of equal accuracy [95 %]", "MACs x", "family", "device time x", "family"]
@@ -48,7 +43,9 @@ def family_tables(study: Study, members: Sequence[str] = MEMBERS) -> list[TextTa
         "Device time: steps x measured seconds of a step on an idle core (speeds.json).",
         EQUAL,
     ]
-    costs = TextTable("What the chain saves", header, [_costs(study, arm, sums) for arm in chain], notes)
+    costs = TextTable(
+        f"What the chain from a of {epochs:g} epochs saves", header, [_costs(study, arm, sums) for arm in chain], notes
+    )
     return [quality, costs]
 
 
@@ -71,13 +68,14 @@ class _Sums:
 
 def _quality(study: Study, arm: Arm) -> list[str]:
     items, model = study.find(arm.pieces), arm.pieces[0].model
-    baseline = study.reference(model)
+    first = arm.pieces[0].chain[0]
+    baseline = study.reference(model, first.epochs)
     found = study.compare(items, baseline)
-    shown = [interval(found), judged(study, model, found)]
+    shown = [interval(found), found.verdict if found else MISSING]
     shown += ["-" if found is None else "yes" if found.mean > -LOSSLESS_POINTS else "no"]
     shown += [interval(study.compare(items, baseline, UNSEEN))]
-    # The first member is trained from scratch: on the plateau, it is its own baseline.
-    if items and arm.pieces[0].teacher is None and baseline[0]["epochs"] == LENGTH:
+    # The first member is trained from scratch: it is its own baseline, unless its plateau lies elsewhere.
+    if items and arm.pieces[0] == first and baseline[0]["epochs"] == first.epochs:
         shown = ["-", "is the baseline", "-", "-"]
     return [
         arm.name,
@@ -91,13 +89,17 @@ def _quality(study: Study, arm: Arm) -> list[str]:
 
 def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
     items, model = study.find(arm.pieces), arm.pieces[0].model
-    reference, equal = study.reference(model), study.equal(items)
+    reference, equal = study.reference(model, arm.pieces[0].chain[0].epochs), study.equal(items)
     if items and arm.pieces[0].teacher is None and equal is None:
         # The first member of a chain is a baseline: it is as accurate as itself.
         equal = Length(items[0]["epochs"], None, None)
     cells = [arm.name]
     for name, epochs, shown in (
-        ("plateau", reference[0]["epochs"] if reference else None, f"{reference[0]['epochs']:g}" if reference else "-"),
+        (
+            "baseline",
+            reference[0]["epochs"] if reference else None,
+            f"{reference[0]['epochs']:g}" if reference else "-",
+        ),
         ("equal", equal.epochs if equal else None, span(equal)),
     ):
         cells.append(shown)
@@ -109,9 +111,15 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
 
 def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) -> list[tuple[float, Difference]]:
     """Length and difference of the links from a to b to b's baseline, of those that are measured."""
-    firsts = family_arms(baselines_at(study.rates), MEMBERS[:1])[0].pieces
+    firsts = family_arms(study.rates, MEMBERS[:1], epochs=LENGTH)[0].pieces
     found = (
-        (epochs, study.compare(study.find(link("b", epochs, first, lr=lr) for first in firsts), study.reference("b")))
+        (
+            epochs,
+            study.compare(
+                study.find(replace(study.rates.link("b", epochs, first), lr=lr) for first in firsts),
+                study.reference("b", LENGTH),
+            ),
+        )
         for epochs in lengths
     )
     return [(epochs, one) for epochs, one in found if one is not None]
@@ -119,7 +127,7 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
 
 def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     """The difference of b as a link of a to its baseline, against the link's length."""
-    for colour, lr, shift in zip(SERIES, LINK_LRS, (0.985, 1.015), strict=False):
+    for colour, lr, shift in zip(SERIES, RATES["b"], (0.97, 0.985, 1, 1.015), strict=False):
         points = lengths_of_links(study, lr)
         if points:
             middles = np.array([one.mean for _, one in points])
@@ -134,7 +142,70 @@ def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     axis.set_xscale("log")
     axis.set_xticks(LINKS, [f"{epochs:g}" for epochs in LINKS])
     axis.minorticks_off()
-    baseline = study.reference("b")
-    length = "its baseline" if not baseline else f"its baseline of {baseline[0]['epochs']:g} epochs"
-    axis.set(xlabel="epochs of the link a → b (below an interval: its seeds)", ylabel=f"points against {length}")
+    epochs = study.plateau("b") or LENGTH
+    label = f"points against its baseline of {epochs:g} epochs"
+    axis.set(xlabel="epochs of the link a → b (below an interval: its seeds)", ylabel=label)
     axis.legend()
+
+
+def savings_by_length(study: Study) -> TextTable:
+    """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy."""
+    rows = []
+    for first, arm in _quarters(study):
+        items, equal = study.find(arm.pieces), study.equal(study.find(arm.pieces))
+        baseline = study.reference("b", first.epochs)
+        cells = [f"{first.epochs:g}", f"{arm.pieces[0].epochs:g}", str(len(items))]
+        cells += [number(study.accuracy(found, REPORT), 2) for found in (study.find([first]), items, baseline)]
+        cells += [interval(study.compare(items, baseline)), span(equal)]
+        for kind in KINDS:
+            saved = [
+                _savings(study, first, items, equal.epochs, kind, whole) if equal else None for whole in (False, True)
+            ]
+            cells += [number(one, 2) for one in saved]
+        rows.append(cells)
+    header = ["epochs of a and of b alone", "epochs of a → b", "seeds", "a, %", "a → b, %", "b alone, %"]
+    header += ["points against b alone [95 %]", "epochs of equal accuracy [95 %]"]
+    header += ["MACs x", "MACs x, a and b", "device time x", "device time x, a and b"]
+    return TextTable("(e) Savings of a link of a quarter by the length of training", header, rows, [EQUAL])
+
+
+def _quarters(study: Study) -> Iterable[tuple[Piece, Arm]]:
+    """The first model and the link of each length that is measured."""
+    for epochs in LENGTHS:
+        first, arm = family_arms(study.rates, MEMBERS[:2], epochs=epochs)
+        if study.find(arm.pieces):
+            yield first.pieces[0], arm
+
+
+def _savings(study: Study, first: Piece, items: list[Record], epochs: float, kind: Kind, whole: bool) -> float | None:
+    """How many times a baseline of `epochs` costs as much as the link; `whole`: with a on both sides."""
+    a = study.cost_of_epochs("a", first.epochs, kind)
+    b, link = study.cost_of_epochs("b", epochs, kind), study.cost(items[0], kind)
+    if a is None or b is None or link is None:
+        return None
+    return (a + b) / (a + link) if whole else b / link
+
+
+def draw_savings(study: Study, axis: Axes) -> None:
+    """The savings in MACs at equal accuracy against the length of training."""
+    for colour, whole, label in zip(SERIES, (False, True), ("the link alone", "a and b"), strict=False):
+        points = []
+        for first, arm in _quarters(study):
+            items = study.find(arm.pieces)
+            equal = study.equal(items)
+            if equal and equal.low and equal.high:
+                values = [
+                    _savings(study, first, items, one, "macs", whole) for one in (equal.low, equal.epochs, equal.high)
+                ]
+                points.append((first.epochs, values))
+        if points:
+            low, middle, high = np.array([values for _, values in points], dtype=float).T
+            style: dict[str, Any] = {"color": colour, "capsize": 3, "label": label}
+            axis.errorbar([at for at, _ in points], middle, [middle - low, high - middle], fmt="o-", **style)
+    axis.axhline(1, color=COLOUR["muted"], linewidth=0.8)
+    axis.set_xscale("log")
+    axis.set_xticks(LENGTHS, [f"{epochs:g}" for epochs in LENGTHS])
+    axis.minorticks_off()
+    axis.set(xlabel="epochs of a; the link has a quarter", ylabel="MACs of b alone over the link's, at equal accuracy")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()

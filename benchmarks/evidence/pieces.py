@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +32,12 @@ IMAGES = {1: 1594, 2: 3189, 8: 12759}
 ALL = 8
 """All shards."""
 
-LENGTHS = (10, 20, 40, 80, 160)
+LENGTHS = (10, 20, 40, 80, 160, 320)
 """Epochs of the baselines: complete schedules, each twice as long as the last."""
-
-BASELINE_LR = 3e-3
-"""The rate of a baseline, unless another of RATES is better on the validation sets after RATED epochs."""
+SHORT, LENGTH = LENGTHS[2:4]
+"""Epochs of the first model: of the whole family's chain, and of the pair's a → b. Baselines have as many."""
+LENGTHS_OF_EQUAL = LENGTHS[1:3]
+"""Epochs of the baselines with all seeds. Members of the family's chain should lie between them."""
 
 RATES = {
     "a": (3e-3, 1e-3, 6e-3, 1.7e-3),
@@ -44,16 +45,17 @@ RATES = {
     "c": (3e-3, 1e-3, 1.7e-3, 6e-4),
     "d": (1e-3, 6e-4, 1.7e-3),
 }
-"""The rates that are tried for each model's baselines, in their order. The wider a model, the lower its best."""
+"""The peak rates that are tried for each model: for its baselines, and again for its links. Until results choose one,
+it is the first."""
+LR = RATES["a"][0]
+"""The rate of pieces that name none."""
 RATED = LENGTHS[1]
+"""Epochs of the baselines by which rates are chosen. A link's rate is chosen in the chain from a of SHORT epochs."""
 SELECT = "val_style"
-"""The evaluation set by which lengths and rates are chosen."""
-
-LENGTH = LENGTHS[3]
-"""Epochs of the baselines that have all seeds, and of the first model of a chain."""
+"""The evaluation set by which rates are chosen, and lengths of equal accuracy are found."""
 
 LINKS = (5, 10, 20, 40)
-"""Epochs of the links from a to b."""
+"""Epochs of the links from a to b, after a of LENGTH epochs."""
 
 SHARES = (4, 5, 6)
 """A chain's links train for these parts of the first model's length: lengths fall linearly along a chain."""
@@ -62,18 +64,11 @@ LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
 paper. So a family of 7 saves more than one of 3, if its last model is as good all the same."""
 
-LINK_LRS = (3e-3, 1e-3)
-"""Peak rates of links: the first of the baselines', and a lower one that spoils the expanded weights less."""
-LINK_LR = LINK_LRS[0]
-"""The rate of chains: the better on the validation sets after links of 5 epochs from a(20), and of 10 from a(40)."""
+ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
+"""Weights of distillation. r = IFD / task is about 0.05 with the paper's 500; the others aim at 0.1, 0.3 and 1."""
 
-ALPHAS = (0.0, 500.0, 2e3, 8e3, 32e3, 128e3)
-"""Weights of distillation. With the paper's 500, r = IFD / task is about 0.02 here; these span r from 0 to about 1."""
-
-ALPHA_SEEDS = SEEDS[:2]
-
-EQUAL_EPOCHS = 25
-"""Epochs of model d from scratch that cost the MACs of the whole chain from a to d."""
+EQUAL_MACS, EQUAL_TIME = 13, 15.7
+"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole chain from a to d."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Piece:
     epochs: float
     seed: int = 0
     teacher: Piece | None = None
-    lr: float = BASELINE_LR
+    lr: float = LR
     warmup: int = 200
     alpha: float | None = None
     expanded: bool = True
@@ -98,7 +93,7 @@ class Piece:
     def name(self) -> str:
         """The name of its folder and of its files of results: `b-e10-s0-lr0.001-w50-from-a-e40-s0`."""
         text = f"{self.model}-e{self.epochs:g}-s{self.seed}"
-        if self.lr != BASELINE_LR:
+        if self.lr != LR:
             text += f"-lr{self.lr:g}"
         if self.shards != ALL:
             text += f"-shards{self.shards}"
@@ -160,28 +155,51 @@ def macs_of(piece: Piece) -> float:
     return plan.cost(plan.jobs[-1]).total_macs
 
 
-Baseline = Callable[..., Piece]
-"""(model, epochs, seed=0) -> a model from scratch at its own rate."""
+@dataclass(frozen=True)
+class Rates:
+    """Peak rates that results have chosen, by model, and the pieces that train at them."""
+
+    alone: Mapping[str, float] = field(default_factory=dict)
+    links: Mapping[str, float] = field(default_factory=dict)
+
+    def baseline(self, model: str, epochs: float, seed: int = 0) -> Piece:
+        """A model from scratch."""
+        return Piece(model, epochs, seed, lr=self.alone.get(model, _of(model, RATES)[0]))
+
+    def link(self, model: str, epochs: float, teacher: Piece, alpha: float | None = None) -> Piece:
+        """A link with a short warm-up, of its teacher's seed."""
+        lr = _of(model, self.links) or _of(model, RATES)[0]
+        return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50, alpha=alpha)
+
+    def chain(self, first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES) -> Iterator[Piece]:
+        """The links of a chain. `shares` are those of the first model's length, one for each link."""
+        model = first
+        for name, share in zip(members[1:], shares, strict=False):
+            model = self.link(name, round(first.epochs / share), model)
+            yield model
+
+    def trials(self, model: str) -> list[Piece]:
+        """The links by which the rate of the model's links is chosen: of the chain that has been chosen so far."""
+        one = list(self.chain(self.baseline("a", SHORT), MEMBERS))[MEMBERS.index(model) - 1]
+        return [replace(one, lr=lr) for lr in RATES[model]]
 
 
-def baselines_at(rates: Mapping[str, float]) -> Baseline:
-    """Baselines at the `rates` of their models; a model that is not named trains at BASELINE_LR."""
-    return lambda model, epochs, seed=0: Piece(model, epochs, seed, lr=rates.get(model, BASELINE_LR))
+def _of(model: str, by_member: Mapping[str, Any]) -> Any:
+    """What holds for the model: between two members, as `bc`, it is that of the larger one."""
+    return by_member.get(model[-1])
 
 
-def pieces(rates: Mapping[str, float], plateaus: Mapping[str, float | None] | None = None) -> Iterator[Piece]:
-    """All pieces; a teacher comes before its students, and no piece comes twice.
+def pieces(rates: Rates, plateaus: Mapping[str, float | None] | None = None) -> Iterator[Piece]:
+    """All pieces, in order of worth; a teacher comes before its students, and no piece comes twice.
 
-    `rates`: of baselines, by model. `plateaus`: lengths of models whose plateau is known; there they get all seeds.
+    `plateaus`: lengths of models whose plateau is known; there they get all seeds.
     """
-    baseline = baselines_at(rates)
-    return _once(itertools.chain(of_the_family(baseline, plateaus or {}), pieces_of(arms(baseline).values())))
+    return _once(itertools.chain(of_the_family(rates), pieces_of(arms(rates).values()), _last(rates, plateaus or {})))
 
 
 def pieces_of(claims: Iterable[Sequence[Arm]]) -> Iterator[Piece]:
-    """All that these claims compare: one seed after the other, in each of them claim by claim."""
-    claims = list(claims)
-    return _once(arm.pieces[seed] for seed in SEEDS for claim in claims for arm in claim if seed < len(arm.pieces))
+    """All that these claims compare: claim by claim, in each of them one seed after the other."""
+    return _once(arm.pieces[seed] for claim in claims for seed in SEEDS for arm in claim)
 
 
 def _once(found: Iterable[Piece]) -> Iterator[Piece]:
@@ -194,47 +212,32 @@ def _once(found: Iterable[Piece]) -> Iterator[Piece]:
                 yield needed
 
 
-def of_the_family(baseline: Baseline, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
-    """The family's baselines and chain, and what led to them; they may come twice, and teachers are left out."""
-    short = LENGTHS[2]
+def of_the_family(rates: Rates) -> Iterator[Piece]:
+    """What leads to the family's chain, with one seed; pieces may come twice, and teachers are left out."""
     # A first look, far from the plateau: a link of a quarter at two rates.
-    yield from (baseline(model, LENGTHS[1]) for model in MEMBERS[:2])
-    yield from _links(baseline("a", LENGTHS[1]), LINKS[:1])
-    # The regime: baselines of the smallest pair, then links between them.
     for model in MEMBERS[:2]:
-        yield from (baseline(model, epochs) for epochs in LENGTHS[:3])
-    yield from _links(baseline("a", short), (10,))
-    # Each model's own rate, as links choose theirs too. Where another is better, its baselines are trained with that.
+        yield from (Piece(model, epochs) for epochs in LENGTHS[:3])
+    for epochs in LENGTHS[1:3]:
+        yield from (replace(rates.link("b", round(epochs / 4), Piece("a", epochs)), lr=lr) for lr in RATES["b"][:2])
+    # The rates of baselines, and the pair: lengths of baselines, and links of several lengths.
     for model in MEMBERS[:2]:
         yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
-    for model in MEMBERS[:2]:
-        yield baseline(model, LENGTH)
-    first = baseline("a", LENGTH)
-    yield from _links(first, LINKS)
-    # Whether that length is the plateau.
-    for model in MEMBERS[:2]:
-        yield baseline(model, LENGTHS[-1])
+        yield from (rates.baseline(model, epochs) for epochs in LENGTHS[:5])
+    # At the first rate too, which is another than b's own: what a rate for the whole family does to a comparison.
+    yield from (Piece("b", epochs) for epochs in LENGTHS[3:5])
+    first = rates.baseline("a", LENGTH)
+    for epochs, lr in itertools.product(LINKS, RATES["b"][:2]):
+        yield replace(rates.link("b", epochs, first), lr=lr)
     # Whether less data leaves a plateau within reach.
     yield from ladder()
-    # The larger members: rates and lengths, and a chain from a shorter first model.
+    # The larger members: rates and lengths, and a chain from a short first model, link by link at its best rate.
     for model in MEMBERS[2:]:
         yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
-    for model in MEMBERS[2:]:
-        yield baseline(model, short)
-    for piece in chain(baseline("a", short), MEMBERS):
-        yield from (replace(piece, lr=lr) for lr in LINK_LRS)
-    yield from (baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
-    yield from chain(first, MEMBERS)
-    # Why short links are not lossless: a longer warm-up, no distillation, a teacher of another length.
-    yield Piece("b", 10, 0, first, LINK_LR, warmup=300)
-    yield Piece("b", 10, 0, first, LINK_LR, warmup=50, alpha=0.0)
-    yield Piece("b", 10, 0, baseline("a", LENGTHS[-1]), LINK_LR, warmup=50)
-    # All seeds of the whole family, then the longest schedules of the larger members.
-    for seed, model in itertools.product(SEEDS, MEMBERS):
-        yield baseline(model, LENGTH, seed)
-        yield from chain(baseline("a", LENGTH, seed), MEMBERS[: MEMBERS.index(model) + 1])
-    yield from _on_plateau(baseline, plateaus, MEMBERS)
-    yield from (baseline(model, LENGTHS[-1]) for model in MEMBERS[2:])
+    yield Piece("c", LENGTHS[0])
+    yield from (rates.baseline(model, SHORT) for model in MEMBERS[2:])
+    for model in MEMBERS[1:]:
+        yield from rates.trials(model)
+    yield from (rates.link("b", epochs, first) for epochs in LINKS)
 
 
 def ladder() -> Iterator[Piece]:
@@ -243,29 +246,24 @@ def ladder() -> Iterator[Piece]:
     return (Piece(model, epochs, shards=shards) for shards, model, epochs in combined)
 
 
-def _on_plateau(baseline: Baseline, plateaus: Mapping[str, float | None], models: Iterable[str]) -> Iterator[Piece]:
-    """All seeds on a plateau that was found at another length than LENGTH."""
-    for model in models:
-        if (epochs := plateaus.get(model)) is not None:
-            yield from (baseline(model, epochs, seed) for seed in SEEDS)
-
-
-def _links(teacher: Piece, lengths: Iterable[int]) -> Iterator[Piece]:
-    for epochs, lr in itertools.product(lengths, LINK_LRS):
-        yield link("b", epochs, teacher, lr=lr)
-
-
-def link(model: str, epochs: float, teacher: Piece, *, lr: float = LINK_LR, alpha: float | None = None) -> Piece:
-    """A link with a short warm-up, of its teacher's seed."""
-    return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50, alpha=alpha)
-
-
-def chain(first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES) -> Iterator[Piece]:
-    """The links of a chain. `shares` are those of the first model's length, one for each link."""
-    model = first
-    for name, share in zip(members[1:], shares, strict=False):
-        model = link(name, round(first.epochs / share), model)
-        yield model
+def _last(rates: Rates, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
+    """Longer trainings, why short links are not lossless, and all seeds of plateaus."""
+    # What training longer does to the savings of the pair.
+    for epochs in LENGTHS[4:]:
+        yield from (rates.baseline(model, epochs) for model in MEMBERS[:2])
+        yield rates.link("b", round(epochs / 4), rates.baseline("a", epochs))
+    first = rates.baseline("a", LENGTH)
+    one = rates.link("b", 10, first)
+    yield from (
+        replace(one, warmup=300),
+        replace(one, alpha=0.0),
+        replace(one, teacher=rates.baseline("a", 2 * LENGTH)),
+    )
+    yield from rates.chain(first, MEMBERS)
+    yield from (rates.baseline(model, LENGTH) for model in MEMBERS[2:])
+    for model, plateau in plateaus.items():
+        if plateau is not None:
+            yield from (rates.baseline(model, plateau, seed) for seed in SEEDS)
 
 
 @dataclass(frozen=True)
@@ -276,14 +274,13 @@ class Arm:
     pieces: tuple[Piece, ...]
 
 
-def family_arms(baseline: Baseline, members: Sequence[str], shares: Sequence[float] = SHARES) -> list[Arm]:
-    """The members of a chain, the smallest first."""
-    by_seed = [(first, *chain(first, members, shares)) for first in _firsts(baseline, members[0])]
+def family_arms(
+    rates: Rates, members: Sequence[str] = MEMBERS, shares: Sequence[float] = SHARES, epochs: float = SHORT
+) -> list[Arm]:
+    """The members of a chain, the smallest first, which trains for `epochs`."""
+    firsts = [rates.baseline(members[0], epochs, seed) for seed in SEEDS]
+    by_seed = [(first, *rates.chain(first, members, shares)) for first in firsts]
     return [Arm(" → ".join(members[: at + 1]), found) for at, found in enumerate(zip(*by_seed, strict=True))]
-
-
-def _firsts(baseline: Baseline, model: str) -> list[Piece]:
-    return [baseline(model, LENGTH, seed) for seed in SEEDS]
 
 
 def shares_of(count: int) -> list[float]:
@@ -292,52 +289,62 @@ def shares_of(count: int) -> list[float]:
     return [first + (last - first) * at / (count - 2) for at in range(count - 1)]
 
 
-def arms(baseline: Baseline) -> dict[str, list[Arm]]:
+def arms(rates: Rates) -> dict[str, list[Arm]]:
     """What each claim compares, by its letter in `benchmarks.evidence.claims`, in order of worth.
 
-    Baselines on their plateau are not among them: which length that is follows from the results.
+    Claims (f) and (g) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the short chain.
     """
-    firsts = _firsts(baseline, "a")
-    whole = family_arms(baseline, MEMBERS)
-    short_b = round(LENGTH / SHARES[0])
-    from_scratch = Arm("neither", tuple(baseline("b", short_b, seed) for seed in SEEDS))
+
+    def alone(model: str, epochs: float) -> Arm:
+        return Arm(f"{model} alone, {epochs:g}", tuple(rates.baseline(model, epochs, seed) for seed in SEEDS))
+
+    whole = family_arms(rates)
+    firsts = alone("a", LENGTH).pieces
+    quarter = round(LENGTH / SHARES[0])
+    both = Arm("both", tuple(rates.link("b", quarter, first) for first in firsts))
+    neither = alone("b", quarter)
     return {
-        "a": [Arm(f"{epochs} epochs", tuple(link("b", epochs, first) for first in firsts)) for epochs in LINKS],
         "f": [
-            whole[1],
-            Arm("IWI alone", tuple(link("b", short_b, first, alpha=0.0) for first in firsts)),
+            both,
+            Arm("IWI alone", tuple(replace(piece, alpha=0.0) for piece in both.pieces)),
             Arm(
                 "IFD alone",
                 # As a model from scratch: its rate and warm-up.
                 tuple(
                     replace(plain, teacher=first, expanded=False)
-                    for plain, first in zip(from_scratch.pieces, firsts, strict=True)
+                    for plain, first in zip(neither.pieces, firsts, strict=True)
                 ),
             ),
-            from_scratch,
+            replace(neither, name="neither"),
         ],
-        "b": [family_arms(baseline, MEMBERS[at:], SHARES[at:])[-1] for at in (2, 1, 0)],
-        "j": [whole[-1], Arm("d from scratch", tuple(baseline("d", EQUAL_EPOCHS, seed) for seed in SEEDS))],
-        "c": [family_arms(baseline, members, shares_of(count))[-1] for count, members in sorted(families().items())],
+        "a": [*whole, *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL)],
+        "e": [
+            arm
+            for epochs in LENGTHS[1:4]
+            for arm in (
+                replace(family_arms(rates, "ab", epochs=epochs)[1], name=f"{epochs:g} epochs"),
+                alone("b", epochs),
+            )
+        ],
+        "j": [whole[-1], alone("d", EQUAL_MACS), alone("d", EQUAL_TIME)],
+        "g": [
+            Arm(
+                f"alpha {alpha:g}",
+                tuple(replace(piece, alpha=None if alpha == 500 else alpha) for piece in both.pieces),
+            )
+            for alpha in ALPHAS
+        ],
+        "b": [family_arms(rates, MEMBERS[at:], SHARES[at:])[-1] for at in (2, 1, 0)],
         # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
         "d": [
             Arm(
                 f"{whole[at].name} → {model}",
-                tuple(link(model, round(LENGTH / share), one) for one in whole[at].pieces),
+                tuple(rates.link(model, round(SHORT / share), one) for one in whole[at].pieces),
             )
             for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))
             for at in teachers
         ],
-        "g": [
-            Arm(
-                f"alpha {alpha:g}",
-                tuple(
-                    link("b", short_b, first, alpha=None if alpha == ALPHAS[1] else alpha)
-                    for first in firsts[: len(ALPHA_SEEDS)]
-                ),
-            )
-            for alpha in ALPHAS
-        ],
+        "c": [family_arms(rates, members, shares_of(count))[-1] for count, members in sorted(families().items())],
     }
 
 

@@ -10,11 +10,23 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
-from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, family_tables
-from benchmarks.evidence.pieces import IMAGES, LENGTHS, MEMBERS, SELECT
+from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, draw_savings, family_tables
+from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
-from benchmarks.evidence.study import REPORT, UNSEEN, Record, Study, interval, mean_r, minutes, seedless, span, times
+from benchmarks.evidence.study import (
+    REPORT,
+    UNSEEN,
+    Record,
+    Study,
+    first_epochs,
+    interval,
+    mean_r,
+    minutes,
+    seedless,
+    span,
+    times,
+)
 from compt.files import write_text
 from compt.text import TextTable
 
@@ -52,12 +64,11 @@ def link_table(study: Study) -> TextTable:
     rows = []
     for items in study.links():
         one = items[0]
-        plateau = study.plateau(one["model"])
-        baseline = study.reference(one["model"])
+        baseline = study.reference(one["model"], first_epochs(one))
         found = study.compare(items, baseline)
         equal = study.equal(items)
         unseen = study.compare(items, baseline, UNSEEN)
-        verdict = "-" if found is None else found.verdict if plateau else "no plateau yet"
+        verdict = "-" if found is None else found.verdict
         rows.append(
             [
                 f"{seedless(one['teacher'])} → {one['model']}" + ("" if one["expanded"] else " (random start)"),
@@ -111,7 +122,7 @@ def files(study: Study) -> dict[str, str]:
     """What the report consists of: text by file name."""
     judged = claims(study)
     intervals = sum(part.found is not None for claim in judged for part in claim.parts)
-    figures = {"lengths": _curves, "links": draw_lengths_of_links}
+    figures = {"lengths": _curves, "links": draw_lengths_of_links, "savings": draw_savings}
     page = [
         "# Measured",
         "Written by `python -m benchmarks.evidence report`.",
@@ -119,7 +130,8 @@ def files(study: Study) -> dict[str, str]:
         "\n".join(f"- {claim.sentence}" for claim in judged),
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
-        *_shown(*family_tables(study)),
+        *_shown(*family_tables(study), *family_tables(study, LENGTH)),
+        "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",
         *_shown(baseline_table(study), link_table(study)),

@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import ALL, MEMBERS, RATED, SELECT, Piece, macs_of, pieces
+from benchmarks.evidence.pieces import ALL, MEMBERS, RATED, RATES, SELECT, Piece, Rates, macs_of, pieces
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
 from compt.chain.run import prepare, run_jobs, running
@@ -195,15 +195,22 @@ def _order(name: str, names: list[str]) -> tuple[int, str]:
     return (names.index(name) if name in names else len(names), name)
 
 
-def own_rates(raw: Path = RAW) -> dict[str, float]:
-    """The rate of each model's baselines: the best on SELECT after RATED epochs, of those that were tried."""
-    best: dict[str, tuple[float, float]] = {}
-    for path in raw.glob("*.json"):
-        values = _results(path)
-        if (values["teacher"], values["epochs"], values["seed"], values["shards"]) == (None, RATED, 0, ALL):
-            found = (values["scores"][SELECT]["top1"], values["lr"])
-            best[values["model"]] = max(found, best.get(values["model"], found))
-    return {model: rate for model, (_, rate) in best.items()}
+def own_rates(raw: Path = RAW) -> Rates:
+    """The best rates on SELECT of those that were tried: for each model's baselines, and for its links."""
+    found = {path.stem: _results(path) for path in raw.glob("*.json")}
+
+    def best(tried: Iterable[Piece]) -> float | None:
+        done = [piece for piece in tried if piece.name in found]
+        return max(done, key=lambda piece: found[piece.name]["scores"][SELECT]["top1"]).lr if done else None
+
+    alone = {model: best(Piece(model, RATED, lr=lr) for lr in rates) for model, rates in RATES.items()}
+    links: dict[str, float] = {}
+    rates = Rates({model: lr for model, lr in alone.items() if lr}, links)
+    for model in MEMBERS[1:]:
+        if (lr := best(rates.trials(model))) is None:
+            break
+        links[model] = lr
+    return rates
 
 
 def measured_speeds(raw: Path = RAW) -> dict[str, float]:

@@ -87,7 +87,7 @@ def difference(own: ArrayLike, other: ArrayLike, concepts: ArrayLike) -> Differe
 
 @dataclass(frozen=True)
 class Length:
-    """Epochs of a baseline that is as accurate as a link, with a 95 % interval over concepts.
+    """Epochs of a baseline that is as accurate as a link, with a 95 % interval over concepts; `seeds` were averaged.
 
     `low` or `high` is None where it lies outside of the lengths that were measured.
     """
@@ -95,6 +95,7 @@ class Length:
     epochs: float
     low: float | None
     high: float | None
+    seeds: int = 1
 
 
 def equal_length(own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike, concepts: ArrayLike) -> Length | None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from benchmarks.evidence.pieces import ALL, BASELINE_LR, LENGTHS, MEMBERS, SEEDS, SELECT, Piece
+from benchmarks.evidence.pieces import ALL, LENGTHS, LR, MEMBERS, SEEDS, SELECT, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import Difference, Length, difference, equal_length
@@ -36,7 +37,7 @@ class Study:
         self.all = read_raw(raw)
         self.by_name = {item["piece"]: item for item in self.all}
         self.labels = load_arrays(raw / SETS) if self.all else {}
-        self.rates = {**dict.fromkeys(MEMBERS, BASELINE_LR), **own_rates(raw)}
+        self.rates = own_rates(raw)
         self.speeds = read_speeds(raw.parent / SPEEDS.name)
 
     def find(self, pieces: Iterable[Piece]) -> list[Record]:
@@ -45,7 +46,7 @@ class Study:
 
     def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
         """The model from scratch at its own rate, or at the first one on fewer shards, by length and seed."""
-        lr = self.rates.get(model) if shards == ALL else BASELINE_LR
+        lr = self.rates.baseline(model, 1).lr if shards == ALL else LR
         return [
             item
             for item in self.all
@@ -87,10 +88,9 @@ class Study:
         """The plateau of each member of the family."""
         return {model: self.plateau(model) for model in MEMBERS}
 
-    def reference(self, model: str) -> list[Record]:
-        """The baselines on the model's plateau; before it is known, the longest that there are."""
-        epochs = self.plateau(model) or max((item["epochs"] for item in self.baselines(model)), default=None)
-        return [] if epochs is None else self.baselines(model, epochs)
+    def reference(self, model: str, epochs: float) -> list[Record]:
+        """The baselines on the model's plateau; before it is known, those of as many epochs as the chain's first."""
+        return self.baselines(model, self.plateau(model) or epochs)
 
     def seconds(self, item: Record) -> float | None:
         """Seconds of its training on an idle core: steps x measured seconds of a step; None before speeds are there."""
@@ -113,17 +113,21 @@ class Study:
         if not items:
             return None
         by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
-        lengths = [epochs for epochs, found in by_length.items() if found]
-        seeds = {item["seed"] for item in items}.intersection(
-            *({item["seed"] for item in by_length[epochs]} for epochs in lengths)
-        )
-        if len(lengths) < 2 or not seeds:
-            return None
-        own, *others = (
-            np.mean([item["correct"][SELECT] for item in found if item["seed"] in seeds], axis=0)
-            for found in (items, *(by_length[epochs] for epochs in lengths))
-        )
-        return equal_length(own, lengths, others, self.labels[SELECT])
+        # More seeds have fewer lengths: the most seeds with lengths below and above count.
+        for count in range(len(items), 0, -1):
+            seeds = {item["seed"] for item in items[:count]}
+            own, *others = (
+                [item["correct"][SELECT] for item in found if item["seed"] in seeds]
+                for found in (items, *by_length.values())
+            )
+            known = [(epochs, other) for epochs, other in zip(LENGTHS, others, strict=True) if len(other) == count]
+            if len(known) > 1:
+                means = [np.mean(other, axis=0) for _, other in known]
+                lengths = [epochs for epochs, _ in known]
+                found = equal_length(np.mean(own, axis=0), lengths, means, self.labels[SELECT])
+                if found:
+                    return replace(found, seeds=count)
+        return None
 
     def cost(self, item: Record, kind: Kind) -> float | None:
         """MACs or seconds of a training. Seeds cost the same."""
@@ -142,6 +146,12 @@ def seedless(name: str) -> str:
     return name
 
 
+def first_epochs(item: Record) -> float:
+    """The epochs of the first model of the chain that it ends."""
+    first = str(item["teacher"] or item["piece"]).rpartition("-from-")[2]
+    return float(first.split("-")[1].removeprefix("e"))
+
+
 def interval(found: Difference | None) -> str:
     """A difference in points with its interval."""
     return "-" if found is None else f"{found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}]"
@@ -152,7 +162,7 @@ def span(found: Length | None) -> str:
     if found is None:
         return "-"
     low, high = ("?" if one is None else f"{one:.0f}" for one in (found.low, found.high))
-    return f"{found.epochs:.0f} [{low}, {high}]"
+    return f"{found.epochs:.0f} [{low}, {high}]{f', {found.seeds} seeds' if found.seeds > 1 else ''}"
 
 
 def times(cost: float | None, other: float | None) -> str:

@@ -14,17 +14,18 @@ from benchmarks.evidence import pieces as pieces_module
 from benchmarks.evidence import report, run
 from benchmarks.evidence.pieces import (
     ALL,
-    EQUAL_EPOCHS,
+    EQUAL_MACS,
+    EQUAL_TIME,
     LENGTHS,
     MEMBERS,
+    RATES,
     SEEDS,
     SELECT,
     Piece,
+    Rates,
     arms,
-    baselines_at,
     families,
     family_arms,
-    link,
     macs_of,
     pieces,
     pieces_of,
@@ -45,7 +46,7 @@ from tests.helpers.shards import make_shards
 
 
 def test_teachers_come_before_students_and_no_piece_twice() -> None:
-    planned = list(pieces({"b": 1e-3}))
+    planned = list(pieces(Rates({"b": 1e-3})))
     names = [piece.name for piece in planned]
     assert len(set(names)) == len(names)
     for at, piece in enumerate(planned):
@@ -73,56 +74,88 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
 
 def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
     """A piece with another name is trained again."""
-    names = {piece.name for rates in ({}, run.own_rates(root / run.RAW)) for piece in pieces(rates)}
+    names = {piece.name for rates in (Rates(), run.own_rates(root / run.RAW)) for piece in pieces(rates)}
     assert {path.stem for path in (root / run.RAW).glob("*.json")} <= names
     assert Piece("b", 10, 0, Piece("a", 80), 1e-3, 300).name == "b-e10-s0-lr0.001-w300-from-a-e80-s0"
-    whole = family_arms(baselines_at({}), MEMBERS)[-1].pieces[2]
-    assert whole.name == "d-e13-s2-w50-from-c-e16-s2-w50-from-b-e20-s2-w50-from-a-e80-s2"
+    whole = family_arms(Rates(links={"d": 6e-4}))[-1].pieces[2]
+    assert whole.name == "d-e7-s2-lr0.0006-w50-from-c-e8-s2-w50-from-b-e10-s2-w50-from-a-e40-s2"
+
+
+def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path: Path) -> None:
+    """The trials of c grow from b at its best rate; a model without trials has its first rate."""
+
+    def put(piece: Piece, top1: float) -> None:
+        values = {"scores": {SELECT: {"top1": top1}}, "lr": piece.lr}
+        write_json(tmp_path / f"{piece.name}.json", values)
+
+    for rate, top1 in zip(RATES["b"], (1, 2, 1.5, 3), strict=True):
+        put(Piece("b", 20, lr=rate), top1)
+    assert run.own_rates(tmp_path) == Rates({"b": 1.7e-3})
+    for piece, top1 in zip(Rates({"b": 1.7e-3}).trials("b"), (1, 4, 2, 3), strict=True):
+        put(piece, top1)
+    assert run.own_rates(tmp_path) == Rates({"b": 1.7e-3}, {"b": 1e-3})
+    of_others = Rates({"b": 1.7e-3}).trials("c")
+    put(of_others[1], 9)
+    assert run.own_rates(tmp_path).links == {"b": 1e-3}
+    put(run.own_rates(tmp_path).trials("c")[2], 5)
+    found = run.own_rates(tmp_path)
+    assert found.links == {"b": 1e-3, "c": 1.7e-3}
+    assert found.link("bc", 7, Piece("a", 40)).lr == 1.7e-3, "between b and c, that of c"
+    assert (found.baseline("d", 9).lr, found.link("d", 9, Piece("a", 40)).lr) == (1e-3, 1e-3)
 
 
 def test_a_plateau_at_another_length_gets_all_seeds() -> None:
-    more = set(pieces({}, {"b": 160, "c": None, "d": 40})) - set(pieces({}))
-    assert more == {Piece(model, epochs, seed) for model, epochs in (("b", 160), ("d", 40)) for seed in SEEDS[1:]}
+    more = set(pieces(Rates(), {"b": 160, "c": None, "d": 80})) - set(pieces(Rates()))
+    assert more == {
+        Rates().baseline(model, epochs, seed) for model, epochs in (("b", 160), ("d", 80)) for seed in SEEDS[1:]
+    }
 
 
 def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:
-    baseline = baselines_at({"b": 1e-3})
-    found = arms(baseline)
+    rates = Rates({"b": 1e-3})
+    found = arms(rates)
     for claim in found.values():
         for arm in claim:
             assert [piece.seed for piece in arm.pieces] == list(SEEDS)[: len(arm.pieces)]
             assert all(one.seed == piece.seed for piece in arm.pieces for one in piece.chain)
-    planned = list(pieces({"b": 1e-3}))
+    planned = list(pieces(Rates({"b": 1e-3})))
     assert set(pieces_of(found.values())) <= set(planned)
     both, weights, features, neither = (arm.pieces[1] for arm in found["f"])
     assert {piece.epochs for piece in (both, weights, features, neither)} == {20}
     assert (weights.alpha, weights.expanded, weights.lr) == (0.0, True, both.lr)
     assert (features.alpha, features.expanded, features.lr, features.warmup) == (None, False, 1e-3, neither.warmup)
     assert both == found["g"][1].pieces[1]
-    assert both in family_arms(baseline, MEMBERS)[1].pieces
-    assert {arm.pieces[0].epochs for arm in found["b"]} == {13}
+    assert both in family_arms(rates, epochs=80)[1].pieces
+    assert {arm.pieces[0].epochs for arm in found["b"]} == {7}
+    assert [arm.pieces[0].epochs for arm in found["e"]] == [5, 20, 10, 40, 20, 80]
     assert [len(arm.pieces[0].chain) for arm in found["b"]] == [2, 3, 4]
 
 
 def test_families_of_other_sizes_have_equal_ratios(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    for count, low, high, last in ((3, 5.5, 6.5, 16), (4, 2.7, 3.7, 13), (7, 1.6, 2.05, 10)):
+    for count, low, high, last in ((3, 5.5, 6.5, 8), (4, 2.7, 3.7, 7), (7, 1.6, 2.05, 5)):
         macs = [macs_of(Piece(model, 1)) for model in families()[count]]
         assert all(low < large / small < high for small, large in itertools.pairwise(macs))
-        chain = family_arms(baselines_at({}), families()[count], shares_of(count))[-1].pieces[0].chain
-        assert (len(chain), chain[1].epochs, chain[-1].epochs) == (count, 20, last)
+        chain = family_arms(Rates(), families()[count], shares_of(count))[-1].pieces[0].chain
+        assert (len(chain), chain[1].epochs, chain[-1].epochs) == (count, 10, last)
 
 
 def test_equal_compute_is_that_of_the_whole_chain(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    chain = family_arms(baselines_at({}), MEMBERS)[-1].pieces[0].chain
-    assert macs_of(Piece("d", EQUAL_EPOCHS)) == pytest.approx(sum(map(macs_of, chain)), rel=0.025)
+    chain = family_arms(Rates())[-1].pieces[0].chain
+    assert macs_of(Piece("d", EQUAL_MACS)) == pytest.approx(sum(map(macs_of, chain)), rel=0.01)
+    seconds = Study().seconds
+    own = sum(
+        seconds({"model": one.model, "teacher": one.teacher and one.teacher.name, "alpha": 1, "steps": one.epochs}) or 0
+        for one in chain
+    )
+    assert seconds({"model": "d", "teacher": None, "steps": EQUAL_TIME}) == pytest.approx(own, rel=0.01)
 
 
 def test_a_link_without_distillation_costs_no_teacher(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
     first = Piece("a", 80)
-    assert macs_of(link("b", 20, first, alpha=0.0)) == macs_of(Piece("b", 20)) < macs_of(link("b", 20, first))
+    assert macs_of(Piece("b", 20, 0, first, alpha=0.0)) == macs_of(Piece("b", 20)) < macs_of(Piece("b", 20, 0, first))
 
 
 # Statistics

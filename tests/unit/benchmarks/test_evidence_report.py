@@ -24,10 +24,9 @@ from benchmarks.evidence.pieces import (
     SELECT,
     Arm,
     Piece,
+    Rates,
     arms,
-    baselines_at,
     family_arms,
-    link,
     macs_of,
     pieces,
 )
@@ -43,7 +42,7 @@ from compt.text import TextTable
 
 IMAGES = 4000
 """Each of a concept of its own: a difference of 1 point has a half-width of about 0.3."""
-BASELINE = baselines_at({})
+RATES = Rates()
 
 
 @pytest.fixture
@@ -87,10 +86,10 @@ def put_arm(raw: Path, arm: Arm, top1: float, r: float | None = None, seeds: int
 
 
 def put_plateau(raw: Path, models: Iterable[str] = MEMBERS, top1: float = 30.0) -> None:
-    """Baselines whose plateau is at 80 epochs, with three seeds there; 40 epochs are 3 points below."""
-    for model, (epochs, below) in itertools.product(models, zip(LENGTHS, (15, 8, 3, 0, -0.5), strict=True)):
-        for seed in range(3 if epochs == 80 else 1):
-            put(raw, BASELINE(model, epochs, seed), top1 - below)
+    """Baselines whose plateau is at 40 epochs, with three seeds there; 20 epochs are 3 points below."""
+    for model, (epochs, below) in itertools.product(models, zip(LENGTHS, (8, 3, 0, -0.5, -0.8, -1), strict=True)):
+        for seed in range(3 if epochs == 40 else 1):
+            put(raw, RATES.baseline(model, epochs, seed), top1 - below)
 
 
 def cells(table: TextTable, row: int) -> dict[str, str]:
@@ -102,32 +101,32 @@ def cells(table: TextTable, row: int) -> dict[str, str]:
 
 def test_each_member_has_its_verdict(raw: Path) -> None:
     put_plateau(raw, "abc")
-    _, b, c, d = family_arms(BASELINE, MEMBERS)
+    _, b, c, d = family_arms(RATES)
     put_arm(raw, b, 30.2)
     put_arm(raw, c, 27.0)
     put_arm(raw, d, 33.0, seeds=1)
-    put(raw, BASELINE("d", 80), 33.0)
+    put(raw, RATES.baseline("d", 40), 33.0)
     quality, costs = family.family_tables(Study(raw))
     rows = [cells(quality, at) for at in range(4)]
-    assert [row["margin 1"] for row in rows] == ["is the baseline", "lossless", "not lossless", "no plateau yet"]
+    assert [row["margin 1"] for row in rows] == ["is the baseline", "lossless", "not lossless", "undecided"]
     assert [row["mean above -0.5"] for row in rows] == ["-", "yes", "no", "yes"]
     assert [row["seeds"] for row in rows] == ["3", "3", "3", "1"]
     assert rows[1]["points against it [95 %]"].startswith("+0.25 [")
     assert rows[2]["unseen concepts [95 %]"].startswith("-2.95 [")
     # MACs: each alone, and the sum of baselines over that of the chain.
-    alone = [macs_of(Piece(model, 80)) for model in MEMBERS]
+    alone = [macs_of(Piece(model, 40)) for model in MEMBERS]
     paid = [macs_of(piece) for piece in d.pieces[0].chain]
     assert [row[2] for row in costs.rows] == [f"{one / other:.2f}" for one, other in zip(alone, paid, strict=True)]
     assert [row[3] for row in costs.rows] == [f"{sum(alone[:n]) / sum(paid[:n]):.2f}" for n in (1, 2, 3, 4)]
-    # a is itself; b at 30.2 lies between 80 and 160 epochs, c is a baseline of 40; that of d is not known.
-    assert [row[6].partition(" ")[0] for row in costs.rows] == ["80", "106", "40", "-"]
+    # a is itself; b at 30.2 lies between 40 and 80 epochs, c is a baseline of 20; that of d is not known.
+    assert [row[6].partition(" ")[0] for row in costs.rows] == ["40", "53", "20", "-"]
     assert costs.rows[3][7:] == ["-"] * 4
     assert {cell for row in costs.rows for cell in row[4:6]} == {"-"}, "no speeds yet"
 
 
 def test_one_seed_is_undecided_and_missing_members_end_the_sums(raw: Path) -> None:
     put_plateau(raw)
-    _, b, c, d = family_arms(BASELINE, MEMBERS)
+    _, b, c, d = family_arms(RATES)
     put_arm(raw, b, 29.0)
     put_arm(raw, d, 30.0, seeds=1)
     quality, costs = family.family_tables(Study(raw))
@@ -141,8 +140,7 @@ def test_one_seed_is_undecided_and_missing_members_end_the_sums(raw: Path) -> No
 def test_a_shorter_plateau_is_the_baseline(raw: Path) -> None:
     """The first model of the chain has then trained for longer than its baseline."""
     put_plateau(raw, "a")
-    put(raw, BASELINE("a", 40), 29.8)
-    quality, costs = family.family_tables(Study(raw))
+    quality, costs = family.family_tables(Study(raw), 80)
     assert (cells(quality, 0)["baseline's epochs"], quality.rows[0][6]) == ("40", "undecided")
     assert costs.rows[0][2] == "0.50"
 
@@ -152,15 +150,15 @@ def test_without_results_all_is_missing(raw: Path) -> None:
     study = Study(raw)
     assert [row[6] for row in family.family_tables(study)[0].rows] == ["missing"] * 4
     assert {claim.outcome for claim in claims_module.claims(study)} == {"not measured"}
-    assert set(report.files(study)) == {"tables.md", "lengths.svg", "links.svg"}
+    assert set(report.files(study)) == {"tables.md", "lengths.svg", "links.svg", "savings.svg"}
 
 
 def test_the_curve_has_all_measured_lengths(raw: Path) -> None:
     put_plateau(raw, "ab")
     for epochs, top1 in ((5, 20.0), (20, 29.0), (40, 30.5)):
-        put(raw, link("b", epochs, BASELINE("a", 80)), top1)
-    put(raw, link("b", 20, BASELINE("a", 80, 1)), 29.0)
-    put(raw, link("b", 10, BASELINE("a", 40)), 25.0)  # of another teacher
+        put(raw, RATES.link("b", epochs, RATES.baseline("a", 80)), top1)
+    put(raw, RATES.link("b", 20, RATES.baseline("a", 80, 1)), 29.0)
+    put(raw, RATES.link("b", 10, RATES.baseline("a", 40)), 25.0)  # of another teacher
     study = Study(raw)
     found = family.lengths_of_links(study, 3e-3)
     assert [(epochs, one.seeds, round(one.mean, 1)) for epochs, one in found] == [
@@ -176,9 +174,9 @@ def test_the_curve_has_all_measured_lengths(raw: Path) -> None:
 
 def test_device_times_are_steps_times_measured_seconds(raw: Path) -> None:
     put_plateau(raw, "ab")
-    _, b, *_ = family_arms(BASELINE, MEMBERS)
+    _, b, *_ = family_arms(RATES)
     put_arm(raw, b, 30.0)
-    put(raw, link("b", 20, BASELINE("a", 80), alpha=0.0), 30.0)
+    put(raw, RATES.link("b", 20, RATES.baseline("a", 80), alpha=0.0), 30.0)
     timed = (("a", None, 0.03), ("b", None, 0.08), ("b", "a", 0.1))
     steps = [{"model": model, "teacher": teacher, "seconds": seconds} for model, teacher, seconds in timed]
     write_json(raw.parent / "speeds.json", {"steps": steps})
@@ -195,9 +193,9 @@ def test_device_times_are_steps_times_measured_seconds(raw: Path) -> None:
 
 def test_plans_use_measured_seconds_where_there_are_any(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(root)
-    piece = link("b", 20, Piece("a", 80))
+    piece = RATES.link("b", 20, Piece("a", 80))
     assert speeds.idle_minutes(piece, {("b", "a"): 0.1}) == pytest.approx(20 * 99 * 0.1 / 60)
-    assert speeds.pair_of(link("b", 20, Piece("a", 80), alpha=0.0)) == ("b", None), "its teacher takes no part"
+    assert speeds.pair_of(RATES.link("b", 20, Piece("a", 80), alpha=0.0)) == ("b", None), "its teacher takes no part"
     rough = speeds.idle_minutes(piece, {("b", None): 0.1})
     assert rough == pytest.approx(macs_of(piece) / macs_of(Piece("b", 20)) * 20 * 99 * 128 / 1700 / 60)
 
@@ -205,7 +203,7 @@ def test_plans_use_measured_seconds_where_there_are_any(root: Path, monkeypatch:
 def test_all_pairs_are_timed_as_chains_run_them(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each round times every pair; the setups are those of the recipe's own jobs, as for --estimate."""
     monkeypatch.chdir(root)
-    wanted = speeds.pairs(pieces({}))
+    wanted = speeds.pairs(pieces(Rates()))
     assert {("a", None), ("d", None), ("cd", None), ("b", "a"), ("c", "b"), ("d", "c"), ("d", "a")} <= set(wanted)
     order: list[Setup] = []
 
@@ -247,13 +245,13 @@ def test_all_pairs_are_timed_as_chains_run_them(root: Path, tmp_path: Path, monk
 
 def test_the_command_line_knows_every_claim(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     judged = [one.letter for one in claims_module.claims(Study(raw))]
-    assert judged == sorted(arms(BASELINE)) == list(CLAIMS)
+    assert judged == sorted(arms(RATES)) == list(CLAIMS)
     monkeypatch.setattr("benchmarks.evidence.__main__.Study", lambda: Study(raw))
-    monkeypatch.setattr("benchmarks.evidence.__main__.is_done", lambda piece: piece == BASELINE("a", 80))
+    monkeypatch.setattr("benchmarks.evidence.__main__.is_done", lambda piece: piece == RATES.baseline("a", 80))
     monkeypatch.setattr("benchmarks.evidence.__main__.read_speeds", dict)
     everything, by_claim = plan_tables()
-    assert len(everything.rows) == len(list(pieces({}))) - 1
-    assert {row[0]: row[1] for row in by_claim.rows}["j"] == "3"
+    assert len(everything.rows) == len(list(pieces(Rates()))) - 1
+    assert {row[0]: row[1] for row in by_claim.rows}["j"] == "6"
     (own,) = plan_tables("f")
     assert [row[0] for row in own.rows][:2] == [
         "b-e20-s0-w50-from-a-e80-s0",
@@ -298,7 +296,7 @@ def claim(raw: Path, letter: str) -> Claim:
 
 def test_lossless_members(raw: Path) -> None:
     put_plateau(raw)
-    links = family_arms(BASELINE, MEMBERS)[1:]
+    links = family_arms(RATES)[1:]
     assert claim(raw, "a").outcome == "not measured"
     put_arm(raw, links[0], 30.0)
     assert claim(raw, "a").outcome == "undecided"
@@ -308,12 +306,40 @@ def test_lossless_members(raw: Path) -> None:
     assert claim(raw, "a").outcome == "holds"
     put_arm(raw, links[2], 27.0)
     assert claim(raw, "a").outcome == "does not hold"
-    (raw / f"{BASELINE('d', 160).name}.json").unlink()
-    assert claim(raw, "a").outcome == "undecided", "the plateau of d is not known"
+    for epochs in LENGTHS[3:]:
+        (raw / f"{RATES.baseline('d', epochs).name}.json").unlink()
+    assert Study(raw).plateau("d") is None
+    assert claim(raw, "a").outcome == "does not hold", "the baseline trains for as long as a"
+    for seed in range(3):
+        (raw / f"{RATES.baseline('d', 40, seed).name}.json").unlink()
+    assert claim(raw, "a").outcome == "undecided"
+
+
+def test_every_length(raw: Path) -> None:
+    """Links of a quarter after 20, 40 and 80 epochs; the costs of a are those of its length."""
+    put_plateau(raw, "ab")
+    links, alone = arms(RATES)["e"][::2], arms(RATES)["e"][1::2]
+    for link, baseline in zip(links, alone, strict=True):
+        put_arm(raw, baseline, 28.0)
+        put_arm(raw, link, 28.0)
+    put_arm(raw, alone[1], 30.0)
+    found = claim(raw, "e")
+    assert found.outcome == "does not hold"
+    assert "20 epochs: +0.05 [" in found.sentence
+    assert [row[:3] for row in found.table.rows] == [["20", "5", "3"], ["40", "10", "3"], ["80", "20", "3"]]
+    row = cells(found.table, 1)
+    # As good as 28.05 % between 20 epochs with 28 and 40 with 30: 20 x 2 ** 0.025.
+    assert row["epochs of equal accuracy [95 %]"].startswith("20 [")
+    a, b, link_cost = (macs_of(piece) for piece in (Piece("a", 40), Piece("b", 20.35), links[1].pieces[0]))
+    assert float(row["MACs x"]) == pytest.approx(b / link_cost, rel=0.01)
+    assert float(row["MACs x, a and b"]) == pytest.approx((a + b) / (a + link_cost), rel=0.01)
+    put_arm(raw, links[1], 29.9)
+    assert claim(raw, "e").outcome == "holds"
+    assert "<svg" in report.files(Study(raw))["savings.svg"]
 
 
 def test_prepending(raw: Path) -> None:
-    chains = arms(BASELINE)["b"]
+    chains = arms(RATES)["b"]
     put_plateau(raw)
     for arm in chains:
         put_arm(raw, arm, 30.0)
@@ -322,7 +348,7 @@ def test_prepending(raw: Path) -> None:
         for piece in arm.pieces[0].chain[1:-1]:
             put(raw, piece, 30.0)
     assert claim(raw, "b").outcome == "holds"
-    costs = [macs_of(Piece("d", 80)) / sum(map(macs_of, arm.pieces[0].chain)) for arm in chains]
+    costs = [macs_of(Piece("d", 40)) / sum(map(macs_of, arm.pieces[0].chain)) for arm in chains]
     assert f"(1.00, {', '.join(f'{cost:.2f}' for cost in costs)})" in claim(raw, "b").sentence
     assert costs == sorted(costs)
     put_arm(raw, chains[0], 20.0)
@@ -330,7 +356,7 @@ def test_prepending(raw: Path) -> None:
 
 
 def test_more_members(raw: Path) -> None:
-    three, four, seven = arms(BASELINE)["c"]
+    three, four, seven = arms(RATES)["c"]
     put_arm(raw, three, 30.0)
     assert claim(raw, "c").outcome == "not measured"
     put_arm(raw, four, 30.0)
@@ -343,17 +369,17 @@ def test_more_members(raw: Path) -> None:
 
 
 def test_ratios(raw: Path) -> None:
-    for arm, top1 in zip(arms(BASELINE)["d"], (31.0, 29.0, 35.0, 34.0, 32.0), strict=True):
+    for arm, top1 in zip(arms(RATES)["d"], (31.0, 29.0, 35.0, 34.0, 32.0), strict=True):
         put_arm(raw, arm, top1)
     assert claim(raw, "d").outcome == "holds"
-    put_arm(raw, arms(BASELINE)["d"][4], 35.0)
+    put_arm(raw, arms(RATES)["d"][4], 35.0)
     assert claim(raw, "d").outcome == "undecided"
-    put_arm(raw, arms(BASELINE)["d"][4], 37.0)
+    put_arm(raw, arms(RATES)["d"][4], 37.0)
     assert claim(raw, "d").outcome == "does not hold"
 
 
 def test_initialization_and_distillation(raw: Path) -> None:
-    ways = arms(BASELINE)["f"]
+    ways = arms(RATES)["f"]
     for arm, top1 in zip(ways, (30.0, 28.0, 26.0, 24.0), strict=True):
         put_arm(raw, arm, top1)
     assert claim(raw, "f").outcome == "holds"
@@ -365,23 +391,25 @@ def test_initialization_and_distillation(raw: Path) -> None:
 
 
 def test_the_weight_of_distillation(raw: Path) -> None:
-    ways = arms(BASELINE)["g"]
+    ways = arms(RATES)["g"]
     put_arm(raw, ways[0], 28.0)
-    for arm, r, top1 in zip(ways[1:], (0.02, 0.06, 0.12, 0.4, 1.1), (28.5, 29.0, 31.0, 29.0, 26.0), strict=True):
+    for arm, r, top1 in zip(ways[1:], (0.06, 0.12, 0.4, 1.1), (29.0, 31.0, 29.0, 26.0), strict=True):
         put_arm(raw, arm, top1, r)
     found = claim(raw, "g")
     assert found.outcome == "holds"
     assert "r 0.12 is better than r 1.1: +5.00 [" in found.sentence
-    assert mean_r(Study(raw).find(ways[3].pieces)) == pytest.approx(0.12)
-    put_arm(raw, ways[3], 26.0, 0.12)
+    assert mean_r(Study(raw).find(ways[2].pieces)) == pytest.approx(0.12)
+    put_arm(raw, ways[2], 26.0, 0.12)
     assert claim(raw, "g").outcome == "does not hold"
 
 
 def test_instead(raw: Path) -> None:
-    chain, alone = arms(BASELINE)["j"]
+    chain, alone, longer = arms(RATES)["j"]
     put_arm(raw, chain, 30.0)
     assert claim(raw, "j").outcome == "not measured"
     put_arm(raw, alone, 28.0)
+    assert claim(raw, "j").outcome == "undecided"
+    put_arm(raw, longer, 28.0)
     assert claim(raw, "j").outcome == "holds"
     put_arm(raw, alone, 32.0)
     assert claim(raw, "j").outcome == "does not hold"
