@@ -29,7 +29,7 @@ from benchmarks.evidence.pieces import (
     shares_of,
 )
 from benchmarks.evidence.statistics import Difference
-from benchmarks.evidence.study import REPORT, UNSEEN, Study, interval, mean_r
+from benchmarks.evidence.study import REPORT, RETRIEVAL, UNSEEN, Study, interval, mean_r
 from compt.text import TextTable
 
 Answer = Literal["yes", "no", "open", "missing"]
@@ -118,6 +118,8 @@ def claims(study: Study) -> list[Claim]:
         "e": _by_length,
         "f": _initialization_and_distillation,
         "g": _weight_of_distillation,
+        "h": _operators,
+        "i": _other_tasks,
         "j": _instead,
     }
     found = arms(study.rates)
@@ -222,6 +224,42 @@ def _weight_of_distillation(study: Study, weights: list[Arm]) -> Claim:
         what = f"r {best_r:.2g} is better than r {largest_r:.2g}"
         parts.append(better(what, study.compare(best, largest)))
     return Claim("g", text, parts, table)
+
+
+def _operators(study: Study, operators: list[Arm]) -> Claim:
+    own, *others = (study.find(arm.pieces) for arm in operators)
+    parts = [
+        as_good(f"{operators[0].name} is as good as {arm.name}", study.compare(own, found))
+        for arm, found in zip(operators[1:], others, strict=True)
+    ]
+    table = _table(study, "(h) Model b after 20 epochs by the operator that widens it", operators, LENGTH)
+    return Claim("h", "Simple insertion is as good as other ways to widen a model", parts, table)
+
+
+def _other_tasks(study: Study, compared: list[Arm]) -> Claim:
+    links, alone = compared[1 : len(MEMBERS)], compared[len(MEMBERS) :]
+    parts, rows = [], []
+    for link, baseline in zip(links, alone, strict=True):
+        own, other = study.find(link.pieces), study.find(baseline.pieces)
+        row = [link.name if own else f"{link.name} (missing)", str(len(own))]
+        for name, words in ((RETRIEVAL, "retrieval"), (UNSEEN, "unseen concepts")):
+            found = study.compare(own, other, name)
+            parts.append(as_good(f"{link.name}, {words}", found))
+            row += [number(study.accuracy(items, name), 2) for items in (own, other)] + [interval(found)]
+        rows.append(row)
+    header = [
+        "chain",
+        "seeds",
+        "retrieval R@1, %",
+        "alone",
+        "points [95 %]",
+        "unseen concepts, %",
+        "alone",
+        "points [95 %]",
+    ]
+    title = f"(i) Retrieval (image to text) and unseen concepts, against members alone after {SHORT} epochs"
+    text = "Members of the chain are as good at retrieval and at unseen concepts"
+    return Claim("i", text, parts, TextTable(title, header, rows))
 
 
 def _instead(study: Study, ways: list[Arm]) -> Claim:

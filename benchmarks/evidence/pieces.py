@@ -67,6 +67,9 @@ paper. So a family of 7 saves more than one of 3, if its last model is as good a
 ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
 """Weights of distillation. r = IFD / task is about 0.05 with the paper's 500; the others aim at 0.1, 0.3 and 1."""
 
+OPERATORS = ("insert", "net2net", "insert_exact", "netexpand")
+"""Width operators: the method's own, copies, new channels that are silent at first, orthonormal new rows."""
+
 EQUAL_MACS, EQUAL_TIME = 13, 15.7
 """Epochs of model d from scratch that cost the MACs, and the device time, of the whole chain from a to d."""
 
@@ -76,7 +79,8 @@ class Piece:
     """One training run: a model from scratch, or as a link that grows from the model of another piece.
 
     `alpha`: weight of distillation; None: the recipe's. `warmup` in steps. Without `expanded`, a link starts from
-    random weights, and its teacher only distils. `shards`: how many of the training set, the first ones.
+    random weights, and its teacher only distils. `width`: the operator that expands it. `shards`: how many of the
+    training set, the first ones.
     """
 
     model: str
@@ -87,6 +91,7 @@ class Piece:
     warmup: int = 200
     alpha: float | None = None
     expanded: bool = True
+    width: str = OPERATORS[0]
     shards: int = ALL
 
     @property
@@ -100,7 +105,7 @@ class Piece:
         if self.teacher is None:
             return text
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
-        start = "" if self.expanded else "-random"
+        start = "-random" if not self.expanded else "" if self.width == OPERATORS[0] else f"-{self.width}"
         return f"{text}-w{self.warmup}{alpha}{start}-from-{self.teacher.name}"
 
     @property
@@ -123,6 +128,8 @@ class Piece:
         }
         if self.alpha is not None:
             link["alpha"] = self.alpha
+        if self.width != OPERATORS[0]:
+            link["expand"] = {"width": self.width}
         chain: dict[str, Any] = {**values["chain"], "links": [link]}
         if self.teacher is not None:
             chain["from"] = str(self.teacher.model_folder(runs))
@@ -292,7 +299,7 @@ def shares_of(count: int) -> list[float]:
 def arms(rates: Rates) -> dict[str, list[Arm]]:
     """What each claim compares, by its letter in `benchmarks.evidence.claims`, in order of worth.
 
-    Claims (f) and (g) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the short chain.
+    Claims (f), (g), (h) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the short chain.
     """
 
     def alone(model: str, epochs: float) -> Arm:
@@ -318,6 +325,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             replace(neither, name="neither"),
         ],
         "a": [*whole, *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL)],
+        "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
         "e": [
             arm
             for epochs in LENGTHS[1:4]
@@ -334,6 +342,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             )
             for alpha in ALPHAS
         ],
+        "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
         "b": [family_arms(rates, MEMBERS[at:], SHARES[at:])[-1] for at in (2, 1, 0)],
         # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
         "d": [

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, draw_savings, family_tables
-from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, SELECT
+from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, OPERATORS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -71,7 +71,7 @@ def link_table(study: Study) -> TextTable:
         verdict = "-" if found is None else found.verdict
         rows.append(
             [
-                f"{seedless(one['teacher'])} → {one['model']}" + ("" if one["expanded"] else " (random start)"),
+                f"{seedless(one['teacher'])} → {one['model']}" + _start(one),
                 f"{one['epochs']:g}",
                 f"{one['lr']:g}",
                 str(one["warmup"]),
@@ -98,6 +98,12 @@ def link_table(study: Study) -> TextTable:
         EQUAL,
     ]
     return TextTable(title="Links on the test sets", header=header, rows=rows, notes=notes)
+
+
+def _start(link: Record) -> str:
+    if not link["expanded"]:
+        return " (random start)"
+    return "" if link["width"] == OPERATORS[0] else f" ({link['width']})"
 
 
 def _curves(study: Study, axis: Axes) -> None:

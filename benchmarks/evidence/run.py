@@ -12,7 +12,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import ALL, MEMBERS, RATED, RATES, SELECT, Piece, Rates, macs_of, pieces
+from benchmarks.evidence.pieces import ALL, MEMBERS, OPERATORS, RATED, RATES, SELECT, Piece, Rates, macs_of, pieces
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
 from compt.chain.run import prepare, run_jobs, running
@@ -148,6 +148,7 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "warmup": piece.warmup,
         "alpha": manifest["alpha"],
         "expanded": piece.expanded,
+        "width": piece.width,
         "shards": piece.shards,
         "r": float(np.mean(r)) if r else None,
         "parameters": manifest["parameters"],
@@ -188,7 +189,7 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
 
 def _results(path: Path) -> dict[str, Any]:
     # The first pieces were collected without these.
-    return {"expanded": True, "r": None, "shards": ALL, **read_json(path)}
+    return {"expanded": True, "r": None, "shards": ALL, "width": OPERATORS[0], **read_json(path)}
 
 
 def _order(name: str, names: list[str]) -> tuple[int, str]:

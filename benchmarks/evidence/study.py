@@ -16,8 +16,8 @@ from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import Difference, Length, difference, equal_length
 from compt.evaluate.encoder import load_arrays
 
-REPORT, UNSEEN = "test_style", "unseen_concepts"
-"""The evaluation sets of results: test sets, and concepts that training never shows."""
+REPORT, UNSEEN, RETRIEVAL = "test_style", "unseen_concepts", "retrieval"
+"""The evaluation sets of results: test sets, concepts that training never shows, and the caption of each image."""
 
 FINGERPRINT = "8aad55b4c9c38d75e168469b1891012ee49bc9683342325b5e3d66e2e7ffdfce"
 """Of the training shards of `compt data icons`: with others, no result can be compared."""
@@ -66,14 +66,15 @@ class Study:
                     item["warmup"],
                     item["alpha"],
                     item["expanded"],
+                    item["width"],
                     seedless(item["teacher"]),
                 )
                 groups.setdefault(key, []).append(item)
         return list(groups.values())
 
     def accuracy(self, items: Iterable[Record], name: str) -> float | None:
-        """Mean top-1 in percent."""
-        found = [item["scores"][name]["top1"] for item in items]
+        """Mean top-1 in percent; of retrieval, from image to text."""
+        found = [item["scores"][name]["image_to_text_r1" if name == RETRIEVAL else "top1"] for item in items]
         return float(np.mean(found)) if found else None
 
     def plateau(self, model: str) -> float | None:

@@ -32,7 +32,7 @@ from benchmarks.evidence.pieces import (
     shares_of,
 )
 from benchmarks.evidence.statistics import MARGIN, difference, equal_length, quantile
-from benchmarks.evidence.study import FINGERPRINT, REPORT, UNSEEN, Study
+from benchmarks.evidence.study import FINGERPRINT, REPORT, RETRIEVAL, UNSEEN, Study
 from compt.errors import RunError
 from compt.files import write_json
 from compt.models.clip import build
@@ -69,6 +69,9 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
     link = Piece("b", 10, 1, teacher, 1e-3, warmup=50, alpha=0.0).recipe(tmp_path)
     assert link.chain.from_ == str(tmp_path / "a-e40-s0" / "jobs" / "1-a" / "model")
     assert (link.seed, link.chain.links[0].lr, link.chain.links[0].alpha) == (1, 1e-3, 0.0)
+    wide = Piece("b", 10, 0, teacher, width="netexpand")
+    assert wide.name == "b-e10-s0-w200-netexpand-from-a-e40-s0"
+    assert wide.recipe(tmp_path).chain.links[0].expand.width == "netexpand"
     assert macs_of(Piece("b", 10, 0, teacher)) > macs_of(Piece("b", 10))
 
 
@@ -124,7 +127,7 @@ def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:
     assert {piece.epochs for piece in (both, weights, features, neither)} == {20}
     assert (weights.alpha, weights.expanded, weights.lr) == (0.0, True, both.lr)
     assert (features.alpha, features.expanded, features.lr, features.warmup) == (None, False, 1e-3, neither.warmup)
-    assert both == found["g"][1].pieces[1]
+    assert both == found["g"][1].pieces[1] == found["h"][0].pieces[1]
     assert both in family_arms(rates, epochs=80)[1].pieces
     assert {arm.pieces[0].epochs for arm in found["b"]} == {7}
     assert [arm.pieces[0].epochs for arm in found["e"]] == [5, 20, 10, 40, 20, 80]
@@ -246,7 +249,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
     place = runs / piece.name / "jobs" / f"1-{piece.model}"
     (place / "scores").mkdir(parents=True)
     arrays = {"ids": np.arange(100), "labels": np.array(labels), "correct": np.arange(100) < top1}
-    names = (SELECT, REPORT, UNSEEN)
+    names = (SELECT, REPORT, UNSEEN, RETRIEVAL)
     for name in names:
         np.savez(place / "scores" / f"{name}.npz", **arrays)  # type: ignore[arg-type]
     manifest = {
@@ -258,7 +261,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
         "cost": {"total_macs": 1e12 * piece.epochs},
         "trained": {"device_hours": 0.1},
         "validation_loss": 1.0,
-        "scores": {name: {"top1": top1, "top5": 90.0, "n": 100} for name in names},
+        "scores": {name: {"top1": top1, "image_to_text_r1": top1, "n": 100} for name in names},
         "starts": [{"machine": {"torch": "2"}}],
         "started": "then",
         "finished": "now",

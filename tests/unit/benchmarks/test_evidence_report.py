@@ -32,7 +32,7 @@ from benchmarks.evidence.pieces import (
 )
 from benchmarks.evidence.run import SETS
 from benchmarks.evidence.statistics import Difference
-from benchmarks.evidence.study import REPORT, UNSEEN, Study, mean_r
+from benchmarks.evidence.study import REPORT, RETRIEVAL, UNSEEN, Study, mean_r
 from compt.bench.step import Setup
 from compt.errors import RunError
 from compt.files import read_json, write_json
@@ -50,7 +50,7 @@ def raw(tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(root)
     folder = tmp_path / "raw"
     folder.mkdir()
-    labels: dict[str, Any] = dict.fromkeys((SELECT, REPORT, UNSEEN), np.arange(IMAGES, dtype=np.uint16))
+    labels: dict[str, Any] = dict.fromkeys((SELECT, REPORT, UNSEEN, RETRIEVAL), np.arange(IMAGES, dtype=np.uint16))
     np.savez(folder / SETS, **labels)
     return folder
 
@@ -59,7 +59,7 @@ def put(raw: Path, piece: Piece, top1: float, r: float | None = None) -> None:
     """Results of a piece with `top1` percent of its images correct: the first ones, and seeds move by 0.05 points."""
     top1 += 0.05 * piece.seed * (piece.teacher is not None)
     correct = np.arange(IMAGES) < round(top1 / 100 * IMAGES)
-    sets = (SELECT, REPORT, UNSEEN)
+    sets = (SELECT, REPORT, UNSEEN, RETRIEVAL)
     bits: dict[str, Any] = {name: np.packbits(correct) for name in sets}
     np.savez(raw / f"{piece.name}.npz", **bits)
     values = {
@@ -72,10 +72,11 @@ def put(raw: Path, piece: Piece, top1: float, r: float | None = None) -> None:
         "warmup": piece.warmup,
         "alpha": 0.0 if piece.teacher is None else 500.0 if piece.alpha is None else piece.alpha,
         "expanded": piece.expanded,
+        "width": piece.width,
         "r": r,
         "steps": round(99 * piece.epochs),
         "macs": macs_of(piece),
-        "scores": {name: {"top1": 100 * float(correct.mean()), "n": IMAGES} for name in sets},
+        "scores": {name: {key: 100 * float(correct.mean()) for key in ("top1", "image_to_text_r1")} for name in sets},
     }
     write_json(raw / f"{piece.name}.json", values)
 
@@ -401,6 +402,29 @@ def test_the_weight_of_distillation(raw: Path) -> None:
     assert mean_r(Study(raw).find(ways[2].pieces)) == pytest.approx(0.12)
     put_arm(raw, ways[2], 26.0, 0.12)
     assert claim(raw, "g").outcome == "does not hold"
+
+
+def test_operators(raw: Path) -> None:
+    ways = arms(RATES)["h"]
+    for arm, top1 in zip(ways, (30.0, 29.0, 30.2, 30.0), strict=True):
+        put_arm(raw, arm, top1)
+    assert claim(raw, "h").outcome == "holds"
+    assert [row[0] for row in claim(raw, "h").table.rows] == ["insert", "net2net", "insert_exact", "netexpand"]
+    assert "a-e80 → b (netexpand)" in [row[0] for row in report.link_table(Study(raw)).rows]
+    put_arm(raw, ways[1], 32.0)
+    assert claim(raw, "h").outcome == "does not hold"
+
+
+def test_retrieval_and_unseen_concepts(raw: Path) -> None:
+    put_plateau(raw)
+    for arm in family_arms(RATES)[1:]:
+        put_arm(raw, arm, 30.0)
+    found = claim(raw, "i")
+    assert found.outcome == "holds"
+    assert [part.what for part in found.parts][:2] == ["a → b, retrieval", "a → b, unseen concepts"]
+    assert found.table.rows[0][:5] == ["a → b", "3", "30.05", "30.00", "+0.05 [-0.03, +0.13]"]
+    put_arm(raw, family_arms(RATES)[-1], 25.0)
+    assert claim(raw, "i").outcome == "does not hold"
 
 
 def test_instead(raw: Path) -> None:
