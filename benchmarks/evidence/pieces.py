@@ -119,7 +119,7 @@ class Piece:
 
     def recipe(self, runs: Path) -> Recipe:
         """The recipe of this run alone. Raises ConfigError."""
-        values = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+        values = base_recipe(RECIPE).model_dump(mode="json", by_alias=True, exclude_none=True)
         link: dict[str, Any] = {
             "model": self.model,
             "train": {"epochs": self.epochs},
@@ -143,9 +143,15 @@ class Piece:
         return parse_recipe(values, f"{RECIPE} for {self.name}")
 
 
+@functools.cache
+def base_recipe(path: Path) -> Recipe:
+    """The recipe from which those of all pieces are made."""
+    return load_recipe(path, [])
+
+
 def link_recipe(model: str, teacher: str | None, epochs: float = 1, shards: int = ALL) -> Recipe:
     """A recipe whose last job is `model` from scratch or as a link, to plan and time it without data or weights."""
-    values = load_recipe(RECIPE, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+    values = base_recipe(RECIPE).model_dump(mode="json", by_alias=True, exclude_none=True)
     # A link needs its teacher's size, which the plan takes from the link before.
     models = [model] if teacher is None else [teacher, model]
     values["data"]["images"] = IMAGES[shards]

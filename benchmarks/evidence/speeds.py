@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import IDLE_LOAD, rounded
-from benchmarks.evidence.pieces import IMAGES, RECIPE, Piece, link_recipe, macs_of
+from benchmarks.evidence.pieces import IMAGES, RECIPE, Piece, base_recipe, link_recipe, macs_of
 from compt.bench.step import Setup, TrainingStep
 from compt.bench.throughput import device_name
 from compt.data.batch import Batch
 from compt.errors import RunError
 from compt.files import read_json, write_json
 from compt.plan.jobs import make_plan
-from compt.recipe.read import load_recipe
 from compt.weights.artefact import versions
 
 SPEEDS = Path("docs/results/evidence/speeds.json")
@@ -47,7 +46,7 @@ def pair_of(piece: Piece) -> Pair:
 
 def pairs(pieces: Iterable[Piece]) -> list[Pair]:
     """The pairs of all pieces, and each member of the family from scratch."""
-    members = [member.name for member in load_recipe(RECIPE, []).family.members]
+    members = [member.name for member in base_recipe(RECIPE).family.members]
     return sorted(
         {*((name, None) for name in members), *map(pair_of, pieces)}, key=lambda pair: (pair[0], pair[1] or "")
     )
@@ -92,7 +91,7 @@ def write_speeds(wanted: Iterable[Pair], out: Path = SPEEDS) -> None:
         "system": platform.platform(),
         "load_average": load,
         "rounds": ROUNDS,
-        "batch": load_recipe(RECIPE, []).optimizer.batch,
+        "batch": base_recipe(RECIPE).optimizer.batch,
         "versions": versions(),
     }
     write_json(out, {**about, "steps": rounded(steps)})
@@ -107,7 +106,7 @@ def read_speeds(path: Path = SPEEDS) -> Mapping[Pair, float]:
 
 def idle_minutes(piece: Piece, speeds: Mapping[Pair, float]) -> float:
     """Minutes of one idle core that the training of a piece takes, without its scores."""
-    batch = load_recipe(RECIPE, []).optimizer.batch
+    batch = base_recipe(RECIPE).optimizer.batch
     steps = piece.epochs * (IMAGES[piece.shards] // batch)
     if pair_of(piece) in speeds:
         return steps * speeds[pair_of(piece)] / 60

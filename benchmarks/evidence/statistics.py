@@ -6,6 +6,7 @@ is drawn. Seeds are drawn too: another seed trains another model.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -111,11 +112,17 @@ def equal_length(own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike,
     found = _length_at(sums.sum(axis=1) / counts.sum(), lengths)
     if not 0 < found < math.inf:
         return None
-    clusters = len(counts)
-    drawn = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=DRAWS)
+    drawn = _draws(len(counts))
     each = [_length_at(row, lengths) for row in (drawn @ sums.T) / (drawn @ counts)[:, None]]
     low, high = np.percentile(each, [2.5, 97.5], method="nearest")
     return Length(found, float(low) if low > 0 else None, float(high) if high < math.inf else None)
+
+
+@functools.lru_cache(maxsize=2)
+def _draws(clusters: int) -> NDArray[np.float64]:
+    """[draws, clusters]: how often each cluster is drawn. Floats, as NumPy multiplies matrices of integers slowly."""
+    chances = np.full(clusters, 1 / clusters)
+    return np.random.default_rng(0).multinomial(clusters, chances, size=DRAWS).astype(np.float64)
 
 
 def _length_at(accuracies: NDArray[np.float64], lengths: Sequence[float]) -> float:
