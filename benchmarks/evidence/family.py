@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
-from benchmarks.evidence.pieces import LENGTH, LENGTHS, LINKS, MEMBERS, RATES, SHORT, Arm, Piece, family_arms
+from benchmarks.evidence.pieces import LENGTH, LENGTHS, LINKS, MEMBERS, RATES, SHARES, SHORT, Arm, Piece, family_arms
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
 from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
@@ -24,16 +24,17 @@ KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
 
 
-def family_tables(study: Study, epochs: float = SHORT) -> list[TextTable]:
+def family_tables(study: Study, epochs: float = SHORT, shares: Sequence[float] = SHARES) -> list[TextTable]:
     """Each member of the chain against its own baseline: accuracy, and what the chain saves up to it.
 
-    `epochs` of the first model, and of the baselines if their plateau is not known.
+    `epochs` of the first model, and of the baselines if their plateau is not known; `shares` of the links.
     """
-    chain = family_arms(study.rates, epochs=epochs)
+    chain = family_arms(study.rates, shares=shares, epochs=epochs)
+    name = f"a of {epochs:g} epochs, links of {', '.join(f'1/{share}' for share in shares)}"
     header = ["chain", "epochs", "seeds", "top-1, %", "baseline's epochs", "points against it [95 %]"]
     header += [f"margin {MARGIN:g}", f"mean above -{LOSSLESS_POINTS:g}", "unseen concepts [95 %]"]
     note = f"The paper calls a model lossless if it is at most {LOSSLESS_POINTS:g} points below, without an interval."
-    title = f"The chain from a of {epochs:g} epochs against its baselines, on the test sets"
+    title = f"The chain ({name}) against its baselines, on the test sets"
     quality = TextTable(title, header, [_quality(study, arm) for arm in chain], [note])
     sums = _Sums()
     header = ["chain", "baseline's epochs", "MACs x", "family", "device time x", "family"]
@@ -43,9 +44,7 @@ def family_tables(study: Study, epochs: float = SHORT) -> list[TextTable]:
         "Device time: steps x measured seconds of a step on an idle core (speeds.json).",
         EQUAL,
     ]
-    costs = TextTable(
-        f"What the chain from a of {epochs:g} epochs saves", header, [_costs(study, arm, sums) for arm in chain], notes
-    )
+    costs = TextTable(f"What the chain saves ({name})", header, [_costs(study, arm, sums) for arm in chain], notes)
     return [quality, costs]
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, draw_savings, family_tables
-from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, OPERATORS, SELECT
+from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, OPERATORS, QUICK, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -136,7 +136,7 @@ def files(study: Study) -> dict[str, str]:
         "\n".join(f"- {claim.sentence}" for claim in judged),
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
-        *_shown(*family_tables(study), *family_tables(study, LENGTH)),
+        *_shown(*family_tables(study), *family_tables(study, LENGTH, QUICK), *family_tables(study, LENGTH)),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",
