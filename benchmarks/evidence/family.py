@@ -10,7 +10,19 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
-from benchmarks.evidence.pieces import LENGTH, LENGTHS, LINKS, MEMBERS, RATES, SHARES, SHORT, Arm, Piece, family_arms
+from benchmarks.evidence.pieces import (
+    CHAINS,
+    LENGTH,
+    LENGTHS,
+    LINKS,
+    MEMBERS,
+    RATES,
+    SHARES,
+    SHORT,
+    Arm,
+    Piece,
+    family_arms,
+)
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
 from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
@@ -208,3 +220,33 @@ def draw_savings(study: Study, axis: Axes) -> None:
     axis.set(xlabel="epochs of a; the link has a quarter", ylabel="MACs of b alone over the link's, at equal accuracy")
     if axis.get_legend_handles_labels()[0]:
         axis.legend()
+
+
+def draw_family(study: Study, axis: Axes) -> None:
+    """The mean accuracy of the four models against the MACs of training them, each alone and as chains."""
+    alone = {epochs: [study.baselines(model, epochs) for model in MEMBERS] for epochs in LENGTHS}
+    chains = {
+        f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}": [
+            study.find(arm.pieces) for arm in family_arms(study.rates, shares=shares, epochs=epochs)
+        ]
+        for epochs, shares in CHAINS
+    }
+    points = [(f"{epochs:g} epochs", *_mean_point(study, items)) for epochs, items in alone.items() if all(items)]
+    if points:
+        macs, means = zip(*(point for _, *point in points), strict=True)
+        axis.plot(macs, means, "o-", color=COLOUR["alone"], label="each model alone")
+        for name, at, mean in points:
+            axis.annotate(name, (at, mean), (6, -12), textcoords="offset points", color=COLOUR["muted"])
+    for marker, (name, items) in zip("D^s", chains.items(), strict=False):
+        if all(items):
+            axis.plot(*_mean_point(study, items), marker, color=COLOUR["chain"], markersize=8, label=name)
+    axis.set_xscale("log")
+    axis.set(xlabel="MACs of training a, b, c and d, T", ylabel="their mean top-1 on the test sets, %")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(loc="lower right")
+
+
+def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float]:
+    """MACs in T of training all, and the mean of their accuracies; each has a piece or more, which differ by seed."""
+    means = [study.accuracy(items, REPORT) or 0.0 for items in members]
+    return sum(items[0]["macs"] for items in members) / 1e12, float(np.mean(means))

@@ -64,6 +64,9 @@ QUICK = (16, 20, 24)
 """The shares of a chain of short links, from a first model of LENGTH epochs: close to their teachers' accuracy, they
 save the most against baselines of equal accuracy."""
 
+CHAINS = ((SHORT, SHARES), (LENGTH, QUICK), (LENGTH, SHARES))
+"""Epochs of the first model and shares of the links of the whole family's chains. The last one has one seed."""
+
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
 paper. So a family of 7 saves more than one of 3, if its last model is as good all the same."""

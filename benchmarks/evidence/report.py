@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
-from benchmarks.evidence.family import EQUAL, draw_lengths_of_links, draw_savings, family_tables
-from benchmarks.evidence.pieces import IMAGES, LENGTH, LENGTHS, MEMBERS, OPERATORS, QUICK, SELECT
+from benchmarks.evidence.family import EQUAL, draw_family, draw_lengths_of_links, draw_savings, family_tables
+from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -128,7 +128,7 @@ def files(study: Study) -> dict[str, str]:
     """What the report consists of: text by file name."""
     judged = claims(study)
     intervals = sum(part.found is not None for claim in judged for part in claim.parts)
-    figures = {"lengths": _curves, "links": draw_lengths_of_links, "savings": draw_savings}
+    figures = {"family": draw_family, "lengths": _curves, "links": draw_lengths_of_links, "savings": draw_savings}
     page = [
         "# Measured",
         "Written by `python -m benchmarks.evidence report`.",
@@ -136,7 +136,8 @@ def files(study: Study) -> dict[str, str]:
         "\n".join(f"- {claim.sentence}" for claim in judged),
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
-        *_shown(*family_tables(study), *family_tables(study, LENGTH, QUICK), *family_tables(study, LENGTH)),
+        "![Mean accuracy of the family against the MACs of its training](family.svg)",
+        *_shown(*(table for chain in CHAINS for table in family_tables(study, *chain))),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from benchmarks.evidence import claims as claims_module
 from benchmarks.evidence import family, report, speeds
@@ -146,12 +147,29 @@ def test_a_shorter_plateau_is_the_baseline(raw: Path) -> None:
     assert costs.rows[0][2] == "0.50"
 
 
+def test_the_family_is_drawn_by_its_mean_accuracy(raw: Path) -> None:
+    put_plateau(raw)
+    for arm, top1 in zip(family_arms(RATES), (30.0, 29.0, 28.0, 27.0), strict=True):
+        put_arm(raw, arm, top1)
+    study, axis = Study(raw), Figure().add_subplot()
+    family.draw_family(study, axis)
+    alone, chain = axis.get_lines()
+    costs = [macs_of(piece) / 1e12 for piece in family_arms(RATES)[-1].pieces[0].chain]
+    # Links of three seeds: 0, 0.05 and 0.1 points more.
+    assert chain.get_xydata()[0] == pytest.approx([sum(costs), (30 + 29.05 + 28.05 + 27.05) / 4], abs=0.03)
+    assert list(alone.get_ydata()) == pytest.approx([22, 27, 30, 30.5, 30.8, 31], abs=0.03)
+    assert alone.get_xdata()[2] == pytest.approx(sum(macs_of(Piece(model, 40)) for model in MEMBERS) / 1e12)
+
+
 def test_without_results_all_is_missing(raw: Path) -> None:
     (raw / SETS).unlink()
     study = Study(raw)
     assert [row[6] for row in family.family_tables(study)[0].rows] == ["missing"] * 4
     assert {claim.outcome for claim in claims_module.claims(study)} == {"not measured"}
-    assert set(report.files(study)) == {"tables.md", "lengths.svg", "links.svg", "savings.svg"}
+    assert set(report.files(study)) == {
+        "tables.md",
+        *(f"{name}.svg" for name in ("family", "lengths", "links", "savings")),
+    }
 
 
 def test_the_curve_has_all_measured_lengths(raw: Path) -> None:
