@@ -36,7 +36,7 @@ def macs_command(
     captions: Annotated[int | None, option("captions per image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
     mode: ModeName = "exact",
-    recompute: Annotated[bool, option("forward twice, as with engine.micro_batch", "--recompute")] = False,
+    micro_batches: Annotated[bool, option("forward twice, as with engine.micro_batch", "--micro-batches")] = False,
     checkpointing: Annotated[bool, option("blocks twice, as with engine.recompute", "--checkpointing")] = False,
     chunked_loss: Annotated[bool, option("similarities twice, as with engine.loss_chunk", "--chunked-loss")] = False,
     as_json: AsJson = False,
@@ -55,7 +55,7 @@ def macs_command(
         except ConfigError as error:
             raise ConfigError(f"{model} with --teacher {teacher}: {error}") from None
     length = None if tokens is None else read_tokens(tokens)
-    options = {"recompute": recompute, "checkpointing": checkpointing, "chunked_loss": chunked_loss}
+    options = {"micro_batches": micro_batches, "checkpointing": checkpointing, "chunked_loss": chunked_loss}
     if mode == "paper":
         # The published accounting has fixed captions. To ignore the options would show the wrong numbers.
         given = [name for name, value in {"captions": captions, "tokens": tokens, **options}.items() if value]
@@ -68,6 +68,7 @@ def macs_command(
         sample = f"{PAPER_TEXT_PASSES} captions of {PAPER_TOKENS} tokens"
     else:
         number = captions or CAPTIONS
+        options["recompute"] = options.pop("micro_batches")
         breakdown = exact_breakdown(student, source, batch=batch, captions=number, tokens=length, **options)
         sample = f"{number} captions of {_shown(length, student)} tokens"
     if as_json:

@@ -61,7 +61,7 @@ def test_json_has_the_records_and_their_sums() -> None:
         ([], {}),
         (["--captions", "6"], {"captions": 6}),
         (["--tokens", "7:3,30:1"], {"tokens": {7: 3, 30: 1}}),
-        (["--recompute"], {"recompute": True}),
+        (["--micro-batches"], {"recompute": True}),
         (["--checkpointing"], {"checkpointing": True}),
         (["--chunked-loss"], {"chunked_loss": True}),
         (["--batch", "64"], {"batch": 64}),
