@@ -13,9 +13,9 @@ import sys
 from collections.abc import Sequence
 
 from benchmarks.common import one_line
-from benchmarks.evidence.pieces import Piece, arms, of_the_family, pieces, pieces_of
+from benchmarks.evidence.pieces import Piece, arms, of_the_family, once, pieces, pieces_of, trials
 from benchmarks.evidence.report import OUT, changed, write_report
-from benchmarks.evidence.run import collect_again, is_done, run
+from benchmarks.evidence.run import collect_again, is_done, own_rates, run
 from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_speeds
 from benchmarks.evidence.study import Study
 from compt.text import TextTable, terminal
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 )
         elif given.part == "run":
             say = functools.partial(print, flush=True)
-            run(lambda: planned(given.claim), given.max_minutes, say, write_report)
+            run(lambda: settled(given.claim), given.max_minutes, say)
         elif given.part == "plan":
             for table in plan_tables(given.claim):
                 terminal().print(table)
@@ -59,7 +59,14 @@ def planned(claim: str | None = None) -> list[Piece]:
     study = Study()
     if claim:
         return list(pieces_of([arms(study.rates)[claim]]))
-    return list(pieces(study.rates, study.plateaus()))
+    return list(pieces(study.rates))
+
+
+def settled(claim: str | None = None) -> list[Piece]:
+    """Those that depend on no rate that is still open; before a claim's pieces, the trials that settle all rates."""
+    rates = own_rates()
+    wanted = once((*trials(rates), *pieces_of([arms(rates)[claim]]))) if claim else pieces(rates)
+    return [piece for piece in wanted if rates.settled(piece)]
 
 
 def plan_tables(claim: str | None = None) -> list[TextTable]:

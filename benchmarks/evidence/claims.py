@@ -6,7 +6,6 @@ measured* if none could be made, and is *undecided* otherwise.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +35,10 @@ Answer = Literal["yes", "no", "open", "missing"]
 """Whether a comparison shows its part of a claim, the opposite, neither, or is not there."""
 
 Outcome = Literal["holds", "does not hold", "undecided", "not measured"]
+
+
+R_BEST, R_BAND = 0.1, (0.07, 0.15)
+"""The ratio r = IFD / task that is best in the paper's figure D, and what counts as about that."""
 
 
 @dataclass(frozen=True)
@@ -99,15 +102,6 @@ def better(what: str, found: Difference | None) -> Part:
     return Part(what, answers[found.direction], found)
 
 
-def rising(what: str, values: Sequence[float | None]) -> Part:
-    """Each value is larger than the one before. These are costs, which are known exactly."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(values):
-        return Part(what, "missing")
-    shown = f"{what} ({', '.join(f'{value:.2f}' for value in known)})"
-    return Part(shown, "yes" if all(a < b for a, b in itertools.pairwise(known)) else "no")
-
-
 def claims(study: Study) -> list[Claim]:
     """All claims, in the order of their letters."""
     made: dict[str, Callable[[Study, list[Arm]], Claim]] = {
@@ -128,14 +122,14 @@ def claims(study: Study) -> list[Claim]:
 
 def _lossless(study: Study, compared: list[Arm]) -> Claim:
     parts = []
-    for arm in compared[: len(MEMBERS)]:
-        own, baseline = study.find(arm.pieces), study.reference(arm.pieces[0].model, SHORT)
-        # The first member is its own baseline, unless its plateau lies elsewhere.
-        if arm.pieces[0].teacher is None and (not baseline or baseline[0]["epochs"] == SHORT):
-            continue
-        parts.append(as_good(arm.name, study.compare(own, baseline)))
-    table = _table(study, "(a) The chain, and its members alone", compared)
-    text = "Every member of the chain is as good as its baseline, which trains for as many epochs as the first member"
+    for arm in compared[: 2 * len(MEMBERS)]:
+        one = arm.pieces[0]
+        # The first member is its own baseline.
+        if one.teacher is not None:
+            baseline = study.baselines(one.model, one.chain[0].epochs)
+            parts.append(as_good(arm.name, study.compare(study.find(arm.pieces), baseline)))
+    table = _table(study, "(a) The chains, and their members alone", compared)
+    text = "Every member of a chain is as good as its baseline, which trains for as many epochs as the first member"
     return Claim("a", text, parts, table)
 
 
@@ -149,16 +143,17 @@ def _by_length(study: Study, compared: list[Arm]) -> Claim:
 
 
 def _prepending(study: Study, chains: list[Arm]) -> Claim:
-    alone = study.reference("d", SHORT)
+    alone = study.baselines("d", SHORT)
     parts = [
-        as_good(f"{arm_name(arm)} is as good as d alone", study.compare(study.find(arm.pieces), alone))
-        for arm in chains
+        as_good(f"{arm.name} is as good as d alone", study.compare(study.find(arm.pieces), alone)) for arm in chains
     ]
-    costs = [alone[0]["macs"] if alone else None, *(_whole_cost(study, arm) for arm in chains)]
-    savings = [None if cost is None or costs[0] is None else costs[0] / cost for cost in costs]
-    parts.append(rising("each further model makes the whole chain cheaper, d alone over chain", savings))
+    costs = [macs_of(Piece("d", SHORT)) / sum(map(macs_of, arm.pieces[0].chain)) for arm in chains]
+    remark = (
+        f"d alone costs {', '.join(f'{cost:.2f}' for cost in costs)} times the MACs of these chains; that follows from "
+        "their lengths, which were chosen so."
+    )
     table = _table(study, "(b) Model d at the end of chains that begin at c, b and a", chains, SHORT)
-    return Claim("b", "Prepending smaller models lowers the cost of the largest", parts, table)
+    return Claim("b", "Prepending smaller models lowers the cost of the largest", parts, table, remark)
 
 
 def _members(study: Study, chains: list[Arm]) -> Claim:
@@ -198,31 +193,31 @@ def _ratios(study: Study, links: list[Arm]) -> Claim:
 
 
 def _initialization_and_distillation(study: Study, ways: list[Arm]) -> Claim:
-    both, weights, features, neither = (study.find(arm.pieces) for arm in ways)
+    both, weights, features, neither, longer = (study.find(arm.pieces) for arm in ways)
     parts = [
         better("IWI alone is better than neither", study.compare(weights, neither)),
         better("IFD alone is better than neither", study.compare(features, neither)),
         better("both are better than IWI alone", study.compare(both, weights)),
         better("both are better than IFD alone", study.compare(both, features)),
+        better("both are better than b alone for the MACs of a and both", study.compare(both, longer)),
     ]
     table = _table(study, "(f) Model b after 20 epochs: with IWI and IFD, with one, with neither", ways, LENGTH)
     return Claim("f", "IWI and IFD each help, and help together", parts, table)
 
 
 def _weight_of_distillation(study: Study, weights: list[Arm]) -> Claim:
-    found = {arm.name: study.find(arm.pieces) for arm in weights}
-    without, *others = found.values()
-    measured = [(r, items) for items in others if (r := mean_r(items)) is not None]
-    text = "An alpha that gives r of about 0.1 is best"
+    text = f"An alpha that gives r between {R_BAND[0]:g} and {R_BAND[1]:g} is better than others"
     table = _table(study, "(g) Model b after 20 epochs by weight of distillation", weights, LENGTH)
-    if len(measured) < 2 or not without:
+    found = {arm.name: items for arm in weights if (items := study.find(arm.pieces))}
+    inside = {name: r for name, items in found.items() if R_BAND[0] <= (r := mean_r(items) or 0.0) <= R_BAND[1]}
+    if not inside or len(found) < len(weights):
         return Claim("g", text, [Part("alphas", "missing")], table)
-    best_r, best = min(measured, key=lambda one: abs(np.log(one[0] / 0.1)))
-    largest_r, largest = max(measured, key=lambda one: one[0])
-    parts = [better(f"r {best_r:.2g} is better than none", study.compare(best, without))]
-    if largest is not best:
-        what = f"r {best_r:.2g} is better than r {largest_r:.2g}"
-        parts.append(better(what, study.compare(best, largest)))
+    best = min(inside, key=lambda name: abs(np.log(inside[name] / R_BEST)))
+    parts = [
+        better(f"{best} (r {inside[best]:.2g}) is better than {name}", study.compare(found[best], items))
+        for name, items in found.items()
+        if name != best
+    ]
     return Claim("g", text, parts, table)
 
 
@@ -275,11 +270,6 @@ def _instead(study: Study, ways: list[Arm]) -> Claim:
     return Claim("j", "A chain is the best use of its compute for the largest model", parts, table, remark)
 
 
-def arm_name(arm: Arm) -> str:
-    """The chain that the arm's model ends: `b → c → d`."""
-    return " → ".join(piece.model for piece in arm.pieces[0].chain)
-
-
 def _whole_cost(study: Study, arm: Arm) -> float | None:
     """MACs of the arm's model with all that it grows from; None if one of them is missing."""
     for piece in arm.pieces:
@@ -291,7 +281,7 @@ def _whole_cost(study: Study, arm: Arm) -> float | None:
 
 def _table(study: Study, title: str, compared: Sequence[Arm], epochs: float | None = None) -> TextTable:
     """A row for each arm; with `epochs`, also the difference to the model's baseline of as many."""
-    baseline = study.reference(compared[0].pieces[0].model, epochs) if epochs else []
+    baseline = study.baselines(compared[0].pieces[0].model, epochs) if epochs else []
     rows = []
     for arm in compared:
         items = study.find(arm.pieces)

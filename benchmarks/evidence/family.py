@@ -29,8 +29,8 @@ from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
 
 EQUAL = (
-    "Equal accuracy: the length of a baseline that is as accurate on the validation sets, between measured lengths by "
-    "their logarithm; ? where it lies outside of them."
+    "Equal accuracy: the length of a baseline that is as accurate on the test sets, between measured lengths by their "
+    "logarithm; ? where it lies outside of them. Intervals are over concepts alone."
 )
 KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
@@ -39,7 +39,7 @@ MISSING = "missing"
 def family_tables(study: Study, epochs: float = SHORT, shares: Sequence[float] = SHARES) -> list[TextTable]:
     """Each member of the chain against its own baseline: accuracy, and what the chain saves up to it.
 
-    `epochs` of the first model, and of the baselines if their plateau is not known; `shares` of the links.
+    `epochs` of the first model, and of the baselines; `shares` of the links.
     """
     chain = family_arms(study.rates, shares=shares, epochs=epochs)
     name = f"a of {epochs:g} epochs, links of {', '.join(f'1/{share}' for share in shares)}"
@@ -78,20 +78,18 @@ class _Sums:
 
 
 def _quality(study: Study, arm: Arm) -> list[str]:
-    items, model = study.find(arm.pieces), arm.pieces[0].model
     first = arm.pieces[0].chain[0]
-    baseline = study.reference(model, first.epochs)
+    items, baseline = common(study.find(arm.pieces), study.baselines(arm.pieces[0].model, first.epochs))
     found = study.compare(items, baseline)
     shown = [interval(found), found.verdict if found else MISSING]
     shown += ["-" if found is None else "yes" if found.mean > -LOSSLESS_POINTS else "no"]
     shown += [interval(study.compare(items, baseline, UNSEEN))]
-    # The first member is trained from scratch: it is its own baseline, unless its plateau lies elsewhere.
-    if items and arm.pieces[0] == first and baseline[0]["epochs"] == first.epochs:
+    if items and arm.pieces[0] == first:
         shown = ["-", "is the baseline", "-", "-"]
     return [
         arm.name,
         f"{arm.pieces[0].epochs:g}",
-        str(found.seeds if found else len(items)),
+        str(len(items)),
         number(study.accuracy(items, REPORT), 2),
         "-" if not baseline else f"{baseline[0]['epochs']:g}",
         *shown,
@@ -100,10 +98,10 @@ def _quality(study: Study, arm: Arm) -> list[str]:
 
 def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
     items, model = study.find(arm.pieces), arm.pieces[0].model
-    reference, equal = study.reference(model, arm.pieces[0].chain[0].epochs), study.equal(items)
+    reference, equal = study.baselines(model, arm.pieces[0].chain[0].epochs), study.equal(items)
     if items and arm.pieces[0].teacher is None and equal is None:
         # The first member of a chain is a baseline: it is as accurate as itself.
-        equal = Length(items[0]["epochs"], None, None)
+        equal = Length(items[0]["epochs"], None, None, len(items))
     cells = [arm.name]
     for name, epochs, shown in (
         (
@@ -120,6 +118,34 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
     return cells
 
 
+def common(items: list[Record], others: list[Record]) -> tuple[list[Record], list[Record]]:
+    """Those of both whose seeds both have, so that means are of the same seeds; all if one is empty."""
+    if not items or not others:
+        return items, others
+    seeds = {item["seed"] for item in items} & {item["seed"] for item in others}
+    return [item for item in items if item["seed"] in seeds], [item for item in others if item["seed"] in seeds]
+
+
+def savings_of_chains(study: Study) -> TextTable:
+    """What each chain of the whole family saves at equal accuracy: the first result of the study."""
+    rows = []
+    for epochs, shares in CHAINS:
+        chain = family_arms(study.rates, shares=shares, epochs=epochs)
+        found = [study.saving([study.find(arm.pieces) for arm in chain], kind) for kind in KINDS]
+        cells = [chain[-1].name, str(len(found[0].by_seed) if found[0] else 0)]
+        for one in found:
+            cells.append("-" if one is None else f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]")
+            cells.append("-" if one is None else ", ".join(f"{ratio:.2f}" for ratio in one.by_seed))
+        rows.append(cells)
+    header = ["chain", "seeds", "MACs x [95 %]", "by seed", "device time x [95 %]", "by seed"]
+    notes = [
+        "All four models alone, each until it is as accurate on the test sets as in the chain, over the chain.",
+        "Never too high: a member below its shortest baseline counts nothing alone, one above its longest as that.",
+        "Intervals are over concepts alone; each seed's own ratio stands beside them.",
+    ]
+    return TextTable("What the family saves at equal accuracy", header, rows, notes)
+
+
 def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) -> list[tuple[float, Difference]]:
     """Length and difference of the links from a to b to b's baseline, of those that are measured."""
     firsts = family_arms(study.rates, MEMBERS[:1], epochs=LENGTH)[0].pieces
@@ -128,7 +154,7 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
             epochs,
             study.compare(
                 study.find(replace(study.rates.link("b", epochs, first), lr=lr) for first in firsts),
-                study.reference("b", LENGTH),
+                study.baselines("b", LENGTH),
             ),
         )
         for epochs in lengths
@@ -153,8 +179,7 @@ def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     axis.set_xscale("log")
     axis.set_xticks(LINKS, [f"{epochs:g}" for epochs in LINKS])
     axis.minorticks_off()
-    epochs = study.plateau("b") or LENGTH
-    label = f"points against its baseline of {epochs:g} epochs"
+    label = f"points against its baseline of {LENGTH:g} epochs"
     axis.set(xlabel="epochs of the link a → b (below an interval: its seeds)", ylabel=label)
     axis.legend()
 
@@ -163,10 +188,10 @@ def savings_by_length(study: Study) -> TextTable:
     """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy."""
     rows = []
     for first, arm in _quarters(study):
-        items, equal = study.find(arm.pieces), study.equal(study.find(arm.pieces))
-        baseline = study.reference("b", first.epochs)
+        items, baseline = common(study.find(arm.pieces), study.baselines("b", first.epochs))
+        equal, (teachers, _) = study.equal(items), common(study.baselines("a", first.epochs), items)
         cells = [f"{first.epochs:g}", f"{arm.pieces[0].epochs:g}", str(len(items))]
-        cells += [number(study.accuracy(found, REPORT), 2) for found in (study.find([first]), items, baseline)]
+        cells += [number(study.accuracy(found, REPORT), 2) for found in (teachers, items, baseline)]
         cells += [interval(study.compare(items, baseline)), span(equal)]
         for kind in KINDS:
             saved = [
@@ -224,29 +249,31 @@ def draw_savings(study: Study, axis: Axes) -> None:
 
 def draw_family(study: Study, axis: Axes) -> None:
     """The mean accuracy of the four models against the MACs of training them, each alone and as chains."""
-    alone = {epochs: [study.baselines(model, epochs) for model in MEMBERS] for epochs in LENGTHS}
-    chains = {
-        f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}": [
-            study.find(arm.pieces) for arm in family_arms(study.rates, shares=shares, epochs=epochs)
-        ]
-        for epochs, shares in CHAINS
-    }
-    points = [(f"{epochs:g} epochs", *_mean_point(study, items)) for epochs, items in alone.items() if all(items)]
+    points = [
+        (f"{epochs:g} epochs", *point)
+        for epochs in LENGTHS
+        if (point := _mean_point(study, [study.baselines(model, epochs) for model in MEMBERS]))
+    ]
     if points:
         macs, means = zip(*(point for _, *point in points), strict=True)
         axis.plot(macs, means, "o-", color=COLOUR["alone"], label="each model alone")
         for name, at, mean in points:
             axis.annotate(name, (at, mean), (6, -12), textcoords="offset points", color=COLOUR["muted"])
-    for marker, (name, items) in zip("D^s", chains.items(), strict=False):
-        if all(items):
-            axis.plot(*_mean_point(study, items), marker, color=COLOUR["chain"], markersize=8, label=name)
+    for marker, (epochs, shares) in zip("D^s", CHAINS, strict=True):
+        chain = family_arms(study.rates, shares=shares, epochs=epochs)
+        if point := _mean_point(study, [study.find(arm.pieces) for arm in chain]):
+            label = f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}"
+            axis.plot(*point, marker, color=COLOUR["chain"], markersize=8, label=label)
     axis.set_xscale("log")
     axis.set(xlabel="MACs of training a, b, c and d, T", ylabel="their mean top-1 on the test sets, %")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower right")
 
 
-def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float]:
-    """MACs in T of training all, and the mean of their accuracies; each has a piece or more, which differ by seed."""
-    means = [study.accuracy(items, REPORT) or 0.0 for items in members]
+def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float] | None:
+    """MACs in T of training all, and the mean of their accuracies over the seeds that all have; None without one."""
+    seeds = set.intersection(*({item["seed"] for item in items} for items in members))
+    if not seeds:
+        return None
+    means = [study.accuracy([item for item in items if item["seed"] in seeds], REPORT) or 0.0 for items in members]
     return sum(items[0]["macs"] for items in members) / 1e12, float(np.mean(means))

@@ -77,8 +77,9 @@ ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
 OPERATORS = ("insert", "net2net", "insert_exact", "netexpand")
 """Width operators: the method's own, copies, new channels that are silent at first, orthonormal new rows."""
 
-EQUAL_MACS, EQUAL_TIME = 13, 15.7
-"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole chain from a to d."""
+EQUAL_MACS, EQUAL_TIME, EQUAL_PAIR = 13, 15.7, 45.7
+"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole short chain from a to d; and of
+model b that cost the MACs of a of LENGTH epochs and a link of a quarter."""
 
 
 @dataclass(frozen=True)
@@ -203,26 +204,34 @@ class Rates:
         one = list(self.chain(self.baseline("a", SHORT), MEMBERS))[MEMBERS.index(model) - 1]
         return [replace(one, lr=lr) for lr in RATES[model]]
 
+    def settled(self, piece: Piece) -> bool:
+        """Whether no rate on which it depends is still open; trials depend on those of the models before."""
+        return all(self._settled(one) for one in piece.chain)
+
+    def _settled(self, one: Piece) -> bool:
+        if one.teacher is None:
+            return one.model in self.alone or one.shards != ALL or (one.epochs, one.seed) == (RATED, 0)
+        model = one.model[-1]
+        before = MEMBERS[1 : MEMBERS.index(model)]
+        return model in self.links or (all(name in self.links for name in before) and one in self.trials(model))
+
 
 def _of(model: str, by_member: Mapping[str, Any]) -> Any:
     """What holds for the model: between two members, as `bc`, it is that of the larger one."""
     return by_member.get(model[-1])
 
 
-def pieces(rates: Rates, plateaus: Mapping[str, float | None] | None = None) -> Iterator[Piece]:
-    """All pieces, in order of worth; a teacher comes before its students, and no piece comes twice.
-
-    `plateaus`: lengths of models whose plateau is known; there they get all seeds.
-    """
-    return _once(itertools.chain(of_the_family(rates), pieces_of(arms(rates).values()), _last(rates, plateaus or {})))
+def pieces(rates: Rates) -> Iterator[Piece]:
+    """All pieces, in order of worth; a teacher comes before its students, and no piece comes twice."""
+    return once(itertools.chain(of_the_family(rates), pieces_of(arms(rates).values()), _last(rates)))
 
 
 def pieces_of(claims: Iterable[Sequence[Arm]]) -> Iterator[Piece]:
     """All that these claims compare: claim by claim, in each of them one seed after the other."""
-    return _once(arm.pieces[seed] for claim in claims for seed in SEEDS for arm in claim)
+    return once(arm.pieces[seed] for claim in claims for seed in SEEDS for arm in claim)
 
 
-def _once(found: Iterable[Piece]) -> Iterator[Piece]:
+def once(found: Iterable[Piece]) -> Iterator[Piece]:
     """Each piece once, its teachers before it."""
     seen = set()
     for piece in found:
@@ -230,6 +239,14 @@ def _once(found: Iterable[Piece]) -> Iterator[Piece]:
             if needed.name not in seen:
                 seen.add(needed.name)
                 yield needed
+
+
+def trials(rates: Rates) -> Iterator[Piece]:
+    """All trials that settle rates."""
+    for model in MEMBERS:
+        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
+    for model in MEMBERS[1:]:
+        yield from rates.trials(model)
 
 
 def of_the_family(rates: Rates) -> Iterator[Piece]:
@@ -258,6 +275,7 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     for model in MEMBERS[1:]:
         yield from rates.trials(model)
     yield from rates.chain(first, MEMBERS, QUICK)
+    yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from (rates.link("b", epochs, first) for epochs in LINKS)
 
 
@@ -267,8 +285,8 @@ def ladder() -> Iterator[Piece]:
     return (Piece(model, epochs, shards=shards) for shards, model, epochs in combined)
 
 
-def _last(rates: Rates, plateaus: Mapping[str, float | None]) -> Iterator[Piece]:
-    """Longer trainings, why short links are not lossless, and all seeds of plateaus."""
+def _last(rates: Rates) -> Iterator[Piece]:
+    """Longer trainings, and why short links are not lossless."""
     # What training longer does to the savings of the pair.
     for epochs in LENGTHS[4:]:
         yield from (rates.baseline(model, epochs) for model in MEMBERS[:2])
@@ -282,9 +300,6 @@ def _last(rates: Rates, plateaus: Mapping[str, float | None]) -> Iterator[Piece]
     )
     yield from rates.chain(first, MEMBERS)
     yield from (rates.baseline(model, LENGTH) for model in MEMBERS[2:])
-    for model, plateau in plateaus.items():
-        if plateau is not None:
-            yield from (rates.baseline(model, plateau, seed) for seed in SEEDS)
 
 
 @dataclass(frozen=True)
@@ -301,7 +316,12 @@ def family_arms(
     """The members of a chain, the smallest first, which trains for `epochs`."""
     firsts = [rates.baseline(members[0], epochs, seed) for seed in SEEDS]
     by_seed = [(first, *rates.chain(first, members, shares)) for first in firsts]
-    return [Arm(" → ".join(members[: at + 1]), found) for at, found in enumerate(zip(*by_seed, strict=True))]
+    return [Arm(chain_name(found[0]), found) for found in zip(*by_seed, strict=True)]
+
+
+def chain_name(piece: Piece) -> str:
+    """The models that it grows from with their epochs, and itself: `a(40) → b(10)`."""
+    return " → ".join(f"{one.model}({one.epochs:g})" for one in piece.chain)
 
 
 def shares_of(count: int) -> list[float]:
@@ -337,6 +357,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
                 ),
             ),
             replace(neither, name="neither"),
+            replace(alone("b", EQUAL_PAIR), name="neither, for the MACs of a and both"),
         ],
         "a": [
             *whole,
@@ -365,7 +386,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
         "d": [
             Arm(
-                f"{whole[at].name} → {model}",
+                chain_name(rates.link(model, round(SHORT / share), whole[at].pieces[0])),
                 tuple(rates.link(model, round(SHORT / share), one) for one in whole[at].pieces),
             )
             for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))

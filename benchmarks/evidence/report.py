@@ -10,8 +10,16 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
-from benchmarks.evidence.family import EQUAL, draw_family, draw_lengths_of_links, draw_savings, family_tables
-from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT
+from benchmarks.evidence.family import (
+    EQUAL,
+    common,
+    draw_family,
+    draw_lengths_of_links,
+    draw_savings,
+    family_tables,
+    savings_of_chains,
+)
+from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT, family_arms
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -41,13 +49,12 @@ def baseline_table(study: Study) -> TextTable:
             groups.setdefault((-item["shards"], item["model"], -item["lr"], item["epochs"]), []).append(item)
     rows = []
     for (_, model, _, epochs), items in sorted(groups.items()):
-        at_plateau = items[0] in study.baselines(model) and study.plateau(model) == epochs
         rows.append(
             [
                 f"{IMAGES[items[0]['shards']]:,}",
                 model,
                 f"{items[0]['lr']:g}",
-                f"{epochs:g}{' (plateau)' if at_plateau else ''}",
+                f"{epochs:g}",
                 str(len(items)),
                 *(number(study.accuracy(items, name), 2) for name in (SELECT, REPORT, UNSEEN)),
                 f"{items[0]['macs'] / 1e12:.2f}",
@@ -64,7 +71,7 @@ def link_table(study: Study) -> TextTable:
     rows = []
     for items in study.links():
         one = items[0]
-        baseline = study.reference(one["model"], first_epochs(one))
+        items, baseline = common(items, study.baselines(one["model"], first_epochs(one)))
         found = study.compare(items, baseline)
         equal = study.equal(items)
         unseen = study.compare(items, baseline, UNSEEN)
@@ -77,7 +84,7 @@ def link_table(study: Study) -> TextTable:
                 str(one["warmup"]),
                 f"{one['alpha']:g}",
                 number(mean_r(items), 3),
-                str(found.seeds if found else len(items)),
+                str(len(items)),
                 number(study.accuracy(items, REPORT), 2),
                 f"{baseline[0]['epochs']:g}" if baseline else "-",
                 interval(found),
@@ -112,10 +119,12 @@ def _curves(study: Study, axis: Axes) -> None:
         if lengths:
             values = [study.accuracy(study.baselines(model, epochs), REPORT) or 0.0 for epochs in lengths]
             axis.plot(lengths, values, "o-", color=colour, label=f"{model}, from scratch")
-        chosen = [items for items in study.links() if items[0]["model"] == model]
+        arms = (arm for chain in CHAINS for arm in family_arms(study.rates, epochs=chain[0], shares=chain[1]))
+        found = (study.find(arm.pieces) for arm in arms if arm.pieces[0].model == model and arm.pieces[0].teacher)
+        chosen = [items for items in found if items]
         if chosen:
             values = [study.accuracy(items, REPORT) or 0.0 for items in chosen]
-            axis.plot([items[0]["epochs"] for items in chosen], values, "x", color=colour, label=f"{model}, as a link")
+            axis.plot([items[0]["epochs"] for items in chosen], values, "x", color=colour, label=f"{model}, in a chain")
     axis.set_xscale("log")
     axis.set_xticks(LENGTHS, [f"{epochs:g}" for epochs in LENGTHS])
     axis.set(xlabel="epochs of a complete schedule", ylabel="top-1 on the test sets, %")
@@ -132,6 +141,7 @@ def files(study: Study) -> dict[str, str]:
     page = [
         "# Measured",
         "Written by `python -m benchmarks.evidence report`.",
+        *_shown(savings_of_chains(study)),
         "## Claims",
         "\n".join(f"- {claim.sentence}" for claim in judged),
         f"{intervals} intervals at 95 % each, without a correction for their number.",

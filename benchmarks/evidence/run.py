@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,15 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import ALL, MEMBERS, OPERATORS, RATED, RATES, SELECT, Piece, Rates, macs_of, pieces
+from benchmarks.evidence.pieces import ALL, MEMBERS, OPERATORS, RATED, RATES, SELECT, Piece, Rates, pieces
+from benchmarks.evidence.speeds import idle_minutes, read_speeds
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
 from compt.chain.run import prepare, run_jobs, running
 from compt.cli.main import app
 from compt.errors import RunError
 from compt.evaluate.encoder import load_arrays
-from compt.files import read_json, write_json, write_text
+from compt.files import read_json, write_bytes, write_json, write_text
 from compt.recipe.schema import Recipe
 from compt.train.metrics import FILE, read_metrics
 
@@ -29,9 +31,6 @@ RAW = Path("docs/results/evidence/raw")
 SETS = "sets.npz"
 """The concept of each image of each evaluation set, the same for all pieces."""
 
-MACS_PER_SECOND = 1.2e10
-"""Speed of a core before a piece has been measured, for the plan of hours."""
-
 Say = Callable[[str], None]
 
 
@@ -40,35 +39,36 @@ def is_done(piece: Piece, raw: Path = RAW) -> bool:
     return (raw / f"{piece.name}.json").exists()
 
 
-def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: Say, after: Callable[[], None]) -> None:
+def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: Say) -> None:
     """Run the next of the `planned` pieces, as long as it ends within `max_minutes` by its plan.
 
-    Calls `after` when results have been written.
-
-    Several processes may run at once: each takes the next piece that no other has.
+    Several processes may run at once: each takes the next piece that no other has, and waits if there is none: the
+    results of the others may settle a rate on which more pieces depend.
     """
     started = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
-    speeds = measured_speeds()
+    speeds = read_speeds()
     others: set[str] = set()
-
-    def following() -> Iterator[Piece]:
-        return (piece for piece in planned() if not is_done(piece) and piece.name not in others)
-
-    # Again after each piece: its results may change a model's rate or plateau, and with it the pieces.
-    while (piece := next(following(), None)) is not None:
-        left = None if max_minutes is None else max_minutes - (time.monotonic() - started) / 60
-        if left is not None and planned_minutes(piece, speeds) > left:
-            say(f"{piece.name}: would take {planned_minutes(piece, speeds):.0f} minutes, {left:.0f} are left")
+    # Again after each piece: its results may settle a rate, and with it what the next pieces are.
+    while left := [piece for piece in planned() if not is_done(piece)]:
+        piece = next((one for one in left if one.name not in others), None)
+        if piece is None:
+            say(f"{left[0].name}: waits for the process that has it")
+            with FileLock(RUNS / f"{left[0].name}.lock"):
+                others.clear()
+            continue
+        minutes = idle_minutes(piece, speeds)
+        if max_minutes is not None and minutes > (rest := max_minutes - (time.monotonic() - started) / 60):
+            say(f"{piece.name}: would take {minutes:.0f} minutes, {rest:.0f} are left")
             return
         try:
             with FileLock(RUNS / f"{piece.name}.lock", timeout=0):
-                train(piece)
-                collect(piece)
-            after()
+                if not is_done(piece):
+                    train(piece)
+                    collect(piece)
+            others.clear()
         except Timeout:
             others.add(piece.name)
-            say(f"{piece.name}: another process has it")
 
 
 def train(piece: Piece) -> None:
@@ -129,12 +129,12 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
             if not np.array_equal(found, known[name]):
                 raise RunError(f"{place}: '{name}' has other images than the pieces before; build data/icons again")
     else:
-        np.savez_compressed(raw / SETS, **labels)
+        _write_arrays(raw / SETS, labels)
     bits: dict[str, Any] = {
         name: np.packbits(arrays["correct"] if "correct" in arrays else arrays["image_ranks"] == 0)
         for name, arrays in answers.items()
     }
-    np.savez_compressed(raw / f"{piece.name}.npz", **bits)
+    _write_arrays(raw / f"{piece.name}.npz", bits)
     recalls = (f"{way}_r{most}" for way in ("image_to_text", "text_to_image") for most in (1, 5, 10))
     r = [row["r"] for row in read_metrics(place / FILE, "train") if "r" in row]
     kept = ("top1", "top5", "mean_per_class", "n", *recalls)
@@ -163,6 +163,13 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "data_fingerprint": read_json(runs / piece.name / "run.json")["data_fingerprint"],
     }
     write_json(raw / f"{piece.name}.json", rounded(values))
+
+
+def _write_arrays(path: Path, arrays: dict[str, Any]) -> None:
+    """At once, as another process may read them."""
+    data = io.BytesIO()
+    np.savez_compressed(data, **arrays)
+    write_bytes(path, data.getvalue())
 
 
 def collect_again(planned: Iterable[Piece], say: Say) -> None:
@@ -197,14 +204,15 @@ def _order(name: str, names: list[str]) -> tuple[int, str]:
 
 
 def own_rates(raw: Path = RAW) -> Rates:
-    """The best rates on SELECT of those that were tried: for each model's baselines, and for its links."""
+    """The best rates on SELECT of each model's baselines, and of its links, if all of their trials are done."""
     found = {path.stem: _results(path) for path in raw.glob("*.json")}
 
-    def best(tried: Iterable[Piece]) -> float | None:
-        done = [piece for piece in tried if piece.name in found]
-        return max(done, key=lambda piece: found[piece.name]["scores"][SELECT]["top1"]).lr if done else None
+    def best(tried: list[Piece]) -> float | None:
+        if any(piece.name not in found for piece in tried):
+            return None
+        return max(tried, key=lambda piece: found[piece.name]["scores"][SELECT]["top1"]).lr
 
-    alone = {model: best(Piece(model, RATED, lr=lr) for lr in rates) for model, rates in RATES.items()}
+    alone = {model: best([Piece(model, RATED, lr=lr) for lr in rates]) for model, rates in RATES.items()}
     links: dict[str, float] = {}
     rates = Rates({model: lr for model, lr in alone.items() if lr}, links)
     for model in MEMBERS[1:]:
@@ -212,18 +220,3 @@ def own_rates(raw: Path = RAW) -> Rates:
             break
         links[model] = lr
     return rates
-
-
-def measured_speeds(raw: Path = RAW) -> dict[str, float]:
-    """MACs a second on this core by model: the median over its finished pieces."""
-    speeds: dict[str, list[float]] = {model: [] for model in MEMBERS}
-    for path in raw.glob("*.json"):
-        values = read_json(path)
-        speeds[values["model"]].append(values["macs"] / (3600 * values["device_hours"]))
-    return {model: float(np.median(found)) for model, found in speeds.items() if found}
-
-
-def planned_minutes(piece: Piece, speeds: dict[str, float]) -> float:
-    """Minutes of one core, from the speed of its model, or of the largest model that was measured."""
-    speed = speeds.get(piece.model, max(speeds.values(), default=MACS_PER_SECOND))
-    return macs_of(piece) / speed / 60

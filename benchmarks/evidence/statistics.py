@@ -99,23 +99,38 @@ class Length:
     seeds: int = 1
 
 
-def equal_length(own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike, concepts: ArrayLike) -> Length | None:
-    """The length at which baselines reach the accuracy of `own`; None where none or the shortest does.
+def equal_lengths(
+    own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike, concepts: ArrayLike
+) -> NDArray[np.float64]:
+    """The length at which baselines reach the accuracy of `own`, and that of each draw of concepts: [1 + DRAWS].
 
-    own: [images], baselines: [lengths, images], the shares of seeds that are right; lengths ascend. Between lengths,
-    accuracy is linear in their logarithm. The interval is that of concepts drawn with replacement.
+    0 where the shortest reaches it, infinity where none does. own: [images], baselines: [lengths, images], the shares
+    of seeds that are right; lengths ascend. Between lengths, accuracy is linear in their logarithm. Equal concepts are
+    drawn for equal arguments, so that the draws of several models belong together.
     """
     values = np.vstack([np.asarray(baselines, dtype=np.float64), np.asarray(own, dtype=np.float64)])
     _, cluster = np.unique(np.asarray(concepts), return_inverse=True)
     sums = np.array([np.bincount(cluster, weights=row) for row in values])
     counts = np.bincount(cluster)
-    found = _length_at(sums.sum(axis=1) / counts.sum(), lengths)
-    if not 0 < found < math.inf:
+    drawn = np.vstack([np.ones(len(counts)), _draws(len(counts))])
+    return np.array([_length_at(row, lengths) for row in (drawn @ sums.T) / (drawn @ counts)[:, None]])
+
+
+def equal_length(
+    own: ArrayLike, lengths: Sequence[float], baselines: ArrayLike, concepts: ArrayLike, seeds: int = 1
+) -> Length | None:
+    """`equal_lengths` with their interval; None where none or the shortest is as accurate."""
+    found = equal_lengths(own, lengths, baselines, concepts)
+    if not 0 < found[0] < math.inf:
         return None
-    drawn = _draws(len(counts))
-    each = [_length_at(row, lengths) for row in (drawn @ sums.T) / (drawn @ counts)[:, None]]
-    low, high = np.percentile(each, [2.5, 97.5], method="nearest")
-    return Length(found, float(low) if low > 0 else None, float(high) if high < math.inf else None)
+    low, high = interval_of(found[1:])
+    return Length(float(found[0]), low if low > 0 else None, high if high < math.inf else None, seeds)
+
+
+def interval_of(draws: NDArray[np.float64]) -> tuple[float, float]:
+    """The 95 % interval of draws, some of which may be infinite."""
+    low, high = np.percentile(draws, [2.5, 97.5], method="nearest")
+    return float(low), float(high)
 
 
 @functools.lru_cache(maxsize=2)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, LENGTHS, LR, MEMBERS, SEEDS, SELECT, Piece
+from benchmarks.evidence.pieces import ALL, LENGTHS, LR, SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
-from benchmarks.evidence.statistics import Difference, Length, difference, equal_length
+from benchmarks.evidence.statistics import Difference, Length, difference, equal_length, equal_lengths, interval_of
 from compt.evaluate.encoder import load_arrays
 
 REPORT, UNSEEN, RETRIEVAL = "test_style", "unseen_concepts", "retrieval"
@@ -22,12 +23,20 @@ REPORT, UNSEEN, RETRIEVAL = "test_style", "unseen_concepts", "retrieval"
 FINGERPRINT = "8aad55b4c9c38d75e168469b1891012ee49bc9683342325b5e3d66e2e7ffdfce"
 """Of the training shards of `compt data icons`: with others, no result can be compared."""
 
-PLATEAU_GAIN = 1.0
-"""Points. A baseline is on its plateau if twice its length gains less, on the validation sets."""
-
 Record = dict[str, Any]
 Kind = Literal["macs", "seconds"]
 """Of costs."""
+ByLength = tuple[NDArray[np.float64], list[float], list[NDArray[np.float64]]]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """How many times as much training alone costs, with a 95 % interval over concepts, and for each seed."""
+
+    ratio: float
+    low: float
+    high: float
+    by_seed: list[float]
 
 
 class Study:
@@ -77,22 +86,6 @@ class Study:
         found = [item["scores"][name]["image_to_text_r1" if name == RETRIEVAL else "top1"] for item in items]
         return float(np.mean(found)) if found else None
 
-    def plateau(self, model: str) -> float | None:
-        """The shortest length after which doubling gains less than PLATEAU_GAIN points; None if it is not known yet."""
-        for short, long in itertools.pairwise(LENGTHS):
-            ends = [self.accuracy(self.baselines(model, epochs), SELECT) for epochs in (short, long)]
-            if ends[0] is not None and ends[1] is not None and ends[1] - ends[0] < PLATEAU_GAIN:
-                return short
-        return None
-
-    def plateaus(self) -> dict[str, float | None]:
-        """The plateau of each member of the family."""
-        return {model: self.plateau(model) for model in MEMBERS}
-
-    def reference(self, model: str, epochs: float) -> list[Record]:
-        """The baselines on the model's plateau; before it is known, those of as many epochs as the chain's first."""
-        return self.baselines(model, self.plateau(model) or epochs)
-
     def seconds(self, item: Record) -> float | None:
         """Seconds of its training on an idle core: steps x measured seconds of a step; None before speeds are there."""
         teacher = item["teacher"].partition("-")[0] if item["teacher"] and item["alpha"] else None
@@ -110,25 +103,56 @@ class Study:
         return difference([one for one, _ in pairs], [other for _, other in pairs], self.labels[name])
 
     def equal(self, items: Sequence[Record]) -> Length | None:
-        """The length at which a baseline of the model is as accurate on the validation sets, over the common seeds."""
-        if not items:
-            return None
-        by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
-        # More seeds have fewer lengths: the most seeds with lengths below and above count.
+        """The length at which a baseline of the model is as accurate on the test sets.
+
+        More seeds have fewer lengths: the most seeds with lengths below and above count.
+        """
         for count in range(len(items), 0, -1):
-            seeds = {item["seed"] for item in items[:count]}
-            own, *others = (
-                [item["correct"][SELECT] for item in found if item["seed"] in seeds]
-                for found in (items, *by_length.values())
-            )
-            known = [(epochs, other) for epochs, other in zip(LENGTHS, others, strict=True) if len(other) == count]
-            if len(known) > 1:
-                means = [np.mean(other, axis=0) for _, other in known]
-                lengths = [epochs for epochs, _ in known]
-                found = equal_length(np.mean(own, axis=0), lengths, means, self.labels[SELECT])
-                if found:
-                    return replace(found, seeds=count)
+            own, lengths, means = self._by_length(items, {item["seed"] for item in items[:count]})
+            found = equal_length(own, lengths, means, self.labels[REPORT], count) if len(lengths) > 1 else None
+            if found:
+                return found
         return None
+
+    def _by_length(self, items: Iterable[Record], seeds: AbstractSet[int]) -> ByLength:
+        """By image, the shares of `seeds` that are right: of `items`, and of the baselines by length."""
+
+        def mean(found: Iterable[Record]) -> NDArray[np.float64]:
+            rows = np.array([item["correct"][REPORT] for item in found if item["seed"] in seeds], dtype=np.float64)
+            return np.asarray(rows.mean(axis=0))
+
+        items = list(items)
+        by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
+        lengths = [epochs for epochs, found in by_length.items() if seeds <= {item["seed"] for item in found}]
+        return mean(items), list(lengths), [mean(by_length[epochs]) for epochs in lengths]
+
+    def saving(self, chain: Sequence[Sequence[Record]], kind: Kind) -> Saving | None:
+        """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.
+
+        A member that is below its shortest baseline counts nothing, and one above its longest counts as that: the
+        saving is never overstated. None if a member is missing in all seeds, or a cost is not known.
+        """
+        seeds = set.intersection(*({item["seed"] for item in items} for items in chain)) if all(chain) else set()
+        if not seeds or any(self.cost(items[0], kind) is None for items in chain):
+            return None
+        draws = self._saving(chain, seeds, kind)
+        by_seed = [float(self._saving(chain, {seed}, kind)[0]) for seed in sorted(seeds)]
+        return Saving(float(draws[0]), *interval_of(draws[1:]), by_seed)
+
+    def _saving(self, chain: Sequence[Sequence[Record]], seeds: AbstractSet[int], kind: Kind) -> NDArray[np.float64]:
+        paid, alone = 0.0, np.zeros(1)
+        for items in chain:
+            cost = self.cost(items[0], kind) or 0.0
+            paid += cost
+            if items[0]["teacher"] is None:
+                alone = alone + cost  # It is a baseline itself.
+            else:
+                own, lengths, means = self._by_length(items, seeds)
+                epochs = equal_lengths(own, lengths, means, self.labels[REPORT]) if lengths else np.zeros(1)
+                alone = alone + (self.cost_of_epochs(items[0]["model"], 1, kind) or 0.0) * np.minimum(
+                    epochs, max(lengths, default=0)
+                )
+        return alone / paid
 
     def cost(self, item: Record, kind: Kind) -> float | None:
         """MACs or seconds of a training. Seeds cost the same."""
@@ -163,7 +187,7 @@ def span(found: Length | None) -> str:
     if found is None:
         return "-"
     low, high = ("?" if one is None else f"{one:.0f}" for one in (found.low, found.high))
-    return f"{found.epochs:.0f} [{low}, {high}]{f', {found.seeds} seeds' if found.seeds > 1 else ''}"
+    return f"{found.epochs:.0f} [{low}, {high}], {found.seeds} seed{'s' * (found.seeds > 1)}"
 
 
 def times(cost: float | None, other: float | None) -> str:
