@@ -14,9 +14,9 @@ from benchmarks.evidence.pieces import (
     CHAINS,
     LENGTH,
     LENGTHS,
+    LINK_RATES,
     LINKS,
     MEMBERS,
-    RATES,
     SHARES,
     SHORT,
     Arm,
@@ -164,7 +164,9 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
 
 def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     """The difference of b as a link of a to its baseline, against the link's length."""
-    for colour, lr, shift in zip(SERIES, RATES["b"], (0.97, 0.985, 1, 1.015), strict=False):
+    for colour, lr, shift in zip(
+        (*SERIES, COLOUR["muted"]), LINK_RATES["b"], (0.96, 0.98, 1, 1.02, 1.04), strict=False
+    ):
         points = lengths_of_links(study, lr)
         if points:
             middles = np.array([one.mean for _, one in points])

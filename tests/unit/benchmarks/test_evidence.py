@@ -101,7 +101,7 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
     assert run.own_rates(tmp_path) == Rates(), "not all were tried"
     put(Piece("b", 20, lr=RATES["b"][3]), 3)
     assert run.own_rates(tmp_path) == Rates({"b": 1.7e-3})
-    for piece, top1 in zip(Rates({"b": 1.7e-3}).trials("b"), (1, 4, 2, 3), strict=True):
+    for piece, top1 in zip(Rates({"b": 1.7e-3}).trials("b"), (1, 4, 2, 3, 2), strict=True):
         put(piece, top1)
     assert run.own_rates(tmp_path) == Rates({"b": 1.7e-3}, {"b": 1e-3})
     of_others = Rates({"b": 1.7e-3}).trials("c")
