@@ -165,7 +165,7 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
 def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     """The difference of b as a link of a to its baseline, against the link's length."""
     for colour, lr, shift in zip(
-        (*SERIES, COLOUR["muted"]), LINK_RATES["b"], (0.96, 0.98, 1, 1.02, 1.04), strict=False
+        (*SERIES, COLOUR["muted"]), LINK_RATES["b"], (0.95, 0.97, 0.99, 1.01, 1.03, 1.05), strict=False
     ):
         points = lengths_of_links(study, lr)
         if points:
