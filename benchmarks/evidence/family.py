@@ -129,7 +129,7 @@ def common(items: list[Record], others: list[Record]) -> tuple[list[Record], lis
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
-    for epochs, shares in CHAINS:
+    for epochs, shares in CHAINS.values():
         chain = family_arms(study.rates, shares=shares, epochs=epochs)
         found = [study.saving([study.find(arm.pieces) for arm in chain], kind) for kind in KINDS]
         cells = [chain[-1].name, str(len(found[0].by_seed) if found[0] else 0)]
@@ -165,7 +165,7 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
 def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     """The difference of b as a link of a to its baseline, against the link's length."""
     for colour, lr, shift in zip(
-        (*SERIES, COLOUR["muted"]), LINK_RATES["b"], (0.95, 0.97, 0.99, 1.01, 1.03, 1.05), strict=False
+        (*SERIES, COLOUR["muted"]), LINK_RATES["quarter"]["b"], (0.95, 0.97, 0.99, 1.01, 1.03, 1.05), strict=False
     ):
         points = lengths_of_links(study, lr)
         if points:
@@ -261,7 +261,7 @@ def draw_family(study: Study, axis: Axes) -> None:
         axis.plot(macs, means, "o-", color=COLOUR["alone"], label="each model alone")
         for name, at, mean in points:
             axis.annotate(name, (at, mean), (6, -12), textcoords="offset points", color=COLOUR["muted"])
-    for marker, (epochs, shares) in zip("D^s", CHAINS, strict=True):
+    for marker, (epochs, shares) in zip("D^s", CHAINS.values(), strict=True):
         chain = family_arms(study.rates, shares=shares, epochs=epochs)
         if point := _mean_point(study, [study.find(arm.pieces) for arm in chain]):
             label = f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}"

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from compt.plan.jobs import make_plan
 from compt.recipe.read import load_recipe, parse_recipe
@@ -46,12 +46,15 @@ RATES = {
     "d": (1e-3, 6e-4, 1.7e-3),
 }
 """The peak rates that are tried for each model's baselines. Until results choose one, it is the first."""
-LINK_RATES = {
-    "b": (3e-3, 1e-3, 6e-3, 1.7e-3, 1e-2, 1.7e-2),
-    "c": (3e-3, 1.7e-3, 6e-3),
-    "d": (1e-3, 1.7e-3, 3e-3),
+Kind = Literal["quarter", "quick"]
+KINDS: tuple[Kind, ...] = ("quarter", "quick")
+"""Of chains, and of links that choose their rates in them."""
+
+LINK_RATES: dict[Kind, dict[str, tuple[float, ...]]] = {
+    "quarter": {"b": (3e-3, 1e-3, 6e-3, 1.7e-3, 1e-2, 1.7e-2), "c": (3e-3, 1.7e-3, 6e-3), "d": (1e-3, 1.7e-3, 3e-3)},
+    "quick": {"b": (3e-3, 1e-3, 1e-2), "c": (3e-3, 1e-3, 1.7e-3), "d": (1e-3, 6e-4, 1.7e-3)},
 }
-"""The same for its links. Their best rates are higher: b's is above 6e-3, with which b alone is 10 points worse."""
+"""The same for its links, in each of the two chains: short links from a good teacher want lower rates."""
 LR = RATES["a"][0]
 """The rate of pieces that name none."""
 RATED = LENGTHS[1]
@@ -69,8 +72,9 @@ QUICK = (16, 20, 24)
 """The shares of a chain of short links, from a first model of LENGTH epochs: close to their teachers' accuracy, they
 save the most against baselines of equal accuracy."""
 
-CHAINS = ((SHORT, SHARES), (LENGTH, QUICK), (LENGTH, SHARES))
+CHAINS = {"quarter": (SHORT, SHARES), "quick": (LENGTH, QUICK), "longer": (LENGTH, SHARES)}
 """Epochs of the first model and shares of the links of the whole family's chains. The last one has one seed."""
+
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
@@ -186,28 +190,30 @@ class Rates:
     """Peak rates that results have chosen, by model, and the pieces that train at them."""
 
     alone: Mapping[str, float] = field(default_factory=dict)
-    links: Mapping[str, float] = field(default_factory=dict)
+    quarter: Mapping[str, float] = field(default_factory=dict)
+    quick: Mapping[str, float] = field(default_factory=dict)
 
     def baseline(self, model: str, epochs: float, seed: int = 0) -> Piece:
         """A model from scratch."""
         return Piece(model, epochs, seed, lr=self.alone.get(model, _of(model, RATES)[0]))
 
-    def link(self, model: str, epochs: float, teacher: Piece, alpha: float | None = None) -> Piece:
+    def link(self, model: str, epochs: float, teacher: Piece, kind: Kind = "quarter") -> Piece:
         """A link with a short warm-up, of its teacher's seed."""
-        lr = _of(model, self.links) or _of(model, LINK_RATES)[0]
-        return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50, alpha=alpha)
+        lr = _of(model, getattr(self, kind)) or _of(model, LINK_RATES[kind])[0]
+        return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50)
 
     def chain(self, first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES) -> Iterator[Piece]:
         """The links of a chain. `shares` are those of the first model's length, one for each link."""
         model = first
         for name, share in zip(members[1:], shares, strict=False):
-            model = self.link(name, round(first.epochs / share), model)
+            model = self.link(name, round(first.epochs / share), model, "quick" if shares == QUICK else "quarter")
             yield model
 
-    def trials(self, model: str) -> list[Piece]:
+    def trials(self, model: str, kind: Kind = "quarter") -> list[Piece]:
         """The links by which the rate of the model's links is chosen: of the chain that has been chosen so far."""
-        one = list(self.chain(self.baseline("a", SHORT), MEMBERS))[MEMBERS.index(model) - 1]
-        return [replace(one, lr=lr) for lr in LINK_RATES[model]]
+        epochs, shares = CHAINS[kind]
+        one = list(self.chain(self.baseline("a", epochs), MEMBERS, shares))[MEMBERS.index(model) - 1]
+        return [replace(one, lr=lr) for lr in LINK_RATES[kind][model]]
 
     def settled(self, piece: Piece) -> bool:
         """Whether no rate on which it depends is still open; trials depend on those of the models before."""
@@ -218,7 +224,10 @@ class Rates:
             return one.model in self.alone or one.shards != ALL or (one.epochs, one.seed) == (RATED, 0)
         model = one.model[-1]
         before = MEMBERS[1 : MEMBERS.index(model)]
-        return model in self.links or (all(name in self.links for name in before) and one in self.trials(model))
+        chosen = {kind: getattr(self, kind) for kind in KINDS}
+        return all(model in rates for rates in chosen.values()) or any(
+            all(name in rates for name in before) and one in self.trials(model, kind) for kind, rates in chosen.items()
+        )
 
 
 def _of(model: str, by_member: Mapping[str, Any]) -> Any:
@@ -250,8 +259,8 @@ def trials(rates: Rates) -> Iterator[Piece]:
     """All trials that settle rates."""
     for model in MEMBERS:
         yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
-    for model in MEMBERS[1:]:
-        yield from rates.trials(model)
+    for kind, model in itertools.product(KINDS, MEMBERS[1:]):
+        yield from rates.trials(model, kind)
 
 
 def of_the_family(rates: Rates) -> Iterator[Piece]:
@@ -277,9 +286,8 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
         yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
     yield Piece("c", LENGTHS[0])
     yield from (rates.baseline(model, SHORT) for model in MEMBERS[2:])
-    for model in MEMBERS[1:]:
-        yield from rates.trials(model)
-    yield from rates.chain(first, MEMBERS, QUICK)
+    for kind, model in itertools.product(KINDS, MEMBERS[1:]):
+        yield from rates.trials(model, kind)
     yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from (rates.link("b", epochs, first) for epochs in LINKS)
 

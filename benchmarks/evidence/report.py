@@ -119,7 +119,7 @@ def _curves(study: Study, axis: Axes) -> None:
         if lengths:
             values = [study.accuracy(study.baselines(model, epochs), REPORT) or 0.0 for epochs in lengths]
             axis.plot(lengths, values, "o-", color=colour, label=f"{model}, from scratch")
-        arms = (arm for chain in CHAINS for arm in family_arms(study.rates, epochs=chain[0], shares=chain[1]))
+        arms = (arm for chain in CHAINS.values() for arm in family_arms(study.rates, epochs=chain[0], shares=chain[1]))
         found = (study.find(arm.pieces) for arm in arms if arm.pieces[0].model == model and arm.pieces[0].teacher)
         chosen = [items for items in found if items]
         if chosen:
@@ -147,7 +147,7 @@ def files(study: Study) -> dict[str, str]:
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
         "![Mean accuracy of the family against the MACs of its training](family.svg)",
-        *_shown(*(table for chain in CHAINS for table in family_tables(study, *chain))),
+        *_shown(*(table for chain in CHAINS.values() for table in family_tables(study, *chain))),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import ALL, MEMBERS, OPERATORS, RATED, RATES, SELECT, Piece, Rates, pieces
+from benchmarks.evidence.pieces import ALL, KINDS, MEMBERS, OPERATORS, RATED, RATES, SELECT, Kind, Piece, Rates, pieces
 from benchmarks.evidence.speeds import idle_minutes, read_speeds
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
@@ -213,10 +213,11 @@ def own_rates(raw: Path = RAW) -> Rates:
         return max(tried, key=lambda piece: found[piece.name]["scores"][SELECT]["top1"]).lr
 
     alone = {model: best([Piece(model, RATED, lr=lr) for lr in rates]) for model, rates in RATES.items()}
-    links: dict[str, float] = {}
-    rates = Rates({model: lr for model, lr in alone.items() if lr}, links)
-    for model in MEMBERS[1:]:
-        if (lr := best(rates.trials(model))) is None:
-            break
-        links[model] = lr
+    chosen: dict[Kind, dict[str, float]] = {kind: {} for kind in KINDS}
+    rates = Rates({model: lr for model, lr in alone.items() if lr}, **chosen)
+    for kind, found_so_far in chosen.items():
+        for model in MEMBERS[1:]:
+            if (lr := best(rates.trials(model, kind))) is None:
+                break
+            found_so_far[model] = lr
     return rates

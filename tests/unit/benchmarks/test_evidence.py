@@ -85,7 +85,7 @@ def test_what_is_committed_is_among_the_pieces(root: Path) -> None:
     names = {piece.name for rates in (Rates(), run.own_rates(root / run.RAW)) for piece in pieces(rates)}
     assert {path.stem for path in (root / run.RAW).glob("*.json")} <= names
     assert Piece("b", 10, 0, Piece("a", 80), 1e-3, 300).name == "b-e10-s0-lr0.001-w300-from-a-e80-s0"
-    whole = family_arms(Rates(links={"d": 6e-4}))[-1].pieces[2]
+    whole = family_arms(Rates(quarter={"d": 6e-4}))[-1].pieces[2]
     assert whole.name == "d-e7-s2-lr0.0006-w50-from-c-e8-s2-w50-from-b-e10-s2-w50-from-a-e40-s2"
 
 
@@ -106,13 +106,19 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
     assert run.own_rates(tmp_path) == Rates({"b": 1.7e-3}, {"b": 1e-3})
     of_others = Rates({"b": 1.7e-3}).trials("c")
     put(of_others[1], 9)
-    assert run.own_rates(tmp_path).links == {"b": 1e-3}
+    assert run.own_rates(tmp_path).quarter == {"b": 1e-3}
     for piece, top1 in zip(run.own_rates(tmp_path).trials("c"), (1, 5, 4), strict=True):
         put(piece, top1)
     found = run.own_rates(tmp_path)
-    assert found.links == {"b": 1e-3, "c": 1.7e-3}
+    assert found.quarter == {"b": 1e-3, "c": 1.7e-3}
     assert found.link("bc", 7, Piece("a", 40)).lr == 1.7e-3, "between b and c, that of c"
     assert (found.baseline("d", 9).lr, found.link("d", 9, Piece("a", 40)).lr) == (1e-3, 1e-3)
+    assert found.quick == {}, "the chain of short links has trials of its own"
+    for piece, top1 in zip(found.trials("b", "quick"), (1, 2, 3), strict=True):
+        assert (piece.epochs, piece.teacher) == (5, Piece("a", 80))
+        put(piece, top1)
+    assert run.own_rates(tmp_path).quick == {"b": 1e-2}
+    assert run.own_rates(tmp_path).link("b", 5, Piece("a", 80), "quick").lr == 1e-2
 
 
 def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
@@ -125,9 +131,11 @@ def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     assert rates.settled(b)
     assert all(rates.settled(piece) for piece in rates.trials("c"))
     assert not rates.settled(rates.link("c", 16, b))
+    assert rates.settled(rates.trials("b", "quick")[0])
+    assert not rates.settled(rates.link("b", 20, first)), "b's rate in the other chain is open"
     assert not any(rates.settled(piece) for piece in rates.trials("d")), "c's rate is open"
     assert not any(Rates({"a": 3e-3}).settled(piece) for piece in Rates().trials("c"))
-    chosen = Rates(dict.fromkeys(MEMBERS, 1e-3), dict.fromkeys("bcd", 1e-3))
+    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(3)))
     assert all(map(chosen.settled, pieces(chosen)))
 
 

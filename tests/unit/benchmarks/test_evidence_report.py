@@ -246,7 +246,7 @@ def test_device_times_are_steps_times_measured_seconds(raw: Path) -> None:
     put_baselines(raw, "ab")
     _, b, *_ = family_arms(RATES)
     put_arm(raw, b, 30.0)
-    put(raw, RATES.link("b", 20, RATES.baseline("a", 80), alpha=0.0), 30.0)
+    put(raw, replace(RATES.link("b", 20, RATES.baseline("a", 80)), alpha=0.0), 30.0)
     timed = (("a", None, 0.03), ("b", None, 0.08), ("b", "a", 0.1))
     steps = [{"model": model, "teacher": teacher, "seconds": seconds} for model, teacher, seconds in timed]
     write_json(raw.parent / "speeds.json", {"steps": steps})
@@ -268,7 +268,9 @@ def test_plans_use_measured_seconds_where_there_are_any(root: Path, monkeypatch:
     monkeypatch.chdir(root)
     piece = RATES.link("b", 20, Piece("a", 80))
     assert speeds.idle_minutes(piece, {("b", "a"): 0.1}) == pytest.approx(20 * 99 * 0.1 / 60)
-    assert speeds.pair_of(RATES.link("b", 20, Piece("a", 80), alpha=0.0)) == ("b", None), "its teacher takes no part"
+    assert speeds.pair_of(replace(RATES.link("b", 20, Piece("a", 80)), alpha=0.0)) == ("b", None), (
+        "its teacher takes no part"
+    )
     rough = speeds.idle_minutes(piece, {("b", None): 0.1})
     assert rough == pytest.approx(macs_of(piece) / macs_of(Piece("b", 20)) * 20 * 99 * 128 / 1700 / 60)
 
