@@ -131,19 +131,33 @@ def savings_of_chains(study: Study) -> TextTable:
     rows = []
     for epochs, shares in CHAINS.values():
         chain = family_arms(study.rates, shares=shares, epochs=epochs)
-        found = [study.saving([study.find(arm.pieces) for arm in chain], kind) for kind in KINDS]
-        cells = [chain[-1].name, str(len(found[0].by_seed) if found[0] else 0)]
-        for one in found:
-            cells.append("-" if one is None else f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]")
-            cells.append("-" if one is None else ", ".join(f"{ratio:.2f}" for ratio in one.by_seed))
-        rows.append(cells)
-    header = ["chain", "seeds", "MACs x [95 %]", "by seed", "device time x [95 %]", "by seed"]
+        rows.append(_saved(study, chain[-1].name, [study.find(arm.pieces) for arm in chain]))
+    for epochs in dict.fromkeys(epochs for epochs, _ in CHAINS.values()):
+        first = study.baselines("a", epochs)
+        # An exact expansion has the function of a, so it answers as a does.
+        grown = {"teacher": "a", "alpha": 0.0, "macs": 0.0, "steps": 0}
+        members = [first, *([{**item, **grown, "model": model} for item in first] for model in MEMBERS[1:])]
+        rows.append(_saved(study, f"a({epochs:g}), expanded exactly and not trained", members))
+    header = ["chain", "seeds", "mean, %", "d, %", "MACs x [95 %]", "by seed", "device time x [95 %]"]
+    header += ["d alone, MACs x [95 %]", "d alone, device time x [95 %]"]
     notes = [
         "All four models alone, each until it is as accurate on the test sets as in the chain, over the chain.",
+        "d alone: what only d costs alone, over the whole chain.",
         "Never too high: a member below its shortest baseline counts nothing alone, one above its longest as that.",
+        "The last rows are a control: models that are no better than a cost only a. Read a ratio with its accuracies.",
         "Intervals are over concepts alone; each seed's own ratio stands beside them.",
     ]
     return TextTable("What the family saves at equal accuracy", header, rows, notes)
+
+
+def _saved(study: Study, name: str, members: list[list[Record]]) -> list[str]:
+    family = [study.saving(members, kind) for kind in KINDS]
+    last = [study.saving(members, kind, last=True) for kind in KINDS]
+    macs, *others = (f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]" if one else "-" for one in (*family, *last))
+    by_seed = family[0].by_seed if family[0] else []
+    point = _mean_point(study, members)
+    means = [number(point and point[1], 2), number(study.accuracy(members[-1], REPORT), 2)]
+    return [name, str(len(by_seed)), *means, macs, ", ".join(f"{one:.2f}" for one in by_seed) or "-", *others]
 
 
 def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) -> list[tuple[float, Difference]]:
@@ -261,7 +275,7 @@ def draw_family(study: Study, axis: Axes) -> None:
         axis.plot(macs, means, "o-", color=COLOUR["alone"], label="each model alone")
         for name, at, mean in points:
             axis.annotate(name, (at, mean), (6, -12), textcoords="offset points", color=COLOUR["muted"])
-    for marker, (epochs, shares) in zip("D^s", CHAINS.values(), strict=True):
+    for marker, (epochs, shares) in zip("D^vs", CHAINS.values(), strict=True):
         chain = family_arms(study.rates, shares=shares, epochs=epochs)
         if point := _mean_point(study, [study.find(arm.pieces) for arm in chain]):
             label = f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}"
@@ -274,6 +288,8 @@ def draw_family(study: Study, axis: Axes) -> None:
 
 def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float] | None:
     """MACs in T of training all, and the mean of their accuracies over the seeds that all have; None without one."""
+    if not all(members):
+        return None
     seeds = set.intersection(*({item["seed"] for item in items} for items in members))
     if not seeds:
         return None

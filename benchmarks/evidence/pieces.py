@@ -72,8 +72,13 @@ QUICK = (16, 20, 24)
 """The shares of a chain of short links, from a first model of LENGTH epochs: close to their teachers' accuracy, they
 save the most against baselines of equal accuracy."""
 
-CHAINS = {"quarter": (SHORT, SHARES), "quick": (LENGTH, QUICK), "longer": (LENGTH, SHARES)}
-"""Epochs of the first model and shares of the links of the whole family's chains. The last one has one seed."""
+CHAINS = {
+    "quarter": (SHORT, SHARES),
+    "quick": (LENGTH, QUICK),
+    "long start": (2 * LENGTH, QUICK),
+    "longer": (LENGTH, SHARES),
+}
+"""Epochs of the first model and shares of the links of the whole family's chains. The last two have one seed."""
 
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
@@ -288,6 +293,8 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield from (rates.baseline(model, SHORT) for model in MEMBERS[2:])
     for kind, model in itertools.product(KINDS, MEMBERS[1:]):
         yield from rates.trials(model, kind)
+    # As many epochs of links as in the first chain, after a first model that trains for longer: it costs little.
+    yield from rates.chain(rates.baseline("a", CHAINS["long start"][0]), MEMBERS, QUICK)
     yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from (rates.link("b", epochs, first) for epochs in LINKS)
 

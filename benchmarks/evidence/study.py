@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from benchmarks.evidence.pieces import ALL, LENGTHS, LR, SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
-from benchmarks.evidence.statistics import Difference, Length, difference, equal_length, equal_lengths, interval_of
+from benchmarks.evidence.statistics import (
+    DRAWS,
+    Difference,
+    Length,
+    difference,
+    equal_length,
+    equal_lengths,
+    interval_of,
+)
 from compt.evaluate.encoder import load_arrays
 
 REPORT, UNSEEN, RETRIEVAL = "test_style", "unseen_concepts", "retrieval"
@@ -108,14 +116,17 @@ class Study:
         More seeds have fewer lengths: the most seeds with lengths below and above count.
         """
         for count in range(len(items), 0, -1):
-            own, lengths, means = self._by_length(items, {item["seed"] for item in items[:count]})
+            seeds = {item["seed"] for item in items[:count]}
+            own, lengths, means = self._by_length(items, seeds, seeds)
             found = equal_length(own, lengths, means, self.labels[REPORT], count) if len(lengths) > 1 else None
             if found:
                 return found
         return None
 
-    def _by_length(self, items: Iterable[Record], seeds: AbstractSet[int]) -> ByLength:
-        """By image, the shares of `seeds` that are right: of `items`, and of the baselines by length."""
+    def _by_length(
+        self, items: Iterable[Record], seeds: AbstractSet[int], needed: AbstractSet[int] = frozenset()
+    ) -> ByLength:
+        """By image, the shares of `seeds` that are right: of `items`, and of baselines that have one, and `needed`."""
 
         def mean(found: Iterable[Record]) -> NDArray[np.float64]:
             rows = np.array([item["correct"][REPORT] for item in found if item["seed"] in seeds], dtype=np.float64)
@@ -123,35 +134,46 @@ class Study:
 
         items = list(items)
         by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
-        lengths = [epochs for epochs, found in by_length.items() if seeds <= {item["seed"] for item in found}]
+        found = {epochs: seeds & {item["seed"] for item in found} for epochs, found in by_length.items()}
+        lengths = [epochs for epochs, known in found.items() if known and needed <= known]
         return mean(items), list(lengths), [mean(by_length[epochs]) for epochs in lengths]
 
-    def saving(self, chain: Sequence[Sequence[Record]], kind: Kind) -> Saving | None:
+    def saving(self, chain: Sequence[Sequence[Record]], kind: Kind, last: bool = False) -> Saving | None:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.
 
-        A member that is below its shortest baseline counts nothing, and one above its longest counts as that: the
-        saving is never overstated. None if a member is missing in all seeds, or a cost is not known.
+        With `last`, only what the last member costs alone, over the whole chain. A member that is below its shortest
+        baseline counts nothing, and one above its longest counts as that: the saving is never overstated. None if a
+        member is missing in all seeds, or a cost is not known.
         """
         seeds = set.intersection(*({item["seed"] for item in items} for items in chain)) if all(chain) else set()
-        if not seeds or any(self.cost(items[0], kind) is None for items in chain):
+        costs = (
+            cost
+            for items in chain
+            for cost in (self.cost(items[0], kind), self.cost_of_epochs(items[0]["model"], 1, kind))
+        )
+        if not seeds or None in costs:
             return None
-        draws = self._saving(chain, seeds, kind)
-        by_seed = [float(self._saving(chain, {seed}, kind)[0]) for seed in sorted(seeds)]
+        draws = self._saving(chain, seeds, kind, last)
+        by_seed = [float(self._saving(chain, {seed}, kind, last)[0]) for seed in sorted(seeds)]
         return Saving(float(draws[0]), *interval_of(draws[1:]), by_seed)
 
-    def _saving(self, chain: Sequence[Sequence[Record]], seeds: AbstractSet[int], kind: Kind) -> NDArray[np.float64]:
-        paid, alone = 0.0, np.zeros(1)
+    def _saving(
+        self, chain: Sequence[Sequence[Record]], seeds: AbstractSet[int], kind: Kind, last: bool
+    ) -> NDArray[np.float64]:
+        paid, alone = 0.0, np.zeros(1 + DRAWS)
         for items in chain:
             cost = self.cost(items[0], kind) or 0.0
             paid += cost
+            if last and items is not chain[-1]:
+                continue
             if items[0]["teacher"] is None:
                 alone = alone + cost  # It is a baseline itself.
             else:
                 own, lengths, means = self._by_length(items, seeds)
-                epochs = equal_lengths(own, lengths, means, self.labels[REPORT]) if lengths else np.zeros(1)
-                alone = alone + (self.cost_of_epochs(items[0]["model"], 1, kind) or 0.0) * np.minimum(
-                    epochs, max(lengths, default=0)
-                )
+                if not lengths:
+                    continue
+                epochs = np.minimum(equal_lengths(own, lengths, means, self.labels[REPORT]), lengths[-1])
+                alone = alone + (self.cost_of_epochs(items[0]["model"], 1, kind) or 0.0) * epochs
         return alone / paid
 
     def cost(self, item: Record, kind: Kind) -> float | None:

@@ -166,6 +166,15 @@ def test_the_family_s_saving_is_at_equal_accuracy(raw: Path) -> None:
     assert found.ratio == pytest.approx(alone / paid, rel=0.01)
     assert found.low < found.ratio < found.high
     assert found.by_seed == [found.ratio]
+    last = Study(raw).saving([Study(raw).find(arm.pieces) for arm in chain], "macs", last=True)
+    assert last is not None
+    assert last.ratio == pytest.approx(macs_of(Piece("d", 20 * 2**0.5)) / paid, rel=0.01)
+    rows = {row[0]: row for row in family.savings_of_chains(Study(raw)).rows}
+    # a of 40 epochs is as good as each other baseline of 40.
+    control = cells(family.savings_of_chains(Study(raw)), list(rows).index("a(40), expanded exactly and not trained"))
+    each = [macs_of(Piece(model, 40)) for model in MEMBERS]
+    assert control["MACs x [95 %]"].startswith(f"{sum(each) / each[0]:.2f} [")
+    assert (control["mean, %"], control["d, %"]) == ("30.00", "30.00")
     assert Study(raw).saving([Study(raw).find(arm.pieces) for arm in chain], "seconds") is None, "no speeds"
     put_arm(raw, chain[3], 40.0, seeds=1)
     assert find().ratio == pytest.approx((alone + macs_of(Piece("d", 320 - 20 * 2**0.5))) / paid, rel=0.01)  # type: ignore[union-attr]
