@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,6 +35,7 @@ EQUAL = (
 )
 KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
+TICKS = (0.3, 1, 3, 10, 30, 100)
 
 
 def family_tables(study: Study, epochs: float = SHORT, shares: Sequence[float] = SHARES) -> list[TextTable]:
@@ -264,26 +266,26 @@ def draw_savings(study: Study, axis: Axes) -> None:
 
 
 def draw_family(study: Study, axis: Axes) -> None:
-    """The mean accuracy of the four models against the MACs of training them, each alone and as chains."""
-    points = [
-        (f"{epochs:g} epochs", *point)
-        for epochs in LENGTHS
-        if (point := _mean_point(study, [study.baselines(model, epochs) for model in MEMBERS]))
-    ]
-    if points:
-        macs, means = zip(*(point for _, *point in points), strict=True)
-        axis.plot(macs, means, "o-", color=COLOUR["alone"], label="each model alone")
-        for name, at, mean in points:
-            axis.annotate(name, (at, mean), (6, -12), textcoords="offset points", color=COLOUR["muted"])
-    for marker, (epochs, shares) in zip("D^vs", CHAINS.values(), strict=True):
+    """The accuracy of each model alone against the MACs of its training, and of chains against theirs so far."""
+    for colour, model in zip(SERIES, MEMBERS, strict=False):
+        found = [items for epochs in LENGTHS if (items := study.baselines(model, epochs))]
+        if found:
+            means = [study.accuracy(items, REPORT) or 0.0 for items in found]
+            macs = [items[0]["macs"] / 1e12 for items in found]
+            axis.plot(macs, means, "o-", color=colour, markersize=4, label=f"{model} alone")
+    for style, (epochs, shares) in zip(("D-", "^--", "s:", "v-."), CHAINS.values(), strict=True):
         chain = family_arms(study.rates, shares=shares, epochs=epochs)
-        if point := _mean_point(study, [study.find(arm.pieces) for arm in chain]):
-            label = f"chain: a for {epochs:g} epochs, links of 1/{shares[0]} to 1/{shares[-1]}"
-            axis.plot(*point, marker, color=COLOUR["chain"], markersize=8, label=label)
+        members = [study.find(arm.pieces) for arm in chain]
+        if all(members):
+            macs = list(itertools.accumulate(items[0]["macs"] / 1e12 for items in members))
+            means = [study.accuracy(items, REPORT) or 0.0 for items in members]
+            axis.plot(macs, means, style, color=COLOUR["ink"], markersize=6, linewidth=1, label=chain[-1].name)
     axis.set_xscale("log")
-    axis.set(xlabel="MACs of training a, b, c and d, T", ylabel="their mean top-1 on the test sets, %")
+    axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axis.minorticks_off()
+    axis.set(xlabel="MACs of training so far, T", ylabel="top-1 on the test sets, %")
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="lower right")
+        axis.legend(loc="lower right", fontsize="small")
 
 
 def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float] | None:

@@ -19,7 +19,7 @@ from benchmarks.evidence.family import (
     family_tables,
     savings_of_chains,
 )
-from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT, family_arms
+from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -119,12 +119,6 @@ def _curves(study: Study, axis: Axes) -> None:
         if lengths:
             values = [study.accuracy(study.baselines(model, epochs), REPORT) or 0.0 for epochs in lengths]
             axis.plot(lengths, values, "o-", color=colour, label=f"{model}, from scratch")
-        arms = (arm for chain in CHAINS.values() for arm in family_arms(study.rates, epochs=chain[0], shares=chain[1]))
-        found = (study.find(arm.pieces) for arm in arms if arm.pieces[0].model == model and arm.pieces[0].teacher)
-        chosen = [items for items in found if items]
-        if chosen:
-            values = [study.accuracy(items, REPORT) or 0.0 for items in chosen]
-            axis.plot([items[0]["epochs"] for items in chosen], values, "x", color=colour, label=f"{model}, in a chain")
     axis.set_xscale("log")
     axis.set_xticks(LENGTHS, [f"{epochs:g}" for epochs in LENGTHS])
     axis.set(xlabel="epochs of a complete schedule", ylabel="top-1 on the test sets, %")
@@ -146,7 +140,7 @@ def files(study: Study) -> dict[str, str]:
         "\n".join(f"- {claim.sentence}" for claim in judged),
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
-        "![Mean accuracy of the family against the MACs of its training](family.svg)",
+        "![Accuracy against the MACs of training: each model alone, and chains](family.svg)",
         *_shown(*(table for chain in CHAINS.values() for table in family_tables(study, *chain))),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",

@@ -363,7 +363,7 @@ def test_results_are_collected_and_reported(tmp_path: Path) -> None:
     values: dict[str, Any] = json.loads(path.read_text())
     values["scores"][REPORT]["top1"] = 21.0
     write_json(path, values)
-    assert report.changed(tmp_path, raw) == ["tables.md", "lengths.svg"]
+    assert report.changed(tmp_path, raw) == ["tables.md", "family.svg", "lengths.svg"]
     finished(runs, Piece("a", 40), 20, [*range(100)])
     with pytest.raises(RunError, match="has other images than the pieces before"):
         run.collect(Piece("a", 40), runs, raw)

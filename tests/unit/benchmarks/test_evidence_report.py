@@ -207,18 +207,19 @@ def test_equal_accuracy_takes_the_seeds_that_have_baselines_around(raw: Path) ->
     assert span(three).endswith("], 3 seeds")
 
 
-def test_the_family_is_drawn_by_its_mean_accuracy(raw: Path) -> None:
+def test_chains_are_drawn_at_their_cost_so_far(raw: Path) -> None:
     put_baselines(raw)
     for arm, top1 in zip(family_arms(RATES), (30.0, 29.0, 28.0, 27.0), strict=True):
-        put_arm(raw, arm, top1)
+        put_arm(raw, arm, top1, seeds=1)
     study, axis = Study(raw), Figure().add_subplot()
     family.draw_family(study, axis)
-    alone, chain = axis.get_lines()
-    costs = [macs_of(piece) / 1e12 for piece in family_arms(RATES)[-1].pieces[0].chain]
-    # Links of three seeds: 0, 0.05 and 0.1 points more.
-    assert chain.get_xydata()[0] == pytest.approx([sum(costs), (30 + 29.05 + 28.05 + 27.05) / 4], abs=0.03)
-    assert list(alone.get_ydata()) == pytest.approx([22, 27, 30, 30.5, 30.8, 31], abs=0.03)
-    assert alone.get_xdata()[2] == pytest.approx(sum(macs_of(Piece(model, 40)) for model in MEMBERS) / 1e12)
+    *alone, chain = axis.get_lines()
+    macs = [macs_of(piece) / 1e12 for piece in family_arms(RATES)[-1].pieces[0].chain]
+    assert list(chain.get_xdata()) == pytest.approx(list(itertools.accumulate(macs)))
+    assert list(chain.get_ydata()) == pytest.approx([30, 29, 28, 27])
+    assert [line.get_label() for line in alone] == ["a alone", "b alone", "c alone", "d alone"]
+    assert list(alone[3].get_ydata()) == pytest.approx([22, 27, 30, 30.5, 30.8, 31], abs=0.02)
+    assert alone[3].get_xdata()[2] == pytest.approx(macs_of(Piece("d", 40)) / 1e12)
 
 
 def test_without_results_all_is_missing(raw: Path) -> None:
