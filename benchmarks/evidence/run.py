@@ -48,13 +48,15 @@ def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: 
     started = time.monotonic()
     RUNS.mkdir(parents=True, exist_ok=True)
     speeds = read_speeds()
-    others: set[str] = set()
+    others: dict[str, str] = {}
+    """The lock that another process holds, by piece: that of the piece, or of a teacher that it trains again."""
     # Again after each piece: its results may settle a rate, and with it what the next pieces are.
     while left := [piece for piece in planned() if not is_done(piece)]:
         piece = next((one for one in left if one.name not in others), None)
         if piece is None:
-            say(f"{left[0].name}: waits for the process that has it")
-            with FileLock(RUNS / f"{left[0].name}.lock"):
+            lock = Path(others[left[0].name])
+            say(f"{lock.stem}: waits for the process that has it")
+            with FileLock(lock):
                 others.clear()
             continue
         minutes = idle_minutes(piece, speeds)
@@ -67,14 +69,17 @@ def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: 
                     train(piece)
                     collect(piece)
             others.clear()
-        except Timeout:
-            others.add(piece.name)
+        except Timeout as error:
+            others[piece.name] = error.lock_file
 
 
 def train(piece: Piece) -> None:
-    """Train the piece, or continue; first its teacher, if only its results are there and not its model."""
+    """Train the piece, or continue; first its teacher, if only its results are there and not its model.
+
+    Raises Timeout if another process has the teacher.
+    """
     if piece.teacher is not None and not piece.teacher.model_folder(RUNS).exists():
-        with FileLock(RUNS / f"{piece.teacher.name}.lock"):
+        with FileLock(RUNS / f"{piece.teacher.name}.lock", timeout=0):
             train(piece.teacher)
     recipe = piece.recipe(Path.cwd() / RUNS)
     path = RUNS / f"{piece.name}.yaml"

@@ -43,6 +43,7 @@ from compt.files import write_json
 from compt.models.clip import build
 from compt.models.init import DrawnState
 from compt.plan.jobs import make_plan
+from compt.recipe.read import load_recipe
 from compt.weights.artefact import read_artefact
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards
@@ -226,6 +227,41 @@ def test_a_link_without_distillation_costs_no_teacher(root: Path, monkeypatch: p
     monkeypatch.chdir(root)
     first = Piece("a", 80)
     assert macs_of(Piece("b", 20, 0, first, alpha=0.0)) == macs_of(Piece("b", 20)) < macs_of(Piece("b", 20, 0, first))
+
+
+def test_a_piece_waits_for_its_teacher_and_others_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process trains the teacher again: the next piece is taken first."""
+    monkeypatch.chdir(tmp_path)
+    teacher = Piece("a", 5)
+    planned = [Piece("b", 1, 0, teacher), Piece("b", 2)]
+    order: list[str] = []
+    said: list[str] = []
+
+    def other_process() -> None:
+        with FileLock(run.RUNS / f"{teacher.name}.lock"):
+            held.set()
+            while order != [planned[1].name]:
+                time.sleep(0.01)
+            time.sleep(0.3)
+            teacher.model_folder(run.RUNS).mkdir(parents=True)
+
+    def app(words: list[str], standalone_mode: bool) -> None:
+        order.append(Path(words[1]).stem)
+
+    monkeypatch.setattr(run, "app", app)
+    monkeypatch.setattr(Piece, "recipe", lambda piece, runs: load_recipe(root_recipe, []))
+    monkeypatch.setattr(run, "collect", lambda piece: None)
+    monkeypatch.setattr(run, "is_done", lambda piece: piece.name in order)
+    root_recipe = Path(__file__).parents[3] / "benchmarks" / "evidence" / "icons.yaml"
+    run.RUNS.mkdir(parents=True)
+    held = threading.Event()
+    other = threading.Thread(target=other_process)
+    other.start()
+    held.wait()
+    run.run(lambda: planned, None, said.append)
+    other.join()
+    assert order == [planned[1].name, planned[0].name]
+    assert said == ["a-e5-s0: waits for the process that has it"]
 
 
 # Statistics
