@@ -165,6 +165,7 @@ def test_processes_share_pieces_and_wait_for_each_other(tmp_path: Path, monkeypa
     monkeypatch.setattr(run, "train", train)
     monkeypatch.setattr(run, "collect", lambda piece: done.add(piece.name))
     monkeypatch.setattr(run, "is_done", lambda piece: piece.name in done)
+    monkeypatch.setattr(run, "idle_minutes", lambda piece, speeds: 1.0)
     run.RUNS.mkdir(parents=True)
     held, release = threading.Event(), threading.Event()
     other = threading.Thread(target=first_process)
@@ -252,6 +253,7 @@ def test_a_piece_waits_for_its_teacher_and_others_do_not(tmp_path: Path, monkeyp
     monkeypatch.setattr(Piece, "recipe", lambda piece, runs: load_recipe(root_recipe, []))
     monkeypatch.setattr(run, "collect", lambda piece: None)
     monkeypatch.setattr(run, "is_done", lambda piece: piece.name in order)
+    monkeypatch.setattr(run, "idle_minutes", lambda piece, speeds: 1.0)
     root_recipe = Path(__file__).parents[3] / "benchmarks" / "evidence" / "icons.yaml"
     run.RUNS.mkdir(parents=True)
     held = threading.Event()
