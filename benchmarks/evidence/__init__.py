@@ -1,1 +1,1 @@
-"""Evidence for the paper's claims, on icons: baselines on their plateau, links, whole chains, seeds."""
+"""The evidence study: what a chain saves on real data, and where it does not. `python -m benchmarks.evidence`."""

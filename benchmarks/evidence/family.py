@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -13,19 +13,19 @@ from matplotlib.axes import Axes
 from benchmarks.common import COLOUR, SERIES, number
 from benchmarks.evidence.pieces import (
     CHAINS,
+    FIRST,
     LENGTH,
     LENGTHS,
     LINK_RATES,
     LINKS,
     MEMBERS,
-    SHARES,
-    SHORT,
     Arm,
+    Design,
     Piece,
     family_arms,
 )
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
-from benchmarks.evidence.study import REPORT, UNSEEN, Kind, Record, Study, interval, span, times
+from benchmarks.evidence.study import COSTS, REPORT, UNSEEN, Cost, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
 
@@ -33,18 +33,14 @@ EQUAL = (
     "Equal accuracy: the length of a baseline that is as accurate on the test sets, between measured lengths by their "
     "logarithm; ? where it lies outside of them. Intervals are over concepts alone."
 )
-KINDS: tuple[Kind, ...] = ("macs", "seconds")
 MISSING = "missing"
 TICKS = (0.3, 1, 3, 10, 30, 100)
 
 
-def family_tables(study: Study, epochs: float = SHORT, shares: Sequence[float] = SHARES) -> list[TextTable]:
-    """Each member of the chain against its own baseline: accuracy, and what the chain saves up to it.
-
-    `epochs` of the first model, and of the baselines; `shares` of the links.
-    """
-    chain = family_arms(study.rates, shares=shares, epochs=epochs)
-    name = f"a of {epochs:g} epochs, links of {', '.join(f'1/{share}' for share in shares)}"
+def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
+    """Each member of a chain against its own baseline of as many epochs as the first: accuracy, and savings so far."""
+    chain = family_arms(study.rates, design=design)
+    name = f"a of {design.epochs:g} epochs, links of {', '.join(f'1/{share:g}' for share in design.shares)}"
     header = ["chain", "epochs", "seeds", "top-1, %", "baseline's epochs", "points against it [95 %]"]
     header += [f"margin {MARGIN:g}", f"mean above -{LOSSLESS_POINTS:g}", "unseen concepts [95 %]"]
     note = f"The paper calls a model lossless if it is at most {LOSSLESS_POINTS:g} points below, without an interval."
@@ -114,7 +110,7 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
         ("equal", equal.epochs if equal else None, span(equal)),
     ):
         cells.append(shown)
-        for kind in KINDS:
+        for kind in COSTS:
             baseline = None if epochs is None else study.cost_of_epochs(model, epochs, kind)
             cells += sums.add(f"{kind}, {name}", baseline, study.cost(items[0], kind) if items else None)
     return cells
@@ -131,10 +127,10 @@ def common(items: list[Record], others: list[Record]) -> tuple[list[Record], lis
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
-    for epochs, shares in CHAINS.values():
-        chain = family_arms(study.rates, shares=shares, epochs=epochs)
+    for design in CHAINS:
+        chain = family_arms(study.rates, design=design)
         rows.append(_saved(study, chain[-1].name, [study.find(arm.pieces) for arm in chain]))
-    for epochs in dict.fromkeys(epochs for epochs, _ in CHAINS.values()):
+    for epochs in dict.fromkeys(design.epochs for design in CHAINS):
         first = study.baselines("a", epochs)
         # An exact expansion has the function of a, so it answers as a does.
         grown = {"teacher": "a", "alpha": 0.0, "macs": 0.0, "steps": 0}
@@ -153,18 +149,20 @@ def savings_of_chains(study: Study) -> TextTable:
 
 
 def _saved(study: Study, name: str, members: list[list[Record]]) -> list[str]:
-    family = [study.saving(members, kind) for kind in KINDS]
-    last = [study.saving(members, kind, last=True) for kind in KINDS]
+    seeds = set.intersection(*({item["seed"] for item in items} for items in members))
+    members = [[item for item in items if item["seed"] in seeds] for items in members]
+    family = [study.saving(members, kind) for kind in COSTS]
+    last = [study.saving(members, kind, last=True) for kind in COSTS]
     macs, *others = (f"{one.ratio:.2f} [{one.low:.2f}, {one.high:.2f}]" if one else "-" for one in (*family, *last))
-    by_seed = family[0].by_seed if family[0] else []
-    point = _mean_point(study, members)
-    means = [number(point and point[1], 2), number(study.accuracy(members[-1], REPORT), 2)]
-    return [name, str(len(by_seed)), *means, macs, ", ".join(f"{one:.2f}" for one in by_seed) or "-", *others]
+    by_seed = ", ".join(f"{one:.2f}" for one in family[0].by_seed) if family[0] else "-"
+    means = [study.accuracy(items, REPORT) for items in members]
+    mean = float(np.mean([one for one in means if one is not None])) if seeds else None
+    return [name, str(len(seeds)), number(mean, 2), number(means[-1], 2), macs, by_seed, *others]
 
 
-def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) -> list[tuple[float, Difference]]:
+def lengths_of_links(study: Study, lr: float) -> list[tuple[float, Difference]]:
     """Length and difference of the links from a to b to b's baseline, of those that are measured."""
-    firsts = family_arms(study.rates, MEMBERS[:1], epochs=LENGTH)[0].pieces
+    firsts = family_arms(study.rates, MEMBERS[:1], FIRST._replace(epochs=LENGTH))[0].pieces
     found = (
         (
             epochs,
@@ -173,7 +171,7 @@ def lengths_of_links(study: Study, lr: float, lengths: Iterable[float] = LINKS) 
                 study.baselines("b", LENGTH),
             ),
         )
-        for epochs in lengths
+        for epochs in LINKS
     )
     return [(epochs, one) for epochs, one in found if one is not None]
 
@@ -211,7 +209,7 @@ def savings_by_length(study: Study) -> TextTable:
         cells = [f"{first.epochs:g}", f"{arm.pieces[0].epochs:g}", str(len(items))]
         cells += [number(study.accuracy(found, REPORT), 2) for found in (teachers, items, baseline)]
         cells += [interval(study.compare(items, baseline)), span(equal)]
-        for kind in KINDS:
+        for kind in COSTS:
             saved = [
                 _savings(study, first, items, equal.epochs, kind, whole) if equal else None for whole in (False, True)
             ]
@@ -226,12 +224,12 @@ def savings_by_length(study: Study) -> TextTable:
 def _quarters(study: Study) -> Iterable[tuple[Piece, Arm]]:
     """The first model and the link of each length that is measured."""
     for epochs in LENGTHS:
-        first, arm = family_arms(study.rates, MEMBERS[:2], epochs=epochs)
+        first, arm = family_arms(study.rates, MEMBERS[:2], FIRST._replace(epochs=epochs))
         if study.find(arm.pieces):
             yield first.pieces[0], arm
 
 
-def _savings(study: Study, first: Piece, items: list[Record], epochs: float, kind: Kind, whole: bool) -> float | None:
+def _savings(study: Study, first: Piece, items: list[Record], epochs: float, kind: Cost, whole: bool) -> float | None:
     """How many times a baseline of `epochs` costs as much as the link; `whole`: with a on both sides."""
     a = study.cost_of_epochs("a", first.epochs, kind)
     b, link = study.cost_of_epochs("b", epochs, kind), study.cost(items[0], kind)
@@ -273,8 +271,8 @@ def draw_family(study: Study, axis: Axes) -> None:
             means = [study.accuracy(items, REPORT) or 0.0 for items in found]
             macs = [items[0]["macs"] / 1e12 for items in found]
             axis.plot(macs, means, "o-", color=colour, markersize=4, label=f"{model} alone")
-    for style, (epochs, shares) in zip(("D-", "^--", "s:", "v-."), CHAINS.values(), strict=True):
-        chain = family_arms(study.rates, shares=shares, epochs=epochs)
+    for style, design in zip(("D-", "^--", "s:", "v-."), CHAINS, strict=True):
+        chain = family_arms(study.rates, design=design)
         members = [study.find(arm.pieces) for arm in chain]
         if all(members):
             macs = list(itertools.accumulate(items[0]["macs"] / 1e12 for items in members))
@@ -286,14 +284,3 @@ def draw_family(study: Study, axis: Axes) -> None:
     axis.set(xlabel="MACs of training so far, T", ylabel="top-1 on the test sets, %")
     if axis.get_legend_handles_labels()[0]:
         axis.legend(loc="lower right", fontsize="small")
-
-
-def _mean_point(study: Study, members: list[list[Record]]) -> tuple[float, float] | None:
-    """MACs in T of training all, and the mean of their accuracies over the seeds that all have; None without one."""
-    if not all(members):
-        return None
-    seeds = set.intersection(*({item["seed"] for item in items} for items in members))
-    if not seeds:
-        return None
-    means = [study.accuracy([item for item in items if item["seed"] in seeds], REPORT) or 0.0 for items in members]
-    return sum(items[0]["macs"] for items in members) / 1e12, float(np.mean(means))

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from compt.plan.jobs import make_plan
 from compt.recipe.read import load_recipe, parse_recipe
@@ -36,7 +36,7 @@ LENGTHS = (10, 20, 40, 80, 160, 320)
 """Epochs of the baselines: complete schedules, each twice as long as the last."""
 SHORT, LENGTH = LENGTHS[2:4]
 """Epochs of the first model: of the whole family's chain, and of the pair's a → b. Baselines have as many."""
-LENGTHS_OF_EQUAL = LENGTHS[1:3]
+LENGTHS_OF_EQUAL = LENGTHS[:3]
 """Epochs of the baselines with all seeds. Members of the family's chain should lie between them."""
 
 RATES = {
@@ -60,7 +60,7 @@ LR = RATES["a"][0]
 RATED = LENGTHS[1]
 """Epochs of the baselines by which rates are chosen. A link's rate is chosen in the chain from a of SHORT epochs."""
 SELECT = "val_style"
-"""The evaluation set by which rates are chosen, and lengths of equal accuracy are found."""
+"""The evaluation set by which rates are chosen."""
 
 LINKS = (5, 10, 20, 40)
 """Epochs of the links from a to b, after a of LENGTH epochs."""
@@ -72,13 +72,23 @@ QUICK = (16, 20, 24)
 """The shares of a chain of short links, from a first model of LENGTH epochs: close to their teachers' accuracy, they
 save the most against baselines of equal accuracy."""
 
-CHAINS = {
-    "quarter": (SHORT, SHARES),
-    "quick": (LENGTH, QUICK),
-    "long start": (2 * LENGTH, QUICK),
-    "longer": (LENGTH, SHARES),
-}
-"""Epochs of the first model and shares of the links of the whole family's chains. The last two have one seed."""
+
+class Design(NamedTuple):
+    """A chain of the family: the first model's epochs, the parts of them that links train for, and their rates."""
+
+    epochs: float
+    shares: tuple[float, ...]
+    kind: Kind
+
+
+FIRST = Design(SHORT, SHARES, "quarter")
+CHAINS = (
+    FIRST,
+    Design(LENGTH, QUICK, "quick"),
+    Design(2 * LENGTH, QUICK, "quick"),
+    Design(LENGTH, SHARES, "quarter"),
+)
+"""The chains of the whole family. The last two have one seed."""
 
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
@@ -86,13 +96,13 @@ LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 paper. So a family of 7 saves more than one of 3, if its last model is as good all the same."""
 
 ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
-"""Weights of distillation. r = IFD / task is about 0.05 with the paper's 500; the others aim at 0.1, 0.3 and 1."""
+"""Weights of distillation. r = IFD / task is 0.05 to 0.08 with the paper's 500; the others aim at 0.1, 0.3, 1."""
 
 OPERATORS = ("insert", "net2net", "insert_exact", "netexpand")
 """Width operators: the method's own, copies, new channels that are silent at first, orthonormal new rows."""
 
 EQUAL_MACS, EQUAL_TIME, EQUAL_PAIR = 13, 15.7, 45.7
-"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole short chain from a to d; and of
+"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole first chain from a to d; and of
 model b that cost the MACs of a of LENGTH epochs and a link of a quarter."""
 
 
@@ -207,17 +217,19 @@ class Rates:
         lr = _of(model, getattr(self, kind)) or _of(model, LINK_RATES[kind])[0]
         return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50)
 
-    def chain(self, first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES) -> Iterator[Piece]:
+    def chain(
+        self, first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES, kind: Kind = "quarter"
+    ) -> Iterator[Piece]:
         """The links of a chain. `shares` are those of the first model's length, one for each link."""
         model = first
         for name, share in zip(members[1:], shares, strict=False):
-            model = self.link(name, round(first.epochs / share), model, "quick" if shares == QUICK else "quarter")
+            model = self.link(name, round(first.epochs / share), model, kind)
             yield model
 
     def trials(self, model: str, kind: Kind = "quarter") -> list[Piece]:
         """The links by which the rate of the model's links is chosen: of the chain that has been chosen so far."""
-        epochs, shares = CHAINS[kind]
-        one = list(self.chain(self.baseline("a", epochs), MEMBERS, shares))[MEMBERS.index(model) - 1]
+        design = next(design for design in CHAINS if design.kind == kind)
+        one = family_arms(self, design=design)[MEMBERS.index(model)].pieces[0]
         return [replace(one, lr=lr) for lr in LINK_RATES[kind][model]]
 
     def settled(self, piece: Piece) -> bool:
@@ -294,7 +306,7 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     for kind, model in itertools.product(KINDS, MEMBERS[1:]):
         yield from rates.trials(model, kind)
     # As many epochs of links as in the first chain, after a first model that trains for longer: it costs little.
-    yield from rates.chain(rates.baseline("a", CHAINS["long start"][0]), MEMBERS, QUICK)
+    yield family_arms(rates, design=CHAINS[2])[-1].pieces[0]
     yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from (rates.link("b", epochs, first) for epochs in LINKS)
 
@@ -318,7 +330,7 @@ def _last(rates: Rates) -> Iterator[Piece]:
         replace(one, alpha=0.0),
         replace(one, teacher=rates.baseline("a", 2 * LENGTH)),
     )
-    yield from rates.chain(first, MEMBERS)
+    yield family_arms(rates, design=CHAINS[3])[-1].pieces[0]
     yield from (rates.baseline(model, LENGTH) for model in MEMBERS[2:])
 
 
@@ -330,12 +342,10 @@ class Arm:
     pieces: tuple[Piece, ...]
 
 
-def family_arms(
-    rates: Rates, members: Sequence[str] = MEMBERS, shares: Sequence[float] = SHARES, epochs: float = SHORT
-) -> list[Arm]:
-    """The members of a chain, the smallest first, which trains for `epochs`."""
-    firsts = [rates.baseline(members[0], epochs, seed) for seed in SEEDS]
-    by_seed = [(first, *rates.chain(first, members, shares)) for first in firsts]
+def family_arms(rates: Rates, members: Sequence[str] = MEMBERS, design: Design = FIRST) -> list[Arm]:
+    """The members of a chain, the smallest first."""
+    firsts = [rates.baseline(members[0], design.epochs, seed) for seed in SEEDS]
+    by_seed = [(first, *rates.chain(first, members, design.shares, design.kind)) for first in firsts]
     return [Arm(chain_name(found[0]), found) for found in zip(*by_seed, strict=True)]
 
 
@@ -344,16 +354,16 @@ def chain_name(piece: Piece) -> str:
     return " → ".join(f"{one.model}({one.epochs:g})" for one in piece.chain)
 
 
-def shares_of(count: int) -> list[float]:
+def shares_of(count: int) -> tuple[float, ...]:
     """The shares of a chain of `count` members: in equal steps from the first of SHARES to that of LAST_SHARES."""
     first, last = SHARES[0], LAST_SHARES[count]
-    return [first + (last - first) * at / (count - 2) for at in range(count - 1)]
+    return tuple(first + (last - first) * at / (count - 2) for at in range(count - 1))
 
 
 def arms(rates: Rates) -> dict[str, list[Arm]]:
     """What each claim compares, by its letter in `benchmarks.evidence.claims`, in order of worth.
 
-    Claims (f), (g), (h) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the short chain.
+    Claims (f), (g), (h) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the first chain.
     """
 
     def alone(model: str, epochs: float) -> Arm:
@@ -381,7 +391,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         ],
         "a": [
             *whole,
-            *family_arms(rates, shares=QUICK, epochs=LENGTH),
+            *family_arms(rates, design=CHAINS[1]),
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
@@ -389,7 +399,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             arm
             for epochs in LENGTHS[1:4]
             for arm in (
-                replace(family_arms(rates, "ab", epochs=epochs)[1], name=f"{epochs:g} epochs"),
+                replace(family_arms(rates, "ab", FIRST._replace(epochs=epochs))[1], name=f"{epochs:g} epochs"),
                 alone("b", epochs),
             )
         ],
@@ -402,7 +412,10 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             for alpha in ALPHAS
         ],
         "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
-        "b": [family_arms(rates, MEMBERS[at:], SHARES[at:])[-1] for at in (2, 1, 0)],
+        "b": [
+            *(family_arms(rates, MEMBERS[at:], FIRST._replace(shares=SHARES[at:]))[-1] for at in (2, 1, 0)),
+            alone("d", SHORT),
+        ],
         # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
         "d": [
             Arm(
@@ -412,7 +425,10 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))
             for at in teachers
         ],
-        "c": [family_arms(rates, members, shares_of(count))[-1] for count, members in sorted(families().items())],
+        "c": [
+            family_arms(rates, members, FIRST._replace(shares=shares_of(count)))[-1]
+            for count, members in sorted(families().items())
+        ],
     }
 
 

@@ -46,6 +46,10 @@ def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: 
     results of the others may settle a rate on which more pieces depend.
     """
     started = time.monotonic()
+
+    def since() -> float:
+        return time.monotonic() - started
+
     RUNS.mkdir(parents=True, exist_ok=True)
     speeds = read_speeds()
     others: dict[str, str] = {}
@@ -56,11 +60,14 @@ def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: 
         if piece is None:
             lock = Path(others[left[0].name])
             say(f"{lock.stem}: waits for the process that has it")
-            with FileLock(lock):
-                others.clear()
+            try:
+                with FileLock(lock, timeout=-1 if max_minutes is None else max(60 * max_minutes - since(), 0)):
+                    others.clear()
+            except Timeout:
+                return
             continue
         minutes = idle_minutes(piece, speeds)
-        if max_minutes is not None and minutes > (rest := max_minutes - (time.monotonic() - started) / 60):
+        if max_minutes is not None and minutes > (rest := max_minutes - since() / 60):
             say(f"{piece.name}: would take {minutes:.0f} minutes, {rest:.0f} are left")
             return
         try:

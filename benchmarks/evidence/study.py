@@ -32,8 +32,8 @@ FINGERPRINT = "8aad55b4c9c38d75e168469b1891012ee49bc9683342325b5e3d66e2e7ffdfce"
 """Of the training shards of `compt data icons`: with others, no result can be compared."""
 
 Record = dict[str, Any]
-Kind = Literal["macs", "seconds"]
-"""Of costs."""
+Cost = Literal["macs", "seconds"]
+COSTS: tuple[Cost, ...] = ("macs", "seconds")
 ByLength = tuple[NDArray[np.float64], list[float], list[NDArray[np.float64]]]
 
 
@@ -138,7 +138,7 @@ class Study:
         lengths = [epochs for epochs, known in found.items() if known and needed <= known]
         return mean(items), list(lengths), [mean(by_length[epochs]) for epochs in lengths]
 
-    def saving(self, chain: Sequence[Sequence[Record]], kind: Kind, last: bool = False) -> Saving | None:
+    def saving(self, chain: Sequence[Sequence[Record]], kind: Cost, last: bool = False) -> Saving | None:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.
 
         With `last`, only what the last member costs alone, over the whole chain. A member that is below its shortest
@@ -158,7 +158,7 @@ class Study:
         return Saving(float(draws[0]), *interval_of(draws[1:]), by_seed)
 
     def _saving(
-        self, chain: Sequence[Sequence[Record]], seeds: AbstractSet[int], kind: Kind, last: bool
+        self, chain: Sequence[Sequence[Record]], seeds: AbstractSet[int], kind: Cost, last: bool
     ) -> NDArray[np.float64]:
         paid, alone = 0.0, np.zeros(1 + DRAWS)
         for items in chain:
@@ -176,11 +176,11 @@ class Study:
                 alone = alone + (self.cost_of_epochs(items[0]["model"], 1, kind) or 0.0) * epochs
         return alone / paid
 
-    def cost(self, item: Record, kind: Kind) -> float | None:
+    def cost(self, item: Record, kind: Cost) -> float | None:
         """MACs or seconds of a training. Seeds cost the same."""
         return self.seconds(item) if kind == "seconds" else float(item["macs"])
 
-    def cost_of_epochs(self, model: str, epochs: float, kind: Kind) -> float | None:
+    def cost_of_epochs(self, model: str, epochs: float, kind: Cost) -> float | None:
         """The cost of a baseline of this length, from one that was measured."""
         found = self.baselines(model)
         cost = self.cost(found[0], kind) if found else None
