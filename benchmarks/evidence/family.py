@@ -179,7 +179,7 @@ def lengths_of_links(study: Study, lr: float) -> list[tuple[float, Difference]]:
 def draw_lengths_of_links(study: Study, axis: Axes) -> None:
     """The difference of b as a link of a to its baseline, against the link's length."""
     for colour, lr, shift in zip(
-        (*SERIES, COLOUR["muted"]), LINK_RATES["quarter"]["b"], (0.95, 0.97, 0.99, 1.01, 1.03, 1.05), strict=False
+        SERIES, LINK_RATES["quarter"]["b"], (0.95, 0.97, 0.99, 1.01, 1.03, 1.05), strict=False
     ):
         points = lengths_of_links(study, lr)
         if points:

@@ -58,7 +58,7 @@ LINK_RATES: dict[Kind, dict[str, tuple[float, ...]]] = {
 LR = RATES["a"][0]
 """The rate of pieces that name none."""
 RATED = LENGTHS[1]
-"""Epochs of the baselines by which rates are chosen. A link's rate is chosen in the chain from a of SHORT epochs."""
+"""Epochs of the baselines by which rates are chosen."""
 SELECT = "val_style"
 """The evaluation set by which rates are chosen."""
 
@@ -272,12 +272,22 @@ def once(found: Iterable[Piece]) -> Iterator[Piece]:
                 yield needed
 
 
+def baseline_trials(model: str) -> list[Piece]:
+    """The models from scratch by which the rate of the model's baselines is chosen."""
+    return [Piece(model, RATED, lr=lr) for lr in RATES[model]]
+
+
+def link_trials(rates: Rates) -> Iterator[Piece]:
+    """All links by which rates are chosen, chain by chain."""
+    for kind, model in itertools.product(KINDS, MEMBERS[1:]):
+        yield from rates.trials(model, kind)
+
+
 def trials(rates: Rates) -> Iterator[Piece]:
     """All trials that settle rates."""
     for model in MEMBERS:
-        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
-    for kind, model in itertools.product(KINDS, MEMBERS[1:]):
-        yield from rates.trials(model, kind)
+        yield from baseline_trials(model)
+    yield from link_trials(rates)
 
 
 def of_the_family(rates: Rates) -> Iterator[Piece]:
@@ -289,7 +299,7 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
         yield from (replace(rates.link("b", round(epochs / 4), Piece("a", epochs)), lr=lr) for lr in RATES["b"][:2])
     # The rates of baselines, and the pair: lengths of baselines, and links of several lengths.
     for model in MEMBERS[:2]:
-        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
+        yield from baseline_trials(model)
         yield from (rates.baseline(model, epochs) for epochs in LENGTHS[:5])
     # At the first rate too, which is another than b's own: what a rate for the whole family does to a comparison.
     yield from (Piece("b", epochs) for epochs in LENGTHS[3:5])
@@ -300,11 +310,10 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield from ladder()
     # The larger members: rates and lengths, and a chain from a short first model, link by link at its best rate.
     for model in MEMBERS[2:]:
-        yield from (Piece(model, RATED, lr=lr) for lr in RATES[model])
+        yield from baseline_trials(model)
     yield Piece("c", LENGTHS[0])
     yield from (rates.baseline(model, SHORT) for model in MEMBERS[2:])
-    for kind, model in itertools.product(KINDS, MEMBERS[1:]):
-        yield from rates.trials(model, kind)
+    yield from link_trials(rates)
     # As many epochs of links as in the first chain, after a first model that trains for longer: it costs little.
     yield family_arms(rates, design=CHAINS[2])[-1].pieces[0]
     yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])

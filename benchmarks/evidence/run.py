@@ -13,7 +13,18 @@ import yaml
 from filelock import FileLock, Timeout
 
 from benchmarks.common import rounded
-from benchmarks.evidence.pieces import ALL, KINDS, MEMBERS, OPERATORS, RATED, RATES, SELECT, Kind, Piece, Rates, pieces
+from benchmarks.evidence.pieces import (
+    ALL,
+    KINDS,
+    MEMBERS,
+    OPERATORS,
+    SELECT,
+    Kind,
+    Piece,
+    Rates,
+    baseline_trials,
+    pieces,
+)
 from benchmarks.evidence.speeds import idle_minutes, read_speeds
 from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
@@ -52,8 +63,8 @@ def run(planned: Callable[[], Iterable[Piece]], max_minutes: float | None, say: 
 
     RUNS.mkdir(parents=True, exist_ok=True)
     speeds = read_speeds()
+    # The lock that another process holds, by piece: that of the piece, or of a teacher that it trains again.
     others: dict[str, str] = {}
-    """The lock that another process holds, by piece: that of the piece, or of a teacher that it trains again."""
     # Again after each piece: its results may settle a rate, and with it what the next pieces are.
     while left := [piece for piece in planned() if not is_done(piece)]:
         piece = next((one for one in left if one.name not in others), None)
@@ -224,7 +235,7 @@ def own_rates(raw: Path = RAW) -> Rates:
             return None
         return max(tried, key=lambda piece: found[piece.name]["scores"][SELECT]["top1"]).lr
 
-    alone = {model: best([Piece(model, RATED, lr=lr) for lr in rates]) for model, rates in RATES.items()}
+    alone = {model: best(baseline_trials(model)) for model in MEMBERS}
     chosen: dict[Kind, dict[str, float]] = {kind: {} for kind in KINDS}
     rates = Rates({model: lr for model, lr in alone.items() if lr}, **chosen)
     for kind, found_so_far in chosen.items():

@@ -34,7 +34,7 @@ FINGERPRINT = "8aad55b4c9c38d75e168469b1891012ee49bc9683342325b5e3d66e2e7ffdfce"
 Record = dict[str, Any]
 Cost = Literal["macs", "seconds"]
 COSTS: tuple[Cost, ...] = ("macs", "seconds")
-ByLength = tuple[NDArray[np.float64], list[float], list[NDArray[np.float64]]]
+ByLength = tuple[NDArray[np.float64], list[int], list[NDArray[np.float64]]]
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Study:
         by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
         found = {epochs: seeds & {item["seed"] for item in found} for epochs, found in by_length.items()}
         lengths = [epochs for epochs, known in found.items() if known and needed <= known]
-        return mean(items), list(lengths), [mean(by_length[epochs]) for epochs in lengths]
+        return mean(items), lengths, [mean(by_length[epochs]) for epochs in lengths]
 
     def saving(self, chain: Sequence[Sequence[Record]], kind: Cost, last: bool = False) -> Saving | None:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.

@@ -34,7 +34,7 @@ from benchmarks.evidence.pieces import (
 )
 from benchmarks.evidence.run import SETS
 from benchmarks.evidence.statistics import Difference
-from benchmarks.evidence.study import REPORT, RETRIEVAL, UNSEEN, Study, mean_r, span
+from benchmarks.evidence.study import REPORT, RETRIEVAL, UNSEEN, Saving, Study, mean_r, span
 from compt.bench.step import Setup
 from compt.errors import RunError
 from compt.files import read_json, write_json
@@ -156,18 +156,21 @@ def test_the_family_s_saving_is_at_equal_accuracy(raw: Path) -> None:
     chain = family_arms(RATES)
     for arm in chain[1:]:
         put_arm(raw, arm, 28.5, seeds=1)
-    find = lambda: Study(raw).saving([Study(raw).find(arm.pieces) for arm in chain], "macs")
-    found = find()
-    assert found is not None
+
+    def saved(last: bool = False) -> Saving:
+        study = Study(raw)
+        found = study.saving([study.find(arm.pieces) for arm in chain], "macs", last)
+        assert found is not None
+        return found
+
+    found = saved()
     paid = sum(macs_of(piece) for piece in chain[-1].pieces[0].chain)
     # 28.5 lies halfway between 20 epochs and 40, by their logarithm.
     alone = macs_of(Piece("a", 40)) + sum(macs_of(Piece(model, 20 * 2**0.5)) for model in "bcd")
     assert found.ratio == pytest.approx(alone / paid, rel=0.01)
     assert found.low < found.ratio < found.high
     assert found.by_seed == [found.ratio]
-    last = Study(raw).saving([Study(raw).find(arm.pieces) for arm in chain], "macs", last=True)
-    assert last is not None
-    assert last.ratio == pytest.approx(macs_of(Piece("d", 20 * 2**0.5)) / paid, rel=0.01)
+    assert saved(last=True).ratio == pytest.approx(macs_of(Piece("d", 20 * 2**0.5)) / paid, rel=0.01)
     rows = {row[0]: row for row in family.savings_of_chains(Study(raw)).rows}
     # a of 40 epochs is as good as each other baseline of 40.
     control = cells(family.savings_of_chains(Study(raw)), list(rows).index("a(40), expanded exactly and not trained"))
@@ -176,17 +179,17 @@ def test_the_family_s_saving_is_at_equal_accuracy(raw: Path) -> None:
     assert (control["mean, %"], control["d, %"]) == ("30.00", "30.00")
     assert Study(raw).saving([Study(raw).find(arm.pieces) for arm in chain], "seconds") is None, "no speeds"
     put_arm(raw, chain[3], 40.0, seeds=1)
-    assert find().ratio == pytest.approx((alone + macs_of(Piece("d", 320 - 20 * 2**0.5))) / paid, rel=0.01)  # type: ignore[union-attr]
+    assert saved().ratio == pytest.approx((alone + macs_of(Piece("d", 320 - 20 * 2**0.5))) / paid, rel=0.01)
     put_arm(raw, chain[3], 5.0, seeds=1)
-    assert find().ratio == pytest.approx((alone - macs_of(Piece("d", 20 * 2**0.5))) / paid, rel=0.01)  # type: ignore[union-attr]
+    assert saved().ratio == pytest.approx((alone - macs_of(Piece("d", 20 * 2**0.5))) / paid, rel=0.01)
     for arm in chain[1:]:
         put_arm(raw, arm, 28.5)
-    assert len(find().by_seed) == 3  # type: ignore[union-attr]
+    assert len(saved().by_seed) == 3
     table = family.savings_of_chains(Study(raw))
     assert cells(table, 0)["seeds"] == "3"
-    assert cells(table, 0)["MACs x [95 %]"].startswith(f"{find().ratio:.2f} [")  # type: ignore[union-attr]
+    assert cells(table, 0)["MACs x [95 %]"].startswith(f"{saved().ratio:.2f} [")
     (raw / f"{chain[2].pieces[0].name}.json").unlink()
-    assert len(find().by_seed) == 2  # type: ignore[union-attr]
+    assert len(saved().by_seed) == 2
 
 
 def test_equal_accuracy_takes_the_seeds_that_have_baselines_around(raw: Path) -> None:
