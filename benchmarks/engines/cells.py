@@ -15,10 +15,10 @@ from compt.dist import collectives as dist
 from compt.engines.base import Engine, Precision
 from compt.models.clip import build
 from compt.models.presets import ModelSpec, resolve
+from compt.recipe.chain import Distill
 from compt.recipe.engine import ENGINES as KINDS
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Ema, Optimizer
-from compt.recipe.schema import Distill
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_training
 from compt.train.task import ClipTask

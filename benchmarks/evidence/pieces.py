@@ -101,9 +101,10 @@ ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
 OPERATORS = ("insert", "net2net", "insert_exact", "netexpand")
 """Width operators: the method's own, copies, new channels that are silent at first, orthonormal new rows."""
 
-EQUAL_MACS, EQUAL_TIME, EQUAL_PAIR = 13, 15.7, 45.7
-"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole first chain from a to d; and of
-model b that cost the MACs of a of LENGTH epochs and a link of a quarter."""
+EQUAL_MACS, EQUAL_TIME, EQUAL_PAIR, EQUAL_CLASSICAL = 13, 15.7, 45.7, 5.25
+"""Epochs of model d from scratch that cost the MACs, and the device time, of the whole first chain from a to d; of
+model b that cost the MACs of a of LENGTH epochs and a link of a quarter; and of every member in classical distillation,
+where d trains alone and teaches the others, for the MACs of the first chain."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,8 @@ class Piece:
         }
         if self.alpha is not None:
             link["alpha"] = self.alpha
+        if not self.expanded:
+            link["initial"] = "random"
         if self.width != OPERATORS[0]:
             link["expand"] = {"width": self.width}
         chain: dict[str, Any] = {**values["chain"], "links": [link]}
@@ -184,10 +187,12 @@ def base_recipe(path: Path) -> Recipe:
 def link_recipe(model: str, teacher: str | None, epochs: float = 1, shards: int = ALL) -> Recipe:
     """A recipe whose last job is `model` from scratch or as a link, to plan and time it without data or weights."""
     values = base_recipe(RECIPE).model_dump(mode="json", by_alias=True, exclude_none=True)
-    # A link needs its teacher's size, which the plan takes from the link before.
-    models = [model] if teacher is None else [teacher, model]
     values["data"]["images"] = IMAGES[shards]
-    links = [{"model": name, "train": {"epochs": epochs}, "warmup": {"steps": 1}} for name in models]
+    links: list[dict[str, Any]] = [{"model": model, "train": {"epochs": epochs}, "warmup": {"steps": 1}}]
+    if teacher is not None:
+        # A link needs its teacher's size, which the plan takes from the link before. With random weights that may be
+        # the larger model, and steps cost the same.
+        links = [{**links[0], "model": teacher}, {**links[0], "initial": "random"}]
     return parse_recipe({**values, "chain": {**values["chain"], "links": links}, "baselines": None}, str(RECIPE))
 
 
@@ -412,7 +417,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
                 alone("b", epochs),
             )
         ],
-        "j": [whole[-1], alone("d", EQUAL_MACS), alone("d", EQUAL_TIME)],
+        "j": [*whole, alone("d", EQUAL_MACS), alone("d", EQUAL_TIME), *classical(rates)],
         "g": [
             Arm(
                 f"alpha {alpha:g}",
@@ -439,6 +444,30 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             for count, members in sorted(families().items())
         ],
     }
+
+
+def classical(rates: Rates) -> list[Arm]:
+    """Classical distillation: the members from large to small, d alone and the others from random weights with its
+    help.
+
+    They train at their own rates of models from scratch, as IFD alone does in claim (f).
+    """
+    largest = MEMBERS[-1]
+    teachers = [rates.baseline(largest, EQUAL_CLASSICAL, seed) for seed in SEEDS]
+    students = (
+        (
+            f"{largest}({EQUAL_CLASSICAL:g}) distilled to {model}({EQUAL_CLASSICAL:g})",
+            [
+                replace(rates.baseline(model, EQUAL_CLASSICAL, one.seed), teacher=one, expanded=False)
+                for one in teachers
+            ],
+        )
+        for model in reversed(MEMBERS[:-1])
+    )
+    return [
+        Arm(f"{largest} alone, {EQUAL_CLASSICAL:g}", tuple(teachers)),
+        *(Arm(name, tuple(found)) for name, found in students),
+    ]
 
 
 def families() -> dict[int, tuple[str, ...]]:

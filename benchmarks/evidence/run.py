@@ -26,14 +26,11 @@ from benchmarks.evidence.pieces import (
     pieces,
 )
 from benchmarks.evidence.speeds import idle_minutes, read_speeds
-from compt.chain.job import JobRun
 from compt.chain.record import read_manifest
-from compt.chain.run import prepare, run_jobs, running
 from compt.cli.main import app
 from compt.errors import RunError
 from compt.evaluate.encoder import load_arrays
 from compt.files import read_json, write_bytes, write_json, write_text
-from compt.recipe.schema import Recipe
 from compt.train.metrics import FILE, read_metrics
 
 RUNS = Path("runs/evidence")
@@ -108,25 +105,7 @@ def train(piece: Piece) -> None:
     for item in values["evaluation"]["sets"]:
         item["data"] = _absolute(item["data"])
     write_text(path, yaml.safe_dump(values, sort_keys=False))
-    if piece.expanded:
-        app(["chain", str(path), "--run-folder", str(RUNS / piece.name)], standalone_mode=False)
-    else:
-        _train_from_random(recipe, RUNS / piece.name)
-
-
-class _FromRandom(JobRun):
-    """A link that starts from the weights of a model from scratch, so that its teacher only distils."""
-
-    def _initial(self) -> None:
-        return None
-
-
-def _train_from_random(recipe: Recipe, folder: Path) -> None:
-    # Recipes always expand a link, so a job of our own is run in place of theirs.
-    context, plan = prepare(recipe, folder, base=Path.cwd())
-    with running(folder):
-        run_jobs(context, plan, (), print)
-        _FromRandom(plan.jobs[0], context, print).run()
+    app(["chain", str(path), "--run-folder", str(RUNS / piece.name)], standalone_mode=False)
 
 
 def _absolute(pattern: Any) -> Any:

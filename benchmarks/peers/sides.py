@@ -30,9 +30,9 @@ from compt.models.clip import build
 from compt.models.pixels import to_input
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.models.scalars import exported_shape
+from compt.recipe.chain import Distill
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
-from compt.recipe.schema import Distill
 from compt.train.build import Blueprint, build_training
 from compt.train.loop import training_step
 

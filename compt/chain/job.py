@@ -138,7 +138,7 @@ class JobRun:
 
     @property
     def _parent(self) -> str | None:
-        """The job, or the path, of the model that this one is expanded from."""
+        """The job, or the path, of its teacher."""
         return self.job.teacher or (str(self.job.start) if self.job.start else None)
 
     def _teacher(self) -> Artefact | None:
@@ -153,7 +153,7 @@ class JobRun:
         beat(0, "expanding", LONG)
         teacher = self._teacher()
         parent_hash = hash_of(teacher) if teacher else None
-        if teacher is not None:
+        if teacher is not None and self.job.expand is not None:
             plan = make_expansion(teacher.spec, self.job.spec, self.job.expand)
             average = dist.on_all(lambda: average_of(teacher)) if plan.needs_average else None
             how = {"expansion": plan.to_json(), "shard_bytes": INITIAL_SHARD_BYTES}
@@ -203,11 +203,11 @@ class JobRun:
 
     def _initial(self) -> Mapping[str, Tensor] | None:
         """The expanded weights that training begins with; None where they are drawn from the seed instead."""
-        return None if self._parent is None else dist.on_all(lambda: read_artefact(self.folder / "initial")).state
+        return None if self.job.expand is None else dist.on_all(lambda: read_artefact(self.folder / "initial")).state
 
     def _origin(self) -> dict[str, Any]:
         """How the initial weights were expanded, for the manifest of the trained model."""
-        if self._parent is None:
+        if self.job.expand is None:
             return {}
         initial = dist.on_all(lambda: read_artefact(self.folder / "initial", verify=False))
         kept: dict[str, Any] = {

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError
-from compt.recipe.schema import ChainConfig
+from compt.recipe.chain import ChainConfig
 from compt.weights.artefact import Artefact
 from compt.weights.infer import model_spec
 from compt.weights.open import MODEL_OPTION, PREFIX_OPTION, open_model

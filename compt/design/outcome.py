@@ -16,8 +16,9 @@ from compt.design.costs import distils, epoch_cost, epoch_steps, speed_of
 from compt.design.curves import LinkEpochs
 from compt.design.epochs import EpochModel, Floats, Range, fits, log2_size
 from compt.models.presets import ModelSpec, resolve
+from compt.recipe.chain import Link
 from compt.recipe.read import parse_recipe
-from compt.recipe.schema import Link, Recipe, sizes_of
+from compt.recipe.schema import Recipe, sizes_of
 from compt.recipe.types import Duration
 
 Kind = Literal["measured", "projected", "measured and projected"]
@@ -152,8 +153,8 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
             "warmup": _warmup(recipe, length, like) if at else _plain(baselines.warmup),
         }
         if like is not None:
-            said = {key: getattr(like, key) for key in ("lr", "alpha", "expand")}
-            link |= {key: _plain(value) for key, value in said.items() if value is not None}
+            said = _plain(like)
+            link |= {key: said[key] for key in ("lr", "alpha", "initial", "expand") if said.get(key) is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}
     members = [kept.get(spec.name) or member_of(spec, recipe.family.common) for spec in chain]

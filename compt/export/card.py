@@ -25,7 +25,7 @@ _TAGS = ("clip", "compt", "chain-of-models")
 _ORIGINS = {
     "job": "Job",
     "seed": "Seed",
-    "parent": "Expanded from",
+    "parent": "Teacher",
     "recipe_hash": "Hash of the job",
     "hash": "Hash of the weights",
 }

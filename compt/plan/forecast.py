@@ -369,7 +369,7 @@ def _disk(recipe: Recipe, job: Job) -> Disk:
     precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
     one = checkpoint_bytes(job.spec, job.active_teacher, ema=averaged, precision=precision)
     before, left = _checkpoints(recipe, job)
-    initial = artefact_bytes(job.spec) if job.teacher_spec is not None else 0
+    initial = artefact_bytes(job.spec) if job.expand is not None else 0
     model = artefact_bytes(job.spec, ema=averaged)
     return Disk(
         initial_bytes=initial,

@@ -18,10 +18,11 @@ from compt.files import hash_json
 from compt.models.growth import ExpandConfig, check_config, grown_spec
 from compt.models.preprocess import Preprocess
 from compt.models.presets import ModelSpec
-from compt.plan.links import Start, averaging, check_growth, check_start, planned_start
+from compt.plan.links import Start, averaging, check_growth, check_start, check_vocabulary, planned_start
+from compt.recipe.chain import Link
 from compt.recipe.engine import EngineConfig
 from compt.recipe.expansion import expand_result, expansion
-from compt.recipe.schema import Link, Recipe
+from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration
 
 Kind = Literal["link", "baseline", "control", "try"]
@@ -36,7 +37,7 @@ class Job:
 
     `teacher` names the job whose model this one is expanded and distilled from; for the first link with `chain.from`,
     `start` is where that model is instead. A job with neither starts from scratch; one with either has `expand`, and
-    the eps of norms that go with it in `spec`. `samples` are images seen,
+    the eps of norms that go with it in `spec`, unless its first weights are random. `samples` are images seen,
     `epochs` passes over the data. `alpha`, the weight of distillation quoted for 512 features, is 0 without a teacher.
     `result` holds all that determines the weights, without names and paths. `same_as` names an earlier job that trains
     this very model, which is then not trained twice. `order_seed` draws order, captions and crops: another for each
@@ -223,12 +224,16 @@ class _Planner:
             jobs.append(self.link(at, link, steps, warmup, jobs[-1] if jobs else start))
         return jobs
 
-    def expansion(self, at: int, teacher: Job | Start) -> ExpandConfig:
-        """How a link grows from its teacher. Raises ConfigError where it cannot."""
+    def expansion(self, at: int, teacher: Job | Start) -> ExpandConfig | None:
+        """How a link grows from its teacher, if it does. Raises ConfigError where it cannot."""
         chain = self.recipe.chain
         link = chain.links[at]
         student, config = self.specs[link.model], expansion(chain.expand, link.expand)
         try:
+            if isinstance(teacher, Start):
+                check_vocabulary(teacher.spec)
+            if link.initial == "random":
+                return None
             (check_start if isinstance(teacher, Start) else check_growth)(teacher.spec, student)
             check_config(teacher.spec, student, config)
         except ConfigError as error:
@@ -288,7 +293,7 @@ class _Planner:
         result = {
             **job.result,
             "teacher": teacher.hash,
-            "expand": expand_result(config),
+            **({"expand": expand_result(config)} if config else {"initial": link.initial}),
             "distill": {**chain.distill.result_fields(), "alpha": alpha},
         }
         if isinstance(teacher, Start) and chain.from_prefix is not None:
@@ -296,7 +301,7 @@ class _Planner:
         return replace(
             job,
             # The eps of its norms follows from teacher and expansion: `result` has the model as it is asked for.
-            spec=grown_spec(teacher.spec, job.spec, config),
+            spec=grown_spec(teacher.spec, job.spec, config) if config else job.spec,
             teacher=teacher.name if isinstance(teacher, Job) else None,
             start=None if isinstance(teacher, Job) else Path(str(chain.from_)),
             teacher_spec=teacher.spec,

@@ -12,7 +12,7 @@ from compt.models.growth import TOWERS, ExpandConfig, Tower, check_sizes, disagr
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.models.preprocess import Preprocess
 from compt.models.presets import PRESETS, VOCAB_SIZE, ModelSpec
-from compt.recipe.schema import ChainConfig
+from compt.recipe.chain import ChainConfig
 
 
 def check_growth(teacher: ModelSpec, student: ModelSpec, *, strictly: bool = True) -> None:
@@ -39,12 +39,16 @@ def check_start(start: ModelSpec, student: ModelSpec) -> None:
             f"its {found}, but '{start.name}' at chain.from differs; to make all members agree, write "
             f"family.common: {{{write}}}"
         )
+    check_growth(start, student, strictly=False)
+
+
+def check_vocabulary(start: ModelSpec) -> None:
+    """Raise ConfigError for a model at `chain.from` that does not know all tokens."""
     if start.vocab_size < VOCAB_SIZE:
         raise ConfigError(
             f"'{start.name}' at chain.from has a vocabulary of {start.vocab_size} tokens, but CLIP's tokenizer has "
             f"{VOCAB_SIZE}"
         )
-    check_growth(start, student, strictly=False)
 
 
 def _yaml(value: object) -> str:

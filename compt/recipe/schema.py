@@ -24,8 +24,8 @@ from pydantic import (
 
 from compt.errors import ConfigError, nearest
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, VOCAB_SIZE, ModelSpec, resolve
+from compt.recipe.chain import ChainConfig, Link
 from compt.recipe.engine import EngineConfig, changed_engine, placed
-from compt.recipe.expansion import Expand, LinkExpand
 from compt.recipe.optimizer import Optimizer
 from compt.recipe.types import (
     Address,
@@ -296,63 +296,6 @@ class Family(Section):
         return specs
 
 
-class Link(Section):
-    """One model of the chain and how long it trains."""
-
-    model: str
-    """Name of a family member. A resumed run may change the name, but not the sizes behind it."""
-    train: Duration
-    """Length of its training."""
-    warmup: Duration
-    """Length of the linear warm-up, a part of `train`."""
-    lr: float | None = Field(default=None, gt=0)
-    """Peak learning rate of this link. Default: `optimizer.lr`."""
-    alpha: float | None = Field(default=None, ge=0)
-    """Weight of distillation for this link. Default: `chain.distill.alpha`."""
-    expand: LinkExpand | None = None
-    """Changes to `chain.expand` for this link: `{width: lemon, image: {zero_new_outputs: true}}`."""
-    engine: dict[str, Any] | None = execution(None)
-    """Changes to `engine` while this model trains, as a link or a baseline: `{name: zero2, micro_batch: 64}`. With
-    another `name`, `fsdp2` and `deepspeed_config` of `engine` do not apply. `device` and `timeout` cannot differ."""
-    nodes: int | None = execution(None, gt=0)
-    """Nodes that `compt slurm submit` requests for this link. Default: its `--nodes`."""
-
-
-class Distill(Section):
-    """Inverse feature distillation: a student also learns to reproduce its teacher's features.
-
-    The teacher sees the same images and captions. If it takes images of another size, they are resized (bicubic,
-    antialiased); if its context is shorter, captions are cut and keep the end token.
-    """
-
-    alpha: float = Field(default=500.0, ge=0)
-    """Weight of the feature loss, for features of 512 dimensions; it is scaled for other widths. 0 turns it off."""
-    reference_compatible: bool = False
-    """Compute the feature loss as the authors' code does: add the losses of the two towers instead of averaging them,
-    as the paper does, and do not scale `alpha` for teachers of other widths than 512."""
-
-
-class ChainConfig(Section):
-    """The chain, smallest model first."""
-
-    links: list[Link] = Field(min_length=1)
-    """The models in the order of training. With `from`, the first one starts from that model."""
-    from_: str | None = Field(default=None, alias="from", json_schema_extra={"kind": "execution"})
-    """An existing model that is the teacher of the first link. Default: the first link starts from scratch. It is a
-    model folder of a run, a folder or file of open_clip, a Hugging Face CLIP folder, a checkpoint folder of torch or
-    DeepSpeed, or `ARCHITECTURE:TAG` for weights that open_clip has on this disk. Costs of the chain do not include the
-    training of that model, so accelerations over baselines look larger than they are. A resumed run may change the
-    path, but not the weights behind it."""
-    from_model: str | None = execution(None)
-    """Architecture of the model at `from`, if its files do not name one: a preset, or a model name of open_clip."""
-    from_prefix: str | None = None
-    """Prefix of its parameters' names, if there are several models at `from`: `student`, `module.ema`."""
-    expand: Expand = Expand()
-    """Inverse weight initialization."""
-    distill: Distill = Distill()
-    """Inverse feature distillation."""
-
-
 class Baselines(Section):
     """How the baselines train: each member of the chain from scratch, for comparison."""
 
@@ -469,17 +412,28 @@ class Recipe(Section):
             for key in ("from_model", "from_prefix"):
                 if getattr(self.chain, key) is not None:
                     raise ValueError(f"chain.{key}: is for a model at chain.from, which is missing")
-            if self.chain.links[0].expand is not None:
-                raise ValueError("chain.links.0.expand: this link starts from scratch; leave it out")
+            first = self.chain.links[0]
+            for key, given in (("expand", first.expand is not None), ("initial", first.initial == "random")):
+                if given:
+                    raise ValueError(f"chain.links.0.{key}: this link starts from scratch; leave it out")
         if self.data.images < self.optimizer.batch:
             raise ValueError(f"optimizer.batch {self.optimizer.batch} is larger than data.images {self.data.images}")
         for at, link in enumerate(self.chain.links):
+            self._check_initial(at, link)
             for key in ("device", "timeout"):
                 if key in (link.engine or {}):
                     raise ValueError(f"chain.links.{at}.engine.{key}: is for the whole run; set engine.{key}")
             with placed(f"chain.links.{at}.engine"):
                 self.engine_of(link.model)
         return self
+
+    def _check_initial(self, at: int, link: Link) -> None:
+        if link.initial == "expanded":
+            return
+        if link.expand is not None:
+            raise ValueError(f"chain.links.{at}.expand: nothing is expanded with initial: random; leave it out")
+        if not (self.chain.distill.alpha if link.alpha is None else link.alpha):
+            raise ValueError(f"chain.links.{at}.initial: random with an alpha of 0 uses nothing of the teacher")
 
     def specs(self) -> dict[str, ModelSpec]:
         """The family's members by name, with the learned scalars of the loss. Raises ConfigError as `Family.specs`."""

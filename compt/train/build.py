@@ -20,9 +20,10 @@ from compt.models.clip import ClipModel, build, fill
 from compt.models.init import DrawnState
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import Job
+from compt.recipe.chain import Distill
 from compt.recipe.engine import CAPTURING, EngineConfig
 from compt.recipe.optimizer import Optimizer
-from compt.recipe.schema import Distill, Recipe
+from compt.recipe.schema import Recipe
 from compt.train.losses import loss_of
 from compt.train.task import ClipTask, DistillTask
 

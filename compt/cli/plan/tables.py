@@ -129,8 +129,12 @@ def _expansions(forecast: Forecast) -> list[str]:
     usual = expand_words(ExpandConfig())
     links, broken = [], []
     for job in forecast.plan.links:
-        if job.expand is None or job.teacher_spec is None or (words := expand_words(job.expand)) == usual:
+        if job.teacher_spec is None or (job.expand and expand_words(job.expand) == usual):
             continue
+        if job.expand is None:
+            links.append(("none, its first weights are random and its teacher only distils", job.name))
+            continue
+        words = expand_words(job.expand)
         links.append((words, job.name))
         for tower, reasons in broken_promises(job.teacher_spec, job.spec, job.expand).items():
             operator = job.expand.tower(tower).width

@@ -338,7 +338,7 @@ def test_the_command_line_knows_every_claim(raw: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("benchmarks.evidence.__main__.read_speeds", dict)
     everything, by_claim = plan_tables()
     assert len(everything.rows) == len(list(pieces(Rates()))) - 1
-    assert {row[0]: row[1] for row in by_claim.rows}["j"] == "6"
+    assert {row[0]: row[1] for row in by_claim.rows}["j"] == "18"
     (own,) = plan_tables("f")
     assert [row[0] for row in own.rows][:2] == [
         "b-e20-s0-w50-from-a-e80-s0",
@@ -520,15 +520,23 @@ def test_retrieval_and_unseen_concepts(raw: Path) -> None:
 
 
 def test_instead(raw: Path) -> None:
-    chain, alone, longer = arms(RATES)["j"]
-    put_arm(raw, chain, 30.0)
+    whole, (alone, longer), students = arms(RATES)["j"][:4], arms(RATES)["j"][4:6], arms(RATES)["j"][6:]
+    for arm in whole:
+        put_arm(raw, arm, 30.0)
     assert claim(raw, "j").outcome == "not measured"
     put_arm(raw, alone, 28.0)
     assert claim(raw, "j").outcome == "undecided"
     put_arm(raw, longer, 28.0)
+    for arm in students[:3]:
+        put_arm(raw, arm, 28.0)
+    assert claim(raw, "j").outcome == "undecided"
+    put_arm(raw, students[3], 28.0)
     assert claim(raw, "j").outcome == "holds"
+    put_arm(raw, students[3], 32.0)
+    assert claim(raw, "j").outcome == "does not hold"
+    assert "a of the chain is better than with classical distillation" in claim(raw, "j").sentence
+    put_arm(raw, students[3], 28.0)
     put_arm(raw, alone, 32.0)
     assert claim(raw, "j").outcome == "does not hold"
     put_arm(raw, alone, 30.0)
     assert claim(raw, "j").outcome == "undecided"
-    assert "Classical distillation" in claim(raw, "j").sentence

@@ -729,6 +729,26 @@ def test_alpha_of_a_link(base: Path, whole: Path, half: Path) -> None:
     assert lines(half, SECOND)[0]["ifd"] == pytest.approx(lines(whole, SECOND)[0]["ifd"] / 2, rel=1e-5)
 
 
+def test_a_link_of_random_weights_has_a_teacher_all_the_same(base: Path, half: Path) -> None:
+    chain(base, half, "chain.links.1.initial=random", "chain.links.1.lr=1.0e-30")
+    assert not (half / "jobs" / SECOND / "initial").exists()
+    trained = read_artefact(half / "jobs" / SECOND / "model")
+    drawn = DrawnState(build(trained.spec, device="meta"), trained.spec, 3)
+    assert max(float((trained.state[name] - drawn[name]).abs().max()) for name in trained.state) < 1e-6
+    assert manifest(half, SECOND)["parent_hash"] == manifest(half, FIRST)["model_hash"]
+    assert all(row["r"] > 0 for row in lines(half, SECOND) if row["kind"] == "train")
+
+
+def test_classical_distillation_goes_from_large_to_small(base: Path, tmp_path: Path) -> None:
+    large, small = ({"model": name, "train": {"steps": 4}, "warmup": {"steps": 1}} for name in ("large", "small"))
+    with pytest.raises(ConfigError, match=r"chain\.links\.1\.model = 'small': .*; a chain goes from small to large"):
+        chain(base, tmp_path / "run", f"chain.links={json.dumps([large, small])}")
+    chain(base, tmp_path / "run", f"chain.links={json.dumps([large, {**small, 'initial': 'random'}])}")
+    assert all(row["ifd"] > 0 for row in lines(tmp_path / "run", "2-small") if row["kind"] == "train")
+    cost = manifest(tmp_path / "run", "2-small")["cost"]
+    assert cost["teacher_forward_macs"] > cost["student_forward_macs"]
+
+
 def test_without_anything_to_score_no_model_is_loaded_for_it(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,21 @@ WRONG = {
         "{model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}, expand: {width: lemon}}",
         "chain.links.0.expand: this link starts from scratch; leave it out",
     ),
+    "random weights from scratch": (
+        "{model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}}",
+        "{model: vit_nano, train: {epochs: 4}, warmup: {steps: 10}, initial: random}",
+        "chain.links.0.initial: this link starts from scratch; leave it out",
+    ),
+    "an expansion of random weights": (
+        "lr: 5e-4}",
+        "lr: 5e-4, initial: random, expand: {width: lemon}}",
+        "chain.links.1.expand: nothing is expanded with initial: random; leave it out",
+    ),
+    "random weights without distillation": (
+        "lr: 5e-4}",
+        "lr: 5e-4, initial: random, alpha: 0}",
+        "chain.links.1.initial: random with an alpha of 0 uses nothing of the teacher",
+    ),
     "a model of nothing": (
         "chain:",
         "chain:\n  from_model: vit_b16",
