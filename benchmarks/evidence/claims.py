@@ -129,7 +129,7 @@ def _lossless(study: Study, compared: list[Arm]) -> Claim:
         if one.teacher is not None:
             baseline = study.baselines(one.model, one.chain[0].epochs)
             parts.append(as_good(arm.name, study.compare(study.find(arm.pieces), baseline)))
-    table = _table(study, "(a) The chain, a chain of short links, and their members alone", compared)
+    table = _table(study, "(a) The chain, two chains of short links, and their members alone", compared)
     text = "Every member of the chain is as good as its baseline, which trains for as many epochs as the first member"
     return Claim("a", text, parts, table)
 

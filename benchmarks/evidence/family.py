@@ -271,7 +271,7 @@ def draw_family(study: Study, axis: Axes) -> None:
             means = [study.accuracy(items, REPORT) or 0.0 for items in found]
             macs = [items[0]["macs"] / 1e12 for items in found]
             axis.plot(macs, means, "o-", color=colour, markersize=4, label=f"{model} alone")
-    for style, design in zip(("D-", "^--", "s:", "v-."), CHAINS, strict=True):
+    for style, design in zip(("D-", "^--", "s:", "v-.", "*--"), CHAINS, strict=True):
         chain = family_arms(study.rates, design=design)
         members = [study.find(arm.pieces) for arm in chain]
         if all(members):

@@ -87,8 +87,9 @@ CHAINS = (
     Design(LENGTH, QUICK, "quick"),
     Design(2 * LENGTH, QUICK, "quick"),
     Design(LENGTH, SHARES, "quarter"),
+    Design(2 * LENGTH, (32, 40, 160 / 3), "quick"),
 )
-"""The chains of the whole family. The last two have one seed."""
+"""The chains of the whole family. The third and the fourth have one seed."""
 
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
@@ -406,6 +407,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         "a": [
             *whole,
             *family_arms(rates, design=CHAINS[1]),
+            *family_arms(rates, design=CHAINS[4]),
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
