@@ -243,7 +243,7 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
-        if one.teacher is None:
+        if one.teacher is None or not one.expanded:
             return one.model in self.alone or one.shards != ALL or (one.epochs, one.seed) == (RATED, 0)
         model = one.model[-1]
         before = MEMBERS[1 : MEMBERS.index(model)]

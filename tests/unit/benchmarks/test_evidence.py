@@ -138,6 +138,7 @@ def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     assert rates.settled(rates.trials("b", "quick")[0])
     assert not rates.settled(rates.link("b", 20, first)), "b's rate in the other chain is open"
     assert not any(rates.settled(piece) for piece in rates.trials("d")), "c's rate is open"
+    assert [rates.settled(arm.pieces[0]) for arm in classical(rates)] == [False] * 4, "d's rate is open"
     assert not any(Rates({"a": 3e-3}).settled(piece) for piece in Rates().trials("c"))
     chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(3)))
     assert all(map(chosen.settled, pieces(chosen)))
