@@ -315,7 +315,8 @@ class _Planner:
         settings = self.recipe.baselines
         assert settings is not None
         steps, warmup = self.steps("baselines", settings.train, settings.warmup)
-        return self.scratch(f"baseline-{spec.name}-s{seed}", "baseline", spec, steps, warmup, seed)
+        lr = settings.lr.get(spec.name)
+        return self.scratch(f"baseline-{spec.name}-s{seed}", "baseline", spec, steps, warmup, seed, lr)
 
     def control(self, kind: str, links: Sequence[Job]) -> Job:
         """The last model from scratch: for as many steps as its link, or for the MACs of its link or of all links.
@@ -332,7 +333,8 @@ class _Planner:
             wanted = sum(self.cost(job.spec, job.active_teacher, job.steps, again=False).total_macs for job in paid)
             steps = round(wanted / self.cost(link.spec, None, 1, again=False).total_macs)
         warmup = min(steps, settings.warmup.to_steps(self.images, self.batch))
-        return self.scratch(f"control-{kind}", "control", self.specs[link.spec.name], steps, warmup, link.seed)
+        spec = self.specs[link.spec.name]
+        return self.scratch(f"control-{kind}", "control", spec, steps, warmup, link.seed, settings.lr.get(spec.name))
 
     def scratch(
         self,

@@ -303,6 +303,9 @@ class Baselines(Section):
     """Length of each baseline's training."""
     warmup: Duration
     """Length of the linear warm-up, a part of `train`."""
+    lr: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """Peak learning rates of members, as `{vit_b16: 5e-4}`, for the controls too. Others train at `optimizer.lr`. Links
+    have `lr` for the same purpose: a comparison where only one side chose its rate says little."""
     seeds: list[int] = Field(default_factory=list)
     """Seeds to train each member with. Default: the recipe's seed."""
     controls: list[Control] = Field(default_factory=list)
@@ -406,6 +409,9 @@ class Recipe(Section):
                 raise ValueError(
                     f"chain.links: '{link.model}' is not a member of the family{nearest(link.model, names)}"
                 )
+        for name in self.baselines.lr if self.baselines else ():
+            if name not in names:
+                raise ValueError(f"baselines.lr.{name}: is not a member of the family{nearest(name, names)}")
         if len({link.model for link in self.chain.links}) != len(self.chain.links):
             raise ValueError("chain.links: a model is there twice")
         if self.chain.from_ is None:

@@ -194,6 +194,7 @@ OTHER: dict[str, Any] = {
     "chain.links.N.lr": 2e-3,
     "chain.links.N.alpha": 100.0,
     "chain.links.N.initial": "random",
+    "baselines.lr": {"wide": 2e-3},
     "chain.links.N.expand.width": "lemon",
     "chain.links.N.expand.depth": "constant",
     "chain.links.N.expand.zero_new_outputs": True,

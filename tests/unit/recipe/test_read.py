@@ -205,6 +205,11 @@ WRONG = {
         "lr: 5e-4, initial: random, alpha: 0}",
         "chain.links.1.initial: random with an alpha of 0 uses nothing of the teacher",
     ),
+    "a rate of no member": (
+        "baselines: {",
+        "baselines: {lr: {wild: 1e-3}, ",
+        "baselines.lr.wild: is not a member of the family (did you mean 'wide'?)",
+    ),
     "a model of nothing": (
         "chain:",
         "chain:\n  from_model: vit_b16",
