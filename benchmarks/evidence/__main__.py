@@ -2,7 +2,8 @@
 
 Runs the next pieces in order of worth and continues after a stop. Each piece is one training run on one core; two
 processes share the list. `plan` shows what is left, `speeds` times steps on an idle machine, `collect` writes the
-results of run folders again, and `report` writes tables and figures from the committed raw results.
+results of run folders again, `power` simulates what verdicts can show, and `report` writes tables and figures from the
+committed raw results.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 
 from benchmarks.common import one_line
 from benchmarks.evidence.pieces import Piece, arms, of_the_family, once, pieces, pieces_of, trials
+from benchmarks.evidence.power import write_power
 from benchmarks.evidence.report import OUT, changed, write_report
 from benchmarks.evidence.run import collect_again, is_done, own_rates, run
 from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_speeds
@@ -26,13 +28,15 @@ CLAIMS = "abcdefghij"
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evidence", description=__doc__)
-    parser.add_argument("part", nargs="?", choices=("run", "plan", "speeds", "collect", "report"), help="what to do")
+    parser.add_argument(
+        "part", nargs="?", choices=("run", "plan", "speeds", "collect", "power", "report"), help="what to do"
+    )
     parser.add_argument("--max-minutes", type=float, help="run: start no piece that would end later")
     parser.add_argument("--claim", choices=tuple(CLAIMS), help="run, plan: only what this claim compares")
     parser.add_argument("--check", action="store_true", help="compare tables and figures with the raw results")
     given = parser.parse_args(argv)
     if (given.part is None) != given.check:
-        parser.error("name run, plan, speeds, collect or report; or give --check alone")
+        parser.error("name run, plan, speeds, collect, power or report; or give --check alone")
     with one_line():
         if given.check:
             if names := changed():
@@ -50,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_report()
         elif given.part == "speeds":
             write_speeds(pairs(planned()))
+        elif given.part == "power":
+            write_power()
         else:
             write_report()
 

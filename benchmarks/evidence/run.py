@@ -152,6 +152,7 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "expanded": piece.expanded,
         "width": piece.width,
         "shards": piece.shards,
+        "hash": manifest["hash"],
         "r": float(np.mean(r)) if r else None,
         "parameters": manifest["parameters"],
         "steps": manifest["steps"],

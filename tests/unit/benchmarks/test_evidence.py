@@ -39,6 +39,7 @@ from benchmarks.evidence.pieces import (
     pieces_of,
     shares_of,
 )
+from benchmarks.evidence.power import simulated
 from benchmarks.evidence.statistics import MARGIN, difference, equal_length, quantile
 from benchmarks.evidence.study import FINGERPRINT, REPORT, RETRIEVAL, UNSEEN, Study
 from compt.errors import RunError
@@ -326,6 +327,15 @@ def test_what_seeds_and_concepts_share_counts_once() -> None:
         widths.append(found.half_width)
     # Against a normal's interval of the true spread. Counted twice, it would be more than 1.5 times as wide.
     assert 1 < float(np.mean(widths)) / (1.96 * float(np.std(means))) < 1.4
+
+
+def test_simulated_studies_find_what_is_there() -> None:
+    even, far = (simulated(truth, 3, 0.2, studies=40) for truth in (0.0, -6.0))
+    assert float(even[3]) > 0.85
+    assert float(far[3]) > 0.85
+    assert [float(share) for share in far[5:]] == [0, 1]
+    assert float(even[5]) > 0.2
+    assert float(even[6]) < 0.1
 
 
 def test_a_length_of_equal_accuracy_is_between_those_measured() -> None:
