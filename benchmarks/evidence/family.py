@@ -48,9 +48,10 @@ def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
     quality = TextTable(title, header, [_quality(study, arm) for arm in chain], [note])
     sums = _Sums()
     header = ["chain", "baseline's epochs", "MACs x", "family", "device time x", "family"]
-    header += ["epochs of equal accuracy [95 %]", "MACs x", "family", "device time x", "family"]
+    header += ["epochs of equal accuracy [95 %]", "MACs x", "device time x"]
     notes = [
         "Family: the baselines of all members so far over the chain so far, also for the chain that ends there.",
+        "At equal accuracy, what the family saves is in the first table.",
         "Device time: steps x measured seconds of a step on an idle core (speeds.json).",
         EQUAL,
     ]
@@ -101,18 +102,13 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
         # The first member of a chain is a baseline: it is as accurate as itself.
         equal = Length(items[0]["epochs"], None, None, len(items))
     cells = [arm.name]
-    for name, epochs, shown in (
-        (
-            "baseline",
-            reference[0]["epochs"] if reference else None,
-            f"{reference[0]['epochs']:g}" if reference else "-",
-        ),
-        ("equal", equal.epochs if equal else None, span(equal)),
-    ):
-        cells.append(shown)
-        for kind in COSTS:
-            baseline = None if epochs is None else study.cost_of_epochs(model, epochs, kind)
-            cells += sums.add(f"{kind}, {name}", baseline, study.cost(items[0], kind) if items else None)
+    own = {kind: study.cost(items[0], kind) if items else None for kind in COSTS}
+    cells.append(f"{reference[0]['epochs']:g}" if reference else "-")
+    for kind in COSTS:
+        cells += sums.add(kind, study.cost(reference[0], kind) if reference else None, own[kind])
+    cells.append(span(equal))
+    for kind in COSTS:
+        cells.append(times(study.cost_of_epochs(model, equal.epochs, kind) if equal else None, own[kind]))
     return cells
 
 
