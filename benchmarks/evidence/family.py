@@ -145,7 +145,7 @@ def savings_of_chains(study: Study) -> TextTable:
 
 
 def _saved(study: Study, name: str, members: list[list[Record]]) -> list[str]:
-    seeds = set.intersection(*({item["seed"] for item in items} for items in members))
+    seeds = study.comparable(members)
     members = [[item for item in items if item["seed"] in seeds] for items in members]
     family = [study.saving(members, kind) for kind in COSTS]
     last = [study.saving(members, kind, last=True) for kind in COSTS]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -138,14 +139,25 @@ class Study:
         lengths = [epochs for epochs, known in found.items() if known and needed <= known]
         return mean(items), lengths, [mean(by_length[epochs]) for epochs in lengths]
 
+    def comparable(self, chain: Sequence[Sequence[Record]]) -> set[int]:
+        """The seeds that have all members, and for each link baselines of two lengths."""
+        if not all(chain):
+            return set()
+        seeds = set.intersection(*({item["seed"] for item in items} for items in chain))
+        for items in chain:
+            if items[0]["teacher"]:
+                known = Counter(item["seed"] for item in self.baselines(items[0]["model"]))
+                seeds &= {seed for seed, lengths in known.items() if lengths > 1}
+        return seeds
+
     def saving(self, chain: Sequence[Sequence[Record]], kind: Cost, last: bool = False) -> Saving | None:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.
 
         With `last`, only what the last member costs alone, over the whole chain. A member that is below its shortest
-        baseline counts nothing, and one above its longest counts as that: the saving is never overstated. None if a
-        member is missing in all seeds, or a cost is not known.
+        baseline counts nothing, and one above its longest counts as that: the saving is never overstated. None without
+        a seed to compare (`comparable`), or if a cost is not known.
         """
-        seeds = set.intersection(*({item["seed"] for item in items} for items in chain)) if all(chain) else set()
+        seeds = self.comparable(chain)
         costs = (
             cost
             for items in chain

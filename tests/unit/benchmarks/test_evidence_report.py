@@ -184,6 +184,9 @@ def test_the_family_s_saving_is_at_equal_accuracy(raw: Path) -> None:
     assert saved().ratio == pytest.approx((alone - macs_of(Piece("d", 20 * 2**0.5))) / paid, rel=0.01)
     for arm in chain[1:]:
         put_arm(raw, arm, 28.5)
+    assert len(saved().by_seed) == 1, "other seeds have baselines of one length"
+    for model, seed in itertools.product("bcd", (1, 2)):
+        put(raw, RATES.baseline(model, 20, seed), 27.0)
     assert len(saved().by_seed) == 3
     table = family.savings_of_chains(Study(raw))
     assert cells(table, 0)["seeds"] == "3"
