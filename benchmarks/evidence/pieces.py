@@ -324,6 +324,10 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield family_arms(rates, design=CHAINS[2])[-1].pieces[0]
     yield from (rates.baseline(model, LENGTHS[0]) for model in MEMBERS[2:])
     yield from (rates.link("b", epochs, first) for epochs in LINKS)
+    # Why a short link is not lossless: its start, its distillation, or its teacher.
+    one = rates.link("b", LINKS[1], first)
+    yield from (replace(one, warmup=300), replace(one, alpha=0.0))
+    yield replace(one, teacher=rates.baseline("a", 2 * LENGTH))
 
 
 def ladder() -> Iterator[Piece]:
@@ -333,18 +337,11 @@ def ladder() -> Iterator[Piece]:
 
 
 def _last(rates: Rates) -> Iterator[Piece]:
-    """Longer trainings, and why short links are not lossless."""
+    """Longer trainings."""
     # What training longer does to the savings of the pair.
     for epochs in LENGTHS[4:]:
         yield from (rates.baseline(model, epochs) for model in MEMBERS[:2])
         yield rates.link("b", round(epochs / 4), rates.baseline("a", epochs))
-    first = rates.baseline("a", LENGTH)
-    one = rates.link("b", 10, first)
-    yield from (
-        replace(one, warmup=300),
-        replace(one, alpha=0.0),
-        replace(one, teacher=rates.baseline("a", 2 * LENGTH)),
-    )
     yield family_arms(rates, design=CHAINS[3])[-1].pieces[0]
     yield from (rates.baseline(model, LENGTH) for model in MEMBERS[2:])
 
