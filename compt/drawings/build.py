@@ -137,45 +137,74 @@ def lay_out(drawn: DrawingSet, out: Path, source: str) -> dict[str, Any]:
     Returns the manifest. An earlier set of the same kind in `out` is replaced; any other folder with files in it is
     refused. The same set gives the same bytes. Raises DataError.
     """
-    kind = f"compt {drawn.kind}"
-    _check_free(out, kind)
-    folders = split(drawn)
+    facts = {
+        "size": drawn.size,
+        "source": source,
+        "held_out_concepts": sum(concept.held_out for concept in drawn.concepts.values()),
+        "splits": {},
+        "sources": drawn.sources,
+        "dropped": dict(sorted(drawn.dropped.items())),
+    }
+    groups = {
+        key: {name: subgroup_text(name, drawn.subgroup_texts) for name in names}
+        for key, names in (
+            ("group", [concept.group for concept in drawn.concepts.values()]),
+            ("subgroup", [concept.subgroup for concept in drawn.concepts.values()]),
+        )
+    }
+    return write_set(out, drawn.kind, split(drawn), facts, drawn.templates, groups)
+
+
+def write_set(
+    out: Path,
+    kind: str,
+    folders: Mapping[str, list[Sample]],
+    facts: Mapping[str, Any],
+    templates: Sequence[str],
+    groups: Mapping[str, Mapping[str, str]] | None = None,
+) -> dict[str, Any]:
+    """Write `folders`, of which `train` is one, and manifest.json with `facts` and "splits", as `lay_out` does.
+
+    `groups`: names of groups and subgroups, and what the class files say for them.
+    """
+    _check_free(out, f"compt {kind}")
     if not folders["train"]:
-        raise DataError(f"no training images in the {drawn.kind} set")
+        raise DataError(f"no training images in the {kind} set")
     try:
         with new_folder(out) as folder:
-            manifest = {
-                "kind": kind,
-                "size": drawn.size,
-                "source": source,
-                "held_out_concepts": sum(concept.held_out for concept in drawn.concepts.values()),
-                "splits": {name: _write_split(folder / name, samples, drawn) for name, samples in folders.items()},
-                "sources": drawn.sources,
-                "dropped": dict(sorted(drawn.dropped.items())),
+            splits = {
+                name: _write_split(folder / name, kind, samples, templates, groups or {})
+                for name, samples in folders.items()
             }
+            manifest = {"kind": f"compt {kind}", **facts, "splits": splits}
             write_json(folder / "manifest.json", manifest)
     except RunError as error:
         raise DataError(str(error)) from error
     return manifest
 
 
-def _write_split(place: Path, samples: list[Sample], drawn: DrawingSet) -> dict[str, Any]:
+def _write_split(
+    place: Path,
+    kind: str,
+    samples: list[Sample],
+    templates: Sequence[str],
+    groups: Mapping[str, Mapping[str, str]],
+) -> dict[str, Any]:
     """Write one folder of the set; returns its entry in the manifest."""
-    groups = list(dict.fromkeys(concept.group for concept in drawn.concepts.values()))
-    subgroups = list(dict.fromkeys(concept.subgroup for concept in drawn.concepts.values()))
     place.mkdir()
     training = place.name == "train"
     classes = sorted({sample.concept.name for sample in samples}, key=lambda text: (text.casefold(), text))
+    numbers = {key: _index(list(names)) for key, names in groups.items()}
     shards = {}
     for number, part in enumerate(_parts(samples, TRAIN_SHARDS if training else 1)):
-        path = place / f"{drawn.kind}-{place.name.replace('_', '-')}-{number:06d}.tar"
-        _write_shard(path, part, {} if training else _index(classes), _index(groups), _index(subgroups))
+        path = place / f"{kind}-{place.name.replace('_', '-')}-{number:06d}.tar"
+        _write_shard(path, part, {} if training else _index(classes), numbers)
         shards[path.name] = {"samples": len(part), "sha256": sha256_file(path)}
     if not training:
         _lines(place / "classnames.txt", classes)
-        _lines(place / "classnames_group.txt", (subgroup_text(one, drawn.subgroup_texts) for one in groups))
-        _lines(place / "classnames_subgroup.txt", (subgroup_text(one, drawn.subgroup_texts) for one in subgroups))
-        _lines(place / "zeroshot_classification_templates.txt", drawn.templates)
+        for key, names in groups.items():
+            _lines(place / f"classnames_{key}.txt", names.values())
+        _lines(place / "zeroshot_classification_templates.txt", templates)
     styles = Counter(sample.style for sample in samples)
     counts = {"samples": len(samples), "concepts": len(classes), "styles": dict(sorted(styles.items()))}
     return {**counts, "shards": shards}
@@ -218,8 +247,13 @@ def _encode(pixels: Pixels) -> bytes:
     return file.getvalue()
 
 
+def difference(stack: NDArray[np.int16], pixels: NDArray[Any]) -> float:
+    """The least mean difference of `pixels` [height, width, 3] from one of `stack` [n, height, width, 3]."""
+    return float(np.abs(stack - pixels).mean(axis=(1, 2, 3)).min())
+
+
 def _write_shard(
-    path: Path, samples: Iterable[Sample], classes: dict[str, int], groups: dict[str, int], subgroups: dict[str, int]
+    path: Path, samples: Iterable[Sample], classes: Mapping[str, int], groups: Mapping[str, Mapping[str, int]]
 ) -> None:
     """Write `<key>.png`, `<key>.json` and, with `classes`, `<key>.cls` of each sample."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -230,8 +264,7 @@ def _write_shard(
                 "name": concept.name,
                 "concept": concept.id,
                 "style": sample.style,
-                "group": groups[concept.group],
-                "subgroup": subgroups[concept.subgroup],
+                **{key: numbers[getattr(concept, key)] for key, numbers in groups.items()},
             }
             members = {"png": _encode(sample.pixels), "json": json.dumps(text).encode()}
             if classes:

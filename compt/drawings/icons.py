@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 from rich.progress import track
 
-from compt.drawings.build import Concept, DrawingSet, Pixels, lay_out
+from compt.drawings.build import Concept, DrawingSet, Pixels, difference, lay_out
 from compt.drawings.captions import Wording, choose_captions, distinct, plain
 from compt.drawings.packages import Package, fetch, read_files, render, require, resolve_icon
 from compt.errors import DataError
@@ -285,7 +285,7 @@ def _drop_copies(drawings: dict[str, dict[str, Pixels]], held_out: set[str], dro
     for style in held_out:
         cells = drawings[style]
         for identity in [identity for identity in cells if identity in stacks]:
-            if np.abs(stacks[identity] - cells[identity]).mean(axis=(1, 2, 3)).min() < SAME:
+            if difference(stacks[identity], cells[identity]) < SAME:
                 del cells[identity]
                 dropped["same drawing as in a training set"] += 1
 

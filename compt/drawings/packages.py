@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import io
 import json
@@ -18,15 +17,19 @@ from PIL import Image
 
 from compt.drawings.build import Pixels
 from compt.errors import DataError
+from compt.files import sha256_file
 
-NPM_SECONDS = 300
+SECONDS = 300
+"""Of a download, at most."""
+
+INSTALL = {"npm": "; install Node.js"}
 FILE_LIMIT = 64 * 2**20
 """Largest JSON file that is read from a package, in bytes: four times the largest there is."""
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package of npm, pinned by version and by the sha256 of its tarball."""
+    """A package of npm or Debian, pinned by version and by the sha256 of its file."""
 
     name: str
     version: str
@@ -64,22 +67,35 @@ def fetch(packages: Iterable[Package], folder: Path) -> dict[str, Path]:
     for package in packages:
         wanted = f"{package.name}@{package.version}"
         command = ["npm", "pack", "--silent", "--pack-destination", str(folder), wanted]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=NPM_SECONDS, check=False)
-        except FileNotFoundError as error:
-            raise DataError("npm is not installed; install Node.js") from error
-        except subprocess.TimeoutExpired as error:
-            raise DataError(f"npm pack {wanted} took more than {NPM_SECONDS} s; is the network up?") from error
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("npm error")]
-            cause = lines[0] if lines else "no message from npm"
-            raise DataError(f"npm pack {wanted} failed ({cause})")
-        path = folder / done.stdout.strip().splitlines()[-1]
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != package.sha256:
-            raise DataError(f"{wanted}: sha256 is {found}, expected {package.sha256}")
+        path = folder / download(command, folder, "npm error").strip().splitlines()[-1]
+        check_hash(path, package)
         paths[package.name] = path
     return paths
+
+
+def download(command: list[str], folder: Path, mark: str) -> str:
+    """Run a command that downloads into `folder`; returns what it prints. Raises DataError.
+
+    `mark` begins the lines that say what went wrong.
+    """
+    shown = f"{' '.join(command[:2])} {command[-1]}"
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=SECONDS, check=False)
+    except FileNotFoundError as error:
+        raise DataError(f"{command[0]} is not installed{INSTALL.get(command[0], '')}") from error
+    except subprocess.TimeoutExpired as error:
+        raise DataError(f"{shown} took more than {SECONDS} s; is the network up?") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.startswith(mark)]
+        raise DataError(f"{shown} failed ({lines[0] if lines else 'no message'})")
+    return done.stdout
+
+
+def check_hash(path: Path, package: Package) -> None:
+    """Raises DataError unless the file is the pinned one."""
+    found = sha256_file(path)
+    if found != package.sha256:
+        raise DataError(f"{package.name} {package.version}: sha256 is {found}, expected {package.sha256}")
 
 
 def read_files(path: Path, names: Collection[str]) -> dict[str, Any]:
@@ -126,7 +142,6 @@ def resolve_icon(icons: Mapping[str, Any], name: str) -> Icon | None:
 
 def render(icon: Icon, size: int) -> Pixels:
     """uint8 [size, size, 3] on white, with the view box in the centre. Raises ValueError for a broken SVG."""
-    resvg = require("resvg_py")
     left, top, width, height = icon.box
     side = max(width, height)
     box = f"{left - (side - width) / 2:g} {top - (side - height) / 2:g} {side:g} {side:g}"
@@ -134,13 +149,18 @@ def render(icon: Icon, size: int) -> Pixels:
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'viewBox="{box}" width="{size}" height="{size}">{icon.body}</svg>'
     )
-    png = resvg.svg_to_bytes(
-        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True, dpi=96
-    )
-    with Image.open(io.BytesIO(bytes(png))) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    pixels = np.asarray(render_svg(svg, size))
     if icon.flip_horizontal:
         pixels = pixels[:, ::-1]
     if icon.flip_vertical:
         pixels = pixels[::-1]
     return np.ascontiguousarray(np.rot90(pixels, -icon.quarter_turns))
+
+
+def render_svg(svg: str, size: int, background: str | None = "#ffffff") -> Image.Image:
+    """The image; its longer side has `size` pixels. Text is not drawn. Raises ValueError for a broken SVG."""
+    png = require("resvg_py").svg_to_bytes(
+        svg_string=svg, width=size, height=size, background=background, skip_system_fonts=True, dpi=96
+    )
+    with Image.open(io.BytesIO(bytes(png))) as image:
+        return image.convert("RGB" if background else "RGBA")
