@@ -63,21 +63,58 @@ def icons(
     _show_drawings("Icons", build(out, size, everything=everything), out)
 
 
+def clipart(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write")] = Path("data/clipart"),
+    size: Annotated[int, option("pixels a side", metavar="PIXELS", min=8, max=256)] = 32,
+    deb: Annotated[Path | None, option("file of the package", metavar="FILE", default="downloaded with apt")] = None,
+) -> None:
+    """Build the clip art data set as WebDataset shards.
+
+    Downloads 25 MB from Debian, the package openclipart-svg, and renders its drawings, split by author. Needs apt, or
+    the file of the package, and `pip install 'compt[data]'`.
+    """
+    from compt.drawings.clipart import build
+
+    made = build(out, size, deb)
+    train, val, test = (made["authors"][part] for part in ("train", "val", "test"))
+    note = f"Authors: {train} in train, {val} in val, {test} in test; no author is in two. {_licences(out)}"
+    version = made["package"]["version"] + ("" if made["package"]["pinned"] else ", not the pinned version")
+    causes = sorted(made["dropped"].items(), key=lambda item: (-item[1], item[0]))
+    show(
+        _drawings(f"Clip art {version}", made, out, "authors", note),
+        TextTable("Left out", ("cause", "drawings"), [(cause, f"{number:,}") for cause, number in causes]),
+    )
+
+
 def _show_drawings(title: str, made: dict[str, Any], out: Path) -> None:
     note = (
         f"{made['held_out_concepts']} concepts are held out of training in every style. Drawings left out: "
-        f"{sum(made['dropped'].values())}. Licences and hashes: {out / 'manifest.json'}."
+        f"{sum(made['dropped'].values())}. {_licences(out)}"
     )
+    show(_drawings(title, made, out, "styles", note))
+
+
+def _licences(out: Path) -> str:
+    return f"Licences and hashes: {out / 'manifest.json'}."
+
+
+def _drawings(title: str, made: dict[str, Any], out: Path, word: str, note: str) -> TextTable:
     rows = [
-        (name, _styles(split["styles"]), f"{split['samples']:,}", f"{split['concepts']:,}", str(len(split["shards"])))
+        (
+            name,
+            _styles(split["styles"], word),
+            f"{split['samples']:,}",
+            f"{split['concepts']:,}",
+            str(len(split["shards"])),
+        )
         for name, split in made["splits"].items()
     ]
-    header = ("folder", "styles", "images", "concepts", "shards")
-    show(TextTable(f"{title}, {made['size']} px, from {made['source']}: {out}", header, rows, [note]))
+    header = ("folder", word, "images", "concepts", "shards")
+    return TextTable(f"{title}, {made['size']} px, from {made['source']}: {out}", header, rows, [note])
 
 
-def _styles(names: Collection[str]) -> str:
-    return ", ".join(names) if len(names) < 10 else f"{len(names)} styles"
+def _styles(names: Collection[str], word: str) -> str:
+    return ", ".join(names) if len(names) < 10 else f"{len(names)} {word}"
 
 
 def check(

@@ -67,6 +67,7 @@ GROUPS: dict[str, tuple[str, dict[str, Callable[..., None]]]] = {
         {
             "emoji": data.emoji,
             "icons": data.icons,
+            "clipart": data.clipart,
             "pack": data.pack,
             "dreamlip": data.dreamlip,
             "check": data.check,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,6 +32,18 @@ def plain(text: str) -> str:
     text = text.replace("\u2019", "'").replace("\u201c", "").replace("\u201d", "").replace("&", " and ")
     text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"\s+", " ", text.replace("_", " ")).strip(" :")
+
+
+def clean(text: str) -> str:
+    """What people wrote, as `plain`: no markup, web or memory addresses, types of files or control characters."""
+    # NFKC first: it turns other letters that look like < into that one.
+    text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text[:2000])))
+    text = re.sub(r"[<>]", " ", re.sub(r"<[^<>]{0,200}>", " ", text))
+    text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
+    text = re.sub(
+        r"(?i)\S*(?:@|://|www\.)\S*|\b(?:hash\()?0x[0-9a-f]+\)?|\.(?:svg|png|jpe?g|gif|eps|ai|wmf)\b", " ", text
+    )
+    return plain(text)
 
 
 def matching_key(text: str) -> str:
