@@ -1,1 +1,1 @@
-"""Sets of drawings with captions: the emoji of the demo, and icons."""
+"""Sets of drawings with captions: the emoji of the demo, icons, and clip art."""

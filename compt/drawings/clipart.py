@@ -43,7 +43,7 @@ TEST, VALIDATION = 0.15, 0.10
 ALIKE = 4
 """Drawings of one author with one name, at most: 1,375 stars differ in their points."""
 
-SAME = 0.25
+SAME = 0.15
 """A drawing is a copy if it differs from another by less than this share of its own difference from white."""
 
 CLASS_TRAINING, CLASS_DRAWINGS, CLASS_MOST = 10, 3, 25
