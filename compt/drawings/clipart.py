@@ -26,7 +26,7 @@ from compt.drawings.build import Concept, Sample, difference, write_set
 from compt.drawings.captions import Wording, choose_captions, clean, distinct
 from compt.drawings.debian import check_package, fetch_debian, package_files
 from compt.drawings.packages import Package, require
-from compt.drawings.svg import Drawing, RefusedError, SafeReader
+from compt.drawings.svg import Drawing, read_all
 from compt.text import terminal
 
 SIZE = 32
@@ -146,21 +146,18 @@ def read_clips(path: Path, size: int) -> tuple[list[Clip], Counter[str]]:
     clips: list[Clip] = []
     dropped: Counter[str] = Counter()
     seen = set()
-    # The number of drawings in the pinned version: counting them first would unpack the package twice.
-    files = track(package_files(path, below=FOLDER), "rendering clip art", 7458, console=terminal(stderr=True))
-    with SafeReader(size) as read:
-        for name, data in files:
-            try:
-                drawing = read(data)
-                if not (author := author_of(drawing.author)):
-                    raise RefusedError("no author")
-                if drawing.licence not in table()["licences"]:
-                    raise RefusedError("not in the public domain")
-                if (pixels := drawing.pixels.tobytes()) in seen:
-                    raise RefusedError("same pixels as another drawing")
-            except RefusedError as error:
-                dropped[str(error)] += 1
-                continue
+    drawings = read_all(package_files(path, below=FOLDER), size)
+    # The number of drawings in the pinned version.
+    for name, drawing in track(drawings, "rendering clip art", 7458, console=terminal(stderr=True)):
+        if isinstance(drawing, str):
+            dropped[drawing] += 1
+        elif not (author := author_of(drawing.author)):
+            dropped["no author"] += 1
+        elif drawing.licence not in table()["licences"]:
+            dropped["not in the public domain"] += 1
+        elif (pixels := drawing.pixels.tobytes()) in seen:
+            dropped["same pixels as another drawing"] += 1
+        else:
             seen.add(pixels)
             clips.append(Clip(name, author, drawing))
     return _name(clips, dropped), dropped

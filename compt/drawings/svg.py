@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import queue
 import resource
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -173,6 +176,26 @@ class SafeReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def read_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple[str, Drawing | str]]:
+    """Name and drawing of each file, or the cause of leaving it out, in order; on all cores. Holds all files."""
+    readers: queue.SimpleQueue[SafeReader] = queue.SimpleQueue()
+
+    def read(item: tuple[str, bytes]) -> tuple[str, Drawing | str]:
+        reader = readers.get()
+        try:
+            return item[0], reader(item[1])
+        except RefusedError as error:
+            return item[0], str(error)
+        finally:
+            readers.put(reader)
+
+    cores = os.cpu_count() or 1
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(cores) as pool:
+        for _ in range(cores):
+            readers.put(stack.enter_context(SafeReader(size)))
+        yield from pool.map(read, files)
 
 
 def _serve(pipe: Connection, size: int) -> None:
