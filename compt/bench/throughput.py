@@ -21,7 +21,7 @@ from compt.cost.speed import Measurement, Throughput, mean_tokens, way_of
 from compt.cost.training import exact_breakdown
 from compt.data.batch import Batch
 from compt.dist import collectives as dist
-from compt.dist.child import start_child
+from compt.dist.child import answer_of, start_child
 from compt.errors import ComptError, ConfigError, RunError
 from compt.files import memory_sizes, write_json
 from compt.models.clip import caption_lengths
@@ -172,7 +172,6 @@ def _asked(setup: Setup, batch: int | None) -> Measurement:
     )
 
 
-_POLL = 0.5
 _ASKED = (
     *("captions", "tokens", "text_buckets", "micro_batch", "loss_chunk", "compile", "engine", "recompute"),
     "settings",
@@ -232,14 +231,7 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
     Raises the ComptErrors of `measure`, and RunError for any other fault of the process, which has printed it.
     """
     process, receiver = start_child(_send_measurement, setup, device, batch, most, seconds)
-    # A Ctrl-C that comes just before a wait without a limit would only be heard after it.
-    while not receiver.poll(_POLL):
-        pass
-    try:
-        found = receiver.recv()
-    except EOFError:
-        found = None
-    process.join()
+    found = answer_of(process, receiver)
     if isinstance(found, ComptError):
         raise found
     if found is None and process.exitcode == -signal.SIGKILL:

@@ -17,13 +17,11 @@ from compt.files import shared_memory
 
 METHOD = "spawn"
 """How `start_child` starts a process. A forked process may not use CUDA after its parent did."""
+_POLL = 0.2
 
 
 def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
-    """Start `target(sender, *arguments)` in a new process; returns the process and the pipe's end to `receiver.poll`.
-
-    `receiver.recv` raises EOFError when the process ended without an answer. The process ends with its parent.
-    """
+    """Start `target(sender, *arguments)` in a process that ends with this one; returns what `answer_of` takes."""
     context: Any = multiprocessing.get_context(METHOD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_run, args=(target, sender, *arguments), daemon=True)
@@ -34,9 +32,24 @@ def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]
         process.start()
     finally:
         signal.signal(signal.SIGINT, interrupt)
-    # Or the pipe would still have an open end here when the child is dead, and `recv` would wait for ever.
+    # Or the pipe would still have an open end here when the child is dead, and `answer_of` would wait for ever.
     sender.close()
     return process, receiver
+
+
+def answer_of(process: Any, receiver: Any, give_up: Callable[[], bool] = lambda: False) -> Any:
+    """What a child has sent, once it has ended; None where it ended without an answer, or was killed by `give_up`."""
+    answer = None
+    # A Ctrl-C that comes just before a wait without a limit would only be heard after it.
+    while not receiver.poll(_POLL):
+        if give_up():
+            process.kill()
+            break
+    else:
+        with contextlib.suppress(EOFError):
+            answer = receiver.recv()
+    process.join()
+    return answer
 
 
 def _run(target: Callable[..., None], sender: Any, *arguments: Any) -> None:

@@ -17,7 +17,7 @@ from compt import __version__
 from compt.evaluate.sets import task_class
 from compt.export.formats import ExportFormat
 from compt.models.states import shape_of
-from compt.report.summary import Row, chain_to, read_state, whole_files
+from compt.report.summary import Row, accumulated, chain_to, read_state, whole_files
 from compt.text import TextTable, code_block, count, escape_markdown, hours, visible
 from compt.weights.artefact import Artefact
 
@@ -112,8 +112,7 @@ def _origin(source: Artefact) -> tuple[Path | None, str]:
 
 def _chain_table(chain: Sequence[Row]) -> TextTable:
     rows = [(row.job, row.model, f"{row.epochs:.3g}", count(row.macs), hours(row.device_hours)) for row in chain]
-    times = [row.device_hours for row in chain]
-    total = sum(time for time in times if time is not None) if None not in times else None
+    total = accumulated([row.device_hours for row in chain])[-1]
     rows.append(("Together", "", "", count(sum(row.macs for row in chain)), hours(total)))
     note = (
         "Each model starts from the one above it. MACs and device time of training, with the teacher's forward passes."

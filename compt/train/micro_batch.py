@@ -25,7 +25,7 @@ import torch.distributed as torch_dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from compt.dist import collectives as dist
-from compt.dist.child import start_child
+from compt.dist.child import answer_of, start_child
 from compt.dist.rendezvous import HERE, is_host
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
@@ -43,7 +43,6 @@ STEPS = 2
 """Steps of a trial. The first one creates the optimizer's moments, so the second needs most memory."""
 
 _OTHER, _MEMORY, _TIME = "another rank's trial failed", "memory", "time"
-_POLL = 0.2
 _numbers = itertools.count()
 
 
@@ -149,31 +148,24 @@ def _outcome(process: Any, receiver: Any, number: int, seconds: float) -> tuple[
     A failed trial is noted in the store, and the other ranks then kill theirs, which would wait for it for ever.
     """
     store = _get_default_store() if dist.world_size() > 1 else None
-    key, outcome, value, started = f"compt/fit/{number}/failed", _OTHER, None, time.monotonic()
-    while True:
-        if receiver.poll(_POLL):
-            try:
-                outcome, value = receiver.recv()
-            except EOFError:
-                process.join()
-                # SIGKILL is what the system sends when memory runs out.
-                killed = process.exitcode == -signal.SIGKILL
-                outcome = _MEMORY if killed else f"its process ended with code {process.exitcode}"
-            break
+    key, why, end = f"compt/fit/{number}/failed", "", time.monotonic() + seconds
+
+    def give_up() -> bool:
+        nonlocal why
         if store is not None and store.check([key]):
-            process.kill()
-            break
-        if time.monotonic() - started > seconds:
-            outcome = _TIME
-            process.kill()
-            break
-    if outcome and store is not None:
+            why = _OTHER
+        elif time.monotonic() > end:
+            why = _TIME
+        return bool(why)
+
+    found: tuple[str, Any] | None = answer_of(process, receiver, give_up)
+    if found is None:
+        # SIGKILL is what the system sends when memory runs out.
+        killed = process.exitcode == -signal.SIGKILL
+        found = why or (_MEMORY if killed else f"its process ended with code {process.exitcode}"), None
+    if found[0] and store is not None:
         store.set(key, "")
-    process.join(10)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    return outcome, value
+    return found
 
 
 def _try(

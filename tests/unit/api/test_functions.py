@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pkgutil
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -207,15 +208,18 @@ def test_both_methods_work_in_a_loop_of_one_s_own(nano: Path, capsys: pytest.Cap
 
 @pytest.mark.slow
 def test_the_whole_path_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """The example with two steps a model instead of 54."""
+    """The example with two steps a model instead of 54, and a ninth of the images to score."""
     from compt.drawings.emoji import build as build_emoji
 
     text = (EXAMPLES / "whole_path.py").read_text(encoding="utf-8")
     assert len([line for line in text.splitlines() if line.strip()]) <= 30
     monkeypatch.chdir(tmp_path)
     build_emoji(Path("data/emoji"))
+    for name in ("val_style", "test_style"):
+        shutil.rmtree(tmp_path / "data" / "emoji" / name)
+        shutil.copytree(tmp_path / "data" / "emoji" / "test_concepts", tmp_path / "data" / "emoji" / name)
     exec(compile(text.replace('("train", 54), ("warmup", 5)', '("train", 2), ("warmup", 1)'), "example", "exec"), {})
     out = capsys.readouterr().out
     assert "3-vit_mini: 2 steps" in out
-    assert "of 1681 images, 95 % interval" in out
+    assert "of 184 images, 95 % interval" in out
     assert "vit_midi, expanded pairs {" in out
