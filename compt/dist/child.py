@@ -17,7 +17,8 @@ from compt.files import shared_memory
 
 METHOD = "spawn"
 """How `start_child` starts a process. A forked process may not use CUDA after its parent did."""
-_POLL = 0.2
+_POLL, _LEAVE = 0.2, 10
+"""Seconds between looks for an answer, and for a process to leave after it."""
 
 
 def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]:
@@ -48,7 +49,11 @@ def answer_of(process: Any, receiver: Any, give_up: Callable[[], bool] = lambda:
     else:
         with contextlib.suppress(EOFError):
             answer = receiver.recv()
-    process.join()
+    # A process may hang at its end, in the shutdown of a GPU or of a group of ranks.
+    process.join(_LEAVE)
+    if process.is_alive():
+        process.kill()
+        process.join()
     return answer
 
 
