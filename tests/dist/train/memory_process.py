@@ -1,6 +1,6 @@
 """One rank of a link of 184 million parameters, or of a control; run under a memory limit.
 
-Prints the largest anonymous memory of the process as JSON.
+Prints the anonymous memory of the process as JSON: at first, and at most in each link.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CHANGES = (
     f"family.members=[{{name: vit_184m, depth: 14, {SIZES}}}, {{name: vit_197m, depth: 15, {SIZES}}}]",
     f"chain.links=[{{model: vit_184m, {STEPS}}}, {{model: vit_197m, {STEPS}}}]",
     "baselines=",
-    "optimizer.batch=3",
+    "optimizer.batch=2",
     "engine.name=fsdp2",
     "evaluation.sets=[]",
     "evaluation.primary=",
@@ -41,28 +41,32 @@ def recipe(action: str) -> Recipe:
 
 
 def main() -> None:
-    """ACTION BASE: `link` trains the first link of a chain to its end, `expand` begins the second.
+    """ACTION BASE: `chain` trains the first link of a chain to its end and begins the second.
 
-    `look_on`, the control, is `link` with an evaluation during training, for which each rank gathers the model.
+    `look_on`, the control, is the first link with an evaluation during training, for which each rank gathers the model.
     """
     action, base = sys.argv[1], Path(sys.argv[2])
     dist.init("cpu", timeout_seconds=300)
-    before, memory = status()["RssAnon"], Memory()
+    before = status()["RssAnon"]
+    peaks = [peak(action, base, name) for name in LINKS[: 1 if action == "look_on" else 2]]
+    print(json.dumps({"before": before, "peaks": peaks}))
+    dist.barrier()
+    dist.shutdown()
+
+
+def peak(action: str, base: Path, name: str) -> int:
+    """The most that a rank holds while it trains the first link or begins the second."""
+    memory = Memory()
     memory.start()
-    names = [LINKS[action == "expand"]]
-    context, plan = prepare(
-        recipe(action), base / ("control" if action == "look_on" else "run"), base=base, names=names
-    )
-    jobs = only(plan, names, context.folder)
-    if action == "expand":
+    context, plan = prepare(recipe(action), base / action, base=base, names=[name])
+    jobs = only(plan, [name], context.folder)
+    if name == LINKS[1]:
         JobRun(jobs[0], context, lambda _: None)._begin()
     else:
         run_only(context, plan, jobs, lambda _: None)
     memory.ended.set()
     memory.join()
-    print(json.dumps({"before": before, "peak": memory.peak}))
-    dist.barrier()
-    dist.shutdown()
+    return memory.peak
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from torch.distributed import TCPStore
@@ -24,11 +24,11 @@ from compt.weights.artefact import read_artefact
 from tests.dist.train.memory_process import LINKS, recipe
 from tests.helpers.recipe import make_data
 
-WORLD = 3
+WORLD = 2
 BESIDES = 500_000_000
 """Bytes of a rank beside its shares: a block that is gathered, activations, a few of the largest parameters."""
-LIMIT = 1_800_000_000
-"""Bytes of a rank: Python and torch, a third of the weights, gradients and moments, and a few tensors."""
+LIMIT = 2_300_000_000
+"""Bytes of a rank: Python and torch, a half of the weights, gradients and moments, and a few tensors."""
 NEEDED = 6_000_000_000
 
 pytestmark = pytest.mark.slow
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     """How the ranks ended, what they measured, and how many the kernel killed because memory ran out."""
 
     codes: list[int]
-    measured: list[dict[str, int]]
+    measured: list[dict[str, Any]]
     kills: int
     errors: str
 
@@ -83,16 +83,17 @@ def test_no_rank_holds_a_model(tmp_path: Path) -> None:
     if available() < NEEDED or shutil.disk_usage(tmp_path).free < NEEDED:
         pytest.skip(f"takes {NEEDED / 1e9:g} GB of memory and of disk")
     make_data(tmp_path, images=12)
-    first, second = (link.spec for link in make_plan(recipe("link"), baselines=False, controls=()).links)
+    first, second = (link.spec for link in make_plan(recipe("chain"), baselines=False, controls=()).links)
     assert counts.parameters(first) > 180_000_000
+    done = run("chain", tmp_path, LIMIT)
+    assert done.codes == [0] * WORLD, done.errors
+    assert done.kills == 0
     # Weights, gradients and two moments in shards; the expansion has a few tensors alone.
-    shares = {"link": 4 * model_bytes(first) // WORLD, "expand": 0}
-    for action, share in shares.items():
-        done = run(action, tmp_path, LIMIT)
-        assert done.codes == [0] * WORLD, done.errors
-        assert done.kills == 0
-        assert all(rank["peak"] - rank["before"] < share + BESIDES for rank in done.measured), done.measured
-    jobs = tmp_path / "run" / "jobs"
+    shares = (4 * model_bytes(first) // WORLD, 0)
+    for rank in done.measured:
+        for peak, share in zip(rank["peaks"], shares, strict=True):
+            assert peak - rank["before"] < share + BESIDES, done.measured
+    jobs = tmp_path / "chain" / "jobs"
     assert read_artefact(jobs / LINKS[0] / "model").spec == first
     assert read_artefact(jobs / LINKS[1] / "initial").spec == second
     gathered = run("look_on", tmp_path, LIMIT)
