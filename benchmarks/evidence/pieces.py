@@ -17,6 +17,9 @@ RECIPE = Path("benchmarks/evidence/icons.yaml")
 MEMBERS = ("a", "b", "c", "d")
 """The family. Each member costs about three times its predecessor."""
 
+BETWEEN = {"ab": (48, 3), "bc": (80, 4), "cd": (144, 4)}
+"""Width and depth of members between them. Their costs are 2, 6.4 and 20 times that of a."""
+
 OTHER_FAMILIES = {3: ("a", "bc", "d"), 7: ("a", "ab", "b", "bc", "c", "cd", "d")}
 """Families of 3 and 7 in the same range of costs, by their number of members."""
 
@@ -181,8 +184,13 @@ class Piece:
 
 @functools.cache
 def base_recipe(path: Path) -> Recipe:
-    """The recipe from which those of all pieces are made."""
-    return load_recipe(path, [])
+    """The recipe from which those of all pieces are made: with the members between those of the family."""
+    values = load_recipe(path, []).model_dump(mode="json", by_alias=True, exclude_none=True)
+    values["family"]["members"] += [
+        {"name": name, "preset": "vit_nano", "width": width, "depth": depth, "text_width": width, "text_depth": 2}
+        for name, (width, depth) in BETWEEN.items()
+    ]
+    return parse_recipe(values, str(path))
 
 
 def link_recipe(model: str, teacher: str | None, epochs: float = 1, shards: int = ALL) -> Recipe:

@@ -433,6 +433,7 @@ TINY = """
 name: tiny
 data: {train: "data/train/*.tar", images: 96, captions: 2}
 family:
+  common: {head_width: 16, text_head_width: 16}
   members: [{name: a, preset: vit_pico}, {name: b, preset: vit_nano, depth: 2, text_depth: 1}]
 chain: {links: [{model: a, train: {epochs: 1}, warmup: {steps: 1}}]}
 optimizer: {batch: 32, precision: fp32}
