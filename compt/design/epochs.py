@@ -82,9 +82,13 @@ def log2_smallest(images: float) -> float:
     return small + (large - small) * math.log(images / IMAGES["cc3m"], IMAGES["merged15m"] / IMAGES["cc3m"])
 
 
-def halvings(log2_teacher: ArrayLike, images: float) -> Floats:
-    """How many halvings teachers of 2 ** `log2_teacher` parameters lie below the smallest model that fits."""
-    return np.maximum(0.0, log2_smallest(images) - np.asarray(log2_teacher, dtype=np.float64))
+def halvings(log2_teacher: ArrayLike, images: float, smallest: float | None = None) -> Floats:
+    """How many halvings teachers of 2 ** `log2_teacher` parameters lie below the smallest model that fits.
+
+    `smallest`: its base-2 logarithm. Default: `log2_smallest`.
+    """
+    least = log2_smallest(images) if smallest is None else smallest
+    return np.maximum(0.0, least - np.asarray(log2_teacher, dtype=np.float64))
 
 
 def fits(log2_sizes: ArrayLike, images: float) -> NDArray[np.bool_]:
@@ -156,8 +160,17 @@ class EpochModel:
         held = np.stack(
             [rows[..., 0], rows[..., 1].clip(low[1]), rows[..., 2].clip(None, high[2]), rows[..., 3].clip(low[3])], -1
         )
-        start = math.log(START_FACTOR) * halvings(log2_teacher, images)
+        start = math.log(START_FACTOR) * halvings(log2_teacher, images, self.smallest(images))
         return np.asarray(held @ self.coefficients + start + self.moves[distilled][0])
+
+    def smallest(self, images: float) -> float:
+        """The base-2 logarithm of the smallest teacher without a penalty: by the rule, or one that was measured.
+
+        A measured link shows what its teacher's size does. With the penalty in its prediction as well, the line would
+        be shifted down for all links whose teachers have none.
+        """
+        measured = [log2_size(curve.match.teacher) for curve in self.own if curve.match is not None]
+        return min([log2_smallest(images), *measured])
 
     def _edges(self) -> tuple[Floats, Floats]:
         rows = np.array([_row(match) for match in self.points])

@@ -136,10 +136,12 @@ class Design:
             elif curve is not None:
                 bound = f"more than {curve.more_than:g}" if curve.more_than else f"at most {curve.at_most:g}"
                 found.append(f"{link.teacher.name} to {link.student.name}: {bound} epochs, {curve.source}.")
+        smallest = model.smallest(images)
         found.append(
-            f"Start: for {images:,} images the smallest model that fits has {count(2 ** log2_smallest(images))} "
+            f"Start: for {images:,} images the smallest model that fits has {count(2**smallest)} "
             "parameters (as the paper's table G counts); each halving below multiplies the next link's epochs by "
-            f"{START_FACTOR:g}. That is a stated rule, not a fit."
+            f"{START_FACTOR:g}. "
+            + ("That is a stated rule, not a fit." if smallest == log2_smallest(images) else "It was measured.")
         )
         beyond = [f"{', '.join(names)} of {model}" for model, names in self.extrapolated.items() if names]
         if beyond:

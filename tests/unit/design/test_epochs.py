@@ -21,6 +21,7 @@ from compt.design.epochs import (
     Range,
     features,
     fits,
+    halvings,
     leave_one_out,
     log2_size,
     log2_smallest,
@@ -188,6 +189,18 @@ def test_own_links_shift_the_line_by_their_median() -> None:
     assert alone.factor() == pytest.approx(PAPER.factor()), "one link shows no scatter: that of the paper stays"
     without = link("vit_l16", "vit_b16", 1, distilled=False)
     assert model.predict(without) == PAPER.predict(without), "links of another kind say nothing of it"
+
+
+def test_a_small_start_that_was_measured_does_not_shorten_other_links() -> None:
+    """The rule for small starts asks for 4 times the epochs. It needed 1.5 times the line's: others take that."""
+    tiny = replace(T, depth=2, text_depth=2, name="tiny")
+    first, other = LinkEpochs(T, tiny, 1, CC3M, 128.0), link("vit_l16", "vit_b16", 1)
+    gone = 2.0 ** float(halvings(log2_size(tiny), CC3M))
+    line = PAPER.predict(first).middle / gone
+    assert gone > 2
+    model = fitted(own(first, 1.5 * line))
+    assert model.predict(other).middle == pytest.approx(1.5 * PAPER.predict(other).middle)
+    assert model.predict(first).middle == pytest.approx(1.5 * line)
 
 
 def test_a_measured_link_takes_its_measurement() -> None:
