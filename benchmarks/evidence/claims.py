@@ -260,18 +260,17 @@ def _other_tasks(study: Study, compared: list[Arm]) -> Claim:
 
 
 def _instead(study: Study, ways: list[Arm]) -> Claim:
-    members, macs, time, classical = ways[: len(MEMBERS)], *ways[len(MEMBERS) :][:2], ways[len(MEMBERS) + 2 :]
-    last = study.find(members[-1].pieces)
+    last, macs, time = (study.find(arm.pieces) for arm in ways[len(MEMBERS) - 1 :][:3])
     parts = [
-        better("d of the chain is better than d alone for as many MACs", study.compare(last, study.find(macs.pieces))),
-        better("and for as much device time", study.compare(last, study.find(time.pieces))),
+        better("d of the chain is better than d alone for as many MACs", study.compare(last, macs)),
+        better("and for as much device time", study.compare(last, time)),
     ]
-    for own, other in zip(reversed(members), classical, strict=True):
-        what = f"{own.pieces[0].model} of the chain is better than with classical distillation"
-        parts.append(better(what, study.compare(study.find(own.pieces), study.find(other.pieces))))
+    remark = (
+        "Classical distillation (in the table) has no verdict: its members train equally long, and other lengths and "
+        "rates could suit it better."
+    )
     table = _table(study, "(j) What else the compute of the whole chain buys", ways)
-    text = "A chain is the best use of its compute, against d alone and classical distillation from d to the others"
-    return Claim("j", text, parts, table)
+    return Claim("j", "A chain is the best use of its compute for the largest model", parts, table, remark)
 
 
 def _whole_cost(study: Study, arm: Arm) -> float | None:

@@ -461,15 +461,15 @@ def classical(rates: Rates) -> list[Arm]:
     """Classical distillation: the members from large to small, d alone and the others from random weights with its
     help.
 
-    They train at their own rates of models from scratch, as IFD alone does in claim (f).
+    They train at their own rates of models from scratch, with a link's warm-up, as they are short.
     """
     largest = MEMBERS[-1]
-    teachers = [rates.baseline(largest, EQUAL_CLASSICAL, seed) for seed in SEEDS]
+    teachers = [replace(rates.baseline(largest, EQUAL_CLASSICAL, seed), warmup=50) for seed in SEEDS]
     students = (
         (
             f"{largest}({EQUAL_CLASSICAL:g}) distilled to {model}({EQUAL_CLASSICAL:g})",
             [
-                replace(rates.baseline(model, EQUAL_CLASSICAL, one.seed), teacher=one, expanded=False)
+                replace(rates.baseline(model, EQUAL_CLASSICAL, one.seed), teacher=one, expanded=False, warmup=50)
                 for one in teachers
             ],
         )

@@ -122,7 +122,7 @@ class JobRun:
         dist.on_main(lambda: write_json(self.folder / MANIFEST, self.manifest))
 
     def _check_teacher(self) -> None:
-        """Raise RunError when the teacher was trained again after this job was expanded from it."""
+        """Raise RunError when the teacher was trained again after this job began."""
         if self.job.teacher is None or self.manifest["state"] == "planned":
             return
         teacher = self.context.job_folder(self.job.teacher)
@@ -130,7 +130,7 @@ class JobRun:
         def compare() -> None:
             if read_manifest(teacher).get("model_hash") != self.manifest["parent_hash"]:
                 raise RunError(
-                    f"{self.folder}: was expanded from another {self.job.teacher} than the one that is there now; "
+                    f"{self.folder}: began with another {self.job.teacher} than the one that is there now; "
                     f"remove {self.folder} to train it again"
                 )
 
@@ -171,6 +171,7 @@ class JobRun:
             **self.job.to_json(),
             result=self.job.result,
             parent_hash=parent_hash,
+            teacher_spec=self.job.teacher_spec and self.job.teacher_spec.to_dict(),
             started=now(),
             machine=machine(self.context.device),
             processes=dist.world_size(),

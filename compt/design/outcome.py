@@ -154,13 +154,14 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
         }
         if like is not None:
             said = _plain(like)
-            link |= {key: said[key] for key in ("lr", "alpha", "initial", "expand") if said.get(key) is not None}
+            link |= {key: said[key] for key in ("lr", "alpha", "expand") if said.get(key) is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}
     members = [kept.get(spec.name) or member_of(spec, recipe.family.common) for spec in chain]
     values["name"] = f"{recipe.name}_auto"
     values["family"] |= {"members": [one["name"] if list(one) == ["name"] else one for one in members]}
     values["chain"] |= {"links": links}
+    values["baselines"]["lr"] = {name: lr for name, lr in baselines.lr.items() if name in [one.name for one in chain]}
     made = parse_recipe(values, source).specs()
     assert list(made.values()) == list(chain), (made, chain)
     return values

@@ -311,8 +311,11 @@ class Lineage:
         line = self.ancestors(job)
         if line:
             return line[0].manifest.spec
+        place = job.run / "jobs" / job.name
         try:
-            record = _read(job.run / "jobs" / job.name / "initial" / "manifest.json")
-            return TypeAdapter(ModelSpec).validate_python(record["expansion"]["teacher"])
+            # Older manifests do not have it, but what was expanded does.
+            found = _read(place / "manifest.json").get("teacher_spec")
+            found = found or _read(place / "initial" / "manifest.json")["expansion"]["teacher"]
+            return TypeAdapter(ModelSpec).validate_python(found)
         except (OSError, ValueError, RecursionError, KeyError, TypeError, ComptError):
             return None

@@ -141,7 +141,7 @@ def lay_out(drawn: DrawingSet, out: Path, source: str) -> dict[str, Any]:
         "size": drawn.size,
         "source": source,
         "held_out_concepts": sum(concept.held_out for concept in drawn.concepts.values()),
-        "splits": {},
+        "splits": {},  # in its old place: the hash of the manifest is published
         "sources": drawn.sources,
         "dropped": dict(sorted(drawn.dropped.items())),
     }

@@ -34,10 +34,14 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("_", " ")).strip(" :")
 
 
+TEXT_LIMIT = 500
+"""Letters of a text that are read."""
+
+
 def clean(text: str) -> str:
     """What people wrote, as `plain`: no markup, web or memory addresses, types of files or control characters."""
     # NFKC first: it turns other letters that look like < into that one.
-    text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text[:2000])))
+    text = unicodedata.normalize("NFKC", html.unescape(html.unescape(text[:TEXT_LIMIT])))[:TEXT_LIMIT]
     text = re.sub(r"[<>]", " ", re.sub(r"<[^<>]{0,200}>", " ", text))
     text = "".join(" " if unicodedata.category(letter).startswith("C") else letter for letter in text)
     text = re.sub(

@@ -84,7 +84,6 @@ def build(out: Path, size: int = SIZE, deb: Path | None = None) -> dict[str, Any
         "licence": "public domain (Creative Commons' dedication), as each drawing says",
         "renderer": importlib.metadata.version("resvg_py"),
         "authors": authors,
-        "splits": {},
         "dropped": dict(sorted(dropped.items())),
     }
     return write_set(out, "clipart", folders, facts, table()["templates"])

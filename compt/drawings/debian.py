@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import lzma
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, cast
 
 from compt.drawings.packages import Package, check_hash, download
 from compt.errors import DataError
@@ -51,18 +54,40 @@ def package_files(path: Path, part: str = "data.tar", below: str = "") -> Iterat
 
     Files are read in memory: no name in a package becomes a path on disk, and links are left out. Raises DataError.
     """
-    total = 0
     try:
-        with tarfile.open(fileobj=io.BytesIO(_part(path, part)), mode="r|*") as archive:
+        with _unpacked(_part(path, part)) as data, tarfile.open(fileobj=data, mode="r|") as archive:
             for member in archive:
-                total += member.size
-                if total > PACKAGE_LIMIT:
-                    raise DataError(f"{path}: the files in it have more than {PACKAGE_LIMIT:,} bytes")
                 name = member.name.removeprefix("./")
                 if member.isfile() and name.startswith(below) and (file := archive.extractfile(member)):
                     yield name.removeprefix(below), file.read()
     except (tarfile.TarError, lzma.LZMAError, OSError, EOFError, ValueError) as error:
         raise DataError(f"{path}: not a readable Debian package ({error})") from error
+
+
+class _Limited(io.RawIOBase):
+    """What is read from `file`, up to PACKAGE_LIMIT bytes: long names of members count, too. Raises ValueError."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.left = PACKAGE_LIMIT
+
+    def read(self, size: int = -1, /) -> bytes:
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError(f"the files in it have more than {PACKAGE_LIMIT:,} bytes")
+        return data
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def _unpacked(data: bytes) -> IO[bytes]:
+    for magic, module in ((b"\xfd7zXZ", lzma), (b"\x1f\x8b", gzip), (b"BZh", bz2)):
+        if data.startswith(magic):
+            return cast(IO[bytes], _Limited(module.open(io.BytesIO(data))))
+    return cast(IO[bytes], _Limited(io.BytesIO(data)))
 
 
 def _part(path: Path, name: str) -> bytes:

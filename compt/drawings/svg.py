@@ -31,6 +31,9 @@ SECONDS = 60.0
 MEMORY = 2 * 2**30
 """Bytes for one drawing, beyond what the process takes at its start."""
 
+KEYWORDS = 50
+"""Keywords of a drawing that are read."""
+
 CANVAS, LARGEST = 4, 32
 """A page is rendered this many times larger than the drawing ends up; at most, if the drawing fills a part of it."""
 
@@ -70,7 +73,9 @@ def read_drawing(data: bytes, size: int) -> Drawing:
         raise
     except (RecursionError, ValueError) as error:
         raise RefusedError("not rendered") from error
-    return Drawing(fields["title"], fields["description"], tuple(keywords), fields["creator"], licence, pixels)
+    return Drawing(
+        fields["title"], fields["description"], tuple(keywords[:KEYWORDS]), fields["creator"], licence, pixels
+    )
 
 
 def _parse(data: bytes) -> ElementTree.Element:
@@ -191,7 +196,7 @@ def read_all(files: Iterable[tuple[str, bytes]], size: int) -> Iterator[tuple[st
         finally:
             readers.put(reader)
 
-    cores = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0))
     with contextlib.ExitStack() as stack, ThreadPoolExecutor(cores) as pool:
         for _ in range(cores):
             readers.put(stack.enter_context(SafeReader(size)))

@@ -115,7 +115,7 @@ def _chain_table(chain: Sequence[Row]) -> TextTable:
     total = accumulated([row.device_hours for row in chain])[-1]
     rows.append(("Together", "", "", count(sum(row.macs for row in chain)), hours(total)))
     note = (
-        "Each model starts from the one above it. MACs and device time of training, with the teacher's forward passes."
+        "Each model's teacher is the one above it. MACs and device time of training, with the teacher's forward passes."
     )
     return TextTable("Training", ("Job", "Model", "Epochs", "MACs", "Time"), rows, [note], left=2)
 

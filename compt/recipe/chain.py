@@ -50,7 +50,7 @@ class Distill(Section):
 
 
 class ChainConfig(Section):
-    """The chain, smallest model first."""
+    """The chain, smallest model first; with `initial: random` a link may be smaller than its teacher."""
 
     links: list[Link] = Field(min_length=1)
     """The models in the order of training. With `from`, the first one starts from that model."""

@@ -34,6 +34,7 @@ def job(
     lr: float = 1e-3,
     warmup: int = 2,
     alpha: float = 500.0,
+    initial: str = "expanded",
     pins: Mapping[str, str] = PINS,
     repeat: int = 0,
     **changes: Any,
@@ -53,7 +54,7 @@ def job(
     }
     if teacher is not None:
         result["teacher"] = teacher["model_hash" if outside else "hash"]
-        result["expand"] = {"width": "insert"}
+        result |= {"expand": {"width": "insert"}} if initial == "expanded" else {"initial": initial}
         result["distill"] = {"alpha": alpha}
     low, high = top1 - 2.7, top1 + 2.7
     return {

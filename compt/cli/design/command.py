@@ -94,6 +94,8 @@ def _setting(recipe: Recipe, machine: Machine | None, asked: DesignRequest) -> S
     assert recipe.baselines is not None
     steps = recipe.baselines.train.to_steps(recipe.data.images, recipe.optimizer.batch)
     own = read_curves(asked.runs, on=asked.on, average_seeds=True, option="--runs-on").links if asked.runs else []
+    # Designed links are expanded, and so are those of the line.
+    own = [curve for curve in own if "initial" not in curve.settings]
     setting = Setting(recipe, EpochModel.fit(paper_matches(), own), steps / epoch_steps(recipe))
     if machine is None:
         return setting

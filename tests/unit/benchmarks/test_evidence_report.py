@@ -524,21 +524,15 @@ def test_retrieval_and_unseen_concepts(raw: Path) -> None:
 
 def test_instead(raw: Path) -> None:
     whole, (alone, longer), students = arms(RATES)["j"][:4], arms(RATES)["j"][4:6], arms(RATES)["j"][6:]
-    for arm in whole:
-        put_arm(raw, arm, 30.0)
+    put_arm(raw, whole[3], 30.0)
     assert claim(raw, "j").outcome == "not measured"
     put_arm(raw, alone, 28.0)
     assert claim(raw, "j").outcome == "undecided"
     put_arm(raw, longer, 28.0)
-    for arm in students[:3]:
-        put_arm(raw, arm, 28.0)
-    assert claim(raw, "j").outcome == "undecided"
-    put_arm(raw, students[3], 28.0)
     assert claim(raw, "j").outcome == "holds"
-    put_arm(raw, students[3], 32.0)
-    assert claim(raw, "j").outcome == "does not hold"
-    assert "a of the chain is better than with classical distillation" in claim(raw, "j").sentence
-    put_arm(raw, students[3], 28.0)
+    put_arm(raw, students[3], 40.0)
+    assert claim(raw, "j").outcome == "holds", "classical distillation is in the table alone"
+    assert [cells(claim(raw, "j").table, at)["test sets, %"] for at in (3, 9)] == ["30.05", "40.05"]
     put_arm(raw, alone, 32.0)
     assert claim(raw, "j").outcome == "does not hold"
     put_arm(raw, alone, 30.0)

@@ -530,7 +530,7 @@ def test_a_teacher_that_was_trained_again_is_noticed(base: Path, run: Path) -> N
     shutil.rmtree(run / "jobs" / FIRST)
     chain(base, run)  # on the same machine the result is the same, so the second link stays
     shutil.rmtree(run / "jobs" / FIRST)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"was expanded from another {FIRST}"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RunError, match=f"began with another {FIRST}"):
         patch.setattr("compt.train.build.DrawnState", lambda model, spec, seed: DrawnState(model, spec, seed + 1))
         chain(base, run)
 
@@ -745,6 +745,7 @@ def test_classical_distillation_goes_from_large_to_small(base: Path, tmp_path: P
         chain(base, tmp_path / "run", f"chain.links={json.dumps([large, small])}")
     chain(base, tmp_path / "run", f"chain.links={json.dumps([large, {**small, 'initial': 'random'}])}")
     assert all(row["ifd"] > 0 for row in lines(tmp_path / "run", "2-small") if row["kind"] == "train")
+    assert manifest(tmp_path / "run", "2-small")["teacher_spec"]["name"] == "large", "nothing else says its sizes"
     cost = manifest(tmp_path / "run", "2-small")["cost"]
     assert cost["teacher_forward_macs"] > cost["student_forward_macs"]
 

@@ -190,6 +190,9 @@ def test_a_budget(auto: Auto) -> None:
         members.append(len(values["chosen"]["specs"]))
         assert paid[-1] <= budget
     assert members == sorted(members)
+    rates = "baselines.lr={vit_t16: 1e-3, vit_l16: 5.0e-4}"
+    values = as_json(auto, "--objective", "budget", "--budget", "150", "--set", rates)
+    assert values["recipe"]["baselines"]["lr"] == {"vit_t16": 1e-3}, "without the models that were left out"
     text = auto("--objective", "budget", "--budget", "150")[1]
     assert text.startswith(
         "Chain for cc3m_vit: best family for 150 GPU-hours, without vit_s16, vit_b16, vit_l16, which it does not reach"
@@ -281,6 +284,16 @@ def test_own_runs(auto: Auto, tmp_path: Path, points: dict[int, float], least: f
     assert any(words in note for note in values["notes"])
     without = as_json(auto, "--members", "2", recipe=str(recipe))
     assert without["chosen"]["epochs"] != values["chosen"]["epochs"]
+
+
+def test_links_from_random_weights_say_nothing_of_designed_ones(auto: Auto, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(BASE))
+    jobs = [[NANO, BASELINE, grown(epochs, top1, initial="random")] for epochs, top1 in ((10, 10.0), (20, 30.0))]
+    runs = [word for at, one in enumerate(jobs) for word in ("--runs", str(write_run(tmp_path / str(at), one)))]
+    assert "crosses its baseline" in " ".join(as_json(auto, *runs, "--members", "2", recipe=str(recipe))["notes"])
+    random = as_json(auto, "--set", "chain.links.1.initial=random")
+    assert {link.get("initial") for link in random["recipe"]["chain"]["links"]} == {None}
 
 
 def test_runs_that_report_on_two_sets(auto: Auto, tmp_path: Path) -> None:

@@ -306,6 +306,14 @@ def test_a_package_of_endless_files_is_refused(tmp_path: Path, monkeypatch: pyte
         list(package_files(path))
 
 
+def test_the_name_of_a_file_counts_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = package(tmp_path / "a.deb", {"./" + 200_000 * "a": b""})
+    assert path.stat().st_size < 20_000, "compressed"
+    monkeypatch.setattr("compt.drawings.debian.PACKAGE_LIMIT", 100_000)
+    with pytest.raises(DataError, match="more than 100,000 bytes"):
+        list(package_files(path))
+
+
 def test_the_package_is_downloaded_with_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     apt = tmp_path / "apt-get"
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
