@@ -19,6 +19,7 @@ from benchmarks.evidence import family, report, speeds
 from benchmarks.evidence.__main__ import CLAIMS, plan_tables
 from benchmarks.evidence.claims import Answer, Claim, as_good, better, outcome
 from benchmarks.evidence.pieces import (
+    CHAINS,
     LENGTHS,
     MEMBERS,
     RECIPE,
@@ -392,6 +393,12 @@ def test_lossless_members(raw: Path) -> None:
     assert "a(40) → b(10): +0.05 [" in claim(raw, "a").sentence
     put_arm(raw, links[1], 30.5)
     put_arm(raw, links[2], 29.9)
+    for design in (CHAINS[1], CHAINS[4]):
+        assert claim(raw, "a").outcome == "undecided", "all chains count"
+        for arm in family_arms(RATES, design=design)[1:]:
+            put_arm(raw, arm, 31.0)
+            for seed in SEEDS:
+                put(raw, RATES.baseline(arm.pieces[0].model, design.epochs, seed), 31.0)
     assert claim(raw, "a").outcome == "holds"
     put_arm(raw, links[2], 27.0)
     assert claim(raw, "a").outcome == "does not hold"
