@@ -274,9 +274,18 @@ def draw_family(study: Study, axis: Axes) -> None:
             macs = list(itertools.accumulate(items[0]["macs"] / 1e12 for items in members))
             means = [study.accuracy(items, REPORT) or 0.0 for items in members]
             axis.plot(macs, means, style, color=COLOUR["ink"], markersize=6, linewidth=1, label=chain[-1].name)
+    if links := study.calibrated:
+        macs = list(itertools.accumulate(item["cost"]["total_macs"] / 1e12 for item in links))
+        name = " → ".join(f"{item['spec']['name']}({item['epochs']:.3g})" for item in links)
+        means = [item["scores"][REPORT]["top1"] for item in links]
+        axis.plot(macs, means, "P-", color=COLOUR["ink"], markersize=7, linewidth=2, label=name)
     axis.set_xscale("log")
     axis.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axis.minorticks_off()
     axis.set(xlabel="MACs of training so far, T", ylabel="top-1 on the test sets, %")
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend(loc="lower right", fontsize="small")
+    handles, labels = axis.get_legend_handles_labels()
+    alone = sum(label.endswith("alone") for label in labels)
+    if alone:
+        axis.add_artist(axis.legend(handles[:alone], labels[:alone], loc="upper left", fontsize="small"))
+    if labels[alone:]:
+        axis.legend(handles[alone:], labels[alone:], loc="lower right", fontsize="small")

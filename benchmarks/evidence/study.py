@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, LENGTHS, LR, SEEDS, Piece
+from benchmarks.evidence.pieces import ALL, LENGTHS, LR, MEMBERS, SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
@@ -24,7 +24,11 @@ from benchmarks.evidence.statistics import (
     equal_lengths,
     interval_of,
 )
+from compt.chain.record import MANIFEST, read_manifest
 from compt.evaluate.encoder import load_arrays
+
+CALIBRATED = "calibrated"
+"""The folder, beside the raw results, of the chain with the lengths that the first-pair test found."""
 
 REPORT, UNSEEN, RETRIEVAL = "test_style", "unseen_concepts", "retrieval"
 """The evaluation sets of results: test sets, concepts that training never shows, and the caption of each image."""
@@ -57,6 +61,8 @@ class Study:
         self.labels = load_arrays(raw / SETS) if self.all else {}
         self.rates = own_rates(raw)
         self.speeds = read_speeds(raw.parent / SPEEDS.name)
+        jobs = (raw.parent / CALIBRATED / "jobs" / f"{at}-{model}" for at, model in enumerate(MEMBERS, 1))
+        self.calibrated = [read_manifest(job) for job in jobs if (job / MANIFEST).exists()]
 
     def find(self, pieces: Iterable[Piece]) -> list[Record]:
         """The records of those that are finished."""
