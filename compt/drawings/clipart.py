@@ -73,7 +73,7 @@ def build(out: Path, size: int = SIZE, deb: Path | None = None) -> dict[str, Any
         clips, dropped = read_clips(path, size)
     parts = split_authors(Counter(clip.author for clip in clips))
     clips = _drop_copies(clips, parts, dropped)
-    folders = _folders(clips, parts)
+    folders = _folders(clips, parts, dropped)
     authors = {
         part: len({clip.author for clip in clips if parts[clip.author] == part}) for part in ("train", "val", "test")
     }
@@ -248,8 +248,11 @@ def class_of(clip: Clip) -> str:
     return found[0] if len(found) == 1 else ""
 
 
-def _folders(clips: list[Clip], parts: Mapping[str, str]) -> dict[str, list[Sample]]:
-    """The samples of every folder. Hashes of their keys order them, and choose where there are too many."""
+def _folders(clips: list[Clip], parts: Mapping[str, str], dropped: Counter[str]) -> dict[str, list[Sample]]:
+    """The samples of every folder. Hashes of their keys order them, and choose where there are too many.
+
+    Counts in `dropped` the held-out drawings that are in none.
+    """
     frequency = Counter(word for clip in clips for word in clip.keywords)
     made = sorted(
         ((_sample(clip, frequency), clip) for clip in clips),
@@ -268,6 +271,9 @@ def _folders(clips: list[Clip], parts: Mapping[str, str]) -> dict[str, list[Samp
             members = [sample for sample, clip in own if class_of(clip) == name][:CLASS_MOST]
             if trained[name] >= CLASS_TRAINING and len(members) >= CLASS_DRAWINGS:
                 folders[f"{part}_classes"] += [replace(one, concept=replace(one.concept, name=name)) for one in members]
+        used = {sample.key for kind in ("pairs", "classes") for sample in folders[f"{part}_{kind}"]}
+        if left := len(own) - len(used):
+            dropped["name of another held-out drawing, and in no class"] += left
     return folders
 
 

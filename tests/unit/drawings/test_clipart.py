@@ -8,6 +8,7 @@ import re
 import sys
 import tarfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,16 @@ def test_every_drawing_is_in_one_place_or_counted(
     assert len({caption.casefold() for caption in palestine["captions"]}) == 16
     again = clipart.build(tmp_path / "set", 16, tmp_path / "a.deb")
     assert again["splits"] == made["splits"]
+
+
+def test_held_out_drawings_of_one_name_are_counted() -> None:
+    clips = [
+        replace(clip(f"{place}/house_{at}.svg", f"author {at}", ""), name="house") for at, place in enumerate("abc")
+    ]
+    dropped: Counter[str] = Counter()
+    folders = clipart._folders(clips, {one.author: "test" for one in clips}, dropped)
+    assert (len(folders["test_pairs"]), len(folders["test_classes"])) == (1, 0)
+    assert dropped == {"name of another held-out drawing, and in no class": 2}
 
 
 def test_the_command_reads_a_file_and_shows_what_is_left_out(
