@@ -12,17 +12,21 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
 from benchmarks.evidence.pieces import (
+    ALL,
     CHAINS,
     FIRST,
+    IMAGES,
     LENGTH,
     LENGTHS,
     LINK_RATES,
     LINKS,
     MEMBERS,
+    PARTS,
     Arm,
     Design,
     Piece,
     family_arms,
+    quarter_arm,
 )
 from benchmarks.evidence.statistics import MARGIN, Difference, Length
 from benchmarks.evidence.study import COSTS, REPORT, UNSEEN, Cost, Record, Study, interval, span, times
@@ -197,12 +201,16 @@ def draw_lengths_of_links(study: Study, axis: Axes) -> None:
 
 
 def savings_by_length(study: Study) -> TextTable:
-    """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy."""
+    """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy.
+
+    On parts of the training set, all at the first rate.
+    """
     rows = []
-    for first, arm in _quarters(study):
-        items, baseline = common(study.find(arm.pieces), study.baselines("b", first.epochs))
-        equal, (teachers, _) = study.equal(items), common(study.baselines("a", first.epochs), items)
-        cells = [f"{first.epochs:g}", f"{arm.pieces[0].epochs:g}", str(len(items))]
+    for first, arm in (found for shards in (ALL, *PARTS) for found in _quarters(study, shards)):
+        shards = first.shards
+        items, baseline = common(study.find(arm.pieces), study.baselines("b", first.epochs, shards))
+        equal, (teachers, _) = study.equal(items), common(study.baselines("a", first.epochs, shards), items)
+        cells = [f"{IMAGES[shards]:,}", f"{first.epochs:g}", f"{arm.pieces[0].epochs:g}", str(len(items))]
         cells += [number(study.accuracy(found, REPORT), 2) for found in (teachers, items, baseline)]
         cells += [interval(study.compare(items, baseline)), span(equal)]
         for kind in COSTS:
@@ -211,34 +219,36 @@ def savings_by_length(study: Study) -> TextTable:
             ]
             cells += [number(one, 2) for one in saved]
         rows.append(cells)
-    header = ["epochs of a and of b alone", "epochs of a → b", "seeds", "a, %", "a → b, %", "b alone, %"]
+    header = ["images", "epochs of a and of b alone", "epochs of a → b", "seeds", "a, %", "a → b, %", "b alone, %"]
     header += ["points against b alone [95 %]", "epochs of equal accuracy [95 %]"]
     header += ["MACs x", "MACs x, a and b", "device time x", "device time x, a and b"]
     return TextTable("(e) Savings of a link of a quarter by the length of training", header, rows, [EQUAL])
 
 
-def _quarters(study: Study) -> Iterable[tuple[Piece, Arm]]:
+def _quarters(study: Study, shards: int) -> Iterable[tuple[Piece, Arm]]:
     """The first model and the link of each length that is measured."""
     for epochs in LENGTHS:
-        first, arm = family_arms(study.rates, MEMBERS[:2], FIRST._replace(epochs=epochs))
+        arm = quarter_arm(study.rates, epochs, shards)
         if study.find(arm.pieces):
-            yield first.pieces[0], arm
+            yield arm.pieces[0].chain[0], arm
 
 
 def _savings(study: Study, first: Piece, items: list[Record], epochs: float, kind: Cost, whole: bool) -> float | None:
     """How many times a baseline of `epochs` costs as much as the link; `whole`: with a on both sides."""
-    a = study.cost_of_epochs("a", first.epochs, kind)
-    b, link = study.cost_of_epochs("b", epochs, kind), study.cost(items[0], kind)
+    a = study.cost_of_epochs("a", first.epochs, kind, first.shards)
+    b, link = study.cost_of_epochs("b", epochs, kind, first.shards), study.cost(items[0], kind)
     if a is None or b is None or link is None:
         return None
     return (a + b) / (a + link) if whole else b / link
 
 
 def draw_savings(study: Study, axis: Axes) -> None:
-    """The savings in MACs at equal accuracy against the length of training."""
-    for colour, whole, label in zip(SERIES, (False, True), ("the link alone", "a and b"), strict=False):
+    """The savings in MACs at equal accuracy against the length of training, for the link and by number of images."""
+    lines = [(ALL, False, "the link alone"), (ALL, True, "a and b")]
+    lines += [(shards, True, f"a and b, {IMAGES[shards]:,} images") for shards in PARTS]
+    for colour, (shards, whole, label) in zip(SERIES, lines, strict=False):
         points = []
-        for first, arm in _quarters(study):
+        for first, arm in _quarters(study, shards):
             items = study.find(arm.pieces)
             equal = study.equal(items)
             if equal and equal.low and equal.high:

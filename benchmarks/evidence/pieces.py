@@ -26,7 +26,7 @@ OTHER_FAMILIES = {3: ("a", "bc", "d"), 7: ("a", "ab", "b", "bc", "c", "cd", "d")
 SEEDS = (0, 1, 2)
 
 LADDER = (40, 80, 160, 320)
-"""Epochs of baselines on parts of the training set."""
+"""Epochs of baselines on parts of the training set. Links there have a quarter."""
 PARTS = (2, 1)
 """Shards of the parts."""
 
@@ -105,6 +105,9 @@ ALPHAS = (0.0, 500.0, 1e3, 3e3, 10e3)
 OPERATORS = ("insert", "net2net", "insert_exact", "netexpand")
 """Width operators: the method's own, copies, new channels that are silent at first, orthonormal new rows."""
 
+COSINE = "cosine"
+"""The recipe's schedule."""
+
 EQUAL_MACS, EQUAL_TIME, EQUAL_PAIR, EQUAL_CLASSICAL = 13, 15.7, 45.7, 5.25
 """Epochs of model d from scratch that cost the MACs, and the device time, of the whole first chain from a to d; of
 model b that cost the MACs of a of LENGTH epochs and a link of a quarter; and of every member in classical distillation,
@@ -117,7 +120,7 @@ class Piece:
 
     `alpha`: weight of distillation; None: the recipe's. `warmup` in steps. Without `expanded`, a link starts from
     random weights, and its teacher only distils. `width`: the operator that expands it. `shards`: how many of the
-    training set, the first ones.
+    training set, the first ones. `schedule`: how the rate falls.
     """
 
     model: str
@@ -130,6 +133,7 @@ class Piece:
     expanded: bool = True
     width: str = OPERATORS[0]
     shards: int = ALL
+    schedule: str = COSINE
 
     @property
     def name(self) -> str:
@@ -139,6 +143,8 @@ class Piece:
             text += f"-lr{self.lr:g}"
         if self.shards != ALL:
             text += f"-shards{self.shards}"
+        if self.schedule != COSINE:
+            text += f"-{self.schedule}"
         if self.teacher is None:
             return text
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
@@ -176,6 +182,7 @@ class Piece:
         if self.shards != ALL:
             values["data"]["train"] = [f"data/icons/train/icon-train-{at:06d}.tar" for at in range(self.shards)]
             values["data"]["images"] = IMAGES[self.shards]
+        values["optimizer"]["schedule"]["shape"] = self.schedule
         values |= {"name": self.name, "seed": self.seed, "chain": chain, "baselines": None}
         # Scores while training would cost time that differs between pieces: a model is scored at its end.
         values["evaluation"]["every"] = {"epochs": self.epochs}
@@ -251,8 +258,10 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
+        if one.shards != ALL:
+            return True
         if one.teacher is None or not one.expanded:
-            return one.model in self.alone or one.shards != ALL or (one.epochs, one.seed) == (RATED, 0)
+            return one.model in self.alone or (one.epochs, one.seed) == (RATED, 0)
         model = one.model[-1]
         before = MEMBERS[1 : MEMBERS.index(model)]
         chosen = {kind: getattr(self, kind) for kind in KINDS}
@@ -340,12 +349,29 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     one = rates.link("b", LINKS[1], first)
     yield from (replace(one, warmup=300), replace(one, alpha=0.0))
     yield replace(one, teacher=rates.baseline("a", 2 * LENGTH))
+    # A start that is exact, at lower rates too; other falls of the rate, and a teacher whose rate has not fallen.
+    yield from (replace(one, width="insert_exact", lr=lr) for lr in (1e-2, 3e-3, 1e-3))
+    yield from (replace(one, schedule=schedule) for schedule in ("linear", "wsd"))
+    yield replace(one, teacher=replace(first, schedule="constant"))
 
 
 def ladder() -> Iterator[Piece]:
-    """Baselines of the smallest pair on parts of the training set, at the first rate."""
-    combined = itertools.product(PARTS, MEMBERS[:2], LADDER)
-    return (Piece(model, epochs, shards=shards) for shards, model, epochs in combined)
+    """The smallest pair on parts of the training set, at the first rate: alone, and links of a quarter."""
+    for shards in PARTS:
+        yield from (Piece(model, epochs, shards=shards) for model in MEMBERS[:2] for epochs in LADDER)
+        yield from (quarter_arm(Rates(), epochs, shards).pieces[0] for epochs in LADDER)
+
+
+def quarter_arm(rates: Rates, epochs: float, shards: int = ALL) -> Arm:
+    """The link from a to b after `epochs` of a, for a quarter of them; on parts at the first rate."""
+    arm = family_arms(rates, MEMBERS[:2], FIRST._replace(epochs=epochs))[1]
+    if shards == ALL:
+        return arm
+    found = (
+        replace(piece, lr=LR, shards=shards, teacher=Piece("a", epochs, piece.seed, shards=shards))
+        for piece in arm.pieces
+    )
+    return replace(arm, pieces=tuple(found))
 
 
 def _last(rates: Rates) -> Iterator[Piece]:
@@ -420,27 +446,19 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
-        "e": [
-            arm
-            for epochs in LENGTHS[1:4]
-            for arm in (
-                replace(family_arms(rates, "ab", FIRST._replace(epochs=epochs))[1], name=f"{epochs:g} epochs"),
-                alone("b", epochs),
-            )
-        ],
-        "j": [*whole, alone("d", EQUAL_MACS), alone("d", EQUAL_TIME), *classical(rates)],
-        "g": [
-            Arm(
-                f"alpha {alpha:g}",
-                tuple(replace(piece, alpha=None if alpha == 500 else alpha) for piece in both.pieces),
-            )
-            for alpha in ALPHAS
-        ],
-        "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
         "b": [
             *(family_arms(rates, MEMBERS[at:], FIRST._replace(shares=SHARES[at:]))[-1] for at in (2, 1, 0)),
             alone("d", SHORT),
         ],
+        "e": [
+            arm
+            for epochs in LENGTHS[1:4]
+            for arm in (
+                replace(quarter_arm(rates, epochs), name=f"{epochs:g} epochs"),
+                alone("b", epochs),
+            )
+        ],
+        "j": [*whole, alone("d", EQUAL_MACS), alone("d", EQUAL_TIME), *classical(rates)],
         # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
         "d": [
             Arm(
@@ -454,6 +472,14 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             family_arms(rates, members, FIRST._replace(shares=shares_of(count)))[-1]
             for count, members in sorted(families().items())
         ],
+        "g": [
+            Arm(
+                f"alpha {alpha:g}",
+                tuple(replace(piece, alpha=None if alpha == 500 else alpha) for piece in both.pieces),
+            )
+            for alpha in ALPHAS
+        ],
+        "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
     }
 
 

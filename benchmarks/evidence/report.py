@@ -19,7 +19,7 @@ from benchmarks.evidence.family import (
     family_tables,
     savings_of_chains,
 )
-from benchmarks.evidence.pieces import CHAINS, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT
+from benchmarks.evidence.pieces import ALL, CHAINS, COSINE, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -46,14 +46,17 @@ def baseline_table(study: Study) -> TextTable:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for item in study.all:
         if item["teacher"] is None:
-            groups.setdefault((-item["shards"], item["model"], -item["lr"], item["epochs"]), []).append(item)
+            groups.setdefault(
+                (-item["shards"], item["model"], -item["lr"], item["schedule"], item["epochs"]), []
+            ).append(item)
     rows = []
-    for (_, model, _, epochs), items in sorted(groups.items()):
+    for (_, model, _, schedule, epochs), items in sorted(groups.items()):
         rows.append(
             [
                 f"{IMAGES[items[0]['shards']]:,}",
                 model,
                 f"{items[0]['lr']:g}",
+                schedule,
                 f"{epochs:g}",
                 str(len(items)),
                 *(number(study.accuracy(items, name), 2) for name in (SELECT, REPORT, UNSEEN)),
@@ -61,7 +64,18 @@ def baseline_table(study: Study) -> TextTable:
                 minutes(study.seconds(items[0])),
             ]
         )
-    header = ["images", "model", "lr", "epochs", "seeds", "validation sets", "test sets", "unseen concepts", "MACs, T"]
+    header = [
+        "images",
+        "model",
+        "lr",
+        "schedule",
+        "epochs",
+        "seeds",
+        "validation sets",
+        "test sets",
+        "unseen concepts",
+        "MACs, T",
+    ]
     header += ["minutes (steps x measured seconds)"]
     return TextTable(title="From scratch: zero-shot top-1, %", header=header, rows=rows)
 
@@ -71,7 +85,7 @@ def link_table(study: Study) -> TextTable:
     rows = []
     for items in study.links():
         one = items[0]
-        items, baseline = common(items, study.baselines(one["model"], first_epochs(one)))
+        items, baseline = common(items, study.baselines(one["model"], first_epochs(one), one["shards"]))
         found = study.compare(items, baseline)
         equal = study.equal(items)
         unseen = study.compare(items, baseline, UNSEEN)
@@ -93,7 +107,9 @@ def link_table(study: Study) -> TextTable:
                 times(baseline[0]["macs"], one["macs"]) if baseline else "-",
                 times(study.seconds(baseline[0]), study.seconds(one)) if baseline else "-",
                 span(equal),
-                "-" if equal is None else times(study.cost_of_epochs(one["model"], equal.epochs, "macs"), one["macs"]),
+                "-"
+                if equal is None
+                else times(study.cost_of_epochs(one["model"], equal.epochs, "macs", one["shards"]), one["macs"]),
             ]
         )
     header = ["link", "epochs", "lr", "warm-up", "alpha", "r", "seeds", "top-1, %", "baseline's epochs"]
@@ -108,9 +124,12 @@ def link_table(study: Study) -> TextTable:
 
 
 def _start(link: Record) -> str:
-    if not link["expanded"]:
-        return " (random start)"
-    return "" if link["width"] == OPERATORS[0] else f" ({link['width']})"
+    """What else than its teacher and its numbers sets it apart."""
+    words = [] if link["expanded"] else ["random start"]
+    words += [] if link["width"] == OPERATORS[0] else [link["width"]]
+    words += [] if link["schedule"] == COSINE else [f"{link['schedule']} schedule"]
+    words += [] if link["shards"] == ALL else [f"{IMAGES[link['shards']]:,} images"]
+    return f" ({', '.join(words)})" if words else ""
 
 
 def _curves(study: Study, axis: Axes) -> None:

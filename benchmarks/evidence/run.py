@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from benchmarks.common import rounded
 from benchmarks.evidence.pieces import (
     ALL,
+    COSINE,
     KINDS,
     MEMBERS,
     OPERATORS,
@@ -152,6 +153,7 @@ def collect(piece: Piece, runs: Path = RUNS, raw: Path = RAW) -> None:
         "expanded": piece.expanded,
         "width": piece.width,
         "shards": piece.shards,
+        "schedule": piece.schedule,
         "hash": manifest["hash"],
         "r": float(np.mean(r)) if r else None,
         "parameters": manifest["parameters"],
@@ -199,7 +201,8 @@ def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
 
 def _results(path: Path) -> dict[str, Any]:
     # The first pieces were collected without these.
-    return {"expanded": True, "r": None, "shards": ALL, "width": OPERATORS[0], **read_json(path)}
+    defaults = {"expanded": True, "r": None, "shards": ALL, "width": OPERATORS[0], "schedule": COSINE}
+    return {**defaults, **read_json(path)}
 
 
 def _order(name: str, names: list[str]) -> tuple[int, str]:

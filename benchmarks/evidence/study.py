@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, LENGTHS, LR, MEMBERS, SEEDS, Piece
+from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, LR, MEMBERS, SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
@@ -71,11 +71,11 @@ class Study:
     def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
         """The model from scratch at its own rate, or at the first one on fewer shards, by length and seed."""
         lr = self.rates.baseline(model, 1).lr if shards == ALL else LR
+        wanted = {"model": model, "teacher": None, "lr": lr, "shards": shards, "schedule": COSINE}
         return [
             item
             for item in self.all
-            if (item["model"], item["teacher"], item["lr"], item["shards"]) == (model, None, lr, shards)
-            and epochs in (None, item["epochs"])
+            if all(item[key] == value for key, value in wanted.items()) and epochs in (None, item["epochs"])
         ]
 
     def links(self) -> list[list[Record]]:
@@ -91,6 +91,8 @@ class Study:
                     item["alpha"],
                     item["expanded"],
                     item["width"],
+                    item["shards"],
+                    item["schedule"],
                     seedless(item["teacher"]),
                 )
                 groups.setdefault(key, []).append(item)
@@ -140,7 +142,8 @@ class Study:
             return np.asarray(rows.mean(axis=0))
 
         items = list(items)
-        by_length = {epochs: self.baselines(items[0]["model"], epochs) for epochs in LENGTHS}
+        one = items[0]
+        by_length = {epochs: self.baselines(one["model"], epochs, one["shards"]) for epochs in LENGTHS}
         found = {epochs: seeds & {item["seed"] for item in found} for epochs, found in by_length.items()}
         lengths = [epochs for epochs, known in found.items() if known and needed <= known]
         return mean(items), lengths, [mean(by_length[epochs]) for epochs in lengths]
@@ -198,9 +201,9 @@ class Study:
         """MACs or seconds of a training. Seeds cost the same."""
         return self.seconds(item) if kind == "seconds" else float(item["macs"])
 
-    def cost_of_epochs(self, model: str, epochs: float, kind: Cost) -> float | None:
+    def cost_of_epochs(self, model: str, epochs: float, kind: Cost, shards: int = ALL) -> float | None:
         """The cost of a baseline of this length, from one that was measured."""
-        found = self.baselines(model)
+        found = self.baselines(model, shards=shards)
         cost = self.cost(found[0], kind) if found else None
         return None if cost is None else cost / found[0]["epochs"] * epochs
 

@@ -37,6 +37,7 @@ from benchmarks.evidence.pieces import (
     macs_of,
     pieces,
     pieces_of,
+    quarter_arm,
     shares_of,
 )
 from benchmarks.evidence.power import simulated
@@ -82,6 +83,11 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
     wide = Piece("b", 10, 0, teacher, width="netexpand")
     assert wide.name == "b-e10-s0-w200-netexpand-from-a-e40-s0"
     assert wide.recipe(tmp_path).chain.links[0].expand.width == "netexpand"
+    steady = replace(teacher, schedule="constant")
+    assert (steady.name, steady.recipe(tmp_path).optimizer.schedule.shape) == ("a-e40-s0-constant", "constant")
+    few = quarter_arm(Rates(quarter={"b": 1e-2}), 40, shards=1).pieces[0]
+    assert few.name == "b-e10-s0-shards1-w50-from-a-e40-s0-shards1"
+    assert few.recipe(tmp_path).data.images == 1594
     assert macs_of(Piece("b", 10, 0, teacher)) > macs_of(Piece("b", 10))
 
 

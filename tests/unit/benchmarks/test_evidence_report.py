@@ -32,6 +32,7 @@ from benchmarks.evidence.pieces import (
     family_arms,
     macs_of,
     pieces,
+    quarter_arm,
 )
 from benchmarks.evidence.run import SETS
 from benchmarks.evidence.statistics import Difference
@@ -76,6 +77,8 @@ def put(raw: Path, piece: Piece, top1: float, r: float | None = None) -> None:
         "alpha": 0.0 if piece.teacher is None else 500.0 if piece.alpha is None else piece.alpha,
         "expanded": piece.expanded,
         "width": piece.width,
+        "shards": piece.shards,
+        "schedule": piece.schedule,
         "r": r,
         "steps": round(99 * piece.epochs),
         "macs": macs_of(piece),
@@ -418,7 +421,8 @@ def test_every_length(raw: Path) -> None:
     found = claim(raw, "e")
     assert found.outcome == "does not hold"
     assert "20 epochs: +0.05 [" in found.sentence
-    assert [row[:3] for row in found.table.rows] == [["20", "5", "3"], ["40", "10", "3"], ["80", "20", "3"]]
+    all_images = [["12,759", "20", "5", "3"], ["12,759", "40", "10", "3"], ["12,759", "80", "20", "3"]]
+    assert [row[:4] for row in found.table.rows] == all_images
     row = cells(found.table, 1)
     # As good as 28.05 % between 20 epochs with 28 and 40 with 30: 20 x 2 ** 0.025.
     assert row["epochs of equal accuracy [95 %]"].startswith("20 [")
@@ -433,6 +437,25 @@ def test_every_length(raw: Path) -> None:
     assert list(link_alone[0].get_xdata()) == [20, 40, 80]
     far, near = (abs(one[0].get_ydata() - 1) for one in (link_alone, both))
     assert (far > near).all(), "a costs the same on both sides"
+
+
+def test_parts_of_the_images_have_their_own_baselines(raw: Path) -> None:
+    """A link on an eighth of the images, between two baselines there."""
+    put_baselines(raw, "ab")
+    for model, epochs in itertools.product("ab", (40, 80)):
+        put(raw, Piece(model, epochs, shards=1), epochs / 10)
+        # The same at a constant rate is no baseline.
+        put(raw, Piece(model, epochs, shards=1, schedule="constant"), 1.0)
+    link = quarter_arm(RATES, 40, shards=1).pieces[0]
+    put(raw, link, 6.0)
+    row = cells(claim(raw, "e").table, 0)
+    assert (row["images"], row["a, %"], row["b alone, %"]) == ("1,594", "4.00", "4.00")
+    # 6 % lies half-way between 4 % at 40 epochs and 8 % at 80.
+    assert row["epochs of equal accuracy [95 %]"].startswith("57 [")
+    cost = macs_of(Piece("b", 40, shards=1)) / 40 * 56.7 / macs_of(link)
+    assert float(row["MACs x"]) == pytest.approx(cost, rel=0.02)
+    links = [line for line in report.link_table(Study(raw)).rows if "1,594 images" in line[0]]
+    assert [line[8] for line in links] == ["40"], "against the baseline of as many images"
 
 
 def test_prepending(raw: Path) -> None:
