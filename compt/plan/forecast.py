@@ -5,7 +5,7 @@ Joins the jobs of `compt.plan.jobs` with the speeds of `compt.cost.speed` and th
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from compt.cost.memory import Memory, artefact_bytes, checkpoint_bytes, memory_p
 from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
-from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, sum_hours
+from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, speedups_of, sum_hours
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
 from compt.plan.teacher_cache import CachedCaptions, cached_captions
@@ -183,33 +183,19 @@ class Forecast:
             hours=sum_hours(known) if (known := [item.hours for item in items if item.hours]) else None,
         )
 
-    def speedups(self) -> list[tuple[float, float] | None]:
+    def speedups(self) -> list[tuple[float, float]]:
         """For each link: baseline GPU-hours / its GPU-hours, for it alone and summed up to it.
 
-        None without a machine, and where the recipe does not say how members are trained individually.
+        [] without a machine, and where the recipe does not say how members are trained individually.
         """
-        found: list[tuple[float, float] | None] = []
-        chain = alone = 0.0
-        for at, link in enumerate(self.links):
-            other = self.individual[at].hours if self.individual else None
-            if link.hours is None or other is None:
-                found.append(None)
-                continue
-            chain += link.hours.gpu_hours
-            alone += other.gpu_hours
-            found.append((other.gpu_hours / link.hours.gpu_hours, alone / chain))
-        return found
+        return speedups_of([(link.hours, alone.hours) for link, alone in self._pairs()])
 
-    def own_speedups(self) -> list[float]:
-        """As the second of `speedups`, of the hours projected for compt itself; [] where some job has none."""
-        pairs = [(link.own, alone.own) for link, alone in zip(self.links, self.individual, strict=False)]
-        found, chain, alone = [], 0.0, 0.0
-        for own, other in pairs:
-            if own is None or other is None:
-                return []
-            chain, alone = chain + own.gpu_hours, alone + other.gpu_hours
-            found.append(alone / chain)
-        return found
+    def own_speedups(self) -> list[tuple[float, float]]:
+        """The same of the hours projected for compt itself; [] where some job has none."""
+        return speedups_of([(link.own, alone.own) for link, alone in self._pairs()])
+
+    def _pairs(self) -> Iterable[tuple[Estimate, Estimate]]:
+        return zip(self.links, self.individual, strict=False)
 
     def disk_peak_bytes(self) -> int:
         """The most bytes that the run folder holds at any time, logs and scores left out."""
@@ -253,7 +239,7 @@ class Forecast:
                     "macs": {mode: rows[mode][at] for mode in MODES},
                     "hours": item.hours and asdict(item.hours),
                     "own_hours": item.own and item.own.to_json(),
-                    **dict(zip(_SPEEDUPS, (speedups[at] if at < len(speedups) else None) or (None, None), strict=True)),
+                    **dict(zip(_SPEEDUPS, speedups[at] if at < len(speedups) else (None, None), strict=True)),
                     "memory": {engine: fit.to_json() for engine, fit in item.memory.items()} or None,
                     "disk": asdict(item.disk),
                     "teacher_cache": item.cached and asdict(item.cached),
@@ -263,8 +249,8 @@ class Forecast:
             "totals": {name: asdict(self.totals(items)) if items else None for name, items in groups.items()},
             "acceleration": {
                 **{f"{mode}_macs": self.plan.acceleration(mode) for mode in MODES},
-                "gpu_hours": speedups[-1] and speedups[-1][1],
-                "own_gpu_hours": own[-1] if (own := self.own_speedups()) else None,
+                "gpu_hours": speedups[-1][1] if speedups else None,
+                "own_gpu_hours": own[-1][1] if (own := self.own_speedups()) else None,
             },
             "too_large": self.remedy and asdict(self.remedy),
             "disk": {"peak_bytes": self.disk_peak_bytes(), "end_bytes": self.disk_end_bytes()},

@@ -96,6 +96,21 @@ def sum_hours(items: Sequence[Hours]) -> Hours:
     )
 
 
+def speedups_of(pairs: Sequence[tuple[Hours | OwnHours | None, Hours | OwnHours | None]]) -> list[tuple[float, float]]:
+    """For each pair of a link and its baseline: the baseline's GPU-hours over the link's, alone and summed up to it.
+
+    [] if hours of one are not known.
+    """
+    found: list[tuple[float, float]] = []
+    chain = alone = 0.0
+    for own, other in pairs:
+        if own is None or other is None:
+            return []
+        chain, alone = chain + own.gpu_hours, alone + other.gpu_hours
+        found.append((other.gpu_hours / own.gpu_hours, alone / chain))
+    return found
+
+
 @dataclass(frozen=True)
 class HoursRow:
     """A link of the chain. None: the job, or one of a sum, is neither measured nor can be projected."""

@@ -197,8 +197,9 @@ def speedup_table(forecast: Forecast, mode: Mode = "exact") -> TextTable | None:
     if not forecast.individual:
         return None
     rows = []
-    for item, row, found in zip(forecast.links, forecast.plan.rows(mode), forecast.speedups(), strict=False):
-        ratios = [row["speedup"], row["accumulated_speedup"], *(found or ())]
+    speedups = forecast.speedups()
+    for at, (item, row) in enumerate(zip(forecast.links, forecast.plan.rows(mode), strict=False)):
+        ratios = [row["speedup"], row["accumulated_speedup"], *(speedups[at] if speedups else ())]
         rows.append([item.job.name, *("" if value is None else f"{value:.2f}x" for value in ratios)])
     header = ["Model", "MACs", "MACs so far"] + ([] if forecast.machine is None else ["GPU-hours", "GPU-hours so far"])
     epochs = forecast.individual[0].job.epochs
@@ -218,7 +219,7 @@ def own_table(forecast: Forecast) -> TextTable | None:
     for item in forecast.trained:
         assert item.own is not None
         step, at = item.own.step, forecast.links.index(item) if item.job.kind == "link" else len(speedups)
-        ratio = f"{speedups[at]:.2f}x" if at < len(speedups) else ""
+        ratio = f"{speedups[at][1]:.2f}x" if at < len(speedups) else ""
         milliseconds = [f"{1e3 * value:.1f}" for value in (step.host, step.products, step.traffic)]
         rows.append(
             [item.job.name, f"{step.launches:,}", *milliseconds, step.decides, f"~{digits(item.own.gpu_hours)}", ratio]

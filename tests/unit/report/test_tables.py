@@ -306,7 +306,6 @@ def test_accelerations_of_macs_and_of_hours() -> None:
     assert table is not None
     assert table.rows[0] == ["1-vit_nano", "1.00x", "1.00x", "1.00x", "1.00x"]
     row, hours = found.plan.rows()[2], found.speedups()[2]
-    assert hours is not None
     ratios = (row["speedup"], row["accumulated_speedup"], *hours)
     assert table.rows[2][1:] == [f"{value:.2f}x" for value in ratios]
     paper = speedup_table(found, "paper")
