@@ -7,7 +7,7 @@ measured* if none could be made, and is *undecided* otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -16,9 +16,11 @@ from benchmarks.common import number
 from benchmarks.evidence.family import savings_by_length
 from benchmarks.evidence.pieces import (
     FIRST,
+    IMAGES,
     LENGTH,
     MEMBERS,
     SHORT,
+    SMALL,
     Arm,
     Piece,
     Rates,
@@ -116,6 +118,7 @@ def claims(study: Study) -> list[Claim]:
         "h": _operators,
         "i": _other_tasks,
         "j": _instead,
+        "k": _lossless_on_few_images,
     }
     found = arms(study.rates)
     return [make(study, found[letter]) for letter, make in made.items()]
@@ -127,11 +130,18 @@ def _lossless(study: Study, compared: list[Arm]) -> Claim:
         one = arm.pieces[0]
         # The first members are their own baselines.
         if one.teacher is not None:
-            baseline = study.baselines(one.model, one.chain[0].epochs)
+            baseline = study.baselines(one.model, one.chain[0].epochs, one.shards)
             parts.append(as_good(arm.name, study.compare(study.find(arm.pieces), baseline)))
     table = _table(study, "(a) The chain, two chains of short links, and their members alone", compared)
     text = "Every member of the chain is as good as its baseline, which trains for as many epochs as the first member"
     return Claim("a", text, parts, table)
+
+
+def _lossless_on_few_images(study: Study, compared: list[Arm]) -> Claim:
+    found = _lossless(study, compared)
+    title = f"(k) The chain on {IMAGES[SMALL.shards]:,} images, and its members alone"
+    text = f"On {IMAGES[SMALL.shards]:,} images, every member of the chain is as good as its baseline of as many epochs"
+    return replace(found, letter="k", text=text, table=replace(found.table, title=title))
 
 
 def _by_length(study: Study, compared: list[Arm]) -> Claim:

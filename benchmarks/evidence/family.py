@@ -22,6 +22,7 @@ from benchmarks.evidence.pieces import (
     LINKS,
     MEMBERS,
     PARTS,
+    SMALL,
     Arm,
     Design,
     Piece,
@@ -45,6 +46,7 @@ def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
     """Each member of a chain against its own baseline of as many epochs as the first: accuracy, and savings so far."""
     chain = family_arms(study.rates, design=design)
     name = f"a of {design.epochs:g} epochs, links of {', '.join(f'1/{share:g}' for share in design.shares)}"
+    name += _images(design.shards)
     header = ["chain", "epochs", "seeds", "top-1, %", "baseline's epochs", "points against it [95 %]"]
     header += [f"margin {MARGIN:g}", f"mean above -{LOSSLESS_POINTS:g}", "unseen concepts [95 %]"]
     note = f"The paper calls a model lossless if it is at most {LOSSLESS_POINTS:g} points below, without an interval."
@@ -61,6 +63,10 @@ def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
     ]
     costs = TextTable(f"What the chain saves ({name})", header, [_costs(study, arm, sums) for arm in chain], notes)
     return [quality, costs]
+
+
+def _images(shards: int) -> str:
+    return "" if shards == ALL else f", {IMAGES[shards]:,} images"
 
 
 class _Sums:
@@ -82,7 +88,8 @@ class _Sums:
 
 def _quality(study: Study, arm: Arm) -> list[str]:
     first = arm.pieces[0].chain[0]
-    items, baseline = common(study.find(arm.pieces), study.baselines(arm.pieces[0].model, first.epochs))
+    baseline = study.baselines(arm.pieces[0].model, first.epochs, first.shards)
+    items, baseline = common(study.find(arm.pieces), baseline)
     found = study.compare(items, baseline)
     shown = [interval(found), found.verdict if found else MISSING]
     shown += ["-" if found is None else "yes" if found.mean > -LOSSLESS_POINTS else "no"]
@@ -100,8 +107,8 @@ def _quality(study: Study, arm: Arm) -> list[str]:
 
 
 def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
-    items, model = study.find(arm.pieces), arm.pieces[0].model
-    reference, equal = study.baselines(model, arm.pieces[0].chain[0].epochs), study.equal(items)
+    items, model, shards = study.find(arm.pieces), arm.pieces[0].model, arm.pieces[0].shards
+    reference, equal = study.baselines(model, arm.pieces[0].chain[0].epochs, shards), study.equal(items)
     if items and arm.pieces[0].teacher is None and equal is None:
         # The first member of a chain is a baseline: it is as accurate as itself.
         equal = Length(items[0]["epochs"], None, None, len(items))
@@ -112,7 +119,7 @@ def _costs(study: Study, arm: Arm, sums: _Sums) -> list[str]:
         cells += sums.add(kind, study.cost(reference[0], kind) if reference else None, own[kind])
     cells.append(span(equal))
     for kind in COSTS:
-        cells.append(times(study.cost_of_epochs(model, equal.epochs, kind) if equal else None, own[kind]))
+        cells.append(times(study.cost_of_epochs(model, equal.epochs, kind, shards) if equal else None, own[kind]))
     return cells
 
 
@@ -127,15 +134,16 @@ def common(items: list[Record], others: list[Record]) -> tuple[list[Record], lis
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
-    for design in CHAINS:
+    for design in (*CHAINS, SMALL):
         chain = family_arms(study.rates, design=design)
-        rows.append(_saved(study, chain[-1].name, [study.find(arm.pieces) for arm in chain]))
-    for epochs in dict.fromkeys(design.epochs for design in CHAINS):
-        first = study.baselines("a", epochs)
+        name = chain[-1].name + _images(design.shards)
+        rows.append(_saved(study, name, [study.find(arm.pieces) for arm in chain]))
+    for epochs, shards in dict.fromkeys((design.epochs, design.shards) for design in (*CHAINS, SMALL)):
+        first = study.baselines("a", epochs, shards)
         # An exact expansion has the function of a, so it answers as a does.
         grown = {"teacher": "a", "alpha": 0.0, "macs": 0.0, "steps": 0}
         members = [first, *([{**item, **grown, "model": model} for item in first] for model in MEMBERS[1:])]
-        rows.append(_saved(study, f"a({epochs:g}), expanded exactly and not trained", members))
+        rows.append(_saved(study, f"a({epochs:g}){_images(shards)}, expanded exactly and not trained", members))
     header = ["chain", "seeds", "mean, %", "d, %", "MACs x [95 %]", "by seed", "device time x [95 %]"]
     header += ["d alone, MACs x [95 %]", "d alone, device time x [95 %]"]
     notes = [
@@ -201,10 +209,7 @@ def draw_lengths_of_links(study: Study, axis: Axes) -> None:
 
 
 def savings_by_length(study: Study) -> TextTable:
-    """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy.
-
-    On parts of the training set, all at the first rate.
-    """
+    """What a link of a quarter saves at each length of the pair's first model, against baselines of equal accuracy."""
     rows = []
     for first, arm in (found for shards in (ALL, *PARTS) for found in _quarters(study, shards)):
         shards = first.shards

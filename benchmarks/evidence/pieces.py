@@ -77,11 +77,12 @@ save the most against baselines of equal accuracy."""
 
 
 class Design(NamedTuple):
-    """A chain of the family: the first model's epochs, the parts of them that links train for, and their rates."""
+    """A chain of the family: the first model's epochs, the parts of them that links train for, rates, data."""
 
     epochs: float
     shares: tuple[float, ...]
     kind: Kind
+    shards: int = ALL
 
 
 FIRST = Design(SHORT, SHARES, "quarter")
@@ -94,6 +95,8 @@ CHAINS = (
 )
 """The chains of the whole family. The third and the fourth have one seed."""
 
+SMALL = Design(LADDER[-1], SHARES, "quarter", PARTS[-1])
+"""A chain on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0)."""
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
@@ -229,14 +232,14 @@ class Rates:
     quarter: Mapping[str, float] = field(default_factory=dict)
     quick: Mapping[str, float] = field(default_factory=dict)
 
-    def baseline(self, model: str, epochs: float, seed: int = 0) -> Piece:
+    def baseline(self, model: str, epochs: float, seed: int = 0, shards: int = ALL) -> Piece:
         """A model from scratch."""
-        return Piece(model, epochs, seed, lr=self.alone.get(model, _of(model, RATES)[0]))
+        return Piece(model, epochs, seed, lr=self.alone.get(model, _of(model, RATES)[0]), shards=shards)
 
     def link(self, model: str, epochs: float, teacher: Piece, kind: Kind = "quarter") -> Piece:
-        """A link with a short warm-up, of its teacher's seed."""
+        """A link with a short warm-up, of its teacher's seed and images."""
         lr = _of(model, getattr(self, kind)) or _of(model, LINK_RATES[kind])[0]
-        return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50)
+        return Piece(model, epochs, teacher.seed, teacher, lr, warmup=50, shards=teacher.shards)
 
     def chain(
         self, first: Piece, members: Sequence[str], shares: Sequence[float] = SHARES, kind: Kind = "quarter"
@@ -258,7 +261,7 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
-        if one.shards != ALL:
+        if one.shards != ALL and one.lr == LR:
             return True
         if one.teacher is None or not one.expanded:
             return one.model in self.alone or (one.epochs, one.seed) == (RATED, 0)
@@ -334,7 +337,7 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     for epochs, lr in itertools.product(LINKS, RATES["b"][:2]):
         yield replace(rates.link("b", epochs, first), lr=lr)
     # Whether less data leaves a plateau within reach.
-    yield from ladder()
+    yield from ladder(rates)
     # The larger members: rates and lengths, and a chain from a short first model, link by link at its best rate.
     for model in MEMBERS[2:]:
         yield from baseline_trials(model)
@@ -353,25 +356,22 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield from (replace(one, width="insert_exact", lr=lr) for lr in (1e-2, 3e-3, 1e-3))
     yield from (replace(one, schedule=schedule) for schedule in ("linear", "wsd"))
     yield replace(one, teacher=replace(first, schedule="constant"))
+    # A chain where data is short, and the larger members alone there.
+    yield family_arms(rates, design=SMALL)[-1].pieces[0]
+    for epochs in LADDER[:1:-1]:
+        yield from (rates.baseline(model, epochs, shards=SMALL.shards) for model in MEMBERS[2:])
 
 
-def ladder() -> Iterator[Piece]:
-    """The smallest pair on parts of the training set, at the first rate: alone, and links of a quarter."""
-    for shards in PARTS:
-        yield from (Piece(model, epochs, shards=shards) for model in MEMBERS[:2] for epochs in LADDER)
-        yield from (quarter_arm(Rates(), epochs, shards).pieces[0] for epochs in LADDER)
+def ladder(rates: Rates) -> Iterator[Piece]:
+    """The smallest pair on parts of the training set: alone, and links of a quarter. First at the first rate."""
+    for used, shards in itertools.product((Rates(), rates), PARTS):
+        yield from (used.baseline(model, epochs, shards=shards) for model in MEMBERS[:2] for epochs in LADDER)
+        yield from (quarter_arm(used, epochs, shards).pieces[0] for epochs in LADDER)
 
 
 def quarter_arm(rates: Rates, epochs: float, shards: int = ALL) -> Arm:
-    """The link from a to b after `epochs` of a, for a quarter of them; on parts at the first rate."""
-    arm = family_arms(rates, MEMBERS[:2], FIRST._replace(epochs=epochs))[1]
-    if shards == ALL:
-        return arm
-    found = (
-        replace(piece, lr=LR, shards=shards, teacher=Piece("a", epochs, piece.seed, shards=shards))
-        for piece in arm.pieces
-    )
-    return replace(arm, pieces=tuple(found))
+    """The link from a to b after `epochs` of a, for a quarter of them."""
+    return family_arms(rates, MEMBERS[:2], FIRST._replace(epochs=epochs, shards=shards))[1]
 
 
 def _last(rates: Rates) -> Iterator[Piece]:
@@ -394,7 +394,7 @@ class Arm:
 
 def family_arms(rates: Rates, members: Sequence[str] = MEMBERS, design: Design = FIRST) -> list[Arm]:
     """The members of a chain, the smallest first."""
-    firsts = [rates.baseline(members[0], design.epochs, seed) for seed in SEEDS]
+    firsts = [rates.baseline(members[0], design.epochs, seed, design.shards) for seed in SEEDS]
     by_seed = [(first, *rates.chain(first, members, design.shares, design.kind)) for first in firsts]
     return [Arm(chain_name(found[0]), found) for found in zip(*by_seed, strict=True)]
 
@@ -416,8 +416,9 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
     Claims (f), (g), (h) take the pair of LENGTH epochs: its teacher is better. Those with c and d take the first chain.
     """
 
-    def alone(model: str, epochs: float) -> Arm:
-        return Arm(f"{model} alone, {epochs:g}", tuple(rates.baseline(model, epochs, seed) for seed in SEEDS))
+    def alone(model: str, epochs: float, shards: int = ALL) -> Arm:
+        found = (rates.baseline(model, epochs, seed, shards) for seed in SEEDS)
+        return Arm(f"{model} alone, {epochs:g}", tuple(found))
 
     whole = family_arms(rates)
     firsts = alone("a", LENGTH).pieces
@@ -444,6 +445,10 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             *family_arms(rates, design=CHAINS[1]),
             *family_arms(rates, design=CHAINS[4]),
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
+        ],
+        "k": [
+            *family_arms(rates, design=SMALL),
+            *(alone(model, SMALL.epochs, SMALL.shards) for model in MEMBERS[1:]),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
         "b": [

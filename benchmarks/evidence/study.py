@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, LR, MEMBERS, SEEDS, Piece
+from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, MEMBERS, SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
@@ -69,8 +69,8 @@ class Study:
         return [self.by_name[piece.name] for piece in pieces if piece.name in self.by_name]
 
     def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
-        """The model from scratch at its own rate, or at the first one on fewer shards, by length and seed."""
-        lr = self.rates.baseline(model, 1).lr if shards == ALL else LR
+        """The model from scratch at its own rate, by length and seed."""
+        lr = self.rates.baseline(model, 1).lr
         wanted = {"model": model, "teacher": None, "lr": lr, "shards": shards, "schedule": COSINE}
         return [
             item
@@ -155,7 +155,7 @@ class Study:
         seeds = set.intersection(*({item["seed"] for item in items} for items in chain))
         for items in chain:
             if items[0]["teacher"]:
-                known = Counter(item["seed"] for item in self.baselines(items[0]["model"]))
+                known = Counter(item["seed"] for item in self.baselines(items[0]["model"], shards=items[0]["shards"]))
                 seeds &= {seed for seed, lengths in known.items() if lengths > 1}
         return seeds
 
@@ -170,7 +170,10 @@ class Study:
         costs = (
             cost
             for items in chain
-            for cost in (self.cost(items[0], kind), self.cost_of_epochs(items[0]["model"], 1, kind))
+            for cost in (
+                self.cost(items[0], kind),
+                self.cost_of_epochs(items[0]["model"], 1, kind, items[0]["shards"]),
+            )
         )
         if not seeds or None in costs:
             return None
@@ -194,7 +197,8 @@ class Study:
                 if not lengths:
                     continue
                 epochs = np.minimum(equal_lengths(own, lengths, means, self.labels[REPORT]), lengths[-1])
-                alone = alone + (self.cost_of_epochs(items[0]["model"], 1, kind) or 0.0) * epochs
+                one = self.cost_of_epochs(items[0]["model"], 1, kind, items[0]["shards"])
+                alone = alone + (one or 0.0) * epochs
         return alone / paid
 
     def cost(self, item: Record, kind: Cost) -> float | None:

@@ -86,7 +86,7 @@ def test_a_piece_is_a_recipe_of_one_run(tmp_path: Path, root: Path, monkeypatch:
     steady = replace(teacher, schedule="constant")
     assert (steady.name, steady.recipe(tmp_path).optimizer.schedule.shape) == ("a-e40-s0-constant", "constant")
     few = quarter_arm(Rates(quarter={"b": 1e-2}), 40, shards=1).pieces[0]
-    assert few.name == "b-e10-s0-shards1-w50-from-a-e40-s0-shards1"
+    assert few.name == "b-e10-s0-lr0.01-shards1-w50-from-a-e40-s0-shards1"
     assert few.recipe(tmp_path).data.images == 1594
     assert macs_of(Piece("b", 10, 0, teacher)) > macs_of(Piece("b", 10))
 
