@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity
 
 from compt.bench.launches import PARTS, Launches, methods_of_parts
@@ -123,7 +124,18 @@ def _profiler(device: torch.device) -> torch.profiler.profile:
 
 
 def _operations(seen: torch.profiler.profile, gpu: bool) -> list[tuple[str, int, float]]:
-    rows = [row for row in seen.key_averages() if not row.key.startswith(("compt ", "ProfilerStep"))]
+    """Name, calls and seconds of each operation: of a GPU's kernels, or of the CPU's operators.
+
+    torch counts the time of a kernel also for the operator that launched it.
+    """
+    of_device = DeviceType.CUDA if gpu else DeviceType.CPU
+    rows = [
+        row
+        for row in seen.key_averages()
+        if row.device_type == of_device
+        and not row.is_user_annotation
+        and not row.key.startswith(("compt ", "ProfilerStep"))
+    ]
     spent = [
         (row.key, row.count, (row.self_device_time_total if gpu else row.self_cpu_time_total) / 1e6) for row in rows
     ]

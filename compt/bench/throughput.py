@@ -241,9 +241,11 @@ def measure_apart(setup: Setup, device: torch.device, batch: int | None, most: i
     return cast(Measurement, found)
 
 
-def _send_measurement(sender: Any, *arguments: Any) -> None:
+def _send_measurement(sender: Any, setup: Setup, device: torch.device, *arguments: Any) -> None:
     try:
-        sender.send(measure(*arguments))
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        sender.send(measure(setup, device, *arguments))
     except ComptError as error:
         sender.send(error)
     finally:

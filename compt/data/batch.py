@@ -31,8 +31,9 @@ class Batch:
         return len(self.keys)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
-        return replace(self, images=self.images.pin_memory(), tokens=self.tokens.pin_memory())
+        """The same batch in page-locked memory. Images that are on a GPU stay there."""
+        images = self.images if self.images.is_cuda else self.images.pin_memory()
+        return replace(self, images=images, tokens=self.tokens.pin_memory())
 
 
 @dataclass

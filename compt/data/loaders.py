@@ -240,7 +240,10 @@ class TrainLoader:
 
         Without workers the thread would share the files of the reader with this one, so there is none.
         """
-        with ThreadPoolExecutor(1, "decoder") as thread:
+        # A new thread begins on the first GPU, and would open a context there.
+        device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        enter = None if device is None else partial(torch.cuda.set_device, device)
+        with ThreadPoolExecutor(1, "decoder", enter) as thread:
             ahead: deque[Future[Read]] = deque()
             for read in reads:
                 if isinstance(read, Read):
@@ -258,8 +261,8 @@ class TrainLoader:
 
     def _decode(self, share: Share) -> Read:
         read = self.reads.decode(share)
-        if torch.cuda.is_initialized() and not read.batch.images.is_cuda:
-            # The loader pinned what the workers sent, which was not yet pixels.
+        if torch.cuda.is_initialized():
+            # The loader pins batches, and what the workers sent was not yet one.
             read = read._replace(batch=read.batch.pin_memory())
         return read
 

@@ -99,7 +99,17 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
     if chosen.index >= torch.cuda.device_count():
         raise ConfigError(f"device {chosen} does not exist: this machine has {torch.cuda.device_count()}")
     torch.cuda.set_device(chosen)
+    true_fp32()
     return chosen
+
+
+def true_fp32() -> None:
+    """Turn TF32 off on GPUs: losses and scores have to be true fp32, and autocast covers all that TF32 would speed up.
+
+    By default torch takes it for convolutions.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def backend_of(device: torch.device) -> str:

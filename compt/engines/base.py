@@ -154,9 +154,7 @@ class EngineHead:
         self.precision = given.get("precision", "fp32")
         self.unwrapped = module
         if self.device.type == "cuda":
-            # Without TF32: the loss has to be true fp32, and autocast covers all that TF32 could speed up.
-            torch.set_float32_matmul_precision("highest")
-            torch.backends.cudnn.allow_tf32 = False
+            dist.true_fp32()
 
     def _change_blocks(self, given: EngineArguments, hooked: bool = True) -> None:
         """Recompute blocks, then compile blocks (with their hooks if `hooked`) or towers; both before sharding."""

@@ -37,12 +37,9 @@ class DataParallelEngine(AdamWEngine):
         self._prepare(settings, given)
 
     def _wrapped(self, module: nn.Module) -> nn.Module:
-        return DistributedDataParallel(
-            module,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-        )
+        # With `device_ids`, DDP would move every input to the GPU, also the captions' lengths, which stay on the CPU so
+        # that no step waits for the GPU.
+        return DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
         if isinstance(self.module, DistributedDataParallel) and not last:

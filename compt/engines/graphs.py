@@ -10,6 +10,7 @@ nodes that add up gradients on the stream where they were made, which a capture 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, Unpack
@@ -48,6 +49,7 @@ class CudaGraphs:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -64,11 +66,18 @@ class CudaGraphs:
         graph = torch.cuda.CUDAGraph()
         # Other threads of the process may use the GPU meanwhile: one pins batches, NCCL's looks after collectives. The
         # outer context gives the stream back where the inner one fails to end a capture.
-        with (
-            torch.cuda.stream(self._stream),
-            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
-        ):
-            part()
+        try:
+            with (
+                torch.cuda.stream(self._stream),
+                torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+            ):
+                part()
+        except RuntimeError:
+            # Where torch cannot end a capture, its allocator stays in it: `empty_cache` then fails, and memory that
+            # other streams used is never free again. The call raises where torch has ended it.
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+            raise
         return graph.replay
 
 

@@ -142,7 +142,8 @@ def shard_frozen(
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     fill_shards(model, model, weights, device)
     parts = sharded_parts(model)
-    for name in ("encode_image", "encode_text", "encode_packed"):
+    # Not `encode_packed`: FSDP moves all arguments to the GPU, and the lengths of captions belong on the CPU.
+    for name in ("encode_image", "encode_text", "_packed_tower"):
         register_fsdp_forward_method(model, name)
         setattr(model, name, _forgetting(getattr(model, name), parts))
     return model

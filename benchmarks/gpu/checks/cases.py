@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -12,14 +13,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.checks.finding import Finding, holds, largest
+from compt.data.batch import Batch
 from compt.engines.base import Engine, Precision
 from compt.models.clip import build, caption_lengths
 from compt.models.init import DrawnState
-from compt.models.presets import ModelSpec, resolve
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
 from compt.train.build import Blueprint, build_training
+from compt.train.loop import training_step
 from compt.train.task import ClipTask
 
 LR = 1e-3
@@ -174,3 +177,40 @@ def compare(name: str, found: Trained, right: Trained, exact: float = EXACT, mov
         Finding(f"{name}: worst gradient", gradients, exact),
         Finding(f"{name}: weights", off / way, moved),
     ]
+
+
+def step_waits(case: Case, device: torch.device, precision: Precision = "fp32", part: slice = slice(None)) -> bool:
+    """Whether a training step waits for the GPU, from pinned images and captions to the update, on a `part` of a batch.
+
+    The second step: the first one makes moments.
+    """
+    task, engine = open_case(case, device, EngineConfig(), precision)
+    images, tokens = (tensor[part] for tensor in make_batch(case, 0))
+    batch = Batch((32 * images + 128).clamp(0, 255).byte(), tokens, [""] * len(tokens))
+    if device.type == "cuda":
+        batch = batch.pin_memory()
+
+    def step() -> None:
+        micro, mean, std = case.micro or len(images), OPENAI_MEAN, OPENAI_STD
+        training_step(task, engine, batch, lr=LR, micro_batch=micro, clip_grad_norm=1.0, mean=mean, std=std)
+
+    step()
+    return waits(step, device)
+
+
+def waits(action: Callable[[], object], device: torch.device) -> bool:
+    """Whether `action` waits for a GPU."""
+    if device.type != "cuda":
+        action()
+        return False
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        action()
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        traceback.print_exc()  # where
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False

@@ -16,7 +16,7 @@ import torch.distributed as torch_dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import start_processes
 
-from benchmarks.gpu.checks.cases import LINK, Trained, compare, oracle, train
+from benchmarks.gpu.checks.cases import LINK, Trained, compare, oracle, step_waits, train
 from benchmarks.gpu.checks.chain import processes
 from benchmarks.gpu.checks.finding import Finding, holds
 from compt.dist import collectives as dist
@@ -35,6 +35,8 @@ def check_processes(device: torch.device) -> list[Finding]:
         Finding("processes", count, math.inf, 1),
         holds("sums over all of them", found["sums"]),
         holds("sums on the CPU", found["cpu"]),
+        holds("packed text: nobody waited", found["packed"]),
+        holds("2 text buckets: nobody waited", found["buckets"]),
         *compare(f"{found['backend']} of {count}", Trained(**found["trained"]), right),
     ]
 
@@ -56,11 +58,14 @@ def _rank(rank: int, count: int, kind: str, port: int, folder: str) -> None:
     device = dist.init(kind)
     found = {"sums": sums(rank, count, device), "cpu": sums(rank, count, torch.device("cpu"))}
     rows = LINK.rows // count
-    trained = train(LINK, device, part=slice(rank * rows, (rank + 1) * rows))
+    part = slice(rank * rows, (rank + 1) * rows)
+    trained = train(LINK, device, part=part)
+    waited = [step_waits(replace(LINK, buckets=buckets), device, part=part) for buckets in (None, 2)]
     losses = torch.tensor(trained.losses, device=device)
     torch_dist.all_reduce(losses)
     if not rank:
         trained = replace(trained, losses=(losses / count).tolist())
         backend = torch_dist.get_backend_config()
+        found |= {"packed": not waited[0], "buckets": not waited[1]}
         torch.save({**found, "backend": backend, "trained": vars(trained)}, f"{folder}/0.pt")
     dist.shutdown()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import math
 import tempfile
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,23 +30,23 @@ from benchmarks.gpu.checks.cases import (
     open_case,
     oracle,
     ratio,
+    step_waits,
     train,
+    waits,
 )
 from benchmarks.gpu.checks.chain import SECONDS, check_chain
 from benchmarks.gpu.checks.decoding import check_dali
 from benchmarks.gpu.checks.finding import Finding, holds
 from benchmarks.gpu.checks.loss import check_tiled
 from benchmarks.gpu.checks.processes import check_processes
-from compt.data.batch import Batch
 from compt.engines.base import AdamWSettings, Engine, Precision
 from compt.engines.ddp import DataParallelEngine
 from compt.engines.graphs import RECORDERS, GraphEngine
 from compt.models.clip import caption_lengths
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS
+from compt.models.presets import PRESETS
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
 from compt.train.accumulate import cached_backward
-from compt.train.loop import training_step
 from compt.train.task import ClipTask
 
 if TYPE_CHECKING:
@@ -211,7 +210,7 @@ def check_nonfinite(device: torch.device) -> list[Finding]:
         before = _copied(engine)
         backward(LINK, task, engine, 1)
         next(engine.unwrapped.parameters()).grad.view(-1)[0] = math.nan  # type: ignore[union-attr]
-        waited = _waits(lambda engine=engine: engine.step(LR, max_norm=1.0), device)  # type: ignore[misc]
+        waited = waits(lambda engine=engine: engine.step(LR, max_norm=1.0), device)  # type: ignore[misc]
         after = _copied(engine)
         same = all(torch.equal(after[name], value) for name, value in before.items())
         backward(LINK, task, engine, 2)
@@ -252,7 +251,7 @@ def _skipped(name: str, precision: Precision, device: torch.device) -> list[Find
     before, scales = dict(engine.weights()), [scale.scale.item()] if scale else []
     images, tokens = make_batch(LINK, 1)
     cached_backward(task, engine, (images * math.inf).to(device), tokens.to(device), None, caption_lengths(tokens))
-    waited = _waits(lambda: engine.step(LR, max_norm=1.0), device)
+    waited = waits(lambda: engine.step(LR, max_norm=1.0), device)
     after = dict(engine.weights())
     scales += [scale.scale.item()] if scale else []
     same = all(torch.equal(after[key], value) for key, value in before.items())
@@ -271,40 +270,11 @@ def check_waits(device: torch.device) -> list[Finding]:
     findings = []
     for precision in ("fp32", "bf16", "fp16"):
         for buckets, micro in ((None, LINK.rows), (2, LINK.rows), (2, 4)):
-            task, engine = open_case(replace(LINK, buckets=buckets), device, EngineConfig(), precision)
-            images, tokens = make_batch(LINK, 0)
-            batch = Batch((32 * images + 128).clamp(0, 255).byte(), tokens, [""] * len(tokens))
-            if device.type == "cuda":
-                batch = batch.pin_memory()
-
-            def step(task: ClipTask = task, engine: Engine = engine, batch: Batch = batch, micro: int = micro) -> None:
-                training_step(
-                    task, engine, batch, lr=LR, micro_batch=micro, clip_grad_norm=1.0, mean=OPENAI_MEAN, std=OPENAI_STD
-                )
-
-            step()  # makes moments
+            waited = step_waits(replace(LINK, buckets=buckets, micro=micro), device, precision)
             text = "packed text" if buckets is None else f"{buckets} text buckets"
             what = f"{precision}, {text}, {micro} images at once"
-            findings.append(holds(f"{what}: nobody waited", not _waits(step, device)))
+            findings.append(holds(f"{what}: nobody waited", not waited))
     return findings
-
-
-def _waits(action: Callable[[], object], device: torch.device) -> bool:
-    """Whether `action` waits for a GPU."""
-    if device.type != "cuda":
-        action()
-        return False
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        action()
-    except RuntimeError as error:
-        if "synchroniz" not in str(error):
-            raise
-        traceback.print_exc()  # where
-        return True
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return False
 
 
 def check_compile(name: str, how: str = "blocks", **more: str) -> Callable[[torch.device], list[Finding]]:

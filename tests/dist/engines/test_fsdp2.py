@@ -20,8 +20,8 @@ from compt.engines.ddp import DataParallelEngine
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.shards import local, make_mesh, shard_frozen, sharded_parts
 from compt.errors import ArtefactError
-from compt.models.clip import build
-from compt.models.presets import ModelSpec, resolve
+from compt.models.clip import ClipModel, build
+from compt.models.presets import PACKED, ModelSpec, resolve
 from compt.train.accumulate import cached_backward
 from compt.train.task import ClipTask, DistillTask
 from tests.dist.spawn import run_ranks
@@ -445,11 +445,15 @@ def frozen() -> dict[str, Any]:
     teacher = shard_frozen(build(TEACHER, device="meta"), values, dtype=torch.float32, device="cpu")
     assert not teacher.training
     errors, bytes_held, noted = [], [], []
+    taken = _arguments(teacher)
     for _ in range(3):
         errors += [
             (teacher.encode_image(images) - whole.encode_image(images)).abs().max().item(),
             (teacher.encode_text(tokens[:, 0]) - whole.encode_text(tokens[:, 0])).abs().max().item(),
-            (teacher.encode_captions(tokens[:, 1], buckets=3) - whole.encode_captions(tokens[:, 1])).abs().max().item(),
+            *(
+                (teacher.encode_captions(tokens[:, 1], n) - whole.encode_captions(tokens[:, 1])).abs().max().item()
+                for n in (3, PACKED)
+            ),
         ]
         bytes_held.append(_held({*before, *kept}))
         groups = [part._get_fsdp_state()._fsdp_param_group for part in sharded_parts(teacher)]
@@ -461,6 +465,7 @@ def frozen() -> dict[str, Any]:
     return {
         "errors": errors,
         "bytes": bytes_held,
+        "vectors": [value.shape for value in taken if isinstance(value, Tensor) and value.ndim < 2],
         "noted": noted,
         "all": 4 * sum(p.numel() for p in whole.parameters()),
         "graph": coarse.requires_grad,
@@ -468,6 +473,20 @@ def frozen() -> dict[str, Any]:
         "dtype": coarse.dtype,
         "trained": any(p.requires_grad for p in teacher.parameters()),
     }
+
+
+def _arguments(teacher: ClipModel) -> list[Any]:
+    """All that FSDP takes as arguments of the model, and would move to a GPU."""
+    taken: list[Any] = []
+    state = teacher._get_fsdp_state()  # type: ignore[operator]
+    before = state._pre_forward
+
+    def noted(module: Any, args: Any, options: Any) -> Any:
+        taken.extend([*args, *options.values()])
+        return before(module, args, options)
+
+    state._pre_forward = noted
+    return taken
 
 
 def alone_and_apart() -> tuple[Any, ...]:
@@ -486,6 +505,7 @@ def test_ranks_score_alone_and_hold_shares(world: int) -> None:
         assert 0.95 * share <= held["bytes"] < 1.15 * share + 20_000
         assert max(teacher["errors"]) < 2e-6
         assert max(teacher["noted"]) == 0
+        assert teacher["vectors"] == [], "lengths of captions belong on the CPU"
         assert teacher["bytes"][0] == teacher["bytes"][-1]
         assert 0.95 * teacher["all"] / world <= teacher["bytes"][0] < 1.15 * teacher["all"] / world + 20_000
         assert teacher["dtype"] == torch.bfloat16

@@ -437,11 +437,20 @@ def test_captures_share_a_stream_and_a_pool(monkeypatch: pytest.MonkeyPatch) -> 
     ]
 
 
-def test_a_capture_that_fails_leaves_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = Streams(monkeypatch, fails=True)
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_capture_that_fails_leaves_its_stream_and_the_allocator(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch could not end it. Where it has, ending it again raises."""
+    seen, tried = Streams(monkeypatch, fails=True), []
+
+    def end(device: int, pool: Any) -> None:
+        tried.append(device)
+        if ended:
+            raise RuntimeError("not currently recording")
+
+    monkeypatch.setattr("torch._C._cuda_endAllocateToPool", end, raising=False)
     with pytest.raises(RuntimeError, match="capture failed"):
-        graphs.CudaGraphs(torch.device("cuda", 0)).capture(lambda: None)
-    assert seen.stream == "main"
+        graphs.CudaGraphs(torch.device("cuda", 1)).capture(lambda: None)
+    assert (seen.stream, tried) == ("main", [1])
 
 
 # --- the stand-in

@@ -9,9 +9,13 @@ import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch._C._autograd import DeviceType
 
+from compt.bench.profile import _operations
 from compt.chain.run import prepare, run_chain
 from compt.cli.chain import _steps
 from compt.data.batch import Batch
@@ -25,6 +29,26 @@ LINKS = (
     "chain.links=[{model: small, train: {steps: 3}, warmup: {steps: 1}}, "
     "{model: large, train: {steps: 4}, warmup: {steps: 1}}]"
 )
+
+
+def test_a_gpu_s_time_is_that_of_its_kernels() -> None:
+    """torch has it twice: for the operator that launched a kernel, and for the kernel."""
+    cpu, gpu = DeviceType.CPU, DeviceType.CUDA
+    times = ("self_cpu_time_total", "self_device_time_total")
+    rows = [
+        SimpleNamespace(
+            key=key, count=2, device_type=kind, is_user_annotation=own, **dict(zip(times, spent, strict=True))
+        )
+        for key, kind, own, spent in (
+            ("aten::mm", cpu, False, (5e6, 7e6)),
+            ("gemm", gpu, False, (0, 7e6)),
+            ("compt forward", gpu, False, (0, 9e6)),
+            ("Optimizer.step#AdamW.step", gpu, True, (0, 9e6)),
+        )
+    ]
+    seen: Any = SimpleNamespace(key_averages=lambda: rows)
+    assert _operations(seen, True) == [("gemm", 2, 7.0)]
+    assert _operations(seen, False) == [("aten::mm", 2, 5.0)]
 
 
 def test_a_captured_step_is_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

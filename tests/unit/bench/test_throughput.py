@@ -263,6 +263,16 @@ def test_a_measurement_in_its_own_process(monkeypatch: pytest.MonkeyPatch) -> No
         assert 5e7 < found.peak_memory_bytes < 1e9
 
 
+def test_a_measurement_takes_the_gpu_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new process is on the first GPU, where Triton would launch its kernels."""
+    seen: list[Any] = []
+    monkeypatch.setattr("torch.cuda.set_device", seen.append)
+    monkeypatch.setattr(throughput, "measure", lambda setup, device, *rest: seen.append((device, *rest)))
+    gpu = torch.device("cuda", 3)
+    throughput._send_measurement(SimpleNamespace(send=seen.append), LINK, gpu, 4, 32, 0.5)
+    assert seen == [gpu, (gpu, 4, 32, 0.5), None]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp2", "zero2"])
 def test_another_engine_is_measured_on_one_device(engine: Any) -> None:

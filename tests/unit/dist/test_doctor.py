@@ -121,7 +121,9 @@ def test_nccl_is_tried_on_the_gpu_that_a_run_uses(
         with pytest.raises(ConfigError, match="does not exist"):
             dist._choose_device("cuda", place)
     else:
+        monkeypatch.setattr("torch.backends.cudnn.allow_tf32", True)
         assert dist._choose_device("cuda", place).index == expected
+        assert not torch.backends.cudnn.allow_tf32, "scores are true fp32"
 
 
 def defects(folder: Path) -> list[Any]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from compt.data.batch import Batch
 from compt.data.decode import Decoder, Encoded, Unusable
@@ -97,6 +99,23 @@ def test_the_class_says_where_it_runs(tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
         load(index, decoder="in_worker", workers=1)
     assert MeanColour.processes == set(), "it ran in the worker"
+
+
+def unpinned(*arguments: Any, pin_memory: bool, **options: Any) -> Any:
+    return DataLoader(*arguments, **options)
+
+
+def test_its_thread_is_on_the_gpu_of_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread begins on the first GPU: each rank of a machine would open a context there."""
+    make_shards(tmp_path, n=22, shards=3)
+    entered: list[tuple[str, int]] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 3)
+    monkeypatch.setattr("torch.cuda.set_device", lambda at: entered.append((threading.current_thread().name, at)))
+    monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    monkeypatch.setattr("compt.data.workers.DataLoader", unpinned)
+    painted(open_index("*.tar", tmp_path), workers=1)
+    assert entered == [("decoder_0", 3)]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,16 +12,19 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.distributed.checkpoint import filesystem
+from torch.distributed.utils import _to_kwargs
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from compt.data.batch import Batch
+from compt.engines import ddp
 from compt.engines.state_dcp import load_state, save_state
 from compt.models import packing
 from compt.models.clip import build
 from compt.models.pixels import to_input
 from compt.models.presets import PACKED, resolve
 from compt.train.losses import ContrastiveLoss
-from compt.train.task import DistillTask
+from compt.train.task import ClipTask, DistillTask
 
 SPEC = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64, "embed_dim": 16})
 GPU = torch.device("cuda", 0)
@@ -80,6 +84,45 @@ def test_a_step_waits_for_nothing_up_to_its_loss(buckets: int, sent: int) -> Non
     assert loss.device == GPU
     # What pixels are normalised by; the order of the captions, or where their tokens lie, for student and teacher.
     assert gpu.copies == [False] * (1 + 2 * sent)
+
+
+@pytest.mark.parametrize(("buckets", "sent"), [(2, 1), (PACKED, 1)])
+def test_ddp_leaves_the_lengths_on_the_cpu(buckets: int, sent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP moves every input to the GPU if it is told which one; back on the CPU, the lengths would make a step wait."""
+    monkeypatch.setattr(ddp, "DistributedDataParallel", Wrapped)
+    lengths = torch.tensor([[3, 9], [10, 4], [5, 5], [7, 6]])
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        task = ClipTask(build(SPEC, GPU), text_buckets=buckets)
+        whole: Any = SimpleNamespace(device=GPU)
+        module = ddp.DataParallelEngine._wrapped(whole, task.module)
+        images = torch.zeros((4, 3, 16, 16), device=GPU)
+        tokens = torch.zeros((4, 2, 10), dtype=torch.int64, device=GPU)
+        gpu.copies.clear()
+        module(images, tokens, lengths)
+    assert gpu.copies == [False] * sent
+
+
+class Wrapped(torch.nn.Module):
+    """What torch's DistributedDataParallel does with its inputs."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: list[Any] | None = None, **_: Any) -> None:
+        super().__init__()
+        self.module, self.device_ids = module, device_ids
+
+    def forward(self, *inputs: Any) -> Any:
+        if self.device_ids:
+            inputs = _to_kwargs(inputs, {}, torch.device(self.device_ids[0]), False)[0][0]
+        return self.module(*inputs)
+
+
+def test_a_batch_whose_images_are_on_the_gpu_waits_for_nothing() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), PretendedGpu() as gpu:
+        images = torch.zeros((2, 3, 16, 16), dtype=torch.uint8, device=GPU)
+        batch = Batch(images, torch.zeros((2, 2, 10), dtype=torch.int64), ["a", "b"]).pin_memory()
+        gpu.copies.clear()
+        assert batch.images is images
+        batch.tokens.to(GPU, non_blocking=True)
+    assert gpu.copies == [False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
