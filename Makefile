@@ -7,7 +7,9 @@ SHELL := /bin/bash
 # Twice the cores of a small machine: a test that waits for time limits or other processes leaves its core to the next.
 WORKERS ?= 4
 ARGS ?=
-# For a CUDA 12 driver: `export CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `export EXTRAS=dev`.
+# For a CUDA 12 driver: `make venv CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `make venv EXTRAS=dev`.
+# The environment remembers both, so that the next command does not undo them.
+-include .venv/choices.mk
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,data,deepspeed,accelerate,parquet
 
@@ -50,7 +52,7 @@ benchmarks: $(STAMP) ## Recompute the paper's efficiency tables into benchmarks/
 	@$(RUN) benchmarks.all
 
 gpu-bundle: $(STAMP) ## Pack wheels for a GPU machine without a network into build/gpu-bundle (docs/gpu.md)
-	@$(RUN) benchmarks.gpu.bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali)
+	@$(RUN) benchmarks.gpu.bundle $(if $(GPU_PYTHON),--python $(GPU_PYTHON)) $(if $(PRESENT),--present $(PRESENT)) $(if $(DALI),--dali $(or $(filter 12 13,$(DALI)),13))
 
 lint: $(STAMP) ## Check the style (ruff)
 	@$(RUN) ruff check .
@@ -92,4 +94,5 @@ $(STAMP):
 		$(RUN) pip --log .venv/install.log --disable-pip-version-check install $$quiet \
 		-c $(CONSTRAINTS) -e '.[$(EXTRAS)]' || { echo "the installation failed; see .venv/install.log" >&2; exit 1; }; \
 		echo "set up .venv in $$((SECONDS - start)) s"
+	@printf 'CONSTRAINTS ?= %s\nEXTRAS ?= %s\n' '$(CONSTRAINTS)' '$(EXTRAS)' >.venv/choices.mk
 	@touch $@

@@ -29,7 +29,8 @@ EXPECTED = re.compile(r"torch|torchvision|triton|nvidia-(?!dali|nvimgcodec|nvjpe
 """Packages that the GPU machine must have, in builds that fit its driver."""
 TOOLS = ("deepspeed>=0.16", "webdataset>=0.2.86", "pytest>=8.2", "hypothesis>=6.100")
 """Packages besides the project's dependencies: an engine, and imports of the GPU tests."""
-DALI = "nvidia-dali-cuda130"
+DALI = {"12": "nvidia-dali-cuda120", "13": "nvidia-dali-cuda130"}
+"""NVIDIA DALI's package, by the CUDA of the machine's driver."""
 SOURCES = ("deepspeed",)
 """Packages without wheels on PyPI. They are built here, and contain no compiled code."""
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in (17, 24, 26, 27, 28)] + [
@@ -119,12 +120,12 @@ def fetch(packages: Mapping[str, str], python: str, folder: Path) -> None:
         _pip("wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(folder), f"{name}=={packages[name]}")
 
 
-def fetch_dali(packages: Mapping[str, str], python: str, folder: Path, known: Iterable[str]) -> list[Path]:
+def fetch_dali(name: str, packages: Mapping[str, str], python: str, folder: Path, known: Iterable[str]) -> list[Path]:
     """DALI's wheel and its dependencies that are not in `packages` or `known`. DALI's, the largest, is last."""
     with tempfile.TemporaryDirectory() as place:
         same = Path(place) / "same.txt"
         same.write_text("".join(f"{name}=={version}\n" for name, version in packages.items()), encoding="utf-8")
-        _pip("download", "-q", *_for(python), "-c", str(same), "-d", place, DALI)
+        _pip("download", "-q", *_for(python), "-c", str(same), "-d", place, name)
         there = {canonicalize_name(name) for name in (*packages, *known)}
         wheels = [path for path in Path(place).glob("*.whl") if canonicalize_name(path.name.split("-")[0]) not in there]
         moved = [Path(shutil.move(path, folder / path.name)) for path in wheels]
@@ -169,14 +170,14 @@ def pack(wheels: Sequence[Path], folder: Path, most: int = PART_BYTES) -> tuple[
     return records, part
 
 
-def make(out: Path, python: str, present: Mapping[str, str], dali: bool) -> dict[str, object]:
-    """Make the bundle in `out`, replacing it; returns the content of `bundle.json`."""
+def make(out: Path, python: str, present: Mapping[str, str], dali: str | None) -> dict[str, object]:
+    """Make the bundle in `out`, replacing it, with the package `dali`; returns the content of `bundle.json`."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         packages = closure(required(), python, present)
         fetch(packages, python, place)
         core = sorted(place.glob("*.whl"), key=lambda path: path.stat().st_size)
-        more = fetch_dali(packages, python, place, present) if dali else []
+        more = fetch_dali(dali, packages, python, place, present) if dali else []
         made = out.with_name(f".{out.name}.new")
         shutil.rmtree(made, ignore_errors=True)
         made.mkdir(parents=True)
@@ -187,7 +188,7 @@ def make(out: Path, python: str, present: Mapping[str, str], dali: bool) -> dict
             "parts": parts,
             "expected": expected(),
             "requirements": required(),
-            "optional": [DALI] if dali else [],
+            "optional": [dali] if dali else [],
             "wheels": [{**record, "optional": record["wheel"] in optional} for record in records],
         }
         (made / "bundle.json").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
@@ -209,12 +210,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--python", default="3.12", help="the GPU machine's Python version (default 3.12)")
     parser.add_argument("--present", type=Path, help="leave out packages in this output of pip list --format=freeze")
-    parser.add_argument("--dali", action="store_true", help=f"add {DALI}, in slices")
+    parser.add_argument(
+        "--dali",
+        nargs="?",
+        const="13",
+        choices=tuple(DALI),
+        help="add NVIDIA DALI for this CUDA (default 13), in slices",
+    )
     options = parser.parse_args(argv)
     if not re.fullmatch(r"3\.\d+", options.python):
         parser.error(f"--python {options.python}: should be a version such as 3.12")
     try:
-        made = make(options.out, options.python, read_present(options.present) if options.present else {}, options.dali)
+        present = read_present(options.present) if options.present else {}
+        made = make(options.out, options.python, present, DALI.get(options.dali))
     except (BundleError, OSError) as error:
         sys.stderr.write(f"{error}\n")
         return 1

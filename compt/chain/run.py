@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -14,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from compt.chain.job import JobRun, RunContext
@@ -29,10 +31,12 @@ from compt.errors import ArtefactError, ConfigError, DataError, RunError, neares
 from compt.evaluate.scorer import Scorer, index_folder_of, open_held_out
 from compt.evaluate.sets import check_sets
 from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
+from compt.plan.forecast import memory_of, usable_bytes
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.schema import DECODERS, Data, Recipe
+from compt.text import count
 from compt.train.loggers import check_loggers
 from compt.train.signals import StopSignal
 
@@ -174,6 +178,40 @@ def data_warnings(data: Data, index: Index) -> Iterator[str]:
         )
 
 
+def device_warnings(recipe: Recipe, jobs: Iterable[Job], device: torch.device) -> Iterator[str]:
+    """What a person should know of a GPU before hours are spent: jobs too large for it, too few cores beside it."""
+    if device.type != "cuda":
+        return
+    cores, room = len(os.sched_getaffinity(0)), usable_bytes(torch.cuda.get_device_properties(device).total_memory)
+    if cores < recipe.engine.workers:
+        yield (
+            f"engine.workers is {recipe.engine.workers}, but each process may use {cores} of the cores, and takes as "
+            "many workers (srun gives one core without --cpus-per-task)"
+        )
+    for job in jobs:
+        config = recipe.engine_of(job.spec.name)
+        if config.find_micro_batch or config.tune or config.fsdp2.cpu_offload or config.deepspeed_config:
+            continue  # It finds what fits, or holds less than the plan knows of.
+        ranks, on = dist.world_size(), config.recompute
+        needed = memory_of(recipe, job, config.name, ranks, recompute=on, config=config).total_bytes
+        if needed > room:
+            yield (
+                f"{job.name}: by the plan's count it needs {count(needed)}B of a GPU's memory, and {count(room)}B can "
+                "be used: a smaller engine.micro_batch, or engine.recompute, needs less and does not change the result"
+            )
+
+
+def _warn(source: str, warnings: Iterable[str]) -> None:
+    if dist.is_main():
+        for warning in warnings:
+            _log.warning("%s: %s", source, warning)
+
+
+def _unbegun(jobs: Iterable[Job], folder: Path) -> list[Job]:
+    states = ((job, read_manifest(folder / "jobs" / job.name)["state"]) for job in jobs if job.same_as is None)
+    return [job for job, state in states if state == "planned"]
+
+
 def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
     """Write STATE and RECIPE, and return when the run was started. Raises RunError.
 
@@ -286,9 +324,7 @@ def prepare(
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
-    if dist.is_main():
-        for warning in data_warnings(recipe.data, index):
-            _log.warning("%s: %s", source, warning)
+    _warn(source, data_warnings(recipe.data, index))
     context = RunContext(folder, recipe, index, device, base, start)
     planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
     plan = planned()
@@ -298,6 +334,7 @@ def prepare(
     context = replace(context, contents=_contents(context, source))
     dist.on_main(lambda: check_unchanged(context, plan))
     chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
+    _warn(source, device_warnings(recipe, _unbegun(chosen, folder), device))
     models = [job.spec.name for job in chosen]
     check_engines(recipe, models, dist.world_size(), base, source)
     dist.on_main(lambda: check_loggers({name for model in models for name in recipe.engine_of(model).loggers}))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -21,6 +23,10 @@ from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memo
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
+_GPU = Path("/dev/nvidia0")
+"""There on a machine with an NVIDIA GPU and its driver."""
 _BUCKET = 32 * 2**20
 """Numbers that a collective averages: 128 MiB in fp32."""
 _NO_LIMIT = datetime.timedelta(days=365)
@@ -86,7 +92,11 @@ def _not_joined(error: RuntimeError, place: Place, device: torch.device) -> RunE
 
 
 def _choose_device(device: str, place: Place | None) -> torch.device:
-    if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
+    if device == "auto" and not torch.cuda.is_available():
+        if _GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+            _say_unusable(place)
+        device = "cpu"
+    if device == "cpu":
         return torch.device("cpu")
     if device != "auto" and device.partition(":")[0] != "cuda":
         raise ConfigError(f"device '{device}' is not supported; use auto, cpu or cuda")
@@ -101,6 +111,22 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
     torch.cuda.set_device(chosen)
     true_fp32()
     return chosen
+
+
+def _say_unusable(place: Place | None) -> None:
+    """The machine has a GPU, and torch cannot use it. One process goes on with a warning; a job raises ConfigError."""
+    try:
+        torch.cuda.init()
+        reason = "torch sees no CUDA device"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0].partition(" (")[0]
+    text = (
+        f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}. For a CUDA 12 driver, "
+        "install with constraints-cu12.txt"
+    )
+    if place is not None and place.world_size > 1:
+        raise ConfigError(f"engine.device: auto: {text}; engine.device: cpu trains without GPUs")
+    _log.warning("%s. This runs on the CPU", text)
 
 
 def true_fp32() -> None:

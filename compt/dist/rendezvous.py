@@ -67,7 +67,10 @@ def meet(place: Place, seconds: float) -> TCPStore:
         named = ", ".join(map(str, missing[:_LISTED])) + (
             f" and {len(missing) - _LISTED} more" * (len(missing) > _LISTED)
         )
-        cause = f"rank{'s' * (len(missing) > 1)} {named} did not connect: exited earlier, or the network is blocked"
+        cause = (
+            f"rank{'s' * (len(missing) > 1)} {named} did not connect: exited earlier, or the network is blocked, or "
+            "Python starts slowly there (give more seconds with COMPT_CONNECT_SECONDS)"
+        )
         raise _failure(place, seconds, f"{cause}. {_origin(place)}")
     return store
 

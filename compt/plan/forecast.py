@@ -33,6 +33,11 @@ MODES: tuple[Mode, ...] = ("exact", "paper")
 _SPEEDUPS = ("hours_speedup", "hours_accumulated_speedup")
 
 
+def usable_bytes(total: float) -> float:
+    """What a job can use of a GPU with `total` bytes."""
+    return total * (1 - FRAGMENTED) - RESERVED_BYTES
+
+
 @dataclass(frozen=True)
 class Machine:
     """GPUs of one kind that train one job together; `throughput` holds what was measured on them."""
@@ -44,7 +49,7 @@ class Machine:
     @property
     def room_bytes(self) -> float:
         """Memory of a GPU that is left for a job."""
-        return self.device.memory_bytes * (1 - FRAGMENTED) - RESERVED_BYTES
+        return usable_bytes(self.device.memory_bytes)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compt.errors import RunError, is_out_of_memory
-from compt.plan.forecast import FRAGMENTED, RESERVED_BYTES, memory_of, not_modelled
+from compt.plan.forecast import memory_of, not_modelled, usable_bytes
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig, changed_engine, fully_sharded
 from compt.recipe.read import largest_divisor
@@ -57,7 +57,7 @@ def advice(recipe: Recipe, job: Job, engine: EngineConfig, world_size: int, room
     now, distils = needed({}), job.active_teacher is not None
     most = SMALLER * now
     if room.total is not None:
-        most = min(most, room.total * (1 - FRAGMENTED) - RESERVED_BYTES)
+        most = min(most, usable_bytes(room.total))
     share = recipe.optimizer.batch // world_size
     smaller = ({"micro_batch": size} for size in range(micro_batch - 1, 0, -1) if share % size == 0)
     fitting = next((change for change in smaller if needed(change) <= most), None)

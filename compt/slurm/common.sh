@@ -70,9 +70,9 @@ submit_unless_allocated() {
     done
     (($# == 0)) || shift
     command -v sbatch >/dev/null || die "sbatch is not installed here; submit from a login node of a Slurm cluster"
-    # `compt plan` finds unknown keys and impossible chains.
+    # `compt plan` finds unknown keys, impossible chains, a missing decoder, and warns of data that is not here.
     if [[ ${#chain[@]} -gt 0 ]]; then
-        "$PYTHON" -m compt plan "${chain[@]:0:3}" "${sets[@]}" "${size[@]}" >/dev/null || exit 2
+        "$PYTHON" -m compt plan "${chain[@]:0:3}" "${sets[@]}" "${size[@]}" --here >/dev/null || exit 2
     fi
     export DATA
     [[ -z ${RECIPE:-} ]] || export RECIPE
@@ -129,6 +129,8 @@ step() {
     # sbatch computed the number of tasks for the first number of nodes, which take_nodes may have changed.
     local size=(--nodes="$SLURM_JOB_NUM_NODES")
     [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || size+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))")
+    # Python may take minutes to start from a network disk that no node has read yet.
+    export COMPT_CONNECT_SECONDS=${COMPT_CONNECT_SECONDS:-300}
     # When a rank dies, the others have this many seconds to print what they saw before srun kills them.
     export SLURM_WAIT=${SLURM_WAIT:-120}
     # Without --export srun parses the list given to sbatch, and fails at blanks in it.

@@ -77,6 +77,24 @@ def test_make_names_a_missing_python_in_one_line(root: Path) -> None:
     assert lines[0].startswith("make venv needs python 3.11")
 
 
+def test_an_environment_remembers_what_it_was_made_with(root: Path, tmp_path: Path) -> None:
+    """Otherwise the next command would replace the packages for a CUDA 12 driver."""
+    for name in ("Makefile", "pyproject.toml", "setup.py", *(path.name for path in root.glob("constraints*.txt"))):
+        shutil.copy(root / name, tmp_path / name)
+    (tmp_path / ".venv").mkdir()
+
+    def planned(*words: str) -> str:
+        return make(tmp_path, "--dry-run", "test", "PYTHON=python3", *words).stdout
+
+    assert "-c constraints.txt -e '.[dev,data," in planned()
+    (line,) = [
+        line for line in planned("CONSTRAINTS=constraints-cu12.txt", "EXTRAS=dev").splitlines() if "printf" in line
+    ]
+    subprocess.run(line, shell=True, cwd=tmp_path, check=True)
+    assert "-c constraints-cu12.txt -e '.[dev]'" in planned()
+    assert "-c constraints.txt -e '.[dev]'" in planned("CONSTRAINTS=constraints.txt")
+
+
 def test_setup_py_is_thin(root: Path) -> None:
     lines = [line for line in (root / "setup.py").read_text(encoding="utf-8").splitlines() if line]
     assert lines[1:] == ["from setuptools import setup", "setup()"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,14 +22,16 @@ from compt.cli.options import (
 )
 from compt.cli.plan.tables import plan_tables
 from compt.cost.training import Mode
-from compt.errors import ConfigError
+from compt.errors import ConfigError, DataError
 from compt.plan.forecast import Machine, make_forecast
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.engine import ENGINE_NAMES
 from compt.recipe.read import load_recipe
-from compt.recipe.schema import Recipe
+from compt.recipe.schema import DECODERS, Recipe
 from compt.text import show
+
+_log = logging.getLogger(__name__)
 
 
 def plan(
@@ -58,6 +61,7 @@ def plan(
     out: Annotated[
         Path | None, option("with --auto: write the chain as a recipe to a new file", metavar="FILE")
     ] = None,
+    here: Annotated[bool, option("also check that this machine has decoder and data", "--here")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the models that a recipe trains and what they cost.
@@ -74,6 +78,8 @@ def plan(
         _refuse({"--mode": mode}, "is for tables; --json always has both modes")
         _refuse({"--memory": memory}, "is for tables; --json always has every engine")
     loaded = load_recipe(recipe, set_)
+    if here:
+        _check_here(loaded, str(recipe))
     asked = MachineOptions(kind, gpus, throughput)
     counted = asked.given or loaded.engine.device != "cpu"
     from compt.data.lengths import with_data
@@ -102,6 +108,25 @@ def plan(
         print_json({**forecast.to_json(), "data": about})
     else:
         show(*plan_tables(forecast, mode or "exact", memory, about))
+
+
+def _check_here(recipe: Recipe, source: str) -> None:
+    """Raise ConfigError where the decoder is not installed. Warn of data that is not here: nodes may have other disks.
+
+    Object storage is not asked.
+    """
+    from compt.data.find import expand_patterns
+
+    DECODERS.load(recipe.data.decoder)()
+    sets = [(f"evaluation set '{item.name}'", pattern) for item in recipe.evaluation.sets for pattern in item.data]
+    train = [("data.train", pattern) for one in recipe.data.train for pattern in getattr(one, "shards", [one])]
+    for where, pattern in [*train, *sets, *(("evaluation.validation", one) for one in recipe.evaluation.validation)]:
+        # An evaluation set may be a folder of images.
+        if "://" not in pattern and not Path(pattern).is_dir():
+            try:
+                expand_patterns(pattern, Path())
+            except DataError as error:
+                _log.warning("%s: %s: %s on this machine", source, where, error)
 
 
 def _machine(asked: MachineOptions, recipe: Recipe, source: str, wanted: bool, *, members: bool) -> Machine | None:

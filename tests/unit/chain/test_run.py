@@ -16,6 +16,7 @@ import tarfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ from compt.cli.main import main
 from compt.data.account import Account
 from compt.data.index import open_index
 from compt.data.workers import _shield
+from compt.dist import collectives as dist
 from compt.errors import ArtefactError, ConfigError, Interrupted, RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import Draw
@@ -44,6 +46,7 @@ from compt.models.clip import build
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.init import DrawnState
 from compt.models.presets import NORM_EPS, PRESETS
+from compt.plan.jobs import make_plan as plan_jobs
 from compt.recipe.read import load_recipe
 from compt.report.content import data_tables
 from compt.train.metrics import read_metrics
@@ -969,3 +972,25 @@ def test_starting_over(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds other files than a run's"):
         start_fresh(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_what_does_not_fit_the_gpu_is_said_before_the_first_link(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On four A100 with 40 GB, vit_l16 alone would run out of memory, days later."""
+    recipe = load_recipe(root / "recipes" / "cc3m_vit.yaml", [])
+    jobs = plan_jobs(recipe, world_size=4).jobs
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(dist, "world_size", lambda: 4)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(total_memory=42e9))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+
+    def said(*changes: str, device: torch.device = gpu) -> list[str]:
+        changed = load_recipe(root / "recipes" / "cc3m_vit.yaml", list(changes))
+        return list(chain_module.device_warnings(changed, jobs, device))
+
+    cores, large = said()
+    assert cores.startswith("engine.workers is 8, but each process may use 1 of the cores")
+    assert large.startswith("4-vit_l16: by the plan's count it needs ")
+    assert "engine.micro_batch" in large
+    assert said("engine.micro_batch=32", "engine.workers=1") == []
+    assert said("engine.find_micro_batch=true", "engine.workers=1") == []
+    assert said(device=torch.device("cpu")) == []

@@ -81,6 +81,28 @@ def test_a_recipe_for_a_cpu_shows_gpus_only_when_asked(plan: Plan, recipe: str) 
     assert "Memory with ddp" in plan("--memory", "ddp", recipe=recipe)[1]
 
 
+def test_what_the_machine_lacks(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before a job waits in a queue. Shards may lie on disks that only the nodes have."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "0.tar").touch()
+    sets = (
+        "evaluation.sets=[{name: one, data: there}, {name: two, data: 'gone/*.tar'}, {name: far, data: 's3://a/b.tar'}]"
+    )
+    asked = ("--set", "data.train='{0,1}.tar'", "--set", sets)
+    assert plan(*asked)[::2] == (0, "")
+    assert plan(*asked, "--here")[:2] == (0, plan(*asked)[1])
+    assert [record.getMessage() for record in caplog.records] == [
+        "r.yaml: data.train: there is no shard '1.tar' (from '{0,1}.tar') on this machine",
+        "r.yaml: evaluation set 'two': no shard matches 'gone/*.tar' on this machine",
+    ]
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    code, _, said = plan("--set", "data.decoder=dali", "--here")
+    assert code == 2
+    assert "data.decoder: dali needs NVIDIA DALI" in said
+
+
 def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     path = tmp_path / "speeds.json"
     path.write_text(measured({**SECONDS, "1": 0.36}).model_dump_json())

@@ -126,6 +126,50 @@ def test_nccl_is_tried_on_the_gpu_that_a_run_uses(
         assert not torch.backends.cudnn.allow_tf32, "scores are true fp32"
 
 
+@pytest.mark.parametrize(
+    ("there", "ranks", "hidden", "said"),
+    [
+        (False, 8, None, ""),
+        (True, 8, "", ""),
+        (True, None, None, "warned"),
+        (True, 1, None, "warned"),
+        (True, 8, None, "refused"),
+    ],
+)
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
+    there: bool,
+    ranks: int | None,
+    hidden: str | None,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Wheels for CUDA 13 on an older driver: a job would train on the CPUs of a node with eight GPUs."""
+
+    def fail() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update")
+
+    (tmp_path / "nvidia0").touch()
+    monkeypatch.setattr("compt.dist.collectives._GPU", tmp_path / ("nvidia0" if there else "none"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.init", fail)
+    if hidden is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    place = None if ranks is None else Place(0, ranks, 0, "head", 29500, by_slurm=True)
+    assert dist._choose_device("cpu", place).type == "cpu"
+    if said == "refused":
+        with pytest.raises(ConfigError, match=r"driver on your system is too old\. .*constraints-cu12") as error:
+            dist._choose_device("auto", place)
+        assert str(error.value).endswith("engine.device: cpu trains without GPUs")
+        return
+    assert dist._choose_device("auto", place).type == "cpu"
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.endswith("This runs on the CPU") for line in lines] == [True] * (said == "warned")
+
+
 def defects(folder: Path) -> list[Any]:
     """Run the checks of the disk, and collectives, with one defect of rank 1 each; then the whole command."""
     second = dist.rank() == 1
