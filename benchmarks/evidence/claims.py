@@ -119,6 +119,7 @@ def claims(study: Study) -> list[Claim]:
         "i": _other_tasks,
         "j": _instead,
         "k": _lossless_on_few_images,
+        "l": _starts,
     }
     found = arms(study.rates)
     return [make(study, found[letter]) for letter, make in made.items()]
@@ -281,6 +282,18 @@ def _instead(study: Study, ways: list[Arm]) -> Claim:
     )
     table = _table(study, "(j) What else the compute of the whole chain buys", ways)
     return Claim("j", "A chain is the best use of its compute for the largest model", parts, table, remark)
+
+
+def _starts(study: Study, ways: list[Arm]) -> Claim:
+    longer, equal, usual, *_ = ways
+    parts = [
+        better(
+            f"{arm.name} is better than {usual.name}", study.compare(study.find(arm.pieces), study.find(usual.pieces))
+        )
+        for arm in (longer, equal)
+    ]
+    table = _table(study, "(l) Links that start before their teacher's rate falls, and schedules of models alone", ways)
+    return Claim("l", "A link is better if its teacher's rate has not fallen (not of the paper)", parts, table)
 
 
 def _whole_cost(study: Study, arm: Arm) -> float | None:

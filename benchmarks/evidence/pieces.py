@@ -68,6 +68,9 @@ SELECT = "val_style"
 LINKS = (5, 10, 20, 40)
 """Epochs of the links from a to b, after a of LENGTH epochs."""
 
+STABLE = round(0.8 * LENGTH)
+"""Epochs in which "wsd" stays at the peak."""
+
 SHARES = (4, 5, 6)
 """A chain's links train for these parts of the first model's length: lengths fall linearly along a chain."""
 
@@ -283,7 +286,8 @@ def pieces(rates: Rates) -> Iterator[Piece]:
     claims = arms(rates)
     # Of (a), all seeds of the chains first: their baselines take four times as long.
     chains = [arm for arm in claims["a"] if arm.pieces[0].teacher]
-    found = itertools.chain(of_the_family(rates), pieces_of([claims["f"], chains]), pieces_of(claims.values()))
+    first = pieces_of([claims["f"], chains, claims["l"]])
+    found = itertools.chain(of_the_family(rates), first, pieces_of(claims.values()))
     return once(itertools.chain(found, _last(rates)))
 
 
@@ -446,6 +450,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             *family_arms(rates, design=CHAINS[4]),
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
         ],
+        "l": schedules(rates),
         "k": [
             *family_arms(rates, design=SMALL),
             *(alone(model, SMALL.epochs, SMALL.shards) for model in MEMBERS[1:]),
@@ -486,6 +491,30 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         ],
         "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
     }
+
+
+def schedules(rates: Rates) -> list[Arm]:
+    """A link from a model whose rate has not fallen, and what that model is itself.
+
+    STABLE epochs at the peak are what "wsd" trains before its rate falls, so one training gives a finished model and
+    a start for the next link.
+    """
+
+    def alone(model: str, epochs: float, schedule: str) -> tuple[Piece, ...]:
+        return tuple(replace(rates.baseline(model, epochs, seed), schedule=schedule) for seed in SEEDS)
+
+    def link(firsts: Iterable[Piece]) -> tuple[Piece, ...]:
+        return tuple(rates.link("b", LINKS[1], first) for first in firsts)
+
+    return [
+        Arm(f"a({LENGTH}, constant) → b({LINKS[1]})", link(alone("a", LENGTH, "constant"))),
+        Arm(f"a({STABLE}, constant) → b({LINKS[1]})", link(alone("a", STABLE, "constant"))),
+        Arm(f"a({LENGTH}) → b({LINKS[1]})", link(alone("a", LENGTH, COSINE))),
+        Arm(f"a({LENGTH}, wsd)", alone("a", LENGTH, "wsd")),
+        Arm(f"a({LENGTH})", alone("a", LENGTH, COSINE)),
+        Arm(f"b({SHORT}, wsd)", alone("b", SHORT, "wsd")),
+        Arm(f"b({SHORT})", alone("b", SHORT, COSINE)),
+    ]
 
 
 def classical(rates: Rates) -> list[Arm]:
