@@ -140,8 +140,9 @@ def _lossless(study: Study, compared: list[Arm]) -> Claim:
 
 def _lossless_on_few_images(study: Study, compared: list[Arm]) -> Claim:
     found = _lossless(study, compared)
-    title = f"(k) The chain on {IMAGES[SMALL.shards]:,} images, and its members alone"
-    text = f"On {IMAGES[SMALL.shards]:,} images, every member of the chain is as good as its baseline of as many epochs"
+    images = f"{IMAGES[SMALL[0].shards]:,} images"
+    title = f"(k) Chains on {images}, and their members alone"
+    text = f"On {images}, every member of a chain is as good as its baseline of as many epochs as the first member"
     return replace(found, letter="k", text=text, table=replace(found.table, title=title))
 
 

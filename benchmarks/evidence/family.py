@@ -134,11 +134,11 @@ def common(items: list[Record], others: list[Record]) -> tuple[list[Record], lis
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
-    for design in (*CHAINS, SMALL):
+    for design in (*CHAINS, *SMALL):
         chain = family_arms(study.rates, design=design)
         name = chain[-1].name + _images(design.shards)
         rows.append(_saved(study, name, [study.find(arm.pieces) for arm in chain]))
-    for epochs, shards in dict.fromkeys((design.epochs, design.shards) for design in (*CHAINS, SMALL)):
+    for epochs, shards in dict.fromkeys((design.epochs, design.shards) for design in (*CHAINS, *SMALL)):
         first = study.baselines("a", epochs, shards)
         # An exact expansion has the function of a, so it answers as a does.
         grown = {"teacher": "a", "alpha": 0.0, "macs": 0.0, "steps": 0}

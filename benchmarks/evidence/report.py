@@ -160,7 +160,7 @@ def files(study: Study) -> dict[str, str]:
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
         "![Accuracy against the MACs of training: each model alone, and chains](family.svg)",
-        *_shown(*(table for design in (*CHAINS, SMALL) for table in family_tables(study, design))),
+        *_shown(*(table for design in (*CHAINS, *SMALL) for table in family_tables(study, design))),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",
