@@ -102,8 +102,8 @@ SMALL = (
     Design(LADDER[-1], SHARES, "quarter", PARTS[-1]),
     Design(LADDER[-1], tuple(2 * share for share in SHARES), "quick", PARTS[-1]),
 )
-"""Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). The second
-has links of half that length: about as many steps as those of the short links on all images, whose rates it has."""
+"""Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). In the
+second, links have half that length: about as many steps as short links on all images, whose rates they take."""
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
