@@ -513,6 +513,7 @@ def schedules(rates: Rates) -> list[Arm]:
     return [
         Arm(f"a({LENGTH}, constant) → b({LINKS[1]})", link(alone("a", LENGTH, "constant"))),
         Arm(f"a({STABLE}, constant) → b({LINKS[1]})", link(alone("a", STABLE, "constant"))),
+        Arm(f"a({LENGTH}, wsd) → b({LINKS[1]})", link(alone("a", LENGTH, "wsd"))),
         Arm(f"a({LENGTH}) → b({LINKS[1]})", link(alone("a", LENGTH, COSINE))),
         Arm(f"a({LENGTH}, wsd)", alone("a", LENGTH, "wsd")),
         Arm(f"a({LENGTH})", alone("a", LENGTH, COSINE)),
