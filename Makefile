@@ -7,8 +7,8 @@ SHELL := /bin/bash
 # Twice the cores of a small machine: a test that waits for time limits or other processes leaves its core to the next.
 WORKERS ?= 4
 ARGS ?=
-# For a CUDA 12 driver: `make venv CONSTRAINTS=constraints-cu12.txt`. To install fewer extras: `make venv EXTRAS=dev`.
-# The environment remembers both, so that the next command does not undo them.
+# For a CUDA 12 driver: `make venv CONSTRAINTS=constraints-cu12.txt`. The environment remembers it, so that the next
+# command does not undo it. To install fewer extras: `export EXTRAS=dev`.
 -include .venv/choices.mk
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= dev,data,deepspeed,accelerate,parquet
@@ -73,7 +73,12 @@ clean: ## Remove .venv, builds and caches; keep runs/ and data/
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 venv: $(STAMP) ## Make or update the environment, and nothing else
+	@$(remember)
 	@echo ".venv is up to date"
+
+define remember
+printf 'CONSTRAINTS ?= %s\n' '$(CONSTRAINTS)' >.venv/choices.mk
+endef
 
 define need
 { echo "make $(or $(firstword $(MAKECMDGOALS)),help) needs $(1)" >&2; exit 1; }
@@ -90,9 +95,9 @@ $(STAMP):
 	@version='import sys; print(sys.version_info[:2])'; \
 		test "$$(.venv/bin/python -c "import pip; $$version" 2>/dev/null)" = "$$("$(PYTHON)" -c "$$version")" || "$(PYTHON)" -m venv --clear .venv
 	@rm -f .venv/.made-from-*
+	@$(remember)
 	@start=$$SECONDS; if [ -t 1 ]; then quiet=; else quiet='-q --progress-bar off'; fi; \
 		$(RUN) pip --log .venv/install.log --disable-pip-version-check install $$quiet \
 		-c $(CONSTRAINTS) -e '.[$(EXTRAS)]' || { echo "the installation failed; see .venv/install.log" >&2; exit 1; }; \
 		echo "set up .venv in $$((SECONDS - start)) s"
-	@printf 'CONSTRAINTS ?= %s\nEXTRAS ?= %s\n' '$(CONSTRAINTS)' '$(EXTRAS)' >.venv/choices.mk
 	@touch $@

@@ -286,15 +286,15 @@ def _instead(study: Study, ways: list[Arm]) -> Claim:
 
 
 def _starts(study: Study, ways: list[Arm]) -> Claim:
-    longer, equal, usual, *_ = ways
+    longer, peak, end, usual, *_ = (study.find(arm.pieces) for arm in ways)
+    names = [arm.name for arm in ways]
     parts = [
-        better(
-            f"{arm.name} is better than {usual.name}", study.compare(study.find(arm.pieces), study.find(usual.pieces))
-        )
-        for arm in (longer, equal)
+        better(f"{names[1]} is better than {names[2]}, the same training to its end", study.compare(peak, end)),
+        better(f"{names[1]} is better than {names[3]}", study.compare(peak, usual)),
+        better(f"{names[0]} is better than {names[3]}", study.compare(longer, usual)),
     ]
     table = _table(study, "(l) Links that start before their teacher's rate falls, and schedules of models alone", ways)
-    return Claim("l", "A link is better if its teacher's rate has not fallen (not of the paper)", parts, table)
+    return Claim("l", "A link is better if it starts before its teacher's rate falls (not of the paper)", parts, table)
 
 
 def _whole_cost(study: Study, arm: Arm) -> float | None:

@@ -31,14 +31,14 @@ from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
 from compt.files import flatten, remove_leftovers, write_json
 from compt.models.preprocess import Preprocess
-from compt.plan.jobs import Job, peak_step, recipe_cost
+from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
 from compt.recipe.engine import EngineConfig
 from compt.recipe.read import split_batch
 from compt.recipe.schema import Recipe
 from compt.train.build import Blueprint, build_training
-from compt.train.checkpoint import find_latest, find_step, name_of, open_weights, remove_checkpoints
+from compt.train.checkpoint import find_latest, name_of, open_weights, remove_checkpoints
 from compt.train.loggers import Logs, OpenLoggers
 from compt.train.loop import TrainResult, TrainSettings, train
 from compt.train.micro_batch import Trial, advise, find_micro_batch, release
@@ -98,7 +98,7 @@ class JobRun:
         if self.manifest.get("sets") not in (None, self.context.recipe.evaluation.identity()):
             self._enter("training")
         if self.manifest["state"] != "done":
-            dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model", "peak"))
+            dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
             dist.on_main(lambda: remove_leftovers(self.folder / "scores", "*"))
             self._note_start()
         while self.manifest["state"] != "done":
@@ -149,29 +149,18 @@ class JobRun:
             return dist.on_all(lambda: open_start(self.context.recipe.chain, self.context.base))
         return None
 
-    def _source(self, teacher: Artefact) -> Artefact:
-        """What this link grows from: its teacher, or the teacher's weights before its rate fell."""
-        if self.context.recipe.chain.grow_from == "end" or self.job.teacher is None:
-            return teacher
-        folder = self.context.job_folder(self.job.teacher)
-        if not dist.from_main((folder / "peak").exists):
-            text = f"{folder}: has no peak/, as it was trained without chain.grow_from: peak; remove it"
-            dist.agree(RunError(f"{text} to train it again, or take another run folder"))
-        return dist.on_all(lambda: read_artefact(folder / "peak"))
-
     def _begin(self) -> None:
         beat(0, "expanding", LONG)
         teacher = self._teacher()
         parent_hash = hash_of(teacher) if teacher else None
         if teacher is not None and self.job.expand is not None:
             plan = make_expansion(teacher.spec, self.job.spec, self.job.expand)
-            source = self._source(teacher)
-            average = dist.on_all(lambda: average_of(source)) if plan.needs_average else None
+            average = dist.on_all(lambda: average_of(teacher)) if plan.needs_average else None
             how = {"expansion": plan.to_json(), "shard_bytes": INITIAL_SHARD_BYTES}
             self.say(f"{self.job.name}: expanding {teacher.spec.name} to {self.job.spec.name}")
             self._write_artefact(
                 "initial",
-                expand(plan, source.state, self.job.seed, average),
+                expand(plan, teacher.state, self.job.seed, average),
                 parent_hash,
                 {**how, "step": 0, "samples": 0, "epochs": 0.0},
                 max_shard_bytes=INITIAL_SHARD_BYTES,
@@ -251,7 +240,6 @@ class JobRun:
             evaluate_every=max(1, every.to_steps(images, optimizer.batch)) if every else None,
             keep_checkpoints=engine.keep_checkpoints,
             keep_every=max(1, engine.keep_every.to_steps(images, optimizer.batch)) if engine.keep_every else None,
-            keep_step=peak_step(recipe, job),
             async_checkpoints=engine.async_checkpoints,
             mean=recipe.data.mean,
             std=recipe.data.std,
@@ -308,7 +296,7 @@ class JobRun:
             self.say(f"{self.job.name}: left out or replaced while training: {lost}")
         release(self.context.device)  # scoring needs the engine's memory
         beat(result.steps, "writing the model", LONG)
-        # From checkpoints: each process reads only what it writes, so that none holds the whole model.
+        # From the last checkpoint: each process reads only what it writes, so that none holds the whole model.
         last = self._last_checkpoint(result.steps)
         fields = {
             **origin,
@@ -318,25 +306,14 @@ class JobRun:
             "trained": asdict(result),
             "data_fingerprint": self.context.index.fingerprint,
         }
-        if (step := peak_step(self.context.recipe, self.job)) is not None:
-            self._write_trained("peak", self._peak_checkpoint(step), {**fields, "step": step})
-        self._write_trained("model", last, fields)
-
-    def _write_trained(self, name: str, checkpoint: Path, fields: Mapping[str, Any]) -> None:
-        average = {"ema": open_weights(checkpoint, average=True)} if self.context.recipe.optimizer.ema else None
-        weights, parent = open_weights(checkpoint), self.manifest["parent_hash"]
-        self._write_artefact(name, weights, parent, fields, extra_states=average, together=True)
-
-    def _peak_checkpoint(self, step: int) -> Path:
-        """The checkpoint before the rate fell. Raises RunError, on all ranks, when it is damaged or gone."""
-        path = dist.from_main(lambda: find_step(self.folder / "checkpoints", step))
-        if path is None:
-            text = (
-                f"{self.folder}: has no checkpoint of step {step}, which the next link grows from; remove {self.folder}"
-            )
-            dist.agree(RunError(f"{text} to train it again"))
-        assert path is not None
-        return path
+        self._write_artefact(
+            "model",
+            open_weights(last),
+            self.manifest["parent_hash"],
+            fields,
+            extra_states={"ema": open_weights(last, average=True)} if self.context.recipe.optimizer.ema else None,
+            together=True,
+        )
 
     def _last_checkpoint(self, step: int) -> Path:
         """The checkpoint of the last step. Raises RunError, on all ranks, when it was damaged since it was written."""

@@ -185,7 +185,7 @@ def device_warnings(recipe: Recipe, jobs: Iterable[Job], device: torch.device) -
     cores, room = len(os.sched_getaffinity(0)), usable_bytes(torch.cuda.get_device_properties(device).total_memory)
     if cores < recipe.engine.workers:
         yield (
-            f"engine.workers is {recipe.engine.workers}, but each process may use {cores} of the cores, and takes as "
+            f"engine.workers is {recipe.engine.workers}, but each process can use {cores} of the cores, and starts as "
             "many workers (srun gives one core without --cpus-per-task)"
         )
     for job in jobs:
@@ -202,9 +202,8 @@ def device_warnings(recipe: Recipe, jobs: Iterable[Job], device: torch.device) -
 
 
 def _warn(source: str, warnings: Iterable[str]) -> None:
-    if dist.is_main():
-        for warning in warnings:
-            _log.warning("%s: %s", source, warning)
+    for warning in warnings:
+        _log.warning("%s: %s", source, warning)
 
 
 def _unbegun(jobs: Iterable[Job], folder: Path) -> list[Job]:
@@ -324,7 +323,8 @@ def prepare(
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
-    _warn(source, data_warnings(recipe.data, index))
+    if dist.is_main():
+        _warn(source, data_warnings(recipe.data, index))
     context = RunContext(folder, recipe, index, device, base, start)
     planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
     plan = planned()
@@ -334,7 +334,7 @@ def prepare(
     context = replace(context, contents=_contents(context, source))
     dist.on_main(lambda: check_unchanged(context, plan))
     chosen = dist.on_all(lambda: only(plan, names, folder)) if names else plan.jobs
-    _warn(source, device_warnings(recipe, _unbegun(chosen, folder), device))
+    dist.on_main(lambda: _warn(source, device_warnings(recipe, _unbegun(chosen, folder), device)))
     models = [job.spec.name for job in chosen]
     check_engines(recipe, models, dist.world_size(), base, source)
     dist.on_main(lambda: check_loggers({name for model in models for name in recipe.engine_of(model).loggers}))

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from compt.cli.options import Overrides, RecipePath, RunFolder, option
+from compt.cli.plan.command import check_here
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
 from compt.text import say, visible
@@ -41,6 +42,8 @@ def submit(
     if not SCRIPT.is_file():
         raise ConfigError(f"{SCRIPT} is missing; write it with `compt slurm copy`, or change to a checkout")
     loaded = load_recipe(recipe, set_)
+    if send:
+        check_here(loaded, str(recipe))
     folder = run or Path("runs") / loaded.name
     orders = make_orders(
         loaded,

@@ -25,8 +25,8 @@ T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
-_GPU = Path("/dev/nvidia0")
-"""There on a machine with an NVIDIA GPU and its driver."""
+_DEVICES = Path("/dev")
+"""Has nvidia0, nvidia1, … on a machine with NVIDIA's GPUs and driver; a container may have only some of them."""
 _BUCKET = 32 * 2**20
 """Numbers that a collective averages: 128 MiB in fp32."""
 _NO_LIMIT = datetime.timedelta(days=365)
@@ -93,7 +93,8 @@ def _not_joined(error: RuntimeError, place: Place, device: torch.device) -> RunE
 
 def _choose_device(device: str, place: Place | None) -> torch.device:
     if device == "auto" and not torch.cuda.is_available():
-        if _GPU.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")
+        if not hidden and any(_DEVICES.glob("nvidia[0-9]*")):
             _say_unusable(place)
         device = "cpu"
     if device == "cpu":

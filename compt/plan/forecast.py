@@ -16,7 +16,7 @@ from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
 from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, speedups_of, sum_hours
-from compt.plan.jobs import Job, Plan, make_plan, peak_step
+from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
 from compt.plan.teacher_cache import CachedCaptions, cached_captions
 from compt.recipe.engine import ENGINES, EngineConfig
@@ -362,14 +362,13 @@ def _disk(recipe: Recipe, job: Job) -> Disk:
     before, left = _checkpoints(recipe, job)
     initial = artefact_bytes(job.spec) if job.expand is not None else 0
     model = artefact_bytes(job.spec, ema=averaged)
-    models = model * (1 if peak_step(recipe, job) is None else 2)
     return Disk(
         initial_bytes=initial,
         checkpoint_bytes=one,
         checkpoints=left,
         model_bytes=model,
-        peak_bytes=initial + max((before + 1) * one, left * one + models),
-        end_bytes=initial + models,
+        peak_bytes=initial + max((before + 1) * one, left * one + model),
+        end_bytes=initial + model,
     )
 
 
@@ -378,12 +377,11 @@ def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
     config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
     every = max(1, config.checkpoint_every.to_steps(images, batch))
     besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None
-    peak = peak_step(recipe, job)
-    written = sorted({*range(every, job.steps, every), *([peak] if peak else []), job.steps})
+    written = [*range(every, job.steps, every), job.steps]
 
     def kept(steps: list[int]) -> int:
         older = steps[: -config.keep_checkpoints]
-        return len(steps) - len(older) + sum(step == peak or bool(besides and step % besides == 0) for step in older)
+        return len(steps) - len(older) + sum(besides is not None and step % besides == 0 for step in older)
 
     return kept(written[:-1]), kept(written)
 

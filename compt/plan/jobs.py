@@ -88,14 +88,6 @@ class Job:
         }
 
 
-def peak_step(recipe: Recipe, job: Job) -> int | None:
-    """The step of `job` whose weights the next link grows from; None where that is the last one, or no link follows."""
-    *teachers, _ = recipe.chain.links
-    if recipe.chain.grow_from == "end" or job.kind != "link" or job.spec.name not in {one.model for one in teachers}:
-        return None
-    return recipe.optimizer.schedule.falls_after(job.steps, job.warmup_steps)
-
-
 @dataclass(frozen=True)
 class Plan:
     """The jobs of a recipe in the order in which they run, and what its baselines cost."""
@@ -302,7 +294,6 @@ class _Planner:
             **job.result,
             "teacher": teacher.hash,
             **({"expand": expand_result(config)} if config else {"initial": link.initial}),
-            **({"grow_from": "peak"} if config and chain.grow_from == "peak" and isinstance(teacher, Job) else {}),
             "distill": {**chain.distill.result_fields(), "alpha": alpha},
         }
         if isinstance(teacher, Start) and chain.from_prefix is not None:

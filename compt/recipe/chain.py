@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from compt.recipe.expansion import Expand, LinkExpand
-from compt.recipe.types import Duration, Section, execution, later
+from compt.recipe.types import Duration, Section, execution
 
 
 class Link(Section):
@@ -66,9 +66,5 @@ class ChainConfig(Section):
     """Prefix of its parameters' names, if there are several models at `from`: `student`, `module.ema`."""
     expand: Expand = Expand()
     """Inverse weight initialization."""
-    grow_from: Literal["end", "peak"] = later("end")
-    """The teacher's weights that a link grows from: those of its `end`, as in the paper, or those before its rate fell,
-    at the `peak`, which needs `optimizer.schedule: wsd`. Features are those of the end, and so are all weights of a
-    model at `from`."""
     distill: Distill = Distill()
     """Inverse feature distillation."""

@@ -28,10 +28,6 @@ class Schedule(Section):
     decay: float = Field(default=0.2, gt=0, le=1)
     """Share of all steps in which `wsd` falls."""
 
-    def falls_after(self, total: int, warmup: int) -> int:
-        """The step after which the rate falls, of `total` steps with a warm-up."""
-        return max(warmup, total - round(self.decay * total)) if self.shape == "wsd" else warmup
-
     @model_validator(mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:

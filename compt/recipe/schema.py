@@ -402,14 +402,6 @@ class Recipe(Section):
         return {} if value is None else value
 
     @model_validator(mode="after")
-    def _has_a_peak(self) -> Recipe:
-        if self.chain.grow_from == "peak" and self.optimizer.schedule.shape != "wsd":
-            raise ValueError(
-                "chain.grow_from: peak: needs optimizer.schedule: wsd, which stays at the peak before the rate falls"
-            )
-        return self
-
-    @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         names = [member.name for member in self.family.members]
         for link in self.chain.links:

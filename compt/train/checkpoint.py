@@ -61,22 +61,15 @@ class _Pending:
 class Saver:
     """Writes checkpoints below `folder`, which all ranks see. All ranks make one, and call every method together.
 
-    The newest `keep` stay, those of steps that `keep_every` divides, and that of `keep_step`. `asynchronous`: a
-    checkpoint is written while training goes on, one at a time. It takes its place when `poll`, `finish` or the next
-    `save` finds it written; a process that is killed earlier leaves the previous one. If a checkpoint cannot be
-    written, one of these methods raises RunError on all ranks, and the older checkpoints stay.
+    The newest `keep` stay, and those of steps that `keep_every` divides. `asynchronous`: a checkpoint is written while
+    training goes on, one at a time. It takes its place when `poll`, `finish` or the next `save` finds it written; a
+    process that is killed earlier leaves the previous one. If a checkpoint cannot be written, one of these methods
+    raises RunError on all ranks, and the older checkpoints stay.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int = 2,
-        keep_every: int | None = None,
-        asynchronous: bool = False,
-        keep_step: int | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int | None = None, asynchronous: bool = False) -> None:
         self.folder = Path(folder)
-        self._keep, self._keep_every, self._keep_step = keep, keep_every, keep_step
+        self._keep, self._keep_every = keep, keep_every
         self._asynchronous = asynchronous
         self._pending: _Pending | None = None
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -132,7 +125,7 @@ class Saver:
         write_json(pending.temporary / RECORD, {**record, "sha256": hash_json(record)})
         undo.close()
         write_text(self.folder / LATEST, name_of(pending.step) + "\n")
-        _prune(self.folder, pending.step, self._keep, self._keep_every, self._keep_step)
+        _prune(self.folder, pending.step, self._keep, self._keep_every)
 
 
 def name_of(step: int) -> str:
@@ -148,15 +141,6 @@ def find_latest(folder: Path) -> Path | None:
             return path
         _log.warning("skipping checkpoint %s: %s", path, fault)
     return None
-
-
-def find_step(folder: Path, step: int) -> Path | None:
-    """The checkpoint after `step` steps, hashes checked; None, and a line in the log, if it is damaged or gone."""
-    path = folder / name_of(step)
-    fault = _fault(path, hashes=True)
-    if fault:
-        _log.warning("checkpoint %s: %s", path, fault)
-    return None if fault else path
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -257,11 +241,11 @@ def _fault(path: Path, *, hashes: bool) -> str:
     return ""
 
 
-def _prune(folder: Path, step: int, keep: int, keep_every: int | None, keep_step: int | None) -> None:
+def _prune(folder: Path, step: int, keep: int, keep_every: int | None) -> None:
     steps = sorted(((number, path) for number, path in _steps(folder)), reverse=True)
     gone_by = [(number, path) for number, path in steps if number <= step]
     kept = {path for _, path in gone_by[:keep]}
-    kept |= {path for number, path in gone_by if number == keep_step or (keep_every and number % keep_every == 0)}
+    kept |= {path for number, path in gone_by if keep_every and number % keep_every == 0}
     for _, path in steps:
         if path not in kept:
             # Renamed first, so that a process killed while it deletes leaves no torn checkpoint.

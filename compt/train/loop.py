@@ -61,8 +61,6 @@ class TrainSettings:
     std: tuple[float, float, float]
     identity: Mapping[str, str]
     logs: Logs = field(default_factory=Logs)
-    keep_step: int | None = None
-    """A step whose checkpoint is written and stays until the job is done."""
     captions: int = 1
     text_buckets: int = 1
     macs_per_step: float = 0.0
@@ -101,10 +99,11 @@ def learning_rate(step: int, settings: TrainSettings) -> float:
 
     By default the cosine to zero of the paper's Table C.
     """
-    schedule, total, warmup = settings.schedule, settings.total_steps, settings.warmup_steps
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    start = schedule.falls_after(total, warmup)
+    schedule, total, start = settings.schedule, settings.total_steps, settings.warmup_steps
+    if step < start:
+        return settings.lr * (step + 1) / start
+    if schedule.shape == "wsd":
+        start = max(start, total - round(schedule.decay * total))
     done = max(0.0, (step - start) / max(1, total - start))
     left = 0.5 * (1 + math.cos(math.pi * done)) if schedule.shape == "cosine" else 1 - done
     if schedule.shape == "constant":
@@ -145,7 +144,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 def _is_read(step: int, settings: TrainSettings) -> bool:
     """Whether something looks at the state after `step`."""
     every = (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
-    return step == settings.keep_step or any(_is_due(step, each, settings.total_steps) for each in every)
+    return any(_is_due(step, each, settings.total_steps) for each in every)
 
 
 def train(
@@ -218,7 +217,6 @@ class _Loop(contextlib.ExitStack):
             folder / "checkpoints",
             keep=settings.keep_checkpoints,
             keep_every=settings.keep_every,
-            keep_step=settings.keep_step,
             asynchronous=settings.async_checkpoints,
         )
         self._stop = StopSignal()
@@ -316,8 +314,7 @@ class _Loop(contextlib.ExitStack):
         """Write a checkpoint when one is due, or when a rank was asked to stop."""
         self.stopping = self._stop.raised()
         step = self._counts.step
-        due = self._is_due(self._settings.checkpoint_every) or step == self._settings.keep_step
-        if step > self._saved and (self.stopping or due):
+        if step > self._saved and (self.stopping or self._is_due(self._settings.checkpoint_every)):
             beat(step, "writing a checkpoint", LONG)
             self._norms.read(self._counts)
             self._saver.save(self._engine, step, _state(self._counts, self._settings))

@@ -26,6 +26,7 @@ def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Work
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_check_of_the_suite_passes(name: str, workers: dict[str, Worker]) -> None:
     found = workers[CHECKS[name].process].run(check, name, "cuda", seconds=2 * CHECKS[name].seconds)
-    if not found:
-        pytest.skip("nothing to check here, as the suite says too")
+    if name == "dali" and not found:
+        pytest.skip("NVIDIA DALI is not installed")
+    assert found
     assert [finding for finding in found if not finding["passed"]] == []

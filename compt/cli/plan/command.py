@@ -79,7 +79,7 @@ def plan(
         _refuse({"--memory": memory}, "is for tables; --json always has every engine")
     loaded = load_recipe(recipe, set_)
     if here:
-        _check_here(loaded, str(recipe))
+        check_here(loaded, str(recipe))
     asked = MachineOptions(kind, gpus, throughput)
     counted = asked.given or loaded.engine.device != "cpu"
     from compt.data.lengths import with_data
@@ -110,7 +110,7 @@ def plan(
         show(*plan_tables(forecast, mode or "exact", memory, about))
 
 
-def _check_here(recipe: Recipe, source: str) -> None:
+def check_here(recipe: Recipe, source: str) -> None:
     """Raise ConfigError where the decoder is not installed. Warn of data that is not here: nodes may have other disks.
 
     Object storage is not asked.

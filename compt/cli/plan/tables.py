@@ -95,10 +95,6 @@ def _notes(forecast: Forecast, mode: Mode) -> list[str]:
         "the MACs in its forward passes."
     )
     notes = [about, *_expansions(forecast)]
-    if plan.recipe.chain.grow_from == "peak":
-        notes.append(
-            "Each link grows from its teacher's weights before the rate falls, and learns from those of the end."
-        )
     if forecast.machine is None:
         notes.append(
             "engine.device is cpu: add --kind, as in --kind a100-80, for GPU-hours and memory. "

@@ -190,3 +190,26 @@ def test_the_suite_runs_from_a_bundle_where_only_torch_is_installed(root: Path, 
     assert broken.returncode == 1
     assert len(broken.stderr.splitlines()) == 1
     assert f"{wheel.name} is damaged" in broken.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        ((), None),
+        (("--dali",), "nvidia-dali-cuda130"),
+        (("--dali", "13"), "nvidia-dali-cuda130"),
+        (("--dali", "12"), "nvidia-dali-cuda120"),
+    ],
+)
+def test_dali_is_that_of_the_driver(
+    words: tuple[str, ...], package: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str | None] = []
+
+    def make(out: Path, python: str, present: object, dali: str | None) -> dict[str, object]:
+        asked.append(dali)
+        return {"python": python}
+
+    monkeypatch.setattr(gpu_bundle, "make", make)
+    assert gpu_bundle.main(["--out", str(tmp_path), *words]) == 0
+    assert asked == [package]

@@ -150,8 +150,8 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over(
     def fail() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020). Please update")
 
-    (tmp_path / "nvidia0").touch()
-    monkeypatch.setattr("compt.dist.collectives._GPU", tmp_path / ("nvidia0" if there else "none"))
+    (tmp_path / ("nvidia3" if there else "nvidiactl")).touch()
+    monkeypatch.setattr("compt.dist.collectives._DEVICES", tmp_path)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.init", fail)
     if hidden is None:

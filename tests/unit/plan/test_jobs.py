@@ -15,7 +15,7 @@ from compt.cost.counts import parameters
 from compt.cost.training import exact_breakdown
 from compt.errors import ConfigError
 from compt.models.presets import OPENAI_MEAN, OPENAI_STD, PRESETS, ModelSpec, resolve
-from compt.plan.jobs import Job, Plan, make_plan, peak_step, recipe_cost
+from compt.plan.jobs import Job, Plan, make_plan, recipe_cost
 from compt.plan.links import MODEL_FORMAT, Start, check_growth
 from compt.recipe.read import load_recipe, parse_recipe
 from compt.recipe.schema import Member, Recipe
@@ -186,7 +186,6 @@ OTHER: dict[str, Any] = {
     "family.members.N.preset": "vit_mini",
     "family.common": {"text_depth": 3},
     "chain.from": None,  # see test_an_existing_model_is_known_by_its_weights
-    "chain.grow_from": None,  # see test_what_a_link_grows_from_is_a_result
     "chain.from_model": None,  # see test_a_model_that_compt_did_not_write
     "chain.from_prefix": None,
     "chain.links.N.model": "vit_midi",
@@ -308,19 +307,6 @@ TESTED_APART = {path for path, value in OTHER.items() if value is None}
 def test_the_decay_of_wsd_is_a_result() -> None:
     fast, slow = (changed("optimizer.schedule", {"shape": "wsd", "decay": decay}) for decay in (0.1, 0.2))
     assert hashes(fast) != hashes(slow)
-
-
-def test_what_a_link_grows_from_is_a_result() -> None:
-    """Of links that grow alone: their teachers keep other weights too, and train as before."""
-    usual = changed("optimizer.schedule", "wsd")
-    values = usual.model_dump(mode="json", by_alias=True)
-    peak = parse_recipe({**values, "chain": {**values["chain"], "grow_from": "peak"}})
-    before, after = (plan(one).links for one in (usual, peak))
-    assert [one.hash == other.hash for one, other in zip(before, after, strict=True)] == [True, False]
-    assert [peak_step(peak, job) for job in after] == [after[0].steps - round(0.2 * after[0].steps), None]
-    assert [peak_step(usual, job) for job in before] == [None, None]
-    with pytest.raises(ConfigError, match=r"chain\.grow_from: peak: needs optimizer\.schedule: wsd"):
-        changed("chain.grow_from", "peak")
 
 
 def test_the_share_of_jitter_is_a_result() -> None:
