@@ -228,7 +228,9 @@ def test_baselines_are_those_of_the_recipe_with_its_changes(tmp_path: Path, monk
     recipe = str(write_recipe(tmp_path / "a recipe.yaml"))
     seeds = ("--set", "baselines.seeds=[3, 4]")
     code, sent, errors = script("baseline_array", log, "--time=1", "--", *seeds, RECIPE=recipe, GPUS="1")
-    assert (code, errors) == (0, "")
+    assert code == 0
+    # The shards and sets of this recipe are nowhere.
+    assert all(line.endswith("on this machine") for line in errors.splitlines())
     assert "--array=0-3" in sent
     assert tuple(sent[-2:]) == seeds
     log.unlink()
