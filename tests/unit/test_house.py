@@ -58,7 +58,8 @@ def project(root: Path) -> dict[str, object]:
 def make(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
-    environment = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    outer = {"MAKEFLAGS", "MAKELEVEL", "MFLAGS", "EXTRAS", "CONSTRAINTS"}  # of a make that started the tests
+    environment = {key: value for key, value in os.environ.items() if key not in outer}
     return subprocess.run(["make", *arguments], cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 

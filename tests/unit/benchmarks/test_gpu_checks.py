@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benchmarks.gpu.checks import cases as gpu_cases
 from benchmarks.gpu.checks import chain as gpu_checks_chain
 from benchmarks.gpu.checks import decoding as gpu_checks_decoding
 from benchmarks.gpu.checks import processes as gpu_checks_processes
@@ -120,10 +121,10 @@ def test_a_wait_within_a_step_is_detected(monkeypatch: pytest.MonkeyPatch) -> No
         if modes[-1:] == ["error"]:
             raise RuntimeError("called a synchronizing CUDA operation")
 
-    monkeypatch.setattr(gpu_checks, "training_step", step)
+    monkeypatch.setattr(gpu_cases, "training_step", step)
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
-    waits = gpu_checks._waits
-    monkeypatch.setattr(gpu_checks, "_waits", lambda action, device: waits(action, torch.device("cuda")))
+    waits = gpu_cases.waits
+    monkeypatch.setattr(gpu_cases, "waits", lambda action, device: waits(action, torch.device("cuda")))
     found = run_check("waits", "cpu")
     assert failed(found) == [finding.what for finding in found]
     assert {words for finding in found for words in finding.what.split(", ")} >= {

@@ -988,7 +988,7 @@ def test_what_does_not_fit_the_gpu_is_said_before_the_first_link(root: Path, mon
         return list(chain_module.device_warnings(changed, jobs, device))
 
     cores, large = said()
-    assert cores.startswith("engine.workers is 8, but each process may use 1 of the cores")
+    assert cores.startswith("engine.workers is 8, but each process can use 1 of the cores")
     assert large.startswith("4-vit_l16: by the plan's count it needs ")
     assert "engine.micro_batch" in large
     assert said("engine.micro_batch=32", "engine.workers=1") == []

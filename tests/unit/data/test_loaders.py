@@ -427,6 +427,8 @@ def test_memory_is_pinned_only_where_a_gpu_is_used(index: Index, monkeypatch: py
     monkeypatch.setattr("compt.data.workers.DataLoader", lambda *_, pin_memory, **__: pinned.append(pin_memory) or [])
     # A machine with a GPU, on which a run was told to take the CPU, and one that has put its model there.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     for used in (False, True):
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
         load(index)
