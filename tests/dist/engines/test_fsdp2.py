@@ -445,7 +445,7 @@ def frozen() -> dict[str, Any]:
     teacher = shard_frozen(build(TEACHER, device="meta"), values, dtype=torch.float32, device="cpu")
     assert not teacher.training
     errors, bytes_held, noted = [], [], []
-    taken = _arguments(teacher)
+    vectors = _vectors_taken(teacher)
     for _ in range(3):
         errors += [
             (teacher.encode_image(images) - whole.encode_image(images)).abs().max().item(),
@@ -465,7 +465,7 @@ def frozen() -> dict[str, Any]:
     return {
         "errors": errors,
         "bytes": bytes_held,
-        "vectors": [value.shape for value in taken if isinstance(value, Tensor) and value.ndim < 2],
+        "vectors": vectors,
         "noted": noted,
         "all": 4 * sum(p.numel() for p in whole.parameters()),
         "graph": coarse.requires_grad,
@@ -475,14 +475,15 @@ def frozen() -> dict[str, Any]:
     }
 
 
-def _arguments(teacher: ClipModel) -> list[Any]:
-    """All that FSDP takes as arguments of the model, and would move to a GPU."""
-    taken: list[Any] = []
+def _vectors_taken(teacher: ClipModel) -> list[torch.Size]:
+    """The shapes of all vectors that FSDP takes as arguments of the model, and would move to a GPU."""
+    taken: list[torch.Size] = []
     state = teacher._get_fsdp_state()  # type: ignore[operator]
     before = state._pre_forward
 
     def noted(module: Any, args: Any, options: Any) -> Any:
-        taken.extend([*args, *options.values()])
+        given = (*args, *options.values())
+        taken.extend(value.shape for value in given if isinstance(value, Tensor) and value.ndim < 2)
         return before(module, args, options)
 
     state._pre_forward = noted
