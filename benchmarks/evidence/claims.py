@@ -7,7 +7,7 @@ measured* if none could be made, and is *undecided* otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -126,6 +126,19 @@ def claims(study: Study) -> list[Claim]:
 
 
 def _lossless(study: Study, compared: list[Arm]) -> Claim:
+    title = "(a) The chain, two chains of short links, and their members alone"
+    text = "Every member of the chain is as good as its baseline, which trains for as many epochs as the first member"
+    return Claim("a", text, _against_baselines(study, compared), _table(study, title, compared))
+
+
+def _lossless_on_few_images(study: Study, compared: list[Arm]) -> Claim:
+    images = f"{IMAGES[SMALL[0].shards]:,} images"
+    title = f"(k) Chains on {images}, and their members alone"
+    text = f"On {images}, every member of a chain is as good as its baseline of as many epochs as the first member"
+    return Claim("k", text, _against_baselines(study, compared), _table(study, title, compared))
+
+
+def _against_baselines(study: Study, compared: list[Arm]) -> list[Part]:
     parts = []
     for arm in compared:
         one = arm.pieces[0]
@@ -133,17 +146,7 @@ def _lossless(study: Study, compared: list[Arm]) -> Claim:
         if one.teacher is not None:
             baseline = study.baselines(one.model, one.chain[0].epochs, one.shards)
             parts.append(as_good(arm.name, study.compare(study.find(arm.pieces), baseline)))
-    table = _table(study, "(a) The chain, two chains of short links, and their members alone", compared)
-    text = "Every member of the chain is as good as its baseline, which trains for as many epochs as the first member"
-    return Claim("a", text, parts, table)
-
-
-def _lossless_on_few_images(study: Study, compared: list[Arm]) -> Claim:
-    found = _lossless(study, compared)
-    images = f"{IMAGES[SMALL[0].shards]:,} images"
-    title = f"(k) Chains on {images}, and their members alone"
-    text = f"On {images}, every member of a chain is as good as its baseline of as many epochs as the first member"
-    return replace(found, letter="k", text=text, table=replace(found.table, title=title))
+    return parts
 
 
 def _by_length(study: Study, compared: list[Arm]) -> Claim:
