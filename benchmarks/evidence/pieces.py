@@ -58,6 +58,9 @@ LINK_RATES: dict[Kind, dict[str, tuple[float, ...]]] = {
     "quick": {"b": (3e-3, 1e-3, 1e-2), "c": (3e-3, 1e-3, 1.7e-3), "d": (1e-3, 6e-4, 1.7e-3)},
 }
 """The same for its links, in each of the two chains: short links from a good teacher want lower rates."""
+SMALL_RATES = {"b": (1.7e-3, 3e-3, 6e-3), "c": (1e-3, 1.7e-3, 3e-3), "d": (6e-4, 1e-3, 1.7e-3)}
+"""The same for baselines on the smallest part of the images, after the longest training there: the rate of all images
+and higher ones, as links have higher ones. Links keep their rates of all images."""
 LR = RATES["a"][0]
 """The rate of pieces that name none."""
 RATED = LENGTHS[1]
@@ -100,10 +103,12 @@ CHAINS = (
 
 SMALL = (
     Design(LADDER[-1], SHARES, "quarter", PARTS[-1]),
+    Design(LADDER[-1], (*SHARES[:2], 8), "quarter", PARTS[-1]),
     Design(LADDER[-1], tuple(2 * share for share in SHARES), "quick", PARTS[-1]),
 )
-"""Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). In the
-second, links have half that length: about as many steps as short links on all images, whose rates they take."""
+"""Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). The last
+link of the second is shorter, as d costs most. The third has one seed; its links have half the first one's length:
+about as many steps as short links on all images, whose rates they take."""
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
@@ -238,10 +243,15 @@ class Rates:
     alone: Mapping[str, float] = field(default_factory=dict)
     quarter: Mapping[str, float] = field(default_factory=dict)
     quick: Mapping[str, float] = field(default_factory=dict)
+    small: Mapping[str, float] = field(default_factory=dict)
+    """Of baselines on the smallest part of the images; without one, it is the rate of all images."""
 
     def baseline(self, model: str, epochs: float, seed: int = 0, shards: int = ALL) -> Piece:
         """A model from scratch."""
-        return Piece(model, epochs, seed, lr=self.alone.get(model, _of(model, RATES)[0]), shards=shards)
+        lr = self.alone.get(model, _of(model, RATES)[0])
+        if shards == PARTS[-1]:
+            lr = self.small.get(model, lr)
+        return Piece(model, epochs, seed, lr=lr, shards=shards)
 
     def link(self, model: str, epochs: float, teacher: Piece, kind: Kind = "quarter") -> Piece:
         """A link with a short warm-up, of its teacher's seed and images."""
@@ -268,6 +278,8 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
+        if one.teacher is None and one.shards == PARTS[-1] and one.model in SMALL_RATES:
+            return one.model in self.small or one in small_trials(one.model)
         if one.shards != ALL and one.lr == LR:
             return True
         if one.teacher is None or not one.expanded:
@@ -315,6 +327,11 @@ def baseline_trials(model: str) -> list[Piece]:
     return [Piece(model, RATED, lr=lr) for lr in RATES[model]]
 
 
+def small_trials(model: str) -> list[Piece]:
+    """The same on the smallest part of the images."""
+    return [Piece(model, SMALL[0].epochs, lr=lr, shards=SMALL[0].shards) for lr in SMALL_RATES[model]]
+
+
 def link_trials(rates: Rates) -> Iterator[Piece]:
     """All links by which rates are chosen, chain by chain."""
     for kind, model in itertools.product(KINDS, MEMBERS[1:]):
@@ -326,6 +343,8 @@ def trials(rates: Rates) -> Iterator[Piece]:
     for model in MEMBERS:
         yield from baseline_trials(model)
     yield from link_trials(rates)
+    for model in SMALL_RATES:
+        yield from small_trials(model)
 
 
 def of_the_family(rates: Rates) -> Iterator[Piece]:
@@ -365,6 +384,8 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield from (replace(one, schedule=schedule) for schedule in ("linear", "wsd"))
     yield replace(one, teacher=replace(first, schedule="constant"))
     # A chain where data is short, and the larger members alone there.
+    for model in SMALL_RATES:
+        yield from small_trials(model)
     yield from (family_arms(rates, design=design)[-1].pieces[0] for design in SMALL)
     for epochs in LADDER[:1:-1]:
         yield from (rates.baseline(model, epochs, shards=SMALL[0].shards) for model in MEMBERS[2:])
@@ -456,7 +477,7 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         ],
         "l": schedules(rates),
         "k": [
-            *(arm for design in SMALL for arm in family_arms(rates, design=design)),
+            *dict.fromkeys(arm for design in SMALL[:2] for arm in family_arms(rates, design=design)),
             *(alone(model, SMALL[0].epochs, SMALL[0].shards) for model in MEMBERS[1:]),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],

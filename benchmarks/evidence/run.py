@@ -20,11 +20,13 @@ from benchmarks.evidence.pieces import (
     MEMBERS,
     OPERATORS,
     SELECT,
+    SMALL_RATES,
     Kind,
     Piece,
     Rates,
     baseline_trials,
     pieces,
+    small_trials,
 )
 from benchmarks.evidence.speeds import idle_minutes, read_speeds
 from compt.chain.record import read_manifest
@@ -220,7 +222,12 @@ def own_rates(raw: Path = RAW) -> Rates:
 
     alone = {model: best(baseline_trials(model)) for model in MEMBERS}
     chosen: dict[Kind, dict[str, float]] = {kind: {} for kind in KINDS}
-    rates = Rates({model: lr for model, lr in alone.items() if lr}, **chosen)
+    small = {model: best(small_trials(model)) for model in SMALL_RATES}
+    rates = Rates(
+        {model: lr for model, lr in alone.items() if lr},
+        **chosen,
+        small={model: lr for model, lr in small.items() if lr},
+    )
     for kind, found_so_far in chosen.items():
         for model in MEMBERS[1:]:
             if (lr := best(rates.trials(model, kind))) is None:

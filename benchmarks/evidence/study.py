@@ -70,7 +70,7 @@ class Study:
 
     def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
         """The model from scratch at its own rate, by length and seed."""
-        lr = self.rates.baseline(model, 1).lr
+        lr = self.rates.baseline(model, 1, shards=shards).lr
         wanted = {"model": model, "teacher": None, "lr": lr, "shards": shards, "schedule": COSINE}
         return [
             item

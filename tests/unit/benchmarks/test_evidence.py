@@ -39,6 +39,7 @@ from benchmarks.evidence.pieces import (
     pieces_of,
     quarter_arm,
     shares_of,
+    small_trials,
 )
 from benchmarks.evidence.power import simulated
 from benchmarks.evidence.statistics import MARGIN, difference, equal_length, quantile
@@ -132,6 +133,20 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
     assert run.own_rates(tmp_path).link("b", 5, Piece("a", 80), "quick").lr == 1e-2
 
 
+def test_baselines_on_few_images_choose_rates_of_their_own(tmp_path: Path) -> None:
+    rates = Rates({"b": 1.7e-3}, small={"b": 3e-3})
+    assert rates.baseline("b", 160, 1, shards=1).lr == 3e-3
+    assert {rates.baseline("b", 160, 1, shards).lr for shards in (2, ALL)} == {1.7e-3}
+    assert rates.baseline("c", 160, shards=1).lr == rates.baseline("c", 160).lr, "no trials yet"
+    assert [rates.settled(rates.baseline(model, 160, 1, shards=1)) for model in "bcd"] == [True, False, False]
+    tried = small_trials("d")
+    assert all(map(rates.settled, tried))
+    for piece, top1 in zip(tried, (1, 3, 2), strict=True):
+        assert run.own_rates(tmp_path).small == {}
+        write_json(tmp_path / f"{piece.name}.json", {"scores": {SELECT: {"top1": top1}}, "lr": piece.lr})
+    assert run.own_rates(tmp_path) == Rates(small={"d": 1e-3})
+
+
 def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     rates = Rates({"a": 3e-3, "b": 1.7e-3, "c": 1e-3}, {"b": 3e-3})
     assert rates.settled(rates.baseline("c", 80, 1))
@@ -147,7 +162,7 @@ def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     assert not any(rates.settled(piece) for piece in rates.trials("d")), "c's rate is open"
     assert [rates.settled(arm.pieces[0]) for arm in classical(rates)] == [False] * 4, "d's rate is open"
     assert not any(Rates({"a": 3e-3}).settled(piece) for piece in Rates().trials("c"))
-    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(3)))
+    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(4)))
     assert all(map(chosen.settled, pieces(chosen)))
 
 
