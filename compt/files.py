@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import glob
 import hashlib
 import json
 import os
@@ -23,6 +22,10 @@ from compt.errors import RunError
 
 # What `new_folder` calls a folder while it is filled, and the one that it takes the place of.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[a-z0-9_]{8}(?P<old>\.old)?")
+
+
+_WRITERS = 8
+"""Processes that may write the same file at the same time and leave nothing behind when they are killed."""
 
 
 def _fsync(path: Path) -> None:
@@ -73,21 +76,42 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
     """
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)  # less what the umask takes away
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until it is closed: see `remove_dead`
+        name, descriptor = _open_temporary(path)
+        with os.fdopen(descriptor, "wb") as file:
+            # All while the file is open: once it is closed, another process may take it for that of a killed one.
+            try:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-            raise
+                os.fsync(descriptor)
+                os.replace(name, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(name)
+                raise
         _fsync(path.parent)
+
+
+def _open_temporary(path: Path) -> tuple[Path, int]:
+    """A temporary file beside `path`, locked until its descriptor is closed.
+
+    Names are numbered, so that what a killed process left is used again and no folder has to be listed. Where files
+    cannot be locked, the name is a new one.
+    """
+    for number in range(_WRITERS):
+        name = path.with_name(f".{path.name}.tmp{number}")
+        with contextlib.suppress(OSError):
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less what the umask takes
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), os.stat(name)):  # else its owner has just renamed it
+                    os.ftruncate(descriptor, 0)
+                    return name, descriptor
+            except OSError:
+                os.close(descriptor)
+                raise
+            os.close(descriptor)
+    name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    return name, os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def write_bytes(path: Path, data: bytes | memoryview) -> None:
@@ -131,28 +155,6 @@ def read_text(path: Path, most: int = 1 << 24) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def remove_leftovers(folder: Path, *names: str) -> None:
-    """Delete the temporary files and folders of these names that a killed process left."""
-    for path in [path for name in names for path in folder.glob(f".{glob.escape(name) if name != '*' else name}.*")]:
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def remove_dead(path: Path) -> None:
-    """Delete the temporary files of `path` whose process was killed: one that lives holds a lock on its own.
-
-    An empty file stays: its process may not have locked it yet.
-    """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
-        with contextlib.suppress(FileNotFoundError):
-            if left.stat().st_size and (lock := _lock(left)) is not None:
-                left.unlink(missing_ok=True)
-                os.close(lock)
-
-
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final` that becomes `final` when the block ends well, and vanishes otherwise.
@@ -162,7 +164,7 @@ def new_folder(final: Path) -> Iterator[Path]:
     """
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        _remove_dead(final)
+        _remove_dead_folders(final)
         temporary = final.with_name(f".{final.name}.tmp-{secrets.token_hex(4)}")
         temporary.mkdir()
     lock = _lock(temporary)
@@ -196,7 +198,7 @@ def _lock(path: Path) -> int | None:
     return None
 
 
-def _remove_dead(final: Path) -> None:
+def _remove_dead_folders(final: Path) -> None:
     """Remove the temporary folders of `final` whose process is gone: a process that lives holds a lock on its own.
 
     On a file system without locks for folders none can be told to be dead, and all stay.
@@ -222,14 +224,15 @@ def sha256_file(path: Path) -> str:
 def user_cache(name: str) -> Path:
     """The folder `name` of compt in the user's cache, on the disk of this machine; it need not exist.
 
-    That is $XDG_CACHE_HOME or ~/.cache, and a folder among temporary files where neither can be written.
+    That is $XDG_CACHE_HOME or ~/.cache, and a private folder among temporary files where neither can be written, which
+    is made. Raises RunError where that one is another user's.
     """
     with contextlib.suppress(RuntimeError):  # a uid of a container has no home
         user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         there = next(place for place in (user, *user.parents) if place.exists())
         if there.is_dir() and os.access(there, os.W_OK):
             return user / "compt" / name
-    return Path(tempfile.gettempdir()) / f"compt-{name}-{os.getuid()}"
+    return private_folder(Path(tempfile.gettempdir()) / f"compt-{name}-{os.getuid()}")
 
 
 def private_folder(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from compt.errors import ConfigError, RunError, nearest
 from compt.evaluate.encoder import load_arrays
 from compt.evaluate.sets import task_class
 from compt.evaluate.stats import paired_bootstrap, verdict
-from compt.files import disk_errors, remove_leftovers, write_json
+from compt.files import disk_errors, write_json
 from compt.plan.jobs import Job, Plan, first_student, recipe_cost, try_name
 from compt.recipe.schema import EvalSet, Recipe
 
@@ -332,7 +332,6 @@ def _decide(folder: Path, link: Job, found: Try) -> None:
     """
     own = folder / "jobs" / link.name
     kind = link.kind if found.lossless else "try"
-    remove_leftovers(own, MANIFEST)
     write_json(own / MANIFEST, {**read_manifest(own), "name": found.job, "kind": kind, "calibration": asdict(found)})
     if not found.lossless:
         aside = folder / "jobs" / found.job

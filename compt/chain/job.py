@@ -29,7 +29,7 @@ from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
 from compt.expand.plan import make_plan as make_expansion
-from compt.files import flatten, remove_leftovers, write_json
+from compt.files import flatten, write_json
 from compt.models.preprocess import Preprocess
 from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
@@ -98,8 +98,6 @@ class JobRun:
         if self.manifest.get("sets") not in (None, self.context.recipe.evaluation.identity()):
             self._enter("training")
         if self.manifest["state"] != "done":
-            dist.on_main(lambda: remove_leftovers(self.folder, MANIFEST, "metrics.jsonl", "initial", "model"))
-            dist.on_main(lambda: remove_leftovers(self.folder / "scores", "*"))
             self._note_start()
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()

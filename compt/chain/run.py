@@ -30,7 +30,7 @@ from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.scorer import Scorer, index_folder_of, open_held_out
 from compt.evaluate.sets import check_sets
-from compt.files import disk_errors, flatten, hash_json, remove_leftovers, write_json, write_text
+from compt.files import disk_errors, flatten, hash_json, write_json, write_text
 from compt.plan.forecast import memory_of, usable_bytes
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
@@ -212,12 +212,8 @@ def _unbegun(jobs: Iterable[Job], folder: Path) -> list[Job]:
 
 
 def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
-    """Write STATE and RECIPE, and return when the run was started. Raises RunError.
-
-    Removes temporary files of killed processes.
-    """
+    """Write STATE and RECIPE, and return when the run was started. Raises RunError."""
     with writing(context.folder):
-        remove_leftovers(context.folder, STATE, RECIPE)
         old = {"started": now(), "jobs": [], **_read_state(context.folder)}
         planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
         names = {job["name"] for job in planned}

@@ -33,7 +33,7 @@ from compt.data.scan import KIND_TABLE, IndexEntry, ShardScan, scan_shard
 from compt.data.table import CaptionTable, Keep, convert_table
 from compt.dist.child import process_pool
 from compt.errors import DataError, RunError
-from compt.files import hash_json, new_file, read_json, remove_dead, write_bytes, write_json
+from compt.files import hash_json, new_file, read_json, user_cache, write_bytes, write_json
 from compt.recipe.schema import MIN_MATCHED
 
 VERSION = 5
@@ -130,13 +130,6 @@ class Index:
         return f"{self.shards[entry.shard].name}: {entry.key}"
 
 
-def _cache_root() -> Path | None:
-    """The user's cache; None for a user without a home folder (a uid of a container, say)."""
-    with contextlib.suppress(RuntimeError):
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "compt" / "index"
-    return None
-
-
 def _short_hash(path: Path) -> str:
     return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:12]
 
@@ -145,8 +138,7 @@ def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
     """The folders where the index of one folder's shards may be, the preferred one first."""
     if out is not None:
         return [out]
-    cache = _cache_root()
-    return [shards_folder / INDEX_FOLDER, *([cache / _short_hash(shards_folder)] if cache else [])]
+    return [shards_folder / INDEX_FOLDER, user_cache("index") / _short_hash(shards_folder)]
 
 
 def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
@@ -166,7 +158,7 @@ def _writable(folders: Sequence[Path]) -> Path:
             last = error
     raise DataError(
         f"cannot write an index in {folders[-1]}: {last and last.strerror}; "
-        "name a writable folder with data.index_dir or --out" + (", or set HOME" if _cache_root() is None else "")
+        "name a writable folder with data.index_dir or --out"
     )
 
 
@@ -309,7 +301,6 @@ class _IndexFiles:
                 write_merged(own, self._identity, parts, self._digests)
                 own.flush()
                 return Merged(own, self._identity)
-        remove_dead(path)
         with new_file(path) as file:
             write_merged(file, self._identity, parts, self._digests)
         try:

@@ -30,7 +30,7 @@ from compt.data.samples import SampleReader
 from compt.data.scan import KIND_TABLE, KIND_TEXT
 from compt.data.table import CaptionTable, Keep, convert_table
 from compt.errors import ConfigError, DataError
-from compt.files import disk_errors, new_file, read_json, remove_leftovers, write_json, write_text
+from compt.files import disk_errors, new_file, read_json, write_json, write_text
 from compt.recipe.schema import MIN_MATCHED
 
 STATE, WORK = "pack.json", ".pack"
@@ -443,7 +443,6 @@ def pack(
 def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """The state of a packing: that of `out`, or a new one. Raises ConfigError for other settings or other files."""
     new = {"settings": settings, "read": 0, "samples": 0, "account": Account().to_json()}
-    remove_leftovers(out, STATE)
     try:
         state = read_json(out / STATE)
         old = state["settings"]
@@ -464,7 +463,6 @@ def _begun(out: Path, settings: dict[str, Any]) -> dict[str, Any]:
 def _write_shard(path: Path, samples: _Source, part: list[int], options: PackOptions, account: Account) -> int:
     """Write one shard and return its number of samples. The same samples give the same bytes."""
     written, taken = 0, set[str]()
-    remove_leftovers(path.parent, path.name)
     with new_file(path) as file, tarfile.open(fileobj=file, mode="w") as archive:
         for at in part:
             name = samples.name(at)

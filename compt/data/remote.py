@@ -18,7 +18,6 @@ import os
 import struct
 import subprocess
 import sys
-import tempfile
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -132,15 +131,8 @@ class Cache:
     @classmethod
     def at(cls, folder: Path | None = None, size: int = SHARD_CACHE) -> Cache:
         """The cache in `folder`, else in $COMPT_CACHE, else in the user's cache, else among temporary files."""
-        if folder is None and (named := os.environ.get("COMPT_CACHE")):
-            folder = Path(named)
-        if folder is None:
-            folder = user_cache("shards")
-            if folder.parent == Path(tempfile.gettempdir()):
-                folder.mkdir(mode=0o700, exist_ok=True)
-                if folder.stat().st_uid != os.getuid():
-                    raise DataError(f"{folder} belongs to another user: set $COMPT_CACHE to a folder of yours")
-        return cls(folder, size)
+        named = os.environ.get("COMPT_CACHE")
+        return cls(folder or (Path(named) if named else user_cache("shards")), size)
 
     @classmethod
     def of(cls, data: Data, base: Path) -> Cache:

@@ -24,7 +24,7 @@ from compt.dist import collectives as dist
 from compt.dist.watch.thread import alive
 from compt.engines.base import evaluation_mode
 from compt.errors import DataError
-from compt.files import remove_leftovers, write_bytes, write_json
+from compt.files import write_bytes, write_json
 from compt.models.pixels import to_input
 from compt.models.preprocess import Preprocess
 
@@ -147,7 +147,6 @@ def save_result(folder: Path, name: str, record: Mapping[str, Any], arrays: Mapp
     name = quote(name, safe=" ()")
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
-    remove_leftovers(folder, f"{name}.npz", f"{name}.json")
     write_bytes(folder / f"{name}.npz", buffer.getbuffer())
     write_json(folder / f"{name}.json", record)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +16,11 @@ import pytest
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import save_result
 from compt.files import (
+    new_file,
     new_folder,
     private_folder,
+    read_json,
     read_text,
-    remove_leftovers,
     user_cache,
     write_bytes,
     write_json,
@@ -182,12 +185,43 @@ def test_a_text_is_read_from_plain_files_of_some_size_alone(tmp_path: Path) -> N
 
 
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
-    for name in (".a[1].json.0123abcd", ".a1.json.0123abcd", "a[1].json"):
-        (tmp_path / name).touch()
-    remove_leftovers(tmp_path, "a[1].json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a1.json.0123abcd", "a[1].json"]
-    save_result(tmp_path, "a1", {}, {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a1.json", "a1.npz", "a[1].json"]
+    (tmp_path / ".a.json.tmp0").write_text("half of a long file")
+    (tmp_path / ".b.json.tmp0").write_text("of another file")
+    write_text(tmp_path / "a.json", "{}")
+    assert read_json(tmp_path / "a.json") == {}
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.tmp0", "a.json"]
+
+
+def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".a.json.tmp0").symlink_to(tmp_path / "precious")
+    write_text(tmp_path / "a.json", "{}")
+    assert ((tmp_path / "precious").read_text(), (tmp_path / "a.json").read_text()) == ("precious", "{}")
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two writers must not share a file there."""
+
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with new_file(tmp_path / "a") as first, new_file(tmp_path / "a") as second:
+        first.write(b"first")
+        second.write(b"second")
+    assert (tmp_path / "a").read_text() == "first"
+
+
+def test_two_writers_of_one_file(tmp_path: Path) -> None:
+    """Each replaces the whole file, and none takes away what the other has not finished."""
+    path = tmp_path / "scores.json"
+    with new_file(path) as first:
+        first.write(b"first")
+        first.flush()
+        save_result(tmp_path, "scores", {"by": "second"}, {})
+        assert read_json(path) == {"by": "second"}
+    assert path.read_text() == "first"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["scores.json", "scores.npz"]
 
 
 def test_a_private_folder_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

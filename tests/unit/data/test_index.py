@@ -295,8 +295,15 @@ def test_a_user_without_a_home_folder_needs_none(tmp_path: Path, monkeypatch: py
         raise KeyError("getpwuid(): uid not found")
 
     monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
     assert len(open_index("*.tar", tmp_path)) == 4
-    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot write an index .* or set HOME"):
+    make_shards(tmp_path / "a", n=4, shards=1)
+    (tmp_path / "a" / ".compt-index").write_text("a file in the way, as a read-only folder would be")
+    assert len(open_index("*.tar", tmp_path / "a")) == 4
+    (place,) = (tmp_path / "temporary").iterdir()
+    assert (place.name, place.stat().st_mode & 0o777) == (f"compt-index-{os.getuid()}", 0o700)
+    with monkeypatch.context() as patch, pytest.raises(DataError, match="cannot write an index"):
         patch.setattr("tempfile.TemporaryFile", read_only)
         index_folder(tmp_path)
 

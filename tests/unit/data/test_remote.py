@@ -28,7 +28,7 @@ from compt.data.labels import CLASSNAMES, beside
 from compt.data.loaders import eval_loader, fixed_caption_batches, train_loader
 from compt.data.remote import Cache, RemoteShard
 from compt.data.samples import ShardSamples
-from compt.errors import ConfigError, DataError
+from compt.errors import ConfigError, DataError, RunError
 from compt.recipe.types import checked_address
 from tests.helpers.optional import optional
 from tests.helpers.process import finish, start
@@ -562,16 +562,10 @@ def test_the_cache_of_a_user_without_a_home(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "file").write_text("")
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert Cache.at().folder.name == f"compt-shards-{os.getuid()}"
-    real = Path.stat
-
-    def another(path: Path, **more: Any) -> Any:
-        found = real(path, **more)
-        return type("Stat", (), {"st_uid": 12345, "st_mode": found.st_mode})() if "shards-" in path.name else found
-
-    with monkeypatch.context() as others:
-        others.setattr(Path, "stat", another)
-        with pytest.raises(DataError, match="belongs to another user"):
-            Cache.at()
+    Cache.at().folder.rename(tmp_path / "elsewhere")
+    (tmp_path / f"compt-shards-{os.getuid()}").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RunError, match="belongs to another user, or is a link"):
+        Cache.at()
     monkeypatch.setenv("COMPT_CACHE", str(tmp_path))
     assert Cache.at() == Cache(tmp_path)
     assert Cache.at(tmp_path / "named", 5) == Cache(tmp_path / "named", 5)
