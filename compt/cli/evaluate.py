@@ -25,7 +25,7 @@ from compt.cli.options import (
     print_json,
 )
 from compt.errors import ConfigError, DataError
-from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, EvalSet
+from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, ONE_CLASS, EvalSet, unread_by
 from compt.recipe.suite import load_suite, name_of, one_set, shipped_suites
 from compt.text import TextTable, say, show
 
@@ -129,7 +129,9 @@ def evaluate(
         if suite is not None and given:
             raise ConfigError(f"compt eval: {flag} goes with --data; the sets of a suite have their own")
     if data is not None:
-        sets = one_set(evaluation_set(data, task or "zeroshot", label, classnames, templates, class_order, train))
+        task = task or "zeroshot"
+        _check_flags(task, {**of_one_set, "--label": label != "cls"}, per_class, len(models))
+        sets = one_set(evaluation_set(data, task, label, classnames, templates, class_order, train))
     else:
         sets = load_suite(str(suite))
         sets = sets.with_task(task) if task else sets
@@ -168,6 +170,16 @@ def evaluate(
         raise DataError(f"{len(report.faults)} scores are missing: {report.faults[0]}")
 
 
+def _check_flags(task: str, given: dict[str, Any], per_class: bool, models: int) -> None:
+    """Raise ConfigError for an option that would do nothing."""
+    fields = {flag.removeprefix("--").replace("-", "_"): flag for flag, value in given.items() if value}
+    for name, flag in fields.items():
+        if text := unread_by(task, [name]):
+            raise ConfigError(f"compt eval: {text.replace(name, flag, 1)}: see --task")
+    if per_class and (models > 1 or task not in ONE_CLASS):
+        raise ConfigError(f"compt eval: --per-class is for one model and the tasks {', '.join(ONE_CLASS)}")
+
+
 def _one(
     opened: Callable[[], Artefact],
     item: EvalSet,
@@ -195,7 +207,7 @@ def _one(
     kind, record = task_class(item.task), result.to_dict()
     rows = [*_scores(kind.rows(record), record), ("samples", f"{result.n:,}")]
     rows += [("left out", result.left_out or "0")]
-    show(TextTable(f"{found.spec.name} on {item.name}", ("", "value"), rows, [kind.note]))
+    show(TextTable(f"{found.spec.name} on {item.name}: {kind.title.lower()}", ("", "value"), rows, [kind.note]))
     if per_class and isinstance(result, ZeroShotResult):
         shares = zip(result.names, result.per_class, strict=True)
         rows = [(label, "-" if share is None else f"{share:.1f}") for label, share in shares]

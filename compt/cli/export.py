@@ -47,7 +47,7 @@ def export(
         check_repository(repository)
     from compt.export.write import export_model
 
-    for note in export_model(open_source(model, name, prefix), out, to, licence, image_size):
+    for note in export_model(open_source(model, name, prefix), out, to, licence, image_size, repository):
         say(note)
     say(f"Wrote {out}")
     if repository is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +29,7 @@ TAKEN = {
     "dataset_resampled": "lengths in steps: an epoch there is --train-num-samples, whatever the shards hold; here each "
     "sample comes once a pass",
     "val_data": "evaluation.validation: the loss; for recalls add a retrieval set",
-    "imagenet_val": "evaluation.sets, with one template unless `templates` names a file",
+    "imagenet_val": "evaluation.sets; folders named as in WordNet have OpenAI's 80 templates, as in OpenCLIP",
     "imagenet_v2": "evaluation.sets, with one template unless `templates` names a file; its folders are numbers, so "
     "name a file of class names as `classnames`",
     **dict.fromkeys(("batch_size", "accum_freq"), "optimizer.batch, over all GPUs; engine.micro_batch"),
@@ -116,7 +118,7 @@ def from_open_clip(
     """
     values, rows = recipe_of(words, gpus)
     text = (
-        "# One model, trained the standard way. Put smaller ones before it: compt plan RECIPE --auto designs a chain.\n"
+        "# One model, trained the standard way. To put smaller ones before it: compt plan RECIPE --auto --out CHAIN\n"
     )
     text += yaml.safe_dump(values, sort_keys=False, width=120)
     if out is not None and out.exists():
@@ -146,21 +148,16 @@ def recipe_of(words: Sequence[str], gpus: int) -> tuple[dict[str, Any], list[tup
         if (count := getattr(parsed, flag)) < 1:
             raise ConfigError(f"--{flag.replace('_', '-')} {count}: should be at least 1")
     member = _member(parsed)
+    # Without a scheduler OpenCLIP has no warm-up either.
+    warmup = {"steps": 0 if parsed.skip_scheduler else parsed.warmup}
+    alone = {"train": _length(parsed, gpus, parsed.epochs), "warmup": warmup}
     values: dict[str, Any] = {
         "name": _name(parsed.name or member["name"]),
         "seed": parsed.seed,
         "data": _data(parsed),
         "family": {"members": [member]},
-        "chain": {
-            "links": [
-                {
-                    "model": member["name"],
-                    "train": _length(parsed, gpus, parsed.epochs),
-                    # Without a scheduler OpenCLIP has no warm-up either.
-                    "warmup": {"steps": 0 if parsed.skip_scheduler else parsed.warmup},
-                }
-            ]
-        },
+        "chain": {"links": [{"model": member["name"], **alone}]},
+        "baselines": copy.deepcopy(alone),
         "optimizer": _optimizer(parsed, gpus),
         "engine": _engine(parsed, gpus),
         "evaluation": _evaluation(parsed, gpus),
@@ -252,14 +249,18 @@ def _length(parsed: argparse.Namespace, gpus: int, epochs: int) -> dict[str, int
     """A duration of so many of OpenCLIP's epochs.
 
     With `--dataset-resampled` shards are drawn with replacement until an epoch has `--train-num-samples`. An epoch here
-    is one pass over the shards, whose number of images may be quite another: that length is written in steps.
+    is one pass over the shards, whose number of images may be quite another: that length is written in steps, which are
+    OpenCLIP's own. Otherwise an epoch here leaves out the last images that fill no batch, as OpenCLIP's does not.
     """
     if not parsed.dataset_resampled:
         return {"epochs": epochs}
-    steps = parsed.train_num_samples // (batch := _batch(parsed, gpus))
-    if not steps:
+    # As in open_clip_train.data: every worker has as many batches, which are then put together.
+    workers = max(1, parsed.workers)
+    batches = math.ceil(math.ceil(parsed.train_num_samples / (parsed.batch_size * gpus)) / workers) * workers
+    if batches < parsed.accum_freq:
+        batch = _batch(parsed, gpus)
         raise ConfigError(f"--train-num-samples {parsed.train_num_samples}: fewer than one batch of {batch}")
-    return {"steps": epochs * steps}
+    return {"steps": epochs * (batches // parsed.accum_freq)}
 
 
 def _weights(parsed: argparse.Namespace, sets: int) -> list[float]:

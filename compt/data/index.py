@@ -251,6 +251,8 @@ class _IndexFiles:
         folders = common([table and table.folder.name for table in tables])
         self._digests = common([table and table.digest for table in tables])
         self._merged = f"merged-{hash_json([named, folders, columns])[:16]}.index"
+        if columns:  # a fingerprint without them would be the same for other captions of as many images
+            self._digests = [self._digests, [*columns]]
         self._identity = hash_json([VERSION, named, self._versions, self._digests, columns])
         self._places = [*self._folders(first), *(_folders(first, None)[1:] if out else [])]
 

@@ -52,7 +52,7 @@ def read_label_array(data: bytes) -> NDArray[np.bool_] | int:
         return NONE
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+    except (ValueError, EOFError, OSError, MemoryError):  # memory: the header may claim any size
         return NO_NUMBER
     if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "buif":
         return NO_NUMBER

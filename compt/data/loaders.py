@@ -6,6 +6,7 @@ So any step opens without replaying earlier ones, and the number of workers and 
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,8 +37,8 @@ from compt.recipe.schema import DECODERS, MAX_BAD_SHARE, Augment
 
 MAX_SUBSTITUTES = 20
 """Unusable samples in a row, for one place of a batch, after which loading stops."""
-WATCHED_SAMPLES = 1000
-"""The share of unusable samples is judged over at least this many samples."""
+WATCHED_SAMPLES = 1_000, 20_000
+"""The share of unusable samples is judged over at least and over about at most this many samples."""
 AHEAD = 2
 """Batches that a decoder in the training process decodes ahead."""
 EVALUATED_SHARDS = 2
@@ -185,7 +186,11 @@ class _Draws(Dataset["Read | Share | Failure"]):
 
 
 class _BadShare:
-    """Stops a run if more than `max_share` of its last 1,000 or more samples are unusable."""
+    """Stops a run if clearly more than `max_share` of its last samples are unusable.
+
+    Clearly: by five standard deviations. In a long run, some thousand samples in a row have more than their share by
+    chance alone.
+    """
 
     def __init__(self, max_share: float) -> None:
         self._max_share = max_share
@@ -199,11 +204,13 @@ class _BadShare:
         self._recent.append((tried, read.replaced))
         self._seen += tried
         self._bad += read.replaced
-        while self._seen - self._recent[0][0] >= WATCHED_SAMPLES:
+        least, most = WATCHED_SAMPLES
+        while self._seen - self._recent[0][0] >= most:
             seen, bad = self._recent.popleft()
             self._seen -= seen
             self._bad -= bad
-        if read.replaced and self._seen >= WATCHED_SAMPLES and self._bad > self._max_share * self._seen:
+        allowed = self._max_share * self._seen
+        if read.replaced and self._seen >= least and self._bad > allowed + 5 * math.sqrt(allowed):
             raise DataError(
                 f"{self._bad} of the last {self._seen} samples that were tried cannot be used, more than "
                 f"data.max_bad_share {self._max_share:g} allows; for example {read.offender}"

@@ -20,6 +20,7 @@ from compt.errors import ArtefactError, ConfigError
 from compt.evaluate.encoder import Encoder, Tokenize
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result
 from compt.files import hash_json
+from compt.models.clip import ClipModel
 from compt.models.presets import VOCAB_SIZE
 from compt.recipe.schema import EVALUATION_TASKS, EvalSet
 
@@ -59,10 +60,12 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
     """
     task = open_set(item, settings, together=True)
     context_length: Any = model.context_length
-    if model.vocab_size < VOCAB_SIZE:  # type: ignore[operator]
+    vocab_size: Any = model.vocab_size
+    # A larger one is another tokenizer's (SigLIP2, XLM-R), unless a recipe of ours chose it.
+    if vocab_size < VOCAB_SIZE or (vocab_size > VOCAB_SIZE and not isinstance(model, ClipModel)):
         raise ArtefactError(
-            f"vocab_size = {model.vocab_size}: the model has fewer tokens than the vocabulary of OpenAI's CLIP, with "
-            f"which class names and captions are read; it must be at least {VOCAB_SIZE}"
+            f"vocab_size = {vocab_size}: the model has another vocabulary than OpenAI's CLIP, of {VOCAB_SIZE} tokens, "
+            "with which class names and captions are read"
         )
     tokenize: Tokenize = partial(clip_tokenizer(), context_length=context_length)
     result = task.run(Encoder(model, settings.preprocess, settings.dtype), tokenize)

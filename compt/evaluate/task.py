@@ -93,13 +93,20 @@ def open_data(item: EvalSet, settings: EvalSettings, *, label: str | None = None
         return SetData(data, (folder,), data.classes, data.account)
     if item.class_order is not None:
         raise DataError(f"evaluation set '{item.name}': class_order is for class folders, and {item.data[0]} has none")
-    index = open_index(item.data, settings.base, settings.index_dir, columns=settings.columns, cache=settings.cache)
+    columns = settings.columns if item.caption_columns is None else item.caption_columns
+    index = open_index(item.data, settings.base, settings.index_dir, columns=columns, cache=settings.cache)
     for place in index.places:
         if absent := missing_files(place):
             raise DataError(
                 f"{place}: {len(absent)} files are not downloaded yet, such as {absent[0]}: "
                 "run `compt eval fetch` again"
             )
+    if captions and not any(index.counts):
+        wanted = f"in the fields {', '.join(columns)} of the .json files" if columns else "in its shards"
+        raise DataError(
+            f"evaluation set '{item.name}': no image has a caption {wanted}; name the fields in the set's "
+            "`caption_columns`"
+        )
     return SetData(ShardSamples(index, label, captions), index.places, account=index.account)
 
 

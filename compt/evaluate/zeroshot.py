@@ -308,8 +308,8 @@ def _folder_names(item: EvalSet, classes: Sequence[str], folder: Path) -> list[s
     names = folder_names(classes)
     if are_wnids(classes):
         warn(
-            "evaluation set '%s': %s has no %s; its folders are WordNet identifiers: using ImageNet's class names, as "
-            "'%s' for %s",
+            "evaluation set '%s': %s has no %s; its folders are WordNet identifiers: using the class names and, unless "
+            "there are others, the prompts of OpenAI's CLIP for ImageNet, as '%s' for %s",
             *(item.name, folder, CLASSNAMES, names[0], classes[0]),
         )
         return names
@@ -332,5 +332,14 @@ def _templates(item: EvalSet, settings: EvalSettings, data: SetData) -> list[str
     path = settings.base / item.templates if item.templates else beside(data.places, TEMPLATES)
     if path is not None:
         return read_templates(path)
-    _log.info("evaluation set '%s' has no templates: using %s", item.name, DEFAULT_TEMPLATES)
+    if data.classes is not None and are_wnids(data.classes):
+        from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+        return [template("{c}") for template in OPENAI_IMAGENET_TEMPLATES]
+    warn = _log.warning if dist.is_main() else _log.debug
+    warn(
+        "evaluation set '%s' has no %s: using the one prompt '%s'; published scores often use more: name a file of "
+        "prompts as `templates`",
+        *(item.name, TEMPLATES, DEFAULT_TEMPLATES[0]),
+    )
     return list(DEFAULT_TEMPLATES)

@@ -8,7 +8,7 @@ writes, for what the format cannot say.
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compt.errors import ConfigError
 
@@ -28,6 +28,18 @@ class ExportFormat:
     library: str
     task: str = "zero-shot-image-classification"
     packages: tuple[str, ...] = ()
+
+    def in_repository(self, name: str) -> ExportFormat:
+        """The same with lines that load it from the Hub, where its program can do that."""
+        if self.library in ("open_clip", "timm"):
+            load = [line.replace("local-dir:FOLDER", f"hf-hub:{name}") for line in self.load]
+        elif self.library == "transformers":
+            load = [line.replace("FOLDER", name) for line in self.load]
+        else:
+            fetch = f'folder = huggingface_hub.snapshot_download("{name}")'
+            load = ["import huggingface_hub", *self.load[:1], fetch]
+            load += [line.replace('"FOLDER/', 'folder + "/') for line in self.load[1:]]
+        return replace(self, load=tuple(load))
 
     def check_packages(self, name: str) -> None:
         """Raise ConfigError, which names the command that installs them, where a package is missing."""

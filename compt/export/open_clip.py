@@ -10,12 +10,17 @@ import torch
 from open_clip.constants import HF_WEIGHTS_NAME
 
 from compt.files import disk_errors, write_json
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec, is_own_swin
+from compt.models.preprocess import AS_OPENAI
+from compt.models.presets import ModelSpec, is_own_swin
 from compt.weights.artefact import CONFIG, HF_PIXELS, OPEN_CLIP_WEIGHTS, Artefact, expected_shapes
 from compt.weights.safetensors import write_tensors
 
 # The first version whose configs have a key, of those between 2.16 and 2.32 that were tried; all have the others.
-_SINCE = {"init_logit_bias": "2.22", "norm_kwargs": "2.23", "no_ln_pre": "2.23", "mlp_ratio of text_cfg": "2.23"}
+_SINCE = {
+    "init_logit_bias": "2.22",
+    **dict.fromkeys(("norm_kwargs", "no_ln_pre", "mlp_ratio of text_cfg"), "2.23"),
+    **dict.fromkeys(("image_interpolation", "image_resize_mode"), "2.23"),
+}
 
 
 def write(source: Artefact, folder: Path) -> list[str]:
@@ -51,10 +56,15 @@ def _older(source: Artefact, config: dict[str, Any], name: str) -> str:
     """How versions from 2.16 on load the folder."""
     text, vision = config["text_cfg"], config["vision_cfg"]
     keys = {*config, *vision, *text} - {"mlp_ratio"} | ({"mlp_ratio of text_cfg"} if "mlp_ratio" in text else set())
-    since = max((_SINCE[key] for key in keys & _SINCE.keys()), default="2.16")
+    images = source.preprocess
     load = f'open_clip.create_model_and_transforms("{name}", pretrained="FOLDER/{HF_WEIGHTS_NAME}"'
-    if (source.preprocess.mean, source.preprocess.std) != (OPENAI_MEAN, OPENAI_STD):
-        load += f", image_mean={source.preprocess.mean}, image_std={source.preprocess.std}"
+    if (images.mean, images.std) != (AS_OPENAI.mean, AS_OPENAI.std):
+        load += f", image_mean={images.mean}, image_std={images.std}"
+    resized = {"image_interpolation": images.interpolation, "image_resize_mode": images.resize_mode}
+    if (images.interpolation, images.resize_mode) != (AS_OPENAI.interpolation, AS_OPENAI.resize_mode):
+        load += "".join(f', {key}="{value}"' for key, value in resized.items())
+        keys |= resized.keys()
+    since = max((_SINCE[key] for key in keys & _SINCE.keys()), default="2.16")
     note = f'open_clip {since} to 2.32: `open_clip.add_model_config("FOLDER/{name}.json")`, then `{load})`'
     if source.spec.context_length != 77:
         note += f"; its tokenizer needs `context_length={source.spec.context_length}`"

@@ -30,16 +30,21 @@ CARD = "README.md"
 
 
 def export_model(
-    source: Artefact, folder: Path, to: str = "open_clip", licence: str | None = None, image_size: int | None = None
+    source: Artefact,
+    folder: Path,
+    to: str = "open_clip",
+    licence: str | None = None,
+    image_size: int | None = None,
+    repository: str | None = None,
 ) -> list[str]:
     """Write `source` to `folder` in the format `to`; returns what a user has to know, as sentences in Markdown.
 
     Replaces an older export and an empty folder, but nothing else. `licence`: the Hub's name of the model's licence,
-    for the card. `image_size`: as in `for_images`. Raises ConfigError for an unknown format, a missing package or an
-    impossible image size; ArtefactError for a folder in use (`check_free`), for weights that are not finite, and for a
-    model that the format cannot describe.
+    for the card. `image_size`: as in `for_images`. `repository`: on the Hub, from which the card loads the model.
+    Raises ConfigError for an unknown format, a missing package or an impossible image size; ArtefactError for a folder
+    in use (`check_free`), for weights that are not finite, and for a model that the format cannot describe.
     """
-    kind = FORMATS[to]
+    kind = FORMATS[to].in_repository(repository) if repository else FORMATS[to]
     kind.check_packages(to)
     folder = Path(folder)
     check_free(folder, source.path)

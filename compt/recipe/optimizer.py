@@ -63,7 +63,8 @@ class Optimizer(Section):
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of matrix products. Weights, normalization and losses are fp32."""
     ema: Ema | None = None
-    """Moving average of the weights. It is stored beside them; the next link starts from the weights."""
+    """Moving average of the weights. It is stored beside them, as the model `RUN/jobs/JOB/model/ema`. Scores are those
+    of the weights, and the next link starts from them."""
     loss: Annotated[str, AfterValidator(OneOf(LOSS_TRAITS))] = later(DEFAULT_LOSS)
     """Task loss: `contrastive`, the softmax loss of CLIP, or `siglip`, the sigmoid loss of single pairs, which adds a
     learned `logit_bias` to the models."""

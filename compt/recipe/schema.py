@@ -7,6 +7,7 @@ docstrings below the fields are what docs/recipes.md is made of.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
@@ -314,6 +315,27 @@ class Baselines(Section):
     MACs as the whole chain (`equal_chain_macs`). `--controls` trains them, and so does `--baselines`."""
 
 
+ONE_CLASS = ("zeroshot", "linear_probe", "knn")
+"""The tasks in which a sample has one class."""
+TASKS_OF_FIELDS = {
+    "train": ("linear_probe", "knn"),
+    "label": ONE_CLASS,
+    "classnames": (*ONE_CLASS, "multilabel"),
+    "class_order": ONE_CLASS,
+    "templates": ("zeroshot", "multilabel"),
+    "caption_columns": ("retrieval",),
+}
+"""The tasks that read each field of an evaluation set that not all read."""
+
+
+def unread_by(task: str, fields: Iterable[str]) -> str | None:
+    """The first of the fields that the task does not read, with the tasks that do; None for a task of others."""
+    if not any(task in tasks for tasks in TASKS_OF_FIELDS.values()):
+        return None
+    unread = ((name, TASKS_OF_FIELDS[name]) for name in fields if task not in TASKS_OF_FIELDS[name])
+    return next((f"{name} is for {', '.join(tasks)}, not for {task}" for name, tasks in unread), None)
+
+
 class EvalSet(Section):
     """A task on WebDataset shards in clip_benchmark's layout, or on a folder with one folder per class."""
 
@@ -338,7 +360,20 @@ class EvalSet(Section):
     """Order of class folders: by `name` (10 before 2, as in torchvision) or by `number` (as in ImageNetV2).
     Needed where the two differ and there is a file of class names."""
     templates: str | None = None
-    """File of prompts with `{c}` for the class. Default: zeroshot_classification_templates.txt beside the shards."""
+    """File of prompts with `{c}` for the class. Default: zeroshot_classification_templates.txt beside the shards.
+    Without it, folders of WordNet identifiers have the 80 prompts of OpenAI's CLIP for ImageNet, and others `a photo of
+    {c}`."""
+    caption_columns: list[str] | None = later(None)
+    """Fields of a `.json` with the captions of a `retrieval` set. Default: those of `data.caption_columns`. `[]`: the
+    known ones."""
+
+    @model_validator(mode="after")
+    def _fields_are_read(self) -> EvalSet:
+        fields = type(self).model_fields
+        given = [name for name in TASKS_OF_FIELDS if getattr(self, name) not in (fields[name].get_default(), [])]
+        if text := unread_by(self.task, given):
+            raise ValueError(text)
+        return self
 
 
 class Evaluation(Section):

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from compt.cost.paper import LOSSLESS_POINTS
 from compt.evaluate.stats import direction
 from compt.report.summary import CONTROLS, LIKE_FOR_LIKE, Comparison, NotCompared, Row, Summary, accumulated
 from compt.text import TextTable, count, hours
@@ -104,7 +105,8 @@ def comparison_table(summary: Summary) -> TextTable | None:
         rows.append([last.job, other, "-", "-", why, *(["-"] if seeds else [])])
     about = (
         "Points of top-1, link minus the other model, on the same images; 95 % interval by paired bootstrap. "
-        "Lossless: less than 0.5 points below the baseline; undecided: the interval spans -0.5 (control: 0)."
+        f"Lossless: less than {LOSSLESS_POINTS:g} points below the baseline; undecided: the interval spans "
+        f"-{LOSSLESS_POINTS:g} (control: 0)."
     )
     scope = "The interval covers the choice of images, not training seeds: another seed moves results too."
     notes = [about, scope] if summary.comparisons or summary.control_comparisons else []

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from compt.chain.record import now
 from compt.design.runs import score_file
+from compt.errors import RunError
 from compt.evaluate.contact import CAPTIONS_FILE, CLASSES_FILE
 from compt.files import new_folder, write_text
 from compt.report import figures
@@ -284,8 +285,11 @@ def _nothing_scored(content: dict[str, Any]) -> str:
 def write_report(run: Path) -> Path:
     """Write RUN/report.html, which needs no other file, and RUN/report.md with RUN/report/*.png; returns the former.
 
-    Raises RunError when RUN is not a run folder or cannot be written.
+    Raises RunError when RUN is not a run folder or cannot be written, and for a report of jobs that are not there any
+    more: it would be replaced by one that shows nothing.
     """
+    if (run / "report.md").exists() and not (run / "jobs").exists():
+        raise RunError(f"{run} has a report and no jobs, as saved results do: nothing was written")
     with whole_files(run):
         content = _gather(run)
     drawn = {content[key].name: content[key].png for key in FIGURES if content[key] is not None}

@@ -16,15 +16,25 @@ from pathlib import Path
 from typing import Any
 
 KEY = "AKIATESTSTORE"
+CODES = {
+    "301": "PermanentRedirect",
+    "400": "ExpiredToken",
+    "403": "AccessDenied",
+    "404": "NoSuchBucket",
+    "501": "Not\x1b[31mImplemented",
+    "503": "SlowDown",
+}
+"""What a body says for each status."""
 
 
 class Store(ThreadingHTTPServer):
     """Answers for `folder/BUCKET/KEY`, or for the server at `upstream` (host, port).
 
-    faults: for each name of an object, what happens to its next GETs: "503", "403", "reset" (before the answer), "cut"
-    (a reset in the middle), "short" (a clean end in the middle), "slow", "stall". An empty string is no fault. gets:
-    GETs of each name, answered or not. sent: bytes of bodies of each name. authorized: headers with credentials.
-    tags: whether answers have ETags.
+    faults: for each name of an object, what happens to its next GETs: a status of `CODES`, "reset" (before the answer),
+    "cut" (a reset in the middle), "short" (a clean end in the middle), "slow", "stall", "whole" (no range). An empty
+    string is no fault. A list has the name of the bucket. gets: GETs of each name, answered or not. heads: other
+    questions. sent: bytes of bodies of each name. authorized: headers with credentials. tags: whether answers have
+    ETags.
     """
 
     daemon_threads = True
@@ -34,6 +44,7 @@ class Store(ThreadingHTTPServer):
         self.folder, self.upstream = folder, upstream
         self.faults: dict[str, deque[str]] = defaultdict(deque)
         self.gets: Counter[str] = Counter()
+        self.heads: Counter[str] = Counter()
         self.sent: Counter[str] = Counter()
         self.stall, self.tags = 3.0, True
         self.authorized: set[str] = set()
@@ -75,8 +86,13 @@ class _Handler(BaseHTTPRequestHandler):
             if self.command == "GET":
                 self.server.gets[name] += 1
                 fault = self.server.faults[name].popleft() if self.server.faults[name] else ""
-        if fault in ("503", "403"):
-            self._send(int(fault), {}, b"<Error><Code>SlowDown</Code></Error>")
+            else:
+                self.server.heads[name] += 1
+        if fault == "whole":
+            del self.headers["Range"]
+            fault = ""
+        if fault in CODES:
+            self._send(int(fault), {}, f"<Error><Code>{CODES[fault]}</Code></Error>".encode())
         elif fault == "reset":
             self._reset()
         else:

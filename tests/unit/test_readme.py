@@ -44,12 +44,14 @@ def test_commands_recipes_and_files_exist() -> None:
             assert (ROOT / path).is_file(), path
 
 
-TORCHRUN = [
-    shlex.split(line)
+LAUNCHED = [
+    shlex.split(line)[2:]
     for _, block in MARKED.findall(README)
     for line in block.replace("\\\n", "").splitlines()
-    if line.startswith("torchrun ")
+    if line.startswith("compt launch ")
 ]
+TORCHRUN = [words for words in LAUNCHED if words[0] == "torchrun"]
+LAUNCHERS = [words for words in LAUNCHED if words[0] in ("deepspeed", "accelerate")]
 
 
 @pytest.mark.parametrize("words", TORCHRUN, ids=" ".join)
@@ -63,7 +65,8 @@ def test_torchrun_hands_on_what_belongs_to_its_script(words: list[str], monkeypa
     monkeypatch.setattr("compt.cli.main.main", lambda words: given.extend(words()))
     monkeypatch.setattr("sys.argv", words[at:])
     runpy.run_path(str(ROOT / words[at]), run_name="__main__")
-    assert given == ["chain", "recipes/cc3m_vit.yaml", "--run-folder", "/shared/runs/cc3m"]
+    assert given[:4] == ["chain", "recipes/cc3m_vit.yaml", "--run-folder", "/shared/runs/cc3m"]
+    assert [value.partition("=")[0] for name, value in pairwise(given) if name == "--set"] == ["data.train"]
 
 
 @pytest.mark.parametrize("options", ["--recipe=a.yaml --run-folder=b", "a.yaml --run-folder=b"])
@@ -75,16 +78,8 @@ def test_the_launcher_s_other_spellings(options: str, monkeypatch: pytest.Monkey
     assert " ".join(given).replace("=b", " b") == "chain a.yaml --run-folder b --set name=c"
 
 
-def test_there_is_a_command_for_torchrun() -> None:
-    assert len(TORCHRUN) == 1
-
-
-LAUNCHERS = [
-    shlex.split(line)
-    for _, block in MARKED.findall(README)
-    for line in block.splitlines()
-    if line.startswith(("deepspeed ", "accelerate "))
-]
+def test_there_is_a_command_for_each_launcher() -> None:
+    assert sorted(words[0] for words in LAUNCHED) == ["accelerate", "deepspeed", "torchrun"]
 
 
 @pytest.mark.parametrize("words", LAUNCHERS, ids=" ".join)

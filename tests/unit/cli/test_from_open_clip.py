@@ -196,6 +196,23 @@ def test_a_resampled_epoch_has_the_samples_that_the_command_says() -> None:
     assert rows["--dataset-resampled"].startswith("lengths in steps")
 
 
+@pytest.mark.parametrize(("workers", "accum", "steps"), [(4, 1, 12), (1, 1, 10), (0, 1, 10), (4, 2, 6), (4, 5, 2)])
+def test_a_resampled_epoch_has_openclips_own_steps(workers: int, accum: int, steps: int) -> None:
+    """Every worker has as many batches; 20,000 samples are 9.8 batches of 2,048."""
+    words = ["--train-num-samples", "20000", "--batch-size", "256", "--workers", str(workers), "--epochs", "1"]
+    recipe, _ = made(*RESAMPLED, *words, "--accum-freq", str(accum), "--warmup", "1", gpus=8)
+    assert recipe.chain.links[0].train == Duration(steps=steps)
+
+
+def test_a_chain_can_be_designed_from_it() -> None:
+    recipe, _ = made("--model", "ViT-B-16", "--epochs", "3", "--warmup", "10")
+    assert recipe.baselines is not None
+    (link,) = recipe.chain.links
+    assert (recipe.baselines.train, recipe.baselines.warmup) == (link.train, link.warmup)
+    assert len(make_plan(recipe, baselines=True).jobs) == 2
+    assert make_plan(recipe, baselines=True).jobs[1].same_as == "1-ViT-B-16"
+
+
 def test_values_that_compt_has_anyway() -> None:
     flags = ["--opt", "--lr-cooldown-power", "--image-resize-mode", "--image-interpolation"]
     same = [word for pair in zip(flags, ["adamw", "1", "shortest", "bicubic"], strict=True) for word in pair]
@@ -235,7 +252,8 @@ def test_every_flag_has_a_fate() -> None:
         ([*RESAMPLED, "--train-data-upsampling-factors", "1::2"], "2 factors for 1 sets"),
         ([*RESAMPLED, "--train-data-upsampling-factors", "x"], "x: should be a number for each set"),
         (["--model", "ViT-B-16", "--train-data-upsampling-factors", "2"], "with --dataset-resampled only"),
-        ([*RESAMPLED, "--batch-size", "65000"], "--train-num-samples 64000: fewer than one batch of 65000"),
+        ([*RESAMPLED, "--batch-size", "65000"], "optimizer.batch 65000 is larger than data.images 64000"),
+        ([*RESAMPLED, "--batch-size", "64000", "--accum-freq", "5"], "64000: fewer than one batch of 320000"),
         (["--model", "ViT-B-16", "--aug-cfg", "scale"], "write KEY=VALUE"),
         (["--model", "ViT-B-16", "--aug-cfg", "scale=(0.9"], "'(' was never closed"),
         (["--model", "ViT-B-16", "--aug-cfg", "gray_scale_prob=x"], "gray_scale_prob=x: should be a number"),

@@ -11,8 +11,9 @@ import pytest
 from compt.data.check import check
 from compt.data.index import open_index
 from compt.data.loaders import train_loader
-from compt.data.pack import PackOptions, pack
+from compt.data.pack import pack
 from compt.data.samples import SampleReader
+from compt.data.sources import PackOptions
 from compt.data.tokens import CaptionTokens
 
 CUT = ["The first sentence {}", "The second one, 3", "5 m long", "A third"]

@@ -7,8 +7,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import open_clip
@@ -23,7 +25,7 @@ from compt.data import workers as loader_processes
 from compt.data.batch import Batch
 from compt.data.decode import MAX_PIXELS, Encoded, PillowDecoder, Unusable, evaluation_pixels, open_image, to_rgb
 from compt.data.index import Index, open_index
-from compt.data.loaders import MAX_SUBSTITUTES, eval_loader, fixed_caption_batches, train_loader
+from compt.data.loaders import MAX_SUBSTITUTES, _BadShare, eval_loader, fixed_caption_batches, train_loader
 from compt.data.order import EpochOrder, caption_choice
 from compt.data.samples import ShardSamples
 from compt.data.tokens import CaptionTokens
@@ -184,13 +186,13 @@ def test_few_captions_are_counted(index: Index) -> None:
 
 
 def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
-    index = faulty(tmp_path, n=100, bad=(1, 3), bare=())
+    index = faulty(tmp_path, n=100, bad=(1, 3, 5, 7), bare=())
     settings = {"batch": 50, "image_size": 8, "total_steps": 40}
     assert len(load(index, max_bad_share=0.1, **settings)) == 40
     seen = 0
     with pytest.raises(
         DataError,
-        match=r"of the last 1021 samples that.*max_bad_share 0\.01.*f\.tar: 00000000[13]: image: not an image",
+        match=r"of the last 10\d\d samples that.*max_bad_share 0\.01.*f\.tar: 00000000[1357]: image: not an image",
     ):
         for batch in train_loader(
             index,
@@ -204,6 +206,17 @@ def test_too_many_unusable_samples_stop_the_run(tmp_path: Path) -> None:
         ):
             seen += len(batch)
     assert seen >= 950, "fewer than 1,000 samples are no judgement"
+
+
+@pytest.mark.parametrize(("share", "stops"), [(0.009, False), (0.014, True)])
+def test_chance_does_not_stop_a_run(share: float, stops: bool) -> None:
+    """Of a million samples at nearly the allowed share, some thousands in a row have more."""
+    bad = np.random.default_rng(0).binomial(512, share, size=2_000)
+    read = SimpleNamespace(batch=range(512), replaced=0, offender="a.tar: 1")
+    watch = _BadShare(0.01)
+    with pytest.raises(DataError, match="more than data.max_bad_share 0.01 allows") if stops else nullcontext():
+        for read.replaced in bad:
+            watch.add(cast("Any", read))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -319,10 +319,14 @@ def test_a_set_in_clip_benchmarks_layout(tmp_path: Path, model, tokenizer) -> No
     assert evaluate_set(stock, item, _settings(tmp_path)).predictions.tolist() == result.predictions.tolist()
 
 
-def test_a_model_of_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
-    small = build(replace(SPEC, vocab_size=49_407), seed=0)
-    with pytest.raises(ArtefactError, match="vocab_size = 49407: .* it must be at least 49408"):
-        evaluate_set(small, _set(tmp_path / "data"), _settings(tmp_path))
+def test_a_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
+    item, settings = _set(tmp_path / "data"), _settings(tmp_path)
+    with pytest.raises(ArtefactError, match="vocab_size = 49407: .* another vocabulary .* of 49408 tokens"):
+        evaluate_set(build(replace(SPEC, vocab_size=49_407), seed=0), item, settings)
+    larger = replace(SPEC, vocab_size=49_500)
+    assert evaluate_set(build(larger, seed=0), item, settings).n == 26, "a recipe of ours may leave room"
+    with pytest.raises(ArtefactError, match="vocab_size = 49500"):
+        evaluate_set(open_clip.model.CLIP(**larger.open_clip_config()), item, settings)
 
 
 def test_pins_change_with_what_they_pin(tmp_path: Path, model) -> None:
@@ -641,6 +645,12 @@ def test_captions_of_evaluation_and_validation_are_those_of_the_recipes_columns(
     for columns, expected in ((("mine",), ["mine 0", "x"]), ((), ["theirs"])):
         task = open_set(item, replace(_settings(tmp_path), columns=columns))
         assert task.data.samples.read(0).captions == expected
+    own = item.model_copy(update={"caption_columns": []})
+    found = [open_set(each, replace(_settings(tmp_path), columns=["mine"])) for each in (item, own)]
+    assert found[1].data.samples.read(0).captions == ["theirs"], "the set's own come first"
+    assert found[0].pins() != found[1].pins(), "other captions are another set"
+    with pytest.raises(DataError, match=r"'texts': no image has a caption in the fields no of the \.json files"):
+        open_set(item, replace(_settings(tmp_path), columns=["no"]))
     assert Scorer(recipe, tmp_path).settings.columns == ["mine"]
 
 

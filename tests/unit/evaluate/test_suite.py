@@ -287,6 +287,14 @@ def test_what_the_command_refuses(folder: Path) -> None:
         (["--suite", "demo", "--data", "x"], "name one of --data and --suite"),
         (["--suite", "vtab+", "--published", "vit_s16-cc3"], "no such model"),
         (["--suite", "demo", "--classnames", "x"], "--classnames goes with --data"),
+        (["--data", "x", "--train", "y"], "--train is for linear_probe, knn, not for zeroshot: see --task"),
+        (
+            ["--data", "x", "--task", "retrieval", "--templates", "y"],
+            "--templates is for zeroshot, multilabel, not for",
+        ),
+        (["--data", "x", "--task", "retrieval", "--label", "y"], "--label is for zeroshot"),
+        (["--data", "x", "--task", "knn", "--per-class", "b"], "--per-class is for one model"),
+        (["--data", "x", "--task", "retrieval", "--per-class"], "--per-class is for one model"),
     ):
         done = CliRunner().invoke(app, ["eval", "model", *words])
         assert isinstance(done.exception, ConfigError), done.output

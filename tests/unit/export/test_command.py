@@ -59,6 +59,8 @@ class _Handler(BaseHTTPRequestHandler):
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "deletedFile":
+                    del self.server.files[line["value"]["path"]]
             self._answer(
                 {"success": True, "commitOid": "0" * 40, "commitUrl": f"{self.server.address}/org/name/commit/0"}
             )
@@ -66,15 +68,28 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
 
     def do_GET(self) -> None:
-        self.send_error(404)
+        path, _, name = self.path.partition("?")[0].partition("/resolve/main/")
+        if path.startswith("/api/models/org/name/tree/main"):
+            sizes = {name: len(data) for name, data in self.server.files.items()}
+            entries = [{"type": "file", "path": name, "size": size, "oid": "0" * 40} for name, size in sizes.items()]
+            self._answer(entries)
+        elif name in self.server.files:
+            self._send(self.server.files[name], {"ETag": '"1"', "X-Repo-Commit": "0" * 40})
+        else:
+            self._send(b"", {"X-Error-Code": "EntryNotFound"}, 404)
+
+    do_HEAD = do_GET
 
     def _answer(self, value: Any) -> None:
-        data = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        self._send(json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def _send(self, data: bytes, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        if self.command != "HEAD":
+            self.wfile.write(data)
 
     def log_message(self, *parts: Any) -> None:
         """Print nothing."""
@@ -96,6 +111,8 @@ def test_the_command_writes_and_uploads_a_folder(
     (tmp_path / "job" / "model").symlink_to(models["swin"])
     # What HF_ENDPOINT and HF_HUB_OFFLINE set; huggingface_hub reads both when it is imported.
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.address)
+    files = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     out = tmp_path / "out"
@@ -109,6 +126,12 @@ def test_the_command_writes_and_uploads_a_folder(
     assert hub.files == {path.name: path.read_bytes() for path in out.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", EXPORT_RECORD} == hub.files.keys()
     assert hub.tokens == {"Bearer hf_secret"}
+    hub.files["mine.txt"] = b"of the owner"
+    words[2] = str(tmp_path / "other")
+    assert CliRunner().invoke(app, [*words[:4], "open_clip", "--push-to-hub", "org/name"]).exception is None
+    assert hub.files.keys() == {"mine.txt", *(path.name for path in (tmp_path / "other").iterdir())}
+    assert "config.json" not in hub.files, "a program could take it for the new model's"
+    assert 'create_model_and_transforms("hf-hub:org/name")' in hub.files["README.md"].decode()
 
 
 def test_an_upload_that_fails_says_that_the_folder_is_there(tmp_path: Path) -> None:

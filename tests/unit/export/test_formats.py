@@ -191,6 +191,10 @@ def test_older_versions_of_open_clip_find_a_config_and_weights_that_they_can_rea
     assert all(torch.equal(state[key], found.state[key]) for key in state)
     newer = open_model(write_model(tmp_path / "newer", replace(SPECS["vit"], no_ln_pre=True)))
     assert export_model(newer, tmp_path / "out")[0].startswith("open_clip 2.23 to 2.32: ")
+    squashed = replace(open_model(models["vit"]), preprocess=Preprocess(resize_mode="squash"))
+    (note,) = export_model(squashed, tmp_path / "out")
+    assert note.startswith("open_clip 2.23 to 2.32: ")
+    assert 'image_interpolation="bicubic", image_resize_mode="squash")' in note
 
 
 OLD_OPEN_CLIP = """

@@ -269,7 +269,8 @@ OTHER: dict[str, Any] = {
     "evaluation.sets.N.name": "c",
     "evaluation.sets.N.task": "retrieval",
     "evaluation.sets.N.data": "c.tar",
-    "evaluation.sets.N.train": "t.tar",
+    "evaluation.sets.N.train": None,  # see test_fields_of_other_tasks_are_results
+    "evaluation.sets.N.caption_columns": None,  # the same
     "evaluation.sets.N.role": "select",
     "evaluation.sets.N.label": "label",
     "evaluation.sets.N.classnames": "names.txt",
@@ -307,6 +308,17 @@ TESTED_APART = {path for path, value in OTHER.items() if value is None}
 def test_the_decay_of_wsd_is_a_result() -> None:
     fast, slow = (changed("optimizer.schedule", {"shape": "wsd", "decay": decay}) for decay in (0.1, 0.2))
     assert hashes(fast) != hashes(slow)
+
+
+@pytest.mark.parametrize(
+    ("task", "field", "value"), [("knn", "train", "t.tar"), ("retrieval", "caption_columns", ["text"])]
+)
+def test_fields_of_other_tasks_are_results(task: str, field: str, value: Any) -> None:
+    item = {"name": "b", "data": "b.tar", "task": task}
+    old, new = (changed("evaluation.sets", [one]).evaluation for one in (item, {**item, field: value}))
+    assert old.identity() != new.identity()
+    with pytest.raises(ConfigError, match=rf"{field} is for .*{task}.*, not for multilabel"):
+        changed("evaluation.sets", [{**item, field: value, "task": "multilabel"}])
 
 
 def test_the_share_of_jitter_is_a_result() -> None:

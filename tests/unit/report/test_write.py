@@ -458,3 +458,14 @@ def test_what_is_no_run_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="its run.json, a manifest or scores are damaged"):
         write_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
+
+
+def test_a_saved_report_is_not_replaced(tmp_path: Path) -> None:
+    """Saved results have a report and no jobs: a new one would show nothing."""
+    (tmp_path / "report.md").write_text("saved")
+    write_json(tmp_path / "run.json", {})
+    with pytest.raises(
+        RunError, match=f"{tmp_path} has a report and no jobs, as saved results do: nothing was written"
+    ):
+        write_report(tmp_path)
+    assert (tmp_path / "report.md").read_text() == "saved"
