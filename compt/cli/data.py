@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import Field, TypeAdapter, ValidationError
 
 from compt.cli.options import CLASS_ORDER_HELP, RECIPE, AsJson, MaxBadShare, option, print_json, progress_bar
 from compt.errors import ConfigError
 from compt.recipe.read import load_recipe
-from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED
+from compt.recipe.schema import MAX_BAD_SHARE, MIN_MATCHED, SHARD_CACHE
+from compt.recipe.types import Count
 from compt.text import TextTable, count, show
 
 if TYPE_CHECKING:
     from compt.data.index import Index
-    from compt.data.pack import PackOptions
+    from compt.data.remote import Cache
+    from compt.data.sources import PackOptions
+    from compt.recipe.schema import Data
 
 Shards = Annotated[
     list[str],
@@ -35,6 +39,29 @@ CacheFolder = Annotated[
     Path | None,
     option("folder for shards from object storage", metavar="FOLDER", default="$COMPT_CACHE, or ~/.cache/compt"),
 ]
+
+
+def _bytes(text: str) -> int:
+    """The value of `--cache-size`, as a recipe writes it."""
+    try:
+        return TypeAdapter(Annotated[Count, Field(gt=0)]).validate_python(text)
+    except ValidationError as error:
+        raise typer.BadParameter(error.errors()[0]["msg"]) from None
+
+
+CacheSize = Annotated[
+    int | None, option("bytes of shards in that folder, such as 500G", parser=_bytes, metavar="BYTES", default="100G")
+]
+
+
+def _cache(folder: Path | None, size: int | None, data: Data | None = None) -> Cache:
+    """The cache that the options name, else that of the recipe."""
+    from compt.data.remote import Cache
+
+    if data is None:
+        return Cache.at(folder, size or SHARD_CACHE)
+    named = {"cache_dir": folder and str(folder), "cache_size": size}
+    return Cache.of(data.model_copy(update={name: value for name, value in named.items() if value}), Path())
 
 
 def emoji(
@@ -128,9 +155,13 @@ def check(
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
     min_matched: MinMatched = MIN_MATCHED,
-    max_bad_share: MaxBadShare = MAX_BAD_SHARE,
+    max_bad_share: Annotated[
+        float | None,
+        option("share of unusable samples that is accepted", metavar="SHARE", min=0, max=1, default="0.01"),
+    ] = None,
     index_dir: IndexFolder = None,
     cache_dir: CacheFolder = None,
+    cache_size: CacheSize = None,
     context_length: Annotated[int, option("tokens that the text tower takes", metavar="N")] = 77,
     workers: Annotated[int | None, option("processes", metavar="N", default="one per core")] = None,
     hashes: Annotated[bool, option("hash every byte and compare with the first such check", "--hashes")] = False,
@@ -139,11 +170,11 @@ def check(
     """Read every sample of a WebDataset and report problems.
 
     Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
-    evaluation would refuse the set: too many unusable samples or, without captions, class numbers.
+    evaluation would refuse the set: too many unusable samples or, without captions, class numbers. Table, index, cache
+    and accepted share of a recipe hold where no option names another.
     """
     from compt.data.check import check as run_check
     from compt.data.mixture import open_training, sets_table
-    from compt.data.remote import Cache
 
     loaded = load_recipe(recipe) if recipe else None
     if loaded:
@@ -151,7 +182,9 @@ def check(
         captions_csv = captions_csv or (Path(data.captions_csv) if data.captions_csv else None)
         caption_columns = caption_columns or data.caption_columns
         index_dir = index_dir or (Path(data.index_dir) if data.index_dir else None)
-    cache = Cache.at(cache_dir)
+    if max_bad_share is None:
+        max_bad_share = loaded.data.max_bad_share if loaded else MAX_BAD_SHARE
+    cache = _cache(cache_dir, cache_size, loaded.data if loaded else None)
     if loaded and not shards:
         changed: dict[str, Any] = {
             "captions_csv": captions_csv and str(captions_csv),
@@ -229,9 +262,13 @@ def pack(
     shard_size: ShardSize = 10_000,
     seed: Seed = None,
     resize: Resize = None,
+    workers: Annotated[
+        int | None, option("threads of --resize", metavar="N", min=1, default="one per core, 8 at most")
+    ] = None,
     class_order: Annotated[Literal["name", "number"] | None, option(CLASS_ORDER_HELP)] = None,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     cache_dir: CacheFolder = None,
+    cache_size: CacheSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Pack images and captions into the shards of a WebDataset.
@@ -241,11 +278,11 @@ def pack(
     unless --resize makes larger ones smaller (JPEG, quality 95). The same command finishes a packing that was
     interrupted. Exits with code 3 if too many samples are unusable.
     """
-    from compt.data.pack import PackOptions
+    from compt.data.sources import PackOptions
 
     columns = caption_columns or ()
     options = PackOptions(captions_csv, columns, min_matched, images, shard_size, seed, class_order, resize=resize)
-    _pack(source, out, options, cache_dir, max_bad_share, as_json)
+    _pack(source, out, options, _cache(cache_dir, cache_size), max_bad_share, as_json, workers)
 
 
 def dreamlip(
@@ -259,6 +296,7 @@ def dreamlip(
     seed: Seed = None,
     max_bad_share: MaxBadShare = MAX_BAD_SHARE,
     cache_dir: CacheFolder = None,
+    cache_size: CacheSize = None,
     as_json: AsJson = False,
 ) -> None:
     """Merge shards with the long captions of DreamLIP.
@@ -266,20 +304,25 @@ def dreamlip(
     Rows are joined with samples by key, file name or URL. The generated captions are cut into sentences as in the
     authors' code. The same command finishes a merge that was interrupted.
     """
-    from compt.data.pack import PackOptions
+    from compt.data.sources import PackOptions
 
     options = PackOptions(captions_csv, (), min_matched, None, shard_size, seed, None, "sentences")
-    _pack(shards, out, options, cache_dir, max_bad_share, as_json)
+    _pack(shards, out, options, _cache(cache_dir, cache_size), max_bad_share, as_json)
 
 
 def _pack(
-    source: str, out: Path, options: PackOptions, cache_dir: Path | None, max_bad_share: float, as_json: bool
+    source: str,
+    out: Path,
+    options: PackOptions,
+    cache: Cache,
+    max_bad_share: float,
+    as_json: bool,
+    workers: int | None = None,
 ) -> None:
     from compt.data.pack import pack as run_pack
-    from compt.data.remote import Cache
 
     with progress_bar("packing samples") as progress:
-        packed = run_pack(source, out, Path.cwd(), options, progress=progress, cache=Cache.at(cache_dir))
+        packed = run_pack(source, out, Path.cwd(), options, workers=workers, progress=progress, cache=cache)
     account = packed.account
     if as_json:
         print_json({"shards": packed.shards, "samples": packed.samples, "account": account.to_json()})
@@ -308,6 +351,7 @@ def index(
     shards: Shards,
     out: IndexFolder = None,
     cache_dir: CacheFolder = None,
+    cache_size: CacheSize = None,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
     min_matched: MinMatched = MIN_MATCHED,
@@ -317,14 +361,13 @@ def index(
     Scans the tars once, so that training can start at any position of any epoch.
     """
     from compt.data.index import open_index
-    from compt.data.remote import Cache
 
     with progress_bar("indexing shards") as progress:
         made = open_index(
             *(shards, Path.cwd(), out, captions_csv, progress),
             columns=caption_columns or (),
             min_matched=min_matched,
-            cache=Cache.at(cache_dir),
+            cache=_cache(cache_dir, cache_size),
         )
     rows = [("shards", f"{len(made.shards):,}"), ("samples", f"{len(made):,}"), ("fingerprint", made.fingerprint[:16])]
     show(TextTable("Indexed", ("", "found"), rows), *made.account.tables())

@@ -331,7 +331,7 @@ def _run(
         yield from map(examine, works)
         return
     # `examine` reaches the workers through the fork: the tokenizer in it cannot be pickled.
-    with process_pool(workers, initializer=_begin, initargs=(examine,)) as pool:
+    with process_pool(workers, _begin, (examine,)) as pool:
         while some := list(islice(works, 64 * workers)):  # the pool would take all at once
             yield from pool.map(_examine_here, some)
 

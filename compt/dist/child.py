@@ -70,11 +70,23 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _begin(prepare: Callable[..., None] | None, *arguments: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if prepare:
+        prepare(*arguments)
+
+
 @contextlib.contextmanager
-def process_pool(workers: int, **options: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool of forked processes. Raises RunError where they cannot start, or one of them is killed."""
+def process_pool(
+    workers: int, prepare: Callable[..., None] | None = None, arguments: tuple[Any, ...] = ()
+) -> Iterator[ProcessPoolExecutor]:
+    """A pool of forked processes that end with this one; each first calls `prepare(*arguments)`.
+
+    Raises RunError where they cannot start, or one of them is killed.
+    """
+    begin: dict[str, Any] = {"initializer": _begin, "initargs": (prepare, *arguments)}
     try:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), **options)
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), **begin)
     except OSError as error:  # their semaphores are files in /dev/shm
         raise RunError(f"cannot start {workers} processes: {error}. {shared_memory()}") from None
     with pool:

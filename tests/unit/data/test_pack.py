@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,14 +24,19 @@ from PIL import ExifTags, Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from compt.cli.main import main
+from compt.data import pack as packing
+from compt.data import stores
 from compt.data.captions import by_column, read_columns, split_as_dreamlip
 from compt.data.check import check
 from compt.data.index import open_index
-from compt.data.pack import PackOptions, pack
+from compt.data.pack import pack
+from compt.data.remote import Cache
 from compt.data.samples import SampleReader
+from compt.data.sources import PackOptions
 from compt.errors import ConfigError, DataError
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
+from tests.helpers.store import Store
 
 
 def fill(folder: Path, files: dict[str, bytes | str]) -> Path:
@@ -454,23 +460,29 @@ def test_a_name_in_a_shard_leads_out_of_no_folder(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name not in ("in", "out", "unpacked")]
 
 
+def killed_at(wanted: str, source: str, out: Path, options: str, workers: int = 1) -> None:
+    """A packing that is killed a moment after a file with this name is there."""
+    slow = (
+        "import sys, time; from pathlib import Path; from compt.data import pack as p, sources as s\n"
+        "def late(read): return lambda self, at: (time.sleep(0.02), read(self, at))[1]\n"
+        "for kind in (s._ImageFolder, s._ByClass): kind.read = late(kind.read)\n"
+        f"p.pack(sys.argv[1], Path(sys.argv[2]), Path(), s.PackOptions({options}), workers={workers})"
+    )
+    child = subprocess.Popen([sys.executable, "-c", slow, source, str(out)])
+    while not [*out.glob(wanted)] and child.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.03)  # within the shard
+    child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+
+
 def test_a_killed_packing_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     source = big_folder(tmp_path / "set")
     options = PackOptions(shard_size=4, seed=5)
     whole = pack(str(source / "t.csv"), tmp_path / "whole", Path(), options)
-    slow = (
-        "import sys, time, compt.data.pack as p; from pathlib import Path; read = p._ImageFolder.read\n"
-        "p._ImageFolder.read = lambda self, at: (time.sleep(0.02), read(self, at))[1]\n"
-        f"p.pack({str(source / 't.csv')!r}, Path(sys.argv[1]), Path(), p.PackOptions(shard_size=4, seed=5))"
-    )
     out = tmp_path / "out"
     for wanted in ("000002.tar", "000007.tar"):
-        child = subprocess.Popen([sys.executable, "-c", slow, str(out)])
-        while not (out / wanted).exists() and child.poll() is None:
-            time.sleep(0.005)
-        time.sleep(0.03)  # within the next shard
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        killed_at(wanted, str(source / "t.csv"), out, "shard_size=4, seed=5")
     assert not (out / "000014.tar").exists()
     resumed = pack(str(source / "t.csv"), out, Path(), options)
     assert contents(out) == contents(tmp_path / "whole")
@@ -479,6 +491,66 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert pack(str(source / "t.csv"), out, Path(), options) == whole  # a finished one writes nothing
     assert {path: path.stat().st_mtime_ns for path in out.glob("*.tar")} == before
     assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("captions", 3), ("classes", 1)])
+def test_a_packing_that_is_killed_in_its_first_shard_can_be_finished(tmp_path: Path, kind: str, workers: int) -> None:
+    names = [f"{at % 3}/{at:02d}" for at in range(40)]
+    photos(tmp_path / "set", [f"{name}.jpg" for name in names])
+    if kind == "captions":
+        fill(tmp_path / "set", {f"{name}.txt": name for name in names})
+    options, source = PackOptions(shard_size=30, resize=4), str(tmp_path / "set")
+    whole = pack(source, tmp_path / "whole", Path(), options, workers=1)
+    out = fill(tmp_path / "out", {".pack.json.tmp0": "{"})  # it was killed even earlier before
+    killed_at(".000000.tar*", source, out, "shard_size=30, resize=4", workers)
+    left = {path.name for path in out.iterdir()}
+    assert "000000.tar" not in left
+    assert ("classnames.txt" in left) == (kind == "classes")
+    assert pack(source, out, Path(), options) == whole
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_large_images_are_made_smaller_on_several_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{at:02d}" for at in range(15)]
+    photos(tmp_path / "set", [f"{name}.jpg" for name in names])
+    fill(tmp_path / "set", {**{f"{name}.txt": name for name in names}, "03.jpg": "broken", "07.txt": " "})
+    one = pack(str(tmp_path / "set"), tmp_path / "one", Path(), PackOptions(shard_size=4, resize=4), workers=1)
+    together, shrunk = threading.Barrier(2, timeout=10), packing.shrunk
+
+    def meeting(*given: Any) -> bytes:
+        together.wait()  # for another thread that is here at the same time
+        return shrunk(*given)
+
+    monkeypatch.setattr(packing, "shrunk", meeting)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert pack(str(tmp_path / "set"), tmp_path / "two", Path(), PackOptions(shard_size=4, resize=4)) == one
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert one.account.unused == {"image": 1, "caption": 1}
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_shards_of_a_store_that_are_larger_than_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int | None
+) -> None:
+    """In their order, each is downloaded to be indexed, and once more. With a seed, only what is packed is fetched."""
+    optional("obstore", "remote")
+    folder = tmp_path / "store" / "bucket" / "set"
+    make_shards(folder, n=48, shards=4)
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    options = PackOptions(shard_size=10, seed=seed)
+    stores.objects.cache_clear()
+    with Store(tmp_path / "store") as server:
+        for name, value in server.environment().items():
+            monkeypatch.setenv(name, value)
+        cache = Cache(tmp_path / "cache", 2 * max(sizes))
+        pack("s3://bucket/set/{000000..000003}.tar", tmp_path / "out", Path(), options, cache=cache)
+        assert sum(server.sent.values()) <= 2 * sum(sizes)
+        assert seed is not None or set(server.gets.values()) <= {1, 2}
+    stores.objects.cache_clear()
+    pack(str(folder), tmp_path / "local", Path(), options)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.tar")} == {
+        path.name: path.read_bytes() for path in (tmp_path / "local").glob("*.tar")
+    }
 
 
 def test_other_options_or_data_in_the_same_folder_are_one_clear_error(tmp_path: Path) -> None:

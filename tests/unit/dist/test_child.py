@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 
 from compt.dist import child
@@ -34,3 +37,30 @@ def test_the_answer_is_waited_for_and_not_the_end(
     process, receiver = start_child(target)
     assert answer_of(process, receiver, lambda: target is says_nothing) == answer
     assert process.exitcode == code
+
+
+POOL = """
+import os, time
+from compt.dist.child import process_pool
+
+def own_pid(_):
+    time.sleep(0.2)
+    return os.getpid()
+
+with process_pool(3) as pool:
+    print(*pool.map(own_pid, range(3)), flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_pool_ends_with_the_process_that_made_it() -> None:
+    """One that is killed cannot end its children, which would wait for work for ever."""
+    with subprocess.Popen([sys.executable, "-c", POOL], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        children = [psutil.Process(int(pid)) for pid in set(process.stdout.readline().split())]
+        assert len(children) > 1
+        process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    for one in alive:
+        one.kill()
+    assert not alive
