@@ -24,11 +24,11 @@ from compt.chain.record import is_finished, now, read_manifest, read_record
 from compt.chain.start import hash_of, open_start
 from compt.data.index import Index
 from compt.data.mixture import open_training
-from compt.data.remote import Cache
+from compt.data.remote import Cache, bytes_of
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
-from compt.evaluate.scorer import Scorer, index_folder_of, open_held_out
+from compt.evaluate.scorer import Scorer, ask_once, index_folder_of
 from compt.evaluate.sets import check_sets
 from compt.files import disk_errors, flatten, hash_json, write_json, write_text
 from compt.plan.forecast import memory_of, usable_bytes
@@ -152,13 +152,13 @@ def open_data(recipe: Recipe, base: Path) -> Index:
 
     Rank 0 builds what is missing. Then one process of each machine does: each may have its own cache folder.
     """
-    data, folder = recipe.data, index_folder_of(recipe, base)
+    data, folder, cache = recipe.data, index_folder_of(recipe, base), Cache.of(recipe.data, base)
     dist.on_all(DECODERS.load(data.decoder))
 
     def open_it() -> Index:
-        return open_training(data, base, folder, Cache.of(data, base))
+        return open_training(data, base, folder, cache)
 
-    dist.on_main(open_it)
+    ask_once(cache, open_it)
     dist.on_all(lambda: open_it() if dist.local_rank() == 0 else None)
     return dist.on_all(open_it)
 
@@ -344,20 +344,36 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     digests = {table.path: table.digest for table in context.index.tables if table}
     contents |= {f"{_TABLE} {name}": digests[base / name] for name in recipe.data.tables}
     with named(source, "evaluation.sets"):
-        settings = Scorer(recipe, base).settings
-        found = check_sets(recipe.evaluation.sets, settings, contact_sheet=recipe.evaluation.contact_sheet)
+        scorer = Scorer(recipe, base)
+        for item in recipe.evaluation.sets:
+            scorer.ask(item)
+        found = check_sets(recipe.evaluation.sets, scorer.settings, contact_sheet=recipe.evaluation.contact_sheet)
     # A set that the recipe defines in another way is another set: models are scored again on it.
     defined = {item.name: hash_json(item.result_fields())[:8] for item in recipe.evaluation.sets}
     contents |= {f"the files of evaluation set '{name}' ({defined[name]})": found[name] for name in found}
     if recipe.evaluation.validation:
         with named(source, "evaluation.validation"):
-            held_out = dist.from_main(lambda: _held_out(recipe, base, source))
+            held_out = dist.from_main(lambda: _held_out(scorer, source))
         contents[f"the shards {' '.join(recipe.evaluation.validation)}"] = held_out
+    with named(source, "data.cache_size"):
+        dist.on_main(lambda: _check_room(context, scorer))
     return contents
 
 
-def _held_out(recipe: Recipe, base: Path, source: str) -> str:
-    index = open_held_out(recipe, base)
+def _check_room(context: RunContext, scorer: Scorer) -> None:
+    """Raise DataError for a cache that cannot hold what training and a look at the model meanwhile need."""
+    data, size = context.recipe.data, scorer.cache.size
+    training, beside = bytes_of(context.index.shards, 2 * data.shuffle_shards), scorer.bytes_beside_training
+    if training + beside > size:
+        raise DataError(
+            f"is {size:,} bytes, but {training + beside:,} are needed at a time: up to {training:,} for the shards of "
+            f"training (fewer with a lower data.shuffle_shards), and up to {beside:,} for those that a model is scored "
+            "on meanwhile; enlarge it"
+        )
+
+
+def _held_out(scorer: Scorer, source: str) -> str:
+    index = scorer.held_out()
     if index.account.faults:
         text = "%s: evaluation.validation holds more than is used: %s (compt data check shows what to do)"
         _log.warning(text, source, index.account.line())

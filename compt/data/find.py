@@ -16,7 +16,7 @@ import braceexpand
 
 from compt.data.account import Account
 from compt.data.remote import Cache, RemoteShard, Shard
-from compt.data.stores import again, objects
+from compt.data.stores import Found, again, objects
 from compt.errors import DataError
 from compt.recipe.types import checked_address
 
@@ -124,16 +124,21 @@ def find_shards(address: str, names: Sequence[str], cache: Cache) -> list[Remote
                 raise DataError(f"shards '{address}': {root} cannot list files; write {{000..123}} instead of *")
             pattern = PurePosixPath(key + "*.tar" if key.endswith("/") else key).parts
             prefix = key.partition("*")[0].rpartition("/")[0]
-            listed = again(functools.partial(objects(root).under, f"{prefix}/" if prefix else ""), f"{root}/{key}")
+            ask = functools.partial(objects(root).under, f"{prefix}/" if prefix else "")
+            listed = cache.known(f"{root}/{key}", functools.partial(again, ask, f"{root}/{key}"))
             matching = [(root, each) for each in sorted(listed) if _matches(PurePosixPath(each.key).parts, pattern)]
             if not matching:
                 raise DataError(f"no shard matches '{root}/{key}'")
             found += matching
         else:
             single.append((root, key))
+
+    def head(root: str, key: str) -> Found:
+        place = f"{root}/{key}"
+        return cache.known(place, lambda: again(lambda: objects(root).head(key), place))
+
     with ThreadPoolExecutor(32) as pool:
-        heads = pool.map(lambda at: (at[0], again(lambda: objects(at[0]).head(at[1]), "/".join(at))), single)
-        found += list(heads)
+        found += list(pool.map(lambda at: (at[0], head(*at)), single))
     return [RemoteShard(root, each.key, each.size, each.tag, cache) for root, each in found]
 
 

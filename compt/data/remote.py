@@ -23,7 +23,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -123,10 +123,14 @@ def _own_obstore() -> bool:
 
 @dataclass(frozen=True)
 class Cache:
-    """A folder with at most `size` bytes of shards, for all processes of a machine. The free disk is another bound."""
+    """A folder with at most `size` bytes of shards, for all processes of a machine. The free disk is another bound.
+
+    answers: what stores have said, for as long as this object lives; None to ask them each time.
+    """
 
     folder: Path
     size: int = SHARD_CACHE
+    answers: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def at(cls, folder: Path | None = None, size: int = SHARD_CACHE) -> Cache:
@@ -136,8 +140,18 @@ class Cache:
 
     @classmethod
     def of(cls, data: Data, base: Path) -> Cache:
-        """The cache that a recipe names."""
-        return cls.at(base / Path(data.cache_dir).expanduser() if data.cache_dir else None, data.cache_size)
+        """The cache that a recipe names. It asks stores once: what is opened again is what was opened first."""
+        found = cls.at(base / Path(data.cache_dir).expanduser() if data.cache_dir else None, data.cache_size)
+        return cls(found.folder, found.size, {})
+
+    def known(self, question: str, ask: Callable[[], _T]) -> _T:
+        """What a store says, or has said before."""
+        if self.answers is None:
+            return ask()
+        if question not in self.answers:
+            self.answers[question] = ask()
+        answer: _T = self.answers[question]
+        return answer
 
     def hold(self, shard: RemoteShard, stop: threading.Event = NEVER) -> int:
         """A descriptor of the whole shard, which stays in the cache until `drop`. Downloads it where it is missing.
@@ -198,37 +212,46 @@ class Cache:
             os.fsync(descriptor)
             os.rename(part, shard.cached)
         finally:
-            os.close(descriptor)
+            self.drop(descriptor)
 
     def _reserve(self, shard: RemoteShard, part: Path, stop: threading.Event) -> int | None:
         """The partial file under an exclusive lock, with room for the whole; None once the shard is in the cache."""
         waited = 0.0
         while not shard.cached.exists():
-            other = False
-            # All that makes room or takes it does so in turn.
-            with (self.folder / "lock").open("w") as turn:
-                fcntl.flock(turn, fcntl.LOCK_EX)
-                room = self._make_room(shard, part)
-                if room:
-                    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-                    if not _locked(descriptor):
-                        other = True
-                        os.close(descriptor)
-                    elif shard.cached.exists():  # finished between the first line of the loop and here
-                        part.unlink()
-                        os.close(descriptor)
-                        return None
-                    else:
-                        return descriptor
+            other = _in_use(part)
+            if not other:  # to make room takes a look at every file
+                with self._turn():
+                    if self._make_room(shard, part):
+                        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                        if not _locked(descriptor):
+                            other = True
+                            os.close(descriptor)
+                        elif shard.cached.exists():  # finished between the first line of the loop and here
+                            part.unlink()
+                            self.drop(descriptor)
+                            return None
+                        else:
+                            return descriptor
             waited = 0.0 if other else waited + 0.1
             if waited > ROOM_SECONDS:
                 raise DataError(
-                    f"the cache {self.folder} has no room for {shard} ({shard.size:,} bytes): other processes hold the "
-                    f"rest of {self.size:,} bytes, or the disk is full; enlarge data.cache_size or empty the disk"
+                    f"the cache {self.folder} has no room for {shard} ({shard.size:,} bytes): this and other processes "
+                    f"use the rest of {self.size:,} bytes, or the disk is full; enlarge data.cache_size or empty the "
+                    "disk"
                 )
             if stop.wait(0.1):
                 raise CancelledError
         return None
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """All that makes room or takes it does so in turn."""
+        descriptor = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            self.drop(descriptor)
 
     def _make_room(self, shard: RemoteShard, part: Path) -> bool:
         """Remove what was not used for longest until the shard fits into the cache and on the disk."""
@@ -244,7 +267,7 @@ class Cache:
         for _, path, size, _ in sorted(files):
             if over <= 0 and short <= 0:
                 break
-            if path != part and _removed(path):
+            if path != part and not _in_use(path, remove=True):
                 over, short = over - size, short - size
         return over <= 0 and short <= 0
 
@@ -257,18 +280,18 @@ def _locked(descriptor: int) -> bool:
         return False
 
 
-def _removed(path: Path) -> bool:
-    """Whether a file of the cache is gone; one that a process holds stays."""
+def _in_use(path: Path, remove: bool = False) -> bool:
+    """Whether a process holds a file of the cache. `remove`: where none does, the file is removed."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return True
+        return False
     try:
-        if free := _locked(descriptor):
+        if (free := _locked(descriptor)) and remove:
             path.unlink(missing_ok=True)
-        return free
+        return not free
     finally:
-        os.close(descriptor)
+        Cache.drop(descriptor)
 
 
 Shard = Path | RemoteShard
@@ -281,6 +304,12 @@ def _held(shard: RemoteShard) -> Iterator[Path]:
         yield shard.cached
     finally:
         shard.cache.drop(descriptor)
+
+
+def bytes_of(shards: Iterable[Shard], number: int | None = None) -> int:
+    """What the `number` largest shards (default: all) take in the cache."""
+    sizes = sorted((shard.size for shard in shards if isinstance(shard, RemoteShard)), reverse=True)
+    return sum(sizes[:number])
 
 
 def local(shard: Shard) -> AbstractContextManager[Path]:
@@ -304,11 +333,16 @@ def places_beside(shard: Shard) -> tuple[Path, ...]:
 
 def _whole(beside: RemoteShard, key: str) -> bytes:
     """Another object of the same store; nothing if there is none."""
-    try:
-        found = again(functools.partial(objects(beside.root).head, key), f"{beside.root}/{key}")
-    except MissingError:
-        return b""
-    return b"".join(RemoteShard(beside.root, found.key, found.size, found.tag, beside.cache).stream(0, found.size))
+    place = f"{beside.root}/{key}"
+
+    def ask() -> bytes:
+        try:
+            found = again(functools.partial(objects(beside.root).head, key), place)
+        except MissingError:
+            return b""
+        return b"".join(RemoteShard(beside.root, found.key, found.size, found.tag, beside.cache).stream(0, found.size))
+
+    return beside.cache.known(f"what is in {place}", ask)
 
 
 class _Helper:
@@ -378,7 +412,7 @@ def staged(
     """
     cache = next(shard.cache for shard in shards if isinstance(shard, RemoteShard))
     sizes = [shard.size if isinstance(shard, RemoteShard) else 0 for shard in shards]
-    most = sum(sorted(sizes)[-ahead:])
+    most = bytes_of(shards, ahead)
     if most > cache.size:
         raise DataError(
             f"data.cache_size is {cache.size:,} bytes, but {min(ahead, len(sizes)):,} shards are needed at a time, "

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from compt.errors import ComptError, DataError
+from compt.text import visible
 
 READ_SECONDS = 30.0
 """Seconds without a byte after which a download is begun again where it stopped."""
@@ -26,6 +27,9 @@ ATTEMPTS = 8
 """Attempts in a row without a byte after which reading stops."""
 FIRST_WAIT, LONGEST_WAIT = 0.5, 20.0
 """Seconds between two attempts: doubled each time, and between a half and the whole of it by chance."""
+_FINAL = re.compile(r"status code: (400|404|501)|redirect without LOCATION|non-partial response|builder error")
+"""What a store or obstore answers to a request that it will never fulfil."""
+_REFUSED = re.compile(r"status code: 40[13]")
 NEVER = threading.Event()
 _PIECE = 1 << 20
 _TIME = "changed "
@@ -177,9 +181,11 @@ def _reason(error: BaseException) -> str:
     """Why an attempt failed, without the address and its credentials, which obstore puts into its messages."""
     text = str(error)
     if found := re.search(r"status code: (\d+ [A-Za-z ]+)", text):
-        return found[1].strip()
+        code = re.search(r"<Code>([A-Za-z.]{1,60})</Code>", text)  # by a server: only what is sure to be a name
+        return found[1].strip() + (f": {code[1]}" if code else "")
     causes = [word for word in ("TimedOut", "ConnectionReset", "ConnectionRefused", "dns error") if word in text]
-    return ", ".join(causes) or re.sub(r"\w+://\S+", "(address)", text.partition("\n")[0]) or type(error).__name__
+    line = visible(re.sub(r"\w+://\S+", "(address)", text.partition("\n")[0])[:300], "")
+    return ", ".join(causes) or line or type(error).__name__
 
 
 def failed_attempt(error: Exception, failed: int, what: str, stop: threading.Event) -> None:
@@ -193,14 +199,22 @@ def failed_attempt(error: Exception, failed: int, what: str, stop: threading.Eve
             f"{what} has changed in the store since it was opened; put the old shard back, or start the same command "
             "again to index the new one"
         ) from None
-    if type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError"):
+    text = str(error)
+    if "169.254.169.254" in text:
+        raise DataError(f"{what}: no credentials in the environment, a profile or the machine's metadata") from None
+    denied = type(error).__name__ in ("PermissionDeniedError", "UnauthenticatedError", "PermissionError")
+    if denied or _REFUSED.search(text):  # the latter for lists
         raise MissingError(
             f"{what}: the store refuses access ({_reason(error)}); check the credentials in the environment, the "
             "profile or the role of the machine, and that the shard exists"
         ) from None
-    if "169.254.169.254" in str(error):
-        raise DataError(f"{what}: no credentials in the environment, a profile or the machine's metadata") from None
-    if failed == ATTEMPTS or "builder error" in str(error):  # the address itself is wrong
+    # S3's RequestTimeout is a 400, and passes.
+    if _FINAL.search(text) and "<Code>RequestTimeout</Code>" not in text:
+        reason = _reason(error)
+        if reason == "400 Bad Request":  # of a HEAD, which has no body that would say more
+            reason += "; such as for credentials that have expired, or another region"
+        raise DataError(f"{what} cannot be read: {reason}") from None
+    if failed == ATTEMPTS:
         raise DataError(f"{what} cannot be read after {failed} attempts: {_reason(error)}") from None
     wait = min(FIRST_WAIT * 2.0 ** (failed - 1), LONGEST_WAIT) * random.uniform(0.5, 1)
     _log.warning("%s: %s; attempt %d of %d in %.1f s", what, _reason(error), failed + 1, ATTEMPTS, wait)

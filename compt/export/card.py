@@ -129,4 +129,6 @@ def _score_table(title: str, scores: Mapping[str, Mapping[str, Any]]) -> TextTab
                 interval = f"{low:.2f} to {high:.2f}" if low is not None and high is not None else "-"
                 if value is not None:
                     rows.append((name, key, f"{value:.{line.digits + 1}f}", interval, f"{record['n']:,}"))
-    return TextTable(title, ("Set", "Score", "Value", "95 % interval", "Images"), rows, left=2)
+    precisions = {record.get("scored_by", {}).get("precision", "").removeprefix("torch.") for record in scores.values()}
+    notes = [f"Computed in {name}." for name in sorted(filter(None, precisions))]
+    return TextTable(title, ("Set", "Score", "Value", "95 % interval", "Images"), rows, notes, left=2)

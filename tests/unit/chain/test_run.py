@@ -877,7 +877,7 @@ def test_processes_of_one_run_lose_nothing_of_what_each_plans(
 
 def test_what_another_process_is_writing_is_left_to_it(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_locks, "SECONDS", 0.2)
-    new = half / ".run.json.abc"
+    new = half / ".run.json.tmp0"
     new.write_text("{")
     ready, release = threading.Event(), threading.Event()
 

@@ -284,7 +284,7 @@ def test_a_profile_that_gives_no_access_ends_in_one_line(
     expected = {
         "no such profile": r"s3://bucket: the AWS profile gives no credentials \(ProfileNotFound\)",
         "helper that fails": r"s3://bucket: the AWS profile gives no credentials \(CredentialRetrievalError\)",
-        "refused": r"set/000000.tar: the store refuses access \(403 Forbidden\)",
+        "refused": r"set/000000.tar: the store refuses access \(403 Forbidden: AccessDenied\)",
         "no boto3": "profiles in ~/.aws are read with boto3: pip install boto3",
     }
     names = {"no such profile": "none", "helper that fails": "helper"}

@@ -11,8 +11,10 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 
+from compt.chain.run import open_data, prepare
 from compt.data import remote, stores
 from compt.data.batch import Batch
 from compt.data.check import check
@@ -28,7 +31,10 @@ from compt.data.labels import CLASSNAMES, beside
 from compt.data.loaders import eval_loader, fixed_caption_batches, train_loader
 from compt.data.remote import Cache, RemoteShard
 from compt.data.samples import ShardSamples
+from compt.dist import collectives as dist
 from compt.errors import ConfigError, DataError, RunError
+from compt.evaluate.scorer import Scorer
+from compt.models.clip import build
 from compt.recipe.types import checked_address
 from tests.helpers.optional import optional
 from tests.helpers.process import finish, start
@@ -38,7 +44,20 @@ from tests.helpers.store import KEY, Store
 
 NAMES = [f"{number:06d}.tar" for number in range(6)]
 SHARDS = "s3://bucket/set/{000000..000005}.tar"
+REMOTE_DATA = (
+    "data.train=s3://bucket/train/{000000..000003}.tar",
+    "evaluation.validation=s3://bucket/val/*.tar",
+    "evaluation.sets.0.data=s3://bucket/eval/{000000..000001}.tar",
+    "evaluation.sets.1.data=s3://bucket/eval/{000000..000001}.tar",
+)
 Run = tuple[list[list[str]], list[torch.Tensor], list[torch.Tensor]]
+
+
+class Stopped(threading.Event):
+    """Waits for nothing."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return False
 
 
 @pytest.fixture
@@ -143,9 +162,13 @@ def test_the_cache_never_grows_beyond_its_size(
     sizes = sorted(shard.stat().st_size for shard in local.shards)  # type: ignore[union-attr]
     tight, seen = Cache(cache.folder, sum(sizes[-4:])), []
     real = remote.Cache._make_room
-    monkeypatch.setattr(
-        remote.Cache, "_make_room", lambda self, *more: (real(self, *more), seen.append(taken(self)))[0]
-    )
+
+    def make_room(self: Cache, *more: Any) -> bool:
+        if made := real(self, *more):  # else all of the cache is in use, and it waits
+            seen.append(taken(self))
+        return made
+
+    monkeypatch.setattr(remote.Cache, "_make_room", make_room)
     assert same(run(open_index(SHARDS, tmp_path, cache=tight)), run(local))
     assert max(seen) + min(sizes) == tight.size  # seen before the next shard takes its place
     assert taken(tight) <= tight.size
@@ -156,7 +179,7 @@ def test_the_cache_never_grows_beyond_its_size(
 
 # What happens to GETs of one shard while it is downloaded, and the line that names it.
 REPAIRED = {
-    "503, three times": (["503"] * 3, "503 Service Unavailable; attempt 4 of 8"),
+    "503, three times": (["503"] * 3, "503 Service Unavailable: SlowDown; attempt 4 of 8"),
     "reset before the answer": (["reset"], "attempt 2 of 8"),
     "reset in the middle of the body": (["cut"], "attempt 2 of 8"),
     "truncated body": (["short"], "attempt 2 of 8"),
@@ -211,7 +234,7 @@ REFUSED = {
     ),
     "access that ends": (
         lambda at, store: store.faults[NAMES[2]].append("403"),
-        rf"s3://bucket/set/{NAMES[2]}: the store refuses access \(403 Forbidden\); check the credentials",
+        rf"s3://bucket/set/{NAMES[2]}: the store refuses access \(403 Forbidden: AccessDenied\); check the credentials",
     ),
     "a store that stays away": (
         lambda at, store: store.faults[NAMES[2]].extend(["503"] * 8),
@@ -234,6 +257,64 @@ def test_a_fault_that_stays_ends_the_run_in_one_line(
     assert "\n" not in str(error.value)
     assert "topsecret" not in str(error.value)
     assert KEY not in str(error.value)
+
+
+# What a store answers to every request, and the end of the one line about it.
+HOPELESS = {
+    "301": "Received redirect without LOCATION, this normally indicates an incorrectly configured region",
+    "400": "400 Bad Request: ExpiredToken",
+    "501": "501 Not Implemented",
+    "whole": "Received non-partial response when range requested",
+}
+
+
+@pytest.mark.parametrize("fault", HOPELESS)
+def test_a_request_that_no_store_will_fulfil_is_made_once(
+    tmp_path: Path, store: Store, cache: Cache, fault: str
+) -> None:
+    shard = open_index(SHARDS, tmp_path, tmp_path / "index", cache=cache).shards[2]
+    assert isinstance(shard, RemoteShard)
+    store.gets.clear()
+    store.faults[NAMES[2]].extend([fault] * 8)
+    with pytest.raises(DataError) as error:
+        list(shard.stream(0, shard.size))
+    assert str(error.value).startswith(f"{shard} cannot be read: ")
+    assert str(error.value).endswith(HOPELESS[fault])
+    assert str(error.value).isprintable()
+    assert store.gets[NAMES[2]] == 1
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("301", "cannot be read: .* incorrectly configured region"),
+        ("400", "cannot be read: 400 Bad Request: ExpiredToken"),
+        ("403", r"refuses access \(403 Forbidden: AccessDenied\)"),
+        ("404", "cannot be read: 404 Not Found: NoSuchBucket"),
+    ],
+)
+def test_a_list_that_no_store_will_give_is_asked_for_once(
+    tmp_path: Path, store: Store, cache: Cache, fault: str, said: str
+) -> None:
+    store.faults["bucket"].extend([fault] * 8)
+    with pytest.raises(DataError, match=said):
+        open_index("s3://bucket/set/*.tar", tmp_path, cache=cache)
+    assert store.gets["bucket"] == 1
+
+
+def test_a_400_that_passes_is_tried_again() -> None:
+    error = OSError("status code: 400 Bad Request: <Error><Code>RequestTimeout</Code></Error>")
+    stores.failed_attempt(error, 1, "s3://bucket/a.tar", Stopped())
+    with pytest.raises(DataError, match="after 8 attempts: 400 Bad Request: RequestTimeout"):
+        stores.failed_attempt(error, 8, "s3://bucket/a.tar", Stopped())
+
+
+def test_no_control_character_of_a_server_gets_into_a_message() -> None:
+    error = OSError('invalid list response: invalid type: string "\x1b[2J\u202e' + 1000 * "x" + '"')
+    with pytest.raises(DataError, match=r"\\x1b\[2J\\u202e") as refused:
+        stores.failed_attempt(error, stores.ATTEMPTS, "s3://bucket/a.tar", Stopped())
+    assert str(refused.value).isprintable()
+    assert len(str(refused.value)) < 400
 
 
 def test_a_shard_that_changed_between_epochs_is_noticed(tmp_path: Path, store: Store, cache: Cache) -> None:
@@ -339,6 +420,53 @@ def test_processes_of_one_machine_download_each_shard_once(tmp_path: Path, store
         rank.join(10)
     assert sizes == [[shard.size for shard in index.shards]] * 3  # type: ignore[union-attr]
     assert {name: store.gets[name] for name in NAMES} == dict.fromkeys(NAMES, 1)
+
+
+@pytest.mark.parametrize("during", ["while it makes room", "while it downloads"])
+def test_a_process_that_is_forked_meanwhile_keeps_no_lock(
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch, during: str
+) -> None:
+    """As loaders of evaluations are: they inherit what is open, and with it the locks."""
+    index = open_index(SHARDS, tmp_path, tmp_path / "index", cache=cache)
+    shutil.rmtree(cache.folder)
+    place, name = (Cache, "_make_room") if during == "while it makes room" else (remote.os, "fsync")
+    real, children = getattr(place, name), []
+
+    def forked(*arguments: Any) -> Any:
+        if not children:
+            children.append(multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True))
+            children[0].start()
+        return real(*arguments)
+
+    monkeypatch.setattr(place, name, forked)
+
+    def hold() -> None:
+        for shard in index.shards[:2]:
+            cache.drop(cache.hold(shard))  # type: ignore[arg-type]
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    thread.join(5)
+    hangs = thread.is_alive()
+    children[0].kill()
+    thread.join(5)
+    assert not hangs
+
+
+def test_to_wait_for_another_download_takes_no_look_at_the_other_files(
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard = open_index(SHARDS, tmp_path, tmp_path / "index", cache=cache).shards[0]
+    assert isinstance(shard, RemoteShard)
+    shard.cached.unlink()
+    part, looks, stop = shard.cached.with_suffix(".part"), [], threading.Event()
+    monkeypatch.setattr(Cache, "_make_room", lambda *_: looks.append(1))
+    with part.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        threading.Timer(0.3, stop.set).start()
+        with pytest.raises(CancelledError):
+            cache.hold(shard, stop)
+    assert not looks
 
 
 def read_as_rank(rank: int, folder: Path, environment: dict[str, str]) -> None:
@@ -604,6 +732,67 @@ def test_hugging_face_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     stores.objects.cache_clear()
 
 
+def test_a_cache_without_room_for_a_look_beside_training_is_refused_at_the_start(
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training holds its shards while the validation shards, or two of a set, are downloaded."""
+    bucket = make_data(tmp_path / "store" / "bucket")
+    monkeypatch.setenv("COMPT_CACHE", str(cache.folder))
+    train, val, scored = (
+        [p.stat().st_size for p in (bucket / name).glob("*.tar")] for name in ("train", "val", "eval")
+    )
+    assert sum(val) < sum(scored)
+    room = sum(train) + sum(scored)  # 4 shards of training are twice `shuffle_shards`
+    prepare(recipe_of(*REMOTE_DATA, f"data.cache_size={room}"), tmp_path / "run", base=tmp_path)
+    said = rf"data.cache_size: is {room - 1:,} bytes, but {room:,} are needed .* {sum(train):,} .* {sum(scored):,} "
+    with pytest.raises(DataError, match=said):
+        prepare(recipe_of(*REMOTE_DATA, f"data.cache_size={room - 1}"), tmp_path / "run", base=tmp_path)
+    without = recipe_of(*REMOTE_DATA, f"data.cache_size={sum(train) + sum(val)}", "evaluation.sets.1.role=report")
+    prepare(without, tmp_path / "run", base=tmp_path)
+
+
+def test_a_run_asks_a_store_once_for_each_shard(
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once for each Scorer, which every model has one of."""
+    make_data(tmp_path / "store" / "bucket")
+    monkeypatch.setenv("COMPT_CACHE", str(cache.folder))
+    recipe = recipe_of(*REMOTE_DATA)
+    prepare(recipe, tmp_path / "run", base=tmp_path)
+    assert (store.heads.total(), store.gets["bucket"]) == (4 + 2 + 2, 1)  # training, a set, files beside it; a list
+    scorer, model = Scorer(recipe, tmp_path), build(recipe.specs()["small"], seed=0)
+    first = scorer.during_training(model)
+    assert (store.heads.total(), store.gets["bucket"]) == (8 + 2 + 2, 2)
+    gets = store.gets.total()
+    assert scorer.during_training(model) == first
+    scorer.at_the_end(model, tmp_path / "scores")
+    assert (store.heads.total(), store.gets.total()) == (12, gets)
+
+
+def test_ranks_get_the_answers_of_the_first(
+    tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_data(tmp_path / "store" / "bucket")
+    monkeypatch.setenv("COMPT_CACHE", str(cache.folder))
+    recipe, model = recipe_of(*REMOTE_DATA), build(recipe_of().specs()["small"], seed=0)
+    first = Scorer(recipe, tmp_path)
+    scores = first.during_training(model)
+    answers = {**open_data(recipe, tmp_path).shards[0].cache.answers, **first.cache.answers}  # type: ignore
+    store.heads.clear()
+    store.gets.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "on_main", lambda _: None)
+        patch.setattr(dist, "broadcast_object", lambda _: answers)
+        assert len(open_data(recipe, tmp_path)) == 48
+        patch.setattr(dist, "world_size", lambda: 2)
+        second = Scorer(recipe, tmp_path)
+        second.ask(recipe.evaluation.sets[1])
+        second._ask(recipe.evaluation.validation, second.held_out)
+    assert second.during_training(model) == scores
+    assert not store.heads
+    assert not store.gets
+
+
 def test_a_chain_from_a_store_gives_the_weights_of_one_from_a_disk_and_writes_no_secret(
     tmp_path: Path, store: Store, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -612,14 +801,7 @@ def test_a_chain_from_a_store_gives_the_weights_of_one_from_a_disk_and_writes_no
     at_once = ("chain.links=[{model: small, train: {steps: 6}, warmup: {steps: 2}}]",)
     chain(tmp_path / "store" / "bucket", tmp_path / "local", *at_once)
     monkeypatch.setenv("COMPT_CACHE", str(cache.folder))
-    remote_data = (
-        *at_once,
-        "data.train=s3://bucket/train/{000000..000003}.tar",
-        "evaluation.validation=s3://bucket/val/*.tar",
-        "evaluation.sets.0.data=s3://bucket/eval/*.tar",
-        "evaluation.sets.1.data=s3://bucket/eval/*.tar",
-        "engine.workers=1",
-    )
+    remote_data = (*at_once, *REMOTE_DATA, "engine.workers=1")
     stopped_at(tmp_path, tmp_path / "run", 3, *remote_data)
     shutil.rmtree(cache.folder)
     chain(tmp_path, tmp_path / "run", *remote_data)
