@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+from pydantic import ValidationError
+
 from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig
 from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.jobs import Plan, make_plan
-from compt.recipe.read import find_recipe, load_recipe, parse_recipe
+from compt.recipe.read import find_recipe, load_recipe, parse_recipe, refuse
 from compt.recipe.schema import EvalSet, Recipe
 from compt.recipe.suite import name_of
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from compt.weights.artefact import Artefact
 
 RecipeLike: TypeAlias = Recipe | Mapping[str, Any] | str | Path
+SetLike: TypeAlias = EvalSet | Mapping[str, Any] | str | Path
 
 
 class LoadedModel(NamedTuple):
@@ -87,7 +90,7 @@ def load_model(
 
 
 def expand_model(
-    teacher: ClipModel | str | Path,
+    teacher: ClipModel | LoadedModel | str | Path,
     student: str,
     *,
     operator: str = "insert",
@@ -110,6 +113,8 @@ def expand_model(
     from compt.weights.infer import student_of
     from compt.weights.open import average_of
 
+    if isinstance(teacher, LoadedModel):
+        teacher = teacher.model
     found = None if isinstance(teacher, ClipModel) else _open(teacher)
     if found is not None:
         spec, state = found.spec, found.state
@@ -155,7 +160,8 @@ class Chain:
         `summary.comparisons` and `summary.control_comparisons` compare links with models trained from scratch.
         The models are in `folder/jobs/NAME/model`. `say` gets lines of progress. Paths of the recipe start at the
         current folder. Raises ConfigError, DataError, RunError, and Interrupted on SIGTERM or Ctrl-C: finished work
-        stays, and the same call continues.
+        stays, and the same call continues. In another thread than the main one it hears no signals, and they do what
+        they did before. A process group of the caller's stays; on GPUs it needs the backend "cpu:gloo,cuda:nccl".
         """
         import torch.distributed
 
@@ -177,8 +183,8 @@ class Chain:
 
 
 def evaluate_model(
-    model: nn.Module | str | Path,
-    sets: str | EvalSet | Mapping[str, Any] | Sequence[str | EvalSet | Mapping[str, Any]],
+    model: nn.Module | LoadedModel | str | Path,
+    sets: SetLike | Sequence[SetLike],
     *,
     preprocess: Preprocess | None = None,
     batch: int = 256,
@@ -192,11 +198,13 @@ def evaluate_model(
     "task": "retrieval", "data": "data/pairs/*.tar"}`. Paths start at the current folder. `preprocess`: the model's own
     unless given. `device`: for a model that is opened (default: the CPU). `result.headline()` has the scores by name,
     in percent (`top1`, `top5`); `result.to_dict()` has `top1_interval` too, the 95 % interval. Raises ConfigError for
-    `device` beside a module, and DataError for data that cannot be used.
+    `device` beside a module or a mistake in a set, and DataError for data that cannot be used.
     """
     from compt.evaluate.sets import evaluate_set
     from compt.evaluate.task import EvalSettings
 
+    if isinstance(model, LoadedModel):
+        model = model.model
     if isinstance(model, str | Path):
         scored: nn.Module = load_model(model, device=device or "cpu").model
     elif device is None:
@@ -204,7 +212,7 @@ def evaluate_model(
     else:
         raise ConfigError("evaluate_model: `device` is for a model that is opened; move a module with .to()")
     settings = EvalSettings(preprocess or _preprocess_of(scored), Path.cwd(), batch, workers)
-    several = [sets] if isinstance(sets, str | EvalSet | Mapping) else sets
+    several = [sets] if isinstance(sets, str | Path | EvalSet | Mapping) else sets
     found = [_evaluation_set(item) for item in several]
     names = [item.name for item in found]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -215,7 +223,7 @@ def evaluate_model(
 def contrastive_loss(
     image: Tensor,
     text: Tensor,
-    logit_scale: Tensor,
+    logit_scale: Tensor | float,
     *,
     image_to_text: Literal["slot", "all"] = "slot",
     gather: bool = True,
@@ -223,15 +231,19 @@ def contrastive_loss(
     """The symmetric contrastive loss that compt trains with (CoM-PT, section 3.2), a scalar.
 
     `image` float [B, D]; `text` float [B, D], or [B, M, D] with M captions per image; normalised here. `logit_scale`:
-    one element, already exponentiated, as open_clip's ClipLoss takes it. With one caption it is open_clip's loss.
+    one number, already exponentiated, as open_clip's ClipLoss takes it. With one caption it is open_clip's loss.
     `image_to_text`: with several captions, whether candidates are those of one slot or all. With `gather` in a process
     group the negatives are those of all ranks, and the mean over ranks is the loss. Raises ValueError for shapes that
-    do not match.
+    do not match, and for another `image_to_text`.
     """
+    import torch
+
     from compt.train.losses import contrastive_loss as loss
 
     captions = text[:, None] if text.ndim == 2 else text
-    return loss(image, captions, logit_scale, image_to_text=image_to_text, gather=gather).task
+    # A scalar in fp64 is exact, and does not make the products with fp32 features wider.
+    scale = logit_scale if isinstance(logit_scale, torch.Tensor) else torch.tensor(logit_scale, dtype=torch.float64)
+    return loss(image, captions, scale, image_to_text=image_to_text, gather=gather).task
 
 
 def feature_distillation(student: Tensor, teacher: Tensor, *, alpha: float = 500.0) -> Tensor:
@@ -280,7 +292,11 @@ def _preprocess_of(model: Any) -> Preprocess:
     return Preprocess.of(getattr(getattr(model, "visual", model), "preprocess_cfg", {}), "model.visual.preprocess_cfg")
 
 
-def _evaluation_set(item: str | EvalSet | Mapping[str, Any]) -> EvalSet:
-    if isinstance(item, str):
-        return EvalSet(name=name_of(item), data=[item])
-    return item if isinstance(item, EvalSet) else EvalSet.model_validate(item)
+def _evaluation_set(item: SetLike) -> EvalSet:
+    if isinstance(item, EvalSet):
+        return item
+    values = {"name": name_of(str(item)), "data": [str(item)]} if isinstance(item, str | Path) else item
+    try:
+        return EvalSet.model_validate(values)
+    except ValidationError as error:
+        raise refuse("evaluate_model", error, EvalSet) from None

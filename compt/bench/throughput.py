@@ -179,10 +179,10 @@ _ASKED = (
 
 
 def _answers(entry: Measurement, setup: Setup, batch: int | None) -> bool:
-    """Whether `entry` is a measurement of exactly this job, with `batch` samples a step if that is given."""
+    """Whether `entry` is a measurement of exactly this job, with `batch` samples a step, or with as many as fit."""
     asked = _asked(setup, entry.batch)
     same = all(getattr(entry, key) == getattr(asked, key) for key in _ASKED)
-    return same and entry.same_models(asked) and (batch is None or entry.batch == batch)
+    return same and entry.same_models(asked) and (entry.searched if batch is None else entry.batch == batch)
 
 
 def _failed(setup: Setup, batch: int | None, why: str) -> Measurement:
@@ -303,7 +303,7 @@ def run(
         found = next((entry for entry in held.entries if _answers(entry, setup, batch)), None)
         kept = found is not None
         if found is None:
-            found = measure(setup, device, batch, most, seconds)
+            found = measure(setup, device, batch, most, seconds).model_copy(update={"searched": batch is None})
             held = made.model_copy(update={"entries": (*held.entries, found)})
             if out is not None:
                 write_json(out, held.model_dump(mode="json"))

@@ -19,12 +19,14 @@ from compt.bench.tune import trial_of, tuned, with_chosen
 from compt.chain.record import MANIFEST, machine, now, read_manifest, steps_left
 from compt.chain.start import hash_of, open_start
 from compt.cost.counts import Tokens
+from compt.cost.training import JobCost
 from compt.data.account import Account
 from compt.data.batch import Batch
 from compt.data.index import Index
 from compt.data.loaders import train_loader
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import EVALUATING, LONG, beat
+from compt.engines.compiler import forget_compiled
 from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
 from compt.expand.execute import expand
@@ -97,14 +99,15 @@ class JobRun:
         self._check_teacher()
         if self.manifest.get("sets") not in (None, self.context.recipe.evaluation.identity()):
             self._enter("training")
-        if self.manifest["state"] != "done":
+        if self.manifest["state"] != "done" and not self._has_model():
             self._note_start()
         while self.manifest["state"] != "done":
             steps[self.manifest["state"]]()
         release(self.context.device)
+        forget_compiled()
 
     def _note_start(self) -> None:
-        """Note the machine in the manifest, as a resumed job may have moved to another one."""
+        """Note the machine that trains in the manifest, as a resumed job may have moved to another one."""
         here = {"at": now(), "machine": machine(self.context.device), "processes": dist.world_size()}
         here["engine"] = self._engine_config.name
         before = self.manifest.get("starts", [])
@@ -218,11 +221,9 @@ class JobRun:
     def _logs(self) -> Logs:
         return Logs(tuple(self._engine_config.loggers), self.context.recipe.name, self.job.name, self.job.result)
 
-    def _settings(self) -> TrainSettings:
+    def _settings(self, micro: int) -> TrainSettings:
         recipe, job, images = self.context.recipe, self.job, self.context.index.images
-        optimizer, engine = recipe.optimizer, self._engine_config
-        _, micro = split_batch(optimizer.batch, dist.world_size(), engine.micro_batch)
-        every, tokens = recipe.evaluation.every, recipe.data.caption_tokens
+        optimizer, engine, every = recipe.optimizer, self._engine_config, recipe.evaluation.every
         return TrainSettings(
             total_steps=job.steps,
             warmup_steps=job.warmup_steps,
@@ -245,11 +246,9 @@ class JobRun:
             logs=self._logs,
             captions=recipe.data.captions,
             text_buckets=engine.buckets,
-            macs_per_step=job.cost.total_macs / job.steps,
+            macs=lambda result: self._cost(result, micro).total_macs,
             peak_flops=peak_flops(self.context.device, optimizer.precision),
             useful_macs=self._useful_macs,
-            # What a plan charges for a caption that the teacher's cache has.
-            hit_macs=(self._useful_macs(tokens) - self._useful_macs(tokens, 0.0)) / recipe.data.captions,
         )
 
     def _loader(self, start_step: int) -> Iterable[Batch]:
@@ -280,14 +279,11 @@ class JobRun:
         beat(0, "opening the model", LONG)
         origin = self._origin()
         config = self.context.recipe.engine_of(self.job.spec.name)
-        searches = (config.tune or config.find_micro_batch) and dist.from_main(
-            lambda: steps_left(self.job, self.folder)
-        )
+        searches = config.tune or config.find_micro_batch
+        searches = searches and dist.from_main(lambda: steps_left(self.job, self.folder)) > 0
         if searches and config.tune:
             self._tune()
-        settings = self._settings()
-        if searches and not config.tune:
-            settings = replace(settings, micro_batch=self._find_micro_batch())
+        settings = self._settings(self._micro_batch(searches))
         with explained(lambda: advise(self.job, self.context.recipe, self.context.device, settings.micro_batch)):
             result = self._run_steps(settings)
         if lost := Account(unused=Counter(result.skipped_samples)).line():
@@ -302,6 +298,8 @@ class JobRun:
             "samples": result.samples,
             "epochs": self.job.epochs,
             "trained": asdict(result),
+            # Noted here, as a later start may have other settings and processes, and train nothing.
+            "cost": self._cost(result, settings.micro_batch).to_json(),
             "data_fingerprint": self.context.index.fingerprint,
         }
         self._write_artefact(
@@ -358,38 +356,37 @@ class JobRun:
             self.say(f"{self.job.name}: {line}")
         self._enter("training", tuned=asdict(found))
 
-    def _find_micro_batch(self) -> int:
-        """The largest micro-batch that fits; the manifest notes it beside the machine."""
-        found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
-        self.say(f"{self.job.name}: {found} images of a process fit into memory at once")
-        self.manifest["starts"][-1]["micro_batch"] = found  # written with the next state
-        return found
+    def _micro_batch(self, search: bool) -> int:
+        """Images that a process computes at once: as configured, or the most that fit, which the manifest notes."""
+        config, starts = self._engine_config, self.manifest["starts"]
+        _, micro = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), config.micro_batch)
+        if not config.find_micro_batch or config.tune:
+            return micro
+        if search:
+            found = find_micro_batch(Trial.of(self.job, self.context.recipe, self.context.base, self.context.device))
+            self.say(f"{self.job.name}: {found} images of a process fit into memory at once")
+            starts[-1]["micro_batch"] = found
+            self._enter("training")
+        # Without a step left nothing is searched: those steps had what an earlier start found.
+        return next((start["micro_batch"] for start in reversed(starts) if "micro_batch" in start), micro)
+
+    def _has_model(self) -> bool:
+        return dist.any_true((self.folder / "model").exists())
 
     def _train(self) -> None:
         """Train unless `model/` is there already, then score it."""
-        if not dist.any_true((self.folder / "model").exists()):
+        if not self._has_model():
             self._fit()
         beat(self.job.steps, EVALUATING, LONG)
         artefact, job = dist.on_all(self._trained), self.job
-        trained = artefact.manifest["trained"]
-        tokens = trained["tokens_per_caption"]  # as measured
-        cost = recipe_cost(
-            self.context.recipe,
-            job.spec,
-            job.active_teacher,
-            job.steps,
-            dist.world_size(),
-            tokens,
-            engine=self._engine_config,
-            **self._looked(trained),
-        )
         # They were closed with the training, which a resume may leave out. Open while the job is scored: a job whose
         # scoring fails has failed.
         with OpenLoggers(self._logs, self.folder, job.steps) as loggers:
             self._enter(
                 "evaluated",
-                trained=trained,
-                cost=cost.to_json(),
+                trained=artefact.manifest["trained"],
+                # The model of a former compt does not say: the manifest keeps what it has.
+                cost=artefact.manifest.get("cost", self.manifest["cost"]),
                 model_hash=artefact.hash,
                 **self._scored(artefact),
                 sets=self.context.recipe.evaluation.identity(),
@@ -416,13 +413,23 @@ class JobRun:
             )
         return artefact
 
-    def _looked(self, trained: Mapping[str, Any]) -> dict[str, Any]:
-        """The share of all captions that the teacher computed, and their mean length, where its cache had others."""
-        hits, misses = (trained.get(f"teacher_{name}", 0) for name in ("hits", "misses"))
-        if not hits:
-            return {}
-        own = {"teacher_tokens": trained["teacher_tokens_per_caption"]} if misses else {}
-        return {"teacher_share": 1 - hits / (trained["samples"] * self.context.recipe.data.captions), **own}
+    def _cost(self, result: TrainResult, micro_batch: int) -> JobCost:
+        """What the steps until `result` cost: with captions as measured, and no teacher for those that its cache had.
+
+        All steps count as if these processes had made them with `micro_batch`, also those before a resume.
+        """
+        job, recipe, hits = self.job, self.context.recipe, result.teacher_hits
+        return recipe_cost(
+            recipe,
+            job.spec,
+            job.active_teacher,
+            result.steps,
+            dist.world_size(),
+            result.tokens_per_caption,
+            engine=self._engine_config.model_copy(update={"micro_batch": micro_batch}),
+            teacher_share=1 - hits / (result.samples * recipe.data.captions),
+            teacher_tokens=result.teacher_tokens_per_caption if hits and result.teacher_misses else None,
+        )
 
     def _useful_macs(self, tokens: Tokens, teacher_share: float = 1.0) -> float:
         """MACs that a sample needs, with captions of `tokens` tokens, without what is computed twice to save memory.

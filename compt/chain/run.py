@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import multiprocessing
 import os
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from compt.chain.locks import LOCKS, locked, writing
 from compt.chain.record import is_finished, now, read_manifest, read_record
 from compt.chain.start import hash_of, open_start
 from compt.data.index import Index
+from compt.data.lengths import computed_tokens, stored_lengths
 from compt.data.mixture import open_training
 from compt.data.remote import Cache, bytes_of
 from compt.dist import collectives as dist
@@ -35,6 +37,7 @@ from compt.plan.forecast import memory_of, usable_bytes
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
+from compt.recipe.read import read_yaml, recipe_text
 from compt.recipe.schema import DECODERS, Data, Recipe
 from compt.text import count
 from compt.train.loggers import check_loggers
@@ -315,12 +318,17 @@ def prepare(
     without them (default: what the folder's first-pair test found).
     Raises ConfigError, DataError, ArtefactError or RunError.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # as multiprocessing itself sees it
+        raise ConfigError(
+            "a child process runs your script again: put what it starts below `if __name__ == '__main__':`"
+        )
     device = dist.init(recipe.engine.device, timeout_seconds=collective_timeout(recipe.engine.timeout))
     start = read_start(recipe, base, source)
     with named(source, "data.train"):
         index = open_data(recipe, base)
     if dist.is_main():
         _warn(source, data_warnings(recipe.data, index))
+    recipe = recipe.with_tokens(dist.from_main(lambda: _caption_tokens(recipe, index, base, folder)))
     context = RunContext(folder, recipe, index, device, base, start)
     planned = functools.partial(plan_run, context, baselines=baselines, controls=controls, source=source)
     plan = planned()
@@ -335,6 +343,20 @@ def prepare(
     check_engines(recipe, models, dist.world_size(), base, source)
     dist.on_main(lambda: check_loggers({name for model in models for name in recipe.engine_of(model).loggers}))
     return context, plan
+
+
+def _caption_tokens(recipe: Recipe, index: Index, base: Path, folder: Path) -> Any:
+    """`data.caption_tokens`; without it, what follows from the lengths that `compt data check` stored, as in plans.
+
+    A run that was begun keeps what it has: the steps of its controls follow from that.
+    """
+    if recipe.data.caption_tokens is not None:
+        return recipe.data.caption_tokens
+    if (folder / RECIPE).exists():
+        begun = read_yaml(recipe_text(folder / RECIPE), str(folder / RECIPE))
+        return begun.get("data", {}).get("caption_tokens") if isinstance(begun, dict) else None
+    lengths = stored_lengths(index, index_folder_of(recipe, base))
+    return None if lengths is None else computed_tokens(lengths, recipe)
 
 
 def _contents(context: RunContext, source: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from compt.errors import RunError
 from compt.files import read_json
-from compt.plan.jobs import Job, make_plan
+from compt.plan.jobs import Job, Plan, make_plan
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.schema import Recipe
 
@@ -64,6 +64,22 @@ def is_done(job: Job, recipe: Recipe, run: Path) -> bool:
     return known == {"state": "done", "hash": job.hash, "sets": recipe.evaluation.identity()}
 
 
+def _plan_in(run: Path, recipe: Recipe, source: Path, *, baselines: bool) -> Plan:
+    """Return the plan that `compt chain` makes in `run`, whose jobs have the hashes of what is there.
+
+    A run that was begun has the number of images that its shards hold, and the lengths that a first-pair test found.
+    """
+    images: int | None = None
+    scales: tuple[float, ...] = ()
+    if (run / "run.json").exists():
+        from compt.chain.record import read_record
+        from compt.chain.run import accepted_scales  # loads torch
+
+        scales = accepted_scales(run)
+        images = read_record(run / "run.json", (), "remove it: it is written again").get("images")
+    return make_plan(recipe, baselines=baselines, controls=(), images=images, scales=scales, source=str(source))
+
+
 def make_orders(
     recipe: Recipe,
     source: Path,
@@ -80,9 +96,9 @@ def make_orders(
     A link without its own `nodes` gets `nodes`, with `gpus` GPUs each. `overrides` are those of the recipe; `options`
     go to every sbatch. With `baselines`, a job array trains the baselines beside the chain.
     Raises ConfigError for a chain that cannot be trained, a batch that a link's processes cannot share evenly, and an
-    engine that cannot run on them.
+    engine that cannot run on them, and RunError for a run whose first-pair test has found no length.
     """
-    plan = make_plan(recipe, baselines=baselines, controls=(), source=str(source))
+    plan = _plan_in(run, recipe, source, baselines=baselines)
     sets = [word for override in overrides for word in ("--set", override)]
     common = (str(source), "--run-folder", str(run), *sets)
     placed = {f"{at + 1}-{link.model}": link.nodes for at, link in enumerate(recipe.chain.links)}
@@ -98,7 +114,8 @@ def make_orders(
         # A link that the run has is no order: the one after it then waits for the last link that still runs.
         before = orders[-1].name if orders else None
         orders.append(Order(job.name, wanted, (job.name,), before, own, (*common, "--only", job.name)))
-    alone = [job for job in plan.jobs if job.kind == "baseline" and job.same_as is None]
+    # The plan of a first-pair test has a baseline without being asked.
+    alone = [job for job in plan.jobs if job.kind == "baseline" and job.same_as is None] if baselines else []
     waiting = [job for job in alone if not is_done(job, recipe, run)]
     if left := tuple(job.name for job in waiting):
         where = f"{source}: baselines on {nodes} x {gpus} GPUs"

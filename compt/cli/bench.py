@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import ValidationError
 
 from compt.cli.options import (
     RECIPE,
@@ -41,6 +42,7 @@ from compt.plan.jobs import Job, make_plan
 from compt.recipe.engine import ENGINE_NAMES, EngineConfig, changed_engine
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
+from compt.recipe.types import first_mistake
 from compt.text import TextTable, hours, say, show
 
 if TYPE_CHECKING:
@@ -73,7 +75,9 @@ class _Jobs:
 def _jobs(models: list[str], family: Path | None) -> _Jobs:
     """The jobs to measure, in the order of their chains. Raises ConfigError for an unknown model."""
     if family is not None:
-        recipe = load_recipe(family)
+        from compt.data.lengths import with_data
+
+        recipe = with_data(load_recipe(family), Path())[0]
         plan = make_plan(recipe, source=str(family))
         names = [job.spec.name for job in plan.links]
         for name in models:
@@ -142,7 +146,7 @@ def _setups(
     changes = {key: value for key, value in engine.items() if value} | {"async_checkpoints": False}  # nothing is saved
     setups = []
     for setup in plain:
-        config = changed_engine(setup.engine, changes)
+        config = _changed(setup, changes)
         if config.fsdp2.replicas > 1:  # this device alone is one group
             config = changed_engine(config, {"fsdp2": {"replicas": 1}})
         optimizer = setup.optimizer.model_copy(update={"precision": precision} if precision else {})
@@ -150,6 +154,17 @@ def _setups(
         for teacher in (None, setup.teacher) if setup.teacher else (None,):
             setups += [replace(given, teacher=teacher, captions=number) for number in captions]
     return setups
+
+
+def _changed(setup: Setup, changes: dict[str, Any]) -> EngineConfig:
+    """The engine of `setup` with what the command line says. Raises ConfigError where that does not fit together."""
+    try:
+        return changed_engine(setup.engine, changes)
+    except ValidationError as error:
+        options = {"name": f"--engine {changes.get('name')}", "compile": "--compile", "recompute": "--recompute"}
+        given = " ".join(words for key, words in options.items() if key in changes)
+        mistake = first_mistake(error)
+        raise ConfigError(f"{given}: does not go with the recipe's engine of {setup.student.name}: {mistake}") from None
 
 
 def throughput(
@@ -303,7 +318,9 @@ def _throughput_table(made: Throughput, entries: list[Measurement], searched: bo
         limit = "fit" if made.threads is None else f"fit and take no more than {CPU_STEP_SECONDS:g} s per step"
         notes.append(f"Batches are the largest that {limit}, {most} at most.")
     if made.kind is None:
-        notes.append("No MFU: the peak of this device is not known. GiB is what the process grew by.")
+        notes.append("No MFU: the peak of this device is not known.")
+    if made.threads is not None:  # a CPU; on a GPU it is torch's peak
+        notes.append("GiB is what the process grew by.")
     title = f"Throughput of {made.device}, {made.precision}"
     header = ["Model", "Teacher", "Captions", "Tokens", "Batch", "Samples/s", "Range", "GiB", "MFU"]
     return TextTable(title, header, rows, notes, left=2)
@@ -323,7 +340,9 @@ def gpu_hours(
     Has the form of Table 2 of the paper. GPU-hours are measured if FILE has them, else projected (docs/hardware.md).
     For a device whose peak is not known nothing is projected, and --gpus is 1 by default.
     """
-    loaded, asked = load_recipe(recipe, set_), MachineOptions(kind, gpus, throughput)
+    from compt.data.lengths import with_data
+
+    loaded, asked = with_data(load_recipe(recipe, set_), Path())[0], MachineOptions(kind, gpus, throughput)
     device, file = asked.device()
     number = asked.number(loaded, str(recipe), default_gpus(loaded.optimizer.batch) if device else 1)
     check_shares(loaded, number, str(recipe))

@@ -217,12 +217,15 @@ class MachineOptions:
         return (self.kind, self.gpus, self.throughput) != (None, None, None)
 
     def machine(self, recipe: Recipe, source: str) -> Machine:
-        """The GPUs, and the speeds measured on them. Raises ConfigError that names the option."""
+        """The GPUs, and the speeds measured on them. Raises ConfigError that names the option.
+
+        A plan has memory and projections too, which need a datasheet.
+        """
         device, speeds = self.device()
         if device is None:
             raise ConfigError(
-                f"--throughput {self.throughput}: was measured on {speeds and speeds.device}, a GPU "
-                "that compt does not know"
+                f"--throughput {self.throughput}: {speeds and speeds.device} has no datasheet here: "
+                "`compt bench gpu-hours` takes its speeds"
             )
         return Machine(device, self.number(recipe, source, default_gpus(recipe.optimizer.batch)), speeds)
 

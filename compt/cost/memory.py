@@ -415,12 +415,17 @@ def artefact_bytes(spec: ModelSpec, *, ema: bool = False) -> int:
     return FP32 * parameters(spec) * (2 if ema else 1)
 
 
-def checkpoint_bytes(spec: ModelSpec, teacher: ModelSpec | None, *, ema: bool = False, precision: str = "bf16") -> int:
+def checkpoint_bytes(
+    spec: ModelSpec, teacher: ModelSpec | None, *, engine: str = "ddp", ema: bool = False, precision: str = "bf16"
+) -> int:
     """Bytes of the tensors of one checkpoint to resume from: weights, both moments, steps, projectors, the average.
 
-    The teacher is not in it, but decides on the projectors. Headers and JSON are not counted.
+    All ranks of `engine` together. The teacher is not in it, but decides on the projectors. Headers and JSON are not
+    counted.
     """
-    sizes = _sizes(spec, teacher)
+    sizes, kind = _sizes(spec, teacher), ENGINES[engine]
     scaler = 16 if precision == "fp16" else 0
     average = FP32 * sizes.all + _COUNT if ema else 0
-    return (FP32 + _MOMENTS) * sizes.all + FP32 * sizes.tensors + scaler + average
+    # DeepSpeed writes the optimizer's copies of the weights, and beside them weights that are whole on every rank.
+    twice = FP32 * sizes.all if kind.steps_copies and "weights" not in kind.shards else 0
+    return (FP32 + _MOMENTS) * sizes.all + twice + FP32 * sizes.tensors + scaler + average

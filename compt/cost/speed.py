@@ -113,8 +113,9 @@ class Measurement(BaseModel):
     """What a device did with one training job: a model alone, or with the forward pass of its teacher.
 
     `tokens` is the mean of a caption's computed tokens that was asked for, `computed_tokens` what was computed.
-    `settings` are those of `other_settings`. The times of a sample are the median, least and greatest of `repeats`
-    steps of `batch` samples. `failure` says why there are no numbers, where the model does not fit.
+    `settings` are those of `other_settings`. `searched`: `batch` is the largest that was found to fit. The times of a
+    sample are the median, least and greatest of `repeats` steps of `batch` samples. `failure` says why there are no
+    numbers, where the model does not fit.
     """
 
     model_config = _STRICT
@@ -125,6 +126,7 @@ class Measurement(BaseModel):
     computed_tokens: float | None = Field(None, gt=0)
     text_buckets: int = Field(1, ge=PACKED)
     batch: int | None = Field(None, ge=1)
+    searched: bool = False
     micro_batch: int | None = Field(None, ge=1)
     loss_chunk: LossChunk = None
     compile: Compile = "off"

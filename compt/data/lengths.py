@@ -66,9 +66,8 @@ def as_found(recipe: Recipe, images: int, lengths: NDArray[np.int64] | None, poo
     cached = any(recipe.engine_of(link.model).teacher_cache for link in recipe.chain.links)
     if cached and pool is not None and recipe.data.caption_pool is None:
         changes["caption_pool"] = round(pool, 2)
-    if lengths is not None:
-        changes["caption_tokens"] = computed_tokens(lengths, recipe)
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+    found = recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
+    return found if lengths is None else found.with_tokens(computed_tokens(lengths, recipe))
 
 
 def with_data(recipe: Recipe, base: Path) -> tuple[Recipe, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -62,6 +63,10 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
     """
     workers = min(workers, len(os.sched_getaffinity(0)))  # more would only take turns, and torch warns of it
     before = multiprocessing.active_children()
+    if workers:
+        # A worker passes its tensors on through a socket in this folder. One that is killed would leave a folder of its
+        # own; that of this process is made first, is used by all of them, and is removed when this process ends.
+        multiprocessing.util.get_temp_dir()
     own: list[Any] = []
     try:
         try:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from compt.cost.gpus import Device
 from compt.cost.speed import Conditions, Speed, Throughput, speed
 from compt.cost.training import JobCost
+from compt.errors import ConfigError
 from compt.models.presets import ModelSpec
 from compt.plan.jobs import recipe_cost
 from compt.recipe.schema import Recipe
@@ -38,8 +39,17 @@ def epoch_steps(recipe: Recipe) -> int:
 
 
 def distils(recipe: Recipe) -> bool:
-    """Whether links distil features, and do not only inherit weights."""
-    return recipe.chain.distill.alpha > 0
+    """Whether links distil features, and do not only inherit weights.
+
+    Raises ConfigError where some do and others do not: a design has one kind of link.
+    """
+    usual = recipe.chain.distill.alpha
+    found = {(usual if link.alpha is None else link.alpha) > 0 for link in recipe.chain.links[1:]} or {usual > 0}
+    if len(found) > 1:
+        raise ConfigError(
+            "chain.links: alpha is 0 for some links and above 0 for others; --auto needs one kind of link"
+        )
+    return found.pop()
 
 
 def epoch_cost(recipe: Recipe, student: ModelSpec, teacher: ModelSpec | None, gpus: int) -> JobCost:

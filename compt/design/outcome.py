@@ -135,7 +135,8 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     """`recipe` as plain values, with family and links replaced by `chain`; called NAME_auto. What was set stays set.
 
     The first model takes the baselines' length and warm-up. Warm-up, learning rate, alpha and expansion of a link are
-    those of the recipe's own link of that model, or else of its second link. `source` names the chain in messages.
+    those of the recipe's own link of that model, or else of its second link; engine and nodes those of its own link.
+    `source` names the chain in messages.
     Raises ConfigError for models that no recipe can have.
     """
     values: dict[str, Any] = _plain(recipe)
@@ -154,7 +155,8 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
         }
         if like is not None:
             said = _plain(like)
-            link |= {key: said[key] for key in ("lr", "alpha", "expand") if said.get(key) is not None}
+            keys = ("lr", "alpha", "expand", *(("engine", "nodes") if like.model == spec.name else ()))
+            link |= {key: said[key] for key in keys if said.get(key) is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}
     members = [kept.get(spec.name) or member_of(spec, recipe.family.common) for spec in chain]
@@ -168,11 +170,11 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
 
 
 def _warmup(recipe: Recipe, epochs: float, like: Link | None) -> dict[str, Any]:
-    """That of `like`, 1000 steps without; at most a tenth of the training where it would be longer than all of it."""
-    steps = round(epochs * epoch_steps(recipe))
+    """That of `like`, 1000 steps without; at most a tenth of the training."""
+    most = round(epochs * epoch_steps(recipe)) // 10
     wanted = like.warmup if like is not None else Duration(steps=1000)
-    if wanted.to_steps(recipe.data.images, recipe.optimizer.batch) > steps:
-        return {"steps": steps // 10}
+    if wanted.to_steps(recipe.data.images, recipe.optimizer.batch) > most:
+        return {"steps": most}
     return dict(_plain(wanted))
 
 

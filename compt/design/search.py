@@ -27,8 +27,8 @@ LEAST_STEP = 1.5
 
 The published steps begin at 1.57; without a least step the greatest acceleration would be one of near-equal models.
 """
-WHOLE = 0.5
-"""Epochs of a link are rounded up to multiples of this."""
+WHOLE = (0.5, 0.1, 0.05, 0.01, 0.005)
+"""Epochs of a link are rounded up to multiples of the first of these that is at most 1/80 of the baselines' epochs."""
 MOST_MEMBERS = 8
 """Longest chain that is looked for, unless more are wanted."""
 SIMPLER = 0.03
@@ -74,8 +74,9 @@ class Problem:
 
 
 def whole_epochs(epochs: ArrayLike, most: float) -> Floats:
-    """`epochs` rounded up to multiples of `WHOLE`, but not above `most`."""
-    return np.asarray(np.minimum(most, np.ceil(np.asarray(epochs) / WHOLE - 1e-9) * WHOLE))
+    """`epochs` rounded up to multiples of one of `WHOLE`, but not above `most`, the epochs of the baselines."""
+    whole = next((step for step in WHOLE if step <= most / 80), WHOLE[-1])
+    return np.asarray(np.minimum(most, np.round(np.ceil(np.asarray(epochs) / whole - 1e-9) * whole, 3)))
 
 
 def problem(

@@ -45,14 +45,16 @@ def init(
     The environment is torchrun's, or srun's, which this completes with torchrun's variables (compt.dist.environment). A
     single process joins nothing. `device` is "auto", "cpu", "cuda" or "cuda:1". A collective times out after
     `timeout_seconds`, the meeting of all ranks after `connect_seconds` (default: COMPT_CONNECT_SECONDS, or 60).
-    Raises ConfigError for an environment that contradicts itself or a missing device, and RunError, on each rank that
-    is there, when the ranks do not find each other.
+    A group that the caller has made stays. Raises ConfigError for an environment that contradicts itself, a missing
+    device, or a group without a backend for the CPU, and RunError, on each rank that is there, when the ranks do not
+    find each other.
     """
     place = find_place(os.environ)
     if place is not None:
         os.environ.update(place.variables())
     chosen = _choose_device(device, place)
     if torch_dist.is_initialized() or place is None:
+        _check_group()
         return chosen
     limit = connect_limit(os.environ) if connect_seconds is None else connect_seconds
     store = meet(place, limit)
@@ -79,6 +81,16 @@ def init(
     distributed_c10d._set_pg_timeout(timeout, torch_dist.group.WORLD)
     _joined[:] = [place]
     return chosen
+
+
+def _check_group() -> None:
+    """Raise ConfigError where a group of the caller's has NCCL alone: all that is not training passes CPU tensors."""
+    group: Any = torch_dist.group.WORLD
+    if world_size() > 1 and torch.device("cpu") not in group._device_types:
+        raise ConfigError(
+            f"the process group (backend {torch_dist.get_backend_config()}) has no backend for CPU tensors; make it "
+            'with torch.distributed.init_process_group("cpu:gloo,cuda:nccl")'
+        )
 
 
 def _not_joined(error: RuntimeError, place: Place, device: torch.device) -> RunError:

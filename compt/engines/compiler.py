@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,15 @@ def compile_model(model: ClipModel, how: Compile, mode: CompileMode, device: tor
             block.compile(**options)
         else:
             block.forward = torch.compile(block.forward, **options)
+
+
+def forget_compiled() -> None:
+    """Drop the compiled code of models that are done.
+
+    All links of a process share the code of their blocks, and their variants count against one limit.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
 
 
 def _options(mode: CompileMode) -> dict[str, Any]:

@@ -132,7 +132,11 @@ class Scorer:
             workers=settings.workers,
         )
         encoder = Encoder(model, settings.preprocess, settings.dtype)
-        return {"validation_loss": validation_loss(encoder, batches, loss_of(recipe.optimizer, recipe.engine))}
+        engine, ranks = recipe.engine_of(model.spec.name).on(encoder.device.type), dist.world_size()
+        if engine.loss_chunk is None and ranks > 1:
+            # Each rank has whole batches here, and in training the rows of its share.
+            engine = engine.model_copy(update={"loss_chunk": -(-recipe.optimizer.batch // ranks)})
+        return {"validation_loss": validation_loss(encoder, batches, loss_of(recipe.optimizer, engine))}
 
     def during_training(self, model: ClipModel) -> dict[str, float]:
         """What may be looked at before the end of training: the validation loss and the scores on the `select` sets."""

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from compt.cost.counts import parameters
 from compt.cost.gpus import Device
 from compt.cost.memory import Memory, artefact_bytes, checkpoint_bytes, memory_per_gpu
@@ -19,7 +21,7 @@ from compt.plan.hours import Hours, OwnHours, job_hours, own_hours, speedups_of,
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import Start, broken_promises
 from compt.plan.teacher_cache import CachedCaptions, cached_captions
-from compt.recipe.engine import ENGINES, EngineConfig
+from compt.recipe.engine import ENGINES, EngineConfig, changed_engine
 from compt.recipe.read import largest_divisor, split_batch
 from compt.recipe.schema import Recipe
 
@@ -82,7 +84,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Remedy:
-    """Jobs too large for the machine, and changes that each let all of them fit.
+    """Jobs too large for the machine, and changes that each let all of them fit and that their recipe accepts.
 
     `micro_batch`: the largest `engine.micro_batch` that fits. `recompute`: whether `engine.recompute` is enough, if
     some jobs keep activations. `engine`: the first `engine.name` that fits; `engine_recomputed`: the first that fits
@@ -272,16 +274,19 @@ def make_forecast(
     machine: Machine | None,
     *,
     baselines: bool = False,
+    controls: Sequence[str] | None = None,
     start: Start | None = None,
     source: str = "recipe",
 ) -> Forecast:
     """Plan `recipe` and say what it asks of `machine`; None: of one process, with neither hours nor memory.
 
+    `baselines`, `controls`, `start` and `source` are those of `make_plan`.
     Raises ConfigError for what `make_plan` refuses, and for GPUs or micro-batches that do not divide the batch.
     """
     gpus = machine.gpus if machine else 1
     check_shares(recipe, gpus, source)
-    plan = make_plan(recipe, baselines=baselines, world_size=gpus, start=start, source=source)
+    jobs: dict[str, Any] = {"baselines": baselines, "controls": controls, "start": start}
+    plan = make_plan(recipe, **jobs, world_size=gpus, source=source)
     estimates = tuple(_estimate(recipe, job, machine) for job in plan.jobs)
     individual = tuple(
         replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine), own=_own(recipe, job, machine))
@@ -326,18 +331,24 @@ def _own(recipe: Recipe, job: Job, machine: Machine | None) -> OwnHours | None:
 
 
 def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> Remedy | None:
-    large = [item for item in estimates if item.job.same_as is None and not item.fits]
+    def config(item: Estimate) -> EngineConfig:
+        return recipe.engine_of(item.job.spec.name)
+
+    def helps(item: Estimate, engine: str, recompute: bool) -> bool:
+        return item.memory[engine].fits(recompute) and accepts(config(item), name=engine, recompute=recompute)
+
+    large = [item for item in estimates if item.job.same_as is None and not item.fits and not needs_less(config(item))]
     if not large:
         return None
     others = [engine for engine in ENGINES if any(engine != item.engine for item in large)]
     micro = [_micro_batch(recipe, item, machine) for item in large]
     kept = not all(item.recompute for item in large)
-    alike = (name for name in others if all(item.memory[name].fits(item.recompute) for item in large))
-    again = (name for name in others if all(item.memory[name].fits(True) for item in large))
+    alike = (name for name in others if all(helps(item, name, item.recompute) for item in large))
+    again = (name for name in others if all(helps(item, name, True) for item in large))
     return Remedy(
         jobs=tuple(item.job.name for item in large),
         micro_batch=min(filter(None, micro)) if all(micro) else None,
-        recompute=kept and all(item.memory[item.engine].fits(True) for item in large),
+        recompute=kept and all(helps(item, item.engine, True) for item in large),
         engine=next(alike, None),
         engine_recomputed=next(again, None),
     )
@@ -345,8 +356,10 @@ def _remedy(recipe: Recipe, estimates: Sequence[Estimate], machine: Machine) -> 
 
 def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None:
     """The largest micro-batch below the recipe's with which a job fits."""
-    share = recipe.optimizer.batch // machine.gpus
-    now = min(recipe.engine_of(item.job.spec.name).micro_batch or share, share)
+    share, config = recipe.optimizer.batch // machine.gpus, recipe.engine_of(item.job.spec.name)
+    if not accepts(config, micro_batch=1):
+        return None
+    now = min(config.micro_batch or share, share)
 
     def needed(size: int) -> float:
         job, on = item.job, item.recompute
@@ -356,9 +369,24 @@ def _micro_batch(recipe: Recipe, item: Estimate, machine: Machine) -> int | None
     return next((size for size in sizes if needed(size) <= machine.room_bytes), None)
 
 
+def accepts(config: EngineConfig, **change: Any) -> bool:
+    """Whether a recipe with `config` may have `change` in it."""
+    try:
+        changed_engine(config, change)
+    except ValidationError:
+        return False
+    return True
+
+
+def needs_less(config: EngineConfig) -> bool:
+    """Whether a job may need less than `memory_of` says: it searches for what fits, or keeps less on the GPU."""
+    return bool(config.find_micro_batch or config.tune or config.fsdp2.cpu_offload or config.deepspeed_config)
+
+
 def _disk(recipe: Recipe, job: Job) -> Disk:
     precision, averaged = recipe.optimizer.precision, recipe.optimizer.ema is not None
-    one = checkpoint_bytes(job.spec, job.active_teacher, ema=averaged, precision=precision)
+    engine = recipe.engine_of(job.spec.name).name
+    one = checkpoint_bytes(job.spec, job.active_teacher, engine=engine, ema=averaged, precision=precision)
     before, left = _checkpoints(recipe, job)
     initial = artefact_bytes(job.spec) if job.expand is not None else 0
     model = artefact_bytes(job.spec, ema=averaged)
@@ -377,7 +405,7 @@ def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
     config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
     every = max(1, config.checkpoint_every.to_steps(images, batch))
     besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None
-    written = [*range(every, job.steps, every), job.steps]
+    written = sorted({step for gap in (every, besides) if gap for step in range(gap, job.steps, gap)} | {job.steps})
 
     def kept(steps: list[int]) -> int:
         older = steps[: -config.keep_checkpoints]
@@ -425,7 +453,8 @@ def memory_of(
 
 
 def not_modelled(config: EngineConfig) -> tuple[str, ...]:
-    """Settings of an engine that change what it holds, and that its memory here does not know."""
+    """What settings of an engine change of memory, MACs and hours, and the plan does not know."""
+    searched = config.find_micro_batch or config.tune
     given = {
         "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU": config.fsdp2.cpu_offload,
         "whole gradients between micro-batches, with engine.fsdp2.reshard_after_forward: false": (
@@ -434,5 +463,8 @@ def not_modelled(config: EngineConfig) -> tuple[str, ...]:
         "the buckets and offloading of engine.deepspeed_config": config.deepspeed_config is not None,
         "what engine.compile keeps otherwise": config.compile != "off",
         "what engine.graphs keeps during the whole step: gradients, and the batch once more": config.graphs == "on",
+        "the micro-batch, which is searched before training: MACs and hours are without a second forward pass": (
+            searched and config.micro_batch is None
+        ),
     }
     return tuple(text for text, there in given.items() if there)

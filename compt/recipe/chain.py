@@ -14,7 +14,7 @@ class Link(Section):
     """One model of the chain and how long it trains."""
 
     model: str
-    """Name of a family member. A resumed run may change the name, but not the sizes behind it."""
+    """Name of a family member. A resumed run may change neither the name nor the sizes of a link that was begun."""
     train: Duration
     """Length of its training."""
     warmup: Duration

@@ -480,6 +480,10 @@ class Recipe(Section):
         """The family's members by name, with the learned scalars of the loss. Raises ConfigError as `Family.specs`."""
         return {name: replace(spec, loss=self.optimizer.loss) for name, spec in self.family.specs().items()}
 
+    def with_tokens(self, tokens: Any) -> Recipe:
+        """The same with other `data.caption_tokens`."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"caption_tokens": tokens})})
+
     def engine_of(self, model: str) -> EngineConfig:
         """How the family member `model` is trained: `engine` with what its link says otherwise.
 

@@ -211,9 +211,21 @@ class MlFlow(Logger):
 
     def _begin(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or self._logs.run
+        return str(self._client.create_run(self._experiment(name), run_name=self._logs.job).info.run_id)
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment. Of jobs that start together all may find none, and only one can create it."""
+        from mlflow.exceptions import MlflowException
+
         known = self._client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else self._client.create_experiment(name)
-        return str(self._client.create_run(experiment, run_name=self._logs.job).info.run_id)
+        if known is None:
+            try:
+                return str(self._client.create_experiment(name))
+            except MlflowException:
+                known = self._client.get_experiment_by_name(name)
+                if known is None:
+                    raise
+        return str(known.experiment_id)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Metrics."""

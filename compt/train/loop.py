@@ -63,19 +63,26 @@ class TrainSettings:
     logs: Logs = field(default_factory=Logs)
     captions: int = 1
     text_buckets: int = 1
-    macs_per_step: float = 0.0
+    macs: Callable[[TrainResult], float] | None = None
+    """MACs of what was trained so far; without it none are reported."""
     peak_flops: float | None = None
     """Dense peak of the device of one process, in FLOP/s; without it no MFU is reported."""
     useful_macs: Callable[[float, float], float] | None = None
     """MACs a sample, without what is computed twice to save memory: for a mean number of computed tokens a caption, and
     the share of captions that the teacher computes."""
-    hit_macs: float = 0.0
-    """MACs of `macs_per_step` that a caption saves whose features the teacher's cache has."""
+
+    @property
+    def saves(self) -> tuple[int, ...]:
+        """Distances between steps after which a checkpoint is written."""
+        return tuple(every for every in (self.checkpoint_every, self.keep_every) if every)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run used. Device-hours are those of its steps, over all processes, without evaluations."""
+    """What a run used until its end, or a log line.
+
+    Device-hours are those of its steps, over all processes, without evaluations.
+    """
 
     steps: int
     samples: int
@@ -143,7 +150,7 @@ def _is_due(step: int, every: int | None, total: int) -> bool:
 
 def _is_read(step: int, settings: TrainSettings) -> bool:
     """Whether something looks at the state after `step`."""
-    every = (settings.log_every, settings.evaluate_every, settings.checkpoint_every)
+    every = (settings.log_every, settings.evaluate_every, *settings.saves)
     return any(_is_due(step, each, settings.total_steps) for each in every)
 
 
@@ -170,7 +177,7 @@ def train(
     counts = _restore(folder / "checkpoints", engine, settings)
     if counts.step == 0 and dist.is_main():
         logged = max((row["step"] for row in read_metrics(folder / FILE, "train")), default=0)
-        if logged >= settings.checkpoint_every:
+        if logged >= min(settings.saves):
             _log.warning(
                 "%s: no whole checkpoint is left in %s, though step %d was logged: starting again at step 0",
                 title,
@@ -314,7 +321,7 @@ class _Loop(contextlib.ExitStack):
         """Write a checkpoint when one is due, or when a rank was asked to stop."""
         self.stopping = self._stop.raised()
         step = self._counts.step
-        if step > self._saved and (self.stopping or self._is_due(self._settings.checkpoint_every)):
+        if step > self._saved and (self.stopping or any(map(self._is_due, self._settings.saves))):
             beat(step, "writing a checkpoint", LONG)
             self._norms.read(self._counts)
             self._saver.save(self._engine, step, _state(self._counts, self._settings))
@@ -409,19 +416,19 @@ def _count(
 def _numbers(counts: Counts, window: Window, settings: TrainSettings, device: torch.device) -> dict[str, float]:
     """What a log line has beside losses."""
     window.seconds = max(window.seconds, 1e-9)  # a virtual machine's clock may have paused
-    hits, misses, _ = counts.looked_over_ranks()
-    looked = {"teacher_hits": hits, "teacher_misses": misses} if hits + misses else {}
+    used = _result(counts, settings)
+    hits, misses = used.teacher_hits, used.teacher_misses
     return {
         "epoch": counts.step / settings.steps_per_epoch,
         "samples_per_s": window.steps * settings.batch / window.seconds,
         "data_wait": window.waited / window.seconds,
-        "device_hours": counts.device_seconds / 3600,
-        "nonfinite_steps": counts.nonfinite,
-        **{f"skipped_{cause}": n for cause, n in over_ranks(counts.skipped).items()},
+        "device_hours": used.device_hours,
+        "nonfinite_steps": used.nonfinite_steps,
+        **{f"skipped_{cause}": n for cause, n in used.skipped_samples.items()},
         "memory_gib": _memory_gib(device),
         **straggler_report(window.seconds - window.waited + window.own_wait, window.own_wait, window.steps),
-        "macs": counts.step * settings.macs_per_step - settings.hit_macs * looked.get("teacher_hits", 0),
-        **looked,
+        **({"macs": settings.macs(used)} if settings.macs else {}),
+        **({"teacher_hits": hits, "teacher_misses": misses} if hits + misses else {}),
         **_mfu(window, settings),
     }
 

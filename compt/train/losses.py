@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -147,9 +147,11 @@ def contrastive_loss(
     `chunk`: how many images of this rank to treat at a time. Backward computes their logits again, so that memory is
     chunk * M * N instead of b * M * N numbers. `tiled`: Triton's kernels hold no logits in memory
     (`compt.train.tiled`), on a GPU. Without `gather` this rank's samples are the whole batch and no other
-    rank takes part. Raises ValueError for shapes that do not match.
+    rank takes part. Raises ValueError for shapes that do not match, and for another `image_to_text`.
     """
     _check(image, text)
+    if image_to_text not in get_args(ImageToText):
+        raise ValueError(f"image_to_text should be 'slot' or 'all', got {image_to_text!r}")
     rows = image.shape[0]
     # Autocast would compute the logits in half precision, where exp(logit_scale) up to 100 costs their last digits.
     with torch.autocast(image.device.type, enabled=False):

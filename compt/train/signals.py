@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType, TracebackType
@@ -28,6 +29,8 @@ class StopSignal:
     A second Ctrl-C ends the process. A signal within a second of the first is the same request: torchrun passes on what
     the terminal has already sent to every process. When objects are nested, the innermost hears a request. An object
     that raises `at_once` ignores signals for five seconds after it, as the process is ending then.
+
+    Only the main thread can handle signals. In another one this object hears none, and they do what they did before.
     """
 
     _open: ClassVar[list[StopSignal]] = []
@@ -68,8 +71,9 @@ class StopSignal:
             self._waiting = False
 
     def __enter__(self) -> StopSignal:
-        for number in STOPS:
-            self._previous[number] = signal.signal(number, self._handle)
+        if threading.current_thread() is threading.main_thread():
+            for number in STOPS:
+                self._previous[number] = signal.signal(number, self._handle)
         self._open.append(self)
         return self
 

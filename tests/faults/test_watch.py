@@ -413,6 +413,18 @@ def other_machine(rank: int, tick: int, left: bool = False) -> str:
     ).to_json()
 
 
+def test_a_watch_that_ended_leaves_no_thread(tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    for _ in range(3):
+        with Watch(tmp_path, 600.0) as watch:
+            watch.beat(1, "computing")
+    del watch
+    until = time.monotonic() + 20
+    while (left := set(threading.enumerate()) - before) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert left == set()
+
+
 def test_who_asks_an_answer_waits_for_ranks_that_it_never_watched(tmp_path: Path) -> None:
     """Rank 2 of four machines is dead, which only rank 1 has seen; the launcher's signal to rank 0 is no cause."""
     store: Any = HashStore()

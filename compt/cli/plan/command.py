@@ -40,7 +40,8 @@ def plan(
     kind: Kind = None,
     gpus: Gpus = None,
     throughput: ThroughputFile = None,
-    baselines: Annotated[bool, option("also plan the baseline of each model", "--baselines")] = False,
+    baselines: Annotated[bool, option("also plan the baseline of each model, and the controls", "--baselines")] = False,
+    controls: Annotated[bool, option("also plan the controls of the last link", "--controls")] = False,
     mode: Annotated[Mode | None, option(MODE_HELP, default="exact")] = None,
     memory: Annotated[str | None, one_of(ENGINE_NAMES, "show the memory of this engine, part by part")] = None,
     auto: Annotated[bool, option("find a chain instead of showing the recipe's", "--auto")] = False,
@@ -70,7 +71,7 @@ def plan(
     them only with --kind, --gpus, --throughput or --memory.
     """
     # --auto makes a chain, the rest shows one. An option of the other half would have no effect, so it is an error.
-    own = {"--baselines": baselines or None, "--mode": mode, "--memory": memory}
+    own = {"--baselines": baselines or None, "--controls": controls or None, "--mode": mode, "--memory": memory}
     searched: dict[str, object] = {"--objective": objective, "--members": members, "--in": in_, "--budget": budget}
     searched |= {"--runs": runs, "--runs-on": runs_on, "--out": out}
     _refuse(own if auto else searched, "does not go with --auto" if auto else "is for --auto, which is missing")
@@ -85,6 +86,8 @@ def plan(
     from compt.data.lengths import with_data
 
     loaded, about = with_data(loaded, Path())
+    if own_nodes := [link.model for link in loaded.chain.links if link.nodes]:
+        about += f" All links are planned on as many GPUs, though {', '.join(own_nodes)} have nodes of their own."
     if auto:
         from compt.cli.design.command import run_auto
         from compt.cli.design.tables import DesignRequest
@@ -101,6 +104,7 @@ def plan(
         loaded,
         _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),
         baselines=baselines,
+        controls=None if controls or baselines else (),
         start=_start(loaded, str(recipe)),
         source=str(recipe),
     )

@@ -9,13 +9,15 @@ import os
 import queue
 import socket
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 T = TypeVar("T")
-
+Request: TypeAlias = tuple[Callable[[Any], Any], queue.SimpleQueue[Any]]
+"""What to do with the store, and where the answer goes."""
 
 PIECE = 0.5
 """Seconds that `Post.ask` waits at a time."""
@@ -29,21 +31,14 @@ class Post:
     """A store with a time limit for each request.
 
     torch's client waits forever for a store whose process is stopped, so the requests run in a thread of their own.
+    The thread ends when nothing needs the Post any more.
     """
 
     def __init__(self, store: Any) -> None:
-        self._store = store
-        self._work: queue.SimpleQueue[tuple[Callable[[Any], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._lost = False
-        threading.Thread(target=self._serve, name="watch-store", daemon=True).start()
-
-    def _serve(self) -> None:
-        while True:
-            action, answer = self._work.get()
-            try:
-                answer.put((True, action(self._store)))
-            except Exception as error:  # torch's store raises many kinds
-                answer.put((False, error))
+        threading.Thread(target=_serve, args=(store, self._work), name="watch-store", daemon=True).start()
+        weakref.finalize(self, self._work.put, None)
 
     def ask(self, action: Callable[[Any], T], seconds: float) -> T:
         """Return `action(store)`. Raises Lost if that fails or takes longer than `seconds`, and at every later call."""
@@ -64,6 +59,16 @@ class Post:
             raise Lost from value
         result: T = value
         return result
+
+
+def _serve(store: Any, work: queue.SimpleQueue[Request | None]) -> None:
+    while (request := work.get()) is not None:
+        action, answer = request
+        try:
+            answer.put((True, action(store)))
+        except Exception as error:  # torch's store raises many kinds
+            answer.put((False, error))
+        del request, action, answer  # an action may hold the Post, which would never end
 
 
 @dataclass(frozen=True)

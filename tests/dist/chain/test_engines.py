@@ -76,7 +76,8 @@ def assert_same(whole: Path, run: Path) -> None:
             assert largest_difference(weights(whole, job, kind), weights(run, job, kind)) < TOLERANCE, (job, kind)
         for one, two in zip(lines(whole, job), lines(run, job), strict=True):
             assert one.pop("kind") == two.pop("kind")
-            assert one.pop("macs", 0) <= two.pop("macs", 0)  # accumulation computes features twice
+            for line in (one, two):
+                line.pop("macs", 0)  # ranks and micro-batches pad to their own longest caption, and features come twice
             assert one == pytest.approx(two, rel=5e-4, abs=2e-6), job
         assert manifest(run, job)["state"] == "done"
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed import TCPStore
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from compt.cli import main as cli
 from compt.dist import collectives as dist
@@ -53,6 +54,19 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=device):
         dist.init(device)
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("cuda:fake", True), ("cpu:fake,cuda:fake", False)])
+def test_a_group_of_the_caller_s_needs_a_backend_for_the_cpu(backend: str, refused: bool) -> None:
+    torch.distributed.init_process_group(backend, store=FakeStore(), rank=0, world_size=2)
+    try:
+        if refused:
+            with pytest.raises(ConfigError, match=r"backend cuda:fake\) has no backend for CPU.*cpu:gloo,cuda:nccl"):
+                dist.init("cpu")
+        else:
+            assert dist.init("cpu") == torch.device("cpu")
+    finally:
+        dist.shutdown()
 
 
 @pytest.mark.dist

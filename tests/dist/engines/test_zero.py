@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from compt.cost.memory import checkpoint_bytes
 from compt.weights.deepspeed import read_zero_state
 from tests.dist.engines import zero_cases as cases
 from tests.dist.engines.zero_cases import Cell, Result
@@ -111,6 +113,13 @@ def go_on(found: dict, expected: dict) -> None:
 def test_what_was_saved_goes_on_bit_for_bit(tmp_path: Path) -> None:
     cells = [Cell(stage) for stage in STAGES]
     run_ranks(cases.save_and_go_on, 2, str(tmp_path), cells, timeout=TIMEOUT)
+    spec = cases.SPECS["vit"]
+    teacher = replace(spec, embed_dim=24)
+    for stage in STAGES:
+        size = sum(path.stat().st_size for path in (tmp_path / str(stage)).rglob("*") if path.is_file())
+        planned = checkpoint_bytes(spec, teacher, engine=f"zero{stage}", ema=True, precision="fp32")
+        # Headers take up to 65 kB; the weights once more would be 145 kB.
+        assert 0 < size - planned < 80_000, f"zero{stage}: what is written is not what a plan says"
 
 
 @pytest.mark.slow

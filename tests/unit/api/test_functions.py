@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,8 @@ def test_a_model_and_its_folder_expand_alike(nano: Path) -> None:
             assert equal(compt.expand_model(teacher, "vit_micro", operator=operator, seed=7).state_dict(), wanted)
     config = ExpandConfig.both("net2net", noise=0)
     assert not equal(compt.expand_model(loaded, "vit_micro", config=config, seed=7).state_dict(), wanted)
+    whole = compt.expand_model(compt.load_model(nano), "vit_micro", operator=operator, seed=7)
+    assert equal(whole.state_dict(), wanted)
     with pytest.raises(ConfigError, match="vit_pico"):
         compt.expand_model(loaded, "vit_pico")
 
@@ -139,6 +142,13 @@ def test_the_contrastive_loss_is_open_clip_s() -> None:
     torch.testing.assert_close(compt.contrastive_loss(image, several, scale), sum(both) / 2)
     with pytest.raises(ValueError, match=r"expected image \[b, D\] and text \[b, M, D\]"):
         compt.contrastive_loss(image, text[:3], scale)
+
+
+def test_the_scale_of_the_contrastive_loss_may_be_a_plain_number() -> None:
+    image, text = features(6, 8).float(), features(6, 9)[:, :8].float()
+    found = compt.contrastive_loss(image, text, 1 / 0.07)
+    torch.testing.assert_close(found, compt.contrastive_loss(image, text, torch.tensor([1 / 0.07])))
+    assert found.dtype == torch.float32
 
 
 def test_feature_distillation_is_what_the_trainer_adds() -> None:
@@ -178,6 +188,29 @@ def test_a_chain_runs_and_its_models_are_scored(tmp_path: Path, monkeypatch: pyt
     assert said == []
     with pytest.raises(ConfigError, match="two sets have the name 'eval'"):
         compt.evaluate_model(f"run/jobs/{SECOND}", ["eval/*.tar", "eval/*.tar"])
+
+
+def test_a_set_may_be_a_path_and_a_model_what_was_loaded(
+    nano: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(make_data(tmp_path))
+    loaded = compt.load_model(nano)
+    wanted = compt.evaluate_model(loaded.model, "eval/*.tar")["eval"].to_dict()
+    assert compt.evaluate_model(loaded, Path("eval/*.tar"))["eval"].to_dict() == wanted
+    assert compt.evaluate_model(loaded, [Path("eval/*.tar")])["eval"].to_dict() == wanted
+
+
+def test_a_mistake_in_a_set_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"evaluate_model: .*dat.*: unknown key \(did you mean 'data'"):
+        compt.evaluate_model(compt.create_model("vit_nano"), {"name": "x", "dat": "eval/*.tar"})
+
+
+def test_a_chain_runs_in_another_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(make_data(tmp_path))
+    values = recipe_values("evaluation={}", "chain.links.1=", "chain.links.0.train.steps=2")
+    with ThreadPoolExecutor() as threads:
+        summary = threads.submit(compt.Chain(values).run, "run").result()
+    assert [(row.job, row.state) for row in summary.links] == [(FIRST, "done")]
 
 
 def test_overrides_are_for_files_and_names(tmp_path: Path) -> None:

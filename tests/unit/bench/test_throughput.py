@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -379,7 +380,6 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
     made, kept = bench(out, Meter(), SETUPS[:1], batch=6)
     assert kept == [False]
     assert sorted(entry.batch for entry in made.entries) == [4, 4, 4, 4, 6]
-    assert bench(out, Meter(), SETUPS[:1])[1] == [True]
     for changes in (
         {"micro_batch": 2},
         {"loss_chunk": 2},
@@ -399,6 +399,20 @@ def test_another_batch_or_setting_is_measured_too(tmp_path: Path) -> None:
         assert bench(out, Meter(), other, batch=4)[1] == [True], changes
     # A micro-batch larger than the batch does nothing.
     assert bench(out, Meter(), [engine_of(SETUPS[0], micro_batch=4, loss_chunk=9)], batch=4)[1] == [True]
+
+
+def test_a_batch_that_was_given_is_no_answer_to_a_search(tmp_path: Path) -> None:
+    out = tmp_path / "t.json"
+    bench(out, Meter(failure="a batch of 1024 does not fit into memory"), SETUPS[:1], batch=1024)
+    bench(out, Meter(), SETUPS[:1], batch=8)
+    made, kept = bench(out, Meter(), SETUPS[:1], most=64)
+    assert kept == [False]
+    assert [(entry.batch, entry.searched) for entry in made.entries] == [(1024, False), (8, False), (64, True)]
+    assert bench(out, Meter(), SETUPS[:1])[1] == [True]
+    assert bench(out, Meter(), SETUPS[:1], batch=64)[1] == [True]
+    # Files of before do not say which it was.
+    out.write_text(re.sub(r'"searched": \w+,', "", out.read_text()))
+    assert [entry.searched for entry in Throughput.read(out).entries] == [False] * 3
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -994,3 +995,21 @@ def test_what_does_not_fit_the_gpu_is_said_before_the_first_link(root: Path, mon
     assert said("engine.micro_batch=32", "engine.workers=1") == []
     assert said("engine.find_micro_batch=true", "engine.workers=1") == []
     assert said(device=torch.device("cpu")) == []
+
+
+def test_a_script_without_a_guard_is_told_what_it_lacks(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that tries a micro-batch imports the user's script again, which would train inside it."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ConfigError, match="put what it starts below `if __name__ == '__main__':`"):
+        prepare(recipe_of(), tmp_path / "run", base=base)
+
+
+def test_compiled_code_goes_with_its_job(half: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variants of all models of a process count against one limit of torch's."""
+    forgotten = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: forgotten.append(1))
+    chain(base, half)
+    assert "torch._dynamo" in sys.modules
+    assert len(forgotten) == len(list((half / "jobs").iterdir()))

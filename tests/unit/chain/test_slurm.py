@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -28,12 +29,12 @@ def orders_of(recipe: Recipe, run: Path, **options: object) -> list[Order]:
     return make_orders(recipe, SOURCE, run, **options)  # type: ignore[arg-type]
 
 
-def done(recipe: Recipe, run: Path, name: str) -> None:
-    job = make_plan(recipe, baselines=True).job(name)
+def done(recipe: Recipe, run: Path, name: str, **found: Any) -> None:
+    job = make_plan(recipe, baselines=True, **found).job(name)
     sets = recipe.evaluation.identity()
     folder = run / "jobs" / name
     folder.mkdir(parents=True)
-    write_json(folder / "manifest.json", {"state": "done", "hash": job.hash, "sets": sets})
+    write_json(folder / "manifest.json", {"state": "done", "hash": job.hash, "sets": sets, "result": job.result})
 
 
 def test_each_link_waits_for_the_one_before(tmp_path: Path) -> None:
@@ -58,6 +59,22 @@ def test_what_is_done_is_left_out(tmp_path: Path) -> None:
     # Another recipe's model does not count.
     assert len(orders_of(recipe_of("optimizer.lr=0.5"), tmp_path, gpus=1)) == 2
     assert len(orders_of(recipe_of("evaluation.sets.0.name=other", "evaluation.primary="), tmp_path, gpus=1)) == 2
+
+
+def test_what_is_done_is_that_of_the_data_and_of_the_first_pair_test(tmp_path: Path) -> None:
+    recipe = recipe_of("chain.links.0.train={epochs: 1}")
+    state: dict[str, Any] = {"data_fingerprint": "", "started": "", "jobs": [], "images": 36}
+    write_json(tmp_path / "run.json", state)
+    done(recipe, tmp_path, "1-small", images=36)
+    assert [order.name for order in orders_of(recipe, tmp_path, gpus=1)] == ["2-large"]
+    test = {"dataset": "held_out", "target": None, "outcome": "lossless"}
+    tries = [{"number": 1, "factor": 0.5, "lossless": False}, {"number": 2, "factor": 2.0, "lossless": True}]
+    write_json(tmp_path / "run.json", {**state, "calibration": {**test, "tries": tries}})
+    done(recipe, tmp_path, "2-large", images=36, scales=(0.5, 2.0))
+    assert orders_of(recipe, tmp_path, gpus=1) == []
+    write_json(tmp_path / "run.json", {**state, "calibration": {**test, "tries": tries[:1], "outcome": "open"}})
+    with pytest.raises(RunError, match="its first-pair test is not decided yet"):
+        orders_of(recipe, tmp_path, gpus=1)
 
 
 def test_baselines_are_one_array(tmp_path: Path) -> None:

@@ -288,6 +288,48 @@ def test_a_recipe_is_measured_as_it_trains(root: Path) -> None:
     assert {(setup.engine.name, setup.engine.recompute) for setup in setups} == {("zero2", True)}
 
 
+@pytest.mark.parametrize(
+    ("own", "options", "message"),
+    [
+        (
+            {"compile": "towers"},
+            ["--engine", "fsdp2"],
+            "--engine fsdp2: does not go with the recipe's engine of vit_b16: compile: fsdp2 gathers weights block by",
+        ),
+        (
+            {"graphs": "on", "text": "packed"},
+            ["--recompute"],
+            "--recompute: does not go with the recipe's engine of vit_b16: graphs: on captures CUDA graphs",
+        ),
+        (
+            {"compile": "towers", "compile_mode": "reduce-overhead", "text": "packed"},
+            ["--compile", "--engine", "zero3"],
+            "--engine zero3 --compile: does not go with the recipe's engine of vit_b16: compile_mode: 'reduce",
+        ),
+    ],
+)
+def test_an_option_that_does_not_go_with_the_recipe_is_refused(
+    tmp_path: Path, root: Path, own: dict[str, Any], options: list[str], message: str
+) -> None:
+    values = yaml.safe_load((root / "recipes" / "cc3m_vit.yaml").read_text(encoding="utf-8"))
+    values["chain"]["links"][2]["engine"] = own
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    words = ["throughput", "--family", str(tmp_path / "r.yaml"), "--device", "cpu", *options]
+    with pytest.raises(ConfigError) as error:
+        compt(*words, "--out", str(tmp_path / "t.json"))
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "threads", "grown"), [(None, 2, True), (None, None, False), ("h200", None, False)])
+def test_only_a_cpu_s_memory_is_what_the_process_grew_by(kind: str | None, threads: int | None, grown: bool) -> None:
+    header = {"precision": "bf16", "seed": 0, "date": "2026-01-02T03:04:05Z", "command": "", "versions": {}}
+    made = Throughput(device="A machine", kind=kind, threads=threads, **header)
+    notes = " ".join(bench_command._throughput_table(made, [], False, 8).notes)
+    assert ("GiB is what the process grew by" in notes) is grown
+    assert ("No MFU" in notes) is (kind is None)
+
+
 def test_each_link_is_measured_with_its_own_engine(tmp_path: Path, root: Path) -> None:
     values = yaml.safe_load((root / "recipes" / "cc3m_vit.yaml").read_text(encoding="utf-8"))
     own = {"name": "fsdp2", "recompute": True, "micro_batch": 32, "text_buckets": 2}

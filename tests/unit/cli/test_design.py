@@ -91,6 +91,28 @@ def test_links_keep_the_recipe_s_warm_up_learning_rate_and_operators(auto: Auto)
         assert link.get("expand") == ({"text": {"width": "lemon"}} if own else None)
 
 
+def test_a_link_keeps_its_engine_and_nodes_and_alpha_is_of_one_kind(auto: Auto) -> None:
+    """Without the engine, the recipe may not fit the GPU that it was designed for."""
+    own = {"engine": {"name": "fsdp2", "micro_batch": 32}, "nodes": 4}
+    changed = ("--set", f"chain.links.1.engine={json.dumps(own['engine'])}", "--set", "chain.links.1.nodes=4")
+    links = {link["model"]: link for link in as_json(auto, *changed)["recipe"]["chain"]["links"]}
+    name = load_recipe(ROOT / CC3M).chain.links[1].model
+    assert {key: links[name].get(key) for key in own} == own
+    assert all("nodes" not in link and "engine" not in link for model, link in links.items() if model != name)
+    code, _, errors = auto("--set", "chain.links.1.alpha=0")
+    assert code == 2
+    assert "alpha is 0 for some links and above 0 for others" in " ".join(errors.split())
+
+
+def test_a_warm_up_is_at_most_a_tenth_of_its_link(auto: Auto, tmp_path: Path) -> None:
+    """On few images, the recipe's 1,000 steps would be most of a link."""
+    out = tmp_path / "auto.yaml"
+    assert auto("--set", "data.images=100000", "--out", str(out))[0] == 0
+    jobs = make_plan(load_recipe(out)).links[1:]
+    assert jobs
+    assert all(0 < job.warmup_steps <= job.steps / 10 for job in jobs)
+
+
 def test_a_warm_up_longer_than_its_link_is_cut(auto: Auto, tmp_path: Path) -> None:
     out = tmp_path / "auto.yaml"
     changed = ("--set", "chain.links.1.warmup.steps=70000", "--set", "chain.links.1.train.epochs=30")

@@ -55,7 +55,9 @@ def test_the_defaults_are_a_node_of_the_paper_s_gpus(plan: Plan) -> None:
     values = as_json(plan)
     assert {key: values["machine"][key] for key in ("kind", "gpus")} == {"kind": "a100-80", "gpus": 8}
     assert {(job["engine"], job["recompute"]) for job in values["jobs"]} == {("ddp", False)}
-    assert [job["kind"] for job in values["jobs"]] == ["link", "link", "link", "control"]
+    assert [job["kind"] for job in values["jobs"]] == ["link", "link", "link"], "what `compt chain` trains"
+    for words in (("--controls",), ("--baselines", "--set", "baselines.seeds=[1]")):
+        assert [job["kind"] for job in as_json(plan, *words)["jobs"]].count("control") == 1
     assert as_json(plan, "--set", "optimizer.batch=13")["machine"]["gpus"] == 1
 
 
@@ -123,7 +125,7 @@ def test_measured_speeds(plan: Plan, tmp_path: Path) -> None:
     path.write_text(measured({"one": 1e-3}, kind="h100").model_dump_json())
     assert as_json(plan, "--throughput", str(path))["machine"]["kind"] == "h100"
     text = plan("--throughput", str(path))[1]
-    assert "no measurement in bf16 with 2 captions of the whole context of 2-two, 3-three, control-" in text
+    assert "no measurement in bf16 with 2 captions of the whole context of 2-two, 3-three" in text
     assert "baseline-two-s0, baseline-three-s0." in text
     assert "~ marks a projection" in text
     assert "of the authors' program, host and loaders included; this one may be faster or slower" in text
@@ -192,7 +194,7 @@ REFUSED = {
     ),
     "speeds of no kind": (
         ["--throughput", "cpu.json"],
-        r"--throughput cpu\.json: was measured on .*, a GPU that compt does not know",
+        r"--throughput cpu\.json: NVIDIA A100\S+ has no datasheet here: `compt bench gpu-hours` takes its speeds$",
     ),
     "damaged speeds": (
         ["--throughput", "torn.json"],
@@ -423,7 +425,20 @@ def test_what_the_memory_leaves_out_is_said(plan: Plan) -> None:
     assert "Not counted" not in plan()[1]
     own = ("--set", "chain.links.2.engine={name: fsdp2, fsdp2: {cpu_offload: true}, checkpoint_every: {steps: 7}}")
     text = " ".join(plan(*own)[1].split())
-    assert "Not counted, in 3-three, control-equal_macs: engine.fsdp2.cpu_offload" in text
+    assert "Not counted, in 3-three: engine.fsdp2.cpu_offload" in text
     pieces = ("--set", "engine={name: fsdp2, micro_batch: 8, fsdp2: {reshard_after_forward: false}}", "--gpus", "8")
     assert "whole gradients between micro-batches" in " ".join(plan(*pieces)[1].split())
-    assert "1000 steps (1-one, 2-two) or 7 steps (3-three, control-equal_macs)" in text
+    assert "1000 steps (1-one, 2-two) or 7 steps (3-three)" in text
+
+
+@pytest.mark.parametrize("key", ["find_micro_batch", "tune"])
+def test_a_micro_batch_that_is_searched_has_a_note_and_no_warning(plan: Plan, key: str) -> None:
+    note = "Not counted, in 1-one, 2-two, 3-three: the micro-batch, which is searched before training"
+    large = ("--kind", "a100-40", "--gpus", "1", "--set", "optimizer.batch=6400")
+    assert "Warning: does not fit" in plan(*large)[1]
+    words = (*large, "--set", f"engine.{key}=true")
+    text = " ".join(plan(*words)[1].split())
+    assert f"{note}: MACs and hours are without a second forward pass." in text
+    assert "Warning: does not fit" not in text
+    # With a limit, the plan counts the pass that it needs.
+    assert note not in " ".join(plan(*words, "--set", "engine.micro_batch=32")[1].split())

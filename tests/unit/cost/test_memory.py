@@ -136,6 +136,14 @@ def test_a_checkpoint_of_fp16_has_the_scaler_too() -> None:
     assert checkpoint_bytes(PICO, None, precision="fp16") == nbytes(engine.state().values())
 
 
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_deepspeed_writes_whole_weights_beside_the_copies_that_it_steps(engine: str) -> None:
+    """By the formula; tests/dist/engines/test_zero.py compares real files."""
+    twice = 4 * sum(p.numel() for p in build(NANO, device="meta").parameters())
+    more = checkpoint_bytes(NANO, None, engine=engine) - checkpoint_bytes(NANO, None, engine="ddp")
+    assert more == (twice if engine in ("zero1", "zero2") else 0)
+
+
 def test_a_model_folder_is_its_weights_and_little_else(tmp_path: Path) -> None:
     state = export_state(build(NANO, seed=0))
     write_artefact(tmp_path / "model", state, NANO, {}, extra_states={"ema": state})

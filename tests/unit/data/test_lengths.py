@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from compt.chain.run import prepare
 from compt.cli.main import main
 from compt.data.check import check
 from compt.data.index import open_index
 from compt.data.lengths import computed_tokens, stored_lengths, with_data
+from compt.files import write_text
 from compt.models.clip import padded_tokens
 from compt.models.presets import PACKED
 from compt.plan.jobs import make_plan
@@ -144,6 +147,21 @@ def test_a_plan_prices_what_is_indexed_and_checked(folder: Path, capsys: pytest.
 def test_a_plan_reads_no_store_and_no_table(folder: Path, change: str) -> None:
     changed = recipe(change)
     assert with_data(changed, folder)[0] is changed
+
+
+def test_a_run_counts_the_tokens_that_a_plan_counts(folder: Path) -> None:
+    """They decide the steps of controls. A run that was begun keeps its own."""
+    check("train/*.tar", folder)
+    changes = ("baselines={train: {epochs: 1}, warmup: {steps: 1}, controls: [equal_macs]}", "data.images=30")
+    asked = recipe(*changes, "evaluation.sets=[]", "evaluation.validation=[]", "evaluation.primary=null")
+    planned = make_plan(with_data(asked, folder)[0])
+    context, plan = prepare(asked, folder / "new", base=folder, controls=None)
+    assert context.recipe.data.caption_tokens == computed_tokens(check("train/*.tar", folder).found.lengths, asked)
+    assert [job.hash for job in plan.jobs] == [job.hash for job in planned.jobs]
+    assert plan.jobs[0].cost.total_macs != make_plan(asked).jobs[0].cost.total_macs
+    write_text(folder / "begun" / "recipe.yaml", yaml.safe_dump(asked.model_dump(mode="json", exclude_none=True)))
+    context, _ = prepare(asked, folder / "begun", base=folder, controls=None)
+    assert context.recipe.data.caption_tokens is None
 
 
 def test_lengths_are_those_of_the_columns_that_are_read(folder: Path) -> None:

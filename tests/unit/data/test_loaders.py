@@ -4,6 +4,9 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -35,6 +38,7 @@ from compt.models.preprocess import Preprocess
 from tests.helpers.process import finish, start
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
+ROOT = Path(__file__).resolve().parents[3]
 TOKENIZER = SimpleTokenizer()
 N, BATCH = 22, 6
 
@@ -266,6 +270,17 @@ class Numbers(Dataset[Any]):
 @pytest.mark.slow
 def test_torch_raises_no_death_of_a_loader_process_in_the_middle_of_a_step() -> None:
     assert finish(start(die_in_a_step)) == 0
+
+
+def test_loader_processes_leave_no_folders() -> None:
+    code = (
+        "import torch\nfrom compt.data.workers import read_batches\n"
+        "batches = read_batches([torch.zeros(9)] * 9, range(9), 2)\n"
+        "next(batches)\nbatches.close()\n"
+    )
+    with tempfile.TemporaryDirectory() as folder:  # a short path, as sockets need
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TMPDIR": folder}, check=True)
+        assert os.listdir(folder) == []
 
 
 class Unsendable(Dataset[Any]):

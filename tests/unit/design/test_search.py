@@ -234,6 +234,7 @@ def test_epochs_are_those_of_the_model_rounded_up() -> None:
     expected = [128.0, *np.ceil([2 * model.predict(link).middle for link in links]) / 2]
     assert list(search.found(task, chain).epochs) == expected
     assert whole_epochs([3.0, 3.01, 3.5, 200], 128).tolist() == [3.0, 3.5, 3.5, 128]
+    assert whole_epochs([0.2, 0.201, 0.7, 9], 2).tolist() == [0.2, 0.21, 0.7, 2], "half an epoch would be the result"
 
 
 def test_a_bounded_link_enters_the_search() -> None:

@@ -162,15 +162,15 @@ def test_undecodable_images_and_empty_captions_are_counted_and_replaced(data: Pa
 def test_too_many_bad_samples_stop_the_run_and_name_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset, "WATCHED_SAMPLES", 24)
+    monkeypatch.setattr(dataset, "WATCHED_SAMPLES", (24, 24))
     for shard in ("000000.tar", "000001.tar"):
         rewritten(data / "train" / shard, lambda name, blob: b"no" if name.endswith("png") else blob)
     run = tmp_path / "run"
     with pytest.raises(
         DataError,
-        match=r"of the last \d+ samples that were tried cannot be used, more than data\.max_bad_share 0\.2 allows",
+        match=r"of the last \d+ samples that were tried cannot be used, more than data\.max_bad_share 0\.05 allows",
     ) as e:
-        chain(data, run)
+        chain(data, run, "data.max_bad_share=0.05")
     assert "for example 00000" in str(e.value)
     assert ".tar: 000" in str(e.value)
     # With an allowed share the same folder resumes.

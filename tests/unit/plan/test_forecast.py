@@ -241,6 +241,38 @@ def test_remedies_hold_for_all_jobs_that_need_one() -> None:
     assert found.engine == next(engine for engine in others if kept[engine] <= least)
 
 
+def test_no_change_is_named_that_the_recipe_refuses() -> None:
+    def named(**changes: Any) -> tuple[Any, ...]:
+        found = forecast(room, **changes).remedy
+        assert found is not None
+        return found.micro_batch, found.recompute, found.engine, found.engine_recomputed
+
+    last = forecast().links[2].memory
+    room = small(last["zero1"].stored.total_bytes / 1e9)
+    assert last["fsdp2"].stored.total_bytes < last["zero1"].stored.total_bytes < last["ddp"].stored.total_bytes
+    assert named() == (40, True, "fsdp2", "fsdp2")
+    assert named(engine__compile="towers") == (40, True, "zero1", "zero0")
+    assert named(engine__graphs="on", engine__text="packed") == (None, False, None, None)
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        {"find_micro_batch": True},
+        {"tune": True},
+        {"name": "fsdp2", "fsdp2": {"cpu_offload": True}},
+        {"name": "zero2", "deepspeed_config": "mine.json"},
+    ],
+)
+def test_no_warning_for_what_may_need_less(engine: dict[str, Any]) -> None:
+    plain = {key: value for key, value in engine.items() if key == "name"}
+    assert forecast(small(1), engine=plain).remedy is not None
+    assert forecast(small(1), engine=engine).remedy is None
+    own = forecast(small(1), chain__links__2__engine=engine, baselines__controls=[]).remedy
+    assert own is not None
+    assert own.jobs == ("1-one", "2-two")
+
+
 def test_the_engine_is_that_of_each_link() -> None:
     """What fits, and what recomputation costs, follow `engine` and what links say otherwise."""
     own = {"name": "zero2", "recompute": True, "micro_batch": 20}
@@ -456,7 +488,7 @@ def test_checkpoints_are_kept_as_each_link_s_engine_says() -> None:
         kept: list[int] = []
         most = 0
         for step in range(1, steps + 1):
-            if step % every and step != steps:
+            if step % every and step % besides and step != steps:
                 continue
             most = max(most, len(kept) + 1)
             kept.append(step)
@@ -493,6 +525,18 @@ def test_memory_knows_replicas_and_weights_that_stay_gathered() -> None:
     assert 0.8 * blocks < gathered.weights - plain["fsdp2"].stored.weights < blocks
     # What other engines would need is as before.
     assert all(memory(replicas=2)[name] == plain[name] for name in ENGINES if name != "fsdp2")
+
+
+def test_checkpoints_are_those_of_each_link_s_engine() -> None:
+    links = forecast(None, chain__links__1__engine={"name": "zero1"}).links
+    plain = [link.disk for link in forecast(None).links]
+    more = 4 * parameters(links[1].job.spec)
+    assert [link.disk.checkpoint_bytes - old.checkpoint_bytes for link, old in zip(links, plain, strict=True)] == [
+        0,
+        more,
+        0,
+    ]
+    assert links[1].disk.peak_bytes > plain[1].peak_bytes
 
 
 def test_projectors_are_in_the_checkpoints_alone() -> None:

@@ -130,9 +130,42 @@ def test_all_together_is_counted_with_the_teacher_in_shards() -> None:
     assert "and all together take 14.5 GB: take more GPUs" in text
 
 
+# A step in one piece, and changes that a recipe refuses beside these settings.
+REFUSED: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "towers": (("engine.compile=towers",), {"engine.name: fsdp2", "engine.name: zero3"}),
+    "teacher cache": (("engine.teacher_cache=1G",), {"engine.shard_teacher: true"}),
+    "towers with graphs": (
+        ("engine.compile=towers", "engine.text=packed", "engine.compile_mode=reduce-overhead"),
+        {"engine.recompute: true", "engine.name: fsdp2", "engine.name: zero3"},
+    ),
+    "graphs": (
+        ("engine.graphs=on", "engine.text=packed"),
+        {"engine.recompute: true", "engine.name: fsdp2", "engine.name: zero3", "engine.shard_teacher: true"},
+    ),
+}
+
+
+@pytest.mark.usefixtures("by_hand")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_recipe_refuses_is_not_named(case: str) -> None:
+    changes, refused = REFUSED[case]
+    plain, found = (
+        {key for key in advised(*large(*asked), world_size=2) if not key.startswith("Not counted")}
+        for asked in ((), changes)
+    )
+    assert plain - found == refused
+    # And not counted among all together: a chunk of the loss saves 5 of the 100 GB.
+    recipe, job = large(*changes)
+    text = advice(recipe, job, recipe.engine_of(job.spec.name), 2, Room(None, 20 * GB), 12)
+    least = {"towers": "34.5", "teacher cache": "29.5", "towers with graphs": "80.0", "graphs": "95.0"}[case]
+    assert f"and all together take {least} GB: take more GPUs" in text
+
+
 def test_what_the_numbers_leave_out_is_said() -> None:
     recipe, job = large("engine.name=fsdp2", "engine.fsdp2.cpu_offload=true")
     (left_out,) = [text for text in advised(recipe, job, world_size=2) if text.startswith("Not counted")]
     offload = "engine.fsdp2.cpu_offload, which takes weights, gradients and moments off the GPU"
     assert left_out == f"Not counted: {offload}"
-    assert not [text for text in advised(*large(), world_size=2) if text.startswith("Not counted")]
+    # A micro-batch that was searched is found by then.
+    for changes in ((), ("engine.find_micro_batch=true",)):
+        assert not [text for text in advised(*large(*changes), world_size=2) if text.startswith("Not counted")]

@@ -144,6 +144,26 @@ def test_mlflow_in_files(tmp_path: Path, caplog: pytest.LogCaptureFixture, monke
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["contact_sheet.png"]
 
 
+def test_mlflow_jobs_that_start_together_share_an_experiment(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = optional("mlflow", "mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "server").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    create = mlflow.MlflowClient.create_experiment
+
+    def second(self: Any, name: str) -> str:
+        create(self, name)  # by another job, since this one asked
+        return str(create(self, name))
+
+    monkeypatch.setattr(mlflow.MlflowClient, "create_experiment", second)
+    trained(tmp_path, "mlflow", [10])
+    assert said(caplog) == []
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("family").experiment_id])
+    assert run.data.metrics["train/loss"] == 2.5
+
+
 class Broken(Logger):
     package = "json"
     faults: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from compt.bench.estimate import seconds_of
 from compt.data.batch import SKIPPED, Batch
+from compt.dist.watch.thread import STOPS
 from compt.engines.base import AdamWSettings
 from compt.engines.ddp import DataParallelEngine
 from compt.errors import DataError, Interrupted, RunError
@@ -162,7 +164,7 @@ def test_steps_are_made_at_the_scheduled_rate(tmp_path: Path) -> None:
 
 
 def test_lines_share_one_axis(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, log_every=2, evaluate_every=4, total_steps=5, macs_per_step=10.0)
+    bench = Bench(tmp_path, log_every=2, evaluate_every=4, total_steps=5, macs=lambda used: 10.0 * used.steps)
     result = bench.train(evaluate=lambda: {"score": 1.0})
     assert [(line["kind"], line["step"], line["samples"]) for line in bench.lines()] == [
         ("train", 2, 8),
@@ -173,7 +175,7 @@ def test_lines_share_one_axis(tmp_path: Path) -> None:
     ]
     last = bench.lines("train")[-1]
     assert last["epoch"] == 5 / 3
-    assert last["macs"] == 50.0
+    assert [line["macs"] for line in bench.lines("train")] == [20.0, 40.0, 50.0]
     assert last["skipped_image"] == 1
     assert last["device_hours"] == result.device_hours > 0
     assert 0 <= last["data_wait"] <= 1
@@ -313,6 +315,28 @@ def test_checkpoints_that_are_gone_are_said(tmp_path: Path, caplog: pytest.LogCa
     assert f"no whole checkpoint is left in {tmp_path / 'checkpoints'}, though step 6 was logged" in said
 
 
+def test_what_is_kept_is_also_saved_between_other_checkpoints(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    changes: dict[str, Any] = {"total_steps": 11, "checkpoint_every": 3, "keep_every": 4, "keep_checkpoints": 1}
+    Bench(tmp_path, **changes).train()
+    folder = tmp_path / "checkpoints"
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-00000004", "step-00000008", "step-00000011"]
+    # The state of the step itself: a resume from there gives the same.
+    shutil.rmtree(folder / "step-00000011")
+    opened: list[int] = []
+    parts = Bench(tmp_path, **changes)
+    parts.train(lambda start: opened.append(start) or batches(start))
+    whole = Bench(tmp_path / "whole", total_steps=11)
+    whole.train()
+    assert opened == [8]
+    assert equal(whole.state(), parts.state())
+    # A run knows that one was there, though none of the other distance was.
+    seldom: dict[str, Any] = {"total_steps": 3, "keep_every": 2}
+    Bench(tmp_path / "seldom", **seldom).train()
+    shutil.rmtree(tmp_path / "seldom" / "checkpoints")
+    Bench(tmp_path / "seldom", **seldom).train()
+    assert "though step 3 was logged" in caplog.text
+
+
 def test_a_clock_that_pauses_does_not_end_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: 100.0)
     assert Bench(tmp_path, total_steps=2).train().steps == 2
@@ -339,6 +363,17 @@ def test_signals_are_remembered_or_raised_and_then_given_back(number: signal.Sig
     with pytest.raises(Interrupted, match=f"stopped by {number.name}"), StopSignal(at_once=True):
         signal.raise_signal(number)
     assert signal.getsignal(number) is before
+
+
+def test_signals_stay_as_they_are_in_another_thread() -> None:
+    def work() -> bool:
+        with StopSignal(at_once=True), StopSignal() as stop:
+            assert [signal.getsignal(number) for number in STOPS] == before
+            return stop.raised()
+
+    before = [signal.getsignal(number) for number in STOPS]
+    with ThreadPoolExecutor() as threads:
+        assert not threads.submit(work).result()
 
 
 def test_of_signals_within_one_another_one_raises_and_once() -> None:
@@ -454,6 +489,10 @@ def test_norms_are_read_one_step_late_or_where_something_looks(tmp_path: Path, m
     read.clear()
     Bench(tmp_path / "b", total_steps=3, log_every=100, ema_decay=0.9).train()
     assert dict(reversed(read)) == {1: 2, 2: 3, 3: 3}, "an average does not wait for it"
+    begun.clear()
+    read.clear()
+    Bench(tmp_path / "c", total_steps=4, log_every=100, keep_every=2).train()
+    assert dict(reversed(read)) == {1: 2, 2: 2, 3: 4, 4: 4}, "a checkpoint that is kept looks too"
 
 
 def test_a_stop_counts_the_steps_before_it(tmp_path: Path) -> None:

@@ -182,6 +182,11 @@ def pair_inputs(m: int = 3, dtype: torch.dtype = torch.float64) -> tuple[Tensor,
     return image, text, scale, torch.tensor([-4.5], dtype=dtype, requires_grad=True)
 
 
+def test_candidates_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match="image_to_text should be 'slot' or 'all', got 'slots'"):
+        contrastive_loss(*inputs(), image_to_text="slots")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("chunk", [None, 1, 4, 99])
 @pytest.mark.parametrize("captions", [1, 3])
 def test_siglip_equals_the_loops(chunk: int | None, captions: int) -> None:
