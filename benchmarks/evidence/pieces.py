@@ -244,12 +244,12 @@ class Rates:
     quarter: Mapping[str, float] = field(default_factory=dict)
     quick: Mapping[str, float] = field(default_factory=dict)
     small: Mapping[str, float] = field(default_factory=dict)
-    """Of baselines on the smallest part of the images; without one, it is the rate of all images."""
+    """Of the longest baselines on the smallest part of the images; others there have the rate of all images."""
 
     def baseline(self, model: str, epochs: float, seed: int = 0, shards: int = ALL) -> Piece:
         """A model from scratch."""
         lr = self.alone.get(model, _of(model, RATES)[0])
-        if shards == PARTS[-1]:
+        if (epochs, shards) == (LADDER[-1], PARTS[-1]):
             lr = self.small.get(model, lr)
         return Piece(model, epochs, seed, lr=lr, shards=shards)
 
@@ -278,7 +278,7 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
-        if one.teacher is None and one.shards == PARTS[-1] and one.model in SMALL_RATES:
+        if one.teacher is None and (one.epochs, one.shards) == (LADDER[-1], PARTS[-1]) and one.model in SMALL_RATES:
             return one.model in self.small or one in small_trials(one.model)
         if one.shards != ALL and one.lr == LR:
             return True

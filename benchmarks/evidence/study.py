@@ -69,13 +69,14 @@ class Study:
         return [self.by_name[piece.name] for piece in pieces if piece.name in self.by_name]
 
     def baselines(self, model: str, epochs: float | None = None, shards: int = ALL) -> list[Record]:
-        """The model from scratch at its own rate, by length and seed."""
-        lr = self.rates.baseline(model, 1, shards=shards).lr
-        wanted = {"model": model, "teacher": None, "lr": lr, "shards": shards, "schedule": COSINE}
+        """The model from scratch at its own rate of each length, by length and seed."""
+        wanted = {"model": model, "teacher": None, "shards": shards, "schedule": COSINE}
         return [
             item
             for item in self.all
-            if all(item[key] == value for key, value in wanted.items()) and epochs in (None, item["epochs"])
+            if all(item[key] == value for key, value in wanted.items())
+            and epochs in (None, item["epochs"])
+            and item["lr"] == self.rates.baseline(model, item["epochs"], shards=shards).lr
         ]
 
     def links(self) -> list[list[Record]]:

@@ -135,10 +135,11 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
 
 def test_baselines_on_few_images_choose_rates_of_their_own(tmp_path: Path) -> None:
     rates = Rates({"b": 1.7e-3}, small={"b": 3e-3})
-    assert rates.baseline("b", 160, 1, shards=1).lr == 3e-3
-    assert {rates.baseline("b", 160, 1, shards).lr for shards in (2, ALL)} == {1.7e-3}
-    assert rates.baseline("c", 160, shards=1).lr == rates.baseline("c", 160).lr, "no trials yet"
-    assert [rates.settled(rates.baseline(model, 160, 1, shards=1)) for model in "bcd"] == [True, False, False]
+    assert rates.baseline("b", 320, 1, shards=1).lr == 3e-3
+    assert {rates.baseline("b", 320, 1, shards).lr for shards in (2, ALL)} == {1.7e-3}
+    assert rates.baseline("b", 160, 1, shards=1).lr == 1.7e-3, "shorter ones were not tried"
+    assert rates.baseline("c", 320, shards=1).lr == rates.baseline("c", 320).lr, "no trials yet"
+    assert [rates.settled(rates.baseline(model, 320, 1, shards=1)) for model in "bcd"] == [True, False, False]
     tried = small_trials("d")
     assert all(map(rates.settled, tried))
     for piece, top1 in zip(tried, (1, 3, 2), strict=True):
