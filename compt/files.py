@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -26,6 +27,8 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.tmp-[a-z0-9_]{8}(?P<old>\.old)?")
 
 _WRITERS = 8
 """Processes that may write the same file at the same time and leave nothing behind when they are killed."""
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+"""This machine, in the names of temporary files."""
 
 
 def _fsync(path: Path) -> None:
@@ -91,25 +94,34 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
         _fsync(path.parent)
 
 
+def temporary_of(path: Path, number: int = 0) -> Path:
+    """The temporary file of the `number`-th process of this machine that writes `path` at the same time."""
+    return path.with_name(f".{path.name}.{_HOST}.tmp{number}")
+
+
 def _open_temporary(path: Path) -> tuple[Path, int]:
     """A temporary file beside `path`, locked until its descriptor is closed.
 
-    Names are numbered, so that what a killed process left is used again and no folder has to be listed. Where files
-    cannot be locked, the name is a new one.
+    Names are numbered, so that what a killed process left is used again and no folder has to be listed. They have the
+    machine in them, as locks may hold on one machine only. Where files cannot be locked, the name is a new one.
     """
-    for number in range(_WRITERS):
-        name = path.with_name(f".{path.name}.tmp{number}")
-        with contextlib.suppress(OSError):
+    for name in (temporary_of(path, number) for number in range(_WRITERS)):
+        try:
             descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less what the umask takes
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(descriptor), os.stat(name)):  # else its owner has just renamed it
-                    os.ftruncate(descriptor, 0)
-                    return name, descriptor
-            except OSError:
-                os.close(descriptor)
-                raise
+        except OSError:  # a link, or another user's
+            break
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if name.exists() and os.path.samestat(os.fstat(descriptor), os.stat(name)):
+                os.ftruncate(descriptor, 0)
+                return name, descriptor
+        except (BlockingIOError, FileNotFoundError):  # its owner writes it, or has just renamed it
+            pass
+        except OSError:  # no locks here: nobody writes numbered files
             os.close(descriptor)
+            name.unlink(missing_ok=True)
+            break
+        os.close(descriptor)
     name = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     return name, os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 

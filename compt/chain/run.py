@@ -362,7 +362,8 @@ def _caption_tokens(recipe: Recipe, index: Index, base: Path, folder: Path) -> A
 def _contents(context: RunContext, source: str) -> dict[str, str]:
     """Open the data that models are scored on. Returns hashes for `RunContext.contents`. Raises DataError."""
     recipe, base = context.recipe, context.base
-    contents = {"the training shards": context.index.content}
+    columns = hash_json(recipe.data.caption_columns or [])
+    contents = {"the training shards": context.index.content, "what data.caption_columns names": columns}
     digests = {table.path: table.digest for table in context.index.tables if table}
     contents |= {f"{_TABLE} {name}": digests[base / name] for name in recipe.data.tables}
     with named(source, "evaluation.sets"):
@@ -386,9 +387,10 @@ def _check_room(context: RunContext, scorer: Scorer) -> None:
     """Raise DataError for a cache that cannot hold what training and a look at the model meanwhile need."""
     data, size = context.recipe.data, scorer.cache.size
     training, beside = bytes_of(context.index.shards, 2 * data.shuffle_shards), scorer.bytes_beside_training
-    if training + beside > size:
+    together = training + beside if context.recipe.evaluation.every else max(training, beside)
+    if together > size:
         raise DataError(
-            f"is {size:,} bytes, but {training + beside:,} are needed at a time: up to {training:,} for the shards of "
+            f"is {size:,} bytes, but {together:,} are needed at a time: up to {training:,} for the shards of "
             f"training (fewer with a lower data.shuffle_shards), and up to {beside:,} for those that a model is scored "
             "on meanwhile; enlarge it"
         )

@@ -138,7 +138,10 @@ def _folders(shards_folder: Path, out: Path | None) -> list[Path]:
     """The folders where the index of one folder's shards may be, the preferred one first."""
     if out is not None:
         return [out]
-    return [shards_folder / INDEX_FOLDER, user_cache("index") / _short_hash(shards_folder)]
+    places = [shards_folder / INDEX_FOLDER]
+    with contextlib.suppress(RunError):  # neither a cache nor a folder for temporary files
+        places.append(user_cache("index") / _short_hash(shards_folder))
+    return places
 
 
 def index_folder(shards_folder: Path, out: Path | None = None) -> Path:
@@ -251,8 +254,6 @@ class _IndexFiles:
         folders = common([table and table.folder.name for table in tables])
         self._digests = common([table and table.digest for table in tables])
         self._merged = f"merged-{hash_json([named, folders, columns])[:16]}.index"
-        if columns:  # a fingerprint without them would be the same for other captions of as many images
-            self._digests = [self._digests, [*columns]]
         self._identity = hash_json([VERSION, named, self._versions, self._digests, columns])
         self._places = [*self._folders(first), *(_folders(first, None)[1:] if out else [])]
 

@@ -28,11 +28,13 @@ def start_child(target: Callable[..., None], *arguments: Any) -> tuple[Any, Any]
     process = context.Process(target=_run, args=(target, sender, *arguments), daemon=True)
     # A Ctrl-C in the terminal reaches the whole process group, and the child would print a traceback. So it ignores
     # SIGINT from its first moment on, which it only does if its parent ignores the signal while it starts the child.
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    main = threading.current_thread() is threading.main_thread()  # only there can signals be set
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN) if main else None
     try:
         process.start()
     finally:
-        signal.signal(signal.SIGINT, interrupt)
+        if main:
+            signal.signal(signal.SIGINT, interrupt)
     # Or the pipe would still have an open end here when the child is dead, and `answer_of` would wait for ever.
     sender.close()
     return process, receiver

@@ -18,6 +18,7 @@ from compt.errors import DataError
 from compt.evaluate.encoder import Arrays, Encoder, Tokenize, by_id, everywhere, over_batches
 from compt.evaluate.stats import bootstrap, wilson
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result, ScoreRow, open_data
+from compt.files import hash_json
 from compt.recipe.schema import EvalSet
 
 KS = (1, 5, 10)
@@ -167,6 +168,11 @@ class Retrieval(EvaluationTask):
     def open(cls, item: EvalSet, settings: EvalSettings) -> Retrieval:
         """The data with the captions. Raises DataError."""
         return cls(item, settings, open_data(item, settings, captions=True))
+
+    def pins(self) -> dict[str, str]:
+        """The data, and the fields of its captions if the set names them."""
+        columns = self.item.caption_columns
+        return {**super().pins(), **({} if columns is None else {"caption_columns": hash_json(columns)})}
 
     def run(self, encoder: Encoder, tokenize: Tokenize) -> RetrievalResult:
         """Rank all pairs, both ways."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -182,7 +182,8 @@ class Data(Section):
     cache_size: Count = execution(SHARD_CACHE, gt=0)
     """Bytes of shards in `cache_dir`, for all processes of a machine. Older ones are removed."""
     max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)
-    """Share of unusable samples above which training stops, and of unusable labels above which an evaluation does."""
+    """Share of unusable samples above which, by more than chance, training stops, and of unusable labels above which an
+    evaluation does."""
 
     @property
     def tables(self) -> list[str]:
@@ -339,6 +340,8 @@ def unread_by(task: str, fields: Iterable[str]) -> str | None:
 class EvalSet(Section):
     """A task on WebDataset shards in clip_benchmark's layout, or on a folder with one folder per class."""
 
+    of_other_tasks: ClassVar[frozenset[str]] = frozenset()
+    """Fields that may be there for another task than `task`."""
     name: Name
     """Name of the set in reports."""
     task: Annotated[str, AfterValidator(EVALUATION_TASKS)] = "zeroshot"
@@ -370,7 +373,10 @@ class EvalSet(Section):
     @model_validator(mode="after")
     def _fields_are_read(self) -> EvalSet:
         fields = type(self).model_fields
-        given = [name for name in TASKS_OF_FIELDS if getattr(self, name) not in (fields[name].get_default(), [])]
+        checked = TASKS_OF_FIELDS.keys() - self.of_other_tasks
+        given = [
+            name for name in TASKS_OF_FIELDS if name in checked and getattr(self, name) != fields[name].get_default()
+        ]
         if text := unread_by(self.task, given):
             raise ValueError(text)
         return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -18,6 +18,7 @@ from compt.recipe.types import Paths, Section
 class SuiteSet(EvalSet):
     """A set with what is known of it. Its paths start at the suite's root."""
 
+    of_other_tasks: ClassVar[frozenset[str]] = frozenset({"train"})  # for `compt eval --suite … --task linear_probe`
     train: Paths | None = None
     """Labelled images for `linear_probe` and `knn`, written as `data`. `[]`: the set has no training split."""
     title: str = ""

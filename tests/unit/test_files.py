@@ -21,6 +21,7 @@ from compt.files import (
     private_folder,
     read_json,
     read_text,
+    temporary_of,
     user_cache,
     write_bytes,
     write_json,
@@ -185,16 +186,17 @@ def test_a_text_is_read_from_plain_files_of_some_size_alone(tmp_path: Path) -> N
 
 
 def test_what_a_killed_writer_left_goes(tmp_path: Path) -> None:
-    (tmp_path / ".a.json.tmp0").write_text("half of a long file")
-    (tmp_path / ".b.json.tmp0").write_text("of another file")
+    temporary_of(tmp_path / "a.json").write_text("half of a long file")
+    other = temporary_of(tmp_path / "b.json")
+    other.write_text("of another file")
     write_text(tmp_path / "a.json", "{}")
     assert read_json(tmp_path / "a.json") == {}
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".b.json.tmp0", "a.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name, "a.json"]
 
 
 def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
-    (tmp_path / ".a.json.tmp0").symlink_to(tmp_path / "precious")
+    temporary_of(tmp_path / "a.json").symlink_to(tmp_path / "precious")
     write_text(tmp_path / "a.json", "{}")
     assert ((tmp_path / "precious").read_text(), (tmp_path / "a.json").read_text()) == ("precious", "{}")
 
@@ -210,6 +212,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         first.write(b"first")
         second.write(b"second")
     assert (tmp_path / "a").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_two_writers_of_one_file(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def assert_same(whole: Path, run: Path) -> None:
                 line.pop("macs", 0)  # ranks and micro-batches pad to their own longest caption, and features come twice
             assert one == pytest.approx(two, rel=5e-4, abs=2e-6), job
         assert manifest(run, job)["state"] == "done"
+        assert lines(run, job)[-1]["macs"] == pytest.approx(manifest(run, job)["cost"]["total_macs"])
 
 
 @pytest.mark.slow

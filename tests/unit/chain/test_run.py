@@ -42,7 +42,7 @@ from compt.evaluate.scorer import Scorer
 from compt.expand.execute import Draw
 from compt.expand.plan import make_plan
 from compt.export.write import export_model
-from compt.files import read_json, sha256_file, write_json
+from compt.files import read_json, sha256_file, temporary_of, write_json
 from compt.models.clip import build
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.models.init import DrawnState
@@ -488,6 +488,16 @@ def replace_bytes(shard: Path) -> None:
         file.write(bytes(255 - byte for byte in shard.read_bytes()[file.tell() : file.tell() + 4]))
 
 
+def test_other_captions_are_refused_and_a_run_of_before_goes_on(base: Path, half: Path) -> None:
+    """Neither the numbers of captions nor the shards need to change with `data.caption_columns`."""
+    with pytest.raises(RunError, match=r"what data\.caption_columns names changed since"):
+        prepare(recipe_of("data.caption_columns=[captions]"), half, base=base)
+    state = read_json(half / "run.json")
+    assert state["contents"].pop("what data.caption_columns names")
+    write_json(half / "run.json", state)
+    prepare(recipe_of("data.caption_columns=[captions]"), half, base=base)
+
+
 @pytest.mark.parametrize(
     ("shards", "what"),
     [
@@ -878,7 +888,7 @@ def test_processes_of_one_run_lose_nothing_of_what_each_plans(
 
 def test_what_another_process_is_writing_is_left_to_it(base: Path, half: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain_locks, "SECONDS", 0.2)
-    new = half / ".run.json.tmp0"
+    new = temporary_of(half / "run.json")
     new.write_text("{")
     ready, release = threading.Event(), threading.Event()
 

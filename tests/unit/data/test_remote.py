@@ -749,6 +749,8 @@ def test_a_cache_without_room_for_a_look_beside_training_is_refused_at_the_start
         prepare(recipe_of(*REMOTE_DATA, f"data.cache_size={room - 1}"), tmp_path / "run", base=tmp_path)
     without = recipe_of(*REMOTE_DATA, f"data.cache_size={sum(train) + sum(val)}", "evaluation.sets.1.role=report")
     prepare(without, tmp_path / "run", base=tmp_path)
+    at_the_end = recipe_of(*REMOTE_DATA, f"data.cache_size={sum(train)}", "evaluation.every=null")
+    prepare(at_the_end, tmp_path / "run", base=tmp_path)
 
 
 def test_a_run_asks_a_store_once_for_each_shard(

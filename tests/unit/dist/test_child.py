@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import psutil
@@ -37,6 +38,14 @@ def test_the_answer_is_waited_for_and_not_the_end(
     process, receiver = start_child(target)
     assert answer_of(process, receiver, lambda: target is says_nothing) == answer
     assert process.exitcode == code
+
+
+def test_a_child_of_another_thread() -> None:
+    """Where no signal can be set."""
+    with ThreadPoolExecutor(1) as pool:
+        process, receiver = pool.submit(start_child, dies).result()
+    assert answer_of(process, receiver) is None
+    assert process.exitcode == 3
 
 
 POOL = """

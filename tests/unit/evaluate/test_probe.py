@@ -18,7 +18,7 @@ from compt.evaluate.task import EvalSettings
 from compt.models.clip import build
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
-from compt.recipe.suite import load_suite
+from compt.recipe.suite import Suite, load_suite
 from compt.report.scores import SuiteReport
 from compt.weights.artefact import write_artefact
 from compt.weights.open import open_model
@@ -153,6 +153,9 @@ def test_a_suite_with_another_task() -> None:
     assert {item.task for item in suite.sets} == {"linear_probe"}
     assert suite.sets[0].train == ["wds_imagenet1k/train/*.tar"]
     assert not suite.published
+    named = {"name": "x", "data": ["a/*.tar"], "train": ["b/*.tar"]}
+    suite_of_one = Suite.model_validate({"sets": [named]}).with_task("linear_probe")
+    assert suite_of_one.sets[0].train == ["b/*.tar"], "a zero-shot set may name its training split"
     assert [item.title for item in suite.sets if item.train == []] == [
         *("ImageNet-v2", "ImageNet-R", "ImageNet Sketch", "ObjectNet", "ImageNet-A")
     ]
