@@ -34,6 +34,7 @@ from compt.data.remote import Cache
 from compt.data.samples import SampleReader
 from compt.data.sources import PackOptions
 from compt.errors import ConfigError, DataError
+from compt.files import temporary_of
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 from tests.helpers.store import Store
@@ -501,7 +502,7 @@ def test_a_packing_that_is_killed_in_its_first_shard_can_be_finished(tmp_path: P
         fill(tmp_path / "set", {f"{name}.txt": name for name in names})
     options, source = PackOptions(shard_size=30, resize=4), str(tmp_path / "set")
     whole = pack(source, tmp_path / "whole", Path(), options, workers=1)
-    out = fill(tmp_path / "out", {".pack.json.tmp0": "{"})  # it was killed even earlier before
+    out = fill(tmp_path / "out", {temporary_of(tmp_path / "pack.json").name: "{"})  # it was killed even earlier before
     killed_at(".000000.tar*", source, out, "shard_size=30, resize=4", workers)
     left = {path.name for path in out.iterdir()}
     assert "000000.tar" not in left
