@@ -112,7 +112,7 @@ def _open_temporary(path: Path) -> tuple[Path, int]:
             break
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if name.exists() and os.path.samestat(os.fstat(descriptor), os.stat(name)):
+            if os.path.samestat(os.fstat(descriptor), os.stat(name)):
                 os.ftruncate(descriptor, 0)
                 return name, descriptor
         except (BlockingIOError, FileNotFoundError):  # its owner writes it, or has just renamed it

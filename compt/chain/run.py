@@ -33,7 +33,7 @@ from compt.errors import ArtefactError, ConfigError, DataError, RunError, neares
 from compt.evaluate.scorer import Scorer, ask_once, index_folder_of
 from compt.evaluate.sets import check_sets
 from compt.files import disk_errors, flatten, hash_json, write_json, write_text
-from compt.plan.forecast import memory_of, usable_bytes
+from compt.plan.forecast import memory_of, needs_less, usable_bytes
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
 from compt.recipe.deepspeed import check_engines
@@ -193,8 +193,8 @@ def device_warnings(recipe: Recipe, jobs: Iterable[Job], device: torch.device) -
         )
     for job in jobs:
         config = recipe.engine_of(job.spec.name)
-        if config.find_micro_batch or config.tune or config.fsdp2.cpu_offload or config.deepspeed_config:
-            continue  # It finds what fits, or holds less than the plan knows of.
+        if needs_less(config):
+            continue
         ranks, on = dist.world_size(), config.recompute
         needed = memory_of(recipe, job, config.name, ranks, recompute=on, config=config).total_bytes
         if needed > room:

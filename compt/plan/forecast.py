@@ -285,8 +285,7 @@ def make_forecast(
     """
     gpus = machine.gpus if machine else 1
     check_shares(recipe, gpus, source)
-    jobs: dict[str, Any] = {"baselines": baselines, "controls": controls, "start": start}
-    plan = make_plan(recipe, **jobs, world_size=gpus, source=source)
+    plan = make_plan(recipe, baselines=baselines, controls=controls, world_size=gpus, start=start, source=source)
     estimates = tuple(_estimate(recipe, job, machine) for job in plan.jobs)
     individual = tuple(
         replace(_estimate(recipe, job, None), hours=_hours(recipe, job, machine), own=_own(recipe, job, machine))

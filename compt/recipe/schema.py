@@ -373,10 +373,8 @@ class EvalSet(Section):
     @model_validator(mode="after")
     def _fields_are_read(self) -> EvalSet:
         fields = type(self).model_fields
-        checked = TASKS_OF_FIELDS.keys() - self.of_other_tasks
-        given = [
-            name for name in TASKS_OF_FIELDS if name in checked and getattr(self, name) != fields[name].get_default()
-        ]
+        checked = [name for name in TASKS_OF_FIELDS if name not in self.of_other_tasks]
+        given = [name for name in checked if getattr(self, name) != fields[name].get_default()]
         if text := unread_by(self.task, given):
             raise ValueError(text)
         return self
