@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, MEMBERS, SEEDS, Piece
+from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, MEMBERS, MORE_SEEDS, Piece
 from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
@@ -214,7 +214,7 @@ class Study:
 
 
 def seedless(name: str) -> str:
-    for seed in SEEDS:
+    for seed in MORE_SEEDS:
         name = name.replace(f"-s{seed}", "")
     return name
 

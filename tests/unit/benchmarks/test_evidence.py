@@ -25,6 +25,7 @@ from benchmarks.evidence.pieces import (
     FIRST,
     LENGTHS,
     MEMBERS,
+    MORE_SEEDS,
     RATES,
     SEEDS,
     SELECT,
@@ -212,12 +213,15 @@ def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:
     found = arms(rates)
     for claim in found.values():
         for arm in claim:
-            assert [piece.seed for piece in arm.pieces] == list(SEEDS)[: len(arm.pieces)]
+            assert [piece.seed for piece in arm.pieces] == list(MORE_SEEDS)[: len(arm.pieces)]
             assert all(one.seed == piece.seed for piece in arm.pieces for one in piece.chain)
+    assert {len(arm.pieces) for arm in found["k"]} == {len(MORE_SEEDS)}
     # The baselines with which claims compare: `run --claim` trains them too, with all seeds.
     for letter, models, epochs in (("a", "abcd", 40), ("b", "d", 40), ("e", "b", 80), ("i", "bcd", 40)):
         own = set(pieces_of([found[letter]]))
         assert {rates.baseline(model, epochs, seed) for model in models for seed in SEEDS} <= own
+    small = set(pieces_of([found["k"]]))
+    assert {rates.baseline(model, 320, seed, 1) for model in "abcd" for seed in MORE_SEEDS} <= small
     both, weights, features, neither, longer = (arm.pieces[1] for arm in found["f"])
     assert {piece.epochs for piece in (both, weights, features, neither)} == {20}
     assert longer == replace(neither, epochs=EQUAL_PAIR)
