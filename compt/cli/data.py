@@ -170,8 +170,8 @@ def check(
     """Read every sample of a WebDataset and report problems.
 
     Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
-    evaluation would refuse the set: too many unusable samples or, without captions, class numbers. Table, index, cache
-    and accepted share of a recipe hold where no option names another.
+    evaluation would refuse the set: too many samples are unusable or, in a set without captions, too many class
+    numbers. With --recipe, the table, index, cache and accepted share come from the recipe, unless an option sets them.
     """
     from compt.data.check import check as run_check
     from compt.data.mixture import open_training, sets_table

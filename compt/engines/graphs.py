@@ -1,11 +1,12 @@
 """CUDA graphs: a training step is captured once for each size of its text, and then launched as a whole.
 
-A captured step reads its batch from buffers that stay where they are, and writes gradients to buffers that stay. The
-optimizer stays outside, and so does every collective: of several processes the loss, which gathers features, runs
-between the graph of the forward pass and that of the backward pass, while the GPU is still at the forward pass.
+A captured step reads its batch from fixed buffers and writes gradients to fixed buffers. The optimizer and all
+collectives stay outside of the graphs. With one rank, a step is one graph. With several, it is a graph of the forward
+pass, then the loss, which gathers features, then a graph of the backward pass. The CPU launches the loss while the GPU
+still computes the forward pass.
 
 Gradients come from `torch.autograd.grad`, and DistributedDataParallel does not wrap the module. Its hooks keep the
-nodes that add up gradients on the stream where they were made, which a capture on another stream may not wait for.
+nodes that add up gradients on the stream where they were made, and a capture on another stream may not wait for it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class Fsdp2(Section):
 
 
 class EngineConfig(Section):
-    """How and where to run. Several processes are data-parallel."""
+    """How and where to run. Several ranks train data-parallel: each computes a share of every batch."""
 
     name: EngineName = execution("ddp")
     """How the state is sharded: `ddp` (not at all), `fsdp2` (weights, gradients, optimizer), or DeepSpeed's ZeRO:
@@ -132,8 +132,8 @@ class EngineConfig(Section):
     shard_teacher: bool = execution(False)
     """Shard the frozen teacher too, and gather it block by block."""
     teacher_cache: Count | None = execution(None, gt=0)
-    """Bytes of the CPU's memory in which each process keeps the teacher's features of captions: `20G`. A caption that a
-    process sees again is not computed again by the teacher. When the memory is full, further captions are computed
+    """Bytes of the CPU's memory in which each rank keeps the teacher's features of captions: `20G`. A caption that a
+    rank sees again is not computed again by the teacher. When the memory is full, further captions are computed
     every time. Not with `shard_teacher`. Default: none."""
     recompute: bool = execution(False)
     """Activation checkpointing: keep only the inputs of blocks and compute blocks again in backward. Less memory, a
@@ -141,7 +141,7 @@ class EngineConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = execution("auto")
     """`auto` uses a GPU if there is one."""
     micro_batch: int | None = execution(None, gt=0)
-    """Images that one process computes at once, to save memory. The step stays the same. Default: its whole share."""
+    """Images that a rank computes at once, to save memory. The step stays the same. Default: its whole share."""
     find_micro_batch: bool = execution(False)
     """Before training, search the largest `micro_batch` that fits into memory, up to the one given."""
     tune: bool = execution(False)
@@ -167,7 +167,7 @@ class EngineConfig(Section):
     """Capture whole training steps as CUDA graphs, a graph for each of at most 33 sizes of packed text. For `name: ddp`
     and `text: packed`; it has not run on a GPU yet."""
     workers: int = execution(4, ge=0)
-    """Processes that decode images, for each training process. At most one per core is started."""
+    """Loader processes, which decode images, for each rank. At most one per core is started."""
     cache: bool = execution(False)
     """Keep the encoded images of the training set in memory."""
     log_every: Duration = execution(Duration(steps=50))
@@ -184,7 +184,7 @@ class EngineConfig(Section):
     async_checkpoints: bool = execution(False)
     """Write checkpoints while training goes on. Needs memory for a copy of the state. Not with ZeRO."""
     timeout: float = execution(600.0, gt=0)
-    """Seconds without a step, or in one collective, after which a process counts as hanging and the job ends."""
+    """Seconds without a step, or in one collective, after which a rank counts as hanging and the job ends."""
 
     @property
     def buckets(self) -> int:

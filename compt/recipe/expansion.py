@@ -61,12 +61,14 @@ class Expand(LinkExpand):
     zero_new_outputs: bool = False
     """Set the outputs of added layers to zero, so that they change nothing at first."""
     noise: float = Field(default=0.1, ge=0, lt=1)
-    """Largest relative noise on the weights that read copies of a unit, so that the copies become different in
-    training. With 0 they stay equal forever. The noise cancels over the copies, so the outputs of the model do not
-    change. It affects only operators that make copies."""
+    """Some operators copy channels, heads or MLP units. Copies with equal weights would stay equal in training. So each
+    weight that reads a copy is multiplied by 1 plus a random number of at most this size. The numbers cancel over the
+    copies, so the outputs of the model do not change. With 0, copies stay equal. Without effect for operators that make
+    no copies."""
     reference_compatible: bool = False
-    """Fill the layers that the authors' code fills: in a ViT image tower whose depth doubles, each layer twice;
-    otherwise layer by layer from the first on. `depth` then has no effect."""
+    """Copy layers as the authors' code does. If the depth of a ViT image tower doubles, each layer of the teacher is
+    used twice. Otherwise layer i is copied to layer i, and further layers keep random weights. `depth` then has no
+    effect."""
 
 
 def expansion(chain: Expand, link: LinkExpand | None) -> ExpandConfig:

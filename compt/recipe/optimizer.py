@@ -47,7 +47,7 @@ class Optimizer(Section):
     """AdamW with linear warm-up and a decay of the learning rate, and the task loss."""
 
     batch: int = Field(default=1024, gt=0)
-    """Images in a step, over all processes."""
+    """Images in a step, over all ranks."""
     lr: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     schedule: Schedule = later(Schedule())
@@ -69,10 +69,11 @@ class Optimizer(Section):
     """Task loss: `contrastive`, the softmax loss of CLIP, or `siglip`, the sigmoid loss of single pairs, which adds a
     learned `logit_bias` to the models."""
     image_to_text: Literal["slot", "all"] = "slot"
-    """Candidates in the softmax over captions of an image with M captions: the k-th caption of every image, for each k
-    (`slot`), or all captions (`all`). With `siglip` only `slot` is allowed and has no effect."""
+    """Candidates in the softmax of an image, if images have M captions each. `slot`: M softmaxes, the k-th over the
+    k-th caption of every image. `all`: one softmax over all captions of all images. With `siglip` only `slot` is
+    allowed and has no effect."""
     max_nonfinite: int = execution(10, gt=0)
-    """Steps in a row with a loss or gradient that is not finite after which a run stops. Such steps are skipped."""
+    """A run stops after this many steps in a row whose loss or gradient is not finite. Each of them is skipped."""
 
     @model_validator(mode="after")
     def _betas(self) -> Optimizer:

@@ -26,7 +26,9 @@ names the file, the key, the value and the nearest key that is right. `--set` re
 list items are numbered from 0: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`.
 
 Fields are of two kinds. **result** fields change the trained weights: a run cannot be resumed after one of them has
-changed. **execution** fields say where and how to run: they may change before a run is resumed.
+changed. **execution** fields say where and how to run: they may change before a run is resumed. Paths are execution
+fields, because data may move. The data itself must stay the same: a resume compares hashes of the shards, their
+weights, the tables and names of captions, and the evaluation sets.
 
 This page is written by `python -m compt.recipe.reference docs/recipes.md`.
 """

@@ -182,8 +182,8 @@ class Data(Section):
     cache_size: Count = execution(SHARD_CACHE, gt=0)
     """Bytes of shards in `cache_dir`, for all processes of a machine. Older ones are removed."""
     max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)
-    """Share of unusable samples above which, by more than chance, training stops, and of unusable labels above which an
-    evaluation does."""
+    """Share of unusable samples that training accepts: it stops if clearly more of the last samples of a rank are
+    unusable. Also the share of unusable class numbers that an evaluation set may have."""
 
     @property
     def tables(self) -> list[str]:

@@ -21,16 +21,16 @@ def cached_backward(
 ) -> tuple[Tensor, Scalars]:
     """Add the gradients of this rank's batch; returns the detached loss and the task's report.
 
-    images float [b, 3, H, W], tokens int64 [b, M, T], lengths and known as in `Task`. At most `micro_batch` samples
-    pass through the models at once. The usual accumulation, a mean of the losses of small batches, would leave out the
-    negatives of the other pieces. Instead:
+    images float [b, 3, H, W], tokens int64 [b, M, T], lengths and known as in `Task`. The batch is computed in
+    micro-batches of at most `micro_batch` samples. Averaging the losses of micro-batches, as usual, would leave out the
+    negatives of the other micro-batches. Instead:
 
-    1. A forward of each piece, without a graph, gives all features.
+    1. A forward pass of each micro-batch, without a graph, gives all features.
     2. The loss of the whole batch gives the gradient of each feature.
-    3. A second forward of each piece carries these gradients to the parameters.
+    3. A second forward pass of each micro-batch carries these gradients to the parameters.
 
-    A single piece takes the direct way. The module's forward must be deterministic, and every rank must have the same
-    number of pieces.
+    If there is only one micro-batch, one forward and one backward pass are enough. The module's forward must be
+    deterministic, and every rank must have the same number of micro-batches.
     """
     size = micro_batch or len(images)
     pieces = [

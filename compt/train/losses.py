@@ -225,7 +225,9 @@ class SiglipLoss(Loss):
 def siglip_loss(
     image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, *, chunk: LossChunk = None, gather: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Pairwise sigmoid loss of N images with M captions each (SigLIP, arXiv 2303.15343), and its matching pairs' share.
+    """Pairwise sigmoid loss of N images with M captions each (SigLIP, arXiv 2303.15343).
+
+    Returns the loss, and the part of it that comes from matching pairs (k = i), which has no gradient.
 
     `image` [b, D], `text` [b, M, D]: this rank's features, normalised here. `scale`: exp(logit_scale), `bias`:
     logit_bias, one element each.
@@ -236,8 +238,8 @@ def siglip_loss(
 
     `chunk`: how many images of this rank meet the captions of one rank at a time. The captions travel from rank to
     rank in a ring, with the gradient that each rank adds to them: a rank holds the features of two ranks at most and
-    chunk * b * M logits. The second value, the share of the matching pairs (k = i), has no gradient. Backward expects
-    the same factor on every rank. Raises ValueError for shapes that do not match.
+    chunk * b * M logits. Backward expects the same factor on every
+    rank. Raises ValueError for shapes that do not match.
     """
     _check(image, text)
     with torch.autocast(image.device.type, enabled=False):

@@ -205,10 +205,10 @@ def _columns(width: int) -> list[Any]:
 def straggler_report(seconds: float, waited: float, steps: int) -> dict[str, float]:
     """Seconds a step on the slowest rank and on average, and the longest wait for data, since the last report.
 
-    `seconds` are those of `steps` in which this rank did not wait for the data of others; in `waited` of them it waited
-    for its own. Ranks also wait for each other within a step, so a slow GPU shows less than slow data. Returns
-    step_seconds_max, step_seconds_mean, data_wait_max and slowest_rank; {} in a single process. One small collective:
-    all ranks call it.
+    `seconds`: the time of this rank for the last `steps` steps, without the time that it waited for the data of other
+    ranks. `waited`: the part of `seconds` in which it waited for its own data. Ranks also wait for each other within a
+    step, so a slow GPU shows less than slow data. Returns step_seconds_max, step_seconds_mean, data_wait_max and
+    slowest_rank; {} in a single process. One small collective: all ranks call it.
     """
     if dist.world_size() == 1:
         return {}

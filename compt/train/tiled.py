@@ -114,12 +114,13 @@ def _gradient_kernel(
 ):  # fmt: skip
     """The gradient of the rows, without its factor `scale`: sum over columns of the logit's gradient times the column.
 
-    Rows are IMAGES and columns captions, or the other way around; an image has CAPTIONS, and the first row's image is
-    `first`. SIGMOID: the logit has a bias, and of images' rows `sums` [p, 4, n_rows] gets the value, its share of the
-    right pairs, and the gradients of bias and scale. Otherwise `image_logs` [images, GROUPS] and `caption_logs`
-    [captions] are the logs of the denominators, `upstream` [2] is the gradient of the captions' and the images' sum,
-    and RIGHT captions are right in one softmax of an image. Program (i, p) takes SPAN columns from p * SPAN on and
-    writes to out [p, n_rows, WIDTH], which is zero before and, without GRADIENT, afterwards.
+    With IMAGES, rows are images and columns captions; otherwise the other way around. An image has CAPTIONS, and
+    `first` is the image of the first row. With SIGMOID, the logit has a bias. If rows are images, `sums` [p, 4, n_rows]
+    receives for each row the loss, the part of it from matching pairs, and the gradients of bias and scale. Without
+    SIGMOID, `image_logs` [images, GROUPS] and `caption_logs` [captions] are the logarithms of the denominators,
+    `upstream` [2] holds the gradients of the captions' and of the images' sum, and RIGHT is the number of matching
+    captions in one softmax of an image. Program (i, p) reads SPAN columns from p * SPAN on. It adds to `out`
+    [p, n_rows, WIDTH], which the caller fills with zeros. Without GRADIENT it leaves `out` as it is.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)

@@ -62,7 +62,7 @@ Keys and values are those of the recipe's section `expand`; a tower's own pairs 
 
 With --dry-run, or with --verify and no OUT, nothing is written. \
 Under torchrun each process writes its share of the files. \
-The exit code is 4 if a tower breaks the plan's promise to keep its function."""
+The exit code is 4 if the plan says that a tower keeps its features, and --verify finds that it does not."""
 
 _HOW, _MODELS, _OUTPUT = "Expansion", "Models", "Output"
 

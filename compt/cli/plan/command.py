@@ -57,7 +57,7 @@ def plan(
         list[Path] | None, option("with --auto: a run folder to learn from; repeatable", metavar="RUN")
     ] = None,
     runs_on: Annotated[
-        str | None, option("with --runs: evaluation set that decides; default: theirs", metavar="SET")
+        str | None, option("with --runs: evaluation set to compare on; default: the runs' primary", metavar="SET")
     ] = None,
     out: Annotated[
         Path | None, option("with --auto: write the chain as a recipe to a new file", metavar="FILE")
@@ -67,7 +67,7 @@ def plan(
 ) -> None:
     """Show the models that a recipe trains and what they cost.
 
-    Starts nothing. GPU-hours, wall time and memory hold for one kind of GPU. A recipe with engine.device cpu shows
+    Trains nothing. GPU-hours, wall time and memory are for one kind of GPU. A recipe with engine.device cpu shows
     them only with --kind, --gpus, --throughput or --memory.
     """
     # --auto makes a chain, the rest shows one. An option of the other half would have no effect, so it is an error.
