@@ -39,6 +39,8 @@ from compt.files import write_text
 from compt.text import TextTable
 
 OUT = RAW.parent
+FEW = 10
+"""So many pieces of one machine are named one by one."""
 
 
 def baseline_table(study: Study) -> TextTable:
@@ -146,6 +148,19 @@ def _curves(study: Study, axis: Axes) -> None:
     axis.axhline(100 / 1018, color=COLOUR["muted"], linewidth=0.8)
 
 
+def provenance(study: Study) -> list[str]:
+    """What trained the pieces, and when: a line for each processor and version."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for item in study.all:
+        groups.setdefault((item["machine"]["device"], item["machine"]["torch"]), []).append(item)
+    lines = []
+    for (device, version), items in groups.items():
+        dates = sorted(item["finished"][:10] for item in items)
+        which = "" if len(items) > FEW else f" ({', '.join(item['piece'] for item in items)})"
+        lines.append(f"- {len(items)} pieces{which} on {device}, torch {version}, from {dates[0]} to {dates[-1]}")
+    return lines
+
+
 def files(study: Study) -> dict[str, str]:
     """What the report consists of: text by file name."""
     judged = claims(study)
@@ -154,6 +169,7 @@ def files(study: Study) -> dict[str, str]:
     page = [
         "# Measured",
         "Written by `python -m benchmarks.evidence report`.",
+        "\n".join(provenance(study)),
         *_shown(savings_of_chains(study)),
         "## Claims",
         "\n".join(f"- {claim.sentence}" for claim in judged),

@@ -82,9 +82,21 @@ class Launches(TorchDispatchMode):
         )
         if given or taken:
             self.counts[self.part, name] += 1
-            touched = [*given, *(given if name in _LOOKUPS else taken)]
+            touched = [*given, *(given if name in _LOOKUPS else taken), *self._written(func, args)]
             self.moved[self.part, name] += sum(leaf.numel() * leaf.element_size() for leaf in touched)
         return found
+
+    def _written(self, func: Any, args: tuple[Any, ...]) -> list[Tensor]:
+        """What an operation on lists of tensors writes in place: such operations return nothing."""
+        if func._schema.returns:
+            return []
+        # AdamW writes gradients only where it divides them by a scale, which compt does not ask of it.
+        written = [
+            value
+            for argument, value in zip(func._schema.arguments, args, strict=False)
+            if argument.alias_info is not None and argument.alias_info.is_write and argument.name != "grads"
+        ]
+        return [leaf for leaf in tree_leaves(written) if isinstance(leaf, Tensor) and leaf.device == self.device]
 
     def watch(self, part: str, owner: Any, name: str) -> None:
         """Count what the method `name` of `owner` launches as `part` of the step."""

@@ -30,6 +30,13 @@ NASTY = [
     "<script>alert(1)</script>&amp;",
     "`code` ![x](y) [a](javascript:b) |cell| $m$ https://a.b",
     "# head",
+    "__background__ snake_case _a_",
+    "- item",
+    "+ item",
+    "---",
+    "1. first",
+    "2) second",
+    "-3.81 +1.2 12.9",
 ]
 
 

@@ -87,3 +87,26 @@ def test_what_counts_as_a_launch(work: Any, launched: int) -> None:
     with Launches(CPU, fake=False) as seen:
         work(torch.ones(2, 3))
     assert seen.total - 1 == launched, "the ones are one launch themselves"
+
+
+def test_operations_on_lists_write_what_they_change() -> None:
+    values = [torch.ones(4) for _ in range(4)]
+    with Launches(CPU, fake=False) as seen:
+        torch._foreach_mul_(values[:1], 2.0)
+        torch._foreach_add_(values[:1], values[1:2])
+        torch._fused_adamw_(
+            *([value] for value in values),
+            [],
+            [torch.zeros(())],
+            lr=0.1,
+            beta1=0.9,
+            beta2=0.9,
+            weight_decay=0.1,
+            eps=1e-8,
+            amsgrad=False,
+            maximize=False,
+        )
+    found = {name: moved // 16 for (_, name), moved in seen.moved.items() if name != "zeros"}
+    assert found["_foreach_mul_"] == 2, "read and written"
+    assert found["_foreach_add_"] == 3
+    assert found["_fused_adamw_"] == 7, "weights, gradients and two moments are read, all but the gradients written"
