@@ -148,8 +148,8 @@ def say(text: str) -> None:
 def escape_markdown(text: str) -> str:
     """Escape text so that Markdown shows it unchanged, on one line."""
     line = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
-    # An underscore within a word is no emphasis; at the start of a line, some characters begin a heading, quote or list.
-    special = r"([\\`*|~$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s|$|--))"
+    # An underscore within a word is no emphasis. At the start of a line, some characters begin a heading or a list.
+    special = r"([\\`*|~$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s|--))"
     escaped = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(special, r"\\\1", visible(line)))
     escaped = re.sub(r"\bwww\.", "www&#46;", escaped.replace("&", "&amp;"), flags=re.IGNORECASE)
     return escaped.replace("<", "&lt;").replace("://", "&#58;//")

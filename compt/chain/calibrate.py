@@ -165,7 +165,7 @@ class FirstPair:
 
 
 def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
-    """The set to compare on: `name`, else the first with the role `select`, else the primary one."""
+    """The set to compare on: `name`, else the first zero-shot one with the role `select`, else the primary one."""
     sets: dict[str, EvalSet] = {item.name: item for item in recipe.evaluation.sets}
     if name is not None:
         if name not in sets:
@@ -178,7 +178,7 @@ def _dataset(recipe: Recipe, name: str | None, source: str) -> str:
                 f"--calibrate-on {name}: is a {sets[name].task} set; accuracies are compared: name a zero-shot one"
             )
         return name
-    shots = [item for item in sets.values() if task_class(item.task).classifies]
+    shots = [item for item in sets.values() if item.task == "zeroshot"]
     chosen = [item.name for item in shots if item.role == "select"]
     chosen += [item.name for item in shots if item.name == recipe.evaluation.primary]
     if not chosen:

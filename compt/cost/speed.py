@@ -152,8 +152,8 @@ class Measurement(BaseModel):
 
     def same_models(self, other: Measurement) -> bool:
         """Whether both are of the same sizes, whatever their names."""
-        return _nameless(self.student) == _nameless(other.student) and (
-            (self.teacher and _nameless(self.teacher)) == (other.teacher and _nameless(other.teacher))
+        return nameless(self.student) == nameless(other.student) and (
+            (self.teacher and nameless(self.teacher)) == (other.teacher and nameless(other.teacher))
         )
 
 
@@ -228,8 +228,11 @@ class Throughput(BaseModel):
         return min(fitting, key=distance, default=None)
 
 
-def _nameless(spec: ModelSpec) -> ModelSpec:
-    """The fields of a model that affect its speed."""
+def nameless(spec: ModelSpec) -> ModelSpec:
+    """The model without its names and the eps of its norms, so that models of the same sizes are equal.
+
+    Some operators change the eps of what they grow (`compt.models.growth.grown_spec`).
+    """
     return replace(spec, name="", timm_name="", norm_eps=NORM_EPS, text_norm_eps=NORM_EPS)
 
 

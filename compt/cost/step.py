@@ -67,12 +67,21 @@ _PARAMETER_BYTES = {"products": 6.0, "rest": 12.0, "optimizer": 32.0}
 
 @dataclass(frozen=True)
 class StepTime:
-    """What a step of one GPU takes: `launches`, and seconds of the host, of matrix products and of other traffic."""
+    """What a step of one GPU takes: `launches`, and seconds of the host, of matrix products and of other traffic.
+
+    Products take the longer of `computing`, for their FLOPs, and `moving`, for their bytes.
+    """
 
     launches: int
     host: float
-    products: float
+    computing: float
+    moving: float
     traffic: float
+
+    @property
+    def products(self) -> float:
+        """Seconds of matrix products."""
+        return max(self.computing, self.moving)
 
     @property
     def device(self) -> float:
@@ -86,14 +95,15 @@ class StepTime:
 
     @property
     def decides(self) -> str:
-        """What the step waits for most."""
-        waits = {"launches": self.host, "products": self.products, "traffic": self.traffic}
-        return max(waits, key=waits.__getitem__)
+        """What the step waits for: launches by the host, or else the longer part of what the GPU computes."""
+        if self.host > self.device:
+            return "launches"
+        return "products" if self.products > self.traffic else "traffic"
 
     @property
     def low(self) -> float:
         """The least: the full peak and bandwidth of the datasheet, and launches that cost nothing."""
-        return self.products * PRODUCT_SHARE + self.traffic * BANDWIDTH_SHARE
+        return max(self.computing * PRODUCT_SHARE, self.moving * BANDWIDTH_SHARE) + self.traffic * BANDWIDTH_SHARE
 
     @property
     def high(self) -> float:
@@ -155,7 +165,8 @@ def step_time(
     return StepTime(
         launches=count,
         host=count * LAUNCH_SECONDS,
-        products=max(flops / (device.peak_flops[conditions.precision] * PRODUCT_SHARE), moved["products"] / bandwidth),
+        computing=flops / (device.peak_flops[conditions.precision] * PRODUCT_SHARE),
+        moving=moved["products"] / bandwidth,
         traffic=moved["rest"] / bandwidth,
     )
 

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.cost.counts import parameters
-from compt.design.epochs import log2_size
+from compt.cost.speed import nameless
+from compt.design.sizes import log2_size
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec
 from compt.plan.links import check_growth
@@ -25,10 +26,8 @@ from compt.plan.links import check_growth
 SMALLEST = 16
 """A candidate has at least the smallest preset's parameters (as Table G counts them) divided by this."""
 
-_COMMON = (
-    *("context_length", "vocab_size", "embed_dim", "image_size", "patch_size", "mlp_ratio", "no_ln_pre"),
-    *("quick_gelu", "window"),
-)
+_OWN = ("name", "width", "depth", "heads", "head_width", "depths", "stage_heads")
+"""What a candidate has of its own. It takes everything else from the next larger wanted model."""
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,19 @@ def text_shape(spec: ModelSpec, presets: Sequence[ModelSpec]) -> tuple[float, fl
 
 
 def _below(spec: ModelSpec, above: ModelSpec, presets: Sequence[ModelSpec]) -> ModelSpec:
-    """The image tower of `spec` with the other sizes that suit `above`, the next larger wanted model.
+    """`above`, the next larger wanted model, with the image tower of `spec` and the text tower that goes with it.
 
     The text tower's width is the nearest multiple of its head width, the depth the nearest whole number.
     """
     own, usual = text_shape(spec, presets), text_shape(above, presets)
     heads = max(1, round(own[0] / usual[0] * above.text_width / above.text_head_width))
     return replace(
-        spec,
+        above,
         text_width=heads * above.text_head_width,
         text_heads=heads,
-        text_head_width=above.text_head_width,
         text_depth=max(1, round(own[1] / usual[1] * above.text_depth)),
         timm_name="",
-        **{key: getattr(above, key) for key in _COMMON},
+        **{key: getattr(spec, key) for key in _OWN},
     )
 
 
@@ -117,25 +115,21 @@ def candidates(wanted: Mapping[str, ModelSpec]) -> Candidates:
     """
     rising = check_wanted(list(wanted.values()))
     family = ladder(rising[-1])
-    found = {_nameless(spec): spec for spec in rising}
+    found = {nameless(spec): spec for spec in rising}
     named = set(found)
     for shape in (*family, *_vit_shapes(rising[-1], family)):
         # Uses the usual text tower; the final one depends on the wanted model above.
         above = next((spec for spec in rising if log2_size(shape) < log2_size(spec)), None)
         if above is not None:
             spec = _below(shape, above, family)
-            found.setdefault(_nameless(spec), replace(spec, name=_free(shape.name, wanted)))
+            found.setdefault(nameless(spec), replace(spec, name=_free(shape.name, wanted)))
             if shape in family:
-                named.add(_nameless(spec))
+                named.add(nameless(spec))
     counted = sorted(((parameters(spec), at, spec) for at, spec in enumerate(found.values())), key=lambda one: one[:2])
     specs = [spec for _, _, spec in counted]
     places = tuple(specs.index(spec) for spec in rising)
-    presets = frozenset(at for at, spec in enumerate(specs) if _nameless(spec) in named)
+    presets = frozenset(at for at, spec in enumerate(specs) if nameless(spec) in named)
     return Candidates(tuple(specs), places, presets, _grows(specs, [size for size, _, _ in counted]))
-
-
-def _nameless(spec: ModelSpec) -> ModelSpec:
-    return replace(spec, name="")
 
 
 def _free(name: str, taken: Mapping[str, ModelSpec]) -> str:

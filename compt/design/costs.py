@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compt.cost.gpus import Device
-from compt.cost.speed import Conditions, Speed, Throughput, speed
+from compt.cost.speed import Conditions, Speed, Throughput, nameless, speed
 from compt.cost.training import JobCost
 from compt.errors import ConfigError
 from compt.models.presets import ModelSpec
@@ -94,9 +94,9 @@ def hours_costs(
         return samples * speed_of(recipe, student, teacher, device, gpus, file).seconds_per_sample / 3600
 
     alone, links = _tables(specs, hours, distils(recipe))
-    places = {replace(spec, name=""): at for at, spec in enumerate(specs)}
+    places = {nameless(spec): at for at, spec in enumerate(specs)}
     for entry in throughput.entries if throughput else ():
-        student = places.get(replace(entry.student, name=""))
+        student = places.get(nameless(entry.student))
         if student is None:
             continue
         if entry.teacher is None:
@@ -104,7 +104,7 @@ def hours_costs(
             if not distils(recipe):
                 links[:, student] = alone[student]
         elif distils(recipe):
-            teacher = places.get(replace(entry.teacher, name=""))
+            teacher = places.get(nameless(entry.teacher))
             if teacher is not None:
                 links[teacher, student] = hours(specs[student], specs[teacher], throughput)
     return Costs("gpu_hours", alone, links)

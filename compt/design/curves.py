@@ -16,8 +16,10 @@ from typing import Any, Literal
 import numpy as np
 
 from compt.cost.paper import LOSSLESS_POINTS
+from compt.cost.speed import nameless
 from compt.design.crossing import Numbers, crossing, interval, paired_draws
 from compt.design.runs import FinishedJob, Lineage, Skipped, grouped, read_scored
+from compt.design.sizes import log2_size
 from compt.files import flatten, hash_json
 from compt.models.presets import ModelSpec
 
@@ -30,7 +32,7 @@ MARGINS: dict[Target, float] = {"baseline": 0.0, "lossless": LOSSLESS_POINTS}
 class LinkEpochs:
     """A link of a chain: what the epochs that it needs depend on.
 
-    `position` is 1 for the first model that grows from another one. `images` are those of the training set, and
+    `position` is that of `compt.design.sizes.position`. `images` are those of the training set, and
     `baseline_epochs` what the baseline took. Without `distilled` only weights are passed on, not features.
     """
 
@@ -44,7 +46,7 @@ class LinkEpochs:
     @property
     def key(self) -> tuple[object, ...]:
         """The same for the same link; names of models and the position do not count."""
-        specs = (replace(self.student, name=""), replace(self.teacher, name=""))
+        specs = (nameless(self.student), nameless(self.teacher))
         return (*specs, self.images, round(self.baseline_epochs, 3), self.distilled)
 
 
@@ -181,7 +183,7 @@ def read_curves(
     average_seeds: bool = False,
     option: str = "--set",
 ) -> Curves:
-    """Every kind of link that `runs` hold, against every length of its baseline, in the order of their chain.
+    """Every kind of link that `runs` hold, against every length of its baseline, by the sizes of the models.
 
     `on` names the evaluation set; by default the one that all runs report on. Links that differ in more than their
     length and warm-up are different kinds; `average_seeds` averages over seeds. Seeds of baselines are always averaged.
@@ -214,7 +216,7 @@ class _CurveReader:
                 self.skipped.extend(Skipped(member.label, reason) for member in members)
             else:
                 links += self._against_baselines(self._one_warmup(members), spec)
-        links.sort(key=lambda link: link.position)
+        links.sort(key=lambda link: log2_size(link.student))
         return Curves(self.name, self.target, links, self.skipped)
 
     def _kind_of(self, job: FinishedJob) -> dict[str, Any]:
@@ -264,7 +266,7 @@ class _CurveReader:
         scratch = [job for job in self.jobs if job.manifest.parent_hash is None]
         same = [job for job in scratch if self._shared(job) == shared]
         groups = grouped(
-            [job for job in same if "baseline" in job.kinds],
+            [job for job in same if not job.is_control],
             lambda job: [job.settings, job.manifest.steps, job.warmup_steps],
         )
         if not groups:
@@ -278,7 +280,7 @@ class _CurveReader:
     def _no_baseline(self, scratch: Iterable[FinishedJob], shared: Mapping[str, Any], spec: ModelSpec) -> str:
         for job in scratch:
             own = self._shared(job)
-            if "baseline" in job.kinds and own["model"] == shared["model"]:
+            if not job.is_control and own["model"] == shared["model"]:
                 differ = [key for key in sorted(own.keys() | shared.keys()) if own.get(key) != shared.get(key)]
                 return f"{job.label} is not its baseline: they differ in {' and '.join(differ)}"
         return f"there is no finished baseline of {spec.name}"

@@ -18,16 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from compt.cost.paper import CAPTIONS_PER_IMAGE, FIGURE_8_EPOCHS, FIGURE_9B_EXTRAPOLATED, IMAGES, TABLE_2, TABLE_4A
-from compt.cost.published import paper_parameters
 from compt.design.curves import LinkCurve, LinkEpochs, Match
-from compt.models.presets import PRESETS, ModelSpec
+from compt.design.sizes import halvings, log2_size, log2_smallest
+from compt.models.presets import PRESETS
 
 Floats = NDArray[np.float64]
 
@@ -44,12 +43,6 @@ class Range:
     middle: float
     low: float
     high: float
-
-
-@lru_cache(maxsize=4096)
-def log2_size(spec: ModelSpec) -> float:
-    """Base-2 logarithm of the parameters as Table G counts them."""
-    return math.log2(paper_parameters(spec))
 
 
 def paper_matches() -> list[Match]:
@@ -70,30 +63,6 @@ def paper_matches() -> list[Match]:
             link = (PRESETS[row.model], PRESETS[row.start], 1, IMAGES["cc3m"], 128)
             found.append(Match(*link, False, epochs=row.epochs, source="table 4(a), weights only"))
     return found
-
-
-def log2_smallest(images: float) -> float:
-    """Base-2 logarithm of the parameters of the smallest first model that fits a number of images.
-
-    A stated rule, not a fit: a power law through the best starts that the paper names, ViT-T on CC3M and ViT-S on
-    Merged-15M (figure 6).
-    """
-    small, large = log2_size(PRESETS["vit_t16"]), log2_size(PRESETS["vit_s16"])
-    return small + (large - small) * math.log(images / IMAGES["cc3m"], IMAGES["merged15m"] / IMAGES["cc3m"])
-
-
-def halvings(log2_teacher: ArrayLike, images: float, smallest: float | None = None) -> Floats:
-    """How many halvings teachers of 2 ** `log2_teacher` parameters lie below the smallest model that fits.
-
-    `smallest`: its base-2 logarithm. Default: `log2_smallest`.
-    """
-    least = log2_smallest(images) if smallest is None else smallest
-    return np.maximum(0.0, least - np.asarray(log2_teacher, dtype=np.float64))
-
-
-def fits(log2_sizes: ArrayLike, images: float) -> NDArray[np.bool_]:
-    """Whether models of 2 ** `log2_sizes` parameters are large enough for a number of images."""
-    return halvings(log2_sizes, images) < 1e-6
 
 
 def features(log2_student: ArrayLike, log2_teacher: ArrayLike, position: ArrayLike, images: ArrayLike) -> Floats:
@@ -131,16 +100,17 @@ class EpochModel:
     @classmethod
     def fit(cls, matches: Sequence[Match], own: Sequence[LinkCurve] = ()) -> EpochModel:
         """Fit the line to published `matches`, and shift it by the matches in `own`, where there are any."""
-        measured = [curve.match for curve in own if curve.match is not None]
         points = tuple(match for match in matches if match.distilled)
         rows = np.array([_row(match) for match in points])
         values = np.array([math.log(match.epochs / match.baseline_epochs) for match in points])
         errors = leave_one_out(rows, values)
         line = cls(points, tuple(own), np.linalg.lstsq(rows, values)[0], errors)
-        weights_only = line._moved([match for match in matches if not match.distilled])
-        moved = {kind: [match for match in measured if match.distilled == kind] for kind in (False, True)}
-        without = line._moved(moved[False]) if moved[False] else weights_only
-        return replace(line, moves=(without, line._moved(moved[True])))
+        without = line.matches(False) or [match for match in matches if not match.distilled]
+        return replace(line, moves=(line._moved(without), line._moved(line.matches(True))))
+
+    def matches(self, distilled: bool) -> list[Match]:
+        """The user's own matches of links with or without features: those of one kind say nothing of the other."""
+        return [curve.match for curve in self.own if curve.match is not None and curve.match.distilled == distilled]
 
     def _moved(self, matches: Sequence[Match]) -> tuple[float, float]:
         """(shift, spread) of the line that `matches` ask for; none without them."""
@@ -160,16 +130,16 @@ class EpochModel:
         held = np.stack(
             [rows[..., 0], rows[..., 1].clip(low[1]), rows[..., 2].clip(None, high[2]), rows[..., 3].clip(low[3])], -1
         )
-        start = math.log(START_FACTOR) * halvings(log2_teacher, images, self.smallest(images))
+        start = math.log(START_FACTOR) * halvings(log2_teacher, images, self.smallest(images, distilled))
         return np.asarray(held @ self.coefficients + start + self.moves[distilled][0])
 
-    def smallest(self, images: float) -> float:
+    def smallest(self, images: float, distilled: bool = True) -> float:
         """The base-2 logarithm of the smallest teacher without a penalty: by the rule, or one that was measured.
 
-        A measured link shows what its teacher's size does. With the penalty in its prediction as well, the line would
-        be shifted down for all links whose teachers have none.
+        Only links of the same kind count. A measured link shows what its teacher's size does. With the penalty in its
+        prediction as well, the line would be shifted down for all links whose teachers have none.
         """
-        measured = [log2_size(curve.match.teacher) for curve in self.own if curve.match is not None]
+        measured = [log2_size(match.teacher) for match in self.matches(distilled)]
         return min([log2_smallest(images), *measured])
 
     def _edges(self) -> tuple[Floats, Floats]:
@@ -184,33 +154,36 @@ class EpochModel:
         """By how much the range reaches to both sides."""
         return math.exp(self.moves[distilled][1])
 
-    def measured(self, link: LinkEpochs) -> LinkCurve | None:
-        """The user's own curve of this very link; matches before bounds, then the same position, then the latest."""
+    def measured(self, link: LinkEpochs) -> list[LinkCurve]:
+        """The user's own curves of this very link: matches before bounds, then the same position, then the latest."""
         same = [curve for curve in reversed(self.own) if curve.link is not None and curve.link.key == link.key]
-        return max(same, key=lambda one: (one.match is not None, one.position == link.position), default=None)
+        return sorted(same, key=lambda one: (one.match is None, one.position != link.position))
+
+    def match(self, link: LinkEpochs) -> Match | None:
+        """The user's own match of this very link."""
+        return next((curve.match for curve in self.measured(link)), None)
 
     def predict(self, link: LinkEpochs) -> Range:
         """Epochs that `link` needs, at most those of its baseline.
 
-        Of a link with a known bound the range is moved to lie within it.
+        Of a link with known bounds the range is moved to lie within them. Where they leave too little room for it, the
+        lower bound holds: too few epochs cost accuracy.
         """
-        factor, curve = self.factor(link.distilled), self.measured(link)
+        factor, match, curves = self.factor(link.distilled), self.match(link), self.measured(link)
         middle = link.baseline_epochs * math.exp(self._log(link))
+        middle = min([middle, *(curve.at_most / factor for curve in curves if curve.at_most is not None)])
+        middle = max([middle, *(curve.more_than * factor for curve in curves if curve.more_than is not None)])
         found = Range(middle, middle / factor, middle * factor)
-        if curve is not None and curve.match is not None:
-            middle, low, high = curve.match.epochs, curve.match.low, curve.match.high
-            found = Range(middle, low or middle / factor, high or middle * factor)
-        elif curve is not None:
-            middle = max(middle, (curve.more_than or 0.0) * factor)
-            middle = min(middle, (curve.at_most or math.inf) / factor)
-            found = Range(middle, middle / factor, middle * factor)
+        if match is not None:
+            middle = match.epochs
+            found = Range(middle, match.low or middle / factor, match.high or middle * factor)
         most = link.baseline_epochs
         return Range(min(found.middle, most), min(found.low, most), min(found.high, most))
 
     def outside(self, link: LinkEpochs) -> list[str]:
         """Names of the features of `link` that no published link has; none for a link that was measured."""
-        curve, row, (low, high) = self.measured(link), _row(link), self._edges()
-        if curve is not None and curve.match is not None:
+        row, (low, high) = _row(link), self._edges()
+        if self.match(link) is not None:
             return []
         return [FEATURES[at] for at in range(1, len(row)) if not low[at] - 1e-6 <= row[at] <= high[at] + 1e-6]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,8 @@ from compt.cost.speed import Throughput
 from compt.design.candidates import ladder
 from compt.design.costs import distils, epoch_cost, epoch_steps, speed_of
 from compt.design.curves import LinkEpochs
-from compt.design.epochs import EpochModel, Floats, Range, fits, log2_size
+from compt.design.epochs import EpochModel, Floats, Range
+from compt.design.sizes import log2_size, position
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.chain import Link
 from compt.recipe.read import parse_recipe
@@ -36,12 +38,11 @@ class Setting:
     throughput: Throughput | None = None
 
     def links(self, specs: Sequence[ModelSpec]) -> list[LinkEpochs]:
-        """The links of a chain of `specs`. A position counts the models before it that fit the data, at least 1."""
+        """The links of a chain of `specs`."""
         images, distilled = self.recipe.data.images, distils(self.recipe)
-        large = fits([log2_size(spec) for spec in specs], images)
         return [
-            LinkEpochs(specs[at], specs[at - 1], max(1, int(large[:at].sum())), images, self.baseline_epochs, distilled)
-            for at in range(1, len(specs))
+            LinkEpochs(after, before, position(specs[:at], images), images, self.baseline_epochs, distilled)
+            for at, (before, after) in enumerate(pairwise(specs), 1)
         ]
 
 
@@ -135,27 +136,27 @@ def designed_recipe(recipe: Recipe, chain: Sequence[ModelSpec], epochs: Sequence
     """`recipe` as plain values, with family and links replaced by `chain`; called NAME_auto. What was set stays set.
 
     The first model takes the baselines' length and warm-up. Warm-up, learning rate, alpha and expansion of a link are
-    those of the recipe's own link of that model, or else of its second link; engine and nodes those of its own link.
-    `source` names the chain in messages.
+    those of the recipe's own link of that model, or else of its second link. The recipe's first link counts for its
+    engine and nodes alone: how a model trains from scratch says nothing of how it trains as a link. `source` names the
+    chain in messages.
     Raises ConfigError for models that no recipe can have.
     """
     values: dict[str, Any] = _plain(recipe)
-    own = {link.model: link for link in recipe.chain.links[1:]}
-    second = next(iter(own.values()), None)
+    own = {link.model: link for link in recipe.chain.links}
+    second = next(iter(recipe.chain.links[1:]), None)
     baselines = recipe.baselines
     assert baselines is not None
-    first = recipe.chain.links[0] if recipe.chain.links[0].model == chain[0].name else None
     links = []
     for at, (spec, length) in enumerate(zip(chain, epochs, strict=True)):
-        like = own.get(spec.name, second) if at else first
+        same = own.get(spec.name)
+        like = second if at and same in (None, recipe.chain.links[0]) else same
         link: dict[str, Any] = {
             "model": spec.name,
             "train": {"epochs": length} if at else _plain(baselines.train),
             "warmup": _warmup(recipe, length, like) if at else _plain(baselines.warmup),
         }
-        if like is not None:
-            said = _plain(like)
-            keys = ("lr", "alpha", "expand", *(("engine", "nodes") if like.model == spec.name else ()))
+        for one, keys in ((like, ("lr", "alpha", "expand")), (same, ("engine", "nodes"))):
+            said = _plain(one) if one is not None else {}
             link |= {key: said[key] for key in keys if said.get(key) is not None}
         links.append(link)
     kept = {member.name: _plain(member) for member in recipe.family.members}

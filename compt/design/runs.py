@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AliasPath, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from compt.design.sizes import position
 from compt.errors import ComptError, ConfigError, RunError, nearest
 from compt.files import hash_json, read_json
 from compt.models.presets import ModelSpec
@@ -126,6 +127,11 @@ class FinishedJob:
     def label(self) -> str:
         """The run's folder, as it was given, and the job's name."""
         return f"{self.run}/{self.name}"
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it is a control and nothing else: its length is that of a link, or what links cost."""
+        return self.kinds == {"control"}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -293,9 +299,9 @@ class Lineage:
         return found
 
     def position(self, job: FinishedJob) -> int:
-        """1 for a link whose teacher was trained from scratch or came from outside, 2 for the link after that, ..."""
-        line = [job, *self.ancestors(job)]
-        return len(line) - 1 + (line[-1].manifest.parent_hash is not None)
+        """The position that a plan would give the link, as far as the runs show the models before it."""
+        before = [self.teacher_spec(one) for one in (job, *self.ancestors(job))]
+        return position([spec for spec in before if spec is not None], job.manifest.images)
 
     def teacher(self, job: FinishedJob, *, seeds: bool) -> str:
         """What the teacher is, as a digest; without `seeds` the same for teachers that differ only in them."""

@@ -3,8 +3,7 @@
 What a link costs depends only on its position, its teacher and its student. So the cheapest chain of k models that ends
 in model j is found from those of k - 1 models: exact, in k^2 n^2 steps.
 
-A position counts the models before it that fit the data (`compt.design.epochs.fits`). If smaller ones counted, a few
-tiny models in front would make every later link cheap.
+A position counts the models before it that fit the data (`compt.design.sizes.position`).
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from compt.cost.speed import nameless
 from compt.design.candidates import Candidates
 from compt.design.costs import Costs
 from compt.design.curves import LinkEpochs
-from compt.design.epochs import EpochModel, Floats, fits, log2_size
+from compt.design.epochs import EpochModel, Floats
+from compt.design.sizes import fits, log2_size
 from compt.errors import ConfigError
 
 LEAST_STEP = 1.5
@@ -96,9 +97,9 @@ def problem(
     students, teachers = sizes[None, None, :], sizes[None, :, None]
     logs = epochs.log_fraction(students, teachers, positions, images, distilled)
     needed = np.broadcast_to(baseline_epochs * np.exp(np.minimum(0.0, logs)), (steps, n, n)).copy()
-    places = {replace(spec, name=""): at for at, spec in enumerate(models.specs)}
+    places = {nameless(spec): at for at, spec in enumerate(models.specs)}
     for curve in epochs.own:
-        teacher, student = (places.get(replace(spec, name="")) for spec in (curve.teacher, curve.student))
+        teacher, student = (places.get(nameless(spec)) for spec in (curve.teacher, curve.student))
         if teacher is not None and student is not None:
             for at in range(steps):
                 link = LinkEpochs(curve.student, curve.teacher, at + 1, images, baseline_epochs, distilled)

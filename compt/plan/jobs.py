@@ -163,8 +163,9 @@ def make_plan(
     `controls` default to the recipe's; () for none. `images` replaces the recipe's number with the one found.
     `world_size` only decides whether micro-batches are recomputed, which enters the cost. `start` describes the model
     at `chain.from`; by default its manifest is read, relative to `base`. `scales` are those of a first-pair test: each
-    multiplies the lengths of all links that grow from another model; the last one holds, those before it were tried.
-    With them the baseline of the first such link is always planned. `source` is the recipe's file, for messages.
+    multiplies the lengths of all links that grow from another model, at most to those of their baselines; the last one
+    holds, those before it were tried. With them the baseline of the first such link is always planned. `source` is the
+    recipe's file, for messages.
     Raises ConfigError for a chain that cannot be trained.
     """
     try:
@@ -219,7 +220,7 @@ class _Planner:
                 raise ConfigError("chain.from: is missing, but a model to start from was given")
             self.check_colours(start)
         for at, link in enumerate(chain.links):
-            own = scale if at >= first_student(self.recipe) else 1.0
+            own = self.scale(link, scale) if at >= first_student(self.recipe) else 1.0
             steps, warmup = self.steps(f"chain.links.{at}", link.train, link.warmup, own)
             jobs.append(self.link(at, link, steps, warmup, jobs[-1] if jobs else start))
         return jobs
@@ -268,6 +269,13 @@ class _Planner:
     def tried(self, number: int, scale: float, start: Start | None) -> Job:
         link = self.links(start, scale)[first_student(self.recipe)]
         return replace(link, name=try_name(number, link.spec.name), kind="try")
+
+    def scale(self, link: Link, scale: float) -> float:
+        """`scale`, as far as it does not make a link longer than its baseline: that would be no acceleration."""
+        if self.recipe.baselines is None:
+            return scale
+        whole, own = (one.train.to_steps(self.images, self.batch) for one in (self.recipe.baselines, link))
+        return min(scale, max(1.0, whole / max(1, own)))  # a link without a step is an error of `steps`
 
     def steps(self, key: str, train: Duration, warmup: Duration, scale: float = 1.0) -> tuple[int, int]:
         steps, warmup_steps = (round(scale * length.to_steps(self.images, self.batch)) for length in (train, warmup))

@@ -110,6 +110,7 @@ SMALLER: dict[str, str] = {
     "compt/engines/average.py": "every engine has it",
     "compt/engines/scale.py": "every engine has it",
     "compt/evaluate/validation.py": "the validation loss",
+    "compt/design/sizes.py": "the prediction of epochs and the reader of runs count positions by one rule",
     "compt/cli/export.py": "a command of its own",
     "compt/export/hub.py": "the one module that uploads",
     "compt/models/pixels.py": "training, evaluation and timings all turn bytes into input",

@@ -14,9 +14,10 @@ from compt.cli.plan.tables import warning
 from compt.cost.counts import parameters
 from compt.cost.speed import OF_THE_AUTHORS
 from compt.design.costs import distils
-from compt.design.epochs import START_FACTOR, Range, log2_smallest
+from compt.design.epochs import START_FACTOR, Range
 from compt.design.outcome import Outcome, Setting, outcome
 from compt.design.search import SIMPLER, FoundChain
+from compt.design.sizes import log2_smallest
 from compt.errors import ConfigError
 from compt.plan.forecast import Forecast
 from compt.text import TextTable, count
@@ -110,7 +111,8 @@ class Design:
                 f"Simpler chains are preferred within {100 * SIMPLER:g} %: fewer models, then presets. The best one, "
                 f"{self.best.label}, is in the second table."
             )
-        factor = model.factor(distils(setting.recipe))
+        distilled = distils(setting.recipe)
+        factor = model.factor(distilled)
         found.append(
             f"Epochs: a line through {len(model.points)} published links (docs/design.md). Range: a factor of "
             f"{factor:.2f} both ways, as far as the line was off at the worst known link. > and <: the bound if all "
@@ -121,22 +123,23 @@ class Design:
             "`compt chain --calibrate`, or give measured links with --runs."
         )
         # Only curves that cross their baseline shift the line. The others are bounds, named link by link below.
-        measured = [curve for curve in model.own if curve.match is not None]
         if asked.runs:
-            many, named = len(measured), ", ".join(map(str, asked.runs))
+            many, named = len(model.matches(distilled)), ", ".join(map(str, asked.runs))
+            kind = "with" if distilled else "without"
             found.append(
                 f"The line is shifted by {many} measured link{'s' * (many > 1)} of {named}."
                 if many
-                else f"No link of {named} crosses its baseline."
+                else f"No link {kind} distillation of {named} crosses its baseline."
             )
         for link in setting.links(chosen.specs):
-            curve = model.measured(link)
-            if curve is not None and curve.match is not None:
-                found.append(f"{link.teacher.name} to {link.student.name} is not predicted but {curve.source}.")
-            elif curve is not None:
+            pair, match = f"{link.teacher.name} to {link.student.name}", model.match(link)
+            if match is not None:
+                found.append(f"{pair} is not predicted but {match.source}.")
+                continue
+            for curve in model.measured(link):
                 bound = f"more than {curve.more_than:g}" if curve.more_than else f"at most {curve.at_most:g}"
-                found.append(f"{link.teacher.name} to {link.student.name}: {bound} epochs, {curve.source}.")
-        smallest = model.smallest(images)
+                found.append(f"{pair}: {bound} epochs, {curve.source}.")
+        smallest = model.smallest(images, distilled)
         found.append(
             f"Start: for {images:,} images the smallest model that fits has {count(2**smallest)} "
             "parameters (as the paper's table G counts); each halving below multiplies the next link's epochs by "

@@ -310,6 +310,9 @@ def test_the_set_to_compare_on() -> None:
     assert of("evaluation.sets.1.role=report") == "held_out"
     assert of(on="held_out") == "held_out"
     assert of("evaluation.sets.1={name: t, task: retrieval, data: x, role: select}") == "held_out"
+    probe = "evaluation.sets.1={name: p, task: linear_probe, data: x, train: y, role: select}"
+    assert of(probe) == "held_out", "a probe trains a head of its own"
+    assert of(probe, on="p") == "p"
 
 
 @pytest.mark.slow
@@ -534,8 +537,8 @@ def test_a_changed_recipe_is_refused_and_later_lengths_may_change(base: Path, ru
         chain(base, run, *CHANGES, "chain.links.1.train={steps: 6}")
     shutil.rmtree(run / "jobs" / LAST)
     with scored(AT_THIRD), trained() as names:
-        chain(base, run, *CHANGES, "chain.links.2.train={steps: 8}")
-    assert names == [f"{LAST} 12"], "8 times 1.5625, to the even step"
+        chain(base, run, *CHANGES, "chain.links.2.train={steps: 10}")
+    assert names == [f"{LAST} 12"], "10 times 1.5625 is longer than its baseline"
 
 
 # --- begun otherwise

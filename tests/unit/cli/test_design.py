@@ -104,6 +104,28 @@ def test_a_link_keeps_its_engine_and_nodes_and_alpha_is_of_one_kind(auto: Auto) 
     assert "alpha is 0 for some links and above 0 for others" in " ".join(errors.split())
 
 
+def test_a_first_link_keeps_its_engine_where_smaller_models_are_put_before_it(auto: Auto, tmp_path: Path) -> None:
+    """Warm-up and rate are those of the second link: the first one trained from scratch."""
+    out, own = tmp_path / "auto.yaml", {"engine": {"micro_batch": 32, "recompute": True}, "nodes": 2}
+    first = {"model": "vit_b16", "train": {"epochs": 128}, "warmup": {"steps": 8000}, "lr": 1e-4, **own}
+    second = {"model": "vit_l16", "train": {"epochs": 15}, "warmup": {"steps": 900}, "lr": 5e-4}
+    words = ("--set", "family.members=[vit_b16, vit_l16]", "--set", f"chain.links={json.dumps([first, second])}")
+    values = as_json(auto, *words, "--out", str(out))
+    links = {link["model"]: link for link in values["recipe"]["chain"]["links"]}
+    assert len(links) > 2
+    assert {key: links["vit_b16"].get(key) for key in own} == own
+    assert (links["vit_b16"]["warmup"], links["vit_b16"]["lr"]) == ({"steps": 900}, 5e-4)
+    assert sum(job.cost.total_macs for job in make_plan(load_recipe(out), world_size=8).links) == pytest.approx(
+        values["chosen"]["macs"]["middle"], rel=0.01
+    )
+
+
+def test_another_loss(auto: Auto, tmp_path: Path) -> None:
+    out = tmp_path / "auto.yaml"
+    assert auto("--set", "optimizer.loss=siglip", "--out", str(out))[0] == 0
+    assert {spec.loss for spec in load_recipe(out).specs().values()} == {"siglip"}
+
+
 def test_a_warm_up_is_at_most_a_tenth_of_its_link(auto: Auto, tmp_path: Path) -> None:
     """On few images, the recipe's 1,000 steps would be most of a link."""
     out = tmp_path / "auto.yaml"
@@ -306,6 +328,29 @@ def test_own_runs(auto: Auto, tmp_path: Path, points: dict[int, float], least: f
     assert any(words in note for note in values["notes"])
     without = as_json(auto, "--members", "2", recipe=str(recipe))
     assert without["chosen"]["epochs"] != values["chosen"]["epochs"]
+
+
+def test_a_link_with_features_says_nothing_of_links_without(auto: Auto, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(BASE))
+    runs = [word for run in lengths(tmp_path / "lab", {10: 10.0, 30: 27.0}) for word in ("--runs", str(run))]
+    words = ("--set", "chain.distill.alpha=0", "--members", "2")
+    values, without = (as_json(auto, *words, *more, recipe=str(recipe)) for more in (runs, ()))
+    assert values["chosen"] == without["chosen"]
+    assert "No link without distillation of" in " ".join(values["notes"])
+
+
+def test_all_bounds_of_a_link_are_named(auto: Auto) -> None:
+    folders = ("docs/results/emoji", "docs/results/calibrated")
+    found = []
+    for runs in (folders, folders[::-1]):
+        values = as_json(auto, *(word for run in runs for word in ("--runs", run)), recipe="recipes/emoji.yaml")
+        found.append(values["chosen"]["epochs"])
+        notes = " ".join(values["notes"])
+        assert "vit_micro to vit_mini: more than 14 epochs" in notes
+        assert "vit_micro to vit_mini: at most 53.4151 epochs" in notes
+    assert found[0] == found[1]
+    assert found[0][-1] > 14
 
 
 def test_links_from_random_weights_say_nothing_of_designed_ones(auto: Auto, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from compt.bench.step import Setup
 from compt.cost.counts import parameters
 from compt.cost.gpus import DEVICES
 from compt.cost.speed import Conditions, other_settings
-from compt.cost.step import BANDWIDTH_SHARE, LAUNCH_SECONDS, StepTime, launches, step_time
+from compt.cost.step import BANDWIDTH_SHARE, LAUNCH_SECONDS, PRODUCT_SHARE, StepTime, launches, step_time
 from compt.cost.training import exact_breakdown
 from compt.models.presets import ModelSpec, resolve
 from compt.recipe.engine import EngineConfig
@@ -87,6 +87,18 @@ def test_a_step_takes_as_long_as_host_or_device() -> None:
     few, many = time_of(student, None, batch=1), time_of(student, None, batch=512)
     assert (few.decides, few.seconds) == ("launches", few.host)
     assert (many.decides, many.seconds) == ("traffic", many.device)
+
+
+def test_the_least_is_what_the_datasheet_allows() -> None:
+    """The longer of FLOPs at the full peak and bytes at the full bandwidth: bytes for this model on an H100."""
+    student, device = resolve("vit_t16"), DEVICES["h100"]
+    found = time_of(student, None, device, batch=128)
+    full = [found.computing * PRODUCT_SHARE, found.moving * BANDWIDTH_SHARE]
+    assert full[0] < full[1], "the model is small"
+    assert found.low == pytest.approx(full[1] + found.traffic * BANDWIDTH_SHARE)
+    sheet = replace(device, bandwidth_bytes=device.bandwidth_bytes / BANDWIDTH_SHARE)
+    sheet = replace(sheet, peak_flops={"bf16": device.peak_flops["bf16"] / PRODUCT_SHARE})
+    assert found.low == pytest.approx(time_of(student, None, sheet, batch=128).device)
 
 
 def test_what_saves_launches_or_memory_changes_them() -> None:

@@ -13,7 +13,7 @@ from compt.cost.gpus import find_device
 from compt.cost.speed import Conditions, Throughput, speed
 from compt.design.candidates import _grows, candidates, ladder, text_shape
 from compt.design.costs import epoch_steps, hours_costs, macs_costs
-from compt.design.epochs import log2_size
+from compt.design.sizes import log2_size
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS, ModelSpec, resolve
 from compt.plan.jobs import recipe_cost
@@ -113,6 +113,12 @@ def test_candidates_take_what_is_common_from_the_next_larger_wanted_model() -> N
     assert {spec.image_size for spec in found.specs} == {160}
 
 
+def test_candidates_have_the_loss_of_the_wanted_models() -> None:
+    found = candidates(recipe("optimizer.loss=siglip").specs())
+    assert {spec.loss for spec in found.specs} == {"siglip"}
+    assert len(found.presets) == 7
+
+
 def test_the_small_family_has_its_own_proportions() -> None:
     found = candidates(wanted("vit_mini"))
     assert all(spec.width % 32 == 0 and spec.text_width % 32 == 0 for spec in found.specs)
@@ -183,13 +189,16 @@ def test_costs_of_pairs_are_the_planner_s(overrides: tuple[str, ...]) -> None:
     assert len({spec.embed_dim for spec in specs}) == 2
 
 
-def test_measured_speeds_replace_projected_ones() -> None:
+@pytest.mark.parametrize("grown", [{}, {"norm_eps": 2e-5, "text_norm_eps": 3e-5}])
+def test_measured_speeds_replace_projected_ones(grown: dict[str, float]) -> None:
+    """Those of models that an operator gave other norms, too."""
     plan = recipe()
     specs = tuple(PRESETS[name] for name in ("vit_t16", "vit_s16", "vit_b16"))
+    shown = [{**spec.to_dict(), **grown} for spec in specs]
     common = {"captions": 4, "tokens": 77.0, "batch": 256, "repeats": 3}
     entries = [
-        {"student": specs[1].to_dict(), "teacher": specs[0].to_dict(), "seconds_per_sample": 7.0, **common},
-        {"student": specs[2].to_dict(), "teacher": None, "seconds_per_sample": 9.0, **common},
+        {"student": shown[1], "teacher": shown[0], "seconds_per_sample": 7.0, **common},
+        {"student": shown[2], "teacher": None, "seconds_per_sample": 9.0, **common},
         {"student": PRESETS["vit_l16"].to_dict(), "teacher": None, "seconds_per_sample": 1.0, **common},
     ]
     file = Throughput.model_validate(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from compt.design.crossing import crossing, interval, isotonic, paired_draws
 from compt.design.curves import LinkCurve, names, read_curves
+from compt.design.sizes import position
 from compt.errors import ConfigError, RunError
 from tests.helpers import recipe as helpers_recipe
 from tests.helpers.curves import (
@@ -397,6 +398,25 @@ def test_positions_count_the_models_before(tmp_path: Path) -> None:
     assert (second.match.epochs, second.match.position) == (pytest.approx(12.5), 2)
 
 
+def test_positions_count_as_those_of_a_plan(tmp_path: Path) -> None:
+    """vit_pico is too small for 5,000 images. A line that was shifted at other positions would not predict its link."""
+    pico = job("1-vit_pico", 60, 5.0, model="vit_pico")
+    nano = job("2-vit_nano", 10, 15.0, model="vit_nano", teacher=pico)
+    micro = link(10, 24.0, "3-vit_micro", teacher=nano)
+    mini = job("4-vit_mini", 10, 30.0, model="vit_mini", teacher=micro)
+    found = matches([write_run(tmp_path / "run", [pico, nano, micro, mini])])
+    assert [(one.student.name, one.position) for one in found] == [("vit_nano", 1), ("vit_micro", 1), ("vit_mini", 2)]
+    specs = [found[0].teacher, *(one.student for one in found)]
+    assert [one.position for one in found] == [position(specs[: at + 1], 5000) for at in range(3)]
+
+
+def test_a_teacher_from_outside_counts_in_positions(tmp_path: Path) -> None:
+    micro = link(10, 24.0, outside=True)
+    mini = job("3-vit_mini", 10, 30.0, model="vit_mini", teacher=micro)
+    run = write_run(tmp_path / "run", [{**micro, "teacher_spec": NANO["spec"]}, mini])
+    assert [found.position for found in matches([run])] == [1, 2]
+
+
 def test_tries_are_points_and_a_copy_is_counted_once(tmp_path: Path) -> None:
     jobs = [NANO, BASELINE, link(20, 28.0), link(5, 20.0, "try-1-vit_micro", kind="try", warmup=1)]
     run = write_run(tmp_path / "run", [*jobs, link(10, 24.0, "try-2-vit_micro", kind="try")])
@@ -430,17 +450,21 @@ def test_each_length_of_the_baseline_is_a_target_and_controls_show_the_way_witho
     assert names([first, second]) == [f"vit_nano → vit_micro, baseline epochs {epochs}" for epochs in (60, 90)]
 
 
-def test_a_link_that_is_its_own_baseline_is_one(tmp_path: Path) -> None:
+def test_every_training_from_scratch_is_a_baseline_but_a_control(tmp_path: Path) -> None:
+    """The first link of another run, too. A job that is a baseline by another name is no control alone."""
     pico = job("1-vit_pico", 30, 10.0, model="vit_pico")
     grown = {"model": "vit_nano", "teacher": pico}
     jobs = [pico, job("a", 10, 14.0, **grown), job("b", 20, 16.0, **grown)]
-    alias = {"name": "baseline-vit_nano-s0", "kind": "baseline", "same_as": "1-vit_nano"}
     grow = write_run(tmp_path / "grow", jobs)
-    assert only(matches([grow, write_run(tmp_path / "without", [NANO])])).match is None
-    found = only(matches([grow, write_run(tmp_path / "with", [NANO], listed=[alias])]))
-    assert found.baseline is not None
-    assert found.baseline.jobs == (f"{tmp_path}/with/1-vit_nano",)
-    assert met(found) == pytest.approx(15)
+    control = job("control-equal_epochs", 60, 15.0, model="vit_nano", kind="control")
+    without = only(matches([grow, write_run(tmp_path / "control", [control])]))
+    assert (without.match, without.reason) == (None, "there is no finished baseline of vit_nano")
+    alias = {"name": "baseline-vit_nano-s0", "kind": "baseline", "same_as": "control-equal_epochs"}
+    for name, one, listed in (("first", NANO, []), ("alias", control, [alias])):
+        found = only(matches([grow, write_run(tmp_path / name, [one], listed=listed)]))
+        assert found.baseline is not None
+        assert found.baseline.jobs == (f"{tmp_path}/{name}/{one['name']}",)
+        assert met(found) == pytest.approx(15)
 
 
 def test_weights_alone_are_not_distilled(tmp_path: Path) -> None:

@@ -20,13 +20,10 @@ from compt.design.epochs import (
     EpochModel,
     Range,
     features,
-    fits,
-    halvings,
     leave_one_out,
-    log2_size,
-    log2_smallest,
     paper_matches,
 )
+from compt.design.sizes import fits, halvings, log2_size, log2_smallest
 from compt.models.presets import PRESETS
 from tests.helpers.curves import own
 
@@ -203,6 +200,16 @@ def test_a_small_start_that_was_measured_does_not_shorten_other_links() -> None:
     assert model.predict(first).middle == pytest.approx(1.5 * line)
 
 
+def test_a_start_that_was_measured_counts_for_links_of_its_kind_alone() -> None:
+    tiny = replace(T, depth=5, text_depth=5, name="tiny")
+    for kind in (True, False):
+        first = LinkEpochs(T, tiny, 1, CC3M, 128.0, kind)
+        model, other = fitted(own(first, 60.0)), replace(first, student=S, distilled=not kind)
+        assert model.smallest(CC3M, kind) == log2_size(tiny)
+        assert model.smallest(CC3M, not kind) == log2_smallest(CC3M)
+        assert model.predict(other) == PAPER.predict(other)
+
+
 def test_a_measured_link_takes_its_measurement() -> None:
     measured = own(link(), 40.0, low=36.0, high=44.0)
     model = fitted(measured)
@@ -210,7 +217,11 @@ def test_a_measured_link_takes_its_measurement() -> None:
     assert model.predict(renamed) == Range(40.0, 36.0, 44.0)
     assert model.outside(replace(renamed, position=9)) == []
     for other in (link(images=CC3M + 1), link(baseline_epochs=64.0), link(distilled=False)):
-        assert model.measured(other) is None
+        assert model.measured(other) == []
+    lemon = replace(S, norm_eps=2e-5, text_norm_eps=3e-5, timm_name="x")
+    assert fitted(own(replace(link(), student=lemon), 40.0)).predict(link()).middle == 40, (
+        "an operator changed its norms"
+    )
     both = fitted(measured, own(link(position=2), 30.0))
     assert [both.predict(link(position=position)).middle for position in (1, 2, 3)] == [40.0, 30.0, 30.0]
     open_ends = fitted(own(link(), 40.0))
@@ -231,3 +242,18 @@ def test_a_bound_moves_the_range_of_its_link_alone() -> None:
     assert fitted(own(link(), more_than=1.0)).predict(link()) == PAPER.predict(link())
     assert fitted(own(link(), at_most=100.0)).predict(link()) == PAPER.predict(link())
     assert fitted(own(link(), more_than=50.0), own(link(), 60.0)).predict(link()).middle == 60, "a match says more"
+
+
+def test_all_bounds_of_a_link_hold_in_any_order() -> None:
+    bounds = [own(link(), more_than=20.0), own(link(), more_than=50.0), own(link(), at_most=100.0)]
+    for known in (bounds, bounds[::-1]):
+        assert fitted(*known).predict(link()).low == pytest.approx(50)
+        assert len(fitted(*known).measured(link())) == 3
+    enough = [own(link(), at_most=10.0), own(link(), at_most=90.0), own(link(), more_than=2.0)]
+    for known in (enough, enough[::-1]):
+        assert fitted(*known).predict(link()).high == pytest.approx(10)
+    against = [own(link(), more_than=50.0), own(link(), at_most=30.0)]
+    for known in (against, against[::-1]):
+        assert fitted(*known).predict(link()).low == pytest.approx(50), (
+            "the larger one of two that contradict each other"
+        )

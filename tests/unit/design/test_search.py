@@ -18,7 +18,7 @@ from compt.design import search
 from compt.design.candidates import candidates
 from compt.design.costs import macs_costs
 from compt.design.curves import LinkEpochs
-from compt.design.epochs import EpochModel, log2_size, paper_matches
+from compt.design.epochs import EpochModel, paper_matches
 from compt.design.outcome import Setting
 from compt.design.search import (
     LEAST_STEP,
@@ -34,6 +34,7 @@ from compt.design.search import (
     whole_epochs,
     within_budget,
 )
+from compt.design.sizes import log2_size
 from compt.errors import ConfigError
 from compt.models.presets import PRESETS
 from compt.recipe.read import load_recipe
@@ -249,6 +250,16 @@ def test_a_bounded_link_enters_the_search() -> None:
     assert 60 < planned.min() <= planned.max() < 128, "more than what was not enough"
     found = least_cost(task)
     assert len(found.chain) > 2, "a detour is cheaper than the link that is known to be slow"
+
+
+def test_a_measured_link_enters_the_search_whatever_its_operator_did_to_its_norms() -> None:
+    models = candidates({name: PRESETS[name] for name in ("vit_t16", "vit_s16")})
+    costs = macs_costs(load_recipe(ROOT / "recipes" / "cc3m_vit.yaml"), models.specs)
+    small, large = (PRESETS[name] for name in ("vit_t16", "vit_s16"))
+    grown = LinkEpochs(replace(large, norm_eps=2e-5), replace(small, text_norm_eps=3e-5), 1, CC3M, 128.0)
+    model = EpochModel.fit(paper_matches(), [own(grown, 77.0)])
+    task = problem(models, costs, model, images=CC3M, baseline_epochs=128.0)
+    assert (task.epochs[:, models.wanted[0], models.wanted[1]] == 77).all()
 
 
 @pytest.mark.parametrize("size", [3, 40])

@@ -106,6 +106,22 @@ def test_what_is_planned_can_be_chosen() -> None:
     assert plan(images=6400).job("1-vit_nano").steps == 800
 
 
+def test_a_first_pair_test_makes_no_link_longer_than_its_baseline() -> None:
+    """Its factor holds for a length and its warm-up; a recipe that is longer by itself stays as it is."""
+    last = {"model": "vit_midi", "train": {"epochs": 4}, "warmup": {"steps": 20}}
+    recipe = changed("chain.links", [*BASE["chain"]["links"], last])
+
+    def lengths(recipe: Recipe, scale: float) -> list[tuple[int, int]]:
+        return [(job.steps, job.warmup_steps) for job in plan(recipe, scales=[scale]).links]
+
+    assert lengths(recipe, 1.5) == [(248, 10), (93, 8), (186, 30)]
+    assert lengths(recipe, 3.0) == [(248, 10), (186, 15), (248, 40)]
+    longer = changed("chain.links", [*BASE["chain"]["links"], {**last, "train": {"epochs": 10}}])
+    assert lengths(longer, 3.0)[-1] == (310, 20)
+    assert lengths(longer, 0.5)[-1] == (155, 10)
+    assert lengths(longer, 1.0)[-1] == (310, 20)
+
+
 def test_a_recipe_without_baselines() -> None:
     recipe = changed("baselines", None)
     only = make_plan(recipe)
