@@ -14,10 +14,11 @@ from compt.design.runs import FinishedJob, ScoredJobs, Skipped, grouped, read_sc
 from compt.evaluate.stats import direction, verdict
 from compt.files import flatten, hash_json, write_json
 from compt.report.summary import ImageAnswers, paired, read_state, unmatched
-from compt.report.tables import SAME
+from compt.report.tables import SAME, missing_command
 from compt.report.write import write_tables
 from compt.text import TextTable, count
 
+_KINDS = ("link", "baseline", "control", "try")
 _SHOWN = 6
 """Settings in which two models differ, in a note; more are counted."""
 
@@ -26,6 +27,7 @@ _SHOWN = 6
 class SeedGroup:
     """One model, trained in one way with one or more seeds. `point` has its mean accuracy, spread and cost.
 
+    jobs: one for each seed; links come before baselines, controls and tries. again: the others with those seeds.
     macs_so_far: of this training and of those that led to its teacher, the mean over seeds; None where a teacher's
     training is in none of the runs.
     """
@@ -34,12 +36,18 @@ class SeedGroup:
     jobs: tuple[FinishedJob, ...]
     point: Point
     macs_so_far: float | None
+    again: tuple[FinishedJob, ...] = ()
 
     @property
     def kind(self) -> str:
         """The first of link, baseline, control and try that one of its jobs is."""
-        kinds = frozenset[str]().union(*(job.kinds for job in self.jobs))
-        return next(kind for kind in ("link", "baseline", "control", "try", *kinds) if kind in kinds)
+        kinds = self.jobs[0].kinds
+        return next(kind for kind in (*_KINDS, *kinds) if kind in kinds)
+
+    @property
+    def found(self) -> tuple[FinishedJob, ...]:
+        """All of its jobs in the runs."""
+        return (*self.jobs, *self.again)
 
     @property
     def model(self) -> str:
@@ -57,6 +65,7 @@ class ModelDifference:
     """`model` minus `against` in points with a 95 % interval, or the `reason` why they cannot be compared.
 
     Without either, `against` is a model that a whole comparison needs, and `verdict` says "not run" or "pending".
+    `command` trains what is not run.
     seeds: how many of each. The interval covers their choice where both have two or more, else only that of images.
     """
 
@@ -68,6 +77,7 @@ class ModelDifference:
     verdict: str = "not compared"
     seeds: str = ""
     reason: str = ""
+    command: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +131,8 @@ class Comparisons:
             for item in self.differences
             if item.reason
         ]
-        if any(item.verdict == "not run" for item in self.differences):
-            notes.append("Not run, and needed for the whole comparison: `compt report RUN` shows the command.")
+        commands = dict.fromkeys(item.command for item in self.differences if item.command)
+        notes += [f"Not run, and needed for the whole comparison: {command}" for command in commands]
         header = ["Model", "Against", "Points", "95 % interval", "Seeds", "Verdict"]
         return TextTable("Differences", header, rows, notes, left=2)
 
@@ -162,7 +172,12 @@ def compare_runs(runs: Sequence[Path], on: str | None = None, option: str = "--o
     for run in runs:
         known = {(item.model, item.against) for item in differences}
         differences += [item for item in _not_run(run, groups, differences) if (item.model, item.against) not in known]
-    return Comparisons(found.evaluation_set, groups, differences, list(_notes(found, groups)), found.skipped)
+    skipped = [*found.skipped, *(_again(job, group) for group in groups for job in group.again)]
+    return Comparisons(found.evaluation_set, groups, differences, list(_notes(found, groups)), skipped)
+
+
+def _again(job: FinishedJob, group: SeedGroup) -> Skipped:
+    return Skipped(job.label, f"is {group.label} again, with the same seed ({job.manifest.seed})")
 
 
 def _settings(job: FinishedJob, found: ScoredJobs) -> dict[str, Any]:
@@ -172,11 +187,7 @@ def _settings(job: FinishedJob, found: ScoredJobs) -> dict[str, Any]:
 
 
 def _groups(found: ScoredJobs) -> list[SeedGroup]:
-    members = grouped(found.jobs, lambda job: _settings(job, found))
-    groups = [
-        SeedGroup(_label(jobs[0]), tuple(jobs), Point.of(jobs, found.evaluation_set), _macs_so_far(jobs, found))
-        for jobs in members
-    ]
+    groups = [_group(members, found) for members in grouped(found.jobs, lambda job: _settings(job, found))]
     counts = Counter(group.label for group in groups)
     # Folders with the same name get their paths.
     folders = Counter(run.name for run in {job.run.resolve() for job in found.jobs})
@@ -189,6 +200,20 @@ def _groups(found: ScoredJobs) -> list[SeedGroup]:
             group = replace(group, label=f"{group.label} ({name}{more})")
         named.append(group)
     return named
+
+
+def _group(members: Sequence[FinishedJob], found: ScoredJobs) -> SeedGroup:
+    def rank(job: FinishedJob) -> int:
+        return next((at for at, kind in enumerate(_KINDS) if kind in job.kinds), len(_KINDS))
+
+    def seeds(job: FinishedJob) -> list[Any]:
+        return [job.manifest.seed, job.manifest.result.get("order_seed"), found.lineage.teacher(job, seeds=True)]
+
+    # Machines round differently. So a seed that was trained on two of them has two models, but it is one seed.
+    same = grouped(sorted(members, key=rank), seeds)
+    jobs, again = [first for first, *_ in same], tuple(job for _, *more in same for job in more)
+    point = Point.of(jobs, found.evaluation_set)
+    return SeedGroup(_label(jobs[0]), tuple(jobs), point, _macs_so_far(jobs, found), again)
 
 
 def _macs_so_far(jobs: Sequence[FinishedJob], found: ScoredJobs) -> float | None:
@@ -204,7 +229,7 @@ def _not_run(
     """What the last link of a run's chain has to be compared with and is not, as in the report of that run."""
     planned = read_state(run / "run.json")["jobs"]
     last = next((job for job in reversed(planned) if job["kind"] == "link"), None)
-    own = [group for group in groups for job in group.jobs if last and (job.run, job.name) == (run, last["name"])]
+    own = [group for group in groups for job in group.found if last and (job.run, job.name) == (run, last["name"])]
     compared = {item.against for group in own for item in differences if item.model == group.label}
     if last is None or not compared:
         return
@@ -212,15 +237,16 @@ def _not_run(
     there = set[str]()
     for group in groups:
         if group.label in compared or group in own:
-            names = {job.name for job in group.jobs}
+            names = {job.name for job in group.found}
             there |= names | {name for name, other in same.items() if other in names}
-            there |= {kind for job in group.jobs for kind in job.kinds}
+            there |= {kind for job in group.found for kind in job.kinds}
     spec = own[0].jobs[0].manifest.spec.name
     listed = {job["name"] for job in planned}
     listed |= {job["kind"] for job in planned if job.get("spec", {}).get("name") == spec}
+    command = missing_command(run, [job["name"] for job in planned if job["kind"] == "control"])
     for name, why in unmatched(there, listed).items():
         against = f"{spec} baseline" if name == "baseline" else f"{spec}, {SAME[name]}"
-        yield ModelDifference(own[0].label, against, verdict=why)
+        yield ModelDifference(own[0].label, against, verdict=why, command=command if why == "not run" else "")
 
 
 def _label(job: FinishedJob) -> str:

@@ -88,6 +88,19 @@ def read_job(run: Path, plan: dict[str, Any]) -> JobView:
     return JobView(plan, read_state(manifest), train, [row for row in rows if row.get("kind") == "eval"], last)
 
 
+def with_measured_costs(state: dict[str, Any], jobs: list[JobView]) -> dict[str, Any]:
+    """`state` (run.json) with the costs in manifests, as tables have them: trained jobs have measured theirs."""
+    measured = {job.name: job.manifest["cost"] for job in jobs if "cost" in job.manifest}
+    plans = [{**job, "cost": measured.get(job.get("same_as") or job["name"], job["cost"])} for job in state["jobs"]]
+    return {**state, "jobs": plans}
+
+
+def planned_costs(jobs: list[JobView]) -> str:
+    """Words for costs of which some are measured and some are planned; else nothing."""
+    known = {job.trained for job in jobs if job.plan["kind"] != "control" and not job.plan.get("same_as")}
+    return " (planned ones where a job is not trained)" if len(known) > 1 else ""
+
+
 def percent(value: float) -> str:
     """12.34 -> "12.3", 0.0567 -> "0.057"."""
     return f"{value:.2g}" if value < 1 else f"{value:.1f}"
@@ -158,9 +171,12 @@ def sentence(summary: Summary, state: dict[str, Any], jobs: list[JobView]) -> st
         done = all(job.trained for job in own if job.plan["kind"] == "link")
         verb = "costs" if done else "will cost"
         ratio = f"{faster:.1f}x fewer" if faster >= 1 else f"{1 / faster:.1f}x more"
-        tried = ", failed tries included" if summary.tries else ""
-        parts.append(f"the chain {verb} {ratio} MACs than the baselines{tried}")
+        parts.append(f"the chain {verb} {ratio} MACs than the baselines{planned_costs(jobs)}{_tried(summary)}")
     return "; ".join(parts) + "."
+
+
+def _tried(summary: Summary) -> str:
+    return ", failed tries included" if summary.tries else ""
 
 
 def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -179,7 +195,8 @@ def tiles(summary: Summary, state: dict[str, Any]) -> list[tuple[str, str, str]]
             shown.append((why, "", f"against {what}"))
     faster = acceleration(state)
     if faster:
-        shown.append((f"{faster:.2f}", "x", "cheaper in MACs than all baselines"))
+        what = "cheaper in MACs than all baselines" if faster >= 1 else "the MACs of all baselines"
+        shown.append((f"{max(faster, 1 / faster):.2f}", "x", what + _tried(summary)))
     used = [row.device_hours for row in summary.paid if row.device_hours is not None]
     if used:
         value, _, unit = hours(sum(used)).partition(" ")
@@ -230,8 +247,8 @@ IMAGES_PER_CLASS = 5
 
 
 def class_tables(summary: Summary) -> list[TextTable]:
-    """The accuracy of each class for the last scored model and those of its sizes, a table for each set with enough
-    images. Sets whose files are missing have none.
+    """The accuracy of each class with enough images for the last scored model and those of its sizes, a table for each
+    set that has such classes. Sets whose files are missing have none.
     """
     last = _last(summary)
     rows = [row for row in summary.rows if last and row.model == last.model and row.scores]
@@ -255,14 +272,17 @@ def _class_table(summary: Summary, rows: list[Row], name: str) -> TextTable | No
     # Only models that were scored on the same classes stand beside each other.
     others = [row for row in others if records[row.job].get("pins") == records[first.job].get("pins")]
     others = [row for row in others if len(shares.get(row.job, ())) == len(own)]
-    if len(labels) < IMAGES_PER_CLASS * np.count_nonzero(counts):
-        return None
     names = records[first.job].get("classnames") or [str(number) for number in range(len(own))]
-    order = sorted((at for at in range(len(own)) if own[at] is not None), key=lambda at: (-(own[at] or 0.0), at))
+    scored = [at for at in range(len(own)) if own[at] is not None]
+    order = sorted((at for at in scored if counts[at] >= IMAGES_PER_CLASS), key=lambda at: (-(own[at] or 0.0), at))
+    if not order:
+        return None
     lines = [
         [str(names[at]), f"{counts[at]:,}", *(_share(shares[row.job][at]) for row in (first, *others))] for at in order
     ]
     notes = ["Top-1 of each class in percent, by the first model. Few images give a class a wide interval."]
+    if few := len(scored) - len(order):
+        notes.append(f"Left out, with fewer than {IMAGES_PER_CLASS} images: {few:,} of {len(scored):,} classes.")
     if len(lines) > CLASSES_SHOWN:
         half = CLASSES_SHOWN // 2
         notes.append(f"{len(lines) - CLASSES_SHOWN:,} classes between the best and the worst {half} are left out.")

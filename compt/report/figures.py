@@ -9,6 +9,7 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -16,7 +17,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
+from matplotlib.text import Annotation
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 from compt.design.crossing import isotonic
@@ -178,6 +181,43 @@ def _line(axes: Axes, points: Sequence[Dot], name: str, marker: str, style: str,
     _bars(axes, [point.macs for point in points], points, COLOURS[name], **how)
 
 
+_SIDES: dict[str, Any] = {
+    "above": ("high", (0, 5), "center"),
+    "below": ("low", (0, -14), "center"),
+    "right": ("top1", (8, -3), "left"),
+    "left": ("top1", (-8, -3), "right"),
+    "above, to the right": ("high", (-6, 5), "left"),
+    "above, to the left": ("high", (6, 5), "right"),
+    "below, to the right": ("low", (-6, -14), "left"),
+    "below, to the left": ("low", (6, -14), "right"),
+}
+"""Where the name of a dot can stand: beside which value, at which offset in points, and aligned to which side."""
+
+
+def _name_dots(axes: Axes, named: Sequence[tuple[Dot, str, str]], every: Sequence[Dot]) -> None:
+    """Write each dot's name in a colour on the wanted side; on another one where it would cross bars or other names."""
+    canvas = axes.get_figure(root=True)
+    assert canvas is not None
+    canvas.draw_without_rendering()  # before, no place is known
+    ends = [axes.transData.transform([(dot.macs, dot.low), (dot.macs, dot.high)]) for dot in every]
+    taken = [Bbox([low, high]).padded(4, 2) for low, high in ends]
+
+    def crossed(name: Annotation, dot: Dot, side: str) -> int:
+        end, name.xyann, align = _SIDES[side]
+        name.xy = dot.macs, getattr(dot, end)
+        name.set_horizontalalignment(align)
+        box = name.get_window_extent()
+        inside = Bbox.intersection(box, axes.bbox)
+        return box.count_overlaps(taken) + (inside is None or inside != box)
+
+    for dot, colour, wanted in named:
+        how: Any = {"textcoords": "offset points", "color": COLOURS[colour], "fontsize": 8.5}
+        name = axes.annotate(dot.label, (dot.macs, dot.top1), (0, 0), **how)
+        best = min((wanted, *_SIDES), key=partial(crossed, name, dot))
+        crossed(name, dot, best)
+        taken.append(name.get_window_extent())
+
+
 def accuracy_figure(
     primary: str, chain: Sequence[Dot], individual: Sequence[Sequence[Dot]], controls: Sequence[Dot]
 ) -> Figure | None:
@@ -198,34 +238,13 @@ def accuracy_figure(
             _line(axes, controls, "control", "D", "none", "last model from scratch")
         axes.margins(y=0.14)
         axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
-        own, before, raised = [], np.full(2, -1.0), 5
-        for point in chain:
-            end = (axes.transData - axes.transAxes).transform((point.macs, point.high))
-            # The names of two points would cover each other where their bars end close together.
-            close = np.all(np.abs(end - before) < (0.14 if narrow else 0.08, 0.06))
-            raised = 5 if raised > 5 or not close else 16
-            own.append((point, point.high, (0, raised), "center", "chain"))
-            before = end
-        met = {(point.macs, point.top1) for point in chain}
-        own += [
-            (point, point.low, (0, -15), "center", "alone")
-            for point in (individual[0] if individual else ())
-            if (point.macs, point.top1) not in met
-        ]
-        cheapest = min((point.macs for point in controls), default=0.0)
-        for point in controls:
-            # Controls of nearly the same cost stand close together: the first is named below its bar.
-            below = len(controls) > 1 and point.macs == cheapest
-            height, offset = (point.low, (-4, -13)) if below else (point.top1, (8, -3))
-            own.append((point, height, offset, "left", "control"))
-        for point, height, offset, side, colour in own:
-            place = (point.macs, height)
-            axes.annotate(
-                point.label, place, offset, textcoords="offset points", ha=side, color=COLOURS[colour], fontsize=8.5
-            )
         axes.set_title(f"Top-1 on {primary}, %")
         axes.set_xlabel("accumulated training MACs")
         canvas.legend(loc="outside lower left", ncols=1 if narrow else 3)
+        met = {(point.macs, point.top1) for point in chain}
+        alone = [point for point in (individual[0] if individual else ()) if (point.macs, point.top1) not in met]
+        named = [(point, "chain", "above") for point in chain] + [(point, "alone", "below") for point in alone]
+        _name_dots(axes, [*named, *((point, "control", "right") for point in controls)], every)
         return canvas
 
     text = f"Top-1 on {primary} against accumulated training MACs, for the chain and for the baselines."
@@ -250,7 +269,10 @@ def curves_figure(name: str, curves: Sequence[Curve], panels: Mapping[str, str])
     styles: dict[str, Any] = {"link": "-", "baseline": (0, (4, 2)), "control": (0, (1, 1.4)), "try": "-."}
 
     def style(curve: Curve) -> dict[str, Any]:
-        return {"color": MODEL_COLOURS[curve.model % len(MODEL_COLOURS)], "linestyle": styles[curve.kind]}
+        alike = [other.label for other in curves if (other.kind, other.model) == (curve.kind, curve.model)]
+        paler = 0.6 * alike.index(curve.label) / max(1, len(alike) - 1)
+        colour = MODEL_COLOURS[curve.model % len(MODEL_COLOURS)]
+        return {"color": colour, "linestyle": styles[curve.kind], "alpha": 1 - paler}
 
     def draw(narrow: bool) -> Canvas:
         columns = 1 if narrow else min(2, len(shown))
@@ -269,6 +291,8 @@ def curves_figure(name: str, curves: Sequence[Curve], panels: Mapping[str, str])
                 values = [y for curve in curves for _, y in curve.values.get(key, ()) if 0 < y < math.inf]
                 if values and max(values) / min(values) > LOG_FROM:
                     axes.set_yscale("log")
+                    few = max(values) / min(values) < 1e3
+                    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
                     # The usual labels are formulas, and this style shows none.
                     axes.yaxis.set_major_formatter("{x:g}")
                     axes.yaxis.set_minor_formatter(NullFormatter())

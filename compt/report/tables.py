@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from compt.cost.paper import LOSSLESS_POINTS
@@ -70,12 +71,15 @@ def cost_table(summary: Summary) -> TextTable:
         # Without one of its members, a sum is that of another family.
         models = [row.model for row in members if row.kind != "try"]
         whole = models == order[: len(models)]
-        total_macs = accumulated([row.macs if whole else None for row in members])
+        # Until a job has trained to its end, its MACs are those of the plan.
+        total_macs = accumulated([row.macs if whole and row.device_hours is not None else None for row in members])
         total_hours = accumulated([row.device_hours if whole else None for row in members])
         for row, macs, time in zip(members, total_macs, total_hours, strict=True):
             name = names[row.job] if seed is None else _baseline(row, seed, summary)
             rows.append([name, "-" if macs is None else count(macs), hours(time)])
     notes = ["Tries were not lossless. Their cost counts in everything after them."] if summary.tries else []
+    if len(chains) > 1:
+        notes.insert(0, "So far: with the models before it; for a baseline, with the baselines of the smaller models.")
     return TextTable("Costs", ["Model", "MACs so far", "Time so far"], rows, notes)
 
 
@@ -112,16 +116,21 @@ def comparison_table(summary: Summary) -> TextTable | None:
     notes = [about, scope] if summary.comparisons or summary.control_comparisons else []
     notes += [f"Not compared: {item.link}, as {item.reason}." for item in summary.not_compared]
     if "not run" in summary.missing.values():
-        wanted = {*LIKE_FOR_LIKE, *(row.job for row in summary.controls)}
-        controls = [name.removeprefix("control-") for name in CONTROLS if name in wanted]
-        words = ["compt", "chain", str(summary.folder / "recipe.yaml"), "--run-folder", str(summary.folder)]
-        words += ["--baselines", "--set", f"baselines.controls=[{','.join(controls)}]"]
-        notes.append(f"Not run, and needed for the whole comparison: {shlex.join(words)}")
+        command = missing_command(summary.folder, [row.job for row in summary.controls])
+        notes.append(f"Not run, and needed for the whole comparison: {command}")
     header = ["Link", "Against", "Points", "95 % interval", "Verdict"]
     if seeds:
         header.append("SD")
         notes.append("SD: standard deviation over seeds of the other model's top-1, in points.")
     return TextTable("Differences", header, rows, notes, left=2)
+
+
+def missing_command(run: Path, controls: Iterable[str]) -> str:
+    """The command that trains what `run` lacks of `LIKE_FOR_LIKE`. The run keeps its own `controls`."""
+    wanted = {*LIKE_FOR_LIKE, *controls}
+    names = [name.removeprefix("control-") for name in CONTROLS if name in wanted]
+    words = ["compt", "chain", str(run / "recipe.yaml"), "--run-folder", str(run), "--baselines"]
+    return shlex.join([*words, "--set", f"baselines.controls=[{','.join(names)}]"])
 
 
 def _number(row: Row) -> str:
@@ -130,24 +139,29 @@ def _number(row: Row) -> str:
 
 
 def calibration_table(summary: Summary) -> TextTable | None:
-    """The first-pair test, a column for each try: its length, cost and accuracy; None without such a test."""
+    """The first-pair test, a row for each try: its length, cost and accuracy; None without such a test."""
     record = summary.calibration
     if record is None:
         return None
     tries: list[dict[str, Any]] = record["tries"]
+    header = ["Try", "Outcome", "Lengths", "Epochs", "MACs", "Acceleration", "Time", "Top-1", "Points"]
+    header += ["95 % interval", "Verdict"]
     rows = [
-        ["Outcome", *("accepted" if item["lossless"] else "failed" for item in tries)],
-        ["Lengths", *(f"{item['factor']:.3g}" for item in tries)],
-        ["Epochs", *(f"{item['epochs']:.3g}" for item in tries)],
-        ["MACs", *(count(item["macs"]) for item in tries)],
-        ["Acceleration", *(f"{item['speedup']:.2f}x" for item in tries)],
-        ["Time", *(hours(item["device_hours"]) for item in tries)],
-        ["Top-1", *(f"{item['accuracy']:.2f}" for item in tries)],
-        ["Points", *(f"{item['difference']:+.2f}" for item in tries)],
-        ["95 % interval", *(f"{item['low']:+.2f} to {item['high']:+.2f}" for item in tries)],
-        ["Verdict", *(item["verdict"] for item in tries)],
+        [
+            f"try {item['number']}",
+            "accepted" if item["lossless"] else "failed",
+            f"{item['factor']:.3g}",
+            f"{item['epochs']:.3g}",
+            count(item["macs"]),
+            f"{item['speedup']:.2f}x",
+            hours(item["device_hours"]),
+            f"{item['accuracy']:.2f}",
+            f"{item['difference']:+.2f}",
+            f"{item['low']:+.2f} to {item['high']:+.2f}",
+            item["verdict"],
+        ]
+        for item in tries
     ]
-    rows = rows if tries else []
     about = (
         f"{record['link']} against {record['baseline']} on {record['dataset']}: top-1, and the difference in points on "
         "the same images with its 95 % interval by paired bootstrap. The difference alone decides: lossless above "
@@ -157,7 +171,7 @@ def calibration_table(summary: Summary) -> TextTable | None:
         cost = count(tries[-1]["speedup"] * tries[-1]["macs"])
         about += f" The baseline's top-1 is {tries[-1]['baseline_accuracy']:.2f}; its {cost} MACs count in no chain."
     notes = [_decision(record), *_paid(record), about]
-    return TextTable("Calibration", ["Try", *(str(item["number"]) for item in tries)], rows, notes)
+    return TextTable("Calibration", header, rows, notes)
 
 
 def _decision(record: dict[str, Any]) -> str:
@@ -168,7 +182,7 @@ def _decision(record: dict[str, Any]) -> str:
     if record["outcome"] == "lossless":
         return (
             f"{words}{link} was lossless at try {tries}: it and the links after it train {record['factor']:.3g} times "
-            "as long as the recipe says."
+            "as long as the recipe says, each at most as long as its baseline."
         )
     if record["outcome"] == "not lossless":
         return (

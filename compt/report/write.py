@@ -24,12 +24,14 @@ from compt.report.content import (
     environment,
     jobs_table,
     macs_alone,
+    planned_costs,
     read_job,
     roles_of,
     score_tables,
     sentence,
     tiles,
     unfinished,
+    with_measured_costs,
 )
 from compt.report.summary import Row, Summary, read_record, read_state, stored_arrays, summarise, whole_files
 from compt.report.tables import SAME, summary_tables
@@ -176,6 +178,7 @@ def _gather(run: Path) -> dict[str, Any]:
     summary = summarise(run)
     state = read_state(run / "run.json")
     jobs = [read_job(run, plan) for plan in state["jobs"]]
+    state = with_measured_costs(state, jobs)
     path = run / "recipe.yaml"
     recipe = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     learned, steps = _curves(jobs)
@@ -190,6 +193,7 @@ def _gather(run: Path) -> dict[str, Any]:
         "curves": learned,
         "steps": steps,
         "costs": _costs(state),
+        "captions": {**CAPTIONS, "costs": f"{CAPTIONS['costs']}{planned_costs(jobs)}."},
         "sheet": contact_sheet(run, state, summary),
         "found": caption_sheet(run, summary),
         "scores": score_tables(summary, roles_of(recipe)),
@@ -227,14 +231,15 @@ def write_tables(path: Path, title: str, sentence: str, tables: Sequence[TextTab
 
 
 FIGURES = ("accuracy", "curves", "steps", "costs")
+_THINNED = f"Where a log has more than {figures.POINTS} lines, a point is the mean of several."
 CAPTIONS = {
     "accuracy": "Bars: 95 % intervals. A point stands at the MACs spent on its model and on those before it in the "
     "line; a control, the last model from scratch, at its own MACs only.",
-    "curves": "Solid: chain; dashed: baselines; dotted: controls; dash-dotted: failed tries. r is the "
-    "weighted feature loss over the task loss.",
+    "curves": "Solid: chain; dashed: baselines; dotted: controls; dash-dotted: failed tries; the later of "
+    f"a kind are paler. r is the weighted feature loss over the task loss. {_THINNED}",
     "steps": "Learning rate and gradient norm are those of the logged step. Images per second (of all processes) "
-    "and the time spent waiting for data are means since the line before, without evaluations.",
-    "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share.",
+    f"and the time spent waiting for data are means since the line before, without evaluations. {_THINNED}",
+    "costs": "Multiply-accumulates of training, with the teacher's forward passes in the chain's share",
 }
 
 
@@ -247,7 +252,9 @@ def _markdown(content: dict[str, Any]) -> str:
         drawn = content[key]
         if drawn is not None:
             path = f"{PICTURES}/{drawn.name}.png"
-            lines.extend([f"### {title}", "", f"![{escape_markdown(drawn.text)}]({path})", "", CAPTIONS[key], ""])
+            lines.extend(
+                [f"### {title}", "", f"![{escape_markdown(drawn.text)}]({path})", "", content["captions"][key], ""]
+            )
         elif nothing:
             lines.extend([f"### {title}", "", nothing, ""])
 
@@ -302,6 +309,6 @@ def write_report(run: Path) -> Path:
             (folder / f"{name}.png").write_bytes(png)
     write_text(run / "report.md", _markdown(content))
     path = run / "report.html"
-    content |= {"captions": CAPTIONS, "nothing_scored": _nothing_scored(content)}
+    content |= {"nothing_scored": _nothing_scored(content)}
     write_text(path, page("report.html.j2", content))
     return path

@@ -16,6 +16,7 @@ from compt.errors import ConfigError
 from compt.files import read_json, write_json
 from compt.report.compare import ModelDifference, SeedGroup, compare_runs
 from compt.report.summary import summarise
+from compt.report.tables import comparison_table
 from compt.text import count
 from tests.helpers.run import RECIPE, SHARES, make_run, recipe
 
@@ -59,7 +60,10 @@ def test_what_no_run_has_to_compare_with_is_named_as_in_the_report(tmp_path: Pat
     table = compare_runs([first]).tables()[1]
     assert table.rows[-1] == ["3-vit_mini", "vit_mini, chain's MACs", "-", "-", "-", "not run"]
     assert [row[-1] for row in table.rows].count("not run") == 1
-    assert table.notes[-1].endswith("`compt report RUN` shows the command.")
+    shown = comparison_table(summarise(first))
+    assert shown is not None
+    assert table.notes[-1] == shown.notes[-1], "the command"
+    assert [note for note in table.notes if "compt chain" in note] == [table.notes[-1]]
     every = {**RECIPE["baselines"], "controls": ["equal_epochs", "equal_macs", "equal_chain_macs"]}
     run(second, 1, baselines=every)
     assert "not run" not in {item.verdict for item in compare_runs([first, second]).differences}
@@ -122,6 +126,46 @@ def test_a_baseline_of_another_seed_in_the_same_run_joins_its_group(tmp_path: Pa
     groups = by_name(compare_runs([tmp_path / "a"]).groups)
     assert groups["vit_mini baseline"].point.seeds == (0, 3)
     assert groups["1-vit_nano"].point.seeds == (0, 3), "a baseline with the first link's settings is that link again"
+
+
+def test_a_seed_that_was_trained_twice_counts_once(tmp_path: Path) -> None:
+    """As of one recipe on two machines, which round differently."""
+    runs = [run(tmp_path / "a"), run(tmp_path / "b")]
+    for path in runs[1].glob("jobs/*/manifest.json"):
+        edit(path, "model_hash", to=f"other {path.parent.name}")
+    found = compare_runs(runs)
+    assert {group.point.seeds for group in found.groups} == {(0,)}
+    assert {group.point.spread for group in found.groups} == {None}
+    assert {item.seeds for item in found.differences if item.points is not None} == {"1, 1"}
+    again = f"Left out: {runs[1]}/3-vit_mini is 3-vit_mini again, with the same seed (0)."
+    assert again in found.tables()[0].notes
+
+
+def test_a_model_that_one_run_calls_a_try_has_the_name_of_its_link(tmp_path: Path) -> None:
+    runs = [run(tmp_path / "a"), run(tmp_path / "b")]
+    edit(runs[0] / "jobs" / "3-vit_mini" / "manifest.json", "kind", to="try")
+    state = read_json(runs[0] / "run.json")
+    write_json(
+        runs[0] / "run.json", {**state, "jobs": [job for job in state["jobs"] if not job["name"].startswith("3-")]}
+    )
+    (runs[0] / "jobs" / "3-vit_mini").rename(runs[0] / "jobs" / "try-1-vit_mini")
+    edit(runs[1] / "jobs" / "3-vit_mini" / "manifest.json", "model_hash", to="other")
+    found = compare_runs(runs)
+    assert by_name(found.groups)["3-vit_mini"].kind == "link"
+    again = f"{runs[0]}/try-1-vit_mini"
+    assert [item.reason for item in found.skipped if item.job == again] == [
+        "is 3-vit_mini again, with the same seed (0)"
+    ]
+
+
+def test_the_command_for_what_is_not_run_needs_no_report_that_shows_it(tmp_path: Path) -> None:
+    """A run without comparisons shows no command. Here another run has what its last link is compared with."""
+    longer = [*RECIPE["chain"]["links"][:2], {**RECIPE["chain"]["links"][2], "train": {"epochs": 20}}]
+    first, second = run(tmp_path / "a"), tmp_path / "b"
+    make_run(second, use=recipe(chain={"links": longer}), baselines=False)
+    assert summarise(second).missing == {}
+    commands = [note for note in compare_runs([first, second]).tables()[1].notes if "compt chain" in note]
+    assert [f"--run-folder {folder} " in " ".join(commands) for folder in (first, second)] == [True, True]
 
 
 def test_runs_with_other_settings_are_compared_link_by_link(tmp_path: Path) -> None:

@@ -15,7 +15,9 @@ from compt.errors import RunError
 from compt.evaluate.stats import wilson
 from compt.files import read_json, write_json
 from compt.plan.jobs import Plan
+from compt.report import figures
 from compt.report.summary import Row, accumulated, stored_arrays, summarise
+from compt.report.write import _gather
 from tests.helpers.run import RECIPE, SHARES, answers, make_run, recipe
 
 REST = ("baseline-vit_micro-s0", "baseline-vit_mini-s0", "control-equal_epochs", "control-equal_macs")
@@ -62,6 +64,31 @@ def test_accelerations_by_hand(tmp_path: Path) -> None:
     assert three.hours_speedup == pytest.approx(hours[4] / hours[2])
     assert three.hours_speedup_accumulated == pytest.approx((hours[0] + hours[3] + hours[4]) / sum(hours[:3]))
     assert made.acceleration() == pytest.approx(three.macs_speedup_accumulated)
+
+
+def test_the_headline_and_the_figure_have_the_costs_of_the_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs measure theirs, which are not quite the planned ones."""
+    bars: list[figures.Bar] = []
+    monkeypatch.setattr(figures, "cost_figure", bars.extend)
+    for name in ("accuracy_figure", "curves_figure"):
+        monkeypatch.setattr(figures, name, lambda *_: None)
+    make_run(tmp_path)
+    for path in tmp_path.glob("jobs/*/manifest.json"):
+        manifest = read_json(path)
+        manifest["cost"]["total_macs"] *= 2 if manifest["kind"] == "link" else 1.5
+        write_json(path, manifest)
+    shown, found = _gather(tmp_path), summarise(tmp_path)
+    nano, micro, mini = found.links
+    expected = [nano, nano, micro, found.baselines[0], mini, found.baselines[1]]
+    assert [sum(parts) for _, parts in bars[:6]] == pytest.approx([row.macs for row in expected])
+    assert f"costs {found.comparisons[-1].macs_speedup_accumulated:.1f}x fewer MACs than" in shown["sentence"]
+    planned = " (planned ones where a job is not trained)."
+    assert not (shown["sentence"] + shown["captions"]["costs"]).count(planned)
+    make_run(tmp_path / "open", states={"3-vit_mini": "training"})
+    shown = _gather(tmp_path / "open")
+    assert [text.endswith(planned) for text in (shown["sentence"], shown["captions"]["costs"])] == [True, True]
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,15 @@ from compt.recipe.read import load_recipe
 from compt.recipe.schema import Control
 from compt.report.content import jobs_table
 from compt.report.summary import CONTROLS, Summary, summarise
-from compt.report.tables import SAME, acceleration_table, comparison_table, cost_table, results_table, summary_tables
+from compt.report.tables import (
+    SAME,
+    acceleration_table,
+    calibration_table,
+    comparison_table,
+    cost_table,
+    results_table,
+    summary_tables,
+)
 from compt.text import TextTable, count, escape_markdown, hours
 from tests.helpers.run import RECIPE, make_run, recipe
 
@@ -168,6 +176,38 @@ def test_a_whole_comparison_names_nothing_as_missing(tmp_path: Path) -> None:
     found = control_run(tmp_path / "first two", controls, states=states)
     assert [item.link for item in found.comparisons] == ["2-vit_micro"]
     assert found.missing == {}, "only the last link has controls, and it is not begun"
+
+
+def test_costs_say_what_is_in_a_sum_of_baselines(summary: Summary, tmp_path: Path) -> None:
+    so_far = "So far: with the models before it; for a baseline, with the baselines of the smaller models."
+    assert cost_table(summary).notes == [so_far]
+    make_run(tmp_path, baselines=False)
+    assert cost_table(summarise(tmp_path)).notes == []
+
+
+def test_a_job_in_training_has_no_cost_so_far(tmp_path: Path) -> None:
+    make_run(tmp_path, states={"3-vit_mini": "training"}, at=0.1)
+    assert cost_table(summarise(tmp_path)).rows[2] == ["3-vit_mini", "-", "-"]
+
+
+def test_a_first_pair_test_has_a_row_a_try(summary: Summary) -> None:
+    tried = {"lossless": False, "factor": 1.0, "epochs": 10.0, "macs": 2.53e12, "speedup": 5.21, "device_hours": 0.03}
+    tried |= {"accuracy": 21.61, "difference": -4.17, "low": -7.29, "high": -1.04, "verdict": "not lossless"}
+    tries = [{**tried, "number": at, "baseline_accuracy": 25.78} for at in (1, 2)]
+    about = {
+        "link": "2-vit_micro",
+        "baseline": "baseline-vit_micro-s0",
+        "dataset": "val_style",
+        "outcome": "not lossless",
+    }
+    record = {**about, "tries": tries, "target": None, "margin": 0.5, "growth": 1.25, "factor": 1.56}
+    table = calibration_table(replace(summary, calibration=record))
+    assert table is not None
+    assert rows_of(table)["try 2"]["95 % interval"] == "-7.29 to -1.04"
+    block = shown(table, 80).split("try 1")[1].split("try 2")[0]
+    assert [line.split()[0] for line in block.splitlines() if line.strip()] == [
+        name.split()[0] for name in table.header[1:]
+    ], "a block is a try"
 
 
 def test_sums_without_a_member_are_left_out(tmp_path: Path) -> None:

@@ -138,6 +138,7 @@ def test_a_finished_run(tmp_path: Path) -> None:
     ):
         assert text in page.text, text
     assert "a control, the last model from scratch, at its own MACs only" in page.text
+    assert page.text.count("Where a log has more than 240 lines, a point is the mean of several.") == 2
     assert "control-equal_macs (from scratch, the link's MACs)" in page.text
     assert "Not finished" not in page.text
     assert page.tags.count("svg") == 8
@@ -195,6 +196,17 @@ def test_tiles_and_acceleration(tmp_path: Path) -> None:
     assert shown[4][2] == "against the model from scratch for the whole chain's MACs"
     state["jobs"] = [job for job in state["jobs"] if job["name"] != "baseline-vit_mini-s0"]
     assert acceleration(state) is None
+
+
+def test_a_chain_that_costs_more_says_so_in_its_tile(tmp_path: Path) -> None:
+    made = make_run(tmp_path)
+    state, found = read_json(tmp_path / "run.json"), summarise(tmp_path)
+    for job in state["jobs"]:
+        job["cost"]["total_macs"] *= 8 if job["kind"] == "link" else 1
+    ratio = f"{8 / (made.acceleration() or 0):.2f}"
+    assert (ratio, "x", "the MACs of all baselines") in tiles(found, state)
+    tried = replace(found, tries=[replace(found.links[1], kind="try")])
+    assert (ratio, "x", "the MACs of all baselines, failed tries included") in tiles(tried, state)
 
 
 def test_a_run_with_a_job_in_training(tmp_path: Path) -> None:
@@ -340,6 +352,13 @@ def test_classes_with_enough_images_have_a_table(tmp_path: Path) -> None:
     write_json(path, {**read_json(path), "pins": {"data": "other"}})
     table = next(table for table in class_tables(summarise(tmp_path)) if table.title == "Classes of test_style")
     assert table.header == ["Class", "Images", "3-vit_mini", *controls]
+
+
+def test_classes_with_few_images_have_no_row(tmp_path: Path) -> None:
+    make_run(tmp_path, n=900)
+    table = next(table for table in class_tables(summarise(tmp_path)) if table.title == "Classes of test_style")
+    assert {row[1] for row in table.rows} == {"5"}
+    assert "Left out, with fewer than 5 images: 100 of 200 classes." in table.notes
 
 
 def test_few_images_a_class_or_missing_files_give_no_table_of_classes(tmp_path: Path) -> None:
