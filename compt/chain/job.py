@@ -37,7 +37,7 @@ from compt.plan.jobs import Job, recipe_cost
 from compt.plan.links import Start
 from compt.plan.remedies import explained
 from compt.recipe.engine import EngineConfig
-from compt.recipe.read import split_batch
+from compt.recipe.read import largest_divisor, split_batch
 from compt.recipe.schema import Recipe
 from compt.train.build import Blueprint, build_training
 from compt.train.checkpoint import find_latest, name_of, open_weights, remove_checkpoints
@@ -359,7 +359,11 @@ class JobRun:
     def _micro_batch(self, search: bool) -> int:
         """Images that a process computes at once: as configured, or the most that fit, which the manifest notes."""
         config, starts = self._engine_config, self.manifest["starts"]
-        _, micro = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), config.micro_batch)
+        share, _ = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), None)
+        wanted = config.micro_batch
+        if config.tune and wanted and not search:  # Chosen on another number of ranks, perhaps, and no step is left.
+            wanted = largest_divisor(share, min(wanted, share))
+        _, micro = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), wanted)
         if not config.find_micro_batch or config.tune:
             return micro
         if search:

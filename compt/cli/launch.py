@@ -72,7 +72,7 @@ def _sets_engine(words: Sequence[str]) -> bool:
 
 
 def zero_stage(path: Path) -> int:
-    """Return the ZeRO stage in a JSON file of DeepSpeed; 0 if it has none, as in DeepSpeed. Raises ConfigError."""
+    """Return the ZeRO stage in a JSON file of DeepSpeed. Raises ConfigError."""
     try:
         values = json.loads(read_text(path))
     except OSError as error:
@@ -80,9 +80,9 @@ def zero_stage(path: Path) -> int:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"--deepspeed_config {path}: is not JSON ({error})") from None
     section = values.get("zero_optimization", {}) if isinstance(values, dict) else None
-    stage = section.get("stage", 0) if isinstance(section, dict) else None
+    stage = section.get("stage") if isinstance(section, dict) else None
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ConfigError(f"--deepspeed_config {path}: zero_optimization.stage should be 0, 1, 2 or 3")
+        raise ConfigError(f"--deepspeed_config {path}: zero_optimization.stage should be 0, 1, 2 or 3, not {stage!r}")
     return int(stage)
 
 

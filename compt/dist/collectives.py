@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ReduceOp, distributed_c10d
 
 from compt.dist.environment import Place, connect_limit, find_place
-from compt.dist.rendezvous import choose_interface, meet
+from compt.dist.rendezvous import choose_interface, meet, of_attempt
 from compt.errors import ComptError, ConfigError, Gone, RunError, is_out_of_memory
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def init(
     try:
         torch_dist.init_process_group(
             backend_of(chosen),
-            store=store,
+            store=of_attempt("group", store),
             rank=place.rank,
             world_size=place.world_size,
             timeout=short,

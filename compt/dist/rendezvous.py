@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import psutil
 import torch.distributed as torch_dist
@@ -153,10 +153,14 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
     )
 
 
+def of_attempt(name: str, store: Any) -> PrefixStore:
+    """A part of the store for this attempt: after a restart by torchrun it still has the keys of the one before."""
+    return PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", store)
+
+
 def _wait_for_all(place: Place, until: float, store: TCPStore) -> list[int]:
     """Return the ranks that have not connected by then."""
-    # After a restart by torchrun the store still has the previous attempt's keys.
-    keys = PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    keys = of_attempt("meet", store)
     names = [f"here/{rank}" for rank in range(place.world_size)]
     keys.set(names[place.rank], "")
     with contextlib.suppress(torch_dist.DistStoreError):

@@ -69,6 +69,12 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     f"{_ZERO}.memory_efficient_linear": ((False,), "it replaces torch's linear function in the whole process"),
     f"{_ZERO}.zero_hpz_partition_size": ((1,), "compt cannot save a second copy of the shards"),
     f"{_ZERO}.zenflow": ((), "it updates weights late"),
+    # Blocks are called once for each text bucket, and DeepSpeed keeps the gradients of one call of a leaf module alone.
+    f"{_ZERO}.leaf_module": ((), "gradients of blocks that are called several times would be lost"),
+    **dict.fromkeys(
+        (f"{_ZERO}.stage3_module_granularity_threshold", f"{_ZERO}.module_granularity_threshold"),
+        ((0,), "gradients of blocks that are called several times would be lost"),
+    ),
     f"{_ZERO}.offload_optimizer.device": (("cpu", "none"), "compt cannot save state on NVMe"),
     f"{_ZERO}.offload_param.device": (("cpu", "none"), "compt cannot save state on NVMe"),
     f"{_ZERO}.offload_optimizer.ratio": ((1,), "compt cannot save state of which a part is offloaded"),

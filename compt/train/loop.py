@@ -129,7 +129,7 @@ def _restore(folder: Path, engine: Engine, settings: TrainSettings) -> Counts:
         dist.agree(RunError(f"{path} belongs to another run: its {' and '.join(changed)} differs from this run's"))
     checkpoint.load(path, engine)
     counts = Counts.from_state(state["counts"])
-    if checkpoint.format_of(path) != engine.format:
+    if counts.step < settings.total_steps and checkpoint.format_of(path) != engine.format:
         counts.moments_anew.append(counts.step)
     return counts
 

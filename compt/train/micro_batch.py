@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 import torch.distributed as torch_dist
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from compt.dist import collectives as dist
 from compt.dist.child import answer_of, start_child
-from compt.dist.rendezvous import HERE, is_host
+from compt.dist.rendezvous import HERE, is_host, of_attempt
 from compt.dist.watch.causes import is_consequence
 from compt.dist.watch.thread import LONG, beat
 from compt.errors import RunError, is_out_of_memory
@@ -199,7 +199,7 @@ def _join(place: tuple[int, int, int], device: torch.device) -> None:
         address = HERE if is_host(rank) else os.environ["MASTER_ADDR"]
         port, limit = int(os.environ["MASTER_PORT"]), datetime.timedelta(seconds=300)
         store = torch_dist.TCPStore(address, port, None, False, limit)  # type: ignore[attr-defined]
-        store = PrefixStore(f"compt/fit/{number}", store)
+        store = of_attempt(f"fit/{number}", store)
     torch_dist.init_process_group(dist.backend_of(device), store=store, rank=rank, world_size=world)
 
 

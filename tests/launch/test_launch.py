@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import typer.main
 
-from compt.cli.launch import LaunchRecord, chain_words, exit_code, zero_stage
+from compt.cli.launch import LaunchRecord, chain_words, exit_code
 from compt.cli.main import app
 from compt.errors import ConfigError
 from tests.helpers.cases import matrix
@@ -88,6 +88,7 @@ def test_a_given_engine_takes_precedence_over_the_file(zero2: Path, given: list[
         ('{"zero_optimization": {"stage": true}}', "stage should be 0, 1, 2 or 3"),
         ('{"zero_optimization": 2}', "stage should be 0, 1, 2 or 3"),
         ("[]", "stage should be 0, 1, 2 or 3"),
+        ("{}", "stage should be 0, 1, 2 or 3, not None"),
     ],
 )
 def test_a_file_that_is_not_for_deepspeed_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -96,11 +97,6 @@ def test_a_file_that_is_not_for_deepspeed_is_refused(tmp_path: Path, text: str |
         path.write_text(text)
     with pytest.raises(ConfigError, match=rf"--deepspeed_config .*ds.json: .*{message}"):
         chain_words(["r.yaml", "--deepspeed_config", str(path)], {})
-
-
-def test_a_file_without_a_stage_is_stage_0(tmp_path: Path) -> None:
-    (tmp_path / "ds.json").write_text("{}")
-    assert zero_stage(tmp_path / "ds.json") == 0
 
 
 @pytest.mark.parametrize("words", [["--recipe"], ["r.yaml", "--deepspeed_config"], ["r.yaml", "--local_rank"]])

@@ -24,7 +24,10 @@ MIB = 2**20
 UNLIMITED = float("inf")
 
 LIMITS: tuple[tuple[str, float, float, int, str, str], ...] = (
-    ("free disk", 20 * GIB, GIB, GIB, " GiB", "make room, or use another --run; keep_checkpoints limits what is kept"),
+    (
+        *("free disk", 20 * GIB, GIB, GIB, " GiB"),
+        "make room, or use another --run-folder; keep_checkpoints limits what is kept",
+    ),
     (
         *("shared memory", 2 * GIB, 64 * MIB, MIB, " MiB in /dev/shm"),
         "docker run --shm-size=16g; Kubernetes: an emptyDir of medium Memory at /dev/shm; or engine.workers: 0",

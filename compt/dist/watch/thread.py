@@ -27,9 +27,10 @@ from typing import Any, TypeGuard
 
 import psutil
 from torch.distributed import HashStore  # type: ignore[attr-defined]
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import _get_default_store
 
 from compt.dist import collectives as dist
+from compt.dist.rendezvous import of_attempt
 from compt.dist.watch.causes import WAITING, Cause, Seen, dead, hanging, is_consequence, lost, obstacle, where
 from compt.dist.watch.store import Life, Lost, Post
 from compt.errors import ComptError, Gone, Interrupted
@@ -150,7 +151,7 @@ class Watch:
     def _join(self) -> None:
         """Meet the other ranks in the store, over a connection of its own."""
         found = _get_default_store().clone() if self.world > 1 else HashStore()  # type: ignore[attr-defined]
-        store = PrefixStore(f"compt/watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{next(_numbers)}", found)
+        store = of_attempt(f"watch/{next(_numbers)}", found)
         store.set(str(self.rank), self._life().to_json())
         if self.rank == 0:
             store.set("token", time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()) + f"-{os.getpid()}")

@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed import TCPStore
+from torch.distributed import HashStore, TCPStore
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from compt.cli import main as cli
 from compt.dist import collectives as dist
 from compt.dist.environment import Place
-from compt.dist.rendezvous import meet
+from compt.dist.rendezvous import meet, of_attempt
 from compt.errors import ComptError, ConfigError, Gone, RunError
 from tests.dist.spawn import CONTEXT
 from tests.faults.group import Group
@@ -178,6 +179,28 @@ def limits(place: dict[str, str], said: Path) -> None:
     store = torch.distributed.distributed_c10d._get_default_store()
     said.write_text(f"{dist._timeout().total_seconds()} {store.timeout.total_seconds()}")
     os._exit(0)
+
+
+@pytest.mark.dist
+def test_a_restarted_attempt_does_not_see_the_keys_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torchrun's agent keeps the store: the failure of an earlier trial would end the new attempt's first search."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        monkeypatch.setenv(name, value)
+    kept = HashStore()
+    monkeypatch.setattr(dist, "meet", lambda place, seconds: kept)
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        dist.init("cpu")
+        try:
+            store = _get_default_store()
+            assert not store.check(["failed"])
+            assert not of_attempt("meet", kept).check(["here/0"])
+            store.set("failed", "")
+            of_attempt("meet", kept).set("here/0", "")
+        finally:
+            dist.shutdown()
 
 
 @pytest.mark.dist

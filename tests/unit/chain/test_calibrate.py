@@ -432,7 +432,8 @@ def test_the_report_says_what_was_decided(third: Path, run: Path) -> None:
     for text in ((run / "report.md").read_text(), (run / "report.html").read_text()):
         for words in (
             "Calibration",
-            "2-large was lossless at try 3: it and the links after it train 1.56 times as long as the recipe says, each at most as long as its baseline.",
+            "2-large was lossless at try 3: it and the links after it train 1.56 times as long as the recipe says, ",
+            ", each at most as long as its baseline.",
             "2 failed tries: ",
             "2-large against baseline-large-s3 on choose: ",
             "accepted",

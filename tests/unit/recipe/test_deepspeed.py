@@ -176,6 +176,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = [
     ({"zero_optimization": {**ZERO, "zero_quantized_gradients": True}}, {}, ("zero_quantized_gradients", "true")),
     ({"zero_optimization": {**ZERO, "compute_grad_norm": False}}, {}, ("compute_grad_norm", "false")),
     ({"zero_optimization": {**ZERO, "elastic_checkpoint": True}}, {}, ("elastic_checkpoint", "true")),
+    (
+        {"zero_optimization": {**ZERO, "leaf_module": {"classes": ["compt.models.clip.Block"]}}},
+        {},
+        ("zero_optimization.leaf_module", "would be lost", "remove it"),
+    ),
+    (
+        {"zero_optimization": {**ZERO, "stage3_module_granularity_threshold": 3000}},
+        {},
+        ("stage3_module_granularity_threshold", "3000", "would be lost", "set it to 0"),
+    ),
     ({"zero_optimization": [2]}, {}, ("zero_optimization", "section")),
 ]
 

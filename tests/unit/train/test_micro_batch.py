@@ -98,8 +98,8 @@ def test_trials_meet_where_the_processes_beside_them_did(
     if agent is not None:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", agent)
     monkeypatch.setattr(fit.torch_dist, "TCPStore", lambda *place: reached.append(place[:2]))
-    monkeypatch.setattr(fit, "PrefixStore", lambda prefix, store: prefix)
+    monkeypatch.setattr(fit, "of_attempt", lambda name, store: name)
     monkeypatch.setattr(fit.torch_dist, "init_process_group", lambda *kind, **group: reached.append((kind, group)))
     fit._join((rank, 2, 5), torch.device("cpu"))
-    group = {"store": "compt/fit/5", "rank": rank, "world_size": 2}
+    group = {"store": "fit/5", "rank": rank, "world_size": 2}
     assert reached == [(address, 4321), (("gloo",), group)]
