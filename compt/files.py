@@ -107,12 +107,15 @@ def _open_temporary(path: Path) -> tuple[Path, int]:
     """
     for name in (temporary_of(path, number) for number in range(_WRITERS)):
         try:
-            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)  # less what the umask takes
-        except OSError:  # a link, or another user's
+            # Less what the umask takes. Without NONBLOCK a pipe of this name would wait for a reader.
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        except OSError:  # a link, a pipe, or another user's
             break
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(descriptor), os.stat(name)):
+            found = os.fstat(descriptor)
+            plain = stat.S_ISREG(found.st_mode) and found.st_nlink == 1  # not a file that has another name, too
+            if plain and os.path.samestat(found, os.stat(name)):
                 os.ftruncate(descriptor, 0)
                 return name, descriptor
         except (BlockingIOError, FileNotFoundError):  # its owner writes it, or has just renamed it

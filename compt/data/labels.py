@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.errors import DataError
-from compt.files import plain_stat
+from compt.errors import ComptError, DataError
+from compt.files import read_text
 
 if TYPE_CHECKING:  # it loads torch, which indexing does without
     from compt.data.decode import Cause
@@ -51,10 +51,12 @@ def read_label_array(data: bytes) -> NDArray[np.bool_] | int:
     if not data:
         return NONE
     try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError, MemoryError):  # memory: the header may claim any size
+        values = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except ComptError:  # a signal
+        raise
+    except Exception:  # numpy reads the header as code of Python, and raises whatever its bytes lead to
         return NO_NUMBER
-    if not isinstance(values, np.ndarray) or values.ndim != 1 or values.dtype.kind not in "buif":
+    if values.ndim != 1 or values.dtype.kind not in "buif":
         return NO_NUMBER
     return np.asarray(values > 0)
 
@@ -64,13 +66,17 @@ def beside(places: Iterable[Path], name: str) -> Path | None:
     return next((place / name for place in places if (place / name).is_file()), None)
 
 
-def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file without surrounding white space. Raises DataError naming file and line."""
+def read_plain(path: Path, what: str) -> str:
+    """The text of a file. Raises DataError that names it."""
     try:
-        plain_stat(path)
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        return read_text(path).removeprefix("\ufeff")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} {path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def read_lines(path: Path, what: str) -> list[str]:
+    """The lines of a text file without surrounding white space. Raises DataError naming file and line."""
+    lines = read_plain(path, what).split("\n")
     while lines and not lines[-1].strip():
         lines.pop()
     if not lines:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, parse_json, read_columns, read_text, split_as_dreamlip
 from compt.data.decode import Unusable, open_image, shrunk
-from compt.data.names import is_metadata
+from compt.data.names import is_hidden, is_metadata
 from compt.data.remote import Cache, local
 from compt.data.sources import WORK, Members, PackOptions, Source, open_source
 from compt.errors import ConfigError, DataError
@@ -75,10 +75,13 @@ def _members(sample: Members, captioned: bool, options: PackOptions) -> _Written
 def _key(name: str, taken: set[str]) -> str:
     """A key of a tar for the name: without dots, since a key ends at the first, and in no sample before.
 
-    It leads out of no folder into which the tar is unpacked, as names in shards of others may.
+    It leads out of no folder into which the tar is unpacked, as names in shards of others may, and readers see it.
     """
-    name = "/".join(part for part in name.split("/") if part not in ("", ".", ".."))
-    key = plain = (name.lstrip("_") if is_metadata(name) else name).replace(".", "_")
+    name = "/".join(part for part in name.replace("\0", "_").split("/") if part not in ("", ".", ".."))
+    plain = (name.lstrip("_") if is_metadata(name) else name).replace(".", "_")
+    if is_hidden(f"{plain}.x"):
+        plain = "sample_" + plain.strip("/").replace("/", "_")
+    key = plain
     number = 1
     while key in taken:
         number += 1

@@ -168,8 +168,8 @@ def _json_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, An
         if isinstance(values, dict):
             images = values.get("images")
             if isinstance(values.get("annotations"), list):
-                images = [image for image in images or [] if isinstance(image, dict)]
-                names = {str(image.get("id")): image.get("file_name") for image in images}
+                images = images if isinstance(images, list) else []
+                names = {str(image.get("id")): image.get("file_name") for image in images if isinstance(image, dict)}
                 values = values["annotations"]
             else:
                 values = images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -196,7 +197,10 @@ class _Scanner:
                     else:
                         group.members[extension] = (member.offset_data, member.size)
                 fault = fault or self._end(archive.offset)
-        except (tarfile.TarError, ValueError, RecursionError):  # tarfile nests headers that follow each other
+        # tarfile nests headers that follow each other, and goes to any place and takes any memory that they name.
+        except (tarfile.TarError, ValueError, IndexError, OverflowError, MemoryError, RecursionError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # of the disk
             fault = "cut"
         if group is not None and fault == "cut":
             group.cut = True
@@ -342,5 +346,8 @@ def _url(values: dict[str, Any] | None) -> str:
 
 def json_label(data: bytes, name: str) -> int:
     """The class number under `name` in a sample's JSON."""
-    value = (parse_json(data) or {}).get(name, NONE)
-    return value if isinstance(value, int) and not isinstance(value, bool) else NO_NUMBER
+    values = parse_json(data) or {}
+    if name not in values:
+        return NONE
+    value = values[name]
+    return value if type(value) is int and 0 <= value < 10**18 else NO_NUMBER

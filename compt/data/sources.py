@@ -17,7 +17,7 @@ from compt.data.captions import CAPTION_COLUMNS, by_column, parse_json, split_as
 from compt.data.decode import Unusable
 from compt.data.folder import ClassOrder, files_below, folder_names, read_class_folders, read_image, read_names
 from compt.data.index import open_index
-from compt.data.labels import CLASSNAMES, NONE, TEMPLATES, beside
+from compt.data.labels import CLASSNAMES, NONE, TEMPLATES, beside, read_plain
 from compt.data.names import FOREIGN, IMAGE_EXTENSIONS, TEXT_ENDINGS
 from compt.data.parquet import ParquetImages, parquet_files
 from compt.data.remote import Cache, RemoteShard
@@ -289,7 +289,7 @@ class _Rows(Source):
 def _copied(places: Sequence[Path], name: str) -> dict[str, str]:
     """The name and text of a file beside the source, if it is there."""
     found = beside(places, name)
-    return {} if found is None else {name: found.read_text(encoding="utf-8-sig")}
+    return {} if found is None else {name: read_plain(found, "text")}
 
 
 def _size(path: Path) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from heapq import heapify, heappop, heappush
 from typing import Any, Protocol
 
 import numpy as np
@@ -65,8 +66,38 @@ def clip_tokenizer() -> Any:
             return [each for word in self.pat.findall(cleaned) for each in self._word(word)]
 
         def _encode_word(self, word: str) -> list[int]:
-            visible = "".join(self.byte_encoder[byte] for byte in word.encode())
-            return [self.encoder[piece] for piece in self.bpe(visible).split(" ")]
+            """The ids that open_clip's `bpe` finds in the square of a word's length: captions may have long words."""
+            if self.cache.get(word) == word:  # a special token
+                return [self.encoder[word]]
+            pieces = [self.byte_encoder[byte] for byte in word.encode()]
+            pieces[-1] += "</w>"
+            ranks: dict[tuple[str, str], int] = self.bpe_ranks
+            before, after = [*range(-1, len(pieces) - 1)], [*range(1, len(pieces) + 1)]
+
+            def rank(at: int) -> int | None:
+                """The rank of the merge of a piece with the next one."""
+                if at < 0 or after[at] >= len(pieces):
+                    return None
+                return ranks.get((pieces[at], pieces[after[at]]))
+
+            merges = [(found, at) for at in range(len(pieces)) if (found := rank(at)) is not None]
+            heapify(merges)
+            while merges:
+                lowest, made = merges[0][0], list[int]()
+                # All places of a merge come first, from left to right. Then come the merges of what they made.
+                while merges and merges[0][0] == lowest:
+                    at = heappop(merges)[1]
+                    if rank(at) != lowest:  # another merge took one of the two
+                        continue
+                    gone = after[at]
+                    pieces[at], pieces[gone], after[at] = pieces[at] + pieces[gone], "", after[gone]
+                    if after[at] < len(pieces):
+                        before[after[at]] = at
+                    made += [before[at], at]
+                for at in dict.fromkeys(made):
+                    if (found := rank(at)) is not None:
+                        heappush(merges, (found, at))
+            return [self.encoder[piece] for piece in pieces if piece]
 
     return FastTokenizer()
 

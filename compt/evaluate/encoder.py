@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -23,7 +21,7 @@ from compt.data.batch import EvalBatch
 from compt.dist import collectives as dist
 from compt.dist.watch.thread import alive
 from compt.engines.base import evaluation_mode
-from compt.errors import DataError
+from compt.errors import ComptError, DataError
 from compt.files import write_bytes, write_json
 from compt.models.pixels import to_input
 from compt.models.preprocess import Preprocess
@@ -156,5 +154,7 @@ def load_arrays(path: Path) -> Arrays:
     try:
         with np.load(path, allow_pickle=False) as stored:
             return {key: stored[key] for key in stored.files}
-    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
+    except ComptError:  # a signal
+        raise
+    except Exception as error:  # numpy raises whatever the bytes of a damaged file lead to
         raise DataError(f"{path}: cannot be read: {error}") from error

@@ -55,16 +55,18 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
     try:
         vision, text = dict(config["vision_cfg"]), dict(config["text_cfg"])
         embed_dim = int(config["embed_dim"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise ArtefactError(f"open_clip config of {name}: embed_dim, vision_cfg and text_cfg are needed") from error
-    refused = list(_refused(config, vision, text))
-    if refused:
-        key, value, right = refused[0]
-        others = f"; not supported either: {', '.join(key for key, _, _ in refused[1:])}" if refused[1:] else ""
-        raise ArtefactError(f"open_clip config of {name}: {key} = {value} is not supported; it must be {right}{others}")
-    vision = asdict(open_clip.model.CLIPVisionCfg()) | vision
-    text = asdict(open_clip.model.CLIPTextCfg()) | text
     try:
+        refused = list(_refused(config, vision, text))
+        if refused:
+            key, value, right = refused[0]
+            more = f"; not supported either: {', '.join(key for key, _, _ in refused[1:])}" if refused[1:] else ""
+            raise ArtefactError(
+                f"open_clip config of {name}: {key} = {value} is not supported; it must be {right}{more}"
+            )
+        vision = asdict(open_clip.model.CLIPVisionCfg()) | vision
+        text = asdict(open_clip.model.CLIPTextCfg()) | text
         common = {
             "name": name,
             "embed_dim": embed_dim,
@@ -79,7 +81,7 @@ def spec_from_open_clip(config: Mapping[str, Any], name: str = "model") -> Model
             "loss": _loss(config),
         }
         return (_swin_spec if vision["timm_model_name"] else _vit_spec)(name, vision, text, common)
-    except (ConfigError, TypeError, ValueError, ZeroDivisionError) as error:
+    except (ConfigError, TypeError, ValueError, ArithmeticError) as error:
         raise ArtefactError(f"open_clip config of {name}: {error}") from error
 
 
@@ -89,7 +91,7 @@ def _refused(
     """Settings that compt's models do not have: name, value, what would be right."""
     timm = vision.get("timm_model_name")
     try:
-        swin_sizes(timm or "swin_tiny_patch4_window7_224")
+        swin_sizes(str(timm or "swin_tiny_patch4_window7_224"))
     except ConfigError as error:
         why = f" ({error})" if "swin" in str(timm) else ""
         yield "vision_cfg.timm_model_name", timm, f"a Swin, such as swin_tiny_patch4_window7_224{why}"

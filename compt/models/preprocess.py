@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -165,7 +166,7 @@ def _triple(value: Any, where: str, key: str, above: float | None) -> tuple[floa
     numbers = [value] * 3 if isinstance(value, int | float) else value
     right = isinstance(numbers, list | tuple) and len(numbers) == 3
     if right:
-        right = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
+        right = all(type(one) in (int, float) and abs(one) <= sys.float_info.max for one in numbers)
     if not right or (above is not None and min(numbers) <= above):
         more = f" above {above:g}" if above is not None else ""
         raise ArtefactError(f"{where}: {key} = {value!r}; it must be three numbers{more}, of red, green and blue")

@@ -22,13 +22,15 @@ from compt.recipe.types import Duration, section_within
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number and refuses a key that occurs twice."""
+    """YAML that reads 1e-3 as a number. It refuses a key that occurs twice, and the merge of mappings."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"line {key.start_mark.line + 1}: a key should be a plain word")
+            if key.tag == "tag:yaml.org,2002:merge":  # merges of merges fill the memory at the word of a few bytes
+                raise ConfigError(f"line {key.start_mark.line + 1}: '<<' is not supported; write the keys themselves")
             if key.value in seen:
                 raise ConfigError(f"line {key.start_mark.line + 1}: the key '{key.value}' occurs twice")
             seen.add(key.value)

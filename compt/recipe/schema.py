@@ -7,6 +7,7 @@ docstrings below the fields are what docs/recipes.md is made of.
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar, Literal
@@ -257,14 +258,14 @@ def checked_sizes(preset: str, sizes: dict[str, Any]) -> dict[str, Any]:
 
 def _checked_size(key: str, value: Any, wanted: type) -> Any:
     if wanted is tuple:
-        if not isinstance(value, list | tuple) or not all(type(item) is int and item > 0 for item in value):
-            raise ConfigError(f"{key} = {value!r}: should be a list of whole numbers above 0")
+        if not isinstance(value, list | tuple) or not all(type(item) is int and 0 < item <= 10**6 for item in value):
+            raise ConfigError(f"{key} = {reprlib.repr(value)}: should be a list of whole numbers above 0, at most 1e6")
         return tuple(value)
     if type(value) not in ((int, float) if wanted is float else (wanted,)):
         kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
         raise ConfigError(f"{key} = {value!r}: should be {kind}")
-    if wanted is not bool and not value > 0:
-        raise ConfigError(f"{key} = {value!r}: should be greater than 0")
+    if wanted is not bool and not 0 < value <= 10**6:  # a depth is a loop
+        raise ConfigError(f"{key} = {value!r}: should be greater than 0, at most 1e6")
     if key == "vocab_size" and value < VOCAB_SIZE:
         raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")
     return wanted(value)

@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from compt.errors import nearest
@@ -62,6 +71,17 @@ class OneOf:
         return pkgutil.resolve_name(self.table[self(name)])
 
 
+MOST = 10**18
+"""The largest number in a recipe: costs are products of several, and have to be numbers that Python can print."""
+
+
+def bounded(value: Any) -> Any:
+    """`value` itself. Raises ValueError for a number beyond `MOST`."""
+    if isinstance(value, int | float) and abs(value) > MOST:
+        raise ValueError(f"should be at most {MOST:.0e}")
+    return value
+
+
 class Section(BaseModel):
     """A part of a recipe: immutable, unknown keys and wrong types refused."""
 
@@ -72,6 +92,8 @@ class Section(BaseModel):
         allow_inf_nan=False,
         use_attribute_docstrings=True,
     )
+
+    _bounded = field_validator("*")(bounded)
 
     def result_fields(self) -> dict[str, Any]:
         """The fields that change the result, as plain JSON values."""
@@ -170,15 +192,15 @@ def checked_caption_tokens(value: Any) -> Any:
     Shares are weights of any sum above 0; zeros are allowed among them.
     """
     if not isinstance(value, Mapping):
-        if not _positive(value):
+        if not _positive(bounded(value)):
             raise ValueError("should be a number above 0, or a mapping of lengths to shares")
         return float(value)
     # JSON knows only keys of text, and a recipe has to come back from it.
     shares = {int(at) if isinstance(at, str) and at.isdecimal() else at: share for at, share in value.items()}
     for length, share in shares.items():
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+        if not isinstance(bounded(length), int) or isinstance(length, bool) or length < 1:
             raise ValueError(f"the length {length!r} should be a whole number of tokens, at least 1")
-        if share != 0 and not _positive(share):
+        if share != 0 and not _positive(bounded(share)):
             raise ValueError(f"the share {share!r} of length {length} should be a number, at least 0")
     if not any(shares.values()):
         raise ValueError("a mapping of lengths to shares needs a share above 0")

@@ -45,9 +45,9 @@ def read_metrics(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def _cut_back(path: Path, step: int) -> None:

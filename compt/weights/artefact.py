@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -290,7 +289,7 @@ def read_artefact(folder: Path, verify: bool = True) -> Artefact:
         preprocess = Preprocess.of(dict(manifest["preprocess"]), f"{folder / MANIFEST}: preprocess")
         files = {plain_name(folder, name): dict(entry) for name, entry in manifest["files"].items()}
         expected = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError, ConfigError) as error:
         raise ArtefactError(f"{folder / MANIFEST}: {_cause(error)}") from error
     for name, (size, digest) in expected.items():
         _check_file(folder / name, size, digest if verify else None)
@@ -347,7 +346,7 @@ def read_object(path: Path) -> dict[str, Any]:
         value = read_json(path)
     except FileNotFoundError as error:
         raise ArtefactError(f"{path}: missing") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of the syntax, the encoding, or a number of thousands of digits
         raise ArtefactError(f"{path}: not JSON ({error})") from error
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -21,16 +22,24 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.utils import _ReaderView
 
-from compt.errors import ArtefactError
+from compt.errors import ArtefactError, ComptError
 from compt.weights.lazy import FoundWeights, Weights, inside
-from compt.weights.pickles import load_dcp_metadata
+from compt.weights.pickles import check_archive, load_dcp_metadata, refusal, without_costly
 
 METADATA = ".metadata"
 
 
+class _Slice(_ReaderView):
+    """A part of a file. torch's own view takes a place before the end for one behind it."""
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return super().seek(self.len + offset) if whence == os.SEEK_END else super().seek(offset, whence)
+
+
 class _DcpReader(FileSystemReader):
-    """torch's reader with metadata that is read and checked already. torch's own would unpickle the file unchecked."""
+    """torch's reader, but it checks what it reads: `.metadata` beforehand, and each slice, a file of torch.save."""
 
     def __init__(self, folder: Path, metadata: Metadata) -> None:
         super().__init__(folder)
@@ -39,6 +48,12 @@ class _DcpReader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """The metadata given to the constructor."""
         return self._metadata
+
+    def _slice_file(self, file: Any, sinfo: _StorageInfo) -> IO[bytes]:
+        part: Any = _Slice(file, sinfo.offset, sinfo.length)
+        check_archive(Path(self.path) / sinfo.relative_path, part)
+        part.seek(0)
+        return part  # type: ignore[no-any-return]
 
 
 class DcpWeights(Weights):
@@ -68,11 +83,14 @@ class DcpWeights(Weights):
         """
         for name, tensor in tensors.items():
             try:
-                with warnings.catch_warnings(action="ignore"):  # torch warns that it reads without a process group
+                # torch warns that it reads without a process group.
+                with without_costly(), warnings.catch_warnings(action="ignore"):
                     load({name: tensor.detach()}, storage_reader=self._reader, no_dist=True)
             except CheckpointException as error:  # derives from BaseException; holds each rank's error
-                cause = next((str(met).splitlines()[0] for met, _ in error.failures.values() if str(met)), "torn")
-                raise ArtefactError(f"{self._folder}: cannot read {name} ({cause})") from error
+                met = next(met for met, _ in error.failures.values())
+                if isinstance(met, ComptError):  # a signal, or what `check_archive` says
+                    raise met from error
+                raise ArtefactError(f"{self._folder}: cannot read {name}: {refusal(met)}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""
@@ -95,7 +113,8 @@ def read_dcp(folder: Path) -> FoundWeights:
     names = set()
     for index, place in storage.items():
         plain = type(index) is MetadataIndex and type(place) is _StorageInfo and type(place.relative_path) is str
-        if not plain or not _counts((place.offset, place.length)):
+        # torch would unpack the bytes by the names in `transform_descriptors`, to any size.
+        if not plain or not _counts((place.offset, place.length)) or place.transform_descriptors:
             raise ArtefactError(f"{path}: an entry of another kind among the places of the tensors")
         names.add(place.relative_path)
     files = [inside(folder, name) for name in sorted(names)]

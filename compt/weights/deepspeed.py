@@ -143,7 +143,7 @@ def _laid_out(folder: Path) -> Iterator[None]:
     """Turn errors of files that DeepSpeed did not write into an ArtefactError that names the folder."""
     try:
         yield
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError, RuntimeError) as error:
         raise ArtefactError(
             f"{folder}: not laid out as a checkpoint of DeepSpeed ({type(error).__name__}: {error})"
         ) from error

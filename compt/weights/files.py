@@ -192,7 +192,7 @@ def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
             norm_eps=float(vision["layer_norm_eps"]),
             text_norm_eps=float(text["layer_norm_eps"]),
         )
-    except (TypeError, ValueError, ZeroDivisionError, ConfigError) as error:
+    except (TypeError, ValueError, ArithmeticError, ConfigError) as error:
         raise ArtefactError(f"{HF_CONFIG} of {name}: {error}") from error
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import pickle
 import re
 import warnings
@@ -18,7 +19,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import IO, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -82,25 +83,18 @@ def load_torch_file(path: Path) -> Any:
     Files of torch before 1.6 are read into memory. Raises ArtefactError for a file that refers to classes or functions
     that no weights need (none of them is called), for a torn file, and for a TorchScript archive.
     """
-    zipped = _check_archive(path)
+    zipped = check_archive(path)
     try:
         inert = _inert_names(path) if zipped else list(_INERT_NAMES)
         stand_ins: list[Any] = [(_stand_in(name), name) for name in inert]
-        with _without_costly(), torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
+        with without_costly(), torch.serialization.safe_globals(stand_ins), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
     except OSError as error:
         raise ArtefactError(f"{path}: {error.strerror or error}") from error
     except ComptError:  # a signal
         raise
-    except _Refused as error:
-        raise ArtefactError(f"{path}: refused: {error}") from error
     except Exception as error:  # a torn or forged file raises whatever its bytes lead to
-        name = _asked_for(error)
-        if name:
-            raise ArtefactError(
-                f"{path}: refused: it asks for {name}, which no weights need and could run code"
-            ) from error
-        raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn ({_reason(error)})") from error
+        raise ArtefactError(f"{path}: {refusal(error)}") from error
 
 
 class _Refused(Exception):
@@ -149,7 +143,7 @@ class _TorchUnpickler(_TORCHS):
 
 
 @contextlib.contextmanager
-def _without_costly() -> Iterator[None]:
+def without_costly() -> Iterator[None]:
     """Take from torch's unpickler what fills memory or time of any size at the word of a few bytes.
 
     No weights need it.
@@ -251,14 +245,20 @@ class _MetadataUnpickler(pickle._Unpickler):
         raise _Refused(f"it asks for {module}.{name}, which no description of tensors needs")
 
 
-def _check_archive(path: Path) -> bool:
-    """Whether `path` is a zip archive of torch.save; False for torch's older format."""
+def check_archive(path: Path, part: IO[bytes] | None = None) -> bool:
+    """Whether `path`, or a part of it, is a zip archive of torch.save; False for torch's older format.
+
+    Raises ArtefactError for an archive that torch.save cannot have written.
+    """
+    file = path if part is None else part
     try:
-        if not zipfile.is_zipfile(path):
+        if not zipfile.is_zipfile(file):
             return False
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
             packed = next((item.filename for item in archive.infolist() if item.compress_type), None)
+            size, start = sum(item.file_size for item in archive.infolist()), archive.start_dir
+            plain = archive.fp is not None and size <= start == _named_start(archive.fp)
     # zipfile raises NotImplementedError for versions of the zip format that it cannot read.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
@@ -277,7 +277,26 @@ def _check_archive(path: Path) -> bool:
             f"{path}: refused: {packed!r} in it is compressed, and torch.save compresses nothing; unpack it and pack "
             "it again with `zip -0`"
         )
+    if not plain:  # one that torch reads otherwise than zipfile, or whose files are the same bytes again and again
+        raise ArtefactError(f"{path}: not a file that torch.save wrote, or torn (its list of files is another one)")
     return True
+
+
+def _named_start(file: IO[bytes]) -> int:
+    """The place of an archive's list of files by its last record.
+
+    torch reads the list there. zipfile reads the one just before the record, which could be another.
+    """
+    file.seek(0, os.SEEK_END)
+    first = max(file.tell() - (1 << 16), 0)
+    file.seek(first)
+    tail = file.read()
+    at = tail.rfind(b"PK\5\6")
+    wide, locator = tail[at - 76 : at - 20], tail[at - 20 : at]
+    if not locator.startswith(b"PK\6\7"):
+        return int.from_bytes(tail[at + 16 : at + 20], "little")
+    right = wide.startswith(b"PK\6\6") and int.from_bytes(locator[8:16], "little") == first + at - 76
+    return int.from_bytes(wide[48:56], "little") if right else -1
 
 
 def _inert_names(path: Path) -> list[str]:
@@ -290,13 +309,17 @@ def _stand_in(name: str) -> type[Inert]:
     return type(name.rpartition(".")[2], (Inert,), {})
 
 
-def _asked_for(error: Exception) -> str | None:
-    """The name that torch's unpickler refused, found in its message."""
+def refusal(error: BaseException) -> str:
+    """What is wrong with a file for which torch's unpickler raised `error`."""
+    if isinstance(error, _Refused):
+        return f"refused: {error}"
     found = re.search(r"(?:Unsupported global|unsupported|Trying to load unsupported)[: ]+GLOBAL (\S+)", str(error))
-    return found[1] if found else None
+    if found:
+        return f"refused: it asks for {found[1]}, which no weights need and could run code"
+    return f"not a file that torch.save wrote, or torn ({_reason(error)})"
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The cause in torch's message. The rest of the message advises to load the file without restrictions."""
     if "weights_only" not in str(error):
         return _first_line(error)
@@ -305,5 +328,5 @@ def _reason(error: Exception) -> str:
     return said if said and not re.search("weights_only|safe_globals|allowlist|trust", said) else "not plain weights"
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -201,6 +201,25 @@ def test_a_planted_link_is_not_followed(tmp_path: Path) -> None:
     assert ((tmp_path / "precious").read_text(), (tmp_path / "a.json").read_text()) == ("precious", "{}")
 
 
+@pytest.mark.parametrize("read", [False, True])
+def test_a_planted_pipe_is_not_written(tmp_path: Path, read: bool) -> None:
+    pipe = temporary_of(tmp_path / "a.json")
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK) if read else None
+    write_text(tmp_path / "a.json", "{}")
+    if reader is not None:
+        os.close(reader)
+    assert (tmp_path / "a.json").read_text() == "{}"
+    assert pipe.is_fifo()
+
+
+def test_a_planted_second_name_of_a_file_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("precious")
+    temporary_of(tmp_path / "a.json").hardlink_to(tmp_path / "precious")
+    write_text(tmp_path / "a.json", "{}")
+    assert ((tmp_path / "precious").read_text(), (tmp_path / "a.json").read_text()) == ("precious", "{}")
+
+
 def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two writers must not share a file there."""
 

@@ -84,7 +84,10 @@ def test_samples_with_several_classes(tmp_path: Path) -> None:
         np.save(blob, np.arange(count) == at % count)
         return blob.getvalue()
 
-    contents = [labels(0, 3), labels(1, 3), labels(2, 2), b"no array"]
+    whole = labels(0, 3)
+    damaged = [whole.replace(b"(3,)", text) for text in (b"(3, ", b"{{},", b"\n 3,", b"1e9,")]
+    damaged += [b"PK\3\4" + bytes(40), whole[:10] + b"-" * 9999]
+    contents = [whole, labels(1, 3), labels(2, 2), b"no array", *damaged]
     members = [
         (f"{at}.{kind}", data)
         for at, own in enumerate(contents)
@@ -94,7 +97,7 @@ def test_samples_with_several_classes(tmp_path: Path) -> None:
     (tmp_path / "classnames.txt").write_text("a\nb\nc\n")
     report = check("test/*.tar", tmp_path)
     assert report.account.used["label"] == 2
-    assert dict(report.account.unused) == {"label_range": 1, "label_text": 1}
+    assert dict(report.account.unused) == {"label_range": 1, "label_text": 1 + len(damaged)}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -16,8 +16,10 @@ from compt.data import index as index_module
 from compt.data.content import changed_shards
 from compt.data.find import expand_patterns
 from compt.data.index import build_index, index_folder, open_index
+from compt.data.labels import NO_NUMBER, NONE
 from compt.data.names import split_name
 from compt.data.samples import SampleReader
+from compt.data.scan import json_label
 from compt.errors import DataError
 from tests.helpers.shards import make_shards, picture, sample, texts, write_tar
 
@@ -135,6 +137,40 @@ def test_a_cut_between_two_members_is_noticed(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:header])
     index = open_index("*.tar", tmp_path)
     assert (len(index), index.account.unused["cut"]) == (5, 1)
+
+
+def forged(kind: bytes, size: int, sparse: int = 0) -> bytes:
+    """The header of a member of a type and a size."""
+    header = bytearray(tarfile.TarInfo("b.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[124:136], header[482] = kind, tarfile.itn(size, 12, tarfile.GNU_FORMAT), sparse
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(header)[0]
+    return bytes(header)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [forged(b"S", 0, sparse=1), *(forged(kind, size) for kind in (b"0", b"L", b"S") for size in (2**62, 2**70))],
+)
+def test_a_forged_header_is_the_end_of_a_damaged_tar(tmp_path: Path, end: bytes) -> None:
+    shard = make_shards(tmp_path, n=2, shards=1)[0]
+    with tarfile.open(shard) as archive:
+        archive.getmembers()
+        shard.write_bytes(shard.read_bytes()[: archive.offset] + end)
+    index = open_index("*.tar", tmp_path)
+    assert (len(index), index.account.unused["cut"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "label"),
+    [
+        ("{}", NONE),
+        ("5", NONE),
+        ('{"a": 7}', 7),
+        *((f'{{"a": {value}}}', NO_NUMBER) for value in (10**18, 10**400, -1, "true", "1.5")),
+    ],
+)
+def test_class_numbers_of_a_json(text: str, label: int) -> None:
+    assert json_label(text.encode(), "a") == label
 
 
 def test_damage_in_the_middle_and_files_that_are_no_tars(tmp_path: Path) -> None:

@@ -308,6 +308,7 @@ TABLES: dict[str, tuple[str, bytes, dict[str, list[str]] | str]] = {
     "values that are missing": ("c.csv", b"key,caption\na,nan\nb,two\nc,NULL\n", {"b": ["two"]}),
     "an lz4 file": ("c.csv.lz4", b"\x04\x22\x4d\x18" + bytes(99), "lz4 -d"),
     "blanks alone": ("c.csv", b" \n\n", "no rows with captions"),
+    "images that are no list": ("c.json", b'{"images": true, "annotations": [{}]}', "has the columns ; none is"),
     "a half of a pair": ("c.jsonl", b'{"key":"a","caption":"\\ud800"}\n{"key":"b","caption":"two"}\n', {"b": ["two"]}),
 }
 

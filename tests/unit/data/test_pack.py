@@ -396,6 +396,9 @@ def test_shards_are_packed_into_other_sizes_with_labels(tmp_path: Path) -> None:
     assert (len(old), len(new), packed.samples) == (11, 11, 11)
     assert (tmp_path / "out" / "zeroshot_classification_templates.txt").read_text() == "a {c}\n"
     assert check(str(tmp_path / "out"), Path()).title(0) == "Every sample can be used"
+    (tmp_path / "in" / "classnames.txt").write_bytes("kätzchen\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"in/classnames\.txt: cannot be read: 'utf-8' codec"):
+        pack(str(tmp_path / "in"), tmp_path / "other", Path(), PackOptions())
 
 
 def big_folder(folder: Path, n: int = 60) -> Path:
@@ -450,10 +453,10 @@ def test_large_images_are_made_smaller_and_upright(tmp_path: Path) -> None:
 
 def test_a_name_in_a_shard_leads_out_of_no_folder(tmp_path: Path) -> None:
     """tarfile's own filter refuses an archive whose members would be unpacked outside of the folder."""
-    names = ["../../up", "/absolute", "./here", "a/../../b", "b", "a/b", "../b"]
+    names = ["../../up", "/absolute", "./here", "a/../../b", "b", "a/b", "../b", "____"]
     write_tar(tmp_path / "in" / "0.tar", [each for at, name in enumerate(names) for each in sample(name, at)])
     packed = pack(str(tmp_path / "in" / "*.tar"), tmp_path / "out", Path(), PackOptions())
-    keys = ["up", "absolute", "here", "a/b", "b", "a/b_2", "b_2"]
+    keys = ["up", "absolute", "here", "a/b", "b", "a/b_2", "b_2", "sample_"]
     assert packed.samples == len(captions_of(tmp_path / "out")) == len(names)
     assert [item["__key__"] for item in read_back(tmp_path / "out")] == keys
     with tarfile.open(tmp_path / "out" / "000000.tar") as archive:
@@ -617,7 +620,7 @@ def test_parquet_with_images_inside(tmp_path: Path, source: str) -> None:
     arrow, parquet = optional("pyarrow", "parquet"), optional("pyarrow.parquet", "parquet")
     images = [picture(at, 9, 8, "PNG" if at % 2 else "JPEG") for at in range(7)]
     kind = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
-    paths = ["dogs/a.jpg", None, "b.jpg", None, "c.d.jpg", None, None]
+    paths = ["dogs/a.jpg", None, "b.jpg", "__MACOSX/m.jpg", ".", "a\0b/x.jpg", None]
     rows = [{"bytes": image, "path": path} for image, path in zip(images, paths, strict=True)]
     rows[6] = {"bytes": None, "path": "gone.jpg"}
     columns = {
@@ -634,8 +637,8 @@ def test_parquet_with_images_inside(tmp_path: Path, source: str) -> None:
     assert report.account.unused == {"image": 1}
     found = read_back(tmp_path / "out")
     assert [one["__key__"] for one in found] == [
-        *("dogs/a", "train-00000-of-00001_00000001", "b", "train-00000-of-00001_00000003", "c_d"),
-        "train-00000-of-00001_00000005",
+        *("dogs/a", "train-00000-of-00001_00000001", "b", "sample___MACOSX_m", "sample_"),
+        "a_b/x",
     ]
     assert [one.get("jpg") or one["png"] for one in found] == images[:6]
     assert [json.loads(one["json"]) for one in found] == [{"caption": [f"{at} one", f"{at} two"]} for at in range(6)]

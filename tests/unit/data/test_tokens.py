@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -19,6 +22,32 @@ PIECES = ("'s", "&amp;", "&#39;", " ", "  ", "\t", "\n", "<start_of_text>", "<",
 @given(st.one_of(st.text(), st.text(ASCII), st.lists(st.sampled_from(PIECES)).map("".join)))
 def test_ids_are_those_of_open_clip(text: str) -> None:
     assert clip_tokenizer().encode(text) == STOCK.encode(text)
+
+
+WORDS = [word.removesuffix("</w>") for word in STOCK.encoder]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.one_of(
+        st.text(st.sampled_from("abéœ"), min_size=1, max_size=300),
+        st.text(st.sampled_from("abcdefghijklmnopqrstuvwxyz"), max_size=300),
+        st.text(st.sampled_from("!.-=*_"), max_size=100),
+        st.lists(st.sampled_from(WORDS), max_size=6).map("".join),
+    )
+)
+def test_ids_of_long_words_are_those_of_open_clip(text: str) -> None:
+    assert clip_tokenizer().encode(text) == STOCK.encode(text)
+
+
+def test_a_word_of_any_length_takes_a_time_in_proportion() -> None:
+    """open_clip's own merges take more than a minute for this word."""
+    word = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=40_000))
+    start = time.monotonic()
+    ids = clip_tokenizer().encode(word)
+    assert time.monotonic() - start < 20
+    assert clip_tokenizer().decode(ids).strip() == word
+    assert clip_tokenizer().encode(word[:2000]) == STOCK.encode(word[:2000])
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -459,7 +460,10 @@ def test_results_on_the_disk(tmp_path: Path, model) -> None:
     stored = tmp_path / "out" / "things.npz"
     whole = stored.read_bytes()
     middle = len(whole) // 3
-    for torn in (b"PK torn", whole[:-30], whole[:middle] + bytes(40) + whole[middle + 40 :], b""):
+    header = io.BytesIO()  # an array whose shape is no code of Python
+    with zipfile.ZipFile(header, "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00\x10\x00{'shape': (3,   ")
+    for torn in (b"PK torn", whole[:-30], whole[:middle] + bytes(40) + whole[middle + 40 :], b"", header.getvalue()):
         stored.write_bytes(torn)
         with pytest.raises(DataError, match=r"things\.npz"):
             load_arrays(stored)

@@ -255,6 +255,24 @@ def test_a_setting_that_open_clip_does_not_know_is_refused() -> None:
         assert f"{name} = 3 is not supported; it must be left out" in str(refusal(changed(name, 3)))
 
 
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        (["embed_dim"], float("inf")),
+        (["vision_cfg.mlp_ratio", "text_cfg.mlp_ratio"], 10**400),
+        (["text_cfg.norm_kwargs"], {"eps": 10**400}),
+        (["vision_cfg.timm_model_name"], ["swin"]),
+        (["vision_cfg.timm_model_name"], f"compt_swin_w{5000 * '9'}_d2-2_h16_p4_win4_32"),
+    ],
+)
+def test_values_that_no_model_has_are_refused(names: list[str], value: Any) -> None:
+    config = copy.deepcopy(TINY)
+    for name in names:
+        part, _, key = name.rpartition(".")
+        (config[part] if part else config)[key] = value
+    assert str(refusal(config)).startswith("open_clip config of it: ")
+
+
 def test_the_settings_are_those_of_open_clip() -> None:
     vision, text = asdict(CLIPVisionCfg()), asdict(CLIPTextCfg())
     assert set(HONOURED["vision_cfg of a ViT"]) | set(HONOURED["vision_cfg of a Swin"]) <= set(vision)

@@ -186,6 +186,7 @@ def test_pixels_are_those_of_transformers(name: str) -> None:
         ({"mean": [0.5, 0.5]}, r"mean = \[0.5, 0.5\]; it must be three numbers, of red"),
         ({"std": [0.5, 0, 0.5]}, r"std = \[0.5, 0, 0.5\]; it must be three numbers above 0"),
         ({"std": "0.5"}, "std = '0.5'"),
+        ({"mean": 10**400}, "mean = 10*; it must be three numbers"),
         ({"crop_pct": 0.9}, "crop_pct = 0.9 is not supported; the keys are size, mode, mean, std"),
     ],
 )

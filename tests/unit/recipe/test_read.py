@@ -315,6 +315,23 @@ WRONG = {
         "model: wide, engine: {timeout: 60},",
         "chain.links.1.engine.timeout: is for the whole run; set engine.timeout",
     ),
+    "a length without end": (
+        "train: {steps: 50}",
+        "train: {epochs: 1e308}",
+        "train.epochs = 1e+308: should be at most",
+    ),
+    "a count without end": ("name: small", f"name: small\nseed: 1{400 * '0'}", "0: should be at most 1e+18"),
+    "captions without end": (
+        "images: 2_000",
+        f"images: 2_000, caption_tokens: {{7: 1{400 * '0'}}}",
+        "data.caption_tokens: should be at most 1e+18",
+    ),
+    "a width without end": ("width: 128", f"width: 1{400 * '0'}", "should be greater than 0, at most 1e6"),
+    "a ratio without end": (
+        "width: 128",
+        "mlp_ratio: 1e300",
+        "mlp_ratio = 1e+300: should be greater than 0, at most 1e6",
+    ),
     "a smaller vocabulary": ("width: 128", "vocab_size: 100", "vocab_size = 100: CLIP's tokenizer has 49408 tokens"),
 }
 
@@ -551,14 +568,19 @@ def test_plain_values_are_checked_too() -> None:
         parse_recipe({}, "somewhere")
 
 
+MERGES = [f"a{at}: &a{at}\n  <<: [{', '.join(10 * [f'*a{at - 1}'])}]\n" for at in range(1, 20)]
+"""Each mapping holds the one before ten times."""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("a: " + 5000 * "[" + 5000 * "]", "is nested too deeply to be a recipe"),
         ("seed: " + 5000 * "1", "a value cannot be read: Exceeds the limit"),
         ("name: 2001-13-45", "a value cannot be read: month must be in 1..12"),
+        ("a0: &a0 {x: 1}\n" + "".join(MERGES), "line 3: '<<' is not supported; write the keys themselves"),
     ],
-    ids=["deep", "long", "date"],
+    ids=["deep", "long", "date", "merges"],
 )
 def test_yaml_that_python_cannot_hold_is_one_line(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^r\.yaml: {message}") as caught:

@@ -83,9 +83,10 @@ def test_a_start_from_nothing_leaves_no_old_lines(tmp_path: Path) -> None:
     assert _steps(tmp_path) == []
 
 
-def test_a_torn_last_line_is_no_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("torn", ['{"kind": "train", "step": 2', "[" * 5000, '{"step": "2"}'])
+def test_a_torn_last_line_is_no_line(tmp_path: Path, torn: str) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 10, "loss": 1.0}\n{"kind": "train", "step": 2')
+    path.write_text('{"kind": "train", "step": 10, "loss": 1.0}\n' + torn)
     assert _steps(tmp_path) == [10]
     with _writer(tmp_path, start=20) as writer:
         writer.log(30, {"loss": 1.0})

@@ -210,6 +210,12 @@ DAMAGES = {
     "odd files": (lambda f: edit(f / MANIFEST, lambda m: m.update(files=[1])), "manifest.json: "),
     "odd spec": (lambda f: edit(f / MANIFEST, lambda m: m["spec"].update(widht=3)), "widht"),
     "impossible spec": (lambda f: edit(f / MANIFEST, lambda m: m["spec"].update(width=3)), "width 3"),
+    "a size without end": (
+        lambda f: edit(f / MANIFEST, lambda m: m["files"][WEIGHTS].update(bytes=float("inf"))),
+        "cannot convert float infinity to integer",
+    ),
+    "a spec without end": (lambda f: edit(f / MANIFEST, lambda m: m["spec"].update(mlp_ratio=10**400)), "too large"),
+    "a number of many digits": (lambda f: (f / MANIFEST).write_text("1" * 5000), "not JSON (Exceeds the limit"),
     "traversal": (
         lambda f: edit(f / MANIFEST, lambda m: m["files"].update({"../x.safetensors": {"sha256": "", "bytes": 1}})),
         "'../x.safetensors' is not a plain file name",

@@ -153,6 +153,10 @@ def off_the_end(metadata: Any) -> None:
         (lambda m: m.storage_data.pop(MetadataIndex(PROJ, (0, 0))), r"its part at \[0, 0\] is in no file"),
         (lambda m: setattr(m, "storage_data", None), "says nothing of where"),
         (lambda m: m.storage_data.update(a=1), "an entry of another kind"),
+        (
+            lambda m: setattr(m.storage_data[MetadataIndex(PROJ, (0, 0))], "transform_descriptors", ["zstd"]),
+            "an entry of another kind",
+        ),
         (lambda m: setattr(m, "state_dict_metadata", [1]), "not the metadata"),
     ],
 )

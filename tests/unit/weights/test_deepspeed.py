@@ -175,6 +175,20 @@ def test_files_of_another_layout_are_refused(zeros, tmp_path, name, field):
         open_model(folder, SPEC)
 
 
+@pytest.mark.parametrize("name", ["zero1", "zero3"])
+def test_shapes_without_end_are_refused(zeros, tmp_path, name):
+    folder = copied(zeros, tmp_path, name)
+    path = next((folder / TAG).glob("*rank_00_model_states.pt" if name == "zero1" else "*rank_0_*_model_states.pt"))
+
+    def grow(values):
+        shapes = values["param_shapes"][0]
+        shapes[next(iter(shapes))] = [10**200, 10**200]
+
+    change(path, grow)
+    with pytest.raises(ArtefactError, match="not laid out as a checkpoint of DeepSpeed .OverflowError"):
+        open_model(folder, SPEC)
+
+
 def test_vectors_of_another_length_are_refused(zeros, tmp_path):
     folder = copied(zeros, tmp_path, "zero3")
     path = next((folder / TAG).glob("*rank_1_*_optim_states.pt"))

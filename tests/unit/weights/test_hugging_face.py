@@ -226,6 +226,8 @@ def test_sizes_of_no_model_end_at_once(tmp_path, part, key, value, message):
         ({"projection_dim": 512.5}, r"of m: projection_dim is 512\.5; it must be a whole number"),
         ({"vision_config": {"num_attention_heads": 0}}, "config.json of m"),
         ({"text_config": [1]}, "config.json of m"),
+        ({"vision_config": {"intermediate_size": 10**400}}, "config.json of m: .*too large"),
+        ({"text_config": {"layer_norm_eps": 10**400}}, "config.json of m: .*too large"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(change, message):

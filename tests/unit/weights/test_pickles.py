@@ -5,6 +5,7 @@ loaded without care, or the test would show nothing.
 from __future__ import annotations
 
 import builtins
+import copy
 import io
 import os
 import pickle
@@ -101,19 +102,23 @@ def test_the_metadata_of_a_rank_alone_is_not_looked_at(dcps, tmp_path, payload):
     assert len(open_model(tmp_path / "copy", SPEC).state) == 50
 
 
-def test_in_the_tensors_of_a_distributed_checkpoint(dcps, tmp_path, payload):
-    """The bytes of one tensor are a file of torch.save of their own."""
-    shutil.copytree(dcps / "alone", tmp_path / "copy")
-    metadata = pickle.loads((tmp_path / "copy" / ".metadata").read_bytes())
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
+def sliced(dcps: Path, folder: Path, content: bytes) -> Path:
+    """A distributed checkpoint in which `content` stands for a tensor. Such bytes are a file of torch.save."""
+    shutil.copytree(dcps / "alone", folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
     for index, place in metadata.storage_data.items():
         if index.fqn == "student.model.visual.proj":
-            place.relative_path, place.offset, place.length = "bad.distcp", 0, len(buffer.getvalue())
-    (tmp_path / "copy" / "bad.distcp").write_bytes(buffer.getvalue())
-    (tmp_path / "copy" / ".metadata").write_bytes(pickle.dumps(metadata))
-    state = open_model(tmp_path / "copy", SPEC).state
-    with pytest.raises(ArtefactError, match=r"cannot read student.model.visual.proj"):
+            place.relative_path, place.offset, place.length = "bad.distcp", 5, len(content)
+    (folder / "bad.distcp").write_bytes(bytes(5) + content + bytes(7))
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return folder
+
+
+def test_in_the_tensors_of_a_distributed_checkpoint(dcps, tmp_path, payload):
+    buffer = io.BytesIO()
+    torch.save(payload, buffer)
+    state = open_model(sliced(dcps, tmp_path / "copy", buffer.getvalue()), SPEC).state
+    with pytest.raises(ArtefactError, match=r"cannot read student.model.visual.proj: refused: it asks for"):
         state["visual.proj"]
 
 
@@ -299,14 +304,20 @@ def test_a_refused_metadata_costs_no_memory(tmp_path, bomb):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path):
-    path = tmp_path / "model.pt"
-    torch.save({"a": torch.zeros(1000)}, path)
-    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as packed:
+def packed(path: Path, numbers: int) -> Path:
+    """A file of torch.save with zeros, compressed."""
+    buffer = io.BytesIO()
+    torch.save({"a": torch.zeros(numbers)}, buffer)
+    with zipfile.ZipFile(buffer) as plain, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in plain.namelist():
-            packed.writestr(name, plain.read(name))
+            archive.writestr(name, plain.read(name))
+    return path
+
+
+def test_compressed_archives_are_refused_before_they_are_unpacked(tmp_path):
+    path = packed(tmp_path / "packed.pt", 1000)
     with pytest.raises(ArtefactError, match=r"is compressed, and torch\.save compresses nothing.*zip -0"):
-        open_model(tmp_path / "packed.pt", SPEC)
+        open_model(path, SPEC)
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -421,6 +432,55 @@ def test_indexes_in_indexes_are_refused(tmp_path, filled):
     (tmp_path / ".metadata").write_bytes(b"\x80\x02" + whole + b".")
     with pytest.raises(ArtefactError, match="refused: it holds (indexes in indexes|tuples that hold one another)"):
         load_dcp_metadata(tmp_path / ".metadata")
+
+
+def with_two_lists(path: Path) -> Path:
+    """An archive with compressed files, of which zipfile reads another list than torch."""
+    content = packed(path, 1 << 20).read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        listed, end = content[archive.start_dir : -22], content[-22:]
+    path.write_bytes(content[:-22] + listed.replace(b"\x14\0\0\0\x08\0", b"\x14\0\0\0\0\0") + end)
+    return path
+
+
+def with_shared_bytes(path: Path) -> Path:
+    """An archive whose files are the same bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", bytes(1000))
+        first = archive.infolist()[0]
+        for number in range(9):
+            archive.filelist.append(copy.copy(first))
+            archive.filelist[-1].filename = f"model/data/{number}"
+        archive._didModify = True
+    return path
+
+
+@pytest.mark.parametrize("forge", [with_two_lists, with_shared_bytes])
+def test_archives_that_torch_reads_otherwise_are_refused(tmp_path, forge):
+    path = forge(tmp_path / "model.pt")
+    with zipfile.ZipFile(path) as archive:
+        assert not any(item.compress_type for item in archive.infolist())
+    with pytest.raises(ArtefactError, match="or torn .its list of files is another one"):
+        load_torch_file(path)
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda path: archive_of(path, SIBLINGS["bytearray"]), "visual.proj: refused: it asks for bytearray"),
+        (lambda path: archive_of(path, NESTED["key"]), "visual.proj: refused: it holds tuples"),
+        (lambda path: packed(path, 1 << 26), r"bad\.distcp: refused: .* is compressed"),
+        (lambda path: path.write_bytes(b"\x80\2K\1K\2\x87.") and path, "visual.proj: not a file that torch.save wrote"),
+    ],
+)
+def test_the_tensors_of_a_distributed_checkpoint_cost_nothing(dcps, tmp_path, forge, message):
+    content = forge(tmp_path / "model.pt").read_bytes()
+    state = open_model(sliced(dcps, tmp_path / "copy", content), SPEC).state
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ArtefactError, match=message) as error:
+        state["visual.proj"]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # kB
+    assert "weights_only" not in str(error.value)
 
 
 def test_large_and_shared_tuples_are_read(tmp_path):
