@@ -147,11 +147,15 @@ def say(text: str) -> None:
 
 def escape_markdown(text: str) -> str:
     """Escape text so that Markdown shows it unchanged, on one line."""
+    return re.sub(r"^(\d*)([-+.)])(?=\s|--)", r"\1\\\2", _escape_cell(text))  # it would begin a list
+
+
+def _escape_cell(text: str) -> str:
     line = " ".join(re.split(r"[ \t\r\n]+", text.strip(" \t\r\n")))
-    # An underscore within a word is no emphasis. At the start of a line, some characters begin a heading or a list.
-    special = r"([\\`*|~$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|^[#>]|^[-+](?=\s|--))"
-    escaped = re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", re.sub(special, r"\\\1", visible(line)))
-    escaped = re.sub(r"\bwww\.", "www&#46;", escaped.replace("&", "&amp;"), flags=re.IGNORECASE)
+    # An underscore within a word is no emphasis.
+    special = r"([\\`*|~$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])|^[#>])"
+    escaped = re.sub(special, r"\\\1", visible(line)).replace("&", "&amp;")
+    escaped = re.sub(r"\bwww\.", "www&#46;", escaped, flags=re.IGNORECASE)
     return escaped.replace("<", "&lt;").replace("://", "&#58;//")
 
 
@@ -162,7 +166,7 @@ def code_block(text: str, language: str) -> list[str]:
 
 
 def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(map(escape_markdown, cells)) + " |"
+    return "| " + " | ".join(map(_escape_cell, cells)) + " |"
 
 
 def digits(value: float) -> str:

@@ -361,7 +361,8 @@ class JobRun:
         config, starts = self._engine_config, self.manifest["starts"]
         share, _ = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), None)
         wanted = config.micro_batch
-        if config.tune and wanted and not search:  # Chosen on another number of ranks, perhaps, and no step is left.
+        if config.tune and wanted and not search:
+            # It may have been chosen on another number of ranks. No step is left that it could change.
             wanted = largest_divisor(share, min(wanted, share))
         _, micro = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), wanted)
         if not config.find_micro_batch or config.tune:

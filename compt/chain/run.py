@@ -478,7 +478,7 @@ def run_only(context: RunContext, plan: Plan, jobs: Sequence[Job], say: Say) -> 
 
 
 def start_fresh(folder: Path) -> None:
-    """Remove a run folder. Raises RunError if a process is using it, or if it is no run folder."""
+    """Remove what a run wrote. Raises RunError if a process is using the folder, or if it is no run folder."""
     if not folder.exists():
         return
     state = folder / STATE
@@ -491,10 +491,9 @@ def start_fresh(folder: Path) -> None:
         # Processes that train single jobs only hold the locks of these.
         for job in sorted((folder / "jobs").glob("*/")):
             locks.enter_context(locked(job))
-        for path in folder.iterdir():
+        for path in (folder / name for name in ("jobs", "report", "report.html", "report.md", RECIPE)):
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name not in (*LOCKS, state.name):
-                path.unlink()
+            path.unlink(missing_ok=True)
         # Last: without run.json a half-removed folder would be refused as no run folder, the next time.
         state.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How large a model is, whether it fits the data, where it stands in a chain, and which models have the same sizes."""
+"""How large a model is, whether it fits the data, and where a link stands in its chain."""
 
 from __future__ import annotations
 

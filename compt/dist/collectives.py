@@ -7,6 +7,7 @@ import datetime
 import itertools
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -111,7 +112,7 @@ def _choose_device(device: str, place: Place | None) -> torch.device:
         device = "cpu"
     if device == "cpu":
         return torch.device("cpu")
-    if device != "auto" and device.partition(":")[0] != "cuda":
+    if device != "auto" and not re.fullmatch(r"cuda(:\d+)?", device):
         raise ConfigError(f"device '{device}' is not supported; use auto, cpu or cuda")
     chosen = torch.device("cuda" if device == "auto" else device)
     if not torch.cuda.is_available():

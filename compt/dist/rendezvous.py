@@ -154,7 +154,10 @@ def _failure(place: Place, seconds: float, cause: str) -> RunError:
 
 
 def of_attempt(name: str, store: Any) -> PrefixStore:
-    """A part of the store for this attempt: after a restart by torchrun it still has the keys of the one before."""
+    """A part of the store for this attempt: after a restart by torchrun it still has the keys of the one before.
+
+    torchrun counts restarts on each node alone, so a run on several nodes has to be started again as a whole.
+    """
     return PrefixStore(f"compt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}", store)
 
 

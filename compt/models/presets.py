@@ -354,6 +354,21 @@ PRESETS: dict[str, ModelSpec] = {
 }
 
 
+def mlp_ratio_of(*towers: tuple[int, int]) -> float:
+    """The `mlp_ratio` of a model whose towers have these widths and hidden sizes.
+
+    Raises ValueError if no ratio gives all hidden sizes. A spec cuts width x ratio to a whole number, so the ratio lies
+    at the upper end of what fits: the largest quotient, or one step above it where the product is rounded down.
+    """
+    ratio = max(hidden / width for width, hidden in towers)
+    if any(int(width * ratio) < hidden for width, hidden in towers):
+        ratio = math.nextafter(ratio, math.inf)
+    if any(int(width * ratio) != hidden for width, hidden in towers):
+        found = sorted({hidden / width for width, hidden in towers})
+        raise ValueError(f"towers of different MLP width / width ({found}) are not supported")
+    return ratio
+
+
 def resolve(name: str, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
     """The preset `name` with fields replaced by `resized`. Raises ConfigError, also for an unknown name."""
     if name not in PRESETS:

@@ -82,6 +82,9 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 """Values of the engine's contract (docs/engines.md), and why. null, "auto" and an empty section are always accepted."""
 
+_OF_STAGE_3 = (f"{_ZERO}.leaf_module", f"{_ZERO}.stage3_", f"{_ZERO}.module_granularity")
+"""How settings of the contract begin that other stages do not read."""
+
 
 def deepspeed_config(
     engine: EngineConfig, optimizer: Optimizer, world_size: int | None, base: Path = Path()
@@ -112,7 +115,7 @@ def deepspeed_config(
     _compare_optimizer(file, optimizer)
     _compare_precision(file, optimizer.precision)
     for key, (allowed, why) in _FIXED.items():
-        value = file.get(key)
+        value = None if stage < 3 and key.startswith(_OF_STAGE_3) else file.get(key)
         if value not in (None, AUTO, {}) and not any(_same(value, one) for one in allowed):
             wanted = f"set it to {' or '.join(map(_shown, allowed))}" if allowed else "remove it"
             raise file.error(key, f"{why}; {wanted}")

@@ -23,7 +23,8 @@ _INTRODUCTION = """# Recipes
 
 A recipe is one YAML file. Unknown keys, wrong types and impossible chains are errors before anything starts: one line
 names the file, the key, the value and the nearest key that is right. `--set` replaces any field on the command line;
-list items are numbered from 0: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`.
+list items are numbered from 0: `--set optimizer.lr=5e-4 --set chain.links.1.train.epochs=30`. YAML's anchors and
+aliases (`&a`, `*a`) work; the merge of mappings (`<<`) is refused.
 
 Fields are of two kinds. **result** fields change the trained weights: a run cannot be resumed after one of them has
 changed. **execution** fields say where and how to run: they may change before a run is resumed. Paths are execution

@@ -264,7 +264,7 @@ def _checked_size(key: str, value: Any, wanted: type) -> Any:
     if type(value) not in ((int, float) if wanted is float else (wanted,)):
         kind = {int: "a whole number", float: "a number", bool: "true or false"}[wanted]
         raise ConfigError(f"{key} = {value!r}: should be {kind}")
-    if wanted is not bool and not 0 < value <= 10**6:  # a depth is a loop
+    if wanted is not bool and not 0 < value <= 10**6:  # compt loops over layers
         raise ConfigError(f"{key} = {value!r}: should be greater than 0, at most 1e6")
     if key == "vocab_size" and value < VOCAB_SIZE:
         raise ConfigError(f"vocab_size = {value}: CLIP's tokenizer has {VOCAB_SIZE} tokens")

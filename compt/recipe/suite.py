@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
@@ -135,7 +136,8 @@ def name_of(data: str) -> str:
     """The name of a set that has none: of its folder, without those of splits. wds_cars/test/*.tar is wds_cars."""
     parts = Path(data).parts[:-1] if data.endswith(".tar") else Path(data).parts
     named = [part for part in parts if part not in ("test", "train", "val")]
-    return (named or list(parts) or [Path.cwd().name])[-1]
+    found = (named or list(parts) or [Path.cwd().name])[-1]
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", found).strip("-._") or "set"
 
 
 def one_set(item: EvalSet) -> Suite:

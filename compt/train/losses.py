@@ -238,8 +238,8 @@ def siglip_loss(
 
     `chunk`: how many images of this rank meet the captions of one rank at a time. The captions travel from rank to
     rank in a ring, with the gradient that each rank adds to them: a rank holds the features of two ranks at most and
-    chunk * b * M logits. Backward expects the same factor on every
-    rank. Raises ValueError for shapes that do not match.
+    chunk * b * M logits. Backward expects the same factor on every rank. Raises ValueError for shapes that do not
+    match.
     """
     _check(image, text)
     with torch.autocast(image.device.type, enabled=False):

@@ -90,7 +90,8 @@ class DcpWeights(Weights):
                 met = next(met for met, _ in error.failures.values())
                 if isinstance(met, ComptError):  # a signal, or what `check_archive` says
                     raise met from error
-                raise ArtefactError(f"{self._folder}: cannot read {name}: {refusal(met)}") from error
+                why = (met.strerror or met) if isinstance(met, OSError) else refusal(met)
+                raise ArtefactError(f"{self._folder}: cannot read {name}: {why}") from error
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter, without reading it."""

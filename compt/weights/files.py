@@ -12,7 +12,7 @@ from open_clip.tokenizer import SimpleTokenizer
 from compt.errors import ArtefactError, ConfigError
 from compt.models.open_clip_config import spec_from_open_clip
 from compt.models.preprocess import AS_OPENAI, Preprocess
-from compt.models.presets import NORM_EPS, VOCAB_SIZE, ModelSpec
+from compt.models.presets import NORM_EPS, VOCAB_SIZE, ModelSpec, mlp_ratio_of
 from compt.weights.artefact import CONFIG, HF_PIXELS, INDEX, OPEN_CLIP_WEIGHTS, open_state, read_object, weight_map
 from compt.weights.lazy import FoundWeights, Tensors, inside
 from compt.weights.pickles import load_torch_file, tensors_in
@@ -187,7 +187,7 @@ def spec_from_hugging_face(config: Mapping[str, Any], name: str) -> ModelSpec:
             context_length=text["max_position_embeddings"],
             vocab_size=text["vocab_size"],
             embed_dim=embed_dim,
-            mlp_ratio=vision["intermediate_size"] / vision["hidden_size"],
+            mlp_ratio=mlp_ratio_of(*((part["hidden_size"], part["intermediate_size"]) for part in (vision, text))),
             quick_gelu=text["hidden_act"] == "quick_gelu",
             norm_eps=float(vision["layer_norm_eps"]),
             text_norm_eps=float(text["layer_norm_eps"]),
@@ -205,13 +205,10 @@ def _check_types(name: str, part: str, given: Mapping[str, Any], defaults: Mappi
 
 
 def _check_hugging_face(name: str, text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
-    ratios = {part["intermediate_size"] / part["hidden_size"] for part in (text, vision)}
     acts = {part["hidden_act"] for part in (text, vision)}
     wrong = None
     if vision["num_channels"] != 3:
         wrong = f"vision_config.num_channels is {vision['num_channels']}; it must be 3"
-    elif len(ratios) != 1:
-        wrong = f"towers of different intermediate_size / hidden_size ({sorted(ratios)}) are not supported"
     elif len(acts) != 1 or not acts <= {"gelu", "quick_gelu"}:
         wrong = f"hidden_act is {' and '.join(sorted(map(str, acts)))}; it must be gelu or quick_gelu in both towers"
     elif text["eos_token_id"] not in (_HF_HIGHEST, text["vocab_size"] - 1):

@@ -14,7 +14,7 @@ from compt.errors import ArtefactError, ConfigError, nearest
 from compt.models.clip import exported_shapes
 from compt.models.growth import disagreeing
 from compt.models.open_clip_config import spec_from_open_clip
-from compt.models.presets import PRESETS, ModelSpec, resized
+from compt.models.presets import PRESETS, ModelSpec, mlp_ratio_of, resized
 from compt.recipe.schema import checked_sizes
 from compt.weights.lazy import FLOATS, View, Weights
 from compt.weights.names import OPENAI_SIZES
@@ -143,7 +143,7 @@ def _vit(view: View, name: str, hint: str) -> ModelSpec:
         heads=_heads(width, "image", hint),
         image_size=grid * patch,
         patch_size=patch,
-        mlp_ratio=view.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0] / width,
+        mlp_ratio=mlp_ratio_of((width, view.shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0])),
         embed_dim=view.shape("visual.proj")[1],
         no_ln_pre="visual.ln_pre.weight" not in view,
         **_text(view, name, hint),

@@ -288,10 +288,12 @@ def _named_start(file: IO[bytes]) -> int:
     torch reads the list there. zipfile reads the one just before the record, which could be another.
     """
     file.seek(0, os.SEEK_END)
-    first = max(file.tell() - (1 << 16), 0)
+    first = max(file.tell() - (1 << 17), 0)  # the records, and a comment of any length
     file.seek(first)
     tail = file.read()
     at = tail.rfind(b"PK\5\6")
+    if at < 76:  # no archive with a file in it is as short
+        return -1
     wide, locator = tail[at - 76 : at - 20], tail[at - 20 : at]
     if not locator.startswith(b"PK\6\7"):
         return int.from_bytes(tail[at + 16 : at + 20], "little")

@@ -51,7 +51,7 @@ def test_an_incomplete_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -
         dist.init("cpu")
 
 
-@pytest.mark.parametrize("device", ["tpu", "cuda:99", "nonsense"])
+@pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", "cuda:-1", "nonsense"])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=device):
         dist.init(device)

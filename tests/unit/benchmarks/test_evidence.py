@@ -415,7 +415,7 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
         "trained": {"device_hours": 0.1},
         "validation_loss": 1.0,
         "scores": {name: {"top1": top1, "image_to_text_r1": top1, "n": 100} for name in names},
-        "starts": [{"machine": {"torch": "2"}}],
+        "starts": [{"machine": {"device": "a CPU", "torch": "2"}}],
         "started": "then",
         "finished": "now",
     }

@@ -975,8 +975,10 @@ def test_the_lock_is_given_back_after_an_error(tmp_path: Path) -> None:
 def test_starting_over(run: Path, tmp_path: Path) -> None:
     start_fresh(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+    (run / "notes.txt").write_text("of the user")
     start_fresh(run)
-    assert sorted(path.name for path in run.iterdir()) == ["lock", "run.lock"]
+    assert sorted(path.name for path in run.iterdir()) == ["lock", "notes.txt", "run.lock"]
+    (run / "notes.txt").unlink()
     start_fresh(run)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")

@@ -172,3 +172,11 @@ def test_lengths_are_those_of_the_columns_that_are_read(folder: Path) -> None:
     assert int(lengths.sum()) == 28 * 3 + 2
     index.columns = ("captions",)
     assert stored_lengths(index, None) is None
+
+
+def test_captions_beyond_the_context_count_as_long_as_towers_read_them() -> None:
+    context = max(spec.context_length for spec in recipe().family.specs().values())
+    lengths = np.zeros(2 * context + 1, dtype=np.int64)
+    lengths[[4, 2 * context]] = 1
+    assert computed_tokens(lengths, recipe("engine.text=packed")) == pytest.approx((4 + context) / 2, rel=0.1)
+    assert computed_tokens(lengths[-1:].repeat(2 * context + 1), recipe()) <= context

@@ -28,7 +28,7 @@ from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
-from compt.recipe.suite import load_suite, shipped_suites
+from compt.recipe.suite import load_suite, name_of, shipped_suites
 from compt.weights.artefact import Artefact, write_artefact
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture
@@ -424,3 +424,17 @@ def test_clip_benchmarks_own_sets_and_numbers(tmp_path: Path, monkeypatch: pytes
         for ours_by, theirs_by in (("image_to_text", "text"), ("text_to_image", "image")):
             value = ours["flickr30k"][f"{ours_by}_r{k}"] / 100
             assert value == pytest.approx(theirs["flickr30k"][f"{theirs_by}_retrieval_recall@{k}"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("wds_cars/test/*.tar", "wds_cars"),
+        ("my data/*.tar", "my-data"),
+        ("donn\u00e9es/*.tar", "donn-es"),
+        ("a[b]{c}/x.tar", "a-b-c"),
+        ("/", "set"),
+    ],
+)
+def test_a_set_without_a_name_has_that_of_its_folder(data: str, name: str) -> None:
+    assert EvalSet(name=name_of(data), data=data).name == name

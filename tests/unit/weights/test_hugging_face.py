@@ -14,7 +14,9 @@ from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import load_file, save_file
 
 from compt.errors import ArtefactError
+from compt.export.hugging_face import clip_config
 from compt.models.preprocess import AS_OPENAI, Preprocess
+from compt.models.presets import resolve
 from compt.weights.files import spec_from_hugging_face
 from compt.weights.open import open_model
 from tests.helpers.optional import optional
@@ -212,7 +214,7 @@ def test_sizes_of_no_model_end_at_once(tmp_path, part, key, value, message):
     [
         ({"model_type": "siglip"}, "model_type is 'siglip'"),
         ({"vision_config": {"num_channels": 1}}, "num_channels is 1"),
-        ({"vision_config": {"intermediate_size": 100}}, "different intermediate_size"),
+        ({"vision_config": {"intermediate_size": 100}}, "different MLP width"),
         ({"vision_config": {"hidden_act": "gelu"}}, "hidden_act is gelu and quick_gelu"),
         ({"text_config": {"hidden_act": "relu"}, "vision_config": {"hidden_act": "relu"}}, "hidden_act is relu"),
         ({"text_config": {"eos_token_id": 5}}, "eos_token_id is 5"),
@@ -288,3 +290,12 @@ def test_what_a_config_leaves_out_is_as_transformers_has_it():
     wide = older | {"vision_config": {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16}}
     wide["text_config_dict"]["intermediate_size"] = 3072
     assert spec_from_hugging_face(wide, "m").text_width == 768
+
+
+@pytest.mark.parametrize(("width", "text_width", "ratio"), [(64, 128, 2.7), (704, 704, 1920 / 704), (96, 64, 3.3)])
+def test_hidden_sizes_that_no_plain_quotient_gives_come_back(width, text_width, ratio):
+    """A spec cuts width x ratio to a whole number: the two quotients differ, and one may be rounded down."""
+    spec = resolve("vit_nano", {"width": width, "text_width": text_width, "mlp_ratio": ratio})
+    found = spec_from_hugging_face(clip_config(spec), "m")
+    for each in ("width", "text_width"):
+        assert int(getattr(found, each) * found.mlp_ratio) == int(getattr(spec, each) * spec.mlp_ratio)
