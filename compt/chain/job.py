@@ -359,12 +359,12 @@ class JobRun:
     def _micro_batch(self, search: bool) -> int:
         """Images that a process computes at once: as configured, or the most that fit, which the manifest notes."""
         config, starts = self._engine_config, self.manifest["starts"]
-        share, _ = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), None)
-        wanted = config.micro_batch
-        if config.tune and wanted and not search:
+        tuned = config.tune and not search
+        batch, ranks = self.context.recipe.optimizer.batch, dist.world_size()
+        share, micro = split_batch(batch, ranks, None if tuned else config.micro_batch)
+        if tuned:
             # It may have been chosen on another number of ranks. No step is left that it could change.
-            wanted = largest_divisor(share, min(wanted, share))
-        _, micro = split_batch(self.context.recipe.optimizer.batch, dist.world_size(), wanted)
+            micro = largest_divisor(share, min(config.micro_batch or share, share))
         if not config.find_micro_batch or config.tune:
             return micro
         if search:

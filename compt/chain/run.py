@@ -28,7 +28,7 @@ from compt.data.lengths import computed_tokens, stored_lengths
 from compt.data.mixture import open_training
 from compt.data.remote import Cache, bytes_of
 from compt.dist import collectives as dist
-from compt.dist.watch.thread import Watch, collective_timeout
+from compt.dist.watch.thread import FOLDER, Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.scorer import Scorer, ask_once, index_folder_of
 from compt.evaluate.sets import check_sets
@@ -491,7 +491,7 @@ def start_fresh(folder: Path) -> None:
         # Processes that train single jobs only hold the locks of these.
         for job in sorted((folder / "jobs").glob("*/")):
             locks.enter_context(locked(job))
-        for path in (folder / name for name in ("jobs", "report", "report.html", "report.md", RECIPE)):
+        for path in (folder / name for name in ("jobs", FOLDER, "report", "report.html", "report.md", RECIPE)):
             if path.is_dir():
                 shutil.rmtree(path)
             path.unlink(missing_ok=True)

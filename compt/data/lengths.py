@@ -48,7 +48,7 @@ def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
     engine, batch = recipe.engine, recipe.optimizer.batch
     share = batch if engine.device == "cpu" else batch // default_gpus(batch)
     count = min(engine.micro_batch or share, share) * recipe.data.captions
-    # Towers cut longer captions; the members' contexts are alike.
+    # Towers cut longer captions. Of members with different contexts, the longest counts.
     most = max(spec.context_length for spec in recipe.family.specs().values())
     ends = np.cumsum(np.append(lengths[:most], lengths[most:].sum()))
     random, total = np.random.Generator(np.random.Philox(0)), 0

@@ -976,6 +976,7 @@ def test_starting_over(run: Path, tmp_path: Path) -> None:
     start_fresh(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     (run / "notes.txt").write_text("of the user")
+    (run / "faults").mkdir()
     start_fresh(run)
     assert sorted(path.name for path in run.iterdir()) == ["lock", "notes.txt", "run.lock"]
     (run / "notes.txt").unlink()
