@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from compt.chain.job import RunContext
 from compt.chain.record import MANIFEST, read_manifest
-from compt.chain.run import Say, plan_run, read_calibration, run_jobs, running
+from compt.chain.run import Say, plan_run, run_jobs, running
+from compt.chain.state import read_calibration
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.dist import collectives as dist
 from compt.errors import ConfigError, RunError, nearest

@@ -7,9 +7,7 @@ import functools
 import logging
 import multiprocessing
 import os
-import shlex
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from compt.chain.job import JobRun, RunContext
 from compt.chain.locks import LOCKS, locked, writing
-from compt.chain.record import is_finished, now, read_manifest, read_record
+from compt.chain.record import is_finished, read_manifest
 from compt.chain.start import hash_of, open_start
+from compt.chain.state import RECIPE, STATE, TABLE, accepted_scales, check_unchanged, read_state, write_state
 from compt.data.index import Index
 from compt.data.lengths import computed_tokens, stored_lengths
 from compt.data.mixture import open_training
@@ -32,7 +30,7 @@ from compt.dist.watch.thread import FOLDER, Watch, collective_timeout
 from compt.errors import ArtefactError, ConfigError, DataError, RunError, nearest
 from compt.evaluate.scorer import Scorer, ask_once, index_folder_of
 from compt.evaluate.sets import check_sets
-from compt.files import disk_errors, flatten, hash_json, write_json, write_text
+from compt.files import disk_errors, hash_json
 from compt.plan.forecast import memory_of, needs_less, usable_bytes
 from compt.plan.jobs import Job, Plan, make_plan
 from compt.plan.links import AVERAGE, Start
@@ -46,108 +44,6 @@ from compt.train.signals import StopSignal
 _log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
-
-STATE, RECIPE = "run.json", "recipe.yaml"
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """One line for each field that is not the same: "optimizer.lr: 0.001 -> 0.002"."""
-    before, after = flatten(old), flatten(new)
-    return [
-        f"{key}: {before.get(key, '(absent)')} -> {after.get(key, '(absent)')}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _read_state(folder: Path) -> dict[str, Any]:
-    """run.json; {} without one. Raises RunError for a damaged one."""
-    path = folder / STATE
-    if not path.exists():
-        return {}
-    return read_record(path, ("data_fingerprint", "started", "jobs"), "remove it: it is written again")
-
-
-def read_calibration(folder: Path) -> dict[str, Any] | None:
-    """The settings of a first-pair test, and its finished tries in order; None if none was begun.
-
-    Tries are in the manifests; run.json has a copy of those whose folders were removed. Raises RunError.
-    """
-    record = _read_state(folder).get("calibration")
-    tries = {item["number"]: item for item in (record or {"tries": []})["tries"]}
-    for path in sorted((folder / "jobs").glob("*")):
-        found = read_manifest(path).get("calibration")
-        # A try that failed counts once its folder is set aside under its own name.
-        if found is not None and path.name == found["job"]:
-            tries[found["number"]] = found
-    ordered = [tries[number] for number in sorted(tries)]
-    if record is None and not ordered:
-        return None
-    record = record or {"dataset": ordered[0]["dataset"], "target": ordered[0]["target"], "outcome": "open"}
-    decided = bool(ordered) and ordered[-1]["lossless"]
-    return {**record, "tries": ordered, "outcome": "lossless" if decided else record["outcome"]}
-
-
-def accepted_scales(folder: Path) -> tuple[float, ...]:
-    """The lengths that a first-pair test tried, the accepted one last; () if none was begun.
-
-    Raises RunError for a test that has not finished.
-    """
-    record = read_calibration(folder)
-    if record is None:
-        return ()
-    if record["outcome"] == "not lossless":
-        raise RunError(f"{folder}: its first-pair test found no lossless length; take another run folder")
-    if record["outcome"] != "lossless":
-        target = "" if record["target"] is None else f" --target {record['target']:g}"
-        raise RunError(
-            f"{folder}: its first-pair test is not decided yet; go on with --calibrate{target} "
-            f"--calibrate-on {record['dataset']}, or take another run folder"
-        )
-    return tuple(item["factor"] for item in record["tries"])
-
-
-_TABLE = "the captions of table"
-
-
-def check_unchanged(context: RunContext, plan: Plan) -> None:
-    """Raise RunError, with the fields that differ, if a begun job of the run would give another result now.
-
-    The recipe or the data may have changed. Jobs that were not begun may change freely.
-    """
-    folder, fingerprint = context.folder, context.index.fingerprint
-    manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
-    begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
-    known = _read_state(folder).get("contents", {}) if begun else {}
-    changed = [what for what, content in context.contents.items() if known.get(what, content) != content]
-    if begun and _read_state(folder).get("data_fingerprint", fingerprint) != fingerprint:
-        shards = "the training shards, or their weights," if context.index.mixture else "the training shards"
-        what = next((what for what in changed if what.startswith(_TABLE)), shards)
-        raise RunError(
-            f"{folder}: {what} changed since {begun[0].name} started; take another run folder, or restore the old data"
-        )
-    if changed:
-        raise RunError(
-            f"{folder}: {changed[0]} changed since {begun[0].name} started; restore the old data, take "
-            "another run folder, or (an evaluation set) give the set another name"
-        )
-    names = {job.name for job in plan.jobs}
-    for old in _read_state(folder).get("jobs", []):
-        gone = old["kind"] == "link" and old["name"] not in names
-        if gone and read_manifest(folder / "jobs" / old["name"])["state"] != "planned":
-            raise RunError(
-                f"{folder}: the chain no longer has {old['name']}, which was begun; take another run folder, "
-                f"undo the change, or remove {folder / 'jobs' / old['name']}"
-            )
-    for job in begun:
-        manifest = manifests[job.name]
-        if manifest["hash"] != job.hash:
-            lines = "\n  ".join(difference(manifest["result"], job.result))
-            raise RunError(
-                f"{folder}: the recipe has changed since {job.name} was begun:\n  {lines}\n"
-                f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
-                "built on it) to train it again."
-            )
 
 
 def open_data(recipe: Recipe, base: Path) -> Index:
@@ -214,44 +110,11 @@ def _unbegun(jobs: Iterable[Job], folder: Path) -> list[Job]:
     return [job for job, state in states if state == "planned"]
 
 
-def _write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:
-    """Write STATE and RECIPE, and return when the run was started. Raises RunError."""
-    with writing(context.folder):
-        old = {"started": now(), "jobs": [], **_read_state(context.folder)}
-        planned = [{**job.to_json(), "result": job.result} for job in plan.jobs]
-        names = {job["name"] for job in planned}
-        kept = [job for job in old["jobs"] if job["name"] not in names and job["kind"] != "link"]
-        recipe = context.recipe
-        tested = calibration or read_calibration(context.folder)
-        write_json(
-            context.folder / STATE,
-            {
-                "name": recipe.name,
-                "started": old["started"],
-                "command": shlex.join(sys.argv),
-                "primary": recipe.evaluation.primary,
-                "contact_sheet": recipe.evaluation.contact_sheet,
-                "images": context.index.images,
-                "batch": recipe.optimizer.batch,
-                "captions": recipe.data.captions,
-                "data_fingerprint": context.index.fingerprint,
-                "account": context.index.account.to_json(),
-                **({"sets": context.index.sets} if context.index.sets else {}),
-                "contents": {**old.get("contents", {}), **context.contents},
-                "jobs": [*planned, *kept],
-                **({"calibration": tested} if tested else {}),
-            },
-        )
-        values = recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
-        write_text(context.folder / RECIPE, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    return str(old["started"])
-
-
 @contextlib.contextmanager
 def _as_it_was(folder: Path, started: str) -> Iterator[None]:
     """Keep others from restarting the run. Raises RunError when one of them did, after this one was `started`."""
     with writing(folder):
-        if _read_state(folder).get("started") != started:
+        if read_state(folder).get("started") != started:
             raise RunError(f"{folder}: another process has restarted this run; start the same command again")
         yield
 
@@ -365,7 +228,7 @@ def _contents(context: RunContext, source: str) -> dict[str, str]:
     columns = hash_json(recipe.data.caption_columns or [])
     contents = {"the training shards": context.index.content, "what data.caption_columns names": columns}
     digests = {table.path: table.digest for table in context.index.tables if table}
-    contents |= {f"{_TABLE} {name}": digests[base / name] for name in recipe.data.tables}
+    contents |= {f"{TABLE} {name}": digests[base / name] for name in recipe.data.tables}
     with named(source, "evaluation.sets"):
         scorer = Scorer(recipe, base)
         for item in recipe.evaluation.sets:
@@ -430,7 +293,7 @@ def run_jobs(
     """
     with Watch(context.folder, context.recipe.engine.timeout) as watch:
         dist.on_main(lambda: check_unchanged(context, plan))
-        started = dist.from_main(lambda: _write_state(context, plan, calibration))
+        started = dist.from_main(lambda: write_state(context, plan, calibration))
         for job in jobs:
             if job.same_as is None:
                 watch.about(job.name)

@@ -73,7 +73,7 @@ def _plan_in(run: Path, recipe: Recipe, source: Path, *, baselines: bool) -> Pla
     scales: tuple[float, ...] = ()
     if (run / "run.json").exists():
         from compt.chain.record import read_record
-        from compt.chain.run import accepted_scales  # loads torch
+        from compt.chain.state import accepted_scales  # loads torch
 
         scales = accepted_scales(run)
         images = read_record(run / "run.json", (), "remove it: it is written again").get("images")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,9 +30,7 @@ from compt.recipe.suite import load_suite, name_of, one_set, shipped_suites
 from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
-    import torch
-
-    from compt.evaluate.task import EvalSettings, ScoreRow
+    from compt.evaluate.task import ScoreRow
     from compt.models.presets import ModelSpec
     from compt.weights.artefact import Artefact
 
@@ -117,6 +115,7 @@ def evaluate(
     """
     from compt.dist import collectives as dist
     from compt.engines.base import COMPUTE_DTYPES
+    from compt.evaluate.sets import open_set
     from compt.evaluate.suite import model_labels, score_suite
     from compt.evaluate.task import EvalSettings
     from compt.models.preprocess import Preprocess
@@ -145,25 +144,26 @@ def evaluate(
     report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [], suite or "")
     try:
         place = dist.init(device)
-        if suite is None and len(models) == 1:
-            only = next(iter(opened.values()))
-            _one(only, sets.sets[0], settings, place, out, per_class, as_json)
-            return
+        # A wrong path ends at once, not after the hours that the models before it take.
+        specs = [dist.on_all(partial(open_source, model, name, prefix, verify=False)).spec for model in models]
+        if data is not None:
+            open_set(sets.sets[0], settings, together=True)
         if out is not None:
             dist.on_main(partial(report.check_folder, out))
-        # A wrong path ends at once, not after the hours that the models before it take.
-        for model in models:
-            dist.on_all(partial(open_source, model, name, prefix, verify=False))
         progress = say if suite and dist.is_main() and not as_json else lambda _: None
         report.scores.update(score_suite(opened, sets, settings, place, out, progress))
-        # One process writes and prints for all.
+        alone = data is not None and len(models) == 1
+        one = report.scores[report.models[0]][sets.sets[0].name] if alone else None
+        if one is not None and one.fault:
+            raise one.fault
+        # One process writes and prints for all. It prints first, as it may turn out that it cannot write.
         if dist.is_main():
+            if as_json:
+                print_json(one.record if one else report.to_dict())
+            else:
+                show(*(_tables(specs[0].name, sets.sets[0], one.record, per_class) if one else report.tables()))
             if out is not None:
                 report.write(out)
-            if as_json:
-                print_json(report.to_dict())
-            else:
-                show(*report.tables())
     finally:
         dist.shutdown()
     if report.faults:
@@ -180,41 +180,23 @@ def _check_flags(task: str, given: dict[str, Any], per_class: bool, models: int)
         raise ConfigError(f"compt eval: --per-class is for one model and the tasks {', '.join(ONE_CLASS)}")
 
 
-def _one(
-    opened: Callable[[], Artefact],
-    item: EvalSet,
-    settings: EvalSettings,
-    place: torch.device,
-    out: Path | None,
-    per_class: bool,
-    as_json: bool,
-) -> None:
-    """Score one model on one set, and show everything about it."""
-    from compt.dist import collectives as dist
-    from compt.evaluate.sets import evaluate_set, task_class
-    from compt.evaluate.zeroshot import ZeroShotResult
+def _tables(model: str, item: EvalSet, record: Mapping[str, Any], per_class: bool) -> Iterator[TextTable]:
+    """Everything about the scores of one model on one set."""
+    from compt.data.account import Account
+    from compt.evaluate.sets import task_class
 
-    # Without on_all, ranks that can read the model would wait for one that cannot.
-    found = dist.on_all(opened)
-    result = evaluate_set(found.load_model(place), item, replace(settings, preprocess=found.preprocess))
-    if not dist.is_main():
-        return
-    if out is not None:
-        result.save(out)
-    if as_json:
-        print_json(result.to_dict())
-        return
-    kind, record = task_class(item.task), result.to_dict()
-    rows = [*_scores(kind.rows(record), record), ("samples", f"{result.n:,}")]
-    rows += [("left out", result.left_out or "0")]
-    show(TextTable(f"{found.spec.name} on {item.name}: {kind.title.lower()}", ("", "value"), rows, [kind.note]))
-    if per_class and isinstance(result, ZeroShotResult):
-        shares = zip(result.names, result.per_class, strict=True)
+    kind = task_class(item.task)
+    rows = [*_scores(kind.rows(record), record), ("samples", f"{record['n']:,}")]
+    rows += [("left out", Account(unused=Counter(record["skipped"])).line() or "0")]
+    yield TextTable(f"{model} on {item.name}: {kind.title.lower()}", ("", "value"), rows, [kind.note])
+    if per_class:
+        names = record.get("classnames") or map(str, range(record["classes"]))
+        shares = zip(names, record["per_class"], strict=True)
         rows = [(label, "-" if share is None else f"{share:.1f}") for label, share in shares]
-        show(TextTable("Top-1 of each class, percent", ("class", "top1"), rows))
+        yield TextTable("Top-1 of each class, percent", ("class", "top1"), rows)
 
 
-def _scores(lines: list[ScoreRow], record: dict[str, Any]) -> list[tuple[str, str]]:
+def _scores(lines: list[ScoreRow], record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Every score of a set with its interval, then what is known of the set itself."""
     rows: list[tuple[str, str]] = []
     about: dict[str, float] = {}

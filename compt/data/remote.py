@@ -210,7 +210,8 @@ class Cache:
                 while view:
                     view = view[os.write(descriptor, view) :]
             os.fsync(descriptor)
-            os.rename(part, shard.cached)
+            with self._turn():  # who makes room lists the folder first, and would count the shard under neither name
+                os.rename(part, shard.cached)
         finally:
             self.drop(descriptor)
 

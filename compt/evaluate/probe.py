@@ -208,6 +208,11 @@ class LabelledTask(EvaluationTask):
         names = list(data.classes or ()) or (read_classnames(path) if path else [])
         return cls(item, settings, data, train, names)
 
+    @property
+    def splits(self) -> tuple[SetData, ...]:
+        """Both splits."""
+        return self.data, self.train
+
     def pins(self) -> dict[str, str]:
         """Both splits, the class names and the name of the label."""
         names = {"classnames": hash_json(self.names)} if self.names else {}

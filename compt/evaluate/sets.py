@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from compt.data.account import Account
 from compt.data.content import spread
-from compt.data.decode import Unusable
-from compt.data.samples import EvalSamples
+from compt.data.decode import Cause, Unusable
+from compt.data.labels import label_fault
 from compt.data.tokens import clip_tokenizer
 from compt.dist import collectives as dist
-from compt.errors import ArtefactError, ConfigError
+from compt.errors import ArtefactError, ConfigError, DataError
 from compt.evaluate.encoder import Encoder, Tokenize
 from compt.evaluate.task import EvalSettings, EvaluationTask, Result
 from compt.files import hash_json
@@ -80,11 +82,12 @@ def evaluate_set(model: nn.Module, item: EvalSet, settings: EvalSettings) -> Res
 
 
 def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: str | None = None) -> dict[str, str]:
-    """Open every set and the files beside it; all ranks call this. Returns, on rank 0 and by name, a hash of each set.
+    """Open every set and the files beside it; all ranks call this. Returns, by name, a hash of each set.
 
     The hash is of keys, sizes, labels, class names and some of the images.
 
-    Raises DataError for the first set that cannot be used, ConfigError where `contact_sheet` names one without classes.
+    Raises DataError for the first set that cannot be used, also as its labels cannot, and ConfigError where
+    `contact_sheet` names one without classes.
     """
     hashes = {}
     for item in sets:
@@ -94,15 +97,28 @@ def check_sets(sets: Iterable[EvalSet], settings: EvalSettings, contact_sheet: s
                 "a model gives them: name a set with class names"
             )
         task = open_set(item, settings, together=True)
-        if dist.is_main():
-            hashes[item.name] = hash_json([task.pins(), _sampled_hash(task.data.samples)])
+        hashes[item.name] = hash_json([task.pins(), dist.from_main(partial(_sampled, task))])
     return hashes
 
 
-def _sampled_hash(samples: EvalSamples) -> str:
-    """Hex digest of a few images; one that cannot be read counts as empty."""
+def _sampled(task: EvaluationTask) -> str:
+    """Hex digest of a few images; one that cannot be read counts as empty. Raises DataError where none has a label.
+
+    Without this look, wrong labels would end the run when its first model is scored.
+    """
     sha = hashlib.sha256()
-    for sample in spread(len(samples), SAMPLED):
-        with contextlib.suppress(Unusable):
-            sha.update(samples.image(sample))
+    for data in task.splits:
+        faults: dict[int, Cause | None] = {}
+        for at in spread(len(data.samples), SAMPLED):
+            with contextlib.suppress(Unusable):
+                if data is task.data:
+                    sha.update(data.samples.image(at))
+                label = data.samples.read(at).label
+                faults[at] = None if label is None else label_fault(label)
+        if faults and all(faults.values()) and task.settings.max_bad_share < 1:
+            raise DataError(
+                f"evaluation set '{task.item.name}': none of the {len(faults)} samples that were looked at has a "
+                f"usable label: {Account(unused=Counter(filter(None, faults.values()))).line()}, such as "
+                f"{data.samples.describe(min(faults))}"
+            )
     return sha.hexdigest()

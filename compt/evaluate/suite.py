@@ -39,7 +39,7 @@ class SetScore:
     record: Mapping[str, Any]
     answers: Sequence[NDArray[np.float64]] = ()
     ids: NDArray[np.int64] | None = None
-    fault: str = ""
+    fault: ArtefactError | DataError | None = None
 
 
 Scores = dict[str, dict[str, SetScore]]
@@ -109,7 +109,7 @@ def score_suite(
             artefact = dist.on_all(opened)
             weights = dist.on_all(partial(getattr, artefact, "hash")) if out else ""
         except (ArtefactError, DataError) as error:
-            found[label] = {item.name: SetScore({}, fault=str(error)) for item in items}
+            found[label] = {item.name: SetScore({}, fault=error) for item in items}
             if dist.is_main():
                 progress(f"{label}: no score: {error}")
             continue
@@ -133,7 +133,7 @@ def score_suite(
                     score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()), result.ids)
             except (ArtefactError, DataError) as error:
                 # One broken set must not lose the hours that the others take.
-                score = SetScore({}, fault=str(error))
+                score = SetScore({}, fault=error)
             found[label][item.name] = score
             if dist.is_main():
                 progress(f"{label}: {item.label_in_tables}: {_said(item, score)}")

@@ -207,6 +207,11 @@ class EvaluationTask(ABC):
     def open(cls, item: EvalSet, settings: EvalSettings) -> Self:
         """Open the data and everything beside it, but read no image. Any rank may call this alone. Raises DataError."""
 
+    @property
+    def splits(self) -> tuple[SetData, ...]:
+        """All data that the task reads."""
+        return (self.data,)
+
     def pins(self) -> dict[str, str]:
         """Hashes of what scores depend on beside the model: only scores with equal pins are compared."""
         return {"data": self.data.samples.fingerprint}

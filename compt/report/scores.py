@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from compt.evaluate.sets import task_class
 from compt.evaluate.stats import direction, paired_bootstrap
 from compt.evaluate.suite import Scores, SetScore
 from compt.evaluate.task import LONG
-from compt.files import read_json, write_json, write_text
+from compt.files import disk_errors, read_json, write_json, write_text
 from compt.recipe.suite import Suite, SuiteSet
 from compt.report.write import write_tables
 from compt.text import TextTable
@@ -70,7 +71,7 @@ class SuiteReport:
     @property
     def faults(self) -> list[str]:
         """Why sets that are there have no score."""
-        return [score.fault for found in self.scores.values() for score in found.values() if score.fault]
+        return [str(score.fault) for found in self.scores.values() for score in found.values() if score.fault]
 
     def lines(self) -> Iterator[Line]:
         """The lines of all sets. A set that is missing, or that no model was scored on, has one."""
@@ -203,7 +204,7 @@ class SuiteReport:
         """Every score as JSON values."""
         scores = {
             model: {
-                name: {"fault": score.fault}
+                name: {"fault": str(score.fault)}
                 if score.fault
                 else {key: value for key, value in score.record.items() if key not in (*LONG, "skipped_examples")}
                 for name, score in found.items()
@@ -245,7 +246,12 @@ class SuiteReport:
         return text.getvalue()
 
     def check_folder(self, folder: Path) -> None:
-        """Raise ConfigError where another suite wrote to `folder` and a set of the same name has other data there."""
+        """Make `folder`. Raises RunError where nothing can be written there, ConfigError where another suite wrote to
+        it and a set of the same name has other data there.
+        """
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
         data = {item.name: item.data for item in self.suite.sets}
         for path in sorted(folder.glob("*.json")):
             try:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from compt.chain.run import read_calibration
+from compt.chain.state import read_calibration
 from compt.design.runs import Answers, stored_answers
 from compt.errors import DataError, RunError
 from compt.evaluate.encoder import load_arrays
@@ -92,7 +92,7 @@ class Summary:
 
     `individual` holds, for each seed, the baselines in the chain's order; where a baseline
     is the very training of a link, that link's row. Members that were not begun are missing. `tries` are links that the
-    first-pair test found not to be lossless, `calibration` is its record (`compt.chain.run.read_calibration`).
+    first-pair test found not to be lossless, `calibration` is its record (`compt.chain.state.read_calibration`).
     `missing` holds the part of `LIKE_FOR_LIKE` that the last link is not compared with, and why: "pending" or "not
     run". It is empty while nothing of the chain's last link is compared.
     """

@@ -27,11 +27,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from compt.chain import locks as chain_locks
 from compt.chain import run as chain_module
+from compt.chain import state as state_module
 from compt.chain.job import JobRun
 from compt.chain.locks import locked
 from compt.chain.record import STATES, steps_left
-from compt.chain.run import difference, prepare, run_only, start_fresh, waiting
+from compt.chain.run import prepare, run_only, start_fresh, waiting
 from compt.chain.start import open_start
+from compt.chain.state import difference
 from compt.cli.main import main
 from compt.data.account import Account
 from compt.data.index import open_index
@@ -549,6 +551,15 @@ def test_a_teacher_that_was_trained_again_is_noticed(base: Path, run: Path) -> N
         chain(base, run)
 
 
+def test_a_recipe_in_a_new_run_folder_is_not_replaced(base: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own" / "recipe.yaml"
+    own.parent.mkdir()
+    own.write_text("# mine\n")
+    with pytest.raises(RunError, match="recipe.yaml: is not a run's, and a run in this folder would replace it"):
+        prepare(recipe_of(), own.parent, base=base)
+    assert own.read_text() == "# mine\n"
+
+
 def test_difference() -> None:
     old = {"a": {"b": 1, "c": [1, 2]}, "d": None, "e": {}}
     assert difference(old, {"a": {"b": 2, "c": [1, 2]}, "d": 3, "e": {}}) == ["a.b: 1 -> 2", "d: None -> 3"]
@@ -829,7 +840,7 @@ def test_a_job_does_not_start_in_a_run_that_was_started_over(
 ) -> None:
     """By another process, after this one has checked everything and before it takes its job."""
     context, plan = prepare(recipe_of(), half, base=base, names=[SECOND])
-    write = chain_module._write_state
+    write = chain_module.write_state
 
     def overtaken(*arguments: Any) -> str:
         started = write(*arguments)
@@ -838,7 +849,7 @@ def test_a_job_does_not_start_in_a_run_that_was_started_over(
             write_json(half / "run.json", {"data_fingerprint": "x", "started": "later", "jobs": []})
         return started
 
-    monkeypatch.setattr(chain_module, "_write_state", overtaken)
+    monkeypatch.setattr(chain_module, "write_state", overtaken)
     with pytest.raises(RunError, match="another process has restarted this run; start the same command again"):
         run_only(context, plan, [plan.job(SECOND)], print)
     assert not (half / "jobs").exists()
@@ -857,7 +868,7 @@ def test_no_job_is_begun_while_a_run_is_removed(base: Path, half: Path, monkeypa
         remove(path)
 
     # What was written of the run before is as it was, so that the job's lock is next.
-    monkeypatch.setattr(chain_module, "_write_state", lambda *_: read_json(half / "run.json")["started"])
+    monkeypatch.setattr(chain_module, "write_state", lambda *_: read_json(half / "run.json")["started"])
     monkeypatch.setattr(shutil, "rmtree", meanwhile)
     start_fresh(half)
     assert refused
@@ -870,7 +881,7 @@ def test_processes_of_one_run_lose_nothing_of_what_each_plans(
 ) -> None:
     """A second one that writes the plan of the baselines between the first one's reading and writing of run.json."""
     links, baselines = (prepare(recipe_of(), half, base=base, baselines=each) for each in (False, True))
-    read, second = chain_module._read_state, threading.Thread(target=chain_module._write_state, args=(*baselines, None))
+    read, second = state_module.read_state, threading.Thread(target=chain_module.write_state, args=(*baselines, None))
 
     def slow(folder: Path) -> dict[str, Any]:
         state = read(folder)
@@ -879,9 +890,9 @@ def test_processes_of_one_run_lose_nothing_of_what_each_plans(
             second.join(1.0)
         return state
 
-    monkeypatch.setattr(chain_module, "_read_state", slow)
-    monkeypatch.setattr(chain_module, "read_calibration", lambda _: None)
-    chain_module._write_state(*links, None)
+    monkeypatch.setattr(state_module, "read_state", slow)
+    monkeypatch.setattr(state_module, "read_calibration", lambda _: None)
+    chain_module.write_state(*links, None)
     second.join(60)
     assert [job["name"] for job in read(half)["jobs"]] == [job.name for job in baselines[1].jobs]
 

@@ -415,6 +415,25 @@ def test_a_contact_sheet_of_a_retrieval_set_is_refused_early(tmp_path: Path) -> 
         check_sets([find], _settings(tmp_path), contact_sheet="find")
 
 
+def test_sets_without_labels_are_refused_before_a_model_is_trained(tmp_path: Path) -> None:
+    make_shards(tmp_path / "data" / "test", n=20, shards=2)
+    (tmp_path / "data" / "classnames.txt").write_text("one\ntwo\n")
+    make_shards(tmp_path / "labelled", n=20, shards=2, classes=2)
+    settings, wrong = (
+        _settings(tmp_path),
+        r": none of the 20 samples that were looked at has a usable label: .*such as 000000.tar: 0000",
+    )
+    with pytest.raises(DataError, match=f"'a'{wrong}"):
+        check_sets([EvalSet(name="a", data=["data/test/*.tar"])], settings)
+    with pytest.raises(DataError, match=f"'b'{wrong}"):
+        check_sets([EvalSet(name="b", task="knn", data=["labelled/*.tar"], train=["data/test/*.tar"])], settings)
+    with pytest.raises(DataError, match=f"'c'{wrong}"):
+        check_sets([EvalSet(name="c", task="multilabel", data=["data/test/*.tar"])], settings)
+    every = replace(settings, max_bad_share=1.0)
+    check_sets([EvalSet(name="a", data=["data/test/*.tar"])], every)
+    check_sets([EvalSet(name="find", task="retrieval", data=["data/test/*.tar"])], settings)
+
+
 @pytest.mark.parametrize(("option", "value"), [("--batch", "0"), ("--workers", "-1")])
 def test_the_command_refuses_sizes_that_cannot_be(option: str, value: str) -> None:
     result = CliRunner().invoke(app, ["eval", "model", "--data", "data", option, value])

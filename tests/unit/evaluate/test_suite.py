@@ -16,7 +16,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from compt.cli.main import app
-from compt.errors import ArtefactError, ConfigError, DataError
+from compt.errors import ArtefactError, ConfigError, DataError, RunError
 from compt.evaluate import suite as suites
 from compt.evaluate.multilabel import average_precision
 from compt.evaluate.retrieval import Retrieval
@@ -29,6 +29,7 @@ from compt.models.clip import build
 from compt.models.preprocess import Preprocess
 from compt.recipe.schema import EvalSet
 from compt.recipe.suite import load_suite, name_of, shipped_suites
+from compt.report.scores import SuiteReport
 from compt.weights.artefact import Artefact, write_artefact
 from tests.helpers.optional import optional
 from tests.helpers.shards import make_shards, picture
@@ -176,6 +177,30 @@ def test_scores_on_disk_are_kept_while_nothing_changed(
     assert "two: 24 of 25 images, other templates than clip_benchmark's." in " ".join(text.split())
     evaluate(folder, "--out", str(tmp_path), "--precision", "bf16", models=1)
     assert scored[3:] == ["one", "two", "find", "bare"]
+
+
+def test_one_set_writes_what_a_suite_does(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, data = tmp_path / "out", str(folder / "eval/wds_one/test/*.tar")
+    for model in ("0-tiny", "1-tiny"):
+        words = ["eval", str(folder / "run/jobs" / model), "--data", data, "--out", str(out)]
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == 0, done.output
+        record = json.loads((out / model / "wds_one.json").read_text())
+        assert re.search(rf"top1 +{record['top1']:.3f}", done.output)
+        assert json.loads((out / "wds_one.json").read_text())["scores"][model]["wds_one"]["top1"] == record["top1"]
+    assert {path.name for path in out.glob("*/*.npz")} == {"wds_one.npz"}
+    assert len(list(out.glob("*/*.npz"))) == 2, "the second model replaced the answers of the first one"
+    assert {path.suffix for path in out.iterdir() if path.is_file()} == {".json", ".csv", ".md", ".html"}
+    # Where nothing can be written, no model is scored; and what was scored is shown before it is written.
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(suites, "evaluate_set", lambda *_: pytest.fail("scored"))
+    done = CliRunner().invoke(app, [*words[:-1], str(tmp_path / "file")])
+    assert isinstance(done.exception, RunError), done.output
+    monkeypatch.undo()
+    monkeypatch.setattr(SuiteReport, "write", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, RunError)
+    assert f"{record['top1']:.3f}" in done.output
 
 
 def test_one_folder_for_two_suites_loses_no_scores(folder: Path, tmp_path: Path) -> None:
