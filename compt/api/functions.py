@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig
 from compt.models.presets import PRESETS, ModelSpec
-from compt.plan.jobs import Plan, make_plan
+from compt.plan.jobs import Plan, asked_controls, make_plan
 from compt.recipe.read import find_recipe, load_recipe, parse_recipe, refuse
 from compt.recipe.schema import EvalSet, Recipe
 from compt.recipe.suite import name_of
@@ -139,7 +139,7 @@ def plan_chain(
     Raises ConfigError for a recipe with mistakes, which it names.
     """
     found = _recipe(recipe, overrides)
-    return make_plan(found, baselines=baselines, controls=None if baselines or controls else ())
+    return make_plan(found, baselines=baselines, controls=asked_controls(found, baselines, controls, found.name))
 
 
 class Chain:
@@ -150,13 +150,13 @@ class Chain:
     ) -> None:
         self.recipe = _recipe(recipe, overrides)
         self.baselines = baselines
-        self.controls: tuple[str, ...] | None = None if baselines or controls else ()
+        self.controls = asked_controls(self.recipe, baselines, controls, self.recipe.name)
 
     def run(self, folder: str | Path, *, say: Callable[[str], None] = lambda line: None) -> Summary:
         """Train what `folder` does not have yet, on this process or on all ranks of a launcher, and return the results.
 
         `summary.rows` has a row for each model: `job`, `epochs`, `macs`, `device_hours`, and `top1` in percent with
-        `low` and `high`, its 95 % interval (None without evaluation sets); `row.scores` has everything by set.
+        `low` and `high`, its 95 % interval (None without `evaluation.primary`); `row.scores` has everything by set.
         `summary.comparisons` and `summary.control_comparisons` compare links with models trained from scratch.
         The models are in `folder/jobs/NAME/model`. `say` gets lines of progress. Paths of the recipe start at the
         current folder. Raises ConfigError, DataError, RunError, and Interrupted on SIGTERM or Ctrl-C: finished work

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from compt.bench.launches import PARTS, Launches, methods_of_parts
 from compt.bench.step import Setup, TrainingStep
 from compt.dist import collectives as dist
 from compt.engines.base import Engine
-from compt.files import write_text
+from compt.files import disk_errors, write_bytes, write_text
 from compt.text import TextTable
 from compt.train.task import Task
 
@@ -90,7 +91,7 @@ class _Clock:
 
 
 def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Profile:
-    """Time and trace training steps of `setup` on `device`; writes the file `trace`, in Chrome's format."""
+    """Time and trace training steps of `setup` on `device`, and write `trace` in Chrome's format. Raises RunError."""
     gpu = device.type == "cuda"
     step = TrainingStep(setup, device)
     clock = _Clock(device, step.task, step.engine)
@@ -107,7 +108,7 @@ def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Prof
     memory = torch.cuda.max_memory_allocated(device) if gpu else None
     with _profiler(device) as seen:
         step(data)
-    seen.export_chrome_trace(str(trace))
+    _write(seen, trace)
     operations = _operations(seen, gpu)
     return Profile(
         seconds=median(whole),
@@ -121,6 +122,14 @@ def profile(setup: Setup, batch: int, device: torch.device, trace: Path) -> Prof
 def _profiler(device: torch.device) -> torch.profiler.profile:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     return torch.profiler.profile(activities=activities, acc_events=True)
+
+
+def _write(seen: torch.profiler.profile, path: Path) -> None:
+    """Write what was seen, in Chrome's format. torch itself ends without an error where it cannot. Raises RunError."""
+    with disk_errors(path), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name
+        seen.export_chrome_trace(str(file))
+        write_bytes(path, file.read_bytes())
 
 
 def _operations(seen: torch.profiler.profile, gpu: bool) -> list[tuple[str, int, float]]:
@@ -198,7 +207,7 @@ class StepTrace:
         busy = sum(spent for _, _, spent in operations) / count if gpu else None
         found = Profile(seconds / count, parts, operations, busy, None)
         path = self._folder / f"trace-{self._first}-{self._first + count - 1}.json.gz"
-        seen.export_chrome_trace(str(path))
+        _write(seen, path)
         tables = tables_of(f"A step of {self._folder.name}, mean of {count} traced steps", None, found)
         write_text(path.with_suffix("").with_suffix(".md"), "\n".join(table.markdown() for table in tables))
         self._say(f"{self._folder.name}: traced {count} steps; wrote {path} and a table beside it")

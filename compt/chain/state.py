@@ -84,15 +84,10 @@ TABLE = "the captions of table"
 def check_unchanged(context: RunContext, plan: Plan) -> None:
     """Raise RunError, with the fields that differ, if a begun job of the run would give another result now.
 
-    The recipe or the data may have changed. Jobs that were not begun may change freely. Raises RunError, too, where the
-    run would replace a recipe that it did not write.
+    The recipe or the data may have changed. Jobs that were not begun may change freely.
     """
     folder, fingerprint = context.folder, context.index.fingerprint
-    if (folder / RECIPE).exists() and not (folder / STATE).exists() and not (folder / "jobs").exists():
-        raise RunError(
-            f"{folder / RECIPE}: is not a run's, and a run in this folder would replace it; name another run folder "
-            "(--run-folder), or move the file"
-        )
+    _check_own_recipe(folder)
     manifests = {job.name: read_manifest(folder / "jobs" / job.name) for job in plan.jobs}
     begun = [job for job in plan.jobs if manifests[job.name]["state"] != "planned"]
     known = read_state(folder).get("contents", {}) if begun else {}
@@ -125,6 +120,14 @@ def check_unchanged(context: RunContext, plan: Plan) -> None:
                 f"Take another run folder, undo the change, or remove {folder / 'jobs' / job.name} (and what was "
                 "built on it) to train it again."
             )
+
+
+def _check_own_recipe(folder: Path) -> None:
+    if (folder / RECIPE).exists() and not (folder / STATE).exists() and not (folder / "jobs").exists():
+        raise RunError(
+            f"{folder / RECIPE}: is not a run's, and a run in this folder would replace it; name another run folder "
+            "(--run-folder), or move the file"
+        )
 
 
 def write_state(context: RunContext, plan: Plan, calibration: dict[str, Any] | None) -> str:

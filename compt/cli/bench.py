@@ -254,6 +254,8 @@ def profile(
         raise ConfigError(f"--link {link}: the chain of {recipe} has {len(links)} links")
     if not out.parent.is_dir():
         raise ConfigError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise ConfigError(f"--out {out}: is a folder; name the file to write")
     # torch's tracer would print an error where there is no GPU.
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
 

@@ -24,6 +24,7 @@ from compt.cli.options import (
     print_json,
 )
 from compt.errors import ConfigError
+from compt.plan.jobs import asked_controls
 from compt.recipe.read import load_recipe
 from compt.recipe.schema import Recipe
 from compt.text import say, show
@@ -62,7 +63,7 @@ def chain(
         test = FirstPair.of(loaded, target, calibrate_on, str(recipe))
     elif target is not None or calibrate_on is not None:
         raise ConfigError(f"{'--target' if target is not None else '--calibrate-on'}: needs --calibrate")
-    wanted = None if controls or baselines else ()
+    wanted = asked_controls(loaded, baselines, controls, str(recipe))
     folder = run or Path("runs") / loaded.name
     traced = _steps(profile_steps) if profile_steps else None
     _run_chain(loaded, folder, str(recipe), baselines, wanted, estimate, test, only or (), traced)
@@ -88,12 +89,12 @@ def demo(
     from compt.drawings import emoji
 
     loaded = load_recipe(recipe, set_)
-    if fresh:
-        start_fresh(run)
     data = Path("data/emoji")
     if not (data / "manifest.json").exists():
         _say(f"Writing the emoji sample to {data} …")
         emoji.build(data)
+    if fresh:  # last, as the above may fail
+        start_fresh(run)
     _run_chain(loaded, run, str(recipe), baselines=False, controls=None, estimate=True)
 
 
@@ -175,34 +176,36 @@ def _run_chain(
     from compt.chain.calibrate import NotLossless, hopeless, run_calibrated
     from compt.chain.run import only, prepare, run_chain, run_only, waiting
     from compt.dist import collectives as dist
+    from compt.train.signals import StopSignal
 
     wanted: dict[str, Any] = {"baselines": baselines, "controls": controls, "source": source}
-    try:
-        scales = functools.partial(test.scales, folder) if test else None
-        context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
-        context = replace(context, profile_steps=profile_steps)
-        left = waiting(made, folder)
-        chosen = only(made, names, folder) if names else None
-        if chosen is not None:
-            left = [job for job in left if job in chosen]
-        done = len([job for job in chosen or made.jobs if job.same_as is None]) - len(left)
-        if not left:
-            _say(f"{folder}: {' and '.join(names) or 'every model'} is done.")
-        elif done and not (test and hopeless(made)):
-            _say(f"{folder}: {done} of {done + len(left)} models are done; continuing with {left[0].name}.")
-        if left and estimate:
-            _say_estimate(context, left)
-        if test:
-            run_calibrated(context, test, _say, **wanted)
-        elif left:
-            run_only(context, made, left, _say) if chosen is not None else run_chain(context, made, _say)
-        # All ranks wait for the report: Slurm kills the job soon after its first process exits.
-        dist.on_main(lambda: report([folder]))
-    except NotLossless:
-        dist.on_main(lambda: report([folder]))
-        raise
-    finally:
-        dist.shutdown()
+    with StopSignal(at_once=True):
+        try:
+            scales = functools.partial(test.scales, folder) if test else None
+            context, made = prepare(recipe, folder, base=Path.cwd(), scales=scales, names=names, **wanted)
+            context = replace(context, profile_steps=profile_steps)
+            left = waiting(made, folder)
+            chosen = only(made, names, folder) if names else None
+            if chosen is not None:
+                left = [job for job in left if job in chosen]
+            done = len([job for job in chosen or made.jobs if job.same_as is None]) - len(left)
+            if not left:
+                _say(f"{folder}: {' and '.join(names) or 'every model'} is done.")
+            elif done and not (test and hopeless(made)):
+                _say(f"{folder}: {done} of {done + len(left)} models are done; continuing with {left[0].name}.")
+            if left and estimate:
+                _say_estimate(context, left)
+            if test:
+                run_calibrated(context, test, _say, **wanted)
+            elif left:
+                run_only(context, made, left, _say) if chosen is not None else run_chain(context, made, _say)
+            # All ranks wait for the report: Slurm kills the job soon after its first process exits.
+            dist.on_main(lambda: report([folder]))
+        except NotLossless:
+            dist.on_main(lambda: report([folder]))
+            raise
+        finally:
+            dist.shutdown()
 
 
 def _say_estimate(context: Any, left: list[Any]) -> None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from compt.data.sources import PackOptions
     from compt.recipe.schema import Data
 
+CONTEXT = 77
+"""Tokens of a caption that OpenAI's CLIP takes."""
+
 Shards = Annotated[
     list[str],
     typer.Argument(metavar="SHARDS", help="tars, globs, or data-{000000..000331}.tar", show_default=False),
@@ -31,7 +34,8 @@ CaptionsCsv = Annotated[Path | None, option("table of captions: CSV, TSV, JSONL,
 CaptionColumns = Annotated[
     list[str] | None, option("column with captions; repeatable", metavar="NAME", default="the known names")
 ]
-MinMatched = Annotated[float, option("share of samples that need a row of the table", metavar="SHARE", min=0, max=1)]
+MIN_MATCHED_HELP = "share of samples that need a row of the table"
+MinMatched = Annotated[float, option(MIN_MATCHED_HELP, metavar="SHARE", min=0, max=1)]
 IndexFolder = Annotated[
     Path | None, option("folder of the index", "--index-dir", "--out", metavar="FOLDER", default=".compt-index")
 ]
@@ -154,7 +158,10 @@ def check(
     recipe: Annotated[Path | None, option("compare with the numbers of this recipe", **RECIPE)] = None,
     captions_csv: CaptionsCsv = None,
     caption_columns: CaptionColumns = None,
-    min_matched: MinMatched = MIN_MATCHED,
+    min_matched: Annotated[
+        float | None,
+        option(MIN_MATCHED_HELP, metavar="SHARE", min=0, max=1, default=f"{MIN_MATCHED:g}"),
+    ] = None,
     max_bad_share: Annotated[
         float | None,
         option("share of unusable samples that is accepted", metavar="SHARE", min=0, max=1, default="0.01"),
@@ -162,7 +169,10 @@ def check(
     index_dir: IndexFolder = None,
     cache_dir: CacheFolder = None,
     cache_size: CacheSize = None,
-    context_length: Annotated[int, option("tokens that the text tower takes", metavar="N")] = 77,
+    context_length: Annotated[
+        int | None,
+        option("tokens that the text tower takes", metavar="N", min=1, default=f"the recipe's, or {CONTEXT}"),
+    ] = None,
     workers: Annotated[int | None, option("processes", metavar="N", default="one per core")] = None,
     hashes: Annotated[bool, option("hash every byte and compare with the first such check", "--hashes")] = False,
     as_json: Annotated[bool, option("print the report as JSON", "--json")] = False,
@@ -171,9 +181,11 @@ def check(
 
     Decodes images, counts tokens, and accounts for everything in the shards. Exits with code 3 if training or
     evaluation would refuse the set: too many samples are unusable or, in a set without captions, too many class
-    numbers. With --recipe, the table, index, cache and accepted share come from the recipe, unless an option sets them.
+    numbers. With --recipe, the table, index, cache, context and accepted shares come from the recipe, unless an option
+    sets them.
     """
     from compt.data.check import check as run_check
+    from compt.data.lengths import longest_context
     from compt.data.mixture import open_training, sets_table
 
     loaded = load_recipe(recipe) if recipe else None
@@ -182,15 +194,16 @@ def check(
         captions_csv = captions_csv or (Path(data.captions_csv) if data.captions_csv else None)
         caption_columns = caption_columns or data.caption_columns
         index_dir = index_dir or (Path(data.index_dir) if data.index_dir else None)
-    if max_bad_share is None:
-        max_bad_share = loaded.data.max_bad_share if loaded else MAX_BAD_SHARE
+        min_matched = data.min_matched if min_matched is None else min_matched
+        max_bad_share = data.max_bad_share if max_bad_share is None else max_bad_share
+        context_length = context_length or longest_context(loaded)
     cache = _cache(cache_dir, cache_size, loaded.data if loaded else None)
     if loaded and not shards:
         changed: dict[str, Any] = {
             "captions_csv": captions_csv and str(captions_csv),
             "caption_columns": caption_columns,
+            "min_matched": min_matched,
         }
-        changed |= {"min_matched": min_matched} if min_matched != MIN_MATCHED else {}
         source: Index | list[str] = open_training(loaded.data.model_copy(update=changed), Path(), index_dir, cache)
     elif shards:
         source = shards
@@ -204,12 +217,13 @@ def check(
             index_dir=index_dir,
             captions_csv=captions_csv,
             columns=caption_columns or (),
-            min_matched=min_matched,
-            context_length=context_length,
+            min_matched=MIN_MATCHED if min_matched is None else min_matched,
+            context_length=context_length or CONTEXT,
             workers=workers,
             progress=progress,
             cache=cache,
         )
+    max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
     if hashes:
         _refuse_changed(found.index.shards, index_dir)
     compared, sets = found.compare(loaded, found.index.images) if loaded else [], found.index.sets

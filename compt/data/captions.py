@@ -199,6 +199,12 @@ def by_column(values: Mapping[str, Any], columns: Sequence[str] = ()) -> dict[st
     return {}
 
 
+def has_generated(values: Mapping[str, Any]) -> bool:
+    """Whether an object of a JSON or a row of a table has one of the columns that DreamLIP generated."""
+    several = values.get("captions")
+    return not _DREAMLIP_NAMES.keys().isdisjoint((*values, *(several if isinstance(several, dict) else ())))
+
+
 def split_as_dreamlip(values: Mapping[str, Any]) -> dict[str, Any]:
     """The same fields, with the generated captions cut into sentences as DreamLIP's authors do.
 

@@ -40,6 +40,11 @@ def stored_lengths(index: Index, folder: Path | None) -> NDArray[np.int64] | Non
     return None
 
 
+def longest_context(recipe: Recipe) -> int:
+    """Tokens of a caption that the member with the longest context takes; towers cut longer captions."""
+    return max(spec.context_length for spec in recipe.family.specs().values())
+
+
 def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
     """Tokens that the text tower computes for a caption, padding included: a mean over batches drawn from `lengths`.
 
@@ -48,8 +53,7 @@ def computed_tokens(lengths: NDArray[np.int64], recipe: Recipe) -> float:
     engine, batch = recipe.engine, recipe.optimizer.batch
     share = batch if engine.device == "cpu" else batch // default_gpus(batch)
     count = min(engine.micro_batch or share, share) * recipe.data.captions
-    # Towers cut longer captions. Of members with different contexts, the longest counts.
-    most = max(spec.context_length for spec in recipe.family.specs().values())
+    most = longest_context(recipe)
     ends = np.cumsum(np.append(lengths[:most], lengths[most:].sum()))
     random, total = np.random.Generator(np.random.Philox(0)), 0
     group = -(-count // (engine.buckets or count))  # packed, each caption is as long as itself

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compt.data.account import Account
-from compt.data.captions import CAPTION_COLUMNS, parse_json, read_columns, read_text, split_as_dreamlip
+from compt.data.captions import CAPTION_COLUMNS, has_generated, parse_json, read_columns, read_text, split_as_dreamlip
+from compt.data.content import spread
 from compt.data.decode import Unusable, open_image, shrunk
 from compt.data.names import is_hidden, is_metadata
 from compt.data.remote import Cache, local
@@ -31,6 +32,8 @@ from compt.files import disk_errors, new_file, read_json, write_json, write_text
 
 STATE = "pack.json"
 """The record of a packed folder."""
+LOOKED_AT = 1000
+"""Samples of a source in which captions of DreamLIP are sought, evenly spread over it."""
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg"}
 Progress = Callable[[int, int], None]
 """Samples done, samples in all."""
@@ -119,6 +122,8 @@ def pack(
         out.mkdir(parents=True, exist_ok=True)
     state = _begun(out, options)
     samples = open_source(source, out, base, options, cache)
+    if options.keep == "sentences" and not state["read"]:
+        _check_generated(source, samples)
     if state.setdefault("source", samples.fingerprint) != samples.fingerprint:
         raise DataError(f"{out}: the source, {source}, is not what it was when packing began; name another folder")
     if not state["read"]:  # before all other files, so that a packing that is killed at any moment can be finished
@@ -131,6 +136,24 @@ def pack(
     total.add(samples.account)
     total.add(account)
     return PackReport(-(-len(samples) // options.shard_size), state["samples"], total)
+
+
+def _check_generated(source: str, samples: Source) -> None:
+    """Raise DataError where no sample that is looked at, or no row of the table, has a caption that DreamLIP made."""
+    names, looked = set[str](), 0
+    for at in spread(len(samples), LOOKED_AT):
+        with contextlib.suppress(Unusable):
+            found = samples.read(at)
+            fields = parse_json(found.json) or {} if found.row is None else found.row
+            if has_generated(fields):
+                return
+            names, looked = names.union(fields), looked + 1
+    if looked:
+        raise DataError(
+            f"{source}: none of the {looked} samples that were looked at has a caption of DreamLIP's, such as "
+            f"shortIB_captions; their fields are: {', '.join(sorted(names)) or 'none'}. Name DreamLIP's table with "
+            "--captions-csv, or use `compt data pack`"
+        )
 
 
 def _begun(out: Path, options: PackOptions) -> dict[str, Any]:

@@ -404,13 +404,14 @@ def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
     config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
     every = max(1, config.checkpoint_every.to_steps(images, batch))
     besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None
-    written = sorted({step for gap in (every, besides) if gap for step in range(gap, job.steps, gap)} | {job.steps})
+    gaps, most = [gap for gap in (every, besides) if gap], config.keep_checkpoints
 
-    def kept(steps: list[int]) -> int:
-        older = steps[: -config.keep_checkpoints]
-        return len(steps) - len(older) + sum(besides is not None and step % besides == 0 for step in older)
+    def kept(*end: int) -> int:
+        late = (step for gap in gaps for step in range((job.steps - 1) // gap * gap, 0, -gap)[:most])
+        newest = sorted({*late, *end})[-most:]
+        return len(newest) + (max(newest[0] - 1, 0) // besides if besides and newest else 0)
 
-    return kept(written[:-1]), kept(written)
+    return kept(), kept(job.steps)
 
 
 def _inexact(job: Job) -> dict[str, list[str]] | None:

@@ -176,6 +176,13 @@ def make_plan(
         raise ConfigError(f"{source}: {error}") from None
 
 
+def asked_controls(recipe: Recipe, baselines: bool, controls: bool, source: str) -> tuple[()] | None:
+    """What two options mean as `controls` of `make_plan`. Raises ConfigError for `controls` if the recipe has none."""
+    if controls and not (recipe.baselines and recipe.baselines.controls):
+        raise ConfigError(f"{source}: baselines.controls: is missing; it names the controls, such as [equal_macs]")
+    return None if controls or baselines else ()
+
+
 class _Planner:
     """Makes the jobs of one recipe."""
 

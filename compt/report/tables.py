@@ -50,6 +50,8 @@ def results_table(summary: Summary) -> TextTable:
             f"Top-1 in percent on {summary.primary}: {top.images:,} images, {top.classes:,} classes, chance "
             f"{100 / top.classes:.2f}; 95 % interval by Wilson."
         )
+    elif summary.primary is None:
+        notes.append("Top-1: the recipe names no set for it (evaluation.primary).")
     notes.append("MACs and device time of training, with the forward passes of the teacher.")
     if summary.baselines:
         notes.append("Baseline: trained from scratch, without a chain.")

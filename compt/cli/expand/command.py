@@ -24,7 +24,7 @@ from compt.cli.options import (
     print_json,
     progress_bar,
 )
-from compt.errors import ArtefactError
+from compt.errors import ArtefactError, ConfigError
 from compt.files import write_json
 from compt.models.operators import DEPTH_OPERATORS, WIDTH_OPERATORS
 from compt.recipe.schema import EvalSet
@@ -122,6 +122,13 @@ def expand(
     options = {"both": both, "image": image, "text": text, "seed": seed, "shard-size": shard_size, "set": set_}
     source = (teacher_model, teacher_prefix)
     asked = ExpandRequest(teacher, student, out, options, *source, from_manifest, dry_run, bool(verify))
+    scoring = {"--label": label != "cls", "--classnames": classnames, "--templates": templates}
+    scoring |= {"--batch": batch != 256, "--workers": workers > 0, "--device": device != "auto"}
+    for flag, given in scoring.items():
+        if given and not verify:
+            raise ConfigError(f"{flag}: needs --verify")
+    if out_json is not None and out_json.is_dir():
+        raise ConfigError(f"--out-json {out_json}: is a folder; name the file to write")
     item = evaluation_set(verify, "zeroshot", label, classnames, templates) if verify else None
     try:
         place = dist.init(device if verify else "cpu")
@@ -138,12 +145,12 @@ def expand(
                 terminal().print(f"Wrote {prepared.out}\n", markup=False, soft_wrap=True)
         found = _verify(prepared, item, settings, place) if item else None
         if dist.is_main():
-            if out_json is not None:
-                write_json(out_json, _record(prepared, found))
             if as_json:
                 print_json(_record(prepared, found))
             elif found:
                 _show(*verification_tables(found, prepared.plan))
+            if out_json is not None:  # after all is shown, as this may fail
+                write_json(out_json, _record(prepared, found))
         # Last, so that the tables which show a broken promise are printed.
         if found:
             dist.on_all(lambda: check_kept(found, prepared.plan.student.name))

@@ -120,8 +120,9 @@ def prepare(asked: ExpandRequest) -> Prepared:
         average = average_of(teacher)
         if average is None and asked.writes:
             raise ConfigError(
-                f"this depth operator takes added layers from the moving average of the teacher's weights, but "
-                f"{asked.teacher} has none; train it with optimizer.ema, or choose another depth operator"
+                f"this depth operator takes added layers from the moving average of the teacher's weights, and "
+                f"{asked.teacher} is no model folder of a run with optimizer.ema, which has one; name such a folder, "
+                "or choose another depth operator"
             )
         prepared = replace(prepared, average=average)
     return prepared

@@ -24,6 +24,7 @@ from compt.cli.plan.tables import plan_tables
 from compt.cost.training import Mode
 from compt.errors import ConfigError, DataError
 from compt.plan.forecast import Machine, make_forecast
+from compt.plan.jobs import asked_controls
 from compt.plan.links import Start, is_described
 from compt.recipe.deepspeed import check_engines
 from compt.recipe.engine import ENGINE_NAMES
@@ -104,7 +105,7 @@ def plan(
         loaded,
         _machine(asked, loaded, str(recipe), counted or memory is not None, members=baselines),
         baselines=baselines,
-        controls=None if controls or baselines else (),
+        controls=asked_controls(loaded, baselines, controls, str(recipe)),
         start=_start(loaded, str(recipe)),
         source=str(recipe),
     )

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from torch._C._autograd import DeviceType
 
-from compt.bench.profile import _operations
+from compt.bench.profile import _operations, _write
 from compt.chain.run import prepare, run_chain
 from compt.cli.chain import _steps
 from compt.data.batch import Batch
 from compt.engines.graphs import RECORDERS
-from compt.errors import ConfigError, Interrupted
+from compt.errors import ConfigError, Interrupted, RunError
 from compt.train.loop import _Loop
 from tests.helpers.recipe import FIRST, SECOND, chain, make_data, recipe_of, weights_hash
 from tests.helpers.recorded import RecordedGraphs
@@ -91,6 +91,13 @@ def test_a_job_that_ends_early_has_a_trace_of_what_it_did(tmp_path: Path) -> Non
     (trace,) = (tmp_path / "run" / "jobs").glob("*/trace*.gz")
     assert (trace.parent.name, trace.name) == ("2-large", "trace-4-4.json.gz")
     assert "1-small: no trace: this start did not train step 4" in said
+
+
+def test_a_trace_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    """torch's own writer prints a line at most, such as on a full disk."""
+    nothing: Any = SimpleNamespace(export_chrome_trace=lambda _: None)
+    with pytest.raises(RunError, match=r"cannot write .*/trace\.json: No such file"):
+        _write(nothing, tmp_path / "trace.json")
 
 
 @pytest.mark.parametrize(("first", "written"), [(1, ["trace-1-2.json.gz"]), (3, [])])

@@ -358,6 +358,22 @@ def test_a_signal_between_trainings_exits_at_once_and_loses_nothing(
     assert_same(whole, tmp_path / "run")
 
 
+def test_a_signal_before_and_after_the_jobs_ends_the_command_with_75(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(base)
+    recipe, run = write_recipe(base / f"{tmp_path.name}.yaml", "chain.links.0.train={steps: 2}"), tmp_path / "run"
+    words = ["chain", str(recipe), "--run-folder", str(run), "--only", FIRST]
+    for place in ("compt.chain.run.open_data", "compt.report.write.write_report"):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, lambda *_: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(SystemExit) as ended:
+                main(lambda: words)
+        assert ended.value.code == 75
+        assert "stopped by SIGTERM. Start the same command again" in " ".join(capsys.readouterr().err.split())
+    assert manifest(run, FIRST)["state"] == "done"
+
+
 # --- what may change
 
 

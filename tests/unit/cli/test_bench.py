@@ -225,6 +225,7 @@ def test_a_device_without_a_peak_has_only_measurements(root: Path, tmp_path: Pat
         (["gpu-hours", "{recipe}", "--gpus", "0"], "--gpus 0: should be from 1 to the 1024"),
         (["profile", "{recipe}", "--link", "5"], r"--link 5: the chain of .*cc3m_vit\.yaml has 4 links"),
         (["profile", "{recipe}", "--out", "nowhere/t.json"], "--out nowhere/t.json: there is no folder nowhere"),
+        (["profile", "{recipe}", "--out", "."], "--out .: is a folder; name the file to write"),
         (["throughput", "--family", "{recipe}", "--gpus", "3"], "cannot be shared evenly by 3 processes"),
         (["throughput", "--family", "{recipe}", "--gpus", "2", "--batch", "8"], "--gpus 2: needs --family"),
         (["throughput", "vit_pico", "--gpus", "2"], "--gpus 2: needs --family"),

@@ -60,7 +60,7 @@ def test_check_downloads_into_the_cache_of_the_recipe(store: int) -> None:
 
 @pytest.mark.parametrize(
     "words",
-    [("check", SHARDS, "--workers", "1"), ("index", SHARDS), ("pack", SHARDS, "out"), ("dreamlip", SHARDS, "out")],
+    [("check", SHARDS, "--workers", "1"), ("index", SHARDS), ("pack", SHARDS, "out")],
     ids=lambda words: words[0],
 )
 def test_the_cache_has_the_size_that_is_named(store: int, words: tuple[str, ...]) -> None:
@@ -94,3 +94,28 @@ def test_check_accepts_the_share_of_the_recipe(
         assert data("check", *more, "--recipe", str(recipe), "--json") == code
         assert json.loads(capsys.readouterr().out)["max_bad_share"] == judged_by
     assert data("check", "train/*.tar") == 3
+
+
+def test_check_takes_context_and_table_from_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shards(tmp_path / "train", 18, 2)
+    monkeypatch.chdir(tmp_path)
+    Path("t.csv").write_text("key,caption\n000000000,a cat\n")
+    changes = (
+        "data.train=train/*.tar",
+        "data.captions_csv=t.csv",
+        "data.min_matched=0.01",
+        "family.common={context_length: 5}",
+    )
+    recipe = str(write_recipe(tmp_path / "r.yaml", *changes))
+    assert data("check", "--recipe", recipe) == 0
+    assert "over 5 tokens" in capsys.readouterr().out
+    assert data("check", "train/*.tar", "--recipe", recipe, "--context-length", "9") == 0
+    assert "over 9 tokens" in capsys.readouterr().out
+    # The default's own value is a wish, too.
+    for words in ((), ("train/*.tar",)):
+        capsys.readouterr()
+        assert data("check", *words, "--recipe", recipe, "--min-matched", "0.5") == 3
+        assert "it is 0.5" in " ".join(capsys.readouterr().err.split())
+    assert data("check", "train/*.tar", "--context-length", "-5") == 2

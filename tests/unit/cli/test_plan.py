@@ -59,6 +59,9 @@ def test_the_defaults_are_a_node_of_the_paper_s_gpus(plan: Plan) -> None:
     for words in (("--controls",), ("--baselines", "--set", "baselines.seeds=[1]")):
         assert [job["kind"] for job in as_json(plan, *words)["jobs"]].count("control") == 1
     assert as_json(plan, "--set", "optimizer.batch=13")["machine"]["gpus"] == 1
+    code, _, error = plan("--controls", "--set", "baselines.controls=[]")
+    assert code == 2
+    assert "baselines.controls: is missing; it names the controls, such as [equal_macs]" in " ".join(error.split())
 
 
 def test_the_options_are_heard(plan: Plan) -> None:

@@ -610,8 +610,10 @@ def test_the_commands_exit_as_check_does(tmp_path: Path, capsys: pytest.CaptureF
     assert run("pack", str(tmp_path / "nowhere"), str(tmp_path / "o"))[0] == 3
     assert run("pack", str(tmp_path / "set"), str(tmp_path / "o"), "--images", out)[0] == 2
     code, said = run("dreamlip", out, str(tmp_path / "merged"), "--json")
-    assert code == 0
-    assert json.loads(said)["samples"] == 39
+    assert code == 3
+    assert "none of the 39 samples that were looked at has a caption of DreamLIP's" in said
+    assert "Name DreamLIP's table with --captions-csv" in said
+    assert not list((tmp_path / "merged").glob("*.tar"))
 
 
 @pytest.mark.parametrize("source", ["train-00000-of-00001.parquet", "", "train-*.parquet"])

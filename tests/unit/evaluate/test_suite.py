@@ -186,7 +186,7 @@ def test_one_set_writes_what_a_suite_does(folder: Path, tmp_path: Path, monkeypa
         done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, done.output
         record = json.loads((out / model / "wds_one.json").read_text())
-        assert re.search(rf"top1 +{record['top1']:.3f}", done.output)
+        assert re.search(rf"top1 +{record['top1']:.2f}", done.output)
         assert json.loads((out / "wds_one.json").read_text())["scores"][model]["wds_one"]["top1"] == record["top1"]
     assert {path.name for path in out.glob("*/*.npz")} == {"wds_one.npz"}
     assert len(list(out.glob("*/*.npz"))) == 2, "the second model replaced the answers of the first one"
@@ -200,7 +200,7 @@ def test_one_set_writes_what_a_suite_does(folder: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(SuiteReport, "write", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, RunError)
-    assert f"{record['top1']:.3f}" in done.output
+    assert f"{record['top1']:.2f}" in done.output
 
 
 def test_one_folder_for_two_suites_loses_no_scores(folder: Path, tmp_path: Path) -> None:
