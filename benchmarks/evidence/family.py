@@ -16,20 +16,25 @@ from benchmarks.evidence.pieces import (
     CHAINS,
     FIRST,
     IMAGES,
+    KINDS,
     LENGTH,
     LENGTHS,
     LINK_RATES,
     LINKS,
     MEMBERS,
     PARTS,
+    SHORT,
     SMALL,
+    SMALL_RATES,
     Arm,
     Design,
     Piece,
+    baseline_trials,
     family_arms,
     quarter_arm,
+    small_trials,
 )
-from benchmarks.evidence.statistics import MARGIN, Difference, Length
+from benchmarks.evidence.statistics import MARGIN, Difference, Length, difference
 from benchmarks.evidence.study import COSTS, REPORT, UNSEEN, Cost, Record, Study, interval, span, times
 from compt.cost.paper import LOSSLESS_POINTS
 from compt.text import TextTable
@@ -91,7 +96,9 @@ def _quality(study: Study, arm: Arm) -> list[str]:
     baseline = study.baselines(arm.pieces[0].model, first.epochs, first.shards)
     items, baseline = common(study.find(arm.pieces), baseline)
     found = study.compare(items, baseline)
-    shown = [interval(found), found.verdict if found else MISSING]
+    shown = [interval(found), MISSING if found is None else found.verdict]
+    if found and found.seeds < len(arm.pieces):
+        shown[1] = f"{found.seeds} of {len(arm.pieces)} seeds"
     shown += ["-" if found is None else "yes" if found.mean > -LOSSLESS_POINTS else "no"]
     shown += [interval(study.compare(items, baseline, UNSEEN))]
     if items and arm.pieces[0] == first:
@@ -131,6 +138,36 @@ def common(items: list[Record], others: list[Record]) -> tuple[list[Record], lis
     return [item for item in items if item["seed"] in seeds], [item for item in others if item["seed"] in seeds]
 
 
+def calibrated_table(study: Study) -> TextTable:
+    """The chain whose lengths the first-pair test found, against its members alone."""
+    rows = []
+    for link in study.calibrated:
+        name, own = link["spec"]["name"], study.calibrated_answers[link["name"]]
+        alone = study.find([study.rates.baseline(name, SHORT, link["seed"])])
+        found = difference([own], [alone[0]["correct"][REPORT]], study.labels[REPORT]) if alone else None
+        cells = [link["name"], f"{link['epochs']:.3g}", number(100 * float(own.mean()), 2)]
+        cells += [number(study.accuracy(alone, REPORT), 2), interval(found if link["teacher"] else None)]
+        rows.append([*cells, times(alone[0]["macs"] if alone else None, link["cost"]["total_macs"])])
+    header = ["link", "epochs", "test sets, %", f"alone, {SHORT} epochs, %", "points [95 %]", "MACs x"]
+    return TextTable("The chain of the first-pair test (seed 0; intervals over concepts)", header, rows)
+
+
+def search_table(study: Study) -> TextTable:
+    """What the search for rates cost."""
+    rates = study.rates
+    searched = {
+        "models alone": [piece for model in MEMBERS for piece in baseline_trials(model)],
+        "the longest models alone on few images": [piece for model in SMALL_RATES for piece in small_trials(model)],
+        **{f"links ({kind})": [one for model in MEMBERS[1:] for one in rates.trials(model, kind)] for kind in KINDS},
+    }
+    rows = []
+    for name, tried in searched.items():
+        items = study.find(tried)
+        rows.append([name, str(len(items)), f"{sum(item['macs'] for item in items) / 1e12:.1f}"])
+    notes = ["No ratio counts it. Some of these trainings are also members of chains, or baselines."]
+    return TextTable("The search for rates", ["rates of", "training runs", "MACs, T"], rows, notes)
+
+
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
@@ -149,7 +186,8 @@ def savings_of_chains(study: Study) -> TextTable:
     notes = [
         "All four models alone, each until it is as accurate on the test sets as in the chain, over the chain.",
         "d alone: what only d costs alone, over the whole chain.",
-        "Never too high: a member below its shortest baseline counts nothing alone, one above its longest as that.",
+        "A member below its shortest baseline counts nothing alone, one above its longest as that.",
+        "Between lengths, accuracy is taken as linear in their logarithm. It is concave: ratios are slightly too high.",
         "The last rows are a control: models that are no better than a cost only a. Read a ratio with its accuracies.",
         "Intervals are over concepts alone; each seed's own ratio stands beside them.",
     ]

@@ -132,6 +132,10 @@ model b that cost the MACs of a of LENGTH epochs and a link of a quarter; and of
 where d trains alone and teaches the others, for the MACs of the first chain."""
 
 
+ALONE_WARMUP = 200
+"""Steps of the warm-up of models from scratch. Links have 50."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """One training run: a model from scratch, or as a link that grows from the model of another piece.
@@ -146,7 +150,7 @@ class Piece:
     seed: int = 0
     teacher: Piece | None = None
     lr: float = LR
-    warmup: int = 200
+    warmup: int = ALONE_WARMUP
     alpha: float | None = None
     expanded: bool = True
     width: str = OPERATORS[0]
@@ -164,7 +168,7 @@ class Piece:
         if self.schedule != COSINE:
             text += f"-{self.schedule}"
         if self.teacher is None:
-            return text
+            return text if self.warmup == ALONE_WARMUP else f"{text}-w{self.warmup}"
         alpha = "" if self.alpha is None else f"-alpha{self.alpha:g}"
         start = "-random" if not self.expanded else "" if self.width == OPERATORS[0] else f"-{self.width}"
         return f"{text}-w{self.warmup}{alpha}{start}-from-{self.teacher.name}"
@@ -405,7 +409,8 @@ def ladder(rates: Rates) -> Iterator[Piece]:
 
 def quarter_arm(rates: Rates, epochs: float, shards: int = ALL) -> Arm:
     """The link from a to b after `epochs` of a, for a quarter of them."""
-    return family_arms(rates, MEMBERS[:2], FIRST._replace(epochs=epochs, shards=shards))[1]
+    seeds = MORE_SEEDS if (epochs, shards) == (LADDER[-1], PARTS[-1]) else SEEDS  # those of chains there
+    return family_arms(rates, MEMBERS[:2], FIRST._replace(epochs=epochs, shards=shards, seeds=seeds))[1]
 
 
 def _last(rates: Rates) -> Iterator[Piece]:

@@ -12,12 +12,14 @@ from benchmarks.common import COLOUR, SERIES, number, svg
 from benchmarks.evidence.claims import claims
 from benchmarks.evidence.family import (
     EQUAL,
+    calibrated_table,
     common,
     draw_family,
     draw_lengths_of_links,
     draw_savings,
     family_tables,
     savings_of_chains,
+    search_table,
 )
 from benchmarks.evidence.pieces import ALL, CHAINS, COSINE, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT, SMALL
 from benchmarks.evidence.run import RAW
@@ -164,7 +166,7 @@ def provenance(study: Study) -> list[str]:
 def files(study: Study) -> dict[str, str]:
     """What the report consists of: text by file name."""
     judged = claims(study)
-    intervals = sum(part.found is not None for claim in judged for part in claim.parts)
+    intervals = sum(claim.sentence.count(" [") for claim in judged)
     figures = {"family": draw_family, "lengths": _curves, "links": draw_lengths_of_links, "savings": draw_savings}
     page = [
         "# Measured",
@@ -177,6 +179,7 @@ def files(study: Study) -> dict[str, str]:
         "## The family",
         "![Accuracy against the MACs of training: each model alone, and chains](family.svg)",
         *_shown(*(table for design in (*CHAINS, *SMALL) for table in family_tables(study, design))),
+        *_shown(calibrated_table(study), search_table(study)),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",
         "## Baselines and links",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,34 +187,35 @@ def collect_again(planned: Iterable[Piece], say: Say) -> None:
             say(piece.name)
 
 
-def read_raw(raw: Path = RAW) -> list[dict[str, Any]]:
-    """The results of all finished pieces, in order of worth; `correct` has an array of 0 and 1 for each set."""
+def read_raw(raw: Path = RAW) -> tuple[list[dict[str, Any]], Rates]:
+    """The results of all finished pieces, in order of worth, and the rates that they choose.
+
+    `correct` of a piece has an array of 0 and 1 for each set.
+    """
+    results = _all_results(raw)
+    rates = _best_rates(results)
+    sets = load_arrays(raw / SETS) if results else {}
+    order = {piece.name: at for at, piece in enumerate(pieces(rates))}
     found = []
-    sets = load_arrays(raw / SETS) if (raw / SETS).exists() else {}
-    names = [piece.name for piece in pieces(own_rates(raw))]
-    files = sorted(raw.glob("*.json"), key=lambda path: (path.stem not in names, *_order(path.stem, names)))
-    for path in files:
-        values = _results(path)
-        bits = load_arrays(path.with_suffix(".npz"))
-        values["correct"] = {name: np.unpackbits(bits[name])[: len(sets[name])] for name in bits}
-        found.append(values)
-    return found
+    for name in sorted(results, key=lambda name: (order.get(name, len(order)), name)):
+        bits = load_arrays(raw / f"{name}.npz")
+        correct = {key: np.unpackbits(bits[key])[: len(sets[key])] for key in bits}
+        found.append({**results[name], "correct": correct})
+    return found, rates
 
 
-def _results(path: Path) -> dict[str, Any]:
+def _all_results(raw: Path) -> dict[str, dict[str, Any]]:
     # The first pieces were collected without these.
     defaults = {"expanded": True, "r": None, "shards": ALL, "width": OPERATORS[0], "schedule": COSINE}
-    return {**defaults, **read_json(path)}
-
-
-def _order(name: str, names: list[str]) -> tuple[int, str]:
-    return (names.index(name) if name in names else len(names), name)
+    return {path.stem: {**defaults, **read_json(path)} for path in raw.glob("*.json")}
 
 
 def own_rates(raw: Path = RAW) -> Rates:
     """The best rates on SELECT of each model's baselines, and of its links, if all of their trials are done."""
-    found = {path.stem: _results(path) for path in raw.glob("*.json")}
+    return _best_rates(_all_results(raw))
 
+
+def _best_rates(found: Mapping[str, Any]) -> Rates:
     def best(tried: list[Piece]) -> float | None:
         if any(piece.name not in found for piece in tried):
             return None

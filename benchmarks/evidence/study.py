@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, MEMBERS, MORE_SEEDS, Piece
-from benchmarks.evidence.run import RAW, SETS, own_rates, read_raw
+from benchmarks.evidence.run import RAW, SETS, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
     DRAWS,
@@ -56,13 +56,14 @@ class Study:
     """The finished pieces, and what follows from them."""
 
     def __init__(self, raw: Path = RAW) -> None:
-        self.all = read_raw(raw)
+        self.all, self.rates = read_raw(raw)
         self.by_name = {item["piece"]: item for item in self.all}
         self.labels = load_arrays(raw / SETS) if self.all else {}
-        self.rates = own_rates(raw)
         self.speeds = read_speeds(raw.parent / SPEEDS.name)
-        jobs = (raw.parent / CALIBRATED / "jobs" / f"{at}-{model}" for at, model in enumerate(MEMBERS, 1))
-        self.calibrated = [read_manifest(job) for job in jobs if (job / MANIFEST).exists()]
+        jobs = [raw.parent / CALIBRATED / "jobs" / f"{at}-{model}" for at, model in enumerate(MEMBERS, 1)]
+        jobs = [job for job in jobs if (job / MANIFEST).exists()]
+        self.calibrated = [read_manifest(job) for job in jobs]
+        self.calibrated_answers = {job.name: load_arrays(job / "scores" / f"{REPORT}.npz")["correct"] for job in jobs}
 
     def find(self, pieces: Iterable[Piece]) -> list[Record]:
         """The records of those that are finished."""
@@ -127,16 +128,14 @@ class Study:
         """
         for count in range(len(items), 0, -1):
             seeds = {item["seed"] for item in items[:count]}
-            own, lengths, means = self._by_length(items, seeds, seeds)
+            own, lengths, means = self._by_length(items, seeds)
             found = equal_length(own, lengths, means, self.labels[REPORT], count) if len(lengths) > 1 else None
             if found:
                 return found
         return None
 
-    def _by_length(
-        self, items: Iterable[Record], seeds: AbstractSet[int], needed: AbstractSet[int] = frozenset()
-    ) -> ByLength:
-        """By image, the shares of `seeds` that are right: of `items`, and of baselines that have one, and `needed`."""
+    def _by_length(self, items: Iterable[Record], seeds: AbstractSet[int]) -> ByLength:
+        """By image, the shares of `seeds` that are right: of `items`, and of the baselines that have all of them."""
 
         def mean(found: Iterable[Record]) -> NDArray[np.float64]:
             rows = np.array([item["correct"][REPORT] for item in found if item["seed"] in seeds], dtype=np.float64)
@@ -146,7 +145,7 @@ class Study:
         one = items[0]
         by_length = {epochs: self.baselines(one["model"], epochs, one["shards"]) for epochs in LENGTHS}
         found = {epochs: seeds & {item["seed"] for item in found} for epochs, found in by_length.items()}
-        lengths = [epochs for epochs, known in found.items() if known and needed <= known]
+        lengths = [epochs for epochs, known in found.items() if known == seeds]
         return mean(items), lengths, [mean(by_length[epochs]) for epochs in lengths]
 
     def comparable(self, chain: Sequence[Sequence[Record]]) -> set[int]:
@@ -156,7 +155,8 @@ class Study:
         seeds = set.intersection(*({item["seed"] for item in items} for items in chain))
         for items in chain:
             if items[0]["teacher"]:
-                known = Counter(item["seed"] for item in self.baselines(items[0]["model"], shards=items[0]["shards"]))
+                found = self.baselines(items[0]["model"], shards=items[0]["shards"])
+                known = Counter(item["seed"] for item in found if item["epochs"] in LENGTHS)
                 seeds &= {seed for seed, lengths in known.items() if lengths > 1}
         return seeds
 
@@ -164,8 +164,9 @@ class Study:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.
 
         With `last`, only what the last member costs alone, over the whole chain. A member that is below its shortest
-        baseline counts nothing, and one above its longest counts as that: the saving is never overstated. None without
-        a seed to compare (`comparable`), or if a cost is not known.
+        baseline counts nothing, and one above its longest counts as that. Between lengths, accuracy is taken as linear
+        in their logarithm; it is concave, so a baseline seems to need slightly more epochs than it does. None without a
+        seed to compare (`comparable`), or if a cost is not known.
         """
         seeds = self.comparable(chain)
         costs = (

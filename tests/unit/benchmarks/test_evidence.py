@@ -489,13 +489,13 @@ def test_a_link_may_start_from_random_weights(tmp_path: Path, monkeypatch: pytes
     drawn = DrawnState(build(trained.spec, device="meta"), trained.spec, 0)
     key = "visual.transformer.resblocks.0.mlp.c_fc.weight"
     assert (trained.state[key] - drawn[key]).abs().max() < 1e-6
-    found = {item["piece"]: item for item in run.read_raw()}
+    found = {item["piece"]: item for item in run.read_raw()[0]}
     assert found[random.name]["r"] > 0
     assert (found[random.name]["expanded"], found[teacher.name]["r"]) == (False, None)
     before = (run.RAW / f"{random.name}.npz").read_bytes()
     (run.RAW / f"{random.name}.json").unlink()
     run.collect_again([teacher, random, Piece("b", 2)], lambda text: None)
-    assert {item["piece"]: item for item in run.read_raw()}.keys() == found.keys()
+    assert {item["piece"]: item for item in run.read_raw()[0]}.keys() == found.keys()
     assert (run.RAW / f"{random.name}.npz").read_bytes() == before
 
 

@@ -117,7 +117,7 @@ def test_each_member_has_its_verdict(raw: Path) -> None:
     put(raw, RATES.baseline("d", 40), 33.0)
     quality, costs = family.family_tables(Study(raw))
     rows = [cells(quality, at) for at in range(4)]
-    assert [row["margin 1"] for row in rows] == ["is the baseline", "lossless", "not lossless", "undecided"]
+    assert [row["margin 1"] for row in rows] == ["is the baseline", "lossless", "not lossless", "1 of 3 seeds"]
     assert [row["mean above -0.5"] for row in rows] == ["-", "yes", "no", "yes"]
     assert [row["seeds"] for row in rows] == ["3", "3", "3", "1"]
     assert rows[1]["points against it [95 %]"].startswith("+0.25 [")
@@ -139,7 +139,7 @@ def test_one_seed_is_undecided_and_missing_members_end_the_sums(raw: Path) -> No
     put_arm(raw, b, 29.0)
     put_arm(raw, d, 30.0, seeds=1)
     quality, costs = family.family_tables(Study(raw))
-    assert [row[6] for row in quality.rows] == ["is the baseline", "undecided", "missing", "undecided"]
+    assert [row[6] for row in quality.rows] == ["is the baseline", "undecided", "missing", "1 of 3 seeds"]
     assert [row[3] == "-" for row in costs.rows] == [False, False, True, True]
     assert costs.rows[3][2] != "-", "alone it saves what it saves"
     put_arm(raw, c, 30.0)
@@ -190,7 +190,9 @@ def test_the_family_s_saving_is_at_equal_accuracy(raw: Path) -> None:
     assert saved().ratio == pytest.approx((alone - macs_of(Piece("d", 20 * 2**0.5))) / paid, rel=0.01)
     for arm in chain[1:]:
         put_arm(raw, arm, 28.5)
-    assert len(saved().by_seed) == 1, "other seeds have baselines of one length"
+    for model in "bcd":
+        put(raw, Piece(model, 13, 1, lr=RATES.baseline(model, 13).lr), 25.0)
+    assert len(saved().by_seed) == 1, "other seeds have baselines of one of the curve's lengths"
     for model, seed in itertools.product("bcd", (1, 2)):
         put(raw, RATES.baseline(model, 20, seed), 27.0)
     assert len(saved().by_seed) == 3
@@ -383,6 +385,10 @@ def test_parts_follow_from_intervals() -> None:
     assert [as_good("", one).answer for one in found.values()] == ["yes", "yes", "no", "open", "open"]
     assert [better("", one).answer for one in found.values()] == ["yes", "no", "no", "open", "open"]
     assert as_good("", None).answer == better("", None).answer == "missing"
+    # With fewer seeds than planned, no answer.
+    assert [test("", replace(above, seeds=2)).answer for test in (as_good, better)] == ["open", "open"]
+    assert as_good("", above, planned=6).words == ": +1.00 [+0.20, +1.80], open, 3 of 6 seeds"
+    assert as_good("", replace(above, seeds=6), planned=6).answer == "yes"
 
 
 def claim(raw: Path, letter: str) -> Claim:
