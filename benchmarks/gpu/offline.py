@@ -101,7 +101,8 @@ def stack(env: Path) -> Path:
     python = env / "bin" / "python"
     if not python.is_file():
         venv.create(env, system_site_packages=True, with_pip=False, clear=True)
-    site = Path(sysconfig.get_path("purelib", vars={"base": str(env), "platbase": str(env)}))
+    # The scheme of the running Python may be another, as Debian's own `local/lib/python3/dist-packages`.
+    site = Path(sysconfig.get_path("purelib", scheme="venv", vars={"base": str(env), "platbase": str(env)}))
     below = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     (site / "below.pth").write_text("\n".join(below) + "\n", encoding="utf-8")
     return python

@@ -15,7 +15,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -109,30 +109,36 @@ class State:
     records: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
-    def open(cls, path: Path, stamp: dict[str, Any], fresh: bool) -> State:
-        """Raises ConfigError for a file that this program did not write, or a folder that cannot be made."""
+    def open(cls, path: Path, stamp: dict[str, Any], fresh: Collection[str] = ()) -> State:
+        """Without this machine's records of the items `fresh`.
+
+        Raises ConfigError for a file that this program did not write, or a folder that cannot be made.
+        """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)  # the log beside it comes before the first result
         except OSError as error:
             raise ConfigError(f"--out {path}: its folder cannot be made ({error.strerror})") from None
         state = cls(path, stamp, source_hash())
-        if path.exists() and not fresh:
+        if path.exists():
             try:
                 value = json.loads(path.read_text(encoding="utf-8"))
-                state.records = [dict(record) for record in value["gpu_suite"]]
+                records = [dict(record) for record in value["gpu_suite"]]
+                state.records = [one for one in records if one["name"] not in fresh or not state.is_here(one)]
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise ConfigError(
-                    f"{path}: not a results file of the suite ({error}); name another, or add --fresh"
-                ) from None
+                raise ConfigError(f"{path}: not a results file of the suite ({error}); name another") from None
         return state
 
+    def is_here(self, record: dict[str, Any]) -> bool:
+        """Whether a record is of this machine."""
+        return all(record.get(key) == value for key, value in self.stamp.items())
+
     def find(self, item: Item) -> dict[str, Any] | None:
-        """The record of an item for this machine. A check must have run with this source, the others with any."""
+        """The record of an item for this machine. Checks and errors count with this source alone, others with any."""
 
         def answers(record: dict[str, Any]) -> bool:
-            here = all(record.get(key) == value for key, value in self.stamp.items())
-            current = item.kind != "check" or record["source"] == self.source
-            return bool(record["name"] == item.name and here and current)
+            measured = item.kind != "check" and "error" not in record
+            current = measured or record["source"] == self.source
+            return bool(record["name"] == item.name and self.is_here(record) and current)
 
         return next(filter(answers, reversed(self.records)), None)
 
@@ -420,7 +426,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--batch", type=int, help="samples per step (default: by memory and time; 4 on a CPU)")
     parser.add_argument("--seconds", type=float, default=1.0, help="least seconds to time each job (default 1)")
-    parser.add_argument("--fresh", action="store_true", help="discard earlier results")
+    parser.add_argument("--fresh", action="store_true", help="discard earlier results of these items")
     parser.add_argument("--list", action="store_true", help="print the names of all items and stop")
     return parser.parse_args(argv)
 
@@ -436,7 +442,7 @@ def suite(given: argparse.Namespace, started: float) -> int:
     stamp = {"device": name, "versions": versions()}
     if given.batch:
         items = [item if item.kind == "check" else replace(item, name=f"{item.name}@{given.batch}") for item in items]
-    state = State.open(given.out, stamp, given.fresh)
+    state = State.open(given.out, stamp, [item.name for item in items] if given.fresh else ())
     console = terminal()
 
     def say(item: Item, record: dict[str, Any], known: bool) -> None:

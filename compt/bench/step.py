@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from torch import Tensor
 from compt.cost.counts import Tokens
 from compt.cost.speed import mean_tokens
 from compt.data.batch import Batch
-from compt.models.presets import OPENAI_MEAN, OPENAI_STD
+from compt.models.clip import build
+from compt.models.init import DrawnState, rule_for
+from compt.models.presets import OPENAI_MEAN, OPENAI_STD, ModelSpec
 from compt.plan.jobs import Job
 from compt.recipe.schema import Recipe
 from compt.train.build import Blueprint, build_training
@@ -93,13 +96,32 @@ def random_batch(setup: Setup, batch: int) -> Batch:
     return Batch(images, random_captions(setup, batch, generator), [""] * batch)
 
 
+class QuicklyDrawn(DrawnState):
+    """Weights with the distributions of `DrawnState`, drawn by torch: 12 times as fast, for steps that are only timed.
+
+    They depend on seed and name alone, so ranks agree; other versions of torch draw others.
+    """
+
+    def __getitem__(self, name: str) -> Tensor:
+        rule = rule_for(self._spec, name, shape := self.shape(name))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed} {name}".encode()))
+        if rule.kind == "uniform":
+            return torch.empty(shape).uniform_(-rule.scale, rule.scale, generator=generator)
+        if rule.kind in ("normal", "trunc_normal"):
+            return torch.empty(shape).normal_(0, rule.scale, generator=generator)
+        return super().__getitem__(name)
+
+
 class TrainingStep:
-    """A model, its engine and its teacher, if any, all with random weights. Each call is one training step."""
+    """A model, its engine and its teacher, if any, all with quickly drawn weights. Each call is one training step."""
 
     def __init__(self, setup: Setup, device: torch.device) -> None:
         self.setup, self.device = replace(setup, engine=setup.engine.on(device.type)), device
-        self.task, self.engine = build_training(self.setup, device)
+        self.task, self.engine = build_training(self.setup, device, *map(self._drawn, (setup.student, setup.teacher)))
         self.task.module.train()
+
+    def _drawn(self, spec: ModelSpec | None) -> QuicklyDrawn | None:
+        return None if spec is None else QuicklyDrawn(build(spec, device="meta"), spec, self.setup.seed)
 
     def data(self, batch: int) -> Batch:
         """Random uint8 pixels and captions of `batch` samples, as a loader gives them."""

@@ -41,7 +41,7 @@ IndexFolder = Annotated[
 ]
 CacheFolder = Annotated[
     Path | None,
-    option("folder for shards from object storage", metavar="FOLDER", default="$COMPT_CACHE, or ~/.cache/compt"),
+    option("folder for shards from object storage", metavar="FOLDER", default="$COMPT_CACHE, or ~/.cache/compt/shards"),
 ]
 
 

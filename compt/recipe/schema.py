@@ -179,7 +179,7 @@ class Data(Section):
     index_dir: str | None = execution(None)
     """Folder for the index of the shards. Default: beside the shards; for object storage in `cache_dir`."""
     cache_dir: str | None = execution(None)
-    """Folder on a disk of each machine for shards from object storage. Default: $COMPT_CACHE, or `~/.cache`."""
+    """Folder on each machine for shards from object storage. Default: $COMPT_CACHE, or `~/.cache/compt/shards`."""
     cache_size: Count = execution(SHARD_CACHE, gt=0)
     """Bytes of shards in `cache_dir`, for all processes of a machine. Older ones are removed."""
     max_bad_share: float = execution(MAX_BAD_SHARE, ge=0, le=1)

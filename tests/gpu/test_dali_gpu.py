@@ -11,7 +11,7 @@ from compt.data.dali import DaliDecoder
 from compt.data.decode import Encoded, TorchDecoder
 from tests.helpers.optional import optional
 from tests.unit.data.test_decoders import BY_DALI, FILES, SIZES, jpegs, scene
-from tests.unit.data.test_loaders import load
+from tests.unit.data.test_loaders import batches_of, load
 
 CUDA = torch.device("cuda", 0)
 
@@ -45,7 +45,7 @@ def test_a_batch_keeps_its_pixels_while_kernels_wait_for_it(tmp_path: Path) -> N
     expected = [batch.images.cpu() for batch in load(index, decoder="dali", workers=1, total_steps=30)]
     large = torch.rand(4096, 4096, device=CUDA)
     sums = []
-    for batch in load(index, decoder="dali", workers=1, total_steps=30):
+    for batch in batches_of(index, decoder="dali", workers=1, total_steps=30):
         for _ in range(4):
             large = torch.tanh(large @ large)  # the copy below waits for it
         sums.append(batch.images.clone())

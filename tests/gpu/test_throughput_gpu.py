@@ -12,6 +12,7 @@ from compt.bench.throughput import known_device, measure, measure_apart, peak_fl
 from compt.cost.counts import parameters
 from compt.cost.speed import Measurement
 from compt.cost.training import exact_breakdown
+from compt.dist import child
 from compt.models.presets import PRESETS
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
@@ -60,7 +61,9 @@ def test_the_batch_grows_until_memory_is_full(little_memory: None) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
-def test_a_gpu_is_measured_in_its_own_process(precision: str) -> None:
+def test_a_gpu_is_measured_in_its_own_process(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As users run it: the tests' fork server has imported torch's compiler, which opens CUDA's driver.
+    monkeypatch.setattr(child, "METHOD", "spawn")
     setup = replace(LINK, optimizer=Optimizer(precision=precision))
     found = measure_apart(setup, CUDA, 16, 8192, 0.1)
     check(found, setup)

@@ -199,7 +199,7 @@ def step_waits(case: Case, device: torch.device, precision: Precision = "fp32", 
 
 
 def waits(action: Callable[[], object], device: torch.device) -> bool:
-    """Whether `action` waits for a GPU."""
+    """Whether `action` waits for a GPU. It ends where it does, so nothing may be asked of its results then."""
     if device.type != "cuda":
         action()
         return False

@@ -158,7 +158,9 @@ def start(words: Sequence[str], run: Path, until: float, stopped: str | None = N
     Kills the command and its descendants if they still run at `until` on the monotonic clock.
     """
     known = _steps(run, stopped) if stopped else 0
-    process = subprocess.Popen([*words, str(run)], cwd=run.parent, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    # Packages may have come by PYTHONPATH, too.
+    paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    process = subprocess.Popen([*words, str(run)], cwd=run.parent, env={**os.environ, "PYTHONPATH": paths})
     try:
         while stopped and process.poll() is None and time.monotonic() < until:
             if _steps(run, stopped) >= known + STOP:

@@ -1,4 +1,4 @@
-"""The MACs of a trained job: those of its training, whatever settings a later start has."""
+"""What a job trains with, and its MACs: those of its training, whatever settings a later start has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from compt.chain import job as jobs
 from compt.chain.job import JobRun
+from compt.chain.run import prepare
 from compt.errors import RunError
 from compt.evaluate.scorer import Scorer
-from tests.helpers.recipe import FIRST, SECOND, chain, lines, make_data, manifest, stopped_at
+from tests.helpers.recipe import FIRST, SECOND, chain, lines, make_data, manifest, recipe_of, stopped_at
 
 SHORT = ["chain.links.0.train={steps: 2}", "chain.links.0.warmup={steps: 1}", "evaluation.every="]
 THREE = [*SHORT, "engine.micro_batch=3"]
@@ -102,3 +103,26 @@ def test_lines_count_the_macs_of_captions_as_long_as_they_were(
             rows = [line["macs"] for line in lines(run, job) if line["kind"] == "train"]
             assert rows[-1] == pytest.approx(whole[job]["total_macs"])
             assert rows == sorted(rows)
+
+
+def test_every_field_of_the_recipe_reaches_the_loop_and_the_loader(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = recipe_of(
+        *("data.crop_scale=[0.5, 0.6]", "data.crop_ratio=[0.9, 1.1]", "data.augment={flip: 0.5}"),
+        *("data.mean=[0.1, 0.2, 0.3]", "data.std=[0.4, 0.5, 0.6]", "data.max_bad_share=0.3"),
+        *("optimizer.schedule={shape: linear, end: 0.1}", "optimizer.clip_grad_norm=0.7", "optimizer.max_nonfinite=4"),
+        *("chain.links.1.lr=0.0003", "evaluation="),
+    )
+    context, plan = prepare(recipe, tmp_path / "run", base=base)
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(jobs, "train_loader", lambda index, **options: given.update(options))
+    job = JobRun(plan.links[1], context, print)
+    job._loader(2)
+    for key in ("crop_scale", "crop_ratio", "augment", "captions", "max_bad_share"):
+        assert given[key] == getattr(recipe.data, key), key
+    assert (given["seed"], given["window"], given["start_step"]) == (3001, recipe.data.shuffle_shards, 2)
+    settings = job._settings(4)
+    for key in ("schedule", "clip_grad_norm", "max_nonfinite", "batch"):
+        assert getattr(settings, key) == getattr(recipe.optimizer, key), key
+    assert (settings.mean, settings.std, settings.lr) == (recipe.data.mean, recipe.data.std, 0.0003)

@@ -10,9 +10,10 @@ import torch
 
 from compt.bench.launches import Launches, count, is_product
 from compt.bench.step import Setup
+from compt.cost import step
 from compt.cost.counts import parameters
 from compt.cost.gpus import DEVICES
-from compt.cost.speed import Conditions, other_settings
+from compt.cost.speed import Conditions, channels, other_settings
 from compt.cost.step import BANDWIDTH_SHARE, LAUNCH_SECONDS, PRODUCT_SHARE, StepTime, launches, step_time
 from compt.cost.training import exact_breakdown
 from compt.models.presets import ModelSpec, resolve
@@ -109,3 +110,20 @@ def test_what_saves_launches_or_memory_changes_them() -> None:
     assert compiled.launches < plain.launches < again.launches < pieces.launches
     assert compiled.traffic < plain.traffic
     assert pieces.launches > 4 * (plain.launches - 44)
+
+
+def test_a_swin_moves_more_bytes_in_its_image_tower_alone() -> None:
+    swin = resolve("swin_t")
+    text = 4 * TOKENS * swin.text_width * swin.text_depth
+    for part, more in step._SWIN_BYTES.items():
+        images = channels(swin, 4, TOKENS) - text
+        assert step._passed(swin, 4, part, TOKENS) == pytest.approx(more * images + text)
+
+
+def test_recomputation_moves_bytes_again() -> None:
+    spec, asked = resolve("vit_t16"), Conditions(4, TOKENS, "bf16", BATCH, text_buckets=0)
+    plain, again = (
+        exact_breakdown(spec, None, batch=BATCH, captions=4, tokens=TOKENS, checkpointing=on).of_steps(1)
+        for on in (False, True)
+    )
+    assert step_time(spec, None, again, A100, asked).traffic > step_time(spec, None, plain, A100, asked).traffic

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,9 @@ def test_a_suite_with_another_task() -> None:
     ]
     with pytest.raises(ConfigError, match="no set of the suite has a training split"):
         load_suite("retrieval").with_task("knn")
+
+
+def test_a_penalty_is_one_of_the_sweep_for_all_training_samples() -> None:
+    """Where most samples choose it, all of them train with it: their sum of losses is larger."""
+    quarters = 4 * math.log10(choose_penalty(clusters(40, 2, 1.0), 2) * 40)
+    assert quarters == pytest.approx(round(quarters), abs=1e-6)

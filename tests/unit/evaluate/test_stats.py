@@ -168,3 +168,7 @@ def test_the_interval_of_average_precision_is_that_of_drawn_images() -> None:
     interval = found.to_dict()["mean_average_precision_interval"]
     assert interval == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=1.5)
     assert interval[0] < found.headline()["mean_average_precision"] < interval[1]
+
+
+def test_drawn_sets_without_a_score_are_left_out() -> None:
+    assert bootstrap(lambda drawn: math.nan if drawn[0] == 0 else 1.0, [1, 9]) == (1.0, 1.0)

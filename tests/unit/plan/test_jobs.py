@@ -595,3 +595,18 @@ def test_a_file_with_its_name(tmp_path: Path) -> None:
     path.write_text(json.dumps(BASE))
     jobs: list[Job] = list(make_plan(load_recipe(path), source=str(path)).jobs)
     assert jobs[0].hash == plan().jobs[0].hash
+
+
+def test_a_control_has_the_rate_and_warm_up_of_a_model_from_scratch() -> None:
+    first, second = BASE["chain"]["links"]
+    base = {**BASE, "chain": {**BASE["chain"], "links": [first, {**second, "lr": 3e-4}]}}
+    jobs = plan(changed("baselines.lr", {"wide": 2e-3}, base), controls=["equal_epochs", "equal_macs"])
+    assert jobs.links[1].lr == 3e-4
+    assert {job.lr for job in jobs.jobs if job.kind == "control"} == {2e-3}
+    short = plan(changed("baselines.warmup", {"steps": 70}), controls=["equal_epochs"]).job("control-equal_epochs")
+    assert (short.steps, short.warmup_steps) == (62, 62)
+
+
+def test_links_behind_a_model_from_outside_draw_as_if_it_had_been_the_first() -> None:
+    found = make_plan(changed("chain.from", "x"), start=Start(PRESETS["vit_pico"], "1"), controls=())
+    assert [job.order_seed for job in found.links] == [1, 2]

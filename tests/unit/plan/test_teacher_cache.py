@@ -75,7 +75,15 @@ def drawn(epochs: float, pool: int, processes: int, room: int) -> tuple[int, int
 
 @pytest.mark.parametrize(
     ("epochs", "pool", "processes", "room"),
-    [(4, 2, 1, 10**6), (4, 7, 1, 10**6), (4, 2, 4, 10**6), (6, 5, 2, 10**6), (4, 2, 1, 150), (6, 5, 2, 200)],
+    [
+        (4, 2, 1, 10**6),
+        (4, 7, 1, 10**6),
+        (4, 2, 4, 10**6),
+        (6, 5, 2, 10**6),
+        (4, 2, 1, 150),
+        (6, 5, 2, 200),
+        (2.5, 2, 1, 10**6),
+    ],
 )
 def test_hits_are_those_of_a_run(epochs: float, pool: int, processes: int, room: int) -> None:
     found = projected(recipe(epochs=epochs, caption_pool=pool, cache=min(10**9, room * EACH)), processes)

@@ -20,6 +20,7 @@ from compt.engines import open as opening
 from compt.engines.fsdp2 import ShardedEngine
 from compt.engines.zero.engine import ZeroEngine
 from compt.models.presets import resolve
+from compt.recipe.chain import Distill
 from compt.recipe.engine import EngineConfig
 from compt.recipe.optimizer import Optimizer
 from compt.train import build as building
@@ -221,3 +222,18 @@ def test_a_compiled_teacher_gives_the_same_features(how: str, text: str, monkeyp
     assert graphs[:4] == [0] * 4
     assert 0 < graphs[4] <= graphs[6] == graphs[7], "compiled again for another length"
     torch.testing.assert_close(features[1], features[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_settings_of_a_recipe_reach_the_optimizer_and_the_losses() -> None:
+    spec = resolve("vit_pico", {"image_size": 16, "depth": 1, "context_length": 10, "vocab_size": 64})
+    asked = {"batch": 4, "precision": "fp32", "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+    optimizer = Optimizer.model_validate({**asked, "image_to_text": "all", "ema": {"decay": 0.7}})
+    engine, distill = EngineConfig(device="cpu", loss_chunk=2), Distill(alpha=7.0, reference_compatible=True)
+    blueprint = Blueprint(student=spec, teacher=spec, optimizer=optimizer, engine=engine, distill=distill)
+    task, built = building.build_training(blueprint, CPU)
+    groups = built.optimizer.param_groups
+    assert {(group["betas"], group["eps"]) for group in groups} == {((0.8, 0.9), 1e-5)}
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.3]
+    assert built._average._decay == 0.7
+    assert (task.task_loss.image_to_text, task.task_loss.chunk) == ("all", 2)
+    assert (task.alpha, task.reference_compatible) == (7.0, True)

@@ -30,7 +30,7 @@ from compt.models.clip import build
 from compt.models.init import init_parameters
 from compt.models.presets import resolve
 from compt.recipe.optimizer import Schedule
-from compt.train import checkpoint
+from compt.train import checkpoint, loop
 from compt.train.accumulate import cached_backward
 from compt.train.loop import TrainResult, TrainSettings, learning_rate, train
 from compt.train.metrics import read_metrics
@@ -666,3 +666,16 @@ def test_cached_backward_is_what_the_loop_calls(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("compt.train.loop.cached_backward", spy)
     Bench(tmp_path, micro_batch=2, total_steps=2).train()
     assert sizes == [(4, 2, (4, 2))] * 2
+
+
+def test_device_hours_and_mfu_are_those_of_all_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop.dist, "world_size", lambda: 4)
+    counts, window = loop.Counts(), loop.Window()
+    model = build(resolve("vit_pico", {"patch_size": 16, "depth": 1}), device="meta")
+    loop._count(counts, window, SETTINGS, model, next(batches()), 2.0)
+    assert (counts.device_seconds, window.seconds) == (8.0, 2.0)
+    asked: list[tuple[float, float]] = []
+    settings = replace(SETTINGS, peak_flops=1e12, useful_macs=lambda *of: asked.append(of) or 5e9)
+    window = loop.Window(steps=10, seconds=2.0, captions=100, text_tokens=1500, teacher_hits=25)
+    assert loop._mfu(window, settings) == {"mfu": pytest.approx(2 * 5e9 * settings.batch * 10 / (4 * 1e12 * 2.0))}
+    assert asked == [(15.0, 0.75)]
