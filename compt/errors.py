@@ -65,3 +65,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the closest of `choices`, or an empty string when nothing is close."""
     match = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -6,6 +6,7 @@ measured* if none could be made, and is *undecided* otherwise.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -125,8 +126,9 @@ def claims(study: Study) -> list[Claim]:
         "h": _operators,
         "i": _other_tasks,
         "j": _instead,
-        "k": _lossless_on_few_images,
+        "k": functools.partial(_lossless_on_few_images, "k", ""),
         "l": _starts,
+        "m": functools.partial(_lossless_on_few_images, "m", " (c for a quarter too, links with rates of their own)"),
     }
     found = arms(study.rates)
     return [make(study, found[letter]) for letter, make in made.items()]
@@ -138,16 +140,16 @@ def _lossless(study: Study, compared: list[Arm]) -> Claim:
     return Claim("a", text, _against_baselines(study, compared), _table(study, title, compared))
 
 
-def _lossless_on_few_images(study: Study, compared: list[Arm]) -> Claim:
+def _lossless_on_few_images(letter: str, how: str, study: Study, compared: list[Arm]) -> Claim:
     images = f"{IMAGES[SMALL[0].shards]:,} images"
-    title = f"(k) Chains on {images}, and their members alone"
-    text = f"On {images}, every member of a chain is as good as its baseline of as many epochs as the first member"
+    title = f"({letter}) Chains on {images}, and their members alone"
+    text = f"On {images}, every member of a chain is as good as its baseline of as many epochs as the first member{how}"
     # Seed 0 chose the length and the images.
     later = [
         part.words for part in _against_baselines(study, [replace(arm, pieces=arm.pieces[1:]) for arm in compared])
     ]
     remark = f"Without seed 0: {'; '.join(later)}. {'; '.join(_against_smaller(study, compared))}."
-    return Claim("k", text, _against_baselines(study, compared), _table(study, title, compared), remark)
+    return Claim(letter, text, _against_baselines(study, compared), _table(study, title, compared), remark)
 
 
 def _against_smaller(study: Study, compared: list[Arm]) -> list[str]:

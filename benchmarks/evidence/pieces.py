@@ -51,18 +51,20 @@ RATES = {
     "d": (1e-3, 6e-4, 1.7e-3),
 }
 """The peak rates that are tried for each model's baselines. Until results choose one, it is the first."""
-Kind = Literal["quarter", "quick"]
-KINDS: tuple[Kind, ...] = ("quarter", "quick")
-"""Of chains, and of links that choose their rates in them."""
+Kind = Literal["quarter", "quick", "few"]
+KINDS: tuple[Kind, ...] = ("quarter", "quick", "few")
+"""Of chains, and of links that choose their rates in them. The last is on few images."""
 
 LINK_RATES: dict[Kind, dict[str, tuple[float, ...]]] = {
     "quarter": {"b": (3e-3, 1e-3, 6e-3, 1.7e-3, 1e-2, 1.7e-2), "c": (3e-3, 1.7e-3, 6e-3), "d": (1e-3, 1.7e-3, 3e-3)},
     "quick": {"b": (3e-3, 1e-3, 1e-2), "c": (3e-3, 1e-3, 1.7e-3), "d": (1e-3, 6e-4, 1.7e-3)},
+    "few": {"b": (1e-2, 6e-3, 1.7e-2), "c": (6e-3, 3e-3, 1e-2), "d": (3e-3, 1.7e-3, 6e-3)},
 }
-"""The same for its links, in each of the two chains: short links from a good teacher want lower rates."""
+"""The same for its links, in each kind of chain: short links from a good teacher want lower rates. On few images, the
+best rates of "quarter" and their neighbours."""
 SMALL_RATES = {"b": (1.7e-3, 3e-3, 6e-3), "c": (1e-3, 1.7e-3, 3e-3), "d": (6e-4, 1e-3, 1.7e-3)}
 """The same for baselines on the smallest part of the images, after the longest training there: the rate of all images
-and higher ones, as links have higher ones. Links keep their rates of all images."""
+and higher ones, as links have higher ones. Links of "quarter" keep their rates of all images."""
 LR = RATES["a"][0]
 """The rate of pieces that name none."""
 RATED = LENGTHS[1]
@@ -108,10 +110,12 @@ SMALL = (
     Design(LADDER[-1], SHARES, "quarter", PARTS[-1], MORE_SEEDS),
     Design(LADDER[-1], (*SHARES[:2], 8), "quarter", PARTS[-1], MORE_SEEDS),
     Design(LADDER[-1], tuple(2 * share for share in SHARES), "quick", PARTS[-1]),
+    Design(LADDER[-1], (SHARES[0], SHARES[0], 8), "few", PARTS[-1], MORE_SEEDS),
 )
 """Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). The last
 link of the second is shorter, as d costs most. The third has one seed; its links have half the first one's length:
-about as many steps as short links on all images, whose rates they take."""
+about as many steps as short links on all images, whose rates they take. The fourth came after the results of the first
+two: c trains for a quarter, too, and links have rates of their own."""
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
@@ -250,6 +254,7 @@ class Rates:
     alone: Mapping[str, float] = field(default_factory=dict)
     quarter: Mapping[str, float] = field(default_factory=dict)
     quick: Mapping[str, float] = field(default_factory=dict)
+    few: Mapping[str, float] = field(default_factory=dict)
     small: Mapping[str, float] = field(default_factory=dict)
     """Of the longest baselines on the smallest part of the images; others there have the rate of all images."""
 
@@ -276,7 +281,7 @@ class Rates:
 
     def trials(self, model: str, kind: Kind = "quarter") -> list[Piece]:
         """The links by which the rate of the model's links is chosen: of the chain that has been chosen so far."""
-        design = next(design for design in CHAINS if design.kind == kind)
+        design = next(design for design in (*CHAINS, *SMALL) if design.kind == kind)
         one = family_arms(self, design=design)[MEMBERS.index(model)].pieces[0]
         return [replace(one, lr=lr) for lr in LINK_RATES[kind][model]]
 
@@ -293,7 +298,7 @@ class Rates:
             return one.model in self.alone or (one.epochs, one.seed) == (RATED, 0)
         model = one.model[-1]
         before = MEMBERS[1 : MEMBERS.index(model)]
-        chosen = {kind: getattr(self, kind) for kind in KINDS}
+        chosen = {kind: getattr(self, kind) for kind in KINDS if kind != "few" or one.shards != ALL}
         return all(model in rates for rates in chosen.values()) or any(
             all(name in rates for name in before) and one in self.trials(model, kind) for kind, rates in chosen.items()
         )
@@ -489,6 +494,10 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         "k": [
             *dict.fromkeys(arm for design in SMALL[:2] for arm in family_arms(rates, design=design)),
             *(alone(model, SMALL[0].epochs, SMALL[0].shards, SMALL[0].seeds) for model in MEMBERS[1:]),
+        ],
+        "m": [
+            *family_arms(rates, design=SMALL[3]),
+            *(alone(model, SMALL[3].epochs, SMALL[3].shards, SMALL[3].seeds) for model in MEMBERS[1:]),
         ],
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
         "b": [

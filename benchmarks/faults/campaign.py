@@ -90,7 +90,7 @@ child processes. With several processes the log has `step_seconds_max`, `step_se
 | 2 | recipe or option wrong |
 | 3 | data cannot be used |
 | 4 | a model folder or checkpoint is missing, torn, or of another model |
-| 5 | the run cannot continue: locked, changed recipe, full disk, too many non-finite steps; or a rank died, hung or lost its connection: then the same command resumes |
+| 5 | the run cannot continue (locked, changed recipe, full disk, non-finite steps), or a rank is gone: start again |
 | 75 | stopped by SIGTERM, SIGUSR1 or Ctrl-C; a checkpoint was saved, unless the run hung. The same command resumes |
 
 Launchers replace code 75 by their own, except under `compt launch`.

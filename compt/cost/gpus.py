@@ -65,6 +65,6 @@ def match_device(cuda_name: str, memory_bytes: float) -> Device | None:
     return None
 
 
-def utilisation(macs: float, seconds: float, device: Device, precision: str = "bf16") -> float:
-    """The share of the dense peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` reach."""
-    return 2 * macs / seconds / device.peak_flops[precision]
+def utilisation(macs: float, seconds: float, device: Device) -> float:
+    """The share of the dense bf16 peak that `macs` multiply-accumulates (two FLOPs each) in `seconds` reach."""
+    return 2 * macs / seconds / device.peak_flops["bf16"]

@@ -15,7 +15,7 @@ from typing import Any
 from compt.data.account import Account
 from compt.data.captions import CAPTION_COLUMNS, parse_json
 from compt.data.names import image_stem
-from compt.errors import DataError
+from compt.errors import DataError, first_line
 
 JOIN_COLUMNS = (
     *("key", "__key__", "uid", "sample_id", "image_id", "example_id", "filename", "file_name", "image_name"),
@@ -49,11 +49,7 @@ def read_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any
         begins = _parquet_rows if head.startswith(b"PAR1") else _json_rows if head[:1] in (b"{", b"[") else _csv_rows
         yield from readers.get(path.suffix.lower(), begins)(path, account)
     except OSError as error:
-        raise DataError(f"table of captions {path}: {error.strerror or _line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise DataError(f"table of captions {path}: {error.strerror or first_line(error)}") from error
 
 
 def _csv_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -238,7 +234,7 @@ def _parquet_rows(path: Path, account: Account) -> Iterator[tuple[int, dict[str,
                     number += 1
                     yield number, dict(zip(batch.schema.names, map(_decoded, values), strict=True))
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:
-        raise DataError(f"table of captions {path} is damaged behind row {number}: {_line(error)}") from None
+        raise DataError(f"table of captions {path} is damaged behind row {number}: {first_line(error)}") from None
 
 
 def _bytes_type(kind: Any) -> Any:

@@ -56,18 +56,18 @@ def crossing(epochs: ArrayLike, accuracy: ArrayLike, target: ArrayLike, weights:
     return np.where(reached.any(axis=-1), found, np.inf)
 
 
-def paired_draws(shares: Sequence[Numbers], samples: int = SAMPLES, seed: int = 0) -> Numbers:
-    """Accuracies [samples, m] in percent of m models for bootstrap samples of the images, the same for all.
+def paired_draws(shares: Sequence[Numbers]) -> Numbers:
+    """Accuracies [SAMPLES, m] in percent of m models for bootstrap samples of the images, the same for all.
 
     `shares` are m arrays [n]: whether each image was right, 0 or 1, or the mean over jobs.
     """
     patterns, counts = np.unique(np.stack(shares, axis=1), axis=0, return_counts=True)
     n = int(counts.sum())
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     step = max(1, _CELLS // len(counts))
     drawn = [
-        generator.multinomial(n, counts / n, size=min(step, samples - done)) @ patterns
-        for done in range(0, samples, step)
+        generator.multinomial(n, counts / n, size=min(step, SAMPLES - done)) @ patterns
+        for done in range(0, SAMPLES, step)
     ]
     return 100 * np.concatenate(drawn) / n
 

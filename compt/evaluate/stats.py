@@ -56,7 +56,7 @@ def paired_bootstrap(
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.int64]], float], counts: ArrayLike, *, samples: int = 1000, seed: int = 0
+    statistic: Callable[[NDArray[np.int64]], float], counts: ArrayLike, *, samples: int = 1000
 ) -> tuple[float, float]:
     """95 % percentile interval of `statistic` over sets of images that are drawn, with replacement, from the set.
 
@@ -64,7 +64,7 @@ def bootstrap(
     counts of a drawn set. Where it is NaN for a drawn set, that set is left out.
     """
     counts = np.asarray(counts)
-    n, generator = int(counts.sum()), np.random.default_rng(seed)
+    n, generator = int(counts.sum()), np.random.default_rng(0)
     drawn = [statistic(generator.multinomial(n, counts / n)) for _ in range(samples)]
     low, high = np.nanpercentile(drawn, [2.5, 97.5])
     return float(low), float(high)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from compt.errors import RunError, is_out_of_memory
+from compt.errors import RunError, first_line, is_out_of_memory
 from compt.plan.forecast import memory_of, not_modelled, usable_bytes
 from compt.plan.jobs import Job
 from compt.recipe.engine import EngineConfig, changed_engine, fully_sharded
@@ -39,8 +39,7 @@ def explained(advice: Callable[[], str]) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        first = next(iter(str(error).splitlines()), "")
-        text = f"{advice()}\n({first or type(error).__name__})"
+        text = f"{advice()}\n({first_line(error)})"
     # Raised outside of the except clause: a chained traceback would keep its tensors alive.
     if text:
         raise RunError(text)

@@ -10,7 +10,7 @@ from typing import Any
 
 import open_clip
 
-from compt.errors import ArtefactError, ConfigError, nearest
+from compt.errors import ArtefactError, ConfigError, first_line, nearest
 from compt.models.clip import exported_shapes
 from compt.models.growth import disagreeing
 from compt.models.open_clip_config import spec_from_open_clip
@@ -123,11 +123,7 @@ def _shapes(spec: ModelSpec, parameters: int, where: str) -> dict[str, tuple[int
     try:
         return exported_shapes(spec)
     except (RuntimeError, TypeError, OverflowError) as error:  # torch cannot count to such sizes
-        raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({_first_line(error)})") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+        raise ArtefactError(f"{where}: {spec.name} has sizes that no model has ({first_line(error)})") from error
 
 
 def _vit(view: View, name: str, hint: str) -> ModelSpec:

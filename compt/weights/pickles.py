@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata
 
-from compt.errors import ArtefactError, ComptError
+from compt.errors import ArtefactError, ComptError, first_line
 
 _DEEPEST, _MOST = 20, 10_000_000
 """Levels of dicts in dicts that are searched for tensors, and entries: those of a dict that two hold count twice."""
@@ -199,7 +199,7 @@ def load_dcp_metadata(path: Path) -> metadata.Metadata:
     except ComptError:
         raise
     except Exception as error:  # as above
-        raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint ({_first_line(error)})") from error
+        raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint ({first_line(error)})") from error
     if type(found) is not metadata.Metadata or not isinstance(found.state_dict_metadata, dict):
         raise ArtefactError(f"{path}: not the metadata of a distributed checkpoint")
     return found
@@ -261,7 +261,7 @@ def check_archive(path: Path, part: IO[bytes] | None = None) -> bool:
             plain = archive.fp is not None and size <= start == _named_start(archive.fp)
     # zipfile raises NotImplementedError for versions of the zip format that it cannot read.
     except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise ArtefactError(f"{path}: not a readable archive ({_first_line(error)})") from error
+        raise ArtefactError(f"{path}: not a readable archive ({first_line(error)})") from error
     for name in names:
         if name.startswith("/") or "\\" in name or "\0" in name or ".." in name.split("/"):
             raise ArtefactError(f"{path}: refused: it holds a file named {name!r}, which leads out of the archive")
@@ -324,11 +324,7 @@ def refusal(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     """The cause in torch's message. The rest of the message advises to load the file without restrictions."""
     if "weights_only" not in str(error):
-        return _first_line(error)
+        return first_line(error)
     found = re.search(r"WeightsUnpickler error: *([^\n]*)", str(error))
     said = found[1] if found else ""
     return said if said and not re.search("weights_only|safe_globals|allowlist|trust", said) else "not plain weights"
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

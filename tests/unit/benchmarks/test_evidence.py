@@ -132,6 +132,17 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
         put(piece, top1)
     assert run.own_rates(tmp_path).quick == {"b": 1e-2}
     assert run.own_rates(tmp_path).link("b", 5, Piece("a", 80), "quick").lr == 1e-2
+    # On few images, one after the other too; what is on all images does not wait for them.
+    few = Rates(small={"b": 3e-3}, few={"b": 6e-3}, quarter={"c": 1e-3}, quick={"c": 1e-3})
+    assert {(one.epochs, one.shards, one.teacher.lr) for one in few.trials("c", "few") if one.teacher} == {
+        (80, 1, 6e-3)
+    }
+    c = few.link("c", 8, few.baseline("b", 40))
+    assert few._settled(c)
+    assert not few._settled(replace(c, shards=1))
+    for piece, top1 in zip(run.own_rates(tmp_path).trials("b", "few"), (1, 3, 2), strict=True):
+        put(piece, top1)
+    assert run.own_rates(tmp_path).few == {"b": 6e-3}
 
 
 def test_baselines_on_few_images_choose_rates_of_their_own(tmp_path: Path) -> None:
@@ -164,7 +175,7 @@ def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     assert not any(rates.settled(piece) for piece in rates.trials("d")), "c's rate is open"
     assert [rates.settled(arm.pieces[0]) for arm in classical(rates)] == [False] * 4, "d's rate is open"
     assert not any(Rates({"a": 3e-3}).settled(piece) for piece in Rates().trials("c"))
-    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(4)))
+    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(5)))
     assert all(map(chosen.settled, pieces(chosen)))
 
 
