@@ -159,6 +159,7 @@ def test_a_run_counts_the_tokens_that_a_plan_counts(folder: Path) -> None:
     assert context.recipe.data.caption_tokens == computed_tokens(check("train/*.tar", folder).found.lengths, asked)
     assert [job.hash for job in plan.jobs] == [job.hash for job in planned.jobs]
     assert plan.jobs[0].cost.total_macs != make_plan(asked).jobs[0].cost.total_macs
+    (folder / "begun" / "jobs").mkdir(parents=True)
     write_text(folder / "begun" / "recipe.yaml", yaml.safe_dump(asked.model_dump(mode="json", exclude_none=True)))
     context, _ = prepare(asked, folder / "begun", base=folder, controls=None)
     assert context.recipe.data.caption_tokens is None
