@@ -103,7 +103,7 @@ def test_two_nodes_evaluate_a_model(cluster: Cluster, files: Files, tmp_path: Pa
         PYTHON=sys.executable,
     )
     cluster.wait_for(job, "COMPLETED")
-    (path,) = out.glob("*.json")
+    (path,) = out.glob("*/*.json")
     scores, own = read_json(path), manifest(run, FIRST)["scores"]["held_out"]
     assert [scores[key] for key in ("top1", "n", "pins")] == [own[key] for key in ("top1", "n", "pins")]
 
