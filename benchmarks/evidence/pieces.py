@@ -292,7 +292,7 @@ class Rates:
     def _settled(self, one: Piece) -> bool:
         if one.teacher is None and (one.epochs, one.shards) == (LADDER[-1], PARTS[-1]) and one.model in SMALL_RATES:
             return one.model in self.small or one in small_trials(one.model)
-        if one.shards != ALL and one.lr == LR:
+        if one.shards != ALL and one.lr == LR and (one.teacher is None or one.model == MEMBERS[1]):
             return True
         if one.teacher is None or not one.expanded:
             return one.model in self.alone or (one.epochs, one.seed) == (RATED, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -149,16 +148,14 @@ class Study:
         return mean(items), lengths, [mean(by_length[epochs]) for epochs in lengths]
 
     def comparable(self, chain: Sequence[Sequence[Record]]) -> set[int]:
-        """The seeds that have all members, and for each link baselines of two lengths."""
+        """The first seeds that have all members, and for each link baselines of the same two lengths at least."""
         if not all(chain):
             return set()
-        seeds = set.intersection(*({item["seed"] for item in items} for items in chain))
-        for items in chain:
-            if items[0]["teacher"]:
-                found = self.baselines(items[0]["model"], shards=items[0]["shards"])
-                known = Counter(item["seed"] for item in found if item["epochs"] in LENGTHS)
-                seeds &= {seed for seed, lengths in known.items() if lengths > 1}
-        return seeds
+        links = [items for items in chain if items[0]["teacher"]]
+        seeds = sorted(set.intersection(*({item["seed"] for item in items} for items in chain)))
+        while seeds and any(len(self._by_length(items, set(seeds))[1]) < 2 for items in links):
+            seeds.pop()
+        return set(seeds)
 
     def saving(self, chain: Sequence[Sequence[Record]], kind: Cost, last: bool = False) -> Saving | None:
         """What all members of a chain cost alone, each until it is as accurate as in the chain, over the chain's cost.

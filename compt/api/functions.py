@@ -168,15 +168,17 @@ class Chain:
         from compt.chain.run import prepare, run_chain, waiting
         from compt.dist import collectives as dist
         from compt.report.summary import summarise
+        from compt.train.signals import StopSignal
 
         place = Path(folder)
         wanted: dict[str, Any] = {"baselines": self.baselines, "controls": self.controls, "source": self.recipe.name}
         joined = torch.distributed.is_initialized()
         try:
-            context, plan = prepare(self.recipe, place, base=Path.cwd(), **wanted)
-            if waiting(plan, place):
-                run_chain(context, plan, say)
-            return summarise(place)
+            with StopSignal(at_once=True):
+                context, plan = prepare(self.recipe, place, base=Path.cwd(), **wanted)
+                if waiting(plan, place):
+                    run_chain(context, plan, say)
+                return summarise(place)
         finally:
             if not joined:  # a process group of the caller stays
                 dist.shutdown()

@@ -18,7 +18,7 @@ from compt.bench.launches import PARTS, Launches, methods_of_parts
 from compt.bench.step import Setup, TrainingStep
 from compt.dist import collectives as dist
 from compt.engines.base import Engine
-from compt.files import disk_errors, write_bytes, write_text
+from compt.files import disk_errors, write_text
 from compt.text import TextTable
 from compt.train.task import Task
 
@@ -126,10 +126,10 @@ def _profiler(device: torch.device) -> torch.profiler.profile:
 
 def _write(seen: torch.profiler.profile, path: Path) -> None:
     """Write what was seen, in Chrome's format. torch itself ends without an error where it cannot. Raises RunError."""
-    with disk_errors(path), tempfile.TemporaryDirectory() as folder:
+    with disk_errors(path), tempfile.TemporaryDirectory(dir=path.parent) as folder:
         file = Path(folder) / path.name
         seen.export_chrome_trace(str(file))
-        write_bytes(path, file.read_bytes())
+        file.replace(path)
 
 
 def _operations(seen: torch.profiler.profile, gpu: bool) -> list[tuple[str, int, float]]:

@@ -24,7 +24,7 @@ from compt.cli.options import (
     option,
     print_json,
 )
-from compt.errors import ConfigError, DataError
+from compt.errors import ConfigError, DataError, RunError
 from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, ONE_CLASS, EvalSet, unread_by
 from compt.recipe.suite import load_suite, name_of, one_set, shipped_suites
 from compt.text import TextTable, say, show
@@ -142,6 +142,7 @@ def evaluate(
     settings = EvalSettings(Preprocess(), base, batch, workers, dtype=dtype, max_bad_share=max_bad_share)
     title = "-".join(filter(None, (Path(suite).stem, task))) if suite else sets.sets[0].name
     report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [], suite or "")
+    told: list[str] = []
     try:
         place = dist.init(device)
         # A wrong path ends at once, not after the hours that the models before it take.
@@ -150,7 +151,7 @@ def evaluate(
             open_set(sets.sets[0], settings, together=True)
         if out is not None:
             dist.on_main(partial(report.check_folder, out))
-        progress = say if suite and dist.is_main() and not as_json else lambda _: None
+        progress = say if suite and dist.is_main() and not as_json else told.append
         report.scores.update(score_suite(opened, sets, settings, place, out, progress))
         alone = data is not None and len(models) == 1
         one = report.scores[report.models[0]][sets.sets[0].name] if alone else None
@@ -164,6 +165,11 @@ def evaluate(
                 show(*(_tables(specs[0].name, sets.sets[0], one.record, per_class) if one else report.tables()))
             if out is not None:
                 report.write(out)
+    except RunError:
+        # Scores that cannot be written are not lost.
+        for line in told if dist.is_main() else ():
+            say(line)
+        raise
     finally:
         dist.shutdown()
     if report.faults:

@@ -42,6 +42,8 @@ def stored_answers(run: Path, job: str, name: str) -> Answers | None:
     try:
         with np.load(score_file(run, job, name), allow_pickle=False) as stored:
             return stored["ids"], stored["correct"].astype(bool)
+    except ComptError:  # a signal
+        raise
     except Exception:  # numpy raises whatever the bytes of a damaged file lead to
         return None
 

@@ -122,6 +122,7 @@ def score_suite(
         model = None
         found[label] = {}
         for item in items:
+            result = None
             try:
                 score = _stored(folder, item, settings, scored_by) if folder else None
                 if score is None:
@@ -129,7 +130,6 @@ def score_suite(
                     result = evaluate_set(model, item, settings)
                     if folder is not None:
                         result.scored_by = scored_by
-                        dist.on_main(partial(result.save, folder))
                     score = SetScore(result.to_dict(), task_class(item.task).answers(result.arrays()), result.ids)
             except (ArtefactError, DataError) as error:
                 # One broken set must not lose the hours that the others take.
@@ -137,6 +137,9 @@ def score_suite(
             found[label][item.name] = score
             if dist.is_main():
                 progress(f"{label}: {item.label_in_tables}: {_said(item, score)}")
+            # After it is told, as it may turn out that it cannot be written.
+            if result is not None and folder is not None:
+                dist.on_main(partial(result.save, folder))
     return found
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from compt.bench import throughput
 from compt.bench.estimate import seconds_of
-from compt.bench.step import Setup, TrainingStep, random_captions
+from compt.bench.step import QuicklyDrawn, Setup, TrainingStep, random_captions
 from compt.bench.throughput import largest_batch, measure, measure_apart, run
 from compt.cost.gpus import DEVICES
 from compt.cost.speed import Measurement, Throughput, other_settings
@@ -26,7 +26,8 @@ from compt.dist import child
 from compt.errors import ConfigError, RunError
 from compt.files import memory_sizes
 from compt.models.clip import build, caption_lengths, padded_tokens
-from compt.models.presets import PRESETS
+from compt.models.init import DrawnState
+from compt.models.presets import PRESETS, resolve
 from compt.plan.jobs import make_plan
 from compt.recipe.engine import EngineConfig, Fsdp2
 from compt.recipe.optimizer import Ema, Optimizer
@@ -479,3 +480,16 @@ def test_an_estimate_times_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> No
     found = load_recipe(ROOT / "recipes" / "demo.yaml", ["engine.find_micro_batch=true"])
     seconds_of([(jobs[0], 10)], found, CPU)
     assert [(setup.engine.micro_batch, batch) for setup, batch in seen] == [(32, 128)]
+
+
+def test_timed_weights_have_the_distributions_of_trained_ones_and_are_the_same_on_all_ranks() -> None:
+    spec = resolve("vit_pico", {"depth": 1})
+    made = [kind(build(spec, device="meta"), spec, 3) for kind in (QuicklyDrawn, QuicklyDrawn, DrawnState)]
+    for name in made[0]:
+        quick, again, drawn = (state[name] for state in made)
+        assert torch.equal(quick, again)
+        if drawn.numel() > 2000:
+            assert float(quick.std() / drawn.std()) == pytest.approx(1, abs=0.05), name
+            assert float(quick.abs().max() / drawn.abs().max()) == pytest.approx(1, abs=0.4), name
+        elif not torch.equal(drawn, torch.zeros_like(drawn)):
+            assert quick.abs().sum() > 0

@@ -134,9 +134,11 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
     assert run.own_rates(tmp_path).link("b", 5, Piece("a", 80), "quick").lr == 1e-2
     # On few images, one after the other too; what is on all images does not wait for them.
     few = Rates(small={"b": 3e-3}, few={"b": 6e-3}, quarter={"c": 1e-3}, quick={"c": 1e-3})
-    assert {(one.epochs, one.shards, one.teacher.lr) for one in few.trials("c", "few") if one.teacher} == {
-        (80, 1, 6e-3)
-    }
+    tried = few.trials("c", "few")
+    assert {(one.epochs, one.shards, one.teacher and one.teacher.lr) for one in tried} == {(80, 1, 6e-3)}
+    assert [few._settled(one) for one in tried] == [True] * 3
+    before = Rates(small={"b": 3e-3}, quarter={"b": 1e-2}, quick={"b": 3e-3})
+    assert [before._settled(one) for one in before.trials("c", "few")] == [False] * 3, "b's rate is open"
     c = few.link("c", 8, few.baseline("b", 40))
     assert few._settled(c)
     assert not few._settled(replace(c, shards=1))

@@ -114,6 +114,9 @@ def test_a_second_call_resumes_after_a_kill(tmp_path: Path, capsys: pytest.Captu
     ]
     assert suite(out, *ONLY, "--fresh") == 0
     assert len(Fake.asked) == 5
+    assert suite(out, "--only", "speed/vit_pico", "--fresh") == 0
+    assert Fake.asked == ["vit_pico"]
+    assert sorted(names(out)) == sorted(NAMES), "the others stay"
 
 
 def test_the_suite_ends_in_time_and_names_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,13 +166,19 @@ def test_checks_depend_on_the_source_and_all_results_on_the_device(
 ) -> None:
     out = tmp_path / "s.json"
     suite(out)
+    records = json.loads(out.read_text())
+    del records["gpu_suite"][-1]["measurement"]
+    records["gpu_suite"][-1]["error"] = "no answer"
+    out.write_text(json.dumps(records))
+    suite(out)
+    assert Fake.asked == [], "an error stays with its source"
     monkeypatch.setattr(gpu_suite, "source_hash", lambda: "another")
     suite(out)
-    assert Fake.asked == ["arithmetic", "adamw"]
+    assert Fake.asked == ["arithmetic", "adamw", "vit_nano"]
     monkeypatch.setattr(gpu_suite, "device_name", lambda device: "NVIDIA X")
     suite(out)
     assert len(Fake.asked) == 5
-    assert len(names(out)) == 12
+    assert len(names(out)) == 13
     monkeypatch.setattr(gpu_suite, "versions", lambda: {"torch": "9"})
     suite(out)
     assert len(Fake.asked) == 5

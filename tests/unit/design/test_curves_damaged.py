@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,7 +16,8 @@ from hypothesis import strategies as st
 from compt.cli.curves import curves_table
 from compt.design.curves import read_curves
 from compt.design.epochs import EpochModel, paper_matches
-from compt.errors import ConfigError, RunError
+from compt.design.runs import stored_answers
+from compt.errors import ConfigError, Interrupted, RunError
 from compt.files import read_json
 from tests.helpers.curves import BASELINE, NANO, SET, link, write_run
 
@@ -129,3 +131,12 @@ def test_deep_nesting_and_no_texts(tmp_path: Path) -> None:
     (run / "run.json").write_text("[" * 100_000)
     with pytest.raises(RunError, match=r"run\.json: cannot be read"):
         read_curves([run])
+
+
+def test_a_signal_while_answers_are_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(np, "load", stopped)
+    with pytest.raises(Interrupted):
+        stored_answers(tmp_path, "1-a", "set")

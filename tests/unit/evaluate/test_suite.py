@@ -24,6 +24,7 @@ from compt.evaluate.sets import evaluate_set
 from compt.evaluate.stats import paired_bootstrap
 from compt.evaluate.suite import is_missing, model_labels
 from compt.evaluate.task import EvalSettings
+from compt.evaluate.zeroshot import ZeroShotResult
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.preprocess import Preprocess
@@ -201,6 +202,11 @@ def test_one_set_writes_what_a_suite_does(folder: Path, tmp_path: Path, monkeypa
     done = CliRunner().invoke(app, words)
     assert isinstance(done.exception, RunError)
     assert f"{record['top1']:.2f}" in done.output
+    monkeypatch.undo()
+    monkeypatch.setattr(ZeroShotResult, "save", lambda *_: (_ for _ in ()).throw(RunError("the disk is full")))
+    done = CliRunner().invoke(app, [*words, "--precision", "bf16"])
+    assert isinstance(done.exception, RunError)
+    assert re.search(r"1-tiny: wds_one: top1 \d+\.\d\d", done.output)
 
 
 def test_one_folder_for_two_suites_loses_no_scores(folder: Path, tmp_path: Path) -> None:
