@@ -97,7 +97,7 @@ def outcome(answers: Sequence[Answer]) -> Outcome:
 def as_good(what: str, found: Difference | None, planned: int = len(SEEDS)) -> Part:
     """The first is as good as the second: the whole interval lies above the margin.
 
-    Open until all planned seeds are there: who looks after each seed finds an answer too often.
+    Open until all planned seeds are there: a look after each seed finds an answer too often.
     """
     if found is None:
         return Part(what, "missing")

@@ -197,6 +197,8 @@ def check(
         min_matched = data.min_matched if min_matched is None else min_matched
         max_bad_share = data.max_bad_share if max_bad_share is None else max_bad_share
         context_length = context_length or longest_context(loaded)
+    min_matched = MIN_MATCHED if min_matched is None else min_matched
+    max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
     cache = _cache(cache_dir, cache_size, loaded.data if loaded else None)
     if loaded and not shards:
         changed: dict[str, Any] = {
@@ -217,13 +219,12 @@ def check(
             index_dir=index_dir,
             captions_csv=captions_csv,
             columns=caption_columns or (),
-            min_matched=MIN_MATCHED if min_matched is None else min_matched,
+            min_matched=min_matched,
             context_length=context_length or CONTEXT,
             workers=workers,
             progress=progress,
             cache=cache,
         )
-    max_bad_share = MAX_BAD_SHARE if max_bad_share is None else max_bad_share
     if hashes:
         _refuse_changed(found.index.shards, index_dir)
     compared, sets = found.compare(loaded, found.index.images) if loaded else [], found.index.sets

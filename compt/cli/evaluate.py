@@ -142,7 +142,7 @@ def evaluate(
     settings = EvalSettings(Preprocess(), base, batch, workers, dtype=dtype, max_bad_share=max_bad_share)
     title = "-".join(filter(None, (Path(suite).stem, task))) if suite else sets.sets[0].name
     report = SuiteReport(title, sets, base, {short: {} for short in opened}, published or [], suite or "")
-    told: list[str] = []
+    quiet: list[str] = []
     try:
         place = dist.init(device)
         # A wrong path ends at once, not after the hours that the models before it take.
@@ -151,7 +151,7 @@ def evaluate(
             open_set(sets.sets[0], settings, together=True)
         if out is not None:
             dist.on_main(partial(report.check_folder, out))
-        progress = say if suite and dist.is_main() and not as_json else told.append
+        progress = say if suite and dist.is_main() and not as_json else quiet.append
         report.scores.update(score_suite(opened, sets, settings, place, out, progress))
         alone = data is not None and len(models) == 1
         one = report.scores[report.models[0]][sets.sets[0].name] if alone else None
@@ -167,7 +167,7 @@ def evaluate(
                 report.write(out)
     except RunError:
         # Scores that cannot be written are not lost.
-        for line in told if dist.is_main() else ():
+        for line in quiet if dist.is_main() else ():
             say(line)
         raise
     finally:

@@ -137,7 +137,7 @@ def score_suite(
             found[label][item.name] = score
             if dist.is_main():
                 progress(f"{label}: {item.label_in_tables}: {_said(item, score)}")
-            # After it is told, as it may turn out that it cannot be written.
+            # After the score is shown, as it may turn out that it cannot be written.
             if result is not None and folder is not None:
                 dist.on_main(partial(result.save, folder))
     return found
