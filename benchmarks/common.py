@@ -11,6 +11,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -238,14 +239,22 @@ def markdown(result: Result) -> str:
     return "\n\n".join([*parts, *(table.markdown().strip() for table in result.all_tables())]) + "\n"
 
 
-def svg(name: str, draw: Callable[[Axes], None]) -> str:
-    """A plot as SVG: no date, fixed ids, and text as outlines, so that it does not depend on the machine's fonts."""
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+def svg(draw: Callable[[Axes], None]) -> str:
+    """A plot as SVG: no date, numbered ids, and text as outlines, so that it does not depend on the machine's fonts."""
+    with mpl.rc_context(_STYLE):
         canvas = Figure(figsize=(8, 4.2), layout="constrained")
         draw(canvas.add_subplot())
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
+    return _numbered("\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n")
+
+
+def _numbered(svg: str) -> str:
+    """`svg` with numbers for Matplotlib's hashes of coordinates, whose last bits differ between processors."""
+    hashed = dict.fromkeys(re.findall(r' id="(\w*[0-9a-f]{10})"', svg))
+    for number, name in enumerate(hashed):
+        svg = svg.replace(name, f"{name[:-10]}{number}")
+    return svg
 
 
 def write(result: Result, folder: Path = RESULTS) -> Path:
@@ -259,7 +268,7 @@ def write(result: Result, folder: Path = RESULTS) -> Path:
             write_text(place / f"{name}.csv", _csv(records))
     write_text(place / "table.md", markdown(result))
     for name, draw in result.plots.items():
-        write_text(place / f"{name}.svg", svg(name, draw))
+        write_text(place / f"{name}.svg", svg(draw))
     return place
 
 

@@ -190,7 +190,7 @@ def files(study: Study) -> dict[str, str]:
     ]
     return {
         "tables.md": "\n\n".join(page) + "\n",
-        **{f"{name}.svg": svg(name, functools.partial(draw, study)) for name, draw in figures.items()},
+        **{f"{name}.svg": svg(functools.partial(draw, study)) for name, draw in figures.items()},
     }
 
 

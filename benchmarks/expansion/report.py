@@ -361,6 +361,6 @@ def write_report(results: Record, folder: Path) -> Path:
     if not (begin and end):
         raise RunError(f"{path} lacks the lines {BEGIN} and {END}, between which the numbers go")
     for name, draw in plots(results).items():
-        write_text(folder / f"{name}.svg", svg(f"expansion_{name}", draw))
+        write_text(folder / f"{name}.svg", svg(draw))
     write_text(path, f"{before}{BEGIN}\n{page(results)}\n{END}{after}")
     return path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import itertools
+import math
 import re
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 from benchmarks import common
 from benchmarks.all import MAKERS
@@ -452,6 +454,22 @@ def test_a_result_writes_all_its_files(tmp_path: Path) -> None:
     common.write(result, tmp_path)
     assert (place / "plot.svg").read_text() == first
     assert "<dc:date>" not in first
+
+
+def test_a_plot_does_not_depend_on_the_last_bits_of_coordinates() -> None:
+    def drawing(height: float) -> str:
+        def draw(axes: Axes) -> None:
+            axes.plot((0, 1), (0, 1), marker="o")
+            axes.scatter((0, 1), (1, 0), s=(20, 30))
+            axes.set_position((0.1, 0.1, 0.8, height))
+
+        return common.svg(draw)
+
+    first = drawing(0.8)
+    assert first == drawing(math.nextafter(0.8, 1))
+    ids = re.findall(r' id="([^"]+)"', first)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r"(?:url\(|href=\")#([^\")]+)", first)) <= set(ids)
 
 
 @pytest.mark.parametrize(
