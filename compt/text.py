@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 from unicodedata import category
@@ -129,6 +132,20 @@ def terminal(*, stderr: bool = False) -> Console:
 
 
 _NARROWEST = 20
+
+
+@contextmanager
+def no_stderr() -> Iterator[None]:
+    """Hide what any code of this process prints to standard error, C++ code too."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def show(*tables: TextTable) -> None:

@@ -41,13 +41,6 @@ _NO_KERNEL = {
     "lift_fresh",
 }
 _LOOKUPS = {"embedding", "index", "index_select"}
-PRODUCTS = ("mm", "bmm", "conv", "attention", "_varlen_attn")
-"""Parts of the names of operations that multiply matrices, attention among them. The others only move numbers."""
-
-
-def is_product(operation: str) -> bool:
-    """Whether an operation multiplies matrices."""
-    return any(part in operation for part in PRODUCTS)
 
 
 class Launches(TorchDispatchMode):

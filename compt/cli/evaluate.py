@@ -25,8 +25,9 @@ from compt.cli.options import (
     print_json,
 )
 from compt.errors import ConfigError, DataError, RunError
+from compt.recipe.read import shipped
 from compt.recipe.schema import EVALUATION_TASKS, MAX_BAD_SHARE, ONE_CLASS, EvalSet, unread_by
-from compt.recipe.suite import load_suite, name_of, one_set, shipped_suites
+from compt.recipe.suite import load_suite, name_of, one_set
 from compt.text import TextTable, say, show
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def open_source(path: str, model: str | ModelSpec | None, prefix: str | None, ve
 
 def complete_suite(incomplete: str) -> list[str]:
     """Names of shipped suites that begin with `incomplete`."""
-    return [name for name in shipped_suites() if name.startswith(incomplete)]
+    return [name for name in shipped("suites") if name.startswith(incomplete)]
 
 
 def evaluation_set(

@@ -21,7 +21,7 @@ from compt.cost.speed import Throughput
 from compt.cost.training import Mode
 from compt.errors import ConfigError
 from compt.plan.forecast import Machine, default_gpus
-from compt.recipe.read import find_recipe, shipped_recipes
+from compt.recipe.read import find_recipe, shipped
 from compt.recipe.schema import Recipe
 from compt.recipe.types import OneOf, checked_caption_tokens
 from compt.text import terminal, visible
@@ -91,7 +91,7 @@ def _visible_errors() -> Iterator[None]:
 def complete_recipe(incomplete: str) -> list[str]:
     """Names of shipped recipes, and paths, that begin with `incomplete`."""
     paths = [f"{path}/" if Path(path).is_dir() else path for path in glob.glob(f"{glob.escape(incomplete)}*")]
-    return [name for name in shipped_recipes() if name.startswith(incomplete)] + sorted(paths)
+    return [name for name in shipped("recipes") if name.startswith(incomplete)] + sorted(paths)
 
 
 def option(text: str, *names: str, default: str | None = None, panel: str | None = None, **rest: Any) -> Any:

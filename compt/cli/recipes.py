@@ -11,14 +11,14 @@ import typer
 from compt.cli.options import RecipePath
 from compt.errors import ConfigError
 from compt.files import write_text
-from compt.recipe.read import load_recipe, recipe_text, shipped_recipes
+from compt.recipe.read import load_recipe, recipe_text, shipped
 from compt.text import TextTable, say, show, visible
 
 
 def list_recipes() -> None:
     """List the recipes that come with compt."""
     rows = []
-    for name, path in shipped_recipes().items():
+    for name, path in shipped("recipes").items():
         links = load_recipe(path).chain.links
         chain = f"{links[0].model} - {links[-1].model} ({len(links)} models)"
         # The first sentence of the comment at the top, without what it adds in parentheses.

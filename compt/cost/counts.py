@@ -174,27 +174,12 @@ def scalars(spec: ModelSpec) -> dict[str, Count]:
     return {scalar.name: Count(1) for scalar in spec.scalars}
 
 
-def forward_macs(spec: ModelSpec, captions: int, tokens: Tokens = None, *, readout: bool = True) -> float:
-    """MACs of a forward pass of one image with `captions` captions of `tokens` tokens (default: the context)."""
-    image = total(image_tower(spec, readout=readout).values()).macs
-    return image + captions * total(text_tower(spec, tokens, readout=readout).values()).macs
-
-
 def projectors(student: ModelSpec, teacher: ModelSpec) -> dict[Literal["image", "text"], Count]:
     """The projector of each tower for feature distillation, applied once; none if both embeddings have one width."""
     if student.embed_dim == teacher.embed_dim:
         return {}
     one = linear(student.embed_dim, teacher.embed_dim, 1)
     return {"image": one, "text": one}
-
-
-def projector(student: ModelSpec, teacher: ModelSpec, captions: int) -> Count:
-    """Both projectors, for an image with `captions` captions."""
-    both = projectors(student, teacher)
-    return Count(
-        total(both.values()).parameters,
-        sum((captions if tower == "text" else 1) * one.macs for tower, one in both.items()),
-    )
 
 
 def similarity_macs(batch: int, captions: int, embed_dim: int, *, pairwise: bool = False) -> int:

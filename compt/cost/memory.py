@@ -34,7 +34,7 @@ from compt.cost.activations import (
     text_tower,
     working_of_towers,
 )
-from compt.cost.counts import Tokens, parameters, projector
+from compt.cost.counts import Tokens, parameters, projectors
 from compt.models.presets import ModelSpec
 from compt.models.scalars import LOSS_TRAITS
 from compt.recipe.engine import ENGINES, EngineKind
@@ -111,10 +111,10 @@ def _blocks(spec: ModelSpec) -> list[BlockShape]:
 
 
 def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
-    projectors = projector(spec, teacher, 1).parameters if teacher else 0
-    matrices = 2 * spec.embed_dim * teacher.embed_dim if teacher and projectors else 0
+    added = sum(one.parameters for one in projectors(spec, teacher).values()) if teacher else 0
+    matrices = 2 * spec.embed_dim * teacher.embed_dim if teacher and added else 0
     towers = [image_tower(spec), text_tower(spec)]
-    whole = parameters(spec) + projectors
+    whole = parameters(spec) + added
     blocks = [block.parameters for block in _blocks(spec)]
     copied = sum(tower.copied() for tower in towers) + matrices
     embedding = spec.vocab_size * spec.text_width
@@ -126,7 +126,7 @@ def _sizes(spec: ModelSpec, teacher: ModelSpec | None) -> _Sizes:
         block=max(blocks),
         root=whole - sum(blocks) - embedding,
         embedding=embedding,
-        tensors=sum(tower.tensors for tower in towers) + 1 + (4 if projectors else 0),
+        tensors=sum(tower.tensors for tower in towers) + 1 + (4 if added else 0),
     )
 
 

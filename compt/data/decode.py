@@ -8,10 +8,9 @@ To add a decoder of training images, write a `Decoder` in a module of its own an
 from __future__ import annotations
 
 import io
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
@@ -27,6 +26,7 @@ from torch.utils.data import get_worker_info
 from compt.data.order import Box
 from compt.errors import ComptError
 from compt.models.preprocess import AS_OPENAI, Preprocess
+from compt.text import no_stderr
 
 Pixels = NDArray[np.uint8]
 Cause = Literal["image", "caption", "tar", "label", "label_text", "label_range", "label_shift"]
@@ -271,23 +271,12 @@ def _jpeg(image: Encoded) -> Tensor | None:
         return None
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """In a loader worker, drop what libjpeg writes to the terminal about small faults of an image.
 
     Only there: no other thread of a worker writes, so that nothing else is lost.
     """
-    if get_worker_info() is None:
-        yield
-        return
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+    return nullcontext() if get_worker_info() is None else no_stderr()
 
 
 @dataclass

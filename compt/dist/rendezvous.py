@@ -7,10 +7,9 @@ import datetime
 import ipaddress
 import os
 import socket
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -21,6 +20,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from compt.dist.environment import Place
 from compt.errors import RunError
+from compt.text import no_stderr
 
 T = TypeVar("T")
 
@@ -47,14 +47,14 @@ def meet(place: Place, seconds: float) -> TCPStore:
     until = time.monotonic() + REACHING * seconds
     late = until + GRACE * seconds
     try:
-        with _quiet():
+        with no_stderr():  # torch prints each attempt with a C++ stack; the RunError at the end says it once
             store = within(late - time.monotonic(), lambda: (_serve if is_host(place.rank) else _connect)(place, until))
     except TimeoutError as error:
         raise _failure(place, seconds, _SILENT) from error
     except OSError as error:
         raise _failure(place, seconds, str(error)) from error
     try:
-        with _quiet():
+        with no_stderr():
             missing = within(late - time.monotonic(), lambda: _wait_for_all(place, until, store))
     except TimeoutError as error:
         raise _failure(place, seconds, "rank 0 stopped answering") from error
@@ -96,21 +96,6 @@ def within(seconds: float, call: Callable[[], T]) -> T:
 
     threading.Thread(target=work, daemon=True).start()
     return answer.result(max(0.0, seconds))
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide what torch prints for each attempt, with a C++ stack: the RunError at the end says it once."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def choose_interface(place: Place) -> str | None:

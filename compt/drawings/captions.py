@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 CAPTIONS = 16
 """Captions of every image."""
@@ -16,6 +21,15 @@ HUMAN_CAPTIONS = 13
 
 PHRASES = 8
 """Names and short codes among those, at most; the rest are keywords."""
+
+
+@functools.cache
+def wording_table(name: str) -> dict[str, Any]:
+    """Words, sentences and names of a set of drawings: `data/NAME.yaml`. All values are text."""
+    text = (Path(__file__).parent / "data" / f"{name}.yaml").read_text(encoding="utf-8")
+    # With YAML's own types, the words "on" and "no" would become booleans.
+    found: dict[str, Any] = yaml.load(text, Loader=yaml.BaseLoader)
+    return found
 
 
 @dataclass

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from rich.progress import track
 
 from compt.drawings.build import Concept, Sample, difference, write_set
-from compt.drawings.captions import Wording, choose_captions, clean, distinct
+from compt.drawings.captions import Wording, choose_captions, clean, distinct, wording_table
 from compt.drawings.debian import check_package, fetch_debian, package_files
 from compt.drawings.packages import Package, require
 from compt.drawings.svg import Drawing, read_all
@@ -51,13 +50,8 @@ CLASS_TRAINING, CLASS_DRAWINGS, CLASS_MOST = 10, 3, 25
 are more than of all other classes together."""
 
 
-@functools.cache
-def table() -> dict[str, Any]:
-    """Package, licences, authors, words, classes and sentences: `data/clipart.yaml`."""
-    text = (Path(__file__).parent / "data" / "clipart.yaml").read_text(encoding="utf-8")
-    # All values are text: with YAML's own types the word "on" would become a boolean.
-    found: dict[str, Any] = yaml.load(text, Loader=yaml.BaseLoader)
-    return found
+table = functools.partial(wording_table, "clipart")
+"""Package, licences, authors, words, classes and sentences: `data/clipart.yaml`."""
 
 
 def build(out: Path, size: int = SIZE, deb: Path | None = None) -> dict[str, Any]:

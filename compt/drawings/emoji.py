@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from PIL import Image
 
 from compt.drawings.build import Concept, DrawingSet, Pixels, lay_out
+from compt.drawings.captions import wording_table
 from compt.errors import DataError
 
 VALIDATION_STYLE = "fxemoji"
@@ -33,12 +33,8 @@ CONCEPTS = "concepts.json.gz"
 SAMPLE = Path(__file__).parent / "data"
 
 
-@functools.cache
-def table() -> dict[str, Any]:
-    """Styles, subgroups, sentences and aliases: `data/emoji.yaml`."""
-    # All values are text: with YAML's own types the icons "on" and "no" would become booleans.
-    found: dict[str, Any] = yaml.load((SAMPLE / "emoji.yaml").read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
-    return found
+table = functools.partial(wording_table, "emoji")
+"""Styles, subgroups, sentences and aliases: `data/emoji.yaml`."""
 
 
 def build(out: Path) -> dict[str, Any]:

@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from rich.progress import track
 
 from compt.drawings.build import Concept, DrawingSet, Pixels, difference, lay_out
-from compt.drawings.captions import Wording, choose_captions, distinct, plain
+from compt.drawings.captions import Wording, choose_captions, distinct, plain, wording_table
 from compt.drawings.packages import Package, fetch, read_files, render, require, resolve_icon
 from compt.errors import DataError
 from compt.text import terminal
@@ -46,13 +45,8 @@ KEYWORD_FILES = {"lucide-static": "tags.json", "@mdi/svg": "meta.json", "@tabler
 _KEY = tuple[str, ...]
 
 
-@functools.cache
-def table() -> dict[str, Any]:
-    """Packages, sets and sentences: `data/icons.yaml`."""
-    text = (Path(__file__).parent / "data" / "icons.yaml").read_text(encoding="utf-8")
-    # All values are text: with YAML's own types the word "on" would become a boolean.
-    found: dict[str, Any] = yaml.load(text, Loader=yaml.BaseLoader)
-    return found
+table = functools.partial(wording_table, "icons")
+"""Packages, sets and sentences: `data/icons.yaml`."""
 
 
 def sets(part: str) -> list[str]:

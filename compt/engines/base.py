@@ -41,7 +41,6 @@ class Engine(Protocol):
     All ranks call every method together.
     """
 
-    rank: int
     world_size: int
     device: torch.device
     unwrapped: nn.Module
@@ -148,7 +147,6 @@ class EngineHead:
     """What every engine begins with."""
 
     def __init__(self, module: nn.Module, given: EngineArguments) -> None:
-        self.rank = dist.rank()
         self.world_size = dist.world_size()
         self.device = torch.device(given.get("device", "cpu"))
         self.precision = given.get("precision", "fp32")

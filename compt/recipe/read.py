@@ -10,7 +10,7 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -213,15 +213,15 @@ def parse_pairs(section: type[S], text: str, option: str) -> S:
         raise refuse(option, error, section) from None
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with compt, by name."""
-    folder = Path(str(resources.files("compt"))) / "recipes"
+def shipped(kind: Literal["recipes", "suites"]) -> dict[str, Path]:
+    """The recipes or suites that come with compt, by name."""
+    folder = Path(str(resources.files("compt"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(name: str | Path) -> Path:
     """The path of a recipe: `name` if that file exists, else the shipped recipe of that name. Raises ConfigError."""
-    known = shipped_recipes()
+    known = shipped("recipes")
     if Path(name).exists() and not Path(name).is_dir():
         return Path(name)
     if str(name) in known:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from compt.errors import ConfigError, nearest
-from compt.recipe.read import read_yaml, recipe_text, refuse
+from compt.recipe.read import read_yaml, recipe_text, refuse, shipped
 from compt.recipe.schema import EvalSet
 from compt.recipe.types import Paths, Section
 
@@ -110,15 +108,9 @@ class Suite(Section):
         return self
 
 
-def shipped_suites() -> Mapping[str, Path]:
-    """The suites that come with compt, by name."""
-    folder = Path(str(resources.files("compt"))) / "suites"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_suite(name: str | Path) -> Suite:
     """Read a suite: a file, or the name of one that comes with compt. Raises ConfigError."""
-    known = shipped_suites()
+    known = shipped("suites")
     path = Path(name) if Path(name).is_file() else known.get(str(name))
     if path is None:
         raise ConfigError(

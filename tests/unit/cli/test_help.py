@@ -15,7 +15,7 @@ from compt.cli.main import COMMANDS, GROUPS, app
 from compt.cli.options import Kind
 from compt.cost.gpus import ALIASES, DEVICES
 from compt.errors import ConfigError
-from compt.recipe.read import shipped_recipes
+from compt.recipe.read import shipped
 
 PAGES = [[name] for name in COMMANDS] + [[group, name] for group, (_, commands) in GROUPS.items() for name in commands]
 
@@ -67,8 +67,8 @@ def test_shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.chdir(tmp_path)
     run = CliRunner()
     listed = run.invoke(app, ["recipes", "list"]).output
-    assert all(re.search(rf"^{name} ", listed, re.MULTILINE) for name in shipped_recipes())
-    text = shipped_recipes()["demo"].read_text(encoding="utf-8")
+    assert all(re.search(rf"^{name} ", listed, re.MULTILINE) for name in shipped("recipes"))
+    text = shipped("recipes")["demo"].read_text(encoding="utf-8")
     assert run.invoke(app, ["recipes", "show", "demo"]).output == text
     assert run.invoke(app, ["recipes", "copy", "demo"]).exit_code == 0
     assert (tmp_path / "demo.yaml").read_text(encoding="utf-8") == text

@@ -28,8 +28,9 @@ from compt.evaluate.zeroshot import ZeroShotResult
 from compt.files import hash_json
 from compt.models.clip import build
 from compt.models.preprocess import Preprocess
+from compt.recipe.read import shipped
 from compt.recipe.schema import EvalSet
-from compt.recipe.suite import load_suite, name_of, shipped_suites
+from compt.recipe.suite import load_suite, name_of
 from compt.report.scores import SuiteReport
 from compt.weights.artefact import Artefact, write_artefact
 from tests.helpers.optional import optional
@@ -89,7 +90,7 @@ def evaluate(folder: Path, *words: str, models: int = 2) -> str:
 
 
 def test_the_shipped_suites() -> None:
-    assert {"vtab+", "imagenet", "retrieval", "recipes", "demo"} == set(shipped_suites())
+    assert {"vtab+", "imagenet", "retrieval", "recipes", "demo"} == set(shipped("suites"))
     vtab = load_suite("vtab+")
     scored = [item for item in vtab.sets if item.published]
     assert len(scored) == 35

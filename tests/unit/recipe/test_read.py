@@ -11,7 +11,7 @@ import yaml
 from compt.errors import ConfigError
 from compt.models.growth import ExpandConfig, TowerGrowth
 from compt.recipe.expansion import expand_result, expand_words, expansion
-from compt.recipe.read import find_recipe, load_recipe, parse_recipe, read_yaml, shipped_recipes, split_batch
+from compt.recipe.read import find_recipe, load_recipe, parse_recipe, read_yaml, shipped, split_batch
 from compt.recipe.reference import EXPANSION_EXAMPLE, reference
 from compt.recipe.schema import Recipe
 from compt.recipe.types import Duration
@@ -379,7 +379,7 @@ def test_a_long_list_of_mistakes_is_cut(write) -> None:
 
 def test_a_recipe_is_found_by_path_or_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find_recipe("demo") == shipped_recipes()["demo"]
+    assert find_recipe("demo") == shipped("recipes")["demo"]
     (tmp_path / "demo").write_text("")
     assert find_recipe("demo") == Path("demo"), "a file that exists comes first"
     with pytest.raises(ConfigError, match=r"^cc3m_vti: no such file, and no recipe of that name.* cc3m_vit"):
