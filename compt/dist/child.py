@@ -91,9 +91,15 @@ def process_pool(
         pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), **begin)
     except OSError as error:  # their semaphores are files in /dev/shm
         raise RunError(f"cannot start {workers} processes: {error}. {shared_memory()}") from None
+    others = multiprocessing.active_children()
     with pool:
         try:
             yield pool
         except BrokenProcessPool:
+            # The pool ends the rest by SIGTERM, and waits. A process forked under a handler of SIGTERM has it too, and
+            # stays: it may wait for a lock that the dead one held.
+            for process in multiprocessing.active_children():
+                if process not in others:
+                    process.kill()
             text = f"one of {workers} processes was killed; the system does this when memory runs out (see dmesg)"
             raise RunError(f"{text}: take fewer, where the command has --workers") from None

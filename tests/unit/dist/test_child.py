@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,8 @@ import psutil
 import pytest
 
 from compt.dist import child
-from compt.dist.child import answer_of, start_child
+from compt.dist.child import answer_of, process_pool, start_child
+from compt.errors import RunError
 
 
 def hangs(sender: Any) -> None:
@@ -73,3 +75,21 @@ def test_a_pool_ends_with_the_process_that_made_it() -> None:
     for one in alive:
         one.kill()
     assert not alive
+
+
+def wait_or_die(at: int) -> None:
+    if at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(30)
+
+
+def test_a_killed_process_ends_its_pool_under_a_handler_of_sigterm() -> None:
+    """The pool ends the others by SIGTERM, but they have the handler that stops a run cleanly."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    start = time.monotonic()
+    try:
+        with pytest.raises(RunError, match="one of 2 processes was killed"), process_pool(2) as pool:
+            list(pool.map(wait_or_die, range(2)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert time.monotonic() - start < 20
