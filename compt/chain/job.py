@@ -384,8 +384,8 @@ class JobRun:
             self._fit()
         beat(self.job.steps, EVALUATING, LONG)
         artefact, job = dist.on_all(self._trained), self.job
-        # They were closed with the training, which a resume may leave out. Open while the job is scored: a job whose
-        # scoring fails has failed.
+        # Training has closed its loggers, or a resume has skipped it. They are open while the job is scored: a job
+        # whose scoring fails has failed.
         with OpenLoggers(self._logs, self.folder, job.steps) as loggers:
             self._enter(
                 "evaluated",

@@ -42,7 +42,9 @@ def chain(
     only: Annotated[
         list[str] | None, option("train only this model of the run; repeatable", "--only", metavar="NAME")
     ] = None,
-    estimate: Annotated[bool, option("first time a few steps to predict the duration", "--estimate")] = False,
+    estimate: Annotated[
+        bool, option("before training, time a few steps to predict the duration", "--estimate")
+    ] = False,
     calibrate: Annotated[bool, option("lengthen the links until the first pair is lossless", "--calibrate")] = False,
     target: Annotated[float | None, option("acceleration to try first, with --calibrate", metavar="X")] = None,
     calibrate_on: Annotated[str | None, option("evaluation set to compare on, with --calibrate", metavar="SET")] = None,

@@ -36,9 +36,15 @@ def macs_command(
     captions: Annotated[int | None, option("captions per image", metavar="N", min=1, default=str(CAPTIONS))] = None,
     tokens: CaptionLengths = None,
     mode: ModeName = "exact",
-    micro_batches: Annotated[bool, option("forward twice, as with engine.micro_batch", "--micro-batches")] = False,
-    checkpointing: Annotated[bool, option("blocks twice, as with engine.recompute", "--checkpointing")] = False,
-    chunked_loss: Annotated[bool, option("similarities twice, as with engine.loss_chunk", "--chunked-loss")] = False,
+    micro_batches: Annotated[
+        bool, option("count the forward pass twice, as with engine.micro_batch", "--micro-batches")
+    ] = False,
+    checkpointing: Annotated[
+        bool, option("count the forward pass of blocks twice, as with engine.recompute", "--checkpointing")
+    ] = False,
+    chunked_loss: Annotated[
+        bool, option("count the similarities twice, as with engine.loss_chunk", "--chunked-loss")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the parameters and MACs of a model, part by part.

@@ -112,7 +112,7 @@ Overrides = Annotated[
 RunFolder = Annotated[
     Path | None, option("run folder", "--run-folder", metavar="FOLDER", default="runs/NAME of the recipe")
 ]
-Baselines = Annotated[bool, option("also train the baseline of each model", "--baselines")]
+Baselines = Annotated[bool, option("also train the baseline of each model, and the controls", "--baselines")]
 AsJson = Annotated[bool, option("print JSON", "--json")]
 Kind = Annotated[
     Literal["a100", "a100-40", "a100-80", "h100", "h200"] | None,

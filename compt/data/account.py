@@ -57,8 +57,8 @@ CAUSES: dict[str, Unused] = {
     "no_row": Unused("file", "file of an image that the table does not name", harmless=True),
     "other_file": Unused("file", "file of another kind", harmless=True),
     # Of a shard as a whole.
-    "cut": Unused("shard", "cut or damaged tar, not read behind the damage", "copy the shard again"),
-    "joined": Unused("shard", "data behind the end of the tar", "join tars with tar --concatenate, not with cat"),
+    "cut": Unused("shard", "cut or damaged tar, not read past the damage", "copy the shard again"),
+    "joined": Unused("shard", "data after the end of the tar", "join tars with tar --concatenate, not with cat"),
     # Of a member of a tar.
     "folder": Unused("member", "folder", harmless=True),
     "hidden": Unused("member", "hidden or macOS file (._x, .DS_Store, __MACOSX)", harmless=True),

@@ -182,7 +182,7 @@ class ShardSamples:
         return self._reader.image(self._reader.index.entry(sample))
 
     def read(self, sample: int) -> EvalSample:
-        """Image, label and captions. A label that is none is negative, see `labels.label_fault`."""
+        """Image, label and captions. An unusable label is negative, see `labels.label_fault`."""
         entry = self._reader.index.entry(sample)
         label = self._label_of(entry)
         captions = self._reader.captions(entry).texts if self._captions else None

@@ -400,7 +400,7 @@ def _disk(recipe: Recipe, job: Job) -> Disk:
 
 
 def _checkpoints(recipe: Recipe, job: Job) -> tuple[int, int]:
-    """Checkpoints that are there beside the last one as it is written, and after it; there never were more before."""
+    """Checkpoints on disk while the last one is written, without it, and afterwards; no earlier moment has more."""
     config, images, batch = recipe.engine_of(job.spec.name), recipe.data.images, recipe.optimizer.batch
     every = max(1, config.checkpoint_every.to_steps(images, batch))
     besides = max(1, config.keep_every.to_steps(images, batch)) if config.keep_every else None

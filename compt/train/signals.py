@@ -20,7 +20,7 @@ _SAME = {False: 1.0, True: 5.0}
 
 
 class Waited(BaseException):
-    """A signal to stop ended a wait. Code that reads images catches every Exception, so this is none."""
+    """A signal to stop ended a wait. Code that reads images catches every Exception, so this is not an Exception."""
 
 
 class StopSignal:

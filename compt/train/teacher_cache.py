@@ -29,7 +29,7 @@ class Looked(NamedTuple):
 class CaptionFeatures:
     """An exact cache of features [width] of `dtype`, in the CPU's memory, of at most `limit` bytes for this process.
 
-    The key of a caption is its token ids, which a dict compares: two captions are never taken for each other. A full
+    The key of a caption is its token ids, which a dict compares: two captions are never confused. A full
     cache keeps what it has, and the rest is computed every time. Features equal those that are computed up to rounding,
     as the teacher then computes other captions together. `buckets` as in `ClipModel.encode_captions`. Raises
     ConfigError where the machine does not give as much memory.

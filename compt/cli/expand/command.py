@@ -48,7 +48,7 @@ HELP = f"""Make a larger model from a smaller one.
 This is the inverse weight initialization of the paper.
 
 The pairs of --both, --image and --text are KEY=VALUE with commas between, as in width=lemon,depth=stack. \
-Keys and values are those of the recipe's section `expand`; a tower's own pairs come first:
+Keys and values are those of the recipe's section `expand`; a tower's own pairs override those of --both:
 
 - width: {_choices(WIDTH_OPERATORS)}
 
@@ -56,7 +56,7 @@ Keys and values are those of the recipe's section `expand`; a tower's own pairs 
 
 - zero_new_outputs: true if added layers start as the identity; default false
 
-- noise (--both only): relative noise that tells copies apart; default 0.1
+- noise (--both only): relative noise that makes copies different; default 0.1
 
 - reference_compatible (--both only): fill the layers that the authors' code fills; default false
 
