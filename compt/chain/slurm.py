@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +180,9 @@ def send(orders: Sequence[Order], run: Path, say: Callable[[str], None]) -> dict
     sent: dict[str, str] = {}
     for order in orders:
         command = order.command(sent[order.after] if order.after else None)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # The jobs run the Python that submits them: a wheel has no .venv beside slurm/.
+        environment = {"PYTHON": sys.executable, **os.environ}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             if sent:
                 subprocess.run(["scancel", *sent.values()], capture_output=True, check=False)

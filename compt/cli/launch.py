@@ -35,6 +35,13 @@ POLL = 0.1
 
 # --- the options of launchers/train.py
 
+HELP = """launchers/train.py runs `compt chain`, whose options are below, in each process of a launcher. It also takes:
+
+  --recipe FILE           the recipe, in place of the argument RECIPE
+  --deepspeed_config FILE DeepSpeed's settings, which also name the engine (zero0 to zero3)
+  --local_rank N          what old launchers pass on
+"""
+
 
 def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[str]) -> list[str]:
     """Translate the arguments of launchers/train.py into those of `compt`, starting with `chain`.
@@ -62,6 +69,8 @@ def chain_words(words: Sequence[str], environment: dict[str, str] | os._Environ[
             kept += ["--set", f"engine.name=zero{zero_stage(Path(known.deepspeed_config))}"]
     elif known.deepspeed:
         raise ConfigError("--deepspeed needs --deepspeed_config FILE, or --set engine.name=zero2")
+    if {"-h", "--help"} & {*kept}:
+        print(HELP)
     return ["chain", *kept]
 
 

@@ -136,7 +136,7 @@ def _say_unusable(place: Place | None) -> None:
         reason = str(error).splitlines()[0].partition(" (")[0]
     text = (
         f"this machine has an NVIDIA GPU, but torch {torch.__version__} cannot use it: {reason}. For a CUDA 12 driver, "
-        "install with constraints-cu12.txt"
+        "take torch 2.10: constraints-cu12.txt, or pip install 'torch==2.10.*' 'torchvision==0.25.*'"
     )
     if place is not None and place.world_size > 1:
         raise ConfigError(f"engine.device: auto: {text}; engine.device: cpu trains without GPUs")

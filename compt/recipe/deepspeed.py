@@ -86,13 +86,17 @@ _OF_STAGE_3 = (f"{_ZERO}.leaf_module", f"{_ZERO}.stage3_", f"{_ZERO}.module_gran
 """How settings of the contract begin that other stages do not read."""
 
 
+SHIPPED = ("ds_configs/zero2_offload.json", "ds_configs/zero3_offload.json")
+"""Files that `engine.deepspeed_config` may name where there is no checkout. `engine.name` chooses the others."""
+
+
 def deepspeed_config(
     engine: EngineConfig, optimizer: Optimizer, world_size: int | None, base: Path = Path()
 ) -> dict[str, Any]:
     """Return DeepSpeed's settings: the file that the recipe names, completed, or compt's own file for the stage.
 
-    A relative path starts at `base`. Without `world_size`, what depends on it is left out. Raises ConfigError, which
-    names the file, the key, its value and the recipe's.
+    A relative path starts at `base`; the files of `SHIPPED` are found without a checkout. Without `world_size`, what
+    depends on it is left out. Raises ConfigError, which names the file, the key, its value and the recipe's.
     """
     stage = engine.kind.stage
     assert stage is not None
@@ -100,6 +104,8 @@ def deepspeed_config(
     text, source = own, f"ds_configs/zero{stage}.json"
     if engine.deepspeed_config is not None:
         path = base / engine.deepspeed_config
+        if not path.exists() and engine.deepspeed_config in SHIPPED:  # as in an installed wheel
+            path = Path(str(resources.files("compt"))) / engine.deepspeed_config
         source = str(path)
         try:
             text = read_text(path)

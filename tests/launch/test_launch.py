@@ -50,6 +50,12 @@ def test_options_of_launchers(words: str, expected: str) -> None:
     assert chain_words(words.split(), {}) == ["chain", *expected.split()]
 
 
+def test_help_names_the_options_of_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert chain_words(["--help"], {}) == ["chain", "--help"]
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("--recipe FILE", "--deepspeed_config FILE", "--local_rank N"))
+
+
 def test_the_local_rank_option_sets_a_missing_variable() -> None:
     for before in ({}, {"LOCAL_RANK": "5"}):
         environment = dict(before)

@@ -154,7 +154,7 @@ def _judge_gpus(everyone: Sequence[Facts], nodes: Mapping[str, Facts]) -> list[F
         return [Finding("GPUs", "not checked", "no NVIDIA driver here: driver, CUDA, GPUs and NCCL were not checked")]
     unusable = {name: facts["cuda_error"] or "no GPU visible" for name, facts in nodes.items() if not facts["gpus"]}
     if unusable:
-        remedy = "use a torch for this driver's CUDA (constraints-cu12.txt), or a newer driver; ask for GPUs: --gpus"
+        remedy = "use a torch for this driver's CUDA (12: torch 2.10), or a newer driver; ask for GPUs: --gpus"
         return [Finding("CUDA", "wrong", _by_value(unusable), remedy)]
     kinds = {name: f"{len(facts['gpus'])} x {' + '.join(sorted({*facts['gpus']}))}" for name, facts in nodes.items()}
     mixed = len(set(kinds.values())) > 1 or any(" + " in kind for kind in kinds.values())

@@ -102,7 +102,7 @@ def fake_sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuse: str = "
     note = f'printf "%s\\n" "$@" >>{shlex.quote(str(log))}\n'
     choose = f'case "$*" in *{refuse}*) echo no such account >&2; exit 1;; esac\n'
     scripts = {
-        "sbatch": f"{note}{choose}wc -l <{shlex.quote(str(log))}\n",
+        "sbatch": f'{note}echo "$PYTHON" >>{shlex.quote(str(log))}.python\n{choose}wc -l <{shlex.quote(str(log))}\n',
         "squeue": f"cat {shlex.quote(str(tmp_path / 'queue'))} 2>/dev/null || true\n",
         "scancel": f"echo scancel $* >>{shlex.quote(str(log))}\n",
     }
@@ -122,6 +122,7 @@ def test_sending_passes_on_ids_and_words_as_they_are(tmp_path: Path, monkeypatch
     assert lines.count(override) == 2
     assert f"--dependency=afterok:{sent['1-small']}" in lines
     assert said == [f"1-small: job {sent['1-small']} on 1 node", f"2-large: job {sent['2-large']} on 1 node"]
+    assert set(Path(f"{log}.python").read_text().split()) == {sys.executable}
 
 
 def test_a_refused_job_takes_back_those_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,6 +269,10 @@ def test_a_mistake_behind_the_dashes_is_not_queued(tmp_path: Path, monkeypatch: 
     assert "engine.fsdp2.replicas = 3 does not divide the 2 processes" in errors
     # The job itself has to check what options of sbatch say.
     assert script("chain_vit", log, "--nodes=3", *three, RECIPE=recipe, GPUS="1")[0] == 0
+    log.unlink()
+    code, sent, errors = script("chain_vit", log, "--nodes=3", RECIPE=recipe, GPUS="1", NODES="2")
+    assert (code, sent) == (2, [])
+    assert "NODES=2 and --nodes=3; set only one" in errors
 
 
 @pytest.mark.parametrize(
@@ -307,3 +312,33 @@ def test_a_failed_step_goes_back_to_the_queue_for_a_node_alone(
     assert done.returncode == 5, done.stderr
     log = tmp_path / "log"
     assert (log.read_text() if log.exists() else "") == ("requeue 7\n" if requeued else "")
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({}, ["--ntasks=16", "--ntasks-per-node=8"]),
+        ({"GPUS": "4"}, ["--ntasks=8", "--ntasks-per-node=4"]),
+        ({"SLURM_NTASKS_PER_NODE": "2", "GPUS": "4"}, ["--ntasks=4", "--ntasks-per-node=2"]),
+        ({"SLURM_NTASKS": "6"}, []),
+    ],
+    ids=["salloc", "GPUS", "sbatch", "salloc --ntasks"],
+)
+def test_the_processes_of_an_allocation(variables: dict[str, str], asked: list[str], tmp_path: Path) -> None:
+    """Without a number srun would start one process on each node."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >{shlex.quote(str(tmp_path / "log"))}\n')
+    (tmp_path / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", **variables}
+    command = ["bash", "-c", "source slurm/common.sh && step python train.py"]
+    subprocess.run(command, env=environment, cwd=ROOT, check=True)
+    words = (tmp_path / "log").read_text().splitlines()
+    assert [word for word in words if word.startswith("--ntasks")] == asked
+
+
+def test_a_task_of_an_array_does_not_change_its_nodes() -> None:
+    environment = {"PATH": "/usr/bin:/bin", "SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "NODES": "2"}
+    command = ["bash", "-c", "source slurm/common.sh && take_nodes"]
+    array = {**environment, "SLURM_ARRAY_JOB_ID": "6"}
+    done = subprocess.run(command, env=array, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "has 1 nodes, but NODES=2; start the file as a program, or give sbatch --nodes without NODES" in done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,11 @@ def test_sample_is_small_and_has_its_licences() -> None:
         assert (SAMPLE / licence).stat().st_size > 1000
         assert f"{style.name}.webp" in attribution
         assert licence in attribution
+    of_names = re.findall(
+        r"(?:BSD-3-Clause-emoji|Unicode-3\.0|MIT-[a-z-]+)(?=[, .]|$)", attribution.partition("are in [")[2]
+    )
+    assert len(of_names) == 6
+    assert all((SAMPLE / "licences" / f"{name}.txt").stat().st_size > 1000 for name in of_names)
 
 
 def test_sample_survives_writing_and_damage_is_named(tmp_path: Path, sample: DrawingSet) -> None:

@@ -211,6 +211,17 @@ def test_what_is_no_sound_file(tmp_path: Path, text: str, words: tuple[str, ...]
     refused(tmp_path, text, *words)
 
 
+def test_an_offload_file_is_found_without_a_checkout(tmp_path: Path) -> None:
+    name = "ds_configs/zero2_offload.json"
+    found = deepspeed_config(EngineConfig(name="zero2", deepspeed_config=name), Optimizer(), 1, tmp_path)
+    assert found["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
+    own = tmp_path / name
+    own.parent.mkdir()
+    own.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 7}}')
+    found = deepspeed_config(EngineConfig(name="zero2", deepspeed_config=name), Optimizer(), 1, tmp_path)
+    assert found["zero_optimization"]["reduce_bucket_size"] == 7
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     engine = EngineConfig.model_validate({"name": "zero1", "deepspeed_config": "no.json"})
     with pytest.raises(ConfigError, match=r"no\.json.*engine\.deepspeed_config"):
