@@ -41,7 +41,7 @@ def opened(name: str, seed: int) -> Engine:
 
 def stepped(engine: Engine, steps: int) -> Engine:
     for step in range(steps):
-        draws = torch.Generator().manual_seed(100 * step + engine.rank)
+        draws = torch.Generator().manual_seed(100 * step + dist.rank())
         images = torch.randn((2, 3, VIT.image_size, VIT.image_size), generator=draws)
         tokens = torch.randint(1, VIT.vocab_size, (2, 1, VIT.context_length), generator=draws)
         outputs = engine.forward(images, tokens, torch.full((2, 1), VIT.context_length))
