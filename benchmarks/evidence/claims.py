@@ -129,6 +129,7 @@ def claims(study: Study) -> list[Claim]:
         "k": functools.partial(_lossless_on_few_images, "k", ""),
         "l": _starts,
         "m": functools.partial(_lossless_on_few_images, "m", " (c for a quarter too, links with rates of their own)"),
+        "n": functools.partial(_lossless_on_few_images, "n", " (links of a third, a third and a quarter)"),
     }
     found = arms(study.rates)
     return [make(study, found[letter]) for letter, make in made.items()]

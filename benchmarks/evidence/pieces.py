@@ -111,11 +111,12 @@ SMALL = (
     Design(LADDER[-1], (*SHARES[:2], 8), "quarter", PARTS[-1], MORE_SEEDS),
     Design(LADDER[-1], tuple(2 * share for share in SHARES), "quick", PARTS[-1]),
     Design(LADDER[-1], (SHARES[0], SHARES[0], 8), "few", PARTS[-1], MORE_SEEDS),
+    Design(LADDER[-1], (3, 3, 4), "few", PARTS[-1], MORE_SEEDS),
 )
 """Chains on an eighth of the images, where the pair's link of a quarter was as good as its baseline (seed 0). The last
 link of the second is shorter, as d costs most. The third has one seed; its links have half the first one's length:
 about as many steps as short links on all images, whose rates they take. The fourth came after the results of the first
-two: c trains for a quarter, too, and links have rates of their own."""
+two: c trains for a quarter, too, and links have rates of their own. The fifth has these rates and longer links."""
 
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
@@ -495,10 +496,13 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             *dict.fromkeys(arm for design in SMALL[:2] for arm in family_arms(rates, design=design)),
             *(alone(model, SMALL[0].epochs, SMALL[0].shards, SMALL[0].seeds) for model in MEMBERS[1:]),
         ],
-        "m": [
-            *family_arms(rates, design=SMALL[3]),
-            *(alone(model, SMALL[3].epochs, SMALL[3].shards, SMALL[3].seeds) for model in MEMBERS[1:]),
-        ],
+        **{
+            letter: [
+                *family_arms(rates, design=design),
+                *(alone(model, design.epochs, design.shards, design.seeds) for model in MEMBERS[1:]),
+            ]
+            for letter, design in zip("mn", SMALL[3:], strict=True)
+        },
         "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
         "b": [
             *(family_arms(rates, MEMBERS[at:], FIRST._replace(shares=SHARES[at:]))[-1] for at in (2, 1, 0)),
