@@ -56,6 +56,23 @@ def _end_worker(error: BaseException, _: Any) -> None:
     os._exit(1)
 
 
+class _End(threading.Event):
+    """Kills the workers, in place of the event by which torch asks them to end.
+
+    They look at torch's before each batch, under a lock that they share. One that is killed there keeps the lock, and
+    the training process would wait for it for ever. And torch waits 5 seconds for each that hangs.
+    """
+
+    def __init__(self, workers: list[Any]) -> None:
+        super().__init__()
+        self._workers = workers
+
+    def set(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        super().set()
+
+
 def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) -> Iterator[Any]:
     """What `workers` processes read, one per core at most. Raises RunError where one cannot start or dies.
 
@@ -68,6 +85,7 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
         # own; that of this process is made first, is used by all of them, and is removed when this process ends.
         multiprocessing.util.get_temp_dir()
     own: list[Any] = []
+    batches: Any = None
     try:
         try:
             # A loader that runs out of semaphores would print a traceback of its destructor too, so try them first.
@@ -83,7 +101,8 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
             # torch's handler of SIGCHLD would raise the death of a worker anywhere in the program, inside a collective
             # or a destructor too. Not to install it would not do: a loader of other code may have.
             torch._C._remove_worker_pids(id(batches))
-            batches._worker_pids_set = False  # type: ignore[attr-defined]
+            batches._worker_pids_set = False
+            batches._workers_done_event = _End(own)
         yield from batches
     except RuntimeError as error:
         dead = [child for child in own if child.exitcode]
@@ -91,8 +110,9 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
             raise
         raise RunError(_cause_of_death(dead[0].pid, dead[0].exitcode)) from error
     finally:
-        # torch would wait 5 seconds for each that hangs, and Python at its end for ever.
-        for child in own:
+        if own and batches is not None:
+            batches._shutdown_workers()
+        for child in own:  # of a loader of which one could not start: Python would wait for the others at its end
             child.kill()
         if isinstance(sampler, Generator):
             sampler.close()  # ends its downloads

@@ -272,6 +272,27 @@ def test_torch_raises_no_death_of_a_loader_process_in_the_middle_of_a_step() -> 
     assert finish(start(die_in_a_step)) == 0
 
 
+class Held(Dataset[Any]):
+    """Each batch is read by a process that keeps the lock under which torch's workers look whether to end."""
+
+    def __getitem__(self, number: int) -> int:
+        frame = sys._getframe()
+        while frame.f_back and "done_event" not in frame.f_locals:
+            frame = frame.f_back
+        frame.f_locals["done_event"]._cond.acquire()
+        return number
+
+
+def end_while_a_lock_is_held() -> None:
+    batches = read_batches(Held(), range(9), 1)
+    next(batches)
+    batches.close()
+
+
+def test_a_loader_process_killed_under_a_shared_lock_blocks_nobody() -> None:
+    assert finish(start(end_while_a_lock_is_held), 60) == 0
+
+
 def test_loader_processes_leave_no_folders() -> None:
     code = (
         "import torch\nfrom compt.data.workers import read_batches\n"
