@@ -25,14 +25,13 @@ from benchmarks.evidence.pieces import (
     PARTS,
     SHORT,
     SMALL,
-    SMALL_RATES,
     Arm,
     Design,
     Piece,
+    all_small_trials,
     baseline_trials,
     family_arms,
     quarter_arm,
-    small_trials,
 )
 from benchmarks.evidence.statistics import MARGIN, Difference, Length, difference
 from benchmarks.evidence.study import COSTS, REPORT, UNSEEN, Cost, Record, Study, interval, span, times
@@ -157,7 +156,7 @@ def search_table(study: Study) -> TextTable:
     rates = study.rates
     searched = {
         "models alone": [piece for model in MEMBERS for piece in baseline_trials(model)],
-        "the longest models alone on few images": [piece for model in SMALL_RATES for piece in small_trials(model)],
+        "long models alone on few images": all_small_trials(),
         **{f"links ({kind})": [one for model in MEMBERS[1:] for one in rates.trials(model, kind)] for kind in KINDS},
     }
     rows = []

@@ -62,9 +62,12 @@ LINK_RATES: dict[Kind, dict[str, tuple[float, ...]]] = {
 }
 """The same for its links, in each kind of chain: short links from a good teacher want lower rates. On few images, the
 best rates of "quarter" and their neighbours."""
-SMALL_RATES = {"b": (1.7e-3, 3e-3, 6e-3), "c": (1e-3, 1.7e-3, 3e-3), "d": (6e-4, 1e-3, 1.7e-3)}
-"""The same for baselines on the smallest part of the images, after the longest training there: the rate of all images
-and higher ones, as links have higher ones. Links of "quarter" keep their rates of all images."""
+SMALL_RATES: dict[float, dict[str, tuple[float, ...]]] = {
+    320: {"b": (1.7e-3, 3e-3, 6e-3), "c": (1e-3, 1.7e-3, 3e-3), "d": (6e-4, 1e-3, 1.7e-3)},
+    160: {"c": (1e-3, 1.7e-3), "d": (6e-4, 1e-3)},
+}
+"""The same for baselines on the smallest part of the images, by their epochs: the rate of all images and higher ones,
+as links have higher ones. Links of "quarter" keep their rates of all images."""
 LR = RATES["a"][0]
 """The rate of pieces that name none."""
 RATED = LENGTHS[1]
@@ -256,14 +259,14 @@ class Rates:
     quarter: Mapping[str, float] = field(default_factory=dict)
     quick: Mapping[str, float] = field(default_factory=dict)
     few: Mapping[str, float] = field(default_factory=dict)
-    small: Mapping[str, float] = field(default_factory=dict)
-    """Of the longest baselines on the smallest part of the images; others there have the rate of all images."""
+    small: Mapping[tuple[str, float], float] = field(default_factory=dict)
+    """Of long baselines on the smallest part of the images, by model and epochs; others have the rate of all images."""
 
     def baseline(self, model: str, epochs: float, seed: int = 0, shards: int = ALL) -> Piece:
         """A model from scratch."""
         lr = self.alone.get(model, _of(model, RATES)[0])
-        if (epochs, shards) == (LADDER[-1], PARTS[-1]):
-            lr = self.small.get(model, lr)
+        if shards == PARTS[-1]:
+            lr = self.small.get((model, epochs), lr)
         return Piece(model, epochs, seed, lr=lr, shards=shards)
 
     def link(self, model: str, epochs: float, teacher: Piece, kind: Kind = "quarter") -> Piece:
@@ -291,8 +294,8 @@ class Rates:
         return all(self._settled(one) for one in piece.chain)
 
     def _settled(self, one: Piece) -> bool:
-        if one.teacher is None and (one.epochs, one.shards) == (LADDER[-1], PARTS[-1]) and one.model in SMALL_RATES:
-            return one.model in self.small or one in small_trials(one.model)
+        if one.teacher is None and one.shards == PARTS[-1] and one.model in SMALL_RATES.get(one.epochs, ()):
+            return (one.model, one.epochs) in self.small or one in small_trials(one.model, one.epochs)
         if one.shards != ALL and one.lr == LR and (one.teacher is None or one.model == MEMBERS[1]):
             return True
         if one.teacher is None or not one.expanded:
@@ -342,9 +345,14 @@ def baseline_trials(model: str) -> list[Piece]:
     return [Piece(model, RATED, lr=lr) for lr in RATES[model]]
 
 
-def small_trials(model: str) -> list[Piece]:
+def small_trials(model: str, epochs: float) -> list[Piece]:
     """The same on the smallest part of the images."""
-    return [Piece(model, SMALL[0].epochs, lr=lr, shards=SMALL[0].shards) for lr in SMALL_RATES[model]]
+    return [Piece(model, epochs, lr=lr, shards=PARTS[-1]) for lr in SMALL_RATES[epochs][model]]
+
+
+def all_small_trials() -> list[Piece]:
+    """All of them, the longest first."""
+    return [piece for epochs, rates in SMALL_RATES.items() for model in rates for piece in small_trials(model, epochs)]
 
 
 def link_trials(rates: Rates) -> Iterator[Piece]:
@@ -358,8 +366,7 @@ def trials(rates: Rates) -> Iterator[Piece]:
     for model in MEMBERS:
         yield from baseline_trials(model)
     yield from link_trials(rates)
-    for model in SMALL_RATES:
-        yield from small_trials(model)
+    yield from all_small_trials()
 
 
 def of_the_family(rates: Rates) -> Iterator[Piece]:
@@ -399,8 +406,7 @@ def of_the_family(rates: Rates) -> Iterator[Piece]:
     yield from (replace(one, schedule=schedule) for schedule in ("linear", "wsd"))
     yield replace(one, teacher=replace(first, schedule="constant"))
     # A chain where data is short, and the larger members alone there.
-    for model in SMALL_RATES:
-        yield from small_trials(model)
+    yield from all_small_trials()
     yield from (family_arms(rates, design=design)[-1].pieces[0] for design in SMALL)
     for epochs in LADDER[:1:-1]:
         yield from (rates.baseline(model, epochs, shards=SMALL[0].shards) for model in MEMBERS[2:])

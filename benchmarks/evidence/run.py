@@ -223,11 +223,11 @@ def _best_rates(found: Mapping[str, Any]) -> Rates:
 
     alone = {model: best(baseline_trials(model)) for model in MEMBERS}
     chosen: dict[Kind, dict[str, float]] = {kind: {} for kind in KINDS}
-    small = {model: best(small_trials(model)) for model in SMALL_RATES}
+    small = {(model, epochs): best(small_trials(model, epochs)) for epochs, one in SMALL_RATES.items() for model in one}
     rates = Rates(
         {model: lr for model, lr in alone.items() if lr},
         **chosen,
-        small={model: lr for model, lr in small.items() if lr},
+        small={long: lr for long, lr in small.items() if lr},
     )
     for kind, found_so_far in chosen.items():
         for model in MEMBERS[1:]:

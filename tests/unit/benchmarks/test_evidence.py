@@ -29,6 +29,7 @@ from benchmarks.evidence.pieces import (
     RATES,
     SEEDS,
     SELECT,
+    SMALL_RATES,
     Piece,
     Rates,
     arms,
@@ -133,11 +134,11 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
     assert run.own_rates(tmp_path).quick == {"b": 1e-2}
     assert run.own_rates(tmp_path).link("b", 5, Piece("a", 80), "quick").lr == 1e-2
     # On few images, one after the other too; what is on all images does not wait for them.
-    few = Rates(small={"b": 3e-3}, few={"b": 6e-3}, quarter={"c": 1e-3}, quick={"c": 1e-3})
+    few = Rates(small={("b", 320): 3e-3}, few={"b": 6e-3}, quarter={"c": 1e-3}, quick={"c": 1e-3})
     tried = few.trials("c", "few")
     assert {(one.epochs, one.shards, one.teacher and one.teacher.lr) for one in tried} == {(80, 1, 6e-3)}
     assert [few._settled(one) for one in tried] == [True] * 3
-    before = Rates(small={"b": 3e-3}, quarter={"b": 1e-2}, quick={"b": 3e-3})
+    before = Rates(small={("b", 320): 3e-3}, quarter={"b": 1e-2}, quick={"b": 3e-3})
     assert [before._settled(one) for one in before.trials("c", "few")] == [False] * 3, "b's rate is open"
     c = few.link("c", 8, few.baseline("b", 40))
     assert few._settled(c)
@@ -148,18 +149,19 @@ def test_links_choose_among_the_rates_of_baselines_one_after_the_other(tmp_path:
 
 
 def test_baselines_on_few_images_choose_rates_of_their_own(tmp_path: Path) -> None:
-    rates = Rates({"b": 1.7e-3}, small={"b": 3e-3})
+    rates = Rates({"b": 1.7e-3}, small={("b", 320): 3e-3, ("c", 160): 1e-3})
     assert rates.baseline("b", 320, 1, shards=1).lr == 3e-3
     assert {rates.baseline("b", 320, 1, shards).lr for shards in (2, ALL)} == {1.7e-3}
     assert rates.baseline("b", 160, 1, shards=1).lr == 1.7e-3, "shorter ones were not tried"
     assert rates.baseline("c", 320, shards=1).lr == rates.baseline("c", 320).lr, "no trials yet"
     assert [rates.settled(rates.baseline(model, 320, 1, shards=1)) for model in "bcd"] == [True, False, False]
-    tried = small_trials("d")
+    assert [rates.settled(rates.baseline(model, 160, 1, shards=1)) for model in "cd"] == [True, False]
+    tried = small_trials("d", 320)
     assert all(map(rates.settled, tried))
     for piece, top1 in zip(tried, (1, 3, 2), strict=True):
         assert run.own_rates(tmp_path).small == {}
         write_json(tmp_path / f"{piece.name}.json", {"scores": {SELECT: {"top1": top1}}, "lr": piece.lr})
-    assert run.own_rates(tmp_path) == Rates(small={"d": 1e-3})
+    assert run.own_rates(tmp_path) == Rates(small={("d", 320): 1e-3})
 
 
 def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
@@ -177,7 +179,8 @@ def test_pieces_wait_for_the_rates_on_which_they_depend() -> None:
     assert not any(rates.settled(piece) for piece in rates.trials("d")), "c's rate is open"
     assert [rates.settled(arm.pieces[0]) for arm in classical(rates)] == [False] * 4, "d's rate is open"
     assert not any(Rates({"a": 3e-3}).settled(piece) for piece in Rates().trials("c"))
-    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(5)))
+    small = {(model, epochs): 1e-3 for epochs, tried in SMALL_RATES.items() for model in tried}
+    chosen = Rates(*(dict.fromkeys(MEMBERS, 1e-3) for _ in range(4)), small)
     assert all(map(chosen.settled, pieces(chosen)))
 
 
