@@ -22,7 +22,7 @@ from benchmarks.evidence.speeds import idle_minutes, pairs, read_speeds, write_s
 from benchmarks.evidence.study import Study
 from compt.text import TextTable, terminal
 
-CLAIMS = "abcdefghijklmn"
+CLAIMS = "abcdefghijklmno"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

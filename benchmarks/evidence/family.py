@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from benchmarks.common import COLOUR, SERIES, number
 from benchmarks.evidence.pieces import (
+    AGAIN,
     ALL,
     CHAINS,
     FIRST,
@@ -50,7 +51,7 @@ def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
     """Each member of a chain against its own baseline of as many epochs as the first: accuracy, and savings so far."""
     chain = family_arms(study.rates, design=design)
     name = f"a of {design.epochs:g} epochs, links of {', '.join(f'1/{share:g}' for share in design.shares)}"
-    name += _images(design.shards)
+    name += _images(design.shards) + _seeds(design)
     header = ["chain", "epochs", "seeds", "top-1, %", "baseline's epochs", "points against it [95 %]"]
     header += [f"margin {MARGIN:g}", f"mean above -{LOSSLESS_POINTS:g}", "unseen concepts [95 %]"]
     note = f"The paper calls a model lossless if it is at most {LOSSLESS_POINTS:g} points below, without an interval."
@@ -71,6 +72,10 @@ def family_tables(study: Study, design: Design = FIRST) -> list[TextTable]:
 
 def _images(shards: int) -> str:
     return "" if shards == ALL else f", {IMAGES[shards]:,} images"
+
+
+def _seeds(design: Design) -> str:
+    return f", seeds {design.seeds[0]} to {design.seeds[-1]}" if design == AGAIN else ""
 
 
 class _Sums:
@@ -170,9 +175,9 @@ def search_table(study: Study) -> TextTable:
 def savings_of_chains(study: Study) -> TextTable:
     """What each chain of the whole family saves at equal accuracy: the first result of the study."""
     rows = []
-    for design in (*CHAINS, *SMALL):
+    for design in (*CHAINS, *SMALL, AGAIN):
         chain = family_arms(study.rates, design=design)
-        name = chain[-1].name + _images(design.shards)
+        name = chain[-1].name + _images(design.shards) + _seeds(design)
         rows.append(_saved(study, name, [study.find(arm.pieces) for arm in chain]))
     for epochs, shards in dict.fromkeys((design.epochs, design.shards) for design in (*CHAINS, *SMALL)):
         first = study.baselines("a", epochs, shards)

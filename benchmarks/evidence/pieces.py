@@ -121,6 +121,9 @@ link of the second is shorter, as d costs most. The third has one seed; its link
 about as many steps as short links on all images, whose rates they take. The fourth came after the results of the first
 two: c trains for a quarter, too, and links have rates of their own. The fifth has these rates and longer links."""
 
+AGAIN = SMALL[-1]._replace(seeds=tuple(range(6, 14)))
+"""The fifth on seeds that chose nothing, with baselines of their own."""
+
 LAST_SHARES = {3: 5, 4: SHARES[-1], 7: 8}
 """The last link's share by the number of members: the closer two neighbours are, the shorter their link, as in the
 paper. So a family of 7 saves more than one of 3, if its last model is as good all the same."""
@@ -326,7 +329,11 @@ def pieces(rates: Rates) -> Iterator[Piece]:
 def pieces_of(claims: Iterable[Sequence[Arm]]) -> Iterator[Piece]:
     """All that these claims compare: claim by claim, in each of them one seed after the other."""
     return once(
-        piece for claim in claims for at in range(len(MORE_SEEDS)) for arm in claim for piece in arm.pieces[at : at + 1]
+        piece
+        for claim in claims
+        for at in range(max(len(arm.pieces) for arm in claim))
+        for arm in claim
+        for piece in arm.pieces[at : at + 1]
     )
 
 
@@ -471,6 +478,10 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
         found = (rates.baseline(model, epochs, seed, shards) for seed in seeds)
         return Arm(f"{model} alone, {epochs:g}", tuple(found))
 
+    def few(design: Design) -> list[Arm]:
+        where = design.epochs, design.shards, design.seeds
+        return [*family_arms(rates, design=design), *(alone(model, *where) for model in MEMBERS[1:])]
+
     whole = family_arms(rates)
     firsts = alone("a", LENGTH).pieces
     quarter = round(LENGTH / SHARES[0])
@@ -498,22 +509,9 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             *(alone(model, epochs) for model in MEMBERS for epochs in LENGTHS_OF_EQUAL),
         ],
         "l": schedules(rates),
-        "k": [
-            *dict.fromkeys(arm for design in SMALL[:2] for arm in family_arms(rates, design=design)),
-            *(alone(model, SMALL[0].epochs, SMALL[0].shards, SMALL[0].seeds) for model in MEMBERS[1:]),
-        ],
-        **{
-            letter: [
-                *family_arms(rates, design=design),
-                *(alone(model, design.epochs, design.shards, design.seeds) for model in MEMBERS[1:]),
-            ]
-            for letter, design in zip("mn", SMALL[3:], strict=True)
-        },
-        "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
-        "b": [
-            *(family_arms(rates, MEMBERS[at:], FIRST._replace(shares=SHARES[at:]))[-1] for at in (2, 1, 0)),
-            alone("d", SHORT),
-        ],
+        "k": list(dict.fromkeys((*family_arms(rates, design=SMALL[0]), *few(SMALL[1])))),
+        "m": few(SMALL[3]),
+        "n": few(SMALL[4]),
         "e": [
             arm
             for epochs in LENGTHS[1:4]
@@ -521,20 +519,6 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
                 replace(quarter_arm(rates, epochs), name=f"{epochs:g} epochs"),
                 alone("b", epochs),
             )
-        ],
-        "j": [*whole, alone("d", EQUAL_MACS), alone("d", EQUAL_TIME), *classical(rates)],
-        # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
-        "d": [
-            Arm(
-                chain_name(rates.link(model, round(SHORT / share), whole[at].pieces[0])),
-                tuple(rates.link(model, round(SHORT / share), one) for one in whole[at].pieces),
-            )
-            for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))
-            for at in teachers
-        ],
-        "c": [
-            family_arms(rates, members, FIRST._replace(shares=shares_of(count)))[-1]
-            for count, members in sorted(families().items())
         ],
         "g": [
             Arm(
@@ -544,6 +528,26 @@ def arms(rates: Rates) -> dict[str, list[Arm]]:
             for alpha in ALPHAS
         ],
         "h": [Arm(operator, tuple(replace(piece, width=operator) for piece in both.pieces)) for operator in OPERATORS],
+        # The same student after the same steps, from teachers of 1/3, 1/10 and 1/35 of its cost.
+        "d": [
+            Arm(
+                chain_name(rates.link(model, round(SHORT / share), whole[at].pieces[0])),
+                tuple(rates.link(model, round(SHORT / share), one) for one in whole[at].pieces),
+            )
+            for model, share, teachers in (("c", SHARES[1], (1, 0)), ("d", SHARES[2], (2, 1, 0)))
+            for at in teachers
+        ],
+        "o": few(AGAIN),
+        "i": [*whole, *(alone(model, SHORT) for model in MEMBERS[1:])],
+        "b": [
+            *(family_arms(rates, MEMBERS[at:], FIRST._replace(shares=SHARES[at:]))[-1] for at in (2, 1, 0)),
+            alone("d", SHORT),
+        ],
+        "j": [*whole, alone("d", EQUAL_MACS), alone("d", EQUAL_TIME), *classical(rates)],
+        "c": [
+            family_arms(rates, members, FIRST._replace(shares=shares_of(count)))[-1]
+            for count, members in sorted(families().items())
+        ],
     }
 
 

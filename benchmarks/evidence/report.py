@@ -21,7 +21,7 @@ from benchmarks.evidence.family import (
     savings_of_chains,
     search_table,
 )
-from benchmarks.evidence.pieces import ALL, CHAINS, COSINE, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT, SMALL
+from benchmarks.evidence.pieces import AGAIN, ALL, CHAINS, COSINE, IMAGES, LENGTHS, MEMBERS, OPERATORS, SELECT, SMALL
 from benchmarks.evidence.run import RAW
 from benchmarks.evidence.statistics import MARGIN
 from benchmarks.evidence.study import (
@@ -178,7 +178,7 @@ def files(study: Study) -> dict[str, str]:
         f"{intervals} intervals at 95 % each, without a correction for their number.",
         "## The family",
         "![Accuracy against the MACs of training: each model alone, and chains](family.svg)",
-        *_shown(*(table for design in (*CHAINS, *SMALL) for table in family_tables(study, design))),
+        *_shown(*(table for design in (*CHAINS, *SMALL, AGAIN) for table in family_tables(study, design))),
         *_shown(calibrated_table(study), search_table(study)),
         "![Savings at equal accuracy by length of training](savings.svg)",
         "![Difference to the baseline by length of the link](links.svg)",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.evidence.pieces import ALL, COSINE, LENGTHS, MEMBERS, MORE_SEEDS, Piece
+from benchmarks.evidence.pieces import AGAIN, ALL, COSINE, LENGTHS, MEMBERS, Piece
 from benchmarks.evidence.run import RAW, SETS, read_raw
 from benchmarks.evidence.speeds import SPEEDS, read_speeds
 from benchmarks.evidence.statistics import (
@@ -95,6 +96,7 @@ class Study:
                     item["shards"],
                     item["schedule"],
                     seedless(item["teacher"]),
+                    item["seed"] in AGAIN.seeds,
                 )
                 groups.setdefault(key, []).append(item)
         return list(groups.values())
@@ -212,9 +214,7 @@ class Study:
 
 
 def seedless(name: str) -> str:
-    for seed in MORE_SEEDS:
-        name = name.replace(f"-s{seed}", "")
-    return name
+    return re.sub(r"-s\d+", "", name)
 
 
 def first_epochs(item: Record) -> float:

@@ -17,6 +17,7 @@ from filelock import FileLock
 from benchmarks.evidence import pieces as pieces_module
 from benchmarks.evidence import report, run
 from benchmarks.evidence.pieces import (
+    AGAIN,
     ALL,
     CHAINS,
     EQUAL_MACS,
@@ -229,9 +230,12 @@ def test_claims_compare_equal_seeds_and_share_pieces_with_the_chain() -> None:
     found = arms(rates)
     for claim in found.values():
         for arm in claim:
-            assert [piece.seed for piece in arm.pieces] == list(MORE_SEEDS)[: len(arm.pieces)]
+            seeds = AGAIN.seeds if claim is found["o"] else MORE_SEEDS
+            assert [piece.seed for piece in arm.pieces] == list(seeds)[: len(arm.pieces)]
             assert all(one.seed == piece.seed for piece in arm.pieces for one in piece.chain)
     assert {len(arm.pieces) for arm in found["k"]} == {len(MORE_SEEDS)}
+    assert {len(arm.pieces) for arm in found["o"]} == {8}
+    assert [(arm.name, arm.pieces[0].lr) for arm in found["o"]] == [(arm.name, arm.pieces[0].lr) for arm in found["n"]]
     # The baselines with which claims compare: `run --claim` trains them too, with all seeds.
     for letter, models, epochs in (("a", "abcd", 40), ("b", "d", 40), ("e", "b", 80), ("i", "bcd", 40)):
         own = set(pieces_of([found[letter]]))
