@@ -110,7 +110,7 @@ def evaluate(
 ) -> None:
     """Score models on evaluation sets.
 
-    With --data one set, by zero-shot accuracy or retrieval. With --suite many, in one table; `compt eval fetch`
+    With --data one set, in the way that --task names. With --suite many, in one table; `compt eval fetch`
     downloads them. Several models are compared with the first. Runs in one process, or in every process that torchrun
     starts.
     """

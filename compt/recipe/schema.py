@@ -389,7 +389,7 @@ class Evaluation(Section):
     validation: Paths = execution(list)
     """Shards of held-out images and captions for the validation loss, written as in `data.train`."""
     sets: list[EvalSet] = execution(list)
-    """Zero-shot and retrieval sets."""
+    """The sets that models are scored on."""
     primary: str | None = execution(None)
     """The set that comparisons, verdicts and curves use."""
     batch: int = execution(256, gt=0)
