@@ -75,7 +75,7 @@ def _images(shards: int) -> str:
 
 
 def _seeds(design: Design) -> str:
-    return f", seeds {design.seeds[0]} to {design.seeds[-1]}" if design == AGAIN else ""
+    return f", seeds {design.seeds[0]} to {design.seeds[-1]}" if design.seeds[0] else ""
 
 
 class _Sums:

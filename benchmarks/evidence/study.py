@@ -81,7 +81,7 @@ class Study:
         ]
 
     def links(self) -> list[list[Record]]:
-        """Links, those that differ only by their seed together."""
+        """Links, those that differ only by their seed together; the seeds of AGAIN are never pooled with others."""
         groups: dict[tuple[Any, ...], list[Record]] = {}
         for item in self.all:
             if item["teacher"]:
