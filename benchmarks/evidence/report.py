@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from benchmarks.evidence.study import (
     UNSEEN,
     Record,
     Study,
+    apart,
     first_epochs,
     interval,
     mean_r,
@@ -50,11 +52,10 @@ def baseline_table(study: Study) -> TextTable:
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for item in study.all:
         if item["teacher"] is None:
-            groups.setdefault(
-                (-item["shards"], item["model"], -item["lr"], item["schedule"], item["epochs"]), []
-            ).append(item)
+            key = (-item["shards"], item["model"], -item["lr"], item["schedule"], item["epochs"], apart(item))
+            groups.setdefault(key, []).append(item)
     rows = []
-    for (_, model, _, schedule, epochs), items in sorted(groups.items()):
+    for (_, model, _, schedule, epochs, _), items in sorted(groups.items()):
         rows.append(
             [
                 f"{IMAGES[items[0]['shards']]:,}",
@@ -62,7 +63,7 @@ def baseline_table(study: Study) -> TextTable:
                 f"{items[0]['lr']:g}",
                 schedule,
                 f"{epochs:g}",
-                str(len(items)),
+                _seeds(items),
                 *(number(study.accuracy(items, name), 2) for name in (SELECT, REPORT, UNSEEN)),
                 f"{items[0]['macs'] / 1e12:.2f}",
                 minutes(study.seconds(items[0])),
@@ -102,7 +103,7 @@ def link_table(study: Study) -> TextTable:
                 str(one["warmup"]),
                 f"{one['alpha']:g}",
                 number(mean_r(items), 3),
-                str(len(items)),
+                _seeds(items),
                 number(study.accuracy(items, REPORT), 2),
                 f"{baseline[0]['epochs']:g}" if baseline else "-",
                 interval(found),
@@ -125,6 +126,12 @@ def link_table(study: Study) -> TextTable:
         EQUAL,
     ]
     return TextTable(title="Links on the test sets", header=header, rows=rows, notes=notes)
+
+
+def _seeds(items: Sequence[Record]) -> str:
+    """Their number; of those that are judged alone, their names too."""
+    names = ", ".join(str(item["seed"]) for item in items)
+    return f"{len(items)} ({names})" if apart(items[0]) else str(len(items))
 
 
 def _start(link: Record) -> str:

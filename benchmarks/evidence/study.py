@@ -96,7 +96,7 @@ class Study:
                     item["shards"],
                     item["schedule"],
                     seedless(item["teacher"]),
-                    item["seed"] in AGAIN.seeds,
+                    apart(item),
                 )
                 groups.setdefault(key, []).append(item)
         return list(groups.values())
@@ -215,6 +215,11 @@ class Study:
 
 def seedless(name: str) -> str:
     return re.sub(r"-s\d+", "", name)
+
+
+def apart(item: Record) -> bool:
+    """Whether its seed is one of those that are judged alone."""
+    return item["seed"] in AGAIN.seeds
 
 
 def first_epochs(item: Record) -> float:

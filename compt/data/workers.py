@@ -86,11 +86,23 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
         multiprocessing.util.get_temp_dir()
     own: list[Any] = []
     batches: Any = None
+    early: list[BaseException] = []
+
+    def asked() -> Iterator[Any]:
+        # torch asks for the first items while it starts. An error would leave its loader half made: with its own event,
+        # and with its handler of the workers' death.
+        try:
+            yield from sampler
+        except BaseException as error:
+            if batches is not None:
+                raise
+            early.append(error)
+
     try:
         try:
             # A loader that runs out of semaphores would print a traceback of its destructor too, so try them first.
             _ = [multiprocessing.Queue() for _ in range(workers + 2 if workers else 0)]
-            batches = iter(_loader(dataset, sampler, workers))
+            batches = iter(_loader(dataset, asked(), workers))
         except OSError as error:
             raise RunError(
                 f"cannot start engine.workers={workers} loader processes: {error}. {shared_memory()}"
@@ -103,6 +115,8 @@ def read_batches(dataset: Dataset[Any], sampler: Iterable[Any], workers: int) ->
             torch._C._remove_worker_pids(id(batches))
             batches._worker_pids_set = False
             batches._workers_done_event = _End(own)
+        if early:
+            raise early[0]
         yield from batches
     except RuntimeError as error:
         dead = [child for child in own if child.exitcode]

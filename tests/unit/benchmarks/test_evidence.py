@@ -446,6 +446,20 @@ def finished(runs: Path, piece: Piece, top1: float, labels: list[int]) -> None:
     write_json(runs / piece.name / "run.json", {"data_fingerprint": "f"})
 
 
+def test_seeds_that_are_judged_alone_have_rows_of_their_own(tmp_path: Path) -> None:
+    runs, raw = tmp_path / "runs", tmp_path / "raw"
+    for seed in (0, 6):
+        teacher = Piece("a", 20, seed)
+        for piece in (teacher, Piece("b", 20, seed), Piece("b", 5, seed, teacher)):
+            finished(runs, piece, 10, [*range(50), *range(50)])
+            run.collect(piece, runs, raw)
+    study = Study(raw)
+    for table in (report.baseline_table(study), report.link_table(study)):
+        place = table.header.index("seeds")
+        seeds = [row[place] for row in table.rows]
+        assert seeds == ["1", "1 (6)"] * (len(seeds) // 2)
+
+
 def test_results_are_collected_and_reported(tmp_path: Path) -> None:
     runs, raw = tmp_path / "runs", tmp_path / "raw"
     teacher = Piece("a", 20)

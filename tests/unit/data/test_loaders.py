@@ -293,6 +293,21 @@ def test_a_loader_process_killed_under_a_shared_lock_blocks_nobody() -> None:
     assert finish(start(end_while_a_lock_is_held), 60) == 0
 
 
+def one_that_fails() -> Iterator[int]:
+    """Two items, of which the first is read, and then no third: torch asks for it while it starts."""
+    yield from (0, 1)
+    time.sleep(1)
+    raise DataError("no third")
+
+
+def fail_while_a_loader_starts() -> None:
+    list(read_batches(Held(), one_that_fails(), 1))
+
+
+def test_an_item_that_fails_while_loader_processes_start() -> None:
+    assert finish(start(fail_while_a_loader_starts), 60) == DataError.exit_code
+
+
 def test_loader_processes_leave_no_folders() -> None:
     code = (
         "import torch\nfrom compt.data.workers import read_batches\n"
